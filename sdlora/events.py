@@ -1,0 +1,127 @@
+"""What happens in a run, as values: the only way that news leaves the trainer and the run.
+
+Floor 0. The progress bar, `metrics.jsonl`, `state.json`, `--json` and the app read the same events.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events; `name` is the value of the "event" key in JSON."""
+
+    name: ClassVar[str]
+
+    def to_json(self) -> dict[str, Any]:
+        """The event as a JSON object, its name first."""
+        return {"event": self.name, **asdict(self)}
+
+
+@dataclass(frozen=True)
+class PlanMade(Event):
+    """What the run is about to do, in numbers a person can check before it starts."""
+
+    name = "plan"
+    pictures: int
+    heldout_pictures: int
+    repeats: int
+    epochs: int
+    exposures_per_picture: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    steps: int
+    trained_parameters: int
+    base_parameters: int
+    targets: list[str]
+    device: str
+    precision: str
+
+
+@dataclass(frozen=True)
+class Notice(Event):
+    """One sentence that the user should read; nothing stops."""
+
+    name = "notice"
+    message: str
+
+
+@dataclass(frozen=True)
+class Progress(Event):
+    """How far a phase other than training is: "cache", "preview", "heldout", "export"."""
+
+    name = "progress"
+    phase: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class StepDone(Event):
+    """One optimizer step. Lists hold one entry per picture that the step saw."""
+
+    name = "step"
+    epoch: int
+    step: int
+    loss: float
+    lr: float
+    examples: list[str]
+    visits: list[int]
+    timesteps: list[int]
+    losses: list[float]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class EpochDone(Event):
+    """All steps of an epoch are done; epoch 0 is the base before training."""
+
+    name = "epoch"
+    epoch: int
+    step: int
+    train_loss: float | None
+    heldout_loss: float | None
+    seconds: float
+
+
+@dataclass(frozen=True)
+class CheckpointDue(Event):
+    """The trainer stands between two steps and its state may be saved."""
+
+    name = "checkpoint"
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True)
+class PreviewsDone(Event):
+    """The previews of an epoch are on the disk."""
+
+    name = "previews"
+    epoch: int
+    files: list[str]
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Exported(Event):
+    """A LoRA file was written and proven by loading it back through diffusers."""
+
+    name = "export"
+    file: str
+    epoch: int
+    num_modules: int
+    max_error: float
+    bytes: int
+
+
+@dataclass(frozen=True)
+class RunDone(Event):
+    """The run ended as planned."""
+
+    name = "done"
+    file: str
+    folder: str
+    seconds: float
