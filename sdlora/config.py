@@ -1,0 +1,291 @@
+"""The schema: the one list of options, their defaults and their limits.
+
+Floor 1. TOML files, `--set`, the app's form and the documentation are all made from these models.
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from PIL import ImageColor
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from sdlora.errors import ConfigError
+from sdlora.shipped import shipped_config, shipped_configs
+
+MAX_EPOCHS = 5
+Target = Literal["cross_attention", "self_attention", "mlp"]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+
+
+class BaseConfig(_Section):
+    """Which model is adapted."""
+
+    path: str = Field(
+        "pocket", description="The base: 'pocket' (built in), a folder in diffusers' layout, or a hub id."
+    )
+    revision: str | None = Field(None, description="Branch, tag or commit of a hub id; the hub's default if unset.")
+    variant: str | None = Field(
+        None, description="Variant of the weight files, such as 'fp16'; the plain ones if unset."
+    )
+
+
+class DataConfig(_Section):
+    """Which pictures are trained, and with which words."""
+
+    folder: str = Field(
+        "",
+        description="Folder of pictures with captions, seen from where you are; 'builtin:NAME' is a shipped set.",
+    )
+    holdout: str | None = Field(
+        None, description="Folder of pictures that are never trained on; the held-out loss is measured on them."
+    )
+    caption: str | None = Field(None, description="One caption for every picture that has none of its own.")
+    trigger: str | None = Field(None, description="A word put in front of every caption that does not contain it.")
+    allow_trigger_only: bool = Field(False, description="Pictures without a caption get the trigger alone.")
+    repeats: int = Field(1, ge=1, le=1000, description="How often every picture is seen in an epoch.")
+    resolution_px: int | None = Field(
+        None, ge=16, le=4096, description="Training size, as the edge of a square; the base's own size if unset."
+    )
+    buckets: bool = Field(True, description="Keep the shape of wide and tall pictures; otherwise crop to squares.")
+    bucket_step_px: int = Field(64, ge=8, le=512, description="Widths and heights of buckets are multiples of this.")
+    background: str = Field("white", description="The colour laid under transparent pixels, by name or as #rrggbb.")
+    shuffle_tags: bool = Field(False, description="Shuffle the comma-separated parts of captions at every visit.")
+    keep_tags: int = Field(1, ge=0, le=100, description="How many parts stay in front when tags are shuffled.")
+    caption_dropout: float = Field(
+        0.0, ge=0.0, le=1.0, description="Share of visits without any caption, which keeps guidance working."
+    )
+
+    @field_validator("background")
+    @classmethod
+    def _known_color(cls, value: str) -> str:
+        ImageColor.getrgb(value)
+        return value
+
+
+class LoraConfig(_Section):
+    """The adapter."""
+
+    rank: int = Field(8, ge=1, le=256, description="How much the adapter can hold; above 32 it copies pictures easily.")
+    alpha: float = Field(8.0, gt=0.0, le=1024.0, description="Strength of the update: it is scaled by alpha / rank.")
+    targets: list[Target] = Field(
+        ["cross_attention"], min_length=1, description="Which layers get an adapter; several may be named."
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _no_duplicates(cls, value: list[Target]) -> list[Target]:
+        if len(set(value)) < len(value):
+            raise ValueError("a target is named twice")
+        return value
+
+
+class TrainConfig(_Section):
+    """How it is trained."""
+
+    epochs: int = Field(4, ge=1, le=MAX_EPOCHS, description="Passes over the set, 1 to 5.")
+    batch_size: int = Field(1, ge=1, le=512, description="Pictures per forward pass.")
+    gradient_accumulation_steps: int = Field(1, ge=1, le=512, description="Batches per optimizer step.")
+    learning_rate: float = Field(2e-4, gt=0.0, le=1.0, description="The highest learning rate of AdamW.")
+    schedule: Literal["constant", "cosine"] = Field("constant", description="The learning rate after the warm-up.")
+    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from zero.")
+    weight_decay: float = Field(1e-2, ge=0.0, le=1.0, description="AdamW's decay of the adapter towards zero.")
+    max_grad_norm: float = Field(1.0, ge=0.0, description="Gradients longer than this are shortened to it; 0 is off.")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        "auto", description="What the frozen base computes in; auto is bf16 on GPUs that have it, else fp32."
+    )
+    device: str = Field("auto", description="'auto', 'cpu', 'cuda', or 'cuda:1'.")
+    log_every_steps: int = Field(10, ge=1, le=1000, description="Losses are read back from the device this often.")
+    checkpoint_every_steps: int = Field(
+        0, ge=0, description="Save the state for --resume this often; 0 saves at the end of every epoch only."
+    )
+
+
+class TimestepsConfig(_Section):
+    """Which noise levels are trained."""
+
+    density: Literal["uniform"] = Field("uniform", description="How much each noise level is trained.")
+    min: int = Field(0, ge=0, le=999, description="The lowest noise level that is trained.")
+    max: int = Field(999, ge=0, le=999, description="The highest noise level that is trained.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> TimestepsConfig:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max}); exchange them")
+        return self
+
+
+class PreviewConfig(_Section):
+    """The pictures drawn after every epoch."""
+
+    enabled: bool = Field(True, description="Draw previews of the base and after every epoch.")
+    prompts: list[str] = Field([], description="What to draw; three captions of the set if empty.")
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(
+        [0], min_length=1, description="Every prompt is drawn once per seed."
+    )
+    negative_prompt: str = Field("", description="What guidance steers away from.")
+    num_steps: int = Field(25, ge=1, le=1000, description="Denoising steps per preview.")
+    guidance: float = Field(7.5, ge=1.0, le=50.0, description="Guidance scale; 1 switches guidance off.")
+
+
+class CacheConfig(_Section):
+    """Where encoded pictures and captions are kept between runs."""
+
+    dir: str | None = Field(None, description="The cache's folder; the user's own cache folder if unset.")
+
+
+class RunConfig(_Section):
+    """A whole run."""
+
+    name: str | None = Field(
+        None, pattern=r"^[\w][\w. -]{0,99}$", description="The LoRA's name; the configuration's file name if unset."
+    )
+    seed: int = Field(0, ge=0, lt=2**63, description="Everything random is a function of this number.")
+    base: BaseConfig = BaseConfig()
+    data: DataConfig = DataConfig()
+    lora: LoraConfig = LoraConfig()
+    train: TrainConfig = TrainConfig()
+    timesteps: TimestepsConfig = TimestepsConfig()
+    preview: PreviewConfig = PreviewConfig()
+    cache: CacheConfig = CacheConfig()
+
+
+# --- Reading -------------------------------------------------------------------------------------------------------
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration and check all of it.
+
+    Args:
+        source: A TOML file's path, or the name of a shipped configuration.
+        overrides: "section.key=value" each; the value is TOML, or a plain string where it is not.
+
+    Raises:
+        ConfigError: There is no such file, it is not TOML, or any setting is wrong; all faults are named at once.
+    """
+    path = Path(source)
+    if not path.is_file():
+        shipped = shipped_config(source)
+        if shipped is None:
+            near = difflib.get_close_matches(source, shipped_configs(), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Shipped ones: {', '.join(shipped_configs())}."
+            raise ConfigError(f"There is no configuration {source!r}.{hint}")
+        path = shipped
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    for override in overrides:
+        _apply(document, override)
+    return parse_config(document, name=path.stem)
+
+
+def parse_config(document: Mapping[str, Any], *, name: str) -> RunConfig:
+    """Check a configuration that was read already.
+
+    Args:
+        document: Nested tables.
+        name: The run's name where the document gives none.
+
+    Raises:
+        ConfigError: Any setting is wrong; all faults are named at once.
+    """
+    try:
+        config = RunConfig.model_validate({"name": name, **document})
+    except ValidationError as error:
+        faults = [_describe(dict(fault)) for fault in error.errors()]
+        raise ConfigError("The configuration has faults:\n" + "\n".join(f"  {fault}" for fault in faults)) from error
+    if not config.data.folder:
+        raise ConfigError("The configuration has faults:\n  data.folder: not set; name the folder of your pictures.")
+    return config
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    names = key.strip().split(".")
+    if not separator or not all(names):
+        raise ConfigError(f"--set {override!r} is not of the form section.key=value.")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError):
+        value = text.strip()
+    table = document
+    for name in names[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {name!r} is a setting, not a section.")
+    table[names[-1]] = value
+
+
+def _describe(fault: dict[str, Any]) -> str:
+    """One fault in words: the key, the value found, what is allowed."""
+    key = ".".join(str(part) for part in fault["loc"])
+    found, limits = fault["input"], fault.get("ctx", {})
+    if fault["type"] == "extra_forbidden":
+        near = difflib.get_close_matches(key, option_names(), n=1, cutoff=0.4)
+        return f"{key}: there is no such setting." + (f" Did you mean {near[0]}?" if near else "")
+    if key == "train.epochs" and isinstance(found, int) and found > MAX_EPOCHS:
+        return (
+            f"train.epochs: {found} is above {MAX_EPOCHS}. More passes teach a LoRA its pictures by heart: what it "
+            "draws are copies pasted from the training set, without life (copy-paste overfitting). Use 3 to 5, and if "
+            "it learns too little, add pictures, raise data.repeats a little, or raise train.learning_rate."
+        )
+    if fault["type"] == "value_error":
+        return f"{key}: {found!r} is wrong: {limits['error']}."
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    return f"{key}: found {found!r}; {message}."
+
+
+# --- Writing -------------------------------------------------------------------------------------------------------
+
+
+def option_names() -> list[str]:
+    """Every option by its dotted name, in the schema's order."""
+    return [name for name, _ in _options(RunConfig())]
+
+
+def _options(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    for name in RunConfig.model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from ((f"{name}.{key}", getattr(value, key)) for key in type(value).model_fields)
+        else:
+            yield name, value
+
+
+def dump_toml(config: RunConfig) -> str:
+    """The complete configuration as TOML, each option with its description; reading it gives the same again."""
+    lines: list[str] = []
+    section = ""
+    for name, value in _options(config):
+        head, _, key = name.rpartition(".")
+        if head != section:
+            section = head
+            lines += ["", f"[{section}]"]
+        model = type(getattr(config, head)) if head else RunConfig
+        lines.append(f"# {model.model_fields[key].description}")
+        lines.append(f"# {key} =" if value is None else f"{key} = {_toml(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(entry) for entry in value) + "]"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for the delete character, which TOML wants escaped.
+        return re.sub("\x7f", r"\\u007F", json.dumps(value, ensure_ascii=False))
+    return json.dumps(value)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of configurations."""
+    return RunConfig.model_json_schema()
