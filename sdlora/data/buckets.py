@@ -1,0 +1,37 @@
+"""Aspect-ratio buckets: the few sizes that pictures are trained at, so that none is cropped much.
+
+Floor 2, pure arithmetic.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+Bucket = tuple[int, int]
+"""Width and height in pixels."""
+
+
+def make_buckets(resolution_px: int, step_px: int, max_aspect: float = 2.0) -> list[Bucket]:
+    """All sizes of about a square's area, up to an aspect ratio.
+
+    Args:
+        resolution_px: Edge of the square whose area no bucket exceeds.
+        step_px: Widths and heights are multiples of this (the square itself is kept as it is).
+        max_aspect: The longer edge over the shorter, at least 1.
+
+    Returns:
+        Sizes from tall to wide, the square among them; for every width the tallest that fits.
+    """
+    found = {(resolution_px, resolution_px)}
+    for short in range(step_px, resolution_px + 1, step_px):
+        long = resolution_px**2 // short // step_px * step_px
+        if short <= long <= short * max_aspect:
+            found |= {(short, long), (long, short)}
+    return sorted(found)
+
+
+def choose_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
+    """The bucket whose aspect ratio is nearest (by the ratio of ratios), the larger one of two alike."""
+    aspect = math.log(width / height)
+    return min(buckets, key=lambda b: (round(abs(math.log(b[0] / b[1]) - aspect), 9), -b[0] * b[1]))

@@ -1,0 +1,97 @@
+"""Latent moments and text states, computed once and kept on disk under the hash of what they were made from.
+
+Floor 4. A key holds the content (pixels after the crop, or the caption) and the identity of the network, so that a
+file is either right or not there: a changed caption recomputes that caption and nothing else.
+Shapes: C latent channels, H/W pixels, h/w latents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+from PIL import Image
+from platformdirs import user_cache_dir
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from sdlora.data.dataset import Example, load_pixels
+from sdlora.data.images import pixel_hash, to_tensor
+from sdlora.events import Progress
+from sdlora.files import atomic_path
+from sdlora.models.base import BaseModel, TextStates
+
+_FORMAT = "1"  # raised when what is stored under a key changes its meaning
+
+
+class Cache:
+    """A folder of small safetensors files, and what was read from it in this run.
+
+    Args:
+        folder: Where the files are; None takes the user's cache folder.
+        base: The model whose VAE and text encoder fill the cache.
+    """
+
+    def __init__(self, folder: Path | None, base: BaseModel) -> None:
+        self.folder = folder or Path(user_cache_dir("sdlora")) / "tensors"
+        self.base = base
+        self._moments: dict[Example, Tensor] = {}
+        self._text: dict[str, TextStates] = {}
+
+    def moments(self, example: Example) -> Tensor:
+        """The VAE's posterior moments of a filled picture, (2C, h, w) float32 on the CPU."""
+        return self._moments[example]
+
+    def text(self, captions: Sequence[str]) -> TextStates:
+        """Text states of filled captions, the batch first, float32 on the CPU."""
+        found = [self._text[caption] for caption in captions]
+        return {name: torch.stack([states[name] for states in found]) for name in found[0]}
+
+    def fill_moments(self, examples: Sequence[Example], background: str) -> Iterator[Progress]:
+        """Encode the pictures that are not on disk yet.
+
+        Args:
+            examples: The pictures.
+            background: The colour laid under transparent pixels.
+        """
+        for done, example in enumerate(examples, start=1):
+            picture = load_pixels(example, background)
+            key = _key("moments", self.base.vae_identity, pixel_hash(picture))
+
+            def encode(picture: Image.Image = picture) -> TextStates:
+                return {"moments": self.base.encode_pixels(to_tensor(picture).unsqueeze(0))[0]}
+
+            self._moments[example] = self._fetch("moments", key, encode)["moments"]
+            yield Progress("cache pictures", done, len(examples))
+
+    def fill_text(self, captions: Iterable[str]) -> Iterator[Progress]:
+        """Encode the captions that are not on disk yet."""
+        wanted = list(dict.fromkeys(captions))
+        for done, caption in enumerate(wanted, start=1):
+            key = _key("text", self.base.text_identity, caption)
+
+            # One at a time: the states of a caption must not depend on what it was encoded with.
+            def encode(caption: str = caption) -> TextStates:
+                return {name: value[0] for name, value in self.base.encode_captions([caption]).items()}
+
+            self._text[caption] = self._fetch("text", key, encode)
+            yield Progress("cache captions", done, len(wanted))
+
+    def _fetch(self, kind: str, key: str, make: Callable[[], TextStates]) -> TextStates:
+        path = self.folder / kind / key[:2] / f"{key}.safetensors"
+        if path.exists():
+            try:
+                return load_file(path)
+            except (SafetensorError, OSError):
+                path.unlink(missing_ok=True)  # torn by a crash of the machine: made anew below
+        made = {name: value.float().cpu().contiguous() for name, value in make().items()}
+        with atomic_path(path) as temporary:
+            save_file(made, temporary)
+        return made
+
+
+def _key(*parts: str) -> str:
+    return hashlib.blake2b("\x1f".join([_FORMAT, "float32", *parts]).encode("utf-8"), digest_size=20).hexdigest()

@@ -1,0 +1,97 @@
+"""Captions: where they are read from, and what becomes of one at a given visit.
+
+Floor 2.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from sdlora import seeds
+from sdlora.errors import DataError
+
+METADATA = "metadata.jsonl"
+
+
+def read_captions(folder: Path) -> dict[str, str]:
+    """All captions of a folder by picture file name (from `metadata.jsonl`) or stem (from `.txt` sidecars).
+
+    Returns:
+        Keys are file names for `metadata.jsonl` and "STEM.txt" for sidecars; values are stripped, never empty.
+
+    Raises:
+        DataError: A line or a file cannot be read.
+    """
+    captions: dict[str, str] = {}
+    metadata = folder / METADATA
+    if metadata.is_file():
+        for number, line in enumerate(_read(metadata).splitlines(), start=1):
+            if line.strip():
+                name, text = _entry(line, number)
+                captions[name] = text
+    for sidecar in sorted(folder.glob("*.txt")):
+        captions[sidecar.name] = _read(sidecar).strip()
+    return {name: text for name, text in captions.items() if text}
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path.name}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
+
+
+def _entry(line: str, number: int) -> tuple[str, str]:
+    try:
+        entry = json.loads(line)
+        name, text = entry["file_name"], entry["text"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{METADATA}, line {number}: expected {{"file_name": …, "text": …}}.') from error
+    if not isinstance(name, str) or not isinstance(text, str):
+        raise DataError(f"{METADATA}, line {number}: file_name and text must be strings.")
+    return name, text.strip()
+
+
+def with_trigger(caption: str, trigger: str | None) -> str:
+    """The caption with the trigger word in front, unless it contains the word already."""
+    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, flags=re.IGNORECASE):
+        return caption
+    return f"{trigger}, {caption}" if caption else trigger
+
+
+def caption_for_visit(
+    caption: str,
+    *,
+    trigger: str | None,
+    shuffle_tags: bool,
+    keep_tags: int,
+    dropout: float,
+    seed: int,
+    example: str,
+    visit: int,
+) -> str:
+    """What is trained at one visit of a picture: a pure function of the arguments.
+
+    Args:
+        caption: The picture's own caption.
+        trigger: Put in front where it is missing.
+        shuffle_tags: Whether comma-separated parts change places.
+        keep_tags: How many parts stay in front.
+        dropout: Share of visits that get no words at all, 0 to 1.
+        seed: The run's seed.
+        example: The picture's name.
+        visit: From 1.
+    """
+    if seeds.uniform(seed, "caption dropout", example, visit) < dropout:
+        return ""
+    text = with_trigger(caption, trigger)
+    if not shuffle_tags:
+        return text
+    tags = [tag.strip() for tag in text.split(",") if tag.strip()]
+    kept, rest = tags[:keep_tags], tags[keep_tags:]
+    order = seeds.permutation(len(rest), seed, "tag order", example, visit)
+    return ", ".join(kept + [rest[index] for index in order])

@@ -1,0 +1,85 @@
+"""Reading pictures as people see them: upright, opaque, eight bits of RGB.
+
+Floor 2. Pillow leaves orientation, transparency and 16 bits to the caller; here each is treated or refused by name.
+Shapes: H/W pixels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from torch import Tensor
+
+from sdlora.errors import DataError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+MAX_PIXELS = 100_000_000
+_SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+
+
+def load_image(path: Path, background: str) -> Image.Image:
+    """Decode a picture to RGB.
+
+    Args:
+        path: PNG, JPEG, WebP, BMP or TIFF, at most 100 million pixels.
+        background: The colour laid under transparent pixels, as Pillow's ImageColor understands it.
+
+    Returns:
+        An RGB picture, its EXIF orientation applied.
+
+    Raises:
+        DataError: The file is broken, animated, too large, or of another format; the message names it.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as opened:
+            if getattr(opened, "n_frames", 1) > 1:
+                raise DataError(f"{path.name}: animated or of several pages. Save the frame you want as a PNG.")
+            if opened.width * opened.height > MAX_PIXELS:
+                raise DataError(f"{path.name}: {opened.width} x {opened.height} pixels are more than 100 million.")
+            opened.load()
+            upright = ImageOps.exif_transpose(opened)
+            return _to_rgb(upright, background)
+    except UnidentifiedImageError as error:
+        allowed = ", ".join(FORMATS)
+        raise DataError(f"{path.name}: not a picture of a format that is read ({allowed}).") from error
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path.name}: broken or cut off ({error}). Save it anew or take it out.") from error
+
+
+def _to_rgb(image: Image.Image, background: str) -> Image.Image:
+    if image.mode in _SIXTEEN_BITS:
+        # Pillow would clip at 255 instead of scaling.
+        values = np.asarray(image).astype(np.float64)
+        grey = Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
+        return grey.convert("RGB")
+    if image.mode == "F":
+        raise DataError("floating-point pixels are not read; save the picture with 8 or 16 bits")
+    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+        color = ImageColor.getrgb(background)[:3]
+        front = image.convert("RGBA")
+        paper = Image.new("RGBA", front.size, (*color, 255))
+        return Image.alpha_composite(paper, front).convert("RGB")
+    return image.convert("RGB")
+
+
+def crop_to_bucket(image: Image.Image, width_px: int, height_px: int) -> Image.Image:
+    """Scale a picture until it covers a bucket, then cut the middle out."""
+    return ImageOps.fit(image, (width_px, height_px), method=Image.Resampling.LANCZOS, centering=(0.5, 0.5))
+
+
+def to_tensor(image: Image.Image) -> Tensor:
+    """An RGB picture to (3, H, W) float32 in [-1, 1]."""
+    pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
+    return pixels.permute(2, 0, 1).float() / 127.5 - 1
+
+
+def pixel_hash(image: Image.Image) -> str:
+    """The SHA-256 of a picture's size and pixels, in hexadecimal."""
+    digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height} ".encode())
+    digest.update(image.tobytes())
+    return digest.hexdigest()

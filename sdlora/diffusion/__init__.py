@@ -1,0 +1,1 @@
+"""The mathematics of diffusion training: plain tensors in and out. Floor 2."""

@@ -1,0 +1,65 @@
+"""The forward process and what the network is asked to predict.
+
+Floor 2. Shapes: B batch, C channels, h/w latents, T noise levels (1000).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+from sdlora.errors import BaseModelError
+
+PredictionType = Literal["epsilon", "v_prediction"]
+
+
+def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Move latents along the forward process to their noise levels.
+
+    Args:
+        latents: Clean latents, (B, C, h, w).
+        noise: Standard normal noise, (B, C, h, w).
+        alphas_cumprod: The schedule's cumulative product at each example's timestep, (B,), in (0, 1].
+
+    Returns:
+        sqrt(alphas_cumprod) * latents + sqrt(1 - alphas_cumprod) * noise, (B, C, h, w).
+
+    Source: Ho et al. 2006.11239, equation 4.
+    """
+    alpha = alphas_cumprod.view(-1, 1, 1, 1)
+    return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+
+def velocity(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """The v target: sqrt(alphas_cumprod) * noise - sqrt(1 - alphas_cumprod) * latents, (B, C, h, w).
+
+    Source: Salimans & Ho 2202.00512, section 4.
+    """
+    alpha = alphas_cumprod.view(-1, 1, 1, 1)
+    return alpha.sqrt() * noise - (1 - alpha).sqrt() * latents
+
+
+def prediction_target(
+    prediction_type: PredictionType, latents: Tensor, noise: Tensor, alphas_cumprod: Tensor
+) -> Tensor:
+    """What the network should answer: the noise for "epsilon", the velocity for "v_prediction"; (B, C, h, w)."""
+    if prediction_type == "epsilon":
+        return noise
+    return velocity(latents, noise, alphas_cumprod)
+
+
+def check_prediction_type(name: str) -> PredictionType:
+    """Accept a scheduler's prediction type, or refuse it by name.
+
+    Raises:
+        BaseModelError: It is neither "epsilon" nor "v_prediction".
+    """
+    if name == "epsilon":
+        return "epsilon"
+    if name == "v_prediction":
+        return "v_prediction"
+    raise BaseModelError(
+        f"The base's scheduler predicts {name!r}. sdlora trains 'epsilon' and 'v_prediction' models: "
+        "choose such a base, or correct prediction_type in its scheduler_config.json."
+    )

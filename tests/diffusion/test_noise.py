@@ -1,0 +1,56 @@
+import pytest
+import torch
+from diffusers import DDPMScheduler
+
+from sdlora.diffusion.noise import add_noise, check_prediction_type, prediction_target, velocity
+from sdlora.errors import BaseModelError
+from sdlora.pocket.architecture import build_scheduler
+
+
+@pytest.fixture
+def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    latents, noise = torch.randn(2, 6, 4, 5, 3, generator=generator, dtype=torch.float64)
+    return latents, noise, torch.tensor([0, 1, 147, 354, 800, 999])
+
+
+def test_forward_process_and_velocity_agree_with_diffusers(
+    drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    latents, noise, timesteps = drawn
+    reference = DDPMScheduler.from_config(build_scheduler().config)
+    alphas_cumprod = reference.alphas_cumprod.double()[timesteps]
+    torch.testing.assert_close(
+        add_noise(latents, noise, alphas_cumprod), reference.add_noise(latents, noise, timesteps), rtol=1e-6, atol=1e-6
+    )
+    torch.testing.assert_close(
+        velocity(latents, noise, alphas_cumprod),
+        reference.get_velocity(latents, noise, timesteps),
+        rtol=1e-6,
+        atol=1e-6,
+    )
+
+
+def test_the_schedule_is_that_of_stable_diffusion() -> None:
+    # SD's scaled-linear betas: SNR falls below 5 at t = 147, passes 1 near 354 and ends at .0047.
+    alphas_cumprod = build_scheduler().alphas_cumprod.double()
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    assert snr[146] > 5 > snr[147]
+    assert abs(int((snr - 1).abs().argmin()) - 354) <= 1
+    assert snr[999].item() == pytest.approx(0.0047, abs=5e-5)
+
+
+def test_latents_come_back_from_noise_and_velocity(drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+    latents, noise, timesteps = drawn
+    alphas_cumprod = build_scheduler().alphas_cumprod.double()[timesteps]
+    noisy = add_noise(latents, noise, alphas_cumprod)
+    v = prediction_target("v_prediction", latents, noise, alphas_cumprod)
+    alpha = alphas_cumprod.view(-1, 1, 1, 1)
+    torch.testing.assert_close(alpha.sqrt() * noisy - (1 - alpha).sqrt() * v, latents)
+    assert prediction_target("epsilon", latents, noise, alphas_cumprod) is noise
+
+
+def test_unknown_prediction_types_are_refused_by_name() -> None:
+    assert check_prediction_type("v_prediction") == "v_prediction"
+    with pytest.raises(BaseModelError, match="'sample'"):
+        check_prediction_type("sample")
