@@ -1,0 +1,167 @@
+"""The LoRA file: written atomically with the metadata that other programs read, and read back with care.
+
+Floor 2. Metadata holds no captions and no folder names: what a picture shows and where it lay is the artist's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+import sdlora
+from sdlora.errors import DataError
+from sdlora.files import atomic_path
+from sdlora.lora.inject import LoraState
+from sdlora.lora.keys import UNET_PREFIX, from_kohya, to_kohya
+
+# ComfyUI refuses headers above 1 MiB.
+MAX_HEADER_BYTES = 1 << 20
+_KINDS = {"cross_attention": "_attn2_", "self_attention": "_attn1_", "mlp": "_ff_net_"}
+
+
+@dataclass(frozen=True)
+class LoraMetadata:
+    """What a file says of itself.
+
+    Attributes:
+        name: The LoRA's title.
+        base: What it was trained on, as the user called it; only the last part of a path is written.
+        architecture: ModelSpec's name of the family, such as "stable-diffusion-v1".
+        resolution_px: The size it was trained at.
+        trigger: The word that calls it up.
+        epoch: How many epochs were trained.
+        step: How many optimizer steps were trained.
+        settings: The settings worth knowing later, JSON values.
+    """
+
+    name: str
+    base: str
+    architecture: str
+    resolution_px: int
+    trigger: str | None
+    epoch: int
+    step: int
+    settings: dict[str, Any]
+
+
+def save_lora(path: Path, state: LoraState, *, metadata: LoraMetadata) -> None:
+    """Write a LoRA under kohya's names in float32, atomically.
+
+    Args:
+        path: The .safetensors file.
+        state: The weights.
+        metadata: What the file says of itself.
+    """
+    tensors = to_kohya(state)
+    with atomic_path(path) as temporary:
+        save_file(tensors, temporary, metadata=_header(state, tensors, metadata))
+
+
+def _header(state: LoraState, tensors: dict[str, Tensor], metadata: LoraMetadata) -> dict[str, str]:
+    ranks = Counter(weights.down.shape[0] for weights in state.values())
+    alphas = Counter(weights.alpha for weights in state.values())
+    base_name = Path(metadata.base).name
+    size = f"{metadata.resolution_px}x{metadata.resolution_px}"
+    header = {
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"{metadata.architecture}/lora",
+        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.title": metadata.name,
+        "modelspec.resolution": size,
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "modelspec.hash_sha256": "0x" + tensors_sha256(tensors),
+        "ss_output_name": metadata.name,
+        "sshs_model_hash": tensors_sha256(tensors),
+        "ss_base_model_version": "sd_v1",
+        "ss_v2": "False",
+        "ss_sd_model_name": base_name,
+        "ss_network_module": "networks.lora",
+        "ss_network_dim": str(ranks.most_common(1)[0][0]),
+        "ss_network_alpha": str(alphas.most_common(1)[0][0]),
+        "ss_resolution": f"({metadata.resolution_px}, {metadata.resolution_px})",
+        "ss_epoch": str(metadata.epoch),
+        "ss_steps": str(metadata.step),
+        "ss_training_started_at": str(datetime.now(UTC).timestamp()),
+        "sdlora.version": sdlora.__version__,
+        "sdlora.settings": json.dumps(metadata.settings, sort_keys=True),
+    }
+    if metadata.trigger:
+        header["modelspec.trigger_phrase"] = metadata.trigger
+        header["modelspec.usage_hint"] = f"Write {metadata.trigger} in the prompt."
+    return header
+
+
+def tensors_sha256(tensors: dict[str, Tensor]) -> str:
+    """The SHA-256 of all tensors in the order of their names, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode("utf-8"))
+        digest.update(tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_lora(path: Path) -> tuple[LoraState, dict[str, str]]:
+    """Read a kohya-key LoRA, by kohya module name, with its metadata.
+
+    Raises:
+        DataError: The file is not there, not safetensors, too large in its header, holds NaN or infinite numbers, or
+            its tensors do not make a LoRA.
+    """
+    if not path.is_file():
+        raise DataError(f"There is no file {path}.")
+    with path.open("rb") as handle:
+        header_bytes = int.from_bytes(handle.read(8), "little")
+    if not 0 < header_bytes <= min(MAX_HEADER_BYTES, path.stat().st_size):
+        raise DataError(f"{path} is no LoRA that programs load: its header has {header_bytes} bytes.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata: dict[str, str] = dict(file.metadata() or {})
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except SafetensorError as error:
+        raise DataError(f"{path} is not a readable safetensors file: {error}.") from error
+    for key, tensor in tensors.items():
+        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"{path}: the tensor {key!r} holds something other than finite numbers.")
+    state = from_kohya(tensors)
+    if not state:
+        raise DataError(f"{path} holds no LoRA tensors.")
+    return state, metadata
+
+
+def describe_lora(path: Path) -> dict[str, Any]:
+    """What a LoRA file holds, for people and programs.
+
+    Raises:
+        DataError: It cannot be read; see `read_lora`.
+    """
+    state, metadata = read_lora(path)
+    modules: Counter[str] = Counter()
+    for name in state:
+        kind = next((kind for kind, mark in _KINDS.items() if mark in name), "other")
+        modules[kind if name.startswith(UNET_PREFIX) else "text encoder"] += 1
+    norms = [float(torch.linalg.matrix_norm(w.up @ w.down)) * w.alpha / w.down.shape[0] for w in state.values()]
+    return {
+        "file": path.name,
+        "bytes": path.stat().st_size,
+        "title": metadata.get("modelspec.title"),
+        "architecture": metadata.get("modelspec.architecture"),
+        "base": metadata.get("ss_sd_model_name"),
+        "trigger": metadata.get("modelspec.trigger_phrase"),
+        "ranks": sorted({weights.down.shape[0] for weights in state.values()}),
+        "alphas": sorted({weights.alpha for weights in state.values()}),
+        "modules": dict(modules),
+        "parameters": sum(weights.down.numel() + weights.up.numel() for weights in state.values()),
+        "update_norm": round(math.sqrt(sum(norm**2 for norm in norms)), 6),
+        "metadata": metadata,
+    }
