@@ -1,0 +1,1 @@
+"""Base models: one file per family behind one Protocol. Floor 3."""

@@ -1,0 +1,76 @@
+"""What training, caching and previews need of a base model, whatever its family.
+
+Floor 3. A new family is one new file that satisfies `BaseModel`.
+Shapes: B batch, C latent channels, H/W pixels, h/w latents, L tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
+
+from sdlora.diffusion.noise import PredictionType
+
+TextStates = dict[str, Tensor]
+"""What the UNet is told of captions: named tensors, the batch first."""
+
+
+class BaseModel(Protocol):
+    """A frozen base: what turns pictures and captions into tensors, and the network that is adapted.
+
+    Attributes:
+        architecture: ModelSpec's name of the family, such as "stable-diffusion-v1".
+        path: Where it was loaded from, as the user gave it.
+        unet: The network that adapters are injected into, in the compute dtype.
+        device: Where the networks are.
+        prediction_type: "epsilon" or "v_prediction".
+        alphas_cumprod: The schedule, (1000,) float32 on `device`.
+        resolution_px: The edge length it was trained at, in pixels.
+        latent_factor: Pixels per latent, along one edge.
+        vae_identity: A hash of the VAE's weights and configuration, for cache keys.
+        text_identity: A hash of the tokenizer and the text encoders, for cache keys.
+    """
+
+    architecture: str
+    path: str
+    unet: UNet2DConditionModel
+    device: torch.device
+    prediction_type: PredictionType
+    alphas_cumprod: Tensor
+    resolution_px: int
+    latent_factor: int
+    vae_identity: str
+    text_identity: str
+
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to posterior moments (B, 2C, h, w): the mean, then the log-variance."""
+        ...
+
+    def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Moments (B, 2C, h, w) and standard normal noise (B, C, h, w) to scaled latents (B, C, h, w)."""
+        ...
+
+    def encode_captions(self, captions: Sequence[str]) -> TextStates:
+        """Captions to what `predict` takes, the batch first."""
+        ...
+
+    def num_tokens(self, caption: str) -> int:
+        """How many tokens a caption needs, the start and end marks included."""
+        ...
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
+        """The network's answer (B, C, h, w) in float32, for latents (B, C, h, w) at timesteps (B,)."""
+        ...
+
+    def pipeline(self) -> AbstractContextManager[DiffusionPipeline]:
+        """A diffusers pipeline around these very networks, adapters included, for as long as the block lasts."""
+        ...
+
+    def fresh_pipeline(self) -> DiffusionPipeline:
+        """The base loaded from its source once more, in float32 on the CPU, without adapters."""
+        ...

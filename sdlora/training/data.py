@@ -1,0 +1,53 @@
+"""What the trainer reads: cached tensors by example and visit.
+
+Floor 5. Captions of all planned visits are known before training, because they are a function of counters; so the
+text encoder runs once per distinct caption and never in the loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from sdlora.data.cache import Cache
+from sdlora.data.dataset import Dataset
+from sdlora.events import Progress
+from sdlora.models.base import TextStates
+
+CaptionForVisit = Callable[[int, int], str]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """A dataset with its tensors at hand.
+
+    Args:
+        dataset: The pictures.
+        cache: Filled with the moments and captions that the run will ask for.
+        caption: (index of the example, visit) to the caption trained at that visit.
+    """
+
+    dataset: Dataset
+    cache: Cache
+    caption: CaptionForVisit
+
+    def fill(self, num_visits: int, background: str) -> Iterator[Progress]:
+        """Compute what is missing for visits 1 to `num_visits` of every picture."""
+        yield from self.cache.fill_moments(self.dataset.examples, background)
+        visits = range(1, num_visits + 1)
+        indices = range(len(self.dataset.examples))
+        yield from self.cache.fill_text(self.caption(index, visit) for index in indices for visit in visits)
+
+    def name(self, index: int) -> str:
+        """The file name of an example."""
+        return self.dataset.examples[index].name
+
+    def moments(self, index: int) -> Tensor:
+        """The VAE's moments of an example, (2C, h, w)."""
+        return self.cache.moments(self.dataset.examples[index])
+
+    def text(self, visits: list[tuple[int, int]]) -> TextStates:
+        """Text states of (example, visit) pairs, the batch first."""
+        return self.cache.text([self.caption(index, visit) for index, visit in visits])
