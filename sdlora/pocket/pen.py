@@ -1,0 +1,130 @@
+"""A pen that draws sprites: shapes in a subject's own coordinates, on a canvas that is later made smaller.
+
+Floor 3, used by `world` and `sets`. Local coordinates run from -1 to 1 with y downward; the pen turns, scales,
+mirrors and places them, so that a subject is written once and appears in any pose.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from PIL import Image, ImageDraw
+
+Color = tuple[int, int, int]
+Point = tuple[float, float]
+
+SIZE_PX = 64
+OVERSAMPLING = 4
+CANVAS_PX = SIZE_PX * OVERSAMPLING
+INK: Color = (38, 32, 48)
+
+
+def shade(color: Color, amount: float) -> Color:
+    """Mix a colour with black (amount < 0) or white (amount > 0); amount is in [-1, 1]."""
+    target = 255 if amount > 0 else 0
+    weight = abs(amount)
+    red, green, blue = (round(c + (target - c) * weight) for c in color)
+    return red, green, blue
+
+
+def new_canvas(color: Color) -> Image.Image:
+    """An empty oversampled canvas in one colour."""
+    return Image.new("RGB", (CANVAS_PX, CANVAS_PX), color)
+
+
+def shrink(canvas: Image.Image) -> Image.Image:
+    """The finished 64x64 picture: the canvas averaged down, which smooths the edges."""
+    return canvas.reduce(OVERSAMPLING)
+
+
+@dataclass
+class Pen:
+    """Draws in local coordinates and remembers where the patterned colour went.
+
+    Args:
+        canvas: The oversampled picture, drawn on in place.
+        center: Where the local origin lies, in pixels of the finished picture.
+        radius_px: How long one local unit is, in pixels of the finished picture.
+        angle: Turn, in radians, clockwise.
+        mirrored: Whether left and right are exchanged.
+        color: The subject's colour.
+        outline: Colour of all outlines; None draws none.
+    """
+
+    canvas: Image.Image
+    center: Point
+    radius_px: float
+    color: Color
+    angle: float = 0.0
+    mirrored: bool = False
+    outline: Color | None = INK
+    _mask: Image.Image = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._mask = Image.new("L", self.canvas.size, 0)
+
+    def place(self, points: Sequence[Point]) -> list[Point]:
+        """Local points to canvas points."""
+        cos, sin = math.cos(self.angle), math.sin(self.angle)
+        flip = -1.0 if self.mirrored else 1.0
+        unit = self.radius_px * OVERSAMPLING
+        return [
+            (
+                self.center[0] * OVERSAMPLING + flip * unit * (x * cos - y * sin),
+                self.center[1] * OVERSAMPLING + unit * (x * sin + y * cos),
+            )
+            for x, y in points
+        ]
+
+    def polygon(self, points: Sequence[Point], fill: Color | None = None) -> None:
+        """A closed shape; without a fill it takes the subject's colour and its pattern."""
+        placed = self.place(points)
+        ImageDraw.Draw(self.canvas).polygon(placed, fill=fill or self.color)
+        ImageDraw.Draw(self._mask).polygon(placed, fill=0 if fill else 255)
+        if self.outline is not None:
+            self._stroke([*placed, placed[0], placed[1]], self.outline, 1.0)
+
+    def oval(self, x: float, y: float, rx: float, ry: float, fill: Color | None = None) -> None:
+        """An ellipse with half-axes rx and ry around (x, y)."""
+        self.polygon(arc(x, y, rx, ry, 0, 360)[:-1], fill)
+
+    def dot(self, x: float, y: float, radius: float, fill: Color) -> None:
+        """A small disc without an outline, such as an eye."""
+        placed = self.place(arc(x, y, radius, radius, 0, 360, steps=16)[:-1])
+        ImageDraw.Draw(self.canvas).polygon(placed, fill=fill)
+        ImageDraw.Draw(self._mask).polygon(placed, fill=0)
+
+    def line(self, points: Sequence[Point], color: Color, width_px: float = 1.0) -> None:
+        """An open stroke, its width in pixels of the finished picture."""
+        self._stroke(self.place(points), color, width_px)
+
+    def _stroke(self, placed: Sequence[Point], color: Color, width_px: float) -> None:
+        width = max(1, round(width_px * OVERSAMPLING))
+        ImageDraw.Draw(self.canvas).line(list(placed), fill=color, width=width, joint="curve")
+
+    def paint_pattern(self, pattern: str) -> None:
+        """Lay stripes or spots in a darker shade over what was drawn in the subject's colour."""
+        if pattern == "plain":
+            return
+        layer = Image.new("L", self.canvas.size, 0)
+        draw = ImageDraw.Draw(layer)
+        if pattern == "striped":
+            for index in range(-6, 7):
+                x = index * 0.36
+                draw.polygon(self.place([(x, -1.5), (x + 0.17, -1.5), (x + 0.17, 1.5), (x, 1.5)]), fill=255)
+        else:
+            for row in range(-3, 4):
+                for column in range(-3, 4):
+                    x, y = column * 0.46 + (row % 2) * 0.23, row * 0.4
+                    draw.polygon(self.place(arc(x, y, 0.13, 0.13, 0, 360, steps=12)[:-1]), fill=255)
+        darker = Image.new("RGB", self.canvas.size, shade(self.color, -0.45))
+        both = Image.composite(layer, Image.new("L", self.canvas.size, 0), self._mask)
+        self.canvas.paste(darker, (0, 0), both)
+
+
+def arc(x: float, y: float, rx: float, ry: float, start: float, end: float, steps: int = 32) -> list[Point]:
+    """Points along an ellipse from one angle to another, in degrees, clockwise from the right."""
+    angles = [math.radians(start + (end - start) * i / steps) for i in range(steps + 1)]
+    return [(x + rx * math.cos(a), y + ry * math.sin(a)) for a in angles]
