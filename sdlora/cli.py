@@ -1,0 +1,142 @@
+"""The command line: `sdlora train`, `config`, `info`.
+
+Floor 8. Results and JSON go to stdout, everything else to stderr; exit codes are those of `sdlora.errors`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sdlora.config import dump_toml, json_schema, load_config
+from sdlora.errors import SdloraError
+
+EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+
+app = typer.Typer(
+    help="Train LoRAs for diffusion models, and see what they learned.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
+app.add_typer(config_app, name="config")
+
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")
+]
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or a shipped one: quickstart.")]
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    set_: Overrides = None,
+    output: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on stdout.")] = False,
+) -> None:
+    """Train a LoRA from a configuration."""
+    settings = load_config(config, set_ or [])
+    # Only now: loading torch and diffusers takes seconds, which a misspelt key should not cost.
+    _quiet_libraries()
+    from sdlora.progress import JsonLines, ProgressBar
+    from sdlora.run import Stopped, start
+
+    folder = output or Path("runs") / (settings.name or "lora")
+    view = JsonLines(sys.stdout) if json_ else ProgressBar(Console(stderr=True))
+    with _stop_signals() as stop_signal, view:
+        try:
+            for event in start(settings, folder, resume=resume, should_stop=lambda: stop_signal() is not None):
+                view.show(event)
+        except Stopped:
+            _say(f"Stopped. Go on with: sdlora train {config} --output {folder} --resume")
+            raise typer.Exit(EXIT_TERMINATED if stop_signal() == signal.SIGTERM else EXIT_INTERRUPTED) from None
+
+
+@config_app.command("show")
+def config_show(config: ConfigArgument, set_: Overrides = None) -> None:
+    """Print the whole configuration, defaults included, as TOML."""
+    typer.echo(dump_toml(load_config(config, set_ or [])), nl=False)
+
+
+@config_app.command("schema")
+def config_schema() -> None:
+    """Print the JSON schema of configurations."""
+    typer.echo(json.dumps(json_schema(), indent=2))
+
+
+@app.command()
+def info(
+    file: Annotated[Path, typer.Argument(help="A LoRA .safetensors file.")],
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Show what a LoRA file holds."""
+    _quiet_libraries()
+    from sdlora.lora.export import describe_lora
+
+    description = describe_lora(file)
+    if json_:
+        typer.echo(json.dumps(description, indent=2))
+        return
+    width = max(len(key) for key in description)
+    for key, value in description.items():
+        if isinstance(value, dict):
+            value = "".join(f"\n  {name}: {entry}" for name, entry in value.items())
+        typer.echo(f"{key.replace('_', ' '):<{width}}  {value}")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[Callable[[], int | None]]:
+    """Turn the first Ctrl-C or SIGTERM into a wish to stop; the second one interrupts at once."""
+    received: list[int] = []
+
+    def handle(number: int, _: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        _say("Stopping after this step; the checkpoint is saved. Once more stops at once.")
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: received[0] if received else None
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _quiet_libraries() -> None:
+    """Keep other libraries' chatter out of an artist's terminal; their errors still arrive as exceptions."""
+    warnings.filterwarnings("ignore")
+    for name in ("transformers", "diffusers", "accelerate", "torch", "huggingface_hub"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def _say(message: str) -> None:
+    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+
+
+def main() -> None:
+    """Run the command line; errors become one message and an exit code, never a traceback."""
+    try:
+        app()
+    except SdloraError as error:
+        _say(f"Error: {error}")
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        _say("Interrupted.")
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:
+        _say(f"Internal error: {type(error).__name__}: {error}. The run's log.txt has the details.")
+        sys.exit(EXIT_INTERNAL)

@@ -1,0 +1,149 @@
+"""Events for people (a progress bar) and for programs (JSON lines).
+
+Floor 7: reads events, knows nothing of how they came about.
+"""
+
+from __future__ import annotations
+
+import json
+from types import TracebackType
+from typing import IO, Self
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+
+from sdlora import events
+from sdlora.events import Event
+
+
+class JsonLines:
+    """Prints every event as one line of JSON."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.flush()
+
+    def show(self, event: Event) -> None:
+        """Print an event."""
+        print(json.dumps(event.to_json(), ensure_ascii=False), file=self._stream, flush=True)
+
+
+class ProgressBar:
+    """A bar with phase, step, loss, pictures per second and the time left, previews included."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._bar = Progress(
+            TextColumn("{task.description:<15}"), BarColumn(), TaskProgressColumn(),
+            TextColumn("{task.fields[detail]}"), console=console, transient=True,
+        )  # fmt: skip
+        self._task = self._bar.add_task("loading", total=None, detail="")
+        self._plan: events.PlanMade | None = None
+        self._loss: float | None = None
+        self._timer = Timer()
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def show(self, event: Event) -> None:
+        """Draw an event."""
+        self._timer.see(event)
+        if isinstance(event, events.PlanMade):
+            self._plan = event
+            self._line(describe_plan(event))
+        elif isinstance(event, events.Notice):
+            self._line(event.message)
+        elif isinstance(event, events.Progress):
+            self._update(event.phase, event.done, event.total, "")
+        elif isinstance(event, events.StepDone):
+            self._loss = event.loss if self._loss is None else 0.95 * self._loss + 0.05 * event.loss
+            rate = len(event.examples) / event.seconds if event.seconds else 0.0
+            detail = f"epoch {event.epoch} step {event.step} loss {self._loss:.4f} {rate:.1f} pictures/s {self._eta()}"
+            self._update("training", event.step, self._plan.steps if self._plan else event.step, detail)
+        elif isinstance(event, events.EpochDone):
+            name = f"epoch {event.epoch}" if event.epoch else "the base"
+            losses = [("training loss", event.train_loss), ("held-out loss", event.heldout_loss)]
+            told = [f"{label} {value:.5f}" for label, value in losses if value is not None]
+            if told:
+                self._line(f"{name}: {', '.join(told)}")
+        elif isinstance(event, events.Exported):
+            self._line(f"Loaded back through diffusers: {event.num_modules} modules, max error {event.max_error:g}.")
+        elif isinstance(event, events.RunDone):
+            self._line(f"Done in {format_seconds(event.seconds)}: {event.file}")
+            self._line(f"Previews of every epoch: {event.folder}/previews.png, and a page: {event.folder}/report.html")
+
+    def _eta(self) -> str:
+        left = self._timer.eta_seconds
+        return "" if left is None else f"{format_seconds(left)} left"
+
+    def _update(self, phase: str, done: int, total: int, detail: str) -> None:
+        self._bar.update(self._task, description=phase, completed=done, total=total, detail=detail)
+
+    def _line(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+class Timer:
+    """Estimates the time left from measured steps and measured previews."""
+
+    def __init__(self) -> None:
+        self._plan: events.PlanMade | None = None
+        self._step_seconds: float | None = None
+        self._preview_seconds = 0.0
+        self._step = 0
+        self._epochs_closed = 0
+
+    def see(self, event: Event) -> None:
+        """Learn from an event."""
+        if isinstance(event, events.PlanMade):
+            self._plan = event
+        elif isinstance(event, events.StepDone):
+            known = self._step_seconds
+            self._step_seconds = event.seconds if known is None else 0.9 * known + 0.1 * event.seconds
+            self._step = event.step
+        elif isinstance(event, events.PreviewsDone):
+            self._preview_seconds = event.seconds
+            self._epochs_closed = event.epoch
+
+    @property
+    def eta_seconds(self) -> float | None:
+        """Seconds to the end of the run, previews included; None until a step was timed."""
+        if self._plan is None or self._step_seconds is None:
+            return None
+        steps, epochs = self._plan.steps - self._step, self._plan.epochs - self._epochs_closed
+        return steps * self._step_seconds + epochs * self._preview_seconds
+
+
+def describe_plan(plan: events.PlanMade) -> str:
+    """The plan in one paragraph that an artist understands."""
+    share = plan.trained_parameters / plan.base_parameters
+    return (
+        f"{plan.pictures} pictures x {plan.repeats} repeats x {plan.epochs} epochs: every picture is seen "
+        f"{plan.exposures_per_picture} times, {plan.steps} steps of "
+        f"{plan.batch_size * plan.gradient_accumulation_steps} pictures on {plan.device} ({plan.precision}).\n"
+        f"Training {plan.trained_parameters:,} parameters in {', '.join(plan.targets)}, {share:.2%} of the base's "
+        f"{plan.base_parameters:,}; the base itself stays as it is."
+    )
+
+
+def format_seconds(seconds: float) -> str:
+    """Seconds as 42 s, 3 min 05 s or 2 h 07 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"

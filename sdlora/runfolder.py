@@ -1,0 +1,179 @@
+"""A run's folder: the files that a run leaves behind, and how far it is, for anyone who looks.
+
+Floor 7, used by `run`. `state.json` is replaced atomically, `metrics.jsonl` only grows (and is cut back to a
+checkpoint when a run resumes from it).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdlora.errors import DiskFullError, OutputError
+from sdlora.events import EpochDone, Event, Notice, PlanMade, Progress, StepDone
+from sdlora.files import write_json, write_text
+from sdlora.progress import Timer
+
+_RECORDED = (StepDone, EpochDone)
+_STATE_EVERY_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of one run lies.
+
+    Args:
+        path: The folder.
+        name: The run's name, which its LoRA file carries.
+    """
+
+    path: Path
+    name: str
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def state(self) -> Path:
+        """How far the run is."""
+        return self.path / "state.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per step and per epoch."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What happened, in words, and tracebacks of failures."""
+        return self.path / "log.txt"
+
+    @property
+    def checkpoints(self) -> Path:
+        """State for exact resume."""
+        return self.path / "checkpoints"
+
+    @property
+    def lora(self) -> Path:
+        """The file to use: the recommended epoch."""
+        return self.path / f"{self.name}.safetensors"
+
+    @property
+    def sheet(self) -> Path:
+        """The contact sheet of all previews."""
+        return self.path / "previews.png"
+
+    @property
+    def report(self) -> Path:
+        """The page a person reads."""
+        return self.path / "report.html"
+
+    def epoch(self, epoch: int) -> Path:
+        """The folder of an epoch; 0 is the base."""
+        return self.path / "epochs" / str(epoch)
+
+    def epoch_lora(self, epoch: int) -> Path:
+        """The LoRA file of an epoch from 1 on."""
+        return self.epoch(epoch) / "adapter.safetensors"
+
+    def check(self, *, resume: bool) -> None:
+        """See whether a run may start, or go on, here.
+
+        Raises:
+            OutputError: The folder holds another run, or other files, or nothing to resume.
+        """
+        if resume:
+            if not self.config.is_file():
+                raise OutputError(f"There is no run to resume in {self.path}: it holds no config.toml.")
+            return
+        if self.path.is_file():
+            raise OutputError(f"{self.path} is a file. Choose a folder with --output.")
+        if self.config.exists() or self.state.exists():
+            raise OutputError(
+                f"{self.path} already holds a run. Continue it with --resume, or choose another folder with --output."
+            )
+        if self.path.is_dir() and any(self.path.iterdir()):
+            raise OutputError(f"{self.path} is not empty. Choose a new folder with --output.")
+
+    def create(self, config_toml: str) -> None:
+        """Make the folder and write the configuration.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        try:
+            write_text(self.config, config_toml)
+        except DiskFullError:
+            raise
+        except OSError as error:
+            raise OutputError(f"{self.path} cannot be written: {error.strerror}. Choose another --output.") from error
+
+
+class Recorder:
+    """Turns events into `state.json`, `metrics.jsonl` and `log.txt`.
+
+    Args:
+        folder: The run's folder, which exists.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._state: dict[str, Any] = {
+            "status": "running", "phase": "start", "epoch": 0, "step": 0, "total_steps": None, "done": 0, "total": 0,
+            "eta_seconds": None, "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "error": None,
+        }  # fmt: skip
+        self._timer = Timer()
+        self._written = 0.0
+
+    def record(self, event: Event) -> None:
+        """Write what an event changes."""
+        state = self._state
+        self._timer.see(event)
+        if isinstance(event, PlanMade):
+            state["total_steps"] = event.steps
+        elif isinstance(event, Progress):
+            state.update(phase=event.phase, done=event.done, total=event.total)
+        elif isinstance(event, StepDone):
+            state.update(phase="train", epoch=event.epoch, step=event.step, done=event.step, total=state["total_steps"])
+        elif isinstance(event, EpochDone):
+            state["epoch"] = event.epoch
+        if isinstance(event, _RECORDED):
+            with self.folder.metrics.open("a", encoding="utf-8") as handle:
+                handle.write(json.dumps(event.to_json(), ensure_ascii=False) + "\n")
+        elif not isinstance(event, Progress):
+            self.log(event.message if isinstance(event, Notice) else json.dumps(event.to_json(), ensure_ascii=False))
+        state["eta_seconds"] = self._timer.eta_seconds
+        self._write_state(force=not isinstance(event, (Progress, StepDone)))
+
+    def finish(self, status: str, error: str | None = None) -> None:
+        """Say how the run ended: "done", "stopped" or "failed"."""
+        self._state.update(status=status, error=error, eta_seconds=0.0 if status == "done" else None)
+        if error:
+            self.log(f"{status}: {error}")
+        self._write_state(force=True)
+
+    def log(self, message: str) -> None:
+        """Add a line to the log."""
+        with self.folder.log.open("a", encoding="utf-8") as handle:
+            handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+
+    def metrics_bytes(self) -> int:
+        """How long the metrics are; kept in a checkpoint so that a resumed run continues them exactly."""
+        return self.folder.metrics.stat().st_size if self.folder.metrics.exists() else 0
+
+    def cut_metrics(self, num_bytes: int) -> None:
+        """Take back what was recorded after a checkpoint."""
+        if self.folder.metrics.exists():
+            os.truncate(self.folder.metrics, num_bytes)
+
+    def _write_state(self, *, force: bool) -> None:
+        now = time.monotonic()
+        if force or now - self._written > _STATE_EVERY_SECONDS:
+            write_json(self.folder.state, self._state)
+            self._written = now

@@ -1,0 +1,116 @@
+"""A whole run on a tiny base: the files it leaves, resume, and refusals that write nothing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from sdlora.config import load_config
+from sdlora.errors import OutputError
+from sdlora.events import EpochDone, Event, Exported, PlanMade, RunDone, StepDone
+from sdlora.run import Stopped, start
+
+CONFIG = "[data]\ntrigger = 'zumi'\n"
+
+
+def run(folder: Path, overrides: Sequence[str], **options: object) -> list[Event]:
+    source = folder.parent / "hero.toml"
+    source.write_text(CONFIG, encoding="utf-8")
+    return list(start(load_config(str(source), overrides), folder, **options))  # type: ignore[arg-type]
+
+
+def metrics(folder: Path) -> list[dict[str, object]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def without_times(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
+    return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+def digests(folder: Path) -> dict[str, str]:
+    files = [*folder.glob("epochs/*/previews/*.png"), folder / "previews.png"]
+    found = {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    for file in folder.glob("epochs/*/adapter.safetensors"):
+        # The header holds the time of writing; the tensors follow it.
+        content = file.read_bytes()
+        body = content[8 + int.from_bytes(content[:8], "little") :]
+        found[str(file.relative_to(folder))] = hashlib.sha256(body).hexdigest()
+    return found
+
+
+def test_a_run_leaves_everything_a_person_needs(tmp_path: Path, overrides: list[str], pictures: Path) -> None:
+    folder = tmp_path / "run"
+    events = run(folder, [*overrides, f"data.holdout={pictures}", "data.repeats=2"])
+    plan = next(event for event in events if isinstance(event, PlanMade))
+    assert (plan.pictures, plan.exposures_per_picture) == (5, 4)
+    # Two buckets of 3 and 2 pictures, two rounds of each in batches of 2: 3 + 2 steps an epoch.
+    assert plan.steps == 10 == len([event for event in events if isinstance(event, StepDone)])
+    exported = next(event for event in events if isinstance(event, Exported))
+    assert exported.max_error == 0.0
+    assert exported.num_modules == len(plan.targets) * 4 * 4
+    assert isinstance(events[-1], RunDone)
+    for name in ("config.toml", "state.json", "metrics.jsonl", "log.txt", "report.html", "previews.png"):
+        assert (folder / name).stat().st_size > 0, name
+    assert (folder / "hero.safetensors").read_bytes() == (
+        folder / "epochs" / str(exported.epoch) / "adapter.safetensors"
+    ).read_bytes()
+    for epoch in range(3):
+        assert (folder / "epochs" / str(epoch) / "previews" / "prompt00_seed0.png").exists()
+    state = json.loads((folder / "state.json").read_text())
+    assert (state["status"], state["step"], state["error"]) == ("done", 10, None)
+    assert not list(folder.rglob("*.sdlora-partial-*"))
+
+
+def test_metrics_have_the_promised_keys_and_every_visit_once(tmp_path: Path, overrides: list[str]) -> None:
+    run(tmp_path / "run", [*overrides, "data.repeats=2", "preview.enabled=false"])
+    rows = metrics(tmp_path / "run")
+    steps = [row for row in rows if row["event"] == "step"]
+    assert set(steps[0]) == {
+        "event", "epoch", "step", "loss", "lr", "examples", "visits", "timesteps", "losses", "seconds",
+    }  # fmt: skip
+    seen = [pair for row in steps for pair in zip(row["examples"], row["visits"], strict=True)]  # type: ignore[call-overload]
+    names = [f"{color}.png" for color in ("blue", "green", "orange", "purple", "red")]
+    assert sorted(seen) == [(name, visit) for name in names for visit in range(1, 5)]
+    epochs = [row for row in rows if row["event"] == "epoch"]
+    assert [row["epoch"] for row in epochs] == [0, 1, 2]
+    losses = [loss for row in steps if row["epoch"] == 1 for loss in row["losses"]]  # type: ignore[attr-defined]
+    assert epochs[1]["train_loss"] == pytest.approx(sum(losses) / len(losses))
+
+
+def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(tmp_path: Path, overrides: list[str]) -> None:
+    options = [*overrides, "data.repeats=3", "train.log_every_steps=2", f"cache.dir={tmp_path / 'shared'}"]
+    whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    whole.parent.mkdir()
+    cut.parent.mkdir()
+    run(whole, options)
+    for stop_at in (3, 9):
+        calls = iter(range(1, 100))
+        with pytest.raises(Stopped):
+            run(cut, options, resume=stop_at > 3, should_stop=lambda calls=calls, at=stop_at: next(calls) >= at)
+        assert json.loads((cut / "state.json").read_text())["status"] == "stopped"
+    run(cut, options, resume=True)
+    assert digests(cut) == digests(whole)
+    assert without_times(metrics(cut)) == without_times(metrics(whole))
+
+
+def test_a_folder_with_another_run_is_left_alone(tmp_path: Path, overrides: list[str]) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.toml").write_text("mine")
+    with pytest.raises(OutputError, match="--resume"):
+        run(folder, overrides)
+    assert [file.name for file in folder.iterdir()] == ["config.toml"]
+    (folder / "config.toml").rename(folder / "notes.txt")
+    with pytest.raises(OutputError, match="not empty"):
+        run(folder, overrides)
+
+
+def test_heldout_loss_chooses_the_epoch(tmp_path: Path, overrides: list[str], pictures: Path) -> None:
+    events = run(tmp_path / "run", [*overrides, f"data.holdout={pictures}", "preview.enabled=false"])
+    losses = {event.epoch: event.heldout_loss for event in events if isinstance(event, EpochDone)}
+    best = min((1, 2), key=lambda epoch: losses[epoch] or 0.0)
+    assert next(event for event in events if isinstance(event, Exported)).epoch == best

@@ -1,0 +1,1 @@
+"""The app in the browser: a window on run folders. Floor 8."""
