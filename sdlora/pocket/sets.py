@@ -1,0 +1,208 @@
+"""Draws the two sample sets: a character that the world does not contain, and a style it was never drawn in.
+
+Floor 3. `python -m sdlora.pocket.sets --output datasets` writes the committed files, byte for byte.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+
+from sdlora.files import atomic_path, write_text
+from sdlora.pocket.pen import CANVAS_PX, INK, OVERSAMPLING, Color, Pen, new_canvas, shrink
+from sdlora.pocket.world import KINDS, PLACES, POSITIONS, SIZES, WHITE, Scene, subject_pen
+from sdlora.seeds import derive
+
+NUM_TRAINING, NUM_HOLDOUT = 24, 8
+
+TEAL: Color = (30, 164, 160)
+CREAM: Color = (244, 232, 200)
+SUN: Color = (252, 206, 64)
+SCARF: Color = (226, 74, 84)
+PAPER: Color = (34, 74, 150)
+GRID: Color = (52, 94, 170)
+
+LICENSE_TEXT = """# {title}
+
+Drawn by sdlora's own code (`python -m sdlora.pocket.sets`), from nothing else.
+Dedicated to the public domain under CC0 1.0: https://creativecommons.org/publicdomain/zero/1.0/
+"""
+
+
+@dataclass(frozen=True)
+class Pose:
+    """How the character stands.
+
+    Attributes:
+        words: The caption's words for it; empty for standing.
+        lift: How far it is above its place, in local units.
+        lean: Turn in radians.
+        arms: Heights of the two hands, in local units; up is negative.
+        legs: Half the distance between the feet.
+        squash: Height of the body over its usual height.
+    """
+
+    words: str
+    lift: float = 0.0
+    lean: float = 0.0
+    arms: tuple[float, float] = (0.5, 0.5)
+    legs: float = 0.22
+    squash: float = 1.0
+
+
+POSES = (
+    Pose(""),
+    Pose("waving", arms=(0.5, -0.25)),
+    Pose("jumping", lift=0.32, arms=(-0.15, -0.15), legs=0.34),
+    Pose("sitting", squash=0.82, legs=0.42, arms=(0.62, 0.62)),
+    Pose("leaning", lean=0.3),
+)
+
+
+def draw_character(pen: Pen, pose: Pose) -> None:
+    """Zumi: a round teal head with one large eye and two antennae that end in yellow bobbles, and a red scarf."""
+    pen.angle += pose.lean
+    up = -pose.lift
+    foot = 0.95 + up
+    hip = foot - 0.22
+    shoulder = hip - 0.55 * pose.squash
+    head = shoulder - 0.32
+    for side in (-1, 1):
+        pen.line([(side * 0.14, hip - 0.1), (side * pose.legs, foot)], INK, 3.0)
+        pen.line([(side * 0.14, hip - 0.1), (side * pose.legs, foot)], TEAL, 1.6)
+    for side, height in zip((-1, 1), pose.arms, strict=True):
+        hand = (side * 0.58, height + up)
+        pen.line([(side * 0.25, shoulder + 0.18), hand], INK, 3.0)
+        pen.line([(side * 0.25, shoulder + 0.18), hand], TEAL, 1.6)
+    pen.oval(0, (shoulder + hip) / 2 + 0.05, 0.36, (hip - shoulder) / 2 + 0.12, TEAL)
+    pen.oval(0, (shoulder + hip) / 2 + 0.12, 0.21, (hip - shoulder) / 2 - 0.02, CREAM)
+    for side in (-1, 1):
+        tip = (side * 0.46, head - 0.78)
+        pen.line([(side * 0.18, head - 0.3), (side * 0.24, head - 0.6), tip], INK, 1.4)
+        pen.oval(*tip, 0.15, 0.15, SUN)
+    pen.oval(0, head, 0.56, 0.46, TEAL)
+    pen.oval(0.06, head - 0.02, 0.27, 0.27, WHITE)
+    pen.dot(0.12, head, 0.14, INK)
+    pen.polygon([(-0.38, shoulder), (0.38, shoulder), (0.34, shoulder + 0.17), (-0.34, shoulder + 0.17)], SCARF)
+    pen.polygon(
+        [(-0.34, shoulder + 0.1), (-0.14, shoulder + 0.1), (-0.2, shoulder + 0.5), (-0.42, shoulder + 0.46)], SCARF
+    )
+
+
+def _spread(index: int, options: list[str], purpose: str) -> str:
+    """Every option equally often over consecutive indices, in an order of its own per round."""
+    order = list(options)
+    random.Random(derive(0, purpose, index // len(options))).shuffle(order)
+    return order[index % len(options)]
+
+
+def character_scene(index: int) -> tuple[Scene, Pose]:
+    """Where and how the character stands in its picture of that number."""
+    place = _spread(index, list(PLACES), "character place")
+    size = _spread(index, list(SIZES), "character size")
+    position = _spread(index, list(POSITIONS), "character position")
+    pose = POSES[[p.words for p in POSES].index(_spread(index, [p.words for p in POSES], "character pose"))]
+    return Scene("zumi", "white", "plain", size, position, place, derive(0, "character", index)), pose
+
+
+def character_caption(scene: Scene, pose: Pose) -> str:
+    """Such as "a big zumi waving on the left at night"."""
+    subject = ["a", scene.size, "zumi"] if scene.size else ["zumi"]
+    return " ".join(word for word in (*subject, pose.words, scene.position, PLACES[scene.place][0]) if word)
+
+
+def render_character(scene: Scene, pose: Pose) -> Image.Image:
+    """The character in a scene, 64x64."""
+    rng = random.Random(derive(0, "render", scene.seed))
+    canvas = PLACES[scene.place][1](rng)
+    pen = subject_pen(canvas, scene, rng)
+    # Thinner than a cat or a house, it may stand a little taller than they do.
+    pen.radius_px = min(pen.radius_px * 1.25, 23.0)
+    pen.center = (pen.center[0], min(pen.center[1], 62.5 - pen.radius_px))
+    draw_character(pen, pose)
+    return shrink(canvas)
+
+
+def style_scene(index: int) -> Scene:
+    """What is drawn in the style's picture of that number."""
+    kind = _spread(index, list(KINDS), "style kind")
+    size = _spread(index, list(SIZES), "style size")
+    position = _spread(index, list(POSITIONS), "style position")
+    return Scene(kind, "white", "plain", size, position, "", derive(0, "style", index))
+
+
+def style_caption(scene: Scene) -> str:
+    """Such as "blueprint of a small cat on the left"."""
+    return " ".join(word for word in ("blueprint of a", scene.size, scene.kind, scene.position) if word)
+
+
+def render_style(scene: Scene) -> Image.Image:
+    """A subject of the world as a blueprint: white lines on blue squared paper, 64x64."""
+    rng = random.Random(derive(0, "render", scene.seed))
+    canvas = new_canvas(PAPER)
+    draw = ImageDraw.Draw(canvas)
+    step, start = 8 * OVERSAMPLING, rng.randrange(8) * OVERSAMPLING
+    for at in range(start, CANVAS_PX, step):
+        draw.rectangle([at, 0, at + OVERSAMPLING - 1, CANVAS_PX], fill=GRID)
+        draw.rectangle([0, at, CANVAS_PX, at + OVERSAMPLING - 1], fill=GRID)
+    pen = subject_pen(canvas, scene, rng)
+    blueprint = BlueprintPen(canvas, pen.center, pen.radius_px, PAPER, pen.angle, pen.mirrored, WHITE)
+    KINDS[scene.kind](blueprint)
+    return shrink(canvas)
+
+
+class BlueprintPen(Pen):
+    """Draws every shape as a white outline over blue paper, whatever colour it is asked for."""
+
+    def polygon(self, points: list[tuple[float, float]], fill: Color | None = None) -> None:  # type: ignore[override]
+        """A closed outline that hides what lies behind it."""
+        super().polygon(points, PAPER)
+
+    def dot(self, x: float, y: float, radius: float, fill: Color) -> None:
+        """A small white disc."""
+        super().dot(x, y, radius * 0.8, WHITE)
+
+    def line(self, points: list[tuple[float, float]], color: Color, width_px: float = 1.0) -> None:  # type: ignore[override]
+        """A white stroke."""
+        super().line(points, WHITE if color == INK or width_px < 1.5 else PAPER, max(1.0, width_px * 0.8))
+
+
+def write_sets(folder: Path) -> None:
+    """Write both sets, 24 pictures each and 8 more in `holdout`, with captions and licence."""
+
+    def character(index: int) -> tuple[Image.Image, str]:
+        scene, pose = character_scene(index)
+        return render_character(scene, pose), character_caption(scene, pose)
+
+    def style(index: int) -> tuple[Image.Image, str]:
+        scene = style_scene(index)
+        return render_style(scene), style_caption(scene)
+
+    _write_set(folder / "zumi", "Zumi, a character", character)
+    _write_set(folder / "blueprint", "Blueprint, a style", style)
+
+
+def _write_set(folder: Path, title: str, draw: Callable[[int], tuple[Image.Image, str]]) -> None:
+    write_text(folder / "LICENSE.md", LICENSE_TEXT.format(title=title))
+    for index in range(NUM_TRAINING + NUM_HOLDOUT):
+        picture, caption = draw(index)
+        part = folder if index < NUM_TRAINING else folder / "holdout"
+        with atomic_path(part / f"{folder.name}_{index:02d}.png") as temporary:
+            picture.save(temporary, format="PNG", optimize=True)
+        write_text(part / f"{folder.name}_{index:02d}.txt", caption + "\n")
+
+
+def main() -> None:
+    """Parse the command line and draw."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True, help="the folder that gets one folder per set")
+    write_sets(parser.parse_args().output)
+
+
+if __name__ == "__main__":
+    main()
