@@ -213,7 +213,7 @@ def train_unet(plan: Plan, vae_file: Path) -> None:
     unet = architecture.build_unet().to(plan.device, memory_format=torch.channels_last)
     modules: list[nn.Module] = [unet, text_encoder]
     parameters = [p for module in modules for p in module.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    optimizer = torch.optim.AdamW(parameters, lr=plan.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2, fused=True)
     average = Average(modules)
     alphas_cumprod = architecture.build_scheduler().alphas_cumprod.to(plan.device)
     first = 0
@@ -264,7 +264,7 @@ def train_unet(plan: Plan, vae_file: Path) -> None:
 
 
 def export_pocket(plan: Plan, vae_file: Path, folder: Path) -> None:
-    """Write the averaged weights of the newest checkpoint as a diffusers folder in float16."""
+    """Write the averaged weights of the newest checkpoint as a diffusers folder."""
     data, state = encode_world(plan, vae_file), _load(plan.work / "unet_checkpoint.pt", "cpu")
     assert state is not None, "there is a checkpoint once train_unet has run"
     tokenizer = architecture.build_tokenizer(plan.work / "tokenizer")
@@ -277,6 +277,10 @@ def export_pocket(plan: Plan, vae_file: Path, folder: Path) -> None:
     average.values = state["average"]
     average.copy_to_parameters()
     vae.load_state_dict(torch.load(vae_file, map_location="cpu", weights_only=True))
+    # The text encoder stays in float32: transformers loads a model in the type it was saved in, and a half-precision
+    # one would not fit the float32 UNet of a plain `from_pretrained`.
+    unet.half()
+    vae.half()
     vae.register_to_config(scaling_factor=float(data["scaling_factor"]))
     pipeline = StableDiffusionPipeline(
         vae=vae,
@@ -288,7 +292,7 @@ def export_pocket(plan: Plan, vae_file: Path, folder: Path) -> None:
         feature_extractor=None,
         requires_safety_checker=False,
     )
-    pipeline.to(torch.float16).save_pretrained(folder)
+    pipeline.save_pretrained(folder)
     architecture.build_tokenizer(folder / "tokenizer")
 
 

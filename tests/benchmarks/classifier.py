@@ -1,0 +1,181 @@
+"""The judge of generated pictures: a small network trained on renders alone, and never shipped.
+
+It names a picture's kind (the world's sixteen, zumi, or nothing it knows), its colour and its place. Training
+pictures are blurred, shifted and noised, so that a soft edge is no reason to refuse one, and spoiled ones (empty
+places, mixtures, torn and melted subjects) are "nothing", so that rubbish is not accepted.
+
+    python tests/benchmarks/classifier.py judge.pt     trains one (about two minutes on two cores) and tests it
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+
+from sdlora.pocket import pretrain, sets, world
+from sdlora.seeds import derive, generator
+
+NOTHING = "nothing"
+KINDS = [*world.KINDS, "zumi", NOTHING]
+COLORS = list(world.COLORS)
+PLACES = list(world.PLACES)
+NUM_STEPS, BATCH = 700, 64
+# Renders for training and for testing the judge come from seeds that the base's training never reaches.
+TRAIN_SEEDS, TEST_SEEDS = 50_000_000, 60_000_000
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the judge sees in a picture."""
+
+    kind: str
+    color: str
+    place: str
+
+
+class Judge(nn.Module):
+    """Five convolutions, a mean over the picture, three linear heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        widths = [3, 24, 48, 96, 128]
+        blocks: list[nn.Module] = []
+        for narrow, wide in pairwise(widths):
+            blocks += [nn.Conv2d(narrow, wide, 3, 2, 1), nn.GroupNorm(8, wide), nn.SiLU()]
+        self.body = nn.Sequential(*blocks, nn.Conv2d(128, 128, 3, 1, 1), nn.GroupNorm(8, 128), nn.SiLU())
+        self.heads = nn.ModuleList(nn.Linear(256, len(names)) for names in (KINDS, COLORS, PLACES))
+
+    def forward(self, pixels: Tensor) -> list[Tensor]:
+        features = self.body(pixels)
+        pooled = torch.cat([features.mean(dim=(2, 3)), features.amax(dim=(2, 3))], dim=1)
+        return [head(pooled) for head in self.heads]
+
+
+def _zumi(seed: int) -> tuple[Image.Image, str]:
+    """A zumi in any place, size, position and pose, not only in those of the sample set."""
+    rng = random.Random(derive(0, "judge zumi", seed))
+    place = rng.choice(PLACES)
+    scene = world.Scene(
+        "zumi", "white", "plain", rng.choice(list(world.SIZES)), rng.choice(list(world.POSITIONS)), place, seed
+    )
+    return sets.render_character(scene, rng.choice(sets.POSES)), place
+
+
+def _spoiled(seed: int) -> Image.Image:
+    """Something that must not pass for a subject."""
+    rng = random.Random(derive(0, "judge spoiled", seed))
+    kind = rng.randrange(4)
+    if kind == 0:
+        return world.shrink(world.PLACES[rng.choice(PLACES)][1](rng))
+    if kind == 1:
+        # Two subjects at once, each half there.
+        return Image.blend(world.render(world.random_scene(seed)), _zumi(seed)[0], rng.uniform(0.4, 0.6))
+    picture = _zumi(seed)[0] if rng.random() < 0.5 else world.render(world.random_scene(seed))
+    if kind == 2:
+        # Torn: all tiles of eight pixels where subjects are have changed places.
+        tiles = [(x, y) for x in range(8, 56, 8) for y in range(16, 64, 8)]
+        pieces = [picture.crop((x, y, x + 8, y + 8)) for x, y in tiles]
+        rng.shuffle(pieces)
+        for (x, y), piece in zip(tiles, pieces, strict=True):
+            picture.paste(piece, (x, y))
+        return picture
+    # Melted: shrunk to a few pixels and blown up again.
+    return picture.resize((6, 6), Image.Resampling.BOX).resize((64, 64), Image.Resampling.BICUBIC)
+
+
+def sample(seed: int) -> tuple[Image.Image, tuple[int, int, int]]:
+    """A picture and its labels (kind, colour, place); what has none is ignored by the loss."""
+    draw = derive(0, "judge sample", seed) % 100
+    if draw < 14:
+        picture, place = _zumi(seed)
+        return picture, (KINDS.index("zumi"), IGNORED, PLACES.index(place))
+    if draw < 28:
+        return _spoiled(seed), (KINDS.index(NOTHING), IGNORED, IGNORED)
+    scene = world.random_scene(seed)
+    labels = (KINDS.index(scene.kind), COLORS.index(scene.color), PLACES.index(scene.place))
+    return world.render(scene), labels
+
+
+def _soften(pixels: Tensor, step: int) -> Tensor:
+    """Blur, noise, shift and change of brightness, by one amount per batch."""
+    draw = generator(0, "judge soften", step)
+    blurred = F.interpolate(F.avg_pool2d(pixels, 2), scale_factor=2, mode="bilinear", align_corners=False)
+    amount = torch.rand(len(pixels), 1, 1, 1, generator=draw) * 0.8
+    mixed = pixels + amount * (blurred - pixels)
+    shift = torch.randint(-3, 4, (2,), generator=draw).tolist()
+    mixed = torch.roll(mixed, shifts=shift, dims=(2, 3))
+    gain = 1 + 0.12 * torch.randn(len(pixels), 3, 1, 1, generator=draw).clamp(-1.5, 1.5)
+    return mixed * gain + 0.06 * torch.randn(pixels.shape, generator=draw)
+
+
+def train_judge() -> Judge:
+    """Train from nothing; the same weights every time on one machine."""
+    torch.manual_seed(0)
+    judge = Judge()
+    optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=1e-2)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=NUM_STEPS)
+    for step in range(NUM_STEPS):
+        drawn = [sample(TRAIN_SEEDS + step * BATCH + i) for i in range(BATCH)]
+        pixels = _soften(pretrain.to_tensor([picture for picture, _ in drawn]), step)
+        labels = torch.tensor([label for _, label in drawn])
+        answers = judge(pixels)
+        loss = sum(F.cross_entropy(answer, labels[:, i], ignore_index=IGNORED) for i, answer in enumerate(answers))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+    return judge.eval()
+
+
+def load_or_train(path: Path | None) -> Judge:
+    """Read the judge from a file, or train it and keep it there."""
+    if path is not None and path.exists():
+        judge = Judge()
+        judge.load_state_dict(torch.load(path, weights_only=True))
+        return judge.eval()
+    judge = train_judge()
+    if path is not None:
+        torch.save(judge.state_dict(), path)
+    return judge
+
+
+@torch.no_grad()
+def look(judge: Judge, pictures: list[Image.Image]) -> list[Verdict]:
+    """What the judge sees in each 64x64 picture."""
+    kinds, colors, places = (answer.argmax(dim=1).tolist() for answer in judge(pretrain.to_tensor(pictures)))
+    found = zip(kinds, colors, places, strict=True)
+    return [Verdict(KINDS[kind], COLORS[color], PLACES[place]) for kind, color, place in found]
+
+
+def examine(judge: Judge, count: int = 1500) -> dict[str, float]:
+    """Shares of fresh renders judged rightly, and of spoiled ones taken for a subject."""
+    right = {"kind": [], "color": [], "place": [], "zumi": [], "nothing": []}  # type: dict[str, list[bool]]
+    for first in range(TEST_SEEDS, TEST_SEEDS + count, 100):
+        drawn = [sample(seed) for seed in range(first, first + 100)]
+        for (_, (kind, color, place)), seen in zip(drawn, look(judge, [p for p, _ in drawn]), strict=True):
+            name = KINDS[kind]
+            right[name if name in ("zumi", NOTHING) else "kind"].append(seen.kind == name)
+            if color != IGNORED:
+                right["color"].append(seen.color == COLORS[color])
+                right["place"].append(seen.place == PLACES[place])
+    return {name: sum(values) / len(values) for name, values in right.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("path", type=Path, help="where the judge is kept")
+    print(json.dumps(examine(load_or_train(parser.parse_args().path))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+import pytest
+
+from sdlora.data.buckets import choose_bucket, make_buckets
+
+
+@pytest.mark.parametrize(("resolution", "step"), [(512, 64), (1024, 64), (64, 8), (320, 64), (64, 64), (100, 64)])
+def test_buckets_keep_area_step_and_aspect(resolution: int, step: int) -> None:
+    buckets = make_buckets(resolution, step)
+    assert (resolution, resolution) in buckets
+    for width, height in buckets:
+        assert width * height <= resolution**2
+        assert max(width, height) <= 2 * min(width, height)
+        assert (height, width) in buckets
+        if (width, height) != (resolution, resolution):
+            assert width % step == height % step == 0
+
+
+def test_known_sizes_of_stable_diffusion() -> None:
+    assert {(512, 512), (448, 576), (384, 640), (640, 384)} <= set(make_buckets(512, 64))
+
+
+def test_the_nearest_shape_is_chosen() -> None:
+    buckets = make_buckets(512, 64)
+    assert choose_bucket(3000, 3000, buckets) == (512, 512)
+    assert choose_bucket(1920, 1080, buckets) == (640, 384)
+    assert choose_bucket(1080, 1920, buckets) == (384, 640)
+    assert choose_bucket(4000, 10, buckets)[0] > choose_bucket(4000, 10, buckets)[1]

@@ -1,0 +1,59 @@
+import json
+from pathlib import Path
+
+import pytest
+
+from sdlora.data.captions import caption_for_visit, read_captions, with_trigger
+from sdlora.errors import DataError
+
+
+def visit(number: int, caption: str = "a, b, c, d, e", **changes: object) -> str:
+    options = {
+        "trigger": None, "shuffle_tags": False, "keep_tags": 1, "dropout": 0.0, "seed": 0, "example": "x.png",
+    }  # fmt: skip
+    return caption_for_visit(caption, visit=number, **{**options, **changes})  # type: ignore[arg-type]
+
+
+def test_sidecars_and_metadata(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("\ufeff one \n", encoding="utf-8")
+    (tmp_path / "empty.txt").write_text(" \n")
+    lines = [{"file_name": "b.png", "text": "two"}, {"file_name": "c.png", "text": "drei ü"}]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
+    assert read_captions(tmp_path) == {"a.txt": "one", "b.png": "two", "c.png": "drei ü"}
+
+
+@pytest.mark.parametrize("line", ["{", "[]", '{"file_name": "a.png"}', '{"file_name": 3, "text": "x"}', "3"])
+def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + line + "\n")
+    with pytest.raises(DataError, match="line 2"):
+        read_captions(tmp_path)
+
+
+def test_other_encodings_are_named(tmp_path: Path) -> None:
+    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
+    with pytest.raises(DataError, match=r"latin\.txt: not UTF-8"):
+        read_captions(tmp_path)
+
+
+def test_the_trigger_stands_in_front_once() -> None:
+    assert with_trigger("a cat", "zumi") == "zumi, a cat"
+    assert with_trigger("a big Zumi, waving", "zumi") == "a big Zumi, waving"
+    assert with_trigger("zumis", "zumi") == "zumi, zumis"
+    assert with_trigger("", "zumi") == "zumi"
+    assert with_trigger("a cat", None) == "a cat"
+
+
+def test_tags_are_shuffled_by_visit_and_kept_tags_stay() -> None:
+    found = [visit(number, shuffle_tags=True, keep_tags=2) for number in range(30)]
+    assert all(text.startswith("a, b, ") for text in found)
+    assert all(sorted(text.split(", ")) == list("abcde") for text in found)
+    assert len(set(found)) == 6
+    assert found == [visit(number, shuffle_tags=True, keep_tags=2) for number in range(30)]
+    assert visit(1, shuffle_tags=True, keep_tags=1, trigger="zumi").startswith("zumi, ")
+
+
+def test_dropout_is_a_share_of_visits() -> None:
+    dropped = sum(visit(number, dropout=0.3) == "" for number in range(2000))
+    assert 520 < dropped < 680
+    assert visit(1, dropout=1.0, trigger="zumi") == ""
+    assert all(visit(number) == "a, b, c, d, e" for number in range(100))

@@ -1,0 +1,77 @@
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sdlora.data.dataset import Dataset, load_dataset, load_pixels
+from sdlora.errors import DataError
+
+
+def load(folder: Path, **changes: object) -> Dataset:
+    options: dict[str, object] = {
+        "caption": None, "trigger": None, "allow_trigger_only": False, "resolution_px": 32, "bucket_step_px": 8,
+        "buckets": True, "background": "white",
+    }  # fmt: skip
+    return load_dataset(folder, **{**options, **changes})  # type: ignore[arg-type]
+
+
+def test_examples_have_captions_and_buckets(pictures: Path) -> None:
+    found = {e.name: (e.caption, e.bucket) for e in load(pictures).examples}
+    assert found["red.png"] == ("a red ball", (32, 32))
+    assert found["purple.png"] == ("a purple ball", (40, 24))
+    assert {e.bucket for e in load(pictures, buckets=False).examples} == {(32, 32)}
+    wide = next(e for e in load(pictures).examples if e.name == "purple.png")
+    assert load_pixels(wide, "white").size == (40, 24)
+
+
+def test_all_faulty_files_are_named_at_once(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png", "good.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "good.txt").write_text("fine")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "a.png").read_bytes()[:40])
+    (tmp_path / "cut.txt").write_text("fine")
+    with pytest.raises(DataError) as caught:
+        load(tmp_path)
+    assert "cut.png" in str(caught.value)
+    assert "2 of 4 pictures have no caption: a.png, b.png" in str(caught.value)
+    assert "good" not in str(caught.value)
+
+
+def test_captions_for_those_without(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (8, 8)).save(tmp_path / name)
+    (tmp_path / "b.txt").write_text("own")
+    assert [e.caption for e in load(tmp_path, caption="all").examples] == ["all", "own"]
+    assert [e.caption for e in load(tmp_path, trigger="zumi", allow_trigger_only=True).examples] == ["", "own"]
+    with pytest.raises(DataError):
+        load(tmp_path, trigger="zumi")
+    with pytest.raises(DataError):
+        load(tmp_path, allow_trigger_only=True)
+
+
+def test_two_different_captions_for_one_picture(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("one")
+    (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "two"}))
+    with pytest.raises(DataError, match="two different captions"):
+        load(tmp_path)
+    (tmp_path / "a.txt").write_text("two")
+    assert load(tmp_path).examples[0].caption == "two"
+
+
+def test_missing_and_empty_folders(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="There is no folder"):
+        load(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="holds no pictures"):
+        load(tmp_path)
+
+
+def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "lonely.txt").write_text("y")
+    (tmp_path / "more").mkdir()
+    first, second = load(tmp_path).notices
+    assert "more" in first
+    assert "lonely.txt" in second

@@ -1,0 +1,140 @@
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from adapters import trained
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sdlora.errors import DataError, ExportError
+from sdlora.lora.export import LoraMetadata, describe_lora, read_lora, save_lora
+from sdlora.lora.inject import LoraState
+from sdlora.lora.keys import with_paths
+from sdlora.lora.prove import prove_lora
+
+METADATA = LoraMetadata(
+    name="hero", base="/home/someone/models/base", architecture="stable-diffusion-v1", resolution_px=64,
+    trigger="zumi", epoch=3, step=12, settings={"lora": {"rank": 4}},
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("rank", [1, 8, 64])
+@pytest.mark.parametrize("alpha", ["one", "half", "rank"])
+def test_diffusers_loads_it_without_any_error(pipeline: Any, tmp_path: Path, rank: int, alpha: str) -> None:
+    adapter = trained(pipeline.unet, rank, {"one": 1.0, "half": rank / 2, "rank": float(rank)}[alpha])
+    adapter.remove()
+    save_lora(tmp_path / "hero.safetensors", adapter.state(), metadata=METADATA)
+    proof = prove_lora(tmp_path / "hero.safetensors", adapter.state(), pipeline)
+    assert proof.max_error == 0.0
+    assert proof.max_effect > 1e-3
+    assert proof.num_modules == 40
+
+
+def spoil(path: Path, change: str) -> None:
+    tensors = load_file(path)
+    alphas = [key for key in tensors if key.endswith(".alpha")]
+    if change == "no alpha":
+        tensors = {key: value for key, value in tensors.items() if key not in alphas}
+    elif change == "one module less":
+        tensors = {k: v for k, v in tensors.items() if not k.startswith(alphas[0].removesuffix(".alpha"))}
+    else:
+        key = alphas[3].replace(".alpha", ".lora_up.weight")
+        tensors[key] = tensors[key] + 1e-4
+    save_file(tensors, path)
+
+
+@pytest.mark.parametrize("change", ["no alpha", "one module less", "one number off"])
+def test_the_proof_fails_on_a_spoiled_file(pipeline: Any, state: LoraState, tmp_path: Path, change: str) -> None:
+    file = tmp_path / "hero.safetensors"
+    save_lora(file, state, metadata=METADATA)
+    spoil(file, change)
+    with pytest.raises(ExportError):
+        prove_lora(file, state, pipeline)
+
+
+def test_metadata_is_what_other_programs_read_and_no_more(state: LoraState, tmp_path: Path) -> None:
+    file = tmp_path / "hero.safetensors"
+    save_lora(file, state, metadata=METADATA)
+    with safe_open(file, framework="pt") as opened:
+        metadata, keys = opened.metadata(), list(opened.keys())
+    assert metadata["modelspec.sai_model_spec"] == "1.0.1"
+    assert metadata["modelspec.architecture"] == "stable-diffusion-v1/lora"
+    assert metadata["modelspec.title"] == metadata["ss_output_name"] == "hero"
+    assert metadata["modelspec.trigger_phrase"] == "zumi"
+    assert "zumi" in metadata["modelspec.usage_hint"]
+    assert metadata["ss_base_model_version"] == "sd_v1"
+    assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
+    assert metadata["modelspec.hash_sha256"] == "0x" + metadata["sshs_model_hash"]
+    assert metadata["ss_sd_model_name"] == "base"
+    assert "/home" not in json.dumps(metadata)
+    assert len(keys) == 3 * 40
+    assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_q.lora_down.weight" in keys
+
+
+def test_what_is_read_is_what_was_written(unet: Any, state: LoraState, tmp_path: Path) -> None:
+    file = tmp_path / "hero.safetensors"
+    save_lora(file, state, metadata=METADATA)
+    found = with_paths(read_lora(file)[0], [name for name, _ in unet.named_modules()])
+    assert set(found) == set(state)
+    for path, weights in state.items():
+        assert torch.equal(found[path].down, weights.down)
+        assert torch.equal(found[path].up, weights.up)
+        assert found[path].alpha == weights.alpha
+    with pytest.raises(DataError, match="not in this base"):
+        with_paths(read_lora(file)[0], ["conv_in"])
+
+
+def test_a_description_for_people(state: LoraState, tmp_path: Path) -> None:
+    file = tmp_path / "hero.safetensors"
+    save_lora(file, state, metadata=METADATA)
+    found = describe_lora(file)
+    assert found["modules"] == {"cross_attention": 16, "self_attention": 16, "mlp": 8}
+    assert (found["ranks"], found["alphas"], found["trigger"]) == ([4], [2.0], "zumi")
+    expected = sum(float((w.up @ w.down * 0.5).pow(2).sum()) for w in state.values()) ** 0.5
+    assert found["update_norm"] == pytest.approx(expected, rel=1e-4)
+
+
+NAME = "lora_unet_x"
+
+
+@pytest.mark.parametrize(
+    ("tensors", "reason"),
+    [
+        ({}, "no LoRA tensors"),
+        ({"unet.x.lora_A.weight": torch.ones(2, 3)}, "not one of kohya's"),
+        ({f"{NAME}.lora_down.weight": torch.ones(2, 3)}, "lacks alpha, lora_up"),
+        (
+            {f"{NAME}.lora_down.weight": torch.ones(2, 3), f"{NAME}.lora_up.weight": torch.ones(4, 5),
+             f"{NAME}.alpha": torch.tensor(1.0)}, "do not pair",
+        ),
+        (
+            {f"{NAME}.lora_down.weight": torch.full((2, 3), float("nan")), f"{NAME}.lora_up.weight": torch.ones(4, 2),
+             f"{NAME}.alpha": torch.tensor(1.0)}, "finite",
+        ),
+        ({f"{NAME}.lora_down.weight": torch.ones(2, 3, dtype=torch.int64)}, "finite"),
+    ],
+)  # fmt: skip
+def test_tensors_that_are_no_lora_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], reason: str) -> None:
+    file = tmp_path / "odd.safetensors"
+    save_file(tensors, file)
+    with pytest.raises(DataError, match=reason):
+        read_lora(file)
+
+
+def test_files_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
+    for index, content in enumerate(
+        [b"", b"PK\x03\x04" * 9, struct.pack("<Q", 1 << 62) + b"{}", struct.pack("<Q", 2) + b"{", b"\x80\x04pickle" * 3]
+    ):
+        file = tmp_path / f"{index}.safetensors"
+        file.write_bytes(content)
+        with pytest.raises(DataError):
+            read_lora(file)
+    with pytest.raises(DataError, match="There is no file"):
+        read_lora(tmp_path / "nowhere.safetensors")
+    huge = tmp_path / "huge.safetensors"
+    save_file({"a": torch.ones(1)}, huge, metadata={"x": "y" * (2 << 20)})
+    with pytest.raises(DataError, match="header"):
+        read_lora(huge)

@@ -1,0 +1,83 @@
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from tiny import make_tiny_pipeline
+
+from sdlora.errors import BaseModelError
+from sdlora.models.load import load_base
+from sdlora.models.sd import weights_identity
+
+CPU = torch.device("cpu")
+
+
+def test_numbers_equal_those_of_diffusers_own_modules(tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), device=CPU, dtype=torch.float32)
+    reference = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    with torch.no_grad():
+        posterior = reference.vae.encode(pixels).latent_dist
+        moments = base.encode_pixels(pixels)
+        noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(7))
+        expected = posterior.sample(torch.Generator().manual_seed(7)) * reference.vae.config.scaling_factor
+        torch.testing.assert_close(base.sample_latents(moments, noise), expected)
+        states, _ = reference.encode_prompt(["a cat", "a dog"], "cpu", 1, False)
+        found = base.encode_captions(["a cat", "a dog"])
+        torch.testing.assert_close(found["states"], states)
+        timesteps = torch.tensor([3, 900])
+        answer = reference.unet(noise, timesteps, states).sample
+        torch.testing.assert_close(base.predict(noise, timesteps, found), answer)
+    assert (base.resolution_px, base.latent_factor, base.prediction_type) == (32, 4, "epsilon")
+    assert base.num_tokens("a cat") == 4
+
+
+def test_previews_work_in_bf16_with_latents_in_fp32(tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), device=CPU, dtype=torch.bfloat16)
+    with base.pipeline() as pipeline:
+        options = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.0}
+        latents = pipeline("a cat", generator=torch.Generator().manual_seed(0), **options).images
+    assert latents.dtype == torch.float32
+    assert not list(base.unet._forward_hooks.values())
+    assert next(base.unet.parameters()).dtype == torch.bfloat16
+    assert next(base.fresh_pipeline().unet.parameters()).dtype == torch.float32
+
+
+def test_v_prediction_is_read_from_the_scheduler(tmp_path: Path) -> None:
+    make_tiny_pipeline(tmp_path / "v", prediction_type="v_prediction")
+    assert load_base(str(tmp_path / "v"), device=CPU, dtype=torch.float32).prediction_type == "v_prediction"
+
+
+def test_what_cannot_be_trained_is_refused_with_a_reason(tmp_path: Path, tiny_base: Path) -> None:
+    def refused(path: str) -> str:
+        with pytest.raises(BaseModelError) as caught:
+            load_base(path, device=CPU, dtype=torch.float32)
+        return str(caught.value)
+
+    make_tiny_pipeline(tmp_path / "inpaint", in_channels=9)
+    assert "inpainting" in refused(str(tmp_path / "inpaint"))
+    assert "There is no base 'nowhere'" in refused("nowhere")
+    (tmp_path / "model.ckpt").write_bytes(b"x")
+    assert "single file" in refused(str(tmp_path / "model.ckpt"))
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base, copy)
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "_class_name": "FluxPipeline"}))
+    assert "FluxPipeline" in refused(str(copy))
+    (copy / "model_index.json").write_text("{")
+    assert "not readable as JSON" in refused(str(copy))
+    (copy / "model_index.json").write_text(json.dumps(index))
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    assert "could not be loaded" in refused(str(copy))
+
+
+def test_identity_changes_with_any_weight_and_with_the_vocabulary() -> None:
+    layer = torch.nn.Linear(3, 3)
+    first = weights_identity(layer, {"a": 1})
+    assert first == weights_identity(layer, {"a": 1})
+    assert first != weights_identity(layer, {"a": 2})
+    with torch.no_grad():
+        layer.weight[0, 0] += 1e-6
+    assert first != weights_identity(layer, {"a": 1})

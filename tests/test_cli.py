@@ -1,0 +1,141 @@
+"""Bad input through the real command line: a message, an exit code, and nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from sdlora import cli
+from sdlora.config import load_config, parse_config
+
+
+def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:
+    """The exit code, stdout and stderr of `sdlora ARGUMENTS`."""
+    before = sys.argv
+    sys.argv = ["sdlora", *arguments]
+    try:
+        with pytest.raises(SystemExit) as caught:
+            cli.main()
+    finally:
+        sys.argv = before
+    code = caught.value.code
+    return (code if isinstance(code, int) else 0, *capsys.readouterr())
+
+
+@pytest.fixture
+def train(tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]):  # type: ignore[no-untyped-def]
+    def run(*changes: str, output: Path = tmp_path / "run", flags: tuple[str, ...] = ()) -> tuple[int, str, str]:
+        source = tmp_path / "hero.toml"
+        source.write_text("[data]\ntrigger = 'zumi'\n")
+        settings = [part for change in (*overrides, *changes) for part in ("--set", change)]
+        return call(capsys, "train", str(source), "--output", str(output), *settings, *flags)
+
+    return run
+
+
+def folder_with(path: Path, **files: bytes) -> Path:
+    path.mkdir()
+    for name, content in files.items():
+        (path / name.replace("_", ".")).write_bytes(content)
+    return path
+
+
+def test_bad_input_has_a_message_and_a_code_and_writes_nothing(train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
+    png = (tmp_path / "x.png").read_bytes()
+    empty = folder_with(tmp_path / "empty")
+    bare = folder_with(tmp_path / "bare", a_png=png)
+    torn = folder_with(tmp_path / "torn", a_png=png[:50], a_txt=b"a ball")
+    cases: list[tuple[list[str], int, str]] = [
+        (["data.folder=nowhere"], 3, "There is no folder 'nowhere'"),
+        ([f"data.folder={empty}"], 3, "holds no pictures"),
+        ([f"data.folder={bare}"], 3, "1 of 1 pictures have no caption: a.png"),
+        ([f"data.folder={torn}"], 3, "a.png: broken or cut off"),
+        (["lora.rnak=4"], 2, "Did you mean lora.rank?"),
+        (["train.epochs=9"], 2, "copy-paste overfitting"),
+        (['lora.targets=["convolution"]'], 2, "lora.targets"),
+        (["base.path=nowhere"], 2, "There is no base 'nowhere'"),
+        ([f"base.path={empty}"], 2, "model_index.json"),
+        (["train.device=tpu9"], 2, "train.device"),
+        (["train.precision=fp16"], 2, "fp16"),
+    ]
+    for changes, code, reason in cases:
+        found, out, err = train(*changes)
+        assert (found, out) == (code, ""), err
+        assert reason in " ".join(err.split()), err
+        assert "Traceback" not in err
+        assert not (tmp_path / "run").exists(), changes
+
+
+def test_an_output_with_another_run_is_refused(train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.toml").write_text("seed = 1")
+    code, _, err = train()
+    assert code == 2
+    assert "already holds a run" in err
+    assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.toml"]
+    code, _, err = train(output=tmp_path / "none", flags=("--resume",))
+    assert code == 2
+    assert "no run to resume" in err
+
+
+def test_json_events_are_the_metrics(train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+    code, out, _ = train("preview.enabled=false", flags=("--json",))
+    assert code == 0
+    events = [json.loads(line) for line in out.splitlines()]
+    assert events[0]["event"] == "plan"
+    assert events[-1]["event"] == "done"
+    recorded = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [event for event in events if event["event"] in ("step", "epoch")] == recorded
+
+
+def test_progress_says_what_will_happen(train) -> None:  # type: ignore[no-untyped-def]
+    code, out, err = train("data.repeats=2")
+    assert (code, out) == (0, "")
+    assert "every picture is seen 4 times" in err
+    assert "max error 0" in err
+    assert "previews.png" in err
+
+
+def test_config_show_is_complete_and_valid(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    code, out, _ = call(capsys, "config", "show", "quickstart", "--set", "lora.rank=4")
+    assert code == 0
+    (tmp_path / "shown.toml").write_text(out)
+    assert load_config(str(tmp_path / "shown.toml")) == load_config("quickstart", ["lora.rank=4"])
+    code, out, _ = call(capsys, "config", "schema")
+    assert json.loads(out)["properties"]["lora"]
+    assert parse_config({"data": {"folder": "x"}}, name="x").lora.rank == 8
+
+
+def test_info_shows_what_a_file_holds(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+    train("preview.enabled=false")
+    code, out, _ = call(capsys, "info", str(tmp_path / "run" / "hero.safetensors"), "--json")
+    assert code == 0
+    assert json.loads(out)["modules"] == {"cross_attention": 16}
+    code, out, _ = call(capsys, "info", str(tmp_path / "run" / "hero.safetensors"))
+    assert "zumi" in out
+    code, _, err = call(capsys, "info", str(tmp_path / "nothing.safetensors"))
+    assert (code, "There is no file" in err) == (3, True)
+
+
+def test_an_internal_error_shows_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise ZeroDivisionError("oops")
+
+    monkeypatch.setattr(cli, "load_config", broken)
+    code, _, err = call(capsys, "config", "show", "quickstart")
+    assert code == 1
+    assert "Internal error: ZeroDivisionError: oops" in err
+    assert "Traceback" not in err
+
+
+def test_a_misspelt_key_costs_no_import_of_torch() -> None:
+    script = "import sys; import sdlora.config, sdlora.cli; assert 'diffusers' not in sys.modules"
+    subprocess.run([sys.executable, "-c", script], check=True)

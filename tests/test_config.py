@@ -1,0 +1,116 @@
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sdlora.config import RunConfig, dump_toml, json_schema, load_config, option_names, parse_config
+from sdlora.errors import ConfigError
+
+
+def faults(**document: object) -> str:
+    with pytest.raises(ConfigError) as caught:
+        parse_config({"data": {"folder": "x"}, **document}, name="n")
+    return str(caught.value)
+
+
+def test_the_list_of_options_is_a_decision() -> None:
+    assert option_names() == [
+        "name", "seed", "base.path", "base.revision", "base.variant", "data.folder", "data.holdout", "data.caption",
+        "data.trigger", "data.allow_trigger_only", "data.repeats", "data.resolution_px", "data.buckets",
+        "data.bucket_step_px", "data.background", "data.shuffle_tags", "data.keep_tags", "data.caption_dropout",
+        "lora.rank", "lora.alpha", "lora.targets", "train.epochs", "train.batch_size",
+        "train.gradient_accumulation_steps", "train.learning_rate", "train.schedule", "train.warmup_steps",
+        "train.weight_decay", "train.max_grad_norm", "train.precision", "train.device", "train.log_every_steps",
+        "train.checkpoint_every_steps", "timesteps.density", "timesteps.min", "timesteps.max", "preview.enabled",
+        "preview.prompts", "preview.seeds", "preview.negative_prompt", "preview.num_steps", "preview.guidance",
+        "cache.dir",
+    ]  # fmt: skip
+
+
+def test_defaults_are_the_stated_ones() -> None:
+    config = parse_config({"data": {"folder": "x"}}, name="n")
+    assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 8.0, ["cross_attention"])
+    assert (config.train.epochs, config.train.learning_rate, config.name) == (4, 2e-4, "n")
+
+
+def test_all_faults_at_once_with_the_nearest_name() -> None:
+    message = faults(lora={"rnak": 4, "rank": 0}, train={"batchsize": 2, "schedule": "linear"}, sed=1)
+    assert "lora.rnak: there is no such setting. Did you mean lora.rank?" in message
+    assert "train.batchsize: there is no such setting. Did you mean train.batch_size?" in message
+    assert "lora.rank: found 0; input should be greater than or equal to 1." in message
+    assert "train.schedule: found 'linear'; input should be 'constant' or 'cosine'." in message
+    assert "sed: there is no such setting. Did you mean seed?" in message
+
+
+@pytest.mark.parametrize("epochs", [6, 9, 100])
+def test_too_many_epochs_explain_copying(epochs: int) -> None:
+    message = faults(train={"epochs": epochs})
+    assert f"train.epochs: {epochs} is above 5" in message
+    assert "copy-paste overfitting" in message
+
+
+def test_impossible_pairs_and_values() -> None:
+    assert "min (900) is above max (100)" in faults(timesteps={"min": 900, "max": 100})
+    assert "data.background" in faults(data={"folder": "x", "background": "no colour"})
+    assert "named twice" in faults(lora={"targets": ["mlp", "mlp"]})
+    assert "train.learning_rate" in faults(train={"learning_rate": float("nan")})
+    assert "data.folder: not set" in faults(data={})
+    assert "name" in faults(name="../../etc")
+
+
+def test_overrides_are_toml_or_plain_text(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[data]\nfolder = 'a'\n")
+    config = load_config(
+        str(file), ["data.folder=/some/where", "lora.rank=4", 'lora.targets=["mlp"]', "preview.enabled=false"]
+    )
+    assert (config.data.folder, config.lora.rank, config.lora.targets) == ("/some/where", 4, ["mlp"])
+    assert config.preview.enabled is False
+    assert config.name == "mine"
+    for wrong in ("lora.rank", "=3", "seed.x=1"):
+        with pytest.raises(ConfigError):
+            load_config(str(file), ["seed=1", wrong])
+
+
+def test_a_missing_or_broken_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'quickstart'"):
+        load_config("quickstrat")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[data\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(str(broken))
+
+
+def test_what_is_written_reads_back_as_the_same() -> None:
+    awkward = 'a "quoted" \\ line\nwith é \x7f and \t tab'
+    config = parse_config(
+        {
+            "data": {"folder": "x", "caption": awkward},
+            "preview": {"prompts": [awkward, ""]},
+            "train": {"learning_rate": 1e-3},
+        },
+        name="run 1",
+    )
+    document = tomllib.loads(dump_toml(config))
+    assert parse_config(document, name="other") == config
+    assert "# holdout =" in dump_toml(config)
+
+
+def test_every_option_is_described_and_in_the_schema() -> None:
+    schema = json.dumps(json_schema())
+    for name in option_names():
+        head, _, key = name.rpartition(".")
+        model = type(getattr(RunConfig(), head)) if head else RunConfig
+        assert (model.model_fields[key].description or "").endswith("."), name
+        assert f'"{key}"' in schema
+
+
+def test_shipped_configurations_are_valid_and_hold_only_what_differs() -> None:
+    for path in (Path(__file__).parent.parent / "configs").glob("*.toml"):
+        config = load_config(path.stem)
+        assert config.name == path.stem
+        defaults = RunConfig()
+        for section, values in tomllib.loads(path.read_text()).items():
+            for key, value in values.items():
+                assert getattr(getattr(defaults, section), key) != value, f"{path.name}: {section}.{key} is the default"

@@ -1,0 +1,40 @@
+import errno
+from pathlib import Path
+
+import pytest
+
+from sdlora import files
+from sdlora.errors import DiskFullError
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+    target = tmp_path / "state.json"
+    files.write_json(target, {"step": 1})
+    with pytest.raises(RuntimeError), files.atomic_path(target) as temporary:
+        temporary.write_text("half")
+        raise RuntimeError
+    assert target.read_text() == '{\n  "step": 1\n}\n'
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_a_full_disk_has_its_own_error(tmp_path: Path) -> None:
+    target = tmp_path / "lora.safetensors"
+    target.write_text("old")
+    with pytest.raises(DiskFullError, match=r"lora\.safetensors") as caught, files.atomic_path(target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert caught.value.exit_code == 6
+    assert target.read_text() == "old"
+
+
+def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    leftover = tmp_path / "a" / ".x.png.sdlora-partial-123"
+    leftover.write_text("half")
+    (tmp_path / "a" / "x.png").write_text("whole")
+    assert files.remove_partial(tmp_path) == [leftover]
+    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.png"]
+
+
+def test_sha256(tmp_path: Path) -> None:
+    (tmp_path / "f").write_bytes(b"abc")
+    assert files.sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"

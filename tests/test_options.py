@@ -1,0 +1,198 @@
+"""No option without an effect: each one is changed alone, and the run must come out differently."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import make_tiny_pipeline
+
+from sdlora.config import load_config, option_names
+from sdlora.errors import BaseModelError, ConfigError, DataError
+from sdlora.models import load
+from sdlora.run import start
+from sdlora.training.loop import Trainer
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str, str]:
+    """Folders for the runs below; pictures with transparency and tags, wide and square."""
+    root = tmp_path_factory.mktemp("options")
+    folder = root / "set"
+    folder.mkdir()
+    for index, color in enumerate([(200, 30, 30, 255), (30, 200, 30, 90), (30, 30, 200, 255)]):
+        Image.new("RGBA", (64, 32) if index == 2 else (32, 32), color).save(folder / f"p{index}.png")
+        (folder / f"p{index}.txt").write_text(f"first {index}, second, third, fourth")
+    bare = root / "bare"
+    bare.mkdir()
+    Image.new("RGB", (32, 32), "red").save(bare / "a.png")
+    make_tiny_pipeline(root / "v", prediction_type="v_prediction")
+    return {
+        "root": str(root), "set": str(folder), "bare": str(bare), "base": str(tiny_base), "v": str(root / "v"),
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def outcome(scene: dict[str, str]) -> Callable[..., str]:
+    """Runs the common configuration with changes; returns a digest of adapter, previews and file names."""
+    count = iter(range(10_000))
+    source = Path(scene["root"]) / "common.toml"
+    source.write_text(
+        f"""
+        [base]
+        path = "{scene["base"]}"
+        [data]
+        folder = "{scene["set"]}"
+        resolution_px = 32
+        bucket_step_px = 8
+        trigger = "zumi"
+        repeats = 2
+        [lora]
+        rank = 2
+        [train]
+        batch_size = 2
+        epochs = 2
+        learning_rate = 1e-2
+        device = "cpu"
+        precision = "fp32"
+        [preview]
+        num_steps = 2
+        prompts = ["a red ball"]
+        [cache]
+        dir = "{scene["root"]}/cache"
+        """
+    )
+
+    def run(*changes: str) -> str:
+        folder = Path(scene["root"]) / f"run{next(count)}"
+        try:
+            config = load_config(str(source), changes)
+            for _ in start(config, folder):
+                pass
+        except (ConfigError, DataError, BaseModelError) as error:
+            return f"{type(error).__name__}: {error}"
+        digest = hashlib.sha256()
+        (file,) = folder.glob("*.safetensors")
+        for key, tensor in sorted(load_file(file).items()):
+            digest.update(key.encode() + tensor.numpy().tobytes())
+        for path in sorted(folder.glob("epochs/*/previews/*.png")):
+            digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+        checkpoints = sorted(path.name for path in folder.glob("checkpoints/*"))
+        return f"{file.name} {checkpoints} {digest.hexdigest()}"
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def common(outcome: Callable[..., str]) -> str:
+    return outcome()
+
+
+CHANGES: dict[str, list[str]] = {
+    "name": ["name=other"],
+    "seed": ["seed=1"],
+    "base.path": ["base.path={v}"],
+    "base.variant": ["base.variant=fp16"],
+    "data.folder": ["data.folder=builtin:zumi"],
+    "data.caption": ["data.folder={bare}", "data.caption=a thing"],
+    "data.trigger": ["data.trigger=mizu"],
+    "data.allow_trigger_only": ["data.folder={bare}", "data.allow_trigger_only=true"],
+    "data.repeats": ["data.repeats=3"],
+    "data.resolution_px": ["data.resolution_px=40"],
+    "data.buckets": ["data.buckets=false"],
+    "data.bucket_step_px": ["data.bucket_step_px=16"],
+    "data.background": ["data.background=black"],
+    "data.shuffle_tags": ["data.shuffle_tags=true"],
+    "data.caption_dropout": ["data.caption_dropout=0.5"],
+    "lora.rank": ["lora.rank=3"],
+    "lora.alpha": ["lora.alpha=1"],
+    "lora.targets": ['lora.targets=["mlp"]'],
+    "train.epochs": ["train.epochs=1"],
+    "train.batch_size": ["train.batch_size=1"],
+    "train.gradient_accumulation_steps": ["train.gradient_accumulation_steps=2"],
+    "train.learning_rate": ["train.learning_rate=5e-3"],
+    "train.schedule": ["train.schedule=cosine"],
+    "train.warmup_steps": ["train.warmup_steps=3"],
+    "train.weight_decay": ["train.weight_decay=0.5"],
+    "train.max_grad_norm": ["train.max_grad_norm=1e-7"],
+    "train.precision": ["train.precision=bf16"],
+    "train.device": ["train.device=nothing"],
+    "train.checkpoint_every_steps": ["train.checkpoint_every_steps=1"],
+    "timesteps.density": ["timesteps.density=other"],
+    "timesteps.min": ["timesteps.min=500"],
+    "timesteps.max": ["timesteps.max=500"],
+    "preview.enabled": ["preview.enabled=false"],
+    "preview.prompts": ['preview.prompts=["a blue cat"]'],
+    "preview.seeds": ["preview.seeds=[1]"],
+    "preview.negative_prompt": ["preview.negative_prompt=red"],
+    "preview.num_steps": ["preview.num_steps=3"],
+    "preview.guidance": ["preview.guidance=2.0"],
+}
+TESTED_BELOW = {"base.revision", "data.holdout", "data.keep_tags", "train.log_every_steps", "cache.dir"}
+
+
+def test_every_option_is_covered() -> None:
+    assert set(CHANGES) | TESTED_BELOW == set(option_names())
+
+
+@pytest.mark.parametrize("name", list(CHANGES))
+def test_a_change_shows(name: str, common: str, outcome: Callable[..., str], scene: dict[str, str]) -> None:
+    assert outcome(*(change.format(**scene) for change in CHANGES[name])) != common
+
+
+def test_the_same_settings_give_the_same_run(common: str, outcome: Callable[..., str]) -> None:
+    assert outcome() == common
+
+
+def test_captions_for_all_and_trigger_only_work(outcome: Callable[..., str], scene: dict[str, str]) -> None:
+    bare = f"data.folder={scene['bare']}"
+    assert outcome(bare).startswith("DataError")
+    assert outcome(bare, "data.caption=a thing").startswith("common.safetensors")
+    assert outcome(bare, "data.allow_trigger_only=true").startswith("common.safetensors")
+
+
+def test_kept_tags_change_what_is_shuffled(outcome: Callable[..., str]) -> None:
+    assert outcome("data.shuffle_tags=true") != outcome("data.shuffle_tags=true", "data.keep_tags=3")
+
+
+def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+
+    def refuse(source: str, **options: Any) -> None:
+        asked.update(options, source=source)
+        raise OSError("offline")
+
+    monkeypatch.setattr(load.StableDiffusionPipeline, "from_pretrained", refuse)
+    with pytest.raises(BaseModelError, match="offline"):
+        load.load_base("owner/name", device=torch.device("cpu"), dtype=torch.float32, revision="abc", variant="fp16")
+    assert (asked["source"], asked["revision"], asked["variant"]) == ("owner/name", "abc", "fp16")
+    assert asked["use_safetensors"] is True
+
+
+def test_losses_are_read_back_as_seldom_as_asked(monkeypatch: pytest.MonkeyPatch, outcome: Callable[..., str]) -> None:
+    sizes: list[int] = []
+    original = Trainer._read_back
+
+    def count(self: Trainer, pending: Any) -> Any:
+        sizes.append(len(pending.steps))
+        return original(self, pending)
+
+    monkeypatch.setattr(Trainer, "_read_back", count)
+    outcome("train.log_every_steps=1")
+    assert set(sizes) == {1}
+    sizes.clear()
+    outcome("train.log_every_steps=100")
+    assert max(sizes) > 1
+
+
+def test_the_cache_is_where_it_should_be(outcome: Callable[..., str], scene: dict[str, str]) -> None:
+    folder = Path(scene["root"]) / "elsewhere"
+    outcome(f"cache.dir={folder}")
+    assert len(list(folder.glob("moments/*/*.safetensors"))) == 3
+    assert len(list(folder.glob("text/*/*.safetensors"))) == 3

@@ -1,0 +1,122 @@
+"""The trainer's mathematics against what is written out by hand."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from sdlora import seeds
+from sdlora.config import parse_config
+from sdlora.data.cache import Cache
+from sdlora.data.dataset import load_dataset
+from sdlora.data.order import Visit
+from sdlora.errors import DivergedError
+from sdlora.events import StepDone
+from sdlora.lora.inject import inject
+from sdlora.lora.targets import find_targets
+from sdlora.models.load import load_base
+from sdlora.training.data import TrainingData
+from sdlora.training.loop import Trainer
+
+
+def make_trainer(
+    base_folder: Path, pictures: Path, cache: Path, dtype: torch.dtype = torch.float32, **train: object
+) -> Trainer:
+    config = parse_config(
+        {"data": {"folder": "x", "repeats": 2}, "train": {"epochs": 1, "batch_size": 2, **train}, "lora": {"rank": 2}},
+        name="n",
+    )
+    base = load_base(str(base_folder), device=torch.device("cpu"), dtype=dtype)
+    adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"]), 2, 2.0, 0)
+    dataset = load_dataset(
+        pictures, caption=None, trigger=None, allow_trigger_only=False, resolution_px=32, bucket_step_px=8,
+        buckets=False, background="white",
+    )  # fmt: skip
+    data = TrainingData(dataset, Cache(cache, base), lambda index, _: dataset.examples[index].caption)
+    list(data.fill(2, "white"))
+    return Trainer(config, base, adapter, data, Accelerator(cpu=True))
+
+
+def test_the_loss_of_a_visit_is_the_formula(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path)
+    base, example = trainer.base, trainer.data.dataset.examples[3]
+    mean, log_variance = trainer.data.moments(3).unsqueeze(0).chunk(2, dim=1)
+    jitter = seeds.normal((4, 8, 8), 0, "latent", example.name, 2)
+    noise = seeds.normal((4, 8, 8), 0, "noise", example.name, 2)
+    latents = (mean + torch.exp(log_variance / 2) * jitter) * base.vae.config.scaling_factor  # type: ignore[attr-defined]
+    alpha = base.alphas_cumprod[600]
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+    with torch.no_grad():
+        states = base.encode_captions([example.caption])["states"]
+        answer = base.unet(noisy, torch.tensor([600]), states).sample
+        found = trainer.loss_per_example([Visit(3, 2)], [600])
+    torch.testing.assert_close(found, (answer - noise).pow(2).mean().unsqueeze(0))
+
+
+def test_accumulation_gives_the_gradient_of_the_large_batch(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    options = {"max_grad_norm": 0.0, "learning_rate": 1e-2}
+    large = make_trainer(tiny_base, pictures, tmp_path, **options | {"batch_size": 4})
+    small = make_trainer(tiny_base, pictures, tmp_path, **options | {"batch_size": 2, "gradient_accumulation_steps": 2})
+    kept: list[list[torch.Tensor]] = []
+    for trainer in (large, small):
+        grads: list[torch.Tensor] = []
+        step = trainer.optimizer.step
+
+        def spy(step=step, trainer=trainer, grads=grads):  # type: ignore[no-untyped-def]
+            if not grads:
+                grads += [p.grad.clone() for p in trainer.parameters if p.grad is not None]
+            return step()
+
+        trainer.optimizer.step = spy
+        list(trainer.events())
+        kept.append(grads)
+    assert len(kept[0]) == 32
+    for ours, other in zip(*kept, strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-4, atol=1e-8)
+
+
+def test_clipping_clips(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    for limit in (0.0, 1e-3):
+        trainer = make_trainer(tiny_base, pictures, tmp_path, max_grad_norm=limit)
+        norms: list[float] = []
+        step = trainer.optimizer.step
+
+        def spy(step=step, trainer=trainer, norms=norms):  # type: ignore[no-untyped-def]
+            norms.append(float(torch.stack([p.grad.norm() for p in trainer.parameters]).norm()))
+            return step()
+
+        trainer.optimizer.step = spy
+        list(trainer.events())
+        assert max(norms) > 2e-3 if limit == 0.0 else max(norms) == pytest.approx(1e-3, rel=1e-3)
+
+
+def test_bf16_moves_every_number_of_a_float32_adapter(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path, dtype=torch.bfloat16, learning_rate=1e-4)
+    before = copy.deepcopy([p.detach().clone() for p in trainer.adapter.down_parameters()])
+    list(trainer.events())
+    for old, new in zip(before, trainer.adapter.down_parameters(), strict=True):
+        assert new.dtype == torch.float32
+        assert (old != new).float().mean() > 0.99
+
+
+def test_a_loss_that_is_no_number_stops_training(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path, log_every_steps=1)
+    with torch.no_grad():
+        trainer.adapter.up_parameters()[0].fill_(float("nan"))
+    with pytest.raises(DivergedError, match="at step 1") as caught:
+        list(trainer.events())
+    assert caught.value.exit_code == 5
+
+
+def test_learning_lowers_the_loss_on_what_is_learned(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path, learning_rate=2e-2)
+    visits = [Visit(index, 1) for index in range(5)]
+    with torch.no_grad():
+        before = trainer.loss_per_example(visits, [500] * 5).mean()
+    assert sum(isinstance(event, StepDone) for event in trainer.events()) == 5
+    with torch.no_grad():
+        assert trainer.loss_per_example(visits, [500] * 5).mean() < before
