@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import signal
 import sys
 import warnings
@@ -117,10 +118,17 @@ def _stop_signals() -> Iterator[Callable[[], int | None]]:
 
 
 def _quiet_libraries() -> None:
-    """Keep other libraries' chatter out of an artist's terminal; their errors still arrive as exceptions."""
+    """Keep other libraries' chatter and bars out of an artist's terminal; their errors still arrive as exceptions."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
     warnings.filterwarnings("ignore")
-    for name in ("transformers", "diffusers", "accelerate", "torch", "huggingface_hub"):
+    for name in ("accelerate", "torch", "huggingface_hub"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
 
 
 def _say(message: str) -> None:

@@ -250,10 +250,11 @@ def _describe(fault: dict[str, Any]) -> str:
 
 def option_names() -> list[str]:
     """Every option by its dotted name, in the schema's order."""
-    return [name for name, _ in _options(RunConfig())]
+    return [name for name, _ in options(RunConfig())]
 
 
-def _options(config: RunConfig) -> Iterator[tuple[str, Any]]:
+def options(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Every option by its dotted name with its value, in the schema's order."""
     for name in RunConfig.model_fields:
         value = getattr(config, name)
         if isinstance(value, BaseModel):
@@ -266,7 +267,7 @@ def dump_toml(config: RunConfig) -> str:
     """The complete configuration as TOML, each option with its description; reading it gives the same again."""
     lines: list[str] = []
     section = ""
-    for name, value in _options(config):
+    for name, value in options(config):
         head, _, key = name.rpartition(".")
         if head != section:
             section = head

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from sdlora.config import RunConfig, dump_toml
+from sdlora.config import RunConfig, dump_toml, load_config, options
 from sdlora.data.cache import Cache
 from sdlora.data.captions import caption_for_visit, with_trigger
 from sdlora.data.dataset import Dataset, load_dataset
@@ -51,6 +51,7 @@ from sdlora.training.heldout import heldout_loss
 from sdlora.training.loop import Trainer
 
 HIGH_RANK = 32
+_FREE_WHEN_RESUMING = {"cache.dir", "train.log_every_steps", "train.checkpoint_every_steps"}
 
 
 class Stopped(Exception):
@@ -96,6 +97,8 @@ def start(
     begin = time.monotonic()
     folder = RunFolder(output, config.name or "lora")
     folder.check(resume=resume)
+    if resume:
+        _check_same(config, folder)
     try:
         parts = _prepare(config, folder)
     except torch.OutOfMemoryError as error:
@@ -134,20 +137,14 @@ def start(
 def _prepare(config: RunConfig, folder: RunFolder) -> _Parts:
     device, dtype, precision = choose_device(config)
     notices: list[str] = []
-    data_folder = resolve_data_folder(config.data.folder)
-    # The pictures are looked at before the base is loaded, which may take minutes; its own size decides the crop.
-    resolution = config.data.resolution_px
-    if resolution is not None:
-        dataset = _load_dataset(config, data_folder, resolution)
+    # The pictures are looked at before the base is loaded, which may take minutes.
+    dataset = _load_dataset(config, config.data.folder)
+    heldout = None if config.data.holdout is None else _load_dataset(config, config.data.holdout)
+    notices += dataset.notices
     base = load_base(
         config.base.path, device=device, dtype=dtype, revision=config.base.revision, variant=config.base.variant
     )
-    if resolution is None:
-        dataset = _load_dataset(config, data_folder, base.resolution_px)
-    notices += dataset.notices
-    heldout = None
-    if config.data.holdout is not None:
-        heldout = _load_dataset(config, resolve_data_folder(config.data.holdout), resolution or base.resolution_px)
+    dataset = _with_buckets(config, base, dataset)
     targets = find_targets(base.unet, config.lora.targets)
     adapter = inject(base.unet, targets, config.lora.rank, config.lora.alpha, config.seed)
     if config.lora.rank > HIGH_RANK:
@@ -158,6 +155,10 @@ def _prepare(config: RunConfig, folder: RunFolder) -> _Parts:
     cache = Cache(Path(config.cache.dir) if config.cache.dir else None, base)
     data = TrainingData(dataset, cache, partial(_caption, config, dataset))
     notices += _long_captions(base, dataset)
+    heldout_data = None
+    if heldout is not None:
+        heldout = _with_buckets(config, base, heldout)
+        heldout_data = TrainingData(heldout, cache, partial(_heldout_caption, config, heldout))
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if precision == "fp16" else "no")
     return _Parts(
         config=config,
@@ -166,13 +167,29 @@ def _prepare(config: RunConfig, folder: RunFolder) -> _Parts:
         adapter=adapter,
         targets=targets,
         data=data,
-        heldout=None if heldout is None else TrainingData(heldout, cache, partial(_heldout_caption, config, heldout)),
+        heldout=heldout_data,
         trainer=Trainer(config, base, adapter, data, accelerator),
         previews=_preview_request(config, dataset),
         notices=notices,
         device=device,
         precision=precision,
     )
+
+
+def _check_same(config: RunConfig, folder: RunFolder) -> None:
+    """A run goes on only with the settings it was started with.
+
+    Raises:
+        ConfigError: Any setting that matters differs; all are named with both values.
+    """
+    before = dict(options(load_config(str(folder.config))))
+    different = [
+        f"  {name}: was {before[name]!r}, now {value!r}"
+        for name, value in options(config)
+        if name not in _FREE_WHEN_RESUMING and before[name] != value
+    ]
+    if different:
+        raise ConfigError(f"The run in {folder.path} was started with other settings:\n" + "\n".join(different))
 
 
 def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
@@ -199,18 +216,21 @@ def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
     return device, dtype, precision
 
 
-def _load_dataset(config: RunConfig, folder: Path, resolution_px: int) -> Dataset:
+def _load_dataset(config: RunConfig, folder: str) -> Dataset:
     data = config.data
     return load_dataset(
-        folder,
+        resolve_data_folder(folder),
         caption=data.caption,
         trigger=data.trigger,
         allow_trigger_only=data.allow_trigger_only,
-        resolution_px=resolution_px,
-        bucket_step_px=data.bucket_step_px,
-        buckets=data.buckets,
         background=data.background,
     )
+
+
+def _with_buckets(config: RunConfig, base: BaseModel, dataset: Dataset) -> Dataset:
+    data = config.data
+    resolution_px = data.resolution_px or base.resolution_px
+    return dataset.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
 
 
 def _caption(config: RunConfig, dataset: Dataset, index: int, visit: int) -> str:
@@ -232,11 +252,12 @@ def _heldout_caption(config: RunConfig, dataset: Dataset, index: int, _: int) ->
 
 
 def _long_captions(base: BaseModel, dataset: Dataset) -> list[str]:
-    window = 77
-    long = [e.name for e in dataset.examples if base.num_tokens(e.caption) > window]
+    long = [e.name for e in dataset.examples if base.num_tokens(e.caption) > base.max_tokens]
     if not long:
         return []
-    return [f"{len(long)} captions are longer than {window} tokens; their ends are not read. First: {long[0]}."]
+    return [
+        f"{len(long)} captions are longer than {base.max_tokens} tokens; their ends are not read. First: {long[0]}."
+    ]
 
 
 def _preview_request(config: RunConfig, dataset: Dataset) -> PreviewRequest | None:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -139,3 +141,27 @@ def test_an_internal_error_shows_no_traceback(
 def test_a_misspelt_key_costs_no_import_of_torch() -> None:
     script = "import sys; import sdlora.config, sdlora.cli; assert 'diffusers' not in sys.modules"
     subprocess.run([sys.executable, "-c", script], check=True)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_saves_and_the_run_can_go_on(tmp_path: Path, overrides: list[str], number: int, code: int) -> None:
+    source = tmp_path / "hero.toml"
+    source.write_text("[data]\ntrigger = 'zumi'\nrepeats = 300\n")
+    changes = [part for change in [*overrides, "preview.enabled=false"] for part in ("--set", change)]
+    command = [sys.executable, "-m", "sdlora", "train", str(source), "--output", str(tmp_path / "run"), *changes]
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for _ in range(600):
+            if metrics.exists() and metrics.read_text().count("\n") > 20:
+                break
+            time.sleep(0.1)
+        process.send_signal(number)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == code, err
+    assert "Traceback" not in err
+    assert "--resume" in err
+    state = json.loads((tmp_path / "run" / "state.json").read_text())
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert state["status"] == "stopped"
+    assert checkpoint.name == f"step-{state['step']:08d}"
+    assert (checkpoint / "complete.json").exists()

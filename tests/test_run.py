@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from sdlora.config import load_config
-from sdlora.errors import OutputError
-from sdlora.events import EpochDone, Event, Exported, PlanMade, RunDone, StepDone
+from sdlora.errors import ConfigError, OutputError
+from sdlora.events import EpochDone, Event, Exported, Notice, PlanMade, RunDone, StepDone
 from sdlora.run import Stopped, start
 
 CONFIG = "[data]\ntrigger = 'zumi'\n"
@@ -107,6 +107,25 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path: Path, overrides: list
     (folder / "config.toml").rename(folder / "notes.txt")
     with pytest.raises(OutputError, match="not empty"):
         run(folder, overrides)
+
+
+def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path, overrides: list[str]) -> None:
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        run(folder, [*overrides, "preview.enabled=false"], should_stop=lambda: True)
+    before = (folder / "config.toml").read_bytes()
+    with pytest.raises(ConfigError, match=r"lora\.rank: was 4, now 5") as caught:
+        run(folder, [*overrides, "preview.enabled=false", "lora.rank=5", "seed=3"], resume=True)
+    assert "seed: was 0, now 3" in str(caught.value)
+    assert (folder / "config.toml").read_bytes() == before
+    run(folder, [*overrides, "preview.enabled=false", "train.log_every_steps=3"], resume=True)
+
+
+def test_what_a_person_should_know_is_said(tmp_path: Path, overrides: list[str]) -> None:
+    options = [*overrides, "preview.enabled=false", "lora.rank=33", "train.epochs=1"]
+    events = run(tmp_path / "run", options)
+    told = " ".join(event.message for event in events if isinstance(event, Notice))
+    assert "Rank 33 needs more memory and copies the training pictures more easily" in told
 
 
 def test_heldout_loss_chooses_the_epoch(tmp_path: Path, overrides: list[str], pictures: Path) -> None:

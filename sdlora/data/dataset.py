@@ -5,7 +5,7 @@ Floor 2.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
@@ -24,7 +24,7 @@ class Example:
         name: File name, unique in its set.
         path: Where it is.
         caption: Its caption as written.
-        bucket: Width and height it is trained at, in pixels.
+        bucket: Width and height it is trained at, in pixels; its own size until buckets are assigned.
     """
 
     name: str
@@ -47,6 +47,18 @@ class Dataset:
     examples: tuple[Example, ...]
     notices: tuple[str, ...]
 
+    def with_buckets(self, resolution_px: int, bucket_step_px: int, *, buckets: bool) -> Dataset:
+        """The same pictures, each assigned the bucket nearest to its shape.
+
+        Args:
+            resolution_px: Edge of the square that sets the area of buckets.
+            bucket_step_px: Step of the buckets' sizes.
+            buckets: False crops everything to the square.
+        """
+        sizes = make_buckets(resolution_px, bucket_step_px) if buckets else [(resolution_px, resolution_px)]
+        assigned = tuple(replace(e, bucket=choose_bucket(*e.bucket, sizes)) for e in self.examples)
+        return replace(self, examples=assigned)
+
 
 def load_dataset(
     folder: Path,
@@ -54,9 +66,6 @@ def load_dataset(
     caption: str | None,
     trigger: str | None,
     allow_trigger_only: bool,
-    resolution_px: int,
-    bucket_step_px: int,
-    buckets: bool,
     background: str,
 ) -> Dataset:
     """Read a folder of pictures with `.txt` sidecars or a `metadata.jsonl`.
@@ -66,9 +75,6 @@ def load_dataset(
         caption: For pictures that have no caption of their own.
         trigger: The trigger word, for `allow_trigger_only`.
         allow_trigger_only: Whether pictures may go with an empty caption, to which the trigger is added.
-        resolution_px: Edge of the square that sets the area of buckets.
-        bucket_step_px: Step of the buckets' sizes.
-        buckets: False crops everything to the square.
         background: Colour under transparent pixels.
 
     Raises:
@@ -80,7 +86,6 @@ def load_dataset(
     if not files:
         kinds = ", ".join(sorted(SUFFIXES))
         raise DataError(f"The folder {str(folder)!r} holds no pictures ({kinds}).")
-    sizes = make_buckets(resolution_px, bucket_step_px) if buckets else [(resolution_px, resolution_px)]
     captions = read_captions(folder)
     examples: list[Example] = []
     faults: list[str] = []
@@ -97,7 +102,7 @@ def load_dataset(
         if text is None and not (trigger and allow_trigger_only):
             uncaptioned.append(path.name)
             continue
-        examples.append(Example(path.name, path, text or "", choose_bucket(*picture.size, sizes)))
+        examples.append(Example(path.name, path, text or "", picture.size))
     if uncaptioned:
         faults.append(
             f"{len(uncaptioned)} of {len(files)} pictures have no caption: {_some(uncaptioned)}. Write one into "

@@ -32,6 +32,7 @@ class BaseModel(Protocol):
         alphas_cumprod: The schedule, (1000,) float32 on `device`.
         resolution_px: The edge length it was trained at, in pixels.
         latent_factor: Pixels per latent, along one edge.
+        max_tokens: How many tokens of a caption are read, the start and end marks included.
         vae_identity: A hash of the VAE's weights and configuration, for cache keys.
         text_identity: A hash of the tokenizer and the text encoders, for cache keys.
     """
@@ -44,6 +45,7 @@ class BaseModel(Protocol):
     alphas_cumprod: Tensor
     resolution_px: int
     latent_factor: int
+    max_tokens: int
     vae_identity: str
     text_identity: str
 

@@ -65,6 +65,7 @@ class StableDiffusion:
         self.alphas_cumprod: Tensor = schedule.alphas_cumprod.float().to(device)
         self.latent_factor: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.resolution_px: int = self.unet.config.sample_size * self.latent_factor
+        self.max_tokens: int = self.tokenizer.model_max_length
         self.vae_identity = weights_identity(self.vae, self.vae.config)
         vocabulary = self.tokenizer.get_vocab()
         self.text_identity = weights_identity(self.text_encoder, self.text_encoder.config.to_dict(), vocabulary)
@@ -92,7 +93,7 @@ class StableDiffusion:
         tokens = self.tokenizer(
             list(captions),
             padding="max_length",
-            max_length=self.tokenizer.model_max_length,
+            max_length=self.max_tokens,
             truncation=True,
             return_tensors="pt",
         )

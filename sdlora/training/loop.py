@@ -128,9 +128,9 @@ class Trainer:
             due = stopping or index == len(groups) or (every > 0 and self.position.step % every == 0)
             if due or len(pending.steps) >= train.log_every_steps:
                 yield from self._read_back(pending)
-                pending = _Pending()
-            if due:
-                yield CheckpointDue(epoch, self.position.step)
+                if due:
+                    yield CheckpointDue(epoch, self.position.step)
+                pending = _Pending()  # its clock starts here, so that saving is not counted as training
             if stopping:
                 return
 

@@ -16,10 +16,8 @@ def base(tiny_base: Path) -> BaseModel:
 
 
 def dataset(folder: Path) -> Dataset:
-    return load_dataset(
-        folder, caption="x", trigger=None, allow_trigger_only=False, resolution_px=32, bucket_step_px=8, buckets=True,
-        background="white",
-    )  # fmt: skip
+    data = load_dataset(folder, caption="x", trigger=None, allow_trigger_only=False, background="white")
+    return data.with_buckets(32, 8, buckets=True)
 
 
 def fill(cache: Cache, data: Dataset, captions: list[str]) -> None:

@@ -10,18 +10,18 @@ from sdlora.errors import DataError
 
 def load(folder: Path, **changes: object) -> Dataset:
     options: dict[str, object] = {
-        "caption": None, "trigger": None, "allow_trigger_only": False, "resolution_px": 32, "bucket_step_px": 8,
-        "buckets": True, "background": "white",
+        "caption": None, "trigger": None, "allow_trigger_only": False, "background": "white",
     }  # fmt: skip
     return load_dataset(folder, **{**options, **changes})  # type: ignore[arg-type]
 
 
 def test_examples_have_captions_and_buckets(pictures: Path) -> None:
-    found = {e.name: (e.caption, e.bucket) for e in load(pictures).examples}
+    data = load(pictures).with_buckets(32, 8, buckets=True)
+    found = {e.name: (e.caption, e.bucket) for e in data.examples}
     assert found["red.png"] == ("a red ball", (32, 32))
     assert found["purple.png"] == ("a purple ball", (40, 24))
-    assert {e.bucket for e in load(pictures, buckets=False).examples} == {(32, 32)}
-    wide = next(e for e in load(pictures).examples if e.name == "purple.png")
+    assert {e.bucket for e in load(pictures).with_buckets(32, 8, buckets=False).examples} == {(32, 32)}
+    wide = next(e for e in data.examples if e.name == "purple.png")
     assert load_pixels(wide, "white").size == (40, 24)
 
 

@@ -32,10 +32,8 @@ def make_trainer(
     )
     base = load_base(str(base_folder), device=torch.device("cpu"), dtype=dtype)
     adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"]), 2, 2.0, 0)
-    dataset = load_dataset(
-        pictures, caption=None, trigger=None, allow_trigger_only=False, resolution_px=32, bucket_step_px=8,
-        buckets=False, background="white",
-    )  # fmt: skip
+    dataset = load_dataset(pictures, caption=None, trigger=None, allow_trigger_only=False, background="white")
+    dataset = dataset.with_buckets(32, 8, buckets=False)
     data = TrainingData(dataset, Cache(cache, base), lambda index, _: dataset.examples[index].caption)
     list(data.fill(2, "white"))
     return Trainer(config, base, adapter, data, Accelerator(cpu=True))
