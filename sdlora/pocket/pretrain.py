@@ -1,8 +1,9 @@
 """Makes pocket from nothing: `python -m sdlora.pocket.pretrain --work DIR` draws, trains and writes the base.
 
-Floor 3. Two stages, each with checkpoints in the work folder, so that the command can be cut and given again:
-the autoencoder on pictures, then text encoder and UNet together on its latents (Rombach et al. 2112.10752), with an
-exponential moving average and caption dropout for classifier-free guidance (Ho & Salimans 2207.12598).
+Floor 3. Three stages, each with checkpoints in the work folder, so that the command can be cut and given again: the
+autoencoder on pictures, text encoder and UNet together on its latents (Rombach et al. 2112.10752), with an
+exponential moving average and caption dropout for classifier-free guidance (Ho & Salimans 2207.12598), and the
+decoder once more alone.
 
 Shapes: B batch, H/W pixels (64), h/w latents (16), L tokens (77).
 """
@@ -30,6 +31,7 @@ from sdlora.seeds import derive, generator
 CAPTION_DROPOUT = 0.1
 VAE_BATCH_SIZE = 16
 VAE_LEARNING_RATE = 1e-3
+DECODER_SEEDS = 20_000_000  # far from the scenes of the other stages
 SNR_CAP = 5.0
 CHECKPOINT_EVERY_STEPS = 200
 LOG_EVERY_STEPS = 50
@@ -42,6 +44,7 @@ class Plan:
     work: Path
     device: str
     vae_steps: int
+    decoder_steps: int
     steps: int
     num_pictures: int
     batch_size: int
@@ -178,6 +181,54 @@ def train_vae(plan: Plan) -> Path:
     return done
 
 
+def finish_decoder(plan: Plan, vae_file: Path) -> Path:
+    """Sharpen the decoder for latents that stay as they are; returns the file with the finished autoencoder.
+
+    The encoder is frozen, so the UNet's latents keep their meaning and this may run before or after stage 2
+    (Stability's ft-MSE autoencoders were made so).
+    """
+    done, checkpoint = plan.work / "vae_finished.pt", plan.work / "decoder_checkpoint.pt"
+    if done.exists() or plan.decoder_steps == 0:
+        return done if done.exists() else vae_file
+    vae = architecture.build_vae().to(plan.device)
+    vae.load_state_dict(torch.load(vae_file, map_location=plan.device, weights_only=True))
+    trained: list[nn.Module] = [vae.decoder, vae.post_quant_conv]
+    parameters = [p for module in trained for p in module.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=VAE_LEARNING_RATE, betas=(0.9, 0.99), weight_decay=1e-4)
+    average = Average(trained, decay=0.995)
+    first = 0
+    if (state := _load(checkpoint, plan.device)) is not None:
+        vae.load_state_dict(state["vae"])
+        optimizer.load_state_dict(state["optimizer"])
+        average.values, first = state["average"], state["step"]
+    for step in range(first, plan.decoder_steps):
+        for group in optimizer.param_groups:
+            group["lr"] = VAE_LEARNING_RATE * learning_rate_scale(step, plan.decoder_steps, decay_share=0.7)
+        seeds = [DECODER_SEEDS + step * VAE_BATCH_SIZE + i for i in range(VAE_BATCH_SIZE)]
+        quarter = VAE_BATCH_SIZE // 4
+        pictures = [world.render(world.random_scene(s, unseen=False)) for s in seeds[quarter:]]
+        pixels = to_tensor([doodle(s) for s in seeds[:quarter]] + pictures).to(plan.device)
+        with _autocast(plan.device):
+            with torch.no_grad():
+                latents = vae.encode(pixels).latent_dist.sample(generator(3, "latent", step))
+            restored = vae.decode(latents).sample
+        error = restored.float() - pixels
+        loss = error.pow(2).mean() + 0.1 * error.abs().mean()
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        average.update(step)
+        if (step + 1) % (4 * LOG_EVERY_STEPS) == 0:
+            psnr = -10 * torch.log10(error[quarter:].pow(2).mean() / 4).item()
+            print(f"decoder {step + 1}/{plan.decoder_steps} psnr {psnr:.2f}", flush=True)
+            _save(checkpoint, {"vae": vae.state_dict(), "optimizer": optimizer.state_dict(),
+                               "average": average.values, "step": step + 1})  # fmt: skip
+    average.copy_to_parameters()
+    _save(done, vae.state_dict())
+    return done
+
+
 # --- Stage 2: text encoder and UNet -----------------------------------------------------------------------------
 
 
@@ -203,7 +254,7 @@ def encode_world(plan: Plan, vae_file: Path) -> dict[str, Any]:
 
 
 def train_unet(plan: Plan, vae_file: Path) -> None:
-    """Train text encoder and UNet together; a snapshot in diffusers' layout is written with every checkpoint."""
+    """Train text encoder and UNet together, on the latents of the encoder in `vae_file`."""
     checkpoint = plan.work / "unet_checkpoint.pt"
     data = encode_world(plan, vae_file)
     latents: Tensor = data["latents"]
@@ -260,7 +311,6 @@ def train_unet(plan: Plan, vae_file: Path) -> None:
             _save(checkpoint, {"unet": unet.state_dict(), "text_encoder": text_encoder.state_dict(),
                                "optimizer": optimizer.state_dict(), "average": average.values,
                                "step": step + 1})  # fmt: skip
-    export_pocket(plan, vae_file, plan.work / "pocket")
 
 
 def export_pocket(plan: Plan, vae_file: Path, folder: Path) -> None:
@@ -302,26 +352,30 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and the result")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--decoder-steps", type=int, default=2000)
     parser.add_argument("--steps", type=int, default=10000)
     parser.add_argument("--num-pictures", type=int, default=40000)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--export-only", action="store_true", help="write the newest checkpoint as a base and stop")
+    parser.add_argument(
+        "--export-only", action="store_true", help="train no further: write the newest checkpoint as a base"
+    )
     arguments = parser.parse_args()
     plan = Plan(
         work=arguments.work,
         device=arguments.device,
         vae_steps=arguments.vae_steps,
+        decoder_steps=arguments.decoder_steps,
         steps=arguments.steps,
         num_pictures=arguments.num_pictures,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
     )
     plan.work.mkdir(parents=True, exist_ok=True)
-    if arguments.export_only:
-        export_pocket(plan, plan.work / "vae.pt", plan.work / "pocket")
-        return
-    train_unet(plan, train_vae(plan))
+    vae_file = train_vae(plan)
+    if not arguments.export_only:
+        train_unet(plan, vae_file)
+    export_pocket(plan, finish_decoder(plan, vae_file), plan.work / "pocket")
 
 
 if __name__ == "__main__":

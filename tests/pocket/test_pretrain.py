@@ -13,7 +13,8 @@ from sdlora.pocket import pretrain
 
 def plan(folder: Path, steps: int) -> pretrain.Plan:
     return pretrain.Plan(
-        work=folder, device="cpu", vae_steps=2, steps=steps, num_pictures=8, batch_size=2, learning_rate=1e-3
+        work=folder, device="cpu", vae_steps=2, decoder_steps=2, steps=steps, num_pictures=8, batch_size=2,
+        learning_rate=1e-3,
     )  # fmt: skip
 
 
@@ -39,6 +40,11 @@ def test_a_cut_pretraining_goes_on_to_the_same_weights(tmp_path: Path, monkeypat
     pretrain.train_unet(cut, vae)
     states = [torch.load(p.work / "unet_checkpoint.pt", weights_only=True)["unet"] for p in (whole, cut)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    finished = pretrain.finish_decoder(cut, vae)
+    encoders = [torch.load(path, weights_only=True) for path in (vae, finished)]
+    assert all(torch.equal(encoders[0][n], encoders[1][n]) for n in encoders[0] if n.startswith("encoder."))
+    assert not torch.equal(*(encoder["decoder.conv_out.weight"] for encoder in encoders))
+    pretrain.export_pocket(cut, finished, cut.work / "pocket")
     pipeline = StableDiffusionPipeline.from_pretrained(cut.work / "pocket", safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     assert pipeline("a red cat", num_inference_steps=2).images[0].size == (64, 64)
