@@ -20,13 +20,13 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
+from sdlora import __version__
 from sdlora.config import dump_toml, json_schema, load_config
 from sdlora.errors import SdloraError
 
 EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 
 app = typer.Typer(
-    help="Train LoRAs for diffusion models, and see what they learned.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -38,6 +38,21 @@ Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")
 ]
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A TOML file, or a shipped one: quickstart.")]
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"sdlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and stop.")
+    ] = False,
+) -> None:
+    """Train LoRAs for diffusion models, and see what they learned."""
 
 
 @app.command()

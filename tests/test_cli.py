@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdlora import cli
+from sdlora import __version__, cli
 from sdlora.config import load_config, parse_config
 
 
@@ -123,6 +123,14 @@ def test_info_shows_what_a_file_holds(train, tmp_path: Path, capsys: pytest.Capt
     assert "zumi" in out
     code, _, err = call(capsys, "info", str(tmp_path / "nothing.safetensors"))
     assert (code, "There is no file" in err) == (3, True)
+
+
+def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+    assert call(capsys, "--version") == (0, f"sdlora {__version__}\n", "")
+    code, out, _ = call(capsys, "--help")
+    assert code == 0
+    assert all(command in out for command in ("train", "config", "info"))
+    assert call(capsys, "trian")[0] == 2
 
 
 def test_an_internal_error_shows_no_traceback(

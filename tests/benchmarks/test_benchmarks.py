@@ -5,6 +5,7 @@ The slow tests use the run that SDLORA_QUICKSTART_RUN names, or train the quicks
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 
@@ -70,6 +71,9 @@ def test_the_quickstart_teaches_the_character(judge: classifier.Judge, tmp_path:
     if not folder.is_dir():
         for _ in start(load_config("quickstart", ["preview.enabled=false"]), folder):
             pass
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    heldout = [row["heldout_loss"] for row in rows if row["event"] == "epoch"]
+    assert min(heldout[1:]) < heldout[0], heldout
     found = learning.measure(folder / "quickstart.safetensors", pocket_folder(), judge, 64, 5.0)
     assert found["base_share"] <= 0.05, found
     assert found["lora_share"] >= 0.8, found

@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+import torch
+from test_loop import make_trainer
+
+from sdlora.errors import OutputError
+from sdlora.events import CheckpointDue
+from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from sdlora.training.loop import Trainer
+
+
+def train_and_save(trainer: Trainer, folder: Path) -> list[Path]:
+    return [
+        save_checkpoint(folder, trainer, {"note": trainer.position.step})
+        for event in trainer.events()
+        if isinstance(event, CheckpointDue)
+    ]
+
+
+def test_a_checkpoint_brings_everything_back(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path, checkpoint_every_steps=1)
+    saved = train_and_save(trainer, tmp_path / "c")
+    assert len(saved) == 5
+    assert complete_checkpoints(tmp_path / "c") == saved[-2:]
+    other = make_trainer(tiny_base, pictures, tmp_path)
+    assert load_checkpoint(saved[-1], other) == {"note": 5}
+    # Saved before the epoch's end was reported, so the epoch's sum is still there.
+    assert (other.position.step, other.position.loss_count) == (trainer.position.step, 10) == (5, 10)
+    for ours, theirs in zip(trainer.parameters, other.parameters, strict=True):
+        assert torch.equal(ours, theirs)
+    states = [t.optimizer.state_dict()["state"] for t in (trainer, other)]
+    assert states[0].keys() == states[1].keys()
+    for index, values in states[0].items():
+        assert values.keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(value, states[1][index][name]) for name, value in values.items())
+
+
+def test_half_a_checkpoint_is_none(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path, checkpoint_every_steps=2)
+    saved = train_and_save(trainer, tmp_path / "c")
+    (saved[-1] / "complete.json").unlink()
+    assert complete_checkpoints(tmp_path / "c") == [saved[-2]]
+    assert complete_checkpoints(tmp_path / "nowhere") == []
+
+
+def test_another_adapter_is_refused(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path)
+    saved = save_checkpoint(tmp_path / "c", trainer, {})
+    trainer.parameters.pop()
+    with pytest.raises(OutputError, match="another adapter"):
+        load_checkpoint(saved, trainer)
