@@ -293,7 +293,7 @@ def train_unet(plan: Plan, vae_file: Path) -> None:
             states = text_encoder(ids.to(plan.device)).last_hidden_state
             predicted = unet(noisy.contiguous(memory_format=torch.channels_last), t, states).sample
         snr = (alpha / (1 - alpha)).flatten()
-        # Min-SNR-gamma weighting for epsilon prediction (Hang et al. 2303.09556, equation 5).
+        # Min-SNR-gamma weighting for epsilon prediction (Hang et al. 2303.09556).
         weight = snr.clamp(max=SNR_CAP) / snr
         loss = (weight * (predicted.float() - noise).pow(2).mean(dim=(1, 2, 3))).mean()
         optimizer.zero_grad(set_to_none=True)
