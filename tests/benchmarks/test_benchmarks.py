@@ -52,7 +52,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> classifier.Judge:
 @pytest.mark.slow
 def test_the_judge_knows_renders_and_refuses_rubbish(judge: classifier.Judge) -> None:
     found = classifier.examine(judge, 1000)
-    assert min(found[name] for name in ("kind", "color", "place", "zumi")) >= 0.97, found
+    assert min(found[name] for name in ("kind", "color", "place", "zumi")) >= 0.95, found
     assert found["nothing"] >= 0.9, found
     grey = [Image.new("RGB", (64, 64), (shade, shade, shade)) for shade in range(0, 250, 25)]
     assert all(verdict.kind == classifier.NOTHING for verdict in classifier.look(judge, grey))
