@@ -122,7 +122,9 @@ def _caption(path: Path, captions: dict[str, str]) -> str | None:
 
 def _notices(folder: Path, files: list[Path], captions: dict[str, str]) -> list[str]:
     notices: list[str] = []
-    subfolders = sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    found = (path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    # A subfolder of that name is where `data.holdout` keeps its pictures, beside those it must not be trained with.
+    subfolders = sorted(name for name in found if name != "holdout")
     if subfolders:
         notices.append(f"Subfolders of {folder.name} are not read: {_some(subfolders)}.")
     used = {path.name for path in files} | {f"{path.stem}.txt" for path in files}

@@ -28,7 +28,7 @@ NOTHING = "nothing"
 KINDS = [*world.KINDS, "zumi", NOTHING]
 COLORS = list(world.COLORS)
 PLACES = list(world.PLACES)
-NUM_STEPS, BATCH = 700, 64
+NUM_STEPS, BATCH = 1200, 64
 # Renders for training and for testing the judge come from seeds that the base's training never reaches.
 TRAIN_SEEDS, TEST_SEEDS = 50_000_000, 60_000_000
 IGNORED = -100

@@ -71,7 +71,8 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "lonely.txt").write_text("y")
-    (tmp_path / "more").mkdir()
+    for name in ("more", "holdout", ".hidden"):
+        (tmp_path / name).mkdir()
     first, second = load(tmp_path).notices
-    assert "more" in first
+    assert "more" in first and "holdout" not in first and "hidden" not in first
     assert "lonely.txt" in second
