@@ -51,6 +51,10 @@ class DataConfig(_Section):
     )
     caption: str | None = Field(None, description="One caption for every picture that has none of its own.")
     trigger: str | None = Field(None, description="A word put in front of every caption that does not contain it.")
+    class_words: list[Annotated[str, Field(min_length=1)]] = Field(
+        [],
+        description="What there is beside the trigger's subject ('cat', 'red house'), for train.preservation_weight.",
+    )
     allow_trigger_only: bool = Field(False, description="Pictures without a caption get the trigger alone.")
     repeats: int = Field(1, ge=1, le=1000, description="How often every picture is seen in an epoch.")
     resolution_px: int | None = Field(
@@ -100,6 +104,13 @@ class TrainConfig(_Section):
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from zero.")
     weight_decay: float = Field(1e-2, ge=0.0, le=1.0, description="AdamW's decay of the adapter towards zero.")
     max_grad_norm: float = Field(1.0, ge=0.0, description="Gradients longer than this are shortened to it; 0 is off.")
+    preservation_weight: float = Field(
+        0.0,
+        ge=0.0,
+        le=100.0,
+        description="How strongly the base's answers are kept where a class word stands in the trigger's place; "
+        "above 0 a step takes over twice as long.",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="What the frozen base computes in; auto is bf16 on GPUs that have it, else fp32."
     )
@@ -157,6 +168,15 @@ class RunConfig(_Section):
     timesteps: TimestepsConfig = TimestepsConfig()
     preview: PreviewConfig = PreviewConfig()
     cache: CacheConfig = CacheConfig()
+
+    @model_validator(mode="after")
+    def _preservation_is_whole(self) -> RunConfig:
+        weight, words, trigger = self.train.preservation_weight, self.data.class_words, self.data.trigger
+        if weight > 0 and not (words and trigger):
+            raise ValueError("train.preservation_weight needs data.trigger and data.class_words")
+        if words and weight == 0:
+            raise ValueError("data.class_words does nothing unless train.preservation_weight is above 0")
+        return self
 
 
 # --- Reading -------------------------------------------------------------------------------------------------------
@@ -240,7 +260,7 @@ def _describe(fault: dict[str, Any]) -> str:
             "it learns too little, add pictures, raise data.repeats a little, or raise train.learning_rate."
         )
     if fault["type"] == "value_error":
-        return f"{key}: {found!r} is wrong: {limits['error']}."
+        return f"{key}: {found!r} is wrong: {limits['error']}." if key else f"{limits['error']}."
     message = fault["msg"][0].lower() + fault["msg"][1:]
     return f"{key}: found {found!r}; {message}."
 

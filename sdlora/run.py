@@ -20,7 +20,7 @@ from accelerate import Accelerator
 
 from sdlora.config import RunConfig, dump_toml, load_config, options
 from sdlora.data.cache import Cache
-from sdlora.data.captions import caption_for_visit, with_trigger
+from sdlora.data.captions import caption_for_visit, preserved_caption, with_trigger
 from sdlora.data.dataset import Dataset, load_dataset
 from sdlora.errors import ConfigError, OutOfMemoryError, SdloraError
 from sdlora.events import (
@@ -153,7 +153,13 @@ def _prepare(config: RunConfig, folder: RunFolder) -> _Parts:
             f"rank 8 to {HIGH_RANK}. Compare a lower rank before you keep it."
         )
     cache = Cache(Path(config.cache.dir) if config.cache.dir else None, base)
-    data = TrainingData(dataset, cache, partial(_caption, config, dataset))
+    preserving = config.train.preservation_weight > 0
+    data = TrainingData(
+        dataset,
+        cache,
+        partial(_caption, config, dataset),
+        partial(_preserved_caption, config, dataset) if preserving else None,
+    )
     notices += _long_captions(base, dataset)
     heldout_data = None
     if heldout is not None:
@@ -243,6 +249,18 @@ def _caption(config: RunConfig, dataset: Dataset, index: int, visit: int) -> str
         dropout=data.caption_dropout,
         seed=config.seed,
         example=example.name,
+        visit=visit,
+    )
+
+
+def _preserved_caption(config: RunConfig, dataset: Dataset, index: int, visit: int) -> str:
+    assert config.data.trigger is not None, "the schema asks for a trigger"
+    return preserved_caption(
+        _caption(config, dataset, index, visit),
+        trigger=config.data.trigger,
+        class_words=config.data.class_words,
+        seed=config.seed,
+        example=dataset.examples[index].name,
         visit=visit,
     )
 

@@ -17,11 +17,13 @@ def faults(**document: object) -> str:
 def test_the_list_of_options_is_a_decision() -> None:
     assert option_names() == [
         "name", "seed", "base.path", "base.revision", "base.variant", "data.folder", "data.holdout", "data.caption",
-        "data.trigger", "data.allow_trigger_only", "data.repeats", "data.resolution_px", "data.buckets",
+        "data.trigger", "data.class_words", "data.allow_trigger_only", "data.repeats", "data.resolution_px",
+        "data.buckets",
         "data.bucket_step_px", "data.background", "data.shuffle_tags", "data.keep_tags", "data.caption_dropout",
         "lora.rank", "lora.alpha", "lora.targets", "train.epochs", "train.batch_size",
         "train.gradient_accumulation_steps", "train.learning_rate", "train.schedule", "train.warmup_steps",
-        "train.weight_decay", "train.max_grad_norm", "train.precision", "train.device", "train.log_every_steps",
+        "train.weight_decay", "train.max_grad_norm", "train.preservation_weight",
+        "train.precision", "train.device", "train.log_every_steps",
         "train.checkpoint_every_steps", "timesteps.density", "timesteps.min", "timesteps.max", "preview.enabled",
         "preview.prompts", "preview.seeds", "preview.negative_prompt", "preview.num_steps", "preview.guidance",
         "cache.dir",
@@ -32,6 +34,15 @@ def test_defaults_are_the_stated_ones() -> None:
     config = parse_config({"data": {"folder": "x"}}, name="n")
     assert (config.lora.rank, config.lora.alpha, config.lora.targets) == (8, 8.0, ["cross_attention"])
     assert (config.train.epochs, config.train.learning_rate, config.name) == (4, 2e-4, "n")
+
+
+def test_preservation_needs_all_its_parts() -> None:
+    weight = {"preservation_weight": 1.0}
+    assert faults(train=weight).endswith("train.preservation_weight needs data.trigger and data.class_words.")
+    alone = faults(data={"folder": "x", "class_words": ["cat"]})
+    assert "data.class_words does nothing unless train.preservation_weight is above 0." in alone
+    whole = {"data": {"folder": "x", "trigger": "zumi", "class_words": ["cat"]}, "train": weight}
+    assert parse_config(whole, name="n").train.preservation_weight == 1.0
 
 
 def test_all_faults_at_once_with_the_nearest_name() -> None:

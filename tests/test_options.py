@@ -102,6 +102,7 @@ CHANGES: dict[str, list[str]] = {
     "data.folder": ["data.folder=builtin:zumi"],
     "data.caption": ["data.folder={bare}", "data.caption=a thing"],
     "data.trigger": ["data.trigger=mizu"],
+    "data.class_words": ['data.class_words=["cat"]', "train.preservation_weight=1"],
     "data.allow_trigger_only": ["data.folder={bare}", "data.allow_trigger_only=true"],
     "data.repeats": ["data.repeats=3"],
     "data.resolution_px": ["data.resolution_px=40"],
@@ -121,6 +122,7 @@ CHANGES: dict[str, list[str]] = {
     "train.warmup_steps": ["train.warmup_steps=3"],
     "train.weight_decay": ["train.weight_decay=0.5"],
     "train.max_grad_norm": ["train.max_grad_norm=1e-7"],
+    "train.preservation_weight": ['data.class_words=["cat"]', "train.preservation_weight=1"],
     "train.precision": ["train.precision=bf16"],
     "train.device": ["train.device=nothing"],
     "train.checkpoint_every_steps": ["train.checkpoint_every_steps=1"],
@@ -159,6 +161,16 @@ def test_captions_for_all_and_trigger_only_work(outcome: Callable[..., str], sce
 
 def test_kept_tags_change_what_is_shuffled(outcome: Callable[..., str]) -> None:
     assert outcome("data.shuffle_tags=true") != outcome("data.shuffle_tags=true", "data.keep_tags=3")
+
+
+def test_class_words_and_weight_of_preservation_both_count(outcome: Callable[..., str]) -> None:
+    changes = ['data.class_words=["cat"]', "train.preservation_weight=1"]
+    both = outcome(*changes)
+    assert both.startswith("common.safetensors")
+    assert outcome('data.class_words=["dog"]', changes[1]) != both
+    assert outcome(changes[0], "train.preservation_weight=2") != both
+    assert outcome(changes[0]).startswith("ConfigError")
+    assert outcome(changes[1]).startswith("ConfigError")
 
 
 def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

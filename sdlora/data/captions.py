@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from sdlora import seeds
@@ -56,9 +57,14 @@ def _entry(line: str, number: int) -> tuple[str, str]:
     return name, text.strip()
 
 
+def _word(word: str) -> re.Pattern[str]:
+    """The word itself, in any case, and not as a part of another."""
+    return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", flags=re.IGNORECASE)
+
+
 def with_trigger(caption: str, trigger: str | None) -> str:
     """The caption with the trigger word in front, unless it contains the word already."""
-    if not trigger or re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", caption, flags=re.IGNORECASE):
+    if not trigger or _word(trigger).search(caption):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
 
@@ -95,3 +101,25 @@ def caption_for_visit(
     kept, rest = tags[:keep_tags], tags[keep_tags:]
     order = seeds.permutation(len(rest), seed, "tag order", example, visit)
     return ", ".join(kept + [rest[index] for index in order])
+
+
+def preserved_caption(
+    caption: str, *, trigger: str, class_words: Sequence[str], seed: int, example: str, visit: int
+) -> str:
+    """The caption at which the base's answer is preserved at one visit.
+
+    At half of the visits a class word stands in the trigger's place; at the other half there are no words, since
+    guidance subtracts the answer to those from every picture (Ho & Salimans 2207.12598, equation 6).
+
+    Args:
+        caption: From `caption_for_visit`.
+        trigger: The word that is replaced.
+        class_words: One of them is drawn.
+        seed: The run's seed.
+        example: The picture's name.
+        visit: From 1.
+    """
+    if seeds.uniform(seed, "preserved caption", example, visit) < 0.5:
+        return ""
+    drawn = class_words[int(seeds.uniform(seed, "class word", example, visit) * len(class_words))]
+    return _word(trigger).sub(lambda _: drawn, caption)

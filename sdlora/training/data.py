@@ -27,18 +27,20 @@ class TrainingData:
         dataset: The pictures.
         cache: Filled with the moments and captions that the run will ask for.
         caption: (index of the example, visit) to the caption trained at that visit.
+        preserved_caption: The same to the caption at which the base is preserved; None if it is not asked for.
     """
 
     dataset: Dataset
     cache: Cache
     caption: CaptionForVisit
+    preserved_caption: CaptionForVisit | None = None
 
     def fill(self, num_visits: int, background: str) -> Iterator[Progress]:
         """Compute what is missing for visits 1 to `num_visits` of every picture."""
         yield from self.cache.fill_moments(self.dataset.examples, background)
-        visits = range(1, num_visits + 1)
-        indices = range(len(self.dataset.examples))
-        yield from self.cache.fill_text(self.caption(index, visit) for index in indices for visit in visits)
+        visits = [(index, visit) for index in range(len(self.dataset.examples)) for visit in range(1, num_visits + 1)]
+        kinds = [self.caption] if self.preserved_caption is None else [self.caption, self.preserved_caption]
+        yield from self.cache.fill_text(caption(*visit) for caption in kinds for visit in visits)
 
     def name(self, index: int) -> str:
         """The file name of an example."""
@@ -51,3 +53,8 @@ class TrainingData:
     def text(self, visits: list[tuple[int, int]]) -> TextStates:
         """Text states of (example, visit) pairs, the batch first."""
         return self.cache.text([self.caption(index, visit) for index, visit in visits])
+
+    def preserved_text(self, visits: list[tuple[int, int]]) -> TextStates:
+        """Text states with a class word in the trigger's place, the batch first."""
+        assert self.preserved_caption is not None, "class words are set wherever preservation is asked for"
+        return self.cache.text([self.preserved_caption(index, visit) for index, visit in visits])

@@ -154,8 +154,10 @@ class Trainer:
         for batch in group:
             drawn = [self._timestep(visit) for visit in batch]
             loss = self.loss_per_example(batch, drawn)
-            self.accelerator.backward(loss.sum() / num_examples)
             losses.append(loss.detach())
+            if train.preservation_weight > 0:
+                loss = loss + train.preservation_weight * self.preservation_per_example(batch, drawn)
+            self.accelerator.backward(loss.sum() / num_examples)
             visits += batch
             timesteps += drawn
         if train.max_grad_norm > 0:
@@ -180,20 +182,28 @@ class Trainer:
 
     def loss_per_example(self, batch: Sequence[Visit], timesteps: Sequence[int]) -> Tensor:
         """The loss of a batch at given timesteps, (B,) float32; noise is a function of (seed, example, visit)."""
+        latents, noise = self._latents_and_noise(batch)
+        text = self.data.text([(visit.example, visit.visit) for visit in batch])
+        return diffusion_loss(
+            self.base, latents=latents, noise=noise, timesteps=torch.tensor(list(timesteps)), text=text
+        )
+
+    def preservation_per_example(self, batch: Sequence[Visit], timesteps: Sequence[int]) -> Tensor:
+        """How far the adapter moves the answers to class words, on the same noisy latents, (B,) float32."""
+        latents, noise = self._latents_and_noise(batch)
+        text = self.data.preserved_text([(visit.example, visit.visit) for visit in batch])
+        return preservation_loss(
+            self.base, self.adapter, latents=latents, noise=noise, timesteps=torch.tensor(list(timesteps)), text=text
+        )
+
+    def _latents_and_noise(self, batch: Sequence[Visit]) -> tuple[Tensor, Tensor]:
         moments = torch.stack([self.data.moments(visit.example) for visit in batch])
         names = [(self.data.name(visit.example), visit.visit) for visit in batch]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         seed = self.config.seed
         jitter = torch.stack([seeds.normal(shape, seed, "latent", name, visit) for name, visit in names])
         noise = torch.stack([seeds.normal(shape, seed, "noise", name, visit) for name, visit in names])
-        text = self.data.text([(visit.example, visit.visit) for visit in batch])
-        return diffusion_loss(
-            self.base,
-            latents=self.base.sample_latents(moments, jitter),
-            noise=noise,
-            timesteps=torch.tensor(list(timesteps)),
-            text=text,
-        )
+        return self.base.sample_latents(moments, jitter), noise
 
     def _read_back(self, pending: _Pending) -> Iterator[StepDone]:
         """Bring the losses to the host, the loop's only wait for the device."""
@@ -247,10 +257,43 @@ def diffusion_loss(
 
     Source: Ho et al. 2006.11239, equation 14; for v, Salimans & Ho 2202.00512, section 4.
     """
+    noisy, timesteps, alphas_cumprod, states = _prepared(base, latents, noise, timesteps, text)
+    predicted = base.predict(noisy, timesteps, states)
+    target = prediction_target(base.prediction_type, latents.to(base.device), noise.to(base.device), alphas_cumprod)
+    return mse_per_example(predicted, target)
+
+
+def preservation_loss(
+    base: BaseModel, adapter: Adapter, *, latents: Tensor, noise: Tensor, timesteps: Tensor, text: dict[str, Tensor]
+) -> Tensor:
+    """The squared distance between the answers with and without the adapter.
+
+    Args:
+        base: The model with the adapter in it.
+        adapter: Switched off for the answer that is to be kept.
+        latents: Clean scaled latents, (B, C, h, w).
+        noise: Standard normal noise, (B, C, h, w).
+        timesteps: Integers in [0, 999], (B,).
+        text: Text states of captions without the trigger, the batch first.
+
+    Returns:
+        (B,) float32 on the base's device.
+
+    Source: prior preservation of Ruiz et al. 2208.12242, equation 2, with the base's own prediction as the target
+    instead of pictures drawn by it.
+    """
+    noisy, timesteps, _, states = _prepared(base, latents, noise, timesteps, text)
+    with torch.no_grad(), adapter.disabled():
+        kept = base.predict(noisy, timesteps, states)
+    return mse_per_example(base.predict(noisy, timesteps, states), kept)
+
+
+def _prepared(
+    base: BaseModel, latents: Tensor, noise: Tensor, timesteps: Tensor, text: dict[str, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Noisy latents, timesteps, their cumulative alphas and text states, on the base's device."""
     device = base.device
     latents, noise, timesteps = (x.to(device, non_blocking=True) for x in (latents, noise, timesteps))
     alphas_cumprod = base.alphas_cumprod[timesteps]
-    noisy = add_noise(latents, noise, alphas_cumprod)
     states = {name: value.to(device, non_blocking=True) for name, value in text.items()}
-    predicted = base.predict(noisy, timesteps, states)
-    return mse_per_example(predicted, prediction_target(base.prediction_type, latents, noise, alphas_cumprod))
+    return add_noise(latents, noise, alphas_cumprod), timesteps, alphas_cumprod, states

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from sdlora.data.captions import caption_for_visit, read_captions, with_trigger
+from sdlora.data.captions import caption_for_visit, preserved_caption, read_captions, with_trigger
 from sdlora.errors import DataError
 
 
@@ -57,3 +57,16 @@ def test_dropout_is_a_share_of_visits() -> None:
     assert 520 < dropped < 680
     assert visit(1, dropout=1.0, trigger="zumi") == ""
     assert all(visit(number) == "a, b, c, d, e" for number in range(100))
+
+
+def test_a_class_word_takes_the_place_of_the_trigger() -> None:
+    def drawn(caption: str, number: int) -> str:
+        return preserved_caption(
+            caption, trigger="zumi", class_words=["cat", "red \\1 dog"], seed=0, example="x.png", visit=number
+        )
+
+    found = [drawn("a big Zumi, zumis", number) for number in range(100)]
+    assert set(found) == {"", "a big cat, zumis", "a big red \\1 dog, zumis"}
+    assert 35 < found.count("") < 65
+    assert 10 < found.count("a big cat, zumis") < 40
+    assert drawn("", 1) == ""

@@ -26,15 +26,22 @@ from sdlora.training.loop import Trainer
 def make_trainer(
     base_folder: Path, pictures: Path, cache: Path, dtype: torch.dtype = torch.float32, **train: object
 ) -> Trainer:
+    preserving = {"trigger": "picture", "class_words": ["cat"]} if train.get("preservation_weight") else {}
     config = parse_config(
-        {"data": {"folder": "x", "repeats": 2}, "train": {"epochs": 1, "batch_size": 2, **train}, "lora": {"rank": 2}},
+        {
+            "data": {"folder": "x", "repeats": 2, **preserving},
+            "train": {"epochs": 1, "batch_size": 2, **train},
+            "lora": {"rank": 2},
+        },
         name="n",
     )
     base = load_base(str(base_folder), device=torch.device("cpu"), dtype=dtype)
     adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"]), 2, 2.0, 0)
     dataset = load_dataset(pictures, caption=None, trigger=None, allow_trigger_only=False, background="white")
     dataset = dataset.with_buckets(32, 8, buckets=False)
-    data = TrainingData(dataset, Cache(cache, base), lambda index, _: dataset.examples[index].caption)
+    data = TrainingData(
+        dataset, Cache(cache, base), lambda index, _: dataset.examples[index].caption, lambda *_: "a cat"
+    )
     list(data.fill(2, "white"))
     return Trainer(config, base, adapter, data, Accelerator(cpu=True))
 
@@ -53,6 +60,38 @@ def test_the_loss_of_a_visit_is_the_formula(tiny_base: Path, pictures: Path, tmp
         answer = base.unet(noisy, torch.tensor([600]), states).sample
         found = trainer.loss_per_example([Visit(3, 2)], [600])
     torch.testing.assert_close(found, (answer - noise).pow(2).mean().unsqueeze(0))
+
+
+def test_preservation_is_the_distance_from_the_base(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path)
+    base, example = trainer.base, trainer.data.dataset.examples[3]
+    with torch.no_grad():
+        assert trainer.preservation_per_example([Visit(3, 2)], [600]).item() == 0.0, "B is zero: nothing has moved"
+        for parameter in trainer.adapter.up_parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+        mean, log_variance = trainer.data.moments(3).unsqueeze(0).chunk(2, dim=1)
+        jitter = seeds.normal((4, 8, 8), 0, "latent", example.name, 2)
+        noise = seeds.normal((4, 8, 8), 0, "noise", example.name, 2)
+        latents = (mean + torch.exp(log_variance / 2) * jitter) * base.vae.config.scaling_factor  # type: ignore[attr-defined]
+        alpha = base.alphas_cumprod[600]
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        states = base.encode_captions(["a cat"])["states"]
+        moved = base.unet(noisy, torch.tensor([600]), states).sample
+        found = trainer.preservation_per_example([Visit(3, 2)], [600])
+        trainer.adapter.set_strength(0.0)
+        kept = base.unet(noisy, torch.tensor([600]), states).sample
+    assert found.item() > 0
+    torch.testing.assert_close(found, (moved - kept).pow(2).mean().unsqueeze(0))
+
+
+def test_preservation_keeps_answers_to_class_words(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    moved: list[float] = []
+    for weight in (0.0, 10.0):
+        trainer = make_trainer(tiny_base, pictures, tmp_path, learning_rate=2e-2, preservation_weight=weight)
+        list(trainer.events())
+        with torch.no_grad():
+            moved.append(trainer.preservation_per_example([Visit(i, 1) for i in range(5)], [500] * 5).mean().item())
+    assert moved[1] < 0.8 * moved[0]
 
 
 def test_accumulation_gives_the_gradient_of_the_large_batch(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
