@@ -351,11 +351,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and the result")
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--vae-steps", type=int, default=3000)
-    parser.add_argument("--decoder-steps", type=int, default=2000)
-    parser.add_argument("--steps", type=int, default=10000)
+    parser.add_argument("--vae-steps", type=int, default=3200)
+    parser.add_argument("--decoder-steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=8200)
     parser.add_argument("--num-pictures", type=int, default=40000)
-    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument(
         "--export-only", action="store_true", help="train no further: write the newest checkpoint as a base"
