@@ -18,6 +18,7 @@ from PIL import Image
 from sdlora.preview.sheet import contact_sheet
 
 BATCH = 25
+GUIDANCE = 2.0  # what the quickstart draws its previews with
 
 
 def load_pipeline(base: Path) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from classifier import Judge, load_or_train, look
-from generate import draw, load_pipeline, save_sheet, wilson
+from generate import GUIDANCE, draw, load_pipeline, save_sheet, wilson
 from pocket_quality import attribute_accuracy, unseen_scenes
 
 from sdlora.pocket import sets, world
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--base", type=Path, default=pocket_folder())
     parser.add_argument("--judge", type=Path, help="where the judge is kept between calls")
     parser.add_argument("--num-pictures", type=int, default=64)
-    parser.add_argument("--guidance", type=float, default=5.0)
+    parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--sheet", type=Path, help="also write a sheet of samples")
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()

@@ -52,17 +52,17 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> classifier.Judge:
 @pytest.mark.slow
 def test_the_judge_knows_renders_and_refuses_rubbish(judge: classifier.Judge) -> None:
     found = classifier.examine(judge, 1000)
-    assert min(found[name] for name in ("kind", "color", "place", "zumi")) >= 0.95, found
-    assert found["nothing"] >= 0.9, found
+    assert min(found[name] for name in ("kind", "color", "place", "zumi")) >= 0.97, found
+    assert found["nothing"] >= 0.93, found
     grey = [Image.new("RGB", (64, 64), (shade, shade, shade)) for shade in range(0, 250, 25)]
     assert all(verdict.kind == classifier.NOTHING for verdict in classifier.look(judge, grey))
 
 
 @pytest.mark.slow
 def test_the_base_draws_what_it_is_asked_for(judge: classifier.Judge) -> None:
-    found = pocket_quality.measure(pocket_folder(), judge, 100, 5.0)
+    found = pocket_quality.measure(pocket_folder(), judge, 100, generate.GUIDANCE)
     assert min(found["accuracy"].values()) >= BASE_ACCURACY, found
-    assert found["psnr_db"] >= 26.0, found
+    assert found["psnr_db"] >= 28.0, found
 
 
 @pytest.mark.slow
@@ -74,10 +74,11 @@ def test_the_quickstart_teaches_the_character(judge: classifier.Judge, tmp_path:
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     heldout = [row["heldout_loss"] for row in rows if row["event"] == "epoch"]
     assert min(heldout[1:]) < heldout[0], heldout
-    found = learning.measure(folder / "quickstart.safetensors", pocket_folder(), judge, 64, 5.0)
+    found = learning.measure(folder / "quickstart.safetensors", pocket_folder(), judge, 64, generate.GUIDANCE)
     assert found["base_share"] <= 0.05, found
-    assert found["lora_share"] > found["base_share"], found
+    assert found["lora_share"] >= 0.7, found
+    assert min(found["kept_ratio"].values()) >= 0.85, found
 
 
 # The card's figures are over 500 prompts; over 100, a base that is right nine times in ten may show 85 %.
-BASE_ACCURACY = 0.6
+BASE_ACCURACY = 0.84
