@@ -12,7 +12,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -20,7 +19,6 @@ from accelerate import Accelerator
 
 from sdlora.config import RunConfig, dump_toml, load_config, options
 from sdlora.data.cache import Cache
-from sdlora.data.captions import caption_for_visit, preserved_caption, with_trigger
 from sdlora.data.dataset import Dataset, load_dataset
 from sdlora.errors import ConfigError, OutOfMemoryError, SdloraError
 from sdlora.events import (
@@ -46,7 +44,7 @@ from sdlora.preview.sheet import contact_sheet
 from sdlora.runfolder import Recorder, RunFolder
 from sdlora.shipped import resolve_data_folder
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from sdlora.training.data import TrainingData
+from sdlora.training.data import TrainingData, held_out_data, training_data
 from sdlora.training.heldout import heldout_loss
 from sdlora.training.loop import Trainer
 
@@ -153,18 +151,12 @@ def _prepare(config: RunConfig, folder: RunFolder) -> _Parts:
             f"rank 8 to {HIGH_RANK}. Compare a lower rank before you keep it."
         )
     cache = Cache(Path(config.cache.dir) if config.cache.dir else None, base)
-    preserving = config.train.preservation_weight > 0
-    data = TrainingData(
-        dataset,
-        cache,
-        partial(_caption, config, dataset),
-        partial(_preserved_caption, config, dataset) if preserving else None,
-    )
+    data = training_data(config, dataset, cache)
     notices += _long_captions(base, dataset)
     heldout_data = None
     if heldout is not None:
         heldout = _with_buckets(config, base, heldout)
-        heldout_data = TrainingData(heldout, cache, partial(_heldout_caption, config, heldout))
+        heldout_data = held_out_data(config, heldout, cache)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if precision == "fp16" else "no")
     return _Parts(
         config=config,
@@ -237,36 +229,6 @@ def _with_buckets(config: RunConfig, base: BaseModel, dataset: Dataset) -> Datas
     data = config.data
     resolution_px = data.resolution_px or base.resolution_px
     return dataset.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
-
-
-def _caption(config: RunConfig, dataset: Dataset, index: int, visit: int) -> str:
-    example, data = dataset.examples[index], config.data
-    return caption_for_visit(
-        example.caption,
-        trigger=data.trigger,
-        shuffle_tags=data.shuffle_tags,
-        keep_tags=data.keep_tags,
-        dropout=data.caption_dropout,
-        seed=config.seed,
-        example=example.name,
-        visit=visit,
-    )
-
-
-def _preserved_caption(config: RunConfig, dataset: Dataset, index: int, visit: int) -> str:
-    assert config.data.trigger is not None, "the schema asks for a trigger"
-    return preserved_caption(
-        _caption(config, dataset, index, visit),
-        trigger=config.data.trigger,
-        class_words=config.data.class_words,
-        seed=config.seed,
-        example=dataset.examples[index].name,
-        visit=visit,
-    )
-
-
-def _heldout_caption(config: RunConfig, dataset: Dataset, index: int, _: int) -> str:
-    return with_trigger(dataset.examples[index].caption, config.data.trigger)
 
 
 def _long_captions(base: BaseModel, dataset: Dataset) -> list[str]:

@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from sdlora.config import RunConfig
 from sdlora.data.cache import Cache
+from sdlora.data.captions import caption_for_visit, preserved_caption, with_trigger
 from sdlora.data.dataset import Dataset
 from sdlora.events import Progress
 from sdlora.models.base import TextStates
@@ -58,3 +60,40 @@ class TrainingData:
         """Text states with a class word in the trigger's place, the batch first."""
         assert self.preserved_caption is not None, "class words are set wherever preservation is asked for"
         return self.cache.text([self.preserved_caption(index, visit) for index, visit in visits])
+
+
+def training_data(config: RunConfig, dataset: Dataset, cache: Cache) -> TrainingData:
+    """The pictures of a run, with the captions that its configuration asks for at every visit."""
+    data = config.data
+
+    def caption(index: int, visit: int) -> str:
+        example = dataset.examples[index]
+        return caption_for_visit(
+            example.caption,
+            trigger=data.trigger,
+            shuffle_tags=data.shuffle_tags,
+            keep_tags=data.keep_tags,
+            dropout=data.caption_dropout,
+            seed=config.seed,
+            example=example.name,
+            visit=visit,
+        )
+
+    def preserved(index: int, visit: int) -> str:
+        assert data.trigger is not None, "the schema asks for a trigger where anything is preserved"
+        return preserved_caption(
+            caption(index, visit),
+            trigger=data.trigger,
+            class_words=data.class_words,
+            seed=config.seed,
+            example=dataset.examples[index].name,
+            visit=visit,
+        )
+
+    return TrainingData(dataset, cache, caption, preserved if config.train.preservation_weight > 0 else None)
+
+
+def held_out_data(config: RunConfig, dataset: Dataset, cache: Cache) -> TrainingData:
+    """The held-out pictures, with their own captions as they are at every visit."""
+    captions = [with_trigger(example.caption, config.data.trigger) for example in dataset.examples]
+    return TrainingData(dataset, cache, lambda index, _: captions[index])
