@@ -20,7 +20,7 @@ from sdlora.errors import ConfigError
 from sdlora.shipped import shipped_config, shipped_configs
 
 MAX_EPOCHS = 5
-Target = Literal["cross_attention", "self_attention", "mlp"]
+Target = Literal["cross_attention", "self_attention", "mlp", "projection", "conv", "text_encoder"]
 
 
 class _Section(BaseModel):
@@ -48,6 +48,9 @@ class DataConfig(_Section):
     )
     holdout: str | None = Field(
         None, description="Folder of pictures that are never trained on; the held-out loss is measured on them."
+    )
+    holdout_split: bool = Field(
+        True, description="Without data.holdout, keep 2 to 4 of 20 or more pictures out of training for that loss."
     )
     caption: str | None = Field(None, description="One caption for every picture that has none of its own.")
     trigger: str | None = Field(None, description="A word put in front of every caption that does not contain it.")
@@ -84,6 +87,31 @@ class LoraConfig(_Section):
     targets: list[Target] = Field(
         ["cross_attention"], min_length=1, description="Which layers get an adapter; several may be named."
     )
+    target_ranks: dict[Target, Annotated[int, Field(ge=1, le=256)]] = Field(
+        {}, description="Another rank for some of the targets, such as { mlp = 4 }."
+    )
+    target_alphas: dict[Target, Annotated[float, Field(gt=0.0, le=1024.0)]] = Field(
+        {}, description="Another alpha for some of the targets."
+    )
+    rslora: bool = Field(False, description="Scale the update by alpha / sqrt(rank) instead of alpha / rank.")
+    dora: bool = Field(
+        False, description="Train every output's magnitude apart from its direction (DoRA); fewer programs read it."
+    )
+    dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Share of an adapter's inputs set to zero while training.")
+    start: Literal["gaussian", "orthogonal", "pissa"] = Field(
+        "gaussian",
+        description="Where A and B start: A random and B zero, or singular vectors of a random matrix or of the "
+        "layer's own weights, whose product is then subtracted.",
+    )
+    timestep_rank_min: int | None = Field(
+        None,
+        ge=1,
+        le=256,
+        description="Use fewer ranks at high noise, down to this many at the highest (T-LoRA); all ranks if unset.",
+    )
+    timestep_rank_alpha: float = Field(
+        1.0, gt=0.0, le=10.0, description="How fast ranks fall away with noise under timestep_rank_min; 1 is linear."
+    )
 
     @field_validator("targets")
     @classmethod
@@ -92,6 +120,25 @@ class LoraConfig(_Section):
             raise ValueError("a target is named twice")
         return value
 
+    @model_validator(mode="after")
+    def _parts_fit(self) -> LoraConfig:
+        unused = [
+            f"lora.{name}.{target}"
+            for name in ("target_ranks", "target_alphas")
+            for target in getattr(self, name)
+            if target not in self.targets
+        ]
+        if unused:
+            raise ValueError(f"{', '.join(unused)}: not among lora.targets ({', '.join(self.targets)})")
+        if self.timestep_rank_min is None and self.timestep_rank_alpha != 1.0:
+            raise ValueError("lora.timestep_rank_alpha does nothing unless lora.timestep_rank_min is set")
+        lowest = min([self.rank, *self.target_ranks.values()])
+        if self.timestep_rank_min is not None and self.timestep_rank_min > lowest:
+            raise ValueError(f"lora.timestep_rank_min ({self.timestep_rank_min}) is above the rank ({lowest})")
+        if self.dora and (self.timestep_rank_min is not None or self.start != "gaussian"):
+            raise ValueError("lora.dora goes with lora.start = 'gaussian' and without lora.timestep_rank_min")
+        return self
+
 
 class TrainConfig(_Section):
     """How it is trained."""
@@ -99,10 +146,27 @@ class TrainConfig(_Section):
     epochs: int = Field(4, ge=1, le=MAX_EPOCHS, description="Passes over the set, 1 to 5.")
     batch_size: int = Field(1, ge=1, le=512, description="Pictures per forward pass.")
     gradient_accumulation_steps: int = Field(1, ge=1, le=512, description="Batches per optimizer step.")
-    learning_rate: float = Field(2e-4, gt=0.0, le=1.0, description="The highest learning rate of AdamW.")
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedule_free"] = Field(
+        "adamw", description="Which optimizer; adamw8bit needs a GPU and the package bitsandbytes."
+    )
+    learning_rate: float = Field(
+        2e-4, gt=0.0, le=1.0, description="The highest learning rate; 1 for prodigy, about a third for lion."
+    )
+    plus_ratio: float = Field(
+        1.0, ge=1.0, le=100.0, description="LoRA+: the learning rate of B over that of A; 1 is plain LoRA."
+    )
+    text_encoder_learning_rate: float | None = Field(
+        None, gt=0.0, le=1.0, description="Another learning rate for the text encoder's adapter; the same if unset."
+    )
     schedule: Literal["constant", "cosine"] = Field("constant", description="The learning rate after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from zero.")
-    weight_decay: float = Field(1e-2, ge=0.0, le=1.0, description="AdamW's decay of the adapter towards zero.")
+    weight_decay: float = Field(1e-2, ge=0.0, le=1.0, description="Decay of the adapter towards zero.")
+    ema_decay: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Keep a moving average of the adapter with this decay, for previews and files; 0 is off.",
+    )
     max_grad_norm: float = Field(1.0, ge=0.0, description="Gradients longer than this are shortened to it; 0 is off.")
     preservation_weight: float = Field(
         0.0,
@@ -124,14 +188,55 @@ class TrainConfig(_Section):
 class TimestepsConfig(_Section):
     """Which noise levels are trained."""
 
-    density: Literal["uniform"] = Field("uniform", description="How much each noise level is trained.")
+    density: Literal["uniform", "logit_normal", "cubic_high", "cubic_low", "speed"] = Field(
+        "uniform", description="How much each noise level is trained."
+    )
+    mean: float = Field(0.0, ge=-10.0, le=10.0, description="Of logit_normal: above 0 is towards high noise.")
+    std: float = Field(1.0, gt=0.0, le=10.0, description="Of logit_normal: how wide it is.")
     min: int = Field(0, ge=0, le=999, description="The lowest noise level that is trained.")
     max: int = Field(999, ge=0, le=999, description="The highest noise level that is trained.")
+    high_noise_keep: float = Field(
+        1.0, gt=0.0, le=1.0, description="Share of the draws above 800 that is kept; copying is said to begin there."
+    )
+    coverage: Literal["none", "batch", "image"] = Field(
+        "image",
+        description="How evenly visits fall over noise levels: by chance, spread inside a batch, or spread over "
+        "every picture's own visits too.",
+    )
 
     @model_validator(mode="after")
-    def _ordered(self) -> TimestepsConfig:
+    def _consistent(self) -> TimestepsConfig:
         if self.min > self.max:
             raise ValueError(f"min ({self.min}) is above max ({self.max}); exchange them")
+        if self.density != "logit_normal" and (self.mean, self.std) != (0.0, 1.0):
+            raise ValueError("timesteps.mean and timesteps.std belong to timesteps.density = 'logit_normal'")
+        return self
+
+
+class LossConfig(_Section):
+    """What counts as an error, and how much at which noise level."""
+
+    kind: Literal["mse", "huber"] = Field("mse", description="Squared error, or Huber's, which is lenient to outliers.")
+    huber_delta: float = Field(0.1, gt=0.0, le=10.0, description="Of huber: errors above this count linearly.")
+    weighting: Literal["constant", "min_snr", "soft_min_snr", "p2", "debiased"] = Field(
+        "constant", description="How much the loss weighs at each noise level."
+    )
+    gamma: float | None = Field(
+        None, gt=0.0, le=100.0, description="Of min_snr and soft_min_snr (5 if unset) and p2 (1 if unset)."
+    )
+    noise_offset: float = Field(
+        0.0, ge=0.0, le=1.0, description="Noise that shifts whole channels, for very dark and very bright pictures."
+    )
+    zero_terminal_snr: bool = Field(
+        False, description="Rescale the schedule so that the highest level is pure noise; v-prediction bases only."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LossConfig:
+        if self.kind != "huber" and self.huber_delta != 0.1:
+            raise ValueError("loss.huber_delta belongs to loss.kind = 'huber'")
+        if self.gamma is not None and self.weighting not in ("min_snr", "soft_min_snr", "p2"):
+            raise ValueError("loss.gamma belongs to loss.weighting = 'min_snr', 'soft_min_snr' or 'p2'")
         return self
 
 
@@ -166,8 +271,15 @@ class RunConfig(_Section):
     lora: LoraConfig = LoraConfig()
     train: TrainConfig = TrainConfig()
     timesteps: TimestepsConfig = TimestepsConfig()
+    loss: LossConfig = LossConfig()
     preview: PreviewConfig = PreviewConfig()
     cache: CacheConfig = CacheConfig()
+
+    @model_validator(mode="after")
+    def _text_encoder_rate_is_used(self) -> RunConfig:
+        if self.train.text_encoder_learning_rate is not None and "text_encoder" not in self.lora.targets:
+            raise ValueError("train.text_encoder_learning_rate needs 'text_encoder' among lora.targets")
+        return self
 
     @model_validator(mode="after")
     def _preservation_is_whole(self) -> RunConfig:
@@ -260,7 +372,10 @@ def _describe(fault: dict[str, Any]) -> str:
             "it learns too little, add pictures, raise data.repeats a little, or raise train.learning_rate."
         )
     if fault["type"] == "value_error":
-        return f"{key}: {found!r} is wrong: {limits['error']}." if key else f"{limits['error']}."
+        reason = f"{limits['error']}."
+        if not key or reason.startswith(key):
+            return reason
+        return f"{key}: {reason}" if isinstance(found, Mapping) else f"{key}: {found!r} is wrong: {reason}"
     message = fault["msg"][0].lower() + fault["msg"][1:]
     return f"{key}: found {found!r}; {message}."
 
@@ -301,6 +416,8 @@ def dump_toml(config: RunConfig) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(entry) for entry in value) + "]"
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, str):
         # JSON's escapes are TOML's, but for the delete character, which TOML wants escaped.
         return re.sub("\x7f", r"\\u007F", json.dumps(value, ensure_ascii=False))

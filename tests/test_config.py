@@ -16,15 +16,20 @@ def faults(**document: object) -> str:
 
 def test_the_list_of_options_is_a_decision() -> None:
     assert option_names() == [
-        "name", "seed", "base.path", "base.revision", "base.variant", "data.folder", "data.holdout", "data.caption",
+        "name", "seed", "base.path", "base.revision", "base.variant", "data.folder", "data.holdout",
+        "data.holdout_split", "data.caption",
         "data.trigger", "data.class_words", "data.allow_trigger_only", "data.repeats", "data.resolution_px",
         "data.buckets",
         "data.bucket_step_px", "data.background", "data.shuffle_tags", "data.keep_tags", "data.caption_dropout",
-        "lora.rank", "lora.alpha", "lora.targets", "train.epochs", "train.batch_size",
-        "train.gradient_accumulation_steps", "train.learning_rate", "train.schedule", "train.warmup_steps",
-        "train.weight_decay", "train.max_grad_norm", "train.preservation_weight",
+        "lora.rank", "lora.alpha", "lora.targets", "lora.target_ranks", "lora.target_alphas", "lora.rslora",
+        "lora.dora", "lora.dropout", "lora.start", "lora.timestep_rank_min", "lora.timestep_rank_alpha", "train.epochs",
+        "train.batch_size", "train.gradient_accumulation_steps", "train.optimizer", "train.learning_rate",
+        "train.plus_ratio", "train.text_encoder_learning_rate", "train.schedule", "train.warmup_steps",
+        "train.weight_decay", "train.ema_decay", "train.max_grad_norm", "train.preservation_weight",
         "train.precision", "train.device", "train.log_every_steps",
-        "train.checkpoint_every_steps", "timesteps.density", "timesteps.min", "timesteps.max", "preview.enabled",
+        "train.checkpoint_every_steps", "timesteps.density", "timesteps.mean", "timesteps.std", "timesteps.min",
+        "timesteps.max", "timesteps.high_noise_keep", "timesteps.coverage", "loss.kind", "loss.huber_delta",
+        "loss.weighting", "loss.gamma", "loss.noise_offset", "loss.zero_terminal_snr", "preview.enabled",
         "preview.prompts", "preview.seeds", "preview.negative_prompt", "preview.num_steps", "preview.guidance",
         "cache.dir",
     ]  # fmt: skip
@@ -63,6 +68,14 @@ def test_too_many_epochs_explain_copying(epochs: int) -> None:
 
 def test_impossible_pairs_and_values() -> None:
     assert "min (900) is above max (100)" in faults(timesteps={"min": 900, "max": 100})
+    assert "not among lora.targets" in faults(lora={"target_ranks": {"mlp": 4}})
+    assert "is above the rank (4)" in faults(lora={"rank": 4, "timestep_rank_min": 5})
+    assert "does nothing unless lora.timestep_rank_min" in faults(lora={"timestep_rank_alpha": 2.0})
+    assert "lora.dora goes with" in faults(lora={"dora": True, "start": "pissa"})
+    assert "belong to timesteps.density" in faults(timesteps={"mean": 1.0})
+    assert "belongs to loss.kind" in faults(loss={"huber_delta": 1.0})
+    assert "loss.gamma belongs to" in faults(loss={"gamma": 1.0, "weighting": "debiased"})
+    assert "needs 'text_encoder' among" in faults(train={"text_encoder_learning_rate": 1e-5})
     assert "data.background" in faults(data={"folder": "x", "background": "no colour"})
     assert "named twice" in faults(lora={"targets": ["mlp", "mlp"]})
     assert "train.learning_rate" in faults(train={"learning_rate": float("nan")})
