@@ -142,6 +142,8 @@ def _prepare(config: RunConfig, folder: RunFolder) -> _Parts:
     base = load_base(
         config.base.path, device=device, dtype=dtype, revision=config.base.revision, variant=config.base.variant
     )
+    if config.loss.zero_terminal_snr:
+        base.use_zero_terminal_snr()
     dataset = _with_buckets(config, base, dataset)
     targets = find_targets(base.unet, config.lora.targets)
     adapter = inject(base.unet, targets, config.lora.rank, config.lora.alpha, config.seed)

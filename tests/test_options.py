@@ -126,9 +126,18 @@ CHANGES: dict[str, list[str]] = {
     "train.precision": ["train.precision=bf16"],
     "train.device": ["train.device=nothing"],
     "train.checkpoint_every_steps": ["train.checkpoint_every_steps=1"],
-    "timesteps.density": ["timesteps.density=other"],
+    "timesteps.density": ["timesteps.density=speed"],
+    "timesteps.mean": ["timesteps.density=logit_normal", "timesteps.mean=1"],
+    "timesteps.std": ["timesteps.density=logit_normal", "timesteps.std=2"],
     "timesteps.min": ["timesteps.min=500"],
     "timesteps.max": ["timesteps.max=500"],
+    "timesteps.high_noise_keep": ["timesteps.high_noise_keep=0.1"],
+    "timesteps.coverage": ["timesteps.coverage=none"],
+    "loss.kind": ["loss.kind=huber"],
+    "loss.huber_delta": ["loss.kind=huber", "loss.huber_delta=0.5"],
+    "loss.weighting": ["loss.weighting=min_snr"],
+    "loss.gamma": ["loss.weighting=min_snr", "loss.gamma=1"],
+    "loss.noise_offset": ["loss.noise_offset=0.1"],
     "preview.enabled": ["preview.enabled=false"],
     "preview.prompts": ['preview.prompts=["a blue cat"]'],
     "preview.seeds": ["preview.seeds=[1]"],
@@ -136,7 +145,9 @@ CHANGES: dict[str, list[str]] = {
     "preview.num_steps": ["preview.num_steps=3"],
     "preview.guidance": ["preview.guidance=2.0"],
 }
-TESTED_BELOW = {"base.revision", "data.holdout", "data.keep_tags", "train.log_every_steps", "cache.dir"}
+TESTED_BELOW = {"base.revision", "data.holdout", "data.keep_tags", "train.log_every_steps", "cache.dir",
+    "loss.zero_terminal_snr",
+}  # fmt: skip
 
 
 def test_every_option_is_covered() -> None:
@@ -171,6 +182,47 @@ def test_class_words_and_weight_of_preservation_both_count(outcome: Callable[...
     assert outcome(changes[0], "train.preservation_weight=2") != both
     assert outcome(changes[0]).startswith("ConfigError")
     assert outcome(changes[1]).startswith("ConfigError")
+
+
+@pytest.mark.parametrize(
+    ("option", "common_change", "changes"),
+    [
+        (
+            "timesteps.density",
+            "timesteps.coverage=image",
+            ["uniform", "logit_normal", "cubic_high", "cubic_low", "speed"],
+        ),
+        ("timesteps.coverage", "timesteps.density=uniform", ["none", "batch", "image"]),
+        ("timesteps.mean", "timesteps.density=logit_normal", ["0", "1"]),
+        ("timesteps.std", "timesteps.density=logit_normal", ["1", "2"]),
+        ("loss.weighting", "loss.kind=mse", ["constant", "min_snr", "soft_min_snr", "p2", "debiased"]),
+        ("loss.huber_delta", "loss.kind=huber", ["0.1", "0.5"]),
+        ("loss.gamma", "loss.weighting=min_snr", ["5", "1"]),
+        ("loss.zero_terminal_snr", "base.path={v}", ["false", "true"]),
+    ],
+)
+def test_every_value_is_a_run_of_its_own(
+    option: str, common_change: str, changes: list[str], outcome: Callable[..., str], scene: dict[str, str]
+) -> None:
+    found = [outcome(common_change.format(**scene), f"{option}={value}") for value in changes]
+    assert all(result.startswith("common.safetensors") for result in found), found
+    assert len(set(found)) == len(changes)
+
+
+def test_bad_values_name_the_allowed_ones(outcome: Callable[..., str]) -> None:
+    for option, allowed in [
+        ("timesteps.density", "'uniform', 'logit_normal', 'cubic_high', 'cubic_low' or 'speed'"),
+        ("timesteps.coverage", "'none', 'batch' or 'image'"),
+        ("loss.weighting", "'constant', 'min_snr', 'soft_min_snr', 'p2' or 'debiased'"),
+        ("loss.kind", "'mse' or 'huber'"),
+        ("lora.start", "'gaussian', 'orthogonal' or 'pissa'"),
+        ("train.optimizer", "'adamw', 'adamw8bit', 'prodigy', 'adafactor', 'lion' or 'schedule_free'"),
+    ]:
+        found = outcome(f"{option}=somethingelse")
+        assert found.startswith("ConfigError"), found
+        assert allowed in found
+    assert "greater than 0" in outcome("timesteps.high_noise_keep=0")
+    assert "v-prediction base" in outcome("loss.zero_terminal_snr=true")
 
 
 def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:

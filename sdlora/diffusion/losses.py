@@ -1,11 +1,17 @@
-"""The training loss per example.
+"""The training loss per example, and how much it weighs at each noise level.
 
-Floor 2. Shapes: B batch, C channels, h/w latents.
+Floor 2. Shapes: B batch, C channels, h/w latents. SNR is alphas_cumprod / (1 - alphas_cumprod).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from sdlora.diffusion.noise import PredictionType
 
 
 def mse_per_example(predicted: Tensor, target: Tensor) -> Tensor:
@@ -21,3 +27,77 @@ def mse_per_example(predicted: Tensor, target: Tensor) -> Tensor:
     Source: Ho et al. 2006.11239, equation 14 (the simple loss).
     """
     return (predicted.float() - target.float()).pow(2).flatten(1).mean(dim=1)
+
+
+def huber_per_example(predicted: Tensor, target: Tensor, delta: float) -> Tensor:
+    """Huber's loss, mean over everything but the batch, in float32.
+
+    Twice the usual one, so that errors below `delta` count as in `mse_per_example`.
+
+    Args:
+        predicted: The network's answer, (B, C, h, w), any float type.
+        target: What it should have been, (B, C, h, w).
+        delta: From this error on the loss is linear, above 0.
+
+    Returns:
+        (B,) float32.
+
+    Source: Huber 1964, equation 1.1 with k = delta.
+    """
+    return 2 * F.huber_loss(predicted.float(), target.float(), reduction="none", delta=delta).flatten(1).mean(dim=1)
+
+
+def _min_snr(snr: Tensor, gamma: float) -> Tensor:
+    """min(SNR, gamma): Hang et al. 2303.09556."""
+    return snr.clamp(max=gamma)
+
+
+def _soft_min_snr(snr: Tensor, gamma: float) -> Tensor:
+    """SNR gamma / (SNR + gamma): Crowson et al. 2401.11605, a smooth minimum."""
+    return snr * gamma / (snr + gamma)
+
+
+def _p2(snr: Tensor, gamma: float) -> Tensor:
+    """SNR / (1 + SNR)^gamma: Choi et al. 2204.00227 with k = 1, relative to the simple loss."""
+    return snr / (1 + snr).pow(gamma)
+
+
+def _debiased(snr: Tensor, _: float) -> Tensor:
+    """sqrt(SNR): Yu et al. 2310.08442, whose weight on the epsilon loss is 1 / sqrt(SNR)."""
+    return snr.sqrt()
+
+
+# Each as the weight of the squared error of the clean latents, from which the one for any prediction follows.
+_WEIGHTS: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
+    "min_snr": (_min_snr, 5.0),
+    "soft_min_snr": (_soft_min_snr, 5.0),
+    "p2": (_p2, 1.0),
+    "debiased": (_debiased, 1.0),
+}
+
+
+def loss_weight(
+    weighting: str, alphas_cumprod: Tensor, prediction_type: PredictionType, gamma: float | None = None
+) -> Tensor:
+    """The weight of each example's loss at its noise level.
+
+    The squared error of epsilon is SNR times that of the clean latents, and that of v is SNR + 1 times (Salimans &
+    Ho 2202.00512, appendix D); so a weight on the latter is divided by these.
+
+    Args:
+        weighting: "constant", "min_snr", "soft_min_snr", "p2" or "debiased".
+        alphas_cumprod: At each example's timestep, (B,), in (0, 1) for epsilon and [0, 1) for v.
+        prediction_type: What the network predicts.
+        gamma: Of min_snr, soft_min_snr (5 if None) and p2 (1 if None).
+
+    Returns:
+        (B,), at least 0.
+
+    Raises:
+        KeyError: There is no weighting of that name.
+    """
+    if weighting == "constant":
+        return torch.ones_like(alphas_cumprod)
+    weight, usual = _WEIGHTS[weighting]
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    return weight(snr, usual if gamma is None else gamma) / (snr if prediction_type == "epsilon" else snr + 1)

@@ -31,6 +31,21 @@ def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
 
 
+def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
+    """Rescale a schedule so that its last noise level holds no signal.
+
+    Args:
+        alphas_cumprod: The schedule, (T,), falling, in (0, 1).
+
+    Returns:
+        (T,): sqrt(alphas_cumprod) shifted so that it ends in 0 and scaled so that it begins as before, squared.
+
+    Source: Lin et al. 2305.08891, algorithm 1.
+    """
+    root = alphas_cumprod.sqrt()
+    return ((root - root[-1]) * root[0] / (root[0] - root[-1])).pow(2)
+
+
 def velocity(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """The v target: sqrt(alphas_cumprod) * noise - sqrt(1 - alphas_cumprod) * latents, (B, C, h, w).
 

@@ -1,40 +1,124 @@
-"""Which noise level a visit of a picture is trained at.
+"""How much each noise level is trained: a density over the timesteps, drawn from through its inverse CDF.
 
-Floor 2. A density is a function from a uniform number to a timestep (its inverse CDF), so that how much each noise
-level is trained and how evenly the visits fall stay two separate choices. A new density is one more function here.
+Floor 2. How evenly the draws fall is another question, which `coverage` answers. Shapes: T noise levels (1000).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from bisect import bisect_right
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import erf, inf, log, nextafter, sqrt
 
-from sdlora import seeds
+from sdlora.errors import ConfigError
 
-InverseCdf = Callable[[float], float]
-
-
-def uniform_density(quantile: float) -> float:
-    """Every noise level alike: the identity on [0, 1)."""
-    return quantile
-
-
-DENSITIES: dict[str, InverseCdf] = {"uniform": uniform_density}
+NUM_TIMESTEPS = 1000
+HIGH_NOISE = 800
+# SpeeD's own choice: timesteps below 700 are drawn five times as often as each of the others.
+_SPEED_LIMIT, _SPEED_RATIO = 700, 5
 
 
-def timestep(density: str, minimum: int, maximum: int, *, seed: int, example: str, visit: int) -> int:
-    """The timestep of one visit: a pure function of (seed, example, visit).
+@dataclass(frozen=True)
+class Draw:
+    """Where a draw falls among the quantiles of a density: at `offset` within one of `num_slices` equal slices.
+
+    Attributes:
+        slice: Index of the slice, 0 to `num_slices` - 1.
+        num_slices: How many slices there are, at least 1.
+        offset: Position inside the slice, in [0, 1).
+    """
+
+    slice: int
+    num_slices: int
+    offset: float
+
+
+class Density:
+    """Probabilities of the T timesteps.
 
     Args:
-        density: A name in `DENSITIES`.
+        name: "uniform", "logit_normal", "cubic_high", "cubic_low" or "speed".
+        mean: Of logit_normal.
+        std: Of logit_normal, above 0.
         minimum: Lowest timestep, inclusive, 0 to 999.
         maximum: Highest timestep, inclusive, `minimum` to 999.
-        seed: The run's seed.
-        example: The picture's name.
-        visit: The how-manieth visit of that picture in the whole run, from 1.
+        high_noise_keep: Factor on the timesteps from 800 up, in (0, 1].
 
-    Returns:
-        An integer in [minimum, maximum].
+    Raises:
+        KeyError: There is no density of that name.
+        ConfigError: The density is zero between the limits.
+
+    Source: logit_normal is Esser et al. 2403.03206, equation 19, on t / T; speed is the asymmetric sampling of Wang
+    et al. 2405.17403, with its threshold of 700 and ratio of 5; the cubic ones are t / T = u^3 (towards low noise)
+    and 1 - u^3 (towards high noise) for a uniform u.
     """
-    quantile = seeds.uniform(seed, "timestep", example, visit)
-    share = DENSITIES[density](quantile)
-    return minimum + min(int(share * (maximum - minimum + 1)), maximum - minimum)
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        mean: float = 0.0,
+        std: float = 1.0,
+        minimum: int = 0,
+        maximum: int = NUM_TIMESTEPS - 1,
+        high_noise_keep: float = 1.0,
+    ) -> None:
+        masses = _masses(name, mean, std)
+        kept = [
+            (mass * high_noise_keep if t >= HIGH_NOISE else mass) if minimum <= t <= maximum else 0.0
+            for t, mass in enumerate(masses)
+        ]
+        total = list(accumulate(kept, initial=0.0))
+        if total[-1] <= 0.0:
+            raise ConfigError(
+                f"timesteps.density = {name!r} with mean {mean:g} and std {std:g} has nothing between timesteps.min "
+                f"({minimum}) and timesteps.max ({maximum}). Widen std, or move mean or the limits."
+            )
+        self._edges = [edge / total[-1] for edge in total]
+
+    def probabilities(self) -> list[float]:
+        """The probability of each timestep, T numbers that sum to 1."""
+        return [high - low for low, high in pairwise(self._edges)]
+
+    def timestep(self, draw: Draw) -> int:
+        """The timestep at a draw's quantile.
+
+        A timestep that straddles two slices belongs to the lower one, so that draws in different slices are
+        different timesteps as long as slices are wider than one.
+        """
+        low, high = draw.slice / draw.num_slices, (draw.slice + 1) / draw.num_slices
+        # Rounding must not carry an offset of almost 1 into the next slice.
+        quantile = min((draw.slice + draw.offset) / draw.num_slices, nextafter(high, 0.0))
+        found = bisect_right(self._edges, quantile) - 1
+        if self._edges[found] < low and self._edges[found + 1] < high:
+            found = bisect_right(self._edges, self._edges[found + 1]) - 1
+        return found
+
+
+def _masses(name: str, mean: float, std: float) -> list[float]:
+    """Numbers in proportion to the probabilities of the T timesteps."""
+    if name == "logit_normal":
+        return _logit_normal_masses(mean, std)
+    return {
+        "uniform": [1.0] * NUM_TIMESTEPS,
+        "cubic_high": _cubic_masses()[::-1],
+        "cubic_low": _cubic_masses(),
+        "speed": [float(_SPEED_RATIO if t < _SPEED_LIMIT else 1) for t in range(NUM_TIMESTEPS)],
+    }[name]
+
+
+def _cubic_masses() -> list[float]:
+    """P(t) where t / T = u^3: differences of the CDF x^(1/3)."""
+    edges = [(t / NUM_TIMESTEPS) ** (1 / 3) for t in range(NUM_TIMESTEPS + 1)]
+    return [high - low for low, high in pairwise(edges)]
+
+
+def _logit_normal_masses(mean: float, std: float) -> list[float]:
+    """P(t) where t / T is the logistic function of a normal number: differences of the CDF."""
+
+    def cdf(x: float) -> float:
+        logit = -inf if x <= 0 else inf if x >= 1 else log(x / (1 - x))
+        return 0.5 * (1 + erf((logit - mean) / (std * sqrt(2))))
+
+    edges = [cdf(t / NUM_TIMESTEPS) for t in range(NUM_TIMESTEPS + 1)]
+    return [high - low for low, high in pairwise(edges)]

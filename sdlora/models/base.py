@@ -69,6 +69,10 @@ class BaseModel(Protocol):
         """The network's answer (B, C, h, w) in float32, for latents (B, C, h, w) at timesteps (B,)."""
         ...
 
+    def use_zero_terminal_snr(self) -> None:
+        """Rescale the schedule, for training and for previews, so that the highest level is pure noise."""
+        ...
+
     def pipeline(self) -> AbstractContextManager[DiffusionPipeline]:
         """A diffusers pipeline around these very networks, adapters included, for as long as the block lasts."""
         ...

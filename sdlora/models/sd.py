@@ -12,12 +12,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from sdlora.diffusion.noise import check_prediction_type
-from sdlora.errors import BaseModelError
+from sdlora.diffusion.noise import check_prediction_type, zero_terminal_snr
+from sdlora.errors import BaseModelError, ConfigError
 from sdlora.models.base import TextStates
 
 
@@ -108,6 +108,23 @@ class StableDiffusion:
         dtype = self.unet.dtype
         answer: Tensor = self.unet(noisy.to(dtype), timesteps, text["states"].to(dtype), return_dict=False)[0]
         return answer.float()
+
+    def use_zero_terminal_snr(self) -> None:
+        """Rescale the schedule, for training and for previews, so that the highest level is pure noise.
+
+        Raises:
+            ConfigError: The base predicts epsilon, which says nothing of the picture where there is only noise.
+        """
+        if self.prediction_type != "v_prediction":
+            raise ConfigError(
+                f"loss.zero_terminal_snr needs a v-prediction base, and {self.path!r} predicts {self.prediction_type}. "
+                "Set it to false, or raise loss.noise_offset a little for darker and brighter pictures."
+            )
+        self.alphas_cumprod = zero_terminal_snr(self.alphas_cumprod)
+        # Sampling must begin at the last level, too (Lin et al. 2305.08891, section 3.3); DDIM can.
+        self._pipeline.scheduler = DDIMScheduler.from_config(
+            self._pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        )
 
     @contextmanager
     def pipeline(self) -> Iterator[StableDiffusionPipeline]:

@@ -9,7 +9,7 @@ import torch
 
 from sdlora import seeds
 from sdlora.training.data import TrainingData
-from sdlora.training.loop import diffusion_loss
+from sdlora.training.objective import Batch, diffusion_loss
 
 NUM_LEVELS = 8
 
@@ -34,7 +34,5 @@ def heldout_loss(data: TrainingData, seed: int) -> float:
         noise = [seeds.normal(mean.shape[1:], seed, "heldout noise", data.name(index), level) for level in levels]
         text = data.text([(index, 1)] * NUM_LEVELS)
         latents = base.sample_latents(moments, torch.zeros_like(mean)).expand(NUM_LEVELS, -1, -1, -1)
-        losses.append(
-            diffusion_loss(base, latents=latents, noise=torch.stack(noise), timesteps=torch.tensor(levels), text=text)
-        )
+        losses.append(diffusion_loss(base, Batch(latents, torch.stack(noise), torch.tensor(levels), text)))
     return float(torch.cat(losses).mean())

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -18,14 +19,15 @@ from torch import Tensor, nn
 from sdlora import seeds
 from sdlora.config import RunConfig
 from sdlora.data.order import Visit, epoch_batches
-from sdlora.diffusion.losses import mse_per_example
-from sdlora.diffusion.noise import add_noise, prediction_target
-from sdlora.diffusion.timesteps import timestep
+from sdlora.diffusion.coverage import cover
+from sdlora.diffusion.losses import huber_per_example, loss_weight, mse_per_example
+from sdlora.diffusion.timesteps import Density
 from sdlora.errors import DivergedError
 from sdlora.events import CheckpointDue, EpochDone, Event, StepDone
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel
 from sdlora.training.data import TrainingData
+from sdlora.training.objective import Batch, diffusion_loss, diffusion_loss_preserving
 from sdlora.training.rates import learning_rate
 
 
@@ -57,7 +59,7 @@ class Trainer:
     """Trains an adapter on a dataset.
 
     Args:
-        config: The whole run's configuration; `train`, `timesteps`, `data.repeats` and `seed` are read.
+        config: The whole run's configuration; `train`, `timesteps`, `loss`, `data.repeats` and `seed` are read.
         base: The frozen model; the adapter is injected into its UNet.
         adapter: What is trained.
         data: The pictures, their cache filled for every planned visit.
@@ -76,6 +78,8 @@ class Trainer:
         self.data = data
         self.accelerator = accelerator
         self.position = Position()
+        loss = config.loss
+        self._error = mse_per_example if loss.kind == "mse" else partial(huber_per_example, delta=loss.huber_delta)
         self.parameters = list(adapter.parameters())
         optimizer = torch.optim.AdamW(
             self.parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay
@@ -83,6 +87,7 @@ class Trainer:
         self.optimizer = accelerator.prepare(optimizer)
         buckets = [example.bucket for example in data.dataset.examples]
         self._epochs = [self._groups(buckets, epoch) for epoch in range(1, config.train.epochs + 1)]
+        self._timesteps = self._planned_timesteps()
 
     def _groups(self, buckets: Sequence[tuple[int, int]], epoch: int) -> list[list[tuple[Visit, ...]]]:
         """An epoch's optimizer steps, each a list of batches whose gradients are summed."""
@@ -90,6 +95,26 @@ class Trainer:
         batches = epoch_batches(buckets, self.config.data.repeats, train.batch_size, epoch, self.config.seed)
         size = train.gradient_accumulation_steps
         return [batches[first : first + size] for first in range(0, len(batches), size)]
+
+    def _planned_timesteps(self) -> dict[Visit, int]:
+        """The timestep of every visit of the whole run."""
+        options = self.config.timesteps
+        density = Density(
+            options.density,
+            mean=options.mean,
+            std=options.std,
+            minimum=options.min,
+            maximum=options.max,
+            high_noise_keep=options.high_noise_keep,
+        )
+        steps = [[visit for batch in group for visit in batch] for groups in self._epochs for group in groups]
+        named = [[(self.data.name(visit.example), visit.visit) for visit in step] for step in steps]
+        draws = cover(options.coverage, named, self.config.seed)
+        return {
+            visit: density.timestep(draw)
+            for step, drawn in zip(steps, draws, strict=True)
+            for visit, draw in zip(step, drawn, strict=True)
+        }
 
     @property
     def total_steps(self) -> int:
@@ -152,12 +177,10 @@ class Trainer:
         timesteps: list[int] = []
         losses: list[Tensor] = []
         for batch in group:
-            drawn = [self._timestep(visit) for visit in batch]
-            loss = self.loss_per_example(batch, drawn)
+            drawn = [self._timesteps[visit] for visit in batch]
+            loss, objective = self.losses_per_example(batch, drawn)
             losses.append(loss.detach())
-            if train.preservation_weight > 0:
-                loss = loss + train.preservation_weight * self.preservation_per_example(batch, drawn)
-            self.accelerator.backward(loss.sum() / num_examples)
+            self.accelerator.backward(objective.sum() / num_examples)
             visits += batch
             timesteps += drawn
         if train.max_grad_norm > 0:
@@ -169,32 +192,25 @@ class Trainer:
         pending.steps.append((epoch, step, rate, visits, timesteps))
         pending.losses.append(torch.cat(losses))
 
-    def _timestep(self, visit: Visit) -> int:
-        options = self.config.timesteps
-        return timestep(
-            options.density,
-            options.min,
-            options.max,
-            seed=self.config.seed,
-            example=self.data.name(visit.example),
-            visit=visit.visit,
-        )
+    def losses_per_example(self, visits: Sequence[Visit], timesteps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The loss of a batch at given timesteps; noise is a function of (seed, example, visit).
 
-    def loss_per_example(self, batch: Sequence[Visit], timesteps: Sequence[int]) -> Tensor:
-        """The loss of a batch at given timesteps, (B,) float32; noise is a function of (seed, example, visit)."""
-        latents, noise = self._latents_and_noise(batch)
-        text = self.data.text([(visit.example, visit.visit) for visit in batch])
-        return diffusion_loss(
-            self.base, latents=latents, noise=noise, timesteps=torch.tensor(list(timesteps)), text=text
-        )
-
-    def preservation_per_example(self, batch: Sequence[Visit], timesteps: Sequence[int]) -> Tensor:
-        """How far the adapter moves the answers to class words, on the same noisy latents, (B,) float32."""
-        latents, noise = self._latents_and_noise(batch)
-        text = self.data.preserved_text([(visit.example, visit.visit) for visit in batch])
-        return preservation_loss(
-            self.base, self.adapter, latents=latents, noise=noise, timesteps=torch.tensor(list(timesteps)), text=text
-        )
+        Returns:
+            The loss before any weighting and what is minimised, each (B,) float32.
+        """
+        loss, preservation = self.config.loss, self.config.train.preservation_weight
+        latents, noise = self._latents_and_noise(visits)
+        pairs = [(visit.example, visit.visit) for visit in visits]
+        batch = Batch(latents, noise, torch.tensor(list(timesteps)), self.data.text(pairs))
+        distance: Tensor | float = 0.0
+        if preservation > 0:
+            class_text = self.data.preserved_text(pairs)
+            plain, distance = diffusion_loss_preserving(self.base, self.adapter, batch, class_text, self._error)
+        else:
+            plain = diffusion_loss(self.base, batch, self._error)
+        alphas_cumprod = self.base.alphas_cumprod[batch.timesteps.to(self.base.device)]
+        weight = loss_weight(loss.weighting, alphas_cumprod, self.base.prediction_type, loss.gamma)
+        return plain, weight * plain + preservation * distance
 
     def _latents_and_noise(self, batch: Sequence[Visit]) -> tuple[Tensor, Tensor]:
         moments = torch.stack([self.data.moments(visit.example) for visit in batch])
@@ -203,6 +219,9 @@ class Trainer:
         seed = self.config.seed
         jitter = torch.stack([seeds.normal(shape, seed, "latent", name, visit) for name, visit in names])
         noise = torch.stack([seeds.normal(shape, seed, "noise", name, visit) for name, visit in names])
+        if (share := self.config.loss.noise_offset) > 0:
+            offset = [seeds.normal((shape[0], 1, 1), seed, "noise offset", name, visit) for name, visit in names]
+            noise = noise + share * torch.stack(offset)
         return self.base.sample_latents(moments, jitter), noise
 
     def _read_back(self, pending: _Pending) -> Iterator[StepDone]:
@@ -238,62 +257,3 @@ class Trainer:
         train_loss = self.position.loss_sum / max(1, self.position.loss_count)
         self.position.loss_sum, self.position.loss_count = 0.0, 0
         return EpochDone(epoch, self.position.step, train_loss, None, seconds)
-
-
-def diffusion_loss(
-    base: BaseModel, *, latents: Tensor, noise: Tensor, timesteps: Tensor, text: dict[str, Tensor]
-) -> Tensor:
-    """The simple loss of each example at its timestep.
-
-    Args:
-        base: The model, its adapter in whatever state it is.
-        latents: Clean scaled latents, (B, C, h, w).
-        noise: Standard normal noise, (B, C, h, w).
-        timesteps: Integers in [0, 999], (B,).
-        text: Text states, the batch first.
-
-    Returns:
-        (B,) float32 on the base's device.
-
-    Source: Ho et al. 2006.11239, equation 14; for v, Salimans & Ho 2202.00512, section 4.
-    """
-    noisy, timesteps, alphas_cumprod, states = _prepared(base, latents, noise, timesteps, text)
-    predicted = base.predict(noisy, timesteps, states)
-    target = prediction_target(base.prediction_type, latents.to(base.device), noise.to(base.device), alphas_cumprod)
-    return mse_per_example(predicted, target)
-
-
-def preservation_loss(
-    base: BaseModel, adapter: Adapter, *, latents: Tensor, noise: Tensor, timesteps: Tensor, text: dict[str, Tensor]
-) -> Tensor:
-    """The squared distance between the answers with and without the adapter.
-
-    Args:
-        base: The model with the adapter in it.
-        adapter: Switched off for the answer that is to be kept.
-        latents: Clean scaled latents, (B, C, h, w).
-        noise: Standard normal noise, (B, C, h, w).
-        timesteps: Integers in [0, 999], (B,).
-        text: Text states of captions without the trigger, the batch first.
-
-    Returns:
-        (B,) float32 on the base's device.
-
-    Source: prior preservation of Ruiz et al. 2208.12242, equation 2, with the base's own prediction as the target
-    instead of pictures drawn by it.
-    """
-    noisy, timesteps, _, states = _prepared(base, latents, noise, timesteps, text)
-    with torch.no_grad(), adapter.disabled():
-        kept = base.predict(noisy, timesteps, states)
-    return mse_per_example(base.predict(noisy, timesteps, states), kept)
-
-
-def _prepared(
-    base: BaseModel, latents: Tensor, noise: Tensor, timesteps: Tensor, text: dict[str, Tensor]
-) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Noisy latents, timesteps, their cumulative alphas and text states, on the base's device."""
-    device = base.device
-    latents, noise, timesteps = (x.to(device, non_blocking=True) for x in (latents, noise, timesteps))
-    alphas_cumprod = base.alphas_cumprod[timesteps]
-    states = {name: value.to(device, non_blocking=True) for name, value in text.items()}
-    return add_noise(latents, noise, alphas_cumprod), timesteps, alphas_cumprod, states

@@ -1,6 +1,14 @@
+"""Losses and weights against the papers' formulas in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
 import torch
 
-from sdlora.diffusion.losses import mse_per_example
+from sdlora.diffusion.losses import huber_per_example, loss_weight, mse_per_example
+from sdlora.pocket.architecture import build_scheduler
 
 
 def test_one_loss_per_example_in_float32() -> None:
@@ -9,3 +17,65 @@ def test_one_loss_per_example_in_float32() -> None:
     losses = mse_per_example(predicted, target)
     assert losses.dtype == torch.float32
     assert losses.tolist() == [0.25, 4.0]
+
+
+def test_huber_is_squared_below_delta_and_linear_above() -> None:
+    target = torch.zeros(3, 4, 3, 3)
+    predicted = torch.stack([torch.full((4, 3, 3), x) for x in (0.1, 0.5, -2.0)])
+    # Twice x^2 / 2 below delta, twice delta (|x| - delta / 2) above.
+    expected = torch.tensor([0.1**2, 2 * 0.2 * (0.5 - 0.1), 2 * 0.2 * (2 - 0.1)])
+    torch.testing.assert_close(huber_per_example(predicted, target, 0.2), expected)
+    torch.testing.assert_close(huber_per_example(predicted, target, 10.0), mse_per_example(predicted, target))
+
+
+# As each paper gives it for epsilon prediction.
+FORMULAS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
+    "constant": lambda snr, _: torch.ones_like(snr),
+    "min_snr": lambda snr, gamma: torch.minimum(snr, torch.full_like(snr, gamma)) / snr,
+    "soft_min_snr": lambda snr, gamma: gamma / (snr + gamma),
+    "p2": lambda snr, gamma: 1 / (1 + snr) ** gamma,
+    "debiased": lambda snr, _: 1 / snr.sqrt(),
+}
+
+
+@pytest.mark.parametrize("name", list(FORMULAS))
+@pytest.mark.parametrize("gamma", [None, 0.5, 3.0])
+def test_weights_are_the_papers(name: str, gamma: float | None) -> None:
+    alphas_cumprod = build_scheduler().alphas_cumprod.double()
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    usual = {"p2": 1.0}.get(name, 5.0)
+    expected = FORMULAS[name](snr, usual if gamma is None else gamma)
+    torch.testing.assert_close(loss_weight(name, alphas_cumprod, "epsilon", gamma), expected)
+    if name != "constant":
+        # The same objective on the clean latents: v's error is (SNR + 1) / SNR times epsilon's.
+        torch.testing.assert_close(loss_weight(name, alphas_cumprod, "v_prediction", gamma), expected * snr / (snr + 1))
+
+
+def test_min_snr_for_v_is_the_papers_own() -> None:
+    snr = torch.tensor([0.1, 4.0, 50.0], dtype=torch.float64)
+    expected = torch.tensor([0.1, 4.0, 5.0], dtype=torch.float64) / (snr + 1)
+    torch.testing.assert_close(loss_weight("min_snr", snr / (1 + snr), "v_prediction"), expected)
+
+
+def test_known_values() -> None:
+    alphas_cumprod = build_scheduler().alphas_cumprod.double()
+    found = loss_weight("min_snr", alphas_cumprod, "epsilon")
+    assert found.mean().item() == pytest.approx(0.917, abs=5e-4)
+    assert (found < 1).nonzero().max() == 146
+    share = loss_weight("debiased", alphas_cumprod, "epsilon")
+    assert (share[800:].sum() / share.sum()).item() == pytest.approx(0.585, abs=2e-3)
+    # With gamma 1 the smooth minimum is P2(1, 1).
+    torch.testing.assert_close(
+        loss_weight("soft_min_snr", alphas_cumprod, "epsilon", 1.0), loss_weight("p2", alphas_cumprod, "epsilon")
+    )
+
+
+def test_pure_noise_has_finite_weights_for_v() -> None:
+    zero = torch.zeros(1)
+    for name in FORMULAS:
+        assert torch.isfinite(loss_weight(name, zero, "v_prediction")).all()
+
+
+def test_unknown_names_are_errors() -> None:
+    with pytest.raises(KeyError):
+        loss_weight("minsnr", torch.ones(1) / 2, "epsilon")

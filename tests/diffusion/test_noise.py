@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from sdlora.diffusion.noise import add_noise, check_prediction_type, prediction_target, velocity
+from sdlora.diffusion.noise import add_noise, check_prediction_type, prediction_target, velocity, zero_terminal_snr
 from sdlora.errors import BaseModelError
 from sdlora.pocket.architecture import build_scheduler
 
@@ -38,6 +38,14 @@ def test_the_schedule_is_that_of_stable_diffusion() -> None:
     assert snr[146] > 5 > snr[147]
     assert abs(int((snr - 1).abs().argmin()) - 354) <= 1
     assert snr[999].item() == pytest.approx(0.0047, abs=5e-5)
+
+
+def test_zero_terminal_snr_agrees_with_diffusers() -> None:
+    reference = DDPMScheduler.from_config(build_scheduler().config, rescale_betas_zero_snr=True)
+    found = zero_terminal_snr(build_scheduler().alphas_cumprod.double())
+    torch.testing.assert_close(found.float(), reference.alphas_cumprod, rtol=1e-4, atol=1e-6)
+    assert found[-1] == 0.0
+    assert found[0] == pytest.approx(build_scheduler().alphas_cumprod[0].item())
 
 
 def test_latents_come_back_from_noise_and_velocity(drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:

@@ -1,25 +1,94 @@
-from collections import Counter
+"""Densities against their formulas, by integration in float64."""
 
-from sdlora.diffusion.timesteps import timestep
+from __future__ import annotations
 
+import math
+from collections.abc import Callable
 
-def draws(count: int, minimum: int = 0, maximum: int = 999, seed: int = 0) -> list[int]:
-    return [timestep("uniform", minimum, maximum, seed=seed, example="a.png", visit=v) for v in range(1, count + 1)]
+import pytest
+import torch
 
-
-def test_a_draw_is_a_function_of_seed_example_and_visit() -> None:
-    assert draws(50) == draws(50)
-    assert draws(50) != draws(50, seed=1)
-    assert timestep("uniform", 0, 999, seed=0, example="b.png", visit=1) != draws(1)[0]
-
-
-def test_uniform_is_uniform() -> None:
-    counts = Counter(t // 100 for t in draws(20_000))
-    # A chi-square of 9 degrees of freedom is below 27.9 with probability .999.
-    assert sum((counts[band] - 2000) ** 2 / 2000 for band in range(10)) < 27.9
+from sdlora.diffusion.timesteps import Density, Draw
+from sdlora.errors import ConfigError
 
 
-def test_limits_are_inclusive() -> None:
-    found = draws(400, 10, 13)
-    assert set(found) == {10, 11, 12, 13}
-    assert draws(3, 7, 7) == [7, 7, 7]
+def logit_normal(x: torch.Tensor, mean: float = 0.0, std: float = 1.0) -> torch.Tensor:
+    """Esser et al. 2403.03206, equation 19."""
+    logit = torch.log(x / (1 - x))
+    return torch.exp(-((logit - mean) ** 2) / (2 * std**2)) / (std * math.sqrt(2 * math.pi) * x * (1 - x))
+
+
+DENSITIES: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+    "uniform": torch.ones_like,
+    "logit_normal": logit_normal,
+    # The density of u^3 is that of u over the slope of the cube.
+    "cubic_low": lambda x: x ** (-2 / 3) / 3,
+    "cubic_high": lambda x: (1 - x) ** (-2 / 3) / 3,
+    # Wang et al. 2405.17403: k / (T + tau (k - 1)) below tau, 1 / (T + tau (k - 1)) above, per timestep.
+    "speed": lambda x: torch.where(x < 0.7, 5.0, 1.0).double() * 1000 / (1000 + 700 * 4),
+}
+
+
+def integrated(density: Callable[[torch.Tensor], torch.Tensor], points: int = 400) -> torch.Tensor:
+    """The density's integral over each of the 1000 timesteps, by midpoints."""
+    x = (torch.arange(1000 * points, dtype=torch.float64) + 0.5) / (1000 * points)
+    return density(x).view(1000, points).mean(dim=1) / 1000
+
+
+@pytest.mark.parametrize("name", list(DENSITIES))
+def test_probabilities_are_the_formulas(name: str) -> None:
+    found = torch.tensor(Density(name).probabilities(), dtype=torch.float64)
+    assert found.sum().item() == pytest.approx(1)
+    expected = integrated(DENSITIES[name])
+    inner = slice(5, 995)  # the cubic densities are infinite at an edge, where midpoints miss a part
+    torch.testing.assert_close(found[inner], expected[inner], rtol=2e-3, atol=1e-9)
+
+
+def test_mean_and_std_move_the_logit_normal() -> None:
+    found = torch.tensor(Density("logit_normal", mean=0.7, std=0.5).probabilities(), dtype=torch.float64)
+    expected = integrated(lambda x: logit_normal(x, 0.7, 0.5))
+    torch.testing.assert_close(found[5:995], expected[5:995], rtol=1e-4, atol=1e-12)
+
+
+def test_limits_cut_and_rescale() -> None:
+    whole, cut = Density("cubic_low").probabilities(), Density("cubic_low", minimum=100, maximum=299).probabilities()
+    inside = sum(whole[100:300])
+    assert cut[100:300] == pytest.approx([p / inside for p in whole[100:300]])
+    assert sum(cut[:100]) == sum(cut[300:]) == 0
+
+
+def test_high_noise_is_kept_in_part() -> None:
+    found = Density("uniform", high_noise_keep=0.25).probabilities()
+    assert found[800] / found[799] == pytest.approx(0.25)
+    assert sum(found[800:]) == pytest.approx(0.05 / 0.85)
+
+
+@pytest.mark.parametrize("name", list(DENSITIES))
+def test_draws_follow_the_probabilities(name: str) -> None:
+    density, count = Density(name, high_noise_keep=0.5), 200_000
+    expected = torch.tensor(density.probabilities()).view(20, 50).sum(dim=1)
+    drawn = torch.tensor([density.timestep(Draw(i, count, 0.5)) for i in range(count)])
+    counts = torch.bincount(drawn // 50, minlength=20) / count
+    assert (counts - expected).abs().max() < 2e-4
+
+
+@pytest.mark.parametrize("num_slices", range(1, 51))
+@pytest.mark.parametrize("offset", [0.0, 0.3, 1 - 2**-53])
+def test_every_slice_has_timesteps_of_its_own(num_slices: int, offset: float) -> None:
+    density = Density("uniform")
+    drawn = [density.timestep(Draw(i, num_slices, offset)) for i in range(num_slices)]
+    assert [t * num_slices // 1000 for t in drawn] == list(range(num_slices))
+
+
+def test_the_edges_of_a_density_are_reached_and_not_passed() -> None:
+    density = Density("uniform", minimum=10, maximum=13)
+    assert [density.timestep(Draw(0, 1, offset)) for offset in (0.0, 0.26, 1 - 2**-53)] == [10, 11, 13]
+    assert Density("speed", minimum=7, maximum=7).timestep(Draw(3, 5, 0.9)) == 7
+    assert Density("uniform").timestep(Draw(0, 1, 1 - 2**-53)) == 999
+
+
+def test_what_cannot_be_drawn_is_refused() -> None:
+    with pytest.raises(ConfigError, match="nothing between"):
+        Density("logit_normal", mean=-10.0, std=0.01, minimum=900)
+    with pytest.raises(KeyError):
+        Density("unifrom")
