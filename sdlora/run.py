@@ -290,14 +290,7 @@ def _events(
     yield Exported(str(folder.lora), epoch, proof["num_modules"], proof["max_error"], folder.lora.stat().st_size)
     yield Notice(reason)
     proven = f"The file was loaded back through diffusers; its greatest difference is {proof['max_error']:g}."
-    write_report(
-        folder.report,
-        title=folder.name,
-        sentences=[reason, proven],
-        sheet=folder.sheet,
-        metrics=folder.metrics,
-        config=folder.config,
-    )
+    _report(parts, [reason, proven])
     yield RunDone(str(folder.lora), str(folder.path), time.monotonic() - begin)
 
 
@@ -323,7 +316,7 @@ def _plan(parts: _Parts) -> PlanMade:
 
 
 def _close_epoch(parts: _Parts, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
-    """What belongs to an epoch's end: held-out loss, the LoRA file, previews, the contact sheet."""
+    """What belongs to an epoch's end: held-out loss, the LoRA file, previews, the contact sheet, the page."""
     folder = parts.folder
     if parts.heldout is not None:
         event = parts.heldout.measure(event)
@@ -337,6 +330,22 @@ def _close_epoch(parts: _Parts, event: EpochDone, losses: dict[int, float]) -> I
         yield from draw_previews(parts.base, parts.previews, folder.epoch(event.epoch) / "previews")
         files = _write_sheet(parts, parts.previews, event.epoch)
         yield PreviewsDone(event.epoch, files, time.monotonic() - start)
+    done = f"Epoch {event.epoch} of {parts.config.train.epochs}" if event.epoch else "The base, before training"
+    _report(parts, [f"{done}. This page is written anew after every epoch."])
+
+
+def _report(parts: _Parts, sentences: list[str]) -> None:
+    folder = parts.folder
+    write_report(
+        folder.report,
+        title=folder.name,
+        sentences=sentences,
+        sheet=folder.sheet,
+        metrics=folder.metrics,
+        config=folder.config,
+        pictures=parts.data.dataset.folder,
+        background=parts.config.data.background,
+    )
 
 
 def _write_sheet(parts: _Parts, request: PreviewRequest, last_epoch: int) -> list[str]:

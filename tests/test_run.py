@@ -104,6 +104,16 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(tmp_path: Path, overri
     assert metrics(whole)[-1]["heldout_change"] is not None
 
 
+def test_the_page_is_there_after_every_epoch(tmp_path: Path, overrides: list[str]) -> None:
+    source = tmp_path / "hero.toml"
+    source.write_text(CONFIG, encoding="utf-8")
+    for event in start(load_config(str(source), overrides), tmp_path / "run"):
+        if isinstance(event, StepDone) and event.epoch == 2:
+            page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+            assert "Epoch 1 of 2. This page is written anew after every epoch." in page
+    assert "Epoch 2 of 2" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
 def test_split_off_pictures_are_never_trained(tmp_path: Path, overrides: list[str]) -> None:
     options = [*overrides, "data.folder=builtin:zumi", "preview.enabled=false", "train.epochs=1"]
     events = run(tmp_path / "run", options)
