@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 340, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 48, 62, 24, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 62, 24, 38
 _LABEL_GAP = 13
 _MOST_MARKED = 6  # as many values as this get a dot and a number on the x axis each
 _INK, _GRID = "#333", "#e4e4e0"
@@ -25,7 +25,7 @@ class Line:
 
     Attributes:
         label: Written where the line ends.
-        values: One per place on the x axis; None leaves a gap.
+        values: One per place on the x axis; the line passes over None.
         color: Of the line and of its label.
         width: How thick it is drawn.
     """

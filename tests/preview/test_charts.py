@@ -44,7 +44,7 @@ def test_a_line_is_where_its_values_are() -> None:
     assert second[1] - first[1] == pytest.approx(third[1] - second[1], abs=0.11)
 
 
-def test_gaps_and_nothing_at_all() -> None:
+def test_missing_values_and_nothing_at_all() -> None:
     lines = [Line("a", [None, 1.0, None], "#000"), Line("b", [None, None, None], "#000")]
     chart = line_chart(lines, [0, 1, 2], x_name="epoch", y_name="loss")
     assert len(points(chart)) == 1 == chart.count("<circle")
