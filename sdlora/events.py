@@ -22,11 +22,15 @@ class Event:
 
 @dataclass(frozen=True)
 class PlanMade(Event):
-    """What the run is about to do, in numbers a person can check before it starts."""
+    """What the run is about to do, in numbers a person can check before it starts.
+
+    `split_off` names the held-out pictures that were taken from the training folder itself.
+    """
 
     name = "plan"
     pictures: int
     heldout_pictures: int
+    split_off: list[str]
     repeats: int
     epochs: int
     exposures_per_picture: int
@@ -76,7 +80,15 @@ class StepDone(Event):
 
 @dataclass(frozen=True)
 class EpochDone(Event):
-    """All steps of an epoch are done; epoch 0 is the base before training."""
+    """All steps of an epoch are done; epoch 0 is the base before training.
+
+    Bands are [0, 200), [200, 400), [400, 600), [600, 800) and [800, 1000) of the timesteps.
+
+    Attributes:
+        train_bands: Training loss by band; None for a band that no visit of the epoch fell into.
+        heldout_bands: Held-out loss by band.
+        heldout_change: Held-out loss by band with the adapter on minus off; below 0 where it helps.
+    """
 
     name = "epoch"
     epoch: int
@@ -84,6 +96,9 @@ class EpochDone(Event):
     train_loss: float | None
     heldout_loss: float | None
     seconds: float
+    train_bands: list[float | None] | None = None
+    heldout_bands: list[float] | None = None
+    heldout_change: list[float] | None = None
 
 
 @dataclass(frozen=True)

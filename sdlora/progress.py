@@ -130,12 +130,20 @@ class Timer:
 def describe_plan(plan: events.PlanMade) -> str:
     """The plan in one paragraph that an artist understands."""
     share = plan.trained_parameters / plan.base_parameters
+    kept_out = ""
+    if plan.split_off:
+        kept_out = (
+            f"{len(plan.split_off)} more pictures ({', '.join(plan.split_off)}) are not trained on: the held-out loss "
+            "is measured on them. Set data.holdout_split = false to train on them, too.\n"
+        )
+    elif plan.heldout_pictures:
+        kept_out = f"The held-out loss is measured on {plan.heldout_pictures} pictures of data.holdout.\n"
     return (
         f"{plan.pictures} pictures x {plan.repeats} repeats x {plan.epochs} epochs: every picture is seen "
         f"{plan.exposures_per_picture} times, {plan.steps} steps of "
         f"{plan.batch_size * plan.gradient_accumulation_steps} pictures on {plan.device} ({plan.precision}).\n"
-        f"Training {plan.trained_parameters:,} parameters in {', '.join(plan.targets)}, {share:.2%} of the base's "
-        f"{plan.base_parameters:,}; the base itself stays as it is."
+        f"{kept_out}Training {plan.trained_parameters:,} parameters in {', '.join(plan.targets)}, {share:.2%} of the "
+        f"base's {plan.base_parameters:,}; the base itself stays as it is."
     )
 
 

@@ -11,7 +11,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -20,17 +20,9 @@ from accelerate import Accelerator
 from sdlora.config import RunConfig, dump_toml, load_config, options
 from sdlora.data.cache import Cache
 from sdlora.data.dataset import Dataset, load_dataset
+from sdlora.data.split import split_off
 from sdlora.errors import ConfigError, OutOfMemoryError, SdloraError
-from sdlora.events import (
-    CheckpointDue,
-    EpochDone,
-    Event,
-    Exported,
-    Notice,
-    PlanMade,
-    PreviewsDone,
-    RunDone,
-)
+from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, PreviewsDone, RunDone
 from sdlora.files import atomic_path, remove_partial, write_json
 from sdlora.lora.export import LoraMetadata, save_lora
 from sdlora.lora.inject import Adapter, inject
@@ -45,7 +37,7 @@ from sdlora.runfolder import Recorder, RunFolder
 from sdlora.shipped import resolve_data_folder
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from sdlora.training.data import TrainingData, held_out_data, training_data
-from sdlora.training.heldout import heldout_loss
+from sdlora.training.heldout import HeldOut
 from sdlora.training.loop import Trainer
 
 HIGH_RANK = 32
@@ -66,7 +58,7 @@ class _Parts:
     adapter: Adapter
     targets: list[str]
     data: TrainingData
-    heldout: TrainingData | None
+    heldout: HeldOut | None
     trainer: Trainer
     previews: PreviewRequest | None
     notices: list[str]
@@ -138,6 +130,8 @@ def _prepare(config: RunConfig, folder: RunFolder) -> _Parts:
     # The pictures are looked at before the base is loaded, which may take minutes.
     dataset = _load_dataset(config, config.data.folder)
     heldout = None if config.data.holdout is None else _load_dataset(config, config.data.holdout)
+    if heldout is None and config.data.holdout_split:
+        dataset, heldout = split_off(dataset, config.seed)
     notices += dataset.notices
     base = load_base(
         config.base.path, device=device, dtype=dtype, revision=config.base.revision, variant=config.base.variant
@@ -155,10 +149,10 @@ def _prepare(config: RunConfig, folder: RunFolder) -> _Parts:
     cache = Cache(Path(config.cache.dir) if config.cache.dir else None, base)
     data = training_data(config, dataset, cache)
     notices += _long_captions(base, dataset)
-    heldout_data = None
+    measured = None
     if heldout is not None:
-        heldout = _with_buckets(config, base, heldout)
-        heldout_data = held_out_data(config, heldout, cache)
+        held_out = held_out_data(config, _with_buckets(config, base, heldout), cache)
+        measured = HeldOut(held_out, adapter, config.seed)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if precision == "fp16" else "no")
     return _Parts(
         config=config,
@@ -167,7 +161,7 @@ def _prepare(config: RunConfig, folder: RunFolder) -> _Parts:
         adapter=adapter,
         targets=targets,
         data=data,
-        heldout=heldout_data,
+        heldout=measured,
         trainer=Trainer(config, base, adapter, data, accelerator),
         previews=_preview_request(config, dataset),
         notices=notices,
@@ -270,7 +264,7 @@ def _events(
         yield Notice(message)
     yield from parts.data.fill(config.train.epochs * config.data.repeats, config.data.background)
     if parts.heldout is not None:
-        yield from parts.heldout.fill(1, config.data.background)
+        yield from parts.heldout.data.fill(1, config.data.background)
     losses: dict[int, float] = {}
     checkpoints = complete_checkpoints(folder.checkpoints) if resume else []
     if checkpoints:
@@ -298,22 +292,17 @@ def _events(
     yield Exported(str(folder.lora), epoch, proof["num_modules"], proof["max_error"], folder.lora.stat().st_size)
     yield Notice(reason)
     proven = f"The file was loaded back through diffusers; its greatest difference is {proof['max_error']:g}."
-    write_report(
-        folder.report,
-        title=folder.name,
-        sentences=[reason, proven],
-        sheet=folder.sheet,
-        metrics=folder.metrics,
-        config=folder.config,
-    )
+    _report(parts, [reason, proven])
     yield RunDone(str(folder.lora), str(folder.path), time.monotonic() - begin)
 
 
 def _plan(parts: _Parts) -> PlanMade:
     config = parts.config
+    heldout = () if parts.heldout is None else parts.heldout.data.dataset.examples
     return PlanMade(
         pictures=len(parts.data.dataset.examples),
-        heldout_pictures=0 if parts.heldout is None else len(parts.heldout.dataset.examples),
+        heldout_pictures=len(heldout),
+        split_off=[] if config.data.holdout is not None else [example.name for example in heldout],
         repeats=config.data.repeats,
         epochs=config.train.epochs,
         exposures_per_picture=config.data.repeats * config.train.epochs,
@@ -329,20 +318,36 @@ def _plan(parts: _Parts) -> PlanMade:
 
 
 def _close_epoch(parts: _Parts, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
-    """What belongs to an epoch's end: held-out loss, the LoRA file, previews, the contact sheet."""
-    folder, config = parts.folder, parts.config
+    """What belongs to an epoch's end: held-out loss, the LoRA file, previews, the contact sheet, the page."""
+    folder = parts.folder
     if parts.heldout is not None:
-        losses[event.epoch] = heldout_loss(parts.heldout, config.seed)
-        event = replace(event, heldout_loss=losses[event.epoch])
+        event = parts.heldout.measure(event)
+        assert event.heldout_loss is not None, "it was just measured"
+        losses[event.epoch] = event.heldout_loss
     yield event
     if event.epoch > 0:
         _export(parts, event)
-    if parts.previews is None:
-        return
-    start = time.monotonic()
-    yield from draw_previews(parts.base, parts.previews, folder.epoch(event.epoch) / "previews")
-    files = _write_sheet(parts, parts.previews, event.epoch)
-    yield PreviewsDone(event.epoch, files, time.monotonic() - start)
+    if parts.previews is not None:
+        start = time.monotonic()
+        yield from draw_previews(parts.base, parts.previews, folder.epoch(event.epoch) / "previews")
+        files = _write_sheet(parts, parts.previews, event.epoch)
+        yield PreviewsDone(event.epoch, files, time.monotonic() - start)
+    done = f"Epoch {event.epoch} of {parts.config.train.epochs}" if event.epoch else "The base, before training"
+    _report(parts, [f"{done}. This page is written anew after every epoch."])
+
+
+def _report(parts: _Parts, sentences: list[str]) -> None:
+    folder = parts.folder
+    write_report(
+        folder.report,
+        title=folder.name,
+        sentences=sentences,
+        sheet=folder.sheet,
+        metrics=folder.metrics,
+        config=folder.config,
+        pictures=parts.data.dataset.folder,
+        background=parts.config.data.background,
+    )
 
 
 def _write_sheet(parts: _Parts, request: PreviewRequest, last_epoch: int) -> list[str]:
@@ -381,7 +386,7 @@ def _recommend(losses: dict[int, float], epochs: int) -> tuple[int, str]:
     """The epoch to keep, and why in one sentence."""
     trained = {epoch: loss for epoch, loss in losses.items() if epoch > 0}
     if not trained:
-        return epochs, f"Epoch {epochs}, the last one, is kept: without data.holdout there is nothing to compare by."
+        return epochs, f"Epoch {epochs}, the last one, is kept: without held-out pictures nothing can be compared."
     best = min(trained, key=lambda epoch: trained[epoch])
     return (
         best,

@@ -145,7 +145,8 @@ CHANGES: dict[str, list[str]] = {
     "preview.num_steps": ["preview.num_steps=3"],
     "preview.guidance": ["preview.guidance=2.0"],
 }
-TESTED_BELOW = {"base.revision", "data.holdout", "data.keep_tags", "train.log_every_steps", "cache.dir",
+TESTED_BELOW = {
+    "base.revision", "data.holdout", "data.holdout_split", "data.keep_tags", "train.log_every_steps", "cache.dir",
     "loss.zero_terminal_snr",
 }  # fmt: skip
 
@@ -168,6 +169,16 @@ def test_captions_for_all_and_trigger_only_work(outcome: Callable[..., str], sce
     assert outcome(bare).startswith("DataError")
     assert outcome(bare, "data.caption=a thing").startswith("common.safetensors")
     assert outcome(bare, "data.allow_trigger_only=true").startswith("common.safetensors")
+
+
+def test_pictures_are_split_off_only_if_they_may_be(outcome: Callable[..., str], scene: dict[str, str]) -> None:
+    zumi = ["data.folder=builtin:zumi", "preview.enabled=false"]
+    split = outcome(*zumi)
+    assert split.startswith("common.safetensors")
+    assert outcome(*zumi, "data.holdout_split=false") != split
+    # With pictures of the user's own to measure on, every picture of the set is trained.
+    held = f"data.holdout={scene['set']}"
+    assert outcome(*zumi, held) == outcome(*zumi, held, "data.holdout_split=false") != split
 
 
 def test_kept_tags_change_what_is_shuffled(outcome: Callable[..., str]) -> None:

@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -8,7 +9,7 @@ from sdlora.events import EpochDone, Event, Exported, Notice, PlanMade, Previews
 from sdlora.progress import JsonLines, ProgressBar, Timer, describe_plan, format_seconds
 
 PLAN = PlanMade(
-    pictures=24, heldout_pictures=8, repeats=10, epochs=4, exposures_per_picture=40, batch_size=4,
+    pictures=24, heldout_pictures=8, split_off=[], repeats=10, epochs=4, exposures_per_picture=40, batch_size=4,
     gradient_accumulation_steps=2, steps=120, trained_parameters=50_000, base_parameters=5_000_000,
     targets=["cross_attention", "mlp"], device="cpu", precision="fp32",
 )  # fmt: skip
@@ -59,6 +60,14 @@ def test_people_read_the_plan_the_losses_and_where_the_file_is() -> None:
     ):  # fmt: skip
         assert part in told, part
     assert describe_plan(PLAN) in told
+
+
+def test_the_plan_says_what_is_held_out_and_how_to_train_on_it() -> None:
+    assert "on 8 pictures of data.holdout" in describe_plan(PLAN)
+    told = describe_plan(replace(PLAN, heldout_pictures=2, split_off=["a.png", "b.png"]))
+    assert "2 more pictures (a.png, b.png) are not trained on" in told
+    assert "data.holdout_split = false" in told
+    assert "held-out" not in describe_plan(replace(PLAN, heldout_pictures=0))
 
 
 def test_programs_read_one_object_a_line() -> None:

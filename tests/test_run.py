@@ -79,10 +79,16 @@ def test_metrics_have_the_promised_keys_and_every_visit_once(tmp_path: Path, ove
     assert [row["epoch"] for row in epochs] == [0, 1, 2]
     losses = [loss for row in steps if row["epoch"] == 1 for loss in row["losses"]]  # type: ignore[attr-defined]
     assert epochs[1]["train_loss"] == pytest.approx(sum(losses) / len(losses))
+    placed = [pair for row in steps if row["epoch"] == 1 for pair in zip(row["timesteps"], row["losses"], strict=True)]  # type: ignore[call-overload]
+    for band, found in enumerate(epochs[1]["train_bands"]):  # type: ignore[arg-type]
+        inside = [loss for timestep, loss in placed if 200 * band <= timestep < 200 * (band + 1)]
+        assert found == (pytest.approx(sum(inside) / len(inside)) if inside else None)
+    assert epochs[0]["train_bands"] is epochs[1]["heldout_bands"] is epochs[1]["heldout_change"] is None
 
 
-def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(tmp_path: Path, overrides: list[str]) -> None:
-    options = [*overrides, "data.repeats=3", "train.log_every_steps=2", f"cache.dir={tmp_path / 'shared'}"]
+def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(tmp_path: Path, overrides: list[str], pictures: Path) -> None:
+    options = [*overrides, "data.repeats=3", "train.log_every_steps=2", f"data.holdout={pictures}"]
+    options += [f"cache.dir={tmp_path / 'shared'}"]
     whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
     whole.parent.mkdir()
     cut.parent.mkdir()
@@ -95,6 +101,27 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(tmp_path: Path, overri
     run(cut, options, resume=True)
     assert digests(cut) == digests(whole)
     assert without_times(metrics(cut)) == without_times(metrics(whole))
+    assert metrics(whole)[-1]["heldout_change"] is not None
+
+
+def test_the_page_is_there_after_every_epoch(tmp_path: Path, overrides: list[str]) -> None:
+    source = tmp_path / "hero.toml"
+    source.write_text(CONFIG, encoding="utf-8")
+    for event in start(load_config(str(source), overrides), tmp_path / "run"):
+        if isinstance(event, StepDone) and event.epoch == 2:
+            page = (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+            assert "Epoch 1 of 2. This page is written anew after every epoch." in page
+    assert "Epoch 2 of 2" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
+
+
+def test_split_off_pictures_are_never_trained(tmp_path: Path, overrides: list[str]) -> None:
+    options = [*overrides, "data.folder=builtin:zumi", "preview.enabled=false", "train.epochs=1"]
+    events = run(tmp_path / "run", options)
+    plan = next(event for event in events if isinstance(event, PlanMade))
+    assert (plan.pictures, plan.heldout_pictures, len(plan.split_off)) == (22, 2, 2)
+    trained = {name for event in events if isinstance(event, StepDone) for name in event.examples}
+    assert len(trained) == 22 and not trained & set(plan.split_off)
+    assert all(event.heldout_loss for event in events if isinstance(event, EpochDone))
 
 
 def test_a_folder_with_another_run_is_left_alone(tmp_path: Path, overrides: list[str]) -> None:

@@ -26,6 +26,7 @@ from sdlora.errors import DivergedError
 from sdlora.events import CheckpointDue, EpochDone, Event, StepDone
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel
+from sdlora.training.bands import NUM_BANDS, band_of
 from sdlora.training.data import TrainingData
 from sdlora.training.objective import Batch, diffusion_loss, diffusion_loss_preserving
 from sdlora.training.rates import learning_rate
@@ -39,11 +40,33 @@ class Position:
         step: Optimizer steps done in the whole run.
         loss_sum: Sum of the losses of the current epoch's visits so far.
         loss_count: How many visits that sum covers.
+        band_sums: The same sum by band of timesteps.
+        band_counts: The same count by band of timesteps.
     """
 
     step: int = 0
     loss_sum: float = 0.0
     loss_count: int = 0
+    band_sums: list[float] = field(default_factory=lambda: [0.0] * NUM_BANDS)
+    band_counts: list[int] = field(default_factory=lambda: [0] * NUM_BANDS)
+
+    def add(self, timesteps: Sequence[int], losses: Sequence[float]) -> None:
+        """Count the visits of a step."""
+        self.loss_sum += sum(losses)
+        self.loss_count += len(losses)
+        for place, loss in zip(timesteps, losses, strict=True):
+            self.band_sums[band_of(place)] += loss
+            self.band_counts[band_of(place)] += 1
+
+    def take_means(self) -> tuple[float, list[float | None]]:
+        """The epoch's mean loss and its means by band, None for an empty one; the next epoch begins at zero."""
+        mean = self.loss_sum / max(1, self.loss_count)
+        bands = [
+            total / count if count else None for total, count in zip(self.band_sums, self.band_counts, strict=True)
+        ]
+        self.loss_sum, self.loss_count = 0.0, 0
+        self.band_sums, self.band_counts = [0.0] * NUM_BANDS, [0] * NUM_BANDS
+        return mean, bands
 
 
 @dataclass
@@ -235,8 +258,7 @@ class Trainer:
                     f"The loss became {next(x for x in losses if not math.isfinite(x))} at step {step} "
                     f"(learning rate {rate:g}). Lower train.learning_rate, or set train.precision to 'fp32'."
                 )
-            self.position.loss_sum += sum(losses)
-            self.position.loss_count += len(losses)
+            self.position.add(timesteps, losses)
             yield StepDone(
                 epoch=epoch,
                 step=step,
@@ -254,6 +276,5 @@ class Trainer:
             raise DivergedError(
                 f"The adapter holds NaN or infinite numbers after epoch {epoch}. Lower train.learning_rate."
             )
-        train_loss = self.position.loss_sum / max(1, self.position.loss_count)
-        self.position.loss_sum, self.position.loss_count = 0.0, 0
-        return EpochDone(epoch, self.position.step, train_loss, None, seconds)
+        train_loss, train_bands = self.position.take_means()
+        return EpochDone(epoch, self.position.step, train_loss, None, seconds, train_bands)

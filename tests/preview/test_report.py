@@ -1,26 +1,102 @@
 import json
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from sdlora.preview.report import write_report
+from sdlora.preview.report import largest_gap, visited_timesteps, write_report
+
+
+def step(number: int, examples: Sequence[str], timesteps: Sequence[int]) -> dict[str, Any]:
+    return {"event": "step", "step": number, "loss": 0.5 / number, "examples": examples, "timesteps": timesteps}
+
+
+def epoch(number: int, **values: Any) -> dict[str, Any]:
+    empty = {"train_loss": None, "heldout_loss": None, "train_bands": None, "heldout_bands": None}
+    return {"event": "epoch", "epoch": number, **empty, "heldout_change": None, "seconds": 2.0, **values}
+
+
+ROWS = [
+    epoch(0, heldout_loss=0.3, heldout_bands=[0.5, 0.4, 0.3, 0.2, 0.1], heldout_change=[0.0] * 5),
+    step(1, ["<a>.png", "b.png"], [10, 480]),
+    step(2, ["b.png", "<a>.png"], [990, 60]),
+    epoch(
+        1, train_loss=0.4, train_bands=[0.61, None, 0.41, None, 0.21], heldout_loss=0.25,
+        heldout_bands=[0.41, 0.31, 0.21, 0.11, 0.05], heldout_change=[-0.09, -0.09, -0.09, -0.09, -0.05],
+    ),
+]  # fmt: skip
+
+
+def page(folder: Path, rows: Sequence[Mapping[str, Any]], title: str = "run") -> str:
+    (folder / "m.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+    (folder / "c.toml").write_text('caption = "<script>alert(1)</script>"')
+    write_report(
+        folder / "r.html", title=title, sentences=["Epoch 1 & more."], sheet=folder / "sheet.png",
+        metrics=folder / "m.jsonl", config=folder / "c.toml", pictures=folder, background="white",
+    )  # fmt: skip
+    return (folder / "r.html").read_text()
+
+
+def bars(figure: str) -> list[int]:
+    return [int(count) for count in re.findall(r"<title>(\d+)</title>", figure)]
 
 
 def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "sheet.png")
-    rows = [{"event": "step", "loss": 0.5}, {"event": "step", "loss": 0.25}]
-    rows += [{"event": "epoch", "epoch": 1, "train_loss": 0.4, "heldout_loss": None, "seconds": 2.0}]
-    (tmp_path / "m.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
-    (tmp_path / "c.toml").write_text('caption = "<script>alert(1)</script>"')
-    write_report(
-        tmp_path / "r.html", title="<b>x", sentences=["Epoch 1 & more."], sheet=tmp_path / "sheet.png",
-        metrics=tmp_path / "m.jsonl", config=tmp_path / "c.toml",
-    )  # fmt: skip
-    page = (tmp_path / "r.html").read_text()
-    assert "<script" not in page
-    assert "&lt;b&gt;x" in page
-    assert "Epoch 1 &amp; more." in page
-    assert "data:image/png;base64," in page
-    assert "http://" not in page and "https://" not in page
-    assert "<td>0.40000</td>" in page
-    assert page.count("polyline") == 2
+    Image.new("RGB", (90, 40)).save(tmp_path / "<a>.png")
+    found = page(tmp_path, ROWS, title="<b>x")
+    assert "<script" not in found and "<a>" not in found
+    assert "&lt;b&gt;x" in found
+    assert "Epoch 1 &amp; more." in found
+    assert found.count("data:image/png;base64,") == 2
+    assert "http://" not in found and "https://" not in found
+
+
+def test_visits_are_counted_in_all_and_for_the_least_covered_picture(tmp_path: Path) -> None:
+    found = page(tmp_path, ROWS)
+    everything, least = found.split("Least covered: &lt;a&gt;.png")
+    expected = [0] * 20
+    for timestep in (10, 480, 990, 60):
+        expected[timestep // 50] += 1
+    assert bars(everything) == expected
+    assert bars(least) == [1, 1] + [0] * 18
+    assert "1 of 2 pictures never saw a timestep of 800 or more" in found
+    assert "timesteps 60 to 999, after 2 visits" in found
+
+
+def test_gaps_count_the_edges() -> None:
+    assert visited_timesteps([row for row in ROWS if row["event"] == "step"]) == {
+        "<a>.png": [10, 60], "b.png": [480, 990],
+    }  # fmt: skip
+    assert largest_gap([480, 990]) == (480, 990)
+    assert largest_gap([990, 600]) == (0, 600)
+    assert largest_gap([]) == (0, 999)
+
+
+def test_losses_stand_in_charts_and_tables(tmp_path: Path) -> None:
+    found = page(tmp_path, ROWS)
+    assert "<td>0.40000</td>" in found
+    for cells in (
+        ["1", "0.61000", "", "0.41000", "", "0.21000"],
+        ["base", "0.50000", "0.40000", "0.30000", "0.20000", "0.10000"],
+        ["1", "-0.09000", "-0.09000", "-0.09000", "-0.09000", "-0.05000"],
+    ):
+        assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" in found
+    # Two lines of steps, three bands of training, and twice five held-out bands.
+    assert found.count("<polyline") == 2 + 3 + 5 + 5
+
+
+def test_before_training_and_without_held_out_pictures(tmp_path: Path) -> None:
+    assert "Least covered" not in page(tmp_path, ROWS[:1])
+    bare = page(tmp_path, [step(1, ["x.png"], [900]), epoch(1, train_loss=0.4, train_bands=[None] * 4 + [0.4])])
+    assert "Held-out pictures" not in bare and "never trained on" not in bare
+    assert "0 of 1 pictures never saw" in bare
+
+
+def test_a_loss_of_zero_is_drawn_too(tmp_path: Path) -> None:
+    rows = [step(1, ["x.png"], [999]), epoch(1, train_loss=0.0, train_bands=[None] * 4 + [0.0])]
+    found = page(tmp_path, rows)
+    assert "Training, by noise level" in found and "logarithmic" not in found
+    assert "logarithmic" in page(tmp_path, ROWS)

@@ -1,0 +1,20 @@
+"""Five equal bands of timesteps, in which losses are told apart: what is hard differs with the noise.
+
+Floor 5.
+"""
+
+from __future__ import annotations
+
+NUM_BANDS = 5
+NUM_TIMESTEPS = 1000
+
+
+def band_of(timestep: int) -> int:
+    """The band of a timestep in [0, 999]: 0 for [0, 200), 4 for [800, 1000)."""
+    return timestep * NUM_BANDS // NUM_TIMESTEPS
+
+
+def band_names() -> list[str]:
+    """The bands' first and last timesteps, such as "200-399"."""
+    width = NUM_TIMESTEPS // NUM_BANDS
+    return [f"{band * width}-{(band + 1) * width - 1}" for band in range(NUM_BANDS)]
