@@ -328,6 +328,11 @@ def _plan(parts: _Parts) -> PlanMade:
 
 def _close_epoch(parts: _Parts, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
     """What belongs to an epoch's end: held-out loss, the LoRA file, previews, the contact sheet."""
+    with parts.trainer.averaged():
+        yield from _judge_epoch(parts, event, losses)
+
+
+def _judge_epoch(parts: _Parts, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
     folder, config = parts.folder, parts.config
     if parts.heldout is not None:
         losses[event.epoch] = heldout_loss(parts.heldout, config.seed)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 
 import torch
@@ -25,7 +26,9 @@ from sdlora.errors import DivergedError
 from sdlora.events import CheckpointDue, EpochDone, Event, StepDone
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel
+from sdlora.training.averages import MovingAverage, evaluation_weights
 from sdlora.training.data import TrainingData
+from sdlora.training.optimizers import lora_groups, make_optimizer, set_rates
 from sdlora.training.rates import learning_rate
 
 
@@ -64,6 +67,7 @@ class Trainer:
         accelerator: Accelerate's object; it decides device, loss scaling and gradient synchronisation.
 
     Raises:
+        ConfigError: The optimizer's package, or the GPU it needs, is missing.
         DivergedError: A loss became NaN or infinite (raised while iterating).
     """
 
@@ -77,12 +81,14 @@ class Trainer:
         self.accelerator = accelerator
         self.position = Position()
         self.parameters = list(adapter.parameters())
-        optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay
+        train = config.train
+        groups = lora_groups(adapter.down_parameters(), adapter.up_parameters(), plus_ratio=train.plus_ratio)
+        self.optimizer = accelerator.prepare(
+            make_optimizer(train.optimizer, groups, rate=train.learning_rate, weight_decay=train.weight_decay)
         )
-        self.optimizer = accelerator.prepare(optimizer)
+        self.average = MovingAverage(self.parameters, train.ema_decay) if train.ema_decay > 0 else None
         buckets = [example.bucket for example in data.dataset.examples]
-        self._epochs = [self._groups(buckets, epoch) for epoch in range(1, config.train.epochs + 1)]
+        self._epochs = [self._groups(buckets, epoch) for epoch in range(1, train.epochs + 1)]
 
     def _groups(self, buckets: Sequence[tuple[int, int]], epoch: int) -> list[list[tuple[Visit, ...]]]:
         """An epoch's optimizer steps, each a list of batches whose gradients are summed."""
@@ -95,6 +101,10 @@ class Trainer:
     def total_steps(self) -> int:
         """Optimizer steps in the whole run."""
         return sum(len(groups) for groups in self._epochs)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The weights that are judged and exported, for the length of a block between two steps."""
+        return evaluation_weights(self.parameters, self.optimizer, self.average)
 
     def events(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """Train from the current position to the end.
@@ -145,8 +155,7 @@ class Trainer:
             schedule=train.schedule,
             warmup_steps=train.warmup_steps,
         )
-        for options in self.optimizer.param_groups:
-            options["lr"] = rate
+        set_rates(self.optimizer, rate)
         num_examples = sum(len(batch) for batch in group)
         visits: list[Visit] = []
         timesteps: list[int] = []
@@ -165,6 +174,8 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(step)
         self.position.step = step
         pending.steps.append((epoch, step, rate, visits, timesteps))
         pending.losses.append(torch.cat(losses))
