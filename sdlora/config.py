@@ -184,6 +184,24 @@ class TrainConfig(_Section):
         0, ge=0, description="Save the state for --resume this often; 0 saves at the end of every epoch only."
     )
 
+    @model_validator(mode="after")
+    def _optimizer_fits(self) -> TrainConfig:
+        if self.optimizer == "schedule_free" and self.schedule != "constant":
+            raise ValueError("train.optimizer = 'schedule_free' goes with train.schedule = 'constant'")
+        if self.optimizer == "schedule_free" and self.ema_decay > 0:
+            raise ValueError("train.optimizer = 'schedule_free' averages by itself; set train.ema_decay to 0")
+        if self.optimizer == "prodigy":
+            if self.learning_rate < 0.01:
+                raise ValueError(
+                    f"train.learning_rate ({self.learning_rate:g}) multiplies the rate that prodigy finds; set it to 1"
+                )
+            if self.plus_ratio != 1.0 or self.text_encoder_learning_rate not in (None, self.learning_rate):
+                raise ValueError(
+                    "train.optimizer = 'prodigy' has one learning rate for everything: train.plus_ratio must be 1 and "
+                    "train.text_encoder_learning_rate unset"
+                )
+        return self
+
 
 class TimestepsConfig(_Section):
     """Which noise levels are trained."""

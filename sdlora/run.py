@@ -319,6 +319,11 @@ def _plan(parts: _Parts) -> PlanMade:
 
 def _close_epoch(parts: _Parts, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
     """What belongs to an epoch's end: held-out loss, the LoRA file, previews, the contact sheet, the page."""
+    with parts.trainer.averaged():
+        yield from _judge_epoch(parts, event, losses)
+
+
+def _judge_epoch(parts: _Parts, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
     folder = parts.folder
     if parts.heldout is not None:
         event = parts.heldout.measure(event)

@@ -121,6 +121,9 @@ CHANGES: dict[str, list[str]] = {
     "train.schedule": ["train.schedule=cosine"],
     "train.warmup_steps": ["train.warmup_steps=3"],
     "train.weight_decay": ["train.weight_decay=0.5"],
+    "train.optimizer": ["train.optimizer=lion"],
+    "train.plus_ratio": ["train.plus_ratio=4"],
+    "train.ema_decay": ["train.ema_decay=0.5"],
     "train.max_grad_norm": ["train.max_grad_norm=1e-7"],
     "train.preservation_weight": ['data.class_words=["cat"]', "train.preservation_weight=1"],
     "train.precision": ["train.precision=bf16"],
@@ -162,6 +165,16 @@ def test_a_change_shows(name: str, common: str, outcome: Callable[..., str], sce
 
 def test_the_same_settings_give_the_same_run(common: str, outcome: Callable[..., str]) -> None:
     assert outcome() == common
+
+
+def test_every_optimizer_trains_or_says_what_is_missing(outcome: Callable[..., str]) -> None:
+    found = {
+        name: outcome(f"train.optimizer={name}", f"train.learning_rate={rate}")
+        for name, rate in {"adamw": 1e-2, "prodigy": 1, "adafactor": 1e-2, "lion": 1e-2, "schedule_free": 1e-2}.items()
+    }
+    assert all(result.startswith("common.safetensors") for result in found.values()), found
+    assert len(set(found.values())) == len(found)
+    assert "needs a GPU" in outcome("train.optimizer=adamw8bit")
 
 
 def test_captions_for_all_and_trigger_only_work(outcome: Callable[..., str], scene: dict[str, str]) -> None:

@@ -1,4 +1,4 @@
-"""Exact resume: the adapter, the optimizer and three counters, written so that a crash never leaves half of them.
+"""Exact resume: adapter, average, optimizer and three counters, written so that a crash never leaves half of them.
 
 Floor 5. A checkpoint is a folder; it counts only once `complete.json`, its last file, is there. No generator states
 are kept, because randomness is a function of counters.
@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from sdlora.errors import OutputError
 from sdlora.files import atomic_path, write_json
@@ -37,12 +38,13 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Pa
     target = folder / f"step-{trainer.position.step:08d}"
     shutil.rmtree(target, ignore_errors=True)
     tensors = {f"parameter.{i}": p.detach().cpu().contiguous() for i, p in enumerate(trainer.parameters)}
-    for index, state in trainer.optimizer.state_dict()["state"].items():
-        for name, value in state.items():
-            tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous().clone()
+    if trainer.average is not None:
+        tensors |= {f"average.{i}": value.cpu().contiguous() for i, value in enumerate(trainer.average.values)}
+    optimizer_tensors, scalars = _split(trainer.optimizer.state_dict())
+    tensors |= optimizer_tensors
     with atomic_path(target / "state.safetensors") as temporary:
         save_file(tensors, temporary)
-    write_json(target / _LAST_FILE, {"position": asdict(trainer.position), "extra": extra})
+    write_json(target / _LAST_FILE, {"position": asdict(trainer.position), "optimizer": scalars, "extra": extra})
     for old in complete_checkpoints(folder)[:-KEPT]:
         # Without its last file it is no checkpoint any more, so a crash while deleting leaves none that lies.
         (old / _LAST_FILE).unlink()
@@ -73,13 +75,39 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
     with torch.no_grad():
         for index, parameter in enumerate(trainer.parameters):
             parameter.copy_(tensors[f"parameter.{index}"])
-    state = trainer.optimizer.state_dict()
-    state["state"] = {}
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, number, key = name.split(".")
-            state["state"].setdefault(int(number), {})[key] = value
-    trainer.optimizer.load_state_dict(state)
+    if trainer.average is not None:
+        for index, value in enumerate(trainer.average.values):
+            value.copy_(tensors[f"average.{index}"])
+    trainer.optimizer.load_state_dict(_join(trainer.optimizer.state_dict(), tensors, content["optimizer"]))
     trainer.position = Position(**content["position"])
     extra: dict[str, Any] = content["extra"]
     return extra
+
+
+def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors and as what JSON holds; Python's JSON gives every float back exactly."""
+    tensors: dict[str, Tensor] = {}
+    scalars: dict[str, Any] = {"state": {}, "groups": [_scalars(group) for group in state["param_groups"]]}
+    for index, values in state["state"].items():
+        scalars["state"][str(index)] = _scalars(values)
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{name}"] = value.detach().cpu().contiguous().clone()
+            else:
+                assert name in scalars["state"][str(index)], f"the state {name} of an optimizer would be lost"
+    return tensors, scalars
+
+
+def _scalars(values: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in values.items() if value is None or isinstance(value, bool | int | float)}
+
+
+def _join(state: dict[str, Any], tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
+    """The state that `_split` took apart; a group's lists (its parameters, betas) stay as they were made."""
+    groups = [group | saved for group, saved in zip(state["param_groups"], scalars["groups"], strict=True)]
+    values = {int(index): dict(saved) for index, saved in scalars["state"].items()}
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, index, key = name.split(".", maxsplit=2)
+            values[int(index)][key] = value
+    return state | {"state": values, "param_groups": groups}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -26,9 +27,11 @@ from sdlora.errors import DivergedError
 from sdlora.events import CheckpointDue, EpochDone, Event, StepDone
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel
+from sdlora.training.averages import MovingAverage, evaluation_weights
 from sdlora.training.bands import NUM_BANDS, band_of
 from sdlora.training.data import TrainingData
 from sdlora.training.objective import Batch, diffusion_loss, diffusion_loss_preserving
+from sdlora.training.optimizers import lora_groups, make_optimizer, set_rates
 from sdlora.training.rates import learning_rate
 
 
@@ -89,6 +92,7 @@ class Trainer:
         accelerator: Accelerate's object; it decides device, loss scaling and gradient synchronisation.
 
     Raises:
+        ConfigError: The optimizer's package, or the GPU it needs, is missing.
         DivergedError: A loss became NaN or infinite (raised while iterating).
     """
 
@@ -104,12 +108,14 @@ class Trainer:
         loss = config.loss
         self._error = mse_per_example if loss.kind == "mse" else partial(huber_per_example, delta=loss.huber_delta)
         self.parameters = list(adapter.parameters())
-        optimizer = torch.optim.AdamW(
-            self.parameters, lr=config.train.learning_rate, weight_decay=config.train.weight_decay
+        train = config.train
+        groups = lora_groups(adapter.down_parameters(), adapter.up_parameters(), plus_ratio=train.plus_ratio)
+        self.optimizer = accelerator.prepare(
+            make_optimizer(train.optimizer, groups, rate=train.learning_rate, weight_decay=train.weight_decay)
         )
-        self.optimizer = accelerator.prepare(optimizer)
+        self.average = MovingAverage(self.parameters, train.ema_decay) if train.ema_decay > 0 else None
         buckets = [example.bucket for example in data.dataset.examples]
-        self._epochs = [self._groups(buckets, epoch) for epoch in range(1, config.train.epochs + 1)]
+        self._epochs = [self._groups(buckets, epoch) for epoch in range(1, train.epochs + 1)]
         self._timesteps = self._planned_timesteps()
 
     def _groups(self, buckets: Sequence[tuple[int, int]], epoch: int) -> list[list[tuple[Visit, ...]]]:
@@ -143,6 +149,10 @@ class Trainer:
     def total_steps(self) -> int:
         """Optimizer steps in the whole run."""
         return sum(len(groups) for groups in self._epochs)
+
+    def averaged(self) -> AbstractContextManager[None]:
+        """The weights that are judged and exported, for the length of a block between two steps."""
+        return evaluation_weights(self.parameters, self.optimizer, self.average)
 
     def events(self, should_stop: Callable[[], bool] = lambda: False) -> Iterator[Event]:
         """Train from the current position to the end.
@@ -193,8 +203,7 @@ class Trainer:
             schedule=train.schedule,
             warmup_steps=train.warmup_steps,
         )
-        for options in self.optimizer.param_groups:
-            options["lr"] = rate
+        set_rates(self.optimizer, rate)
         num_examples = sum(len(batch) for batch in group)
         visits: list[Visit] = []
         timesteps: list[int] = []
@@ -211,6 +220,8 @@ class Trainer:
             nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(step)
         self.position.step = step
         pending.steps.append((epoch, step, rate, visits, timesteps))
         pending.losses.append(torch.cat(losses))

@@ -1,0 +1,129 @@
+"""Optimizers by name, each from its own library, and groups of parameters with rates of their own.
+
+Floor 5.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import nn
+
+from sdlora.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Group:
+    """Parameters that share a learning rate.
+
+    Attributes:
+        parameters: At least one.
+        rate_factor: Their learning rate over the run's, above 0.
+    """
+
+    parameters: Sequence[nn.Parameter]
+    rate_factor: float
+
+
+def lora_groups(
+    down: Sequence[nn.Parameter], up: Sequence[nn.Parameter], *, plus_ratio: float, rate_factor: float = 1.0
+) -> list[Group]:
+    """The A and B of one network as groups; without any parameters there are none.
+
+    Args:
+        down: Every A.
+        up: Every B.
+        plus_ratio: The rate of B over that of A, at least 1.
+        rate_factor: The rate of A over the run's.
+
+    Source: LoRA+, Hayou et al. 2402.12354, section 4.
+    """
+    groups = [Group(down, rate_factor), Group(up, rate_factor * plus_ratio)]
+    return [group for group in groups if group.parameters]
+
+
+def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group of an optimizer made here its part of the run's learning rate."""
+    for options in optimizer.param_groups:
+        options["lr"] = rate * options["rate_factor"]
+
+
+def make_optimizer(name: str, groups: Sequence[Group], *, rate: float, weight_decay: float) -> torch.optim.Optimizer:
+    """An optimizer, ready to train.
+
+    Args:
+        name: A value of `train.optimizer`.
+        groups: What it trains, all on one device.
+        rate: The run's learning rate, above 0.
+        weight_decay: Decay of every parameter towards zero, at least 0.
+
+    Raises:
+        ConfigError: The optimizer's package, or the GPU it needs, is missing.
+
+    Source: AdamW 1711.05101, AdamW in 8 bits 2110.02861, Prodigy 2306.06101, Adafactor 1804.04235, Lion 2302.06675,
+    schedule-free AdamW 2405.15682.
+    """
+    # The decay is an entry of every group, since Prodigy prints a line where it is an argument.
+    options: list[dict[str, Any]] = [
+        {
+            "params": list(group.parameters),
+            "lr": rate * group.rate_factor,
+            "weight_decay": weight_decay,
+            "rate_factor": group.rate_factor,
+        }
+        for group in groups
+    ]
+    made = _construct(name, options, groups[0].parameters[0].device)
+    if name == "schedule_free":
+        made.train()  # type: ignore[attr-defined]
+    return made
+
+
+def _construct(name: str, options: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    made: torch.optim.Optimizer
+    if name == "adamw":
+        made = torch.optim.AdamW(options)
+    elif name == "adamw8bit":
+        made = _eight_bits(options, device)
+    elif name == "prodigy":
+        # What its authors advise for diffusion models.
+        made = _library("prodigyopt", name).Prodigy(options, use_bias_correction=True, safeguard_warmup=True)
+    elif name == "adafactor":
+        # Not torch's: there the rate is multiplied by the parameter's size, which is zero for B at the start.
+        adafactor = importlib.import_module("transformers.optimization").Adafactor
+        made = adafactor(options, scale_parameter=False, relative_step=False)
+    elif name == "lion":
+        made = _library("lion_pytorch", name).Lion(options)
+    elif name == "schedule_free":
+        made = _library("schedulefree", name).AdamWScheduleFree(options)
+    else:
+        raise AssertionError(f"{name} is not in the schema")
+    return made
+
+
+def _eight_bits(options: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+    if device.type != "cuda":
+        raise ConfigError(
+            f"train.optimizer = 'adamw8bit' needs a GPU, and this run is on {device.type}. "
+            "Choose 'adamw', which does the same in 32 bits."
+        )
+    made: torch.optim.Optimizer = _library("bitsandbytes", "adamw8bit").optim.AdamW8bit(options)
+    return made
+
+
+def _library(module: str, name: str) -> ModuleType:
+    try:
+        return importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        if error.name != module:
+            raise
+        extra = "bitsandbytes" if module == "bitsandbytes" else "optimizers"
+        raise ConfigError(
+            f"train.optimizer = '{name}' needs the package {module.replace('_', '-')}, which is not installed. "
+            f"Run: pip install 'sdlora[{extra}]', or choose 'adamw'."
+        ) from error

@@ -1,0 +1,175 @@
+"""Optimizers against their papers' formulas in float64, or against their libraries called by hand."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schedulefree
+import torch
+from lion_pytorch import Lion
+from prodigyopt import Prodigy
+from test_loop import make_trainer
+from torch import Tensor, nn
+from transformers.optimization import Adafactor
+
+from sdlora.config import parse_config
+from sdlora.errors import ConfigError
+from sdlora.events import CheckpointDue, StepDone
+from sdlora.training.checkpoint import load_checkpoint, save_checkpoint
+from sdlora.training.optimizers import Group, lora_groups, make_optimizer, set_rates
+
+RATES = {"adamw": 1e-2, "prodigy": 1.0, "adafactor": 1e-2, "lion": 1e-3, "schedule_free": 1e-2}
+
+
+def steps(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> list[Tensor]:
+    """A parameter of (4, 3) at its start and after each of five steps with fixed gradients."""
+    generator = torch.Generator().manual_seed(0)
+    parameter = nn.Parameter(torch.randn(4, 3, generator=generator))
+    optimizer, seen = make([parameter]), [parameter.detach().clone()]
+    for gradient in gradients():
+        parameter.grad = gradient
+        optimizer.step()
+        seen.append(parameter.detach().clone())
+    return seen
+
+
+def gradients() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randn(4, 3, generator=generator) for _ in range(5)]
+
+
+def ours(name: str, rate: float) -> list[Tensor]:
+    return steps(lambda parameters: make_optimizer(name, [Group(parameters, 1.0)], rate=rate, weight_decay=0.1))
+
+
+def test_adamw_is_the_formula() -> None:
+    found = ours("adamw", 0.01)
+    theta, m, v = found[0].double(), torch.zeros(4, 3).double(), torch.zeros(4, 3).double()
+    for t, g in enumerate(gradients(), start=1):
+        m = 0.9 * m + 0.1 * g.double()
+        v = 0.999 * v + 0.001 * g.double() ** 2
+        corrected = (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+        theta = theta - 0.01 * (corrected + 0.1 * theta)
+        torch.testing.assert_close(found[t].double(), theta, rtol=1e-5, atol=1e-6)
+
+
+def test_lion_is_the_formula() -> None:
+    found = ours("lion", 0.01)
+    theta, m = found[0].double(), torch.zeros(4, 3).double()
+    for t, g in enumerate(gradients(), start=1):
+        theta = theta - 0.01 * ((0.9 * m + 0.1 * g.double()).sign() + 0.1 * theta)
+        m = 0.99 * m + 0.01 * g.double()
+        torch.testing.assert_close(found[t].double(), theta, rtol=1e-5, atol=1e-6)
+
+
+def test_the_others_are_their_libraries() -> None:
+    def schedule_free(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+        made = schedulefree.AdamWScheduleFree(parameters, lr=0.01, weight_decay=0.1)
+        made.train()
+        return made
+
+    by_hand: dict[str, Any] = {
+        "prodigy": lambda p: Prodigy(p, lr=1.0, weight_decay=0.1, use_bias_correction=True, safeguard_warmup=True),
+        "adafactor": lambda p: Adafactor(p, lr=0.01, weight_decay=0.1, scale_parameter=False, relative_step=False),
+        "lion": lambda p: Lion(p, lr=0.01, weight_decay=0.1),
+        "schedule_free": schedule_free,
+    }
+    for name, make in by_hand.items():
+        pairs = zip(ours(name, 1.0 if name == "prodigy" else 0.01), steps(make), strict=True)
+        assert all(torch.equal(*pair) for pair in pairs), name
+
+
+def test_prodigy_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    ours("prodigy", 1.0)
+    assert capsys.readouterr().out == ""
+
+
+def test_b_moves_by_the_ratio_times_a() -> None:
+    down, up, text = (nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
+    groups = lora_groups([down], [up], plus_ratio=16.0) + lora_groups([text], [], plus_ratio=16.0, rate_factor=0.5)
+    optimizer = make_optimizer("adamw", groups, rate=1e-3, weight_decay=0.0)
+    set_rates(optimizer, 1e-2)
+    for parameter in (down, up, text):
+        parameter.grad = torch.ones(2, 2)
+    optimizer.step()
+    # AdamW's first step is the learning rate itself, whatever the gradient's size.
+    for parameter, rate in ((down, 1e-2), (up, 16e-2), (text, 0.5e-2)):
+        torch.testing.assert_close(parameter.detach(), torch.full((2, 2), -rate), rtol=1e-5, atol=0.0)
+
+
+def test_the_trainer_gives_b_its_ratio(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    moved = []
+    for ratio in (1.0, 8.0):
+        trainer = make_trainer(
+            tiny_base, pictures, tmp_path, learning_rate=1e-4, plus_ratio=ratio, weight_decay=0.0, log_every_steps=1
+        )
+        first = next(event for event in trainer.events() if isinstance(event, StepDone))
+        assert first.lr == 1e-4
+        moved.append(trainer.adapter.up_parameters()[0].detach().clone())
+    torch.testing.assert_close(moved[1], 8 * moved[0], rtol=1e-4, atol=1e-9)
+
+
+@pytest.mark.parametrize(("name", "ema_decay"), [*((name, 0.0) for name in RATES), ("adamw", 0.9), ("lion", 0.9)])
+def test_a_resumed_run_is_the_uninterrupted_one(
+    name: str, ema_decay: float, tiny_base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    options = {"optimizer": name, "learning_rate": RATES[name], "ema_decay": ema_decay, "warmup_steps": 2}
+    whole = make_trainer(tiny_base, pictures, tmp_path, **options, checkpoint_every_steps=1)
+    stopped = make_trainer(tiny_base, pictures, tmp_path, **options)
+    resumed = make_trainer(tiny_base, pictures, tmp_path, **options)
+    for event in whole.events():
+        if isinstance(event, CheckpointDue):
+            with whole.averaged():
+                pass
+    saved = None
+    for event in stopped.events(lambda: stopped.position.step >= 2):
+        if isinstance(event, CheckpointDue):
+            saved = save_checkpoint(tmp_path / "c", stopped, {})
+    assert saved is not None and stopped.position.step == 2
+    load_checkpoint(saved, resumed)
+    list(resumed.events())
+    assert resumed.position.step == whole.position.step == 5
+    for inside in (False, True):
+        if inside:
+            with whole.averaged(), resumed.averaged():
+                compare(whole.parameters, resumed.parameters)
+        else:
+            compare(whole.parameters, resumed.parameters)
+    assert whole.optimizer.state_dict()["param_groups"] == resumed.optimizer.state_dict()["param_groups"]
+
+
+def compare(left: list[nn.Parameter], right: list[nn.Parameter]) -> None:
+    assert any(bool(p.any()) for p in left)
+    assert all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("prodigy", "prodigyopt"), ("lion", "lion_pytorch"), ("schedule_free", "schedulefree")]
+)
+def test_a_missing_package_is_named(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=r"pip install 'sdlora\[optimizers\]'"):
+        ours(name, 1.0)
+
+
+def test_eight_bits_need_a_gpu() -> None:
+    with pytest.raises(ConfigError, match="needs a GPU, and this run is on cpu"):
+        ours("adamw8bit", 1e-3)
+
+
+@pytest.mark.parametrize(
+    ("train", "message"),
+    [
+        ({"optimizer": "schedule_free", "schedule": "cosine"}, "constant"),
+        ({"optimizer": "schedule_free", "ema_decay": 0.9}, "averages by itself"),
+        ({"optimizer": "prodigy"}, "set it to 1"),
+        ({"optimizer": "prodigy", "learning_rate": 1, "plus_ratio": 4}, "one learning rate for everything"),
+    ],
+)
+def test_impossible_pairs_are_refused(train: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        parse_config({"data": {"folder": "x"}, "train": train}, name="n")
