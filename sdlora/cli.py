@@ -21,7 +21,7 @@ import typer
 from rich.console import Console
 
 from sdlora import __version__
-from sdlora.config import dump_toml, json_schema, load_config
+from sdlora.configfile import dump_toml, json_schema, load_config
 from sdlora.errors import SdloraError
 
 EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143

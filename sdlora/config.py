@@ -1,23 +1,14 @@
 """The schema: the one list of options, their defaults and their limits.
 
-Floor 1. TOML files, `--set`, the app's form and the documentation are all made from these models.
+Floor 1. TOML files, `--set`, the app's form and the documentation are all made from these models, by `configfile`.
 """
 
 from __future__ import annotations
 
-import difflib
-import json
-import re
-import tomllib
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from PIL import ImageColor
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
-
-from sdlora.errors import ConfigError
-from sdlora.shipped import shipped_config, shipped_configs
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 MAX_EPOCHS = 5
 Target = Literal["cross_attention", "self_attention", "mlp", "projection", "conv", "text_encoder"]
@@ -307,141 +298,3 @@ class RunConfig(_Section):
         if words and weight == 0:
             raise ValueError("data.class_words does nothing unless train.preservation_weight is above 0")
         return self
-
-
-# --- Reading -------------------------------------------------------------------------------------------------------
-
-
-def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a configuration and check all of it.
-
-    Args:
-        source: A TOML file's path, or the name of a shipped configuration.
-        overrides: "section.key=value" each; the value is TOML, or a plain string where it is not.
-
-    Raises:
-        ConfigError: There is no such file, it is not TOML, or any setting is wrong; all faults are named at once.
-    """
-    path = Path(source)
-    if not path.is_file():
-        shipped = shipped_config(source)
-        if shipped is None:
-            near = difflib.get_close_matches(source, shipped_configs(), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Shipped ones: {', '.join(shipped_configs())}."
-            raise ConfigError(f"There is no configuration {source!r}.{hint}")
-        path = shipped
-    try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
-    for override in overrides:
-        _apply(document, override)
-    return parse_config(document, name=path.stem)
-
-
-def parse_config(document: Mapping[str, Any], *, name: str) -> RunConfig:
-    """Check a configuration that was read already.
-
-    Args:
-        document: Nested tables.
-        name: The run's name where the document gives none.
-
-    Raises:
-        ConfigError: Any setting is wrong; all faults are named at once.
-    """
-    try:
-        config = RunConfig.model_validate({"name": name, **document})
-    except ValidationError as error:
-        faults = [_describe(dict(fault)) for fault in error.errors()]
-        raise ConfigError("The configuration has faults:\n" + "\n".join(f"  {fault}" for fault in faults)) from error
-    if not config.data.folder:
-        raise ConfigError("The configuration has faults:\n  data.folder: not set; name the folder of your pictures.")
-    return config
-
-
-def _apply(document: dict[str, Any], override: str) -> None:
-    key, separator, text = override.partition("=")
-    names = key.strip().split(".")
-    if not separator or not all(names):
-        raise ConfigError(f"--set {override!r} is not of the form section.key=value.")
-    try:
-        value: Any = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
-        value = text.strip()
-    table = document
-    for name in names[:-1]:
-        table = table.setdefault(name, {})
-        if not isinstance(table, dict):
-            raise ConfigError(f"--set {override!r}: {name!r} is a setting, not a section.")
-    table[names[-1]] = value
-
-
-def _describe(fault: dict[str, Any]) -> str:
-    """One fault in words: the key, the value found, what is allowed."""
-    key = ".".join(str(part) for part in fault["loc"])
-    found, limits = fault["input"], fault.get("ctx", {})
-    if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, option_names(), n=1, cutoff=0.4)
-        return f"{key}: there is no such setting." + (f" Did you mean {near[0]}?" if near else "")
-    if key == "train.epochs" and isinstance(found, int) and found > MAX_EPOCHS:
-        return (
-            f"train.epochs: {found} is above {MAX_EPOCHS}. More passes teach a LoRA its pictures by heart: what it "
-            "draws are copies pasted from the training set, without life (copy-paste overfitting). Use 3 to 5, and if "
-            "it learns too little, add pictures, raise data.repeats a little, or raise train.learning_rate."
-        )
-    if fault["type"] == "value_error":
-        reason = f"{limits['error']}."
-        if not key or reason.startswith(key):
-            return reason
-        return f"{key}: {reason}" if isinstance(found, Mapping) else f"{key}: {found!r} is wrong: {reason}"
-    message = fault["msg"][0].lower() + fault["msg"][1:]
-    return f"{key}: found {found!r}; {message}."
-
-
-# --- Writing -------------------------------------------------------------------------------------------------------
-
-
-def option_names() -> list[str]:
-    """Every option by its dotted name, in the schema's order."""
-    return [name for name, _ in options(RunConfig())]
-
-
-def options(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """Every option by its dotted name with its value, in the schema's order."""
-    for name in RunConfig.model_fields:
-        value = getattr(config, name)
-        if isinstance(value, BaseModel):
-            yield from ((f"{name}.{key}", getattr(value, key)) for key in type(value).model_fields)
-        else:
-            yield name, value
-
-
-def dump_toml(config: RunConfig) -> str:
-    """The complete configuration as TOML, each option with its description; reading it gives the same again."""
-    lines: list[str] = []
-    section = ""
-    for name, value in options(config):
-        head, _, key = name.rpartition(".")
-        if head != section:
-            section = head
-            lines += ["", f"[{section}]"]
-        model = type(getattr(config, head)) if head else RunConfig
-        lines.append(f"# {model.model_fields[key].description}")
-        lines.append(f"# {key} =" if value is None else f"{key} = {_toml(value)}")
-    return "\n".join(lines) + "\n"
-
-
-def _toml(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml(entry) for entry in value) + "]"
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + "}"
-    if isinstance(value, str):
-        # JSON's escapes are TOML's, but for the delete character, which TOML wants escaped.
-        return re.sub("\x7f", r"\\u007F", json.dumps(value, ensure_ascii=False))
-    return json.dumps(value)
-
-
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of configurations."""
-    return RunConfig.model_json_schema()

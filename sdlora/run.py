@@ -17,7 +17,8 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from sdlora.config import RunConfig, dump_toml, load_config, options
+from sdlora.config import RunConfig
+from sdlora.configfile import dump_toml, load_config, options
 from sdlora.data.cache import Cache
 from sdlora.data.dataset import Dataset, load_dataset
 from sdlora.data.split import split_off

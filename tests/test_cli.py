@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from sdlora import __version__, cli
-from sdlora.config import load_config, parse_config
+from sdlora.configfile import load_config, parse_config
 
 
 def call(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, str]:

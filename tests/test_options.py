@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import make_tiny_pipeline
 
-from sdlora.config import load_config, option_names
+from sdlora.configfile import load_config, option_names
 from sdlora.errors import BaseModelError, ConfigError, DataError
 from sdlora.models import load
 from sdlora.run import start

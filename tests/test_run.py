@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from sdlora.config import load_config
+from sdlora.configfile import load_config
 from sdlora.errors import ConfigError, OutputError
 from sdlora.events import EpochDone, Event, Exported, Notice, PlanMade, RunDone, StepDone
 from sdlora.run import Stopped, start

@@ -16,7 +16,7 @@ import pocket_quality
 import pytest
 from PIL import Image
 
-from sdlora.config import load_config
+from sdlora.configfile import load_config
 from sdlora.pocket import world
 from sdlora.run import start
 from sdlora.shipped import pocket_folder

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from sdlora.config import load_config
+from sdlora.configfile import load_config
 from sdlora.events import StepDone
 from sdlora.run import start
 

@@ -16,7 +16,7 @@ from test_loop import make_trainer
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-from sdlora.config import parse_config
+from sdlora.configfile import parse_config
 from sdlora.errors import ConfigError
 from sdlora.events import CheckpointDue, StepDone
 from sdlora.training.checkpoint import load_checkpoint, save_checkpoint
