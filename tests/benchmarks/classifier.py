@@ -4,7 +4,7 @@ It names a picture's kind (the world's sixteen, one of the benchmarks' four conc
 and its place. Training pictures are blurred, shifted and noised, so that a soft edge is no reason to refuse one, and
 spoiled ones (empty places, mixtures, torn and melted subjects) are "nothing", so that rubbish is not accepted.
 
-    python tests/benchmarks/classifier.py judge.pt     trains one (about two minutes on two cores) and tests it
+    python tests/benchmarks/classifier.py judge.pt     trains one (about three minutes on one core) and tests it
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NOTHING = "nothing"
 KINDS = [*world.KINDS, *CONCEPTS, NOTHING]
 COLORS = list(world.COLORS)
 PLACES = list(world.PLACES)
-NUM_STEPS, BATCH = 1200, 64
+NUM_STEPS, BATCH = 1400, 64
 # Renders for training and for testing the judge come from seeds that the base's training never reaches.
 TRAIN_SEEDS, TEST_SEEDS = 50_000_000, 60_000_000
 IGNORED = -100
@@ -104,11 +104,11 @@ def _spoiled(seed: int) -> Image.Image:
 def sample(seed: int) -> tuple[Image.Image, tuple[int, int, int]]:
     """A picture and its labels (kind, colour, place); what has none is ignored by the loss."""
     draw = derive(0, "judge sample", seed) % 100
-    if draw < 36:
+    if draw < 28:
         name = list(CONCEPTS)[draw % len(CONCEPTS)]
         picture, place = _concept(name, seed)
         return picture, (KINDS.index(name), IGNORED, place)
-    if draw < 50:
+    if draw < 42:
         return _spoiled(seed), (KINDS.index(NOTHING), IGNORED, IGNORED)
     scene = world.random_scene(seed)
     labels = (KINDS.index(scene.kind), COLORS.index(scene.color), PLACES.index(scene.place))
