@@ -15,6 +15,7 @@ import diffusers
 import torch
 import transformers
 from PIL import Image
+from variants import Recipe
 
 from sdlora import run, seeds
 from sdlora.config import RunConfig, parse_config
@@ -27,8 +28,6 @@ from sdlora.training.data import TrainingData
 
 BANDS = 5
 LEVELS_PER_BAND = 2
-
-Recipe = dict[str, dict[str, Any]]
 
 
 def recipe(rank: int, repeats: int, epochs: int = 4) -> Recipe:

@@ -27,7 +27,8 @@ from concepts import CONCEPTS, NUM_TRAINING, Concept, write_all
 from generate import GUIDANCE
 from PIL import Image
 from results import Cell, run_missing, share
-from setting import Recipe, draw_pictures, heldout_bands, make_config, prepare, recipe, silence, watch
+from setting import draw_pictures, heldout_bands, make_config, prepare, recipe, silence, watch
+from variants import COPY_VARIANTS, Recipe, variants
 
 from sdlora.data.order import Visit
 from sdlora.pocket.pen import SIZE_PX
@@ -60,37 +61,13 @@ class Scale:
     takes: int = 20
 
 
-def variants(rank: int) -> dict[str, Recipe]:
-    """One thing changed at a time; everything below "image" has image coverage."""
-
-    def image(**sections: Any) -> Recipe:
-        return {"timesteps": {"coverage": "image"}, **sections}
-
-    def density(name: str) -> Recipe:
-        return {"timesteps": {"coverage": "image", "density": name}}
-
-    return {
-        "none": {"timesteps": {"coverage": "none"}},
-        "batch": {"timesteps": {"coverage": "batch"}},
-        "image": image(),
-        **{name: density(name) for name in ("logit_normal", "cubic_high", "cubic_low", "speed")},
-        **{name: image(loss={"weighting": name}) for name in ("min_snr", "soft_min_snr", "p2", "debiased")},
-        "huber": image(loss={"kind": "huber"}),
-        "high_noise_keep": {"timesteps": {"coverage": "image", "high_noise_keep": 0.5}},
-        "timestep_rank": image(lora={"timestep_rank_min": max(1, rank // 2)}),
-    }
-
-
-COPY_VARIANTS = ("none", "image", "min_snr", "timestep_rank", "high_noise_keep", "debiased")
-
-
 def all_cells(parts: list[str], seeds: list[int]) -> list[Cell]:
     """Seed after seed, so that what is there after half of the time is whole for fewer seeds."""
     cells: list[Cell] = []
     if "threshold" in parts:
         cells += [{"part": "threshold", "concept": concept} for concept in CONCEPTS]
     for seed in seeds:
-        for part, names in (("loss", tuple(variants(16))), ("copy", COPY_VARIANTS)):
+        for part, names in (("loss", tuple(variants(Scale.rank))), ("copy", COPY_VARIANTS)):
             if part in parts:
                 cells += [
                     {"part": part, "concept": concept, "seed": seed, "variant": name}

@@ -12,8 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
+from concepts import CONCEPTS
 from estimates import Estimate, copies_saved, paired_interval, steps_to_reach
 from results import read
+from variants import REFERENCE, variants
 
 matplotlib.use("svg")
 # The same results give the same file: no dates, no random identifiers.
@@ -21,7 +23,6 @@ matplotlib.rcParams.update({"svg.hashsalt": "sdlora", "font.size": 9, "axes.spin
                             "axes.spines.right": False})  # fmt: skip
 from matplotlib import pyplot  # noqa: E402
 
-REFERENCE = "none"
 Rows = list[dict[str, Any]]
 Pair = tuple[str, int]
 Runs = dict[str, dict[Pair, dict[str, Any]]]
@@ -60,13 +61,13 @@ def between(text: str, name: str, table: str) -> str:
 
 
 def runs(rows: Rows, part: str) -> Runs:
-    """The figures of a part, in the order in which variants first appear."""
-    found: Runs = {}
-    for row in rows:
-        cell = row["cell"]
-        if cell["part"] == part:
-            found.setdefault(cell["variant"], {})[cell["concept"], cell["seed"]] = row
-    return found
+    """The figures of a part, in the order of the variants, whatever order they were measured in."""
+    mine = [row for row in rows if row["cell"]["part"] == part]
+    return {
+        name: {(row["cell"]["concept"], row["cell"]["seed"]): row for row in mine if row["cell"]["variant"] == name}
+        for name in variants(1)
+        if any(row["cell"]["variant"] == name for row in mine)
+    }
 
 
 def shared_pairs(found: Runs, variant: str) -> list[Pair]:
@@ -297,7 +298,7 @@ def thresholds_table(rows: Rows) -> list[str]:
     """What the fresh renders score."""
     body = [
         [row["cell"]["concept"], str(row["num_renders"]), f"{row['median']:.3f}", f"{row['threshold']:.3f}"]
-        for row in rows
+        for row in sorted(rows, key=lambda row: list(CONCEPTS).index(row["cell"]["concept"]))
         if row["cell"]["part"] == "threshold"
     ]
     return _table(["Concept", "Fresh renders", "middle score", "threshold (99 % are below)"], body)
