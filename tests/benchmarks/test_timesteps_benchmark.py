@@ -162,7 +162,7 @@ def test_a_small_loss_cell(bench: timesteps.Bench) -> None:
     assert steps == [0, 5, 6, 10, 12, 15, 18, 20, 24]
     assert all(len(bands) == 5 and min(bands) > 0 for _, bands in found["curve"])
     assert found["curve"][0] != found["curve"][-1]
-    assert 0 < found["drawing_seconds"] < found["step_seconds"]
+    assert 0 < found["planning_seconds"] < found["step_seconds"]
 
 
 def test_a_small_copy_cell(bench: timesteps.Bench) -> None:
@@ -214,7 +214,7 @@ def _rows() -> list[dict[str, Any]]:
             cell = {"concept": concept, "seed": 0, "variant": variant}
             curve = [[0, [2.0] * 5], [10, [last] * 5]]
             rows.append({"cell": {"part": "loss", **cell}, "curve": curve, "step_seconds": 0.1,
-                         "drawing_seconds": 0.0001})  # fmt: skip
+                         "planning_seconds": 0.0001})  # fmt: skip
             epochs = [{"epoch": 1, "fidelity": 0.5, "scores": [score, 0.1], "bands": [last] * 5}]
             rows.append({"cell": {"part": "copy", **cell}, "epochs": epochs})
         for coverage, value in (("none", 8.0), ("batch", 4.0), ("image", 2.0)):

@@ -22,6 +22,7 @@ from typing import Any
 
 import timesteps_report
 import torch
+from accelerate import Accelerator
 from classifier import Judge, load_or_train, look
 from concepts import CONCEPTS, NUM_TRAINING, Concept, write_all
 from generate import GUIDANCE
@@ -30,9 +31,9 @@ from results import Cell, run_missing, share
 from setting import draw_pictures, heldout_bands, make_config, prepare, recipe, silence, watch
 from variants import COPY_VARIANTS, Recipe, variants
 
-from sdlora.data.order import Visit
 from sdlora.pocket.pen import SIZE_PX
 from sdlora.preview.similarity import hp_ms
+from sdlora.training.loop import Trainer
 
 SEEDS = (0, 1, 2)
 NULL_QUANTILE = 0.99
@@ -102,7 +103,7 @@ class Bench:
         }
 
     def loss(self, cell: Cell) -> dict[str, Any]:
-        """Held-out bands all along a run of ordinary size, and what drawing its timesteps costs."""
+        """Held-out bands all along a run of ordinary size, and what drawing its noise levels costs."""
         rank = self.scale.rank
         parts = self._prepare(
             cell, rank, self.scale.repeats, {"train": {"checkpoint_every_steps": self.scale.point_steps}}
@@ -113,12 +114,12 @@ class Bench:
         def at_point(step: int) -> None:
             curve[step] = heldout_bands(parts.base, parts.heldout)
 
-        drawing = seconds_to_draw(parts)
+        planning = seconds_to_plan(parts)
         watch(parts, at_point=at_point, at_epoch=lambda epoch: None, seconds=seconds)
         return {
             "curve": [[step, bands] for step, bands in sorted(curve.items())],
             "step_seconds": sorted(seconds)[len(seconds) // 2],
-            "drawing_seconds": drawing,
+            "planning_seconds": planning,
         }
 
     def copy(self, cell: Cell) -> dict[str, Any]:
@@ -161,14 +162,11 @@ def best_scores(concept: Concept, pictures: list[Image.Image]) -> torch.Tensor:
     return hp_ms(pictures, gallery).amax(dim=1)
 
 
-def seconds_to_draw(parts: Any, rounds: int = 50) -> float:
-    """What a step spends on drawing its timesteps, the mean over some rounds."""
-    batch = [Visit(index, 1) for index in range(parts.config.train.batch_size)]
+def seconds_to_plan(parts: Any) -> float:
+    """What making a trainer takes per step of its run: it plans all batches and draws all noise levels at once."""
     start = time.perf_counter()
-    for _ in range(rounds):
-        for visit in batch:
-            parts.trainer._timestep(visit)
-    return (time.perf_counter() - start) / rounds
+    trainer = Trainer(parts.config, parts.base, parts.adapter, parts.data, Accelerator(cpu=True))
+    return (time.perf_counter() - start) / trainer.total_steps
 
 
 def main() -> None:

@@ -323,10 +323,10 @@ def plot_copies(rows: Rows) -> Any:
 
 
 def overhead_table(rows: Rows) -> list[str]:
-    """What drawing a step's timesteps costs, of the step's time."""
+    """What planning a step costs, its noise levels included, of the step's time."""
     body = []
     for variant, found in runs(rows, "loss").items():
-        shares = sorted(row["drawing_seconds"] / row["step_seconds"] for row in found.values())
+        shares = sorted(row["planning_seconds"] / row["step_seconds"] for row in found.values())
         if variant in ("none", "batch", "image"):
             body.append([f"`{variant}`", f"{shares[len(shares) // 2]:.3%}", f"{shares[-1]:.3%}"])
     return _table(["Coverage", "middle run", "worst run"], body)
