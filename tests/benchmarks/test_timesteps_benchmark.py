@@ -168,7 +168,10 @@ def test_a_small_loss_cell(bench: timesteps.Bench) -> None:
 def test_a_small_copy_cell(bench: timesteps.Bench) -> None:
     found = bench.measure({"part": "copy", "concept": "mirba", "seed": 0, "variant": "none"})
     assert [epoch["epoch"] for epoch in found["epochs"]] == [1, 2, 3, 4]
-    assert all(len(epoch["scores"]) == 3 and 0 <= epoch["fidelity"] <= 1 for epoch in found["epochs"])
+    assert all(
+        len(epoch["scores"]) == len(epoch["stranger_scores"]) == 3 and 0 <= epoch["fidelity"] <= 1
+        for epoch in found["epochs"]
+    )
 
 
 def test_a_threshold_leaves_one_in_a_hundred(bench: timesteps.Bench) -> None:

@@ -133,11 +133,13 @@ class Bench:
             drawn = self._draw(parts, concept.prompts(scale.num_pictures))
             assert self.judge is not None, "part copy needs the judge"
             accepted = sum(verdict.kind == concept.name for verdict in look(self.judge, drawn))
-            scores = best_scores(concept, self._draw(parts, captions))
+            taught = self._draw(parts, captions)
+            scores, strangers = (best_scores(concept, taught, take) for take in (0, 1))
             epochs.append({
                 "epoch": epoch,
                 "fidelity": accepted / len(drawn),
                 "scores": [round(score, 4) for score in scores.tolist()],
+                "stranger_scores": [round(score, 4) for score in strangers.tolist()],
                 "bands": heldout_bands(parts.base, parts.heldout),
             })  # fmt: skip
 
@@ -156,9 +158,15 @@ class Bench:
         return [picture.resize((SIZE_PX, SIZE_PX)) for picture in drawn]
 
 
-def best_scores(concept: Concept, pictures: list[Image.Image]) -> torch.Tensor:
-    """How much each picture looks like the training picture it is most like, (P,)."""
-    gallery = [concept.draw(index, 0)[0] for index in range(NUM_TRAINING)]
+def best_scores(concept: Concept, pictures: list[Image.Image], take: int = 0) -> torch.Tensor:
+    """How much each picture looks like the picture of the set that it is most like, (P,).
+
+    Args:
+        concept: Whose training captions.
+        pictures: P of them.
+        take: 0 compares with the training pictures; another with fresh renders, which nobody can have copied.
+    """
+    gallery = [concept.draw(index, take)[0] for index in range(NUM_TRAINING)]
     return hp_ms(pictures, gallery).amax(dim=1)
 
 
