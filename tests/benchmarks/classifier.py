@@ -1,10 +1,10 @@
 """The judge of generated pictures: a small network trained on renders alone, and never shipped.
 
-It names a picture's kind (the world's sixteen, zumi, or nothing it knows), its colour and its place. Training
-pictures are blurred, shifted and noised, so that a soft edge is no reason to refuse one, and spoiled ones (empty
-places, mixtures, torn and melted subjects) are "nothing", so that rubbish is not accepted.
+It names a picture's kind (the world's sixteen, one of the benchmarks' four concepts, or nothing it knows), its colour
+and its place. Training pictures are blurred, shifted and noised, so that a soft edge is no reason to refuse one, and
+spoiled ones (empty places, mixtures, torn and melted subjects) are "nothing", so that rubbish is not accepted.
 
-    python tests/benchmarks/classifier.py judge.pt     trains one (about two minutes on two cores) and tests it
+    python tests/benchmarks/classifier.py judge.pt     trains one (about three minutes on one core) and tests it
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from concepts import CONCEPTS, CREATURES, render_creature
 from PIL import Image
 from torch import Tensor, nn
 
@@ -25,10 +26,10 @@ from sdlora.pocket import pretrain, sets, world
 from sdlora.seeds import derive, generator
 
 NOTHING = "nothing"
-KINDS = [*world.KINDS, "zumi", NOTHING]
+KINDS = [*world.KINDS, *CONCEPTS, NOTHING]
 COLORS = list(world.COLORS)
 PLACES = list(world.PLACES)
-NUM_STEPS, BATCH = 1200, 64
+NUM_STEPS, BATCH = 1400, 64
 # Renders for training and for testing the judge come from seeds that the base's training never reaches.
 TRAIN_SEEDS, TEST_SEEDS = 50_000_000, 60_000_000
 IGNORED = -100
@@ -61,14 +62,20 @@ class Judge(nn.Module):
         return [head(pooled) for head in self.heads]
 
 
-def _zumi(seed: int) -> tuple[Image.Image, str]:
-    """A zumi in any place, size, position and pose, not only in those of the sample set."""
-    rng = random.Random(derive(0, "judge zumi", seed))
+def _concept(name: str, seed: int) -> tuple[Image.Image, int]:
+    """A concept in any place, size, position and pose, not only in those of its set; the place's label."""
+    rng = random.Random(derive(0, "judge concept", seed))
     place = rng.choice(PLACES)
+    kind = rng.choice(list(world.KINDS))
     scene = world.Scene(
-        "zumi", "white", "plain", rng.choice(list(world.SIZES)), rng.choice(list(world.POSITIONS)), place, seed
+        kind, "white", "plain", rng.choice(list(world.SIZES)), rng.choice(list(world.POSITIONS)), place, seed
     )
-    return sets.render_character(scene, rng.choice(sets.POSES)), place
+    pose = rng.choice(sets.POSES)
+    if name == "blueprint":
+        return sets.render_style(scene), IGNORED
+    if name in CREATURES:
+        return render_creature(scene, pose, CREATURES[name]), PLACES.index(place)
+    return sets.render_character(scene, pose), PLACES.index(place)
 
 
 def _spoiled(seed: int) -> Image.Image:
@@ -77,10 +84,11 @@ def _spoiled(seed: int) -> Image.Image:
     kind = rng.randrange(4)
     if kind == 0:
         return world.shrink(world.PLACES[rng.choice(PLACES)][1](rng))
+    concept = _concept(rng.choice(list(CONCEPTS)), seed)[0]
     if kind == 1:
         # Two subjects at once, each half there.
-        return Image.blend(world.render(world.random_scene(seed)), _zumi(seed)[0], rng.uniform(0.4, 0.6))
-    picture = _zumi(seed)[0] if rng.random() < 0.5 else world.render(world.random_scene(seed))
+        return Image.blend(world.render(world.random_scene(seed)), concept, rng.uniform(0.4, 0.6))
+    picture = concept if rng.random() < 0.5 else world.render(world.random_scene(seed))
     if kind == 2:
         # Torn: all tiles of eight pixels where subjects are have changed places.
         tiles = [(x, y) for x in range(8, 56, 8) for y in range(16, 64, 8)]
@@ -96,10 +104,11 @@ def _spoiled(seed: int) -> Image.Image:
 def sample(seed: int) -> tuple[Image.Image, tuple[int, int, int]]:
     """A picture and its labels (kind, colour, place); what has none is ignored by the loss."""
     draw = derive(0, "judge sample", seed) % 100
-    if draw < 14:
-        picture, place = _zumi(seed)
-        return picture, (KINDS.index("zumi"), IGNORED, PLACES.index(place))
     if draw < 28:
+        name = list(CONCEPTS)[draw % len(CONCEPTS)]
+        picture, place = _concept(name, seed)
+        return picture, (KINDS.index(name), IGNORED, place)
+    if draw < 42:
         return _spoiled(seed), (KINDS.index(NOTHING), IGNORED, IGNORED)
     scene = world.random_scene(seed)
     labels = (KINDS.index(scene.kind), COLORS.index(scene.color), PLACES.index(scene.place))
@@ -159,12 +168,12 @@ def look(judge: Judge, pictures: list[Image.Image]) -> list[Verdict]:
 
 def examine(judge: Judge, count: int = 1500) -> dict[str, float]:
     """Shares of fresh renders judged rightly, and of spoiled ones taken for a subject."""
-    right = {"kind": [], "color": [], "place": [], "zumi": [], "nothing": []}  # type: dict[str, list[bool]]
+    right: dict[str, list[bool]] = {name: [] for name in ("kind", "color", "place", *CONCEPTS, NOTHING)}
     for first in range(TEST_SEEDS, TEST_SEEDS + count, 100):
         drawn = [sample(seed) for seed in range(first, first + 100)]
         for (_, (kind, color, place)), seen in zip(drawn, look(judge, [p for p, _ in drawn]), strict=True):
             name = KINDS[kind]
-            right[name if name in ("zumi", NOTHING) else "kind"].append(seen.kind == name)
+            right[name if name in right else "kind"].append(seen.kind == name)
             if color != IGNORED:
                 right["color"].append(seen.color == COLORS[color])
                 right["place"].append(seen.place == PLACES[place])

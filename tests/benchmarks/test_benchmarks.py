@@ -14,6 +14,7 @@ import generate
 import learning
 import pocket_quality
 import pytest
+from concepts import CONCEPTS
 from PIL import Image
 
 from sdlora.configfile import load_config
@@ -40,7 +41,7 @@ def test_prompts_are_new() -> None:
 def test_labels_of_the_judges_pictures() -> None:
     kinds = [classifier.KINDS[classifier.sample(seed)[1][0]] for seed in range(300)]
     assert set(kinds) == set(classifier.KINDS)
-    assert 20 < kinds.count("zumi") < 70
+    assert all(10 < kinds.count(name) < 50 for name in CONCEPTS)
     assert 20 < kinds.count(classifier.NOTHING) < 70
 
 
@@ -52,7 +53,7 @@ def judge(tmp_path_factory: pytest.TempPathFactory) -> classifier.Judge:
 @pytest.mark.slow
 def test_the_judge_knows_renders_and_refuses_rubbish(judge: classifier.Judge) -> None:
     found = classifier.examine(judge, 1000)
-    assert min(found[name] for name in ("kind", "color", "place", "zumi")) >= 0.97, found
+    assert min(found[name] for name in ("kind", "color", "place", *CONCEPTS)) >= 0.97, found
     assert found["nothing"] >= 0.93, found
     grey = [Image.new("RGB", (64, 64), (shade, shade, shade)) for shade in range(0, 250, 25)]
     assert all(verdict.kind == classifier.NOTHING for verdict in classifier.look(judge, grey))

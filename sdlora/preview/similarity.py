@@ -1,0 +1,86 @@
+"""How much a picture looks like a copy of another: of all of it, of a part of it, or of its mirror image.
+
+Floor 6. It needs no network: what is compared is detail (the picture minus its own blur), so that two pictures of
+one subject in one place stay apart. A subject lifted into another place is not found.
+Shapes: P pictures, G pictures of the gallery, H/W/n pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+SIZE_PX = 64
+BOX_PX = 9
+# Eleven scales: with five, a crop between two of them is missed.
+SCALES = tuple(1.0 - 0.05 * index for index in range(11))
+_CHUNK = 8
+_FLAT = 1e-4  # detail weaker than this is none
+
+
+def hp_ms(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
+    """The best correlation of detail between every picture and every picture of a gallery, over crops and mirrors.
+
+    Both become 64x64 luma. One of the two, and then the other, is shrunk to each scale, gets its 9x9 box mean
+    subtracted, and is laid over every place of the other; the score is the highest zero-mean normalised
+    cross-correlation found.
+
+    Args:
+        pictures: P pictures of any mode and size.
+        gallery: G pictures they may be copies of.
+
+    Returns:
+        (P, G) float32 in [-1, 1]; 1 is a copy, a picture without any detail scores 0.
+
+    Raises:
+        ValueError: One of the two is empty.
+
+    Source: zero-mean normalised cross-correlation, Lewis 1995, "Fast normalized cross-correlation", equation 2.
+    """
+    if not pictures or not gallery:
+        raise ValueError(f"Found {len(pictures)} pictures and a gallery of {len(gallery)}; both need at least one.")
+    seen, known = _luma(pictures), _luma(gallery)
+    both = torch.cat([seen, seen.flip(-1)])
+    best = torch.full((len(both), len(known)), -1.0)
+    for scale in SCALES:
+        size = round(scale * SIZE_PX)
+        best = torch.maximum(best, _laid_over(both, known, size))
+        if size < SIZE_PX:
+            best = torch.maximum(best, _laid_over(known, both, size).T)
+    return torch.maximum(best[: len(seen)], best[len(seen) :])
+
+
+def _luma(pictures: Sequence[Image.Image]) -> Tensor:
+    """Luma in [0, 1], (P, 1, 64, 64)."""
+    small = [p.convert("L").resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX) for p in pictures]
+    return torch.stack([torch.from_numpy(np.array(p, dtype=np.float32) / 255) for p in small]).unsqueeze(1)
+
+
+def _detail(luma: Tensor) -> Tensor:
+    """What a 9x9 box blur takes away, same shape."""
+    return luma - F.avg_pool2d(luma, BOX_PX, stride=1, padding=BOX_PX // 2, count_include_pad=False)
+
+
+def _laid_over(stamps: Tensor, pictures: Tensor, size: int) -> Tensor:
+    """The best match of each stamp, shrunk to size x size, over all places in each picture, (stamps, pictures)."""
+    shrunk = F.interpolate(stamps, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+    flat = _detail(shrunk).flatten(1)
+    flat = flat - flat.mean(dim=1, keepdim=True)
+    flat = flat / flat.norm(dim=1, keepdim=True).clamp(min=_FLAT)
+    detail = _detail(pictures)
+    mean, mean_square = (F.avg_pool2d(values, size, stride=1)[:, 0] for values in (detail, detail.square()))
+    deviation = ((mean_square - mean.square()).clamp(min=0).sqrt() * size).clamp(min=_FLAT)
+    # A stamp never hangs over an edge where it counts, so the Fourier transform's wrapping round does no harm.
+    spectrum = torch.fft.rfft2(detail[:, 0])
+    places = SIZE_PX - size + 1
+    scores = []
+    for chunk in flat.view(-1, size, size).split(_CHUNK):
+        product = torch.fft.rfft2(chunk, s=(SIZE_PX, SIZE_PX)).conj().unsqueeze(1) * spectrum
+        correlation = torch.fft.irfft2(product, s=(SIZE_PX, SIZE_PX))[..., :places, :places]
+        scores.append((correlation / deviation).amax(dim=(2, 3)))
+    return torch.cat(scores)

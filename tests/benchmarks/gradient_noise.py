@@ -1,0 +1,125 @@
+"""How noisy the adapter's gradient is, at a frozen and briefly trained adapter, by batch size and coverage.
+
+The gradients are those of real, consecutive batches of a plan: the trainer takes its own steps at a learning rate too
+small to change a float32, and what it is about to step with is caught. 256 gradients each: eight consecutive ones
+from a random place in each of 32 plans of other seeds, so that pairs from different plans are independent.
+
+    python tests/benchmarks/gradient_noise.py results.jsonl --json
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from concepts import CONCEPTS, write_all
+from estimates import noise_ratio
+from results import Cell, run_missing, share
+from setting import make_config, prepare, recipe, silence
+from torch import Tensor
+
+from sdlora import seeds
+from sdlora.config import RunConfig
+from sdlora.training.loop import Trainer
+
+NUM_PLANS, BATCHES_PER_PLAN = 32, 8
+BATCH_SIZES, COVERAGES = (1, 2, 4, 8), ("none", "batch", "image")
+RANK, WARM_REPEATS, PLAN_REPEATS = 16, 8, 6
+
+
+def plan_gradients(parts: Any, config: RunConfig, num_batches: int) -> Tensor:
+    """The gradients of consecutive batches from a random place in a plan, (num_batches, d), the adapter unchanged."""
+    frozen = config.train.model_copy(update={"learning_rate": 1e-30, "max_grad_norm": 0.0, "schedule": "constant"})
+    config = config.model_copy(update={"train": frozen})
+    trainer = Trainer(config, parts.base, parts.adapter, parts.data, Accelerator(cpu=True))
+    trainer.position.step = seeds.derive(config.seed, "benchmark place") % (trainer.total_steps - num_batches + 1)
+    caught: list[Tensor] = []
+
+    def catch(*_: Any) -> None:
+        found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trainer.parameters]
+        caught.append(torch.cat([gradient.flatten() for gradient in found]))
+
+    trainer.optimizer.optimizer.register_step_pre_hook(catch)
+    for _ in trainer.events(lambda: len(caught) >= num_batches):
+        if len(caught) >= num_batches:
+            break
+    return torch.stack(caught)
+
+
+def gram(gradients: Sequence[Tensor]) -> Tensor:
+    """Inner products of all gradients, float64; summed in pieces, for together they fill the memory twice."""
+    stacked = torch.cat(list(gradients))
+    total = torch.zeros(len(stacked), len(stacked), dtype=torch.float64)
+    for piece in stacked.split(1 << 15, dim=1):
+        wide = piece.double()
+        total += wide @ wide.T
+    return total
+
+
+def warm_parts(base: str, sets: Path, concept: str, folder: Path, *, repeats: int = WARM_REPEATS) -> Any:
+    """A run's parts after one short epoch, so that B is not zero; every caption it may meet is encoded."""
+    parts = prepare(make_config(base, sets, concept, 0, recipe(RANK, repeats, epochs=1)), folder)
+    for _ in parts.trainer.events():
+        pass
+    return parts
+
+
+def measure(parts: Any, batch_size: int, coverage: str, *, num_plans: int, num_batches: int) -> dict[str, Any]:
+    """The noise ratios of one batch size and coverage."""
+    gradients = []
+    for plan in range(1, num_plans + 1):
+        data = parts.config.data.model_copy(update={"repeats": PLAN_REPEATS})
+        train = parts.config.train.model_copy(update={"batch_size": batch_size, "epochs": 4})
+        timesteps = parts.config.timesteps.model_copy(update={"coverage": coverage})
+        config = parts.config.model_copy(
+            update={"seed": 1000 + plan, "data": data, "train": train, "timesteps": timesteps}
+        )
+        gradients.append(plan_gradients(parts, config, num_batches))
+    plans = [plan for plan in range(num_plans) for _ in range(num_batches)]
+    found = noise_ratio(gram(gradients), plans)
+    return {"num_gradients": len(plans), **{name: list(estimate) for name, estimate in found.items()}}
+
+
+def all_cells() -> list[Cell]:
+    """Concept after concept, so that the warm adapter is trained once."""
+    return [
+        {"part": "noise", "concept": concept, "batch_size": size, "coverage": coverage}
+        for concept in CONCEPTS
+        for size in BATCH_SIZES
+        for coverage in COVERAGES
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--base", default="pocket")
+    parser.add_argument("--share", default="0/1", help="which part of the concepts this process takes")
+    parser.add_argument("--json", action="store_true", help="print every finished cell")
+    arguments = parser.parse_args()
+    silence()
+    mine = {cell["concept"] for cell in share([{"concept": name} for name in CONCEPTS], arguments.share)}
+    with tempfile.TemporaryDirectory() as folder:
+        write_all(Path(folder))
+        warm: dict[str, Any] = {}
+
+        def measured(cell: Cell) -> dict[str, Any]:
+            if cell["concept"] not in warm:
+                warm.clear()
+                warm[cell["concept"]] = warm_parts(arguments.base, Path(folder), cell["concept"], Path(folder) / "run")
+            parts = warm[cell["concept"]]
+            return measure(
+                parts, cell["batch_size"], cell["coverage"], num_plans=NUM_PLANS, num_batches=BATCHES_PER_PLAN
+            )
+
+        cells = [cell for cell in all_cells() if cell["concept"] in mine]
+        run_missing(arguments.results, cells, measured, show=print if arguments.json else lambda line: None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""What the timestep benchmarks share: the recipe, a run that is watched while it trains, pictures drawn from it.
+
+The run is put together by `sdlora.run` and trained by its trainer, so that every option takes effect as it does for
+a user; nothing is exported.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from PIL import Image
+from variants import Recipe
+
+from sdlora import run, seeds
+from sdlora.config import RunConfig, parse_config
+from sdlora.diffusion.losses import mse_per_example
+from sdlora.diffusion.noise import add_noise, prediction_target
+from sdlora.events import CheckpointDue, EpochDone
+from sdlora.models.base import BaseModel
+from sdlora.runfolder import RunFolder
+from sdlora.training.data import TrainingData
+
+BANDS = 5
+LEVELS_PER_BAND = 2
+
+
+def recipe(rank: int, repeats: int, epochs: int = 4) -> Recipe:
+    """The quickstart's adapter without preservation, which is not what is compared here."""
+    return {
+        "data": {"repeats": repeats},
+        "lora": {"rank": rank, "alpha": rank, "targets": ["cross_attention", "self_attention", "mlp"]},
+        "train": {"batch_size": 4, "learning_rate": 2e-3, "schedule": "cosine", "epochs": epochs, "device": "cpu",
+                  "precision": "fp32"},
+        "preview": {"enabled": False},
+    }  # fmt: skip
+
+
+def make_config(base: str, sets: Path, concept: str, seed: int, *parts: Recipe) -> RunConfig:
+    """The configuration of one run; later parts win over earlier ones."""
+    document: dict[str, Any] = {
+        "seed": seed,
+        "base": {"path": base},
+        "data": {"folder": str(sets / concept), "holdout": str(sets / concept / "holdout"), "trigger": concept},
+        "cache": {"dir": str(sets / "cache")},
+    }
+    for part in parts:
+        for section, values in part.items():
+            document[section] = {**document.get(section, {}), **values}
+    return parse_config(document, name="benchmark")
+
+
+def prepare(config: RunConfig, folder: Path) -> Any:
+    """A run's parts, its cache filled; see `sdlora.run`."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        parts = run._prepare(config, RunFolder(folder, "benchmark"))
+    for _ in parts.data.fill(config.train.epochs * config.data.repeats, config.data.background):
+        pass
+    for _ in parts.heldout.fill(1, config.data.background):
+        pass
+    return parts
+
+
+@torch.no_grad()
+def heldout_bands(base: BaseModel, data: TrainingData) -> list[float]:
+    """The unweighted squared error on the held-out pictures in five equal bands of timesteps, low noise first.
+
+    Levels and noise are the same for every run, so that two runs differ by what was learned and by nothing else.
+    """
+    step = 1000 // (BANDS * LEVELS_PER_BAND)
+    levels = torch.arange(step // 2, 1000, step)
+    losses = []
+    for index in range(len(data.dataset.examples)):
+        moments = data.moments(index).unsqueeze(0)
+        mean = moments.chunk(2, dim=1)[0]
+        noise = torch.stack([seeds.normal(mean.shape[1:], 0, "benchmark noise", index, int(t)) for t in levels])
+        latents = base.sample_latents(moments, torch.zeros_like(mean)).expand(len(levels), -1, -1, -1)
+        alphas_cumprod = base.alphas_cumprod[levels]
+        answer = base.predict(add_noise(latents, noise, alphas_cumprod), levels, data.text([(index, 1)] * len(levels)))
+        losses.append(mse_per_example(answer, prediction_target(base.prediction_type, latents, noise, alphas_cumprod)))
+    values: list[float] = torch.stack(losses).mean(dim=0).view(BANDS, LEVELS_PER_BAND).mean(dim=1).tolist()
+    return values
+
+
+def watch(
+    parts: Any, *, at_point: Callable[[int], None], at_epoch: Callable[[int], None], seconds: list[float] | None = None
+) -> None:
+    """Train to the end; call `at_point(step)` wherever a checkpoint would be, `at_epoch(epoch)` after every epoch.
+
+    Args:
+        parts: From `prepare`; `train.checkpoint_every_steps` says where the points are.
+        at_point: Also called with 0, before training.
+        at_epoch: The adapter is as it stands after that epoch.
+        seconds: Gets the length of every step.
+    """
+    at_point(0)
+    for event in parts.trainer.events():
+        if isinstance(event, CheckpointDue):
+            at_point(event.step)
+        elif isinstance(event, EpochDone):
+            at_epoch(event.epoch)
+        elif seconds is not None and event.name == "step":
+            seconds.append(event.seconds)
+
+
+def draw_pictures(base: BaseModel, prompts: Sequence[str], *, guidance: float, steps: int) -> list[Image.Image]:
+    """A picture per prompt, the adapter as it is, every starting noise another."""
+    pictures: list[Image.Image] = []
+    with base.pipeline() as pipeline, torch.no_grad():
+        pipeline.set_progress_bar_config(disable=True)
+        for first in range(0, len(prompts), 16):
+            group = list(prompts[first : first + 16])
+            generators = [torch.Generator().manual_seed(1000 + first + i) for i in range(len(group))]
+            made = pipeline(group, num_inference_steps=steps, guidance_scale=guidance, generator=generators)
+            pictures += made.images
+    return pictures
+
+
+def silence() -> None:
+    """No progress bars and no advice from the libraries, so that what is printed is the benchmark's."""
+    diffusers.utils.logging.set_verbosity_error()
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()

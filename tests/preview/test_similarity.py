@@ -1,0 +1,90 @@
+"""The score is near 1 for copies of every sort that was promised, and apart from fresh renders of the same thing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from concepts import CONCEPTS
+from PIL import Image, ImageEnhance, ImageFilter, ImageOps
+from torch import Tensor
+
+from sdlora.preview.similarity import hp_ms
+
+
+def _crop(share: float) -> Callable[[Image.Image], Image.Image]:
+    def cropped(picture: Image.Image) -> Image.Image:
+        edge = round(picture.width * share)
+        left, top = (picture.width - edge) // 3, (picture.height - edge) * 2 // 3
+        return picture.crop((left, top, left + edge, top + edge)).resize(picture.size, Image.Resampling.BICUBIC)
+
+    return cropped
+
+
+def _jitter(picture: Image.Image) -> Image.Image:
+    toned = ImageEnhance.Brightness(ImageEnhance.Contrast(picture).enhance(0.8)).enhance(1.15)
+    noise = np.random.default_rng(0).normal(0, 6, (picture.height, picture.width, 3))
+    noisy = np.asarray(toned.filter(ImageFilter.GaussianBlur(0.5)), dtype=float) + noise
+    return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
+
+
+COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
+    "exact": lambda picture: picture,
+    "flip": ImageOps.mirror,
+    "crop 80": _crop(0.8),
+    "crop 60": _crop(0.6),
+    "jitter": _jitter,
+    "all at once": lambda picture: _jitter(_crop(0.7)(ImageOps.mirror(picture))),
+}
+
+
+@pytest.fixture(scope="module")
+def gallery() -> list[Image.Image]:
+    return [CONCEPTS["kolo"].draw(index, 0)[0] for index in range(12)]
+
+
+@pytest.fixture(scope="module")
+def independent(gallery: list[Image.Image]) -> Tensor:
+    """Best scores of fresh renders of the same captions, the hardest pictures that are no copies."""
+    return hp_ms([CONCEPTS["kolo"].draw(index, 1)[0] for index in range(12)], gallery).amax(dim=1)
+
+
+@pytest.mark.parametrize("name", COPIES)
+def test_copies_score_above_fresh_renders(name: str, gallery: list[Image.Image], independent: Tensor) -> None:
+    scores = hp_ms([COPIES[name](picture) for picture in gallery], gallery)
+    own = scores.diagonal()
+    area_under_curve = float((own.unsqueeze(1) > independent).float().mean())
+    assert area_under_curve >= 0.99, (own, independent)
+    assert scores.argmax(dim=1).tolist() == list(range(len(gallery)))
+
+
+def test_a_picture_that_holds_the_whole_of_another_is_found(gallery: list[Image.Image]) -> None:
+    parts = [_crop(0.7)(picture) for picture in gallery[:4]]
+    assert hp_ms(gallery[:4], parts).diagonal().min() > 0.85
+
+
+def test_the_score_is_the_formulas() -> None:
+    """At full size alone it is one correlation coefficient, here by numpy in float64."""
+    draw = np.random.default_rng(1)
+    pictures = [Image.fromarray(draw.integers(0, 256, (64, 64), dtype=np.uint8)) for _ in range(2)]
+
+    def detail(picture: Image.Image) -> np.ndarray:
+        luma = np.asarray(picture, dtype=np.float64) / 255
+        rows = range(64)
+        return np.array(
+            [[luma[y, x] - luma[max(0, y - 4) : y + 5, max(0, x - 4) : x + 5].mean() for x in rows] for y in rows]
+        )
+
+    mixed = Image.blend(*pictures, 0.3)
+    expected = np.corrcoef(detail(mixed).ravel(), detail(pictures[0]).ravel())[0, 1]
+    assert float(hp_ms([mixed], [pictures[0]])) == pytest.approx(expected, abs=1e-5)
+
+
+def test_nothing_is_like_nothing() -> None:
+    grey = Image.new("RGB", (64, 64), (90, 90, 90))
+    assert float(hp_ms([grey], [grey])) == pytest.approx(0.0, abs=1e-3)
+    assert torch.isfinite(hp_ms([grey], [CONCEPTS["zumi"].draw(0, 0)[0]])).all()
+    with pytest.raises(ValueError, match="both need at least one"):
+        hp_ms([], [grey])
