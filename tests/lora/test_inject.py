@@ -2,11 +2,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import answers, trained
+from adapters import LINEAR_TARGETS, answers, trained
 
 from sdlora.errors import ConfigError
 from sdlora.lora.inject import inject, inject_state
-from sdlora.lora.targets import TARGETS, find_targets, target_of
+from sdlora.lora.targets import find_targets, target_of
 
 
 def test_named_targets_are_the_layers_users_mean(unet: Any) -> None:
@@ -16,9 +16,9 @@ def test_named_targets_are_the_layers_users_mean(unet: Any) -> None:
     assert {path.split(".attn2.")[1] for path in cross} == {"to_q", "to_k", "to_v", "to_out.0"}
     assert len(find_targets(unet, ["self_attention"])) == 16
     assert len(find_targets(unet, ["mlp"])) == 8
-    together = find_targets(unet, list(TARGETS))
+    together = find_targets(unet, LINEAR_TARGETS)
     assert len(together) == len(set(together)) == 40
-    assert {target_of(path) for path in together} == set(TARGETS)
+    assert {target_of(path) for path in together} == set(LINEAR_TARGETS)
 
 
 def test_a_target_that_matches_nothing_is_an_error() -> None:
@@ -72,6 +72,6 @@ def test_state_is_a_copy_and_loads_back(unet: Any) -> None:
     adapter.load(kept)
     assert torch.equal(answers(unet), expected)
     adapter.remove()
-    assert torch.equal(answers(inject_state(unet, kept)._network), expected)
+    assert torch.equal(answers(inject_state(unet, kept)._unet), expected)
     with pytest.raises(ConfigError):
         adapter.load(dict(list(kept.items())[1:]))
