@@ -112,6 +112,11 @@ class Adapter:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def num_base_parameters(self) -> int:
+        """How many numbers the adapted networks have themselves; the text encoder counts where it is adapted."""
+        networks = [self._unet] + [n for n in (self._text_encoder,) if n is not None and self.adapts_text]
+        return sum(p.numel() for network in networks for p in network.parameters()) - self.num_parameters()
+
     def starts(self) -> list[Tensor]:
         """Every frozen A0 and B0, in the networks' order; they are as they were drawn, to be saved with a run."""
         pairs = [(layer.down_start, layer.up_start) for layer in self.layers.values()]

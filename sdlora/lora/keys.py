@@ -23,7 +23,7 @@ from sdlora.lora.targets import TEXT_ENCODER
 UNET_PREFIX = "lora_unet_"
 TEXT_PREFIX = "lora_te_text_model_"
 PEFT_METADATA = "lora_adapter_metadata"
-_PEFT_KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector")
+_PEFT_KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight")
 
 
 def file_form(state: LoraState) -> LoraState:
@@ -160,7 +160,7 @@ def from_peft(tensors: Mapping[str, Tensor], metadata: str) -> LoraState:
             raise DataError(f"The module {path!r} lacks {', '.join(sorted(missing))}.")
         alpha = _peft_alpha(metadata, "text_encoder" if path.startswith(TEXT_ENCODER) else "unet")
         weights = _paired(path, part["lora_A.weight"], part["lora_B.weight"], alpha)
-        state[kohya_name(path)] = replace(weights, magnitude=part.get("lora_magnitude_vector"))
+        state[kohya_name(path)] = replace(weights, magnitude=part.get("lora_magnitude_vector.weight"))
     return state
 
 

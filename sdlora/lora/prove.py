@@ -22,7 +22,7 @@ from sdlora.lora.keys import file_form
 from sdlora.lora.targets import TEXT_ENCODER
 from sdlora.lora.timestep_rank import TimestepRank
 
-_TIMESTEPS = (20, 400, 950)
+PROOF_TIMESTEPS = (20, 400, 950)
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ def _answers(pipeline: StableDiffusionPipeline) -> tuple[Tensor, Tensor]:
     """Answers to fixed inputs: the UNet's at three noise levels, (3, C, h, w), and the text encoder's, (2, L, D)."""
     unet, text_encoder = pipeline.unet, pipeline.text_encoder
     size = min(16, unet.config.sample_size)
-    batch = len(_TIMESTEPS)
+    batch = len(PROOF_TIMESTEPS)
     latents = seeds.normal((batch, unet.config.in_channels, size, size), 0, "proof latents")
     text = seeds.normal((batch, 77, unet.config.cross_attention_dim), 0, "proof text")
-    answer: Tensor = unet(latents, torch.tensor(_TIMESTEPS), text, return_dict=False)[0]
+    answer: Tensor = unet(latents, torch.tensor(PROOF_TIMESTEPS), text, return_dict=False)[0]
     length = text_encoder.config.max_position_embeddings
     tokens = torch.arange(2 * length).reshape(2, length) % text_encoder.config.vocab_size
     return answer, text_encoder(tokens).last_hidden_state

@@ -37,6 +37,8 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Pa
     target = folder / f"step-{trainer.position.step:08d}"
     shutil.rmtree(target, ignore_errors=True)
     tensors = {f"parameter.{i}": p.detach().cpu().contiguous() for i, p in enumerate(trainer.parameters)}
+    # Singular vectors may come out otherwise on another machine, so those of the start are kept as well.
+    tensors |= {f"start.{i}": t.cpu().contiguous() for i, t in enumerate(trainer.adapter.starts())}
     for index, state in trainer.optimizer.state_dict()["state"].items():
         for name, value in state.items():
             tensors[f"optimizer.{index}.{name}"] = torch.as_tensor(value).detach().cpu().contiguous().clone()
@@ -73,6 +75,8 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
     with torch.no_grad():
         for index, parameter in enumerate(trainer.parameters):
             parameter.copy_(tensors[f"parameter.{index}"])
+        for index, start in enumerate(trainer.adapter.starts()):
+            start.copy_(tensors[f"start.{index}"])
     state = trainer.optimizer.state_dict()
     state["state"] = {}
     for name, value in tensors.items():

@@ -24,7 +24,7 @@ from sdlora.diffusion.timesteps import timestep
 from sdlora.errors import DivergedError
 from sdlora.events import CheckpointDue, EpochDone, Event, StepDone
 from sdlora.lora.inject import Adapter
-from sdlora.models.base import BaseModel
+from sdlora.models.base import BaseModel, TextStates
 from sdlora.training.data import TrainingData
 from sdlora.training.rates import learning_rate
 
@@ -153,10 +153,11 @@ class Trainer:
         losses: list[Tensor] = []
         for batch in group:
             drawn = [self._timestep(visit) for visit in batch]
-            loss = self.loss_per_example(batch, drawn)
-            losses.append(loss.detach())
-            if train.preservation_weight > 0:
-                loss = loss + train.preservation_weight * self.preservation_per_example(batch, drawn)
+            with self.adapter.dropping(self.config.seed, [(self.data.name(v.example), v.visit) for v in batch]):
+                loss = self.loss_per_example(batch, drawn)
+                losses.append(loss.detach())
+                if train.preservation_weight > 0:
+                    loss = loss + train.preservation_weight * self.preservation_per_example(batch, drawn)
             self.accelerator.backward(loss.sum() / num_examples)
             visits += batch
             timesteps += drawn
@@ -191,9 +192,13 @@ class Trainer:
     def preservation_per_example(self, batch: Sequence[Visit], timesteps: Sequence[int]) -> Tensor:
         """How far the adapter moves the answers to class words, on the same noisy latents, (B,) float32."""
         latents, noise = self._latents_and_noise(batch)
-        text = self.data.preserved_text([(visit.example, visit.visit) for visit in batch])
+        visits = [(visit.example, visit.visit) for visit in batch]
+        text = self.data.preserved_text(visits)
+        with torch.no_grad(), self.adapter.disabled():
+            kept_text = self.data.preserved_text(visits)
+        timestep = torch.tensor(list(timesteps))
         return preservation_loss(
-            self.base, self.adapter, latents=latents, noise=noise, timesteps=torch.tensor(list(timesteps)), text=text
+            self.base, self.adapter, latents=latents, noise=noise, timesteps=timestep, text=text, kept_text=kept_text
         )
 
     def _latents_and_noise(self, batch: Sequence[Visit]) -> tuple[Tensor, Tensor]:
@@ -264,7 +269,14 @@ def diffusion_loss(
 
 
 def preservation_loss(
-    base: BaseModel, adapter: Adapter, *, latents: Tensor, noise: Tensor, timesteps: Tensor, text: dict[str, Tensor]
+    base: BaseModel,
+    adapter: Adapter,
+    *,
+    latents: Tensor,
+    noise: Tensor,
+    timesteps: Tensor,
+    text: TextStates,
+    kept_text: TextStates,
 ) -> Tensor:
     """The squared distance between the answers with and without the adapter.
 
@@ -275,6 +287,7 @@ def preservation_loss(
         noise: Standard normal noise, (B, C, h, w).
         timesteps: Integers in [0, 999], (B,).
         text: Text states of captions without the trigger, the batch first.
+        kept_text: The same from the base's own text encoder, for the answer that is to be kept.
 
     Returns:
         (B,) float32 on the base's device.
@@ -282,9 +295,10 @@ def preservation_loss(
     Source: prior preservation of Ruiz et al. 2208.12242, equation 2, with the base's own prediction as the target
     instead of pictures drawn by it.
     """
+    kept_states = {name: value.to(base.device, non_blocking=True) for name, value in kept_text.items()}
     noisy, timesteps, _, states = _prepared(base, latents, noise, timesteps, text)
     with torch.no_grad(), adapter.disabled():
-        kept = base.predict(noisy, timesteps, states)
+        kept = base.predict(noisy, timesteps, kept_states)
     return mse_per_example(base.predict(noisy, timesteps, states), kept)
 
 
