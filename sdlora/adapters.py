@@ -58,7 +58,7 @@ def limits_elsewhere(lora: LoraConfig, proof: Mapping[str, Any]) -> list[str]:
         levels = ", ".join(map(str, PROOF_TIMESTEPS))
         sentences.append(
             "Programs that ignore the timestep rank draw with all ranks: their answers differ by "
-            f"{proof['rank_mask_difference']:.0%} of what the LoRA changes (root mean square, at noise levels {levels}). "
+            f"{proof['rank_mask_difference']:.0%} of what the LoRA changes (root mean square at noise {levels}). "
             "In diffusers, sdlora.pipelines.apply_timestep_rank uses the right ranks."
         )
     if lora.dora:
