@@ -63,6 +63,6 @@ def limits_elsewhere(lora: LoraConfig, proof: Mapping[str, Any]) -> list[str]:
         )
     if lora.dora:
         sentences.append(
-            "This DoRA has PEFT's names, which diffusers and PEFT read; A1111 and Forge find nothing in it."
+            "This DoRA has PEFT's names, which diffusers and PEFT read; ComfyUI, A1111 and Forge find nothing in it."
         )
     return sentences

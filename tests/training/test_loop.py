@@ -16,7 +16,7 @@ from sdlora.data.dataset import load_dataset
 from sdlora.data.order import Visit
 from sdlora.errors import DivergedError
 from sdlora.events import StepDone
-from sdlora.lora.inject import inject
+from sdlora.lora.inject import Form, inject
 from sdlora.lora.targets import find_targets
 from sdlora.models.load import load_base
 from sdlora.training.data import TrainingData
@@ -24,7 +24,14 @@ from sdlora.training.loop import Trainer
 
 
 def make_trainer(
-    base_folder: Path, pictures: Path, cache: Path, dtype: torch.dtype = torch.float32, **train: object
+    base_folder: Path,
+    pictures: Path,
+    cache: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    targets: tuple[str, ...] = ("cross_attention",),
+    form: Form | None = None,
+    **train: object,
 ) -> Trainer:
     preserving = {"trigger": "picture", "class_words": ["cat"]} if train.get("preservation_weight") else {}
     config = parse_config(
@@ -36,11 +43,16 @@ def make_trainer(
         name="n",
     )
     base = load_base(str(base_folder), device=torch.device("cpu"), dtype=dtype)
-    adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"]), 2, 2.0, 0)
+    paths = find_targets(base.unet, targets, base.text_encoder)
+    adapter = inject(base.unet, paths, 2, 2.0, 0, form=form, text_encoder=base.text_encoder)
     dataset = load_dataset(pictures, caption=None, trigger=None, allow_trigger_only=False, background="white")
     dataset = dataset.with_buckets(32, 8, buckets=False)
     data = TrainingData(
-        dataset, Cache(cache, base), lambda index, _: dataset.examples[index].caption, lambda *_: "a cat"
+        dataset,
+        Cache(cache, base),
+        lambda index, _: dataset.examples[index].caption,
+        lambda *_: "a cat",
+        text_is_trained="text_encoder" in targets,
     )
     list(data.fill(2, "white"))
     return Trainer(config, base, adapter, data, Accelerator(cpu=True))
@@ -82,6 +94,54 @@ def test_preservation_is_the_distance_from_the_base(tiny_base: Path, pictures: P
         kept = base.unet(noisy, torch.tensor([600]), states).sample
     assert found.item() > 0
     torch.testing.assert_close(found, (moved - kept).pow(2).mean().unsqueeze(0))
+
+
+def test_a_trained_text_encoder_gets_the_gradient_of_the_loss(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path, targets=("text_encoder",))
+    parameter = trainer.adapter.layers["text_encoder.encoder.layers.0.mlp.fc1"].up
+
+    def loss() -> torch.Tensor:
+        return trainer.loss_per_example([Visit(3, 2)], [600]).sum()
+
+    loss().backward()
+    assert parameter.grad is not None
+    gradient, step = parameter.grad.clone(), 1e-2 / parameter.grad.norm()
+    with torch.no_grad():
+        parameter.add_(gradient * step)
+        above = loss()
+        parameter.sub_(2 * gradient * step)
+        below = loss()
+    slope = float((above - below) / (2 * step))
+    assert slope == pytest.approx(float(gradient.square().sum()), rel=0.05)
+
+
+def test_what_is_preserved_is_the_answer_to_the_bases_own_text(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path, targets=("text_encoder",))
+    with torch.no_grad():
+        for parameter in trainer.adapter.up_parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+        latents, noise = trainer._latents_and_noise([Visit(3, 2)])
+        found = trainer.preservation_per_example([Visit(3, 2)], [600])
+        base, alpha = trainer.base, trainer.base.alphas_cumprod[600]
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        moved = base.predict(noisy, torch.tensor([600]), base.encode_captions(["a cat"]))
+        trainer.adapter.set_strength(0.0)
+        kept = base.predict(noisy, torch.tensor([600]), base.encode_captions(["a cat"]))
+    assert found.item() > 0
+    torch.testing.assert_close(found, (moved - kept).pow(2).mean().unsqueeze(0))
+
+
+def test_dropout_acts_in_training_alone(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    kept: list[torch.Tensor] = []
+    for dropout in (0.0, 0.5, 0.5):
+        trainer = make_trainer(tiny_base, pictures, tmp_path, form=Form(dropout=dropout), learning_rate=1e-2)
+        list(trainer.events())
+        kept.append(torch.cat([parameter.flatten() for parameter in trainer.parameters]))
+        with torch.no_grad():
+            assert torch.equal(*(trainer.loss_per_example([Visit(0, 1)], [300]) for _ in range(2)))
+            assert all(not layer.dropout_seeds for layer in trainer.adapter.layers.values())
+    assert not torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[1], kept[2])
 
 
 def test_preservation_keeps_answers_to_class_words(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
