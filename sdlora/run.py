@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
+from sdlora.adapters import limits_elsewhere, make_adapter, timestep_rank
 from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml, load_config, options
 from sdlora.data.cache import Cache
@@ -26,7 +27,7 @@ from sdlora.errors import ConfigError, OutOfMemoryError, SdloraError
 from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, PreviewsDone, RunDone
 from sdlora.files import atomic_path, remove_partial, write_json
 from sdlora.lora.export import LoraMetadata, save_lora
-from sdlora.lora.inject import Adapter, inject
+from sdlora.lora.inject import Adapter
 from sdlora.lora.prove import prove_lora
 from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
@@ -140,8 +141,8 @@ def _prepare(config: RunConfig, folder: RunFolder) -> _Parts:
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
     dataset = _with_buckets(config, base, dataset)
-    targets = find_targets(base.unet, config.lora.targets)
-    adapter = inject(base.unet, targets, config.lora.rank, config.lora.alpha, config.seed)
+    targets = find_targets(base.unet, config.lora.targets, base.text_encoder)
+    adapter = make_adapter(config, base, targets)
     if config.lora.rank > HIGH_RANK:
         notices.append(
             f"Rank {config.lora.rank} needs more memory and copies the training pictures more easily than "
@@ -293,7 +294,10 @@ def _events(
     yield Exported(str(folder.lora), epoch, proof["num_modules"], proof["max_error"], folder.lora.stat().st_size)
     yield Notice(reason)
     proven = f"The file was loaded back through diffusers; its greatest difference is {proof['max_error']:g}."
-    _report(parts, [reason, proven])
+    limits = limits_elsewhere(config.lora, proof)
+    for message in limits:
+        yield Notice(message)
+    _report(parts, [reason, proven, *limits])
     yield RunDone(str(folder.lora), str(folder.path), time.monotonic() - begin)
 
 
@@ -311,7 +315,7 @@ def _plan(parts: _Parts) -> PlanMade:
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         steps=parts.trainer.total_steps,
         trained_parameters=parts.adapter.num_parameters(),
-        base_parameters=sum(p.numel() for p in parts.base.unet.parameters()) - parts.adapter.num_parameters(),
+        base_parameters=parts.adapter.num_base_parameters(),
         targets=list(config.lora.targets),
         device=str(parts.device),
         precision=parts.precision,
@@ -377,6 +381,7 @@ def _metadata(parts: _Parts, event: EpochDone) -> LoraMetadata:
         epoch=event.epoch,
         step=event.step,
         settings={"lora": config.lora.model_dump(), "train": config.train.model_dump(), "seed": config.seed},
+        timestep_rank=timestep_rank(config.lora),
     )
 
 
@@ -384,7 +389,7 @@ def _export(parts: _Parts, event: EpochDone) -> None:
     """Write an epoch's LoRA, load it back through diffusers, and keep the figures beside it."""
     file, state = parts.folder.epoch_lora(event.epoch), parts.adapter.state()
     save_lora(file, state, metadata=_metadata(parts, event))
-    proof = prove_lora(file, state, parts.base.fresh_pipeline())
+    proof = prove_lora(file, state, parts.base.fresh_pipeline(), timestep_rank(parts.config.lora))
     write_json(file.with_name("proof.json"), asdict(proof))
 
 

@@ -6,18 +6,34 @@ from typing import Any
 
 import torch
 
-from sdlora.lora.inject import Adapter, inject
-from sdlora.lora.targets import TARGETS, find_targets
+from sdlora.lora.inject import Adapter, Form, inject
+from sdlora.lora.targets import find_targets
+
+LINEAR_TARGETS = ["cross_attention", "self_attention", "mlp"]
+UNET_TARGETS = [*LINEAR_TARGETS, "projection", "conv"]
 
 
 def trained(unet: Any, rank: int = 4, alpha: float = 2.0) -> Adapter:
-    """An adapter on every target with weights that are not zero."""
-    adapter = inject(unet, find_targets(unet, list(TARGETS)), rank, alpha, seed=1)
+    """An adapter on every linear layer of the transformer blocks with weights that are not zero."""
+    adapter = inject(unet, find_targets(unet, LINEAR_TARGETS), rank, alpha, seed=1)
+    move(adapter)
+    return adapter
+
+
+def formed(pipeline: Any, targets: list[str], form: Form, rank: int = 4, alpha: float = 2.0) -> Adapter:
+    """An adapter of any kind in a pipeline, with weights that are not where they started."""
+    paths = find_targets(pipeline.unet, targets, pipeline.text_encoder)
+    adapter = inject(pipeline.unet, paths, rank, alpha, seed=1, form=form, text_encoder=pipeline.text_encoder)
+    move(adapter)
+    return adapter
+
+
+def move(adapter: Adapter) -> None:
+    """Add random numbers to B, and to the magnitudes if there are any."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
-        for parameter in adapter.up_parameters():
-            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.2)
-    return adapter
+        for parameter in [*adapter.up_parameters(), *adapter.magnitude_parameters()]:
+            parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
 def answers(unet: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:

@@ -11,11 +11,11 @@ FLOORS = {
     "data.images": 2, "data.captions": 2, "data.buckets": 2, "data.dataset": 2, "data.order": 2,
     "data.split": 2,
     "diffusion": 2, "lora": 2,
-    "models": 3, "pocket": 3,
+    "models": 3, "pocket": 3, "pipelines": 3,
     "data.cache": 4,
     "training": 5,
     "preview": 6,
-    "progress": 7, "runfolder": 7, "run": 7,
+    "progress": 7, "runfolder": 7, "adapters": 7, "run": 7,
     "cli": 8, "__main__": 8,
 }  # fmt: skip
 

@@ -114,10 +114,19 @@ CHANGES: dict[str, list[str]] = {
     "lora.rank": ["lora.rank=3"],
     "lora.alpha": ["lora.alpha=1"],
     "lora.targets": ['lora.targets=["mlp"]'],
+    "lora.target_ranks": ["lora.target_ranks={cross_attention = 3}"],
+    "lora.target_alphas": ["lora.target_alphas={cross_attention = 1.0}"],
+    "lora.rslora": ["lora.rslora=true"],
+    "lora.dora": ["lora.dora=true"],
+    "lora.dropout": ["lora.dropout=0.5"],
+    "lora.start": ["lora.start=pissa"],
+    "lora.timestep_rank_min": ["lora.timestep_rank_min=1"],
+    "lora.timestep_rank_alpha": ["lora.timestep_rank_min=1", "lora.timestep_rank_alpha=0.2"],
     "train.epochs": ["train.epochs=1"],
     "train.batch_size": ["train.batch_size=1"],
     "train.gradient_accumulation_steps": ["train.gradient_accumulation_steps=2"],
     "train.learning_rate": ["train.learning_rate=5e-3"],
+    "train.text_encoder_learning_rate": ['lora.targets=["text_encoder"]', "train.text_encoder_learning_rate=1e-3"],
     "train.schedule": ["train.schedule=cosine"],
     "train.warmup_steps": ["train.warmup_steps=3"],
     "train.weight_decay": ["train.weight_decay=0.5"],
@@ -158,9 +167,16 @@ def test_every_option_is_covered() -> None:
     assert set(CHANGES) | TESTED_BELOW == set(option_names())
 
 
+def filled(change: str, scene: dict[str, str]) -> str:
+    """A change with the scene's folders in it."""
+    for word, folder in scene.items():
+        change = change.replace(f"{{{word}}}", folder)
+    return change
+
+
 @pytest.mark.parametrize("name", list(CHANGES))
 def test_a_change_shows(name: str, common: str, outcome: Callable[..., str], scene: dict[str, str]) -> None:
-    assert outcome(*(change.format(**scene) for change in CHANGES[name])) != common
+    assert outcome(*(filled(change, scene) for change in CHANGES[name])) != common
 
 
 def test_the_same_settings_give_the_same_run(common: str, outcome: Callable[..., str]) -> None:
@@ -222,13 +238,14 @@ def test_class_words_and_weight_of_preservation_both_count(outcome: Callable[...
         ("loss.weighting", "loss.kind=mse", ["constant", "min_snr", "soft_min_snr", "p2", "debiased"]),
         ("loss.huber_delta", "loss.kind=huber", ["0.1", "0.5"]),
         ("loss.gamma", "loss.weighting=min_snr", ["5", "1"]),
+        ("train.text_encoder_learning_rate", 'lora.targets=["text_encoder"]', ["1e-2", "1e-3"]),
         ("loss.zero_terminal_snr", "base.path={v}", ["false", "true"]),
     ],
 )
 def test_every_value_is_a_run_of_its_own(
     option: str, common_change: str, changes: list[str], outcome: Callable[..., str], scene: dict[str, str]
 ) -> None:
-    found = [outcome(common_change.format(**scene), f"{option}={value}") for value in changes]
+    found = [outcome(filled(common_change, scene), f"{option}={value}") for value in changes]
     assert all(result.startswith("common.safetensors") for result in found), found
     assert len(set(found)) == len(changes)
 
@@ -284,3 +301,19 @@ def test_the_cache_is_where_it_should_be(outcome: Callable[..., str], scene: dic
     outcome(f"cache.dir={folder}")
     assert len(list(folder.glob("moments/*/*.safetensors"))) == 3
     assert len(list(folder.glob("text/*/*.safetensors"))) == 3
+
+
+def test_the_speed_of_a_timestep_rank_and_the_kind_of_start_count(outcome: Callable[..., str]) -> None:
+    masked = ["lora.rank=8", "lora.timestep_rank_min=1"]
+    found = [outcome(*masked, f"lora.timestep_rank_alpha={speed}") for speed in (1.0, 0.2)]
+    found += [outcome(f"lora.start={start}") for start in ("orthogonal", "pissa")]
+    assert all(result.startswith("common.safetensors") for result in found)
+    assert len(set(found)) == 4
+
+
+def test_the_text_encoder_is_trained_where_it_is_a_target(outcome: Callable[..., str]) -> None:
+    words = ['data.class_words=["cat"]', "train.preservation_weight=1"]
+    targets = 'lora.targets=["text_encoder"]'
+    found = [outcome(targets), outcome(targets, *words), outcome(targets, "lora.dropout=0.5")]
+    assert all(result.startswith("common.safetensors") for result in found)
+    assert len(set(found)) == 3

@@ -124,6 +124,40 @@ def test_split_off_pictures_are_never_trained(tmp_path: Path, overrides: list[st
     assert all(event.heldout_loss for event in events if isinstance(event, EpochDone))
 
 
+FORMS = [
+    ['lora.targets=["cross_attention", "text_encoder", "conv"]', "lora.dropout=0.2", "lora.rslora=true"],
+    ["lora.start=pissa", "lora.timestep_rank_min=1"],
+    ["lora.dora=true"],
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_adapter_resumes_in_the_same_bytes(
+    tmp_path: Path, overrides: list[str], pictures: Path, form: list[str]
+) -> None:
+    options = [*overrides, *form, f"data.holdout={pictures}", f"cache.dir={tmp_path / 'shared'}"]
+    whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    whole.parent.mkdir()
+    cut.parent.mkdir()
+    run(whole, options)
+    calls = iter(range(1, 100))
+    with pytest.raises(Stopped):
+        run(cut, options, should_stop=lambda: next(calls) >= 4)
+    run(cut, options, resume=True)
+    assert digests(cut) == digests(whole)
+    assert without_times(metrics(cut)) == without_times(metrics(whole))
+
+
+def test_the_loss_of_a_timestep_rank_elsewhere_is_measured_and_said(tmp_path: Path, overrides: list[str]) -> None:
+    options = [*overrides, "preview.enabled=false", "lora.timestep_rank_min=1", "train.learning_rate=1e-2"]
+    events = run(tmp_path / "run", options)
+    proof = json.loads((tmp_path / "run" / "epochs" / "2" / "proof.json").read_text())
+    assert proof["rank_mask_difference"] > 0.01
+    (told,) = [e.message for e in events if isinstance(e, Notice) and "ignore the timestep rank" in e.message]
+    assert f"differ by {proof['rank_mask_difference']:.0%} of" in told
+    assert "ignore the timestep rank" in (tmp_path / "run" / "report.html").read_text()
+
+
 def test_a_folder_with_another_run_is_left_alone(tmp_path: Path, overrides: list[str]) -> None:
     folder = tmp_path / "run"
     folder.mkdir()

@@ -87,7 +87,8 @@ class Cache:
                 return load_file(path)
             except (SafetensorError, OSError):
                 path.unlink(missing_ok=True)  # torn by a crash of the machine: made anew below
-        made = {name: value.float().cpu().contiguous() for name, value in make().items()}
+        with torch.no_grad():
+            made = {name: value.float().cpu().contiguous() for name, value in make().items()}
         with atomic_path(path) as temporary:
             save_file(made, temporary)
         return made

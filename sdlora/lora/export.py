@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -23,11 +24,18 @@ import sdlora
 from sdlora.errors import DataError
 from sdlora.files import atomic_path
 from sdlora.lora.inject import LoraState
-from sdlora.lora.keys import UNET_PREFIX, from_kohya, to_kohya
+from sdlora.lora.keys import PEFT_METADATA, UNET_PREFIX, file_form, from_kohya, from_peft, to_kohya, to_peft
+from sdlora.lora.timestep_rank import TimestepRank
 
 # ComfyUI refuses headers above 1 MiB.
 MAX_HEADER_BYTES = 1 << 20
-_KINDS = {"cross_attention": "_attn2_", "self_attention": "_attn1_", "mlp": "_ff_net_"}
+_KINDS = {
+    "cross_attention": r"_attn2_",
+    "self_attention": r"_attn1_",
+    "mlp": r"_ff_net_",
+    "projection": r"_proj_(in|out)$",
+    "conv": r"_(resnets|downsamplers|upsamplers)_",
+}
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class LoraMetadata:
         epoch: How many epochs were trained.
         step: How many optimizer steps were trained.
         settings: The settings worth knowing later, JSON values.
+        timestep_rank: The ranks to use at each noise level, which the file's weights alone cannot tell.
     """
 
     name: str
@@ -53,19 +62,30 @@ class LoraMetadata:
     epoch: int
     step: int
     settings: dict[str, Any]
+    timestep_rank: TimestepRank | None = None
 
 
 def save_lora(path: Path, state: LoraState, *, metadata: LoraMetadata) -> None:
-    """Write a LoRA under kohya's names in float32, atomically.
+    """Write a LoRA in float32, atomically: under kohya's names, or under PEFT's if it has magnitudes (DoRA).
 
     Args:
         path: The .safetensors file.
-        state: The weights.
+        state: The weights; they are written as `file_form` gives them.
         metadata: What the file says of itself.
     """
-    tensors = to_kohya(state)
+    form = file_form(state)
+    extra = {}
+    if any(weights.magnitude is not None for weights in form.values()):
+        tensors, extra[PEFT_METADATA] = to_peft(form)
+    else:
+        tensors = to_kohya(form)
+    if metadata.timestep_rank is not None:
+        extra["sdlora.timestep_rank_min"] = str(metadata.timestep_rank.rank_min)
+        extra["sdlora.timestep_rank_alpha"] = str(metadata.timestep_rank.alpha)
+    if any(weights.start is not None for weights in state.values()):
+        extra["sdlora.frozen_start"] = "the second half of the ranks"
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=_header(state, tensors, metadata))
+        save_file(tensors, temporary, metadata=_header(form, tensors, metadata) | extra)
 
 
 def _header(state: LoraState, tensors: dict[str, Tensor], metadata: LoraMetadata) -> dict[str, str]:
@@ -112,7 +132,7 @@ def tensors_sha256(tensors: dict[str, Tensor]) -> str:
 
 
 def read_lora(path: Path) -> tuple[LoraState, dict[str, str]]:
-    """Read a kohya-key LoRA, by kohya module name, with its metadata.
+    """Read a LoRA, by kohya module name, with its metadata.
 
     Raises:
         DataError: The file is not there, not safetensors, too large in its header, holds NaN or infinite numbers, or
@@ -133,7 +153,7 @@ def read_lora(path: Path) -> tuple[LoraState, dict[str, str]]:
     for key, tensor in tensors.items():
         if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
             raise DataError(f"{path}: the tensor {key!r} holds something other than finite numbers.")
-    state = from_kohya(tensors)
+    state = from_peft(tensors, metadata[PEFT_METADATA]) if PEFT_METADATA in metadata else from_kohya(tensors)
     if not state:
         raise DataError(f"{path} holds no LoRA tensors.")
     return state, metadata
@@ -148,9 +168,10 @@ def describe_lora(path: Path) -> dict[str, Any]:
     state, metadata = read_lora(path)
     modules: Counter[str] = Counter()
     for name in state:
-        kind = next((kind for kind, mark in _KINDS.items() if mark in name), "other")
-        modules[kind if name.startswith(UNET_PREFIX) else "text encoder"] += 1
-    norms = [float(torch.linalg.matrix_norm(w.up @ w.down)) * w.alpha / w.down.shape[0] for w in state.values()]
+        kind = next((kind for kind, mark in _KINDS.items() if re.search(mark, name)), "other")
+        modules[kind if name.startswith(UNET_PREFIX) else "text_encoder"] += 1
+    products = [w.up.flatten(1) @ w.down.flatten(1) * (w.alpha / w.down.shape[0]) for w in state.values()]
+    norms = [float(torch.linalg.matrix_norm(product)) for product in products]
     return {
         "file": path.name,
         "bytes": path.stat().st_size,
@@ -161,6 +182,9 @@ def describe_lora(path: Path) -> dict[str, Any]:
         "ranks": sorted({weights.down.shape[0] for weights in state.values()}),
         "alphas": sorted({weights.alpha for weights in state.values()}),
         "modules": dict(modules),
+        "dora": any(weights.magnitude is not None for weights in state.values()),
+        "frozen_start": "sdlora.frozen_start" in metadata,
+        "timestep_rank_min": metadata.get("sdlora.timestep_rank_min"),
         "parameters": sum(weights.down.numel() + weights.up.numel() for weights in state.values()),
         "update_norm": round(math.sqrt(sum(norm**2 for norm in norms)), 6),
         "metadata": metadata,

@@ -1,87 +1,165 @@
-"""Putting adapters into a network, and taking them out again.
+"""Putting adapters into a base's networks, and taking them out again.
 
-Floor 2. Shapes: i in, o out, r rank.
+Floor 2. Shapes: B batch, i in, o out, r rank, k kernel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from sdlora import seeds
 from sdlora.errors import ConfigError
-from sdlora.lora.layers import LoraLinear
+from sdlora.lora.layers import LoraConv2d, LoraLayer, LoraLinear
+from sdlora.lora.starts import Start, starting_factors
+from sdlora.lora.targets import TEXT_ENCODER, target_of
+from sdlora.lora.timestep_rank import TimestepRank, rank_mask, watch_timesteps
 
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """One module's trained numbers.
+    """One module's trained numbers, all float32.
 
     Attributes:
-        down: A, (r, i) float32.
-        up: B, (o, r) float32.
+        down: A, (r, i) or (r, i, k, k).
+        up: B, (o, r) or (o, r, 1, 1).
         alpha: Numerator of the scale alpha / r.
+        magnitude: DoRA's magnitudes, (o,) or (1, o, 1, 1), or None.
+        start: The frozen A0 and B0 whose product is subtracted, or None.
     """
 
     down: Tensor
     up: Tensor
     alpha: float
+    magnitude: Tensor | None = None
+    start: tuple[Tensor, Tensor] | None = None
 
 
 LoraState = dict[str, LoraWeights]
-"""Module path in the UNet to its weights."""
+"""Module path, as `sdlora.lora.targets` writes it, to its weights."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """What kind of adapter it is, apart from rank and alpha.
+
+    Attributes:
+        target_ranks: Another rank for the layers of some targets.
+        target_alphas: Another alpha for the layers of some targets.
+        rslora: Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2312.03732, equation 3).
+        dora: Train magnitudes too.
+        dropout: The share of inputs set to zero inside `Adapter.dropping`, in [0, 1).
+        start: Where A and B start.
+        timestep_rank: Fewer ranks of the UNet's layers at high noise, or None.
+    """
+
+    target_ranks: Mapping[str, int] = field(default_factory=dict)
+    target_alphas: Mapping[str, float] = field(default_factory=dict)
+    rslora: bool = False
+    dora: bool = False
+    dropout: float = 0.0
+    start: Start = "gaussian"
+    timestep_rank: TimestepRank | None = None
 
 
 class Adapter:
-    """All adapter layers of one network; made by `inject`."""
+    """All adapter layers of a base; made by `inject`.
 
-    def __init__(self, network: nn.Module, layers: dict[str, LoraLinear]) -> None:
-        self._network = network
+    Args:
+        unet: The UNet, whose calls set the ranks in use if there is a `timestep_rank`.
+        text_encoder: The text encoder, or None where no layer is in it.
+        layers: The layers by path.
+        timestep_rank: Fewer ranks of the UNet's layers at high noise, or None.
+    """
+
+    def __init__(
+        self,
+        unet: nn.Module,
+        layers: dict[str, LoraLayer],
+        text_encoder: nn.Module | None = None,
+        timestep_rank: TimestepRank | None = None,
+    ) -> None:
+        self._unet = unet
+        self._text_encoder = text_encoder
         self.layers = layers
+        self._watch: RemovableHandle | None = None
+        if timestep_rank is not None:
+            self._watch = watch_timesteps(unet, lambda timesteps: self._mask_ranks(timesteps, timestep_rank))
 
     def down_parameters(self) -> list[nn.Parameter]:
-        """Every A, in the network's order."""
+        """Every A, in the networks' order."""
         return [layer.down for layer in self.layers.values()]
 
     def up_parameters(self) -> list[nn.Parameter]:
-        """Every B, in the network's order."""
+        """Every B, in the networks' order."""
         return [layer.up for layer in self.layers.values()]
 
+    def magnitude_parameters(self) -> list[nn.Parameter]:
+        """Every magnitude of DoRA, in the networks' order."""
+        return [layer.magnitude for layer in self.layers.values() if layer.magnitude is not None]
+
     def parameters(self) -> list[nn.Parameter]:
-        """Every A, then every B."""
-        return self.down_parameters() + self.up_parameters()
+        """Every A, then every B, then every magnitude."""
+        return self.down_parameters() + self.up_parameters() + self.magnitude_parameters()
 
     def num_parameters(self) -> int:
         """How many numbers are trained."""
         return sum(parameter.numel() for parameter in self.parameters())
 
+    def num_base_parameters(self) -> int:
+        """How many numbers the adapted networks have themselves; the text encoder counts where it is adapted."""
+        networks = [self._unet] + [n for n in (self._text_encoder,) if n is not None and self.adapts_text]
+        return sum(p.numel() for network in networks for p in network.parameters()) - self.num_parameters()
+
+    def starts(self) -> list[Tensor]:
+        """Every frozen A0 and B0, in the networks' order; they are as they were drawn, to be saved with a run."""
+        pairs = [(layer.down_start, layer.up_start) for layer in self.layers.values()]
+        return [tensor for pair in pairs for tensor in pair if tensor is not None]
+
+    @property
+    def adapts_text(self) -> bool:
+        """Whether any layer is in the text encoder, so that captions have no fixed states."""
+        return any(path.startswith(TEXT_ENCODER) for path in self.layers)
+
     def state(self) -> LoraState:
         """A copy of the weights, float32 on the CPU."""
-        return {
-            path: LoraWeights(
-                layer.down.detach().float().cpu().clone(), layer.up.detach().float().cpu().clone(), layer.alpha
-            )
-            for path, layer in self.layers.items()
-        }
+
+        def copy(tensor: Tensor) -> Tensor:
+            return tensor.detach().float().cpu().clone()
+
+        state: LoraState = {}
+        for path, layer in self.layers.items():
+            magnitude, start = layer.magnitude, None
+            if layer.down_start is not None and layer.up_start is not None:
+                start = (copy(layer.down_start), copy(layer.up_start))
+            kept = None if magnitude is None else copy(magnitude)
+            state[path] = LoraWeights(copy(layer.down), copy(layer.up), layer.alpha, kept, start)
+        return state
 
     @torch.no_grad()
     def load(self, state: LoraState) -> None:
-        """Take over weights of the same modules and ranks.
+        """Take over weights of the same modules, ranks and kind.
 
         Raises:
-            ConfigError: The modules or their shapes differ.
+            ConfigError: The modules, their shapes or their kind differ.
         """
-        shapes = {path: (layer.down.shape, layer.up.shape) for path, layer in self.layers.items()}
-        if shapes != {path: (weights.down.shape, weights.up.shape) for path, weights in state.items()}:
+        if _shapes(self.state()) != _shapes(state):
             raise ConfigError("These LoRA weights belong to other modules, or have another rank, than this adapter.")
         for path, layer in self.layers.items():
-            layer.down.copy_(state[path].down)
-            layer.up.copy_(state[path].up)
-            layer.alpha = state[path].alpha
+            weights = state[path]
+            if weights.start is not None:
+                layer.start_from(*weights.start)
+            layer.down.copy_(weights.down)
+            layer.up.copy_(weights.up)
+            if layer.magnitude is not None and weights.magnitude is not None:
+                layer.magnitude.copy_(weights.magnitude)
+            layer.alpha = weights.alpha
 
     def set_strength(self, strength: float) -> None:
         """Scale what the adapter adds: 0 is the base, 1 what was trained."""
@@ -100,44 +178,139 @@ class Adapter:
             for path, layer in self.layers.items():
                 layer.enabled = before[path]
 
+    @contextmanager
+    def dropping(self, seed: int, visits: Sequence[tuple[str, int]]) -> Iterator[None]:
+        """Dropout for the length of the block, for batches of these samples; outside of it nothing is dropped.
+
+        Args:
+            seed: The run's seed.
+            visits: (example, visit) of every sample; a sample's zeros are a function of both and of the module.
+        """
+        dropped = {path: layer for path, layer in self.layers.items() if layer.dropout > 0}
+        for path, layer in dropped.items():
+            layer.dropout_seeds = tuple(seeds.derive(seed, "dropout", path, *visit) for visit in visits)
+        try:
+            yield
+        finally:
+            for layer in dropped.values():
+                layer.dropout_seeds = ()
+
     def remove(self) -> None:
-        """Put the original modules back into the network."""
+        """Put the original modules back into the networks."""
+        if self._watch is not None:
+            self._watch.remove()
         for path, layer in self.layers.items():
-            _replace(self._network, path, layer.base)
+            _replace(self._unet, self._text_encoder, path, layer.base)
+
+    def _mask_ranks(self, timesteps: Tensor, setting: TimestepRank) -> None:
+        layers = [layer for path, layer in self.layers.items() if not path.startswith(TEXT_ENCODER)]
+        masks = {rank: rank_mask(timesteps, rank, setting) for rank in {layer.rank for layer in layers}}
+        for layer in layers:
+            layer.rank_mask = masks[layer.rank]
 
 
-def inject(network: nn.Module, paths: Sequence[str], rank: int, alpha: float, seed: int) -> Adapter:
-    """Freeze a network and put a fresh adapter on some of its linear layers.
+def inject(
+    unet: nn.Module,
+    paths: Sequence[str],
+    rank: int,
+    alpha: float,
+    seed: int,
+    *,
+    form: Form | None = None,
+    text_encoder: nn.Module | None = None,
+) -> Adapter:
+    """Freeze a base's networks and put a fresh adapter on some of their layers.
 
     Args:
-        network: A UNet, changed in place.
+        unet: Changed in place.
         paths: Module paths, as `find_targets` gives them.
-        rank: r of every layer.
-        alpha: alpha of every layer.
-        seed: The run's seed; each A is a function of it and of the module's path.
+        rank: r of every layer whose target has no other.
+        alpha: alpha of every layer whose target has no other.
+        seed: The run's seed; each start is a function of it and of the module's path.
+        form: What kind of adapter; plain LoRA if None.
+        text_encoder: Changed in place where paths name its modules.
+
+    Raises:
+        ConfigError: The start needs more singular values than a layer has.
     """
-    network.requires_grad_(False)
-    layers = {path: _wrap(network, path, rank, alpha, seed) for path in paths}
-    return Adapter(network, layers)
+    form = form or Form()
+    _freeze(unet, text_encoder)
+    layers: dict[str, LoraLayer] = {}
+    for path in paths:
+        target = target_of(path) or ""
+        r, numerator = form.target_ranks.get(target, rank), form.target_alphas.get(target, alpha)
+        # Files know alpha / r alone, so that rsLoRA is an alpha larger by sqrt(r).
+        numerator = numerator * math.sqrt(r) if form.rslora else numerator
+        generator = seeds.generator(seed, "lora down", path)
+        layer = _wrap(_module(unet, text_encoder, path), r, numerator, generator)
+        if form.start != "gaussian":
+            drawn = seeds.generator(seed, "lora start", path)
+            layer.start_from(*starting_factors(form.start, layer.base.weight, r, layer.scale, generator=drawn))
+        if form.dora:
+            layer.add_magnitude()
+        layer.dropout = form.dropout
+        _replace(unet, text_encoder, path, layer)
+        layers[path] = layer
+    return Adapter(unet, layers, text_encoder, form.timestep_rank)
 
 
-def inject_state(network: nn.Module, state: LoraState) -> Adapter:
-    """Put existing weights on a network; ranks and alphas may differ from module to module."""
-    network.requires_grad_(False)
-    layers = {path: _wrap(network, path, weights.down.shape[0], weights.alpha, 0) for path, weights in state.items()}
-    adapter = Adapter(network, layers)
+def inject_state(
+    unet: nn.Module,
+    state: LoraState,
+    *,
+    text_encoder: nn.Module | None = None,
+    timestep_rank: TimestepRank | None = None,
+) -> Adapter:
+    """Put existing weights on a base; ranks and alphas may differ from module to module."""
+    _freeze(unet, text_encoder)
+    layers: dict[str, LoraLayer] = {}
+    for path, weights in state.items():
+        layer = _wrap(_module(unet, text_encoder, path), weights.down.shape[0], weights.alpha)
+        if weights.start is not None:
+            layer.start_from(*weights.start)
+        if weights.magnitude is not None:
+            layer.add_magnitude()
+        _replace(unet, text_encoder, path, layer)
+        layers[path] = layer
+    adapter = Adapter(unet, layers, text_encoder, timestep_rank)
     adapter.load(state)
     return adapter
 
 
-def _wrap(network: nn.Module, path: str, rank: int, alpha: float, seed: int) -> LoraLinear:
-    module = network.get_submodule(path)
-    assert isinstance(module, nn.Linear), f"{path} is a {type(module).__name__}; only linear layers are targets"
-    layer = LoraLinear(module, rank, alpha, generator=seeds.generator(seed, "lora down", path))
-    _replace(network, path, layer)
-    return layer
+def _shapes(state: LoraState) -> dict[str, tuple[object, ...]]:
+    return {
+        path: (w.down.shape, w.up.shape, w.magnitude is None, w.start is None) for path, w in state.items()
+    }  # fmt: skip
 
 
-def _replace(network: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, name = path.rpartition(".")
+def _freeze(unet: nn.Module, text_encoder: nn.Module | None) -> None:
+    unet.requires_grad_(False)
+    if text_encoder is not None:
+        text_encoder.requires_grad_(False)
+
+
+def _wrap(module: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None) -> LoraLayer:
+    if isinstance(module, nn.Conv2d):
+        assert module.groups == 1, "no convolution among the targets has groups"
+        return LoraConv2d(module, rank, alpha, generator=generator)
+    assert isinstance(module, nn.Linear), f"{type(module).__name__}: only linear layers and convolutions are targets"
+    return LoraLinear(module, rank, alpha, generator=generator)
+
+
+def _network(unet: nn.Module, text_encoder: nn.Module | None, path: str) -> tuple[nn.Module, str]:
+    """The network that a path is in, and the module's name there."""
+    if not path.startswith(TEXT_ENCODER):
+        return unet, path
+    assert text_encoder is not None, f"{path} needs the text encoder"
+    return text_encoder, path.removeprefix(TEXT_ENCODER)
+
+
+def _module(unet: nn.Module, text_encoder: nn.Module | None, path: str) -> nn.Module:
+    network, name = _network(unet, text_encoder, path)
+    return network.get_submodule(name)
+
+
+def _replace(unet: nn.Module, text_encoder: nn.Module | None, path: str, module: nn.Module) -> None:
+    network, full = _network(unet, text_encoder, path)
+    parent, _, name = full.rpartition(".")
     setattr(network.get_submodule(parent), name, module)

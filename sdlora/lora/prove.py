@@ -12,14 +12,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
 from sdlora import seeds
 from sdlora.errors import ExportError
 from sdlora.lora.inject import LoraState, inject_state
+from sdlora.lora.keys import file_form
+from sdlora.lora.targets import TEXT_ENCODER
+from sdlora.lora.timestep_rank import TimestepRank
 
-_TIMESTEPS = (20, 400, 950)
+PROOF_TIMESTEPS = (20, 400, 950)
 
 
 @dataclass(frozen=True)
@@ -27,24 +30,33 @@ class Proof:
     """What was measured.
 
     Attributes:
-        max_error: Greatest difference between the trained adapter's answers and the loaded file's.
+        max_error: Greatest difference between the answers of the weights that were written and of the loaded file.
         max_effect: Greatest difference that the adapter makes to the base's answers.
         num_modules: How many modules diffusers put an adapter on.
+        max_rewriting_error: Greatest difference between the adapter as trained and as written, where a frozen start or
+            different alphas had to be written as other numbers; 0 elsewhere.
+        rank_mask_difference: How far answers without the timestep rank's mask are from those with it, as a share of
+            what the adapter changes (root mean squares); None if there is no timestep rank.
     """
 
     max_error: float
     max_effect: float
     num_modules: int
+    max_rewriting_error: float
+    rank_mask_difference: float | None
 
 
 @torch.no_grad()
-def prove_lora(path: Path, state: LoraState, pipeline: StableDiffusionPipeline) -> Proof:
+def prove_lora(
+    path: Path, state: LoraState, pipeline: StableDiffusionPipeline, timestep_rank: TimestepRank | None = None
+) -> Proof:
     """Load a file through diffusers and compare it with the weights it was written from.
 
     Args:
         path: The LoRA file.
-        state: The trained weights, by module path of the UNet.
-        pipeline: A freshly loaded base in float32; its UNet is used up (it keeps diffusers' adapter).
+        state: The trained weights, by module path.
+        pipeline: A freshly loaded base in float32; its networks are used up (they keep diffusers' adapter).
+        timestep_rank: The ranks used at each noise level in training; what they change is measured.
 
     Returns:
         The figures; `max_error` is 0.
@@ -52,51 +64,86 @@ def prove_lora(path: Path, state: LoraState, pipeline: StableDiffusionPipeline) 
     Raises:
         ExportError: diffusers cannot load the file, puts adapters on other modules, or any answer differs.
     """
-    unet: UNet2DConditionModel = pipeline.unet
-    plain = _answers(unet)
-    adapter = inject_state(unet, state)
-    trained = _answers(unet)
-    adapter.remove()
+    plain = _answers(pipeline)
+    trained = _answers_with(pipeline, state)
+    written = _answers_with(pipeline, file_form(state))
+    masked = None if timestep_rank is None else _answers_with(pipeline, state, timestep_rank)
     try:
         with _quiet():
             pipeline.load_lora_weights(path.parent, weight_name=path.name)
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         raise ExportError(f"diffusers cannot load {path}: {error}") from error
-    _align(unet)
-    loaded = _answers(unet)
-    found = {name.removesuffix(".lora_A") for name, _ in unet.named_modules() if name.endswith(".lora_A")}
+    _align(pipeline)
+    loaded = _answers(pipeline)
+    found = _adapted(pipeline)
     if found != set(state):
         missing = sorted(set(state) ^ found)
         raise ExportError(f"{path}: diffusers loaded other modules than were trained, among them {missing[0]}.")
     proof = Proof(
-        max_error=float((trained - loaded).abs().max()),
-        max_effect=float((trained - plain).abs().max()),
+        max_error=_distance(written, loaded),
+        max_effect=_distance(trained, plain),
         num_modules=len(found),
+        max_rewriting_error=_distance(trained, written),
+        rank_mask_difference=None if masked is None else _share(trained[0], masked[0], plain[0]),
     )
     if proof.max_error != 0.0:
         raise ExportError(f"{path} does not reproduce the trained model: it differs by up to {proof.max_error:g}.")
     return proof
 
 
-def _answers(unet: UNet2DConditionModel) -> Tensor:
-    """The UNet's answers to fixed latents and text states at three noise levels, (3, C, h, w)."""
+def _answers(pipeline: StableDiffusionPipeline) -> tuple[Tensor, Tensor]:
+    """Answers to fixed inputs: the UNet's at three noise levels, (3, C, h, w), and the text encoder's, (2, L, D)."""
+    unet, text_encoder = pipeline.unet, pipeline.text_encoder
     size = min(16, unet.config.sample_size)
-    batch = len(_TIMESTEPS)
+    batch = len(PROOF_TIMESTEPS)
     latents = seeds.normal((batch, unet.config.in_channels, size, size), 0, "proof latents")
     text = seeds.normal((batch, 77, unet.config.cross_attention_dim), 0, "proof text")
-    answer: Tensor = unet(latents, torch.tensor(_TIMESTEPS), text, return_dict=False)[0]
-    return answer
+    answer: Tensor = unet(latents, torch.tensor(PROOF_TIMESTEPS), text, return_dict=False)[0]
+    length = text_encoder.config.max_position_embeddings
+    tokens = torch.arange(2 * length).reshape(2, length) % text_encoder.config.vocab_size
+    return answer, text_encoder(tokens).last_hidden_state
 
 
-def _align(unet: UNet2DConditionModel) -> None:
+def _answers_with(
+    pipeline: StableDiffusionPipeline, state: LoraState, timestep_rank: TimestepRank | None = None
+) -> tuple[Tensor, Tensor]:
+    adapter = inject_state(pipeline.unet, state, text_encoder=pipeline.text_encoder, timestep_rank=timestep_rank)
+    answers = _answers(pipeline)
+    adapter.remove()
+    return answers
+
+
+def _distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+    """The greatest difference between answers; infinite where any is not finite, so that it cannot pass for none."""
+    found = max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
+    return found if found == found else float("inf")
+
+
+def _share(unmasked: Tensor, masked: Tensor, plain: Tensor) -> float:
+    changed = float((masked - plain).square().mean().sqrt())
+    return float((unmasked - masked).square().mean().sqrt()) / changed if changed > 0 else 0.0
+
+
+def _adapted(pipeline: StableDiffusionPipeline) -> set[str]:
+    """The paths of the modules that diffusers put an adapter on."""
+    return {
+        prefix + name.removesuffix(".lora_A")
+        for prefix, network in (("", pipeline.unet), (TEXT_ENCODER, pipeline.text_encoder))
+        for name, _ in network.named_modules()
+        if name.endswith(".lora_A")
+    }
+
+
+def _align(pipeline: StableDiffusionPipeline) -> None:
     """Move the loaded weights out of the file's memory map.
 
     There they stand at any address, and products with unaligned numbers are summed in another order: the same
     weights would give answers that differ in the last bit.
     """
-    for name, parameter in unet.named_parameters():
-        if ".lora_" in name:
-            parameter.data = parameter.data.clone()
+    for network in (pipeline.unet, pipeline.text_encoder):
+        for name, parameter in network.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.clone()
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdlora.diffusion.noise import PredictionType
 
@@ -27,6 +27,7 @@ class BaseModel(Protocol):
         architecture: ModelSpec's name of the family, such as "stable-diffusion-v1".
         path: Where it was loaded from, as the user gave it.
         unet: The network that adapters are injected into, in the compute dtype.
+        text_encoder: The network that captions go through, in float32; adapters may be injected into it too.
         device: Where the networks are.
         prediction_type: "epsilon" or "v_prediction".
         alphas_cumprod: The schedule, (1000,) float32 on `device`.
@@ -40,6 +41,7 @@ class BaseModel(Protocol):
     architecture: str
     path: str
     unet: UNet2DConditionModel
+    text_encoder: nn.Module
     device: torch.device
     prediction_type: PredictionType
     alphas_cumprod: Tensor
@@ -58,7 +60,7 @@ class BaseModel(Protocol):
         ...
 
     def encode_captions(self, captions: Sequence[str]) -> TextStates:
-        """Captions to what `predict` takes, the batch first."""
+        """Captions to what `predict` takes, the batch first; gradients reach a text encoder's adapter."""
         ...
 
     def num_tokens(self, caption: str) -> int:

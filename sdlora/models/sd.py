@@ -28,7 +28,7 @@ class StableDiffusion:
         pipeline: The loaded pipeline, in float32 on the CPU.
         path: Where it came from.
         device: Where to compute.
-        dtype: The frozen UNet's type; VAE and text encoder stay in float32, for they run once.
+        dtype: The frozen UNet's type; VAE and text encoder stay in float32, for they are small or run once.
         reload: Loads the same pipeline anew.
 
     Raises:
@@ -87,7 +87,6 @@ class StableDiffusion:
         latents: Tensor = (mean + deviation * noise) * self.vae.config.scaling_factor
         return latents
 
-    @torch.no_grad()
     def encode_captions(self, captions: Sequence[str]) -> TextStates:
         """Captions to {"states": (B, L, D)}; words past the encoder's window are cut off."""
         tokens = self.tokenizer(

@@ -40,6 +40,8 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Pa
     tensors = {f"parameter.{i}": p.detach().cpu().contiguous() for i, p in enumerate(trainer.parameters)}
     if trainer.average is not None:
         tensors |= {f"average.{i}": value.cpu().contiguous() for i, value in enumerate(trainer.average.values)}
+    # Singular vectors may come out otherwise on another machine, so those of the start are kept as well.
+    tensors |= {f"start.{i}": t.cpu().contiguous() for i, t in enumerate(trainer.adapter.starts())}
     optimizer_tensors, scalars = _split(trainer.optimizer.state_dict())
     tensors |= optimizer_tensors
     with atomic_path(target / "state.safetensors") as temporary:
@@ -75,6 +77,8 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
     with torch.no_grad():
         for index, parameter in enumerate(trainer.parameters):
             parameter.copy_(tensors[f"parameter.{index}"])
+        for index, start in enumerate(trainer.adapter.starts()):
+            start.copy_(tensors[f"start.{index}"])
     if trainer.average is not None:
         for index, value in enumerate(trainer.average.values):
             value.copy_(tensors[f"average.{index}"])

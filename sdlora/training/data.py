@@ -1,7 +1,7 @@
 """What the trainer reads: cached tensors by example and visit.
 
 Floor 5. Captions of all planned visits are known before training, because they are a function of counters; so the
-text encoder runs once per distinct caption and never in the loop.
+text encoder runs once per distinct caption and never in the loop, unless it is trained itself.
 """
 
 from __future__ import annotations
@@ -30,16 +30,20 @@ class TrainingData:
         cache: Filled with the moments and captions that the run will ask for.
         caption: (index of the example, visit) to the caption trained at that visit.
         preserved_caption: The same to the caption at which the base is preserved; None if it is not asked for.
+        text_is_trained: Captions are encoded whenever they are asked for, through the adapter as it then is.
     """
 
     dataset: Dataset
     cache: Cache
     caption: CaptionForVisit
     preserved_caption: CaptionForVisit | None = None
+    text_is_trained: bool = False
 
     def fill(self, num_visits: int, background: str) -> Iterator[Progress]:
         """Compute what is missing for visits 1 to `num_visits` of every picture."""
         yield from self.cache.fill_moments(self.dataset.examples, background)
+        if self.text_is_trained:
+            return
         visits = [(index, visit) for index in range(len(self.dataset.examples)) for visit in range(1, num_visits + 1)]
         kinds = [self.caption] if self.preserved_caption is None else [self.caption, self.preserved_caption]
         yield from self.cache.fill_text(caption(*visit) for caption in kinds for visit in visits)
@@ -54,12 +58,15 @@ class TrainingData:
 
     def text(self, visits: list[tuple[int, int]]) -> TextStates:
         """Text states of (example, visit) pairs, the batch first."""
-        return self.cache.text([self.caption(index, visit) for index, visit in visits])
+        return self._encoded([self.caption(index, visit) for index, visit in visits])
 
     def preserved_text(self, visits: list[tuple[int, int]]) -> TextStates:
         """Text states with a class word in the trigger's place, the batch first."""
         assert self.preserved_caption is not None, "class words are set wherever preservation is asked for"
-        return self.cache.text([self.preserved_caption(index, visit) for index, visit in visits])
+        return self._encoded([self.preserved_caption(index, visit) for index, visit in visits])
+
+    def _encoded(self, captions: list[str]) -> TextStates:
+        return self.cache.base.encode_captions(captions) if self.text_is_trained else self.cache.text(captions)
 
 
 def training_data(config: RunConfig, dataset: Dataset, cache: Cache) -> TrainingData:
@@ -90,10 +97,12 @@ def training_data(config: RunConfig, dataset: Dataset, cache: Cache) -> Training
             visit=visit,
         )
 
-    return TrainingData(dataset, cache, caption, preserved if config.train.preservation_weight > 0 else None)
+    kept = preserved if config.train.preservation_weight > 0 else None
+    return TrainingData(dataset, cache, caption, kept, "text_encoder" in config.lora.targets)
 
 
 def held_out_data(config: RunConfig, dataset: Dataset, cache: Cache) -> TrainingData:
     """The held-out pictures, with their own captions as they are at every visit."""
     captions = [with_trigger(example.caption, config.data.trigger) for example in dataset.examples]
-    return TrainingData(dataset, cache, lambda index, _: captions[index])
+    text_is_trained = "text_encoder" in config.lora.targets
+    return TrainingData(dataset, cache, lambda index, _: captions[index], text_is_trained=text_is_trained)

@@ -31,7 +31,7 @@ from sdlora.training.averages import MovingAverage, evaluation_weights
 from sdlora.training.bands import NUM_BANDS, band_of
 from sdlora.training.data import TrainingData
 from sdlora.training.objective import Batch, diffusion_loss, diffusion_loss_preserving
-from sdlora.training.optimizers import lora_groups, make_optimizer, set_rates
+from sdlora.training.optimizers import adapter_groups, make_optimizer, set_rates
 from sdlora.training.rates import learning_rate
 
 
@@ -109,7 +109,7 @@ class Trainer:
         self._error = mse_per_example if loss.kind == "mse" else partial(huber_per_example, delta=loss.huber_delta)
         self.parameters = list(adapter.parameters())
         train = config.train
-        groups = lora_groups(adapter.down_parameters(), adapter.up_parameters(), plus_ratio=train.plus_ratio)
+        groups = adapter_groups(adapter, train.plus_ratio, self._text_encoder_factor())
         self.optimizer = accelerator.prepare(
             make_optimizer(train.optimizer, groups, rate=train.learning_rate, weight_decay=train.weight_decay)
         )
@@ -117,6 +117,11 @@ class Trainer:
         buckets = [example.bucket for example in data.dataset.examples]
         self._epochs = [self._groups(buckets, epoch) for epoch in range(1, train.epochs + 1)]
         self._timesteps = self._planned_timesteps()
+
+    def _text_encoder_factor(self) -> float:
+        """The text encoder's learning rate over the run's."""
+        train = self.config.train
+        return (train.text_encoder_learning_rate or train.learning_rate) / train.learning_rate
 
     def _groups(self, buckets: Sequence[tuple[int, int]], epoch: int) -> list[list[tuple[Visit, ...]]]:
         """An epoch's optimizer steps, each a list of batches whose gradients are summed."""
@@ -210,7 +215,8 @@ class Trainer:
         losses: list[Tensor] = []
         for batch in group:
             drawn = [self._timesteps[visit] for visit in batch]
-            loss, objective = self.losses_per_example(batch, drawn)
+            with self.adapter.dropping(self.config.seed, [(self.data.name(v.example), v.visit) for v in batch]):
+                loss, objective = self.losses_per_example(batch, drawn)
             losses.append(loss.detach())
             self.accelerator.backward(objective.sum() / num_examples)
             visits += batch
@@ -239,7 +245,11 @@ class Trainer:
         distance: Tensor | float = 0.0
         if preservation > 0:
             class_text = self.data.preserved_text(pairs)
-            plain, distance = diffusion_loss_preserving(self.base, self.adapter, batch, class_text, self._error)
+            with torch.no_grad(), self.adapter.disabled():
+                kept_text = self.data.preserved_text(pairs)
+            plain, distance = diffusion_loss_preserving(
+                self.base, self.adapter, batch, class_text, kept_text, self._error
+            )
         else:
             plain = diffusion_loss(self.base, batch, self._error)
         alphas_cumprod = self.base.alphas_cumprod[batch.timesteps.to(self.base.device)]

@@ -55,7 +55,12 @@ def diffusion_loss(base: BaseModel, batch: Batch, error: Error = mse_per_example
 
 
 def diffusion_loss_preserving(
-    base: BaseModel, adapter: Adapter, batch: Batch, class_text: TextStates, error: Error = mse_per_example
+    base: BaseModel,
+    adapter: Adapter,
+    batch: Batch,
+    class_text: TextStates,
+    kept_text: TextStates,
+    error: Error = mse_per_example,
 ) -> tuple[Tensor, Tensor]:
     """The simple loss, and how far the adapter moves the base's answers to other words on the same noisy latents.
 
@@ -66,6 +71,7 @@ def diffusion_loss_preserving(
         adapter: Switched off for the answers that are to be kept.
         batch: On any device.
         class_text: Text states of captions without the trigger, the batch first.
+        kept_text: The same from the base's own text encoder, for the answers that are to be kept.
         error: How answer and target are compared; the distance from the base is always the mean square.
 
     Returns:
@@ -77,7 +83,7 @@ def diffusion_loss_preserving(
     noisy, timesteps, target = _prepared(base, batch)
     text, class_text = _moved(base, batch.text), _moved(base, class_text)
     with torch.no_grad(), adapter.disabled():
-        kept = base.predict(noisy, timesteps, class_text)
+        kept = base.predict(noisy, timesteps, _moved(base, kept_text))
     both = {name: torch.cat([text[name], class_text[name]]) for name in text}
     predicted, moved = base.predict(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).chunk(2)
     return error(predicted, target), mse_per_example(moved, kept)

@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from sdlora.errors import ConfigError
+from sdlora.lora.inject import Adapter
+from sdlora.lora.targets import TEXT_ENCODER
 
 
 @dataclass(frozen=True)
@@ -30,21 +32,24 @@ class Group:
     rate_factor: float
 
 
-def lora_groups(
-    down: Sequence[nn.Parameter], up: Sequence[nn.Parameter], *, plus_ratio: float, rate_factor: float = 1.0
-) -> list[Group]:
-    """The A and B of one network as groups; without any parameters there are none.
+def adapter_groups(adapter: Adapter, plus_ratio: float, text_encoder_factor: float) -> list[Group]:
+    """An adapter's parameters by the rate they are trained at.
 
     Args:
-        down: Every A.
-        up: Every B.
-        plus_ratio: The rate of B over that of A, at least 1.
-        rate_factor: The rate of A over the run's.
+        adapter: On a UNet, a text encoder, or both.
+        plus_ratio: The rate of every B over that of A, at least 1; DoRA's magnitudes have the rate of A.
+        text_encoder_factor: The rate of the text encoder's A over that of the UNet's, above 0.
 
     Source: LoRA+, Hayou et al. 2402.12354, section 4.
     """
-    groups = [Group(down, rate_factor), Group(up, rate_factor * plus_ratio)]
-    return [group for group in groups if group.parameters]
+    rates: dict[float, list[nn.Parameter]] = {}
+    for path, layer in adapter.layers.items():
+        factor = text_encoder_factor if path.startswith(TEXT_ENCODER) else 1.0
+        rates.setdefault(factor, []).append(layer.down)
+        rates.setdefault(factor * plus_ratio, []).append(layer.up)
+        if layer.magnitude is not None:
+            rates.setdefault(factor, []).append(layer.magnitude)
+    return [Group(parameters, factor) for factor, parameters in rates.items()]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -23,6 +23,8 @@ from sdlora.pocket.pen import INK, SIZE_PX, Color, Pen, arc, shade, shrink
 from sdlora.seeds import derive
 
 NUM_TRAINING, NUM_HOLDOUT = sets.NUM_TRAINING, sets.NUM_HOLDOUT
+FEW = "few"  # beside each set, one of its first pictures alone, which are soon known by heart
+NUM_FEW = 4
 # Every place, size, position and pose comes equally often in a set that starts at a multiple of this.
 ROUND = 120
 
@@ -58,17 +60,19 @@ class Concept:
         return found
 
     def fresh(self, takes: int) -> list[Image.Image]:
-        """`takes` new renders of every training caption."""
-        return [self.draw(index, take)[0] for take in range(1, takes + 1) for index in range(NUM_TRAINING)]
+        """`takes` new renders of each of the few captions."""
+        return [self.draw(index, take)[0] for take in range(1, takes + 1) for index in range(NUM_FEW)]
 
     def write(self, folder: Path) -> None:
-        """Write pictures and captions, the held-out ones in `holdout`."""
+        """Write pictures and captions, the held-out ones in `holdout`, the first ones in `few` as well."""
         for index in range(NUM_TRAINING + NUM_HOLDOUT):
-            part = folder if index < NUM_TRAINING else folder / "holdout"
-            part.mkdir(parents=True, exist_ok=True)
+            parts = [folder if index < NUM_TRAINING else folder / "holdout"]
+            parts += [folder / FEW] if index < NUM_FEW else []
             picture, caption = self.draw(index, 0)
-            picture.save(part / f"{self.name}_{index:02d}.png")
-            (part / f"{self.name}_{index:02d}.txt").write_text(caption + "\n", encoding="utf-8")
+            for part in parts:
+                part.mkdir(parents=True, exist_ok=True)
+                picture.save(part / f"{self.name}_{index:02d}.png")
+                (part / f"{self.name}_{index:02d}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 # --- Creatures -----------------------------------------------------------------------------------------------------

@@ -1,7 +1,7 @@
 """Which noise levels to train, how evenly and with what weight: equal steps, paired by concept and seed.
 
 Part "loss" trains every variant as the quickstart does and follows the unweighted held-out loss in five bands. Part
-"copy" over-trains six of them on purpose (high rank, many visits) and draws after every epoch: fidelity is the share
+"copy" over-trains six of them on purpose (few pictures, high rank, many visits) and draws after every epoch: fidelity is the share
 of pictures from new prompts that the judge accepts, the copy rate the share of pictures from training captions that
 look more like a training picture than 99 % of fresh renders of the same captions do (part "threshold").
 
@@ -24,11 +24,11 @@ import timesteps_report
 import torch
 from accelerate import Accelerator
 from classifier import Judge, load_or_train, look
-from concepts import CONCEPTS, NUM_TRAINING, Concept, write_all
+from concepts import CONCEPTS, FEW, NUM_FEW, Concept, write_all
 from generate import GUIDANCE
 from PIL import Image
 from results import Cell, run_missing, share
-from setting import draw_pictures, heldout_bands, make_config, prepare, recipe, silence, watch
+from setting import draw_pictures, heldout, make_config, prepare, recipe, silence, watch
 from variants import COPY_VARIANTS, Recipe, variants
 
 from sdlora.pocket.pen import SIZE_PX
@@ -53,13 +53,13 @@ class Scale:
     """
 
     rank: int = 16
-    repeats: int = 6
-    point_steps: int = 12
+    repeats: int = 5
+    point_steps: int = 20
     copy_rank: int = 64
-    copy_repeats: int = 15
+    copy_repeats: int = 60
     num_pictures: int = 24
     num_steps: int = 10
-    takes: int = 20
+    takes: int = 120
 
 
 def all_cells(parts: list[str], seeds: list[int]) -> list[Cell]:
@@ -112,7 +112,7 @@ class Bench:
         seconds: list[float] = []
 
         def at_point(step: int) -> None:
-            curve[step] = heldout_bands(parts.base, parts.heldout)
+            curve[step] = heldout(parts)
 
         planning = seconds_to_plan(parts)
         watch(parts, at_point=at_point, at_epoch=lambda epoch: None, seconds=seconds)
@@ -125,8 +125,9 @@ class Bench:
     def copy(self, cell: Cell) -> dict[str, Any]:
         """Fidelity, copy scores and held-out bands after every epoch of an over-trained run."""
         scale, concept = self.scale, CONCEPTS[cell["concept"]]
-        parts = self._prepare(cell, scale.copy_rank, scale.copy_repeats, {})
-        captions = [concept.training_captions()[i % NUM_TRAINING] for i in range(scale.num_pictures)]
+        few = {"data": {"folder": str(self.folder / concept.name / FEW)}, "train": {"learning_rate": 2e-3}}
+        parts = self._prepare(cell, scale.copy_rank, scale.copy_repeats, few)
+        captions = [concept.training_captions()[i % NUM_FEW] for i in range(scale.num_pictures)]
         epochs: list[dict[str, Any]] = []
 
         def at_epoch(epoch: int) -> None:
@@ -140,7 +141,7 @@ class Bench:
                 "fidelity": accepted / len(drawn),
                 "scores": [round(score, 4) for score in scores.tolist()],
                 "stranger_scores": [round(score, 4) for score in strangers.tolist()],
-                "bands": heldout_bands(parts.base, parts.heldout),
+                "bands": heldout(parts),
             })  # fmt: skip
 
         watch(parts, at_point=lambda step: None, at_epoch=at_epoch)
@@ -166,7 +167,7 @@ def best_scores(concept: Concept, pictures: list[Image.Image], take: int = 0) ->
         pictures: P of them.
         take: 0 compares with the training pictures; another with fresh renders, which nobody can have copied.
     """
-    gallery = [concept.draw(index, take)[0] for index in range(NUM_TRAINING)]
+    gallery = [concept.draw(index, take)[0] for index in range(NUM_FEW)]
     return hp_ms(pictures, gallery).amax(dim=1)
 
 

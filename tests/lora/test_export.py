@@ -1,19 +1,21 @@
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapters import trained
+from adapters import UNET_TARGETS, formed, trained
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdlora.errors import DataError, ExportError
 from sdlora.lora.export import LoraMetadata, describe_lora, read_lora, save_lora
-from sdlora.lora.inject import LoraState
-from sdlora.lora.keys import with_paths
+from sdlora.lora.inject import Form, LoraState
+from sdlora.lora.keys import file_form, with_paths
 from sdlora.lora.prove import prove_lora
+from sdlora.lora.timestep_rank import TimestepRank
 
 METADATA = LoraMetadata(
     name="hero", base="/home/someone/models/base", architecture="stable-diffusion-v1", resolution_px=64,
@@ -31,6 +33,50 @@ def test_diffusers_loads_it_without_any_error(pipeline: Any, tmp_path: Path, ran
     assert proof.max_error == 0.0
     assert proof.max_effect > 1e-3
     assert proof.num_modules == 40
+
+
+FORMS = {
+    "plain": Form(),
+    "rslora": Form(rslora=True),
+    "ranks and alphas by target": Form(target_ranks={"mlp": 3, "conv": 2}, target_alphas={"self_attention": 3.3}),
+    "rslora with other ranks": Form(rslora=True, target_ranks={"mlp": 3}),
+    "dora": Form(dora=True),
+    "dora with other ranks": Form(dora=True, target_ranks={"conv": 2}, target_alphas={"conv": 5.0}),
+    "orthogonal": Form(start="orthogonal"),
+    "pissa": Form(start="pissa", target_ranks={"mlp": 3}),
+    "timestep rank": Form(timestep_rank=TimestepRank(1, 1.0), start="orthogonal"),
+}
+
+
+@pytest.mark.parametrize("targets", [UNET_TARGETS, ["text_encoder"], [*UNET_TARGETS, "text_encoder"], ["projection"]])
+@pytest.mark.parametrize("name", list(FORMS))
+def test_every_form_on_every_target_loads_without_any_error(
+    pipeline: Any, tmp_path: Path, name: str, targets: list[str]
+) -> None:
+    form = FORMS[name]
+    adapter = formed(pipeline, targets, form)
+    adapter.remove()
+    file, state = tmp_path / "hero.safetensors", adapter.state()
+    save_lora(file, state, metadata=replace(METADATA, timestep_rank=form.timestep_rank))
+    proof = prove_lora(file, state, pipeline, form.timestep_rank)
+    assert proof.max_error == 0.0
+    assert proof.max_effect > 1e-3
+    assert proof.num_modules == len(state)
+    assert proof.max_rewriting_error < 1e-4 * max(1.0, proof.max_effect)
+    rewritten = form.start != "gaussian" or bool({*form.target_alphas, "rslora with other ranks"} & {*targets, name})
+    assert rewritten or proof.max_rewriting_error == 0.0
+    assert (proof.rank_mask_difference is None) == (form.timestep_rank is None)
+    found = with_paths(read_lora(file)[0], adapter.layers)
+    for path, weights in file_form(state).items():
+        assert torch.equal(found[path].down, weights.down)
+        assert torch.equal(found[path].up, weights.up)
+        assert found[path].alpha == weights.alpha
+        kept = found[path].magnitude
+        assert (kept is None) == (weights.magnitude is None)
+        assert kept is None or torch.equal(kept, weights.magnitude)
+    described = describe_lora(file)
+    assert set(described["modules"]) == set(targets)
+    assert described["dora"] == form.dora
 
 
 def spoil(path: Path, change: str) -> None:

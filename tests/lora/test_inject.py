@@ -2,11 +2,11 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import answers, trained
+from adapters import LINEAR_TARGETS, UNET_TARGETS, answers, formed, trained
 
 from sdlora.errors import ConfigError
-from sdlora.lora.inject import inject, inject_state
-from sdlora.lora.targets import TARGETS, find_targets, target_of
+from sdlora.lora.inject import Form, inject, inject_state
+from sdlora.lora.targets import find_targets, target_of
 
 
 def test_named_targets_are_the_layers_users_mean(unet: Any) -> None:
@@ -16,9 +16,71 @@ def test_named_targets_are_the_layers_users_mean(unet: Any) -> None:
     assert {path.split(".attn2.")[1] for path in cross} == {"to_q", "to_k", "to_v", "to_out.0"}
     assert len(find_targets(unet, ["self_attention"])) == 16
     assert len(find_targets(unet, ["mlp"])) == 8
-    together = find_targets(unet, list(TARGETS))
+    together = find_targets(unet, LINEAR_TARGETS)
     assert len(together) == len(set(together)) == 40
-    assert {target_of(path) for path in together} == set(TARGETS)
+    assert {target_of(path) for path in together} == set(LINEAR_TARGETS)
+
+
+@pytest.mark.parametrize(
+    ("name", "count", "example"),
+    [
+        ("projection", 8, "down_blocks.0.attentions.0.proj_in"),
+        ("conv", 23, "down_blocks.0.downsamplers.0.conv"),
+        ("text_encoder", 6, "text_encoder.encoder.layers.0.self_attn.q_proj"),
+    ],
+)
+def test_other_targets(pipeline: Any, name: str, count: int, example: str) -> None:
+    paths = find_targets(pipeline.unet, [name], pipeline.text_encoder)
+    assert len(paths) == count
+    assert example in paths
+    assert not {"conv_in", "conv_out"} & set(paths)
+    assert {target_of(path) for path in paths} == {name}
+
+
+def test_ranks_and_alphas_by_target(pipeline: Any) -> None:
+    form = Form(target_ranks={"mlp": 3}, target_alphas={"conv": 6.0}, rslora=True)
+    adapter = formed(pipeline, [*UNET_TARGETS, "text_encoder"], form, rank=4, alpha=2.0)
+    for path, layer in adapter.layers.items():
+        rank = 3 if target_of(path) == "mlp" else 4
+        assert layer.rank == rank
+        assert layer.scale == pytest.approx((6.0 if target_of(path) == "conv" else 2.0) / rank**0.5, rel=1e-6)
+
+
+def test_disabled_covers_the_text_encoder(pipeline: Any) -> None:
+    tokens = torch.arange(77)[None]
+    before = pipeline.text_encoder(tokens).last_hidden_state
+    adapter = formed(pipeline, ["cross_attention", "text_encoder"], Form())
+    assert adapter.adapts_text
+    assert not torch.equal(pipeline.text_encoder(tokens).last_hidden_state, before)
+    with adapter.disabled():
+        assert torch.equal(pipeline.text_encoder(tokens).last_hidden_state, before)
+    adapter.remove()
+    assert torch.equal(pipeline.text_encoder(tokens).last_hidden_state, before)
+
+
+@pytest.mark.parametrize("form", [Form(start="pissa"), Form(start="orthogonal"), Form(dora=True)])
+def test_every_form_loads_back(pipeline: Any, form: Form) -> None:
+    adapter = formed(pipeline, UNET_TARGETS, form)
+    kept, expected = adapter.state(), answers(pipeline.unet)
+    adapter.remove()
+    inject_state(pipeline.unet, kept)
+    assert torch.equal(answers(pipeline.unet), expected)
+
+
+def test_dropping_ends_with_its_block(pipeline: Any) -> None:
+    adapter = formed(pipeline, ["cross_attention"], Form(dropout=0.5))
+    before = answers(pipeline.unet)
+    with pytest.raises(RuntimeError), adapter.dropping(0, [("a", 1), ("b", 1)]):
+        inside = answers(pipeline.unet)
+        raise RuntimeError
+    assert not torch.equal(inside, before)
+    assert torch.equal(answers(pipeline.unet), before)
+    with adapter.dropping(0, [("a", 1), ("b", 1)]):
+        assert torch.equal(answers(pipeline.unet), inside)
+    with adapter.dropping(0, [("a", 2), ("b", 1)]):
+        again = answers(pipeline.unet)
+    assert not torch.equal(again[0], inside[0])
+    torch.testing.assert_close(again[1], inside[1])
 
 
 def test_a_target_that_matches_nothing_is_an_error() -> None:
@@ -72,6 +134,6 @@ def test_state_is_a_copy_and_loads_back(unet: Any) -> None:
     adapter.load(kept)
     assert torch.equal(answers(unet), expected)
     adapter.remove()
-    assert torch.equal(answers(inject_state(unet, kept)._network), expected)
+    assert torch.equal(answers(inject_state(unet, kept)._unet), expected)
     with pytest.raises(ConfigError):
         adapter.load(dict(list(kept.items())[1:]))

@@ -3,13 +3,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import answers, trained
+from adapters import LINEAR_TARGETS, UNET_TARGETS, answers, formed, move, trained
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from sdlora.lora.inject import inject
-from sdlora.lora.layers import LoraLinear
-from sdlora.lora.targets import TARGETS, find_targets
+from sdlora.lora.inject import Form, inject
+from sdlora.lora.layers import LoraLayer, LoraLinear
+from sdlora.lora.targets import find_targets
 
 
 def test_outputs_and_gradients_equal_pefts_in_float64(unet: Any) -> None:
@@ -38,12 +38,143 @@ def test_outputs_and_gradients_equal_pefts_in_float64(unet: Any) -> None:
             assert (mine.grad - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
+def in_peft(network: Any, layers: dict[str, LoraLayer], **options: Any) -> dict[str, Any]:
+    """PEFT's adapter with our weights in a network, both in float64; its layers by path."""
+    config = LoraConfig(r=4, lora_alpha=2.0, target_modules=list(layers), **options)
+    inject_adapter_in_model(config, network)
+    network.double()
+    theirs = {path: network.get_submodule(path) for path in layers}
+    with torch.no_grad():
+        for path, layer in layers.items():
+            layer.double()
+            theirs[path].lora_A["default"].weight.copy_(layer.down)
+            theirs[path].lora_B["default"].weight.copy_(layer.up)
+            if layer.magnitude is not None:
+                theirs[path].lora_magnitude_vector["default"].weight.copy_(layer.magnitude)
+    return theirs
+
+
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
+def test_every_target_of_the_unet_equals_pefts_in_float64(pipeline: Any, options: dict[str, bool]) -> None:
+    reference, unet = copy.deepcopy(pipeline.unet).double(), pipeline.unet.double()
+    form = Form(rslora="use_rslora" in options, dora="use_dora" in options)
+    adapter = formed(pipeline, UNET_TARGETS, form)
+    theirs = in_peft(reference, adapter.layers, **options)
+    ours, other = answers(unet, torch.float64), answers(reference, torch.float64)
+    assert (ours - other).abs().max() <= (1e-7 if form.rslora else 1e-10) * other.abs().max()  # alpha is a float32
+    ours.pow(2).sum().backward()
+    other.pow(2).sum().backward()
+    for path, layer in adapter.layers.items():
+        pairs = [(layer.down, theirs[path].lora_A), (layer.up, theirs[path].lora_B)]
+        if layer.magnitude is not None:
+            pairs.append((layer.magnitude, theirs[path].lora_magnitude_vector))
+        for mine, peft in pairs:
+            expected = peft["default"].weight.grad
+            assert mine.grad is not None and expected.abs().max() > 0
+            assert (mine.grad - expected).abs().max() <= (1e-6 if form.rslora else 1e-10) * expected.abs().max()
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_the_text_encoder_equals_pefts_in_float64(pipeline: Any, dora: bool) -> None:
+    text_encoder = pipeline.text_encoder.double()
+    reference = copy.deepcopy(text_encoder)
+    adapter = formed(pipeline, ["text_encoder"], Form(dora=dora))
+    layers = {path.removeprefix("text_encoder."): layer for path, layer in adapter.layers.items()}
+    theirs = in_peft(reference, layers, use_dora=dora)
+    tokens = torch.arange(77)[None]
+    ours, other = text_encoder(tokens).last_hidden_state, reference(tokens).last_hidden_state
+    assert (ours - other).abs().max() <= 1e-10 * other.abs().max()
+    ours.pow(2).sum().backward()
+    other.pow(2).sum().backward()
+    for path, layer in layers.items():
+        expected = theirs[path].lora_A["default"].weight.grad
+        assert layer.down.grad is not None
+        assert (layer.down.grad - expected).abs().max() <= 1e-10 * expected.abs().max()
+
+
+def test_a_pissa_start_is_pefts(pipeline: Any) -> None:
+    reference = copy.deepcopy(pipeline.unet)
+    adapter = inject(
+        pipeline.unet, find_targets(pipeline.unet, LINEAR_TARGETS), 4, 2.0, seed=1, form=Form(start="pissa")
+    )
+    config = LoraConfig(r=4, lora_alpha=2.0, target_modules=list(adapter.layers), init_lora_weights="pissa")
+    inject_adapter_in_model(config, reference)
+    with torch.no_grad():
+        for path, layer in adapter.layers.items():
+            theirs = reference.get_submodule(path)
+            torch.testing.assert_close(
+                layer.up @ layer.down, theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
+            )
+        move(adapter)
+        for path, layer in adapter.layers.items():
+            theirs = reference.get_submodule(path)
+            theirs.lora_A["default"].weight.copy_(layer.down)
+            theirs.lora_B["default"].weight.copy_(layer.up)
+        torch.testing.assert_close(answers(pipeline.unet), answers(reference), atol=1e-4, rtol=1e-4)
+
+
+def test_a_magnitude_is_the_papers_equation() -> None:
+    layer = LoraLinear(nn.Linear(6, 5), 2, 3.0, generator=torch.Generator().manual_seed(0)).double()
+    layer.add_magnitude()
+    assert layer.magnitude is not None
+    with torch.no_grad():
+        layer.up.normal_(generator=torch.Generator().manual_seed(1))
+        layer.magnitude.mul_(1.5)
+        x = torch.randn(7, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+        directed = layer.base.weight + 1.5 * layer.up @ layer.down
+        weight = layer.magnitude[:, None] * directed / directed.pow(2).sum(1, keepdim=True).sqrt()
+        torch.testing.assert_close(layer(x), x @ weight.T + layer.base.bias)
+
+
+STARTED = [Form(start="orthogonal"), Form(start="pissa"), Form(dora=True), Form(rslora=True)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("form", STARTED)
+def test_every_form_starts_at_the_base_and_gives_it_back(pipeline: Any, form: Form, dtype: torch.dtype) -> None:
+    unet = pipeline.unet.to(dtype)
+    paths = find_targets(unet, UNET_TARGETS)
+    with torch.no_grad():
+        before = answers(unet, dtype)
+        adapter = inject(unet, paths, 4, 3.0, seed=0, form=form)
+        assert torch.equal(answers(unet, dtype), before)
+        move(adapter)
+        assert not torch.equal(answers(unet, dtype), before)
+        with adapter.disabled():
+            assert torch.equal(answers(unet, dtype), before)
+        adapter.remove()
+        assert torch.equal(answers(unet, dtype), before)
+
+
+def test_dropout_is_a_function_of_the_sample_alone() -> None:
+    layer = LoraLinear(nn.Linear(64, 5), 4, 4.0, generator=torch.Generator().manual_seed(0))
+    layer.dropout = 0.25
+    with torch.no_grad():
+        layer.up.normal_(generator=torch.Generator().manual_seed(1))
+        x = torch.randn(2, 50, 64, generator=torch.Generator().manual_seed(2))
+        plain = layer(x)
+        layer.dropout_seeds = (11, 12)
+        both = layer(x)
+        assert not torch.equal(both, plain)
+        assert torch.equal(both, layer(x))
+        torch.testing.assert_close(layer(torch.cat([x, x])), torch.cat([both, both]))
+        layer.dropout_seeds = (12,)
+        torch.testing.assert_close(layer(x[1:]), both[1:])
+        layer.dropout_seeds = (13,)
+        assert not torch.equal(layer(x[1:]), both[1:])
+        dropped = layer._drop(torch.ones(1, 1000, 64))
+        assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
+        assert float((dropped == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
+        layer.dropout_seeds = ()
+        assert torch.equal(layer(x), plain)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_step_zero_is_the_base_bit_for_bit(unet: Any, dtype: torch.dtype) -> None:
     unet.to(dtype)
     with torch.no_grad():
         before = answers(unet, dtype)
-        adapter = inject(unet, find_targets(unet, list(TARGETS)), 8, 8.0, seed=0)
+        adapter = inject(unet, find_targets(unet, LINEAR_TARGETS), 8, 8.0, seed=0)
         after = answers(unet, dtype)
     assert torch.equal(before, after)
     assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())

@@ -6,6 +6,7 @@ from test_loop import make_trainer
 
 from sdlora.errors import OutputError
 from sdlora.events import CheckpointDue
+from sdlora.lora.inject import Form
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from sdlora.training.loop import Trainer
 
@@ -34,6 +35,18 @@ def test_a_checkpoint_brings_everything_back(tiny_base: Path, pictures: Path, tm
     for index, values in states[0].items():
         assert values.keys() == {"step", "exp_avg", "exp_avg_sq"}
         assert all(torch.equal(value, states[1][index][name]) for name, value in values.items())
+
+
+def test_frozen_starts_are_those_of_the_run_that_saved_them(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path, form=Form(start="pissa"))
+    saved = save_checkpoint(tmp_path / "c", trainer, {})
+    other = make_trainer(tiny_base, pictures, tmp_path, form=Form(start="pissa"))
+    for start in other.adapter.starts():
+        start.neg_()  # as another machine's singular vectors may come out
+    load_checkpoint(saved, other)
+    assert len(other.adapter.starts()) == 2 * len(other.adapter.layers)
+    for ours, theirs in zip(trainer.adapter.starts(), other.adapter.starts(), strict=True):
+        assert torch.equal(ours, theirs)
 
 
 def test_half_a_checkpoint_is_none(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ from sdlora.diffusion.coverage import cover
 from sdlora.diffusion.timesteps import Density
 from sdlora.errors import DivergedError
 from sdlora.events import StepDone
-from sdlora.lora.inject import inject
+from sdlora.lora.inject import Form, inject
 from sdlora.lora.targets import find_targets
 from sdlora.models.load import load_base
 from sdlora.training.data import TrainingData
@@ -31,6 +31,9 @@ def make_trainer(
     pictures: Path,
     cache: Path,
     dtype: torch.dtype = torch.float32,
+    *,
+    targets: tuple[str, ...] = ("cross_attention",),
+    form: Form | None = None,
     loss: dict[str, object] | None = None,
     timesteps: dict[str, object] | None = None,
     **train: object,
@@ -47,11 +50,16 @@ def make_trainer(
         name="n",
     )
     base = load_base(str(base_folder), device=torch.device("cpu"), dtype=dtype)
-    adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"]), 2, 2.0, 0)
+    paths = find_targets(base.unet, targets, base.text_encoder)
+    adapter = inject(base.unet, paths, 2, 2.0, 0, form=form, text_encoder=base.text_encoder)
     dataset = load_dataset(pictures, caption=None, trigger=None, allow_trigger_only=False, background="white")
     dataset = dataset.with_buckets(32, 8, buckets=False)
     data = TrainingData(
-        dataset, Cache(cache, base), lambda index, _: dataset.examples[index].caption, lambda *_: "a cat"
+        dataset,
+        Cache(cache, base),
+        lambda index, _: dataset.examples[index].caption,
+        lambda *_: "a cat",
+        text_is_trained="text_encoder" in targets,
     )
     list(data.fill(2, "white"))
     return Trainer(config, base, adapter, data, Accelerator(cpu=True))
@@ -73,6 +81,55 @@ def test_the_loss_of_a_visit_is_the_formula(tiny_base: Path, pictures: Path, tmp
     torch.testing.assert_close(found, (answer - noise).pow(2).mean().unsqueeze(0))
 
 
+def test_a_trained_text_encoder_gets_the_gradient_of_the_loss(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path, targets=("text_encoder",))
+    parameter = trainer.adapter.layers["text_encoder.encoder.layers.0.mlp.fc1"].up
+
+    def loss() -> torch.Tensor:
+        return trainer.losses_per_example([Visit(3, 2)], [600])[0].sum()
+
+    loss().backward()
+    assert parameter.grad is not None
+    gradient, step = parameter.grad.clone(), 1e-2 / parameter.grad.norm()
+    with torch.no_grad():
+        parameter.add_(gradient * step)
+        above = loss()
+        parameter.sub_(2 * gradient * step)
+        below = loss()
+    slope = float((above - below) / (2 * step))
+    assert slope == pytest.approx(float(gradient.square().sum()), rel=0.05)
+
+
+def test_what_is_preserved_is_the_answer_to_the_bases_own_text(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path, targets=("text_encoder",), preservation_weight=1.0)
+    with torch.no_grad():
+        for parameter in trainer.adapter.up_parameters():
+            parameter.normal_(generator=torch.Generator().manual_seed(0))
+        latents, noise = trainer._latents_and_noise([Visit(3, 2)])
+        loss, objective = trainer.losses_per_example([Visit(3, 2)], [600])
+        found = objective - loss
+        base, alpha = trainer.base, trainer.base.alphas_cumprod[600]
+        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+        moved = base.predict(noisy, torch.tensor([600]), base.encode_captions(["a cat"]))
+        trainer.adapter.set_strength(0.0)
+        kept = base.predict(noisy, torch.tensor([600]), base.encode_captions(["a cat"]))
+    assert found.item() > 0
+    torch.testing.assert_close(found, (moved - kept).pow(2).mean().unsqueeze(0), rtol=1e-4, atol=1e-6)
+
+
+def test_dropout_acts_in_training_alone(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    kept: list[torch.Tensor] = []
+    for dropout in (0.0, 0.5, 0.5):
+        trainer = make_trainer(tiny_base, pictures, tmp_path, form=Form(dropout=dropout), learning_rate=1e-2)
+        list(trainer.events())
+        kept.append(torch.cat([parameter.flatten() for parameter in trainer.parameters]))
+        with torch.no_grad():
+            assert torch.equal(*(trainer.losses_per_example([Visit(0, 1)], [300])[0] for _ in range(2)))
+            assert all(not layer.dropout_seeds for layer in trainer.adapter.layers.values())
+    assert not torch.equal(kept[0], kept[1])
+    assert torch.equal(kept[1], kept[2])
+
+
 def test_preservation_keeps_answers_to_class_words(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     moved: list[float] = []
     for weight in (1e-6, 10.0):
@@ -82,7 +139,7 @@ def test_preservation_keeps_answers_to_class_words(tiny_base: Path, pictures: Pa
         batch = Batch(latents, noise, torch.full((5,), 500), trainer.data.text([(i, 1) for i in range(5)]))
         class_text = trainer.data.preserved_text([(i, 1) for i in range(5)])
         with torch.no_grad():
-            distance = diffusion_loss_preserving(trainer.base, trainer.adapter, batch, class_text)[1]
+            distance = diffusion_loss_preserving(trainer.base, trainer.adapter, batch, class_text, class_text)[1]
         moved.append(distance.mean().item())
     assert moved[1] < 0.8 * moved[0]
 
@@ -100,7 +157,7 @@ def test_noise_offset_shifts_whole_channels(tiny_base: Path, pictures: Path, tmp
     plain = make_trainer(tiny_base, pictures, tmp_path)._latents_and_noise([Visit(3, 2)])
     shifted = make_trainer(tiny_base, pictures, tmp_path, loss={"noise_offset": 0.1})._latents_and_noise([Visit(3, 2)])
     assert torch.equal(plain[0], shifted[0])
-    name = "orange.png"
+    name = "purple.png"
     expected = 0.1 * seeds.normal((4, 1, 1), 0, "noise offset", name, 2)
     torch.testing.assert_close(shifted[1][0] - plain[1][0], expected.expand(4, 8, 8), atol=1e-6, rtol=0)
 

@@ -19,8 +19,9 @@ from transformers.optimization import Adafactor
 from sdlora.configfile import parse_config
 from sdlora.errors import ConfigError
 from sdlora.events import CheckpointDue, StepDone
+from sdlora.lora.inject import Form
 from sdlora.training.checkpoint import load_checkpoint, save_checkpoint
-from sdlora.training.optimizers import Group, lora_groups, make_optimizer, set_rates
+from sdlora.training.optimizers import Group, adapter_groups, make_optimizer, set_rates
 
 RATES = {"adamw": 1e-2, "prodigy": 1.0, "adafactor": 1e-2, "lion": 1e-3, "schedule_free": 1e-2}
 
@@ -88,17 +89,24 @@ def test_prodigy_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_b_moves_by_the_ratio_times_a() -> None:
-    down, up, text = (nn.Parameter(torch.zeros(2, 2)) for _ in range(3))
-    groups = lora_groups([down], [up], plus_ratio=16.0) + lora_groups([text], [], plus_ratio=16.0, rate_factor=0.5)
-    optimizer = make_optimizer("adamw", groups, rate=1e-3, weight_decay=0.0)
+def test_every_part_moves_at_its_own_rate(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(
+        tiny_base, pictures, tmp_path, targets=("cross_attention", "text_encoder"), form=Form(dora=True)
+    )
+    adapter = trainer.adapter
+    optimizer = make_optimizer("adamw", adapter_groups(adapter, 16.0, 0.5), rate=1e-3, weight_decay=0.0)
     set_rates(optimizer, 1e-2)
-    for parameter in (down, up, text):
-        parameter.grad = torch.ones(2, 2)
+    before = {parameter: parameter.detach().clone() for parameter in adapter.parameters()}
+    for parameter in before:
+        parameter.grad = torch.ones_like(parameter)
     optimizer.step()
     # AdamW's first step is the learning rate itself, whatever the gradient's size.
-    for parameter, rate in ((down, 1e-2), (up, 16e-2), (text, 0.5e-2)):
-        torch.testing.assert_close(parameter.detach(), torch.full((2, 2), -rate), rtol=1e-5, atol=0.0)
+    for path, layer in adapter.layers.items():
+        factor = 0.5 if path.startswith("text_encoder.") else 1.0
+        assert layer.magnitude is not None
+        for parameter, rate in ((layer.down, 1e-2), (layer.up, 16e-2), (layer.magnitude, 1e-2)):
+            expected = torch.full_like(parameter, -rate * factor)
+            torch.testing.assert_close(parameter.detach() - before[parameter], expected, rtol=1e-3, atol=1e-6)
 
 
 def test_the_trainer_gives_b_its_ratio(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:

@@ -1,0 +1,68 @@
+"""From a configuration to the adapter that it asks for, and what other programs make of its file.
+
+Floor 7. Layers take plain arguments; this is where the settings become those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sdlora.config import LoraConfig, RunConfig
+from sdlora.lora.inject import Adapter, Form, inject
+from sdlora.lora.prove import PROOF_TIMESTEPS
+from sdlora.lora.timestep_rank import TimestepRank
+from sdlora.models.base import BaseModel
+
+
+def make_adapter(config: RunConfig, base: BaseModel, paths: Sequence[str]) -> Adapter:
+    """Put a fresh adapter of the configured kind on a base.
+
+    Args:
+        config: `lora` and `seed` are read.
+        base: Its UNet, and its text encoder where that is a target, are changed in place.
+        paths: Module paths, as `find_targets` gives them.
+
+    Raises:
+        ConfigError: The start needs more singular values than a layer has.
+    """
+    lora = config.lora
+    form = Form(
+        target_ranks={str(target): rank for target, rank in lora.target_ranks.items()},
+        target_alphas={str(target): alpha for target, alpha in lora.target_alphas.items()},
+        rslora=lora.rslora,
+        dora=lora.dora,
+        dropout=lora.dropout,
+        start=lora.start,
+        timestep_rank=timestep_rank(lora),
+    )
+    return inject(base.unet, paths, lora.rank, lora.alpha, config.seed, form=form, text_encoder=base.text_encoder)
+
+
+def timestep_rank(lora: LoraConfig) -> TimestepRank | None:
+    """The ranks to use at each noise level, or None for all of them everywhere."""
+    if lora.timestep_rank_min is None:
+        return None
+    return TimestepRank(lora.timestep_rank_min, lora.timestep_rank_alpha)
+
+
+def limits_elsewhere(lora: LoraConfig, proof: Mapping[str, Any]) -> list[str]:
+    """What programs other than diffusers do with a file of this kind, a sentence each.
+
+    Args:
+        lora: The adapter's settings.
+        proof: The figures of `sdlora.lora.prove.Proof`, by name.
+    """
+    sentences = []
+    if lora.timestep_rank_min is not None:
+        levels = ", ".join(map(str, PROOF_TIMESTEPS))
+        sentences.append(
+            "Programs that ignore the timestep rank draw with all ranks: their answers differ by "
+            f"{proof['rank_mask_difference']:.0%} of what the LoRA changes (root mean square at noise {levels}). "
+            "In diffusers, sdlora.pipelines.apply_timestep_rank uses the right ranks."
+        )
+    if lora.dora:
+        sentences.append(
+            "This DoRA has PEFT's names, which diffusers and PEFT read; ComfyUI, A1111 and Forge find nothing in it."
+        )
+    return sentences
