@@ -1,9 +1,9 @@
 """Which noise levels to train, how evenly and with what weight: equal steps, paired by concept and seed.
 
-Part "loss" trains every variant as the quickstart does and follows the unweighted held-out loss in five bands. Part
-"copy" over-trains six of them on purpose (few pictures, high rank, many visits) and draws after every epoch: fidelity is the share
-of pictures from new prompts that the judge accepts, the copy rate the share of pictures from training captions that
-look more like a training picture than 99 % of fresh renders of the same captions do (part "threshold").
+Part "loss" trains every variant at a constant rate and follows the unweighted held-out loss in five bands. Part
+"copy" over-trains six of them on purpose (few pictures, high rank, many visits) and draws after every epoch: fidelity
+is the share of pictures from new prompts that the judge accepts, the copy rate the share of pictures from training
+captions that look more like a training picture than 99 % of fresh renders of the same captions do (part "threshold").
 
     python tests/benchmarks/timesteps.py results.jsonl --judge judge.pt --json
     python tests/benchmarks/timesteps.py --report results.jsonl --docs docs
