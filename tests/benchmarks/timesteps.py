@@ -53,8 +53,8 @@ class Scale:
     """
 
     rank: int = 16
-    repeats: int = 5
-    point_steps: int = 20
+    repeats: int = 4
+    point_steps: int = 32
     copy_rank: int = 64
     copy_repeats: int = 60
     num_pictures: int = 24

@@ -21,9 +21,8 @@ def test_one_pass_gives_the_loss_and_the_distance_from_the_base(tiny_base: Path)
     batch = Batch(latents, noise, torch.tensor([10, 400, 950]), base.encode_captions(["a", "b", "c"]))
     class_text = base.encode_captions(["cat", "", "dog"])
     with torch.no_grad():
-        assert diffusion_loss_preserving(base, adapter, batch, class_text, class_text)[1].tolist() == [0.0] * 3, (
-            "B is zero"
-        )
+        unmoved = diffusion_loss_preserving(base, adapter, batch, class_text, class_text)[1]
+        assert unmoved.max() < 1e-12, "B is zero, and twice the batch rounds a little differently"
         for parameter in adapter.up_parameters():
             parameter.normal_(generator=draw)
         loss, distance = diffusion_loss_preserving(base, adapter, batch, class_text, class_text)
