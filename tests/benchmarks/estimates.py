@@ -106,6 +106,27 @@ def noise_ratio(gram: Tensor, plans: Sequence[int], *, resamples: int = 400) -> 
     return found
 
 
+def expected_gain(between: Tensor, squared_lengths: Tensor, meetings: Tensor, batch_size: int) -> float:
+    """How many times less noise a batch has whose timesteps meet as they do, than one drawn by chance.
+
+    Given their timesteps, the gradients of a batch are independent; so tr Cov of their mean is tr Cov(g) / B for one
+    gradient, plus (B - 1) / B times the mean inner product of two of them less |E g|^2. By chance the latter is zero.
+
+    Args:
+        between: Mean inner products of independent gradients by the bins of their timesteps, (K, K).
+        squared_lengths: Mean squared length of a gradient by bin, (K,).
+        meetings: How often two different members of a batch are in each pair of bins, (K, K), summing to 1; every bin
+            is as likely as another.
+        batch_size: B, at least 2.
+
+    Source: the law of total covariance.
+    """
+    signal = between.mean()
+    single = squared_lengths.mean() - signal
+    together = (meetings * between).sum() - signal
+    return float(single / (single + (batch_size - 1) * together))
+
+
 def _multiplicities(draw: random.Random, count: int) -> Tensor:
     """How often each of `count` things comes up in as many draws."""
     return torch.bincount(torch.tensor([draw.randrange(count) for _ in range(count)]), minlength=count)

@@ -4,6 +4,10 @@ The gradients are those of real, consecutive batches of a plan: the trainer take
 small to change a float32, and what it is about to step with is caught. 256 gradients each: eight consecutive ones
 from a random place in each of 32 plans of other seeds, so that pairs from different plans are independent.
 
+256 gradients leave wide intervals, because their lengths differ so much. So the inner products of 1024 gradients of
+single pictures, binned by timestep, are measured too: what coverage changes is which timesteps meet in a batch, and
+how often they do is known exactly from the plan (`timesteps_report.expected_gain`).
+
     python tests/benchmarks/gradient_noise.py results.jsonl --json
 """
 
@@ -29,15 +33,20 @@ from sdlora.training.loop import Trainer
 
 NUM_PLANS, BATCHES_PER_PLAN = 32, 8
 BATCH_SIZES, COVERAGES = (1, 2, 4, 8), ("none", "batch", "image")
+NUM_BINS, LEVEL_PLANS, LEVEL_BATCHES = 20, 64, 16
 RANK, WARM_REPEATS, PLAN_REPEATS = 16, 8, 6
 
 
-def plan_gradients(parts: Any, config: RunConfig, num_batches: int) -> Tensor:
-    """The gradients of consecutive batches from a random place in a plan, (num_batches, d), the adapter unchanged."""
+def plan_gradients(parts: Any, config: RunConfig, num_batches: int) -> tuple[Tensor, list[list[int]]]:
+    """The gradients of consecutive batches from a random place in a plan, (num_batches, d), and their timesteps.
+
+    The adapter is left as it is.
+    """
     frozen = config.train.model_copy(update={"learning_rate": 1e-30, "max_grad_norm": 0.0, "schedule": "constant"})
     config = config.model_copy(update={"train": frozen})
     trainer = Trainer(config, parts.base, parts.adapter, parts.data, Accelerator(cpu=True))
-    trainer.position.step = seeds.derive(config.seed, "benchmark place") % (trainer.total_steps - num_batches + 1)
+    first = seeds.derive(config.seed, "benchmark place") % (trainer.total_steps - num_batches + 1)
+    trainer.position.step = first
     caught: list[Tensor] = []
 
     def catch(*_: Any) -> None:
@@ -48,7 +57,13 @@ def plan_gradients(parts: Any, config: RunConfig, num_batches: int) -> Tensor:
     for _ in trainer.events(lambda: len(caught) >= num_batches):
         if len(caught) >= num_batches:
             break
-    return torch.stack(caught)
+    return torch.stack(caught), plan_timesteps(trainer)[first : first + num_batches]
+
+
+def plan_timesteps(trainer: Trainer) -> list[list[int]]:
+    """The timesteps of every step of a trainer's plan."""
+    groups = [group for epoch in trainer._epochs for group in epoch]
+    return [[trainer._timesteps[visit] for batch in group for visit in batch] for group in groups]
 
 
 def gram(gradients: Sequence[Tensor]) -> Tensor:
@@ -69,30 +84,54 @@ def warm_parts(base: str, sets: Path, concept: str, folder: Path, *, repeats: in
     return parts
 
 
+def plan_config(parts: Any, plan: int, batch_size: int, coverage: str) -> RunConfig:
+    """The configuration of a plan of its own."""
+    data = parts.config.data.model_copy(update={"repeats": PLAN_REPEATS})
+    train = parts.config.train.model_copy(update={"batch_size": batch_size, "epochs": 4})
+    timesteps = parts.config.timesteps.model_copy(update={"coverage": coverage})
+    changes = {"seed": 1000 + plan, "data": data, "train": train, "timesteps": timesteps}
+    config: RunConfig = parts.config.model_copy(update=changes)
+    return config
+
+
 def measure(parts: Any, batch_size: int, coverage: str, *, num_plans: int, num_batches: int) -> dict[str, Any]:
     """The noise ratios of one batch size and coverage."""
-    gradients = []
-    for plan in range(1, num_plans + 1):
-        data = parts.config.data.model_copy(update={"repeats": PLAN_REPEATS})
-        train = parts.config.train.model_copy(update={"batch_size": batch_size, "epochs": 4})
-        timesteps = parts.config.timesteps.model_copy(update={"coverage": coverage})
-        config = parts.config.model_copy(
-            update={"seed": 1000 + plan, "data": data, "train": train, "timesteps": timesteps}
-        )
-        gradients.append(plan_gradients(parts, config, num_batches))
+    gradients = [
+        plan_gradients(parts, plan_config(parts, plan, batch_size, coverage), num_batches)[0]
+        for plan in range(1, num_plans + 1)
+    ]
     plans = [plan for plan in range(num_plans) for _ in range(num_batches)]
     found = noise_ratio(gram(gradients), plans)
     return {"num_gradients": len(plans), **{name: list(estimate) for name, estimate in found.items()}}
 
 
+def measure_levels(parts: Any, *, num_plans: int, num_batches: int) -> dict[str, Any]:
+    """Mean inner products of single pictures' gradients by the bins of their timesteps, and the mean squared length.
+
+    Gradients of one plan are not paired, so that the products are unbiased.
+    """
+    made = [plan_gradients(parts, plan_config(parts, 2000 + plan, 1, "none"), num_batches) for plan in range(num_plans)]
+    products = gram([gradients for gradients, _ in made])
+    bins = torch.tensor([t * NUM_BINS // 1000 for _, steps in made for (t,) in steps])
+    plan = torch.arange(num_plans).repeat_interleave(num_batches)
+    apart = (plan[:, None] != plan[None, :]).to(products.dtype)
+    member = torch.nn.functional.one_hot(bins, NUM_BINS).to(products.dtype)
+    between = (member.T @ (products * apart) @ member) / (member.T @ apart @ member)
+    lengths = (member.T @ products.diagonal()) / member.sum(dim=0)
+    return {"num_gradients": len(bins), "between": between.tolist(), "squared_lengths": lengths.tolist()}
+
+
 def all_cells() -> list[Cell]:
     """Concept after concept, so that the warm adapter is trained once."""
-    return [
-        {"part": "noise", "concept": concept, "batch_size": size, "coverage": coverage}
-        for concept in CONCEPTS
-        for size in BATCH_SIZES
-        for coverage in COVERAGES
-    ]
+    cells: list[Cell] = []
+    for concept in CONCEPTS:
+        cells.append({"part": "levels", "concept": concept})
+        cells += [
+            {"part": "noise", "concept": concept, "batch_size": size, "coverage": coverage}
+            for size in BATCH_SIZES
+            for coverage in COVERAGES
+        ]
+    return cells
 
 
 def main() -> None:
@@ -113,6 +152,8 @@ def main() -> None:
                 warm.clear()
                 warm[cell["concept"]] = warm_parts(arguments.base, Path(folder), cell["concept"], Path(folder) / "run")
             parts = warm[cell["concept"]]
+            if cell["part"] == "levels":
+                return measure_levels(parts, num_plans=LEVEL_PLANS, num_batches=LEVEL_BATCHES)
             return measure(
                 parts, cell["batch_size"], cell["coverage"], num_plans=NUM_PLANS, num_batches=BATCHES_PER_PLAN
             )

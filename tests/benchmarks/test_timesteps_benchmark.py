@@ -16,7 +16,15 @@ import timesteps_report
 import torch
 from classifier import Judge
 from concepts import CONCEPTS, FEW, NUM_FEW, NUM_HOLDOUT, NUM_TRAINING, write_all
-from estimates import Estimate, copies_at_fidelity, copies_saved, noise_ratio, paired_interval, steps_to_reach
+from estimates import (
+    Estimate,
+    copies_at_fidelity,
+    copies_saved,
+    expected_gain,
+    noise_ratio,
+    paired_interval,
+    steps_to_reach,
+)
 from PIL import Image
 
 # --- Statistics ----------------------------------------------------------------------------------------------------
@@ -73,6 +81,30 @@ def test_batches_that_make_up_for_one_another_are_seen_in_the_window_only() -> N
     assert abs(found["window"].value) < 0.01
     with pytest.raises(ValueError, match="same number"):
         noise_ratio(torch.eye(3, dtype=torch.float64), [0, 0, 1])
+
+
+def test_the_expected_gain_is_what_stratified_batches_measure() -> None:
+    """Two bins with means (3, 0) and (0, 1) and unit noise in 2 dimensions, batches of one from either bin."""
+    means = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
+    between = means @ means.T
+    squared_lengths = between.diagonal() + 2.0
+    apart = torch.tensor([[0.0, 0.5], [0.5, 0.0]], dtype=torch.float64)
+    found = expected_gain(between, squared_lengths, apart, 2)
+    draw = torch.Generator().manual_seed(0)
+    noise = torch.randn(40000, 2, 2, generator=draw, dtype=torch.float64)
+    stratified = (means + noise).mean(dim=1)
+    by_chance = (means[torch.randint(2, (40000, 2), generator=draw)] + noise).mean(dim=1)
+    measured = by_chance.var(dim=0).sum() / stratified.var(dim=0).sum()
+    assert found == pytest.approx(float(measured), rel=0.02)
+    assert expected_gain(between, squared_lengths, torch.full((2, 2), 0.25, dtype=torch.float64), 2) == 1.0
+
+
+def test_meetings_are_those_of_the_plan() -> None:
+    by_chance = timesteps_report.meetings("none", 4, 4, num_seeds=40)
+    assert (by_chance - 1 / 16).abs().max() < 0.006
+    image = timesteps_report.meetings("image", 4, 4, num_seeds=2)
+    # Four visits of a step have a quarter each, or nearly.
+    assert image.diagonal().sum() < 0.05
 
 
 def test_copies_are_compared_at_equal_fidelity() -> None:
@@ -193,14 +225,17 @@ def test_small_gradients_leave_the_adapter_as_it_is(tiny_base: Path, sets: Path,
     parts = gradient_noise.warm_parts(str(tiny_base), sets, "kolo", tmp_path / "run", repeats=1)
     before = [parameter.detach().clone() for parameter in parts.adapter.parameters()]
     assert any(bool(parameter.detach().any()) for parameter in parts.adapter.up_parameters())
+    levels = gradient_noise.measure_levels(parts, num_plans=3, num_batches=4)
+    assert (levels["num_gradients"], len(levels["between"])) == (12, gradient_noise.NUM_BINS)
     found = gradient_noise.measure(parts, 2, "none", num_plans=3, num_batches=2)
     assert found["num_gradients"] == 6
     assert all(len(found[kind]) == 3 for kind in ("batch", "window"))
     for old, new in zip(before, parts.adapter.parameters(), strict=True):
         assert torch.equal(old, new)
-    assert torch.equal(
-        gradient_noise.plan_gradients(parts, parts.config, 2), gradient_noise.plan_gradients(parts, parts.config, 2)
-    )
+    again = [gradient_noise.plan_gradients(parts, parts.config, 2) for _ in range(2)]
+    assert torch.equal(again[0][0], again[1][0])
+    assert again[0][1] == again[1][1]
+    assert [len(step) for step in again[0][1]] == [4, 4]
 
 
 # --- The page ------------------------------------------------------------------------------------------------------
@@ -219,6 +254,8 @@ def _rows() -> list[dict[str, Any]]:
                          "planning_seconds": 0.0001})  # fmt: skip
             epochs = [{"epoch": 1, "fidelity": 0.5, "scores": [score, 0.1], "bands": [last] * 5}]
             rows.append({"cell": {"part": "copy", **cell}, "epochs": epochs})
+        rows.append({"cell": {"part": "levels", "concept": concept}, "between": [[2.0, -1.0], [-1.0, 2.0]],
+                     "squared_lengths": [4.0, 4.0]})  # fmt: skip
         for coverage, value in (("none", 8.0), ("batch", 4.0), ("image", 2.0)):
             cell = {"part": "noise", "concept": concept, "batch_size": 4, "coverage": coverage}
             rows.append({"cell": cell, "batch": [value, 1.0, 9.0], "window": [value, 1.0, 9.0]})
@@ -235,6 +272,8 @@ def test_tables_say_what_the_results_do() -> None:
     copies = timesteps_report.copies_table(rows)[2:]
     assert "50% / 50%" in copies[0] and "50% / 0%" in copies[1]
     assert "-50.0 (-50.0 to -50.0) | -50.0 (-50.0 to -50.0)" in copies[1]
+    # Two visits of a step are in different halves: noise 4 - 0.5 and its share of -1 - 0.5, so 3.5 / 2 times less.
+    assert timesteps_report.levels_table(rows)[2].startswith("| 2 | 1.750 (1.750 to 1.750) |")
     assert "0.100%" in timesteps_report.overhead_table(rows)[2]
 
 

@@ -12,10 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-from concepts import CONCEPTS
-from estimates import Estimate, copies_saved, paired_interval, steps_to_reach
+import torch
+from concepts import CONCEPTS, NUM_TRAINING
+from estimates import Estimate, copies_saved, expected_gain, paired_interval, steps_to_reach
 from results import read
 from variants import REFERENCE, variants
+
+from sdlora.data.order import epoch_batches
+from sdlora.diffusion.coverage import cover
+from sdlora.diffusion.timesteps import Density
 
 matplotlib.use("svg")
 # The same results give the same file: no dates, no random identifiers.
@@ -35,7 +40,7 @@ def write(results: Path, docs: Path) -> None:
     page = docs / "timesteps.md"
     text = page.read_text(encoding="utf-8")
     tables: dict[str, Callable[[Rows], list[str]]] = {
-        "noise": noise_table, "loss": loss_table, "bands": bands_table, "copies": copies_table,
+        "noise": noise_table, "levels": levels_table, "loss": loss_table, "bands": bands_table, "copies": copies_table,
         "thresholds": thresholds_table, "overhead": overhead_table,
     }  # fmt: skip
     for name, make in tables.items():
@@ -128,6 +133,43 @@ def noise_table(rows: Rows) -> list[str]:
         ["Batch", "none, over concepts", "batch: of a step", "batch: of 8 steps", "image: of a step",
          "image: of 8 steps"], body,
     )  # fmt: skip
+
+
+def meetings(coverage: str, batch_size: int, num_bins: int, num_seeds: int = 20) -> torch.Tensor:
+    """How often two members of a step are in each pair of bins, from plans of the sets' size, (K, K)."""
+    counts = torch.zeros(num_bins, num_bins, dtype=torch.float64)
+    density = Density("uniform")
+    for seed in range(num_seeds):
+        batches = [b for epoch in range(1, 5) for b in epoch_batches([0] * NUM_TRAINING, 6, batch_size, epoch, seed)]
+        for drawn in cover(coverage, [[(str(v.example), v.visit) for v in batch] for batch in batches], seed):
+            bins = torch.tensor([density.timestep(draw) * num_bins // 1000 for draw in drawn])
+            present = torch.nn.functional.one_hot(bins, num_bins).double().sum(dim=0)
+            counts += torch.outer(present, present) - present.diag()
+    return counts / counts.sum()
+
+
+def levels_table(rows: Rows) -> list[str]:
+    """How many times less noise the plans' own meetings of timesteps make, by batch size and coverage."""
+    found = [row for row in rows if row["cell"]["part"] == "levels"]
+    body = []
+    for size in (2, 4, 8) if len(found) > 1 else ():
+        line = [str(size)]
+        for coverage in ("batch", "image"):
+            gains = [
+                math.log(
+                    expected_gain(
+                        torch.tensor(row["between"], dtype=torch.float64),
+                        torch.tensor(row["squared_lengths"], dtype=torch.float64),
+                        meetings(coverage, size, len(row["between"])),
+                        size,
+                    )
+                )
+                for row in found
+            ]
+            gain = Estimate(*(math.exp(value) for value in paired_interval(gains)))
+            line.append(f"{gain.value:.3f} ({gain.low:.3f} to {gain.high:.3f})")
+        body.append(line)
+    return _table(["Batch", "batch", "image"], body)
 
 
 def plot_noise(rows: Rows) -> Any:
