@@ -59,10 +59,6 @@ class Concept:
             index += 1
         return found
 
-    def fresh(self, takes: int) -> list[Image.Image]:
-        """`takes` new renders of each of the few captions."""
-        return [self.draw(index, take)[0] for take in range(1, takes + 1) for index in range(NUM_FEW)]
-
     def write(self, folder: Path) -> None:
         """Write pictures and captions, the held-out ones in `holdout`, the first ones in `few` as well."""
         for index in range(NUM_TRAINING + NUM_HOLDOUT):

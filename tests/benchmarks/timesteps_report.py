@@ -13,7 +13,7 @@ from typing import Any
 
 import matplotlib
 import torch
-from concepts import CONCEPTS, NUM_TRAINING
+from concepts import NUM_TRAINING
 from estimates import Estimate, copies_saved, expected_gain, paired_interval, steps_to_reach
 from results import read
 from variants import REFERENCE, variants
@@ -41,7 +41,7 @@ def write(results: Path, docs: Path) -> None:
     text = page.read_text(encoding="utf-8")
     tables: dict[str, Callable[[Rows], list[str]]] = {
         "noise": noise_table, "levels": levels_table, "loss": loss_table, "bands": bands_table, "copies": copies_table,
-        "thresholds": thresholds_table, "overhead": overhead_table,
+        "overhead": overhead_table,
     }  # fmt: skip
     for name, make in tables.items():
         text = between(text, name, "\n".join(make(rows)))
@@ -285,23 +285,15 @@ def plot_loss(rows: Rows) -> Any:
 # --- Copies --------------------------------------------------------------------------------------------------------
 
 
-def thresholds(rows: Rows) -> dict[str, float]:
-    """The copy score that one in a hundred fresh renders exceeds, by concept."""
-    return {row["cell"]["concept"]: row["threshold"] for row in rows if row["cell"]["part"] == "threshold"}
-
-
 def copy_curves(rows: Rows) -> dict[str, dict[Pair, list[tuple[float, float]]]]:
     """(fidelity, copy rate) after every epoch, by variant and (concept, seed)."""
-    limits = thresholds(rows)
+
+    def rate(epoch: dict[str, Any]) -> float:
+        pairs = list(zip(epoch["scores"], epoch["stranger_scores"], strict=True))
+        return sum(score > stranger for score, stranger in pairs) / len(pairs)
+
     return {
-        variant: {
-            pair: [
-                (epoch["fidelity"], sum(score > limits[pair[0]] for score in epoch["scores"]) / len(epoch["scores"]))
-                for epoch in run["epochs"]
-            ]
-            for pair, run in found.items()
-            if pair[0] in limits
-        }
+        variant: {pair: [(epoch["fidelity"], rate(epoch)) for epoch in run["epochs"]] for pair, run in found.items()}
         for variant, found in runs(rows, "copy").items()
     }
 
@@ -334,16 +326,6 @@ def copies_table(rows: Rows) -> list[str]:
         ["Variant", "Pairs", *(f"epoch {epoch}" for epoch in range(1, epochs + 1)), "copies at the end, points",
          "copies at equal fidelity, points"], body,
     )  # fmt: skip
-
-
-def thresholds_table(rows: Rows) -> list[str]:
-    """What the fresh renders score."""
-    body = [
-        [row["cell"]["concept"], str(row["num_renders"]), f"{row['median']:.3f}", f"{row['threshold']:.3f}"]
-        for row in sorted(rows, key=lambda row: list(CONCEPTS).index(row["cell"]["concept"]))
-        if row["cell"]["part"] == "threshold"
-    ]
-    return _table(["Concept", "Fresh renders", "middle score", "threshold (99 % are below)"], body)
 
 
 def plot_copies(rows: Rows) -> Any:
