@@ -164,7 +164,7 @@ class TrainConfig(_Section):
         ge=0.0,
         le=100.0,
         description="How strongly the base's answers are kept where a class word stands in the trigger's place; "
-        "above 0 a step takes over twice as long.",
+        "above 0 a step takes about twice as long.",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="What the frozen base computes in; auto is bf16 on GPUs that have it, else fp32."

@@ -57,13 +57,16 @@ def parse_config(document: Mapping[str, Any], *, name: str) -> RunConfig:
     Raises:
         ConfigError: Any setting is wrong; all faults are named at once.
     """
+    data = document.get("data")
+    faults = []
+    if not isinstance(data, Mapping) or not data.get("folder"):
+        faults.append("data.folder: not set; name the folder of your pictures.")
     try:
         config = RunConfig.model_validate({"name": name, **document})
     except ValidationError as error:
-        faults = [_describe(dict(fault)) for fault in error.errors()]
-        raise ConfigError("The configuration has faults:\n" + "\n".join(f"  {fault}" for fault in faults)) from error
-    if not config.data.folder:
-        raise ConfigError("The configuration has faults:\n  data.folder: not set; name the folder of your pictures.")
+        faults = [_describe(dict(fault)) for fault in error.errors()] + faults
+    if faults:
+        raise ConfigError("The configuration has faults:\n" + "\n".join(f"  {fault}" for fault in faults))
     return config
 
 

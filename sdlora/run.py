@@ -143,9 +143,10 @@ def _prepare(config: RunConfig, folder: RunFolder) -> _Parts:
     dataset = _with_buckets(config, base, dataset)
     targets = find_targets(base.unet, config.lora.targets, base.text_encoder)
     adapter = make_adapter(config, base, targets)
-    if config.lora.rank > HIGH_RANK:
+    rank = max([config.lora.rank, *config.lora.target_ranks.values()])
+    if rank > HIGH_RANK:
         notices.append(
-            f"Rank {config.lora.rank} needs more memory and copies the training pictures more easily than "
+            f"Rank {rank} needs more memory and copies the training pictures more easily than "
             f"rank 8 to {HIGH_RANK}. Compare a lower rank before you keep it."
         )
     cache = Cache(Path(config.cache.dir) if config.cache.dir else None, base)

@@ -50,7 +50,8 @@ def test_preservation_needs_all_its_parts() -> None:
 
 
 def test_all_faults_at_once_with_the_nearest_name() -> None:
-    message = faults(lora={"rnak": 4, "rank": 0}, train={"batchsize": 2, "schedule": "linear"}, sed=1)
+    message = faults(data={}, lora={"rnak": 4, "rank": 0}, train={"batchsize": 2, "schedule": "linear"}, sed=1)
+    assert "data.folder: not set" in message
     assert "lora.rnak: there is no such setting. Did you mean lora.rank?" in message
     assert "train.batchsize: there is no such setting. Did you mean train.batch_size?" in message
     assert "lora.rank: found 0; input should be greater than or equal to 1." in message
