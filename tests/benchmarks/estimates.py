@@ -106,25 +106,42 @@ def noise_ratio(gram: Tensor, plans: Sequence[int], *, resamples: int = 400) -> 
     return found
 
 
-def expected_gain(between: Tensor, squared_lengths: Tensor, meetings: Tensor, batch_size: int) -> float:
+def expected_gain(
+    gram: Tensor, bins: Tensor, plans: Sequence[int], meetings: Tensor, batch_size: int, *, resamples: int = 200
+) -> Estimate:
     """How many times less noise a batch has whose timesteps meet as they do, than one drawn by chance.
 
     Given their timesteps, the gradients of a batch are independent; so tr Cov of their mean is tr Cov(g) / B for one
     gradient, plus (B - 1) / B times the mean inner product of two of them less |E g|^2. By chance the latter is zero.
+    Inner products are means over pairs from different plans, which are independent.
 
     Args:
-        between: Mean inner products of independent gradients by the bins of their timesteps, (K, K).
-        squared_lengths: Mean squared length of a gradient by bin, (K,).
-        meetings: How often two different members of a batch are in each pair of bins, (K, K), summing to 1; every bin
-            is as likely as another.
+        gram: Inner products of all pairs of single gradients, (n, n) float64.
+        bins: The bin of each gradient's timestep, one-hot, (n, K); every bin is as likely as another.
+        plans: The plan of each gradient, n numbers from 0.
+        meetings: How often two members of a batch are in each pair of bins, (K, K), summing to 1.
         batch_size: B, at least 2.
+        resamples: Draws of the bootstrap over plans.
 
     Source: the law of total covariance.
     """
-    signal = between.mean()
-    single = squared_lengths.mean() - signal
-    together = (meetings * between).sum() - signal
-    return float(single / (single + (batch_size - 1) * together))
+    number = torch.tensor(list(plans))
+    count = int(number.max()) + 1
+    apart = (number[:, None] != number[None, :]).to(gram.dtype)
+    products, lengths = gram * apart, gram.diagonal()
+
+    def gain(weights: Tensor) -> float:
+        weighted = bins * weights[number][:, None]
+        between = (weighted.T @ products @ weighted) / (weighted.T @ apart @ weighted)
+        signal = between.mean()
+        single = ((weighted.T @ lengths) / weighted.sum(dim=0)).mean() - signal
+        together = (meetings * between).sum() - signal
+        return float(single / (single + (batch_size - 1) * together))
+
+    draw = random.Random(0)
+    values = sorted(gain(_multiplicities(draw, count).to(gram.dtype)) for _ in range(resamples))
+    exact = gain(torch.ones(count, dtype=gram.dtype))
+    return Estimate(exact, values[int(0.025 * resamples)], values[int(0.975 * resamples)])
 
 
 def _multiplicities(draw: random.Random, count: int) -> Tensor:

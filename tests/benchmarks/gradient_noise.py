@@ -6,7 +6,7 @@ from a random place in each of 32 plans of other seeds, so that pairs from diffe
 
 256 gradients leave wide intervals, because their lengths differ so much. So the inner products of 1024 gradients of
 single pictures, binned by timestep, are measured too: what coverage changes is which timesteps meet in a batch, and
-how often they do is known exactly from the plan (`timesteps_report.expected_gain`).
+how often they do is known exactly from the plan (`estimates.expected_gain`).
 
     python tests/benchmarks/gradient_noise.py results.jsonl --json
 """
@@ -21,14 +21,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from concepts import CONCEPTS, write_all
-from estimates import noise_ratio
+from concepts import CONCEPTS, NUM_TRAINING, write_all
+from estimates import expected_gain, noise_ratio
 from results import Cell, run_missing, share
 from setting import make_config, prepare, recipe, silence
 from torch import Tensor
 
 from sdlora import seeds
 from sdlora.config import RunConfig
+from sdlora.data.order import epoch_batches
+from sdlora.diffusion.coverage import cover
+from sdlora.diffusion.timesteps import Density
 from sdlora.training.loop import Trainer
 
 NUM_PLANS, BATCHES_PER_PLAN = 32, 8
@@ -105,20 +108,39 @@ def measure(parts: Any, batch_size: int, coverage: str, *, num_plans: int, num_b
     return {"num_gradients": len(plans), **{name: list(estimate) for name, estimate in found.items()}}
 
 
-def measure_levels(parts: Any, *, num_plans: int, num_batches: int) -> dict[str, Any]:
-    """Mean inner products of single pictures' gradients by the bins of their timesteps, and the mean squared length.
+def meetings(coverage: str, batch_size: int, num_seeds: int = 20) -> Tensor:
+    """How often two members of a step are in each pair of bins of timesteps, in plans of the sets' size, (K, K)."""
+    counts = torch.zeros(NUM_BINS, NUM_BINS, dtype=torch.float64)
+    density = Density("uniform")
+    for seed in range(num_seeds):
+        epochs = (epoch_batches([0] * NUM_TRAINING, PLAN_REPEATS, batch_size, e, seed) for e in range(1, 5))
+        steps = [[(str(visit.example), visit.visit) for visit in batch] for epoch in epochs for batch in epoch]
+        for drawn in cover(coverage, steps, seed):
+            present = _one_hot(torch.tensor([density.timestep(draw) for draw in drawn])).sum(dim=0)
+            counts += torch.outer(present, present) - present.diag()
+    return counts / counts.sum()
 
-    Gradients of one plan are not paired, so that the products are unbiased.
-    """
+
+def _one_hot(timesteps: Tensor) -> Tensor:
+    return torch.nn.functional.one_hot(timesteps * NUM_BINS // 1000, NUM_BINS).double()
+
+
+def measure_levels(parts: Any, *, num_plans: int, num_batches: int) -> dict[str, Any]:
+    """How many times less noise coverage makes, from single gradients' inner products by bins of timesteps."""
     made = [plan_gradients(parts, plan_config(parts, 2000 + plan, 1, "none"), num_batches) for plan in range(num_plans)]
     products = gram([gradients for gradients, _ in made])
-    bins = torch.tensor([t * NUM_BINS // 1000 for _, steps in made for (t,) in steps])
-    plan = torch.arange(num_plans).repeat_interleave(num_batches)
-    apart = (plan[:, None] != plan[None, :]).to(products.dtype)
-    member = torch.nn.functional.one_hot(bins, NUM_BINS).to(products.dtype)
-    between = (member.T @ (products * apart) @ member) / (member.T @ apart @ member)
-    lengths = (member.T @ products.diagonal()) / member.sum(dim=0)
-    return {"num_gradients": len(bins), "between": between.tolist(), "squared_lengths": lengths.tolist()}
+    bins = _one_hot(torch.tensor([t for _, steps in made for (t,) in steps]))
+    plans = [plan for plan in range(num_plans) for _ in range(num_batches)]
+    gains = {
+        coverage: {
+            size: list(expected_gain(products, bins, plans, meetings(coverage, size), size))
+            for size in BATCH_SIZES
+            if size > 1
+        }
+        for coverage in COVERAGES
+        if coverage != "none"
+    }
+    return {"num_gradients": len(plans), "gains": gains}
 
 
 def all_cells() -> list[Cell]:

@@ -86,25 +86,30 @@ def test_batches_that_make_up_for_one_another_are_seen_in_the_window_only() -> N
 def test_the_expected_gain_is_what_stratified_batches_measure() -> None:
     """Two bins with means (3, 0) and (0, 1) and unit noise in 2 dimensions, batches of one from either bin."""
     means = torch.tensor([[3.0, 0.0], [0.0, 1.0]], dtype=torch.float64)
-    between = means @ means.T
-    squared_lengths = between.diagonal() + 2.0
-    apart = torch.tensor([[0.0, 0.5], [0.5, 0.0]], dtype=torch.float64)
-    found = expected_gain(between, squared_lengths, apart, 2)
     draw = torch.Generator().manual_seed(0)
+    chosen = torch.randint(2, (1000,), generator=draw)
+    singles = means[chosen] + torch.randn(1000, 2, generator=draw, dtype=torch.float64)
+    bins = torch.nn.functional.one_hot(chosen, 2).double()
+    plans = [index // 10 for index in range(1000)]
+    apart = torch.tensor([[0.0, 0.5], [0.5, 0.0]], dtype=torch.float64)
+    found = expected_gain(singles @ singles.T, bins, plans, apart, 2)
     noise = torch.randn(40000, 2, 2, generator=draw, dtype=torch.float64)
     stratified = (means + noise).mean(dim=1)
     by_chance = (means[torch.randint(2, (40000, 2), generator=draw)] + noise).mean(dim=1)
-    measured = by_chance.var(dim=0).sum() / stratified.var(dim=0).sum()
-    assert found == pytest.approx(float(measured), rel=0.02)
-    assert expected_gain(between, squared_lengths, torch.full((2, 2), 0.25, dtype=torch.float64), 2) == 1.0
+    measured = float(by_chance.var(dim=0).sum() / stratified.var(dim=0).sum())
+    assert found.low < measured < found.high
+    assert found.value == pytest.approx(measured, rel=0.1)
+    evenly = torch.full((2, 2), 0.25, dtype=torch.float64)
+    assert expected_gain(singles @ singles.T, bins, plans, evenly, 2).value == pytest.approx(1.0)
 
 
 def test_meetings_are_those_of_the_plan() -> None:
-    by_chance = timesteps_report.meetings("none", 4, 4, num_seeds=40)
-    assert (by_chance - 1 / 16).abs().max() < 0.006
-    image = timesteps_report.meetings("image", 4, 4, num_seeds=2)
+    def quarters(coverage: str) -> torch.Tensor:
+        return gradient_noise.meetings(coverage, 4, num_seeds=20).view(4, 5, 4, 5).sum(dim=(1, 3))
+
+    assert (quarters("none") - 1 / 16).abs().max() < 0.008
     # Four visits of a step have a quarter each, or nearly.
-    assert image.diagonal().sum() < 0.05
+    assert quarters("image").diagonal().sum() < 0.05
 
 
 def test_copies_are_compared_at_equal_fidelity() -> None:
@@ -220,7 +225,7 @@ def test_small_gradients_leave_the_adapter_as_it_is(tiny_base: Path, sets: Path,
     before = [parameter.detach().clone() for parameter in parts.adapter.parameters()]
     assert any(bool(parameter.detach().any()) for parameter in parts.adapter.up_parameters())
     levels = gradient_noise.measure_levels(parts, num_plans=3, num_batches=4)
-    assert (levels["num_gradients"], len(levels["between"])) == (12, gradient_noise.NUM_BINS)
+    assert (levels["num_gradients"], set(levels["gains"])) == (12, {"batch", "image"})
     found = gradient_noise.measure(parts, 2, "none", num_plans=3, num_batches=2)
     assert found["num_gradients"] == 6
     assert all(len(found[kind]) == 3 for kind in ("batch", "window"))
@@ -247,8 +252,8 @@ def _rows() -> list[dict[str, Any]]:
             epochs = [{"epoch": 1, "fidelity": 0.5, "scores": [score, 0.1], "stranger_scores": [0.8, 0.8],
                        "bands": [last] * 5}]  # fmt: skip
             rows.append({"cell": {"part": "copy", **cell}, "epochs": epochs})
-        rows.append({"cell": {"part": "levels", "concept": concept}, "between": [[2.0, -1.0], [-1.0, 2.0]],
-                     "squared_lengths": [4.0, 4.0]})  # fmt: skip
+        gains = {coverage: {"4": [1.1 + number, 1.0, 2.2]} for coverage in ("batch", "image")}
+        rows.append({"cell": {"part": "levels", "concept": concept}, "gains": gains})
         for coverage, value in (("none", 8.0), ("batch", 4.0), ("image", 2.0)):
             cell = {"part": "noise", "concept": concept, "batch_size": 4, "coverage": coverage}
             rows.append({"cell": cell, "batch": [value, 1.0, 9.0], "window": [value, 1.0, 9.0]})
@@ -261,12 +266,13 @@ def test_tables_say_what_the_results_do() -> None:
     (line,) = timesteps_report.loss_table(rows)[2:]
     # 2 to 1 in ten steps is reached on the way to 0.9 after 10/1.1 steps, on the way to 0.92 after 10/1.08.
     assert line.startswith("| `image` | 2 | -9.00 (") and "| 0.92 | 0 |" in line
-    assert timesteps_report.noise_gains(rows, "batch")[4, "image"] == pytest.approx((4.0, 4.0, 4.0))
+    assert timesteps_report.noise_table(rows)[2] == (
+        "| kolo | 4 | 8.0 (1.0 to 9.0) | 4.0 (1.0 to 9.0) | 2.0 (1.0 to 9.0) |"
+    )
+    assert timesteps_report.levels_table(rows)[3] == ("| mirba | 4 | 2.100 (1.000 to 2.200) | 2.100 (1.000 to 2.200) |")
     copies = timesteps_report.copies_table(rows)[2:]
     assert "50% / 50%" in copies[0] and "50% / 0%" in copies[1]
     assert "-50.0 (-50.0 to -50.0) | -50.0 (-50.0 to -50.0)" in copies[1]
-    # Two visits of a step are in different halves: noise 4 - 0.5 and its share of -1 - 0.5, so 3.5 / 2 times less.
-    assert timesteps_report.levels_table(rows)[2].startswith("| 2 | 1.750 (1.750 to 1.750) |")
     assert "0.100%" in timesteps_report.overhead_table(rows)[2]
 
 

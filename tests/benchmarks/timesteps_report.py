@@ -12,15 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-import torch
-from concepts import NUM_TRAINING
-from estimates import Estimate, copies_saved, expected_gain, paired_interval, steps_to_reach
+from concepts import CONCEPTS
+from estimates import Estimate, copies_saved, paired_interval, steps_to_reach
 from results import read
 from variants import REFERENCE, variants
-
-from sdlora.data.order import epoch_batches
-from sdlora.diffusion.coverage import cover
-from sdlora.diffusion.timesteps import Density
 
 matplotlib.use("svg")
 # The same results give the same file: no dates, no random identifiers.
@@ -93,105 +88,61 @@ def _table(head: list[str], body: list[list[str]]) -> list[str]:
 # --- Gradient noise ------------------------------------------------------------------------------------------------
 
 
-def noise_gains(rows: Rows, kind: str) -> dict[tuple[int, str], Estimate]:
-    """How many times less noise than without coverage, by batch size and coverage: geometric mean over concepts."""
-    values = {
-        (row["cell"]["batch_size"], row["cell"]["coverage"], row["cell"]["concept"]): row[kind][0]
+def noise_table(rows: Rows) -> list[str]:
+    """The noise ratio of single batches, by concept, batch size and coverage."""
+    found = {
+        (row["cell"]["concept"], row["cell"]["batch_size"], row["cell"]["coverage"]): Estimate(*row["batch"])
         for row in rows
         if row["cell"]["part"] == "noise"
     }
-    gains: dict[tuple[int, str], list[float]] = {}
-    for (size, coverage, concept), value in values.items():
-        reference = values.get((size, REFERENCE, concept))
-        if coverage != REFERENCE and reference is not None:
-            gains.setdefault((size, coverage), []).append(math.log(reference / value))
+    body = []
+    for concept in CONCEPTS:
+        for size in sorted({key[1] for key in found if key[0] == concept}):
+            cells = [found.get((concept, size, coverage)) for coverage in ("none", "batch", "image")]
+            texts = ["" if e is None else f"{e.value:.1f} ({e.low:.1f} to {e.high:.1f})" for e in cells]
+            body.append([concept, str(size), *texts])
+    return _table(["Concept", "Batch", "none", "batch", "image"], body)
+
+
+def level_gains(rows: Rows) -> dict[str, dict[str, dict[int, Estimate]]]:
+    """How many times less noise there is than by chance: concept, coverage and batch size to the figure."""
     return {
-        key: Estimate(*(math.exp(value) for value in paired_interval(logs)))
-        for key, logs in sorted(gains.items())
-        if len(logs) > 1
+        row["cell"]["concept"]: {
+            coverage: {int(size): Estimate(*gain) for size, gain in sizes.items()}
+            for coverage, sizes in row["gains"].items()
+        }
+        for row in sorted(rows, key=lambda row: list(CONCEPTS).index(row["cell"]["concept"]))
+        if row["cell"]["part"] == "levels"
     }
 
 
-def noise_table(rows: Rows) -> list[str]:
-    """Noise ratios without coverage, and how many times less there is with it."""
-    gains = {kind: noise_gains(rows, kind) for kind in ("batch", "window")}
-    body = []
-    for size in sorted({key[0] for key in gains["batch"]}):
-        plain = [
-            row["batch"][0]
-            for row in rows
-            if row["cell"]["part"] == "noise"
-            and (row["cell"]["batch_size"], row["cell"]["coverage"]) == (size, REFERENCE)
-        ]
-        line = [str(size), f"{min(plain):.1f} to {max(plain):.1f}"]
-        for coverage in ("batch", "image"):
-            for kind in ("batch", "window"):
-                gain = gains[kind].get((size, coverage))
-                line.append("" if gain is None else f"{gain.value:.2f} ({gain.low:.2f} to {gain.high:.2f})")
-        body.append(line)
-    return _table(
-        ["Batch", "none, over concepts", "batch: of a step", "batch: of 8 steps", "image: of a step",
-         "image: of 8 steps"], body,
-    )  # fmt: skip
-
-
-def meetings(coverage: str, batch_size: int, num_bins: int, num_seeds: int = 20) -> torch.Tensor:
-    """How often two members of a step are in each pair of bins, from plans of the sets' size, (K, K)."""
-    counts = torch.zeros(num_bins, num_bins, dtype=torch.float64)
-    density = Density("uniform")
-    for seed in range(num_seeds):
-        batches = [b for epoch in range(1, 5) for b in epoch_batches([0] * NUM_TRAINING, 6, batch_size, epoch, seed)]
-        for drawn in cover(coverage, [[(str(v.example), v.visit) for v in batch] for batch in batches], seed):
-            bins = torch.tensor([density.timestep(draw) * num_bins // 1000 for draw in drawn])
-            present = torch.nn.functional.one_hot(bins, num_bins).double().sum(dim=0)
-            counts += torch.outer(present, present) - present.diag()
-    return counts / counts.sum()
-
-
 def levels_table(rows: Rows) -> list[str]:
-    """How many times less noise the plans' own meetings of timesteps make, by batch size and coverage."""
-    found = [row for row in rows if row["cell"]["part"] == "levels"]
+    """How many times less noise the plans' own meetings of timesteps make, by concept, batch size and coverage."""
     body = []
-    for size in (2, 4, 8) if len(found) > 1 else ():
-        line = [str(size)]
-        for coverage in ("batch", "image"):
-            gains = [
-                math.log(
-                    expected_gain(
-                        torch.tensor(row["between"], dtype=torch.float64),
-                        torch.tensor(row["squared_lengths"], dtype=torch.float64),
-                        meetings(coverage, size, len(row["between"])),
-                        size,
-                    )
-                )
-                for row in found
-            ]
-            gain = Estimate(*(math.exp(value) for value in paired_interval(gains)))
-            line.append(f"{gain.value:.3f} ({gain.low:.3f} to {gain.high:.3f})")
-        body.append(line)
-    return _table(["Batch", "batch", "image"], body)
+    for concept, gains in level_gains(rows).items():
+        for size in gains["image"]:
+            texts = [f"{e.value:.3f} ({e.low:.3f} to {e.high:.3f})" for e in (gains[c][size] for c in gains)]
+            body.append([concept, str(size), *texts])
+    return _table(["Concept", "Batch", "batch", "image"], body)
 
 
 def plot_noise(rows: Rows) -> Any:
-    """Times less noise over 1, by batch size, for a step and for eight together."""
-    figure, axes = pyplot.subplots(1, 2, figsize=(7, 2.6), sharey=True)
-    drawn = False
-    for axis, kind, title in zip(axes, ("batch", "window"), ("one step", "mean of eight steps"), strict=True):
-        gains = noise_gains(rows, kind)
-        for place, coverage in enumerate(("batch", "image")):
-            sizes = [size for size, name in gains if name == coverage]
-            found = [gains[size, coverage] for size in sizes]
-            drawn = drawn or bool(found)
-            axis.errorbar(
-                [math.log2(size) + 0.12 * (place - 0.5) for size in sizes], [gain.value for gain in found],
-                [[gain.value - gain.low for gain in found], [gain.high - gain.value for gain in found]],
-                fmt="os"[place], capsize=2, label=f"coverage {coverage}",
-            )  # fmt: skip
-        axis.axhline(1.0, color="grey", linewidth=0.8)
-        axis.set(title=title, xlabel="batch size", xticks=range(4), xticklabels=(1, 2, 4, 8))
-    axes[0].set_ylabel("times less noise\nthan uniform by chance")
-    axes[0].legend(frameon=False)
-    return _kept(figure, drawn)
+    """Times less noise under image coverage, by batch size, a line per concept."""
+    figure, axis = pyplot.subplots(figsize=(4.5, 2.6))
+    found = level_gains(rows)
+    for place, (concept, gains) in enumerate(found.items()):
+        sizes = list(gains["image"])
+        values = list(gains["image"].values())
+        axis.errorbar(
+            [math.log2(size) + 0.06 * (place - 1.5) for size in sizes], [gain.value for gain in values],
+            [[gain.value - gain.low for gain in values], [gain.high - gain.value for gain in values]],
+            marker="osD^"[place], markersize=4, linewidth=1, capsize=2, label=concept,
+        )  # fmt: skip
+    axis.axhline(1.0, color="grey", linewidth=0.8)
+    axis.set(xlabel="batch size", ylabel="times less noise\nthan by chance", xticks=range(1, 4), xticklabels=(2, 4, 8))
+    if found:
+        axis.legend(frameon=False)
+    return _kept(figure, bool(found))
 
 
 def _kept(figure: Any, drawn: bool) -> Any:
