@@ -46,14 +46,14 @@ def timestep_rank(lora: LoraConfig) -> TimestepRank | None:
     return TimestepRank(lora.timestep_rank_min, lora.timestep_rank_alpha)
 
 
-def limits_elsewhere(lora: LoraConfig, proof: Mapping[str, Any]) -> list[str]:
+def limits_elsewhere(config: RunConfig, proof: Mapping[str, Any]) -> list[str]:
     """What programs other than diffusers do with a file of this kind, a sentence each.
 
     Args:
-        lora: The adapter's settings.
+        config: `lora` and `loss` are read.
         proof: The figures of `sdlora.lora.prove.Proof`, by name.
     """
-    sentences = []
+    lora, sentences = config.lora, []
     if lora.timestep_rank_min is not None:
         levels = ", ".join(map(str, PROOF_TIMESTEPS))
         sentences.append(
@@ -64,5 +64,10 @@ def limits_elsewhere(lora: LoraConfig, proof: Mapping[str, Any]) -> list[str]:
     if lora.dora:
         sentences.append(
             "This DoRA has PEFT's names, which diffusers and PEFT read; ComfyUI, A1111 and Forge find nothing in it."
+        )
+    if config.loss.zero_terminal_snr:
+        sentences.append(
+            "This LoRA was trained on a schedule that ends in pure noise. Draw with one that does, too: in diffusers a "
+            "scheduler with rescale_betas_zero_snr=True and timestep_spacing='trailing'."
         )
     return sentences

@@ -10,6 +10,8 @@ import logging
 import os
 import signal
 import sys
+import tempfile
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -161,5 +163,9 @@ def main() -> None:
         _say("Interrupted.")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        _say(f"Internal error: {type(error).__name__}: {error}. The run's log.txt has the details.")
+        details = Path(tempfile.gettempdir()) / "sdlora-error.txt"
+        details.write_text(traceback.format_exc(), encoding="utf-8")
+        _say(
+            f"Internal error: {type(error).__name__}: {error}. This is a fault of sdlora's; {details} has the details."
+        )
         sys.exit(EXIT_INTERNAL)

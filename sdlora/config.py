@@ -104,6 +104,14 @@ class LoraConfig(_Section):
         1.0, gt=0.0, le=10.0, description="How fast ranks fall away with noise under timestep_rank_min; 1 is linear."
     )
 
+    def ranks(self, *, unet_only: bool = False) -> list[int]:
+        """The rank of each target's layers; the text encoder is no part of the UNet."""
+        return [
+            self.target_ranks.get(target, self.rank)
+            for target in self.targets
+            if not (unet_only and target == "text_encoder")
+        ]
+
     @field_validator("targets")
     @classmethod
     def _no_duplicates(cls, value: list[Target]) -> list[Target]:
@@ -123,9 +131,12 @@ class LoraConfig(_Section):
             raise ValueError(f"{', '.join(unused)}: not among lora.targets ({', '.join(self.targets)})")
         if self.timestep_rank_min is None and self.timestep_rank_alpha != 1.0:
             raise ValueError("lora.timestep_rank_alpha does nothing unless lora.timestep_rank_min is set")
-        lowest = min([self.rank, *self.target_ranks.values()])
-        if self.timestep_rank_min is not None and self.timestep_rank_min > lowest:
-            raise ValueError(f"lora.timestep_rank_min ({self.timestep_rank_min}) is above the rank ({lowest})")
+        lowest = min(self.ranks(unet_only=True), default=0)
+        if self.timestep_rank_min is not None and self.timestep_rank_min >= lowest:
+            where = (
+                f"the lowest rank of the UNet's layers ({lowest})" if lowest else "nothing: no target is in the UNet"
+            )
+            raise ValueError(f"lora.timestep_rank_min ({self.timestep_rank_min}) must be below {where}")
         if self.dora and (self.timestep_rank_min is not None or self.start != "gaussian"):
             raise ValueError("lora.dora goes with lora.start = 'gaussian' and without lora.timestep_rank_min")
         return self
@@ -151,7 +162,9 @@ class TrainConfig(_Section):
     )
     schedule: Literal["constant", "cosine"] = Field("constant", description="The learning rate after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from zero.")
-    weight_decay: float = Field(1e-2, ge=0.0, le=1.0, description="Decay of the adapter towards zero.")
+    weight_decay: float = Field(
+        1e-2, ge=0.0, le=1.0, description="Decay of A and B towards zero, where zero is the base."
+    )
     ema_decay: float = Field(
         0.0,
         ge=0.0,
@@ -205,7 +218,7 @@ class TimestepsConfig(_Section):
     min: int = Field(0, ge=0, le=999, description="The lowest noise level that is trained.")
     max: int = Field(999, ge=0, le=999, description="The highest noise level that is trained.")
     high_noise_keep: float = Field(
-        1.0, gt=0.0, le=1.0, description="Share of the draws above 800 that is kept; copying is said to begin there."
+        1.0, gt=0.0, le=1.0, description="Share of the draws from 800 up that is kept; copying is said to begin there."
     )
     coverage: Literal["none", "batch", "image"] = Field(
         "image",
@@ -219,6 +232,8 @@ class TimestepsConfig(_Section):
             raise ValueError(f"min ({self.min}) is above max ({self.max}); exchange them")
         if self.density != "logit_normal" and (self.mean, self.std) != (0.0, 1.0):
             raise ValueError("timesteps.mean and timesteps.std belong to timesteps.density = 'logit_normal'")
+        if self.high_noise_keep < 1.0 and (self.min >= 800 or self.max < 800):
+            raise ValueError("timesteps.high_noise_keep does nothing unless timesteps.min to max reaches across 800")
         return self
 
 
@@ -246,6 +261,11 @@ class LossConfig(_Section):
             raise ValueError("loss.huber_delta belongs to loss.kind = 'huber'")
         if self.gamma is not None and self.weighting not in ("min_snr", "soft_min_snr", "p2"):
             raise ValueError("loss.gamma belongs to loss.weighting = 'min_snr', 'soft_min_snr' or 'p2'")
+        if self.zero_terminal_snr and self.weighting != "constant":
+            raise ValueError(
+                f"loss.weighting = {self.weighting!r} gives pure noise, which loss.zero_terminal_snr trains, no weight "
+                "at all; use 'constant'"
+            )
         return self
 
 

@@ -11,61 +11,31 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 
-from sdlora.adapters import limits_elsewhere, make_adapter, timestep_rank
+from sdlora.adapters import limits_elsewhere, timestep_rank
 from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml, load_config, options
-from sdlora.data.cache import Cache
-from sdlora.data.dataset import Dataset, load_dataset
-from sdlora.data.split import split_off
-from sdlora.errors import ConfigError, OutOfMemoryError, SdloraError
+from sdlora.errors import ConfigError, DataError, OutOfMemoryError, SdloraError
 from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, PreviewsDone, RunDone
 from sdlora.files import atomic_path, remove_partial, write_json
 from sdlora.lora.export import LoraMetadata, save_lora
-from sdlora.lora.inject import Adapter
 from sdlora.lora.prove import prove_lora
-from sdlora.lora.targets import find_targets
-from sdlora.models.base import BaseModel
-from sdlora.models.load import load_base
+from sdlora.parts import Parts, prepare
 from sdlora.preview.report import write_report
 from sdlora.preview.sampler import PreviewRequest, draw_previews
 from sdlora.preview.sheet import contact_sheet
 from sdlora.runfolder import Recorder, RunFolder
-from sdlora.shipped import resolve_data_folder
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from sdlora.training.data import TrainingData, held_out_data, training_data
-from sdlora.training.heldout import HeldOut
-from sdlora.training.loop import Trainer
 
-HIGH_RANK = 32
 _FREE_WHEN_RESUMING = {"cache.dir", "train.log_every_steps", "train.checkpoint_every_steps"}
 
 
 class Stopped(Exception):
     """The user asked the run to stop; its checkpoint is written and it can be resumed."""
-
-
-@dataclass
-class _Parts:
-    """Everything a run works with, checked and loaded."""
-
-    config: RunConfig
-    folder: RunFolder
-    base: BaseModel
-    adapter: Adapter
-    targets: list[str]
-    data: TrainingData
-    heldout: HeldOut | None
-    trainer: Trainer
-    previews: PreviewRequest | None
-    notices: list[str]
-    device: torch.device
-    precision: str
 
 
 def start(
@@ -92,10 +62,11 @@ def start(
     if resume:
         _check_same(config, folder)
     try:
-        parts = _prepare(config, folder)
+        parts = prepare(config, folder)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(f"The base {config.base.path!r} does not fit into memory. {error}") from error
-    folder.create(dump_toml(config))
+    if not resume:
+        folder.create(dump_toml(config))
     remove_partial(folder.path)
     recorder = Recorder(folder)
     try:
@@ -123,54 +94,7 @@ def start(
     recorder.finish("done")
 
 
-# --- Before anything is written ------------------------------------------------------------------------------------
-
-
-def _prepare(config: RunConfig, folder: RunFolder) -> _Parts:
-    device, dtype, precision = choose_device(config)
-    notices: list[str] = []
-    # The pictures are looked at before the base is loaded, which may take minutes.
-    dataset = _load_dataset(config, config.data.folder)
-    heldout = None if config.data.holdout is None else _load_dataset(config, config.data.holdout)
-    if heldout is None and config.data.holdout_split:
-        dataset, heldout = split_off(dataset, config.seed)
-    notices += dataset.notices
-    base = load_base(
-        config.base.path, device=device, dtype=dtype, revision=config.base.revision, variant=config.base.variant
-    )
-    if config.loss.zero_terminal_snr:
-        base.use_zero_terminal_snr()
-    dataset = _with_buckets(config, base, dataset)
-    targets = find_targets(base.unet, config.lora.targets, base.text_encoder)
-    adapter = make_adapter(config, base, targets)
-    rank = max([config.lora.rank, *config.lora.target_ranks.values()])
-    if rank > HIGH_RANK:
-        notices.append(
-            f"Rank {rank} needs more memory and copies the training pictures more easily than "
-            f"rank 8 to {HIGH_RANK}. Compare a lower rank before you keep it."
-        )
-    cache = Cache(Path(config.cache.dir) if config.cache.dir else None, base)
-    data = training_data(config, dataset, cache)
-    notices += _long_captions(base, dataset)
-    measured = None
-    if heldout is not None:
-        held_out = held_out_data(config, _with_buckets(config, base, heldout), cache)
-        measured = HeldOut(held_out, adapter, config.seed)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if precision == "fp16" else "no")
-    return _Parts(
-        config=config,
-        folder=folder,
-        base=base,
-        adapter=adapter,
-        targets=targets,
-        data=data,
-        heldout=measured,
-        trainer=Trainer(config, base, adapter, data, accelerator),
-        previews=_preview_request(config, dataset),
-        notices=notices,
-        device=device,
-        precision=precision,
-    )
+# --- Going on where a run stopped -----------------------------------------------------------------------------------
 
 
 def _check_same(config: RunConfig, folder: RunFolder) -> None:
@@ -189,77 +113,33 @@ def _check_same(config: RunConfig, folder: RunFolder) -> None:
         raise ConfigError(f"The run in {folder.path} was started with other settings:\n" + "\n".join(different))
 
 
-def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
-    """The device to train on, the frozen UNet's type, and its name.
+def _pictures(parts: Parts) -> dict[str, str]:
+    """What is trained and held out, by name: a hash of pixels, caption and networks."""
+    heldout = {} if parts.heldout is None else parts.heldout.data.identities()
+    return parts.data.identities() | {f"held out: {name}": identity for name, identity in heldout.items()}
+
+
+def _check_same_pictures(before: dict[str, str], now: dict[str, str]) -> None:
+    """A run goes on only with the pictures it was started with, for which picture comes when depends on all of them.
 
     Raises:
-        ConfigError: The device is not there, or fp16 is asked of a CPU.
+        DataError: Any was added, taken away or changed; all are named.
     """
-    name = config.train.device
-    if name == "auto":
-        name = "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"train.device = {name!r} cannot be used here. Try 'auto', 'cpu' or 'cuda'.") from error
-    precision = config.train.precision
-    if precision == "auto":
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-        precision = "bf16" if fast else "fp32"
-    if precision == "fp16" and device.type == "cpu":
-        raise ConfigError("train.precision = 'fp16' needs a GPU. On a CPU choose 'bf16' or 'fp32'.")
-    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
-    return device, dtype, precision
-
-
-def _load_dataset(config: RunConfig, folder: str) -> Dataset:
-    data = config.data
-    return load_dataset(
-        resolve_data_folder(folder),
-        caption=data.caption,
-        trigger=data.trigger,
-        allow_trigger_only=data.allow_trigger_only,
-        background=data.background,
-    )
-
-
-def _with_buckets(config: RunConfig, base: BaseModel, dataset: Dataset) -> Dataset:
-    data = config.data
-    resolution_px = data.resolution_px or base.resolution_px
-    return dataset.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
-
-
-def _long_captions(base: BaseModel, dataset: Dataset) -> list[str]:
-    long = [e.name for e in dataset.examples if base.num_tokens(e.caption) > base.max_tokens]
-    if not long:
-        return []
-    return [
-        f"{len(long)} captions are longer than {base.max_tokens} tokens; their ends are not read. First: {long[0]}."
-    ]
-
-
-def _preview_request(config: RunConfig, dataset: Dataset) -> PreviewRequest | None:
-    preview = config.preview
-    if not preview.enabled:
-        return None
-    count = len(dataset.examples)
-    # Without prompts of the user's own, three captions spread over the set show at least what is being learned.
-    own = [dataset.examples[i * count // 3].caption for i in range(min(3, count))]
-    return PreviewRequest(
-        prompts=tuple(preview.prompts or dict.fromkeys(own)),
-        seeds=tuple(preview.seeds),
-        negative_prompt=preview.negative_prompt,
-        num_steps=preview.num_steps,
-        guidance=preview.guidance,
-    )
+    kinds = {
+        "added": sorted(now.keys() - before.keys()),
+        "no longer there": sorted(before.keys() - now.keys()),
+        "changed, or its caption": sorted(name for name in now.keys() & before.keys() if now[name] != before[name]),
+    }
+    if any(kinds.values()):
+        told = "\n".join(f"  {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+        raise DataError(f"The run was started with other pictures. Put them back, or start a new run:\n{told}")
 
 
 # --- The run itself ------------------------------------------------------------------------------------------------
 
 
 def _events(
-    parts: _Parts, recorder: Recorder, resume: bool, should_stop: Callable[[], bool], begin: float
+    parts: Parts, recorder: Recorder, resume: bool, should_stop: Callable[[], bool], begin: float
 ) -> Iterator[Event]:
     config, trainer, folder = parts.config, parts.trainer, parts.folder
     yield _plan(parts)
@@ -272,6 +152,7 @@ def _events(
     checkpoints = complete_checkpoints(folder.checkpoints) if resume else []
     if checkpoints:
         extra = load_checkpoint(checkpoints[-1], trainer)
+        _check_same_pictures(extra["pictures"], _pictures(parts))
         recorder.cut_metrics(extra["metrics_bytes"])
         losses = {int(epoch): loss for epoch, loss in extra["heldout_losses"].items()}
         yield Notice(f"Resumed at step {trainer.position.step} of {trainer.total_steps}.")
@@ -280,7 +161,11 @@ def _events(
         yield from _close_epoch(parts, EpochDone(0, 0, None, None, 0.0), losses)
     for event in trainer.events(should_stop):
         if isinstance(event, CheckpointDue):
-            extra = {"metrics_bytes": recorder.metrics_bytes(), "heldout_losses": losses}
+            extra = {
+                "metrics_bytes": recorder.metrics_bytes(),
+                "heldout_losses": losses,
+                "pictures": _pictures(parts),
+            }
             save_checkpoint(folder.checkpoints, trainer, extra)
         elif isinstance(event, EpochDone):
             yield from _close_epoch(parts, event, losses)
@@ -295,14 +180,14 @@ def _events(
     yield Exported(str(folder.lora), epoch, proof["num_modules"], proof["max_error"], folder.lora.stat().st_size)
     yield Notice(reason)
     proven = f"The file was loaded back through diffusers; its greatest difference is {proof['max_error']:g}."
-    limits = limits_elsewhere(config.lora, proof)
+    limits = limits_elsewhere(config, proof)
     for message in limits:
         yield Notice(message)
     _report(parts, [reason, proven, *limits])
     yield RunDone(str(folder.lora), str(folder.path), time.monotonic() - begin)
 
 
-def _plan(parts: _Parts) -> PlanMade:
+def _plan(parts: Parts) -> PlanMade:
     config = parts.config
     heldout = () if parts.heldout is None else parts.heldout.data.dataset.examples
     return PlanMade(
@@ -323,13 +208,13 @@ def _plan(parts: _Parts) -> PlanMade:
     )
 
 
-def _close_epoch(parts: _Parts, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
+def _close_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
     """What belongs to an epoch's end: held-out loss, the LoRA file, previews, the contact sheet, the page."""
     with parts.trainer.averaged():
         yield from _judge_epoch(parts, event, losses)
 
 
-def _judge_epoch(parts: _Parts, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
+def _judge_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
     folder = parts.folder
     if parts.heldout is not None:
         event = parts.heldout.measure(event)
@@ -347,7 +232,7 @@ def _judge_epoch(parts: _Parts, event: EpochDone, losses: dict[int, float]) -> I
     _report(parts, [f"{done}. This page is written anew after every epoch."])
 
 
-def _report(parts: _Parts, sentences: list[str]) -> None:
+def _report(parts: Parts, sentences: list[str]) -> None:
     folder = parts.folder
     write_report(
         folder.report,
@@ -361,7 +246,7 @@ def _report(parts: _Parts, sentences: list[str]) -> None:
     )
 
 
-def _write_sheet(parts: _Parts, request: PreviewRequest, last_epoch: int) -> list[str]:
+def _write_sheet(parts: Parts, request: PreviewRequest, last_epoch: int) -> list[str]:
     def files(epoch: int) -> list[Path]:
         return [parts.folder.epoch(epoch) / "previews" / name for name in request.file_names()]
 
@@ -371,7 +256,7 @@ def _write_sheet(parts: _Parts, request: PreviewRequest, last_epoch: int) -> lis
     return [str(file) for file in files(last_epoch)]
 
 
-def _metadata(parts: _Parts, event: EpochDone) -> LoraMetadata:
+def _metadata(parts: Parts, event: EpochDone) -> LoraMetadata:
     config = parts.config
     return LoraMetadata(
         name=parts.folder.name,
@@ -381,12 +266,14 @@ def _metadata(parts: _Parts, event: EpochDone) -> LoraMetadata:
         trigger=config.data.trigger,
         epoch=event.epoch,
         step=event.step,
-        settings={"lora": config.lora.model_dump(), "train": config.train.model_dump(), "seed": config.seed},
+        started=parts.folder.config.stat().st_mtime,
+        settings={"seed": config.seed}
+        | {name: getattr(config, name).model_dump() for name in ("lora", "train", "timesteps", "loss")},
         timestep_rank=timestep_rank(config.lora),
     )
 
 
-def _export(parts: _Parts, event: EpochDone) -> None:
+def _export(parts: Parts, event: EpochDone) -> None:
     """Write an epoch's LoRA, load it back through diffusers, and keep the figures beside it."""
     file, state = parts.folder.epoch_lora(event.epoch), parts.adapter.state()
     save_lora(file, state, metadata=_metadata(parts, event))

@@ -42,6 +42,19 @@ def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three further captioned pictures, to hold out."""
+    folder = tmp_path_factory.mktemp("data") / "others"
+    folder.mkdir()
+    for index, color in enumerate(("black", "brown", "pink")):
+        picture = Image.new("RGB", (64, 32) if index > 1 else (32, 32), "white")
+        ImageDraw.Draw(picture).rectangle((4 + index, 6, 22, 26), fill=color)
+        picture.save(folder / f"{color}.png")
+        (folder / f"{color}.txt").write_text(f"a {color} box", encoding="utf-8")
+    return folder
+
+
 @pytest.fixture
 def overrides(tiny_base: Path, pictures: Path, tmp_path: Path) -> list[str]:
     """Settings of a run that takes a second or two."""

@@ -4,7 +4,7 @@ import torch
 from adapters import UNET_TARGETS
 
 from sdlora.adapters import limits_elsewhere, make_adapter, timestep_rank
-from sdlora.config import LoraConfig, RunConfig
+from sdlora.config import LoraConfig, LossConfig, RunConfig
 from sdlora.lora.targets import find_targets, target_of
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.models.load import load_base
@@ -30,8 +30,10 @@ def test_every_setting_reaches_the_layers(tiny_base: Path) -> None:
 def test_what_other_programs_do_is_said_with_the_measured_figure() -> None:
     plain, masked = LoraConfig(), LoraConfig(timestep_rank_min=2, timestep_rank_alpha=2.0)
     assert (timestep_rank(plain), timestep_rank(masked)) == (None, TimestepRank(2, 2.0))
-    assert limits_elsewhere(plain, {"rank_mask_difference": None}) == []
-    (sentence,) = limits_elsewhere(masked, {"rank_mask_difference": 0.1234})
+    assert limits_elsewhere(RunConfig(lora=plain), {"rank_mask_difference": None}) == []
+    (sentence,) = limits_elsewhere(RunConfig(lora=masked), {"rank_mask_difference": 0.1234})
     assert "differ by 12% of what the LoRA changes" in sentence
-    (sentence,) = limits_elsewhere(LoraConfig(dora=True), {"rank_mask_difference": None})
+    (sentence,) = limits_elsewhere(RunConfig(lora=LoraConfig(dora=True)), {"rank_mask_difference": None})
     assert "DoRA" in sentence
+    (sentence,) = limits_elsewhere(RunConfig(loss=LossConfig(zero_terminal_snr=True)), {})
+    assert "rescale_betas_zero_snr=True" in sentence

@@ -6,6 +6,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -47,7 +48,7 @@ def folder_with(path: Path, **files: bytes) -> Path:
     return path
 
 
-def test_bad_input_has_a_message_and_a_code_and_writes_nothing(train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_bad_input_has_a_message_and_a_code_and_writes_nothing(train, tmp_path: Path, pictures: Path) -> None:  # type: ignore[no-untyped-def]
     Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
     png = (tmp_path / "x.png").read_bytes()
     empty = folder_with(tmp_path / "empty")
@@ -65,6 +66,9 @@ def test_bad_input_has_a_message_and_a_code_and_writes_nothing(train, tmp_path: 
         ([f"base.path={empty}"], 2, "model_index.json"),
         (["train.device=tpu9"], 2, "train.device"),
         (["train.precision=fp16"], 2, "fp16"),
+        (["train.warmup_steps=1000"], 2, "never ends in"),
+        ([f"data.holdout={pictures}"], 2, "data.holdout is data.folder"),
+        ([f"cache.dir={tmp_path / 'x.png' / 'cache'}"], 2, "cache.dir"),
     ]
     for changes, code, reason in cases:
         found, out, err = train(*changes)
@@ -143,6 +147,7 @@ def test_an_internal_error_shows_no_traceback(
     code, _, err = call(capsys, "config", "show", "quickstart")
     assert code == 1
     assert "Internal error: ZeroDivisionError: oops" in err
+    assert 'raise ZeroDivisionError("oops")' in (Path(tempfile.gettempdir()) / "sdlora-error.txt").read_text()
     assert "Traceback" not in err
 
 

@@ -69,7 +69,10 @@ def test_too_many_epochs_explain_copying(epochs: int) -> None:
 def test_impossible_pairs_and_values() -> None:
     assert "min (900) is above max (100)" in faults(timesteps={"min": 900, "max": 100})
     assert "not among lora.targets" in faults(lora={"target_ranks": {"mlp": 4}})
-    assert "is above the rank (4)" in faults(lora={"rank": 4, "timestep_rank_min": 5})
+    assert "must be below the lowest rank of the UNet's layers (4)" in faults(lora={"rank": 4, "timestep_rank_min": 4})
+    assert "no target is in the UNet" in faults(lora={"targets": ["text_encoder"], "timestep_rank_min": 4})
+    assert "reaches across 800" in faults(timesteps={"high_noise_keep": 0.5, "max": 799})
+    assert "gives pure noise" in faults(loss={"zero_terminal_snr": True, "weighting": "min_snr"})
     assert "does nothing unless lora.timestep_rank_min" in faults(lora={"timestep_rank_alpha": 2.0})
     assert "lora.dora goes with" in faults(lora={"dora": True, "start": "pissa"})
     assert "belong to timesteps.density" in faults(timesteps={"mean": 1.0})

@@ -15,7 +15,7 @@ FLOORS = {
     "data.cache": 4,
     "training": 5,
     "preview": 6,
-    "progress": 7, "runfolder": 7, "adapters": 7, "run": 7,
+    "progress": 7, "runfolder": 7, "adapters": 7, "parts": 7, "run": 7,
     "cli": 8, "__main__": 8,
 }  # fmt: skip
 

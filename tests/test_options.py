@@ -121,7 +121,7 @@ CHANGES: dict[str, list[str]] = {
     "lora.dropout": ["lora.dropout=0.5"],
     "lora.start": ["lora.start=pissa"],
     "lora.timestep_rank_min": ["lora.timestep_rank_min=1"],
-    "lora.timestep_rank_alpha": ["lora.timestep_rank_min=1", "lora.timestep_rank_alpha=0.2"],
+    "lora.timestep_rank_alpha": ["lora.rank=8", "lora.timestep_rank_min=1", "lora.timestep_rank_alpha=0.2"],
     "train.epochs": ["train.epochs=1"],
     "train.batch_size": ["train.batch_size=1"],
     "train.gradient_accumulation_steps": ["train.gradient_accumulation_steps=2"],
@@ -157,6 +157,7 @@ CHANGES: dict[str, list[str]] = {
     "preview.num_steps": ["preview.num_steps=3"],
     "preview.guidance": ["preview.guidance=2.0"],
 }
+REFUSED_HERE = {"base.variant", "train.device"}
 TESTED_BELOW = {
     "base.revision", "data.holdout", "data.holdout_split", "data.keep_tags", "train.log_every_steps", "cache.dir",
     "loss.zero_terminal_snr",
@@ -176,7 +177,12 @@ def filled(change: str, scene: dict[str, str]) -> str:
 
 @pytest.mark.parametrize("name", list(CHANGES))
 def test_a_change_shows(name: str, common: str, outcome: Callable[..., str], scene: dict[str, str]) -> None:
-    assert outcome(*(filled(change, scene) for change in CHANGES[name])) != common
+    changes = [filled(change, scene) for change in CHANGES[name]]
+    result = outcome(*changes)
+    assert result != common
+    assert ".safetensors " in result or name in REFUSED_HERE, result
+    if len(changes) > 1 and name not in ("data.caption", "data.allow_trigger_only"):
+        assert result != outcome(*changes[:-1]), "the last change alone must show"
 
 
 def test_the_same_settings_give_the_same_run(common: str, outcome: Callable[..., str]) -> None:

@@ -14,7 +14,7 @@ from sdlora.lora.inject import Form
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.pipelines import apply_timestep_rank
 
-METADATA = LoraMetadata("hero", "base", "stable-diffusion-v1", 64, None, 1, 1, {})
+METADATA = LoraMetadata("hero", "base", "stable-diffusion-v1", 64, None, 1, 1, 1.7e9, {})
 SETTING = TimestepRank(2, 1.0)
 
 

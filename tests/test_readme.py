@@ -28,7 +28,7 @@ def test_the_five_lines_that_load_a_lora(tmp_path: Path, monkeypatch: pytest.Mon
     assert len(code.splitlines()) == 5
     base = StableDiffusionPipeline.from_pretrained(pocket_folder())
     adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"]), 8, 8.0, 0)
-    metadata = LoraMetadata("quickstart", "pocket", "stable-diffusion-v1", 64, "zumi", 4, 1, {})
+    metadata = LoraMetadata("quickstart", "pocket", "stable-diffusion-v1", 64, "zumi", 4, 1, 1.7e9, {})
     save_lora(tmp_path / "runs/quickstart/quickstart.safetensors", adapter.state(), metadata=metadata)
     monkeypatch.chdir(tmp_path)
     names: dict[str, Any] = {}

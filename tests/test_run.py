@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
 from sdlora.configfile import load_config
-from sdlora.errors import ConfigError, OutputError
+from sdlora.errors import ConfigError, DataError, OutputError
 from sdlora.events import EpochDone, Event, Exported, Notice, PlanMade, RunDone, StepDone
+from sdlora.parts import prepare
 from sdlora.run import Stopped, start
+from sdlora.runfolder import RunFolder
 
 CONFIG = "[data]\ntrigger = 'zumi'\n"
 
@@ -42,9 +45,9 @@ def digests(folder: Path) -> dict[str, str]:
     return found
 
 
-def test_a_run_leaves_everything_a_person_needs(tmp_path: Path, overrides: list[str], pictures: Path) -> None:
+def test_a_run_leaves_everything_a_person_needs(tmp_path: Path, overrides: list[str], others: Path) -> None:
     folder = tmp_path / "run"
-    events = run(folder, [*overrides, f"data.holdout={pictures}", "data.repeats=2"])
+    events = run(folder, [*overrides, f"data.holdout={others}", "data.repeats=2"])
     plan = next(event for event in events if isinstance(event, PlanMade))
     assert (plan.pictures, plan.exposures_per_picture) == (5, 4)
     # Two buckets of 3 and 2 pictures, two rounds of each in batches of 2: 3 + 2 steps an epoch.
@@ -86,8 +89,8 @@ def test_metrics_have_the_promised_keys_and_every_visit_once(tmp_path: Path, ove
     assert epochs[0]["train_bands"] is epochs[1]["heldout_bands"] is epochs[1]["heldout_change"] is None
 
 
-def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(tmp_path: Path, overrides: list[str], pictures: Path) -> None:
-    options = [*overrides, "data.repeats=3", "train.log_every_steps=2", f"data.holdout={pictures}"]
+def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(tmp_path: Path, overrides: list[str], others: Path) -> None:
+    options = [*overrides, "data.repeats=3", "train.log_every_steps=2", f"data.holdout={others}"]
     options += [f"cache.dir={tmp_path / 'shared'}"]
     whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
     whole.parent.mkdir()
@@ -133,9 +136,9 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_adapter_resumes_in_the_same_bytes(
-    tmp_path: Path, overrides: list[str], pictures: Path, form: list[str]
+    tmp_path: Path, overrides: list[str], form: list[str], others: Path
 ) -> None:
-    options = [*overrides, *form, f"data.holdout={pictures}", f"cache.dir={tmp_path / 'shared'}"]
+    options = [*overrides, *form, f"data.holdout={others}", f"cache.dir={tmp_path / 'shared'}"]
     whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
     whole.parent.mkdir()
     cut.parent.mkdir()
@@ -182,6 +185,35 @@ def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path, overrides: lis
     run(folder, [*overrides, "preview.enabled=false", "train.log_every_steps=3"], resume=True)
 
 
+def test_a_run_goes_on_only_with_its_own_pictures(tmp_path: Path, overrides: list[str], pictures: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(pictures, mine)
+    options = [*overrides, "preview.enabled=false", f"data.folder={mine}"]
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", options, should_stop=lambda: True)
+    (mine / "red.txt").write_text("another caption")
+    (mine / "blue.png").rename(mine / "navy.png")
+    (mine / "blue.txt").rename(mine / "navy.txt")
+    with pytest.raises(DataError, match="started with other pictures") as caught:
+        run(tmp_path / "run", options, resume=True)
+    assert "added: navy.png" in str(caught.value)
+    assert "no longer there: blue.png" in str(caught.value)
+    assert "changed, or its caption: red.png" in str(caught.value)
+    shutil.rmtree(mine)
+    shutil.copytree(pictures, mine)
+    assert isinstance(run(tmp_path / "run", options, resume=True)[-1], RunDone)
+
+
+def test_previews_of_captions_call_the_trigger(tmp_path: Path, overrides: list[str]) -> None:
+    run(tmp_path / "run", [*overrides, "preview.prompts=[]", "train.epochs=1"])
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "prompt02_seed0.png" in log
+    config = load_config(str(tmp_path / "hero.toml"), [*overrides, "preview.prompts=[]"])
+    request = prepare(config, RunFolder(tmp_path / "other", "hero")).previews
+    assert request is not None
+    assert all(prompt.startswith("zumi, a ") for prompt in request.prompts)
+
+
 def test_what_a_person_should_know_is_said(tmp_path: Path, overrides: list[str]) -> None:
     options = [*overrides, "preview.enabled=false", "lora.rank=33", "train.epochs=1"]
     events = run(tmp_path / "run", options)
@@ -189,8 +221,8 @@ def test_what_a_person_should_know_is_said(tmp_path: Path, overrides: list[str])
     assert "Rank 33 needs more memory and copies the training pictures more easily" in told
 
 
-def test_heldout_loss_chooses_the_epoch(tmp_path: Path, overrides: list[str], pictures: Path) -> None:
-    events = run(tmp_path / "run", [*overrides, f"data.holdout={pictures}", "preview.enabled=false"])
+def test_heldout_loss_chooses_the_epoch(tmp_path: Path, overrides: list[str], others: Path) -> None:
+    events = run(tmp_path / "run", [*overrides, f"data.holdout={others}", "preview.enabled=false"])
     losses = {event.epoch: event.heldout_loss for event in events if isinstance(event, EpochDone)}
     best = min((1, 2), key=lambda epoch: losses[epoch] or 0.0)
     assert next(event for event in events if isinstance(event, Exported)).epoch == best

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from sdlora.data.dataset import Example, load_pixels
 from sdlora.data.images import pixel_hash, to_tensor
+from sdlora.errors import ConfigError
 from sdlora.events import Progress
 from sdlora.files import atomic_path
 from sdlora.models.base import BaseModel, TextStates
@@ -33,17 +34,31 @@ class Cache:
     Args:
         folder: Where the files are; None takes the user's cache folder.
         base: The model whose VAE and text encoder fill the cache.
+
+    Raises:
+        ConfigError: The folder cannot be made.
     """
 
     def __init__(self, folder: Path | None, base: BaseModel) -> None:
         self.folder = folder or Path(user_cache_dir("sdlora")) / "tensors"
         self.base = base
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(
+                f"cache.dir: {self.folder} cannot be made ({error.strerror}). Choose a folder that you can write to."
+            ) from error
         self._moments: dict[Example, Tensor] = {}
+        self._keys: dict[Example, str] = {}
         self._text: dict[str, TextStates] = {}
 
     def moments(self, example: Example) -> Tensor:
         """The VAE's posterior moments of a filled picture, (2C, h, w) float32 on the CPU."""
         return self._moments[example]
+
+    def identity(self, example: Example) -> str:
+        """A hash of a filled picture, its caption, and the VAE and text encoder that read them."""
+        return _key(self._keys[example], _key("text", self.base.text_identity, example.caption))
 
     def text(self, captions: Sequence[str]) -> TextStates:
         """Text states of filled captions, the batch first, float32 on the CPU."""
@@ -65,6 +80,7 @@ class Cache:
                 return {"moments": self.base.encode_pixels(to_tensor(picture).unsqueeze(0))[0]}
 
             self._moments[example] = self._fetch("moments", key, encode)["moments"]
+            self._keys[example] = key
             yield Progress("cache pictures", done, len(examples))
 
     def fill_text(self, captions: Iterable[str]) -> Iterator[Progress]:

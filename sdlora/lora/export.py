@@ -50,6 +50,7 @@ class LoraMetadata:
         trigger: The word that calls it up.
         epoch: How many epochs were trained.
         step: How many optimizer steps were trained.
+        started: When training began, in seconds since 1970.
         settings: The settings worth knowing later, JSON values.
         timestep_rank: The ranks to use at each noise level, which the file's weights alone cannot tell.
     """
@@ -61,6 +62,7 @@ class LoraMetadata:
     trigger: str | None
     epoch: int
     step: int
+    started: float
     settings: dict[str, Any]
     timestep_rank: TimestepRank | None = None
 
@@ -112,7 +114,7 @@ def _header(state: LoraState, tensors: dict[str, Tensor], metadata: LoraMetadata
         "ss_resolution": f"({metadata.resolution_px}, {metadata.resolution_px})",
         "ss_epoch": str(metadata.epoch),
         "ss_steps": str(metadata.step),
-        "ss_training_started_at": str(datetime.now(UTC).timestamp()),
+        "ss_training_started_at": str(metadata.started),
         "sdlora.version": sdlora.__version__,
         "sdlora.settings": json.dumps(metadata.settings, sort_keys=True),
     }

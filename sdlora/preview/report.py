@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.data.images import load_image
+from sdlora.diffusion.timesteps import HIGH_NOISE, NUM_TIMESTEPS
 from sdlora.files import write_text
 from sdlora.preview.charts import COLORS, Line, bar_chart, line_chart
-from sdlora.training.bands import NUM_BANDS, NUM_TIMESTEPS, band_names
+from sdlora.training.bands import NUM_BANDS, band_names
 
 NUM_BINS = 20
-HIGH_NOISE = 800
 _THUMBNAIL_PX = 64
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222; }

@@ -5,8 +5,9 @@ Floor 5.
 
 from __future__ import annotations
 
+from sdlora.diffusion.timesteps import NUM_TIMESTEPS
+
 NUM_BANDS = 5
-NUM_TIMESTEPS = 1000
 
 
 def band_of(timestep: int) -> int:

@@ -48,6 +48,10 @@ class TrainingData:
         kinds = [self.caption] if self.preserved_caption is None else [self.caption, self.preserved_caption]
         yield from self.cache.fill_text(caption(*visit) for caption in kinds for visit in visits)
 
+    def identities(self) -> dict[str, str]:
+        """What every picture is, by name: a hash of its pixels, its caption, and the networks that read them."""
+        return {example.name: self.cache.identity(example) for example in self.dataset.examples}
+
     def name(self, index: int) -> str:
         """The file name of an example."""
         return self.dataset.examples[index].name

@@ -10,9 +10,10 @@ from dataclasses import replace
 import torch
 
 from sdlora import seeds
+from sdlora.diffusion.timesteps import NUM_TIMESTEPS
 from sdlora.events import EpochDone
 from sdlora.lora.inject import Adapter
-from sdlora.training.bands import NUM_BANDS, NUM_TIMESTEPS
+from sdlora.training.bands import NUM_BANDS
 from sdlora.training.data import TrainingData
 from sdlora.training.objective import Batch, diffusion_loss
 
@@ -70,7 +71,7 @@ def heldout_bands(data: TrainingData, seed: int) -> list[float]:
         moments = data.moments(index).unsqueeze(0)
         mean = moments.chunk(2, dim=1)[0]
         noise = [seeds.normal(mean.shape[1:], seed, "heldout noise", data.name(index), level) for level in levels]
-        text = data.text([(index, 1)] * NUM_LEVELS)
+        text = {name: states.expand(NUM_LEVELS, *states.shape[1:]) for name, states in data.text([(index, 1)]).items()}
         latents = base.sample_latents(moments, torch.zeros_like(mean)).expand(NUM_LEVELS, -1, -1, -1)
         losses.append(diffusion_loss(base, Batch(latents, torch.stack(noise), torch.tensor(levels), text)))
     means: list[float] = torch.stack(losses).view(-1, NUM_BANDS, LEVELS_PER_BAND).mean(dim=(0, 2)).tolist()

@@ -26,10 +26,12 @@ class Group:
     Attributes:
         parameters: At least one.
         rate_factor: Their learning rate over the run's, above 0.
+        decays: Whether weight decay acts on them: it pulls towards zero, which must be the base.
     """
 
     parameters: Sequence[nn.Parameter]
     rate_factor: float
+    decays: bool = True
 
 
 def adapter_groups(adapter: Adapter, plus_ratio: float, text_encoder_factor: float) -> list[Group]:
@@ -40,16 +42,20 @@ def adapter_groups(adapter: Adapter, plus_ratio: float, text_encoder_factor: flo
         plus_ratio: The rate of every B over that of A, at least 1; DoRA's magnitudes have the rate of A.
         text_encoder_factor: The rate of the text encoder's A over that of the UNet's, above 0.
 
+    Magnitudes, and layers whose start is subtracted, are at the base where they began and not at zero; they do not
+    decay.
+
     Source: LoRA+, Hayou et al. 2402.12354, section 4.
     """
-    rates: dict[float, list[nn.Parameter]] = {}
+    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for path, layer in adapter.layers.items():
         factor = text_encoder_factor if path.startswith(TEXT_ENCODER) else 1.0
-        rates.setdefault(factor, []).append(layer.down)
-        rates.setdefault(factor * plus_ratio, []).append(layer.up)
+        decays = layer.down_start is None
+        groups.setdefault((factor, decays), []).append(layer.down)
+        groups.setdefault((factor * plus_ratio, decays), []).append(layer.up)
         if layer.magnitude is not None:
-            rates.setdefault(factor, []).append(layer.magnitude)
-    return [Group(parameters, factor) for factor, parameters in rates.items()]
+            groups.setdefault((factor, False), []).append(layer.magnitude)
+    return [Group(parameters, factor, decays) for (factor, decays), parameters in groups.items()]
 
 
 def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
@@ -65,7 +71,7 @@ def make_optimizer(name: str, groups: Sequence[Group], *, rate: float, weight_de
         name: A value of `train.optimizer`.
         groups: What it trains, all on one device.
         rate: The run's learning rate, above 0.
-        weight_decay: Decay of every parameter towards zero, at least 0.
+        weight_decay: Decay towards zero of the groups that decay, at least 0.
 
     Raises:
         ConfigError: The optimizer's package, or the GPU it needs, is missing.
@@ -78,7 +84,7 @@ def make_optimizer(name: str, groups: Sequence[Group], *, rate: float, weight_de
         {
             "params": list(group.parameters),
             "lr": rate * group.rate_factor,
-            "weight_decay": weight_decay,
+            "weight_decay": weight_decay if group.decays else 0.0,
             "rate_factor": group.rate_factor,
         }
         for group in groups

@@ -17,7 +17,7 @@ import transformers
 from PIL import Image
 from variants import Recipe
 
-from sdlora import run
+from sdlora import parts
 from sdlora.config import RunConfig
 from sdlora.configfile import parse_config
 from sdlora.events import CheckpointDue, EpochDone
@@ -51,20 +51,20 @@ def make_config(base: str, sets: Path, concept: str, seed: int, *parts: Recipe) 
 
 
 def prepare(config: RunConfig, folder: Path) -> Any:
-    """A run's parts, its cache filled; see `sdlora.run`."""
+    """A run's parts, its cache filled; see `sdlora.parts`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        parts = run._prepare(config, RunFolder(folder, "benchmark"))
-    for _ in parts.data.fill(config.train.epochs * config.data.repeats, config.data.background):
+        made = parts.prepare(config, RunFolder(folder, "benchmark"))
+    for _ in made.data.fill(config.train.epochs * config.data.repeats, config.data.background):
         pass
-    for _ in parts.heldout.data.fill(1, config.data.background):
+    for _ in made.heldout.data.fill(1, config.data.background):
         pass
-    return parts
+    return made
 
 
-def heldout(parts: Any) -> list[float]:
+def heldout(made: Any) -> list[float]:
     """The unweighted held-out loss in five bands of timesteps, on the same noise whatever the run's seed."""
-    return heldout_bands(parts.heldout.data, 0)
+    return heldout_bands(made.heldout.data, 0)
 
 
 def watch(

@@ -19,7 +19,7 @@ from sdlora.lora.timestep_rank import TimestepRank
 
 METADATA = LoraMetadata(
     name="hero", base="/home/someone/models/base", architecture="stable-diffusion-v1", resolution_px=64,
-    trigger="zumi", epoch=3, step=12, settings={"lora": {"rank": 4}},
+    trigger="zumi", epoch=3, step=12, started=1.7e9, settings={"lora": {"rank": 4}},
 )  # fmt: skip
 
 

@@ -109,6 +109,22 @@ def test_every_part_moves_at_its_own_rate(tiny_base: Path, pictures: Path, tmp_p
             torch.testing.assert_close(parameter.detach() - before[parameter], expected, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("form", [Form(dora=True), Form(start="pissa"), Form()])
+def test_decay_pulls_towards_the_base_alone(tiny_base: Path, pictures: Path, tmp_path: Path, form: Form) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path, form=form)
+    adapter = trainer.adapter
+    optimizer = make_optimizer("adamw", adapter_groups(adapter, 1.0, 1.0), rate=0.1, weight_decay=0.5)
+    before = {parameter: parameter.detach().clone() for parameter in adapter.parameters()}
+    for parameter in before:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for layer in adapter.layers.values():
+        shrunk = 1.0 if form.start == "pissa" else 0.95
+        torch.testing.assert_close(layer.down.detach(), shrunk * before[layer.down])
+        if layer.magnitude is not None:
+            assert torch.equal(layer.magnitude, before[layer.magnitude])
+
+
 def test_the_trainer_gives_b_its_ratio(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     moved = []
     for ratio in (1.0, 8.0):

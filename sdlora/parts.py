@@ -1,0 +1,183 @@
+"""What a run works with, checked and loaded before anything is written.
+
+Floor 7, used by `run`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from sdlora.adapters import make_adapter
+from sdlora.config import RunConfig
+from sdlora.data.cache import Cache
+from sdlora.data.captions import with_trigger
+from sdlora.data.dataset import Dataset, load_dataset
+from sdlora.data.split import split_off
+from sdlora.errors import ConfigError
+from sdlora.lora.inject import Adapter
+from sdlora.lora.targets import find_targets
+from sdlora.models.base import BaseModel
+from sdlora.models.load import load_base
+from sdlora.preview.sampler import PreviewRequest
+from sdlora.runfolder import RunFolder
+from sdlora.shipped import resolve_data_folder
+from sdlora.training.data import TrainingData, held_out_data, training_data
+from sdlora.training.heldout import HeldOut
+from sdlora.training.loop import Trainer
+
+HIGH_RANK = 32
+
+
+@dataclass
+class Parts:
+    """Everything a run works with, checked and loaded."""
+
+    config: RunConfig
+    folder: RunFolder
+    base: BaseModel
+    adapter: Adapter
+    targets: list[str]
+    data: TrainingData
+    heldout: HeldOut | None
+    trainer: Trainer
+    previews: PreviewRequest | None
+    notices: list[str]
+    device: torch.device
+    precision: str
+
+
+def prepare(config: RunConfig, folder: RunFolder) -> Parts:
+    """Check and load everything that a configuration asks for.
+
+    Args:
+        config: What to do.
+        folder: The run's folder, which is not touched.
+
+    Raises:
+        SdloraError: Anything that is wrong with the settings, the pictures or the base.
+    """
+    device, dtype, precision = choose_device(config)
+    notices: list[str] = []
+    # The pictures are looked at before the base is loaded, which may take minutes.
+    dataset = _load_dataset(config, config.data.folder)
+    heldout = None if config.data.holdout is None else _load_dataset(config, config.data.holdout)
+    if heldout is not None and heldout.folder.resolve() == dataset.folder.resolve():
+        raise ConfigError(
+            "data.holdout is data.folder: what is trained cannot be held out. Leave data.holdout unset, and a few "
+            "pictures are kept out of training, or name another folder."
+        )
+    if heldout is None and config.data.holdout_split:
+        dataset, heldout = split_off(dataset, config.seed)
+    notices += dataset.notices
+    base = load_base(
+        config.base.path, device=device, dtype=dtype, revision=config.base.revision, variant=config.base.variant
+    )
+    if config.loss.zero_terminal_snr:
+        base.use_zero_terminal_snr()
+    dataset = _with_buckets(config, base, dataset)
+    targets = find_targets(base.unet, config.lora.targets, base.text_encoder)
+    adapter = make_adapter(config, base, targets)
+    rank = max(config.lora.ranks())
+    if rank > HIGH_RANK:
+        notices.append(
+            f"Rank {rank} needs more memory and copies the training pictures more easily than "
+            f"rank 8 to {HIGH_RANK}. Compare a lower rank before you keep it."
+        )
+    cache = Cache(Path(config.cache.dir) if config.cache.dir else None, base)
+    data = training_data(config, dataset, cache)
+    notices += _long_captions(base, dataset, config.data.trigger)
+    measured = None
+    if heldout is not None:
+        held_out = held_out_data(config, _with_buckets(config, base, heldout), cache)
+        measured = HeldOut(held_out, adapter, config.seed)
+    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if precision == "fp16" else "no")
+    trainer = Trainer(config, base, adapter, data, accelerator)
+    if config.train.warmup_steps >= trainer.total_steps:
+        raise ConfigError(
+            f"train.warmup_steps = {config.train.warmup_steps} never ends in {trainer.total_steps} steps. "
+            "Choose a tenth of them or less, or raise data.repeats."
+        )
+    return Parts(
+        config=config,
+        folder=folder,
+        base=base,
+        adapter=adapter,
+        targets=targets,
+        data=data,
+        heldout=measured,
+        trainer=trainer,
+        previews=_preview_request(config, dataset),
+        notices=notices,
+        device=device,
+        precision=precision,
+    )
+
+
+def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
+    """The device to train on, the frozen UNet's type, and its name.
+
+    Raises:
+        ConfigError: The device is not there, or fp16 is asked of a CPU.
+    """
+    name = config.train.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"train.device = {name!r} cannot be used here. Try 'auto', 'cpu' or 'cuda'.") from error
+    precision = config.train.precision
+    if precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = "bf16" if fast else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("train.precision = 'fp16' needs a GPU. On a CPU choose 'bf16' or 'fp32'.")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return device, dtype, precision
+
+
+def _load_dataset(config: RunConfig, folder: str) -> Dataset:
+    data = config.data
+    return load_dataset(
+        resolve_data_folder(folder),
+        caption=data.caption,
+        trigger=data.trigger,
+        allow_trigger_only=data.allow_trigger_only,
+        background=data.background,
+    )
+
+
+def _with_buckets(config: RunConfig, base: BaseModel, dataset: Dataset) -> Dataset:
+    data = config.data
+    resolution_px = data.resolution_px or base.resolution_px
+    return dataset.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
+
+
+def _long_captions(base: BaseModel, dataset: Dataset, trigger: str | None) -> list[str]:
+    long = [e.name for e in dataset.examples if base.num_tokens(with_trigger(e.caption, trigger)) > base.max_tokens]
+    if not long:
+        return []
+    return [
+        f"{len(long)} captions are longer than {base.max_tokens} tokens; their ends are not read. First: {long[0]}."
+    ]
+
+
+def _preview_request(config: RunConfig, dataset: Dataset) -> PreviewRequest | None:
+    preview = config.preview
+    if not preview.enabled:
+        return None
+    count = len(dataset.examples)
+    # Without prompts of the user's own, three captions spread over the set show at least what is being learned.
+    own = [with_trigger(dataset.examples[i * count // 3].caption, config.data.trigger) for i in range(min(3, count))]
+    return PreviewRequest(
+        prompts=tuple(preview.prompts or dict.fromkeys(own)),
+        seeds=tuple(preview.seeds),
+        negative_prompt=preview.negative_prompt,
+        num_steps=preview.num_steps,
+        guidance=preview.guidance,
+    )
