@@ -20,6 +20,8 @@ from sdlora.diffusion.noise import check_prediction_type, zero_terminal_snr
 from sdlora.errors import BaseModelError, ConfigError
 from sdlora.models.base import TextStates
 
+_SD2_TEXT_WIDTH = 1024
+
 
 class StableDiffusion:
     """A Stable Diffusion 1.x base; see `sdlora.models.base.BaseModel` for the attributes.
@@ -32,7 +34,8 @@ class StableDiffusion:
         reload: Loads the same pipeline anew.
 
     Raises:
-        BaseModelError: The pipeline is an inpainting model, or predicts something sdlora does not train.
+        BaseModelError: The pipeline is an inpainting model or a Stable Diffusion 2.x, or predicts something sdlora does
+            not train.
     """
 
     architecture = "stable-diffusion-v1"
@@ -59,6 +62,11 @@ class StableDiffusion:
             raise BaseModelError(
                 f"The UNet of {path!r} takes {channels} channels and its VAE makes {self.vae.config.latent_channels}: "
                 "this is an inpainting or depth model. Train on the plain model it was made from."
+            )
+        if self.unet.config.cross_attention_dim == _SD2_TEXT_WIDTH:
+            raise BaseModelError(
+                f"{path!r} is a Stable Diffusion 2.x: its text states are {_SD2_TEXT_WIDTH} numbers wide. "
+                "sdlora trains Stable Diffusion 1.x; choose such a base."
             )
         schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.prediction_type = check_prediction_type(schedule.config.prediction_type)

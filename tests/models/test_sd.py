@@ -56,6 +56,8 @@ def test_what_cannot_be_trained_is_refused_with_a_reason(tmp_path: Path, tiny_ba
             load_base(path, device=CPU, dtype=torch.float32)
         return str(caught.value)
 
+    make_tiny_pipeline(tmp_path / "sd2", text_width=1024)
+    assert "Stable Diffusion 2.x" in refused(str(tmp_path / "sd2"))
     make_tiny_pipeline(tmp_path / "inpaint", in_channels=9)
     assert "inpainting" in refused(str(tmp_path / "inpaint"))
     assert "There is no base 'nowhere'" in refused("nowhere")
