@@ -1,4 +1,4 @@
-"""The command line: `sdlora train`, `config`, `info`.
+"""The command line: `sdlora train`, `data`, `config`, `info`.
 
 Floor 8. Results and JSON go to stdout, everything else to stderr; exit codes are those of `sdlora.errors`.
 """
@@ -13,18 +13,24 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from sdlora import __version__
+from sdlora.config import DataConfig
 from sdlora.configfile import dump_toml, json_schema, load_config
-from sdlora.errors import SdloraError
+from sdlora.errors import DataError, SdloraError
+from sdlora.shipped import resolve_data_folder
+
+if TYPE_CHECKING:
+    from sdlora.data.doctor import Finding
 
 EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 
@@ -81,6 +87,58 @@ def train(
         except Stopped:
             _say(f"Stopped. Go on with: sdlora train {config} --output {folder} --resume")
             raise typer.Exit(EXIT_TERMINATED if stop_signal() == signal.SIGTERM else EXIT_INTERRUPTED) from None
+
+
+@app.command()
+def data(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder of pictures, or a shipped set: builtin:NAME.")],
+    trigger: Annotated[str | None, typer.Option(help="The word that captions should hold.")] = None,
+    resolution_px: Annotated[
+        int | None, typer.Option("--resolution-px", min=16, max=4096, help="Training size, to look at sizes as well.")
+    ] = None,
+    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Look at a folder of pictures before it is trained; exit code 3 if it would be refused."""
+    path, settings = resolve_data_folder(folder), DataConfig()
+    from sdlora.data.buckets import assign_buckets
+    from sdlora.data.doctor import examine, examine_sizes
+
+    checkup = examine(path, background=settings.background, trigger=trigger)
+    findings, num_buckets = list(checkup.findings), None
+    if resolution_px is not None:
+        sizes = {picture.path.name: picture.size for picture in checkup.pictures}
+        found = assign_buckets(list(sizes.values()), resolution_px, settings.bucket_step_px, buckets=settings.buckets)
+        findings += examine_sizes(sizes, dict(zip(sizes, found, strict=True)))
+        num_buckets = len(set(found))
+    if json_:
+        report = {"folder": str(path), "pictures": checkup.num_files, "findings": [asdict(f) for f in findings]}
+        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        num_captions = sum(picture.caption is not None for picture in checkup.pictures)
+        _tell_findings(findings, {"picture": checkup.num_files, "caption": num_captions, "bucket": num_buckets})
+    if any(finding.severity == "error" for finding in findings):
+        raise typer.Exit(DataError.exit_code)
+
+
+def _tell_findings(findings: Sequence[Finding], counts: Mapping[str, int | None]) -> None:
+    """Print errors, then warnings, then a last line that counts everything."""
+    from sdlora.data.doctor import NUM_NAMED
+
+    def count(number: int, what: str) -> str:
+        return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+    told = []
+    for severity in ("error", "warning"):
+        chosen = [finding for finding in findings if finding.severity == severity]
+        if chosen:
+            told.append(count(len(chosen), severity))
+            typer.echo(f"{severity.capitalize()}s:")
+        for finding in chosen:
+            typer.echo(f"  {finding.message}")
+            if len(finding.files) > NUM_NAMED:
+                typer.echo(f"    All: {', '.join(finding.files)}")
+    seen = ", ".join(count(number, what) for what, number in counts.items() if number is not None)
+    typer.echo(f"{seen}: {', '.join(told) or 'nothing to mend'}.")
 
 
 @config_app.command("show")

@@ -16,6 +16,7 @@ from sdlora.config import RunConfig
 from sdlora.data.cache import Cache
 from sdlora.data.captions import with_trigger
 from sdlora.data.dataset import Dataset, load_dataset
+from sdlora.data.doctor import examine_sizes, warnings_in_short
 from sdlora.data.split import split_off
 from sdlora.errors import ConfigError
 from sdlora.lora.inject import Adapter
@@ -78,7 +79,8 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
     )
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
-    dataset = _with_buckets(config, base, dataset)
+    unassigned, dataset = dataset, _with_buckets(config, base, dataset)
+    notices += _size_notices(config, unassigned, dataset)
     targets = find_targets(base.unet, config.lora.targets, base.text_encoder)
     adapter = make_adapter(config, base, targets)
     rank = max(config.lora.ranks())
@@ -156,6 +158,13 @@ def _with_buckets(config: RunConfig, base: BaseModel, dataset: Dataset) -> Datas
     data = config.data
     resolution_px = data.resolution_px or base.resolution_px
     return dataset.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
+
+
+def _size_notices(config: RunConfig, unassigned: Dataset, dataset: Dataset) -> list[str]:
+    sizes, buckets = ({e.name: e.bucket for e in data.examples} for data in (unassigned, dataset))
+    found = examine_sizes(sizes, buckets)
+    # Batches of one have nothing to share a bucket with.
+    return warnings_in_short([f for f in found if f.kind != "lone bucket" or config.train.batch_size > 1])
 
 
 def _long_captions(base: BaseModel, dataset: Dataset, trigger: str | None) -> list[str]:

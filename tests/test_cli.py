@@ -129,11 +129,49 @@ def test_info_shows_what_a_file_holds(train, tmp_path: Path, capsys: pytest.Capt
     assert (code, "There is no file" in err) == (3, True)
 
 
+def test_data_says_what_to_mend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = call(capsys, "data", "builtin:zumi", "--trigger", "zumi", "--resolution-px", "64")
+    assert (code, out, err) == (0, "24 pictures, 24 captions, 1 bucket: nothing to mend.\n", "")
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("a ball")
+    code, out, _ = call(capsys, "data", str(tmp_path))
+    told = "Warnings:\n  a.png and b.png are the same picture; keep one of them.\n2 pictures, 2 captions: 1 warning.\n"
+    assert (code, out) == (0, told)
+    (tmp_path / "c.png").write_bytes(b"")
+    code, out, _ = call(capsys, "data", str(tmp_path), "--trigger", "zumi", "--resolution-px", "64")
+    assert code == 3
+    assert out.startswith("Errors:\n  c.png: not a picture")
+    assert out.endswith("3 pictures, 2 captions, 1 bucket: 2 errors, 3 warnings.\n")
+    assert "a.png (32 x 32 for 64 x 64)" in out
+    assert "All:" not in out
+    for name in "defg":
+        Image.new("RGB", (32, 32)).save(tmp_path / f"{name}.png")
+    assert "    All: a.png, b.png, d.png, e.png, f.png, g.png\n" in call(capsys, "data", str(tmp_path))[1]
+
+
+def test_data_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, _ = call(capsys, "data", "builtin:blueprint", "--json")
+    report = json.loads(out)
+    assert (code, report["pictures"], report["findings"]) == (0, 24, [])
+    Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
+    code, out, _ = call(capsys, "data", str(tmp_path), "--json")
+    report = json.loads(out)
+    (finding,) = report["findings"]
+    assert (code, report["folder"], report["pictures"]) == (3, str(tmp_path), 1)
+    assert (finding["kind"], finding["severity"], finding["files"]) == ("no caption", "error", ["a.png"])
+    assert finding["message"].startswith("1 of 1 pictures have no caption: a.png.")
+    code, out, err = call(capsys, "data", str(tmp_path / "nowhere"), "--json")
+    assert (code, out, "There is no folder" in err) == (3, "", True)
+    assert call(capsys, "data", "builtin:zumy")[0] == 2
+
+
 def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, "--version") == (0, f"sdlora {__version__}\n", "")
     code, out, _ = call(capsys, "--help")
     assert code == 0
-    assert all(command in out for command in ("train", "config", "info"))
+    assert all(command in out for command in ("train", "data", "config", "info"))
     assert call(capsys, "trian")[0] == 2
 
 
@@ -152,7 +190,7 @@ def test_an_internal_error_shows_no_traceback(
 
 
 def test_a_misspelt_key_costs_no_import_of_torch() -> None:
-    script = "import sys; import sdlora.config, sdlora.cli; assert 'diffusers' not in sys.modules"
+    script = "import sys; import sdlora.config, sdlora.cli; assert not {'diffusers', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

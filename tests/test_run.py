@@ -9,11 +9,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+from PIL import ImageOps
 
 from sdlora.configfile import load_config
 from sdlora.errors import ConfigError, DataError, OutputError
 from sdlora.events import EpochDone, Event, Exported, Notice, PlanMade, RunDone, StepDone
 from sdlora.parts import prepare
+from sdlora.pocket.world import random_scene, render
 from sdlora.run import Stopped, start
 from sdlora.runfolder import RunFolder
 
@@ -219,6 +221,26 @@ def test_what_a_person_should_know_is_said(tmp_path: Path, overrides: list[str])
     events = run(tmp_path / "run", options)
     told = " ".join(event.message for event in events if isinstance(event, Notice))
     assert "Rank 33 needs more memory and copies the training pictures more easily" in told
+
+
+def test_doubts_about_the_pictures_are_said_before_training(tmp_path: Path, overrides: list[str]) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    scene, other = render(random_scene(0)), render(random_scene(1))
+    for name, picture in {"a": scene, "b": ImageOps.mirror(scene), "c": other.resize((24, 48))}.items():
+        picture.save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text("a thing")
+    changes = [f"data.folder={folder}", "preview.enabled=false", "train.epochs=1"]
+    events = run(tmp_path / "run", [*overrides, *changes])
+    first_step = next(index for index, event in enumerate(events) if isinstance(event, StepDone))
+    told = [event.message for event in events[:first_step] if isinstance(event, Notice)]
+    assert "a.png and b.png are near-duplicates; keep one of them." in told
+    assert any("3 of 3 captions do not hold the trigger 'zumi'" in message for message in told)
+    assert any("alone in a bucket, in a batch with no other: c.png (24 x 40)" in message for message in told)
+    events = run(tmp_path / "ones", [*overrides, *changes, "train.batch_size=1", "data.resolution_px=64"])
+    told = [event.message for event in events if isinstance(event, Notice)]
+    assert any("smaller than the training size and will be enlarged: c.png" in message for message in told)
+    assert not any("alone in a bucket" in message for message in told)
 
 
 def test_heldout_loss_chooses_the_epoch(tmp_path: Path, overrides: list[str], others: Path) -> None:

@@ -35,3 +35,16 @@ def choose_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
     """The bucket whose aspect ratio is nearest (by the ratio of ratios), the larger one of two alike."""
     aspect = math.log(width / height)
     return min(buckets, key=lambda b: (round(abs(math.log(b[0] / b[1]) - aspect), 9), -b[0] * b[1]))
+
+
+def assign_buckets(sizes: Sequence[Bucket], resolution_px: int, step_px: int, *, buckets: bool) -> list[Bucket]:
+    """The bucket of each picture.
+
+    Args:
+        sizes: The pictures' own widths and heights in pixels.
+        resolution_px: Edge of the square that sets the area of buckets.
+        step_px: Step of the buckets' sizes.
+        buckets: False crops everything to the square.
+    """
+    choices = make_buckets(resolution_px, step_px) if buckets else [(resolution_px, resolution_px)]
+    return [choose_bucket(*size, choices) for size in sizes]

@@ -16,25 +16,33 @@ from sdlora.errors import DataError
 METADATA = "metadata.jsonl"
 
 
-def read_captions(folder: Path) -> dict[str, str]:
+def read_captions(folder: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
     """All captions of a folder by picture file name (from `metadata.jsonl`) or stem (from `.txt` sidecars).
 
     Returns:
-        Keys are file names for `metadata.jsonl` and "STEM.txt" for sidecars; values are stripped, never empty.
-
-    Raises:
-        DataError: A line or a file cannot be read.
+        The captions: keys are file names for `metadata.jsonl` and "STEM.txt" for sidecars; values are stripped, never
+        empty. And the faults: a file that cannot be read, and a sentence that says why.
     """
     captions: dict[str, str] = {}
+    faults: list[tuple[str, str]] = []
     metadata = folder / METADATA
     if metadata.is_file():
-        for number, line in enumerate(_read(metadata).splitlines(), start=1):
-            if line.strip():
-                name, text = _entry(line, number)
-                captions[name] = text
+        try:
+            lines = _read(metadata).splitlines()
+        except DataError as error:
+            lines = []
+            faults.append((METADATA, str(error)))
+        for number, line in enumerate(lines, start=1):
+            try:
+                captions |= _entry(line, number) if line.strip() else {}
+            except DataError as error:
+                faults.append((METADATA, str(error)))
     for sidecar in sorted(folder.glob("*.txt")):
-        captions[sidecar.name] = _read(sidecar).strip()
-    return {name: text for name, text in captions.items() if text}
+        try:
+            captions[sidecar.name] = _read(sidecar).strip()
+        except DataError as error:
+            faults.append((sidecar.name, str(error)))
+    return {name: text for name, text in captions.items() if text}, faults
 
 
 def _read(path: Path) -> str:
@@ -46,7 +54,7 @@ def _read(path: Path) -> str:
         ) from error
 
 
-def _entry(line: str, number: int) -> tuple[str, str]:
+def _entry(line: str, number: int) -> dict[str, str]:
     try:
         entry = json.loads(line)
         name, text = entry["file_name"], entry["text"]
@@ -54,7 +62,7 @@ def _entry(line: str, number: int) -> tuple[str, str]:
         raise DataError(f'{METADATA}, line {number}: expected {{"file_name": …, "text": …}}.') from error
     if not isinstance(name, str) or not isinstance(text, str):
         raise DataError(f"{METADATA}, line {number}: file_name and text must be strings.")
-    return name, text.strip()
+    return {name: text.strip()}
 
 
 def _word(word: str) -> re.Pattern[str]:
@@ -62,9 +70,14 @@ def _word(word: str) -> re.Pattern[str]:
     return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", flags=re.IGNORECASE)
 
 
+def has_word(caption: str, word: str) -> bool:
+    """Whether a caption holds a word, in any case, and not as a part of another."""
+    return _word(word).search(caption) is not None
+
+
 def with_trigger(caption: str, trigger: str | None) -> str:
     """The caption with the trigger word in front, unless it contains the word already."""
-    if not trigger or _word(trigger).search(caption):
+    if not trigger or has_word(caption, trigger):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
 

@@ -40,13 +40,19 @@ def load_image(path: Path, background: str) -> Image.Image:
             if getattr(opened, "n_frames", 1) > 1:
                 raise DataError(f"{path.name}: animated or of several pages. Save the frame you want as a PNG.")
             if opened.width * opened.height > MAX_PIXELS:
-                raise DataError(f"{path.name}: {opened.width} x {opened.height} pixels are more than 100 million.")
+                raise DataError(
+                    f"{path.name}: {opened.width} x {opened.height} pixels are more than 100 million. Make it smaller."
+                )
+            if opened.mode == "F":
+                raise DataError(f"{path.name}: floating-point pixels are not read. Save it with 8 or 16 bits.")
             opened.load()
             upright = ImageOps.exif_transpose(opened)
             return _to_rgb(upright, background)
     except UnidentifiedImageError as error:
         allowed = ", ".join(FORMATS)
-        raise DataError(f"{path.name}: not a picture of a format that is read ({allowed}).") from error
+        raise DataError(
+            f"{path.name}: not a picture of a format that is read ({allowed}). Save it as one of them."
+        ) from error
     except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise DataError(f"{path.name}: broken or cut off ({error}). Save it anew or take it out.") from error
 
@@ -57,8 +63,6 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
         values = np.asarray(image).astype(np.float64)
         grey = Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
         return grey.convert("RGB")
-    if image.mode == "F":
-        raise DataError("floating-point pixels are not read; save the picture with 8 or 16 bits")
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         color = ImageColor.getrgb(background)[:3]
         front = image.convert("RGBA")

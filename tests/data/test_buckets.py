@@ -1,6 +1,6 @@
 import pytest
 
-from sdlora.data.buckets import choose_bucket, make_buckets
+from sdlora.data.buckets import assign_buckets, choose_bucket, make_buckets
 
 
 @pytest.mark.parametrize(("resolution", "step"), [(512, 64), (1024, 64), (64, 8), (320, 64), (64, 64), (100, 64)])
@@ -25,3 +25,9 @@ def test_the_nearest_shape_is_chosen() -> None:
     assert choose_bucket(1920, 1080, buckets) == (640, 384)
     assert choose_bucket(1080, 1920, buckets) == (384, 640)
     assert choose_bucket(4000, 10, buckets)[0] > choose_bucket(4000, 10, buckets)[1]
+
+
+def test_buckets_are_assigned_in_order() -> None:
+    sizes = [(100, 100), (300, 150), (150, 300)]
+    assert assign_buckets(sizes, 32, 8, buckets=True) == [(32, 32), (40, 24), (24, 40)]
+    assert assign_buckets(sizes, 32, 8, buckets=False) == [(32, 32)] * 3

@@ -4,7 +4,6 @@ from pathlib import Path
 import pytest
 
 from sdlora.data.captions import caption_for_visit, preserved_caption, read_captions, with_trigger
-from sdlora.errors import DataError
 
 
 def visit(number: int, caption: str = "a, b, c, d, e", **changes: object) -> str:
@@ -19,20 +18,26 @@ def test_sidecars_and_metadata(tmp_path: Path) -> None:
     (tmp_path / "empty.txt").write_text(" \n")
     lines = [{"file_name": "b.png", "text": "two"}, {"file_name": "c.png", "text": "drei ü"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert read_captions(tmp_path) == {"a.txt": "one", "b.png": "two", "c.png": "drei ü"}
+    assert read_captions(tmp_path) == ({"a.txt": "one", "b.png": "two", "c.png": "drei ü"}, [])
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"file_name": "a.png"}', '{"file_name": 3, "text": "x"}', "3"])
 def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + line + "\n")
-    with pytest.raises(DataError, match="line 2"):
-        read_captions(tmp_path)
+    captions, ((file, message),) = read_captions(tmp_path)
+    assert (captions, file) == ({"a.png": "x"}, "metadata.jsonl")
+    assert "metadata.jsonl, line 2: " in message
 
 
 def test_other_encodings_are_named(tmp_path: Path) -> None:
-    (tmp_path / "latin.txt").write_bytes("café".encode("latin-1"))
-    with pytest.raises(DataError, match=r"latin\.txt: not UTF-8"):
-        read_captions(tmp_path)
+    for name in ("latin.txt", "metadata.jsonl"):
+        (tmp_path / name).write_bytes("café".encode("latin-1"))
+    (tmp_path / "good.txt").write_text("x")
+    captions, faults = read_captions(tmp_path)
+    assert captions == {"good.txt": "x"}
+    assert [(file, message.split(" (")[0]) for file, message in faults] == [
+        ("metadata.jsonl", "metadata.jsonl: not UTF-8 text"), ("latin.txt", "latin.txt: not UTF-8 text"),
+    ]  # fmt: skip
 
 
 def test_the_trigger_stands_in_front_once() -> None:

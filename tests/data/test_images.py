@@ -73,9 +73,10 @@ def test_animated_and_unreadable_files_are_refused_by_name(tmp_path: Path) -> No
     (tmp_path / "cut.png").write_bytes((tmp_path / "whole.png").read_bytes()[:3000])
     (tmp_path / "page.jpg").write_text("<html>")
     (tmp_path / "empty.png").write_bytes(b"")
+    Image.new("F", (4, 4)).save(tmp_path / "deep.tif")
     for name, reason in {
         "film.webp": "animated", "film.png": "animated", "still.gif": "not a picture", "cut.png": "cut off",
-        "page.jpg": "not a picture", "empty.png": "not a picture",
+        "page.jpg": "not a picture", "empty.png": "not a picture", "deep.tif": "floating-point",
     }.items():  # fmt: skip
         with pytest.raises(DataError, match=rf"^{name}.*{reason}"):
             load_image(tmp_path / name, "white")
