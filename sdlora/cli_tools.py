@@ -19,7 +19,7 @@ from sdlora.quiet import quiet_libraries
 
 if TYPE_CHECKING:
     from sdlora.lora.formats import LoraFile
-    from sdlora.lora.tools import Loss
+    from sdlora.lora.tools import Cost
 
 tools_app = typer.Typer()
 _NUMBERS = re.compile(r"[-+]?[\d.][-+\d.,e]*")
@@ -130,7 +130,7 @@ def merge(
     for source in sources:
         tools.refuse_dora(source.state, source.name)
     _check_families(sources)
-    state, loss = tools.merge([source.state for source in sources], factors, rank)
+    state, cost = tools.merge([source.state for source in sources], factors, rank)
     if into is not None:
         num_layers = merge_into(into, output, state)
         typer.echo(f"{output}: {num_layers} layers changed, summed in float32 and rounded to the base's type.")
@@ -140,7 +140,7 @@ def merge(
     else:
         write_file(output, state, metadata=metadata_of_new_ranks(sources))
     typer.echo(f"{output}: ranks {_span([w.down.shape[0] for w in state.values()])} in {len(state)} modules.")
-    typer.echo("Exact but for rounding to float32." if rank is None else _cost(loss))
+    typer.echo("Exact but for rounding to float32." if rank is None else _cost(cost))
 
 
 @tools_app.command()
@@ -161,10 +161,10 @@ def resize(
 
     source = read_file(file, missing_alpha)
     tools.refuse_dora(source.state, file.name)
-    state, loss = tools.resize(source.state, rank=rank, energy=energy)
+    state, cost = tools.resize(source.state, rank=rank, energy=energy)
     write_file(out, state, metadata=metadata_of_new_ranks([source]))
-    typer.echo(f"{out}: ranks {_span(list(loss.ranks.values()))} in {len(state)} modules.")
-    typer.echo(_cost(loss))
+    typer.echo(f"{out}: ranks {_span(list(cost.ranks.values()))} in {len(state)} modules.")
+    typer.echo(_cost(cost))
 
 
 @tools_app.command()
@@ -182,10 +182,10 @@ def extract(
     from sdlora.lora.formats import write_file
 
     found, others = differences(fine_tuned, base)
-    state, loss = tools.extract(found, rank)
+    state, cost = tools.extract(found, rank)
     write_file(out, state, metadata={"ss_sd_model_name": base.resolve().name})
-    typer.echo(f"{out}: ranks {_span(list(loss.ranks.values()))} in {len(state)} modules.")
-    typer.echo(_cost(loss))
+    typer.echo(f"{out}: ranks {_span(list(cost.ranks.values()))} in {len(state)} modules.")
+    typer.echo(_cost(cost))
     if others:
         typer.echo(f"Left out, for no LoRA holds them: {len(others)} other weights that differ, such as {others[0]}.")
 
@@ -220,9 +220,9 @@ def _check_families(sources: list[LoraFile]) -> None:
         raise DataError(f"{first} is for {one} and {second} for {other}: LoRAs of different families have no sum.")
 
 
-def _cost(loss: Loss) -> str:
-    worst = f", at most {loss.worst:.3g} in a module ({loss.worst_module})" if loss.worst_module else ""
-    return f"Kept {loss.kept_energy:.4%} of the energy; relative error {loss.relative_error:.3g} in total{worst}."
+def _cost(cost: Cost) -> str:
+    worst = f", at most {cost.worst:.3g} in a module ({cost.worst_module})" if cost.worst_module else ""
+    return f"Kept {cost.kept_energy:.4%} of the energy; relative error {cost.relative_error:.3g} in total{worst}."
 
 
 def _span(ranks: list[int]) -> str:

@@ -18,7 +18,7 @@ from sdlora.lora.inject import LoraState, LoraWeights
 
 
 @dataclass
-class Loss:
+class Cost:
     """How much of the updates was lost by giving them fewer ranks.
 
     Attributes:
@@ -75,7 +75,7 @@ def refuse_dora(state: LoraState, name: str) -> None:
         )
 
 
-def merge(states: Sequence[LoraState], weights: Sequence[float], rank: int | None = None) -> tuple[LoraState, Loss]:
+def merge(states: Sequence[LoraState], weights: Sequence[float], rank: int | None = None) -> tuple[LoraState, Cost]:
     """The weighted sum of LoRAs: exact by laying ranks side by side, or cut to a rank.
 
     Args:
@@ -90,14 +90,14 @@ def merge(states: Sequence[LoraState], weights: Sequence[float], rank: int | Non
         DataError: A module has another shape in one LoRA than in another.
     """
     if len(states) == 1 and weights[0] == 1.0 and rank is None:
-        return states[0], Loss()
+        return states[0], Cost()
     sums: dict[str, LoraWeights] = {}
     for module in dict.fromkeys(module for state in states for module in state):
         terms = [(state[module], w) for state, w in zip(states, weights, strict=True) if module in state]
         sums[module] = _sum(module, terms)
     if rank is not None:
         return resize(sums, rank=rank)
-    return _with_one_alpha(sums), Loss()
+    return _with_one_alpha(sums), Cost()
 
 
 def _sum(module: str, terms: Sequence[tuple[LoraWeights, float]]) -> LoraWeights:
@@ -122,7 +122,7 @@ def _with_one_alpha(state: LoraState) -> LoraState:
     return found
 
 
-def resize(state: LoraState, *, rank: int | None = None, energy: float | None = None) -> tuple[LoraState, Loss]:
+def resize(state: LoraState, *, rank: int | None = None, energy: float | None = None) -> tuple[LoraState, Cost]:
     """The nearest LoRA of fewer ranks, by the singular values of every module's update.
 
     Args:
@@ -140,7 +140,7 @@ def resize(state: LoraState, *, rank: int | None = None, energy: float | None = 
         Eckart and Young 1936: no matrix of rank n is nearer in Frobenius' norm.
     """
     _check_measure(rank, energy)
-    loss, found = Loss(), {}
+    cost, found = Cost(), {}
     for module, weights in state.items():
         # Singular values of B A from those of two small triangles: B = Q R, A^T = P T, so that B A = Q (R T^T) P^T.
         up_q, up_r = torch.linalg.qr(weights.up.double().flatten(1))
@@ -148,9 +148,9 @@ def resize(state: LoraState, *, rank: int | None = None, energy: float | None = 
         left, values, right = torch.linalg.svd(up_r @ down_r.T * (weights.alpha / weights.down.shape[0]))
         left, right = left[:, : len(values)], right[: len(values)]
         kept = min(rank, len(values)) if rank is not None else _rank_of(values.square(), energy or 1.0)
-        loss.add(module, values.square(), kept)
+        cost.add(module, values.square(), kept)
         found[module] = _factors(up_q @ left, values, right @ down_q.T, kept, weights.down.shape[1:])
-    return _with_one_alpha(found), loss
+    return _with_one_alpha(found), cost
 
 
 def _check_measure(rank: int | None, energy: float | None) -> None:
@@ -176,7 +176,7 @@ def _factors(left: Tensor, values: Tensor, right: Tensor, rank: int, inputs: Seq
     return LoraWeights(down.reshape(rank, *inputs), up.reshape(up.shape[0], rank, *kernel), float(rank))
 
 
-def extract(differences: Mapping[str, Tensor], rank: int) -> tuple[LoraState, Loss]:
+def extract(differences: Mapping[str, Tensor], rank: int) -> tuple[LoraState, Cost]:
     """The nearest LoRA to differences of weights.
 
     Args:
@@ -191,17 +191,17 @@ def extract(differences: Mapping[str, Tensor], rank: int) -> tuple[LoraState, Lo
         DataError: No module differs.
     """
     _check_measure(rank, None)
-    loss, found = Loss(), {}
+    cost, found = Cost(), {}
     for module, difference in differences.items():
         if not difference.any():
             continue
         left, values, right = _svd(difference.float().flatten(1))
         kept = min(rank, len(values))
-        loss.add(module, values.double().square(), kept)
+        cost.add(module, values.double().square(), kept)
         found[module] = _factors(left, values, right, kept, difference.shape[1:])
     if not found:
         raise DataError("The two bases have the same weights in every layer that a LoRA can change.")
-    return _with_one_alpha(found), loss
+    return _with_one_alpha(found), cost
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -56,6 +56,27 @@ def test_kohya_to_peft_and_back_is_bitwise_equal(
     assert metadata_in(tmp_path / "back.safetensors").get(PEFT_METADATA) is None
 
 
+def test_alphas_and_ranks_of_every_module_reach_diffusers_under_pefts_names(
+    pipeline: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    kohya_trainer(tmp_path / "kohya.safetensors", pipeline, text=True, conv=True)
+    plain = read_file(tmp_path / "kohya.safetensors").state
+    state = {
+        name: LoraWeights(w.down[: 1 + index % 4], w.up[:, : 1 + index % 4], alpha=0.5 + index % 3)
+        for index, (name, w) in enumerate(plain.items())
+    }
+    paths = paths_for(state, tiny_base)
+    write_file(tmp_path / "peft.safetensors", state, metadata={}, paths=paths)
+    assert same(read_file(tmp_path / "peft.safetensors").state, state)
+    pipeline.load_lora_weights(tmp_path, weight_name="peft.safetensors", adapter_name="theirs")
+    for name, path in paths.items():
+        network = pipeline.text_encoder if path.startswith("text_encoder.") else pipeline.unet
+        layer = network.get_submodule(path.removeprefix("text_encoder."))
+        assert layer.scaling["theirs"] == pytest.approx(state[name].alpha / state[name].down.shape[0])
+        assert torch.equal(layer.lora_A["theirs"].weight, state[name].down)
+        assert torch.equal(layer.lora_B["theirs"].weight, state[name].up)
+
+
 @pytest.mark.parametrize(
     "config", [{}, {"alpha_pattern": {"to_q": 3}}, {"use_rslora": True}, {"rank_pattern": {"to_k": 2, "q_proj": 3}}]
 )
