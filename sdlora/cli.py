@@ -1,4 +1,4 @@
-"""The command line: `sdlora train`, `data`, `config`, `info`.
+"""The command line: `sdlora train`, `data`, `config`, and the tools for files.
 
 Floor 8. Results and JSON go to stdout, everything else to stderr; exit codes are those of `sdlora.errors`.
 """
@@ -6,13 +6,10 @@ Floor 8. Results and JSON go to stdout, everything else to stderr; exit codes ar
 from __future__ import annotations
 
 import json
-import logging
-import os
 import signal
 import sys
 import tempfile
 import traceback
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -24,9 +21,11 @@ import typer
 from rich.console import Console
 
 from sdlora import __version__
+from sdlora.cli_tools import tools_app
 from sdlora.config import DataConfig
 from sdlora.configfile import dump_toml, json_schema, load_config
 from sdlora.errors import DataError, SdloraError
+from sdlora.quiet import quiet_libraries
 from sdlora.shipped import resolve_data_folder
 
 if TYPE_CHECKING:
@@ -41,6 +40,7 @@ app = typer.Typer(
 )
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
+app.add_typer(tools_app)
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")
@@ -74,7 +74,7 @@ def train(
     """Train a LoRA from a configuration."""
     settings = load_config(config, set_ or [])
     # Only now: loading torch and diffusers takes seconds, which a misspelt key should not cost.
-    _quiet_libraries()
+    quiet_libraries()
     from sdlora.progress import JsonLines, ProgressBar
     from sdlora.run import Stopped, start
 
@@ -153,26 +153,6 @@ def config_schema() -> None:
     typer.echo(json.dumps(json_schema(), indent=2))
 
 
-@app.command()
-def info(
-    file: Annotated[Path, typer.Argument(help="A LoRA .safetensors file.")],
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Show what a LoRA file holds."""
-    _quiet_libraries()
-    from sdlora.lora.export import describe_lora
-
-    description = describe_lora(file)
-    if json_:
-        typer.echo(json.dumps(description, indent=2))
-        return
-    width = max(len(key) for key in description)
-    for key, value in description.items():
-        if isinstance(value, dict):
-            value = "".join(f"\n  {name}: {entry}" for name, entry in value.items())
-        typer.echo(f"{key.replace('_', ' '):<{width}}  {value}")
-
-
 @contextmanager
 def _stop_signals() -> Iterator[Callable[[], int | None]]:
     """Turn the first Ctrl-C or SIGTERM into a wish to stop; the second one interrupts at once."""
@@ -190,20 +170,6 @@ def _stop_signals() -> Iterator[Callable[[], int | None]]:
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
-
-
-def _quiet_libraries() -> None:
-    """Keep other libraries' chatter and bars out of an artist's terminal; their errors still arrive as exceptions."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore")
-    for name in ("accelerate", "torch", "huggingface_hub"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    import diffusers.utils.logging
-    import transformers.utils.logging
-
-    diffusers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.disable_progress_bar()
 
 
 def _say(message: str) -> None:

@@ -9,12 +9,13 @@ import errno
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from sdlora.errors import DiskFullError
+from sdlora.errors import DiskFullError, OutputError
 
 _TEMPORARY_MARK = ".sdlora-partial-"
 
@@ -39,6 +40,30 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder; it becomes `path` when the block ends without an error, and is gone otherwise.
+
+    Raises:
+        OutputError: `path` is there already.
+        DiskFullError: The disk is full.
+    """
+    if path.exists():
+        raise OutputError(f"{path} exists already. Give another name, or move it away.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}{_TEMPORARY_MARK}{os.getpid()}")
+    try:
+        temporary.mkdir()
+        yield temporary
+        temporary.rename(path)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise DiskFullError(f"No room left on the disk to write {path}. Free some space and try again.") from error
+        raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from sdlora import files
-from sdlora.errors import DiskFullError
+from sdlora.errors import DiskFullError, OutputError
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
@@ -38,3 +38,19 @@ def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
 def test_sha256(tmp_path: Path) -> None:
     (tmp_path / "f").write_bytes(b"abc")
     assert files.sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+
+
+def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+    target = tmp_path / "merged"
+    with pytest.raises(RuntimeError), files.atomic_folder(target) as temporary:
+        (temporary / "half").write_text("half")
+        raise RuntimeError
+    with pytest.raises(DiskFullError, match="merged"), files.atomic_folder(target):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert not list(tmp_path.iterdir())
+    with files.atomic_folder(target) as temporary:
+        (temporary / "whole").write_text("whole")
+        assert not target.exists()
+    assert [path.name for path in target.iterdir()] == ["whole"]
+    with pytest.raises(OutputError, match="exists already"), files.atomic_folder(target):
+        pass

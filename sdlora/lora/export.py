@@ -5,7 +5,6 @@ Floor 2. Metadata holds no captions and no folder names: what a picture shows an
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -16,19 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 import sdlora
-from sdlora.errors import DataError
 from sdlora.files import atomic_path
+from sdlora.lora.formats import family_of, parse_lora, read_file, read_tensors, tensors_sha256
 from sdlora.lora.inject import LoraState
-from sdlora.lora.keys import PEFT_METADATA, UNET_PREFIX, file_form, from_kohya, from_peft, to_kohya, to_peft
+from sdlora.lora.keys import PEFT_METADATA, UNET_PREFIX, file_form, to_kohya, to_peft
 from sdlora.lora.timestep_rank import TimestepRank
+from sdlora.lora.tools import update
 
-# ComfyUI refuses headers above 1 MiB.
-MAX_HEADER_BYTES = 1 << 20
 _KINDS = {
     "cross_attention": r"_attn2_",
     "self_attention": r"_attn1_",
@@ -124,70 +121,53 @@ def _header(state: LoraState, tensors: dict[str, Tensor], metadata: LoraMetadata
     return header
 
 
-def tensors_sha256(tensors: dict[str, Tensor]) -> str:
-    """The SHA-256 of all tensors in the order of their names, in hexadecimal."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        digest.update(name.encode("utf-8"))
-        digest.update(tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def read_lora(path: Path) -> tuple[LoraState, dict[str, str]]:
     """Read a LoRA, by kohya module name, with its metadata.
 
     Raises:
-        DataError: The file is not there, not safetensors, too large in its header, holds NaN or infinite numbers, or
-            its tensors do not make a LoRA.
+        DataError: It cannot be read, its tensors do not make a LoRA, or it does not tell its alphas.
     """
-    if not path.is_file():
-        raise DataError(f"There is no file {path}.")
-    with path.open("rb") as handle:
-        header_bytes = int.from_bytes(handle.read(8), "little")
-    if not 0 < header_bytes <= min(MAX_HEADER_BYTES, path.stat().st_size):
-        raise DataError(f"{path} is no LoRA that programs load: its header has {header_bytes} bytes.")
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
-        raise DataError(f"{path} is not a readable safetensors file: {error}.") from error
-    for key, tensor in tensors.items():
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"{path}: the tensor {key!r} holds something other than finite numbers.")
-    state = from_peft(tensors, metadata[PEFT_METADATA]) if PEFT_METADATA in metadata else from_kohya(tensors)
-    if not state:
-        raise DataError(f"{path} holds no LoRA tensors.")
-    return state, metadata
+    file = read_file(path)
+    return file.state, file.metadata
 
 
 def describe_lora(path: Path) -> dict[str, Any]:
-    """What a LoRA file holds, for people and programs.
+    """What a LoRA file of any trainer holds, for people and programs.
 
     Raises:
-        DataError: It cannot be read; see `read_lora`.
+        DataError: It cannot be read; see `sdlora.lora.formats.parse_lora`.
     """
-    state, metadata = read_lora(path)
+    file = parse_lora(*read_tensors(path), name=path.name)
+    state, metadata = file.state, file.metadata
     modules: Counter[str] = Counter()
     for name in state:
         kind = next((kind for kind, mark in _KINDS.items() if re.search(mark, name)), "other")
         modules[kind if name.startswith(UNET_PREFIX) else "text_encoder"] += 1
-    products = [w.up.flatten(1) @ w.down.flatten(1) * (w.alpha / w.down.shape[0]) for w in state.values()]
-    norms = [float(torch.linalg.matrix_norm(product)) for product in products]
+    unknown = any(math.isnan(weights.alpha) for weights in state.values())
+    dora, frozen_start = any(w.magnitude is not None for w in state.values()), "sdlora.frozen_start" in metadata
+    numbers = sum(
+        w.down.numel() + w.up.numel() + (0 if w.magnitude is None else w.magnitude.numel()) for w in state.values()
+    )
+    norm = math.sqrt(sum(float(torch.linalg.matrix_norm(update(weights))) ** 2 for weights in state.values()))
     return {
         "file": path.name,
         "bytes": path.stat().st_size,
+        "names": file.spelling,
+        "family": family_of(state),
+        "dtype": str(file.dtype).removeprefix("torch."),
         "title": metadata.get("modelspec.title"),
         "architecture": metadata.get("modelspec.architecture"),
         "base": metadata.get("ss_sd_model_name"),
         "trigger": metadata.get("modelspec.trigger_phrase"),
         "ranks": sorted({weights.down.shape[0] for weights in state.values()}),
-        "alphas": sorted({weights.alpha for weights in state.values()}),
+        "alphas": "not in the file" if unknown else sorted({weights.alpha for weights in state.values()}),
         "modules": dict(modules),
-        "dora": any(weights.magnitude is not None for weights in state.values()),
-        "frozen_start": "sdlora.frozen_start" in metadata,
+        "dora": dora,
+        "frozen_start": frozen_start,
         "timestep_rank_min": metadata.get("sdlora.timestep_rank_min"),
-        "parameters": sum(weights.down.numel() + weights.up.numel() for weights in state.values()),
-        "update_norm": round(math.sqrt(sum(norm**2 for norm in norms)), 6),
+        # Half of the ranks of such a file are the start, which was not trained.
+        "parameters": numbers // 2 if frozen_start else numbers,
+        # How long the update of a DoRA is depends on the base.
+        "update_norm": None if unknown or dora else round(norm, 6),
         "metadata": metadata,
     }

@@ -150,8 +150,8 @@ NAME = "lora_unet_x"
     ("tensors", "reason"),
     [
         ({}, "no LoRA tensors"),
-        ({"unet.x.lora_A.weight": torch.ones(2, 3)}, "not one of kohya's"),
-        ({f"{NAME}.lora_down.weight": torch.ones(2, 3)}, "lacks alpha, lora_up"),
+        ({"unet.x.lora_C.weight": torch.ones(2, 3)}, "not one of PEFT's"),
+        ({f"{NAME}.lora_down.weight": torch.ones(2, 3)}, "lacks a lora_up"),
         (
             {f"{NAME}.lora_down.weight": torch.ones(2, 3), f"{NAME}.lora_up.weight": torch.ones(4, 5),
              f"{NAME}.alpha": torch.tensor(1.0)}, "do not pair",

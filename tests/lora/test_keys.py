@@ -5,9 +5,8 @@ import pytest
 import torch
 from adapters import UNET_TARGETS, formed
 
-from sdlora.errors import DataError
 from sdlora.lora.inject import Form, LoraState, LoraWeights
-from sdlora.lora.keys import file_form, from_peft, kohya_name, to_kohya, to_peft
+from sdlora.lora.keys import file_form, kohya_name, to_kohya, to_peft
 
 
 def update(weights: LoraWeights) -> torch.Tensor:
@@ -66,24 +65,8 @@ def test_pefts_metadata_is_no_more_than_diffusers_takes() -> None:
     }  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("change", "reason"),
-    [
-        ("other name", "not one of PEFT's"),
-        ("lacks", "lacks lora_B"),
-        ("metadata", "does not tell the alpha"),
-        ("shapes", "do not pair"),
-    ],
-)
-def test_files_with_pefts_names_are_read_with_care(change: str, reason: str) -> None:
-    tensors, metadata = to_peft(one_module())
-    if change == "other name":
-        tensors["unet.conv1.other"] = torch.ones(1)
-    elif change == "lacks":
-        del tensors["unet.conv1.lora_B.weight"]
-    elif change == "shapes":
-        tensors["unet.conv1.lora_B.weight"] = torch.ones(4, 5)
-    else:
-        metadata = "{}"
-    with pytest.raises(DataError, match=reason):
-        from_peft(tensors, metadata)
+def test_names_of_two_text_encoders_are_kept_apart() -> None:
+    first = kohya_name("text_encoder.encoder.layers.0.mlp.fc1", first_text_encoder="lora_te1_")
+    assert first == "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    assert kohya_name("text_encoder_2.text_model.encoder.layers.0.mlp.fc1") == first.replace("te1", "te2")
+    assert kohya_name("text_encoder_2.text_projection") == "lora_te2_text_projection"
