@@ -20,7 +20,7 @@ from sdlora.lora.export import LoraMetadata, save_lora
 from sdlora.lora.inject import Form
 
 Capture = pytest.CaptureFixture[str]
-METADATA = LoraMetadata("hero", "base", "stable-diffusion-v1", 64, "zumi", 3, 12, {})
+METADATA = LoraMetadata("hero", "base", "stable-diffusion-v1", 64, "zumi", 3, 12, 1.7e9, {})
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from sdlora.errors import DataError, ExportError
 from sdlora.lora.export import LoraMetadata, describe_lora, read_lora, save_lora
-from sdlora.lora.inject import Form, LoraState
+from sdlora.lora.inject import Form, LoraState, inject
 from sdlora.lora.keys import file_form, with_paths
 from sdlora.lora.prove import prove_lora
+from sdlora.lora.targets import find_targets
 from sdlora.lora.timestep_rank import TimestepRank
 
 METADATA = LoraMetadata(
@@ -184,3 +185,13 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.ones(1)}, huge, metadata={"x": "y" * (2 << 20)})
     with pytest.raises(DataError, match="header"):
         read_lora(huge)
+
+
+@pytest.mark.parametrize("form", [Form(), Form(dora=True), Form(start="pissa")])
+def test_a_description_counts_what_was_trained(unet: Any, tmp_path: Path, form: Form) -> None:
+    adapter = inject(unet, find_targets(unet, ["cross_attention"]), 4, 2.0, seed=1, form=form)
+    save_lora(tmp_path / "hero.safetensors", adapter.state(), metadata=METADATA)
+    found = describe_lora(tmp_path / "hero.safetensors")
+    assert found["parameters"] == adapter.num_parameters()
+    assert (found["update_norm"] is None) == form.dora
+    assert (found["dora"], found["frozen_start"]) == (form.dora, form.start == "pissa")
