@@ -288,7 +288,7 @@ def test_the_page_is_filled(make: Callable[[], list[dict[str, Any]]], tmp_path: 
     assert (tmp_path / "timesteps.md").read_text(encoding="utf-8") == once
     assert ("Not measured yet" in once) == (not make())
     plots = {path.name for path in tmp_path.glob("*.svg")}
-    assert plots == ({"timesteps_noise.svg", "timesteps_loss.svg", "timesteps_copies.svg"} if make() else set())
+    assert plots == ({"timesteps_levels.svg", "timesteps_loss.svg", "timesteps_copies.svg"} if make() else set())
     with pytest.raises(ValueError, match="once each"):
         timesteps_report.between(once, "nothing", "")
 

@@ -38,14 +38,20 @@ def write(results: Path, docs: Path) -> None:
         "noise": noise_table, "levels": levels_table, "loss": loss_table, "bands": bands_table, "copies": copies_table,
         "overhead": overhead_table,
     }  # fmt: skip
+    plots = {
+        "levels": (plot_noise, "Times less gradient noise, by batch size"),
+        "loss": (plot_loss, "Change of the held-out loss, by variant"),
+        "copies": (plot_copies, "Copy rate over fidelity, a point per epoch"),
+    }
     for name, make in tables.items():
-        text = between(text, name, "\n".join(make(rows)))
-    page.write_text(text, encoding="utf-8")
-    for name, plot in (("noise", plot_noise), ("loss", plot_loss), ("copies", plot_copies)):
-        figure = plot(rows)
+        lines = make(rows)
+        figure = plots[name][0](rows) if name in plots else None
         if figure is not None:
             figure.savefig(docs / f"timesteps_{name}.svg", metadata={"Date": None}, bbox_inches="tight")
             pyplot.close(figure)
+            lines += ["", f"![{plots[name][1]}](timesteps_{name}.svg)"]
+        text = between(text, name, "\n".join(lines))
+    page.write_text(text, encoding="utf-8")
 
 
 def between(text: str, name: str, table: str) -> str:
