@@ -177,7 +177,7 @@ def _count(names: Mapping[str, str]) -> str:
 
 def _picture_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
-        raise DataError(f"There is no folder {str(folder)!r}. Set data.folder to the folder of your pictures.")
+        raise DataError(f"There is no folder {str(folder)!r}. Check its spelling; it is looked up from where you are.")
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
     if not files:
         kinds = ", ".join(sorted(SUFFIXES))
