@@ -30,14 +30,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{_TEMPORARY_MARK}{os.getpid()}")
     try:
-        yield temporary
-        with temporary.open("rb") as handle:
-            os.fsync(handle.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise DiskFullError(f"No room left on the disk to write {path}. Free some space and resume.") from error
-        raise
+        with _naming_a_full_disk(path):
+            yield temporary
+            with temporary.open("rb") as handle:
+                os.fsync(handle.fileno())
+            temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -55,15 +52,22 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}{_TEMPORARY_MARK}{os.getpid()}")
     try:
-        temporary.mkdir()
-        yield temporary
-        temporary.rename(path)
+        with _naming_a_full_disk(path):
+            temporary.mkdir()
+            yield temporary
+            temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def _naming_a_full_disk(path: Path) -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise DiskFullError(f"No room left on the disk to write {path}. Free some space and try again.") from error
         raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -92,5 +96,8 @@ def remove_partial(folder: Path) -> list[Path]:
     """Delete what interrupted writes left behind under `folder`; returns the paths removed."""
     leftovers = sorted(folder.rglob(f".*{_TEMPORARY_MARK}*"))
     for leftover in leftovers:
-        leftover.unlink(missing_ok=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
     return leftovers

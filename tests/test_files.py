@@ -30,8 +30,12 @@ def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     leftover = tmp_path / "a" / ".x.png.sdlora-partial-123"
     leftover.write_text("half")
+    folder = tmp_path / ".merged.sdlora-partial-123"
+    folder.mkdir()
+    (folder / "half").write_text("half")
     (tmp_path / "a" / "x.png").write_text("whole")
-    assert files.remove_partial(tmp_path) == [leftover]
+    assert files.remove_partial(tmp_path) == [folder, leftover]
+    assert not folder.exists()
     assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.png"]
 
 
