@@ -20,7 +20,7 @@ from torch import Tensor
 
 import sdlora
 from sdlora.files import atomic_path
-from sdlora.lora.formats import family_of, parse_lora, read_file, read_tensors, tensors_sha256
+from sdlora.lora.formats import family_of, parse_lora, read_tensors, tensors_sha256
 from sdlora.lora.inject import LoraState
 from sdlora.lora.keys import PEFT_METADATA, UNET_PREFIX, file_form, to_kohya, to_peft
 from sdlora.lora.timestep_rank import TimestepRank
@@ -119,16 +119,6 @@ def _header(state: LoraState, tensors: dict[str, Tensor], metadata: LoraMetadata
         header["modelspec.trigger_phrase"] = metadata.trigger
         header["modelspec.usage_hint"] = f"Write {metadata.trigger} in the prompt."
     return header
-
-
-def read_lora(path: Path) -> tuple[LoraState, dict[str, str]]:
-    """Read a LoRA, by kohya module name, with its metadata.
-
-    Raises:
-        DataError: It cannot be read, its tensors do not make a LoRA, or it does not tell its alphas.
-    """
-    file = read_file(path)
-    return file.state, file.metadata
 
 
 def describe_lora(path: Path) -> dict[str, Any]:

@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from sdlora.errors import DataError
 from sdlora.lora.inject import LoraState, LoraWeights
 from sdlora.lora.targets import TEXT_ENCODER
 
@@ -133,16 +131,3 @@ def to_peft(state: LoraState) -> tuple[dict[str, Tensor], str]:
             kinds = zip(_PEFT_KINDS, (weights.down, weights.up, weights.magnitude), strict=True)
             tensors |= {f"{network}.{names[path]}.{kind}": t.contiguous() for kind, t in kinds if t is not None}
     return tensors, json.dumps(metadata)
-
-
-def with_paths(state: LoraState, paths: Iterable[str]) -> LoraState:
-    """Exchange kohya module names for the paths of a base that has them.
-
-    Raises:
-        DataError: A module of the file is not in the base.
-    """
-    known = {kohya_name(path): path for path in paths}
-    unknown = [name for name in state if name not in known]
-    if unknown:
-        raise DataError(f"{len(unknown)} modules are not in this base, the first is {unknown[0]!r}.")
-    return {known[name]: weights for name, weights in state.items()}
