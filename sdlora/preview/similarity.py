@@ -62,8 +62,20 @@ def _luma(pictures: Sequence[Image.Image]) -> Tensor:
 
 
 def _detail(luma: Tensor) -> Tensor:
-    """What a 9x9 box blur takes away, same shape."""
-    return luma - F.avg_pool2d(luma, BOX_PX, stride=1, padding=BOX_PX // 2, count_include_pad=False)
+    """What a 9x9 box blur takes away, same shape; over an edge the box is smaller."""
+    margin = (BOX_PX // 2,) * 4
+    num_inside = _box_sums(F.pad(torch.ones_like(luma[:1]), margin), BOX_PX)
+    return luma - _box_sums(F.pad(luma, margin), BOX_PX) / num_inside
+
+
+def _box_sums(values: Tensor, size: int) -> Tensor:
+    """Sums over all boxes of size x size, (..., H, W) to (..., H - size + 1, W - size + 1).
+
+    Differences of running sums: many times as fast as pooling, and in float64 as exact.
+    """
+    summed = F.pad(values.double(), (1, 0, 1, 0)).cumsum(-1).cumsum(-2)
+    rows = summed[..., size:, :] - summed[..., :-size, :]
+    return (rows[..., size:] - rows[..., :-size]).to(values.dtype)
 
 
 def _laid_over(stamps: Tensor, pictures: Tensor, size: int) -> Tensor:
@@ -73,7 +85,7 @@ def _laid_over(stamps: Tensor, pictures: Tensor, size: int) -> Tensor:
     flat = flat - flat.mean(dim=1, keepdim=True)
     flat = flat / flat.norm(dim=1, keepdim=True).clamp(min=_FLAT)
     detail = _detail(pictures)
-    mean, mean_square = (F.avg_pool2d(values, size, stride=1)[:, 0] for values in (detail, detail.square()))
+    mean, mean_square = (_box_sums(values[:, 0], size) / size**2 for values in (detail, detail.square()))
     deviation = ((mean_square - mean.square()).clamp(min=0).sqrt() * size).clamp(min=_FLAT)
     # A stamp never hangs over an edge where it counts, so the Fourier transform's wrapping round does no harm.
     spectrum = torch.fft.rfft2(detail[:, 0])
