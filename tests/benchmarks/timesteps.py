@@ -46,6 +46,7 @@ class Scale:
     Attributes:
         rank: Of the adapter, in part "loss"; `copy_rank` in part "copy".
         repeats: Visits of every picture per epoch, four epochs long; `copy_repeats` in part "copy".
+        copy_learning_rate: Of part "copy", twice as high as in part "loss".
         point_steps: The held-out loss is measured this often.
         num_pictures: Drawn after an epoch from new prompts, and as many from training captions.
         num_steps: Denoising steps of each.
@@ -56,7 +57,8 @@ class Scale:
     repeats: int = 4
     point_steps: int = 32
     copy_rank: int = 64
-    copy_repeats: int = 80
+    copy_repeats: int = 60
+    copy_learning_rate: float = 2e-3
     num_pictures: int = 16
     num_steps: int = 10
     strangers: int = 19
@@ -112,7 +114,10 @@ class Bench:
     def copy(self, cell: Cell) -> dict[str, Any]:
         """Fidelity, copy scores and held-out bands after every epoch of an over-trained run."""
         scale, concept = self.scale, CONCEPTS[cell["concept"]]
-        few = {"data": {"folder": str(self.folder / concept.name / FEW)}}
+        few = {
+            "data": {"folder": str(self.folder / concept.name / FEW)},
+            "train": {"learning_rate": scale.copy_learning_rate},
+        }
         parts = self._prepare(cell, scale.copy_rank, scale.copy_repeats, few)
         captions = [concept.training_captions()[i % NUM_FEW] for i in range(scale.num_pictures)]
         epochs: list[dict[str, Any]] = []
