@@ -1,24 +1,28 @@
 """How much a picture looks like a copy of another: of all of it, of a part of it, or of its mirror image.
 
-Floor 6. It needs no network: what is compared is detail (the picture minus its own blur), so that two pictures of
-one subject in one place stay apart. A subject lifted into another place is not found.
+Floor 6. It needs no network. `hp_ms` compares detail (the picture minus its own blur), so that two pictures of one
+subject in one place stay apart, and finds parts; `phash` compares the coarse layout, and finds what is bent out of
+shape. A subject lifted into another place is found by neither.
 Shapes: P pictures, G pictures of the gallery, H/W/n pixels.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 SIZE_PX = 64
 BOX_PX = 9
 # Eleven scales: with five, a crop between two of them is missed.
 SCALES = tuple(1.0 - 0.05 * index for index in range(11))
+HASH_PX = 32
+HASH_WAVES = 8
 _CHUNK = 8
 _FLAT = 1e-4  # detail weaker than this is none
 
@@ -42,8 +46,7 @@ def hp_ms(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Te
 
     Source: zero-mean normalised cross-correlation, Lewis 1995, "Fast normalized cross-correlation", equation 2.
     """
-    if not pictures or not gallery:
-        raise ValueError(f"Found {len(pictures)} pictures and a gallery of {len(gallery)}; both need at least one.")
+    _check(pictures, gallery)
     seen, known = _luma(pictures), _luma(gallery)
     both = torch.cat([seen, seen.flip(-1)])
     best = torch.full((len(both), len(known)), -1.0)
@@ -53,6 +56,49 @@ def hp_ms(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Te
         if size < SIZE_PX:
             best = torch.maximum(best, _laid_over(known, both, size).T)
     return torch.maximum(best[: len(seen)], best[len(seen) :])
+
+
+def phash(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
+    """The share of equal bits in the perceptual hashes of every picture and every picture of a gallery.
+
+    The better of two is taken, of the picture and of its mirror image.
+
+    Args:
+        pictures: P pictures of any mode and size.
+        gallery: G pictures they may be copies of.
+
+    Returns:
+        (P, G) float32 in [0, 1], in steps of 1/64; 1 is a copy, about a half is chance.
+
+    Raises:
+        ValueError: One of the two is empty.
+
+    Source: Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", section 3.2.1, in the
+    variant of the library imagehash (low waves with the constant one, above their median).
+    """
+    _check(pictures, gallery)
+    known = _hashes(gallery)
+    mirrored = _hashes([ImageOps.mirror(picture) for picture in pictures])
+    equal = torch.maximum(_hashes(pictures) @ known.T, mirrored @ known.T)
+    return (equal / HASH_WAVES**2 + 1) / 2
+
+
+def _hashes(pictures: Sequence[Image.Image]) -> Tensor:
+    """A bit for each of the 8x8 lowest waves in 32x32 luma: 1 above their median, else -1, (P, 64)."""
+    small = [p.convert("L").resize((HASH_PX, HASH_PX), Image.Resampling.LANCZOS) for p in pictures]
+    luma = torch.stack([torch.from_numpy(np.array(p, dtype=np.float64)) for p in small])
+    turns = torch.outer(torch.arange(HASH_WAVES).double(), torch.arange(HASH_PX).double() + 0.5)
+    cosines = (turns * (math.pi / HASH_PX)).cos()
+    waves = (cosines @ luma @ cosines.T).flatten(1)  # the cosine transform of type II
+    ordered = waves.sort(dim=1).values
+    middle = (ordered[:, HASH_WAVES**2 // 2 - 1] + ordered[:, HASH_WAVES**2 // 2]) / 2
+    # Waves that a flat picture has from rounding alone count as none.
+    return torch.where(waves > middle[:, None] + _FLAT, 1.0, -1.0)
+
+
+def _check(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> None:
+    if not pictures or not gallery:
+        raise ValueError(f"Found {len(pictures)} pictures and a gallery of {len(gallery)}; both need at least one.")
 
 
 def _luma(pictures: Sequence[Image.Image]) -> Tensor:
@@ -87,12 +133,14 @@ def _laid_over(stamps: Tensor, pictures: Tensor, size: int) -> Tensor:
     detail = _detail(pictures)
     mean, mean_square = (_box_sums(values[:, 0], size) / size**2 for values in (detail, detail.square()))
     deviation = ((mean_square - mean.square()).clamp(min=0).sqrt() * size).clamp(min=_FLAT)
-    # A stamp never hangs over an edge where it counts, so the Fourier transform's wrapping round does no harm.
-    spectrum = torch.fft.rfft2(detail[:, 0])
+    # A stamp never hangs over an edge where it counts, so the Fourier transform's wrapping round does no harm. Only
+    # the places that count are transformed back: first the rows, then of each column.
+    spectrum = torch.fft.rfft2(detail[:, 0]).mT.contiguous()
     places = SIZE_PX - size + 1
     scores = []
     for chunk in flat.view(-1, size, size).split(_CHUNK):
-        product = torch.fft.rfft2(chunk, s=(SIZE_PX, SIZE_PX)).conj().unsqueeze(1) * spectrum
-        correlation = torch.fft.irfft2(product, s=(SIZE_PX, SIZE_PX))[..., :places, :places]
+        stamp = torch.fft.rfft2(chunk, s=(SIZE_PX, SIZE_PX)).conj().mT.contiguous()
+        rows = torch.fft.ifft(stamp.unsqueeze(1) * spectrum)[..., :places].mT.contiguous()
+        correlation = torch.fft.irfft(rows, n=SIZE_PX)[..., :places]
         scores.append((correlation / deviation).amax(dim=(2, 3)))
     return torch.cat(scores)

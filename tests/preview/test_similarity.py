@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import imagehash
 import numpy as np
 import pytest
 import torch
@@ -11,7 +12,7 @@ from concepts import CONCEPTS
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from sdlora.preview.similarity import hp_ms
+from sdlora.preview.similarity import hp_ms, phash
 
 
 def _crop(share: float) -> Callable[[Image.Image], Image.Image]:
@@ -82,9 +83,28 @@ def test_the_score_is_the_formulas() -> None:
     assert float(hp_ms([mixed], [pictures[0]])) == pytest.approx(expected, abs=1e-5)
 
 
+def test_the_hash_is_imagehashs(gallery: list[Image.Image]) -> None:
+    """Bit for bit, for pictures of other modes and shapes too."""
+    others = [gallery[0].convert("L"), gallery[1].resize((96, 50)), gallery[2].resize((300, 300)), _jitter(gallery[3])]
+    found = phash([*gallery, *others], gallery)
+    for row, picture in enumerate([*gallery, *others]):
+        both = [imagehash.phash(picture), imagehash.phash(ImageOps.mirror(picture))]
+        expected = [1 - min(own - imagehash.phash(known) for own in both) / 64 for known in gallery]
+        assert found[row].tolist() == expected
+
+
+@pytest.mark.parametrize("name", ["exact", "flip", "jitter"])
+def test_copies_of_the_whole_have_nearly_the_same_hash(name: str, gallery: list[Image.Image]) -> None:
+    scores = phash([COPIES[name](picture) for picture in gallery], gallery)
+    assert scores.diagonal().min() >= (1.0 if name == "exact" else 0.8)
+    assert scores.argmax(dim=1).tolist() == list(range(len(gallery)))
+
+
 def test_nothing_is_like_nothing() -> None:
     grey = Image.new("RGB", (64, 64), (90, 90, 90))
     assert float(hp_ms([grey], [grey])) == pytest.approx(0.0, abs=1e-3)
     assert torch.isfinite(hp_ms([grey], [CONCEPTS["zumi"].draw(0, 0)[0]])).all()
     with pytest.raises(ValueError, match="both need at least one"):
         hp_ms([], [grey])
+    with pytest.raises(ValueError, match="both need at least one"):
+        phash([grey], [])
