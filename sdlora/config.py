@@ -273,13 +273,38 @@ class PreviewConfig(_Section):
     """The pictures drawn after every epoch."""
 
     enabled: bool = Field(True, description="Draw previews of the base and after every epoch.")
-    prompts: list[str] = Field([], description="What to draw; three captions of the set if empty.")
+    prompts: list[str] = Field(
+        [], description="What to draw that is in no caption; three made of the trigger and other places if empty."
+    )
+    num_captions: int = Field(
+        3, ge=0, le=64, description="So many captions of the set are drawn as well, where copies show first."
+    )
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(
-        [0], min_length=1, description="Every prompt is drawn once per seed."
+        [0, 1], min_length=1, description="Every prompt is drawn once per seed."
     )
     negative_prompt: str = Field("", description="What guidance steers away from.")
     num_steps: int = Field(25, ge=1, le=1000, description="Denoising steps per preview.")
     guidance: float = Field(7.5, ge=1.0, le=50.0, description="Guidance scale; 1 switches guidance off.")
+
+
+class CopyCheckConfig(_Section):
+    """Whether previews are copies of training pictures."""
+
+    enabled: bool = Field(True, description="Compare the previews of every epoch with the training pictures.")
+    stop: bool = Field(False, description="End training at the first epoch that copies; all files are kept.")
+    sscd: bool = Field(
+        False, description="Ask SSCD as well, a network that was trained to find copies; it comes from the hub."
+    )
+    dinov2: bool = Field(
+        False, description="Choose the epoch by how much DINOv2, from the hub, finds the concept in the previews."
+    )
+
+    @model_validator(mode="after")
+    def _enabled(self) -> CopyCheckConfig:
+        used = [name for name in ("stop", "sscd", "dinov2") if getattr(self, name)]
+        if used and not self.enabled:
+            raise ValueError(f"copycheck.{used[0]} does nothing unless copycheck.enabled is true")
+        return self
 
 
 class CacheConfig(_Section):
@@ -302,12 +327,20 @@ class RunConfig(_Section):
     timesteps: TimestepsConfig = TimestepsConfig()
     loss: LossConfig = LossConfig()
     preview: PreviewConfig = PreviewConfig()
+    copycheck: CopyCheckConfig = CopyCheckConfig()
     cache: CacheConfig = CacheConfig()
 
     @model_validator(mode="after")
     def _text_encoder_rate_is_used(self) -> RunConfig:
         if self.train.text_encoder_learning_rate is not None and "text_encoder" not in self.lora.targets:
             raise ValueError("train.text_encoder_learning_rate needs 'text_encoder' among lora.targets")
+        return self
+
+    @model_validator(mode="after")
+    def _check_has_previews(self) -> RunConfig:
+        used = [name for name in ("stop", "sscd", "dinov2") if getattr(self.copycheck, name)]
+        if used and not self.preview.enabled:
+            raise ValueError(f"copycheck.{used[0]} needs preview.enabled: what is checked are the previews")
         return self
 
     @model_validator(mode="after")

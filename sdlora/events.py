@@ -121,6 +121,34 @@ class PreviewsDone(Event):
 
 
 @dataclass(frozen=True)
+class CopyChecked(Event):
+    """The previews of an epoch were compared with the training pictures.
+
+    Attributes:
+        epoch: Which; 0 is the base.
+        verdict: "clean", "watch" or "copying".
+        reason: One sentence.
+        share: Of the previews that match a training picture more than chance explains, in [0, 1].
+        share_lower_bound: What that share is at least, with a confidence of 95 %.
+        false_alarm_rate: How often an epoch that copies nothing is called copying.
+        most_alike: The training picture that a preview is most alike, and the preview's file.
+        hp_ms: How much they are alike, in [-1, 1].
+        seconds: What the check took.
+    """
+
+    name = "copycheck"
+    epoch: int
+    verdict: str
+    reason: str
+    share: float
+    share_lower_bound: float
+    false_alarm_rate: float
+    most_alike: tuple[str, str]
+    hp_ms: float
+    seconds: float
+
+
+@dataclass(frozen=True)
 class Exported(Event):
     """A LoRA file was written and proven by loading it back through diffusers."""
 

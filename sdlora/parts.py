@@ -23,6 +23,10 @@ from sdlora.lora.inject import Adapter
 from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
 from sdlora.models.load import load_base
+from sdlora.models.sd import weights_identity
+from sdlora.preview.checker import Checker
+from sdlora.preview.nulls import make_gallery
+from sdlora.preview.prompts import novel_prompts
 from sdlora.preview.sampler import PreviewRequest
 from sdlora.runfolder import RunFolder
 from sdlora.shipped import resolve_data_folder
@@ -31,6 +35,7 @@ from sdlora.training.heldout import HeldOut
 from sdlora.training.loop import Trainer
 
 HIGH_RANK = 32
+NUM_NOVEL = 3
 
 
 @dataclass
@@ -46,6 +51,7 @@ class Parts:
     heldout: HeldOut | None
     trainer: Trainer
     previews: PreviewRequest | None
+    checker: Checker | None
     notices: list[str]
     device: torch.device
     precision: str
@@ -81,6 +87,8 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
         base.use_zero_terminal_snr()
     unassigned, dataset = dataset, _with_buckets(config, base, dataset)
     notices += _size_notices(config, unassigned, dataset)
+    # Before adapters change the names of its weights.
+    identity = weights_identity(base.unet, base.unet.config) if config.copycheck.enabled else ""
     targets = find_targets(base.unet, config.lora.targets, base.text_encoder)
     adapter = make_adapter(config, base, targets)
     rank = max(config.lora.ranks())
@@ -94,8 +102,13 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
     notices += _long_captions(base, dataset, config.data.trigger)
     measured = None
     if heldout is not None:
-        held_out = held_out_data(config, _with_buckets(config, base, heldout), cache)
-        measured = HeldOut(held_out, adapter, config.seed)
+        heldout = _with_buckets(config, base, heldout)
+        measured = HeldOut(held_out_data(config, heldout, cache), adapter, config.seed)
+    previews = _preview_request(config, dataset)
+    checker = None
+    if previews is not None and config.copycheck.enabled:
+        gallery = make_gallery(dataset, heldout, config.data.background)
+        checker = Checker(base, adapter, previews, gallery, cache, identity)
     accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if precision == "fp16" else "no")
     trainer = Trainer(config, base, adapter, data, accelerator)
     if config.train.warmup_steps >= trainer.total_steps:
@@ -112,7 +125,8 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
         data=data,
         heldout=measured,
         trainer=trainer,
-        previews=_preview_request(config, dataset),
+        previews=previews,
+        checker=checker,
         notices=notices,
         device=device,
         precision=precision,
@@ -180,13 +194,16 @@ def _preview_request(config: RunConfig, dataset: Dataset) -> PreviewRequest | No
     preview = config.preview
     if not preview.enabled:
         return None
-    count = len(dataset.examples)
-    # Without prompts of the user's own, three captions spread over the set show at least what is being learned.
-    own = [with_trigger(dataset.examples[i * count // 3].caption, config.data.trigger) for i in range(min(3, count))]
+    captions = [with_trigger(example.caption, config.data.trigger) for example in dataset.examples]
+    # Spread over the set, which is in the order of its names.
+    number = min(preview.num_captions, len(captions))
+    drawn = list(dict.fromkeys(captions[index * len(captions) // number] for index in range(number)))
+    novel = preview.prompts or novel_prompts(captions, config.data.trigger, NUM_NOVEL)
     return PreviewRequest(
-        prompts=tuple(preview.prompts or dict.fromkeys(own)),
+        prompts=(*drawn, *novel),
         seeds=tuple(preview.seeds),
         negative_prompt=preview.negative_prompt,
         num_steps=preview.num_steps,
         guidance=preview.guidance,
+        num_captions=len(drawn),
     )

@@ -79,6 +79,8 @@ class ProgressBar:
             told = [f"{label} {value:.5f}" for label, value in losses if value is not None]
             if told:
                 self._line(f"{name}: {', '.join(told)}")
+        elif isinstance(event, events.CopyChecked):
+            self._line(describe_check(event))
         elif isinstance(event, events.Exported):
             self._line(f"Loaded back through diffusers: {event.num_modules} modules, max error {event.max_error:g}.")
         elif isinstance(event, events.RunDone):
@@ -117,6 +119,8 @@ class Timer:
         elif isinstance(event, events.PreviewsDone):
             self._preview_seconds = event.seconds
             self._epochs_closed = event.epoch
+        elif isinstance(event, events.CopyChecked):
+            self._preview_seconds += event.seconds
 
     @property
     def eta_seconds(self) -> float | None:
@@ -145,6 +149,12 @@ def describe_plan(plan: events.PlanMade) -> str:
         f"{kept_out}Training {plan.trained_parameters:,} parameters in {', '.join(plan.targets)}, {share:.2%} of the "
         f"base's {plan.base_parameters:,}; the base itself stays as it is."
     )
+
+
+def describe_check(event: events.CopyChecked) -> str:
+    """A copy check in one line."""
+    name = f"epoch {event.epoch}" if event.epoch else "the base"
+    return f"{name}: {event.verdict}. {event.reason}"
 
 
 def format_seconds(seconds: float) -> str:

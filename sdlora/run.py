@@ -20,13 +20,14 @@ from sdlora.adapters import limits_elsewhere, timestep_rank
 from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml, load_config, options
 from sdlora.errors import ConfigError, DataError, OutOfMemoryError, SdloraError
-from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, PreviewsDone, RunDone
+from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, RunDone
 from sdlora.files import atomic_path, remove_partial, write_json
 from sdlora.lora.export import LoraMetadata, save_lora
 from sdlora.lora.prove import prove_lora
 from sdlora.parts import Parts, prepare
+from sdlora.preview.copycheck import EpochCheck, recommend
 from sdlora.preview.report import write_report
-from sdlora.preview.sampler import PreviewRequest, draw_previews
+from sdlora.preview.sampler import PreviewRequest, draw_epoch
 from sdlora.preview.sheet import contact_sheet
 from sdlora.runfolder import Recorder, RunFolder
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
@@ -148,6 +149,8 @@ def _events(
     yield from parts.data.fill(config.train.epochs * config.data.repeats, config.data.background)
     if parts.heldout is not None:
         yield from parts.heldout.data.fill(1, config.data.background)
+    if parts.checker is not None:
+        yield from parts.checker.prepare()
     losses: dict[int, float] = {}
     checkpoints = complete_checkpoints(folder.checkpoints) if resume else []
     if checkpoints:
@@ -159,6 +162,7 @@ def _events(
     else:
         recorder.cut_metrics(0)
         yield from _close_epoch(parts, EpochDone(0, 0, None, None, 0.0), losses)
+    last = config.train.epochs
     for event in trainer.events(should_stop):
         if isinstance(event, CheckpointDue):
             extra = {
@@ -169,11 +173,16 @@ def _events(
             save_checkpoint(folder.checkpoints, trainer, extra)
         elif isinstance(event, EpochDone):
             yield from _close_epoch(parts, event, losses)
+            if config.copycheck.stop and _copies(folder, event.epoch):
+                last = event.epoch
+                yield Notice(f"Epoch {last} copies training pictures; training ends here, as copycheck.stop asks for.")
+                break
         else:
             yield event
-    if trainer.position.step < trainer.total_steps:
-        raise Stopped
-    epoch, reason = _recommend(losses, config.train.epochs)
+    else:
+        if trainer.position.step < trainer.total_steps:
+            raise Stopped
+    epoch, reason = recommend(_checks(folder, last), losses, last, fit_name="held-out loss")
     with atomic_path(folder.lora) as temporary:
         shutil.copyfile(folder.epoch_lora(epoch), temporary)
     proof = json.loads((folder.epoch(epoch) / "proof.json").read_text(encoding="utf-8"))
@@ -224,10 +233,11 @@ def _judge_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> It
     if event.epoch > 0:
         _export(parts, event)
     if parts.previews is not None:
-        start = time.monotonic()
-        yield from draw_previews(parts.base, parts.previews, folder.epoch(event.epoch) / "previews")
-        files = _write_sheet(parts, parts.previews, event.epoch)
-        yield PreviewsDone(event.epoch, files, time.monotonic() - start)
+        if parts.checker is not None:
+            yield from parts.checker.epoch(event.epoch, folder.epoch(event.epoch))
+        else:
+            yield from draw_epoch(parts.base, parts.previews, event.epoch, folder.epoch(event.epoch))
+        _write_sheet(parts, parts.previews, event.epoch)
     done = f"Epoch {event.epoch} of {parts.config.train.epochs}" if event.epoch else "The base, before training"
     _report(parts, [f"{done}. This page is written anew after every epoch."])
 
@@ -246,14 +256,24 @@ def _report(parts: Parts, sentences: list[str]) -> None:
     )
 
 
-def _write_sheet(parts: Parts, request: PreviewRequest, last_epoch: int) -> list[str]:
+def _checks(folder: RunFolder, last: int) -> dict[int, EpochCheck]:
+    """The copy checks of all epochs from 1 on that have one."""
+    found = {epoch: EpochCheck.read(folder.epoch(epoch)) for epoch in range(1, last + 1)}
+    return {epoch: check for epoch, check in found.items() if check is not None}
+
+
+def _copies(folder: RunFolder, epoch: int) -> bool:
+    check = EpochCheck.read(folder.epoch(epoch))
+    return epoch > 0 and check is not None and check.verdict == "copying"
+
+
+def _write_sheet(parts: Parts, request: PreviewRequest, last_epoch: int) -> None:
     def files(epoch: int) -> list[Path]:
         return [parts.folder.epoch(epoch) / "previews" / name for name in request.file_names()]
 
     labels = [prompt for prompt in request.prompts for _ in request.seeds]
     columns = [("base" if epoch == 0 else f"epoch {epoch}", files(epoch)) for epoch in range(last_epoch + 1)]
     contact_sheet(labels, columns, parts.folder.sheet)
-    return [str(file) for file in files(last_epoch)]
 
 
 def _metadata(parts: Parts, event: EpochDone) -> LoraMetadata:
@@ -279,15 +299,3 @@ def _export(parts: Parts, event: EpochDone) -> None:
     save_lora(file, state, metadata=_metadata(parts, event))
     proof = prove_lora(file, state, parts.base.fresh_pipeline(), timestep_rank(parts.config.lora))
     write_json(file.with_name("proof.json"), asdict(proof))
-
-
-def _recommend(losses: dict[int, float], epochs: int) -> tuple[int, str]:
-    """The epoch to keep, and why in one sentence."""
-    trained = {epoch: loss for epoch, loss in losses.items() if epoch > 0}
-    if not trained:
-        return epochs, f"Epoch {epochs}, the last one, is kept: without held-out pictures nothing can be compared."
-    best = min(trained, key=lambda epoch: trained[epoch])
-    return (
-        best,
-        f"Epoch {best} is kept: its held-out loss, {trained[best]:.5f}, is the lowest of {len(trained)} epochs.",
-    )

@@ -29,8 +29,8 @@ def test_the_list_of_options_is_a_decision() -> None:
         "train.checkpoint_every_steps", "timesteps.density", "timesteps.mean", "timesteps.std", "timesteps.min",
         "timesteps.max", "timesteps.high_noise_keep", "timesteps.coverage", "loss.kind", "loss.huber_delta",
         "loss.weighting", "loss.gamma", "loss.noise_offset", "loss.zero_terminal_snr", "preview.enabled",
-        "preview.prompts", "preview.seeds", "preview.negative_prompt", "preview.num_steps", "preview.guidance",
-        "cache.dir",
+        "preview.prompts", "preview.num_captions", "preview.seeds", "preview.negative_prompt", "preview.num_steps",
+        "preview.guidance", "copycheck.enabled", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "cache.dir",
     ]  # fmt: skip
 
 

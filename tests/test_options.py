@@ -64,6 +64,10 @@ def outcome(scene: dict[str, str]) -> Callable[..., str]:
         [preview]
         num_steps = 2
         prompts = ["a red ball"]
+        num_captions = 0
+        seeds = [0]
+        [copycheck]
+        enabled = false
         [cache]
         dir = "{scene["root"]}/cache"
         """
@@ -83,6 +87,7 @@ def outcome(scene: dict[str, str]) -> Callable[..., str]:
             digest.update(key.encode() + tensor.numpy().tobytes())
         for path in sorted(folder.glob("epochs/*/previews/*.png")):
             digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
+        digest.update(str([path.parent.name for path in sorted(folder.glob("epochs/*/copycheck.json"))]).encode())
         checkpoints = sorted(path.name for path in folder.glob("checkpoints/*"))
         return f"{file.name} {checkpoints} {digest.hexdigest()}"
 
@@ -152,15 +157,17 @@ CHANGES: dict[str, list[str]] = {
     "loss.noise_offset": ["loss.noise_offset=0.1"],
     "preview.enabled": ["preview.enabled=false"],
     "preview.prompts": ['preview.prompts=["a blue cat"]'],
+    "preview.num_captions": ["preview.num_captions=1"],
     "preview.seeds": ["preview.seeds=[1]"],
     "preview.negative_prompt": ["preview.negative_prompt=red"],
     "preview.num_steps": ["preview.num_steps=3"],
     "preview.guidance": ["preview.guidance=2.0"],
+    "copycheck.enabled": ["copycheck.enabled=true"],
 }
 REFUSED_HERE = {"base.variant", "train.device"}
 TESTED_BELOW = {
     "base.revision", "data.holdout", "data.holdout_split", "data.keep_tags", "train.log_every_steps", "cache.dir",
-    "loss.zero_terminal_snr",
+    "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2",
 }  # fmt: skip
 
 

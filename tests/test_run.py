@@ -207,13 +207,15 @@ def test_a_run_goes_on_only_with_its_own_pictures(tmp_path: Path, overrides: lis
 
 
 def test_previews_of_captions_call_the_trigger(tmp_path: Path, overrides: list[str]) -> None:
-    run(tmp_path / "run", [*overrides, "preview.prompts=[]", "train.epochs=1"])
+    changes = [*overrides, "preview.prompts=[]", "preview.num_captions=3"]
+    run(tmp_path / "run", [*changes, "train.epochs=1"])
     log = (tmp_path / "run" / "log.txt").read_text()
-    assert "prompt02_seed0.png" in log
-    config = load_config(str(tmp_path / "hero.toml"), [*overrides, "preview.prompts=[]"])
-    request = prepare(config, RunFolder(tmp_path / "other", "hero")).previews
+    assert "prompt05_seed0.png" in log
+    request = prepare(load_config(str(tmp_path / "hero.toml"), changes), RunFolder(tmp_path / "other", "hero")).previews
     assert request is not None
-    assert all(prompt.startswith("zumi, a ") for prompt in request.prompts)
+    assert all(prompt.startswith("zumi, a ") for prompt in request.prompts[:3])
+    assert request.kinds() == ["training"] * 3 + ["novel"] * 3
+    assert all(prompt.startswith("zumi ") for prompt in request.prompts[3:])
 
 
 def test_what_a_person_should_know_is_said(tmp_path: Path, overrides: list[str]) -> None:

@@ -58,7 +58,7 @@ class Cache:
 
     def identity(self, example: Example) -> str:
         """A hash of a filled picture, its caption, and the VAE and text encoder that read them."""
-        return _key(self._keys[example], _key("text", self.base.text_identity, example.caption))
+        return content_key(self._keys[example], content_key("text", self.base.text_identity, example.caption))
 
     def text(self, captions: Sequence[str]) -> TextStates:
         """Text states of filled captions, the batch first, float32 on the CPU."""
@@ -74,12 +74,12 @@ class Cache:
         """
         for done, example in enumerate(examples, start=1):
             picture = load_pixels(example, background)
-            key = _key("moments", self.base.vae_identity, pixel_hash(picture))
+            key = content_key("moments", self.base.vae_identity, pixel_hash(picture))
 
             def encode(picture: Image.Image = picture) -> TextStates:
                 return {"moments": self.base.encode_pixels(to_tensor(picture).unsqueeze(0))[0]}
 
-            self._moments[example] = self._fetch("moments", key, encode)["moments"]
+            self._moments[example] = self.fetch("moments", key, encode)["moments"]
             self._keys[example] = key
             yield Progress("cache pictures", done, len(examples))
 
@@ -87,17 +87,28 @@ class Cache:
         """Encode the captions that are not on disk yet."""
         wanted = list(dict.fromkeys(captions))
         for done, caption in enumerate(wanted, start=1):
-            key = _key("text", self.base.text_identity, caption)
+            key = content_key("text", self.base.text_identity, caption)
 
             # One at a time: the states of a caption must not depend on what it was encoded with.
             def encode(caption: str = caption) -> TextStates:
                 return {name: value[0] for name, value in self.base.encode_captions([caption]).items()}
 
-            self._text[caption] = self._fetch("text", key, encode)
+            self._text[caption] = self.fetch("text", key, encode)
             yield Progress("cache captions", done, len(wanted))
 
-    def _fetch(self, kind: str, key: str, make: Callable[[], TextStates]) -> TextStates:
-        path = self.folder / kind / key[:2] / f"{key}.safetensors"
+    def holds(self, kind: str, key: str) -> bool:
+        """Whether something is kept under a key."""
+        return self._path(kind, key).exists()
+
+    def fetch(self, kind: str, key: str, make: Callable[[], TextStates]) -> TextStates:
+        """What is kept under a key, made and kept if it is not there.
+
+        Args:
+            kind: The subfolder.
+            key: From `content_key`, of everything that the tensors follow from.
+            make: Makes named tensors, which are kept in float32.
+        """
+        path = self._path(kind, key)
         if path.exists():
             try:
                 return load_file(path)
@@ -109,6 +120,10 @@ class Cache:
             save_file(made, temporary)
         return made
 
+    def _path(self, kind: str, key: str) -> Path:
+        return self.folder / kind / key[:2] / f"{key}.safetensors"
 
-def _key(*parts: str) -> str:
+
+def content_key(*parts: str) -> str:
+    """A hash of texts, in their order, for file names."""
     return hashlib.blake2b("\x1f".join([_FORMAT, "float32", *parts]).encode("utf-8"), digest_size=20).hexdigest()

@@ -5,17 +5,21 @@ Floor 6. A library's pipeline draws them; noise comes from generators of their o
 
 from __future__ import annotations
 
+import json
+import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import torch
 from PIL import Image
 
-from sdlora.events import Progress
+from sdlora.events import Event, PreviewsDone, Progress
 from sdlora.files import atomic_path
 from sdlora.models.base import BaseModel
 
+Kind = Literal["training", "novel"]
 _PIXELS_PER_BATCH = 8 * 128 * 128
 
 
@@ -29,6 +33,7 @@ class PreviewRequest:
         negative_prompt: What guidance steers away from.
         num_steps: Denoising steps, at least 1.
         guidance: Classifier-free guidance scale; 1 switches it off.
+        num_captions: So many prompts, the first ones, are captions of training pictures.
     """
 
     prompts: tuple[str, ...]
@@ -36,29 +41,70 @@ class PreviewRequest:
     negative_prompt: str
     num_steps: int
     guidance: float
+    num_captions: int = 0
+
+    def wanted(self) -> list[tuple[str, int]]:
+        """Every picture's prompt and seed, prompts first."""
+        return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+
+    def kinds(self) -> list[Kind]:
+        """Where every picture's prompt comes from."""
+        return [
+            "training" if index < self.num_captions else "novel"
+            for index in range(len(self.prompts))
+            for _ in self.seeds
+        ]
 
     def file_names(self) -> list[str]:
         """One PNG per prompt and seed, prompts first."""
         return [f"prompt{p:02d}_seed{seed}.png" for p in range(len(self.prompts)) for seed in self.seeds]
 
 
-def draw_previews(base: BaseModel, request: PreviewRequest, folder: Path) -> Iterator[Progress]:
+def draw_epoch(base: BaseModel, request: PreviewRequest, epoch: int, folder: Path) -> Iterator[Event]:
     """Draw every prompt with every seed and save the pictures as PNG files.
 
     Args:
         base: The model, its adapter as it should be seen.
         request: What to draw.
-        folder: Where the files go, named by `PreviewRequest.file_names`.
+        epoch: Whose previews they are.
+        folder: The epoch's; the files go into `previews`, named by `PreviewRequest.file_names`.
     """
-    wanted = [(prompt, seed) for prompt in request.prompts for seed in request.seeds]
-    names = request.file_names()
+    start = time.monotonic()
+    files = [folder / "previews" / name for name in request.file_names()]
+    done = 0
+    for pictures in draw(base, request, request.wanted()):
+        for picture in pictures:
+            with atomic_path(files[done]) as temporary:
+                picture.save(temporary, format="PNG")
+            done += 1
+        yield Progress("previews", done, len(files))
+    yield PreviewsDone(epoch, [str(file) for file in files], time.monotonic() - start)
+
+
+def draw(base: BaseModel, request: PreviewRequest, wanted: Sequence[tuple[str, int]]) -> Iterator[list[Image.Image]]:
+    """Pictures of prompts and seeds, as many at once as fit, in their order.
+
+    Args:
+        base: The model, its adapter as it should be seen.
+        request: How to draw; its own prompts and seeds do not matter.
+        wanted: Prompts and seeds.
+    """
     size = max(1, _PIXELS_PER_BATCH // base.resolution_px**2)
     for first in range(0, len(wanted), size):
-        group = wanted[first : first + size]
-        for name, picture in zip(names[first:], _draw(base, request, group), strict=False):
-            with atomic_path(folder / name) as temporary:
-                picture.save(temporary, format="PNG")
-        yield Progress("previews", min(first + size, len(wanted)), len(wanted))
+        yield _draw(base, request, wanted[first : first + size])
+
+
+def settings(base: BaseModel, request: PreviewRequest) -> list[str]:
+    """Everything beside prompt, seed and weights that decides what is drawn, for cache keys."""
+    with base.pipeline() as pipeline:
+        scheduler = dict(pipeline.scheduler.config)
+    return [
+        request.negative_prompt,
+        str(request.num_steps),
+        str(request.guidance),
+        str(base.unet.dtype),
+        json.dumps(scheduler, sort_keys=True, default=str),
+    ]
 
 
 def _draw(base: BaseModel, request: PreviewRequest, group: Sequence[tuple[str, int]]) -> list[Image.Image]:

@@ -83,6 +83,14 @@ def phash(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Te
     return (equal / HASH_WAVES**2 + 1) / 2
 
 
+SCORES = ("hp_ms", "phash")
+
+
+def copy_scores(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
+    """Every score that is named in `SCORES`, of every picture against every picture of a gallery, (P, G, 2)."""
+    return torch.stack([hp_ms(pictures, gallery), phash(pictures, gallery)], dim=-1)
+
+
 def _hashes(pictures: Sequence[Image.Image]) -> Tensor:
     """A bit for each of the 8x8 lowest waves in 32x32 luma: 1 above their median, else -1, (P, 64)."""
     small = [p.convert("L").resize((HASH_PX, HASH_PX), Image.Resampling.LANCZOS) for p in pictures]

@@ -1,0 +1,226 @@
+"""The copy check: which training picture each preview is most alike, and whether that is more than chance explains.
+
+Floor 6. A verdict needs two things: previews that nothing in the null is as alike as, and more of them than a test at
+1 % gives by chance.
+Shapes: P previews, G pictures of the gallery, K pictures of the null, S scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from PIL import Image
+from torch import Tensor
+
+from sdlora.files import write_json
+from sdlora.preview.chance import binomial_tail, lower_bound, p_values
+from sdlora.preview.nulls import Gallery, reduced
+from sdlora.preview.sampler import Kind, PreviewRequest
+from sdlora.preview.signals import Signal
+from sdlora.preview.similarity import SCORES, copy_scores
+
+ALPHA = 0.01
+SIGNALS_TO_WATCH = 2
+FILE = "copycheck.json"
+Verdict = Literal["clean", "watch", "copying"]
+
+
+@dataclass(frozen=True)
+class Match:
+    """A preview and the training picture that it is most alike.
+
+    Attributes:
+        prompt: What was drawn.
+        kind: "training" for a caption of the set, "novel" for any other prompt.
+        seed: Of the preview's starting noise.
+        nearest: The training picture's name.
+        hp_ms: Their likeness in detail, over crops and mirrors, in [-1, 1].
+        phash: The share of equal bits of their perceptual hashes, in [0, 1].
+        p_value: How likely a picture that copies nothing is as alike to some training picture.
+        significant: Whether that is at most 1 %.
+        file: The preview, seen from the check's folder.
+    """
+
+    prompt: str
+    kind: Kind
+    seed: int
+    nearest: str
+    hp_ms: float
+    phash: float
+    p_value: float
+    significant: bool
+    file: str
+
+
+@dataclass(frozen=True)
+class EpochCheck:
+    """What the check found in the previews of one epoch.
+
+    Attributes:
+        verdict: "copying" if more previews are significant than chance explains; "watch" if any is, or if two other
+            signals stand out; else "clean".
+        reason: Why, in one sentence.
+        share: Of previews that are significant, in [0, 1].
+        share_lower_bound: What that share is at least, with a confidence of 95 %.
+        false_alarm_rate: How likely "copying" is said of so many previews if none is a copy.
+        signals: What else was measured, by name.
+        previews: In the order of their files.
+    """
+
+    verdict: Verdict
+    reason: str
+    share: float
+    share_lower_bound: float
+    false_alarm_rate: float
+    signals: dict[str, dict[str, Any]]
+    previews: list[Match]
+
+    def most_alike(self) -> Match:
+        """The preview that is least likely by chance; the highest likeness among equals."""
+        return min(self.previews, key=lambda match: (match.p_value, -match.hp_ms))
+
+    def write(self, folder: Path) -> None:
+        """Keep it beside the previews."""
+        write_json(folder / FILE, asdict(self))
+
+    @staticmethod
+    def read(folder: Path) -> EpochCheck | None:
+        """What was kept in an epoch's folder, or None."""
+        file = folder / FILE
+        if not file.exists():
+            return None
+        values = json.loads(file.read_text(encoding="utf-8"))
+        return EpochCheck(**{**values, "previews": [Match(**match) for match in values["previews"]]})
+
+
+def check_previews(
+    request: PreviewRequest, folder: Path, gallery: Gallery, null: Tensor, signals: Sequence[Signal] = ()
+) -> EpochCheck:
+    """Compare the previews of an epoch with the training pictures.
+
+    Args:
+        request: What was drawn.
+        folder: The epoch's folder, with the pictures in `previews`.
+        gallery: The pictures that may have been copied.
+        null: Scores of pictures that copy nothing, (K, S).
+        signals: What else was measured.
+    """
+    files = [f"previews/{name}" for name in request.file_names()]
+    pictures = []
+    for file in files:
+        with Image.open(folder / file) as picture:
+            pictures.append(reduced(picture))
+    scores = copy_scores(pictures, list(gallery.pictures.values()))  # (P, G, S)
+    chances = p_values(scores.amax(dim=1), null).tolist()
+    nearest = _standing_out(scores, null).amax(dim=2).argmax(dim=1).tolist()
+    names = list(gallery.pictures)
+    matches = [
+        Match(
+            prompt, kind, seed, names[index],
+            **{name: round(float(own[index, column]), 4) for column, name in enumerate(SCORES)},
+            p_value=chance, significant=chance <= ALPHA, file=file,
+        )
+        for (prompt, seed), kind, index, own, chance, file in zip(
+            request.wanted(), request.kinds(), nearest, scores, chances, files, strict=True
+        )
+    ]  # fmt: skip
+    return judge(matches, signals)
+
+
+def _standing_out(scores: Tensor, null: Tensor) -> Tensor:
+    """How far each score is from the null's median, in its median absolute deviations, (P, G, S)."""
+    middle = null.median(dim=0).values
+    spread = (null - middle).abs().median(dim=0).values.clamp(min=1e-9)
+    return (scores - middle) / spread
+
+
+def judge(matches: Sequence[Match], signals: Sequence[Signal]) -> EpochCheck:
+    """The verdict on an epoch, from what was found in its previews.
+
+    Args:
+        matches: One per preview, at least one.
+        signals: What else was measured.
+    """
+    total, found = len(matches), [match for match in matches if match.significant]
+    bound = lower_bound(len(found), total)
+    outside = [signal for signal in signals if signal.outside]
+    verdict: Verdict = "clean"
+    if bound > ALPHA:
+        verdict = "copying"
+    elif found or len(outside) >= SIGNALS_TO_WATCH:
+        verdict = "watch"
+    return EpochCheck(
+        verdict=verdict,
+        reason=_reason(verdict, matches, found, bound, outside),
+        share=len(found) / total,
+        share_lower_bound=bound,
+        false_alarm_rate=false_alarm_rate(total),
+        signals={signal.name: signal.to_json() for signal in signals},
+        previews=list(matches),
+    )
+
+
+def false_alarm_rate(num_previews: int) -> float:
+    """How likely so many previews are called copying if each stands out by chance in one of a hundred cases."""
+    fewest = next((k for k in range(1, num_previews + 1) if lower_bound(k, num_previews) > ALPHA), num_previews + 1)
+    return binomial_tail(fewest, num_previews, ALPHA)
+
+
+def _reason(
+    verdict: Verdict, matches: Sequence[Match], found: Sequence[Match], bound: float, outside: Sequence[Signal]
+) -> str:
+    total = len(matches)
+    if found:
+        best = max(found, key=lambda match: match.hp_ms)
+        told = (
+            f"{len(found)} of {total} previews {'is' if len(found) == 1 else 'are'} more like a training picture than "
+            f"anything that copies nothing; the most alike is {best.nearest} (likeness {best.hp_ms:.2f})"
+        )
+        novel = sum(match.kind == "novel" for match in found)
+        if novel:
+            told += f", and {novel} of them came from new prompts"
+        if verdict == "copying":
+            return f"{told}; with 95 % confidence at least {bound:.0%} are copies."
+        return f"{told}; among {total} previews chance does that too often to call it copying."
+    if verdict == "watch":
+        names = ", ".join(signal.name.replace("_", " ") for signal in outside)
+        return f"No preview is a copy, but {len(outside)} early signs stand out: {names}."
+    return f"None of {total} previews is more like a training picture than pictures that copy nothing."
+
+
+def recommend(checks: dict[int, EpochCheck], fits: dict[int, float], last: int, *, fit_name: str) -> tuple[int, str]:
+    """The epoch to keep, and why.
+
+    Args:
+        checks: The check of every epoch from 1 on; empty if nothing was checked.
+        fits: How well each epoch has learned the concept, the lower the better; empty if nothing was measured.
+        last: The last epoch.
+        fit_name: What the fits are, such as "held-out loss".
+
+    Returns:
+        The epoch and a sentence or two.
+    """
+    epochs = range(1, last + 1)
+    copying = [epoch for epoch in epochs if epoch in checks and checks[epoch].verdict == "copying"]
+    allowed = [epoch for epoch in epochs if epoch not in copying]
+    if not allowed:
+        best = min(epochs, key=lambda epoch: (checks[epoch].share, epoch))
+        return best, (
+            f"Every epoch copies training pictures. Epoch {best} is kept, where the fewest previews are copies. Train "
+            "with more pictures, or lower data.repeats, lora.rank or train.learning_rate; "
+            "lora.timestep_rank_min and timesteps.high_noise_keep keep layouts from being learned by heart."
+        )
+    left_out = f" Left out because {'it copies' if len(copying) == 1 else 'they copy'}: epoch "
+    told = f"{left_out}{', '.join(map(str, copying))}." if copying else ""
+    known = [epoch for epoch in allowed if epoch in fits]
+    if not known:
+        best = allowed[-1]
+        return best, f"Epoch {best} is kept, the last one: without held-out pictures nothing can be compared.{told}"
+    best = min(known, key=lambda epoch: fits[epoch])
+    return best, (
+        f"Epoch {best} is kept: its {fit_name}, {abs(fits[best]):.5f}, is the best of {len(known)} epochs.{told}"
+    )

@@ -1,0 +1,158 @@
+"""What likeness there is where nothing was copied: between training pictures, and in what the base draws.
+
+Floor 6. The null has at least 100 scores, since a test at 1 % needs as many. The base's pictures are drawn once and
+kept, and so are the scores, under the hash of everything that they follow from.
+Shapes: K pictures of the null, G pictures of the gallery, S scores.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdlora.data.cache import Cache, content_key
+from sdlora.data.dataset import Dataset, load_pixels
+from sdlora.data.images import pixel_hash
+from sdlora.data.thumbnails import near_duplicates, thumbnail
+from sdlora.events import Progress
+from sdlora.files import atomic_path
+from sdlora.lora.inject import Adapter
+from sdlora.models.base import BaseModel
+from sdlora.preview.sampler import PreviewRequest, draw, settings
+from sdlora.preview.similarity import SCORES, copy_scores
+
+SIZE = 100
+FEWEST_OF_BASE = 24
+_FIRST_SEED = 1_000_000  # no preview's, so that the null is not drawn from the very noise that is judged
+_LARGEST_PX = 384
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The pictures that may have been copied.
+
+    Attributes:
+        pictures: By name, as cropped for training, at most 384 px on the longer edge.
+        heldout: Pictures of the same kind that were not trained.
+    """
+
+    pictures: dict[str, Image.Image]
+    heldout: dict[str, Image.Image]
+
+
+def make_gallery(trained: Dataset, heldout: Dataset | None, background: str) -> Gallery:
+    """Read the pictures; a held-out one that is a near-duplicate of a trained one is left out.
+
+    Args:
+        trained: The pictures that may have been copied, their buckets assigned.
+        heldout: Other pictures of the same kind.
+        background: Colour under transparent pixels.
+    """
+
+    def read(dataset: Dataset | None) -> dict[str, Image.Image]:
+        return {e.name: reduced(load_pixels(e, background)) for e in (dataset.examples if dataset else ())}
+
+    pictures, others = read(trained), read(heldout)
+    count, names = len(pictures), list(others)
+    groups = _twins([*pictures.values(), *others.values()])
+    twins = {names[i - count] for group in groups if group[0] < count for i in group if i >= count}
+    return Gallery(pictures, {name: picture for name, picture in others.items() if name not in twins})
+
+
+def reduced(picture: Image.Image) -> Image.Image:
+    """A picture of at most 384 px on its longer edge: scores look no closer, and a large set fits into memory."""
+    if max(picture.size) > _LARGEST_PX:
+        picture = picture.copy()
+        picture.thumbnail((_LARGEST_PX, _LARGEST_PX), Image.Resampling.LANCZOS)
+    return picture.convert("RGB")
+
+
+def null_scores(gallery: Gallery, drawn: Sequence[Image.Image]) -> Tensor:
+    """The highest scores that pictures reach which are no copies, (K, S).
+
+    Args:
+        gallery: Every training picture is compared with the others, but for its near-duplicates; every held-out
+            picture with all of them.
+        drawn: Pictures of the base without an adapter, compared with all of them.
+    """
+    trained = list(gallery.pictures.values())
+    among = copy_scores(trained, trained)
+    alike = torch.eye(len(trained), dtype=torch.bool)
+    for group in _twins(trained):
+        alike[np.ix_(group, group)] = True
+    alone = alike.all(dim=1)
+    among[alike] = -torch.inf
+    parts = [among.amax(dim=1)[~alone]]
+    others = [*gallery.heldout.values(), *drawn]
+    if others:
+        parts.append(copy_scores(others, trained).amax(dim=1))
+    return torch.cat(parts)
+
+
+class NullMaker:
+    """Makes the null of a run, or finds it in the cache.
+
+    Args:
+        base: The model, with the adapter in it.
+        adapter: Switched off for drawing.
+        request: What previews are drawn, for their prompts and settings.
+        gallery: The training and the held-out pictures.
+        cache: Where pictures and scores are kept.
+        identity: A hash of the frozen UNet.
+    """
+
+    def __init__(
+        self, base: BaseModel, adapter: Adapter, request: PreviewRequest, gallery: Gallery, cache: Cache, identity: str
+    ) -> None:
+        self._base, self._adapter, self._request = base, adapter, request
+        self._gallery, self._cache = gallery, cache
+        self._drawn_by = content_key(
+            "drawn by the base", identity, base.vae_identity, base.text_identity, json.dumps(settings(base, request))
+        )
+        known = len(gallery.pictures) + len(gallery.heldout)
+        self._wanted = self._base_requests(max(FEWEST_OF_BASE, SIZE - known))
+        self.scores: Tensor | None = None
+
+    def _base_requests(self, count: int) -> list[tuple[str, int]]:
+        """Prompts and seeds of the base's pictures: each prompt in turn."""
+        prompts = list(dict.fromkeys(self._request.prompts))
+        return [(prompts[i % len(prompts)], _FIRST_SEED + i // len(prompts)) for i in range(count)]
+
+    def make(self) -> Iterator[Progress]:
+        """Set `scores`, (K, S); draw what is missing for it."""
+        pixels = [[pixel_hash(p) for p in part.values()] for part in (self._gallery.pictures, self._gallery.heldout)]
+        files = [self._file(prompt, seed) for prompt, seed in self._wanted]
+        key = content_key("null", json.dumps(pixels), *SCORES, *(file.stem for file in files))
+        if not self._cache.holds("null", key):
+            yield from self._draw(files)
+
+        def compute() -> dict[str, Tensor]:
+            return {"scores": null_scores(self._gallery, [reduced(Image.open(file)) for file in files])}
+
+        self.scores = self._cache.fetch("null", key, compute)["scores"]
+
+    def _file(self, prompt: str, seed: int) -> Path:
+        key = content_key(self._drawn_by, prompt, str(seed))
+        return self._cache.folder / "drawn" / key[:2] / f"{key}.png"
+
+    def _draw(self, files: Sequence[Path]) -> Iterator[Progress]:
+        missing = [(wanted, file) for wanted, file in zip(self._wanted, files, strict=True) if not file.exists()]
+        done = 0
+        with self._adapter.disabled():
+            for pictures in draw(self._base, self._request, [wanted for wanted, _ in missing]):
+                for picture in pictures:
+                    with atomic_path(missing[done][1]) as temporary:
+                        picture.save(temporary, format="PNG")
+                    done += 1
+                yield Progress("the base's pictures", done, len(missing))
+
+
+def _twins(pictures: Sequence[Image.Image]) -> list[tuple[int, ...]]:
+    return near_duplicates(np.stack([thumbnail(picture) for picture in pictures])) if pictures else []

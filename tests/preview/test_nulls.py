@@ -1,0 +1,111 @@
+"""The null: what is in it, what is left out of it, and that it is made once."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from sdlora.data.cache import Cache
+from sdlora.lora.inject import inject
+from sdlora.lora.targets import find_targets
+from sdlora.models.load import load_base
+from sdlora.pocket.world import random_scene, render
+from sdlora.preview import nulls
+from sdlora.preview.nulls import SIZE, Gallery, NullMaker, null_scores, reduced
+from sdlora.preview.sampler import PreviewRequest
+from sdlora.preview.similarity import copy_scores
+
+REQUEST = PreviewRequest(("a red cat", "a dog"), (0,), "", 2, 5.0)
+
+
+def scenes(*numbers: int) -> dict[str, Image.Image]:
+    return {f"{number}.png": render(random_scene(number)) for number in numbers}
+
+
+def test_every_picture_is_compared_with_the_others_only() -> None:
+    trained, heldout = scenes(0, 1, 2, 3), scenes(10, 11)
+    drawn = list(scenes(20).values())
+    found = null_scores(Gallery(trained, heldout), drawn)
+    assert found.shape == (4 + 2 + 1, 2)
+    pictures = list(trained.values())
+    for index in range(4):
+        others = pictures[:index] + pictures[index + 1 :]
+        assert torch.allclose(found[index], copy_scores([pictures[index]], others).amax(dim=1)[0], atol=1e-5)
+    assert torch.allclose(found[4:6], copy_scores(list(heldout.values()), pictures).amax(dim=1), atol=1e-5)
+    assert torch.allclose(found[6:], copy_scores(drawn, pictures).amax(dim=1), atol=1e-5)
+
+
+def test_near_duplicates_in_the_set_are_no_measure_of_likeness() -> None:
+    trained = scenes(0, 1, 2)
+    twin = {"twin.png": ImageOps.mirror(trained["0.png"])}
+    found = null_scores(Gallery(trained | twin, {}), [])
+    assert float(found.max()) < 0.99
+    plain = null_scores(Gallery(trained, {}), [])
+    # A hash is not quite the same seen in a mirror, so the third picture may be nearer to the twin.
+    assert torch.allclose(found[:2], plain[:2], atol=1e-5) and torch.allclose(found[:, 0][:3], plain[:, 0], atol=1e-5)
+
+
+def test_one_picture_alone_has_no_others_to_be_compared_with() -> None:
+    drawn = list(scenes(5, 6).values())
+    assert null_scores(Gallery(scenes(0), {}), drawn).shape == (2, 2)
+
+
+def test_large_pictures_are_reduced_and_small_ones_left_alone() -> None:
+    large, small = Image.new("L", (1000, 500)), render(random_scene(0))
+    assert reduced(large).size == (384, 192)
+    assert reduced(large).mode == "RGB"
+    assert reduced(small).tobytes() == small.tobytes()
+
+
+@pytest.fixture
+def maker(tiny_base: Path, tmp_path: Path) -> NullMaker:
+    return make(tiny_base, tmp_path)
+
+
+def make(tiny_base: Path, folder: Path, request: PreviewRequest = REQUEST, identity: str = "unet") -> NullMaker:
+    base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
+    adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"], base.text_encoder), 2, 2.0, 0)
+    with torch.no_grad():
+        for up in adapter.up_parameters():
+            up.fill_(0.5)
+    return NullMaker(base, adapter, request, Gallery(scenes(0, 1, 2), scenes(9)), Cache(folder, base), identity)
+
+
+def test_the_null_is_large_enough_for_a_test_at_one_percent(maker: NullMaker) -> None:
+    list(maker.make())
+    assert maker.scores is not None
+    assert maker.scores.shape == (SIZE, 2)
+
+
+def test_the_second_run_draws_and_computes_nothing(
+    maker: NullMaker, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = list(maker.make())
+    assert sum(1 for _ in tmp_path.glob("drawn/*/*.png")) == first[-1].total == SIZE - 4
+    again = make(tiny_base, tmp_path)
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("computed again")
+
+    monkeypatch.setattr(nulls, "draw", refuse)
+    monkeypatch.setattr(nulls, "null_scores", refuse)
+    assert list(again.make()) == []
+    assert again.scores is not None and maker.scores is not None
+    assert torch.equal(again.scores, maker.scores)
+    # Another base, other settings: nothing fits.
+    with pytest.raises(AssertionError, match="computed again"):
+        list(make(tiny_base, tmp_path, identity="another").make())
+    with pytest.raises(AssertionError, match="computed again"):
+        list(make(tiny_base, tmp_path, PreviewRequest(("a red cat", "a dog"), (0,), "", 3, 5.0)).make())
+
+
+def test_the_base_draws_it_whatever_the_adapter_is(maker: NullMaker, tiny_base: Path, tmp_path: Path) -> None:
+    list(maker.make())
+    other = make(tiny_base, tmp_path / "other")
+    with torch.no_grad():
+        for up in other._adapter.up_parameters():
+            up.fill_(-2.0)
+    list(other.make())
+    assert other.scores is not None and maker.scores is not None
+    assert torch.allclose(other.scores, maker.scores)
