@@ -122,6 +122,19 @@ def test_every_rank_and_alpha_of_a_kohya_file_counts(pipeline: Any, tiny_base: P
     torch.testing.assert_close(answers(pipeline), answers(merged), atol=1e-5, rtol=0)
 
 
+def test_magnitudes_count_whatever_shape_they_are_written_in(pipeline: Any, tiny_base: Path, tmp_path: Path) -> None:
+    WRITERS["PEFT, DoRA, convolutions"](tmp_path / "lora.safetensors", fresh(tiny_base))
+    file = read_file(tmp_path / "lora.safetensors")
+    flat = {
+        name: replace(w, magnitude=w.magnitude.flatten()) for name, w in file.state.items() if w.magnitude is not None
+    }
+    assert len(flat) == len(file.state)
+    attach(pipeline.unet, file)
+    other = fresh(tiny_base)
+    attach(other.unet, replace(file, state=flat))
+    assert torch.equal(answers(other), answers(pipeline))
+
+
 @pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
 def test_sdlora_s_own_file_uses_its_ranks_by_noise_level(
     pipeline: Any, tiny_base: Path, tmp_path: Path, start: Any
