@@ -58,3 +58,9 @@ class ExportError(SdloraError):
     """A written LoRA file did not reproduce the trained model when it was loaded back."""
 
     exit_code = 1
+
+
+class ArbiterError(SdloraError):
+    """An optional network that was asked for is not to be had; the run goes on without it and says so."""
+
+    exit_code = 1

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sdlora.errors import DataError
-from sdlora.lora.timestep_rank import TimestepRank, rank_mask, watch_timesteps
+from sdlora.lora.timestep_rank import TimestepRank, rank_mask, timestep_rank_in, watch_timesteps
 
 
 def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name: str | None = None) -> None:
@@ -65,7 +65,7 @@ def _read_setting(file: Path) -> tuple[TimestepRank, int]:
             metadata: dict[str, str] = dict(opened.metadata() or {})
     except (OSError, SafetensorError) as error:
         raise DataError(f"{file} is not a readable safetensors file: {error}.") from error
-    if "sdlora.timestep_rank_min" not in metadata:
+    setting = timestep_rank_in(metadata, file.name)
+    if setting is None:
         raise DataError(f"{file} was trained without a timestep rank; use it as it is.")
-    setting = TimestepRank(int(metadata["sdlora.timestep_rank_min"]), float(metadata["sdlora.timestep_rank_alpha"]))
     return setting, 2 if "sdlora.frozen_start" in metadata else 1

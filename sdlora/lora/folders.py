@@ -58,15 +58,24 @@ def module_paths(base: Path | None) -> dict[str, tuple[str, tuple[int, ...]]]:
         raise BaseModelError(f"The configs in {base} make no UNet with CLIP text encoders: {error}") from error
     for network, prefix in ((unet, ""), (text, "text_encoder."), (second, "text_encoder_2.")):
         if network is not None:
-            found |= _layers(network, prefix, first)
+            found |= layers_by_name(network, prefix, first)
     return found
 
 
-def _layers(network: nn.Module, prefix: str, first: str) -> dict[str, tuple[str, tuple[int, ...]]]:
+def layers_by_name(
+    network: nn.Module, prefix: str = "", first_text_encoder: str = "lora_te_"
+) -> dict[str, tuple[str, tuple[int, ...]]]:
+    """A network's linear and convolution layers: kohya module name to module path and weight shape.
+
+    Args:
+        network: A UNet or a text encoder.
+        prefix: What its paths begin with; nothing for the UNet.
+        first_text_encoder: "lora_te1_" where the family has two text encoders.
+    """
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     for path in adaptable(network):
         shape = tuple(network.get_parameter(f"{path}.weight").shape)
-        found[kohya_name(prefix + path, first_text_encoder=first)] = (prefix + path, shape)
+        found[kohya_name(prefix + path, first_text_encoder=first_text_encoder)] = (prefix + path, shape)
     return found
 
 

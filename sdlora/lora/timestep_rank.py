@@ -5,13 +5,16 @@ Floor 2. Shapes: B batch, r rank.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
+
+from sdlora.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,31 @@ class TimestepRank:
 
     rank_min: int
     alpha: float
+
+
+def timestep_rank_in(metadata: Mapping[str, str], file: str) -> TimestepRank | None:
+    """The setting that a LoRA file was trained with, or None for all ranks everywhere.
+
+    Args:
+        metadata: The file's metadata.
+        file: Its name, for messages.
+
+    Raises:
+        DataError: The metadata is not what sdlora writes.
+    """
+    written = [metadata.get(f"sdlora.timestep_rank_{key}") for key in ("min", "alpha")]
+    if written == [None, None]:
+        return None
+    try:
+        setting = TimestepRank(int(written[0] or ""), float(written[1] or ""))
+    except ValueError:
+        setting = TimestepRank(0, 0.0)
+    if setting.rank_min < 1 or not 0 < setting.alpha < math.inf:
+        raise DataError(
+            f"{file}: its timestep rank has the minimum {written[0]!r} and the alpha {written[1]!r} in the metadata; "
+            "a whole number from 1 and a number above 0 are allowed. Was the file changed? Export it anew."
+        )
+    return setting
 
 
 def active_ranks(timesteps: Tensor, rank: int, rank_min: int, alpha: float, num_timesteps: int = 1000) -> Tensor:
