@@ -5,6 +5,7 @@ Floor 1.
 
 from __future__ import annotations
 
+import copy
 import difflib
 import json
 import re
@@ -42,27 +43,29 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
-    for override in overrides:
-        _apply(document, override)
-    return parse_config(document, name=path.stem)
+    return parse_config(document, name=path.stem, overrides=overrides)
 
 
-def parse_config(document: Mapping[str, Any], *, name: str) -> RunConfig:
+def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Check a configuration that was read already.
 
     Args:
         document: Nested tables.
         name: The run's name where the document gives none.
+        overrides: As in `load_config`.
 
     Raises:
         ConfigError: Any setting is wrong; all faults are named at once.
     """
-    data = document.get("data")
+    changed = copy.deepcopy(dict(document))
+    for override in overrides:
+        _apply(changed, override)
+    data = changed.get("data")
     faults = []
     if not isinstance(data, Mapping) or not data.get("folder"):
         faults.append("data.folder: not set; name the folder of your pictures.")
     try:
-        config = RunConfig.model_validate({"name": name, **document})
+        config = RunConfig.model_validate({"name": name, **changed})
     except ValidationError as error:
         faults = [_describe(dict(fault)) for fault in error.errors()] + faults
     if faults:

@@ -57,18 +57,38 @@ class Parts:
     precision: str
 
 
-def prepare(config: RunConfig, folder: RunFolder) -> Parts:
-    """Check and load everything that a configuration asks for.
+@dataclass
+class Loaded:
+    """The pictures and the base, before there is an adapter.
 
-    Args:
-        config: What to do.
-        folder: The run's folder, which is not touched.
+    Attributes:
+        base: Its networks, without adapters.
+        identity: A hash of its UNet, for cache keys; empty where nothing asks for it.
+        dataset: The pictures, their buckets assigned.
+        heldout: Pictures that are never trained, or None.
+        cache: Of latents, text states and what the copy check compares with.
+        notices: What the user should know.
+        device: Where the networks are.
+        precision: What the UNet computes in.
+    """
+
+    base: BaseModel
+    identity: str
+    dataset: Dataset
+    heldout: Dataset | None
+    cache: Cache
+    notices: list[str]
+    device: torch.device
+    precision: str
+
+
+def load(config: RunConfig) -> Loaded:
+    """Check and load pictures and base.
 
     Raises:
-        SdloraError: Anything that is wrong with the settings, the pictures or the base.
+        SdloraError: Anything that is wrong with them.
     """
     device, dtype, precision = choose_device(config)
-    notices: list[str] = []
     # The pictures are looked at before the base is loaded, which may take minutes.
     dataset = _load_dataset(config, config.data.folder)
     heldout = None if config.data.holdout is None else _load_dataset(config, config.data.holdout)
@@ -79,16 +99,39 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
         )
     if heldout is None and config.data.holdout_split:
         dataset, heldout = split_off(dataset, config.seed)
-    notices += dataset.notices
+    notices = list(dataset.notices)
     base = load_base(
         config.base.path, device=device, dtype=dtype, revision=config.base.revision, variant=config.base.variant
     )
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
     unassigned, dataset = dataset, _with_buckets(config, base, dataset)
-    notices += _size_notices(config, unassigned, dataset)
-    # Before adapters change the names of its weights.
-    identity = weights_identity(base.unet, base.unet.config) if config.copycheck.enabled else ""
+    notices += _size_notices(config, unassigned, dataset) + _long_captions(base, dataset, config.data.trigger)
+    return Loaded(
+        base=base,
+        # Before adapters change the names of the weights.
+        identity=weights_identity(base.unet, base.unet.config) if config.copycheck.enabled else "",
+        dataset=dataset,
+        heldout=None if heldout is None else _with_buckets(config, base, heldout),
+        cache=Cache(Path(config.cache.dir) if config.cache.dir else None, base),
+        notices=notices,
+        device=device,
+        precision=precision,
+    )
+
+
+def prepare(config: RunConfig, folder: RunFolder) -> Parts:
+    """Check and load everything that a configuration asks for.
+
+    Args:
+        config: What to do.
+        folder: The run's folder, which is not touched.
+
+    Raises:
+        SdloraError: Anything that is wrong with the settings, the pictures or the base.
+    """
+    loaded = load(config)
+    base, notices = loaded.base, loaded.notices
     targets = find_targets(base.unet, config.lora.targets, base.text_encoder)
     adapter = make_adapter(config, base, targets)
     rank = max(config.lora.ranks())
@@ -97,25 +140,19 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
             f"Rank {rank} needs more memory and copies the training pictures more easily than "
             f"rank 8 to {HIGH_RANK}. Compare a lower rank before you keep it."
         )
-    cache = Cache(Path(config.cache.dir) if config.cache.dir else None, base)
-    data = training_data(config, dataset, cache)
-    notices += _long_captions(base, dataset, config.data.trigger)
+    data = training_data(config, loaded.dataset, loaded.cache)
     measured = None
-    if heldout is not None:
-        heldout = _with_buckets(config, base, heldout)
-        measured = HeldOut(held_out_data(config, heldout, cache), adapter, config.seed)
-    previews = _preview_request(config, dataset)
-    checker = None
-    if previews is not None and config.copycheck.enabled:
-        gallery = make_gallery(dataset, heldout, config.data.background)
-        checker = Checker(base, adapter, previews, gallery, cache, identity)
-    accelerator = Accelerator(cpu=device.type == "cpu", mixed_precision="fp16" if precision == "fp16" else "no")
+    if loaded.heldout is not None:
+        measured = HeldOut(held_out_data(config, loaded.heldout, loaded.cache), adapter, config.seed)
+    on_cpu = loaded.device.type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")
     trainer = Trainer(config, base, adapter, data, accelerator)
     if config.train.warmup_steps >= trainer.total_steps:
         raise ConfigError(
             f"train.warmup_steps = {config.train.warmup_steps} never ends in {trainer.total_steps} steps. "
             "Choose a tenth of them or less, or raise data.repeats."
         )
+    previews = preview_request(config, loaded.dataset) if config.preview.enabled else None
     return Parts(
         config=config,
         folder=folder,
@@ -126,11 +163,17 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
         heldout=measured,
         trainer=trainer,
         previews=previews,
-        checker=checker,
+        checker=make_checker(config, loaded, adapter, previews) if previews and config.copycheck.enabled else None,
         notices=notices,
-        device=device,
-        precision=precision,
+        device=loaded.device,
+        precision=loaded.precision,
     )
+
+
+def make_checker(config: RunConfig, loaded: Loaded, adapter: Adapter, previews: PreviewRequest) -> Checker:
+    """The copy check of an adapter on the pictures that were loaded with its base."""
+    gallery = make_gallery(loaded.dataset, loaded.heldout, config.data.background)
+    return Checker(loaded.base, adapter, previews, gallery, loaded.cache, loaded.identity)
 
 
 def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
@@ -190,10 +233,9 @@ def _long_captions(base: BaseModel, dataset: Dataset, trigger: str | None) -> li
     ]
 
 
-def _preview_request(config: RunConfig, dataset: Dataset) -> PreviewRequest | None:
+def preview_request(config: RunConfig, dataset: Dataset) -> PreviewRequest:
+    """What is drawn: some captions of the set, then the user's prompts or new ones."""
     preview = config.preview
-    if not preview.enabled:
-        return None
     captions = [with_trigger(example.caption, config.data.trigger) for example in dataset.examples]
     # Spread over the set, which is in the order of its names.
     number = min(preview.num_captions, len(captions))

@@ -6,16 +6,22 @@ import hashlib
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import ImageOps
+from safetensors.torch import load_file
 
 from sdlora.configfile import load_config
 from sdlora.errors import ConfigError, DataError, OutputError
-from sdlora.events import EpochDone, Event, Exported, Notice, PlanMade, RunDone, StepDone
+from sdlora.events import CopyChecked, EpochDone, Event, Exported, Notice, PlanMade, RunDone, StepDone
 from sdlora.parts import prepare
 from sdlora.pocket.world import random_scene, render
+from sdlora.preview import checker
+from sdlora.preview.copycheck import EpochCheck, judge
+from sdlora.preview.sampler import PreviewRequest
 from sdlora.run import Stopped, start
 from sdlora.runfolder import RunFolder
 
@@ -250,3 +256,58 @@ def test_heldout_loss_chooses_the_epoch(tmp_path: Path, overrides: list[str], ot
     losses = {event.epoch: event.heldout_loss for event in events if isinstance(event, EpochDone)}
     best = min((1, 2), key=lambda epoch: losses[epoch] or 0.0)
     assert next(event for event in events if isinstance(event, Exported)).epoch == best
+
+
+def copying_from(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the copy check find copies in all previews from an epoch on."""
+    real = checker.check_previews
+
+    def check_previews(request: PreviewRequest, folder: Path, *arguments: object) -> EpochCheck:
+        found = real(request, folder, *arguments)  # type: ignore[arg-type]
+        copies = [replace(match, significant=int(folder.name) >= epoch) for match in found.previews]
+        return judge(copies, [])
+
+    monkeypatch.setattr(checker, "check_previews", check_previews)
+
+
+CHECKED = ["copycheck.enabled=true", "train.epochs=3", "preview.num_captions=1"]
+
+
+def test_every_epoch_is_checked_and_one_that_copies_is_not_kept(
+    tmp_path: Path, overrides: list[str], others: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copying_from(2, monkeypatch)
+    events = run(tmp_path / "run", [*overrides, *CHECKED, f"data.holdout={others}", "train.learning_rate=1e-2"])
+    assert [event.verdict for event in events if isinstance(event, CopyChecked)] == [
+        "clean", "clean", "copying", "copying",
+    ]  # fmt: skip
+    kept = tmp_path / "run" / "epochs" / "1" / "adapter.safetensors"
+    assert (tmp_path / "run" / "hero.safetensors").read_bytes() == kept.read_bytes()
+    told = [event.message for event in events if isinstance(event, Notice)]
+    assert any("Left out because they copy: epoch 2, 3." in message for message in told)
+
+
+def test_training_stops_at_the_first_epoch_that_copies(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copying_from(2, monkeypatch)
+    options = [*overrides, *CHECKED, "copycheck.stop=true"]
+    events = run(tmp_path / "run", options)
+    assert isinstance(events[-1], RunDone)
+    assert {path.name for path in (tmp_path / "run" / "epochs").iterdir()} == {"0", "1", "2"}
+    assert (tmp_path / "run" / "epochs" / "2" / "adapter.safetensors").exists()
+    exported = next(event for event in events if isinstance(event, Exported))
+    assert exported.epoch == 1
+    # Resumed, it ends in the same place.
+    before = (tmp_path / "run" / "hero.safetensors").read_bytes()
+    assert isinstance(run(tmp_path / "run", options, resume=True)[-1], RunDone)
+    assert (tmp_path / "run" / "hero.safetensors").read_bytes() == before
+    assert not (tmp_path / "run" / "epochs" / "3").exists()
+
+
+def test_the_check_does_not_disturb_training(tmp_path: Path, overrides: list[str]) -> None:
+    run(tmp_path / "with", [*overrides, *CHECKED])
+    run(tmp_path / "without", [*overrides, *CHECKED, "copycheck.enabled=false"])
+    first, second = (tmp_path / name / "epochs" / "3" / "adapter.safetensors" for name in ("with", "without"))
+    ours, theirs = load_file(first), load_file(second)
+    assert all(torch.equal(ours[key], theirs[key]) for key in theirs)

@@ -1,0 +1,42 @@
+"""The copy check of a finished LoRA file, of any trainer, against the pictures it was trained on.
+
+Floor 7. What a run does after every epoch, for one file: the base is drawn and measured as well, since the signals
+compare with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sdlora.config import RunConfig
+from sdlora.errors import ConfigError
+from sdlora.events import Event, Notice
+from sdlora.lora.attach import attach
+from sdlora.lora.formats import LoraFile
+from sdlora.parts import load, make_checker, preview_request
+
+
+def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Event]:
+    """Draw previews with a LoRA and compare them with the pictures of a folder.
+
+    Args:
+        file: The LoRA.
+        config: `base`, `data`, `preview`, `copycheck` and `cache` are read.
+        output: Gets `previews` and `copycheck.json`.
+
+    Yields:
+        Progress, notices and at the end a `CopyChecked`.
+
+    Raises:
+        SdloraError: The file, the pictures or the base cannot be used, or do not belong together.
+    """
+    if not (config.preview.enabled and config.copycheck.enabled):
+        raise ConfigError("A check draws previews and compares them: leave preview.enabled and copycheck.enabled true.")
+    loaded = load(config)
+    for message in loaded.notices:
+        yield Notice(message)
+    adapter = attach(loaded.base.unet, file, text_encoder=loaded.base.text_encoder)
+    checker = make_checker(config, loaded, adapter, preview_request(config, loaded.dataset))
+    yield from checker.prepare()
+    yield from checker.epoch(1, output)
