@@ -34,9 +34,9 @@ def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Even
     if not (config.preview.enabled and config.copycheck.enabled):
         raise ConfigError("A check draws previews and compares them: leave preview.enabled and copycheck.enabled true.")
     loaded = load(config)
-    for message in loaded.notices:
-        yield Notice(message)
     adapter = attach(loaded.base.unet, file, text_encoder=loaded.base.text_encoder)
     checker = make_checker(config, loaded, adapter, preview_request(config, loaded.dataset))
+    for message in loaded.notices:
+        yield Notice(message)
     yield from checker.prepare()
     yield from checker.epoch(1, output)

@@ -24,6 +24,7 @@ from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
 from sdlora.models.load import load_base
 from sdlora.models.sd import weights_identity
+from sdlora.preview.arbiter import load_arbiters
 from sdlora.preview.checker import Checker
 from sdlora.preview.nulls import make_gallery
 from sdlora.preview.prompts import novel_prompts
@@ -173,7 +174,9 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
 def make_checker(config: RunConfig, loaded: Loaded, adapter: Adapter, previews: PreviewRequest) -> Checker:
     """The copy check of an adapter on the pictures that were loaded with its base."""
     gallery = make_gallery(loaded.dataset, loaded.heldout, config.data.background)
-    return Checker(loaded.base, adapter, previews, gallery, loaded.cache, loaded.identity)
+    arbiters, missing = load_arbiters(sscd=config.copycheck.sscd, dinov2=config.copycheck.dinov2, device=loaded.device)
+    loaded.notices.extend(missing)
+    return Checker(loaded.base, adapter, previews, gallery, loaded.cache, loaded.identity, arbiters)
 
 
 def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:

@@ -182,7 +182,7 @@ def _events(
     else:
         if trainer.position.step < trainer.total_steps:
             raise Stopped
-    epoch, reason = recommend(_checks(folder, last), losses, last, fit_name="held-out loss")
+    epoch, reason = recommend(_checks(folder, last), losses, last)
     with atomic_path(folder.lora) as temporary:
         shutil.copyfile(folder.epoch_lora(epoch), temporary)
     proof = json.loads((folder.epoch(epoch) / "proof.json").read_text(encoding="utf-8"))

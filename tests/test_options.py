@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny import make_tiny_pipeline
 
+from sdlora import parts
 from sdlora.configfile import load_config, option_names
 from sdlora.errors import BaseModelError, ConfigError, DataError
 from sdlora.models import load
@@ -330,3 +331,24 @@ def test_the_text_encoder_is_trained_where_it_is_a_target(outcome: Callable[...,
     found = [outcome(targets), outcome(targets, *words), outcome(targets, "lora.dropout=0.5")]
     assert all(result.startswith("common.safetensors") for result in found)
     assert len(set(found)) == 3
+
+
+def test_a_network_that_cannot_be_had_is_told_and_the_run_goes_on(
+    outcome: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[bool, bool]] = []
+    real = parts.load_arbiters
+
+    def load_arbiters(*, sscd: bool, dinov2: bool, device: torch.device) -> Any:
+        asked.append((sscd, dinov2))
+        return real(sscd=sscd, dinov2=dinov2, device=device)
+
+    monkeypatch.setattr(parts, "load_arbiters", load_arbiters)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    checked = "copycheck.enabled=true"
+    for option in ("copycheck.sscd=true", "copycheck.dinov2=true"):
+        assert outcome(checked, option).startswith("common.safetensors")
+    assert asked == [(True, False), (False, True)]
+    # Stopping is a test of the whole run's.
+    assert outcome("copycheck.stop=true").startswith("ConfigError: ")
+    assert "needs preview.enabled" in outcome(checked, "copycheck.sscd=true", "preview.enabled=false")

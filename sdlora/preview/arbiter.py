@@ -23,6 +23,7 @@ from transformers import Dinov2Model
 from transformers.utils.hub import cached_file, httpx, is_offline_mode
 
 from sdlora.errors import ArbiterError
+from sdlora.preview.similarity import SCORES, copy_scores
 
 # ImageNet's, which both networks were trained with.
 MEAN = (0.485, 0.456, 0.406)
@@ -136,6 +137,48 @@ def copy_cosines(arbiter: Arbiter, pictures: Sequence[Image.Image], gallery: Seq
     known = arbiter.embed(gallery)
     seen, mirrored = arbiter.embed(pictures), arbiter.embed([ImageOps.mirror(p) for p in pictures])
     return torch.maximum(seen @ known.T, mirrored @ known.T)
+
+
+@dataclass(frozen=True)
+class Arbiters:
+    """The networks that were asked for and could be had.
+
+    Attributes:
+        sscd: Gives one more score of likeness.
+        dinov2: Tells how well the concept is met.
+    """
+
+    sscd: Arbiter | None = None
+    dinov2: Arbiter | None = None
+
+    @property
+    def score_names(self) -> tuple[str, ...]:
+        """The scores of likeness, in their order."""
+        return SCORES if self.sscd is None else (*SCORES, "sscd")
+
+    def scores(self, pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
+        """Every score of every picture against every picture of a gallery, (P, G, S)."""
+        scores = copy_scores(pictures, gallery)
+        if self.sscd is None:
+            return scores
+        return torch.cat([scores, copy_cosines(self.sscd, pictures, gallery)[..., None]], dim=-1)
+
+
+def load_arbiters(*, sscd: bool, dinov2: bool, device: torch.device) -> tuple[Arbiters, list[str]]:
+    """Load the networks that are asked for.
+
+    Returns:
+        Those that could be had, and a sentence for each that could not.
+    """
+    found: dict[str, Arbiter] = {}
+    missing: list[str] = []
+    for name, wanted, load in (("sscd", sscd, load_sscd), ("dinov2", dinov2, load_dinov2)):
+        try:
+            if wanted:
+                found[name] = load(device=device)
+        except ArbiterError as error:
+            missing.append(str(error))
+    return Arbiters(**found), missing
 
 
 def load_dinov2(published: Published = DINOV2, *, device: torch.device) -> Arbiter:

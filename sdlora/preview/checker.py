@@ -13,6 +13,7 @@ from sdlora.data.cache import Cache
 from sdlora.events import CopyChecked, Event, Progress
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel
+from sdlora.preview.arbiter import Arbiters
 from sdlora.preview.copycheck import EpochCheck, check_previews
 from sdlora.preview.nulls import Gallery, NullMaker
 from sdlora.preview.sampler import PreviewRequest, draw_epoch
@@ -28,14 +29,23 @@ class Checker:
         gallery: The pictures that may have been copied, and others of their kind.
         cache: Where the null is kept.
         identity: A hash of the frozen UNet.
+        arbiters: Networks that are asked as well.
     """
 
     def __init__(
-        self, base: BaseModel, adapter: Adapter, request: PreviewRequest, gallery: Gallery, cache: Cache, identity: str
+        self,
+        base: BaseModel,
+        adapter: Adapter,
+        request: PreviewRequest,
+        gallery: Gallery,
+        cache: Cache,
+        identity: str,
+        arbiters: Arbiters,
     ) -> None:
         self._base, self._adapter = base, adapter
         self.request, self.gallery = request, gallery
-        self._nulls = NullMaker(base, adapter, request, gallery, cache, identity)
+        self._arbiters = arbiters
+        self._nulls = NullMaker(base, adapter, request, gallery, cache, identity, arbiters)
 
     def prepare(self) -> Iterator[Progress]:
         """Make, or fetch, what every epoch is compared with."""
@@ -46,7 +56,7 @@ class Checker:
         yield from draw_epoch(self._base, self.request, epoch, folder)
         start = time.monotonic()
         assert self._nulls.scores is not None, "prepare comes first"
-        check = check_previews(self.request, folder, self.gallery, self._nulls.scores)
+        check = check_previews(self.request, folder, self.gallery, self._nulls.scores, (), self._arbiters)
         check.write(folder)
         yield checked(epoch, check, time.monotonic() - start)
 

@@ -17,16 +17,18 @@ from PIL import Image
 from torch import Tensor
 
 from sdlora.files import write_json
+from sdlora.preview.arbiter import Arbiter, Arbiters, concept_fidelity
 from sdlora.preview.chance import binomial_tail, lower_bound, p_values
 from sdlora.preview.nulls import Gallery, reduced
 from sdlora.preview.sampler import Kind, PreviewRequest
 from sdlora.preview.signals import Signal
-from sdlora.preview.similarity import SCORES, copy_scores
 
 ALPHA = 0.01
 SIGNALS_TO_WATCH = 2
 FILE = "copycheck.json"
+FIDELITY = "concept_fidelity"
 Verdict = Literal["clean", "watch", "copying"]
+_NONE = Arbiters()
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,7 @@ class Match:
         p_value: How likely a picture that copies nothing is as alike to some training picture.
         significant: Whether that is at most 1 %.
         file: The preview, seen from the check's folder.
+        sscd: The cosine of SSCD's embeddings, in [-1, 1]; None unless it was asked.
     """
 
     prompt: str
@@ -54,6 +57,7 @@ class Match:
     p_value: float
     significant: bool
     file: str
+    sscd: float | None = None
 
 
 @dataclass(frozen=True)
@@ -98,7 +102,12 @@ class EpochCheck:
 
 
 def check_previews(
-    request: PreviewRequest, folder: Path, gallery: Gallery, null: Tensor, signals: Sequence[Signal] = ()
+    request: PreviewRequest,
+    folder: Path,
+    gallery: Gallery,
+    null: Tensor,
+    signals: Sequence[Signal] = (),
+    arbiters: Arbiters = _NONE,
 ) -> EpochCheck:
     """Compare the previews of an epoch with the training pictures.
 
@@ -108,27 +117,39 @@ def check_previews(
         gallery: The pictures that may have been copied.
         null: Scores of pictures that copy nothing, (K, S).
         signals: What else was measured.
+        arbiters: Networks that are asked as well.
     """
     files = [f"previews/{name}" for name in request.file_names()]
     pictures = []
     for file in files:
         with Image.open(folder / file) as picture:
             pictures.append(reduced(picture))
-    scores = copy_scores(pictures, list(gallery.pictures.values()))  # (P, G, S)
+    scores = arbiters.scores(pictures, list(gallery.pictures.values()))  # (P, G, S)
     chances = p_values(scores.amax(dim=1), null).tolist()
     nearest = _standing_out(scores, null).amax(dim=2).argmax(dim=1).tolist()
     names = list(gallery.pictures)
     matches = [
         Match(
             prompt, kind, seed, names[index],
-            **{name: round(float(own[index, column]), 4) for column, name in enumerate(SCORES)},
+            **{name: round(float(own[index, column]), 4) for column, name in enumerate(arbiters.score_names)},
             p_value=chance, significant=chance <= ALPHA, file=file,
         )
         for (prompt, seed), kind, index, own, chance, file in zip(
             request.wanted(), request.kinds(), nearest, scores, chances, files, strict=True
         )
     ]  # fmt: skip
+    if arbiters.dinov2 is not None:
+        signals = [*signals, _fidelity(arbiters.dinov2, pictures, gallery)]
     return judge(matches, signals)
+
+
+def _fidelity(dinov2: Arbiter, pictures: Sequence[Image.Image], gallery: Gallery) -> Signal:
+    # Held-out pictures where there are any: likeness to those cannot be had by copying.
+    references = list((gallery.heldout or gallery.pictures).values())
+    value = concept_fidelity(dinov2, pictures, references)
+    which = "held-out" if gallery.heldout else "training"
+    meaning = f"DINOv2 finds previews and {which} pictures {value:.2f} alike in what they show, of 1."
+    return Signal(FIDELITY, value, None, meaning)
 
 
 def _standing_out(scores: Tensor, null: Tensor) -> Tensor:
@@ -192,18 +213,20 @@ def _reason(
     return f"None of {total} previews is more like a training picture than pictures that copy nothing."
 
 
-def recommend(checks: dict[int, EpochCheck], fits: dict[int, float], last: int, *, fit_name: str) -> tuple[int, str]:
-    """The epoch to keep, and why.
+def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int) -> tuple[int, str]:
+    """The epoch to keep, and why: of those that do not copy, the one that has learned the concept best.
 
     Args:
         checks: The check of every epoch from 1 on; empty if nothing was checked.
-        fits: How well each epoch has learned the concept, the lower the better; empty if nothing was measured.
+        losses: Held-out losses by epoch, which count where DINOv2 was not asked; empty if none were measured.
         last: The last epoch.
-        fit_name: What the fits are, such as "held-out loss".
 
     Returns:
         The epoch and a sentence or two.
     """
+    fidelities = {
+        epoch: float(check.signals[FIDELITY]["value"]) for epoch, check in checks.items() if FIDELITY in check.signals
+    }
     epochs = range(1, last + 1)
     copying = [epoch for epoch in epochs if epoch in checks and checks[epoch].verdict == "copying"]
     allowed = [epoch for epoch in epochs if epoch not in copying]
@@ -216,11 +239,13 @@ def recommend(checks: dict[int, EpochCheck], fits: dict[int, float], last: int, 
         )
     left_out = f" Left out because {'it copies' if len(copying) == 1 else 'they copy'}: epoch "
     told = f"{left_out}{', '.join(map(str, copying))}." if copying else ""
-    known = [epoch for epoch in allowed if epoch in fits]
-    if not known:
+    if set(allowed) <= fidelities.keys():
+        best = max(allowed, key=lambda epoch: fidelities[epoch])
+        fit = f"its likeness to the concept by DINOv2, {fidelities[best]:.3f}, is the highest"
+    elif set(allowed) <= losses.keys():
+        best = min(allowed, key=lambda epoch: losses[epoch])
+        fit = f"its held-out loss, {losses[best]:.5f}, is the lowest"
+    else:
         best = allowed[-1]
         return best, f"Epoch {best} is kept, the last one: without held-out pictures nothing can be compared.{told}"
-    best = min(known, key=lambda epoch: fits[epoch])
-    return best, (
-        f"Epoch {best} is kept: its {fit_name}, {abs(fits[best]):.5f}, is the best of {len(known)} epochs.{told}"
-    )
+    return best, f"Epoch {best} is kept: {fit} of {len(allowed)} epochs.{told}"

@@ -25,8 +25,8 @@ from sdlora.events import Progress
 from sdlora.files import atomic_path
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel
+from sdlora.preview.arbiter import Arbiters
 from sdlora.preview.sampler import PreviewRequest, draw, settings
-from sdlora.preview.similarity import SCORES, copy_scores
 
 SIZE = 100
 FEWEST_OF_BASE = 24
@@ -74,16 +74,17 @@ def reduced(picture: Image.Image) -> Image.Image:
     return picture.convert("RGB")
 
 
-def null_scores(gallery: Gallery, drawn: Sequence[Image.Image]) -> Tensor:
+def null_scores(gallery: Gallery, drawn: Sequence[Image.Image], arbiters: Arbiters) -> Tensor:
     """The highest scores that pictures reach which are no copies, (K, S).
 
     Args:
         gallery: Every training picture is compared with the others, but for its near-duplicates; every held-out
             picture with all of them.
         drawn: Pictures of the base without an adapter, compared with all of them.
+        arbiters: They say which scores there are.
     """
     trained = list(gallery.pictures.values())
-    among = copy_scores(trained, trained)
+    among = arbiters.scores(trained, trained)
     alike = torch.eye(len(trained), dtype=torch.bool)
     for group in _twins(trained):
         alike[np.ix_(group, group)] = True
@@ -92,7 +93,7 @@ def null_scores(gallery: Gallery, drawn: Sequence[Image.Image]) -> Tensor:
     parts = [among.amax(dim=1)[~alone]]
     others = [*gallery.heldout.values(), *drawn]
     if others:
-        parts.append(copy_scores(others, trained).amax(dim=1))
+        parts.append(arbiters.scores(others, trained).amax(dim=1))
     return torch.cat(parts)
 
 
@@ -106,12 +107,20 @@ class NullMaker:
         gallery: The training and the held-out pictures.
         cache: Where pictures and scores are kept.
         identity: A hash of the frozen UNet.
+        arbiters: They say which scores there are.
     """
 
     def __init__(
-        self, base: BaseModel, adapter: Adapter, request: PreviewRequest, gallery: Gallery, cache: Cache, identity: str
+        self,
+        base: BaseModel,
+        adapter: Adapter,
+        request: PreviewRequest,
+        gallery: Gallery,
+        cache: Cache,
+        identity: str,
+        arbiters: Arbiters,
     ) -> None:
-        self._base, self._adapter, self._request = base, adapter, request
+        self._base, self._adapter, self._request, self._arbiters = base, adapter, request, arbiters
         self._gallery, self._cache = gallery, cache
         self._drawn_by = content_key(
             "drawn by the base", identity, base.vae_identity, base.text_identity, json.dumps(settings(base, request))
@@ -129,12 +138,12 @@ class NullMaker:
         """Set `scores`, (K, S); draw what is missing for it."""
         pixels = [[pixel_hash(p) for p in part.values()] for part in (self._gallery.pictures, self._gallery.heldout)]
         files = [self._file(prompt, seed) for prompt, seed in self._wanted]
-        key = content_key("null", json.dumps(pixels), *SCORES, *(file.stem for file in files))
+        key = content_key("null", json.dumps(pixels), *self._arbiters.score_names, *(file.stem for file in files))
         if not self._cache.holds("null", key):
             yield from self._draw(files)
 
         def compute() -> dict[str, Tensor]:
-            return {"scores": null_scores(self._gallery, [reduced(Image.open(file)) for file in files])}
+            return {"scores": null_scores(self._gallery, [reduced(Image.open(file)) for file in files], self._arbiters)}
 
         self.scores = self._cache.fetch("null", key, compute)["scores"]
 

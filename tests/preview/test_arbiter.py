@@ -29,6 +29,7 @@ from sdlora.preview.arbiter import (
     Published,
     concept_fidelity,
     copy_cosines,
+    load_arbiters,
     load_dinov2,
     load_sscd,
 )
@@ -253,3 +254,27 @@ def test_a_connection_that_breaks_off_is_one_sentence(monkeypatch: pytest.Monkey
     monkeypatch.setattr(arbiter, "cached_file", breaks_off)
     with pytest.raises(ArbiterError, match="peer closed connection"):
         load(SSCD)
+
+
+def test_arbiters_are_loaded_as_asked_and_missing_ones_are_told(
+    tiny_dinov2: Published, tiny_sscd: Published, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(arbiter, "load_dinov2", lambda *, device: load_dinov2(tiny_dinov2, device=device))
+    monkeypatch.setattr(arbiter, "load_sscd", lambda *, device: load_sscd(tiny_sscd, device=device))
+    none, missing = load_arbiters(sscd=False, dinov2=False, device=CPU)
+    assert (none.sscd, none.dinov2, missing) == (None, None, [])
+    both, missing = load_arbiters(sscd=True, dinov2=True, device=CPU)
+    assert both.sscd is not None and both.dinov2 is not None and missing == []
+    assert both.score_names == ("hp_ms", "phash", "sscd")
+    pictures, gallery = [noisy(1), noisy(2)], [noisy(2), noisy(3), noisy(4)]
+    scores = both.scores(pictures, gallery)
+    torch.testing.assert_close(scores[..., :2], none.scores(pictures, gallery))
+    torch.testing.assert_close(scores[..., 2], copy_cosines(both.sscd, pictures, gallery))
+
+    def absent(*, device: torch.device) -> Any:
+        return load_sscd(replace(tiny_sscd, source="/nowhere/at/all"), device=device)
+
+    monkeypatch.setattr(arbiter, "load_sscd", absent)
+    some, missing = load_arbiters(sscd=True, dinov2=True, device=CPU)
+    assert some.sscd is None and some.dinov2 is not None
+    assert len(missing) == 1 and "copycheck.sscd" in missing[0]

@@ -8,8 +8,9 @@ import torch
 from PIL import Image, ImageOps
 
 from sdlora.pocket.world import random_scene, render
+from sdlora.preview.arbiter import Arbiters
 from sdlora.preview.chance import binomial_tail
-from sdlora.preview.copycheck import EpochCheck, Match, check_previews, false_alarm_rate, judge, recommend
+from sdlora.preview.copycheck import FIDELITY, EpochCheck, Match, check_previews, false_alarm_rate, judge, recommend
 from sdlora.preview.nulls import Gallery, null_scores
 from sdlora.preview.sampler import PreviewRequest
 from sdlora.preview.signals import Signal
@@ -37,7 +38,7 @@ def gallery() -> Gallery:
 
 @pytest.fixture(scope="module")
 def null(gallery: Gallery) -> torch.Tensor:
-    return null_scores(gallery, [scene(i) for i in range(100, 190)])
+    return null_scores(gallery, [scene(i) for i in range(100, 190)], Arbiters())
 
 
 def checked(folder: Path, pictures: list[Image.Image], gallery: Gallery, null: torch.Tensor) -> EpochCheck:
@@ -106,20 +107,27 @@ def check_of(significant: int) -> EpochCheck:
 
 def test_the_best_epoch_that_does_not_copy_is_kept() -> None:
     checks = {1: check_of(0), 2: check_of(1), 3: check_of(4)}
-    epoch, reason = recommend(checks, {0: 0.9, 1: 0.5, 2: 0.4, 3: 0.3}, 3, fit_name="held-out loss")
+    epoch, reason = recommend(checks, {0: 0.9, 1: 0.5, 2: 0.4, 3: 0.3}, 3)
     assert epoch == 2
-    assert "held-out loss, 0.40000, is the best of 2 epochs. Left out because it copies: epoch 3." in reason
+    assert "held-out loss, 0.40000, is the lowest of 2 epochs. Left out because it copies: epoch 3." in reason
+
+
+def test_dinov2_decides_where_it_was_asked() -> None:
+    checks = {epoch: judge(matches(0), [Signal(FIDELITY, value, None, "")]) for epoch, value in ((1, 0.7), (2, 0.6))}
+    epoch, reason = recommend(checks, {1: 0.5, 2: 0.4}, 2)
+    assert epoch == 1
+    assert "DINOv2, 0.700, is the highest of 2 epochs" in reason
 
 
 def test_without_a_fit_the_last_epoch_that_does_not_copy_is_kept() -> None:
-    epoch, reason = recommend({1: check_of(0), 2: check_of(0), 3: check_of(4)}, {}, 3, fit_name="held-out loss")
+    epoch, reason = recommend({1: check_of(0), 2: check_of(0), 3: check_of(4)}, {}, 3)
     assert epoch == 2
     assert "nothing can be compared" in reason
-    assert recommend({}, {}, 3, fit_name="held-out loss")[0] == 3
+    assert recommend({}, {}, 3)[0] == 3
 
 
 def test_where_every_epoch_copies_it_says_what_to_change() -> None:
-    epoch, reason = recommend({1: check_of(5), 2: check_of(3), 3: check_of(3)}, {1: 0.1}, 3, fit_name="held-out loss")
+    epoch, reason = recommend({1: check_of(5), 2: check_of(3), 3: check_of(3)}, {1: 0.1}, 3)
     assert epoch == 2
     for word in ("Every epoch copies", "more pictures", "data.repeats", "lora.rank", "train.learning_rate"):
         assert word in reason

@@ -12,6 +12,7 @@ from sdlora.lora.targets import find_targets
 from sdlora.models.load import load_base
 from sdlora.pocket.world import random_scene, render
 from sdlora.preview import nulls
+from sdlora.preview.arbiter import Arbiters
 from sdlora.preview.nulls import SIZE, Gallery, NullMaker, null_scores, reduced
 from sdlora.preview.sampler import PreviewRequest
 from sdlora.preview.similarity import copy_scores
@@ -26,7 +27,7 @@ def scenes(*numbers: int) -> dict[str, Image.Image]:
 def test_every_picture_is_compared_with_the_others_only() -> None:
     trained, heldout = scenes(0, 1, 2, 3), scenes(10, 11)
     drawn = list(scenes(20).values())
-    found = null_scores(Gallery(trained, heldout), drawn)
+    found = null_scores(Gallery(trained, heldout), drawn, Arbiters())
     assert found.shape == (4 + 2 + 1, 2)
     pictures = list(trained.values())
     for index in range(4):
@@ -39,16 +40,16 @@ def test_every_picture_is_compared_with_the_others_only() -> None:
 def test_near_duplicates_in_the_set_are_no_measure_of_likeness() -> None:
     trained = scenes(0, 1, 2)
     twin = {"twin.png": ImageOps.mirror(trained["0.png"])}
-    found = null_scores(Gallery(trained | twin, {}), [])
+    found = null_scores(Gallery(trained | twin, {}), [], Arbiters())
     assert float(found.max()) < 0.99
-    plain = null_scores(Gallery(trained, {}), [])
+    plain = null_scores(Gallery(trained, {}), [], Arbiters())
     # A hash is not quite the same seen in a mirror, so the third picture may be nearer to the twin.
     assert torch.allclose(found[:2], plain[:2], atol=1e-5) and torch.allclose(found[:, 0][:3], plain[:, 0], atol=1e-5)
 
 
 def test_one_picture_alone_has_no_others_to_be_compared_with() -> None:
     drawn = list(scenes(5, 6).values())
-    assert null_scores(Gallery(scenes(0), {}), drawn).shape == (2, 2)
+    assert null_scores(Gallery(scenes(0), {}), drawn, Arbiters()).shape == (2, 2)
 
 
 def test_large_pictures_are_reduced_and_small_ones_left_alone() -> None:
@@ -69,7 +70,9 @@ def make(tiny_base: Path, folder: Path, request: PreviewRequest = REQUEST, ident
     with torch.no_grad():
         for up in adapter.up_parameters():
             up.fill_(0.5)
-    return NullMaker(base, adapter, request, Gallery(scenes(0, 1, 2), scenes(9)), Cache(folder, base), identity)
+    return NullMaker(
+        base, adapter, request, Gallery(scenes(0, 1, 2), scenes(9)), Cache(folder, base), identity, Arbiters()
+    )
 
 
 def test_the_null_is_large_enough_for_a_test_at_one_percent(maker: NullMaker) -> None:
