@@ -6,6 +6,7 @@ Floor 6. A library's pipeline draws them; noise comes from generators of their o
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from PIL import Image
 from sdlora.events import Progress
 from sdlora.files import atomic_path
 from sdlora.models.base import BaseModel
+from sdlora.preview.watching import SamplerWatch
 
 _PIXELS_PER_BATCH = 8 * 128 * 128
 
@@ -42,27 +44,33 @@ class PreviewRequest:
         return [f"prompt{p:02d}_seed{seed}.png" for p in range(len(self.prompts)) for seed in self.seeds]
 
 
-def draw_previews(base: BaseModel, request: PreviewRequest, folder: Path) -> Iterator[Progress]:
+def draw_previews(
+    base: BaseModel, request: PreviewRequest, folder: Path, watch: SamplerWatch | None = None
+) -> Iterator[Progress]:
     """Draw every prompt with every seed and save the pictures as PNG files.
 
     Args:
         base: The model, its adapter as it should be seen.
         request: What to draw.
         folder: Where the files go, named by `PreviewRequest.file_names`.
+        watch: Listens to the UNet meanwhile.
     """
     wanted = [(prompt, seed) for prompt in request.prompts for seed in request.seeds]
     names = request.file_names()
     size = max(1, _PIXELS_PER_BATCH // base.resolution_px**2)
     for first in range(0, len(wanted), size):
         group = wanted[first : first + size]
-        for name, picture in zip(names[first:], _draw(base, request, group), strict=False):
+        for name, picture in zip(names[first:], _draw(base, request, group, watch), strict=False):
             with atomic_path(folder / name) as temporary:
                 picture.save(temporary, format="PNG")
         yield Progress("previews", min(first + size, len(wanted)), len(wanted))
 
 
-def _draw(base: BaseModel, request: PreviewRequest, group: Sequence[tuple[str, int]]) -> list[Image.Image]:
-    with base.pipeline() as pipeline, torch.no_grad():
+def _draw(
+    base: BaseModel, request: PreviewRequest, group: Sequence[tuple[str, int]], watch: SamplerWatch | None
+) -> list[Image.Image]:
+    # The watch's context is the inner one, so that it sees answers in float32.
+    with base.pipeline() as pipeline, watch.batch(len(group)) if watch else nullcontext(), torch.no_grad():
         result = pipeline(
             prompt=[prompt for prompt, _ in group],
             negative_prompt=[request.negative_prompt] * len(group),
