@@ -179,34 +179,6 @@ ByPrompt = Sequence[Sequence[float]]
 """A figure per preview: for every prompt, one per seed."""
 
 
-def base_distance(training: ByPrompt, novel: ByPrompt) -> Signal:
-    """How much farther previews of training captions end from the base than previews of new prompts.
-
-    Args:
-        training: `SamplerWatch.base_distances` of previews from training captions.
-        novel: The same of previews from new prompts.
-    """
-    if not training or not novel:
-        return Signal("base_distance", None, None, _NEEDS_BOTH)
-    own, other = _means(training), _means(novel)
-    ratio = fmean(own) / fmean(other)
-    return Signal(
-        "base_distance",
-        ratio,
-        greater_by_chance(own, other),
-        f"In the last step of a preview, a training caption moves the LoRA {ratio:.2f} times as far from the base as a "
-        "new prompt does.",
-    )
-
-
-_NEEDS_BOTH = "It takes previews of training captions and of new prompts to compare them."
-
-
-def _means(values: ByPrompt) -> list[float]:
-    # Seeds of one prompt are no independent samples of what prompts do.
-    return [fmean(of_prompt) for of_prompt in values]
-
-
 def guidance_norm(training: tuple[ByPrompt, ByPrompt], novel: tuple[ByPrompt, ByPrompt]) -> Signal:
     """How much harder training captions pull than without the adapter, beside what new prompts do.
 
@@ -236,42 +208,31 @@ Pictures = Sequence[Sequence[Image.Image]]
 """A picture per preview: for every prompt, one per seed."""
 
 
-def collapse(on: Pictures, off: Pictures) -> list[Signal]:
-    """Whether previews look more like one another than the base's do: over seeds, and over prompts.
+def seed_collapse(on: Pictures, off: Pictures) -> Signal:
+    """Whether previews of one prompt look more like one another than the base's do, whatever noise they began with.
 
     Args:
         on: With the adapter; every prompt has the same seeds.
         off: Without it, the same prompts and seeds.
-
-    Returns:
-        "seed_collapse" and "prompt_collapse".
     """
+    num_prompts, num_seeds = len(on), len(on[0])
+    if num_seeds == 1:
+        return Signal("seed_collapse", None, None, "With one seed there are no two previews of a prompt to compare.")
     flat = [picture for pictures in (on, off) for of_prompt in pictures for picture in of_prompt]
     likeness = hp_ms(flat, flat).double()
     likeness = (likeness + likeness.T) / 2  # of a pair, the first is mirrored and the second is not
-    num_prompts, num_seeds = len(on), len(on[0])
     prompts = torch.arange(num_prompts).repeat_interleave(num_seeds)
-    places = torch.arange(num_seeds).repeat(num_prompts)
-    same_prompt, same_seed = prompts[:, None] == prompts, places[:, None] == places
-    return [
-        _collapse("seed_collapse", likeness, same_prompt & ~same_seed, "of one prompt with other seeds", "seed"),
-        _collapse("prompt_collapse", likeness, same_seed & ~same_prompt, "of other prompts with one seed", "prompt"),
-    ]
-
-
-def _collapse(name: str, likeness: Tensor, pairs: Tensor, which: str, needed: str) -> Signal:
-    """One of the two, over some (N, N) pairs; likeness is (2N, 2N), with the adapter first."""
-    if not pairs.any():
-        return Signal(name, None, None, f"With one {needed} there are no two previews to compare.")
-    size = len(pairs)
-    on, crossed, off = likeness[:size, :size], likeness[:size, size:], likeness[size:, size:]
+    pairs = (prompts[:, None] == prompts) & ~torch.eye(len(prompts), dtype=torch.bool)
+    size = len(prompts)
+    with_it, crossed, without = likeness[:size, :size], likeness[:size, size:], likeness[size:, size:]
     # If the adapter did nothing, either of a preview's two pictures might be the one with it. Exchanging them changes
-    # the sign of what the preview adds to (on - off), and of nothing else: likeness between the two ways cancels.
-    added = ((on + crossed - crossed.T - off) * pairs).sum(dim=1)
-    means = [float(values[pairs].mean()) for values in (on, off)]
+    # the sign of what the preview adds to the difference, and of nothing else: likeness between the ways cancels.
+    added = ((with_it + crossed - crossed.T - without) * pairs).sum(dim=1)
+    means = [float(values[pairs].mean()) for values in (with_it, without)]
     return Signal(
-        name,
+        "seed_collapse",
         means[0] - means[1],
         above_zero_by_chance(added.tolist()),
-        f"Previews {which} resemble one another by {means[0]:.2f} of 1, without the LoRA by {means[1]:.2f}.",
+        f"Previews of one prompt with other seeds resemble one another by {means[0]:.2f} of 1, without the LoRA by "
+        f"{means[1]:.2f}.",
     )

@@ -20,10 +20,9 @@ from sdlora.pocket.architecture import build_scheduler
 from sdlora.preview import signals
 from sdlora.preview.signals import (
     Signal,
-    base_distance,
-    collapse,
     guidance_norm,
     retrieve,
+    seed_collapse,
     self_retrieval,
     spread_over,
     train_heldout_gap,
@@ -206,15 +205,6 @@ def test_without_held_out_pictures_there_is_no_gap() -> None:
 # --- While previews are drawn --------------------------------------------------------------------------------------
 
 
-def test_distances_are_compared_by_prompt() -> None:
-    training, novel = [[1.0, 3.0], [2.0, 4.0], [3.0, 3.0]], [[1.0, 1.0], [0.5, 1.5], [1.5, 0.5]]
-    signal = base_distance(training, novel)
-    assert signal.value == pytest.approx((2 + 3 + 3) / 3)
-    assert signal.p_value == pytest.approx(1 / 20), "three prompts against three, not six previews against six"
-    assert "2.67 times" in signal.meaning
-    assert base_distance(training, []).p_value is base_distance([], novel).value is None
-
-
 def test_guidance_is_compared_with_its_own_without_the_adapter() -> None:
     training = [[2.0, 6.0], [3.0, 9.0], [4.0, 4.0]], [[1.0, 2.0], [1.0, 3.0], [2.0, 1.0]]
     novel = [[1.0, 1.0], [1.0, 1.0], [2.0, 2.0]], [[1.0, 1.0], [1.0, 1.0], [1.0, 2.0]]
@@ -246,33 +236,26 @@ def by_hand(pictures: list[Image.Image], pairs: list[tuple[int, int]]) -> float:
 def test_collapse_is_every_exchange_of_with_and_without_tried() -> None:
     on, off = random_pictures(6, 1), random_pictures(6, 2)
     on[1] = on[0].rotate(1)  # two seeds of the first prompt
-    on[4] = on[2].rotate(1)  # one seed of the second and third
-    same_prompt = [(a, b) for a, b in itertools.permutations(range(6), 2) if a // 2 == b // 2]
-    same_seed = [(a, b) for a, b in itertools.permutations(range(6), 2) if a % 2 == b % 2]
-    for signal, pairs in zip(collapse(grid(on, 2), grid(off, 2)), (same_prompt, same_seed), strict=True):
-        differences = []
-        for exchanged in itertools.product((False, True), repeat=6):
-            first = [b if swap else a for a, b, swap in zip(on, off, exchanged, strict=True)]
-            second = [a if swap else b for a, b, swap in zip(on, off, exchanged, strict=True)]
-            differences.append(by_hand(first, pairs) - by_hand(second, pairs))
-        assert signal.value == pytest.approx(differences[0], abs=1e-5)
-        assert signal.p_value == pytest.approx(sum(d >= differences[0] - 1e-6 for d in differences) / 64)
+    pairs = [(a, b) for a, b in itertools.permutations(range(6), 2) if a // 2 == b // 2]
+    differences = []
+    for exchanged in itertools.product((False, True), repeat=6):
+        first = [b if swap else a for a, b, swap in zip(on, off, exchanged, strict=True)]
+        second = [a if swap else b for a, b, swap in zip(on, off, exchanged, strict=True)]
+        differences.append(by_hand(first, pairs) - by_hand(second, pairs))
+    signal = seed_collapse(grid(on, 2), grid(off, 2))
+    assert signal.value == pytest.approx(differences[0], abs=1e-5)
+    assert signal.p_value == pytest.approx(sum(d >= differences[0] - 1e-6 for d in differences) / 64)
+    assert f"{by_hand(on, pairs):.2f} of 1, without the LoRA by {by_hand(off, pairs):.2f}" in signal.meaning
 
 
-def test_one_seed_or_one_prompt_leaves_nothing_to_compare() -> None:
-    on, off = random_pictures(3, 1), random_pictures(3, 2)
-    by_seed, by_prompt = collapse(grid(on, 1), grid(off, 1))
-    assert by_seed.value is None
-    assert "one seed" in by_seed.meaning
-    assert by_prompt.p_value is not None
-    by_seed, by_prompt = collapse([on], [off])
-    assert by_seed.p_value is not None
-    assert by_prompt.value is None
-    assert "one prompt" in by_prompt.meaning
+def test_one_seed_leaves_nothing_to_compare() -> None:
+    pictures = grid(random_pictures(3, 1), 1)
+    signal = seed_collapse(pictures, pictures)
+    assert (signal.value, signal.p_value) == (None, None)
+    assert "one seed" in signal.meaning
 
 
-@pytest.mark.parametrize("which", [0, 1])
-def test_collapse_keeps_its_level_where_with_and_without_are_alike(monkeypatch: pytest.MonkeyPatch, which: int) -> None:
+def test_collapse_keeps_its_level_where_with_and_without_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     """Likeness of prompts, of seeds and of the two ways is built in; only what the adapter is said to do is not."""
     generator = torch.Generator().manual_seed(0)
     made: dict[str, Tensor] = {}
@@ -287,7 +270,7 @@ def test_collapse_keeps_its_level_where_with_and_without_are_alike(monkeypatch: 
         )
         ways = [prompt + seed + both + torch.randn(3, 2, 6, generator=generator) for _ in range(2)]
         made["vectors"] = torch.cat([way.flatten(0, 1) for way in ways])
-        p_value = collapse(nothing, nothing)[which].p_value
+        p_value = seed_collapse(nothing, nothing).p_value
         assert p_value is not None
         alarms += p_value <= 0.05
     assert alarms / num_tries <= 0.05 + 2 * (0.05 * 0.95 / num_tries) ** 0.5
