@@ -11,10 +11,10 @@ from pathlib import Path
 
 from sdlora.config import RunConfig
 from sdlora.errors import ConfigError
-from sdlora.events import Event, Notice
+from sdlora.events import EpochDone, Event, Notice
 from sdlora.lora.attach import attach
 from sdlora.lora.formats import LoraFile
-from sdlora.parts import load, make_checker, preview_request
+from sdlora.parts import heldout_measure, load, make_checker, preview_request
 
 
 def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Event]:
@@ -23,7 +23,7 @@ def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Even
     Args:
         file: The LoRA.
         config: `base`, `data`, `preview`, `copycheck` and `cache` are read.
-        output: Gets `previews` and `copycheck.json`.
+        output: Gets `previews` and `copycheck.json`, and the same of the base in `base`.
 
     Yields:
         Progress, notices and at the end a `CopyChecked`.
@@ -35,8 +35,14 @@ def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Even
         raise ConfigError("A check draws previews and compares them: leave preview.enabled and copycheck.enabled true.")
     loaded = load(config)
     adapter = attach(loaded.base.unet, file, text_encoder=loaded.base.text_encoder)
-    checker = make_checker(config, loaded, adapter, preview_request(config, loaded.dataset))
+    heldout = heldout_measure(config, loaded, adapter)
+    checker = make_checker(config, loaded, adapter, preview_request(config, loaded.dataset), heldout)
     for message in loaded.notices:
         yield Notice(message)
-    yield from checker.prepare()
-    yield from checker.epoch(1, output)
+    yield from checker.prepare(config.data.background)
+    if heldout is not None:
+        yield from heldout.data.fill(1, config.data.background)
+        heldout.measure(EpochDone(1, 0, None, None, 0.0))
+    with adapter.disabled():
+        yield from checker.epoch(0, output / "base", output / "base")
+    yield from checker.epoch(1, output, output / "base")

@@ -25,7 +25,7 @@ from sdlora.models.base import BaseModel
 from sdlora.models.load import load_base
 from sdlora.models.sd import weights_identity
 from sdlora.preview.arbiter import load_arbiters
-from sdlora.preview.checker import Checker
+from sdlora.preview.checker import Checker, Subject
 from sdlora.preview.nulls import make_gallery
 from sdlora.preview.prompts import novel_prompts
 from sdlora.preview.sampler import PreviewRequest
@@ -142,9 +142,7 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
             f"rank 8 to {HIGH_RANK}. Compare a lower rank before you keep it."
         )
     data = training_data(config, loaded.dataset, loaded.cache)
-    measured = None
-    if loaded.heldout is not None:
-        measured = HeldOut(held_out_data(config, loaded.heldout, loaded.cache), adapter, config.seed)
+    measured = heldout_measure(config, loaded, adapter)
     on_cpu = loaded.device.type == "cpu"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")
     trainer = Trainer(config, base, adapter, data, accelerator)
@@ -154,6 +152,9 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
             "Choose a tenth of them or less, or raise data.repeats."
         )
     previews = preview_request(config, loaded.dataset) if config.preview.enabled else None
+    checker = None
+    if previews is not None and config.copycheck.enabled:
+        checker = make_checker(config, loaded, adapter, previews, measured)
     return Parts(
         config=config,
         folder=folder,
@@ -164,19 +165,34 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
         heldout=measured,
         trainer=trainer,
         previews=previews,
-        checker=make_checker(config, loaded, adapter, previews) if previews and config.copycheck.enabled else None,
+        checker=checker,
         notices=notices,
         device=loaded.device,
         precision=loaded.precision,
     )
 
 
-def make_checker(config: RunConfig, loaded: Loaded, adapter: Adapter, previews: PreviewRequest) -> Checker:
-    """The copy check of an adapter on the pictures that were loaded with its base."""
+def make_checker(
+    config: RunConfig, loaded: Loaded, adapter: Adapter, previews: PreviewRequest, heldout: HeldOut | None
+) -> Checker:
+    """The copy check of an adapter on the pictures that were loaded with its base.
+
+    A network that was asked for and cannot be had is told in the notices.
+    """
     gallery = make_gallery(loaded.dataset, loaded.heldout, config.data.background)
-    arbiters, missing = load_arbiters(sscd=config.copycheck.sscd, dinov2=config.copycheck.dinov2, device=loaded.device)
+    copycheck = config.copycheck
+    arbiters, missing = load_arbiters(sscd=copycheck.sscd, dinov2=copycheck.dinov2, device=loaded.device)
     loaded.notices.extend(missing)
-    return Checker(loaded.base, adapter, previews, gallery, loaded.cache, loaded.identity, arbiters)
+    data = held_out_data(config, loaded.dataset, loaded.cache)
+    subject = Subject(adapter, data, heldout, loaded.cache, loaded.identity, config.seed)
+    return Checker(subject, previews, gallery, arbiters)
+
+
+def heldout_measure(config: RunConfig, loaded: Loaded, adapter: Adapter) -> HeldOut | None:
+    """What measures an adapter on the held-out pictures, if there are any."""
+    if loaded.heldout is None:
+        return None
+    return HeldOut(held_out_data(config, loaded.heldout, loaded.cache), adapter, config.seed)
 
 
 def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:

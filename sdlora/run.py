@@ -150,7 +150,7 @@ def _events(
     if parts.heldout is not None:
         yield from parts.heldout.data.fill(1, config.data.background)
     if parts.checker is not None:
-        yield from parts.checker.prepare()
+        yield from parts.checker.prepare(config.data.background)
     losses: dict[int, float] = {}
     checkpoints = complete_checkpoints(folder.checkpoints) if resume else []
     if checkpoints:
@@ -234,7 +234,7 @@ def _judge_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> It
         _export(parts, event)
     if parts.previews is not None:
         if parts.checker is not None:
-            yield from parts.checker.epoch(event.epoch, folder.epoch(event.epoch))
+            yield from parts.checker.epoch(event.epoch, folder.epoch(event.epoch), folder.epoch(0))
         else:
             yield from draw_epoch(parts.base, parts.previews, event.epoch, folder.epoch(event.epoch))
         _write_sheet(parts, parts.previews, event.epoch)

@@ -64,6 +64,26 @@ def prediction_target(
     return velocity(latents, noise, alphas_cumprod)
 
 
+def predicted_latents(prediction_type: PredictionType, noisy: Tensor, answer: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """The clean latents that the network's answer amounts to, in one step.
+
+    Args:
+        prediction_type: What the network answers.
+        noisy: What it was asked at, (B, C, h, w).
+        answer: Its answer, (B, C, h, w).
+        alphas_cumprod: At each example's timestep, (B,), in (0, 1] for epsilon and [0, 1] for v.
+
+    Returns:
+        (B, C, h, w).
+
+    Source: Ho et al. 2006.11239, equation 15; for v, Salimans & Ho 2202.00512, section 4.
+    """
+    alpha = alphas_cumprod.view(-1, 1, 1, 1)
+    if prediction_type == "epsilon":
+        return (noisy - (1 - alpha).sqrt() * answer) / alpha.sqrt()
+    return alpha.sqrt() * noisy - (1 - alpha).sqrt() * answer
+
+
 def check_prediction_type(name: str) -> PredictionType:
     """Accept a scheduler's prediction type, or refuse it by name.
 

@@ -107,3 +107,25 @@ def greater_by_chance(first: Sequence[float], second: Sequence[float], seed: int
     generator = torch.Generator().manual_seed(seed)
     order = torch.rand(_NUM_DRAWN, len(values), generator=generator).argsort(dim=1)[:, :size]
     return float(((values[order].sum(dim=1) >= seen - slack).sum() + 1) / (_NUM_DRAWN + 1))
+
+
+def above_zero_by_chance(differences: Sequence[float], seed: int = 0) -> float:
+    """How likely the mean of paired differences is so far above zero, if each might as well have the other sign.
+
+    Args:
+        differences: One per pair.
+        seed: For the signs that are drawn where there are too many to go through.
+
+    Returns:
+        The share of signs with at least this mean, the real ones counted; 1 if there are no differences.
+
+    Source: Fisher's test of paired samples, "The Design of Experiments" (1935), section 21, one-sided.
+    """
+    values = torch.tensor(list(differences), dtype=torch.float64)
+    seen, slack = float(values.sum()), 1e-9 * float(values.abs().sum())
+    if 2 ** len(values) <= _MOST_SPLITS:
+        signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=len(values))), dtype=torch.float64)
+        return float((signs @ values >= seen - slack).double().mean())
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (_NUM_DRAWN, len(values)), generator=generator).double() * 2 - 1
+    return float(((signs @ values >= seen - slack).sum() + 1) / (_NUM_DRAWN + 1))

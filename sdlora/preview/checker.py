@@ -6,59 +6,128 @@ Floor 6.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
+
+from PIL import Image
+from torch import Tensor
 
 from sdlora.data.cache import Cache
 from sdlora.events import CopyChecked, Event, Progress
 from sdlora.lora.inject import Adapter
-from sdlora.models.base import BaseModel
+from sdlora.preview import signals
 from sdlora.preview.arbiter import Arbiters
 from sdlora.preview.copycheck import EpochCheck, check_previews
-from sdlora.preview.nulls import Gallery, NullMaker
+from sdlora.preview.nulls import Gallery, NullMaker, reduced
 from sdlora.preview.sampler import PreviewRequest, draw_epoch
+from sdlora.preview.signals import Signal
+from sdlora.preview.watching import SamplerWatch
+from sdlora.training.data import TrainingData
+from sdlora.training.heldout import HeldOut, picture_losses
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is checked, and on what.
+
+    Attributes:
+        adapter: On its base.
+        data: The training pictures with their captions as they are, at every visit the same.
+        heldout: Measures held-out pictures; None if there are none.
+        cache: Where the null is kept; it knows the base.
+        identity: A hash of the base's UNet.
+        seed: The run's.
+    """
+
+    adapter: Adapter
+    data: TrainingData
+    heldout: HeldOut | None
+    cache: Cache
+    identity: str
+    seed: int
 
 
 class Checker:
     """Draws previews and says whether they are copies.
 
     Args:
-        base: The model, with the adapter in it.
-        adapter: What is checked.
+        subject: What is checked.
         request: What to draw.
         gallery: The pictures that may have been copied, and others of their kind.
-        cache: Where the null is kept.
-        identity: A hash of the frozen UNet.
         arbiters: Networks that are asked as well.
     """
 
-    def __init__(
-        self,
-        base: BaseModel,
-        adapter: Adapter,
-        request: PreviewRequest,
-        gallery: Gallery,
-        cache: Cache,
-        identity: str,
-        arbiters: Arbiters,
-    ) -> None:
-        self._base, self._adapter = base, adapter
-        self.request, self.gallery = request, gallery
-        self._arbiters = arbiters
-        self._nulls = NullMaker(base, adapter, request, gallery, cache, identity, arbiters)
+    def __init__(self, subject: Subject, request: PreviewRequest, gallery: Gallery, arbiters: Arbiters) -> None:
+        self._subject, self._request, self._gallery, self._arbiters = subject, request, gallery, arbiters
+        self._base = subject.cache.base
+        self._nulls = NullMaker(subject.cache, subject.adapter, request, gallery, subject.identity, arbiters)
+        count = len(subject.data.dataset.examples)
+        self._probed = signals.spread_over(count, signals.MOST_PROBED)
+        self._compared = signals.spread_over(count, signals.MOST_COMPARED)
 
-    def prepare(self) -> Iterator[Progress]:
-        """Make, or fetch, what every epoch is compared with."""
+    def prepare(self, background: str) -> Iterator[Progress]:
+        """Make, or fetch, what every epoch is compared with: the null, and what the base does without the adapter."""
+        yield from self._subject.data.fill(1, background)
         yield from self._nulls.make()
+        with self._subject.adapter.disabled():
+            self._retrieved_off = self._retrieve()
+            self._losses_off = self._losses()
 
-    def epoch(self, epoch: int, folder: Path) -> Iterator[Event]:
-        """Draw an epoch's previews into its folder and check them; `copycheck.json` is kept beside them."""
-        yield from draw_epoch(self._base, self.request, epoch, folder)
+    def epoch(self, epoch: int, folder: Path, base_folder: Path) -> Iterator[Event]:
+        """Draw an epoch's previews into its folder and check them; `copycheck.json` is kept beside them.
+
+        Args:
+            epoch: Which; 0 is the base.
+            folder: The epoch's.
+            base_folder: Epoch 0's, which was drawn and checked before.
+        """
+        watch = SamplerWatch(self._base)
+        yield from draw_epoch(self._base, self._request, epoch, folder, watch)
         start = time.monotonic()
+        found = self._signals(folder, base_folder, watch.guidance_norms) if epoch > 0 else []
         assert self._nulls.scores is not None, "prepare comes first"
-        check = check_previews(self.request, folder, self.gallery, self._nulls.scores, (), self._arbiters)
+        check = check_previews(
+            self._request, folder, self._gallery, self._nulls.scores, found, self._arbiters, watch.guidance_norms
+        )
         check.write(folder)
         yield checked(epoch, check, time.monotonic() - start)
+
+    def _retrieve(self) -> list[bool]:
+        return signals.retrieve(self._subject.data, self._probed, self._subject.seed)
+
+    def _losses(self) -> Tensor:
+        return picture_losses(self._subject.data, self._compared, self._subject.seed)
+
+    def _signals(self, folder: Path, base_folder: Path, norms: Sequence[float]) -> list[Signal]:
+        base_check = EpochCheck.read(base_folder)
+        assert base_check is not None, "epoch 0 comes first"
+        base_norms = [m.guidance_norm for m in base_check.previews if m.guidance_norm is not None]
+        on, off = self._by_prompt(norms), self._by_prompt(base_norms)
+        cut = self._request.num_captions
+        measured = self._subject.heldout
+        heldout = None
+        if measured is not None:
+            assert measured.losses_on is not None and measured.losses_off is not None, "the epoch was measured before"
+            heldout = (measured.losses_on, measured.losses_off)
+        return [
+            signals.self_retrieval(self._retrieve(), self._retrieved_off),
+            signals.train_heldout_gap((self._losses(), self._losses_off), heldout),
+            signals.seed_collapse(self._pictures(folder), self._pictures(base_folder)),
+            signals.guidance_norm((on[:cut], off[:cut]), (on[cut:], off[cut:])),
+        ]
+
+    def _by_prompt(self, values: Sequence[T]) -> list[list[T]]:
+        """A value per preview, by prompt; no prompt at all where there are no values."""
+        num_seeds = len(self._request.seeds)
+        return [list(values[first : first + num_seeds]) for first in range(0, len(values), num_seeds)]
+
+    def _pictures(self, folder: Path) -> list[list[Image.Image]]:
+        files = [folder / "previews" / name for name in self._request.file_names()]
+        return self._by_prompt([reduced(Image.open(file)) for file in files])
 
 
 def checked(epoch: int, check: EpochCheck, seconds: float) -> CopyChecked:

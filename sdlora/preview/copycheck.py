@@ -46,6 +46,7 @@ class Match:
         significant: Whether that is at most 1 %.
         file: The preview, seen from the check's folder.
         sscd: The cosine of SSCD's embeddings, in [-1, 1]; None unless it was asked.
+        guidance_norm: How hard the prompt pulled, see `sdlora.preview.watching`; None without guidance.
     """
 
     prompt: str
@@ -58,6 +59,7 @@ class Match:
     significant: bool
     file: str
     sscd: float | None = None
+    guidance_norm: float | None = None
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,7 @@ def check_previews(
     null: Tensor,
     signals: Sequence[Signal] = (),
     arbiters: Arbiters = _NONE,
+    guidance_norms: Sequence[float] = (),
 ) -> EpochCheck:
     """Compare the previews of an epoch with the training pictures.
 
@@ -118,6 +121,7 @@ def check_previews(
         null: Scores of pictures that copy nothing, (K, S).
         signals: What else was measured.
         arbiters: Networks that are asked as well.
+        guidance_norms: One per preview, or none at all.
     """
     files = [f"previews/{name}" for name in request.file_names()]
     pictures = []
@@ -128,14 +132,15 @@ def check_previews(
     chances = p_values(scores.amax(dim=1), null).tolist()
     nearest = _standing_out(scores, null).amax(dim=2).argmax(dim=1).tolist()
     names = list(gallery.pictures)
+    norms: Sequence[float | None] = guidance_norms or [None] * len(files)
     matches = [
         Match(
             prompt, kind, seed, names[index],
             **{name: round(float(own[index, column]), 4) for column, name in enumerate(arbiters.score_names)},
-            p_value=chance, significant=chance <= ALPHA, file=file,
+            p_value=chance, significant=chance <= ALPHA, file=file, guidance_norm=norm,
         )
-        for (prompt, seed), kind, index, own, chance, file in zip(
-            request.wanted(), request.kinds(), nearest, scores, chances, files, strict=True
+        for (prompt, seed), kind, index, own, chance, file, norm in zip(
+            request.wanted(), request.kinds(), nearest, scores, chances, files, norms, strict=True
         )
     ]  # fmt: skip
     if arbiters.dinov2 is not None:

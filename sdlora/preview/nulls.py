@@ -24,7 +24,6 @@ from sdlora.data.thumbnails import near_duplicates, thumbnail
 from sdlora.events import Progress
 from sdlora.files import atomic_path
 from sdlora.lora.inject import Adapter
-from sdlora.models.base import BaseModel
 from sdlora.preview.arbiter import Arbiters
 from sdlora.preview.sampler import PreviewRequest, draw, settings
 
@@ -101,29 +100,31 @@ class NullMaker:
     """Makes the null of a run, or finds it in the cache.
 
     Args:
-        base: The model, with the adapter in it.
+        cache: Where pictures and scores are kept; its base draws.
         adapter: Switched off for drawing.
         request: What previews are drawn, for their prompts and settings.
         gallery: The training and the held-out pictures.
-        cache: Where pictures and scores are kept.
         identity: A hash of the frozen UNet.
         arbiters: They say which scores there are.
     """
 
     def __init__(
         self,
-        base: BaseModel,
+        cache: Cache,
         adapter: Adapter,
         request: PreviewRequest,
         gallery: Gallery,
-        cache: Cache,
         identity: str,
         arbiters: Arbiters,
     ) -> None:
-        self._base, self._adapter, self._request, self._arbiters = base, adapter, request, arbiters
+        self._base, self._adapter, self._request, self._arbiters = cache.base, adapter, request, arbiters
         self._gallery, self._cache = gallery, cache
         self._drawn_by = content_key(
-            "drawn by the base", identity, base.vae_identity, base.text_identity, json.dumps(settings(base, request))
+            "drawn by the base",
+            identity,
+            cache.base.vae_identity,
+            cache.base.text_identity,
+            json.dumps(settings(cache.base, request)),
         )
         known = len(gallery.pictures) + len(gallery.heldout)
         self._wanted = self._base_requests(max(FEWEST_OF_BASE, SIZE - known))

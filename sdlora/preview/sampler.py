@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,7 @@ from PIL import Image
 from sdlora.events import Event, PreviewsDone, Progress
 from sdlora.files import atomic_path
 from sdlora.models.base import BaseModel
+from sdlora.preview.watching import SamplerWatch
 
 Kind = Literal["training", "novel"]
 _PIXELS_PER_BATCH = 8 * 128 * 128
@@ -60,7 +62,9 @@ class PreviewRequest:
         return [f"prompt{p:02d}_seed{seed}.png" for p in range(len(self.prompts)) for seed in self.seeds]
 
 
-def draw_epoch(base: BaseModel, request: PreviewRequest, epoch: int, folder: Path) -> Iterator[Event]:
+def draw_epoch(
+    base: BaseModel, request: PreviewRequest, epoch: int, folder: Path, watch: SamplerWatch | None = None
+) -> Iterator[Event]:
     """Draw every prompt with every seed and save the pictures as PNG files.
 
     Args:
@@ -68,11 +72,12 @@ def draw_epoch(base: BaseModel, request: PreviewRequest, epoch: int, folder: Pat
         request: What to draw.
         epoch: Whose previews they are.
         folder: The epoch's; the files go into `previews`, named by `PreviewRequest.file_names`.
+        watch: Listens to the UNet meanwhile.
     """
     start = time.monotonic()
     files = [folder / "previews" / name for name in request.file_names()]
     done = 0
-    for pictures in draw(base, request, request.wanted()):
+    for pictures in draw(base, request, request.wanted(), watch):
         for picture in pictures:
             with atomic_path(files[done]) as temporary:
                 picture.save(temporary, format="PNG")
@@ -81,17 +86,20 @@ def draw_epoch(base: BaseModel, request: PreviewRequest, epoch: int, folder: Pat
     yield PreviewsDone(epoch, [str(file) for file in files], time.monotonic() - start)
 
 
-def draw(base: BaseModel, request: PreviewRequest, wanted: Sequence[tuple[str, int]]) -> Iterator[list[Image.Image]]:
+def draw(
+    base: BaseModel, request: PreviewRequest, wanted: Sequence[tuple[str, int]], watch: SamplerWatch | None = None
+) -> Iterator[list[Image.Image]]:
     """Pictures of prompts and seeds, as many at once as fit, in their order.
 
     Args:
         base: The model, its adapter as it should be seen.
         request: How to draw; its own prompts and seeds do not matter.
         wanted: Prompts and seeds.
+        watch: Listens to the UNet meanwhile.
     """
     size = max(1, _PIXELS_PER_BATCH // base.resolution_px**2)
     for first in range(0, len(wanted), size):
-        yield _draw(base, request, wanted[first : first + size])
+        yield _draw(base, request, wanted[first : first + size], watch)
 
 
 def settings(base: BaseModel, request: PreviewRequest) -> list[str]:
@@ -107,8 +115,11 @@ def settings(base: BaseModel, request: PreviewRequest) -> list[str]:
     ]
 
 
-def _draw(base: BaseModel, request: PreviewRequest, group: Sequence[tuple[str, int]]) -> list[Image.Image]:
-    with base.pipeline() as pipeline, torch.no_grad():
+def _draw(
+    base: BaseModel, request: PreviewRequest, group: Sequence[tuple[str, int]], watch: SamplerWatch | None
+) -> list[Image.Image]:
+    # The watch's context is the inner one, so that it sees answers in float32.
+    with base.pipeline() as pipeline, watch.batch(len(group)) if watch else nullcontext(), torch.no_grad():
         result = pipeline(
             prompt=[prompt for prompt, _ in group],
             negative_prompt=[request.negative_prompt] * len(group),

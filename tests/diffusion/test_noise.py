@@ -1,8 +1,16 @@
 import pytest
 import torch
-from diffusers import DDPMScheduler
+from diffusers import DDIMScheduler, DDPMScheduler
 
-from sdlora.diffusion.noise import add_noise, check_prediction_type, prediction_target, velocity, zero_terminal_snr
+from sdlora.diffusion.noise import (
+    PredictionType,
+    add_noise,
+    check_prediction_type,
+    predicted_latents,
+    prediction_target,
+    velocity,
+    zero_terminal_snr,
+)
 from sdlora.errors import BaseModelError
 from sdlora.pocket.architecture import build_scheduler
 
@@ -62,3 +70,31 @@ def test_unknown_prediction_types_are_refused_by_name() -> None:
     assert check_prediction_type("v_prediction") == "v_prediction"
     with pytest.raises(BaseModelError, match="'sample'"):
         check_prediction_type("sample")
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+def test_the_true_answer_amounts_to_the_clean_latents_and_any_to_what_diffusers_says(
+    drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor], prediction_type: PredictionType
+) -> None:
+    latents, noise, timesteps = drawn
+    reference = DDIMScheduler.from_config(
+        build_scheduler().config, prediction_type=prediction_type, clip_sample=False, set_alpha_to_one=True
+    )
+    alphas_cumprod = reference.alphas_cumprod.double()[timesteps]
+    noisy = add_noise(latents, noise, alphas_cumprod)
+    right = prediction_target(prediction_type, latents, noise, alphas_cumprod)
+    torch.testing.assert_close(predicted_latents(prediction_type, noisy, right, alphas_cumprod), latents)
+    reference.set_timesteps(1000)
+    answer = noise.flip(0)
+    expected = [
+        reference.step(answer[i : i + 1], t, noisy[i : i + 1]).pred_original_sample for i, t in enumerate(timesteps)
+    ]
+    found = predicted_latents(prediction_type, noisy, answer, alphas_cumprod)
+    torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
+
+
+def test_where_there_is_only_noise_v_still_tells_of_the_latents(
+    drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+) -> None:
+    _, noise, _ = drawn
+    assert torch.equal(predicted_latents("v_prediction", noise, noise.flip(0), torch.zeros(6)), -noise.flip(0))

@@ -272,7 +272,7 @@ def test_arbiters_are_loaded_as_asked_and_missing_ones_are_told(
     torch.testing.assert_close(scores[..., 2], copy_cosines(both.sscd, pictures, gallery))
 
     def absent(*, device: torch.device) -> Any:
-        return load_sscd(replace(tiny_sscd, source="/nowhere/at/all"), device=device)
+        return load_sscd(replace(tiny_sscd, source="nobody/nothing"), device=device)
 
     monkeypatch.setattr(arbiter, "load_sscd", absent)
     some, missing = load_arbiters(sscd=True, dinov2=True, device=CPU)

@@ -6,7 +6,8 @@ from fractions import Fraction
 import pytest
 import torch
 
-from sdlora.preview.chance import binomial_tail, greater_by_chance, lower_bound, mcnemar, p_values
+from sdlora.preview import chance
+from sdlora.preview.chance import above_zero_by_chance, binomial_tail, greater_by_chance, lower_bound, mcnemar, p_values
 
 
 def test_one_score_gives_the_usual_p_value() -> None:
@@ -81,3 +82,21 @@ def test_drawn_permutations_agree_with_a_large_sample_of_their_own() -> None:
     shuffled = torch.stack([everything[torch.randperm(40, generator=generator)] for _ in range(20_000)])
     expected = float((shuffled[:, :20].sum(1) >= sum(first)).double().mean())
     assert greater_by_chance(first, second) == pytest.approx(expected, abs=0.006)
+
+
+def test_signs_of_differences_by_brute_force() -> None:
+    differences = [0.5, -0.2, 0.9, 0.1]
+    sums = [
+        sum(s * d for s, d in zip(signs, differences, strict=True)) for signs in itertools.product((1, -1), repeat=4)
+    ]
+    assert above_zero_by_chance(differences) == pytest.approx(sum(s >= sum(differences) - 1e-12 for s in sums) / 16)
+    assert above_zero_by_chance([1.0, 2.0, 3.0]) == pytest.approx(1 / 8)
+    assert above_zero_by_chance([-1.0, -2.0]) == above_zero_by_chance([]) == above_zero_by_chance([0.0] * 3) == 1.0
+
+
+def test_drawn_signs_agree_with_all_signs(monkeypatch: pytest.MonkeyPatch) -> None:
+    values = (torch.randn(12, generator=torch.Generator().manual_seed(4)) + 0.4).tolist()
+    exact = above_zero_by_chance(values)
+    monkeypatch.setattr(chance, "_MOST_SPLITS", 1)
+    assert above_zero_by_chance(values) == pytest.approx(exact, abs=0.02)
+    assert above_zero_by_chance(values) == above_zero_by_chance(values)

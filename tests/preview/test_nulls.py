@@ -70,9 +70,8 @@ def make(tiny_base: Path, folder: Path, request: PreviewRequest = REQUEST, ident
     with torch.no_grad():
         for up in adapter.up_parameters():
             up.fill_(0.5)
-    return NullMaker(
-        base, adapter, request, Gallery(scenes(0, 1, 2), scenes(9)), Cache(folder, base), identity, Arbiters()
-    )
+    gallery = Gallery(scenes(0, 1, 2), scenes(9))
+    return NullMaker(Cache(folder, base), adapter, request, gallery, identity, Arbiters())
 
 
 def test_the_null_is_large_enough_for_a_test_at_one_percent(maker: NullMaker) -> None:
