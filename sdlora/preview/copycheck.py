@@ -1,7 +1,7 @@
 """The copy check: which training picture each preview is most alike, and whether that is more than chance explains.
 
-Floor 6. A verdict needs two things: previews that nothing in the null is as alike as, and more of them than a test at
-1 % gives by chance.
+Floor 6. A verdict needs two things: previews that hardly anything in the null is as alike as, and more of them than a
+test at 2 % gives by chance.
 Shapes: P previews, G pictures of the gallery, K pictures of the null, S scores.
 """
 
@@ -23,7 +23,9 @@ from sdlora.preview.nulls import Gallery, reduced
 from sdlora.preview.sampler import Kind, PreviewRequest
 from sdlora.preview.signals import Signal
 
-ALPHA = 0.01
+# With a null of a hundred, one odd picture in it may be as alike as a copy without blinding the check.
+ALPHA = 0.02
+CONFIDENCE = 0.99
 SIGNALS_TO_WATCH = 2
 FILE = "copycheck.json"
 FIDELITY = "concept_fidelity"
@@ -43,7 +45,7 @@ class Match:
         hp_ms: Their likeness in detail, over crops and mirrors, in [-1, 1].
         phash: The share of equal bits of their perceptual hashes, in [0, 1].
         p_value: How likely a picture that copies nothing is as alike to some training picture.
-        significant: Whether that is at most 1 %.
+        significant: Whether that is at most 2 %.
         file: The preview, seen from the check's folder.
         sscd: The cosine of SSCD's embeddings, in [-1, 1]; None unless it was asked.
         guidance_norm: How hard the prompt pulled, see `sdlora.preview.watching`; None without guidance.
@@ -71,7 +73,7 @@ class EpochCheck:
             signals stand out; else "clean".
         reason: Why, in one sentence.
         share: Of previews that are significant, in [0, 1].
-        share_lower_bound: What that share is at least, with a confidence of 95 %.
+        share_lower_bound: What that share is at least, with a confidence of 99 %.
         false_alarm_rate: How likely "copying" is said of so many previews if none is a copy.
         signals: What else was measured, by name.
         previews: In the order of their files.
@@ -172,7 +174,7 @@ def judge(matches: Sequence[Match], signals: Sequence[Signal]) -> EpochCheck:
         signals: What else was measured.
     """
     total, found = len(matches), [match for match in matches if match.significant]
-    bound = lower_bound(len(found), total)
+    bound = lower_bound(len(found), total, CONFIDENCE)
     outside = [signal for signal in signals if signal.outside]
     verdict: Verdict = "clean"
     if bound > ALPHA:
@@ -191,8 +193,10 @@ def judge(matches: Sequence[Match], signals: Sequence[Signal]) -> EpochCheck:
 
 
 def false_alarm_rate(num_previews: int) -> float:
-    """How likely so many previews are called copying if each stands out by chance in one of a hundred cases."""
-    fewest = next((k for k in range(1, num_previews + 1) if lower_bound(k, num_previews) > ALPHA), num_previews + 1)
+    """How likely so many previews are called copying if each stands out by chance in one of fifty cases."""
+    fewest = next(
+        (k for k in range(1, num_previews + 1) if lower_bound(k, num_previews, CONFIDENCE) > ALPHA), num_previews + 1
+    )
     return binomial_tail(fewest, num_previews, ALPHA)
 
 
@@ -210,7 +214,7 @@ def _reason(
         if novel:
             told += f", and {novel} of them came from new prompts"
         if verdict == "copying":
-            return f"{told}; with 95 % confidence at least {bound:.0%} are copies."
+            return f"{told}; with 99 % confidence at least {bound:.0%} are copies."
         return f"{told}; among {total} previews chance does that too often to call it copying."
     if verdict == "watch":
         names = ", ".join(signal.name.replace("_", " ") for signal in outside)
