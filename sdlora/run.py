@@ -19,6 +19,7 @@ import torch
 from sdlora.adapters import limits_elsewhere, timestep_rank
 from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml, load_config, options
+from sdlora.data.dataset import Pixels
 from sdlora.errors import ConfigError, DataError, OutOfMemoryError, SdloraError
 from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, RunDone
 from sdlora.files import atomic_path, remove_partial, write_json
@@ -26,7 +27,7 @@ from sdlora.lora.export import LoraMetadata, save_lora
 from sdlora.lora.prove import prove_lora
 from sdlora.parts import Parts, prepare
 from sdlora.preview.copycheck import EpochCheck, recommend
-from sdlora.preview.report import write_report
+from sdlora.preview.report import Report, write_report
 from sdlora.preview.sampler import PreviewRequest, draw_epoch
 from sdlora.preview.sheet import contact_sheet
 from sdlora.runfolder import Recorder, RunFolder
@@ -192,7 +193,7 @@ def _events(
     limits = limits_elsewhere(config, proof)
     for message in limits:
         yield Notice(message)
-    _report(parts, [reason, proven, *limits])
+    _report(parts, [reason, proven, *limits], kept=epoch)
     yield RunDone(str(folder.lora), str(folder.path), time.monotonic() - begin)
 
 
@@ -242,18 +243,19 @@ def _judge_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> It
     _report(parts, [f"{done}. This page is written anew after every epoch."])
 
 
-def _report(parts: Parts, sentences: list[str]) -> None:
+def _report(parts: Parts, sentences: list[str], kept: int | None = None) -> None:
     folder = parts.folder
-    write_report(
-        folder.report,
+    report = Report(
         title=folder.name,
         sentences=sentences,
+        epochs=folder.path / "epochs",
         sheet=folder.sheet,
         metrics=folder.metrics,
         config=folder.config,
-        pictures=parts.data.dataset.folder,
-        background=parts.config.data.background,
+        gallery=Pixels(parts.data.dataset, parts.config.data.background),
+        kept=kept,
     )
+    write_report(folder.report, report)
 
 
 def _checks(folder: RunFolder, last: int) -> dict[int, EpochCheck]:
