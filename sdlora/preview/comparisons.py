@@ -9,13 +9,14 @@ import html
 from collections.abc import Mapping
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageChops, ImageOps, ImageStat
 
 from sdlora.preview.album import Album
 from sdlora.preview.copycheck import Match
 from sdlora.preview.copypage import Checks, in_one_of, likeness
 from sdlora.preview.page import epoch_name
 
+_LAYOUT_PX = 16  # enough to tell left from right
 _HEADINGS = {
     "training": "Drawn from training captions: some likeness is expected",
     "novel": "Drawn from new prompts: a copy here is the grave case",
@@ -91,6 +92,7 @@ class Comparisons:
         preview = self._preview(epoch, match, f"preview: {match.prompt}")
         laid_over = self._training(match, f"{match.nearest}, laid over the preview")
         beside = self._training(match, f"training picture {match.nearest}")
+        mirrored = " checked" if match.significant and self._is_mirrored(epoch, match) else ""
         return (
             f"<figure class='pair' id='pair-{epoch}-{index}'><div class='two'>"
             f"<div><small>preview</small><div class='wipe'>{preview}<div class='over training'>{laid_over}</div>"
@@ -98,11 +100,15 @@ class Comparisons:
             f"<div class='training'><small>{name}</small>{beside}</div></div>"
             f"<div class='tools'><input type='range' min='0' max='100' value='0' "
             f"aria-label='Percent of the preview that {name} is laid over'>"
-            f"<label class='mirror'><input type='checkbox'> mirror it</label></div>"
+            f"<label class='mirror'><input type='checkbox'{mirrored}> mirror it</label></div>"
             f"<figcaption>{_alarm(match)} likeness {likeness(match):.2f}<b>{html.escape(match.prompt)}</b>"
             f"{_origin(match)}, seed {match.seed}. Chance gives as much {in_one_of(match.p_value)}."
             "</figcaption></figure>"
         )
+
+    def _is_mirrored(self, epoch: int, match: Match) -> bool:
+        preview, training = _read(self._epochs / str(epoch) / match.file), self._gallery[match.nearest]
+        return _difference(preview, ImageOps.mirror(training)) < _difference(preview, training)
 
     def _preview(self, epoch: int, match: Match, alt: str) -> str:
         file = self._epochs / str(epoch) / match.file
@@ -116,6 +122,11 @@ def _read(file: Path) -> Image.Image:
     with Image.open(file) as picture:
         picture.load()
         return picture
+
+
+def _difference(first: Image.Image, second: Image.Image) -> float:
+    small = [picture.convert("L").resize((_LAYOUT_PX, _LAYOUT_PX), Image.Resampling.BOX) for picture in (first, second)]
+    return ImageStat.Stat(ImageChops.difference(*small)).sum[0]
 
 
 def _tone(match: Match) -> str:

@@ -74,17 +74,21 @@ def write_report(target: Path, report: Report) -> None:
     if checks:
         parts.insert(0, verdict_banner(checks, report.kept))
         parts += [epochs_at_a_glance(checks, epochs, steps, report.kept), *_copy_check(checks, report, album)]
-    elif report.sheet.exists():
-        data = base64.b64encode(report.sheet.read_bytes()).decode("ascii")
-        parts.append(
-            f"<h2>Previews</h2><img alt='contact sheet: previews by epoch' src='data:image/png;base64,{data}'>"
-        )
+    else:
+        parts += ["<p class='quiet'>No preview was compared with the training pictures.</p>", _sheet(report.sheet)]
     if steps:
         parts += ["<h2>Loss</h2><div class='charts'>", _step_figure(steps), *_band_figures(epochs), "</div>"]
         parts += ["<h2>Where the visits went</h2>", _coverage(visited_timesteps(steps), report.gallery, album)]
     parts += ["<h2>The same numbers</h2>", _epoch_table(epochs), *_band_tables(epochs)]
     parts += ["<h2>Settings</h2>", f"<pre>{html.escape(report.config.read_text(encoding='utf-8'))}</pre>"]
     write_text(target, frame(report.title, parts))
+
+
+def _sheet(sheet: Path) -> str:
+    if not sheet.exists():
+        return ""
+    data = base64.b64encode(sheet.read_bytes()).decode("ascii")
+    return f"<h2>Previews</h2><img alt='contact sheet: previews by epoch' src='data:image/png;base64,{data}'>"
 
 
 def _copy_check(checks: Checks, report: Report, album: Album) -> list[str]:

@@ -3,6 +3,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from PIL import ImageOps
 from preview.checks import CLEAN, COPY, GALLERY, NOVEL, check, write_epochs
 
 from sdlora.preview.album import Album
@@ -51,6 +52,15 @@ def test_every_preview_is_beside_its_nearest_and_the_grave_ones_come_first(shown
     assert "! match</span> likeness 0.41" in second and "A training caption, seed 0." in second
     assert "<b>friends" not in found and "<a>.png" not in found
     assert "✓ no match" in shown.pairs(0)
+
+
+def test_a_mirrored_copy_is_turned_from_the_start(tmp_path: Path) -> None:
+    checks = {0: check("copying", COPY, replace(COPY, file="previews/p2.png"), CLEAN)}
+    write_epochs(tmp_path, checks)
+    GALLERY["<a>.png"].save(tmp_path / "0/previews/p1.png")
+    ImageOps.mirror(GALLERY["<a>.png"]).save(tmp_path / "0/previews/p2.png")
+    found = Comparisons(checks, tmp_path, GALLERY, Album()).pairs(0)
+    assert ["checked" in pair for pair in found.split("</figure>")[:3]] == [False, True, False]
 
 
 def test_only_nearest_pictures_are_embedded_and_each_once(shown: Comparisons) -> None:

@@ -51,7 +51,7 @@ def browser() -> Iterator[Any]:
 @pytest.fixture(params=WIDTHS)
 def page(browser: Any, page_file: Path, request: pytest.FixtureRequest) -> Iterator[Any]:
     faults: list[str] = []
-    opened = browser.new_page(viewport={"width": request.param, "height": 844})
+    opened = browser.new_page(viewport={"width": request.param, "height": 844}, has_touch=True)
     opened.on("console", lambda message: faults.append(message.text))
     opened.on("pageerror", lambda error: faults.append(str(error)))
     opened.on("request", lambda sent: faults.append(sent.url) if not sent.url.startswith("data:") else None)
@@ -93,7 +93,7 @@ def test_the_slider_reveals_the_training_picture(page: Any) -> None:
     assert slider.input_value() == "50"
     assert (pixel(wipe, 0.25, 0.8), pixel(wipe, 0.75, 0.8)) == (blue, yellow)
     box = slider.bounding_box()
-    page.mouse.click(box["x"] + box["width"] - 3, box["y"] + box["height"] / 2)
+    page.touchscreen.tap(box["x"] + box["width"] - 3, box["y"] + box["height"] / 2)
     assert (pixel(wipe, 0.25, 0.8), pixel(wipe, 0.75, 0.8)) == (blue, blue)
 
 

@@ -98,7 +98,8 @@ def test_losses_stand_in_charts_and_tables(tmp_path: Path) -> None:
 
 
 def test_before_training_and_without_held_out_pictures(tmp_path: Path) -> None:
-    assert "Least covered" not in page(tmp_path, ROWS[:1])
+    first = page(tmp_path, ROWS[:1])
+    assert "Least covered" not in first and "No preview was compared" in first
     bare = page(tmp_path, [step(1, ["x.png"], [900]), epoch(1, train_loss=0.4, train_bands=[None] * 4 + [0.4])])
     assert "Held-out pictures" not in bare and "never trained on" not in bare
     assert "0 of 1 pictures never saw" in bare
@@ -122,7 +123,7 @@ def test_the_verdict_comes_first_and_the_grid_replaces_the_sheet(tmp_path: Path)
     ]  # fmt: skip
     places = [found.index(part) for part in order]
     assert places == sorted(places)
-    assert "contact sheet" not in found
+    assert "contact sheet" not in found and "No preview was compared" not in found
     assert "<summary>Base <span class='chip clean'>" in found
     assert "<script>alert" not in found and "<b>friends" not in found and "<it>" not in found
 
