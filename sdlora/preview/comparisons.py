@@ -16,6 +16,7 @@ from sdlora.preview.copycheck import Match
 from sdlora.preview.copypage import Checks, in_one_of, likeness
 from sdlora.preview.page import epoch_name
 
+_ALARMS = ("copying", "watch", "clean")
 _LAYOUT_PX = 16  # enough to tell left from right
 _HEADINGS = {
     "training": "Drawn from training captions: some likeness is expected",
@@ -56,10 +57,8 @@ class Comparisons:
         previews = self._checks[epoch].previews
         first = sorted(
             range(len(previews)),
-            key=lambda i: (
-                not previews[i].significant, previews[i].kind == "training", previews[i].p_value, -previews[i].hp_ms,
-            ),
-        )  # fmt: skip
+            key=lambda i: (_ALARMS.index(_tone(previews[i])), previews[i].p_value, -previews[i].hp_ms),
+        )
         return f"<div class='pairs'>{''.join(self._pair(epoch, index) for index in first)}</div>"
 
     def _rows(self, kind: str, prompt: str) -> str:
