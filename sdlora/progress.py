@@ -158,7 +158,11 @@ def describe_plan(plan: events.PlanMade) -> str:
 def describe_check(event: events.CopyChecked) -> str:
     """A copy check in one line."""
     name = f"epoch {event.epoch}" if event.epoch else "the base"
-    return f"{name}: {event.verdict}. {event.reason}"
+    training, preview = event.most_alike
+    return (
+        f"{name}: {event.verdict}, {event.share:.0%} of previews match (at least {event.share_lower_bound:.0%}). "
+        f"Most alike: {preview} and {training}, {event.hp_ms:.2f}. {event.reason}"
+    )
 
 
 def format_seconds(seconds: float) -> str:
