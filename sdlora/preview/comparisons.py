@@ -100,7 +100,8 @@ class Comparisons:
             f"<div class='tools'><input type='range' min='0' max='100' value='0' "
             f"aria-label='Percent of the preview that {name} is laid over'>"
             f"<label class='mirror'><input type='checkbox'{mirrored}> mirror it</label></div>"
-            f"<figcaption>{_alarm(match)} likeness {likeness(match):.2f}<b>{html.escape(match.prompt)}</b>"
+            f"<figcaption>{_alarm(match)} likeness {likeness(match):.2f}, layout {match.phash:.2f}"
+            f"<b>{html.escape(match.prompt)}</b>"
             f"{_origin(match)}, seed {match.seed}. Chance gives as much {in_one_of(match.p_value)}."
             "</figcaption></figure>"
         )
