@@ -77,7 +77,8 @@ def train(
     settings = load_config(config, set_ or [])
     # Only now: loading torch and diffusers takes seconds, which a misspelt key should not cost.
     quiet_libraries()
-    from sdlora.progress import JsonLines, ProgressBar
+    from sdlora.preview.copycheck import read_checks
+    from sdlora.progress import JsonLines, ProgressBar, copy_table
     from sdlora.run import Stopped, start
 
     folder = output or Path("runs") / (settings.name or "lora")
@@ -89,6 +90,8 @@ def train(
         except Stopped:
             _say(f"Stopped. Go on with: sdlora train {config} --output {folder} --resume")
             raise typer.Exit(EXIT_TERMINATED if stop_signal() == signal.SIGTERM else EXIT_INTERRUPTED) from None
+    if not json_ and (checks := read_checks(folder / "epochs")):
+        Console(stderr=True, highlight=False).print(copy_table(checks))
 
 
 @app.command()

@@ -6,14 +6,18 @@ Floor 7: reads events, knows nothing of how they came about.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from types import TracebackType
 from typing import IO, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
 
 from sdlora import events
 from sdlora.events import Event
+from sdlora.preview.copycheck import EpochCheck
 
 
 class JsonLines:
@@ -154,7 +158,11 @@ def describe_plan(plan: events.PlanMade) -> str:
 def describe_check(event: events.CopyChecked) -> str:
     """A copy check in one line."""
     name = f"epoch {event.epoch}" if event.epoch else "the base"
-    return f"{name}: {event.verdict}. {event.reason}"
+    training, preview = event.most_alike
+    return (
+        f"{name}: {event.verdict}, {event.share:.0%} of previews match (at least {event.share_lower_bound:.0%}). "
+        f"Most alike: {preview} and {training}, {event.hp_ms:.2f}. {event.reason}"
+    )
 
 
 def format_seconds(seconds: float) -> str:
@@ -165,3 +173,23 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+_VERDICT_STYLES = {"clean": "green", "watch": "yellow", "copying": "bold red"}
+
+
+def copy_table(checks: Mapping[int, EpochCheck]) -> Table:
+    """Copy checks for the command line, an epoch in each row."""
+    table = Table("epoch", "verdict", "previews that match", "most alike", "why", box=None, pad_edge=False)
+    for epoch, check in sorted(checks.items()):
+        best, total = check.most_alike(), len(check.previews)
+        found = sum(match.significant for match in check.previews)
+        table.add_row(
+            str(epoch) if epoch else "base",
+            Text(check.verdict, style=_VERDICT_STYLES[check.verdict]),
+            f"{found} of {total}, at least {check.share_lower_bound:.0%}",
+            # File names may hold brackets, which would be read as styles.
+            Text(f"{best.file.rpartition('/')[2]} is {best.hp_ms:.2f} like {best.nearest}"),
+            Text(check.reason),
+        )
+    return table

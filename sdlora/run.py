@@ -19,14 +19,15 @@ import torch
 from sdlora.adapters import limits_elsewhere, timestep_rank
 from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml, load_config, options
+from sdlora.data.dataset import Pixels
 from sdlora.errors import ConfigError, DataError, OutOfMemoryError, SdloraError
 from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, RunDone
 from sdlora.files import atomic_path, remove_partial, write_json
 from sdlora.lora.export import LoraMetadata, save_lora
 from sdlora.lora.prove import prove_lora
 from sdlora.parts import Parts, prepare
-from sdlora.preview.copycheck import EpochCheck, recommend
-from sdlora.preview.report import write_report
+from sdlora.preview.copycheck import EpochCheck, read_checks, recommend
+from sdlora.preview.report import Report, write_report
 from sdlora.preview.sampler import PreviewRequest, draw_epoch
 from sdlora.preview.sheet import contact_sheet
 from sdlora.runfolder import Recorder, RunFolder
@@ -182,7 +183,7 @@ def _events(
     else:
         if trainer.position.step < trainer.total_steps:
             raise Stopped
-    epoch, reason = recommend(_checks(folder, last), losses, last)
+    epoch, reason = recommend(read_checks(folder.path / "epochs"), losses, last)
     with atomic_path(folder.lora) as temporary:
         shutil.copyfile(folder.epoch_lora(epoch), temporary)
     proof = json.loads((folder.epoch(epoch) / "proof.json").read_text(encoding="utf-8"))
@@ -192,7 +193,7 @@ def _events(
     limits = limits_elsewhere(config, proof)
     for message in limits:
         yield Notice(message)
-    _report(parts, [reason, proven, *limits])
+    _report(parts, [reason, proven, *limits], kept=epoch)
     yield RunDone(str(folder.lora), str(folder.path), time.monotonic() - begin)
 
 
@@ -242,24 +243,19 @@ def _judge_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> It
     _report(parts, [f"{done}. This page is written anew after every epoch."])
 
 
-def _report(parts: Parts, sentences: list[str]) -> None:
+def _report(parts: Parts, sentences: list[str], kept: int | None = None) -> None:
     folder = parts.folder
-    write_report(
-        folder.report,
+    report = Report(
         title=folder.name,
         sentences=sentences,
+        epochs=folder.path / "epochs",
         sheet=folder.sheet,
         metrics=folder.metrics,
         config=folder.config,
-        pictures=parts.data.dataset.folder,
-        background=parts.config.data.background,
+        gallery=Pixels(parts.data.dataset, parts.config.data.background),
+        kept=kept,
     )
-
-
-def _checks(folder: RunFolder, last: int) -> dict[int, EpochCheck]:
-    """The copy checks of all epochs from 1 on that have one."""
-    found = {epoch: EpochCheck.read(folder.epoch(epoch)) for epoch in range(1, last + 1)}
-    return {epoch: check for epoch, check in found.items() if check is not None}
+    write_report(folder.report, report)
 
 
 def _copies(folder: RunFolder, epoch: int) -> bool:

@@ -3,10 +3,22 @@ import json
 from dataclasses import replace
 
 import pytest
+from preview.checks import CLEAN, COPY, check
 from rich.console import Console
 
-from sdlora.events import EpochDone, Event, Exported, Notice, PlanMade, PreviewsDone, Progress, RunDone, StepDone
-from sdlora.progress import JsonLines, ProgressBar, Timer, describe_plan, format_seconds
+from sdlora.events import (
+    CopyChecked,
+    EpochDone,
+    Event,
+    Exported,
+    Notice,
+    PlanMade,
+    PreviewsDone,
+    Progress,
+    RunDone,
+    StepDone,
+)
+from sdlora.progress import JsonLines, ProgressBar, Timer, copy_table, describe_check, describe_plan, format_seconds
 
 PLAN = PlanMade(
     pictures=24, heldout_pictures=8, split_off=[], repeats=10, epochs=4, exposures_per_picture=40, batch_size=4,
@@ -85,3 +97,21 @@ def test_programs_read_one_object_a_line() -> None:
 @pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")])
 def test_durations(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text
+
+
+def test_a_copy_check_is_told_in_one_line() -> None:
+    event = CopyChecked(3, "copying", "Because.", 0.25, 0.07, 0.0027, ("a.png", "previews/p0.png"), 0.974, 9.0)
+    expected = (
+        "epoch 3: copying, 25% of previews match (at least 7%). Most alike: previews/p0.png and a.png, 0.97. Because."
+    )
+    assert describe_check(event) == expected
+    assert describe_check(replace(event, epoch=0)).startswith("the base: copying")
+
+
+def test_copy_checks_are_a_line_an_epoch_and_names_are_no_styles() -> None:
+    stream = io.StringIO()
+    odd = replace(COPY, nearest="a[red].png")
+    Console(file=stream, width=200).print(copy_table({1: check("copying", CLEAN, odd), 0: check()}))
+    lines = [line.split() for line in stream.getvalue().splitlines()]
+    assert " ".join(lines[1]).startswith("base clean 0 of 2, at least 0% p0.png is 0.41 like a.png Because")
+    assert " ".join(lines[2]).startswith("1 copying 1 of 2, at least 12% p1.png is 0.97 like a[red].png Because")

@@ -5,6 +5,7 @@ Floor 2.
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -94,3 +95,25 @@ def load_dataset(
 def load_pixels(example: Example, background: str) -> Image.Image:
     """An example's picture, cropped to its bucket."""
     return crop_to_bucket(load_image(example.path, background), *example.bucket)
+
+
+class Pixels(Mapping[str, Image.Image]):
+    """A dataset's pictures by name, cropped to their buckets; each is read when it is asked for.
+
+    Args:
+        dataset: Its buckets assigned.
+        background: Colour under transparent pixels.
+    """
+
+    def __init__(self, dataset: Dataset, background: str) -> None:
+        self._examples = {example.name: example for example in dataset.examples}
+        self._background = background
+
+    def __getitem__(self, name: str) -> Image.Image:
+        return load_pixels(self._examples[name], self._background)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._examples)
+
+    def __len__(self) -> int:
+        return len(self._examples)

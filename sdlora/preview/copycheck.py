@@ -105,6 +105,17 @@ class EpochCheck:
         return EpochCheck(**{**values, "previews": [Match(**match) for match in values["previews"]]})
 
 
+def read_checks(epochs: Path) -> dict[int, EpochCheck]:
+    """The checks of all epochs that have one, 0 included, in their order.
+
+    Args:
+        epochs: The folder that holds a folder per epoch.
+    """
+    numbers = sorted(int(folder.name) for folder in epochs.glob("*") if folder.name.isdecimal())
+    found = {number: EpochCheck.read(epochs / str(number)) for number in numbers}
+    return {number: check for number, check in found.items() if check is not None}
+
+
 def check_previews(
     request: PreviewRequest,
     folder: Path,

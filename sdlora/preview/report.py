@@ -7,79 +7,118 @@ from __future__ import annotations
 
 import base64
 import html
-import io
 import itertools
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlora.data.images import load_image
+from PIL import Image
+
 from sdlora.diffusion.timesteps import HIGH_NOISE, NUM_TIMESTEPS
 from sdlora.files import write_text
+from sdlora.preview.album import Album
 from sdlora.preview.charts import COLORS, Line, bar_chart, line_chart
+from sdlora.preview.comparisons import Comparisons
+from sdlora.preview.copycheck import EpochCheck
+from sdlora.preview.copypage import Checks, copy_figures, epochs_at_a_glance, verdict_banner, verdict_chip
+from sdlora.preview.page import epoch_name, figure, frame, table
 from sdlora.training.bands import NUM_BANDS, band_names
 
 NUM_BINS = 20
-_THUMBNAIL_PX = 64
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 66rem; margin: 2rem auto; padding: 0 1rem; color: #222; }
-h1, h2, h3 { line-height: 1.25; } h3 { font-size: 1rem; margin: 0 0 .5rem; overflow-wrap: anywhere; }
-img, svg { max-width: 100%; height: auto; display: block; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(24rem, 100%), 1fr)); gap: 1.6rem 2rem; }
-figure { margin: 0; max-width: 29rem; } svg { width: 100%; }
-figcaption { font-size: .875rem; color: #555; margin-top: .4rem; }
-figcaption img { float: left; margin: .2rem .7rem .2rem 0; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .875rem; margin: .3rem 0 1.2rem; }
-td, th { padding: .15rem .7rem .15rem 0; text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
-td:first-child, th:first-child { text-align: left; } caption { text-align: left; font-weight: 600; }
-@media (max-width: 30rem) { table { font-size: .75rem; } td, th { padding-right: .4rem; } }
-pre { background: #f5f5f3; padding: 1rem; overflow-x: auto; font-size: .8125rem; }
-"""
 
 Row = Mapping[str, Any]
 
 
-def write_report(
-    target: Path,
-    *,
-    title: str,
-    sentences: Sequence[str],
-    sheet: Path,
-    metrics: Path,
-    config: Path,
-    pictures: Path,
-    background: str,
-) -> None:
+@dataclass(frozen=True)
+class Report:
+    """What the page is made of.
+
+    Attributes:
+        title: The run's name.
+        sentences: What a person should know first, one paragraph each.
+        epochs: The folder that holds one folder for each epoch.
+        sheet: The contact sheet, shown where no epoch was checked for copies; left out if it does not exist.
+        metrics: `metrics.jsonl`, from which every number of the training comes.
+        config: `config.toml`, shown as it is.
+        gallery: The training pictures by name, as cropped for training.
+        kept: The epoch whose file is the run's; None while that is open.
+    """
+
+    title: str
+    sentences: Sequence[str]
+    epochs: Path
+    sheet: Path
+    metrics: Path
+    config: Path
+    gallery: Mapping[str, Image.Image]
+    kept: int | None = None
+
+
+def write_report(target: Path, report: Report) -> None:
     """Write the page.
 
     Args:
         target: The HTML file.
-        title: The run's name.
-        sentences: What a person should know first, one paragraph each.
-        sheet: The contact sheet; left out if it does not exist.
-        metrics: `metrics.jsonl`, from which every number comes.
-        config: `config.toml`, shown as it is.
-        pictures: The folder of the training pictures, for a thumbnail.
-        background: Colour under a thumbnail's transparent pixels.
+        report: What is shown.
     """
-    rows = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()]
+    rows = [json.loads(line) for line in report.metrics.read_text(encoding="utf-8").splitlines()]
     steps = [row for row in rows if row["event"] == "step"]
     epochs = [row for row in rows if row["event"] == "epoch"]
-    parts = [
-        f"<!doctype html><html lang='en'><meta charset='utf-8'><title>{html.escape(title)}</title>",
-        "<meta name='viewport' content='width=device-width, initial-scale=1'>",
-        f"<style>{_STYLE}</style><h1>{html.escape(title)}</h1>",
-        *(f"<p>{html.escape(sentence)}</p>" for sentence in sentences),
-    ]
-    if sheet.exists():
-        parts.append(f"<h2>Previews</h2><img alt='previews by epoch' src='{_data_url(sheet.read_bytes())}'>")
+    # Only epochs of the metrics: a run resumed from an earlier checkpoint leaves newer folders behind.
+    found = {row["epoch"]: EpochCheck.read(report.epochs / str(row["epoch"])) for row in epochs}
+    checks = {epoch: check for epoch, check in found.items() if check is not None}
+    album = Album()
+    parts = [f"<p>{html.escape(sentence)}</p>" for sentence in report.sentences]
+    if checks:
+        parts.insert(0, verdict_banner(checks, report.kept))
+        parts += [epochs_at_a_glance(checks, epochs, steps, report.kept), *_copy_check(checks, report, album)]
+    else:
+        parts += ["<p class='quiet'>No preview was compared with the training pictures.</p>", _sheet(report.sheet)]
     if steps:
         parts += ["<h2>Loss</h2><div class='charts'>", _step_figure(steps), *_band_figures(epochs), "</div>"]
-        parts += ["<h2>Where the visits went</h2>", _coverage(visited_timesteps(steps), pictures, background)]
+        parts += ["<h2>Where the visits went</h2>", _coverage(visited_timesteps(steps), report.gallery, album)]
     parts += ["<h2>The same numbers</h2>", _epoch_table(epochs), *_band_tables(epochs)]
-    parts += ["<h2>Settings</h2>", f"<pre>{html.escape(config.read_text(encoding='utf-8'))}</pre></html>"]
-    write_text(target, "\n".join(parts) + "\n")
+    parts += ["<h2>Settings</h2>", f"<pre>{html.escape(report.config.read_text(encoding='utf-8'))}</pre>"]
+    write_text(target, frame(report.title, parts))
+
+
+def _sheet(sheet: Path) -> str:
+    if not sheet.exists():
+        return ""
+    data = base64.b64encode(sheet.read_bytes()).decode("ascii")
+    return f"<h2>Previews</h2><img alt='contact sheet: previews by epoch' src='data:image/png;base64,{data}'>"
+
+
+def _copy_check(checks: Checks, report: Report, album: Album) -> list[str]:
+    shown = Comparisons(checks, report.epochs, report.gallery, album)
+    latest = max(checks)
+    earlier = [
+        f"<details><summary>{epoch_name(epoch).capitalize()} {verdict_chip(checks[epoch])}</summary>"
+        f"{_reason(checks[epoch])}{shown.pairs(epoch)}</details>"
+        for epoch in sorted(checks, reverse=True)
+        if epoch != latest
+    ]
+    return [
+        "<h2>Previews, epoch by epoch</h2>",
+        "<p>Choose a picture to see it beside the training picture that it is most like.</p>",
+        shown.grid(),
+        f"<h2>Beside the nearest training picture: {epoch_name(latest)} {verdict_chip(checks[latest])}</h2>",
+        _reason(checks[latest]),
+        "<p>Move the slider to lay the training picture over the preview. A copy may be mirrored, or only a part. "
+        "What this check cannot find is a subject cut out and set into another picture: have a look yourself.</p>",
+        "<p class='quiet'>Likeness compares details, and layout where it is light and dark. In both 1 is a copy, and "
+        "either can make a match; two unrelated pictures have about half their layout in common.</p>",
+        shown.pairs(latest),
+        *earlier,
+        "<h2>Signs of copying</h2>",
+        copy_figures(checks),
+    ]
+
+
+def _reason(check: EpochCheck) -> str:
+    return f"<p>{html.escape(check.reason)}</p>"
 
 
 # --- Where the visits went -----------------------------------------------------------------------------------------
@@ -100,7 +139,7 @@ def largest_gap(timesteps: Sequence[int]) -> tuple[int, int]:
     return max(itertools.pairwise(places), key=lambda pair: pair[1] - pair[0])
 
 
-def _coverage(visited: Mapping[str, Sequence[int]], pictures: Path, background: str) -> str:
+def _coverage(visited: Mapping[str, Sequence[int]], gallery: Mapping[str, Image.Image], album: Album) -> str:
     gaps = {name: largest_gap(timesteps) for name, timesteps in visited.items()}
     name = max(gaps, key=lambda picture: gaps[picture][1] - gaps[picture][0])
     unseen = sum(max(timesteps) < HIGH_NOISE for timesteps in visited.values())
@@ -110,19 +149,19 @@ def _coverage(visited: Mapping[str, Sequence[int]], pictures: Path, background: 
         "<div class='charts'>"
         + "\n".join(
             [
-                _figure(
+                figure(
                     "All pictures",
                     _histogram(everything),
                     f"Each bar counts the visits to {NUM_TIMESTEPS // NUM_BINS} neighbouring noise levels: details are "
                     "learned on the left, the composition on the right. "
                     f"{unseen} of {len(visited)} pictures never saw a timestep of {HIGH_NOISE} or more.",
                 ),
-                _figure(
+                figure(
                     f"Least covered: {name}",
                     _histogram(visited[name]),
                     f"Of all pictures, this one has the widest stretch without a visit: timesteps {first} to {last}, "
                     f"after {len(visited[name])} visits.",
-                    _thumbnail(pictures / name, background),
+                    album.show(f"training {name}", lambda: gallery[name], name),
                 ),
             ]
         )
@@ -138,18 +177,6 @@ def _histogram(timesteps: Sequence[int]) -> str:
     return bar_chart(counts, marks, x_name="timestep (more noise to the right)", y_name="visits")
 
 
-def _thumbnail(picture: Path, background: str) -> str:
-    # A run may be resumed after its pictures were moved; the page does without, the name is there.
-    if not picture.exists():
-        return ""
-    image = load_image(picture, background)
-    image.thumbnail((_THUMBNAIL_PX, _THUMBNAIL_PX))
-    content = io.BytesIO()
-    image.save(content, format="PNG")
-    size = f"width='{image.width}' height='{image.height}'"
-    return f"<img alt='{html.escape(picture.name, quote=True)}' {size} src='{_data_url(content.getvalue())}'>"
-
-
 # --- Losses --------------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +188,7 @@ def _step_figure(steps: Sequence[Row]) -> str:
         smooth.append(mean)
     lines = [Line("step", losses, "#767676", width=0.7), Line("mean", smooth, COLORS[1])]
     chart = line_chart(lines, [row["step"] for row in steps], x_name="step", y_name="training loss")
-    return _figure(
+    return figure(
         "Training, step by step",
         chart,
         "The loss of each step and its running mean; it jumps, because some noise levels are harder than others.",
@@ -201,7 +228,7 @@ def _band_figures(epochs: Sequence[Row]) -> list[str]:
         name = f"{y_name} (logarithmic)" if log else y_name
         chart = line_chart(lines, [row["epoch"] for row in rows], x_name="epoch", y_name=name, log=log)
         if chart:
-            figures.append(_figure(title, chart, sentence))
+            figures.append(figure(title, chart, sentence))
     return figures
 
 
@@ -212,7 +239,7 @@ def _band_tables(epochs: Sequence[Row]) -> list[str]:
         "heldout_change": "Held-out loss, adapter on minus off",
     }
     return [
-        _table(title, ["epoch", *band_names()], [[_epoch(row), *map(_number, row[key])] for row in rows])
+        table(title, ["epoch", *band_names()], [[_epoch(row), *map(_number, row[key])] for row in rows])
         for key, title in titles.items()
         if (rows := [row for row in epochs if row.get(key) is not None])
     ]
@@ -224,7 +251,7 @@ def _epoch_table(epochs: Sequence[Row]) -> str:
         [_epoch(row), _number(row["train_loss"]), _number(row["heldout_loss"]), f"{row['seconds']:.1f}"]
         for row in epochs
     ]
-    return _table("All timesteps together", head, rows)
+    return table("All timesteps together", head, rows)
 
 
 # --- Parts of the page ---------------------------------------------------------------------------------------------
@@ -236,18 +263,3 @@ def _epoch(row: Row) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.5f}"
-
-
-def _table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    top = "".join(f"<th>{cell}</th>" for cell in head)
-    body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class='wide'><table><caption>{title}</caption><tr>{top}</tr>{body}</table></div>"
-
-
-def _figure(title: str, chart: str, sentence: str, picture: str = "") -> str:
-    caption = f"<figcaption>{picture}{html.escape(sentence)}</figcaption>"
-    return f"<figure><h3>{html.escape(title)}</h3>{chart}{caption}</figure>"
-
-
-def _data_url(png: bytes) -> str:
-    return f"data:image/png;base64,{base64.b64encode(png).decode('ascii')}"

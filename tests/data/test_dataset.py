@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdlora.data.dataset import Dataset, load_dataset, load_pixels
+from sdlora.data.dataset import Dataset, Example, Pixels, load_dataset, load_pixels
 from sdlora.errors import DataError
 
 
@@ -76,3 +76,19 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     first, second = load(tmp_path).notices
     assert "more" in first and "holdout" not in first and "hidden" not in first
     assert "lonely.txt" in second
+
+
+def test_pixels_are_read_by_name_when_they_are_asked_for(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load(pictures).with_buckets(32, 8, buckets=True)
+    read: list[str] = []
+
+    def noted(example: Example, background: str) -> Image.Image:
+        read.append(example.name)
+        return load_pixels(example, background)
+
+    monkeypatch.setattr("sdlora.data.dataset.load_pixels", noted)
+    pixels = Pixels(data, "white")
+    assert list(pixels) == [example.name for example in data.examples] and len(pixels) == 5
+    assert not read
+    assert pixels["purple.png"].size == (40, 24)
+    assert read == ["purple.png"]

@@ -1,16 +1,25 @@
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from preview.checks import CLEAN, COPY, GALLERY, check, write_epochs
 
-from sdlora.preview.report import largest_gap, visited_timesteps, write_report
+from sdlora.preview.report import Report, largest_gap, visited_timesteps, write_report
 
 
 def step(number: int, examples: Sequence[str], timesteps: Sequence[int]) -> dict[str, Any]:
-    return {"event": "step", "step": number, "loss": 0.5 / number, "examples": examples, "timesteps": timesteps}
+    return {
+        "event": "step",
+        "epoch": 1,
+        "step": number,
+        "loss": 0.5 / number,
+        "examples": examples,
+        "timesteps": timesteps,
+    }
 
 
 def epoch(number: int, **values: Any) -> dict[str, Any]:
@@ -29,13 +38,14 @@ ROWS = [
 ]  # fmt: skip
 
 
-def page(folder: Path, rows: Sequence[Mapping[str, Any]], title: str = "run") -> str:
+def page(folder: Path, rows: Sequence[Mapping[str, Any]], title: str = "run", kept: int | None = None) -> str:
     (folder / "m.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     (folder / "c.toml").write_text('caption = "<script>alert(1)</script>"')
-    write_report(
-        folder / "r.html", title=title, sentences=["Epoch 1 & more."], sheet=folder / "sheet.png",
-        metrics=folder / "m.jsonl", config=folder / "c.toml", pictures=folder, background="white",
+    report = Report(
+        title, ["Epoch 1 & more."], folder / "epochs", folder / "sheet.png", folder / "m.jsonl", folder / "c.toml",
+        {**GALLERY, "x.png": GALLERY["a.png"]}, kept,
     )  # fmt: skip
+    write_report(folder / "r.html", report)
     return (folder / "r.html").read_text()
 
 
@@ -45,9 +55,8 @@ def bars(figure: str) -> list[int]:
 
 def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     Image.new("RGB", (4, 4)).save(tmp_path / "sheet.png")
-    Image.new("RGB", (90, 40)).save(tmp_path / "<a>.png")
     found = page(tmp_path, ROWS, title="<b>x")
-    assert "<script" not in found and "<a>" not in found
+    assert "<script>alert" not in found and "<a>" not in found
     assert "&lt;b&gt;x" in found
     assert "Epoch 1 &amp; more." in found
     assert found.count("data:image/png;base64,") == 2
@@ -89,7 +98,8 @@ def test_losses_stand_in_charts_and_tables(tmp_path: Path) -> None:
 
 
 def test_before_training_and_without_held_out_pictures(tmp_path: Path) -> None:
-    assert "Least covered" not in page(tmp_path, ROWS[:1])
+    first = page(tmp_path, ROWS[:1])
+    assert "Least covered" not in first and "No preview was compared" in first
     bare = page(tmp_path, [step(1, ["x.png"], [900]), epoch(1, train_loss=0.4, train_bands=[None] * 4 + [0.4])])
     assert "Held-out pictures" not in bare and "never trained on" not in bare
     assert "0 of 1 pictures never saw" in bare
@@ -100,3 +110,42 @@ def test_a_loss_of_zero_is_drawn_too(tmp_path: Path) -> None:
     found = page(tmp_path, rows)
     assert "Training, by noise level" in found and "logarithmic" not in found
     assert "logarithmic" in page(tmp_path, ROWS)
+
+
+def test_the_verdict_comes_first_and_the_grid_replaces_the_sheet(tmp_path: Path) -> None:
+    Image.new("RGB", (4, 4)).save(tmp_path / "sheet.png")
+    write_epochs(tmp_path / "epochs", {0: check(), 1: check("copying", CLEAN, COPY)})
+    found = page(tmp_path, ROWS)
+    order = [
+        "✕ Copies training pictures", "Epoch 1 &amp; more.", "Epoch by epoch", "Previews, epoch by epoch",
+        "Beside the nearest training picture: epoch 1", "<summary>Base", "Signs of copying", "Training, step by step",
+        "Settings",
+    ]  # fmt: skip
+    places = [found.index(part) for part in order]
+    assert places == sorted(places)
+    assert "contact sheet" not in found and "No preview was compared" not in found
+    assert "<summary>Base <span class='chip clean'>" in found
+    assert "<script>alert" not in found and "<b>friends" not in found and "<it>" not in found
+
+
+def test_epochs_that_the_metrics_do_not_know_are_left_out(tmp_path: Path) -> None:
+    write_epochs(tmp_path / "epochs", {0: check(), 1: check(), 2: check("copying", COPY)})
+    assert "Copies training pictures" not in page(tmp_path, ROWS)
+
+
+def test_the_kept_epoch_is_the_one_that_is_judged(tmp_path: Path) -> None:
+    write_epochs(tmp_path / "epochs", {0: check(), 1: check("watch"), 2: check("copying", COPY)})
+    found = page(tmp_path, [*ROWS, epoch(2)], kept=1)
+    assert "! First signs of copying</strong><p><b>Epoch 1, the one that is kept." in found
+    assert "<td>1, kept</td>" in found
+
+
+def test_a_long_run_of_large_pictures_stays_light(tmp_path: Path) -> None:
+    rough = Image.effect_noise((1024, 1024), 60).convert("RGB")  # noise is the hardest to compress
+    previews = [replace(CLEAN, seed=seed, file=f"previews/{seed}.png") for seed in range(4)]
+    write_epochs(tmp_path / "epochs", {0: check("clean", *previews)})
+    for match in previews:
+        rough.save(tmp_path / "epochs" / "0" / match.file)
+    before = len(page(tmp_path, ROWS[:1]))
+    # Twelve previews of the base and five epochs: eighteen times as many.
+    assert before * 18 < 15e6
