@@ -20,9 +20,9 @@ _FLAT = 1e-9
 def p_values(observed: Tensor, null: Tensor) -> Tensor:
     """How likely something of the null is as extreme as each one observed, several scores taken together.
 
-    What counts is the score that stands out most: its distance from the median, in median absolute deviations of that
-    score over the null and the observed one. So two scores cost no more false alarms than one, however much they
-    depend on one another, and either alone can stand out.
+    What counts is the score that stands out most: its distance from the median, in units of the distance from there
+    to that score's 95th percentile, over the null and the observed one. So two scores cost no more false alarms than
+    one, however much they depend on one another, and either alone can stand out.
 
     Args:
         observed: (P, S), the higher the more extreme.
@@ -41,10 +41,27 @@ def p_values(observed: Tensor, null: Tensor) -> Tensor:
         raise ValueError("The null is empty: nothing can be told from it.")
     # The observed one takes part in the scale, so that under the null all K + 1 are alike and the test is exact.
     everything = torch.cat([observed[:, None].double(), null.double().expand(len(observed), -1, -1)], dim=1)
-    middle = everything.median(dim=1, keepdim=True).values
-    spread = (everything - middle).abs().median(dim=1, keepdim=True).values.clamp(min=_FLAT)
-    extreme = ((everything - middle) / spread).amax(dim=2)  # (P, K + 1)
+    extreme = standing_out(everything, everything).amax(dim=2)  # (P, K + 1)
     return (extreme >= extreme[:, :1]).double().mean(dim=1)
+
+
+def standing_out(scores: Tensor, null: Tensor) -> Tensor:
+    """How far scores lie above the null's median, in units of the distance from there to its 95th percentile.
+
+    The upper tail gives the unit because it is what a copy has to stand out from; a score in few steps, such as a
+    hash's, can have a middle half that is narrower than one step.
+
+    Args:
+        scores: (..., N, S).
+        null: (..., K, S).
+
+    Returns:
+        The shape of `scores`, float64.
+    """
+    ordered = null.double().sort(dim=-2).values
+    count = ordered.shape[-2]
+    middle, high = (ordered[..., [math.floor(share * (count - 1))], :] for share in (0.5, 0.95))
+    return (scores.double() - middle) / (high - middle).clamp(min=_FLAT)
 
 
 def binomial_tail(successes: int, trials: int, chance: float) -> float:

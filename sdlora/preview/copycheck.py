@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdlora.files import write_json
 from sdlora.preview.arbiter import Arbiter, Arbiters, concept_fidelity
-from sdlora.preview.chance import binomial_tail, lower_bound, p_values
+from sdlora.preview.chance import binomial_tail, lower_bound, p_values, standing_out
 from sdlora.preview.nulls import Gallery, reduced
 from sdlora.preview.sampler import Kind, PreviewRequest
 from sdlora.preview.signals import Signal
@@ -44,6 +44,7 @@ class Match:
         nearest: The training picture's name.
         hp_ms: Their likeness in detail, over crops and mirrors, in [-1, 1].
         phash: The share of equal bits of their perceptual hashes, in [0, 1].
+        bent: Their likeness in detail, block by block, in [-1, 1].
         p_value: How likely a picture that copies nothing is as alike to some training picture.
         significant: Whether that is at most 2 %.
         file: The preview, seen from the check's folder.
@@ -57,6 +58,7 @@ class Match:
     nearest: str
     hp_ms: float
     phash: float
+    bent: float
     p_value: float
     significant: bool
     file: str
@@ -143,7 +145,7 @@ def check_previews(
             pictures.append(reduced(picture))
     scores = arbiters.scores(pictures, list(gallery.pictures.values()))  # (P, G, S)
     chances = p_values(scores.amax(dim=1), null).tolist()
-    nearest = _standing_out(scores, null).amax(dim=2).argmax(dim=1).tolist()
+    nearest = standing_out(scores, null).amax(dim=2).argmax(dim=1).tolist()
     names = list(gallery.pictures)
     norms: Sequence[float | None] = guidance_norms or [None] * len(files)
     matches = [
@@ -168,13 +170,6 @@ def _fidelity(dinov2: Arbiter, pictures: Sequence[Image.Image], gallery: Gallery
     which = "held-out" if gallery.heldout else "training"
     meaning = f"DINOv2 finds previews and {which} pictures {value:.2f} alike in what they show, of 1."
     return Signal(FIDELITY, value, None, meaning)
-
-
-def _standing_out(scores: Tensor, null: Tensor) -> Tensor:
-    """How far each score is from the null's median, in its median absolute deviations, (P, G, S)."""
-    middle = null.median(dim=0).values
-    spread = (null - middle).abs().median(dim=0).values.clamp(min=1e-9)
-    return (scores - middle) / spread
 
 
 def judge(matches: Sequence[Match], signals: Sequence[Signal]) -> EpochCheck:

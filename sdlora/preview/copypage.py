@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdlora.preview.charts import COLORS, Line, line_chart
-from sdlora.preview.copycheck import EpochCheck, Match
+from sdlora.preview.copycheck import ALPHA, CONFIDENCE, EpochCheck, Match
 from sdlora.preview.page import figure, table
 
 Checks = Mapping[int, EpochCheck]
@@ -25,11 +25,9 @@ _WORDS = {
 _SIGNALS = {
     "self_retrieval": "Finds its way back to its own pictures",
     "train_heldout_gap": "Better on training pictures than on others",
-    "base_distance": "Pulled away from the base",
     "seed_collapse": "All seeds look alike",
-    "prompt_collapse": "All prompts look alike",
     "guidance_norm": "How hard a prompt pulls",
-    "sscd": "Copies that a trained eye sees",
+    "concept_fidelity": "The concept, as DINOv2 sees it",
 }
 _KINDS = (("training captions", "training", COLORS[3]), ("new prompts", "novel", COLORS[1]))
 
@@ -118,7 +116,7 @@ def copy_figures(checks: Checks) -> str:
             ],
             epochs, "share of previews",
             "How many previews are more like a training picture than chance explains, and how many are so at least, "
-            "with a confidence of 95 %. Above 1 % for certain, an epoch is called copying.",
+            f"with a confidence of {CONFIDENCE:.0%}. Where that is above {ALPHA:.0%}, an epoch is called copying.",
         ),
         _figure(
             "The most alike preview", _likeness(found, best=True), epochs, "likeness (1 is a copy)",

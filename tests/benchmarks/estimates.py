@@ -43,6 +43,33 @@ def paired_interval(differences: Sequence[float]) -> Estimate:
     return Estimate(mean, mean - reach, mean + reach)
 
 
+def clopper_pearson(successes: int, trials: int) -> Estimate:
+    """A share of trials with its exact 95 % interval, 2.5 % on either side.
+
+    Source: Clopper & Pearson 1934.
+    """
+
+    def tail(least: int, chance: float) -> float:
+        """How likely at least so many succeed; in logarithms, because there may be thousands of trials."""
+        ways = math.lgamma(trials + 1)
+        return math.fsum(
+            math.exp(
+                ways - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+                + k * math.log(chance) + (trials - k) * math.log1p(-chance)
+            )
+            for k in range(least, trials + 1)
+        )  # fmt: skip
+
+    def lower(count: int) -> float:
+        low, high = 0.0, 1.0
+        for _ in range(40):
+            middle = (low + high) / 2
+            low, high = (middle, high) if tail(count, middle) < 0.025 else (low, middle)
+        return low if count > 0 else 0.0
+
+    return Estimate(successes / trials, lower(successes), 1.0 - lower(trials - successes))
+
+
 def steps_to_reach(curve: Sequence[tuple[int, float]], target: float) -> float | None:
     """The first step at which a curve of (step, loss) is at or below a target, between points on a straight line.
 

@@ -7,7 +7,15 @@ import pytest
 import torch
 
 from sdlora.preview import chance
-from sdlora.preview.chance import above_zero_by_chance, binomial_tail, greater_by_chance, lower_bound, mcnemar, p_values
+from sdlora.preview.chance import (
+    above_zero_by_chance,
+    binomial_tail,
+    greater_by_chance,
+    lower_bound,
+    mcnemar,
+    p_values,
+    standing_out,
+)
 
 
 def test_one_score_gives_the_usual_p_value() -> None:
@@ -100,3 +108,8 @@ def test_drawn_signs_agree_with_all_signs(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(chance, "_MOST_SPLITS", 1)
     assert above_zero_by_chance(values) == pytest.approx(exact, abs=0.02)
     assert above_zero_by_chance(values) == above_zero_by_chance(values)
+
+
+def test_the_unit_is_the_way_to_the_95th_percentile() -> None:
+    null = torch.arange(101.0)[:, None]
+    assert standing_out(torch.tensor([[50.0], [95.0], [140.0]]), null)[:, 0].tolist() == [0.0, 1.0, 2.0]

@@ -1,0 +1,232 @@
+"""How well copies are told from pictures that are none, where the truth is known by construction.
+
+Copies in eight families are made of training pictures, and some by the built-in base (through its VAE, or drawn on
+from a noised training picture). What is none comes in tiers: fresh renders of the same caption, other pictures of the
+same subject, the base's pictures of the same prompt, and unrelated ones. A picture's score is its highest over a
+gallery of 24. No threshold is tested on the subject it was set on.
+
+    python tests/benchmarks/copy_pairs.py --docs docs                     the built-in world
+    python tests/benchmarks/copy_pairs.py --photos FOLDER --docs docs     photographs
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from copy_sets import CAPTION, FAMILIES, RECOMPOSED, SAME, UNRELATED, Group, photo_groups, world_groups
+from diffusers import StableDiffusionImg2ImgPipeline
+from estimates import Estimate, clopper_pearson
+from generate import GUIDANCE, draw, load_pipeline
+from PIL import Image
+from setting import silence
+from timesteps_report import between
+from torch import Tensor
+
+from sdlora.preview.chance import standing_out
+from sdlora.preview.similarity import SCORES, copy_scores
+from sdlora.seeds import derive
+from sdlora.shipped import pocket_folder
+
+STEPS = 10
+STRENGTHS = tuple(tenth / 10 for tenth in range(1, 10))
+BASE, VAE = "same prompt, base", "through the VAE"
+TIERS = (CAPTION, SAME, BASE, UNRELATED)
+NUM_HARD = 3  # so many times as many of the tiers that set thresholds, which at 1 % need many
+HARD = (CAPTION, SAME)
+BARS = {"exact": 0.95, "flip": 0.95, "crop 80": 0.95, "crop 60": 0.95, "jitter": 0.95, "combined": 0.95, "warp": 0.8}
+FALSE_ALARMS = 0.01
+
+Scores = dict[str, dict[str, Tensor]]
+"""Kind of picture to subject to (n, S): every score, each the highest over the gallery."""
+
+
+# --- Pictures and scores -------------------------------------------------------------------------------------------
+
+
+def score(groups: list[Group], num: int, base: Path | None) -> Scores:
+    """Scores of everything, about `num` pictures of a kind, shared evenly between the groups."""
+    each = math.ceil(num / len(groups))
+    pipeline = load_pipeline(base) if base else None
+    found: dict[str, dict[str, list[Tensor]]] = {}
+    for place, group in enumerate(groups):
+        for kind, pictures in _pictures(group, place, each, pipeline):
+            if pictures:
+                best = copy_scores(pictures, group.gallery).amax(dim=1)
+                found.setdefault(kind, {}).setdefault(group.subject, []).append(best.double())
+    return {kind: {subject: torch.cat(parts) for subject, parts in of.items()} for kind, of in found.items()}
+
+
+def _pictures(group: Group, place: int, each: int, pipeline: Any) -> Iterator[tuple[str, list[Image.Image]]]:
+    """Every kind with its pictures."""
+    for family in (*FAMILIES, RECOMPOSED):
+        if family != RECOMPOSED or group.recomposed is not None:
+            yield family, [group.copy(family, number) for number in range(each)]
+    for tier, make in group.others.items():
+        yield tier, make(each * (NUM_HARD if tier in HARD else 1))
+    if pipeline is not None and group.captions:
+        prompts = [group.captions[number % group.own] for number in range(each)]
+        yield BASE, draw(pipeline, prompts, guidance=GUIDANCE, steps=STEPS, seed=1_000_000 * (place + 1))
+        yield VAE, _through_vae(pipeline, group, each)
+        for strength in STRENGTHS:
+            yield _drawn_on(strength), _img2img(pipeline, group, strength, math.ceil(each / 3), place)
+
+
+def _drawn_on(strength: float) -> str:
+    return f"img2img {strength:.1f}"
+
+
+def _through_vae(pipeline: Any, group: Group, count: int) -> list[Image.Image]:
+    pictures = [group.gallery[number % group.own] for number in range(count)]
+    with torch.no_grad():
+        pixels = pipeline.image_processor.preprocess(pictures)
+        decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample
+    found: list[Image.Image] = pipeline.image_processor.postprocess(decoded)
+    return found
+
+
+def _img2img(pipeline: Any, group: Group, strength: float, count: int, place: int) -> list[Image.Image]:
+    """Training pictures, noised to that share of all steps and drawn on from there by the base."""
+    redraw = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
+    redraw.set_progress_bar_config(disable=True)
+    numbers = [number % group.own for number in range(count)]
+    seeds = [derive(0, "img2img", group.subject, place, _drawn_on(strength), number) for number in range(count)]
+    pictures: list[Image.Image] = redraw(
+        [group.captions[number] for number in numbers], image=[group.gallery[number] for number in numbers],
+        strength=strength, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
+        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+    ).images  # fmt: skip
+    return pictures
+
+
+# --- What the scores say -------------------------------------------------------------------------------------------
+
+
+STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    **{name: lambda scores, _, column=column: scores[:, column] for column, name in enumerate(SCORES)},
+    # What `sdlora.preview.chance.p_values` compares.
+    "joined": lambda scores, null: standing_out(scores, null).amax(dim=1),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What one statistic makes of one kind of picture.
+
+    Attributes:
+        auc: How often it ranks such a picture above one of the null, ties by half.
+        at: By rate of false alarms, 1 % and 5 %, the share above the threshold that at most so many of the null exceed.
+    """
+
+    kind: str
+    statistic: str
+    num: int
+    auc: float
+    at: dict[float, Estimate]
+
+
+def find(scores: Scores, kind: str, statistic: str, null: str) -> Finding:
+    """Subject by subject, against the null of all other subjects."""
+    above, ranks = {0.01: 0, 0.05: 0}, []
+    num = 0
+    for subject, own in scores[kind].items():
+        others = torch.cat([found for name, found in scores[null].items() if name != subject])
+        values, chance = (STATISTICS[statistic](of, others) for of in (own, others))
+        num += len(own)
+        for rate in above:
+            # At most so large a share of the null lies above.
+            threshold = chance.sort(descending=True).values[math.floor(rate * len(chance))]
+            above[rate] += int((values > threshold).sum())
+        beaten, tied = values[:, None] > chance, values[:, None] == chance
+        ranks.append((beaten + tied / 2).mean(dim=1))
+    return Finding(
+        kind, statistic, num, float(torch.cat(ranks).mean()),
+        {rate: clopper_pearson(count, num) for rate, count in above.items()},
+    )  # fmt: skip
+
+
+def findings(scores: Scores) -> list[Finding]:
+    """Every kind by every statistic; the thresholds are those of other pictures of the same subject."""
+    return [find(scores, kind, statistic, SAME) for kind in scores for statistic in STATISTICS]
+
+
+# --- The page ------------------------------------------------------------------------------------------------------
+
+
+def tables(found: list[Finding]) -> list[str]:
+    """Copies by family, pictures drawn on by the base, and false alarms by tier, with a verdict on every bar."""
+    by = {(one.kind, one.statistic): one for one in found}
+    kinds = list(dict.fromkeys(one.kind for one in found))
+    head = [f"{name}: {figure}" for name in STATISTICS for figure in ("AUC", "at 1 %", "at 5 %")]
+
+    def row(kind: str) -> list[str]:
+        cells = [kind, str(by[kind, "joined"].num)]
+        for name in STATISTICS:
+            one = by[kind, name]
+            cells += [f"{one.auc:.3f}", *(_share(one.at[rate]) for rate in (0.01, 0.05))]
+        return cells
+
+    lines = ["Copies: found at thresholds of 1 % and 5 % false alarms.", ""]
+    lines += _table(["Family", "n", *head], [row(kind) for kind in kinds if kind not in TIERS])
+    lines += ["", "No copies: false alarms at the same thresholds.", ""]
+    lines += _table(["Tier", "n", *head], [row(kind) for kind in kinds if kind in TIERS])
+    return [*lines, "", *bars(by)]
+
+
+def bars(by: dict[tuple[str, str], Finding]) -> list[str]:
+    """A line that says what each statistic does not meet."""
+    lines = []
+    for name in STATISTICS:
+        missed = [
+            f"{kind} {by[kind, name].at[0.01].value:.2f} of {bar:.2f}"
+            for kind, bar in BARS.items()
+            if by[kind, name].at[0.01].value < bar
+        ]
+        alarms = by[SAME, name].at[0.01]
+        if alarms.value > FALSE_ALARMS:
+            missed.append(f"{alarms.value:.1%} false alarms of {FALSE_ALARMS:.0%} (up to {alarms.high:.1%})")
+        lines.append(f"- `{name}` " + ("misses " + ", ".join(missed) if missed else "meets every bar") + ".")
+    return lines
+
+
+def _share(estimate: Estimate) -> str:
+    return f"{estimate.value:.3f} ({estimate.low:.3f} to {estimate.high:.3f})"
+
+
+def _table(head: list[str], body: Iterable[list[str]]) -> list[str]:
+    return ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *body)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, help="a folder of photographs, a subfolder per subject")
+    parser.add_argument("--num", type=int, default=300, help="pictures of every kind")
+    parser.add_argument("--base", type=Path, default=pocket_folder(), help="draws the base's pictures of the world")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--docs", type=Path, help="the folder whose copy-check.md gets the tables")
+    options = parser.parse_args()
+    silence()
+    torch.set_num_threads(1)  # sums in another order would be other numbers
+    if options.photos:
+        groups, num_left_out = photo_groups(options.photos)
+        note = f"{len({group.subject for group in groups})} subjects, {num_left_out} near-duplicates left out."
+    else:
+        groups = world_groups()
+        note = f"{len(groups)} subjects."
+    found = findings(score(groups, options.num, options.base if not options.photos else None))
+    lines = [f"{note} {line}" if number == 0 else line for number, line in enumerate(tables(found))]
+    print(json.dumps([asdict(one) for one in found]) if options.json else "\n".join(lines))
+    if options.docs:
+        page = options.docs / "copy-check.md"
+        name = "photos" if options.photos else "pairs"
+        page.write_text(between(page.read_text(encoding="utf-8"), name, "\n".join(lines)), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,236 @@
+"""Pictures whose truth is known by construction: copies in eight families, and others that are none in tiers.
+
+Used by `copy_pairs`. Every random number comes from a purpose and counters, so that the same call draws the same.
+"""
+
+from __future__ import annotations
+
+import io
+import random
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from concepts import CONCEPTS, ROUND, Concept, Creature, Drawn, make_creature, render_creature
+from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
+
+from sdlora.data.thumbnails import ALIKE, thumbnail
+from sdlora.pocket import sets, world
+from sdlora.seeds import derive
+
+GALLERY = 24
+PHOTO_PX = 256
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+CREATURE_SEEDS = (2, 3, 4, 5, 6, 8, 9, 10)  # beside kolo's 1 and mirba's 7
+RECOMPOSED = "recomposed"
+Painter = Callable[[random.Random], Image.Image]
+
+# --- Families of copies --------------------------------------------------------------------------------------------
+
+
+def crop(picture: Image.Image, share: float, draw: random.Random) -> Image.Image:
+    """A square part with that share of the edge, anywhere, at the old size."""
+    edge = round(picture.width * share)
+    left, top = draw.randint(0, picture.width - edge), draw.randint(0, picture.height - edge)
+    return picture.crop((left, top, left + edge, top + edge)).resize(picture.size, Image.Resampling.BICUBIC)
+
+
+def jitter(picture: Image.Image, draw: random.Random, reach: float = 0.3) -> Image.Image:
+    """Brightness, contrast and saturation changed by up to that share."""
+    for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
+        picture = change(picture).enhance(1 + draw.uniform(-reach, reach))
+    return picture
+
+
+def warp(picture: Image.Image, draw: random.Random, reach: float = 0.05) -> Image.Image:
+    """Bent smoothly: nine knots, each moved by up to that share of the edge both ways, with a cubic in between."""
+    knots = torch.tensor([[[[draw.uniform(-1, 1) for _ in range(3)] for _ in range(3)] for _ in range(2)]])
+    size = (picture.height, picture.width)
+    moved = 2 * reach * F.interpolate(knots, size=size, mode="bicubic", align_corners=True)  # the edge is -1 .. 1
+    still = F.affine_grid(torch.eye(2, 3).unsqueeze(0), [1, 3, *size], align_corners=False)
+    pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1).unsqueeze(0)
+    bent = F.grid_sample(
+        pixels, still + moved.permute(0, 2, 3, 1), mode="bicubic", padding_mode="reflection", align_corners=False
+    )
+    return Image.fromarray(bent[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
+
+
+def degrade(picture: Image.Image, draw: random.Random) -> Image.Image:
+    """A little blur, noise, JPEG and tone, as a model that draws from memory would add."""
+    picture = jitter(picture, draw, 0.1)
+    picture = picture.filter(ImageFilter.GaussianBlur(draw.uniform(0.004, 0.008) * picture.width))
+    noise = np.random.default_rng(draw.getrandbits(64)).normal(0, draw.uniform(2, 6), (*picture.size[::-1], 3))
+    noisy = Image.fromarray((np.asarray(picture) + noise).round().clip(0, 255).astype(np.uint8))
+    file = io.BytesIO()
+    noisy.save(file, "JPEG", quality=draw.randint(60, 90))
+    return Image.open(file).convert("RGB")
+
+
+FAMILIES: dict[str, Callable[[Image.Image, random.Random], Image.Image]] = {
+    "exact": lambda picture, _: picture,
+    "flip": lambda picture, _: ImageOps.mirror(picture),
+    "crop 80": lambda picture, draw: crop(picture, 0.8, draw),
+    "crop 60": lambda picture, draw: crop(picture, 0.6, draw),
+    "jitter": lambda picture, draw: jitter(picture, draw),
+    "combined": lambda picture, draw: jitter(crop(ImageOps.mirror(picture), 0.7, draw), draw),
+    "warp": lambda picture, draw: warp(picture, draw),
+}
+
+# --- Groups: a gallery, and pictures that are not in it -------------------------------------------------------------
+
+SAME, CAPTION, UNRELATED = "same subject", "same caption", "unrelated"
+Many = Callable[[int], list[Image.Image]]
+
+
+@dataclass(frozen=True)
+class Group:
+    """A gallery and what it is asked about.
+
+    Attributes:
+        subject: No threshold is tested on the subject it was set on.
+        gallery: 24 pictures.
+        own: The first so many of the gallery are the subject's, and copies are made of these.
+        captions: One for each of them; none for photographs.
+        others: By tier, a count to at most so many pictures that are no copies.
+        recomposed: A number below `own`, and one to vary it, to that picture's subject in another place, if possible.
+    """
+
+    subject: str
+    gallery: list[Image.Image]
+    own: int
+    captions: list[str]
+    others: dict[str, Many]
+    recomposed: Callable[[int, int], Image.Image] | None
+
+    def copy(self, family: str, number: int) -> Image.Image:
+        """The copy of that family and number, degraded a little."""
+        draw = random.Random(derive(0, "copy", self.subject, family, number))
+        index = number % self.own
+        if family == RECOMPOSED:
+            assert self.recomposed is not None
+            return degrade(self.recomposed(index, number), draw)
+        return degrade(FAMILIES[family](self.gallery[index], draw), draw)
+
+
+def world_groups() -> list[Group]:
+    """The benchmarks' four concepts and eight more creatures, each with its own training pictures."""
+    creatures = [
+        Concept(f"creature {seed}", partial(_draw_creature, seed, make_creature(seed))) for seed in CREATURE_SEEDS
+    ]
+    return [_world_group(concept) for concept in (*CONCEPTS.values(), *creatures)]
+
+
+def _draw_creature(seed: int, creature: Creature, index: int, take: int) -> Drawn:
+    scene, pose = sets.character_scene(ROUND * 1000 * seed + index)
+    if take > 0:
+        scene = replace(scene, seed=derive(0, "fresh render", scene.seed, take))
+    return render_creature(scene, pose, creature), sets.character_caption(scene, pose)
+
+
+def _world_group(concept: Concept) -> Group:
+    def same(count: int) -> list[Image.Image]:
+        return [concept.draw(GALLERY + number, 0)[0] for number in range(count)]
+
+    def caption(count: int) -> list[Image.Image]:
+        return [concept.draw(number % GALLERY, 1 + number // GALLERY)[0] for number in range(count)]
+
+    def unrelated(count: int) -> list[Image.Image]:
+        return [
+            world.render(world.random_scene(derive(0, "unrelated", concept.name, number))) for number in range(count)
+        ]
+
+    def recomposed(index: int, number: int) -> Image.Image:
+        draw = random.Random(derive(0, "recomposed", concept.name, number))
+        with patch.dict(world.PLACES, {name: (words, _instead(old, draw)) for name, (words, old) in PLACES.items()}):
+            return concept.draw(index, 0)[0]
+
+    return Group(
+        concept.name, [concept.draw(index, 0)[0] for index in range(GALLERY)], GALLERY, concept.training_captions(),
+        {CAPTION: caption, SAME: same, UNRELATED: unrelated},
+        None if concept.name == "blueprint" else recomposed,  # its paper is a part of the style
+    )  # fmt: skip
+
+
+PLACES = dict(world.PLACES)
+
+
+def _instead(old: Painter, draw: random.Random) -> Painter:
+    """Another place, after the old one has used up its random numbers, so that the subject stays as it was."""
+    other = draw.choice([paint for _, paint in PLACES.values() if paint is not old])
+
+    def paint(rng: random.Random) -> Image.Image:
+        old(rng)
+        return other(draw)
+
+    return paint
+
+
+# --- Photographs ---------------------------------------------------------------------------------------------------
+
+
+def photo_groups(folder: Path) -> tuple[list[Group], int]:
+    """Two groups per subject, each with one half of its photographs in the gallery and the other half outside.
+
+    The gallery is filled up with photographs of other subjects. A subject is a subfolder; a file beside them belongs
+    to the subject that its name begins with, up to the first digit, space, dash or underscore.
+
+    Returns:
+        The groups, and how many near-duplicates within a subject were left out.
+
+    Raises:
+        ValueError: There are fewer than 25 photographs, or fewer than two subjects with two of them.
+    """
+    found: dict[str, list[Image.Image]] = {}
+    num_left_out = 0
+    for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES):
+        beside = file.parent == folder
+        subject = re.split(r"[\d _-]", file.stem, maxsplit=1)[0] if beside else str(file.parent.relative_to(folder))
+        with Image.open(file) as opened:
+            picture = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (PHOTO_PX, PHOTO_PX))
+        if any(_alike(picture, known) for known in found.get(subject, [])):
+            num_left_out += 1
+        else:
+            found.setdefault(subject, []).append(picture)
+    subjects = [name for name, pictures in found.items() if len(pictures) > 1]
+    if len(subjects) < 2 or sum(map(len, found.values())) <= GALLERY:
+        raise ValueError(
+            f"{folder} holds {sum(map(len, found.values()))} different photographs, {len(subjects)} subjects with two "
+            f"or more; at least {GALLERY + 1} and two are needed, each subject in a subfolder of its own."
+        )
+    return [_photo_group(found, subject, half) for subject in subjects for half in (0, 1)], num_left_out
+
+
+def _alike(first: Image.Image, second: Image.Image) -> bool:
+    known = thumbnail(second)
+    return any(float(thumbnail(picture) @ known) >= ALIKE for picture in (first, ImageOps.mirror(first)))
+
+
+def _photo_group(found: dict[str, list[Image.Image]], subject: str, half: int) -> Group:
+    own = found[subject][1 - half :: 2][:GALLERY]
+    outside = found[subject][half::2]
+    strangers = [picture for name, pictures in found.items() if name != subject for picture in pictures]
+    random.Random(derive(0, "strangers", subject, half)).shuffle(strangers)
+    filling, rest = strangers[: GALLERY - len(own)], strangers[GALLERY - len(own) :]
+
+    def recomposed(index: int, number: int) -> Image.Image:
+        """The middle, with a soft edge, moved into a stranger's photograph."""
+        draw = random.Random(derive(0, "recomposed", subject, half, number))
+        mask = Image.new("L", own[index].size)
+        margin = round(0.2 * PHOTO_PX)
+        ImageDraw.Draw(mask).ellipse((margin, margin, PHOTO_PX - margin, PHOTO_PX - margin), fill=255)
+        mask = mask.filter(ImageFilter.GaussianBlur(0.02 * PHOTO_PX))
+        page = draw.choice(strangers).copy()
+        reach = round(0.15 * PHOTO_PX)
+        page.paste(own[index], (draw.randint(-reach, reach), draw.randint(-reach, reach)), mask)
+        return page
+
+    return Group(
+        subject, own + filling, len(own), [], {SAME: lambda count: outside[:count], UNRELATED: lambda n: rest[:n]},
+        recomposed,
+    )  # fmt: skip

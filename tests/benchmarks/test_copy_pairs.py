@@ -1,0 +1,142 @@
+"""The copy check's ground truth: its families are what they say, its figures are right by hand, its program runs."""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import copy_pairs
+import copy_sets
+import numpy as np
+import pytest
+import torch
+from copy_sets import CAPTION, FAMILIES, RECOMPOSED, SAME, UNRELATED, Group
+from estimates import clopper_pearson
+from PIL import Image, ImageOps
+
+from sdlora.pocket.world import random_scene, render
+
+
+@pytest.fixture(scope="module")
+def groups() -> list[Group]:
+    return [group for group in copy_sets.world_groups() if group.subject in ("zumi", "blueprint", "creature 2")]
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Six subjects with five photographs each, one of them twice, mirrored the second time; one lies beside."""
+    folder = tmp_path / "photos"
+    for number in range(30):
+        picture = render(random_scene(number)).resize((120, 90))
+        (folder / f"subject{number % 6}").mkdir(parents=True, exist_ok=True)
+        picture.save(folder / f"subject{number % 6}" / f"{number:02d}.png")
+    ImageOps.mirror(picture).save(folder / "subject5" / "99.png")
+    picture.rotate(90).save(folder / "tower_01.png")
+    return folder
+
+
+def _pixels(picture: Image.Image) -> np.ndarray:
+    return np.asarray(picture, dtype=float)
+
+
+def test_intervals_are_clopper_and_pearsons() -> None:
+    # All of n succeed: 0.025 ** (1 / n). 81 of 263: Newcombe 1998, table I, method 5, .2527 to .3676.
+    assert clopper_pearson(10, 10) == pytest.approx((1.0, 0.025 ** (1 / 10), 1.0))
+    assert clopper_pearson(0, 300) == pytest.approx((0.0, 0.0, 1 - 0.025 ** (1 / 300)))
+    assert clopper_pearson(81, 263) == pytest.approx((81 / 263, 0.2527, 0.3676), abs=1e-4)
+    assert clopper_pearson(20, 4000).high < 0.008  # no overflow
+
+
+def test_copies_differ_as_their_family_says(groups: list[Group]) -> None:
+    picture = groups[0].gallery[0]
+    assert FAMILIES["exact"](picture, random.Random(0)) is picture
+    assert FAMILIES["flip"](picture, random.Random(0)).tobytes() == ImageOps.mirror(picture).tobytes()
+    bent = FAMILIES["warp"](picture, random.Random(0))
+    assert 2 < np.abs(_pixels(bent) - _pixels(picture)).mean() < 30
+    still = copy_sets.warp(picture, random.Random(0), reach=0.0)
+    assert np.abs(_pixels(still) - _pixels(picture)).max() <= 1
+    for group in groups:
+        assert group.copy("crop 60", 5).tobytes() == group.copy("crop 60", 5).tobytes()
+        assert group.copy("crop 60", 5).tobytes() != group.copy("crop 60", 5 + group.own).tobytes()
+        assert 2 < np.abs(_pixels(group.copy("exact", 3)) - _pixels(group.gallery[3])).mean() < 30
+
+
+def test_a_recomposed_subject_stays_as_it_was(groups: list[Group]) -> None:
+    zumi = groups[0]
+    assert zumi.recomposed is not None
+    first, second, own = (_pixels(p) for p in (zumi.recomposed(0, 0), zumi.recomposed(0, 1), zumi.gallery[0]))
+    shared = (first == own).all(axis=2) & (second == own).all(axis=2)
+    assert 0.02 < shared.mean() < 0.5
+    assert groups[1].recomposed is None
+    assert zumi.gallery[0].tobytes() == copy_sets.world_groups()[0].gallery[0].tobytes()
+
+
+def test_what_is_no_copy_is_not_in_the_gallery(groups: list[Group]) -> None:
+    for group in groups:
+        known = {picture.tobytes() for picture in group.gallery}
+        for tier in (CAPTION, SAME, UNRELATED):
+            drawn = [picture.tobytes() for picture in group.others[tier](30)]
+            assert len(set(drawn)) == 30
+            assert not known & set(drawn)
+
+
+def test_photographs_are_halved_and_their_duplicates_left_out(photos: Path, tmp_path: Path) -> None:
+    found, num_left_out = copy_sets.photo_groups(photos)
+    assert num_left_out == 1
+    assert sorted({group.subject for group in found}) == [f"subject{number}" for number in range(6)]
+    assert [group.own for group in found[:2]] == [2, 3]
+    for group in found:
+        assert len(group.gallery) == copy_sets.GALLERY
+        others = [p.tobytes() for tier in (SAME, UNRELATED) for p in group.others[tier](99)]
+        assert len(group.gallery) + len(others) == 31
+        assert not {picture.tobytes() for picture in group.gallery} & set(others)
+        assert group.copy(RECOMPOSED, 0).size == (copy_sets.PHOTO_PX, copy_sets.PHOTO_PX)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="at least 25 and two"):
+        copy_sets.photo_groups(tmp_path / "empty")
+
+
+def test_thresholds_come_from_other_subjects() -> None:
+    """a's own null is far below b's, so that a is held to b's threshold and b to a's."""
+    low, high = torch.arange(100.0).double() / 1000, 1 + torch.arange(100.0).double() / 1000
+    scores = {
+        SAME: {"a": torch.stack([low, low], dim=1), "b": torch.stack([high, high], dim=1)},
+        "exact": {"a": torch.full((4, 2), 1.0505).double(), "b": torch.full((4, 2), 0.5).double()},
+    }
+    found = copy_pairs.find(scores, "exact", "hp_ms", SAME)
+    assert found.num == 8
+    # a's 1.0505 is above 51 of b's null, b's 0.5 above all of a's.
+    assert found.auc == pytest.approx((0.51 + 1.0) / 2)
+    assert found.at[0.01].value == 0.5
+
+
+def test_the_score_that_stands_out_counts() -> None:
+    null = torch.arange(101.0).double()[:, None] * torch.tensor([1.0, 2.0])  # to the 95th percentile it is 45 and 90
+    seen = torch.tensor([[185.0, 0.0], [0.0, 460.0]]).double()
+    assert copy_pairs.STATISTICS["joined"](seen, null).tolist() == [3.0, 4.0]
+
+
+def test_a_small_run_with_a_base(groups: list[Group], tiny_base: Path) -> None:
+    scores = copy_pairs.score(groups[1:], 2, tiny_base)
+    assert set(scores) == {*FAMILIES, RECOMPOSED, *copy_pairs.TIERS, copy_pairs.VAE,
+                           *(f"img2img 0.{tenth}" for tenth in range(1, 10))}  # fmt: skip
+    assert {kind: sum(map(len, of.values())) for kind, of in scores.items()}[SAME] == 6
+    again = copy_pairs.score(groups[1:], 2, tiny_base)
+    assert all(torch.equal(scores[kind][name], again[kind][name]) for kind in scores for name in scores[kind])
+
+
+def test_the_program_fills_its_page(
+    photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page = Path(__file__).parents[2] / "docs" / "copy-check.md"
+    (tmp_path / "copy-check.md").write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+    command = ["copy_pairs.py", "--photos", str(photos), "--num", "6", "--json", "--docs", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", command)
+    copy_pairs.main()
+    rows = json.loads(capsys.readouterr().out)
+    assert {row["statistic"] for row in rows} == set(copy_pairs.STATISTICS)
+    text = (tmp_path / "copy-check.md").read_text(encoding="utf-8")
+    assert "6 subjects, 1 near-duplicates left out" in text
+    assert "| exact | 12 | 1.000 | 1.000 (0.735 to 1.000) |" in text
