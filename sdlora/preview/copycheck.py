@@ -44,7 +44,6 @@ class Match:
         nearest: The training picture's name.
         hp_ms: Their likeness in detail, over crops and mirrors, in [-1, 1].
         phash: The share of equal bits of their perceptual hashes, in [0, 1].
-        bent: Their likeness in detail, block by block, in [-1, 1].
         p_value: How likely a picture that copies nothing is as alike to some training picture.
         significant: Whether that is at most 2 %.
         file: The preview, seen from the check's folder.
@@ -58,7 +57,6 @@ class Match:
     nearest: str
     hp_ms: float
     phash: float
-    bent: float
     p_value: float
     significant: bool
     file: str

@@ -108,9 +108,8 @@ def _copy_check(checks: Checks, report: Report, album: Album) -> list[str]:
         _reason(checks[latest]),
         "<p>Move the slider to lay the training picture over the preview. A copy may be mirrored, or only a part. "
         "What this check cannot find is a subject cut out and set into another picture: have a look yourself.</p>",
-        "<p class='quiet'>Likeness compares details, whole or cropped; bent does so block by block; layout compares "
-        "where it is light and dark. In each 1 is a copy, and each can make a match; two unrelated pictures have about "
-        "half their layout in common.</p>",
+        "<p class='quiet'>Likeness compares details, and layout where it is light and dark. In both 1 is a copy, and "
+        "either can make a match; two unrelated pictures have about half their layout in common.</p>",
         shown.pairs(latest),
         *earlier,
         "<h2>Signs of copying</h2>",

@@ -1,14 +1,13 @@
 """How much a picture looks like a copy of another: of all of it, of a part of it, or of its mirror image.
 
 Floor 6. It needs no network. `hp_ms` compares detail (the picture minus its own blur), so that two pictures of one
-subject in one place stay apart, and finds parts; `bent` compares detail block by block, and finds what was pulled out
-of shape; `phash` compares the coarse layout. A subject lifted into another place is found by none.
+subject in one place stay apart, and finds parts; `phash` compares the coarse layout, and finds what was pulled out of
+shape. A subject lifted into another place is found by neither.
 Shapes: P pictures, G pictures of the gallery, H/W/n pixels.
 """
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 
@@ -24,11 +23,8 @@ BOX_PX = 9
 SCALES = tuple(1.0 - 0.05 * index for index in range(11))
 HASH_PX = 32
 HASH_WAVES = 8
-BLOCK_PX = 16
-REACH_PX = 4
 _CHUNK = 8
 _FLAT = 1e-4  # detail weaker than this is none
-_FAINT = 1e-2  # and in a single block, this
 
 
 def hp_ms(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
@@ -87,48 +83,12 @@ def phash(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Te
     return (equal / HASH_WAVES**2 + 1) / 2
 
 
-def bent(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
-    """The correlation of detail between pictures cut into 16 blocks, each of which may lie up to 4 of 64 pixels aside.
-
-    A picture that was pulled out of shape keeps its parts. Of every block the best place counts, weighted by how much
-    detail the block holds; the better of two is taken, of the picture and of its mirror image.
-
-    Args:
-        pictures: P pictures of any mode and size.
-        gallery: G pictures they may be copies of.
-
-    Returns:
-        (P, G) float32 in [-1, 1]; 1 is a copy, a picture without any detail scores 0.
-
-    Raises:
-        ValueError: One of the two is empty.
-    """
-    _check(pictures, gallery)
-    seen, known = _detail(_luma(pictures)), _detail(_luma(gallery))
-    seen = torch.cat([seen, seen.flip(-1)])
-    known = F.pad(known, (REACH_PX,) * 4, mode="reflect")
-    window = BLOCK_PX + 2 * REACH_PX
-    total, weights = torch.zeros(len(seen), len(known)), torch.zeros(len(seen), 1)
-    for y, x in itertools.product(range(0, SIZE_PX, BLOCK_PX), repeat=2):
-        block = seen[:, 0, y : y + BLOCK_PX, x : x + BLOCK_PX].flatten(1)
-        block = block - block.mean(dim=1, keepdim=True)
-        energy = block.square().sum(dim=1, keepdim=True)
-        places = F.unfold(known[:, :, y : y + window, x : x + window], BLOCK_PX)  # (G, n, places)
-        places = places - places.mean(dim=1, keepdim=True)
-        places = places / places.norm(dim=1, keepdim=True).clamp(min=_FAINT)
-        found = block / energy.sqrt().clamp(min=_FAINT) @ places.transpose(0, 1).flatten(1)
-        total += energy * found.view(len(seen), len(known), -1).amax(dim=2)
-        weights += energy
-    best = total / weights.clamp(min=_FLAT**2)
-    return torch.maximum(best[: len(pictures)], best[len(pictures) :])
-
-
-SCORES = ("hp_ms", "phash", "bent")
+SCORES = ("hp_ms", "phash")
 
 
 def copy_scores(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
-    """Every score that is named in `SCORES`, of every picture against every picture of a gallery, (P, G, 3)."""
-    return torch.stack([score(pictures, gallery) for score in (hp_ms, phash, bent)], dim=-1)
+    """Every score that is named in `SCORES`, of every picture against every picture of a gallery, (P, G, 2)."""
+    return torch.stack([score(pictures, gallery) for score in (hp_ms, phash)], dim=-1)
 
 
 def _hashes(pictures: Sequence[Image.Image]) -> Tensor:

@@ -28,7 +28,7 @@ def test_every_picture_is_compared_with_the_others_only() -> None:
     trained, heldout = scenes(0, 1, 2, 3), scenes(10, 11)
     drawn = list(scenes(20).values())
     found = null_scores(Gallery(trained, heldout), drawn, Arbiters())
-    assert found.shape == (4 + 2 + 1, 3)
+    assert found.shape == (4 + 2 + 1, 2)
     pictures = list(trained.values())
     for index in range(4):
         others = pictures[:index] + pictures[index + 1 :]
@@ -49,7 +49,7 @@ def test_near_duplicates_in_the_set_are_no_measure_of_likeness() -> None:
 
 def test_one_picture_alone_has_no_others_to_be_compared_with() -> None:
     drawn = list(scenes(5, 6).values())
-    assert null_scores(Gallery(scenes(0), {}), drawn, Arbiters()).shape == (2, 3)
+    assert null_scores(Gallery(scenes(0), {}), drawn, Arbiters()).shape == (2, 2)
 
 
 def test_large_pictures_are_reduced_and_small_ones_left_alone() -> None:
@@ -77,7 +77,7 @@ def make(tiny_base: Path, folder: Path, request: PreviewRequest = REQUEST, ident
 def test_the_null_is_large_enough_for_a_test_at_one_percent(maker: NullMaker) -> None:
     list(maker.make())
     assert maker.scores is not None
-    assert maker.scores.shape == (SIZE, 3)
+    assert maker.scores.shape == (SIZE, 2)
 
 
 def test_the_second_run_draws_and_computes_nothing(

@@ -12,7 +12,7 @@ from concepts import CONCEPTS
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from sdlora.preview.similarity import bent, hp_ms, phash
+from sdlora.preview.similarity import hp_ms, phash
 
 
 def _crop(share: float) -> Callable[[Image.Image], Image.Image]:
@@ -108,55 +108,3 @@ def test_nothing_is_like_nothing() -> None:
         hp_ms([], [grey])
     with pytest.raises(ValueError, match="both need at least one"):
         phash([grey], [])
-
-
-def _pulled(picture: Image.Image) -> Image.Image:
-    """Every part of the picture moved by up to 2 pixels of 64, smoothly: no crop and no shift undoes it."""
-    edge = picture.width / 64
-    mesh = []
-    for x in range(0, 64, 4):
-        for y in range(0, 64, 4):
-            box = tuple(int(v * edge) for v in (x, y, x + 4, y + 4))
-            corners = [(x, y), (x, y + 4), (x + 4, y + 4), (x + 4, y)]
-            moved = [(a + 2 * np.sin(b / 10), b + 2 * np.sin(a / 10 + 1)) for a, b in corners]
-            mesh.append((box, tuple(float(v * edge) for corner in moved for v in corner)))
-    return picture.transform(picture.size, Image.Transform.MESH, mesh, Image.Resampling.BICUBIC)
-
-
-def test_what_was_pulled_out_of_shape_is_found_block_by_block(gallery: list[Image.Image]) -> None:
-    pulled = [_pulled(picture) for picture in gallery]
-    found = bent(pulled, gallery)
-    nearest = found.argmax(dim=1).tolist()
-    assert sum(own == index for index, own in enumerate(nearest)) >= len(gallery) - 1  # two are much alike
-    assert float(found.diagonal().mean()) > float(hp_ms(pulled, gallery).diagonal().mean()) + 0.1
-    assert torch.allclose(bent([ImageOps.mirror(p) for p in pulled], gallery).diagonal(), found.diagonal(), atol=0.02)
-
-
-def test_the_block_score_is_the_formulas() -> None:
-    """By numpy in float64, over every place of every block, for pictures that hold detail everywhere."""
-    draw = np.random.default_rng(2)
-    pictures = [Image.fromarray(draw.integers(0, 256, (64, 64), dtype=np.uint8)) for _ in range(2)]
-
-    def detail(picture: Image.Image) -> np.ndarray:
-        luma = np.asarray(picture, dtype=np.float64) / 255
-        rows = range(64)
-        return np.array(
-            [[luma[y, x] - luma[max(0, y - 4) : y + 5, max(0, x - 4) : x + 5].mean() for x in rows] for y in rows]
-        )
-
-    def score(picture: np.ndarray, known: np.ndarray) -> float:
-        padded, total, weight = np.pad(known, 4, mode="reflect"), 0.0, 0.0
-        for y in range(0, 64, 16):
-            for x in range(0, 64, 16):
-                block = picture[y : y + 16, x : x + 16]
-                energy = ((block - block.mean()) ** 2).sum()
-                places = [padded[y + a : y + a + 16, x + b : x + b + 16] for a in range(9) for b in range(9)]
-                total += energy * max(np.corrcoef(block.ravel(), place.ravel())[0, 1] for place in places)
-                weight += energy
-        return float(total / weight)
-
-    mixed = Image.blend(*pictures, 0.4)
-    seen, known = detail(mixed), detail(pictures[0])
-    expected = max(score(seen, known), score(seen[:, ::-1], known))
-    assert float(bent([mixed], [pictures[0]])) == pytest.approx(expected, abs=1e-4)
-    assert float(bent([Image.new("L", (64, 64), 90)], [pictures[0]])) == pytest.approx(0.0, abs=1e-6)
