@@ -17,10 +17,9 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
-import subprocess
-import sys
 import tempfile
 import warnings
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,12 @@ from results import Cell, run_missing, share
 from setting import make_config, silence
 
 from sdlora import run
+from sdlora.config import RunConfig
 from sdlora.events import EpochDone, Exported
+from sdlora.lora.formats import read_file
+from sdlora.parts import prepare
 from sdlora.pocket.pen import SIZE_PX
+from sdlora.runfolder import RunFolder
 from sdlora.shipped import pocket_folder
 
 SEEDS = (0, 1, 2)
@@ -105,7 +108,6 @@ class Bench:
             return {"copies": examine(self.oracle, load_pipeline(self.base), concept)}
         over_trained = cell["part"] == "onset"
         output = self.folder / "runs" / f"{concept.name}_{cell['seed']}_{cell['part']}"
-        shutil.rmtree(output, ignore_errors=True)
         epochs, recommended = self._train(cell, output)
         indices = range(NUM_TRAINING if cell["part"] == "many" else NUM_FEW)
         witness = Witness(self.oracle, concept, indices)
@@ -116,18 +118,36 @@ class Bench:
                 row |= self._truth(concept, witness, output, row["epoch"])
         figures: dict[str, Any] = {"epochs": epochs, "recommended": recommended}
         if over_trained:
-            figures["heldout_check"] = self._against_heldout(concept, output)
+            figures["heldout_check"] = self._against_heldout(cell, output)
         if not self.keep:
             shutil.rmtree(output)
         return figures
 
     def _train(self, cell: Cell, output: Path) -> tuple[list[dict[str, Any]], int]:
-        """Run the product; the losses of every epoch, and the epoch that it recommends."""
+        """Run the product; the losses of every epoch, and the epoch that it recommends. A kept run is not run again."""
+        kept = output / "trained.json"
+        if kept.exists():
+            rows, recommended = json.loads(kept.read_text(encoding="utf-8"))
+            return rows, recommended
+        shutil.rmtree(output, ignore_errors=True)
+        rows, recommended = [], 0
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for event in run.start(self._config(cell), output):
+                if isinstance(event, EpochDone) and event.epoch > 0:
+                    losses = {"train_loss": event.train_loss, "heldout_loss": event.heldout_loss}
+                    rows.append({"epoch": event.epoch, **losses})
+                elif isinstance(event, Exported):
+                    recommended = event.epoch
+        kept.write_text(json.dumps([rows, recommended]), encoding="utf-8")
+        return rows, recommended
+
+    def _config(self, cell: Cell) -> RunConfig:
         scale, concept = self.scale, ALL_CONCEPTS[cell["concept"]]
         if not (self.folder / concept.name).exists():
             concept.write(self.folder / concept.name)
         many = cell["part"] == "many"
-        config = make_config(str(self.base), self.folder, concept.name, cell["seed"], {
+        return make_config(str(self.base), self.folder, concept.name, cell["seed"], {
             "data": {
                 "folder": str(self.folder / concept.name / ("" if many else FEW)),
                 "repeats": max(1, scale.repeats * NUM_FEW // NUM_TRAINING) if many else scale.repeats,
@@ -142,18 +162,6 @@ class Bench:
             },
             "preview": {"prompts": concept.prompts(3), "num_steps": scale.num_steps, "guidance": GUIDANCE},
         })  # fmt: skip
-        rows: list[dict[str, Any]] = []
-        recommended = 0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for event in run.start(config, output):
-                if isinstance(event, EpochDone) and event.epoch > 0:
-                    rows.append({
-                        "epoch": event.epoch, "train_loss": event.train_loss, "heldout_loss": event.heldout_loss
-                    })  # fmt: skip
-                elif isinstance(event, Exported):
-                    recommended = event.epoch
-        return rows, recommended
 
     def _truth(self, concept: Concept, witness: Witness, output: Path, epoch: int) -> dict[str, Any]:
         """Copies among an epoch's pictures, as [copies, pictures] by kind of prompt, and how many show the concept."""
@@ -182,15 +190,19 @@ class Bench:
             "preview_copies": copies[2 * half :],
         }
 
-    def _against_heldout(self, concept: Concept, output: Path) -> dict[str, Any]:
-        """The check of the last adapter against pictures that were never trained on, as a user would ask for it."""
-        lora = next((output / "epochs" / str(self.scale.epochs)).glob("*.safetensors"))
+    def _against_heldout(self, cell: Cell, output: Path) -> dict[str, Any]:
+        """The check of the last adapter against pictures that were never trained on, as if they had been."""
+        concept = ALL_CONCEPTS[cell["concept"]]
+        untrained = {"folder": str(self.folder / concept.name / "holdout"), "holdout": None, "holdout_split": False}
+        config = self._config(cell)
+        made = prepare(
+            config.model_copy(update={"data": config.data.model_copy(update=untrained)}), RunFolder(output, "check")
+        )
+        weights = read_file(next((output / "epochs" / str(self.scale.epochs)).glob("*.safetensors"))).state
+        made.adapter.load({path: weights["lora_unet_" + path.replace(".", "_")] for path in made.adapter.layers})
         target = output / "heldout_check"
-        command = [
-            sys.executable, "-m", "sdlora", "check", str(lora), "--data", str(self.folder / concept.name / "holdout"),
-            "--base", str(self.base), "--output", str(target), "--json",
-        ]  # fmt: skip
-        subprocess.run(command, check=True, capture_output=True)
+        deque(made.checker.prepare(), maxlen=0)
+        deque(made.checker.epoch(self.scale.epochs, target), maxlen=0)
         return read_check(target)
 
 
