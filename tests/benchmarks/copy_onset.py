@@ -36,12 +36,11 @@ from results import Cell, run_missing, share
 from setting import make_config, silence
 
 from sdlora import run
+from sdlora.checkfile import check_file
 from sdlora.config import RunConfig
 from sdlora.events import EpochDone, Exported
 from sdlora.lora.formats import read_file
-from sdlora.parts import prepare
 from sdlora.pocket.pen import SIZE_PX
-from sdlora.runfolder import RunFolder
 from sdlora.shipped import pocket_folder
 
 SEEDS = (0, 1, 2)
@@ -191,18 +190,13 @@ class Bench:
         }
 
     def _against_heldout(self, cell: Cell, output: Path) -> dict[str, Any]:
-        """The check of the last adapter against pictures that were never trained on, as if they had been."""
-        concept = ALL_CONCEPTS[cell["concept"]]
-        untrained = {"folder": str(self.folder / concept.name / "holdout"), "holdout": None, "holdout_split": False}
+        """What `sdlora check` says of the last adapter and pictures that were never trained on."""
         config = self._config(cell)
-        made = prepare(
-            config.model_copy(update={"data": config.data.model_copy(update=untrained)}), RunFolder(output, "check")
-        )
-        weights = read_file(next((output / "epochs" / str(self.scale.epochs)).glob("*.safetensors"))).state
-        made.adapter.load({path: weights["lora_unet_" + path.replace(".", "_")] for path in made.adapter.layers})
+        untrained = str(self.folder / cell["concept"] / "holdout")
+        data = config.data.model_copy(update={"folder": untrained, "holdout": None, "holdout_split": False})
+        file = read_file(next((output / "epochs" / str(self.scale.epochs)).glob("*.safetensors")))
         target = output / "heldout_check"
-        deque(made.checker.prepare(), maxlen=0)
-        deque(made.checker.epoch(self.scale.epochs, target), maxlen=0)
+        deque(check_file(file, config.model_copy(update={"data": data}), target), maxlen=0)
         return read_check(target)
 
 

@@ -156,11 +156,10 @@ def load_or_train(path: Path | None) -> Oracle:
 
 
 @torch.no_grad()
-def likeness(oracle: Oracle, pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
-    """How much each of P 64x64 pictures, or its mirror image, is the scene of each of G: (P, G) in [-1, 1]."""
-    pixels = pretrain.to_tensor(list(pictures))
-    known = oracle(pretrain.to_tensor(list(gallery)))
-    return torch.maximum(oracle(pixels) @ known.T, oracle(pixels.flip(-1)) @ known.T)
+def look(oracle: Oracle, pictures: Sequence[Image.Image]) -> Tensor:
+    """The directions of P pictures of any size, (P, 128), a few hundred at a time."""
+    small = [picture.resize((pen.SIZE_PX, pen.SIZE_PX)) for picture in pictures]
+    return torch.cat([oracle(pretrain.to_tensor(small[i : i + 200])) for i in range(0, len(small), 200)])
 
 
 class Witness:
@@ -179,12 +178,14 @@ class Witness:
     def __init__(self, oracle: Oracle, concept: Concept, indices: Sequence[int]) -> None:
         self._oracle = oracle
         num_sets = round(1 / FALSE_ALARMS)
-        self._renders = [concept.draw(index, take)[0] for take in range(num_sets) for index in indices]
+        renders = [concept.draw(index, take)[0] for take in range(num_sets) for index in indices]
+        self._known = look(oracle, renders)
         self._num_sets = num_sets
 
     def best(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """The highest likeness of every picture to each set of renders, (P, sets); the first set is the real one."""
-        found = likeness(self._oracle, pictures, self._renders)
+        """The highest likeness of every picture, or its mirror image, to each set of renders, (P, sets); first the real one."""
+        mirrored = [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in pictures]
+        found = torch.maximum(*(look(self._oracle, seen) @ self._known.T for seen in (pictures, mirrored)))
         return found.view(len(pictures), self._num_sets, -1).amax(dim=2)
 
     def copies(self, pictures: Sequence[Image.Image]) -> list[bool]:
