@@ -1,6 +1,6 @@
 """The judge of generated pictures: a small network trained on renders alone, and never shipped.
 
-It names a picture's kind (the world's sixteen, one of the benchmarks' four concepts, or nothing it knows), its colour
+It names a picture's kind (the world's sixteen, one of the benchmarks' concepts, or nothing it knows), its colour
 and its place. Training pictures are blurred, shifted and noised, so that a soft edge is no reason to refuse one, and
 spoiled ones (empty places, mixtures, torn and melted subjects) are "nothing", so that rubbish is not accepted.
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from concepts import CONCEPTS, CREATURES, render_creature
+from concepts import ALL_CONCEPTS, CONCEPTS, CREATURES, render_creature
 from PIL import Image
 from torch import Tensor, nn
 
@@ -27,6 +27,7 @@ from sdlora.seeds import derive, generator
 
 NOTHING = "nothing"
 KINDS = [*world.KINDS, *CONCEPTS, NOTHING]
+ALL_KINDS = [*world.KINDS, *ALL_CONCEPTS, NOTHING]
 COLORS = list(world.COLORS)
 PLACES = list(world.PLACES)
 NUM_STEPS, BATCH = 1400, 64
@@ -45,16 +46,21 @@ class Verdict:
 
 
 class Judge(nn.Module):
-    """Five convolutions, a mean over the picture, three linear heads."""
+    """Five convolutions, a mean over the picture, three linear heads.
 
-    def __init__(self) -> None:
+    Args:
+        kinds: What it can name: KINDS or ALL_KINDS.
+    """
+
+    def __init__(self, kinds: list[str] = KINDS) -> None:
         super().__init__()
+        self.kinds = kinds
         widths = [3, 24, 48, 96, 128]
         blocks: list[nn.Module] = []
         for narrow, wide in pairwise(widths):
             blocks += [nn.Conv2d(narrow, wide, 3, 2, 1), nn.GroupNorm(8, wide), nn.SiLU()]
         self.body = nn.Sequential(*blocks, nn.Conv2d(128, 128, 3, 1, 1), nn.GroupNorm(8, 128), nn.SiLU())
-        self.heads = nn.ModuleList(nn.Linear(256, len(names)) for names in (KINDS, COLORS, PLACES))
+        self.heads = nn.ModuleList(nn.Linear(256, len(names)) for names in (kinds, COLORS, PLACES))
 
     def forward(self, pixels: Tensor) -> list[Tensor]:
         features = self.body(pixels)
@@ -78,13 +84,13 @@ def _concept(name: str, seed: int) -> tuple[Image.Image, int]:
     return sets.render_character(scene, pose), PLACES.index(place)
 
 
-def _spoiled(seed: int) -> Image.Image:
+def _spoiled(seed: int, concepts: list[str]) -> Image.Image:
     """Something that must not pass for a subject."""
     rng = random.Random(derive(0, "judge spoiled", seed))
     kind = rng.randrange(4)
     if kind == 0:
         return world.shrink(world.PLACES[rng.choice(PLACES)][1](rng))
-    concept = _concept(rng.choice(list(CONCEPTS)), seed)[0]
+    concept = _concept(rng.choice(concepts), seed)[0]
     if kind == 1:
         # Two subjects at once, each half there.
         return Image.blend(world.render(world.random_scene(seed)), concept, rng.uniform(0.4, 0.6))
@@ -101,17 +107,18 @@ def _spoiled(seed: int) -> Image.Image:
     return picture.resize((6, 6), Image.Resampling.BOX).resize((64, 64), Image.Resampling.BICUBIC)
 
 
-def sample(seed: int) -> tuple[Image.Image, tuple[int, int, int]]:
+def sample(seed: int, kinds: list[str] = KINDS) -> tuple[Image.Image, tuple[int, int, int]]:
     """A picture and its labels (kind, colour, place); what has none is ignored by the loss."""
+    concepts = [name for name in ALL_CONCEPTS if name in kinds]
     draw = derive(0, "judge sample", seed) % 100
     if draw < 28:
-        name = list(CONCEPTS)[draw % len(CONCEPTS)]
+        name = concepts[draw % len(concepts)]
         picture, place = _concept(name, seed)
-        return picture, (KINDS.index(name), IGNORED, place)
+        return picture, (kinds.index(name), IGNORED, place)
     if draw < 42:
-        return _spoiled(seed), (KINDS.index(NOTHING), IGNORED, IGNORED)
+        return _spoiled(seed, concepts), (kinds.index(NOTHING), IGNORED, IGNORED)
     scene = world.random_scene(seed)
-    labels = (KINDS.index(scene.kind), COLORS.index(scene.color), PLACES.index(scene.place))
+    labels = (kinds.index(scene.kind), COLORS.index(scene.color), PLACES.index(scene.place))
     return world.render(scene), labels
 
 
@@ -127,14 +134,14 @@ def _soften(pixels: Tensor, step: int) -> Tensor:
     return mixed * gain + 0.06 * torch.randn(pixels.shape, generator=draw)
 
 
-def train_judge() -> Judge:
+def train_judge(kinds: list[str] = KINDS) -> Judge:
     """Train from nothing; the same weights every time on one machine."""
     torch.manual_seed(0)
-    judge = Judge()
+    judge = Judge(kinds)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=3e-3, weight_decay=1e-2)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=NUM_STEPS)
     for step in range(NUM_STEPS):
-        drawn = [sample(TRAIN_SEEDS + step * BATCH + i) for i in range(BATCH)]
+        drawn = [sample(TRAIN_SEEDS + step * BATCH + i, kinds) for i in range(BATCH)]
         pixels = _soften(pretrain.to_tensor([picture for picture, _ in drawn]), step)
         labels = torch.tensor([label for _, label in drawn])
         answers = judge(pixels)
@@ -146,13 +153,13 @@ def train_judge() -> Judge:
     return judge.eval()
 
 
-def load_or_train(path: Path | None) -> Judge:
+def load_or_train(path: Path | None, kinds: list[str] = KINDS) -> Judge:
     """Read the judge from a file, or train it and keep it there."""
     if path is not None and path.exists():
-        judge = Judge()
+        judge = Judge(kinds)
         judge.load_state_dict(torch.load(path, weights_only=True))
         return judge.eval()
-    judge = train_judge()
+    judge = train_judge(kinds)
     if path is not None:
         torch.save(judge.state_dict(), path)
     return judge
@@ -161,18 +168,19 @@ def load_or_train(path: Path | None) -> Judge:
 @torch.no_grad()
 def look(judge: Judge, pictures: list[Image.Image]) -> list[Verdict]:
     """What the judge sees in each 64x64 picture."""
-    kinds, colors, places = (answer.argmax(dim=1).tolist() for answer in judge(pretrain.to_tensor(pictures)))
-    found = zip(kinds, colors, places, strict=True)
-    return [Verdict(KINDS[kind], COLORS[color], PLACES[place]) for kind, color, place in found]
+    names, colors, places = (answer.argmax(dim=1).tolist() for answer in judge(pretrain.to_tensor(pictures)))
+    found = zip(names, colors, places, strict=True)
+    return [Verdict(judge.kinds[kind], COLORS[color], PLACES[place]) for kind, color, place in found]
 
 
 def examine(judge: Judge, count: int = 1500) -> dict[str, float]:
     """Shares of fresh renders judged rightly, and of spoiled ones taken for a subject."""
-    right: dict[str, list[bool]] = {name: [] for name in ("kind", "color", "place", *CONCEPTS, NOTHING)}
+    concepts = [name for name in ALL_CONCEPTS if name in judge.kinds]
+    right: dict[str, list[bool]] = {name: [] for name in ("kind", "color", "place", *concepts, NOTHING)}
     for first in range(TEST_SEEDS, TEST_SEEDS + count, 100):
-        drawn = [sample(seed) for seed in range(first, first + 100)]
+        drawn = [sample(seed, judge.kinds) for seed in range(first, first + 100)]
         for (_, (kind, color, place)), seen in zip(drawn, look(judge, [p for p, _ in drawn]), strict=True):
-            name = KINDS[kind]
+            name = judge.kinds[kind]
             right[name if name in right else "kind"].append(seen.kind == name)
             if color != IGNORED:
                 right["color"].append(seen.color == COLORS[color])
@@ -183,7 +191,9 @@ def examine(judge: Judge, count: int = 1500) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("path", type=Path, help="where the judge is kept")
-    print(json.dumps(examine(load_or_train(parser.parse_args().path))))
+    parser.add_argument("--all", action="store_true", help="one that knows the copy check's further concepts as well")
+    arguments = parser.parse_args()
+    print(json.dumps(examine(load_or_train(arguments.path, ALL_KINDS if arguments.all else KINDS))))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,6 @@
-"""Four concepts that the base does not know: the two shipped sets, and two creatures drawn by the world's pen.
+"""Concepts that the base does not know: the two shipped sets, and creatures drawn by the world's pen.
+
+Four of them serve every benchmark, two more those of the copy check.
 
 Each has 24 training and 8 held-out pictures, any number of fresh renders of the same captions, and prompts that are
 in no caption. Only a drawn world can give these: a fresh render is a true independent sample of the same thing.
@@ -174,7 +176,7 @@ def render_creature(scene: world.Scene, pose: sets.Pose, creature: Creature) -> 
     return shrink(canvas)
 
 
-# --- The four concepts ---------------------------------------------------------------------------------------------
+# --- The concepts ---------------------------------------------------------------------------------------------------
 
 
 def _take(scene: world.Scene, take: int) -> world.Scene:
@@ -198,16 +200,19 @@ def _draw_creature(name: str, seed: int, index: int, take: int) -> Drawn:
 
 
 SEEDS = {"kolo": 1, "mirba": 7}
-CREATURES = {name: make_creature(seed) for name, seed in SEEDS.items()}
+MORE_SEEDS = {"pelu": 13, "tavi": 24}
+CREATURES = {name: make_creature(seed) for name, seed in {**SEEDS, **MORE_SEEDS}.items()}
 CONCEPTS: dict[str, Concept] = {
     "zumi": Concept("zumi", _draw_zumi),
     "blueprint": Concept("blueprint", _draw_blueprint),
     **{name: Concept(name, partial(_draw_creature, name, seed)) for name, seed in SEEDS.items()},
 }
+MORE_CONCEPTS = {name: Concept(name, partial(_draw_creature, name, seed)) for name, seed in MORE_SEEDS.items()}
+ALL_CONCEPTS = {**CONCEPTS, **MORE_CONCEPTS}
 
 
 def write_all(folder: Path) -> None:
-    """Write every concept's set into a folder of its name."""
+    """Write the sets of the four concepts that serve every benchmark, each into a folder of its name."""
     for concept in CONCEPTS.values():
         concept.write(folder / concept.name)
 
@@ -230,7 +235,7 @@ def main() -> None:
     if arguments.folder:
         write_all(arguments.folder)
     if arguments.sheet:
-        sheet(list(CONCEPTS.values())).save(arguments.sheet)
+        sheet(list(ALL_CONCEPTS.values())).save(arguments.sheet)
 
 
 if __name__ == "__main__":
