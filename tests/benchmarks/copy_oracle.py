@@ -183,7 +183,7 @@ class Witness:
         self._num_sets = num_sets
 
     def best(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """The highest likeness of every picture, or its mirror image, to each set of renders, (P, sets); first the real one."""
+        """The highest likeness of every picture, mirrored or not, to each set, (P, sets); the first is the real one."""
         mirrored = [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in pictures]
         found = torch.maximum(*(look(self._oracle, seen) @ self._known.T for seen in (pictures, mirrored)))
         return found.view(len(pictures), self._num_sets, -1).amax(dim=2)
