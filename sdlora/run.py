@@ -151,7 +151,10 @@ def _events(
     if parts.heldout is not None:
         yield from parts.heldout.data.fill(1, config.data.background)
     if parts.checker is not None:
-        yield from parts.checker.prepare(config.data.background)
+        for progress in parts.checker.prepare(config.data.background):
+            yield progress
+            if should_stop():  # a large base takes minutes here; what was drawn is in the cache
+                raise Stopped
     losses: dict[int, float] = {}
     checkpoints = complete_checkpoints(folder.checkpoints) if resume else []
     if checkpoints:

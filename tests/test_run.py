@@ -311,3 +311,11 @@ def test_the_check_does_not_disturb_training(tmp_path: Path, overrides: list[str
     first, second = (tmp_path / name / "epochs" / "3" / "adapter.safetensors" for name in ("with", "without"))
     ours, theirs = load_file(first), load_file(second)
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+
+
+def test_a_run_can_be_stopped_while_the_check_is_prepared(tmp_path: Path, overrides: list[str]) -> None:
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", [*overrides, *CHECKED], should_stop=lambda: True)
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "stopped"
+    assert not (tmp_path / "run" / "epochs").exists()
+    assert isinstance(run(tmp_path / "run", [*overrides, *CHECKED], resume=True)[-1], RunDone)
