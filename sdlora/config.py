@@ -218,7 +218,7 @@ class TimestepsConfig(_Section):
     min: int = Field(0, ge=0, le=999, description="The lowest noise level that is trained.")
     max: int = Field(999, ge=0, le=999, description="The highest noise level that is trained.")
     high_noise_keep: float = Field(
-        1.0, gt=0.0, le=1.0, description="Share of the draws from 800 up that is kept; copying is said to begin there."
+        1.0, gt=0.0, le=1.0, description="Share of the draws from 800 up that is kept, for more of the details."
     )
     coverage: Literal["none", "batch", "image"] = Field(
         "image",

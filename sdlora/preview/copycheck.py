@@ -247,8 +247,8 @@ def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int
         best = min(epochs, key=lambda epoch: (checks[epoch].share, epoch))
         return best, (
             f"Every epoch copies training pictures. Epoch {best} is kept, where the fewest previews are copies. Train "
-            "with more pictures, or lower data.repeats, lora.rank or train.learning_rate; "
-            "lora.timestep_rank_min and timesteps.high_noise_keep keep layouts from being learned by heart."
+            "with more pictures, or lower data.repeats, lora.rank or train.learning_rate, and leave loss.weighting at "
+            "'constant': the others copy sooner (docs/timesteps.md)."
         )
     left_out = f" Left out because {'it copies' if len(copying) == 1 else 'they copy'}: epoch "
     told = f"{left_out}{', '.join(map(str, copying))}." if copying else ""
