@@ -190,6 +190,6 @@ def copy_table(checks: Mapping[int, EpochCheck]) -> Table:
             f"{found} of {total}, at least {check.share_lower_bound:.0%}",
             # File names may hold brackets, which would be read as styles.
             Text(f"{best.file.rpartition('/')[2]} is {best.hp_ms:.2f} like {best.nearest}"),
-            Text(check.reason),
+            Text("" if check.verdict == "clean" else check.reason),
         )
     return table
