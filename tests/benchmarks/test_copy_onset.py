@@ -104,6 +104,7 @@ def test_the_examination_counts_every_kind(tiny_base: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_the_oracle_tells_copies_from_fresh_renders(tmp_path: Path) -> None:
     oracle = copy_oracle.load_or_train(tmp_path / "oracle.pt")
     pipeline = generate.load_pipeline(copy_oracle.pocket_folder())
