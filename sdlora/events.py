@@ -130,7 +130,7 @@ class CopyChecked(Event):
         reason: One sentence.
         share: Of the previews that match a training picture more than chance explains, in [0, 1].
         share_lower_bound: What that share is at least, with a confidence of 99 %.
-        false_alarm_rate: How often an epoch that copies nothing is called copying.
+        false_alarm_rate: How often previews no more like the set than the null are called copying.
         most_alike: The training picture that a preview is most alike, and the preview's file.
         hp_ms: How much they are alike, in [-1, 1].
         seconds: What the check took.

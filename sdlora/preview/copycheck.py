@@ -74,7 +74,7 @@ class EpochCheck:
         reason: Why, in one sentence.
         share: Of previews that are significant, in [0, 1].
         share_lower_bound: What that share is at least, with a confidence of 99 %.
-        false_alarm_rate: How likely "copying" is said of so many previews if none is a copy.
+        false_alarm_rate: How likely "copying" is said of so many previews if none is more like the set than the null.
         signals: What else was measured, by name.
         previews: In the order of their files.
     """
@@ -218,7 +218,7 @@ def _reason(
         if novel:
             told += f", and {novel} of them came from new prompts"
         if verdict == "copying":
-            return f"{told}; with 99 % confidence at least {bound:.0%} are copies."
+            return f"{told}; with {CONFIDENCE:.0%} confidence at least {bound:.0%} are copies."
         return f"{told}; among {total} previews chance does that too often to call it copying."
     if verdict == "watch":
         names = ", ".join(signal.name.replace("_", " ") for signal in outside)

@@ -62,7 +62,8 @@ def verdict_banner(checks: Checks, kept: int | None) -> str:
     return (
         f"<div class='verdict {check.verdict}'><strong>{mark} {words}</strong>"
         f"<p><b>{'The base' if epoch == 0 else f'Epoch {epoch}'}, {which}.</b> {html.escape(check.reason)}</p>"
-        f"<p class='quiet'>An epoch that copies nothing is called copying about {once_in(check.false_alarm_rate)}.</p>"
+        "<p class='quiet'>Previews no more like the set than its pictures are like one another are called copying "
+        f"about {once_in(check.false_alarm_rate)}.</p>"
         "</div>"
     )
 

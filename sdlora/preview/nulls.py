@@ -31,6 +31,7 @@ SIZE = 100
 FEWEST_OF_BASE = 24
 _FIRST_SEED = 1_000_000  # no preview's, so that the null is not drawn from the very noise that is judged
 _LARGEST_PX = 384
+_VERSION = "1"  # raised when a score is computed in another way
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,9 @@ class NullMaker:
         """Set `scores`, (K, S); draw what is missing for it."""
         pixels = [[pixel_hash(p) for p in part.values()] for part in (self._gallery.pictures, self._gallery.heldout)]
         files = [self._file(prompt, seed) for prompt, seed in self._wanted]
-        key = content_key("null", json.dumps(pixels), *self._arbiters.score_names, *(file.stem for file in files))
+        key = content_key(
+            "null", _VERSION, json.dumps(pixels), *self._arbiters.score_names, *(file.stem for file in files)
+        )
         if not self._cache.holds("null", key):
             yield from self._draw(files)
 

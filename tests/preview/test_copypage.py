@@ -28,7 +28,10 @@ def test_the_banner_speaks_of_the_epoch_that_counts(kept: int | None, tone: str,
     found = verdict_banner(CHECKS, kept)
     assert f"class='verdict {tone}'" in found and words in found
     assert f"Because it is &lt;{tone}&gt;." in found
-    assert "An epoch that copies nothing is called copying about once in 370." in found
+    assert (
+        "Previews no more like the set than its pictures are like one another are called copying about once in 370."
+        in found
+    )
 
 
 def test_the_base_is_called_so() -> None:
