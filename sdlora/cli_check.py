@@ -101,7 +101,7 @@ def _tell(found: Any, folder: Path) -> None:
             match.file.rpartition("/")[2],
             match.prompt,
             match.nearest,
-            f"{match.hp_ms:.2f}",
+            f"{match.likeness:.2f}",
             f"{match.p_value:.1%}",
         ]
         table.add_row(*(Text(cell, style=style) for cell in cells))

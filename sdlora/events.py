@@ -132,7 +132,7 @@ class CopyChecked(Event):
         share_lower_bound: What that share is at least, with a confidence of 99 %.
         false_alarm_rate: How often previews no more like the set than the null are called copying.
         most_alike: The training picture that a preview is most alike, and the preview's file.
-        hp_ms: How much they are alike, in [-1, 1].
+        likeness: How much they are alike, in [0, 1]; 1 is a copy.
         seconds: What the check took.
     """
 
@@ -144,7 +144,7 @@ class CopyChecked(Event):
     share_lower_bound: float
     false_alarm_rate: float
     most_alike: tuple[str, str]
-    hp_ms: float
+    likeness: float
     seconds: float
 
 

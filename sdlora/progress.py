@@ -161,7 +161,7 @@ def describe_check(event: events.CopyChecked) -> str:
     training, preview = event.most_alike
     return (
         f"{name}: {event.verdict}, {event.share:.0%} of previews match (at least {event.share_lower_bound:.0%}). "
-        f"Most alike: {preview} and {training}, {event.hp_ms:.2f}. {event.reason}"
+        f"Most alike: {preview} and {training}, {event.likeness:.2f}. {event.reason}"
     )
 
 
@@ -189,7 +189,7 @@ def copy_table(checks: Mapping[int, EpochCheck]) -> Table:
             Text(check.verdict, style=_VERDICT_STYLES[check.verdict]),
             f"{found} of {total}, at least {check.share_lower_bound:.0%}",
             # File names may hold brackets, which would be read as styles.
-            Text(f"{best.file.rpartition('/')[2]} is {best.hp_ms:.2f} like {best.nearest}"),
+            Text(f"{best.file.rpartition('/')[2]} is {best.likeness:.2f} like {best.nearest}"),
             Text("" if check.verdict == "clean" else check.reason),
         )
     return table

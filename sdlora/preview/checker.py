@@ -89,12 +89,21 @@ class Checker:
         yield from draw_epoch(self._base, self._request, epoch, folder, watch)
         start = time.monotonic()
         found = self._signals(folder, base_folder, watch.guidance_norms) if epoch > 0 else []
-        assert self._nulls.scores is not None, "prepare comes first"
-        check = check_previews(
-            self._request, folder, self._gallery, self._nulls.scores, found, self._arbiters, watch.guidance_norms
-        )
-        check.write(folder)
+        check = self.compare(folder, found, watch.guidance_norms)
         yield checked(epoch, check, time.monotonic() - start)
+
+    def compare(self, folder: Path, found: Sequence[Signal], norms: Sequence[float] = ()) -> EpochCheck:
+        """Check previews that lie in a folder; `copycheck.json` is kept beside them.
+
+        Args:
+            folder: An epoch's.
+            found: What else was measured.
+            norms: Guidance norms, one per preview, or none at all.
+        """
+        assert self._nulls.scores is not None, "prepare comes first"
+        check = check_previews(self._request, folder, self._gallery, self._nulls.scores, found, self._arbiters, norms)
+        check.write(folder)
+        return check
 
     def _retrieve(self) -> list[bool]:
         return signals.retrieve(self._subject.data, self._probed, self._subject.seed)
@@ -141,6 +150,6 @@ def checked(epoch: int, check: EpochCheck, seconds: float) -> CopyChecked:
         share_lower_bound=check.share_lower_bound,
         false_alarm_rate=check.false_alarm_rate,
         most_alike=(best.nearest, best.file),
-        hp_ms=best.hp_ms,
+        likeness=best.likeness,
         seconds=seconds,
     )

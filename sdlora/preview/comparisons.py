@@ -13,7 +13,7 @@ from PIL import Image, ImageChops, ImageOps, ImageStat
 
 from sdlora.preview.album import Album
 from sdlora.preview.copycheck import Match
-from sdlora.preview.copypage import Checks, in_one_of, likeness
+from sdlora.preview.copypage import Checks, in_one_of
 from sdlora.preview.page import epoch_name
 
 _ALARMS = ("copying", "watch", "clean")
@@ -57,7 +57,7 @@ class Comparisons:
         previews = self._checks[epoch].previews
         first = sorted(
             range(len(previews)),
-            key=lambda i: (_ALARMS.index(_tone(previews[i])), previews[i].p_value, -previews[i].hp_ms),
+            key=lambda i: (_ALARMS.index(_tone(previews[i])), previews[i].p_value, -previews[i].likeness),
         )
         return f"<div class='pairs'>{''.join(self._pair(epoch, index) for index in first)}</div>"
 
@@ -100,7 +100,7 @@ class Comparisons:
             f"<div class='tools'><input type='range' min='0' max='100' value='0' "
             f"aria-label='Percent of the preview that {name} is laid over'>"
             f"<label class='mirror'><input type='checkbox'{mirrored}> mirror it</label></div>"
-            f"<figcaption>{_alarm(match)} likeness {likeness(match):.2f}, layout {match.phash:.2f}"
+            f"<figcaption>{_alarm(match)} likeness {match.likeness:.2f}, layout {match.phash:.2f}"
             f"<b>{html.escape(match.prompt)}</b>"
             f"{_origin(match)}, seed {match.seed}. Chance gives as much {in_one_of(match.p_value)}."
             "</figcaption></figure>"

@@ -136,16 +136,11 @@ def copy_figures(checks: Checks) -> str:
 
 def _likeness(found: Sequence[EpochCheck], *, best: bool) -> list[Line]:
     def of(previews: Sequence[Match], kind: str) -> float | None:
-        values = [likeness(match) for match in previews if match.kind == kind]
+        values = [match.likeness for match in previews if match.kind == kind]
         return (max(values) if best else sum(values) / len(values)) if values else None
 
     labels = {"training": "captions", "novel": "new"}
     return [Line(labels[kind], [of(check.previews, kind) for check in found], color) for _, kind, color in _KINDS]
-
-
-def likeness(match: Match) -> float:
-    """The score as it is shown: between 0, nothing in common, and 1, a copy."""
-    return min(1.0, max(0.0, match.hp_ms))
 
 
 def _signal_figure(name: str, found: Sequence[EpochCheck], epochs: Sequence[int]) -> str:

@@ -1,8 +1,8 @@
 """How much a picture looks like a copy of another: of all of it, of a part of it, or of its mirror image.
 
 Floor 6. It needs no network. `hp_ms` compares detail (the picture minus its own blur), so that two pictures of one
-subject in one place stay apart, and finds parts; `phash` compares the coarse layout, and finds what was pulled out of
-shape. A subject lifted into another place is found by neither.
+subject in one place stay apart, and finds parts; `registration.bent` finds what was pulled out of shape. A subject
+lifted into another place is found by neither. `phash` compares the coarse layout, and is told beside them.
 Shapes: P pictures, G pictures of the gallery, H/W/n pixels.
 """
 
@@ -46,8 +46,8 @@ def hp_ms(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Te
 
     Source: zero-mean normalised cross-correlation, Lewis 1995, "Fast normalized cross-correlation", equation 2.
     """
-    _check(pictures, gallery)
-    seen, known = _luma(pictures), _luma(gallery)
+    check_both(pictures, gallery)
+    seen, known = luma(pictures), luma(gallery)
     both = torch.cat([seen, seen.flip(-1)])
     best = torch.full((len(both), len(known)), -1.0)
     for scale in SCALES:
@@ -76,19 +76,11 @@ def phash(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Te
     Source: Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", section 3.2.1, in the
     variant of the library imagehash (low waves with the constant one, above their median).
     """
-    _check(pictures, gallery)
+    check_both(pictures, gallery)
     known = _hashes(gallery)
     mirrored = _hashes([ImageOps.mirror(picture) for picture in pictures])
     equal = torch.maximum(_hashes(pictures) @ known.T, mirrored @ known.T)
     return (equal / HASH_WAVES**2 + 1) / 2
-
-
-SCORES = ("hp_ms", "phash")
-
-
-def copy_scores(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
-    """Every score that is named in `SCORES`, of every picture against every picture of a gallery, (P, G, 2)."""
-    return torch.stack([score(pictures, gallery) for score in (hp_ms, phash)], dim=-1)
 
 
 def _hashes(pictures: Sequence[Image.Image]) -> Tensor:
@@ -104,22 +96,27 @@ def _hashes(pictures: Sequence[Image.Image]) -> Tensor:
     return torch.where(waves > middle[:, None] + _FLAT, 1.0, -1.0)
 
 
-def _check(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> None:
+def check_both(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> None:
+    """See that there is something to compare.
+
+    Raises:
+        ValueError: There is not.
+    """
     if not pictures or not gallery:
         raise ValueError(f"Found {len(pictures)} pictures and a gallery of {len(gallery)}; both need at least one.")
 
 
-def _luma(pictures: Sequence[Image.Image]) -> Tensor:
-    """Luma in [0, 1], (P, 1, 64, 64)."""
+def luma(pictures: Sequence[Image.Image]) -> Tensor:
+    """Brightness in [0, 1] by Rec. 601, (P, 1, 64, 64)."""
     small = [p.convert("L").resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX) for p in pictures]
     return torch.stack([torch.from_numpy(np.array(p, dtype=np.float32) / 255) for p in small]).unsqueeze(1)
 
 
-def _detail(luma: Tensor) -> Tensor:
+def detail(values: Tensor) -> Tensor:
     """What a 9x9 box blur takes away, same shape; over an edge the box is smaller."""
     margin = (BOX_PX // 2,) * 4
-    num_inside = _box_sums(F.pad(torch.ones_like(luma[:1]), margin), BOX_PX)
-    return luma - _box_sums(F.pad(luma, margin), BOX_PX) / num_inside
+    num_inside = _box_sums(F.pad(torch.ones_like(values[:1]), margin), BOX_PX)
+    return values - _box_sums(F.pad(values, margin), BOX_PX) / num_inside
 
 
 def _box_sums(values: Tensor, size: int) -> Tensor:
@@ -135,15 +132,15 @@ def _box_sums(values: Tensor, size: int) -> Tensor:
 def _laid_over(stamps: Tensor, pictures: Tensor, size: int) -> Tensor:
     """The best match of each stamp, shrunk to size x size, over all places in each picture, (stamps, pictures)."""
     shrunk = F.interpolate(stamps, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    flat = _detail(shrunk).flatten(1)
+    flat = detail(shrunk).flatten(1)
     flat = flat - flat.mean(dim=1, keepdim=True)
     flat = flat / flat.norm(dim=1, keepdim=True).clamp(min=_FLAT)
-    detail = _detail(pictures)
-    mean, mean_square = (_box_sums(values[:, 0], size) / size**2 for values in (detail, detail.square()))
+    fine = detail(pictures)
+    mean, mean_square = (_box_sums(values[:, 0], size) / size**2 for values in (fine, fine.square()))
     deviation = ((mean_square - mean.square()).clamp(min=0).sqrt() * size).clamp(min=_FLAT)
     # A stamp never hangs over an edge where it counts, so the Fourier transform's wrapping round does no harm. Only
     # the places that count are transformed back: first the rows, then of each column.
-    spectrum = torch.fft.rfft2(detail[:, 0]).mT.contiguous()
+    spectrum = torch.fft.rfft2(fine[:, 0]).mT.contiguous()
     places = SIZE_PX - size + 1
     scores = []
     for chunk in flat.view(-1, size, size).split(_CHUNK):

@@ -9,7 +9,8 @@ Everything is the product's own: `sdlora.run`, its previews, its check, its choi
     python tests/benchmarks/copy_onset.py results.jsonl --judge judge.pt --oracle oracle.pt --json
     python tests/benchmarks/copy_onset.py --report results.jsonl --page docs/copy-check.md
 
-Every finished cell is kept; a second process may work on the rest with --share 0/2 and --share 1/2.
+Every finished cell is kept; a second process may work on the rest with --share 0/2 and --share 1/2. Runs that are kept
+in --work are not trained again; --recheck compares their previews anew, after a change of the check.
 """
 
 from __future__ import annotations
@@ -35,12 +36,15 @@ from PIL import Image
 from results import Cell, run_missing, share
 from setting import make_config, silence
 
-from sdlora import run
+from sdlora import parts, run
+from sdlora.adapters import make_adapter
 from sdlora.checkfile import check_file
 from sdlora.config import RunConfig
 from sdlora.events import EpochDone, Exported
 from sdlora.lora.formats import read_file
+from sdlora.lora.targets import find_targets
 from sdlora.pocket.pen import SIZE_PX
+from sdlora.preview.signals import Signal
 from sdlora.shipped import pocket_folder
 
 SEEDS = (0, 1, 2)
@@ -91,6 +95,7 @@ class Bench:
         judge: It has to know all concepts.
         oracle: Tells copies.
         keep: Whether the runs' folders are kept, by the names of their cells.
+        recheck: Whether the previews of kept runs are compared anew.
     """
 
     base: Path
@@ -99,6 +104,7 @@ class Bench:
     judge: Judge
     oracle: Oracle
     keep: bool = False
+    recheck: bool = False
 
     def measure(self, cell: Cell) -> dict[str, Any]:
         """What the oracle is worth; or every epoch of a run: the check, the losses and what is true."""
@@ -126,6 +132,8 @@ class Bench:
         """Run the product; the losses of every epoch, and the epoch that it recommends. A kept run is not run again."""
         kept = output / "trained.json"
         if kept.exists():
+            if self.recheck:
+                self._check_again(self._config(cell), output)
             rows, recommended = json.loads(kept.read_text(encoding="utf-8"))
             return rows, recommended
         shutil.rmtree(output, ignore_errors=True)
@@ -140,6 +148,20 @@ class Bench:
                     recommended = event.epoch
         kept.write_text(json.dumps([rows, recommended]), encoding="utf-8")
         return rows, recommended
+
+    def _check_again(self, config: RunConfig, output: Path) -> None:
+        loaded = parts.load(config)
+        base = loaded.base
+        adapter = make_adapter(config, base, find_targets(base.unet, config.lora.targets, base.text_encoder))
+        request = parts.preview_request(config, loaded.dataset)
+        checker = parts.make_checker(config, loaded, adapter, request, None)
+        deque(checker.prepare(config.data.background), maxlen=0)
+        for folder in sorted((output / "epochs").iterdir()):
+            before = json.loads((folder / "copycheck.json").read_text(encoding="utf-8"))["signals"]
+            signals = [
+                Signal(name, found["value"], found["p_value"], found["meaning"]) for name, found in before.items()
+            ]
+            checker.compare(folder, signals)
 
     def _config(self, cell: Cell) -> RunConfig:
         scale, concept = self.scale, ALL_CONCEPTS[cell["concept"]]
@@ -208,7 +230,7 @@ def read_check(folder: Path) -> dict[str, Any]:
         "share": found["share"],
         "share_lower_bound": round(found["share_lower_bound"], 4),
         "previews": [
-            [preview["kind"], preview["hp_ms"], preview["phash"], round(preview["p_value"], 4)]
+            [preview["kind"], preview["hp_ms"], preview["bent"], round(preview["p_value"], 4)]
             for preview in found["previews"]
         ],
         "outside": sorted(name for name, signal in found["signals"].items() if signal["outside"]),
@@ -225,6 +247,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, help="where the judge of all concepts is kept between calls")
     parser.add_argument("--oracle", type=Path, help="where the oracle is kept between calls")
     parser.add_argument("--work", type=Path, help="where runs and cache are kept; a temporary folder if left out")
+    parser.add_argument("--recheck", action="store_true", help="compare the previews of kept runs anew")
     parser.add_argument("--json", action="store_true", help="print every finished cell")
     parser.add_argument("--report", type=Path, help="write the tables of these results instead")
     parser.add_argument("--page", type=Path, default=Path("docs/copy-check.md"))
@@ -238,7 +261,7 @@ def main() -> None:
     judge, oracle = load_judge(arguments.judge, ALL_KINDS), load_oracle(arguments.oracle)
     with tempfile.TemporaryDirectory() as temporary:
         folder = arguments.work or Path(temporary)
-        bench = Bench(arguments.base, folder, Scale(), judge, oracle, keep=arguments.work is not None)
+        bench = Bench(arguments.base, folder, Scale(), judge, oracle, arguments.work is not None, arguments.recheck)
         cells = share(all_cells(arguments.part, arguments.seeds), arguments.share)
         run_missing(arguments.results, cells, bench.measure, show=print if arguments.json else lambda line: None)
 

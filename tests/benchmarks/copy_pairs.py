@@ -29,8 +29,8 @@ from setting import silence
 from timesteps_report import between
 from torch import Tensor
 
-from sdlora.preview.chance import standing_out
-from sdlora.preview.similarity import SCORES, copy_scores
+from sdlora.preview.arbiter import Arbiters
+from sdlora.preview.chance import fisher_z, standing_out
 from sdlora.seeds import derive
 from sdlora.shipped import pocket_folder
 
@@ -42,6 +42,7 @@ NUM_HARD = 3  # so many times as many of the tiers that set thresholds, which at
 HARD = (CAPTION, SAME)
 BARS = {"exact": 0.95, "flip": 0.95, "crop 80": 0.95, "crop 60": 0.95, "jitter": 0.95, "combined": 0.95, "warp": 0.8}
 FALSE_ALARMS = 0.01
+ARBITERS = Arbiters()
 
 Scores = dict[str, dict[str, Tensor]]
 """Kind of picture to subject to (n, S): every score, each the highest over the gallery."""
@@ -58,7 +59,7 @@ def score(groups: list[Group], num: int, base: Path | None) -> Scores:
     for place, group in enumerate(groups):
         for kind, pictures in _pictures(group, place, each, pipeline):
             if pictures:
-                best = copy_scores(pictures, group.gallery).amax(dim=1)
+                best = ARBITERS.scores(pictures, group.gallery).amax(dim=1)
                 found.setdefault(kind, {}).setdefault(group.subject, []).append(best.double())
     return {kind: {subject: torch.cat(parts) for subject, parts in of.items()} for kind, of in found.items()}
 
@@ -109,9 +110,9 @@ def _img2img(pipeline: Any, group: Group, strength: float, count: int, place: in
 
 
 STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    **{name: lambda scores, _, column=column: scores[:, column] for column, name in enumerate(SCORES)},
-    # What `sdlora.preview.chance.p_values` compares.
-    "joined": lambda scores, null: standing_out(scores, null).amax(dim=1),
+    **{name: lambda scores, _, column=column: scores[:, column] for column, name in enumerate(ARBITERS.score_names)},
+    # What `sdlora.preview.copycheck.check_previews` compares.
+    "joined": lambda scores, null: standing_out(fisher_z(scores), fisher_z(null)).amax(dim=1),
 }
 
 
