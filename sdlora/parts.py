@@ -41,7 +41,7 @@ NUM_NOVEL = 3
 
 @dataclass
 class Parts:
-    """Everything a run works with, checked and loaded."""
+    """Everything a run works with, checked and loaded; `identity` is a hash of the base's UNet."""
 
     config: RunConfig
     folder: RunFolder
@@ -56,6 +56,7 @@ class Parts:
     notices: list[str]
     device: torch.device
     precision: str
+    identity: str
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Loaded:
 
     Attributes:
         base: Its networks, without adapters.
-        identity: A hash of its UNet, for cache keys; empty where nothing asks for it.
+        identity: A hash of its UNet.
         dataset: The pictures, their buckets assigned.
         heldout: Pictures that are never trained, or None.
         cache: Of latents, text states and what the copy check compares with.
@@ -111,7 +112,7 @@ def load(config: RunConfig) -> Loaded:
     return Loaded(
         base=base,
         # Before adapters change the names of the weights.
-        identity=weights_identity(base.unet, base.unet.config) if config.copycheck.enabled else "",
+        identity=weights_identity(base.unet, base.unet.config),
         dataset=dataset,
         heldout=None if heldout is None else _with_buckets(config, base, heldout),
         cache=Cache(Path(config.cache.dir) if config.cache.dir else None, base),
@@ -169,6 +170,7 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
         notices=notices,
         device=loaded.device,
         precision=loaded.precision,
+        identity=loaded.identity,
     )
 
 

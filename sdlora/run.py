@@ -11,29 +11,36 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
 from sdlora.adapters import limits_elsewhere, timestep_rank
+from sdlora.advice import diverged, out_of_memory, phase_of
 from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml, load_config, options
 from sdlora.data.dataset import Pixels
-from sdlora.errors import ConfigError, DataError, OutOfMemoryError, SdloraError
-from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, RunDone
+from sdlora.devices import device_lock, take_turns
+from sdlora.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, OutputError, SdloraError
+from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, Progress, RunDone
 from sdlora.files import atomic_path, remove_partial, write_json
 from sdlora.lora.export import LoraMetadata, save_lora
 from sdlora.lora.prove import prove_lora
-from sdlora.parts import Parts, prepare
+from sdlora.parts import Parts, choose_device, prepare
 from sdlora.preview.copycheck import EpochCheck, read_checks, recommend
 from sdlora.preview.report import Report, write_report
 from sdlora.preview.sampler import PreviewRequest, draw_epoch
 from sdlora.preview.sheet import contact_sheet
+from sdlora.room import check_room
 from sdlora.runfolder import Recorder, RunFolder
-from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, remove_incomplete, save_checkpoint
 
-_FREE_WHEN_RESUMING = {"cache.dir", "train.log_every_steps", "train.checkpoint_every_steps"}
+# train.auto_batch leaves the result as it is, and previews are looked at, not trained on.
+_FREE_WHEN_RESUMING = {
+    "cache.dir", "train.log_every_steps", "train.checkpoint_every_steps", "train.auto_batch", "preview.enabled",
+}  # fmt: skip
 
 
 class Stopped(Exception):
@@ -41,7 +48,12 @@ class Stopped(Exception):
 
 
 def start(
-    config: RunConfig, output: Path, *, resume: bool = False, should_stop: Callable[[], bool] = lambda: False
+    config: RunConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    wait: bool = True,
+    should_stop: Callable[[], bool] = lambda: False,
 ) -> Iterator[Event]:
     """Run a configuration.
 
@@ -49,7 +61,9 @@ def start(
         config: What to do.
         output: The run's folder.
         resume: Go on from the newest complete checkpoint in `output`.
-        should_stop: Asked between steps; True saves a checkpoint and ends the run with `Stopped`.
+        wait: Whether to wait for the GPU if another run is on it.
+        should_stop: Asked between steps and in every long phase; True saves a checkpoint, if there is anything new in
+            it, and ends the run with `Stopped`.
 
     Yields:
         The run's events, ending in `RunDone`.
@@ -61,31 +75,50 @@ def start(
     begin = time.monotonic()
     folder = RunFolder(output, config.name or "lora")
     folder.check(resume=resume)
-    if resume:
-        _check_same(config, folder)
-    try:
-        parts = prepare(config, folder)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(f"The base {config.base.path!r} does not fit into memory. {error}") from error
-    if not resume:
-        folder.create(dump_toml(config))
-    remove_partial(folder.path)
-    recorder = Recorder(folder)
+    with ExitStack() as held:
+        if resume:
+            held.enter_context(folder.occupied("sdlora train"))
+            _check_same(config, folder)
+        if (lock := device_lock(choose_device(config)[0])) is not None:
+            yield from take_turns(lock, f"sdlora train in {output}", held, wait=wait, should_stop=should_stop)
+            if should_stop():
+                raise Stopped
+        try:
+            parts = prepare(config, folder)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"{out_of_memory(config, 'load')} {error}") from error
+        check_room(parts, resume=resume)
+        if not resume:
+            held.enter_context(folder.occupied("sdlora train"))
+            folder.check(resume=False)  # another run may have been here since
+            folder.create(dump_toml(config))
+        remove_partial(folder.path)
+        remove_partial(parts.data.cache.folder)
+        remove_incomplete(folder.checkpoints)
+        yield from _recorded(parts, resume, should_stop, begin)
+
+
+def _recorded(parts: Parts, resume: bool, should_stop: Callable[[], bool], begin: float) -> Iterator[Event]:
+    """The run's events, each on the disk before anyone sees it, and so is how the run ends."""
+    config, recorder = parts.config, Recorder(parts.folder)
     try:
         for event in _events(parts, recorder, resume, should_stop, begin):
             recorder.record(event)
             yield event
+            if isinstance(event, Progress) and should_stop():
+                raise Stopped  # training itself stops after a step, with a checkpoint; all else is done again
     except Stopped:
         recorder.finish("stopped")
         raise
     except torch.OutOfMemoryError as error:
-        message = (
-            f"The {parts.device.type} device ran out of memory. Lower train.batch_size (now {config.train.batch_size}; "
-            "raise train.gradient_accumulation_steps by the same factor), then data.resolution_px."
-        )
+        message = out_of_memory(config, phase_of(error), config.data.resolution_px or parts.base.resolution_px)
         recorder.log(traceback.format_exc())
         recorder.finish("failed", message)
         raise OutOfMemoryError(message) from error
+    except DivergedError as error:
+        message = diverged(str(error), parts.folder)
+        recorder.finish("failed", message)
+        raise DivergedError(message) from error
     except SdloraError as error:
         recorder.finish("failed", str(error))
         raise
@@ -121,6 +154,33 @@ def _pictures(parts: Parts) -> dict[str, str]:
     return parts.data.identities() | {f"held out: {name}": identity for name, identity in heldout.items()}
 
 
+def _check_same_base(before: str | None, parts: Parts) -> None:
+    """A run goes on only with the base it was started with.
+
+    Raises:
+        OutputError: Its UNet's weights are others. (Those of the other networks are told by the pictures.)
+    """
+    if before not in (None, parts.identity):
+        raise OutputError(
+            f"The run was started with another base: the UNet's weights in {parts.config.base.path!r} have changed "
+            f"since (hash {before}, now {parts.identity}). Put the old ones back, or start a new run."
+        )
+
+
+def _check_base_was_judged(parts: Parts) -> None:
+    """Epochs are compared with what the check found in the base's pictures, before training.
+
+    Raises:
+        OutputError: The base's pictures were not checked, since the run was begun by a version without the check.
+    """
+    if parts.checker is not None and EpochCheck.read(parts.folder.epoch(0)) is None:
+        raise OutputError(
+            f"The run in {parts.folder.path} was begun before the copy check existed, so that the base's pictures are "
+            f"not judged. Write [copycheck] and enabled = false into {parts.folder.config}, and go on with --set "
+            "copycheck.enabled=false; or start a new run."
+        )
+
+
 def _check_same_pictures(before: dict[str, str], now: dict[str, str]) -> None:
     """A run goes on only with the pictures it was started with, for which picture comes when depends on all of them.
 
@@ -151,15 +211,14 @@ def _events(
     if parts.heldout is not None:
         yield from parts.heldout.data.fill(1, config.data.background)
     if parts.checker is not None:
-        for progress in parts.checker.prepare(config.data.background):
-            yield progress
-            if should_stop():  # a large base takes minutes here; what was drawn is in the cache
-                raise Stopped
+        yield from parts.checker.prepare(config.data.background)
     losses: dict[int, float] = {}
     checkpoints = complete_checkpoints(folder.checkpoints) if resume else []
     if checkpoints:
         extra = load_checkpoint(checkpoints[-1], trainer)
+        _check_same_base(extra.get("base"), parts)
         _check_same_pictures(extra["pictures"], _pictures(parts))
+        _check_base_was_judged(parts)
         recorder.cut_metrics(extra["metrics_bytes"])
         losses = {int(epoch): loss for epoch, loss in extra["heldout_losses"].items()}
         yield Notice(f"Resumed at step {trainer.position.step} of {trainer.total_steps}.")
@@ -173,6 +232,7 @@ def _events(
                 "metrics_bytes": recorder.metrics_bytes(),
                 "heldout_losses": losses,
                 "pictures": _pictures(parts),
+                "base": parts.identity,
             }
             save_checkpoint(folder.checkpoints, trainer, extra)
         elif isinstance(event, EpochDone):

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sdlora.data.dataset import Example, load_pixels
 from sdlora.data.images import pixel_hash, to_tensor
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, DivergedError
 from sdlora.events import Progress
 from sdlora.files import atomic_path
 from sdlora.models.base import BaseModel, TextStates
@@ -79,7 +79,14 @@ class Cache:
             def encode(picture: Image.Image = picture) -> TextStates:
                 return {"moments": self.base.encode_pixels(to_tensor(picture).unsqueeze(0))[0]}
 
-            self._moments[example] = self.fetch("moments", key, encode)["moments"]
+            moments = self.fetch("moments", key, encode)["moments"]
+            if not bool(moments.isfinite().all()):
+                self._path("moments", key).unlink()
+                raise DivergedError(
+                    f"The base's VAE makes NaN or infinite numbers of {example.name}. Take the picture out, or use a "
+                    "VAE that is made for float16, too."
+                )
+            self._moments[example] = moments
             self._keys[example] = key
             yield Progress("cache pictures", done, len(examples))
 

@@ -6,7 +6,6 @@ Shapes: B batch, C latent channels, h/w latents.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -23,13 +22,13 @@ from sdlora.data.order import Visit, epoch_batches
 from sdlora.diffusion.coverage import cover
 from sdlora.diffusion.losses import huber_per_example, loss_weight, mse_per_example
 from sdlora.diffusion.timesteps import Density
-from sdlora.errors import DivergedError
-from sdlora.events import CheckpointDue, EpochDone, Event, StepDone
+from sdlora.events import CheckpointDue, EpochDone, Event, Notice, StepDone
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel
 from sdlora.training.averages import MovingAverage, evaluation_weights
 from sdlora.training.bands import NUM_BANDS, band_of
 from sdlora.training.data import TrainingData
+from sdlora.training.finite import Watch, check_finite
 from sdlora.training.objective import Batch, diffusion_loss, diffusion_loss_preserving
 from sdlora.training.optimizers import adapter_groups, make_optimizer, set_rates
 from sdlora.training.rates import learning_rate
@@ -45,6 +44,7 @@ class Position:
         loss_count: How many visits that sum covers.
         band_sums: The same sum by band of timesteps.
         band_counts: The same count by band of timesteps.
+        part_size: So many pictures of a batch are computed at once, since memory is too small for all; 0 for all.
     """
 
     step: int = 0
@@ -52,6 +52,7 @@ class Position:
     loss_count: int = 0
     band_sums: list[float] = field(default_factory=lambda: [0.0] * NUM_BANDS)
     band_counts: list[int] = field(default_factory=lambda: [0] * NUM_BANDS)
+    part_size: int = 0
 
     def add(self, timesteps: Sequence[int], losses: Sequence[float]) -> None:
         """Count the visits of a step."""
@@ -117,6 +118,7 @@ class Trainer:
         buckets = [example.bucket for example in data.dataset.examples]
         self._epochs = [self._groups(buckets, epoch) for epoch in range(1, train.epochs + 1)]
         self._timesteps = self._planned_timesteps()
+        self._watch = Watch()
 
     def _text_encoder_factor(self) -> float:
         """The text encoder's learning rate over the run's."""
@@ -186,12 +188,19 @@ class Trainer:
         train = self.config.train
         pending = _Pending()
         for index, group in enumerate(groups, start=1):
+            part_size = self.position.part_size
             self._step(epoch, group, pending)
+            if self.position.part_size != part_size:
+                yield Notice(
+                    f"The {self.base.device.type} device ran out of memory: batches are computed in parts of "
+                    f"{self.position.part_size} from step {self.position.step} on, to the same result."
+                )
             stopping, every = should_stop(), train.checkpoint_every_steps
             due = stopping or index == len(groups) or (every > 0 and self.position.step % every == 0)
             if due or len(pending.steps) >= train.log_every_steps:
                 yield from self._read_back(pending)
                 if due:
+                    self._check_state()
                     yield CheckpointDue(epoch, self.position.step)
                 pending = _Pending()  # its clock starts here, so that saving is not counted as training
             if stopping:
@@ -209,28 +218,64 @@ class Trainer:
             warmup_steps=train.warmup_steps,
         )
         set_rates(self.optimizer, rate)
-        num_examples = sum(len(batch) for batch in group)
-        visits: list[Visit] = []
-        timesteps: list[int] = []
-        losses: list[Tensor] = []
-        for batch in group:
-            drawn = [self._timesteps[visit] for visit in batch]
-            with self.adapter.dropping(self.config.seed, [(self.data.name(v.example), v.visit) for v in batch]):
-                loss, objective = self.losses_per_example(batch, drawn)
-            losses.append(loss.detach())
-            self.accelerator.backward(objective.sum() / num_examples)
-            visits += batch
-            timesteps += drawn
+        while (losses := self._gradients(group)) is None:
+            self._halve_parts()
+        self.accelerator.unscale_gradients(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self._watch.see(step, rate, losses, norm if self.accelerator.scaler is None else None)
         if train.max_grad_norm > 0:
-            self.accelerator.unscale_gradients(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, train.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(step)
         self.position.step = step
-        pending.steps.append((epoch, step, rate, visits, timesteps))
-        pending.losses.append(torch.cat(losses))
+        visits = [visit for batch in group for visit in batch]
+        pending.steps.append((epoch, step, rate, visits, [self._timesteps[visit] for visit in visits]))
+        pending.losses.append(losses)
+
+    def _gradients(self, group: Sequence[tuple[Visit, ...]]) -> Tensor | None:
+        """Gradients of the mean over a group's visits, which are left on the parameters.
+
+        Returns:
+            The losses (B,) of all visits; None if memory is too small and `train.auto_batch` allows smaller parts.
+        """
+        num_examples = sum(len(batch) for batch in group)
+        size = self.position.part_size or self.config.train.batch_size
+        parts = [batch[first : first + size] for batch in group for first in range(0, len(batch), size)]
+        losses: list[Tensor] = []
+        try:
+            for part in parts:
+                drawn = [self._timesteps[visit] for visit in part]
+                with self.adapter.dropping(self.config.seed, [(self.data.name(v.example), v.visit) for v in part]):
+                    loss, objective = self.losses_per_example(part, drawn)
+                losses.append(loss.detach())
+                self.accelerator.backward(objective.sum() / num_examples)
+        except torch.OutOfMemoryError:
+            if size == 1 or not self.config.train.auto_batch:
+                raise
+            return None
+        return torch.cat(losses)
+
+    def _halve_parts(self) -> None:
+        """Let go of what an attempt left behind; the next one takes half as many pictures at once."""
+        self.position.part_size = (self.position.part_size or self.config.train.batch_size) // 2
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check_state(self) -> None:
+        """See that everything which is saved is finite."""
+        self._watch.judge()
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        check_finite(
+            {
+                "adapter": self.parameters,
+                "optimizer": [value for value in states if isinstance(value, Tensor)],
+                "average of the adapter": self.average.values if self.average is not None else [],
+            },
+            self.position.step,
+        )
 
     def losses_per_example(self, visits: Sequence[Visit], timesteps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The loss of a batch at given timesteps; noise is a function of (seed, example, visit).
@@ -274,11 +319,6 @@ class Trainer:
         seconds = (time.monotonic() - pending.since) / len(pending.steps)
         for epoch, step, rate, visits, timesteps in pending.steps:
             losses, values = values[: len(visits)], values[len(visits) :]
-            if not all(math.isfinite(loss) for loss in losses):
-                raise DivergedError(
-                    f"The loss became {next(x for x in losses if not math.isfinite(x))} at step {step} "
-                    f"(learning rate {rate:g}). Lower train.learning_rate, or set train.precision to 'fp32'."
-                )
             self.position.add(timesteps, losses)
             yield StepDone(
                 epoch=epoch,
@@ -293,9 +333,5 @@ class Trainer:
             )
 
     def _epoch_done(self, epoch: int, seconds: float) -> EpochDone:
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
-            raise DivergedError(
-                f"The adapter holds NaN or infinite numbers after epoch {epoch}. Lower train.learning_rate."
-            )
         train_loss, train_bands = self.position.take_means()
         return EpochDone(epoch, self.position.step, train_loss, None, seconds, train_bands)
