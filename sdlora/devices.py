@@ -55,7 +55,7 @@ def take_turns(
     if other is not None:
         if not wait:
             raise BusyError(
-                f"The GPU is in use by {other}. Leave --no-wait out to wait for its end, or choose another train.device."
+                f"The GPU is in use by {other}. Leave --no-wait out to wait for it, or choose another train.device."
             )
         yield Notice(f"Waiting for the GPU, which is in use by {other}. Ctrl-C gives up.")
 

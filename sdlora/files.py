@@ -133,7 +133,10 @@ def is_partial(path: Path) -> bool:
 
 
 def remove_partial(folder: Path) -> list[Path]:
-    """Delete what interrupted writes left behind under `folder`, unless their writers live; returns what was deleted."""
+    """Delete what interrupted writes left behind under `folder`; returns what was deleted.
+
+    Files of processes that live, and of other machines, stay: a cache is shared.
+    """
     leftovers = [path for path in sorted(folder.rglob(f".*{_TEMPORARY_MARK}*")) if not _is_being_written(path)]
     for leftover in leftovers:
         if leftover.is_dir():

@@ -1,6 +1,6 @@
 """How much room a run needs on the disk, known before it begins.
 
-Floor 7, used by `run`. The estimate is an upper bound of what is large; files of a few kilobytes are covered by a margin.
+Floor 7, used by `run`. The estimate is an upper bound of what is large; small files are covered by a margin.
 """
 
 from __future__ import annotations

@@ -66,9 +66,15 @@ def make_scene(root: Path, command: CommandLine) -> Scene:
     scene.config.write_text(
         f"""
         base.path = "{root / "tiny"}"
-        data = {{ folder = "{folder}", holdout = "{heldout}", trigger = "zumi", resolution_px = 32, bucket_step_px = 8, repeats = 3 }}
         lora = {{ rank = 2, alpha = 2 }}
         preview = {{ num_steps = 1, num_captions = 1, prompts = ["a red ball"], seeds = [0] }}
+        [data]
+        folder = "{folder}"
+        holdout = "{heldout}"
+        trigger = "zumi"
+        resolution_px = 32
+        bucket_step_px = 8
+        repeats = 3
         [train]
         epochs = 2
         batch_size = 2

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Sequence
+import signal
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from commandline import Point, Side
+from promises import Figure
 from scene import Scene, digests
+
+from sdlora.files import is_partial
 
 
 @dataclass(frozen=True)
@@ -64,79 +68,105 @@ WARM = [
 ]
 
 
-def points(places: Sequence[Place], calls: dict[str, int]) -> list[tuple[str, Point]]:
-    """Phases and points: of every place its calls, spread from the first to the last."""
+SOME = 20
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point to kill at.
+
+    Attributes:
+        phase: What a run does there.
+        point: Where it is.
+        is_cold: Whether the cache is empty when the run begins.
+    """
+
+    phase: str
+    point: Point
+    is_cold: bool
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A run that nobody killed.
+
+    Attributes:
+        digests: What it ended in.
+        trials: Points for all places, spread over its calls.
+    """
+
+    digests: dict[str, str]
+    trials: list[Trial]
+
+
+def trials(places: Sequence[Place], calls: Mapping[str, int], *, is_cold: bool) -> list[Trial]:
+    """Of every place its calls, spread from the first to the last."""
     found = []
     for place in places:
         total = calls[place.function]
         assert total >= place.count, f"{place.function} is called {total} times"
         chosen = [1 + (2 * i + 1) * total // (2 * place.count) for i in range(place.count)]
-        found += [(place.phase, Point(place.function, min(n, total), side)) for n in chosen for side in place.sides]
+        found += [
+            Trial(place.phase, Point(place.function, min(number, total), side), is_cold)
+            for number in chosen
+            for side in place.sides
+        ]
     return found
 
 
-def trial(scene: Scene, point: Point, folder: Path, expected: dict[str, str], cache: Path | None) -> str | None:
-    """Kill a run at a point and go on; what is wrong then, or None."""
-    run = folder / "run"
-    killed = scene.train(run, points=[point], cache=cache)
-    if killed.code != -9:
-        return f"{point}: not reached, exit code {killed.code}: {killed.err}"
-    resumed = scene.go_on(run, cache=cache)
-    if resumed.code != 0:
-        return f"{point}: exit code {resumed.code}: {resumed.err}"
-    found = digests(run)
-    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
-    leftovers = [file.name for file in folder.rglob(".*partial*")]
-    if different or leftovers:
-        return f"{point}: differs in {different}, left over {leftovers}"
-    shutil.rmtree(folder)
-    return None
-
-
-def spread(found: list[tuple[str, Point]], count: int) -> list[tuple[str, Point]]:
-    """So many points, every phase among them."""
-    return [found[i * len(found) // count] for i in range(count)]
-
-
 @pytest.fixture(scope="module")
-def expected(scene: Scene) -> tuple[dict[str, str], dict[str, int], dict[str, int]]:
-    """The bytes of a run that nobody killed, and the calls it makes with an empty cache and with a full one."""
+def whole(scene: Scene) -> Whole:
     cold = scene.train(scene.root / "cold", counted=[place.function for place in COLD])
     warm = scene.train(scene.root / "warm", counted=[place.function for place in WARM])
     assert (cold.code, warm.code) == (0, 0), cold.err + warm.err
     found = digests(scene.root / "cold")
-    assert found == digests(scene.root / "warm")
-    assert {name.split("/")[0] for name in found} == {
-        "epochs",
-        "checkpoints",
-        "hero.safetensors",
-        "previews.png",
-        "metrics.jsonl",
-    }
-    return found, cold.calls, warm.calls
+    assert found == digests(scene.root / "warm"), "a run that finds everything in the cache is the same run"
+    kinds = {name.split("/")[0] for name in found}
+    assert kinds == {"epochs", "checkpoints", "hero.safetensors", "previews.png", "metrics.jsonl"}
+    return Whole(found, trials(COLD, cold.calls, is_cold=True) + trials(WARM, warm.calls, is_cold=False))
 
 
-def check(scene: Scene, expected: tuple[dict[str, str], dict[str, int], dict[str, int]], root: Path, share: int) -> int:
-    bytes_, cold, warm = expected
-    # Calls of a full cache's run are counted from the same start, so only those before training lie elsewhere.
-    chosen = [(point, True) for _, point in points(COLD, cold)] + [(point, False) for _, point in points(WARM, warm)]
-    chosen = chosen[::share]
+def fault_of(scene: Scene, trial: Trial, expected: dict[str, str], folder: Path) -> str | None:
+    """Kill a run at a point and go on; what is wrong then, or None."""
+    run, cache = folder / "run", folder / "cache" if trial.is_cold else None
+    killed = scene.train(run, points=[trial.point], cache=cache)
+    if killed.code != -signal.SIGKILL:
+        return f"{trial.point}: not reached, exit code {killed.code}: {killed.err}"
+    resumed = scene.go_on(run, cache=cache)
+    if resumed.code != 0:
+        return f"{trial.point}: exit code {resumed.code}: {resumed.err}"
+    found = digests(run)
+    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    leftovers = [file.name for file in folder.rglob("*") if is_partial(file)]
+    if different or leftovers:
+        return f"{trial.point}: differs in {different}, left over {leftovers}"
+    shutil.rmtree(folder)
+    return None
 
+
+def check(scene: Scene, whole: Whole, chosen: Sequence[Trial], folder: Path) -> None:
     def one(index: int) -> str | None:
-        point, is_cold = chosen[index]
-        folder = root / f"p{index}"
-        return trial(scene, point, folder, bytes_, folder / "cache" if is_cold else None)
+        return fault_of(scene, chosen[index], whole.digests, folder / str(index))
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         faults = [fault for fault in pool.map(one, range(len(chosen))) if fault]
     assert not faults, "\n".join(faults)
-    return len(chosen)
 
 
-def test_exact_resume_at_some_points(scene, expected, tmp_path):
-    check(scene, expected, tmp_path, 4)
+def test_a_run_killed_anywhere_ends_in_the_same_bytes_here_and_there(
+    scene: Scene, whole: Whole, tmp_path: Path
+) -> None:
+    count = len(whole.trials)
+    chosen = [whole.trials[index * count // SOME] for index in range(SOME)]
+    assert {trial.phase for trial in chosen} == {trial.phase for trial in whole.trials}
+    check(scene, whole, chosen, tmp_path)
 
 
 @pytest.mark.slow
-def test_exact_resume(scene, expected, tmp_path):
-    print(check(scene, expected, tmp_path, 1))
+@pytest.mark.timeout(3600)
+def test_a_run_killed_anywhere_ends_in_the_same_bytes(
+    scene: Scene, whole: Whole, tmp_path: Path, figure: Figure
+) -> None:
+    assert len(whole.trials) >= 60
+    check(scene, whole, whole.trials, tmp_path)
+    figure("Exact resume", f"{len(whole.trials)} of {len(whole.trials)} on CPU")
