@@ -60,11 +60,12 @@ def _lower(config: RunConfig, phase: str, resolution_px: int) -> str:
 
 def phase_of(error: BaseException) -> str:
     """What a run was doing when an error was raised: "preview", "train" or "cache"."""
-    files = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
-    for room, phase in (("preview", "preview"), ("training", "train")):
-        if any(parts[-3:-1] == ("sdlora", room) for parts in files):
-            return phase
-    return "cache"
+    files = [Path(frame.filename) for frame in traceback.extract_tb(error.__traceback__)]
+    places = {file.parts[-3:] for file in files}
+    if any(place[:2] == ("sdlora", "preview") for place in places):
+        return "preview"
+    in_training = {("sdlora", "training", name) for name in ("loop.py", "heldout.py")}
+    return "train" if places & in_training else "cache"
 
 
 def diverged(message: str, folder: RunFolder) -> str:

@@ -21,7 +21,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 Side = Literal["before", "torn", "after"]
-Action = Literal["kill", "interrupt", "terminate", "full disk", "out of memory", "value"]
+Action = Literal["kill", "interrupt", "terminate", "full disk", "out of memory"]
+Change = Callable[[tuple[Any, ...], Any], Any]
+"""Takes a call's arguments and its result (None before the call); what it gives back is the result."""
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "terminate": signal.SIGTERM}
 PRELOADED = ["torch", "diffusers", "transformers", "peft", "sdlora.run", "sdlora.cli", "commandline"]
 
@@ -34,14 +36,14 @@ class Point:
         function: "module:name" or "module:Class.name", where the caller looks it up.
         call: From 1.
         side: Before the call; after it; or "torn": after it, with half of the file that it wrote.
-        action: What happens there.
+        action: What happens there: something of the list, or a function of a module that the process can import.
         every: At every later call as well.
     """
 
     function: str
     call: int = 1
     side: Side = "before"
-    action: Action = "kill"
+    action: Action | Change = "kill"
     every: bool = False
 
     def __str__(self) -> str:
@@ -89,10 +91,27 @@ class CommandLine:
             prepare: A function of a module that the other process can import, called there first.
             environment: Variables to set.
         """
+        return self._begin(None, arguments, points, counted, prepare, environment)
+
+    def call(
+        self, function: Callable[..., None], *arguments: Any, points: Sequence[Point] = (), counted: Sequence[str] = ()
+    ) -> Outcome:
+        """Call a function of a module that the other process can import, and wait for its end."""
+        return self._begin(function, arguments, points, counted, None, None).wait()
+
+    def _begin(
+        self,
+        function: Callable[..., None] | None,
+        arguments: Sequence[Any],
+        points: Sequence[Point],
+        counted: Sequence[str],
+        prepare: Callable[[], None] | None,
+        environment: Mapping[str, str] | None,
+    ) -> Started:
         self._count += 1
         output = self._folder / f"command{self._count}"
-        target = (list(arguments), list(points), list(counted), prepare, dict(environment or {}), output)
-        process = self._context.Process(target=_command, args=target)
+        what = (function, list(arguments), list(points), list(counted), prepare, dict(environment or {}), output)
+        process = self._context.Process(target=_process, args=what)
         process.start()
         return Started(process, output)
 
@@ -118,8 +137,9 @@ class Started:
         return Outcome(self.process.exitcode, out, err, json.loads(calls.read_text()) if calls.exists() else {})
 
 
-def _command(
-    arguments: list[str],
+def _process(
+    function: Callable[..., None] | None,
+    arguments: list[Any],
     points: list[Point],
     counted: list[str],
     prepare: Callable[[], None] | None,
@@ -138,13 +158,16 @@ def _command(
 
     torch.set_num_threads(1)
     calls: dict[str, int] = {}
-    for function in dict.fromkeys([*counted, *(point.function for point in points)]):
-        _watch(function, [point for point in points if point.function == function], calls)
+    for name in dict.fromkeys([*counted, *(point.function for point in points)]):
+        _watch(name, [point for point in points if point.function == name], calls)
     if prepare is not None:
         prepare()
-    sys.argv = ["sdlora", *arguments]
     try:
-        cli.main()
+        if function is not None:
+            function(*arguments)
+        else:
+            sys.argv = ["sdlora", *arguments]
+            cli.main()
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
@@ -169,24 +192,28 @@ def _watch(function: str, points: Sequence[Point], calls: dict[str, int]) -> Non
         due = [p for p in points if number == p.call or (p.every and number > p.call)]
         for point in due:
             if point.side == "before":
-                _act(point)
+                _act(point, args, None)
         result = original(*args, **kwargs)
         for point in due:
             if point.side == "torn":
-                file = next(value for value in [*args, *kwargs.values()] if isinstance(value, Path) and value.exists())
+                # What is written to comes last where there are two, as in shutil.copyfile.
+                file = [value for value in [*args, *kwargs.values()] if isinstance(value, Path)][-1]
                 os.truncate(file, file.stat().st_size // 2)
             if point.side != "before":
-                _act(point)
+                result = _act(point, args, result)
         return result
 
     setattr(owner, name, watched)
 
 
-def _act(point: Point) -> None:
+def _act(point: Point, args: tuple[Any, ...], result: Any) -> Any:
     import torch
 
+    if callable(point.action):
+        return point.action(args, result)
     if point.action == "full disk":
         raise OSError(errno.ENOSPC, "No space left on device")
     if point.action == "out of memory":
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     os.kill(os.getpid(), SIGNALS[point.action])
+    return result
