@@ -1,4 +1,4 @@
-"""Locks between processes: held by one, free when it ends, and never told of a process that has its number by chance."""
+"""Locks between processes: held by one, free when it ends, never told of another process that got its number."""
 
 from __future__ import annotations
 
