@@ -1,4 +1,4 @@
-"""Names, prompts and captions that would be something else: a path, a flag, a script. And secrets, which stay secret."""
+"""Names, prompts and captions that would be something else: a path, a flag, a script. And secrets."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_names_prompts_and_captions_stay_what_they_are(scene: Scene, tmp_path: P
         (pictures / f"p{index}.txt").write_text(words, encoding="utf-8")
     before, run = files_of(tmp_path), around / "run"
     changes = [
-        f"data.folder={json.dumps(str(pictures))}", f"preview.prompts={json.dumps(WORDS)}", "data.trigger=<b>zumi</b>",
+        f"data.folder={json.dumps(str(pictures))}", f"preview.prompts={json.dumps(WORDS, ensure_ascii=False)}", "data.trigger=<b>zumi</b>",
         "train.epochs=1", "data.repeats=1", "preview.num_captions=8", "train.batch_size=8",
     ]  # fmt: skip
     outcome = scene.train(run, changes=changes)

@@ -35,7 +35,7 @@ def test_broken_pictures_are_refused_by_name_in_bounded_memory(
     read = {name: said for name, said in found.items() if not said.startswith(f"refused: {name}: ")}
     assert not read, "every message begins with the file's name"
     assert int(rise) <= 300
-    for name, content in files.items():
+    for name in files:
         (folder / name).with_suffix(".txt").write_text("a thing")
     with pytest.raises(DataError) as caught:
         load_dataset(folder, caption="x", trigger=None, allow_trigger_only=False, background="white")
@@ -74,9 +74,11 @@ def tricky() -> dict[str, tuple[bytes, Expected]]:
     grey = noise(channels=3).convert("L")
     deep = np.arange(64 * 48, dtype=np.uint16).reshape(48, 64) * 21
     half = noise(channels=4)
-    over_white = lambda: np.rint(
-        np.asarray(half)[..., :3] * (np.asarray(half)[..., 3:] / 255.0) + 255 - np.asarray(half)[..., 3:].astype(float)
-    )
+
+    def over_white() -> np.ndarray:
+        front, cover = np.asarray(half)[..., :3].astype(float), np.asarray(half)[..., 3:] / 255.0
+        return np.rint(front * cover + 255 * (1 - cover))
+
     pale = Image.merge("LA", (grey, Image.new("L", grey.size, 0)))
     flat = Image.new("CMYK", (16, 16), (0, 255, 255, 0))
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
