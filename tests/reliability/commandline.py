@@ -197,8 +197,8 @@ def _watch(function: str, points: Sequence[Point], calls: dict[str, int]) -> Non
         for point in due:
             if point.side == "torn":
                 # What is written to comes last where there are two, as in shutil.copyfile.
-                file = [value for value in [*args, *kwargs.values()] if isinstance(value, Path)][-1]
-                os.truncate(file, file.stat().st_size // 2)
+                for file in [value for value in [*args, *kwargs.values()] if isinstance(value, Path)][-1:]:
+                    os.truncate(file, file.stat().st_size // 2)
             if point.side != "before":
                 result = _act(point, args, result)
         return result

@@ -71,8 +71,8 @@ def test_names_prompts_and_captions_stay_what_they_are(scene: Scene, tmp_path: P
         (pictures / f"p{index}.txt").write_text(words, encoding="utf-8")
     before, run = files_of(tmp_path), around / "run"
     changes = [
-        f"data.folder={json.dumps(str(pictures))}", f"preview.prompts={json.dumps(WORDS, ensure_ascii=False)}", "data.trigger=<b>zumi</b>",
-        "train.epochs=1", "data.repeats=1", "preview.num_captions=8", "train.batch_size=8",
+        f"data.folder={json.dumps(str(pictures))}", f"preview.prompts={json.dumps(WORDS, ensure_ascii=False)}",
+        "data.trigger=<b>zumi</b>", "train.epochs=1", "data.repeats=1", "preview.num_captions=8", "train.batch_size=8",
     ]  # fmt: skip
     outcome = scene.train(run, changes=changes)
     assert outcome.code == 0, outcome.err
