@@ -35,7 +35,7 @@ from sdlora.preview.sampler import PreviewRequest, draw_epoch
 from sdlora.preview.sheet import contact_sheet
 from sdlora.room import check_room
 from sdlora.runfolder import Recorder, RunFolder
-from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, remove_incomplete, save_checkpoint
+from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint, tidy_checkpoints
 
 # train.auto_batch leaves the result as it is, and previews are looked at, not trained on.
 _FREE_WHEN_RESUMING = {
@@ -94,7 +94,7 @@ def start(
             folder.create(dump_toml(config))
         remove_partial(folder.path)
         remove_partial(parts.data.cache.folder)
-        remove_incomplete(folder.checkpoints)
+        tidy_checkpoints(folder.checkpoints)
         yield from _recorded(parts, resume, should_stop, begin)
 
 

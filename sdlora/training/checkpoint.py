@@ -52,10 +52,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Pa
     written_by = {"format": FORMAT, "version": __version__}
     counters = {"position": asdict(trainer.position), "optimizer": scalars, "extra": extra}
     write_json(target / _LAST_FILE, written_by | counters)
-    for old in complete_checkpoints(folder)[:-KEPT]:
-        # Without its last file it is no checkpoint any more, so a crash while deleting leaves none that lies.
-        (old / _LAST_FILE).unlink()
-        shutil.rmtree(old)
+    tidy_checkpoints(folder)
     return target
 
 
@@ -64,11 +61,13 @@ def complete_checkpoints(folder: Path) -> list[Path]:
     return sorted(path.parent for path in folder.glob(f"step-*/{_LAST_FILE}"))
 
 
-def remove_incomplete(folder: Path) -> None:
-    """Delete checkpoints that were not written to the end, which nobody can go on from."""
-    complete = set(complete_checkpoints(folder))
-    for path in folder.glob("step-*"):
-        if path not in complete:
+def tidy_checkpoints(folder: Path) -> None:
+    """Delete all but the newest two complete checkpoints, and those that were not written to the end."""
+    kept = complete_checkpoints(folder)[-KEPT:]
+    for path in sorted(folder.glob("step-*")):
+        if path not in kept:
+            # Without its last file it is no checkpoint any more, so a crash while deleting leaves none that lies.
+            (path / _LAST_FILE).unlink(missing_ok=True)
             shutil.rmtree(path)
 
 

@@ -23,7 +23,7 @@ from scene import Scene, digests
 
 from sdlora.files import is_partial
 from sdlora.preview.copycheck import EpochCheck
-from sdlora.training.checkpoint import complete_checkpoints, remove_incomplete
+from sdlora.training.checkpoint import complete_checkpoints, tidy_checkpoints
 
 # Everything that saving a checkpoint and deleting an old one asks of the system.
 SAVING: dict[str, tuple[Side, ...]] = {
@@ -48,7 +48,7 @@ def killed_while_saving(command: CommandLine, template: Path, point: Point, fold
     if not found:
         return f"{point}: no checkpoint is left"
     step = loaded_step(found[-1])
-    remove_incomplete(folder)
+    tidy_checkpoints(folder)
     save_from(folder, step + 1, step + 1)
     if loaded_step(complete_checkpoints(folder)[-1]) != step + 1:
         return f"{point}: cannot be gone on from"
