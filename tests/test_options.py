@@ -15,7 +15,7 @@ from tiny import make_tiny_pipeline
 
 from sdlora import parts
 from sdlora.configfile import load_config, option_names
-from sdlora.errors import BaseModelError, ConfigError, DataError
+from sdlora.errors import BaseModelError, ConfigError, DataError, OutOfMemoryError
 from sdlora.models import load
 from sdlora.run import start
 from sdlora.training.loop import Trainer
@@ -168,7 +168,7 @@ CHANGES: dict[str, list[str]] = {
 REFUSED_HERE = {"base.variant", "train.device"}
 TESTED_BELOW = {
     "base.revision", "data.holdout", "data.holdout_split", "data.keep_tags", "train.log_every_steps", "cache.dir",
-    "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2",
+    "loss.zero_terminal_snr", "train.auto_batch", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2",
 }  # fmt: skip
 
 
@@ -308,6 +308,22 @@ def test_losses_are_read_back_as_seldom_as_asked(monkeypatch: pytest.MonkeyPatch
     sizes.clear()
     outcome("train.log_every_steps=100")
     assert max(sizes) > 1
+
+
+def test_memory_that_is_too_small_ends_a_run_or_makes_it_compute_in_parts(
+    monkeypatch: pytest.MonkeyPatch, outcome: Callable[..., str]
+) -> None:
+    original = Trainer.losses_per_example
+
+    def small(self: Trainer, visits: Any, timesteps: Any) -> Any:
+        if len(visits) > 1:
+            raise torch.OutOfMemoryError
+        return original(self, visits, timesteps)
+
+    monkeypatch.setattr(Trainer, "losses_per_example", small)
+    with pytest.raises(OutOfMemoryError, match=r"train\.batch_size to 1 \(now 2\)"):
+        outcome("preview.enabled=false")
+    assert outcome("preview.enabled=false", "train.auto_batch=true").startswith("common.safetensors")
 
 
 def test_the_cache_is_where_it_should_be(outcome: Callable[..., str], scene: dict[str, str]) -> None:
