@@ -66,7 +66,7 @@ PROMISES = [
     ),
     Promise(
         "NaN, infinity",
-        "Numbers that are none stop a run within a step, with exit code 5; none is saved, the last good epoch is named.",
+        "NaN stops a run within a step, with exit code 5; it is never saved, and the last good epoch is named.",
         "reliability/test_failures.py::test_no_number_stops_a_run_within_a_step",
         "On a GPU a step's numbers are read after the next step.",
     ),
@@ -159,7 +159,7 @@ def record(name: str, found: str) -> None:
 
 def page() -> str:
     """The page in Markdown."""
-    figures = json.loads(FIGURES.read_text(encoding="utf-8"))
+    figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
     lines = [
         "# What sdlora promises",
         "",
