@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,7 +26,7 @@ from sdlora.errors import DiskFullError, OutputError
 _TEMPORARY_MARK = ".sdlora-partial-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 # Files of another machine's processes may lie in a shared folder, where this one cannot see whether they live.
-_MACHINE = re.sub(r"\W", "", platform.node()) or "here"
+_MACHINE = re.sub(r"\W", "", platform.node())[:40] or "here"
 
 
 @contextmanager
@@ -89,9 +90,10 @@ def naming_a_full_disk(path: Path) -> Iterator[None]:
 
 
 def _temporary(path: Path) -> Path:
+    """A name that no other machine, process or thread gives."""
     # A name has at most 255 bytes, and the mark takes some of them.
     stem = path.name.encode("utf-8")[:150].decode("utf-8", errors="ignore")
-    return path.with_name(f".{stem}{_TEMPORARY_MARK}{_MACHINE[:40]}-{os.getpid()}")
+    return path.with_name(f".{stem}{_TEMPORARY_MARK}{_MACHINE}-{os.getpid()}-{threading.get_ident()}")
 
 
 def _sync(path: Path) -> None:
@@ -147,8 +149,9 @@ def remove_partial(folder: Path) -> list[Path]:
 
 
 def _is_being_written(partial: Path) -> bool:
-    machine, _, number = partial.name.rpartition(_TEMPORARY_MARK)[2].rpartition("-")
-    if machine != _MACHINE[:40]:
-        return bool(machine)  # another machine's
+    machine, _, numbers = partial.name.rpartition(_TEMPORARY_MARK)[2].partition("-")
+    if machine != _MACHINE:
+        return True  # another machine's
+    pid = int(numbers.partition("-")[0])
     # Of this process nothing is open where this is asked, so that its number was another's before.
-    return int(number) != os.getpid() and psutil.pid_exists(int(number))
+    return pid != os.getpid() and psutil.pid_exists(pid)

@@ -34,17 +34,16 @@ def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
     with files.atomic_path(tmp_path / "a" / "x.png") as mine:
         mine.write_text("whole")
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
-    mark = mine.name.removesuffix(f"-{os.getpid()}")
-    leftover = tmp_path / "a" / f"{mark}-{ended.stdout.strip()}"
+    mark, _, thread = mine.name.rpartition(f"-{os.getpid()}-")
+    leftover = tmp_path / "a" / f"{mark}-{ended.stdout.strip()}-{thread}"
     leftover.write_text("half")
-    folder = (
-        tmp_path / f".merged{mark.removeprefix('.x.png')}-{os.getpid()}"
-    )  # by a process that had this number before
+    # By a process that had this one's number before.
+    folder = tmp_path / f".merged{mark.removeprefix('.x.png')}-{os.getpid()}-1"
     folder.mkdir()
     (folder / "half").write_text("half")
-    others = tmp_path / "a" / f"{mark}-{os.getppid()}"
+    others = tmp_path / "a" / f"{mark}-{os.getppid()}-{thread}"
     others.write_text("still being written")
-    elsewhere = tmp_path / "a" / ".x.png.sdlora-partial-another-123"
+    elsewhere = tmp_path / "a" / ".x.png.sdlora-partial-another-123-1"
     elsewhere.write_text("being written on another machine")
     assert files.remove_partial(tmp_path) == [folder, leftover]
     assert not folder.exists()
