@@ -150,6 +150,8 @@ def remove_partial(folder: Path) -> list[Path]:
 
 def _is_being_written(partial: Path) -> bool:
     machine, _, numbers = partial.name.rpartition(_TEMPORARY_MARK)[2].partition("-")
+    if not numbers:
+        return False  # by a version that told no machine
     if machine != _MACHINE:
         return True  # another machine's
     pid = int(numbers.partition("-")[0])
