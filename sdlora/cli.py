@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -31,6 +32,15 @@ from sdlora.shipped import resolve_data_folder
 
 if TYPE_CHECKING:
     from sdlora.data.doctor import Finding
+
+
+class Masks(StrEnum):
+    """The values of data.masks."""
+
+    NONE = "none"
+    ALPHA = "alpha"
+    FILE = "file"
+
 
 EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 
@@ -101,6 +111,9 @@ def data(
     resolution_px: Annotated[
         int | None, typer.Option("--resolution-px", min=16, max=4096, help="Training size, to look at sizes as well.")
     ] = None,
+    masks: Annotated[
+        Masks, typer.Option(help="Where masks are: nowhere, in the alpha channels, or in NAME-mask.png files.")
+    ] = Masks.NONE,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look at a folder of pictures before it is trained; exit code 3 if it would be refused."""
@@ -108,7 +121,7 @@ def data(
     from sdlora.data.buckets import assign_buckets
     from sdlora.data.doctor import examine, examine_sizes
 
-    checkup = examine(path, background=settings.background, trigger=trigger)
+    checkup = examine(path, background=settings.background, trigger=trigger, masks=masks.value)
     findings, num_buckets = list(checkup.findings), None
     if resolution_px is not None:
         sizes = {picture.path.name: picture.size for picture in checkup.pictures}

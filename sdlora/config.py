@@ -57,6 +57,11 @@ class DataConfig(_Section):
     buckets: bool = Field(True, description="Keep the shape of wide and tall pictures; otherwise crop to squares.")
     bucket_step_px: int = Field(64, ge=8, le=512, description="Widths and heights of buckets are multiples of this.")
     background: str = Field("white", description="The colour laid under transparent pixels, by name or as #rrggbb.")
+    masks: Literal["none", "alpha", "file"] = Field(
+        "none",
+        description="What of a picture is trained: all of it, what is not transparent ('alpha'), or what is white in "
+        "NAME-mask.png beside it ('file').",
+    )
     shuffle_tags: bool = Field(False, description="Shuffle the comma-separated parts of captions at every visit.")
     keep_tags: int = Field(1, ge=0, le=100, description="How many parts stay in front when tags are shuffled.")
     caption_dropout: float = Field(
@@ -248,6 +253,12 @@ class LossConfig(_Section):
     gamma: float | None = Field(
         None, gt=0.0, le=100.0, description="Of min_snr and soft_min_snr (5 if unset) and p2 (1 if unset)."
     )
+    mask_floor: float = Field(
+        0.1,
+        ge=0.0,
+        lt=1.0,
+        description="Of data.masks: how much the hidden parts of a picture count, 0 for not at all.",
+    )
     noise_offset: float = Field(
         0.0, ge=0.0, le=1.0, description="Noise that shifts whole channels, for very dark and very bright pictures."
     )
@@ -341,6 +352,12 @@ class RunConfig(_Section):
         used = [name for name in ("stop", "sscd", "dinov2") if getattr(self.copycheck, name)]
         if used and not self.preview.enabled:
             raise ValueError(f"copycheck.{used[0]} needs preview.enabled: what is checked are the previews")
+        return self
+
+    @model_validator(mode="after")
+    def _floor_has_masks(self) -> RunConfig:
+        if self.loss.mask_floor != 0.1 and self.data.masks == "none":
+            raise ValueError("loss.mask_floor does nothing unless data.masks is 'alpha' or 'file'")
         return self
 
     @model_validator(mode="after")

@@ -15,8 +15,9 @@ from sdlora.adapters import make_adapter
 from sdlora.config import RunConfig
 from sdlora.data.cache import Cache
 from sdlora.data.captions import with_trigger
-from sdlora.data.dataset import Dataset, load_dataset
+from sdlora.data.dataset import Dataset, load_dataset, load_mask_pixels
 from sdlora.data.doctor import examine_sizes, warnings_in_short
+from sdlora.data.masks import MaskKind
 from sdlora.data.split import split_off
 from sdlora.errors import ConfigError
 from sdlora.lora.inject import Adapter
@@ -91,8 +92,8 @@ def load(config: RunConfig) -> Loaded:
     """
     device, dtype, precision = choose_device(config)
     # The pictures are looked at before the base is loaded, which may take minutes.
-    dataset = _load_dataset(config, config.data.folder)
-    heldout = None if config.data.holdout is None else _load_dataset(config, config.data.holdout)
+    dataset = _load_dataset(config, config.data.folder, config.data.masks)
+    heldout = None if config.data.holdout is None else _load_dataset(config, config.data.holdout, "none")
     if heldout is not None and heldout.folder.resolve() == dataset.folder.resolve():
         raise ConfigError(
             "data.holdout is data.folder: what is trained cannot be held out. Leave data.holdout unset, and a few "
@@ -107,13 +108,16 @@ def load(config: RunConfig) -> Loaded:
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
     unassigned, dataset = dataset, _with_buckets(config, base, dataset)
+    for example in dataset.examples:
+        load_mask_pixels(example)  # an error now, rather than in the run's folder
     notices += _size_notices(config, unassigned, dataset) + _long_captions(base, dataset, config.data.trigger)
     return Loaded(
         base=base,
         # Before adapters change the names of the weights.
         identity=weights_identity(base.unet, base.unet.config) if config.copycheck.enabled else "",
         dataset=dataset,
-        heldout=None if heldout is None else _with_buckets(config, base, heldout),
+        # The held-out loss is of whole pictures, as it is unweighted, so that it is one measure for all settings.
+        heldout=None if heldout is None else _with_buckets(config, base, heldout.without_masks()),
         cache=Cache(Path(config.cache.dir) if config.cache.dir else None, base),
         notices=notices,
         device=device,
@@ -219,7 +223,7 @@ def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
     return device, dtype, precision
 
 
-def _load_dataset(config: RunConfig, folder: str) -> Dataset:
+def _load_dataset(config: RunConfig, folder: str, masks: MaskKind) -> Dataset:
     data = config.data
     return load_dataset(
         resolve_data_folder(folder),
@@ -227,6 +231,7 @@ def _load_dataset(config: RunConfig, folder: str) -> Dataset:
         trigger=data.trigger,
         allow_trigger_only=data.allow_trigger_only,
         background=data.background,
+        masks=masks,
     )
 
 

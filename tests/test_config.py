@@ -19,7 +19,8 @@ def test_the_list_of_options_is_a_decision() -> None:
         "data.holdout_split", "data.caption",
         "data.trigger", "data.class_words", "data.allow_trigger_only", "data.repeats", "data.resolution_px",
         "data.buckets",
-        "data.bucket_step_px", "data.background", "data.shuffle_tags", "data.keep_tags", "data.caption_dropout",
+        "data.bucket_step_px", "data.background", "data.masks", "data.shuffle_tags", "data.keep_tags",
+        "data.caption_dropout",
         "lora.rank", "lora.alpha", "lora.targets", "lora.target_ranks", "lora.target_alphas", "lora.rslora",
         "lora.dora", "lora.dropout", "lora.start", "lora.timestep_rank_min", "lora.timestep_rank_alpha", "train.epochs",
         "train.batch_size", "train.gradient_accumulation_steps", "train.optimizer", "train.learning_rate",
@@ -28,7 +29,8 @@ def test_the_list_of_options_is_a_decision() -> None:
         "train.precision", "train.device", "train.log_every_steps",
         "train.checkpoint_every_steps", "timesteps.density", "timesteps.mean", "timesteps.std", "timesteps.min",
         "timesteps.max", "timesteps.high_noise_keep", "timesteps.coverage", "loss.kind", "loss.huber_delta",
-        "loss.weighting", "loss.gamma", "loss.noise_offset", "loss.zero_terminal_snr", "preview.enabled",
+        "loss.weighting", "loss.gamma", "loss.mask_floor", "loss.noise_offset", "loss.zero_terminal_snr",
+        "preview.enabled",
         "preview.prompts", "preview.num_captions", "preview.seeds", "preview.negative_prompt", "preview.num_steps",
         "preview.guidance", "copycheck.enabled", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "cache.dir",
     ]  # fmt: skip
@@ -72,6 +74,7 @@ def test_impossible_pairs_and_values() -> None:
     assert "must be below the lowest rank of the UNet's layers (4)" in faults(lora={"rank": 4, "timestep_rank_min": 4})
     assert "no target is in the UNet" in faults(lora={"targets": ["text_encoder"], "timestep_rank_min": 4})
     assert "reaches across 800" in faults(timesteps={"high_noise_keep": 0.5, "max": 799})
+    assert "loss.mask_floor does nothing unless data.masks is" in faults(loss={"mask_floor": 0.5})
     assert "gives pure noise" in faults(loss={"zero_terminal_snr": True, "weighting": "min_snr"})
     assert "does nothing unless lora.timestep_rank_min" in faults(lora={"timestep_rank_alpha": 2.0})
     assert "lora.dora goes with" in faults(lora={"dora": True, "start": "pissa"})

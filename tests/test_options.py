@@ -30,6 +30,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str
     for index, color in enumerate([(200, 30, 30, 255), (30, 200, 30, 90), (30, 30, 200, 255)]):
         Image.new("RGBA", (64, 32) if index == 2 else (32, 32), color).save(folder / f"p{index}.png")
         (folder / f"p{index}.txt").write_text(f"first {index}, second, third, fourth")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    mask.save(folder / "p0-mask.png")
     bare = root / "bare"
     bare.mkdir()
     Image.new("RGB", (32, 32), "red").save(bare / "a.png")
@@ -115,6 +118,7 @@ CHANGES: dict[str, list[str]] = {
     "data.buckets": ["data.buckets=false"],
     "data.bucket_step_px": ["data.bucket_step_px=16"],
     "data.background": ["data.background=black"],
+    "data.masks": ["data.masks=file"],
     "data.shuffle_tags": ["data.shuffle_tags=true"],
     "data.caption_dropout": ["data.caption_dropout=0.5"],
     "lora.rank": ["lora.rank=3"],
@@ -155,6 +159,7 @@ CHANGES: dict[str, list[str]] = {
     "loss.huber_delta": ["loss.kind=huber", "loss.huber_delta=0.5"],
     "loss.weighting": ["loss.weighting=min_snr"],
     "loss.gamma": ["loss.weighting=min_snr", "loss.gamma=1"],
+    "loss.mask_floor": ["data.masks=file", "loss.mask_floor=0"],
     "loss.noise_offset": ["loss.noise_offset=0.1"],
     "preview.enabled": ["preview.enabled=false"],
     "preview.prompts": ['preview.prompts=["a blue cat"]'],
@@ -253,6 +258,7 @@ def test_class_words_and_weight_of_preservation_both_count(outcome: Callable[...
         ("loss.huber_delta", "loss.kind=huber", ["0.1", "0.5"]),
         ("loss.gamma", "loss.weighting=min_snr", ["5", "1"]),
         ("train.text_encoder_learning_rate", 'lora.targets=["text_encoder"]', ["1e-2", "1e-3"]),
+        ("data.masks", "seed=0", ["none", "alpha", "file"]),
         ("loss.zero_terminal_snr", "base.path={v}", ["false", "true"]),
     ],
 )

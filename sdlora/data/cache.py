@@ -18,8 +18,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora.data.dataset import Example, load_pixels
+from sdlora.data.dataset import Example, load_mask_pixels, load_pixels
 from sdlora.data.images import pixel_hash, to_tensor
+from sdlora.data.masks import mask_shares
 from sdlora.errors import ConfigError
 from sdlora.events import Progress
 from sdlora.files import atomic_path
@@ -49,6 +50,7 @@ class Cache:
                 f"cache.dir: {self.folder} cannot be made ({error.strerror}). Choose a folder that you can write to."
             ) from error
         self._moments: dict[Example, Tensor] = {}
+        self._masks: dict[Example, Tensor] = {}
         self._keys: dict[Example, str] = {}
         self._text: dict[str, TextStates] = {}
 
@@ -56,8 +58,12 @@ class Cache:
         """The VAE's posterior moments of a filled picture, (2C, h, w) float32 on the CPU."""
         return self._moments[example]
 
+    def mask(self, example: Example) -> Tensor | None:
+        """What counts of a filled picture, (1, h, w) in [0, 1]; None if all of it does."""
+        return self._masks.get(example)
+
     def identity(self, example: Example) -> str:
-        """A hash of a filled picture, its caption, and the VAE and text encoder that read them."""
+        """A hash of a filled picture, its mask, its caption, and the VAE and text encoder that read them."""
         return content_key(self._keys[example], content_key("text", self.base.text_identity, example.caption))
 
     def text(self, captions: Sequence[str]) -> TextStates:
@@ -81,6 +87,10 @@ class Cache:
 
             self._moments[example] = self.fetch("moments", key, encode)["moments"]
             self._keys[example] = key
+            # Made anew every time: reading a mask is all the work there is.
+            if (mask := load_mask_pixels(example)) is not None:
+                self._masks[example] = mask_shares(mask, *self._moments[example].shape[1:])
+                self._keys[example] = content_key(key, pixel_hash(mask))
             yield Progress("cache pictures", done, len(examples))
 
     def fill_text(self, captions: Iterable[str]) -> Iterator[Progress]:

@@ -14,6 +14,7 @@ from PIL import Image
 from sdlora.data.buckets import Bucket, assign_buckets
 from sdlora.data.doctor import examine, warnings_in_short
 from sdlora.data.images import crop_to_bucket, load_image
+from sdlora.data.masks import MaskKind, load_mask
 from sdlora.errors import DataError
 
 
@@ -26,12 +27,14 @@ class Example:
         path: Where it is.
         caption: Its caption as written.
         bucket: Width and height it is trained at, in pixels; its own size until buckets are assigned.
+        mask: What of it is trained; the picture itself where that is its alpha channel, None for all of it.
     """
 
     name: str
     path: Path
     caption: str
     bucket: Bucket
+    mask: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,10 @@ class Dataset:
         assigned = tuple(replace(e, bucket=bucket) for e, bucket in zip(self.examples, found, strict=True))
         return replace(self, examples=assigned)
 
+    def without_masks(self) -> Dataset:
+        """The same pictures, all of each counting."""
+        return replace(self, examples=tuple(replace(example, mask=None) for example in self.examples))
+
 
 def load_dataset(
     folder: Path,
@@ -69,6 +76,7 @@ def load_dataset(
     trigger: str | None,
     allow_trigger_only: bool,
     background: str,
+    masks: MaskKind = "none",
 ) -> Dataset:
     """Read a folder of pictures with `.txt` sidecars or a `metadata.jsonl`.
 
@@ -78,23 +86,48 @@ def load_dataset(
         trigger: The trigger word, for `allow_trigger_only`.
         allow_trigger_only: Whether pictures may go with an empty caption, to which the trigger is added.
         background: Colour under transparent pixels.
+        masks: Where masks are looked for.
 
     Raises:
         DataError: The folder is missing or empty, or pictures are broken or lack a caption; each file is named.
     """
     checkup = examine(
-        folder, background=background, caption=caption, trigger=trigger, allow_trigger_only=allow_trigger_only
+        folder,
+        background=background,
+        caption=caption,
+        trigger=trigger,
+        allow_trigger_only=allow_trigger_only,
+        masks=masks,
     )
     faults = [finding.message for finding in checkup.findings if finding.severity == "error"]
     if faults:
         raise DataError(f"The folder {str(folder)!r} has faults:\n" + "\n".join(f"  {fault}" for fault in faults))
-    examples = (Example(p.path.name, p.path, p.caption or "", p.size) for p in checkup.pictures)
+    examples = (Example(p.path.name, p.path, p.caption or "", p.size, p.mask) for p in checkup.pictures)
     return Dataset(folder, tuple(examples), tuple(warnings_in_short(checkup.findings)))
 
 
 def load_pixels(example: Example, background: str) -> Image.Image:
     """An example's picture, cropped to its bucket."""
     return crop_to_bucket(load_image(example.path, background), *example.bucket)
+
+
+def load_mask_pixels(example: Example) -> Image.Image | None:
+    """An example's mask, cropped as its picture; None if all of it counts.
+
+    Raises:
+        DataError: Nothing that the mask shows is left after the crop.
+    """
+    mask = None if example.mask is None else load_mask(example.mask, example.path)
+    if mask is None:
+        return None
+    cropped = crop_to_bucket(mask, *example.bucket)
+    if cropped.getextrema() == (0, 0):
+        width, height = example.bucket
+        raise DataError(
+            f"What the mask of {example.name} shows is cut off in the crop to {width} x {height} pixels. "
+            "Crop the picture yourself, or take it out."
+        )
+    return cropped
 
 
 class Pixels(Mapping[str, Image.Image]):

@@ -49,7 +49,7 @@ class TrainingData:
         yield from self.cache.fill_text(caption(*visit) for caption in kinds for visit in visits)
 
     def identities(self) -> dict[str, str]:
-        """What every picture is, by name: a hash of its pixels, its caption, and the networks that read them."""
+        """What every picture is, by name: a hash of its pixels, mask and caption, and the networks that read them."""
         return {example.name: self.cache.identity(example) for example in self.dataset.examples}
 
     def name(self, index: int) -> str:
@@ -59,6 +59,10 @@ class TrainingData:
     def moments(self, index: int) -> Tensor:
         """The VAE's moments of an example, (2C, h, w)."""
         return self.cache.moments(self.dataset.examples[index])
+
+    def mask(self, index: int) -> Tensor | None:
+        """What counts of an example, (1, h, w) in [0, 1]; None if all of it does."""
+        return self.cache.mask(self.dataset.examples[index])
 
     def text(self, visits: list[tuple[int, int]]) -> TextStates:
         """Text states of (example, visit) pairs, the batch first."""

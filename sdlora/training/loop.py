@@ -241,7 +241,8 @@ class Trainer:
         loss, preservation = self.config.loss, self.config.train.preservation_weight
         latents, noise = self._latents_and_noise(visits)
         pairs = [(visit.example, visit.visit) for visit in visits]
-        batch = Batch(latents, noise, torch.tensor(list(timesteps)), self.data.text(pairs))
+        text, weights = self.data.text(pairs), self._weights(visits, latents)
+        batch = Batch(latents, noise, torch.tensor(list(timesteps)), text, weights)
         distance: Tensor | float = 0.0
         if preservation > 0:
             class_text = self.data.preserved_text(pairs)
@@ -255,6 +256,16 @@ class Trainer:
         alphas_cumprod = self.base.alphas_cumprod[batch.timesteps.to(self.base.device)]
         weight = loss_weight(loss.weighting, alphas_cumprod, self.base.prediction_type, loss.gamma)
         return plain, weight * plain + preservation * distance
+
+    def _weights(self, visits: Sequence[Visit], latents: Tensor) -> Tensor | None:
+        """How much each place of the pictures counts, (B, 1, h, w), or None where no picture has a mask."""
+        masks = [self.data.mask(visit.example) for visit in visits]
+        if all(mask is None for mask in masks):
+            return None
+        whole = torch.ones(1, *latents.shape[2:])
+        shares = torch.stack([whole if mask is None else mask for mask in masks])
+        floor = self.config.loss.mask_floor
+        return floor + (1 - floor) * shares
 
     def _latents_and_noise(self, batch: Sequence[Visit]) -> tuple[Tensor, Tensor]:
         moments = torch.stack([self.data.moments(visit.example) for visit in batch])

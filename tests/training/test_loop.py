@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from sdlora import seeds
 from sdlora.configfile import parse_config
 from sdlora.data.cache import Cache
 from sdlora.data.dataset import load_dataset
+from sdlora.data.masks import MaskKind
 from sdlora.data.order import Visit
 from sdlora.diffusion.coverage import cover
 from sdlora.diffusion.timesteps import Density
@@ -38,10 +41,11 @@ def make_trainer(
     timesteps: dict[str, object] | None = None,
     **train: object,
 ) -> Trainer:
+    masks: MaskKind = "file" if loss and "mask_floor" in loss else "none"
     preserving = {"trigger": "picture", "class_words": ["cat"]} if train.get("preservation_weight") else {}
     config = parse_config(
         {
-            "data": {"folder": "x", "repeats": 2, **preserving},
+            "data": {"folder": "x", "repeats": 2, "masks": masks, **preserving},
             "train": {"epochs": 1, "batch_size": 2, **train},
             "lora": {"rank": 2},
             "loss": loss or {},
@@ -52,7 +56,9 @@ def make_trainer(
     base = load_base(str(base_folder), device=torch.device("cpu"), dtype=dtype)
     paths = find_targets(base.unet, targets, base.text_encoder)
     adapter = inject(base.unet, paths, 2, 2.0, 0, form=form, text_encoder=base.text_encoder)
-    dataset = load_dataset(pictures, caption=None, trigger=None, allow_trigger_only=False, background="white")
+    dataset = load_dataset(
+        pictures, caption=None, trigger=None, allow_trigger_only=False, background="white", masks=masks
+    )
     dataset = dataset.with_buckets(32, 8, buckets=False)
     data = TrainingData(
         dataset,
@@ -151,6 +157,45 @@ def test_what_is_minimised_is_the_weighted_loss(tiny_base: Path, pictures: Path,
     alphas_cumprod = trainer.base.alphas_cumprod[[20, 600]].double()
     snr = alphas_cumprod / (1 - alphas_cumprod)
     torch.testing.assert_close(objective, (snr.clamp(max=2.0) / snr).float() * loss)
+
+
+def test_hidden_parts_count_as_much_as_the_floor(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(pictures, folder)
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 12))
+    mask.save(folder / "blue-mask.png")
+    trainer = make_trainer(tiny_base, folder, tmp_path / "cache", loss={"mask_floor": 0.25})
+    plain = make_trainer(tiny_base, pictures, tmp_path / "cache")
+    # Latents of 4 x 4 pixels: the mask covers 4 columns of 3 rows.
+    weights = torch.full((8, 8), 0.25)
+    weights[:3, :4] = 1.0
+    base, visits = trainer.base, [Visit(0, 1), Visit(1, 1)]
+    assert [trainer.data.name(visit.example) for visit in visits] == ["blue.png", "green.png"]
+    with torch.no_grad():
+        found = trainer.losses_per_example(visits, [600, 600])[0]
+        latents, noise = trainer._latents_and_noise(visits)
+        alpha = base.alphas_cumprod[600]
+        text = trainer.data.text([(0, 1), (1, 1)])
+        answer = base.predict(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, torch.tensor([600, 600]), text)
+        whole = plain.losses_per_example(visits, [600, 600])[0]
+    errors = (answer - noise).pow(2)
+    expected = (errors[0] * weights).sum() / (4 * weights.sum())
+    torch.testing.assert_close(found, torch.stack([expected, errors[1].mean()]))
+    torch.testing.assert_close(whole, errors.mean(dim=(1, 2, 3)))
+
+
+def test_a_changed_mask_is_another_picture(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(pictures, folder)
+    found = [make_trainer(tiny_base, folder, tmp_path / "cache", loss={"mask_floor": 0.5}).data.identities()]
+    for width in (8, 16):
+        mask = Image.new("L", (32, 32))
+        mask.paste(255, (0, 0, width, 32))
+        mask.save(folder / "blue-mask.png")
+        found.append(make_trainer(tiny_base, folder, tmp_path / "cache", loss={"mask_floor": 0.5}).data.identities())
+    assert len({identities["blue.png"] for identities in found}) == 3
+    assert len({identities["red.png"] for identities in found}) == 1
 
 
 def test_noise_offset_shifts_whole_channels(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
