@@ -24,8 +24,8 @@ from rich.console import Console
 from sdlora import __version__
 from sdlora.cli_check import check_app
 from sdlora.cli_tools import tools_app
-from sdlora.config import DataConfig
 from sdlora.configfile import dump_toml, json_schema, load_config
+from sdlora.dataconfig import DataConfig
 from sdlora.errors import DataError, SdloraError
 from sdlora.quiet import quiet_libraries
 from sdlora.shipped import resolve_data_folder

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from PIL import ImageColor
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from sdlora.dataconfig import DataConfig
+from sdlora.dataconfig import Section as _Section
 
 MAX_EPOCHS = 5
 Target = Literal["cross_attention", "self_attention", "mlp", "projection", "conv", "text_encoder"]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class BaseConfig(_Section):
@@ -28,51 +26,6 @@ class BaseConfig(_Section):
     variant: str | None = Field(
         None, description="Variant of the weight files, such as 'fp16'; the plain ones if unset."
     )
-
-
-class DataConfig(_Section):
-    """Which pictures are trained, and with which words."""
-
-    folder: str = Field(
-        "",
-        description="Folder of pictures with captions, seen from where you are; 'builtin:NAME' is a shipped set.",
-    )
-    holdout: str | None = Field(
-        None, description="Folder of pictures that are never trained on; the held-out loss is measured on them."
-    )
-    holdout_split: bool = Field(
-        True, description="Without data.holdout, keep 2 to 4 of 20 or more pictures out of training for that loss."
-    )
-    caption: str | None = Field(None, description="One caption for every picture that has none of its own.")
-    trigger: str | None = Field(None, description="A word put in front of every caption that does not contain it.")
-    class_words: list[Annotated[str, Field(min_length=1)]] = Field(
-        [],
-        description="What there is beside the trigger's subject ('cat', 'red house'), for train.preservation_weight.",
-    )
-    allow_trigger_only: bool = Field(False, description="Pictures without a caption get the trigger alone.")
-    repeats: int = Field(1, ge=1, le=1000, description="How often every picture is seen in an epoch.")
-    resolution_px: int | None = Field(
-        None, ge=16, le=4096, description="Training size, as the edge of a square; the base's own size if unset."
-    )
-    buckets: bool = Field(True, description="Keep the shape of wide and tall pictures; otherwise crop to squares.")
-    bucket_step_px: int = Field(64, ge=8, le=512, description="Widths and heights of buckets are multiples of this.")
-    background: str = Field("white", description="The colour laid under transparent pixels, by name or as #rrggbb.")
-    masks: Literal["none", "alpha", "file"] = Field(
-        "none",
-        description="What of a picture is trained: all of it, what is not transparent ('alpha'), or what is white in "
-        "NAME-mask.png beside it ('file').",
-    )
-    shuffle_tags: bool = Field(False, description="Shuffle the comma-separated parts of captions at every visit.")
-    keep_tags: int = Field(1, ge=0, le=100, description="How many parts stay in front when tags are shuffled.")
-    caption_dropout: float = Field(
-        0.0, ge=0.0, le=1.0, description="Share of visits without any caption, which keeps guidance working."
-    )
-
-    @field_validator("background")
-    @classmethod
-    def _known_color(cls, value: str) -> str:
-        ImageColor.getrgb(value)
-        return value
 
 
 class LoraConfig(_Section):
@@ -181,8 +134,8 @@ class TrainConfig(_Section):
         0.0,
         ge=0.0,
         le=100.0,
-        description="How strongly the base's answers are kept where a class word stands in the trigger's place; "
-        "above 0 a step takes about twice as long.",
+        description="How much it counts, beside 1 for the set, that what is beside your subject stays as the base "
+        "knows it; data.class_words or data.preservation_folder say what. Above 0 a step takes about twice as long.",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="What the frozen base computes in; auto is bf16 on GPUs that have it, else fp32."
@@ -362,9 +315,17 @@ class RunConfig(_Section):
 
     @model_validator(mode="after")
     def _preservation_is_whole(self) -> RunConfig:
-        weight, words, trigger = self.train.preservation_weight, self.data.class_words, self.data.trigger
-        if weight > 0 and not (words and trigger):
-            raise ValueError("train.preservation_weight needs data.trigger and data.class_words")
-        if words and weight == 0:
-            raise ValueError("data.class_words does nothing unless train.preservation_weight is above 0")
+        data, weight = self.data, self.train.preservation_weight
+        ways = [name for name in ("class_words", "preservation_folder") if getattr(data, name)]
+        if weight > 0 and len(ways) != 1:
+            raise ValueError(
+                "train.preservation_weight needs to know what is preserved: either data.class_words (no pictures "
+                "needed) or data.preservation_folder (pictures of your own)"
+            )
+        if ways and weight == 0:
+            raise ValueError(f"data.{ways[0]} does nothing unless train.preservation_weight is above 0")
+        if data.class_words and not all(one.trigger for one in data.all_sets()):
+            raise ValueError("data.class_words stand in the trigger's place: set data.trigger, or one in every set")
+        if data.preservation_caption and not data.preservation_folder:
+            raise ValueError("data.preservation_caption belongs to data.preservation_folder")
         return self

@@ -21,7 +21,7 @@ from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml, load_config, options
 from sdlora.data.dataset import Pixels
 from sdlora.errors import ConfigError, DataError, OutOfMemoryError, SdloraError
-from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, RunDone
+from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, PlannedSet, RunDone
 from sdlora.files import atomic_path, remove_partial, write_json
 from sdlora.lora.export import LoraMetadata, save_lora
 from sdlora.lora.prove import prove_lora
@@ -116,9 +116,10 @@ def _check_same(config: RunConfig, folder: RunFolder) -> None:
 
 
 def _pictures(parts: Parts) -> dict[str, str]:
-    """What is trained and held out, by name: a hash of pixels, caption and networks."""
+    """What is trained, preserved and held out, by name: a hash of pixels, caption and networks."""
     heldout = {} if parts.heldout is None else parts.heldout.data.identities()
-    return parts.data.identities() | {f"held out: {name}": identity for name, identity in heldout.items()}
+    preserved = {} if parts.preserved is None else parts.preserved.identities()
+    return parts.data.identities() | preserved | {f"held out: {name}": found for name, found in heldout.items()}
 
 
 def _check_same_pictures(before: dict[str, str], now: dict[str, str]) -> None:
@@ -147,9 +148,11 @@ def _events(
     yield _plan(parts)
     for message in parts.notices:
         yield Notice(message)
-    yield from parts.data.fill(config.train.epochs * config.data.repeats, config.data.background)
+    yield from parts.data.fill(config.data.background, trainer.plan.timesteps)
+    if parts.preserved is not None:
+        yield from parts.preserved.fill(config.data.background, trainer.preserved_plan.timesteps)
     if parts.heldout is not None:
-        yield from parts.heldout.data.fill(1, config.data.background)
+        yield from parts.heldout.data.fill(config.data.background)
     if parts.checker is not None:
         for progress in parts.checker.prepare(config.data.background):
             yield progress
@@ -202,14 +205,26 @@ def _events(
 
 def _plan(parts: Parts) -> PlanMade:
     config = parts.config
+    examples = parts.data.dataset.examples
+    sets = [
+        PlannedSet(
+            one.title,
+            sum(example.name.startswith(f"{one.title}/") for example in examples),
+            one.repeats or 1,
+            (one.repeats or 1) * config.train.epochs,
+        )
+        for one in config.data.all_sets()
+        if config.data.sets
+    ]
+    repeats = max(example.repeats for example in examples)
     heldout = () if parts.heldout is None else parts.heldout.data.dataset.examples
     return PlanMade(
-        pictures=len(parts.data.dataset.examples),
+        pictures=len(examples),
         heldout_pictures=len(heldout),
         split_off=[] if config.data.holdout is not None else [example.name for example in heldout],
-        repeats=config.data.repeats,
+        repeats=repeats,
         epochs=config.train.epochs,
-        exposures_per_picture=config.data.repeats * config.train.epochs,
+        exposures_per_picture=repeats * config.train.epochs,
         batch_size=config.train.batch_size,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         steps=parts.trainer.total_steps,
@@ -218,6 +233,8 @@ def _plan(parts: Parts) -> PlanMade:
         targets=list(config.lora.targets),
         device=str(parts.device),
         precision=parts.precision,
+        sets=sets,
+        preserved_pictures=0 if parts.preserved is None else len(parts.preserved.dataset.examples),
     )
 
 
@@ -282,7 +299,7 @@ def _metadata(parts: Parts, event: EpochDone) -> LoraMetadata:
         base=parts.base.path,
         architecture=parts.base.architecture,
         resolution_px=config.data.resolution_px or parts.base.resolution_px,
-        trigger=config.data.trigger,
+        trigger=", ".join(dict.fromkeys(one.trigger for one in config.data.all_sets() if one.trigger)) or None,
         epoch=event.epoch,
         step=event.step,
         started=parts.folder.config.stat().st_mtime,

@@ -54,6 +54,10 @@ class Cache:
         self._keys: dict[Example, str] = {}
         self._text: dict[str, TextStates] = {}
 
+    def knows(self, example: Example) -> bool:
+        """Whether a picture was filled in this run."""
+        return example in self._keys
+
     def moments(self, example: Example) -> Tensor:
         """The VAE's posterior moments of a filled picture, (2C, h, w) float32 on the CPU."""
         return self._moments[example]

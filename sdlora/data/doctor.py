@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -166,6 +166,20 @@ def examine_sizes(sizes: Mapping[str, Bucket], buckets: Mapping[str, Bucket]) ->
     return found
 
 
+def copies_between(sets: Mapping[str, Sequence[Picture]]) -> list[Finding]:
+    """Pictures of one set that are in another, too.
+
+    Args:
+        sets: Pictures by the name of their set, which is put in front of theirs.
+    """
+    renamed = {
+        name: [replace(picture, path=Path(name, picture.path.name)) for picture in pictures]
+        for name, pictures in sets.items()
+    }
+    found = _copies([picture for pictures in renamed.values() for picture in pictures], whole_path=True)
+    return [finding for finding in found if len({Path(file).parent for file in finding.files}) > 1]
+
+
 def warnings_in_short(findings: Sequence[Finding]) -> list[str]:
     """One sentence for each kind of warning, for a run's notices."""
     groups: dict[Kind, list[Finding]] = {}
@@ -229,20 +243,22 @@ def _left_out(folder: Path, files: list[Path], captions: Mapping[str, str]) -> l
     return found
 
 
-def _copies(pictures: list[Picture]) -> list[Finding]:
+def _copies(pictures: list[Picture], *, whole_path: bool = False) -> list[Finding]:
     same: dict[str, list[Picture]] = {}
     for picture in pictures:
         same.setdefault(picture.pixels, []).append(picture)
-    found = [_group("duplicate", "the same picture", group) for group in same.values() if len(group) > 1]
+    groups = [group for group in same.values() if len(group) > 1]
+    found = [_group("duplicate", "the same picture", group, whole_path=whole_path) for group in groups]
     distinct = [group[0] for group in same.values()]
     if distinct:
         for indices in near_duplicates(np.stack([picture.thumbnail for picture in distinct])):
-            found.append(_group("near-duplicate", "near-duplicates", [distinct[index] for index in indices]))
+            alike = [distinct[index] for index in indices]
+            found.append(_group("near-duplicate", "near-duplicates", alike, whole_path=whole_path))
     return found
 
 
-def _group(kind: Kind, what: str, pictures: list[Picture]) -> Finding:
-    names = tuple(picture.path.name for picture in pictures)
+def _group(kind: Kind, what: str, pictures: list[Picture], *, whole_path: bool) -> Finding:
+    names = tuple(picture.path.as_posix() if whole_path else picture.path.name for picture in pictures)
     return Finding(kind, "warning", names, f"{some(names, ' and ')} are {what}; keep one of them.")
 
 
