@@ -275,6 +275,13 @@ class CacheConfig(_Section):
     """Where encoded pictures and captions are kept between runs."""
 
     dir: str | None = Field(None, description="The cache's folder; the user's own cache folder if unset.")
+    max_text_gib: float = Field(
+        2.0,
+        ge=0.0,
+        le=1000.0,
+        description="Encoded captions take up to so much disk and memory; if shuffled tags make more, captions are "
+        "encoded at every visit instead, with the same result.",
+    )
 
 
 class RunConfig(_Section):

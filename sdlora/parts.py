@@ -138,7 +138,7 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")
     preserved = None if loaded.preserved is None else training_data(config, loaded.preserved, loaded.cache)
     trainer = Trainer(config, base, adapter, data, accelerator, preserved)
-    notices += _unmet(trainer)
+    notices += _unmet(trainer) + _keep_text_or_not(config, trainer)
     if config.train.warmup_steps >= trainer.total_steps:
         raise ConfigError(
             f"train.warmup_steps = {config.train.warmup_steps} never ends in {trainer.total_steps} steps. "
@@ -174,6 +174,24 @@ def _unmet(trainer: Trainer) -> list[str]:
     if met == known:
         return []
     return [f"{known - met} of {known} pictures of data.preservation_folder are not reached in a run of this length."]
+
+
+def _keep_text_or_not(config: RunConfig, trainer: Trainer) -> list[str]:
+    """Let captions be encoded at every visit where keeping them all would take too much; says so."""
+    if trainer.data.text_is_trained:
+        return []
+    captions = set(trainer.data.captions(trainer.plan.timesteps))
+    if trainer.preserved is not None:
+        captions |= set(trainer.preserved.captions(trainer.preserved_plan.timesteps))
+    cache, limit_gib = trainer.data.cache, config.cache.max_text_gib
+    needed_gib = cache.text_bytes(len(captions)) / 2**30
+    cache.keeps_text = needed_gib <= limit_gib
+    if cache.keeps_text:
+        return []
+    return [
+        f"{len(captions):,} different captions would take {needed_gib:.2g} GiB (cache.max_text_gib = {limit_gib:g}), "
+        "so each is encoded when it is visited: a step takes a little longer and learns the same."
+    ]
 
 
 def make_checker(

@@ -33,7 +33,7 @@ from sdlora.preview.sheet import contact_sheet
 from sdlora.runfolder import Recorder, RunFolder
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 
-_FREE_WHEN_RESUMING = {"cache.dir", "train.log_every_steps", "train.checkpoint_every_steps"}
+_FREE_WHEN_RESUMING = {"cache.dir", "cache.max_text_gib", "train.log_every_steps", "train.checkpoint_every_steps"}
 
 
 class Stopped(Exception):

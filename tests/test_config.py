@@ -34,6 +34,7 @@ def test_the_list_of_options_is_a_decision() -> None:
         "preview.enabled",
         "preview.prompts", "preview.num_captions", "preview.seeds", "preview.negative_prompt", "preview.num_steps",
         "preview.guidance", "copycheck.enabled", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "cache.dir",
+        "cache.max_text_gib",
     ]  # fmt: skip
 
 

@@ -180,6 +180,7 @@ CHANGES: dict[str, list[str]] = {
 REFUSED_HERE = {"base.variant", "train.device"}
 TESTED_BELOW = {
     "base.revision", "data.holdout", "data.holdout_split", "data.keep_tags", "train.log_every_steps", "cache.dir",
+    "cache.max_text_gib",
     "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2",
 }  # fmt: skip
 
@@ -328,6 +329,27 @@ def test_the_cache_is_where_it_should_be(outcome: Callable[..., str], scene: dic
     outcome(f"cache.dir={folder}")
     assert len(list(folder.glob("moments/*/*.safetensors"))) == 3
     assert len(list(folder.glob("text/*/*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["data.shuffle_tags=true", "data.caption_dropout=0.3"],
+        ["data.shuffle_tags=true", 'data.class_words=["cat", "dog"]', "train.preservation_weight=1"],
+        ["data.preservation_folder=builtin:blueprint", "train.preservation_weight=1", "data.caption_dropout=0.3"],
+        ["copycheck.enabled=true", "preview.num_captions=1"],
+    ],
+)
+def test_captions_that_are_not_kept_train_the_same(
+    changes: list[str], outcome: Callable[..., str], scene: dict[str, str]
+) -> None:
+    folders = [Path(scene["root"]) / f"{name} {abs(hash(str(changes)))}" for name in ("kept", "live")]
+    kept = outcome(*changes, f"cache.dir={folders[0]}")
+    live = outcome(*changes, f"cache.dir={folders[1]}", "cache.max_text_gib=0")
+    assert kept.startswith("common.safetensors")
+    assert live == kept
+    assert list(folders[0].glob("text/*/*.safetensors"))
+    assert not (folders[1] / "text").exists()
 
 
 def test_the_speed_of_a_timestep_rank_and_the_kind_of_start_count(outcome: Callable[..., str]) -> None:
