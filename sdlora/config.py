@@ -271,6 +271,22 @@ class CopyCheckConfig(_Section):
         return self
 
 
+class FileConfig(_Section):
+    """The LoRA file that a run leaves, and what is said beside it."""
+
+    format: Literal["kohya", "peft"] = Field(
+        "kohya", description="Whose names it has: kohya's, which all programs read, or PEFT's, for diffusers and PEFT."
+    )
+    precision: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32", description="How its numbers are stored; fp16 halves the file and rounds them."
+    )
+    thumbnail: bool = Field(True, description="Put a small preview, of no caption and no copy, into the file.")
+    tell_captions: bool = Field(
+        False,
+        description="Tell captions and the folders' names in the file and the model card; else they stay yours.",
+    )
+
+
 class CacheConfig(_Section):
     """Where encoded pictures and captions are kept between runs."""
 
@@ -299,6 +315,7 @@ class RunConfig(_Section):
     loss: LossConfig = LossConfig()
     preview: PreviewConfig = PreviewConfig()
     copycheck: CopyCheckConfig = CopyCheckConfig()
+    file: FileConfig = FileConfig()
     cache: CacheConfig = CacheConfig()
 
     @model_validator(mode="after")

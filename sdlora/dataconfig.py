@@ -95,6 +95,10 @@ class DataConfig(Section):
         own = ({key: value for key, value in one.model_dump().items() if value is not None} for one in self.sets)
         return [SetConfig.model_validate({**common, **settings}) for settings in own]
 
+    def all_triggers(self) -> str | None:
+        """Every trigger, with commas between them; None if there is none."""
+        return ", ".join(dict.fromkeys(one.trigger for one in self.all_sets() if one.trigger)) or None
+
     @model_validator(mode="after")
     def _sets_have_names(self) -> DataConfig:
         if self.sets and self.folder:

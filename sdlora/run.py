@@ -11,20 +11,18 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from sdlora.adapters import limits_elsewhere, timestep_rank
+from sdlora.adapters import limits_elsewhere
 from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml, load_config, options
 from sdlora.data.dataset import Pixels
 from sdlora.errors import ConfigError, DataError, OutOfMemoryError, SdloraError
 from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, PlannedSet, RunDone
-from sdlora.files import atomic_path, remove_partial, write_json
-from sdlora.lora.export import LoraMetadata, save_lora
-from sdlora.lora.prove import prove_lora
+from sdlora.files import atomic_path, remove_partial
+from sdlora.outputs import add_thumbnail, captions_told, export_epoch
 from sdlora.parts import Parts, prepare
 from sdlora.preview.copycheck import EpochCheck, read_checks, recommend
 from sdlora.preview.report import Report, write_report
@@ -67,6 +65,8 @@ def start(
         parts = prepare(config, folder)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(f"The base {config.base.path!r} does not fit into memory. {error}") from error
+    if config.file.tell_captions:
+        captions_told(parts.data.dataset.examples)  # an error now, rather than at the end of an epoch
     if not resume:
         folder.create(dump_toml(config))
     remove_partial(folder.path)
@@ -252,13 +252,15 @@ def _judge_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> It
         losses[event.epoch] = event.heldout_loss
     yield event
     if event.epoch > 0:
-        _export(parts, event)
+        export_epoch(parts, event)
     if parts.previews is not None:
         if parts.checker is not None:
             yield from parts.checker.epoch(event.epoch, folder.epoch(event.epoch), folder.epoch(0))
         else:
             yield from draw_epoch(parts.base, parts.previews, event.epoch, folder.epoch(event.epoch))
         _write_sheet(parts, parts.previews, event.epoch)
+        if event.epoch > 0 and parts.config.file.thumbnail:
+            add_thumbnail(folder.epoch_lora(event.epoch), parts.previews, folder.epoch(event.epoch))
     done = f"Epoch {event.epoch} of {parts.config.train.epochs}" if event.epoch else "The base, before training"
     _report(parts, [f"{done}. This page is written anew after every epoch."])
 
@@ -290,28 +292,3 @@ def _write_sheet(parts: Parts, request: PreviewRequest, last_epoch: int) -> None
     labels = [prompt for prompt in request.prompts for _ in request.seeds]
     columns = [("base" if epoch == 0 else f"epoch {epoch}", files(epoch)) for epoch in range(last_epoch + 1)]
     contact_sheet(labels, columns, parts.folder.sheet)
-
-
-def _metadata(parts: Parts, event: EpochDone) -> LoraMetadata:
-    config = parts.config
-    return LoraMetadata(
-        name=parts.folder.name,
-        base=parts.base.path,
-        architecture=parts.base.architecture,
-        resolution_px=config.data.resolution_px or parts.base.resolution_px,
-        trigger=", ".join(dict.fromkeys(one.trigger for one in config.data.all_sets() if one.trigger)) or None,
-        epoch=event.epoch,
-        step=event.step,
-        started=parts.folder.config.stat().st_mtime,
-        settings={"seed": config.seed}
-        | {name: getattr(config, name).model_dump() for name in ("lora", "train", "timesteps", "loss")},
-        timestep_rank=timestep_rank(config.lora),
-    )
-
-
-def _export(parts: Parts, event: EpochDone) -> None:
-    """Write an epoch's LoRA, load it back through diffusers, and keep the figures beside it."""
-    file, state = parts.folder.epoch_lora(event.epoch), parts.adapter.state()
-    save_lora(file, state, metadata=_metadata(parts, event))
-    proof = prove_lora(file, state, parts.base.fresh_pipeline(), timestep_rank(parts.config.lora))
-    write_json(file.with_name("proof.json"), asdict(proof))

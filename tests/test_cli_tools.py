@@ -95,6 +95,22 @@ def test_both_names_are_the_same_lora_to_diffusers(
         assert described[0][key] == described[1][key] == described[2][key], key
 
 
+def test_a_file_is_stored_in_another_type(fresh: Any, tmp_path: Path, capsys: Capture) -> None:
+    file, half, back = made(tmp_path, fresh, "ours"), tmp_path / "half.safetensors", tmp_path / "back.safetensors"
+    assert "weights rounded to float16" in run(capsys, "convert", file, half, "--to", "kohya", "--precision", "fp16")
+    assert "unchanged" in run(capsys, "convert", half, back, "--to", "kohya", "--precision", "fp32")
+    original, rounded, again = (load_file(path) for path in (file, half, back))
+    for key, tensor in original.items():
+        expected = tensor if key.endswith(".alpha") else tensor.half()
+        assert torch.equal(rounded[key], expected)
+        assert torch.equal(again[key], expected.float())
+        assert rounded[key].dtype == expected.dtype
+    code, _, err = call(
+        capsys, "convert", str(file), str(tmp_path / "x.safetensors"), "--to", "kohya", "--precision", "fp8"
+    )
+    assert (code, "fp16" in err) == (2, True)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_one_lora_of_weight_1_is_bitwise_equal(kind: str, fresh: Any, tmp_path: Path, capsys: Capture) -> None:
     file, merged, plain = made(tmp_path, fresh, kind), tmp_path / "merged.safetensors", tmp_path / "plain.safetensors"

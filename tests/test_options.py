@@ -176,11 +176,15 @@ CHANGES: dict[str, list[str]] = {
     "preview.num_steps": ["preview.num_steps=3"],
     "preview.guidance": ["preview.guidance=2.0"],
     "copycheck.enabled": ["copycheck.enabled=true"],
+    "file.format": ["file.format=peft"],
+    "file.precision": ["file.precision=fp16"],
 }
 REFUSED_HERE = {"base.variant", "train.device"}
 TESTED_BELOW = {
     "base.revision", "data.holdout", "data.holdout_split", "data.keep_tags", "train.log_every_steps", "cache.dir",
     "cache.max_text_gib",
+    "file.thumbnail",
+    "file.tell_captions",
     "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2",
 }  # fmt: skip
 
