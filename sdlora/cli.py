@@ -23,6 +23,7 @@ from rich.console import Console
 
 from sdlora import __version__
 from sdlora.cli_check import check_app
+from sdlora.cli_hub import hub_app
 from sdlora.cli_tools import tools_app
 from sdlora.configfile import dump_toml, json_schema, load_config
 from sdlora.dataconfig import DataConfig
@@ -52,6 +53,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(check_app)
+app.add_typer(hub_app)
 app.add_typer(tools_app)
 
 Overrides = Annotated[

@@ -281,6 +281,9 @@ class FileConfig(_Section):
         "fp32", description="How its numbers are stored; fp16 halves the file and rounds them."
     )
     thumbnail: bool = Field(True, description="Put a small preview, of no caption and no copy, into the file.")
+    licence: str | None = Field(
+        None, pattern=r"^[a-z0-9.-]+$", description="The licence in the model card, by the Hub's name: 'cc-by-4.0'."
+    )
     tell_captions: bool = Field(
         False,
         description="Tell captions and the folders' names in the file and the model card; else they stay yours.",

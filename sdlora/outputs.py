@@ -106,9 +106,17 @@ def add_thumbnail(file: Path, request: PreviewRequest, folder: Path) -> None:
     add_metadata(file, {"modelspec.thumbnail": f"data:image/jpeg;base64,{text}"})
 
 
-def presentable(request: PreviewRequest, folder: Path) -> list[tuple[str, str]]:
-    """The previews that may be shown to everyone, file name and prompt: of no caption, and no copies."""
+def presentable(request: PreviewRequest, folder: Path, *, captions: bool = False) -> list[tuple[str, str]]:
+    """The previews that may be shown to everyone, file name and prompt: no copies, and of no caption.
+
+    Args:
+        request: What was drawn.
+        folder: The epoch's.
+        captions: Whether those of captions are among them, last.
+    """
     check = EpochCheck.read(folder)
     copies = {match.file.rpartition("/")[2] for match in check.previews if match.significant} if check else set()
     drawn = zip(request.file_names(), request.wanted(), request.kinds(), strict=True)
-    return [(file, prompt) for file, (prompt, _), kind in drawn if kind == "novel" and file not in copies]
+    found = [(file, prompt, kind) for file, (prompt, _), kind in drawn if file not in copies]
+    kinds = ("novel", "training") if captions else ("novel",)
+    return [(file, prompt) for wanted in kinds for file, prompt, kind in found if kind == wanted]

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from sdlora.adapters import limits_elsewhere
+from sdlora.card import write_card
 from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml, load_config, options
 from sdlora.data.dataset import Pixels
@@ -31,7 +32,13 @@ from sdlora.preview.sheet import contact_sheet
 from sdlora.runfolder import Recorder, RunFolder
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 
-_FREE_WHEN_RESUMING = {"cache.dir", "cache.max_text_gib", "train.log_every_steps", "train.checkpoint_every_steps"}
+_FREE_WHEN_RESUMING = {
+    "cache.dir",
+    "cache.max_text_gib",
+    "file.licence",
+    "train.checkpoint_every_steps",
+    "train.log_every_steps",
+}
 
 
 class Stopped(Exception):
@@ -145,7 +152,8 @@ def _events(
     parts: Parts, recorder: Recorder, resume: bool, should_stop: Callable[[], bool], begin: float
 ) -> Iterator[Event]:
     config, trainer, folder = parts.config, parts.trainer, parts.folder
-    yield _plan(parts)
+    plan = _plan(parts)
+    yield plan
     for message in parts.notices:
         yield Notice(message)
     yield from parts.data.fill(config.data.background, trainer.plan.timesteps)
@@ -200,6 +208,7 @@ def _events(
     for message in limits:
         yield Notice(message)
     _report(parts, [reason, proven, *limits], kept=epoch)
+    write_card(parts, plan, epoch)
     yield RunDone(str(folder.lora), str(folder.path), time.monotonic() - begin)
 
 

@@ -34,7 +34,7 @@ def test_the_list_of_options_is_a_decision() -> None:
         "preview.enabled",
         "preview.prompts", "preview.num_captions", "preview.seeds", "preview.negative_prompt", "preview.num_steps",
         "preview.guidance", "copycheck.enabled", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2",
-        "file.format", "file.precision", "file.thumbnail", "file.tell_captions", "cache.dir",
+        "file.format", "file.precision", "file.thumbnail", "file.licence", "file.tell_captions", "cache.dir",
         "cache.max_text_gib",
     ]  # fmt: skip
 

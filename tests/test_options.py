@@ -184,6 +184,7 @@ TESTED_BELOW = {
     "base.revision", "data.holdout", "data.holdout_split", "data.keep_tags", "train.log_every_steps", "cache.dir",
     "cache.max_text_gib",
     "file.thumbnail",
+    "file.licence",
     "file.tell_captions",
     "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2",
 }  # fmt: skip
