@@ -28,8 +28,8 @@ from sdlora.preview.copycheck import EpochCheck
 from sdlora.preview.sampler import PreviewRequest
 
 THUMBNAIL_PX = 256
-# Half of what ComfyUI reads, which leaves the other half for names and shapes.
-MOST_PRIVATE_BYTES = 1 << 19
+# A quarter of what ComfyUI reads: names and shapes of all of SDXL take another third.
+MOST_PRIVATE_BYTES = 1 << 18
 
 
 def export_epoch(parts: Parts, event: EpochDone) -> None:

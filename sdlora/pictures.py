@@ -42,18 +42,14 @@ def read_pictures(config: RunConfig) -> Pictures:
         DataError: Any folder has faults.
         ConfigError: A folder is named for two things.
     """
-    data = config.data
-    sets = data.all_sets()
-    trained = _read_sets(config, sets)
-    beside = SetConfig(folder=data.holdout, caption=data.caption, trigger=data.trigger) if data.holdout else None
-    heldout = None if beside is None else _read(config, beside)
-    kept = (
-        SetConfig(folder=data.preservation_folder, caption=data.preservation_caption)
-        if (data.preservation_folder)
-        else None
-    )
-    preserved = None if kept is None else _read(config, kept)
+    data, sets = config.data, config.data.all_sets()
     _refuse_one_folder_twice(config, sets)
+    trained = _read_sets(config, sets)
+    heldout = preserved = None
+    if data.holdout:
+        heldout = _read(config, SetConfig(folder=data.holdout, caption=data.caption, trigger=data.trigger))
+    if data.preservation_folder:
+        preserved = _read(config, SetConfig(folder=data.preservation_folder, caption=data.preservation_caption))
     if heldout is None and data.holdout_split:
         trained, heldout = split_off(trained, config.seed)
     notices = trained.notices
@@ -88,19 +84,22 @@ def _read(config: RunConfig, one: SetConfig, *, masks: bool = False) -> Dataset:
 
 
 def _refuse_one_folder_twice(config: RunConfig, sets: Sequence[SetConfig]) -> None:
-    data = config.data
     trained = [resolve_data_folder(one.folder).resolve() for one in sets]
+    heldout, preserved = (
+        None if folder is None else resolve_data_folder(folder).resolve()
+        for folder in (config.data.holdout, config.data.preservation_folder)
+    )
     if len(set(trained)) < len(trained):
         raise ConfigError("data.sets names a folder twice. Name each once, and give it more repeats.")
-    if data.holdout is not None and resolve_data_folder(data.holdout).resolve() in trained:
+    if heldout in trained:
         raise ConfigError(
             "data.holdout is data.folder: what is trained cannot be held out. Leave data.holdout unset, and a few "
             "pictures are kept out of training, or name another folder."
         )
-    if data.preservation_folder is not None and resolve_data_folder(data.preservation_folder).resolve() in trained:
+    if preserved is not None and preserved in (*trained, heldout):
         raise ConfigError(
-            "data.preservation_folder is trained as the set, too. It takes pictures of what is beside your subject: "
-            "name another folder."
+            "data.preservation_folder is trained as the set or held out, too. It takes pictures of what is beside your "
+            "subject: name another folder."
         )
 
 

@@ -89,8 +89,8 @@ def test_captions_too_long_to_tell_are_refused_before_the_run(
 ) -> None:
     example = Example("a", tmp_path / "a", "word, " * 10, (8, 8))
     assert json.loads(captions_told([example])["ss_tag_frequency"]) == {tmp_path.name: {"word": 10}}
-    with pytest.raises(ConfigError, match="at most 524288 fit"):
-        captions_told([replace(example, caption=", ".join(map(str, range(60_000))))])
+    with pytest.raises(ConfigError, match="at most 262144 fit"):
+        captions_told([replace(example, caption=", ".join(map(str, range(40_000))))])
 
 
 @pytest.mark.parametrize("names", ["kohya", "peft"])

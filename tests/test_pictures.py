@@ -130,7 +130,11 @@ def test_folders_that_cannot_go_together_are_refused(
     cases = [
         (["data.folder=", twice], "names a folder twice"),
         ([f"data.holdout={pictures}"], "what is trained cannot be held out"),
-        ([f"data.preservation_folder={pictures}", "train.preservation_weight=1"], "is trained as the set, too"),
+        ([f"data.preservation_folder={pictures}", "train.preservation_weight=1"], "is trained as the set or held out"),
+        (
+            [f"data.preservation_folder={others}", f"data.holdout={others}", "train.preservation_weight=1"],
+            "is trained as the set or held out",
+        ),
     ]
     for changes, reason in cases:
         with pytest.raises(ConfigError, match=reason):
