@@ -22,11 +22,22 @@ class BaseConfig(_Section):
     """Which model is adapted."""
 
     path: str = Field(
-        "pocket", description="The base: 'pocket' (built in), a folder in diffusers' layout, or a hub id."
+        "pocket",
+        description="The base: 'pocket' (built in), a folder in diffusers' layout, a .safetensors checkpoint, or a hub "
+        "id.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id; the hub's default if unset.")
     variant: str | None = Field(
         None, description="Variant of the weight files, such as 'fp16'; the plain ones if unset."
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="What the base predicts, where its files do not tell; 'v_prediction' for 2.x at 768 px."
+    )
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        le=24,
+        description="Which layer of the text encoder is read, counted from the last (1); the family's own if unset.",
     )
 
 
@@ -59,6 +70,9 @@ class DataConfig(_Section):
     background: str = Field("white", description="The colour laid under transparent pixels, by name or as #rrggbb.")
     shuffle_tags: bool = Field(False, description="Shuffle the comma-separated parts of captions at every visit.")
     keep_tags: int = Field(1, ge=0, le=100, description="How many parts stay in front when tags are shuffled.")
+    max_token_windows: int = Field(
+        1, ge=1, le=8, description="How many windows of 75 tokens are read of a caption; what is longer is cut off."
+    )
     caption_dropout: float = Field(
         0.0, ge=0.0, le=1.0, description="Share of visits without any caption, which keeps guidance working."
     )

@@ -22,8 +22,9 @@ from sdlora.errors import ConfigError
 from sdlora.lora.inject import Adapter
 from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
-from sdlora.models.load import load_base
-from sdlora.models.sd import weights_identity
+from sdlora.models.load import LoadOptions, load_base
+from sdlora.models.text import TextOptions
+from sdlora.models.latent import weights_identity
 from sdlora.preview.arbiter import load_arbiters
 from sdlora.preview.checker import Checker, Subject
 from sdlora.preview.nulls import make_gallery
@@ -101,9 +102,7 @@ def load(config: RunConfig) -> Loaded:
     if heldout is None and config.data.holdout_split:
         dataset, heldout = split_off(dataset, config.seed)
     notices = list(dataset.notices)
-    base = load_base(
-        config.base.path, device=device, dtype=dtype, revision=config.base.revision, variant=config.base.variant
-    )
+    base = load_base(config.base.path, device=device, dtype=dtype, options=_load_options(config))
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
     unassigned, dataset = dataset, _with_buckets(config, base, dataset)
@@ -133,7 +132,7 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
     """
     loaded = load(config)
     base, notices = loaded.base, loaded.notices
-    targets = find_targets(base.unet, config.lora.targets, base.text_encoder)
+    targets = find_targets(base.unet, config.lora.targets, base.text_encoders)
     adapter = make_adapter(config, base, targets)
     rank = max(config.lora.ranks())
     if rank > HIGH_RANK:
@@ -228,6 +227,12 @@ def _load_dataset(config: RunConfig, folder: str) -> Dataset:
         allow_trigger_only=data.allow_trigger_only,
         background=data.background,
     )
+
+
+def _load_options(config: RunConfig) -> LoadOptions:
+    base = config.base
+    text = TextOptions(base.clip_skip, config.data.max_token_windows)
+    return LoadOptions(base.revision, base.variant, base.prediction_type, text)
 
 
 def _with_buckets(config: RunConfig, base: BaseModel, dataset: Dataset) -> Dataset:

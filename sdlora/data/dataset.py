@@ -26,12 +26,14 @@ class Example:
         path: Where it is.
         caption: Its caption as written.
         bucket: Width and height it is trained at, in pixels; its own size until buckets are assigned.
+        size_px: Its own width and height, upright.
     """
 
     name: str
     path: Path
     caption: str
     bucket: Bucket
+    size_px: Bucket
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ def load_dataset(
     faults = [finding.message for finding in checkup.findings if finding.severity == "error"]
     if faults:
         raise DataError(f"The folder {str(folder)!r} has faults:\n" + "\n".join(f"  {fault}" for fault in faults))
-    examples = (Example(p.path.name, p.path, p.caption or "", p.size) for p in checkup.pictures)
+    examples = (Example(p.path.name, p.path, p.caption or "", p.size, p.size) for p in checkup.pictures)
     return Dataset(folder, tuple(examples), tuple(warnings_in_short(checkup.findings)))
 
 

@@ -19,12 +19,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import sdlora
+from sdlora.diffusion.noise import PredictionType
 from sdlora.files import atomic_path
 from sdlora.lora.formats import family_of, parse_lora, read_tensors, tensors_sha256
 from sdlora.lora.inject import LoraState
-from sdlora.lora.keys import PEFT_METADATA, UNET_PREFIX, file_form, to_kohya, to_peft
+from sdlora.lora.keys import PEFT_METADATA, UNET_PREFIX, file_form, first_text_encoder, to_kohya, to_peft
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora.tools import update
+from sdlora.models.architectures import family_named
 
 _KINDS = {
     "cross_attention": r"_attn2_",
@@ -50,6 +52,8 @@ class LoraMetadata:
         started: When training began, in seconds since 1970.
         settings: The settings worth knowing later, JSON values.
         timestep_rank: The ranks to use at each noise level, which the file's weights alone cannot tell.
+        prediction_type: What the base predicts.
+        clip_skip: Which of the text encoder's layers was read, counted from the last; None for the family's own.
     """
 
     name: str
@@ -62,6 +66,8 @@ class LoraMetadata:
     started: float
     settings: dict[str, Any]
     timestep_rank: TimestepRank | None = None
+    prediction_type: PredictionType = "epsilon"
+    clip_skip: int | None = None
 
 
 def save_lora(path: Path, state: LoraState, *, metadata: LoraMetadata) -> None:
@@ -77,7 +83,8 @@ def save_lora(path: Path, state: LoraState, *, metadata: LoraMetadata) -> None:
     if any(weights.magnitude is not None for weights in form.values()):
         tensors, extra[PEFT_METADATA] = to_peft(form)
     else:
-        tensors = to_kohya(form)
+        family = family_named(metadata.architecture)
+        tensors = to_kohya(form, first_text_encoder=first_text_encoder(two=len(family.text_encoders) > 1))
     if metadata.timestep_rank is not None:
         extra["sdlora.timestep_rank_min"] = str(metadata.timestep_rank.rank_min)
         extra["sdlora.timestep_rank_alpha"] = str(metadata.timestep_rank.alpha)
@@ -90,20 +97,22 @@ def save_lora(path: Path, state: LoraState, *, metadata: LoraMetadata) -> None:
 def _header(state: LoraState, tensors: dict[str, Tensor], metadata: LoraMetadata) -> dict[str, str]:
     ranks = Counter(weights.down.shape[0] for weights in state.values())
     alphas = Counter(weights.alpha for weights in state.values())
+    family = family_named(metadata.architecture)
     base_name = Path(metadata.base).name
     size = f"{metadata.resolution_px}x{metadata.resolution_px}"
     header = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{metadata.architecture}/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.prediction_type": "v" if metadata.prediction_type == "v_prediction" else "epsilon",
         "modelspec.title": metadata.name,
         "modelspec.resolution": size,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.hash_sha256": "0x" + tensors_sha256(tensors),
         "ss_output_name": metadata.name,
         "sshs_model_hash": tensors_sha256(tensors),
-        "ss_base_model_version": "sd_v1",
-        "ss_v2": "False",
+        "ss_base_model_version": family.base_version + ("_v" if metadata.architecture.endswith("-v") else ""),
+        "ss_v2": str(family.base_version == "sd_v2"),
         "ss_sd_model_name": base_name,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.most_common(1)[0][0]),
@@ -115,6 +124,8 @@ def _header(state: LoraState, tensors: dict[str, Tensor], metadata: LoraMetadata
         "sdlora.version": sdlora.__version__,
         "sdlora.settings": json.dumps(metadata.settings, sort_keys=True),
     }
+    if metadata.clip_skip is not None:
+        header["ss_clip_skip"] = str(metadata.clip_skip)
     if metadata.trigger:
         header["modelspec.trigger_phrase"] = metadata.trigger
         header["modelspec.usage_hint"] = f"Write {metadata.trigger} in the prompt."

@@ -148,3 +148,8 @@ ARCHITECTURES: dict[Family, Architecture] = {
         scheduler={"_class_name": "EulerDiscreteScheduler", **_SCHEDULE, "timestep_spacing": "leading"},
     ),
 }
+
+
+def family_named(modelspec: str) -> Architecture:
+    """The family whose name ModelSpec's name of a base begins with, such as "stable-diffusion-v2-768-v"."""
+    return next(family for family in ARCHITECTURES.values() if modelspec.startswith(family.modelspec))

@@ -30,7 +30,7 @@ def test_named_targets_are_the_layers_users_mean(unet: Any) -> None:
     ],
 )
 def test_other_targets(pipeline: Any, name: str, count: int, example: str) -> None:
-    paths = find_targets(pipeline.unet, [name], pipeline.text_encoder)
+    paths = find_targets(pipeline.unet, [name], [pipeline.text_encoder])
     assert len(paths) == count
     assert example in paths
     assert not {"conv_in", "conv_out"} & set(paths)

@@ -9,7 +9,7 @@ from tiny import make_tiny_pipeline
 
 from sdlora.errors import BaseModelError
 from sdlora.models.load import load_base
-from sdlora.models.sd import weights_identity
+from sdlora.models.latent import weights_identity
 
 CPU = torch.device("cpu")
 
