@@ -18,12 +18,12 @@ from sdlora.data.captions import with_trigger
 from sdlora.data.dataset import Dataset, load_dataset
 from sdlora.data.doctor import examine_sizes, warnings_in_short
 from sdlora.data.split import split_off
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, DataError
 from sdlora.lora.inject import Adapter
 from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
 from sdlora.models.load import LoadOptions, load_base
-from sdlora.models.text import TextOptions
+from sdlora.models.text import TextOptions, calls_of_other_files
 from sdlora.models.latent import weights_identity
 from sdlora.preview.arbiter import load_arbiters
 from sdlora.preview.checker import Checker, Subject
@@ -101,6 +101,7 @@ def load(config: RunConfig) -> Loaded:
         )
     if heldout is None and config.data.holdout_split:
         dataset, heldout = split_off(dataset, config.seed)
+    _check_captions(dataset, heldout)
     notices = list(dataset.notices)
     base = load_base(config.base.path, device=device, dtype=dtype, options=_load_options(config))
     if config.loss.zero_terminal_snr:
@@ -253,8 +254,24 @@ def _long_captions(base: BaseModel, dataset: Dataset, trigger: str | None) -> li
     if not long:
         return []
     return [
-        f"{len(long)} captions are longer than {base.max_tokens} tokens; their ends are not read. First: {long[0]}."
+        f"{len(long)} captions are longer than {base.max_tokens} tokens; their ends are not read. First: {long[0]}. "
+        "More windows of 75 are read with data.max_token_windows."
     ]
+
+
+def _check_captions(*datasets: Dataset | None) -> None:
+    """Refuse captions that call up other files: the words around them would be trained for what those files show."""
+    faults = [
+        f"  {example.name}: {calls[0]}"
+        for dataset in datasets
+        for example in (dataset.examples if dataset else ())
+        if (calls := calls_of_other_files(example.caption))
+    ]
+    if faults:
+        raise DataError(
+            "Captions call up a textual inversion or another network, which only other programs know. Write in words "
+            "what is to be seen:\n" + "\n".join(faults)
+        )
 
 
 def preview_request(config: RunConfig, dataset: Dataset) -> PreviewRequest:
