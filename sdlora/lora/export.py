@@ -23,7 +23,7 @@ from sdlora.diffusion.noise import PredictionType
 from sdlora.files import atomic_path
 from sdlora.lora.formats import family_of, parse_lora, read_tensors, tensors_sha256
 from sdlora.lora.inject import LoraState
-from sdlora.lora.keys import PEFT_METADATA, UNET_PREFIX, file_form, first_text_encoder, to_kohya, to_peft
+from sdlora.lora.keys import PEFT_METADATA, UNET_PREFIX, file_form, to_kohya, to_peft
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora.tools import update
 from sdlora.models.architectures import family_named
@@ -83,8 +83,8 @@ def save_lora(path: Path, state: LoraState, *, metadata: LoraMetadata) -> None:
     if any(weights.magnitude is not None for weights in form.values()):
         tensors, extra[PEFT_METADATA] = to_peft(form)
     else:
-        family = family_named(metadata.architecture)
-        tensors = to_kohya(form, first_text_encoder=first_text_encoder(two=len(family.text_encoders) > 1))
+        two = len(family_named(metadata.architecture).text_encoders) > 1
+        tensors = to_kohya(form, two_text_encoders=two)
     if metadata.timestep_rank is not None:
         extra["sdlora.timestep_rank_min"] = str(metadata.timestep_rank.rank_min)
         extra["sdlora.timestep_rank_alpha"] = str(metadata.timestep_rank.alpha)

@@ -308,7 +308,7 @@ def write_file(
     """
     extra = {}
     if paths is None:
-        tensors = kohya_tensors(state)
+        tensors = kohya_tensors(state, authors_blocks=family_of(state) == FAMILIES[2048])
     else:
         tensors, extra[PEFT_METADATA] = to_peft({paths[name]: weights for name, weights in state.items()})
     tensors = {key: t if key.endswith(".alpha") else t.to(dtype) for key, t in tensors.items()}

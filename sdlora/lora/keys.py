@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from sdlora.lora.inject import LoraState, LoraWeights
+from sdlora.lora.sgm import authors_name
 from sdlora.lora.targets import NETWORKS, network_of
 
 UNET_PREFIX = "lora_unet_"
@@ -73,29 +74,35 @@ def kohya_name(path: str, *, first_text_encoder: str = "lora_te_") -> str:
     return UNET_PREFIX + path.replace(".", "_")
 
 
-def to_kohya(state: LoraState, *, first_text_encoder: str = "lora_te_") -> dict[str, Tensor]:
+def to_kohya(state: LoraState, *, two_text_encoders: bool = False) -> dict[str, Tensor]:
     """Weights under kohya's names.
 
     Args:
         state: Weights by module path.
-        first_text_encoder: "lora_te1_" where the family has two text encoders.
+        two_text_encoders: Whether the family is Stable Diffusion XL.
 
     Returns:
         What `kohya_tensors` gives.
     """
-    names = {path: kohya_name(path, first_text_encoder=first_text_encoder) for path in state}
-    return kohya_tensors({names[path]: weights for path, weights in state.items()})
+    first = first_text_encoder(two=two_text_encoders)
+    named = {kohya_name(path, first_text_encoder=first): weights for path, weights in state.items()}
+    return kohya_tensors(named, authors_blocks=two_text_encoders)
 
 
-def kohya_tensors(state: LoraState) -> dict[str, Tensor]:
+def kohya_tensors(state: LoraState, *, authors_blocks: bool = False) -> dict[str, Tensor]:
     """Weights that have kohya's names already, as the tensors of a file.
+
+    Args:
+        state: Weights by kohya module name.
+        authors_blocks: Whether the UNet's layers are named by its authors' blocks, as for Stable Diffusion XL.
 
     Returns:
         NAME.lora_down.weight (r, i) or (r, i, k, k), NAME.lora_up.weight (o, r) or (o, r, 1, 1) and NAME.alpha (a
         float32 scalar) per module.
     """
     tensors: dict[str, Tensor] = {}
-    for name, weights in state.items():
+    for known, weights in state.items():
+        name = authors_name(known) if authors_blocks else known
         assert weights.start is None and weights.magnitude is None, "kohya's names hold plain LoRA alone"
         tensors[f"{name}.lora_down.weight"] = weights.down.contiguous()
         tensors[f"{name}.lora_up.weight"] = weights.up.contiguous()

@@ -1,7 +1,8 @@
-"""The UNet's layers by its original blocks (`input_blocks_4_1_…`), renamed by diffusers' (`down_blocks_1_attentions_0_…`).
+"""Two names of a UNet's layer: by its authors' blocks (`input_blocks_4_1_…`) and by diffusers' (`down_blocks_1_…`).
 
-Floor 2. Both stand for the same layer; sd-scripts writes the first for Stable Diffusion XL, diffusers knows the second.
-All families have two resnets per level going down and three going up, so that a block's number tells its level.
+Floor 2. Files for Stable Diffusion XL have the first, as sd-scripts writes them: A1111 turns the second into the first by
+a rule for 1.x, in which the first upsampler stands elsewhere. All families have two resnets per level going down and
+three going up, so that a block's number tells its level.
 """
 
 from __future__ import annotations
@@ -24,6 +25,9 @@ _SINGLE = {
     "label_emb_0_2": "add_embedding_linear_2",
 }
 _BLOCK = re.compile(r"(input|output)_blocks_(\d+)_(\d)_(.+)")
+_DIFFUSERS = re.compile(
+    r"(down_blocks|mid_block|up_blocks)_(?:(\d+)_)?(resnets|attentions|downsamplers|upsamplers)_(\d+)_(.+)"
+)
 _MIDDLE = re.compile(r"middle_block_([012])_(.+)")
 
 
@@ -54,3 +58,27 @@ def _in_a_level(down: bool, number: int, place: int, rest: str) -> str:
     if place == 0:
         return f"{blocks}_resnets_{layer}_{_RESNET.get(rest, rest)}"
     return f"{blocks}_attentions_{layer}_{rest}"
+
+
+def authors_name(name: str) -> str:
+    """The reverse of `diffusers_name`, for Stable Diffusion XL; text encoders' names as they are."""
+    inside = name.removeprefix(_UNET)
+    if inside == name:
+        return name
+    single = {diffusers: authors for authors, diffusers in _SINGLE.items()}
+    if inside in single:
+        return _UNET + single[inside]
+    match = _DIFFUSERS.fullmatch(inside)
+    if match is None:
+        return name
+    way, level, kind, layer, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
+    rest = {diffusers: authors for authors, diffusers in _RESNET.items()}.get(rest, rest)
+    if way == "mid_block":
+        return f"{_UNET}middle_block_{1 if kind == 'attentions' else 2 * layer}_{rest}"
+    if kind == "downsamplers":
+        return f"{_UNET}input_blocks_{3 * (level + 1)}_0_op"
+    if kind == "upsamplers":
+        # Both levels that are scaled up have attention, behind which the upsampler stands.
+        return f"{_UNET}output_blocks_{3 * level + 2}_2_conv"
+    block = f"input_blocks_{3 * level + layer + 1}" if way == "down_blocks" else f"output_blocks_{3 * level + layer}"
+    return f"{_UNET}{block}_{int(kind == 'attentions')}_{rest}"
