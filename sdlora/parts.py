@@ -22,9 +22,9 @@ from sdlora.errors import ConfigError, DataError
 from sdlora.lora.inject import Adapter
 from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
+from sdlora.models.latent import weights_identity
 from sdlora.models.load import LoadOptions, load_base
 from sdlora.models.text import TextOptions, calls_of_other_files
-from sdlora.models.latent import weights_identity
 from sdlora.preview.arbiter import load_arbiters
 from sdlora.preview.checker import Checker, Subject
 from sdlora.preview.nulls import make_gallery

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cache
 
 from sdlora.models.architectures import Family
 
@@ -95,6 +96,7 @@ def unet_names(family: Family) -> dict[str, str]:
     return {authors: diffusers for diffusers, authors in _pairs(SHAPES[family])}
 
 
+@cache
 def comfyui(family: Family) -> set[str]:
     """Every module name of kohya's that ComfyUI reads for a checkpoint of a family."""
     found = {f"lora_unet_{name}" for pair in _pairs(SHAPES[family]) for name in pair}
@@ -104,6 +106,7 @@ def comfyui(family: Family) -> set[str]:
     return found
 
 
+@cache
 def _a1111_modules(family: Family) -> set[str]:
     """The modules of a checkpoint as A1111 has them in memory, dots as underscores."""
     found = {f"diffusion_model_{authors}" for authors in unet_names(family)}
@@ -165,7 +168,6 @@ def _openclip(name: str) -> str:
 def a1111_reads(name: str, family: Family) -> bool:
     """Whether A1111 finds a module of kohya's name in a checkpoint of a family."""
     modules, own = _a1111_modules(family), _a1111_name(name, family)
-    # OpenCLIP keeps queries, keys and values in one module; A1111 then looks for what is in front of them, and where
-    # the upsampler of SDXL's first level stands at another place than its rule says, it looks for the authors' name.
+    # OpenCLIP keeps queries, keys and values in one module; A1111 then looks for what is in front of them.
     joined = re.fullmatch(r"(.*)_[qkv]_proj", own)
     return own in modules or (joined is not None and joined[1] in modules)

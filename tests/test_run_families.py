@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 from safetensors import safe_open
 from tiny import make_tiny
 
@@ -91,9 +89,7 @@ def test_sdxl_is_told_each_picture_s_own_size(tmp_path: Path, overrides: list[st
     assert found[0].heldout_loss != found[1].heldout_loss
 
 
-def test_text_states_of_both_encoders_are_trained_or_read_from_the_cache(
-    tmp_path: Path, overrides: list[str]
-) -> None:
+def test_text_states_of_both_encoders_are_trained_or_read_from_the_cache(tmp_path: Path, overrides: list[str]) -> None:
     make_tiny("sdxl", tmp_path / "base")
     losses(tmp_path / "base", tmp_path / "run", overrides)
     cached = list((tmp_path / "cache" / "text").glob("*/*.safetensors"))

@@ -25,6 +25,7 @@ from sdlora.lora.targets import NETWORKS, adaptable
 from sdlora.lora.tools import update
 from sdlora.models.architectures import ARCHITECTURES
 
+
 def module_paths(base: Path | None) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The layers that a LoRA can be on: kohya module name to module path and weight shape.
 
@@ -34,10 +35,9 @@ def module_paths(base: Path | None) -> dict[str, tuple[str, tuple[int, ...]]]:
     Raises:
         BaseModelError: The folder is not there, or its configs are not those of a UNet and CLIP text encoders.
     """
-    if base is None:
-        unet_config, text_config, second_config = ARCHITECTURES["sd1"].unet, *ARCHITECTURES["sd1"].text_encoders, None
-    else:
-        unet_config, text_config, second_config = (_config(base, network) for network in NETWORKS)
+    sd15 = ARCHITECTURES["sd1"]
+    configs = [sd15.unet, *sd15.text_encoders, None] if base is None else [_config(base, name) for name in NETWORKS]
+    unet_config, text_config, second_config = configs
     if unet_config is None:
         raise BaseModelError(f"{base} holds no unet/config.json, so it is no base in diffusers' layout.")
     first = first_text_encoder(two=second_config is not None)

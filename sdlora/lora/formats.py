@@ -1,8 +1,8 @@
 """LoRA files of any trainer: read into one form, and written from it under kohya's or PEFT's names.
 
 Floor 2. Three spellings are read: kohya's, PEFT's and diffusers' older ones. Modules go by kohya's names in all of
-them, since kohya's underscores cannot be turned back into dots without the network, and the reverse always can. UNet layers that
-are named by the original blocks, as sd-scripts does for SDXL, are renamed by diffusers' blocks on reading.
+them, since kohya's underscores cannot be turned back into dots without the network, and the reverse always can. Layers
+named by the UNet's original blocks, as sd-scripts does for SDXL, are renamed by diffusers' blocks on reading.
 Shapes: i in, o out, r rank, k kernel.
 """
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from diffusers import DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor
 
 from sdlora import seeds
 from sdlora.errors import ExportError
@@ -108,7 +108,7 @@ def _answers(pipeline: DiffusionPipeline) -> list[Tensor]:
     return answers
 
 
-def _added_conditions(unet: nn.Module, batch: int) -> dict[str, Any]:
+def _added_conditions(unet: UNet2DConditionModel, batch: int) -> dict[str, Any]:
     """What Stable Diffusion XL's UNet takes as well: a pooled text (B, P) and sizes (B, 6)."""
     if unet.config.addition_embed_type != "text_time":
         return {}
@@ -118,7 +118,7 @@ def _added_conditions(unet: nn.Module, batch: int) -> dict[str, Any]:
     return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
 
 
-def _text_encoders(pipeline: DiffusionPipeline) -> list[nn.Module]:
+def _text_encoders(pipeline: DiffusionPipeline) -> list[Any]:
     encoders = [getattr(pipeline, name, None) for name in NETWORKS[1:]]
     return [encoder for encoder in encoders if encoder is not None]
 

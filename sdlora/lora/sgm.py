@@ -1,8 +1,8 @@
 """Two names of a UNet's layer: by its authors' blocks (`input_blocks_4_1_…`) and by diffusers' (`down_blocks_1_…`).
 
-Floor 2. Files for Stable Diffusion XL have the first, as sd-scripts writes them: A1111 turns the second into the first by
-a rule for 1.x, in which the first upsampler stands elsewhere. All families have two resnets per level going down and
-three going up, so that a block's number tells its level.
+Floor 2. Files for Stable Diffusion XL have the first, as sd-scripts writes them: A1111 turns the second into the first
+by a rule for 1.x, in which the first upsampler stands elsewhere. All families have two resnets per level going down
+and three going up, so that a block's number tells its level.
 """
 
 from __future__ import annotations

@@ -64,7 +64,9 @@ def recognise(header: Header, name: str) -> Recognised:
     _refuse_refiner(header, name)
     channels = header.shapes.get(_UNET + "input_blocks.0.0.weight", (0, 4))[1]
     if channels != 4:
-        kind = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures"}.get(channels, "no plain")
+        kind = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures"}.get(
+            channels, "no plain"
+        )
         raise BaseModelError(
             f"{name} is {kind} checkpoint: its UNet takes {channels} channels instead of 4. Train on the plain model "
             "it was made from; the LoRA works on both."
@@ -119,7 +121,9 @@ def _check_whole(header: Header, family: Family, name: str) -> None:
             f" (no {missing[0]}...). Give a whole checkpoint."
         )
     if not header.has(_VAE):
-        raise BaseModelError(f"{name} holds the UNet of {title} without its VAE (no {_VAE}...). Give a whole checkpoint.")
+        raise BaseModelError(
+            f"{name} holds the UNet of {title} without its VAE (no {_VAE}...). Give a whole checkpoint."
+        )
 
 
 def _check_shapes(header: Header, family: Family, name: str) -> None:

@@ -61,7 +61,7 @@ class LatentDiffusion:
         self.unet: UNet2DConditionModel = pipeline.unet
         self.vae: AutoencoderKL = pipeline.vae
         second = getattr(pipeline, "text_encoder_2", None)
-        self.text_encoders: tuple[nn.Module, ...] = (pipeline.text_encoder, *([] if second is None else [second]))
+        self.text_encoders: tuple[Any, ...] = (pipeline.text_encoder, *([] if second is None else [second]))
         self.tokenizers = self._tokenizers(pipeline)
         schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.prediction_type = check_prediction_type(schedule.config.prediction_type)

@@ -28,7 +28,10 @@ from sdlora.models.text import TextOptions
 from sdlora.shipped import pocket_folder
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PIPELINES = {"StableDiffusionPipeline": StableDiffusionPipeline, "StableDiffusionXLPipeline": StableDiffusionXLPipeline}
+_PIPELINES = {
+    "StableDiffusionPipeline": StableDiffusionPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
+}
 _PLAIN = "Train on the plain model it was made from; the LoRA works on both."
 _REFUSED = {
     "Inpaint": f"an inpainting model. {_PLAIN}",
@@ -56,9 +59,7 @@ class LoadOptions:
     text: TextOptions = field(default_factory=TextOptions)
 
 
-def load_base(
-    path: str, *, device: torch.device, dtype: torch.dtype, options: LoadOptions | None = None
-) -> BaseModel:
+def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: LoadOptions | None = None) -> BaseModel:
     """Load a base model.
 
     Args:
@@ -155,7 +156,9 @@ def _check_folder(path: str, folder: Path) -> str:
     index = folder / "model_index.json"
     if not index.is_file():
         lora = any(read_header(file).has("unet.", "lora_") for file in sorted(folder.glob("*lora*.safetensors")))
-        what = "it is a LoRA, and base.path takes the model it was trained on" if lora else "so it is no diffusers model"
+        what = (
+            "it is a LoRA, and base.path takes the model it was trained on" if lora else "so it is no diffusers model"
+        )
         raise BaseModelError(f"The folder {path!r} holds no model_index.json; {what}.")
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))

@@ -1,7 +1,7 @@
 """A checkpoint in one file as a diffusers pipeline, without asking any hub.
 
-Floor 3. diffusers converts the weights; the configurations that such a file lacks are written beside them for as long as
-that takes, from the families' true shapes.
+Floor 3. diffusers converts the weights; the configurations that such a file lacks come from the families' true shapes,
+written to a folder for as long as that takes.
 """
 
 from __future__ import annotations

@@ -108,9 +108,7 @@ def true_pipeline(family: Family, folder: Path) -> Any:
     parts = tiny_networks(family)
     parts |= {"tokenizer": small_tokenizer("<|endoftext|>"), "scheduler": diffusers.DDIMScheduler()}
     if family == "sdxl":
-        return diffusers.StableDiffusionXLPipeline(
-            **parts, tokenizer_2=parts["tokenizer"], add_watermarker=False
-        )
+        return diffusers.StableDiffusionXLPipeline(**parts, tokenizer_2=parts["tokenizer"], add_watermarker=False)
     return diffusers.StableDiffusionPipeline(
         **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
     )

@@ -23,7 +23,8 @@ from sdlora.lora.targets import TARGETS, adaptable, find_targets
 from sdlora.models.architectures import ARCHITECTURES, Architecture, Family
 
 # Modules by family: on the UNet alone, and with the text encoders.
-NUM_MODULES = {"sd1": (256, 328), "sd2": (256, 394), "sdxl": (788, 1052)}
+# SDXL has 70 transformer blocks of 10 layers, 11 attentions of 2, 17 resnets of 2, 11 shortcuts and 4 scalers.
+NUM_MODULES = {"sd1": (256, 328), "sd2": (256, 394), "sdxl": (771, 1035)}
 
 
 def on_meta(architecture: Architecture) -> tuple[nn.Module, list[nn.Module]]:
@@ -31,10 +32,7 @@ def on_meta(architecture: Architecture) -> tuple[nn.Module, list[nn.Module]]:
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(architecture.unet)
-        text = [
-            kind(CLIPTextConfig(**config))
-            for kind, config in zip(kinds, architecture.text_encoders, strict=False)
-        ]
+        text = [kind(CLIPTextConfig(**config)) for kind, config in zip(kinds, architecture.text_encoders, strict=False)]
     return unet, text
 
 
@@ -86,7 +84,11 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Any]:
     return {family: getattr(diffusers, TINY[family].pipeline).from_pretrained(root / family) for family in FAMILIES}
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=str)
+QUICK = [Cell(1, 0.5, True), Cell(8, 8.0, False), Cell(64, 32.0, True)]
+LOADED = [pytest.param(cell, marks=[] if cell in QUICK else [pytest.mark.slow]) for cell in CELLS]
+
+
+@pytest.mark.parametrize("cell", LOADED, ids=str)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_diffusers_loads_every_cell_without_any_error(
     family: Family, cell: Cell, pipelines: dict[Family, Any], tmp_path: Path
@@ -95,6 +97,12 @@ def test_diffusers_loads_every_cell_without_any_error(
     assert proof.max_error == 0.0
     assert proof.max_effect > 1e-4
     assert proof.num_modules == num_modules
+
+
+def test_a1111_misses_a_layer_of_sdxl_by_diffusers_blocks() -> None:
+    """Why files for Stable Diffusion XL are named by the authors' blocks."""
+    missed = [n for n in unet_names("sdxl").values() if not a1111_reads(f"lora_unet_{n}", "sdxl")]
+    assert missed == ["up_blocks_0_upsamplers_0_conv"]
 
 
 def test_all_targets_are_in_the_matrix() -> None:

@@ -1,12 +1,11 @@
 from pathlib import Path
 
-import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from tiny import make_tiny_pipeline
 
-from sdlora.models.load import load_base
 from sdlora.models.latent import weights_identity
+from sdlora.models.load import load_base
 
 CPU = torch.device("cpu")
 
