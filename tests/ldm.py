@@ -30,13 +30,12 @@ _OPENCLIP = {
 }  # fmt: skip
 
 
-def unet_layer(path: str, layers: int, last_level: int, attentive: set[int]) -> str:
+def unet_layer(path: str, layers: int, attentive: set[int]) -> str:
     """A UNet layer's name in the authors' layout.
 
     Args:
         path: diffusers' name of it, without "weight" or "bias".
         layers: Resnets per level going down.
-        last_level: The number of the last level.
         attentive: Which levels, going up, have attention.
     """
     if path in _UNET_SINGLE:
@@ -66,7 +65,7 @@ def _unet(unet: Any) -> Tensors:
     found: Tensors = {}
     for key, tensor in unet.state_dict().items():
         path, _, ending = key.rpartition(".")
-        name = unet_layer(path, config.layers_per_block, len(config.up_block_types) - 1, attentive)
+        name = unet_layer(path, config.layers_per_block, attentive)
         found[f"model.diffusion_model.{name}.{ending}"] = tensor
     return found
 

@@ -58,10 +58,20 @@ TINY: dict[Family, Architecture] = {
 }  # fmt: skip
 
 
-def tiny_networks(family: Family, *, vocab_size: int = 49408, **unet: Any) -> dict[str, Any]:
-    """The components of a pipeline with random weights."""
+def tiny_networks(family: Family, **options: Any) -> dict[str, Any]:
+    """The components of a family's tiny pipeline; see `random_networks`."""
+    return random_networks(TINY[family], **options)
+
+
+def random_networks(architecture: Architecture, *, vocab_size: int = 49408, **unet: Any) -> dict[str, Any]:
+    """The components of a pipeline with random weights.
+
+    Args:
+        architecture: Their shapes.
+        vocab_size: How many words the text encoders know.
+        unet: Other values of the UNet's configuration.
+    """
     torch.manual_seed(0)
-    architecture = TINY[family]
     kinds = (CLIPTextModel, CLIPTextModelWithProjection)
     names = ("text_encoder", "text_encoder_2")
     parts: dict[str, Any] = {

@@ -8,9 +8,10 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import CLIPTokenizer
 
 from sdlora.errors import ConfigError
@@ -48,7 +49,7 @@ def tokens_in_windows(tokenizer: CLIPTokenizer, captions: Sequence[str], max_win
     return torch.tensor(found)
 
 
-def layer_states(encoder: nn.Module, tokens: Tensor, clip_skip: int) -> Tensor:
+def layer_states(encoder: Any, tokens: Tensor, clip_skip: int) -> Tensor:
     """The states after a layer, counted from the last one, through the encoder's last norm: (B, L, D)."""
     if clip_skip == 1:
         last: Tensor = encoder(tokens).last_hidden_state

@@ -24,7 +24,7 @@ from torch import nn
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from readers import a1111_reads, comfyui
-from tiny import TINY, make_tiny, small_tokenizer
+from tiny import TINY, make_tiny, random_networks, small_tokenizer
 
 from sdlora.lora.export import LoraMetadata, save_lora
 from sdlora.lora.inject import LoraState, LoraWeights
@@ -94,18 +94,10 @@ def _name(family: Family) -> str:
     return "stable-diffusion-v2-768-v" if family == "sd2" else ARCHITECTURES[family].modelspec
 
 
-def true_pipeline(family: Family, folder: Path) -> Any:
+def true_pipeline(family: Family) -> Any:
     """A pipeline of random weights at true shapes; Stable Diffusion XL with one transformer block per attention."""
-    from tiny import tiny_networks
-
-    architecture = ARCHITECTURES[family]
-    unet = dict(architecture.unet)
-    if family == "sdxl":
-        unet["transformer_layers_per_block"] = [1, 1, 1]
-    small = TINY[family]
-    object.__setattr__(small, "unet", unet)
-    object.__setattr__(small, "text_encoders", architecture.text_encoders)
-    parts = tiny_networks(family)
+    fewer = {"transformer_layers_per_block": [1, 1, 1]} if family == "sdxl" else {}
+    parts = random_networks(ARCHITECTURES[family], **fewer)
     parts |= {"tokenizer": small_tokenizer("<|endoftext|>"), "scheduler": diffusers.DDIMScheduler()}
     if family == "sdxl":
         return diffusers.StableDiffusionXLPipeline(**parts, tokenizer_2=parts["tokenizer"], add_watermarker=False)
@@ -137,7 +129,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
             if wanted:
-                pipeline, shapes, cells = true_pipeline(family, folder), "true", [Cell(8, 4.0, True)]
+                pipeline, shapes, cells = true_pipeline(family), "true", [Cell(8, 4.0, True)]
             else:
                 make_tiny(family, folder / family)
                 pipeline = getattr(diffusers, TINY[family].pipeline).from_pretrained(folder / family)

@@ -116,6 +116,17 @@ def test_previews_are_diffusers_own_from_the_same_prompts(family: Family, folder
     assert abs(found.images - expected.images).max() < 1e-5
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_only_the_unet_computes_in_less_than_float32(dtype: torch.dtype, folders: dict[Family, Path]) -> None:
+    base: Any = load_base(str(folders["sdxl"]), device=CPU, dtype=dtype)
+    assert base.unet.dtype == dtype
+    assert {network.dtype for network in (base.vae, *base.text_encoders)} == {torch.float32}
+    # The published VAE overflows in float16; here its numbers are made as large.
+    with torch.no_grad():
+        base.vae.encoder.conv_in.weight.mul_(1e6)
+    assert bool(base.encode_pixels(torch.ones(1, 3, 32, 32)).isfinite().all())
+
+
 def test_sizes_stay_exact_where_the_unet_computes_in_bf16(folders: dict[Family, Path]) -> None:
     base = load_base(str(folders["sdxl"]), device=CPU, dtype=torch.bfloat16)
     seen: list[torch.Tensor] = []
