@@ -71,6 +71,11 @@ def recognise(header: Header, name: str) -> Recognised:
             f"{name} is {kind} checkpoint: its UNet takes {channels} channels instead of 4. Train on the plain model "
             "it was made from; the LoRA works on both."
         )
+    if header.has("edm_mean"):
+        raise BaseModelError(
+            f"{name} is trained in EDM's form (as Playground v2.5 is), whose noise levels are not those of Stable "
+            "Diffusion XL. Choose another base."
+        )
     family = _family(header)
     if header.has(_UNET + "label_emb.") != (family == "sdxl"):
         raise BaseModelError(f"{name} takes pictures as prompts (unCLIP), which sdlora does not train.")

@@ -50,7 +50,7 @@ class LatentDiffusion:
         text: How captions are read.
 
     Raises:
-        BaseModelError: The base predicts something sdlora does not train.
+        BaseModelError: The base predicts something sdlora does not train, or on another kind of schedule.
     """
 
     def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype, text: TextOptions) -> None:
@@ -63,6 +63,11 @@ class LatentDiffusion:
         second = getattr(pipeline, "text_encoder_2", None)
         self.text_encoders: tuple[Any, ...] = (pipeline.text_encoder, *([] if second is None else [second]))
         self.tokenizers = self._tokenizers(pipeline)
+        if "beta_schedule" not in pipeline.scheduler.config:
+            raise BaseModelError(
+                f"{source.path!r} is sampled by {type(pipeline.scheduler).__name__}: its noise levels are not those of "
+                "the diffusion models that sdlora trains. Choose a base with a DDPM schedule."
+            )
         schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.prediction_type = check_prediction_type(schedule.config.prediction_type)
         self.alphas_cumprod: Tensor = schedule.alphas_cumprod.float().to(device)
@@ -147,7 +152,8 @@ def refuse_other_inputs(source: Source) -> None:
     unet, vae = source.pipeline.unet, source.pipeline.vae
     channels, own = unet.config.in_channels, vae.config.latent_channels
     if channels != own:
-        kind = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures"}.get(channels, "another")
+        kinds = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures"}
+        kind = kinds.get(channels, "no plain text-to-image model")
         raise BaseModelError(
             f"The UNet of {source.path!r} takes {channels} channels and its VAE makes {own}: this is {kind}. "
             "Train on the plain model it was made from; the LoRA works on both."

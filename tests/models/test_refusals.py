@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import EDMEulerScheduler
 from ldm import Tensors, authors_layout, write_checkpoint
 from safetensors.torch import load_file, save_file
 from tiny import TINY, make_tiny, make_tiny_pipeline, tiny_networks
@@ -73,6 +74,16 @@ def test_a_folder_that_is_not_whole(tmp_path: Path, tiny_base: Path) -> None:
 def test_a_unet_with_other_inputs(tmp_path: Path, channels: int, reason: str) -> None:
     make_tiny_pipeline(tmp_path / "base", in_channels=channels)
     assert reason in refused(tmp_path / "base")
+
+
+def test_a_schedule_of_another_kind(tmp_path: Path, tiny_base: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(tiny_base, copy)
+    EDMEulerScheduler().save_pretrained(copy / "scheduler")
+    index = json.loads((copy / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", "EDMEulerScheduler"]
+    (copy / "model_index.json").write_text(json.dumps(index))
+    assert "sampled by EDMEulerScheduler" in refused(copy)
 
 
 def test_a_refiner_that_calls_itself_a_base(tmp_path: Path) -> None:
@@ -160,6 +171,7 @@ def test_checkpoints_that_are_not_trained(tmp_path: Path, layouts: Layouts, smal
     one = without(sdxl, "conditioner.embedders.1.")
     assert "without its text encoders (no conditioner.embedders.1.model." in found(one)
     assert "without its VAE" in found(without(sd1, "first_stage_model."))
+    assert "trained in EDM's form" in found(sdxl | {"edm_mean": torch.zeros(4)})
     assert "does not tell what it predicts. Set base.prediction_type" in found(sd2)
 
 
