@@ -19,25 +19,28 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdlora.errors import BaseModelError, DataError, OutputError
 from sdlora.files import atomic_folder
+from sdlora.lora.formats import family_of
 from sdlora.lora.inject import LoraState
 from sdlora.lora.keys import first_text_encoder, kohya_name
 from sdlora.lora.targets import NETWORKS, adaptable
 from sdlora.lora.tools import update
-from sdlora.models.architectures import ARCHITECTURES
+from sdlora.models.architectures import ARCHITECTURES, Architecture
 
 
-def module_paths(base: Path | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+def module_paths(
+    base: Path | None, architecture: Architecture = ARCHITECTURES["sd1"]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The layers that a LoRA can be on: kohya module name to module path and weight shape.
 
     Args:
-        base: A folder in diffusers' layout, of which only the configs are read; Stable Diffusion 1.5 if None.
+        base: A folder in diffusers' layout, of which only the configs are read, or None.
+        architecture: What is taken where there is no base.
 
     Raises:
         BaseModelError: The folder is not there, or its configs are not those of a UNet and CLIP text encoders.
     """
-    sd15 = ARCHITECTURES["sd1"]
-    configs = [sd15.unet, *sd15.text_encoders, None] if base is None else [_config(base, name) for name in NETWORKS]
-    unet_config, text_config, second_config = configs
+    published = [architecture.unet, *architecture.text_encoders, None][:3]
+    unet_config, text_config, second_config = published if base is None else [_config(base, n) for n in NETWORKS]
     if unet_config is None:
         raise BaseModelError(f"{base} holds no unet/config.json, so it is no base in diffusers' layout.")
     first = first_text_encoder(two=second_config is not None)
@@ -84,13 +87,14 @@ def _config(base: Path, network: str) -> dict[str, Any] | None:
 
 
 def paths_for(state: LoraState, base: Path | None) -> dict[str, str]:
-    """Kohya module name to module path, for every module of a LoRA.
+    """Kohya module name to module path, for every module of a LoRA; without a base, in its family as published.
 
     Raises:
         DataError: A module is not in the base, or of another shape there.
     """
-    known = module_paths(base)
-    of = "Stable Diffusion 1.5" if base is None else base.name
+    published = next((a for a in ARCHITECTURES.values() if a.modelspec == family_of(state)), ARCHITECTURES["sd1"])
+    known = module_paths(base, published)
+    of = published.title if base is None else base.name
     hint = " For another base, give its folder: --base FOLDER." if base is None else ""
     unknown = [name for name in state if name not in known]
     if unknown:
