@@ -12,14 +12,13 @@ from collections import Counter
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 import sdlora
-from sdlora.diffusion.noise import PredictionType
 from sdlora.files import atomic_path
 from sdlora.lora.formats import family_of, parse_lora, read_tensors, tensors_sha256
 from sdlora.lora.inject import LoraState
@@ -66,7 +65,7 @@ class LoraMetadata:
     started: float
     settings: dict[str, Any]
     timestep_rank: TimestepRank | None = None
-    prediction_type: PredictionType = "epsilon"
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     clip_skip: int | None = None
 
 
