@@ -44,6 +44,8 @@ def attach(unet: nn.Module, file: LoraFile, *, text_encoders: Sequence[nn.Module
     known: dict[str, tuple[str, tuple[int, ...]]] = {}
     for prefix, network in networks.items():
         known |= layers_by_name(network, prefix, first)
+    # A file of PEFT's names for the first text encoder alone does not tell that there are two.
+    known |= {name.replace(first, "lora_te_"): layer for name, layer in known.items() if name.startswith(first)}
     missing = [name for name in file.state if name not in known]
     if missing:
         raise DataError(
