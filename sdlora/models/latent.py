@@ -60,9 +60,8 @@ class LatentDiffusion:
         self.path, self.revision, self.device, self.text = source.path, source.revision, device, text
         self.unet: UNet2DConditionModel = pipeline.unet
         self.vae: AutoencoderKL = pipeline.vae
-        second = getattr(pipeline, "text_encoder_2", None)
-        self.text_encoders: tuple[Any, ...] = (pipeline.text_encoder, *([] if second is None else [second]))
-        self.tokenizers = self._tokenizers(pipeline)
+        self.text_encoders: tuple[Any, ...] = _one_or_two(pipeline, "text_encoder")
+        self.tokenizers: tuple[CLIPTokenizer, ...] = _one_or_two(pipeline, "tokenizer")
         if "beta_schedule" not in pipeline.scheduler.config:
             raise BaseModelError(
                 f"{source.path!r} is sampled by {type(pipeline.scheduler).__name__}: its noise levels are not those of "
@@ -80,17 +79,14 @@ class LatentDiffusion:
             module.requires_grad_(False).eval().to(device)
         self.unet.to(dtype)
 
-    def _tokenizers(self, pipeline: DiffusionPipeline) -> tuple[CLIPTokenizer, ...]:
-        found = (getattr(pipeline, name, None) for name in ("tokenizer", "tokenizer_2"))
-        return tuple(tokenizer for tokenizer in found if tokenizer is not None)
-
     def _text_identity(self) -> str:
-        first, *others = (
-            weights_identity(encoder, encoder.config.to_dict(), tokenizer.get_vocab())
+        parts = [
+            weights_identity(
+                encoder, encoder.config.to_dict(), tokenizer.get_vocab(), {"padding": tokenizer.pad_token_id}
+            )
             for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True)
-        )
-        told = [*others, *([] if self.text == TextOptions() else [str(self.text)])]
-        return hashlib.blake2b("".join([first, *told]).encode(), digest_size=16).hexdigest() if told else first
+        ]
+        return hashlib.blake2b("".join([*parts, str(self.text)]).encode("utf-8"), digest_size=16).hexdigest()
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -141,6 +137,12 @@ class LatentDiffusion:
     def fresh_pipeline(self) -> DiffusionPipeline:
         """The same base loaded anew in float32 on the CPU."""
         return self._reload()
+
+
+def _one_or_two(pipeline: DiffusionPipeline, part: str) -> Any:
+    """A part of a pipeline, and its second of the kind if there is one."""
+    found = (getattr(pipeline, name, None) for name in (part, f"{part}_2"))
+    return tuple(component for component in found if component is not None)
 
 
 def refuse_other_inputs(source: Source) -> None:
