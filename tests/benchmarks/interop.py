@@ -2,7 +2,7 @@
 
     python tests/benchmarks/interop.py                      small shapes, all 54 cells; per rank alpha 1, r / 2, r
     python tests/benchmarks/interop.py --true sd1 sd2        true shapes, rank 8, alpha 4 (5 GB of memory)
-    python tests/benchmarks/interop.py --true sdxl           true widths, one transformer block per attention (9 GB)
+    python tests/benchmarks/interop.py --true sdxl           true widths, one transformer block per attention (7 GB)
 
 Modules and names are counted at true shapes in all of them; the last columns are diffusers' largest error.
 """
