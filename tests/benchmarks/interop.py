@@ -19,7 +19,9 @@ from typing import Any
 
 import diffusers
 import torch
+from diffusers import UNet2DConditionModel
 from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -31,7 +33,7 @@ from sdlora.lora.inject import LoraState, LoraWeights
 from sdlora.lora.keys import to_kohya
 from sdlora.lora.prove import Proof, prove_lora
 from sdlora.lora.targets import by_prefix, find_targets
-from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.models.architectures import ARCHITECTURES, Architecture, Family
 
 FAMILIES: list[Family] = ["sd1", "sd2", "sdxl"]
 UNET_TARGETS = ["cross_attention", "self_attention", "mlp", "projection", "conv"]
@@ -58,6 +60,15 @@ class Cell:
 CELLS = [
     Cell(rank, alpha, text) for rank in (1, 8, 64) for alpha in (1.0, rank / 2, float(rank)) for text in (False, True)
 ]
+
+
+def on_meta(architecture: Architecture) -> tuple[nn.Module, list[nn.Module]]:
+    """A family's networks without numbers."""
+    kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(architecture.unet)
+        text = [kind(CLIPTextConfig(**config)) for kind, config in zip(kinds, architecture.text_encoders, strict=False)]
+    return unet, text
 
 
 def random_state(unet: nn.Module, text_encoders: Sequence[nn.Module], cell: Cell) -> LoraState:
@@ -108,8 +119,6 @@ def true_pipeline(family: Family) -> Any:
 
 def counted(family: Family, cell: Cell) -> tuple[int, int, int]:
     """Modules at true shapes, and how many of them ComfyUI and A1111 read."""
-    from test_interop import on_meta
-
     unet, text = on_meta(ARCHITECTURES[family])
     tensors = to_kohya(random_state(unet, text, cell), two_text_encoders=family == "sdxl")
     names = {key.partition(".")[0] for key in tensors}
@@ -122,7 +131,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--true", nargs="*", choices=FAMILIES, default=[], help="families at true shapes")
     wanted = parser.parse_args().true
-    sys.path.insert(0, str(Path(__file__).parent.parent / "lora"))
     ranks = (8,) if wanted else (1, 8, 64)
     print("| Base | Networks | Modules | ComfyUI | A1111 |" + "".join(f" rank {rank} |" for rank in ranks))
     print("|---|---|---|---|---|" + "---|" * len(ranks))

@@ -10,30 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from diffusers import UNet2DConditionModel
-from interop import CELLS, FAMILIES, UNET_TARGETS, Cell, random_state, save_and_prove
+from interop import CELLS, FAMILIES, UNET_TARGETS, Cell, on_meta, random_state, save_and_prove
 from readers import a1111_reads, comfyui, unet_names
 from tiny import TINY, make_tiny
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.lora.keys import to_kohya
 from sdlora.lora.targets import TARGETS, adaptable, find_targets
-from sdlora.models.architectures import ARCHITECTURES, Architecture, Family
+from sdlora.models.architectures import ARCHITECTURES, Family
 
 # Modules by family: on the UNet alone, and with the text encoders.
 # SDXL has 70 transformer blocks of 10 layers, 11 attentions of 2, 17 resnets of 2, 11 shortcuts and 4 scalers.
 NUM_MODULES = {"sd1": (256, 328), "sd2": (256, 394), "sdxl": (771, 1035)}
-
-
-def on_meta(architecture: Architecture) -> tuple[nn.Module, list[nn.Module]]:
-    """A family's networks without numbers."""
-    kinds = (CLIPTextModel, CLIPTextModelWithProjection)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(architecture.unet)
-        text = [kind(CLIPTextConfig(**config)) for kind, config in zip(kinds, architecture.text_encoders, strict=False)]
-    return unet, text
 
 
 @pytest.fixture(scope="module")
