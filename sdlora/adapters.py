@@ -20,7 +20,7 @@ def make_adapter(config: RunConfig, base: BaseModel, paths: Sequence[str]) -> Ad
 
     Args:
         config: `lora` and `seed` are read.
-        base: Its UNet, and its text encoder where that is a target, are changed in place.
+        base: Its UNet, and its text encoders where they are a target, are changed in place.
         paths: Module paths, as `find_targets` gives them.
 
     Raises:
@@ -36,7 +36,7 @@ def make_adapter(config: RunConfig, base: BaseModel, paths: Sequence[str]) -> Ad
         start=lora.start,
         timestep_rank=timestep_rank(lora),
     )
-    return inject(base.unet, paths, lora.rank, lora.alpha, config.seed, form=form, text_encoder=base.text_encoder)
+    return inject(base.unet, paths, lora.rank, lora.alpha, config.seed, form=form, text_encoders=base.text_encoders)
 
 
 def timestep_rank(lora: LoraConfig) -> TimestepRank | None:

@@ -30,7 +30,7 @@ check_app = typer.Typer()
 def check(
     lora: Annotated[Path, typer.Argument(metavar="LORA", help="A LoRA .safetensors file of any trainer.")],
     data: Annotated[str, typer.Option(metavar="DIR", help="The pictures that it was trained on, or builtin:NAME.")],
-    base: Annotated[str, typer.Option(help="The base: pocket, a folder in diffusers' layout, or a hub id.")],
+    base: Annotated[str, typer.Option(help="The base: pocket, a checkpoint, a diffusers folder, or a hub id.")],
     holdout: Annotated[
         str | None, typer.Option(metavar="DIR", help="Pictures of the same kind that were not trained.")
     ] = None,

@@ -48,7 +48,7 @@ MissingAlpha = Annotated[
 ]
 BaseOption = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="The base, in diffusers' layout; Stable Diffusion 1.5 if left out."),
+    typer.Option(metavar="FOLDER", help="The base, in diffusers' layout; the file's family if left out."),
 ]
 
 

@@ -20,11 +20,22 @@ class BaseConfig(_Section):
     """Which model is adapted."""
 
     path: str = Field(
-        "pocket", description="The base: 'pocket' (built in), a folder in diffusers' layout, or a hub id."
+        "pocket",
+        description="The base: 'pocket' (built in), a folder in diffusers' layout, a .safetensors checkpoint, or a hub "
+        "id.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id; the hub's default if unset.")
     variant: str | None = Field(
         None, description="Variant of the weight files, such as 'fp16'; the plain ones if unset."
+    )
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="What the base predicts, where its files do not tell; 'v_prediction' for 2.x at 768 px."
+    )
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        le=24,
+        description="Which layer of the text encoder is read, counted from the last (1); the family's own if unset.",
     )
 
 

@@ -83,6 +83,9 @@ class DataConfig(Section):
     )
     shuffle_tags: bool = Field(False, description="Shuffle the comma-separated parts of captions at every visit.")
     keep_tags: int = Field(1, ge=0, le=100, description="How many parts stay in front when tags are shuffled.")
+    max_token_windows: int = Field(
+        1, ge=1, le=8, description="How many windows of 75 tokens are read of a caption; what is longer is cut off."
+    )
     caption_dropout: float = Field(
         0.0, ge=0.0, le=1.0, description="Share of visits without any caption, which keeps guidance working."
     )

@@ -55,6 +55,8 @@ def _metadata(parts: Parts, event: EpochDone) -> LoraMetadata:
         settings={"seed": config.seed}
         | {name: getattr(config, name).model_dump() for name in ("lora", "train", "timesteps", "loss")},
         timestep_rank=timestep_rank(config.lora),
+        prediction_type=parts.base.prediction_type,
+        clip_skip=config.base.clip_skip,
         private=captions_told(parts.data.dataset.examples) if config.file.tell_captions else {},
     )
 

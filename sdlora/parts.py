@@ -19,8 +19,9 @@ from sdlora.errors import ConfigError
 from sdlora.lora.inject import Adapter
 from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
-from sdlora.models.load import load_base
-from sdlora.models.sd import weights_identity
+from sdlora.models.latent import weights_identity
+from sdlora.models.load import LoadOptions, load_base
+from sdlora.models.text import TextOptions
 from sdlora.pictures import fit_pictures, read_pictures
 from sdlora.preview.arbiter import load_arbiters
 from sdlora.preview.checker import Checker, Subject
@@ -92,9 +93,7 @@ def load(config: RunConfig) -> Loaded:
     device, dtype, precision = choose_device(config)
     # The pictures are looked at before the base is loaded, which may take minutes.
     pictures = read_pictures(config)
-    base = load_base(
-        config.base.path, device=device, dtype=dtype, revision=config.base.revision, variant=config.base.variant
-    )
+    base = load_base(config.base.path, device=device, dtype=dtype, options=_load_options(config))
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
     pictures = fit_pictures(config, pictures, base)
@@ -124,7 +123,7 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
     """
     loaded = load(config)
     base, notices = loaded.base, loaded.notices
-    targets = find_targets(base.unet, config.lora.targets, base.text_encoder)
+    targets = find_targets(base.unet, config.lora.targets, base.text_encoders)
     adapter = make_adapter(config, base, targets)
     rank = max(config.lora.ranks())
     if rank > HIGH_RANK:
@@ -239,6 +238,12 @@ def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
         raise ConfigError("train.precision = 'fp16' needs a GPU. On a CPU choose 'bf16' or 'fp32'.")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return device, dtype, precision
+
+
+def _load_options(config: RunConfig) -> LoadOptions:
+    base = config.base
+    text = TextOptions(base.clip_skip, config.data.max_token_windows)
+    return LoadOptions(base.revision, base.variant, base.prediction_type, text)
 
 
 def preview_request(config: RunConfig, dataset: Dataset) -> PreviewRequest:

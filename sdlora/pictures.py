@@ -13,8 +13,9 @@ from sdlora.data.dataset import Dataset, Source, load_dataset, load_mask_pixels,
 from sdlora.data.doctor import examine_sizes, warnings_in_short
 from sdlora.data.split import split_off
 from sdlora.dataconfig import SetConfig
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, DataError
 from sdlora.models.base import BaseModel
+from sdlora.models.text import calls_of_other_files
 from sdlora.shipped import resolve_data_folder
 
 
@@ -52,6 +53,7 @@ def read_pictures(config: RunConfig) -> Pictures:
         preserved = _read(config, SetConfig(folder=data.preservation_folder, caption=data.preservation_caption))
     if heldout is None and data.holdout_split:
         trained, heldout = split_off(trained, config.seed)
+    _refuse_calls(trained, heldout, preserved)
     notices = trained.notices
     if preserved is not None:
         # So that no name, and no noise that follows from it, is a trained picture's.
@@ -137,5 +139,21 @@ def _long_captions(base: BaseModel, dataset: Dataset) -> list[str]:
     if not long:
         return []
     return [
-        f"{len(long)} captions are longer than {base.max_tokens} tokens; their ends are not read. First: {long[0]}."
+        f"{len(long)} captions are longer than {base.max_tokens} tokens; their ends are not read. First: {long[0]}. "
+        "More windows of 75 are read with data.max_token_windows."
     ]
+
+
+def _refuse_calls(*datasets: Dataset | None) -> None:
+    """Refuse captions that call up other files: the words around them would be trained for what those files show."""
+    faults = [
+        f"  {example.name}: {calls[0]}"
+        for dataset in datasets
+        for example in (dataset.examples if dataset else ())
+        if (calls := calls_of_other_files(example.caption))
+    ]
+    if faults:
+        raise DataError(
+            "Captions call up a textual inversion or another network, which only other programs know. Write in words "
+            "what is to be seen:\n" + "\n".join(faults)
+        )

@@ -7,6 +7,7 @@ with the input is found before the run's folder is made.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import time
 import traceback
@@ -67,6 +68,7 @@ def start(
     folder = RunFolder(output, config.name or "lora")
     folder.check(resume=resume)
     if resume:
+        config = _as_pinned(config, folder)
         _check_same(config, folder)
     try:
         parts = prepare(config, folder)
@@ -75,7 +77,7 @@ def start(
     if config.file.tell_captions:
         captions_told(parts.data.dataset.examples)  # an error now, rather than at the end of an epoch
     if not resume:
-        folder.create(dump_toml(config))
+        folder.create(dump_toml(_pinned(config, parts.base.revision)))
     remove_partial(folder.path)
     recorder = Recorder(folder)
     try:
@@ -104,6 +106,19 @@ def start(
 
 
 # --- Going on where a run stopped -----------------------------------------------------------------------------------
+
+
+def _pinned(config: RunConfig, revision: str | None) -> RunConfig:
+    """The configuration with the commit that a hub id was resolved to, so that going on finds the same base."""
+    if revision is None:
+        return config
+    return config.model_copy(update={"base": config.base.model_copy(update={"revision": revision})})
+
+
+def _as_pinned(config: RunConfig, folder: RunFolder) -> RunConfig:
+    """The configuration with the commit that the run was started on, unless it asks for a commit itself."""
+    asks = config.base.revision is not None and re.fullmatch(r"[0-9a-f]{40}", config.base.revision)
+    return config if asks else _pinned(config, load_config(str(folder.config)).base.revision)
 
 
 def _check_same(config: RunConfig, folder: RunFolder) -> None:

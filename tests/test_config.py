@@ -15,13 +15,14 @@ def faults(**document: object) -> str:
 
 def test_the_list_of_options_is_a_decision() -> None:
     assert option_names() == [
-        "name", "seed", "base.path", "base.revision", "base.variant", "data.folder", "data.sets", "data.holdout",
+        "name", "seed", "base.path", "base.revision", "base.variant", "base.prediction_type",
+        "base.clip_skip", "data.folder", "data.sets", "data.holdout",
         "data.holdout_split", "data.caption",
         "data.trigger", "data.class_words", "data.preservation_folder", "data.preservation_caption",
         "data.allow_trigger_only", "data.repeats", "data.resolution_px",
         "data.buckets",
         "data.bucket_step_px", "data.background", "data.masks", "data.shuffle_tags", "data.keep_tags",
-        "data.caption_dropout",
+        "data.max_token_windows", "data.caption_dropout",
         "lora.rank", "lora.alpha", "lora.targets", "lora.target_ranks", "lora.target_alphas", "lora.rslora",
         "lora.dora", "lora.dropout", "lora.start", "lora.timestep_rank_min", "lora.timestep_rank_alpha", "train.epochs",
         "train.batch_size", "train.gradient_accumulation_steps", "train.optimizer", "train.learning_rate",

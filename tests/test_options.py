@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import make_tiny_pipeline
+from tiny import make_tiny, make_tiny_pipeline
 
 from sdlora import parts
 from sdlora.configfile import load_config, option_names
@@ -37,8 +37,10 @@ def scene(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str
     bare.mkdir()
     Image.new("RGB", (32, 32), "red").save(bare / "a.png")
     make_tiny_pipeline(root / "v", prediction_type="v_prediction")
+    make_tiny("sd1", root / "deep")
     return {
         "root": str(root), "set": str(folder), "bare": str(bare), "base": str(tiny_base), "v": str(root / "v"),
+        "deep": str(root / "deep"),
     }  # fmt: skip
 
 
@@ -108,6 +110,8 @@ CHANGES: dict[str, list[str]] = {
     "seed": ["seed=1"],
     "base.path": ["base.path={v}"],
     "base.variant": ["base.variant=fp16"],
+    "base.prediction_type": ["base.prediction_type=v_prediction"],
+    "base.clip_skip": ["base.path={deep}", "base.clip_skip=2"],
     "data.folder": ["data.folder=builtin:zumi"],
     "data.sets": ["data.folder=", 'data.sets=[{folder="{set}", repeats=1}, {folder="builtin:zumi"}]'],
     "data.caption": ["data.folder={bare}", "data.caption=a thing"],
@@ -127,6 +131,7 @@ CHANGES: dict[str, list[str]] = {
     "data.background": ["data.background=black"],
     "data.masks": ["data.masks=file"],
     "data.shuffle_tags": ["data.shuffle_tags=true"],
+    "data.max_token_windows": ["data.max_token_windows=2"],
     "data.caption_dropout": ["data.caption_dropout=0.5"],
     "lora.rank": ["lora.rank=3"],
     "lora.alpha": ["lora.alpha=1"],
@@ -306,9 +311,10 @@ def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.update(options, source=source)
         raise OSError("offline")
 
-    monkeypatch.setattr(load.StableDiffusionPipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(load.DiffusionPipeline, "download", refuse)
+    options = load.LoadOptions(revision="abc", variant="fp16")
     with pytest.raises(BaseModelError, match="offline"):
-        load.load_base("owner/name", device=torch.device("cpu"), dtype=torch.float32, revision="abc", variant="fp16")
+        load.load_base("owner/name", device=torch.device("cpu"), dtype=torch.float32, options=options)
     assert (asked["source"], asked["revision"], asked["variant"]) == ("owner/name", "abc", "fp16")
     assert asked["use_safetensors"] is True
 

@@ -87,7 +87,7 @@ def test_captions_and_folders_are_told_only_on_request(tmp_path: Path, overrides
 def test_captions_too_long_to_tell_are_refused_before_the_run(
     tmp_path: Path, overrides: list[str], pictures: Path
 ) -> None:
-    example = Example("a", tmp_path / "a", "word, " * 10, (8, 8))
+    example = Example("a", tmp_path / "a", "word, " * 10, (8, 8), (8, 8))
     assert json.loads(captions_told([example])["ss_tag_frequency"]) == {tmp_path.name: {"word": 10}}
     with pytest.raises(ConfigError, match="at most 262144 fit"):
         captions_told([replace(example, caption=", ".join(map(str, range(40_000))))])

@@ -26,9 +26,9 @@ def sets(overrides: list[str], pictures: Path, others: Path) -> list[str]:
 
 
 def test_an_example_knows_its_own_trigger() -> None:
-    example = Example("a", Path("a"), "a cat", (8, 8), trigger="mizu")
+    example = Example("a", Path("a"), "a cat", (8, 8), (8, 8), trigger="mizu")
     assert example.prompt == "mizu, a cat"
-    assert Example("a", Path("a"), "a cat", (8, 8)).prompt == "a cat"
+    assert Example("a", Path("a"), "a cat", (8, 8), (8, 8)).prompt == "a cat"
 
 
 def test_several_sets_have_their_own_repeats_triggers_and_names(tmp_path: Path, sets: list[str]) -> None:

@@ -28,6 +28,7 @@ class Example:
         path: Where it is.
         caption: Its caption as written.
         bucket: Width and height it is trained at, in pixels; its own size until buckets are assigned.
+        size_px: Its own width and height, upright.
         mask: What of it is trained; the picture itself where that is its alpha channel, None for all of it.
         trigger: The word that calls up what it shows, if there is one.
         repeats: How often it is visited in an epoch.
@@ -37,6 +38,7 @@ class Example:
     path: Path
     caption: str
     bucket: Bucket
+    size_px: Bucket
     mask: Path | None = None
     trigger: str | None = None
     repeats: int = 1
@@ -174,7 +176,7 @@ def _sound(source: Source, *, allow_trigger_only: bool, background: str, masks: 
 
 def _examples(source: Source, checkup: Checkup, prefix: str = "") -> tuple[Example, ...]:
     return tuple(
-        Example(prefix + p.path.name, p.path, p.caption or "", p.size, p.mask, source.trigger, source.repeats)
+        Example(prefix + p.path.name, p.path, p.caption or "", p.size, p.size, p.mask, source.trigger, source.repeats)
         for p in checkup.pictures
     )
 

@@ -102,6 +102,18 @@ def crop_to_bucket(image: Image.Image, width_px: int, height_px: int) -> Image.I
     return ImageOps.fit(image, (width_px, height_px), method=Image.Resampling.LANCZOS, centering=(0.5, 0.5))
 
 
+def crop_origin(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
+    """Where `crop_to_bucket` begins to cut, from left and top in pixels of the scaled picture.
+
+    Args:
+        size: The picture's width and height.
+        bucket: Width and height that are cut out.
+    """
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    left, top = ((length * scale - kept) / 2 for length, kept in zip(size, bucket, strict=True))
+    return round(left), round(top)
+
+
 def to_tensor(image: Image.Image) -> Tensor:
     """An RGB picture to (3, H, W) float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))

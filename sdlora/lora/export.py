@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from safetensors.torch import save_file
@@ -36,6 +36,7 @@ from sdlora.lora.inject import LoraState
 from sdlora.lora.keys import PEFT_METADATA, UNET_PREFIX, file_form, to_kohya, to_peft
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora.tools import update
+from sdlora.models.architectures import family_named
 
 _KINDS = {
     "cross_attention": r"_attn2_",
@@ -62,6 +63,8 @@ class LoraMetadata:
         settings: The settings worth knowing later, JSON values.
         timestep_rank: The ranks to use at each noise level, which the file's weights alone cannot tell.
         private: What only the artist may decide to tell: captions and folders, as other trainers name them.
+        prediction_type: What the base predicts.
+        clip_skip: Which of the text encoder's layers was read, counted from the last; None for the family's own.
     """
 
     name: str
@@ -75,6 +78,8 @@ class LoraMetadata:
     settings: dict[str, Any]
     timestep_rank: TimestepRank | None = None
     private: Mapping[str, str] = field(default_factory=dict)
+    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    clip_skip: int | None = None
 
 
 def save_lora(
@@ -102,7 +107,8 @@ def save_lora(
     if spelling == "peft" or any(weights.magnitude is not None for weights in form.values()):
         tensors, extra[PEFT_METADATA] = to_peft(form)
     else:
-        tensors = to_kohya(form)
+        two = len(family_named(metadata.architecture).text_encoders) > 1
+        tensors = to_kohya(form, two_text_encoders=two)
     if metadata.timestep_rank is not None:
         extra["sdlora.timestep_rank_min"] = str(metadata.timestep_rank.rank_min)
         extra["sdlora.timestep_rank_alpha"] = str(metadata.timestep_rank.alpha)
@@ -144,20 +150,22 @@ def _check_header(file: Path, path: Path) -> None:
 def _header(state: LoraState, tensors: dict[str, Tensor], metadata: LoraMetadata) -> dict[str, str]:
     ranks = Counter(weights.down.shape[0] for weights in state.values())
     alphas = Counter(weights.alpha for weights in state.values())
+    family = family_named(metadata.architecture)
     base_name = Path(metadata.base).name
     size = f"{metadata.resolution_px}x{metadata.resolution_px}"
     header = {
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"{metadata.architecture}/lora",
         "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+        "modelspec.prediction_type": "v" if metadata.prediction_type == "v_prediction" else "epsilon",
         "modelspec.title": metadata.name,
         "modelspec.resolution": size,
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "modelspec.hash_sha256": "0x" + tensors_sha256(tensors),
         "ss_output_name": metadata.name,
         "sshs_model_hash": tensors_sha256(tensors),
-        "ss_base_model_version": "sd_v1",
-        "ss_v2": "False",
+        "ss_base_model_version": family.base_version + ("_v" if metadata.architecture.endswith("-v") else ""),
+        "ss_v2": str(family.base_version == "sd_v2"),
         "ss_sd_model_name": base_name,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(ranks.most_common(1)[0][0]),
@@ -169,6 +177,8 @@ def _header(state: LoraState, tensors: dict[str, Tensor], metadata: LoraMetadata
         "sdlora.version": sdlora.__version__,
         "sdlora.settings": json.dumps(metadata.settings, sort_keys=True),
     }
+    if metadata.clip_skip is not None:
+        header["ss_clip_skip"] = str(metadata.clip_skip)
     if metadata.trigger:
         header["modelspec.trigger_phrase"] = metadata.trigger
         header["modelspec.usage_hint"] = f"Write {metadata.trigger} in the prompt."

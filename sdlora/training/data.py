@@ -72,15 +72,17 @@ class TrainingData:
 
     def text(self, visits: list[tuple[int, int]]) -> TextStates:
         """Text states of (example, visit) pairs, the batch first."""
-        return self._encoded([self.caption(index, visit) for index, visit in visits])
+        return self._encoded([self.caption(index, visit) for index, visit in visits], visits)
 
     def preserved_text(self, visits: list[tuple[int, int]]) -> TextStates:
         """Text states with a class word in the trigger's place, the batch first."""
         assert self.preserved_caption is not None, "class words are set wherever preservation is asked for"
-        return self._encoded([self.preserved_caption(index, visit) for index, visit in visits])
+        return self._encoded([self.preserved_caption(index, visit) for index, visit in visits], visits)
 
-    def _encoded(self, captions: list[str]) -> TextStates:
-        return self.cache.base.encode_captions(captions) if self.text_is_trained else self.cache.text(captions)
+    def _encoded(self, captions: list[str], visits: list[tuple[int, int]]) -> TextStates:
+        base = self.cache.base
+        states = base.encode_captions(captions) if self.text_is_trained else self.cache.text(captions)
+        return states | base.picture_states([self.dataset.examples[index] for index, _ in visits])
 
 
 def training_data(config: RunConfig, dataset: Dataset, cache: Cache) -> TrainingData:

@@ -72,7 +72,7 @@ def test_the_alpha_channel_is_a_mask_if_it_hides_anything(tmp_path: Path, mode: 
         picture.convert(mode).save(tmp_path / name, format="TIFF" if mode == "PA" else None)
     for name, expected in {"a.png": [0.0, 1.0], "b.png": None}.items():
         path = tmp_path / name
-        mask = load_mask_pixels(Example(name, path, "x", (8, 8), path))
+        mask = load_mask_pixels(Example(name, path, "x", (8, 8), (8, 8), path))
         assert (mask if mask is None else mask_shares(mask, 1, 2).flatten().tolist()) == expected
 
 
@@ -82,7 +82,7 @@ def test_an_alpha_channel_turns_with_its_picture(tmp_path: Path) -> None:
     picture = Image.new("RGBA", (8, 4), (255, 0, 0, 255))
     ImageDraw.Draw(picture).rectangle((0, 0, 3, 3), fill=(0, 0, 0, 0))
     picture.save(tmp_path / "a.png", exif=exif)
-    mask = load_mask_pixels(Example("a.png", tmp_path / "a.png", "x", (4, 8), tmp_path / "a.png"))
+    mask = load_mask_pixels(Example("a.png", tmp_path / "a.png", "x", (4, 8), (4, 8), tmp_path / "a.png"))
     assert mask is not None
     assert mask.size == (4, 8)
     assert mask_shares(mask, 2, 1).flatten().tolist() == [0.0, 1.0]
@@ -122,7 +122,7 @@ def test_masks_that_cannot_be_used_are_errors(tmp_path: Path) -> None:
 def test_a_mask_whose_white_is_cropped_away_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "a.png", (96, 32))
     put_mask(tmp_path, "a-mask.png", (96, 32), (0, 0, 7, 31))
-    example = Example("a.png", tmp_path / "a.png", "x", (32, 32), tmp_path / "a-mask.png")
+    example = Example("a.png", tmp_path / "a.png", "x", (32, 32), (32, 32), tmp_path / "a-mask.png")
     with pytest.raises(DataError, match=r"mask of a\.png shows is cut off in the crop to 32 x 32"):
         load_mask_pixels(example)
 

@@ -55,8 +55,8 @@ def make_trainer(
         name="n",
     )
     base = load_base(str(base_folder), device=torch.device("cpu"), dtype=dtype)
-    paths = find_targets(base.unet, targets, base.text_encoder)
-    adapter = inject(base.unet, paths, 2, 2.0, 0, form=form, text_encoder=base.text_encoder)
+    paths = find_targets(base.unet, targets, base.text_encoders)
+    adapter = inject(base.unet, paths, 2, 2.0, 0, form=form, text_encoders=base.text_encoders)
     dataset = load_dataset(
         pictures, caption=None, trigger=None, allow_trigger_only=False, background="white", masks=masks, repeats=2
     )

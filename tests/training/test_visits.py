@@ -18,7 +18,7 @@ def dataset(repeats: list[int], name: str = "p") -> Dataset:
     return Dataset(
         Path("set"),
         tuple(
-            Example(f"{name}{index}", Path("x"), "x", (32, 32) if index % 2 else (40, 24), repeats=times)
+            Example(f"{name}{index}", Path("x"), "x", (32, 32) if index % 2 else (40, 24), (64, 64), repeats=times)
             for index, times in enumerate(repeats)
         ),
         (),
