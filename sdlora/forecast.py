@@ -1,0 +1,181 @@
+"""What a configuration, or a family without weights, would need: the figures of `sdlora plan`.
+
+Floor 7.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from math import prod
+from typing import Any
+
+import psutil
+import torch
+from torch import nn
+
+from sdlora.adapters import form_of, make_adapter
+from sdlora.config import RunConfig
+from sdlora.lora.targets import find_targets
+from sdlora.models.architectures import Family
+from sdlora.parts import Loaded, choose_device, load
+from sdlora.training.data import training_data
+from sdlora.training.metabase import latents, shapes_of_base, shapes_of_family
+from sdlora.training.objective import Batch, diffusion_loss
+from sdlora.training.plan import Change, Setting, adapter_parameters, changes, full_training_bytes, need, num_steps
+
+PROBE_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A plan as `--json` prints it.
+
+    Attributes:
+        trainable_parameters: How many numbers are trained.
+        base_parameters: How many the adapted networks have themselves.
+        peak_bytes: The most memory that is needed at once.
+        parts: What it is made of.
+        memory_bytes: What there is; None if it is not known.
+        fits: Whether it is enough; None if that is not known.
+        changes: What to change until it is, each on top of those before.
+        steps: Optimizer steps of the run; None without pictures.
+        exposures_per_picture: How often each picture is seen.
+        seconds: Of all steps, from measured ones; None without weights.
+        flops_per_step: Arithmetic of one batch.
+        pictures: How many are trained; None without any.
+        buckets: Width and height in pixels to how many pictures have them.
+        cache_bytes: What latents and text states take on the disk; None without pictures.
+        full_training_bytes: Weights, gradients and optimizer of full fine-tuning, without activations.
+        largest_layer: The layer with the largest adapter: its numbers, and the adapter's.
+    """
+
+    trainable_parameters: int
+    base_parameters: int
+    peak_bytes: int
+    parts: dict[str, int]
+    memory_bytes: int | None
+    fits: bool | None
+    changes: list[Change]
+    steps: int | None
+    exposures_per_picture: int
+    seconds: float | None
+    flops_per_step: int
+    pictures: int | None
+    buckets: dict[str, int]
+    cache_bytes: int | None
+    full_training_bytes: int
+    largest_layer: tuple[int, int]
+
+    def to_json(self) -> dict[str, Any]:
+        """All figures by name."""
+        return asdict(self)
+
+
+def forecast_family(family: Family, config: RunConfig, memory_bytes: int | None) -> Forecast:
+    """A plan from shapes alone; the picture's size is the configuration's, or the family's own."""
+    shapes = shapes_of_family(family)
+    edge = config.data.resolution_px or shapes.resolution_px
+    # Cards that train these families have bf16.
+    dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
+    setting = Setting(config, form_of(config.lora), shapes, dtype, (edge, edge))
+    return _forecast(setting, memory_bytes, [], None, None)
+
+
+def forecast_config(config: RunConfig, memory_bytes: int | None) -> Forecast:
+    """A plan from a configuration, its pictures and its base; two steps are measured.
+
+    Raises:
+        SdloraError: Anything that is wrong with the settings, the pictures or the base.
+    """
+    loaded = load(config)
+    setting, cache_bytes = setting_of(config, loaded)
+    buckets = [example.bucket for example in loaded.dataset.examples]
+    memory = device_memory(loaded.device) if memory_bytes is None else memory_bytes
+    steps = num_steps(buckets, config) * config.train.gradient_accumulation_steps
+    seconds = steps * step_seconds(config, loaded, setting)
+    return _forecast(setting, memory, buckets, cache_bytes, seconds)
+
+
+def setting_of(config: RunConfig, loaded: Loaded) -> tuple[Setting, int]:
+    """What is planned for pictures and a base that are loaded, and the bytes of their cache on the disk."""
+    dataset, shapes = loaded.dataset, shapes_of_base(loaded.base)
+    channels = 2 * int(shapes.vae["latent_channels"]) * 4
+    moments = sum(channels * prod(edge // shapes.latent_factor for edge in e.bucket) for e in dataset.examples)
+    caption = training_data(config, dataset, loaded.cache).caption
+    num_visits = config.train.epochs * config.data.repeats
+    captions = {caption(index, visit) for index in range(len(dataset.examples)) for visit in range(1, num_visits + 1)}
+    width = int(shapes.unet["cross_attention_dim"])
+    states = 0 if "text_encoder" in config.lora.targets else len(captions) * loaded.base.max_tokens * width * 4
+    dtype = choose_device(config)[1]
+    largest = max((example.bucket for example in dataset.examples), key=prod)
+    # Cached tensors stay in the host's memory, which is the device's own on a CPU.
+    held = moments + states if loaded.device.type == "cpu" else 0
+    return Setting(config, form_of(config.lora), shapes, dtype, largest, held), moments + states
+
+
+def device_memory(device: torch.device) -> int:
+    """What the device has free, in bytes."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def step_seconds(config: RunConfig, loaded: Loaded, setting: Setting) -> float:
+    """How long a batch takes here: the faster of two, measured on noise of the largest bucket's size.
+
+    The base keeps its adapter afterwards.
+    """
+    base, size = loaded.base, config.train.batch_size
+    paths = find_targets(base.unet, config.lora.targets, base.text_encoder)
+    adapter = make_adapter(config, base, paths)
+    if config.train.gradient_checkpointing:
+        base.unet.enable_gradient_checkpointing()
+    optimizer = torch.optim.AdamW(adapter.parameters())
+    clean = torch.zeros_like(latents(setting.shapes, size, setting.bucket), device="cpu")
+    found = []
+    for _ in range(PROBE_STEPS):
+        with torch.set_grad_enabled(adapter.adapts_text):
+            text = base.encode_captions([""] * size)
+        begin = time.perf_counter()
+        batch = Batch(clean, torch.randn_like(clean), torch.full((size,), 500), text)
+        loss = diffusion_loss(base, batch).mean()
+        loss.backward()
+        nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        loss.item()  # waits for the device
+        found.append(time.perf_counter() - begin)
+    return min(found)
+
+
+def _forecast(
+    setting: Setting,
+    memory_bytes: int | None,
+    buckets: Sequence[tuple[int, int]],
+    cache_bytes: int | None,
+    seconds: float | None,
+) -> Forecast:
+    config, needed = setting.config, need(setting)
+    fits = None if memory_bytes is None else needed.peak_bytes <= memory_bytes
+    inputs, outputs, rank, kernel = needed.largest_layer
+    return Forecast(
+        trainable_parameters=needed.trainable_parameters,
+        base_parameters=needed.base_parameters,
+        peak_bytes=needed.peak_bytes,
+        parts=needed.parts,
+        memory_bytes=memory_bytes,
+        fits=fits,
+        changes=[] if memory_bytes is None else changes(setting, needed, memory_bytes),
+        steps=num_steps(buckets, config) if buckets else None,
+        exposures_per_picture=config.data.repeats * config.train.epochs,
+        seconds=seconds,
+        flops_per_step=needed.flops,
+        pictures=len(buckets) or None,
+        buckets={f"{width}x{height}": count for (width, height), count in Counter(buckets).items()},
+        cache_bytes=cache_bytes,
+        full_training_bytes=full_training_bytes(needed.base_parameters),
+        largest_layer=(inputs * outputs * kernel**2, adapter_parameters(inputs, outputs, rank, kernel)),
+    )
