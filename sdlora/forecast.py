@@ -22,8 +22,10 @@ from sdlora.lora.targets import find_targets
 from sdlora.models.architectures import Family
 from sdlora.parts import Loaded, choose_device, load
 from sdlora.training.data import training_data
+from sdlora.training.lean import LeanStep
 from sdlora.training.metabase import latents, shapes_of_base, shapes_of_family
 from sdlora.training.objective import Batch, diffusion_loss
+from sdlora.training.optimizers import Group
 from sdlora.training.plan import Change, Setting, adapter_parameters, changes, full_training_bytes, need, num_steps
 
 PROBE_STEPS = 2
@@ -131,9 +133,14 @@ def step_seconds(config: RunConfig, loaded: Loaded, setting: Setting) -> float:
     base, size = loaded.base, config.train.batch_size
     paths = find_targets(base.unet, config.lora.targets, base.text_encoder)
     adapter = make_adapter(config, base, paths)
-    if config.train.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-    optimizer = torch.optim.AdamW(adapter.parameters())
+    lean = LeanStep(
+        base.unet,
+        adapter,
+        [Group(adapter.parameters(), 1.0)],
+        optimizer="adamw",
+        gradient_checkpointing=config.train.gradient_checkpointing,
+    )
+    optimizer = torch.optim.AdamW(lean.parameters())
     clean = torch.zeros_like(latents(setting.shapes, size, setting.bucket), device="cpu")
     found = []
     for _ in range(PROBE_STEPS):
@@ -141,9 +148,10 @@ def step_seconds(config: RunConfig, loaded: Loaded, setting: Setting) -> float:
             text = base.encode_captions([""] * size)
         begin = time.perf_counter()
         batch = Batch(clean, torch.randn_like(clean), torch.full((size,), 500), text)
-        loss = diffusion_loss(base, batch).mean()
-        loss.backward()
-        nn.utils.clip_grad_norm_(adapter.parameters(), 1.0)
+        with lean.live():
+            loss = diffusion_loss(base, batch).mean()
+            loss.backward()
+        nn.utils.clip_grad_norm_(lean.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()  # waits for the device

@@ -17,8 +17,10 @@ from sdlora.config import RunConfig
 from sdlora.data.order import epoch_batches
 from sdlora.lora.inject import Adapter, Form, inject
 from sdlora.lora.targets import find_targets
+from sdlora.training.lean import LeanStep
 from sdlora.training.metabase import META, MetaBase, Shapes, latents, num_bytes
 from sdlora.training.objective import Batch, diffusion_loss, diffusion_loss_preserving
+from sdlora.training.optimizers import Group
 from sdlora.training.trace import Cost, counted
 
 FULL_BYTES_PER_PARAMETER = 16
@@ -130,7 +132,14 @@ def need(setting: Setting) -> Need:
         base.unet, paths, config.lora.rank, config.lora.alpha, 0, form=gaussian, text_encoder=base.text_encoder
     )
     count = adapter.num_parameters()
-    step = _step_cost(setting, base, adapter)
+    lean = LeanStep(
+        base.unet,
+        adapter,
+        [Group(adapter.parameters(), 1.0)],
+        optimizer=config.train.optimizer,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+    )
+    step = _step_cost(setting, base, adapter, lean)
     state = OPTIMIZER_BYTES[config.train.optimizer] + 4 * (config.train.ema_decay > 0)
     start = 4 * (setting.form.start != "gaussian")
     # The first of several batches finds no gradients yet, and the others find those of the first.
@@ -153,14 +162,12 @@ def need(setting: Setting) -> Need:
     )
 
 
-def _step_cost(setting: Setting, base: MetaBase, adapter: Adapter) -> Cost:
+def _step_cost(setting: Setting, base: MetaBase, adapter: Adapter, lean: LeanStep) -> Cost:
     """Forward and backward pass of the largest batch, by the code that trains."""
     config, size = setting.config, setting.config.train.batch_size
     clean = latents(setting.shapes, size, setting.bucket)
     timesteps = torch.zeros(size, dtype=torch.long, device=META)
-    if config.train.gradient_checkpointing:
-        base.unet.enable_gradient_checkpointing()
-    with counted() as cost:
+    with lean.live(), counted() as cost:
         batch = Batch(clean, torch.empty_like(clean), timesteps, base.text(size))
         if config.train.preservation_weight > 0:
             with torch.no_grad():

@@ -5,6 +5,7 @@ Floor 5. On the meta device tensors have shapes and no numbers, so that any mode
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,7 +72,15 @@ def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any
     return 2 * int(sdpa_flop_count(query, key, value))
 
 
-_ATTENTION_FLOPS = {
+def _product_flops(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
+    """Of (..., m, k) times (..., k, n)."""
+    return 2 * math.prod(left) * int(right[-1])
+
+
+# What torch's own counter leaves out.
+_MORE_FLOPS = {
+    torch.ops.aten.addmm_: _product_flops,
+    torch.ops.aten.baddbmm_: _product_flops,
     _flash: _attention_flops,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
 }
@@ -81,7 +90,7 @@ _ATTENTION_FLOPS = {
 def counted() -> Iterator[Cost]:
     """Count what the block does; the cost grows while it runs."""
     cost = Cost()
-    flops = FlopCounterMode(display=False, custom_mapping=_ATTENTION_FLOPS)
+    flops = FlopCounterMode(display=False, custom_mapping=_MORE_FLOPS)
     # The inner mode sees operations first, before the other takes composite ones apart.
     with meta_attention(), flops, _Counter(cost):
         yield cost
