@@ -29,7 +29,7 @@ _PARTS = {
     "adapter": "adapter, gradients and optimizer",
     "activations": "activations of the largest step",
     "caches": "cached latents and text",
-    "previews": "previews and encoding, beyond the step",
+    "previews": "previews, encoding or proof, beyond the step",
 }
 
 

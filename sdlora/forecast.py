@@ -114,8 +114,9 @@ def setting_of(config: RunConfig, loaded: Loaded) -> tuple[Setting, int]:
     dtype = choose_device(config)[1]
     largest = max((example.bucket for example in dataset.examples), key=prod)
     # Cached tensors stay in the host's memory, which is the device's own on a CPU.
-    held = moments + states if loaded.device.type == "cpu" else 0
-    return Setting(config, form_of(config.lora), shapes, dtype, largest, held), moments + states
+    on_cpu = loaded.device.type == "cpu"
+    held = moments + states if on_cpu else 0
+    return Setting(config, form_of(config.lora), shapes, dtype, largest, held, on_cpu), moments + states
 
 
 def device_memory(device: torch.device) -> int:

@@ -39,8 +39,8 @@ class Need:
         trainable_parameters: How many numbers are trained.
         base_parameters: How many the adapted networks have themselves.
         parts: Bytes at the peak: "weights" of the frozen networks, "adapter" with its gradients and its optimizer's
-            state, "activations" of the largest step, "caches" held beside them, and what "previews" need beyond the
-            activations.
+            state, "activations" of the largest step, "caches" held beside them, and what "previews",
+            encoding or proving a file need beyond the activations.
         flops: Of one step's batch, forward and backward.
         largest_layer: Inputs and outputs of the layer with the largest adapter, its rank and its kernel's edge.
     """
@@ -68,6 +68,7 @@ class Setting:
         dtype: The frozen UNet's type.
         bucket: Width and height in pixels of the largest pictures.
         cached_bytes: What latents and text states hold in the memory that is planned.
+        proven_here: Whether the base is loaded once more into this memory, to prove every epoch's file.
     """
 
     config: RunConfig
@@ -76,6 +77,7 @@ class Setting:
     dtype: torch.dtype
     bucket: tuple[int, int]
     cached_bytes: int = 0
+    proven_here: bool = False
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,7 @@ def need(setting: Setting) -> Need:
     text_is_trained = "text_encoder" in config.lora.targets
     base = MetaBase(shapes, setting.dtype, text_is_trained=text_is_trained)
     weights = num_bytes(base.unet) + shapes.frozen_bytes
+    num_parameters = sum(parameter.numel() for parameter in base.unet.parameters())
     paths = find_targets(base.unet, config.lora.targets, base.text_encoder)
     # Where singular vectors start makes no difference to what is held, and meta tensors have none.
     gaussian = replace(setting.form, start="gaussian")
@@ -145,7 +148,8 @@ def need(setting: Setting) -> Need:
     # The first of several batches finds no gradients yet, and the others find those of the first.
     gradients = 4 * count * (config.train.gradient_accumulation_steps > 1)
     activations = step.peak_bytes + gradients - 4 * count
-    beside = max(_preview_bytes(setting, base), _encode_bytes(setting))
+    proof = 4 * num_parameters + shapes.frozen_bytes if setting.proven_here else 0
+    beside = max(_preview_bytes(setting, base), _encode_bytes(setting), proof)
     largest = max(adapter.layers.values(), key=lambda layer: layer.down.numel() + layer.up.numel())
     return Need(
         trainable_parameters=count,
