@@ -24,7 +24,8 @@ class Event:
 class PlanMade(Event):
     """What the run is about to do, in numbers a person can check before it starts.
 
-    `split_off` names the held-out pictures that were taken from the training folder itself.
+    `split_off` names the held-out pictures that were taken from the training folder itself; `peak_bytes` is the most
+    memory that is needed at once and `memory_bytes` what there is, both None for bases so small that they fit anywhere.
     """
 
     name = "plan"
@@ -42,6 +43,8 @@ class PlanMade(Event):
     targets: list[str]
     device: str
     precision: str
+    peak_bytes: int | None = None
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)

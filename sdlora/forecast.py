@@ -20,15 +20,17 @@ from sdlora.adapters import form_of, make_adapter
 from sdlora.config import RunConfig
 from sdlora.lora.targets import find_targets
 from sdlora.models.architectures import Family
-from sdlora.parts import Loaded, choose_device, load
-from sdlora.training.data import training_data
+from sdlora.models.base import BaseModel
+from sdlora.parts import Loaded, load
+from sdlora.training.data import TrainingData, training_data
 from sdlora.training.lean import LeanStep
-from sdlora.training.metabase import latents, shapes_of_base, shapes_of_family
+from sdlora.training.metabase import latents, num_bytes, shapes_of_base, shapes_of_family
 from sdlora.training.objective import Batch, diffusion_loss
 from sdlora.training.optimizers import Group
 from sdlora.training.plan import Change, Setting, adapter_parameters, changes, full_training_bytes, need, num_steps
 
 PROBE_STEPS = 2
+_SMALL_BASE = 100_000_000
 
 
 @dataclass(frozen=True)
@@ -103,20 +105,35 @@ def forecast_config(config: RunConfig, memory_bytes: int | None) -> Forecast:
 
 def setting_of(config: RunConfig, loaded: Loaded) -> tuple[Setting, int]:
     """What is planned for pictures and a base that are loaded, and the bytes of their cache on the disk."""
-    dataset, shapes = loaded.dataset, shapes_of_base(loaded.base)
+    data = training_data(config, loaded.dataset, loaded.cache)
+    return _setting(config, loaded.base, data, loaded.device)
+
+
+def memory_of_run(
+    config: RunConfig, base: BaseModel, data: TrainingData, device: torch.device
+) -> tuple[int | None, int | None]:
+    """The peak that is planned and what the device has free; None for bases so small that they fit anywhere."""
+    if sum(parameter.numel() for parameter in base.unet.parameters()) < _SMALL_BASE:
+        return None, None
+    setting, _ = _setting(config, base, data, device)
+    # What is loaded already is no longer free.
+    return need(setting).peak_bytes, device_memory(device) + num_bytes(base.unet) + setting.shapes.frozen_bytes
+
+
+def _setting(config: RunConfig, base: BaseModel, data: TrainingData, device: torch.device) -> tuple[Setting, int]:
+    examples, shapes = data.dataset.examples, shapes_of_base(base)
     channels = 2 * int(shapes.vae["latent_channels"]) * 4
-    moments = sum(channels * prod(edge // shapes.latent_factor for edge in e.bucket) for e in dataset.examples)
-    caption = training_data(config, dataset, loaded.cache).caption
+    moments = sum(channels * prod(edge // shapes.latent_factor for edge in e.bucket) for e in examples)
     num_visits = config.train.epochs * config.data.repeats
-    captions = {caption(index, visit) for index in range(len(dataset.examples)) for visit in range(1, num_visits + 1)}
+    captions = {data.caption(index, visit) for index in range(len(examples)) for visit in range(1, num_visits + 1)}
     width = int(shapes.unet["cross_attention_dim"])
-    states = 0 if "text_encoder" in config.lora.targets else len(captions) * loaded.base.max_tokens * width * 4
-    dtype = choose_device(config)[1]
-    largest = max((example.bucket for example in dataset.examples), key=prod)
+    states = 0 if data.text_is_trained else len(captions) * base.max_tokens * width * 4
+    largest = max((example.bucket for example in examples), key=prod)
     # Cached tensors stay in the host's memory, which is the device's own on a CPU.
-    on_cpu = loaded.device.type == "cpu"
+    on_cpu = device.type == "cpu"
     held = moments + states if on_cpu else 0
-    return Setting(config, form_of(config.lora), shapes, dtype, largest, held, on_cpu), moments + states
+    setting = Setting(config, form_of(config.lora), shapes, base.unet.dtype, largest, held, on_cpu)
+    return setting, moments + states
 
 
 def device_memory(device: torch.device) -> int:

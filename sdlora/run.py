@@ -23,6 +23,7 @@ from sdlora.data.dataset import Pixels
 from sdlora.errors import ConfigError, DataError, OutOfMemoryError, SdloraError
 from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, RunDone
 from sdlora.files import atomic_path, remove_partial, write_json
+from sdlora.forecast import memory_of_run
 from sdlora.lora.export import LoraMetadata, save_lora
 from sdlora.lora.prove import prove_lora
 from sdlora.parts import Parts, prepare
@@ -203,6 +204,7 @@ def _events(
 def _plan(parts: Parts) -> PlanMade:
     config = parts.config
     heldout = () if parts.heldout is None else parts.heldout.data.dataset.examples
+    peak_bytes, memory_bytes = memory_of_run(config, parts.base, parts.data, parts.device)
     return PlanMade(
         pictures=len(parts.data.dataset.examples),
         heldout_pictures=len(heldout),
@@ -218,6 +220,8 @@ def _plan(parts: Parts) -> PlanMade:
         targets=list(config.lora.targets),
         device=str(parts.device),
         precision=parts.precision,
+        peak_bytes=peak_bytes,
+        memory_bytes=memory_bytes,
     )
 
 
