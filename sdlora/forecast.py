@@ -168,7 +168,7 @@ def step_seconds(config: RunConfig, loaded: Loaded, setting: Setting) -> float:
         batch = Batch(clean, torch.randn_like(clean), torch.full((size,), 500), text)
         with lean.live():
             loss = diffusion_loss(base, batch).mean()
-            loss.backward()
+            torch.autograd.backward(loss)
         nn.utils.clip_grad_norm_(lean.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -42,7 +42,7 @@ class TrainingAttention:
             query = attn.to_q(hidden_states)
             key, value = _project([attn.to_k, attn.to_v], encoder_hidden_states)
         query, key, value = (
-            x.unflatten(-1, (attn.heads, x.shape[-1] // attn.heads)).transpose(1, 2) for x in (query, key, value)
+            x.view(*x.shape[:-1], attn.heads, x.shape[-1] // attn.heads).transpose(1, 2) for x in (query, key, value)
         )
         found = F.scaled_dot_product_attention(query, key, value)
         answer: Tensor = attn.to_out[1](attn.to_out[0](found.transpose(1, 2).flatten(2)))

@@ -64,7 +64,7 @@ class FlatWeights:
         """Views of tensors as long as the leaves, in their order, as `Adapter.parameters` has them."""
         found: dict[int, Tensor] = {}
         for leaf, tensor in zip(self._all(), tensors, strict=True):
-            pieces = tensor.split([p.numel() for p in leaf.parameters])
+            pieces = torch.split(tensor, [p.numel() for p in leaf.parameters])
             found |= {id(p): piece.view_as(p) for p, piece in zip(leaf.parameters, pieces, strict=True)}
         return [found[id(parameter)] for parameter in self._adapter.parameters()]
 
@@ -87,7 +87,7 @@ class FlatWeights:
                     next(rest)
                 sizes.append(count * parameter.numel())
                 owners.append(parameter)
-            for parameter, piece in zip(owners, whole.split(sizes), strict=True):
+            for parameter, piece in zip(owners, torch.split(whole, sizes), strict=True):
                 pieces[id(parameter)] = piece
         for shared in self._shared:
             first = shared.members[0]
@@ -121,7 +121,7 @@ def _dtype(layer: LoraLayer) -> torch.dtype:
 def _join(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> _Leaf:
     with torch.no_grad():
         values = nn.Parameter(torch.cat([parameter.flatten() for parameter in parameters]))
-        pieces = values.detach().split([parameter.numel() for parameter in parameters])
+        pieces = torch.split(values.detach(), [parameter.numel() for parameter in parameters])
         for parameter, piece in zip(parameters, pieces, strict=True):
             parameter.data = piece.view_as(parameter)
     return _Leaf(values, tuple(parameters), dtype)

@@ -130,7 +130,8 @@ class LoraLayer(nn.Module, ABC):
     def _plain(self, x: Tensor) -> Tensor:
         """W0 x + s B A x with gradients."""
         down, up, _ = self.weights()
-        return self.base(x) + self._product(x, down, up) * (self.scale * self.strength)
+        answer: Tensor = self.base(x) + self._product(x, down, up) * (self.scale * self.strength)
+        return answer
 
     def _product(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         inner = self._apply_down(x, down.to(x.dtype))

@@ -31,7 +31,8 @@ def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, downs: Tensor, ups:
 
     Source: Hu et al. 2106.09685, equation 3.
     """
-    answer: Tensor = _LowRank.apply(x.reshape(-1, x.shape[-1]), weight, bias, downs, ups, scale)
+    flat = x.reshape(-1, x.shape[-1])
+    answer: Tensor = _LowRank.apply(flat, weight, bias, downs, ups, scale)  # type: ignore[no-untyped-call]
     return answer.view(*x.shape[:-1], -1)
 
 

@@ -31,16 +31,16 @@ def keep_little(unet: UNet2DConditionModel) -> None:
     """
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D) and _is_plain(module):
-            module.forward = partial(_resnet, module)  # type: ignore[method-assign]
+            module.forward = partial(_resnet, module)
         elif isinstance(module, GEGLU):
-            module.forward = partial(_geglu, module)  # type: ignore[method-assign]
+            module.forward = partial(_geglu, module)
         elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
             module.forward = partial(_conv, module)  # type: ignore[method-assign]
     norm, activation = unet.conv_norm_out, unet.conv_act
     if isinstance(norm, nn.GroupNorm) and isinstance(activation, nn.SiLU):
         # The activation is no module's but this one's, so that it may do nothing once the norm has done it.
-        norm.forward = partial(_norm_silu, norm)
-        activation.forward = _same
+        norm.forward = partial(_norm_silu, norm)  # type: ignore[method-assign]
+        activation.forward = _same  # type: ignore[assignment, method-assign]
 
 
 def _is_plain(block: ResnetBlock2D) -> bool:
@@ -73,17 +73,20 @@ def _resnet(block: ResnetBlock2D, x: Tensor, temb: Tensor | None, *_: Any, **__:
 def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad):
         return F.silu(nn.GroupNorm.forward(norm, x))
-    answer: Tensor = _NormSilu.apply(x.contiguous(), norm.weight, norm.bias, norm.num_groups, norm.eps)
+    answer: Tensor = _NormSilu.apply(  # type: ignore[no-untyped-call]
+        x.contiguous(), norm.weight, norm.bias, norm.num_groups, norm.eps
+    )
     return answer
 
 
 def _geglu(module: GEGLU, x: Tensor, *_: Any, **__: Any) -> Tensor:
     projected = module.proj(x)
     if torch.is_grad_enabled() and projected.requires_grad:
-        answer: Tensor = _Geglu.apply(projected)
+        answer: Tensor = _Geglu.apply(projected)  # type: ignore[no-untyped-call]
         return answer
     hidden, gate = projected.chunk(2, dim=-1)
-    return hidden * F.gelu(gate)
+    plain: Tensor = hidden * F.gelu(gate)
+    return plain
 
 
 def _conv(module: nn.Conv2d, x: Tensor) -> Tensor:
@@ -91,7 +94,7 @@ def _conv(module: nn.Conv2d, x: Tensor) -> Tensor:
     if not (frozen and torch.is_grad_enabled() and x.requires_grad):
         return nn.Conv2d.forward(module, x)
     how = (module.stride, module.padding, module.dilation, module.groups)
-    answer: Tensor = _FrozenConv.apply(x, module.weight, module.bias, how)
+    answer: Tensor = _FrozenConv.apply(x, module.weight, module.bias, how)  # type: ignore[no-untyped-call]
     return answer
 
 
@@ -123,7 +126,7 @@ class _NormSilu(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, num_groups: int, eps: float) -> Tensor:
         ctx.how = (x.shape[0], x.shape[1], x[0, 0].numel(), num_groups)
-        y, mean, rstd = torch.native_group_norm(x, weight, bias, *ctx.how, eps)
+        y, mean, rstd = _aten.native_group_norm(x, weight, bias, *ctx.how, eps)
         ctx.eps = eps
         ctx.save_for_backward(x, weight, bias, mean, rstd)
         return F.silu(y, inplace=True)
@@ -131,7 +134,7 @@ class _NormSilu(Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight, bias, mean, rstd = ctx.saved_tensors
-        y = torch.native_group_norm(x, weight, bias, *ctx.how, ctx.eps)[0]
+        y = _aten.native_group_norm(x, weight, bias, *ctx.how, ctx.eps)[0]
         grad = _aten.silu_backward(grad, y)
         del y
         mask = [True, False, False]

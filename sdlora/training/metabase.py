@@ -66,12 +66,12 @@ def shapes_of_family(family: Family) -> Shapes:
 def shapes_of_base(base: BaseModel) -> Shapes:
     """The shapes of a base that is loaded."""
     networks = [network for network in vars(base).values() if isinstance(network, nn.Module)]
-    configs = [n.config.to_dict() for n in networks if type(n).__name__.startswith("CLIPTextModel")]
+    texts: list[Any] = [network for network in networks if type(network).__name__.startswith("CLIPTextModel")]
     (vae,) = [network for network in networks if isinstance(network, AutoencoderKL)]
     return Shapes(
         unet=dict(base.unet.config),
         vae=dict(vae.config),
-        text_encoders=tuple(configs),
+        text_encoders=tuple(network.config.to_dict() for network in texts),
         frozen_bytes=num_bytes(*(network for network in networks if network is not base.unet)),
     )
 

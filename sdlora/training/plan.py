@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
 from diffusers import AutoencoderKL
@@ -17,6 +18,7 @@ from sdlora.config import RunConfig
 from sdlora.data.order import epoch_batches
 from sdlora.lora.inject import Adapter, Form, inject
 from sdlora.lora.targets import find_targets
+from sdlora.models.base import BaseModel
 from sdlora.training.lean import LeanStep
 from sdlora.training.metabase import META, MetaBase, Shapes, latents, num_bytes
 from sdlora.training.objective import Batch, diffusion_loss, diffusion_loss_preserving
@@ -169,6 +171,8 @@ def need(setting: Setting) -> Need:
 def _step_cost(setting: Setting, base: MetaBase, adapter: Adapter, lean: LeanStep) -> Cost:
     """Forward and backward pass of the largest batch, by the code that trains."""
     config, size = setting.config, setting.config.train.batch_size
+    # It is no whole model, but answers as one.
+    model = cast(BaseModel, base)
     clean = latents(setting.shapes, size, setting.bucket)
     timesteps = torch.zeros(size, dtype=torch.long, device=META)
     with lean.live(), counted() as cost:
@@ -176,11 +180,11 @@ def _step_cost(setting: Setting, base: MetaBase, adapter: Adapter, lean: LeanSte
         if config.train.preservation_weight > 0:
             with torch.no_grad():
                 kept = base.text(size)
-            plain, distance = diffusion_loss_preserving(base, adapter, batch, base.text(size), kept)
+            plain, distance = diffusion_loss_preserving(model, adapter, batch, base.text(size), kept)
             objective = plain + distance
         else:
-            objective = diffusion_loss(base, batch)
-        objective.sum().backward()
+            objective = diffusion_loss(model, batch)
+        torch.autograd.backward(objective.sum())
         del objective
     return cost
 

@@ -64,17 +64,17 @@ _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Of the forward pass, by shapes (B, heads, tokens, width)."""
-    return int(sdpa_flop_count(query, key, value))
+    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
     """Four products against the forward pass's two; scores that a kernel computes once more are its own affair."""
-    return 2 * int(sdpa_flop_count(query, key, value))
+    return 2 * int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
 
 
 def _product_flops(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
     """Of (..., m, k) times (..., k, n)."""
-    return 2 * math.prod(left) * int(right[-1])
+    return 2 * int(math.prod(left)) * int(right[-1])
 
 
 # What torch's own counter leaves out.
@@ -97,9 +97,9 @@ def counted() -> Iterator[Cost]:
     cost.flops = flops.get_total_flops()
 
 
-class _Counter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __init__(self, cost: Cost) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.cost = cost
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
