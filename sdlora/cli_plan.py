@@ -29,6 +29,7 @@ _PARTS = {
     "adapter": "adapter, gradients and optimizer",
     "activations": "activations of the largest step",
     "caches": "cached latents and text",
+    "overhead": "work buffers of kernels",
     "previews": "previews, encoding or proof, beyond the step",
 }
 

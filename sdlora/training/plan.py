@@ -31,6 +31,8 @@ FULL_BYTES_PER_PARAMETER = 16
 # Bytes of an optimizer's state per trained number; Adafactor keeps rows and columns of a matrix alone.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 1, "lion": 4, "schedule_free": 8}
 _PREVIEW_PIXELS = 8 * 128 * 128
+# Kernels' work buffers and a run's own objects, as whole runs were measured to hold (docs/performance.md).
+_OVERHEAD_BYTES = 12 * 2**20
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,8 @@ class Need:
         trainable_parameters: How many numbers are trained.
         base_parameters: How many the adapted networks have themselves.
         parts: Bytes at the peak: "weights" of the frozen networks, "adapter" with its gradients and its optimizer's
-            state, "activations" of the largest step, "caches" held beside them, and what "previews",
+            state, "activations" of the largest step, "caches" held beside them, "overhead" of
+            kernels and the process, and what "previews",
             encoding or proving a file need beyond the activations.
         flops: Of one step's batch, forward and backward.
         largest_layer: Inputs and outputs of the layer with the largest adapter, its rank and its kernel's edge.
@@ -161,6 +164,7 @@ def need(setting: Setting) -> Need:
             "adapter": (8 + state + start) * count,
             "activations": activations,
             "caches": setting.cached_bytes,
+            "overhead": _OVERHEAD_BYTES,
             "previews": max(0, beside - activations - 4 * count),
         },
         flops=step.flops,
