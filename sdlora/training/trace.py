@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
+from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 
 
 @dataclass
@@ -77,12 +77,12 @@ def _product_flops(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
     return 2 * int(math.prod(left)) * int(right[-1])
 
 
-# What torch's own counter leaves out.
-_MORE_FLOPS = {
-    torch.ops.aten.addmm_: _product_flops,
-    torch.ops.aten.baddbmm_: _product_flops,
-    _flash: _attention_flops,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+# torch's own formulas, and what they leave out.
+_FLOPS = flop_registry | {
+    torch.ops.aten.addmm_: shape_wrapper(_product_flops),
+    torch.ops.aten.baddbmm_: shape_wrapper(_product_flops),
+    _flash: shape_wrapper(_attention_flops),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: shape_wrapper(_attention_backward_flops),
 }
 
 
@@ -90,11 +90,8 @@ _MORE_FLOPS = {
 def counted() -> Iterator[Cost]:
     """Count what the block does; the cost grows while it runs."""
     cost = Cost()
-    flops = FlopCounterMode(display=False, custom_mapping=_MORE_FLOPS)
-    # The inner mode sees operations first, before the other takes composite ones apart.
-    with meta_attention(), flops, _Counter(cost):
+    with meta_attention(), _Counter(cost):
         yield cost
-    cost.flops = flops.get_total_flops()
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -111,6 +108,9 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
             if (storage := _storage(tensor)) not in given:
                 self._hold(storage)
         self.cost.kernels += _computes(func)
+        # torch's own FlopCounterMode would keep the graphs that checkpointing makes, and their memory with them.
+        if (formula := _FLOPS.get(func.overloadpacket)) is not None:
+            self.cost.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
 
     def _hold(self, storage: torch.UntypedStorage) -> None:
