@@ -1,4 +1,4 @@
-"""The command line: `sdlora train`, `data`, `config`, `check`, and the tools for files.
+"""The command line: `sdlora train`, `data`, `config`, `plan`, `check`, and the tools for files.
 
 Floor 8. Results and JSON go to stdout, everything else to stderr; exit codes are those of `sdlora.errors`.
 """
@@ -24,6 +24,7 @@ from rich.console import Console
 from sdlora import __version__
 from sdlora.cli_check import check_app
 from sdlora.cli_hub import hub_app
+from sdlora.cli_plan import plan_app
 from sdlora.cli_tools import tools_app
 from sdlora.configfile import dump_toml, json_schema, load_config
 from sdlora.dataconfig import DataConfig
@@ -54,6 +55,7 @@ config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(check_app)
 app.add_typer(hub_app)
+app.add_typer(plan_app)
 app.add_typer(tools_app)
 
 Overrides = Annotated[
