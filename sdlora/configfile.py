@@ -31,6 +31,19 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     Raises:
         ConfigError: There is no such file, it is not TOML, or any setting is wrong; all faults are named at once.
     """
+    document, name = read_config(source)
+    return parse_config(document, name=name, overrides=overrides)
+
+
+def read_config(source: str) -> tuple[dict[str, Any], str]:
+    """A configuration as it is written, unchecked, and the name it has from its file.
+
+    Args:
+        source: A TOML file's path, or the name of a shipped configuration.
+
+    Raises:
+        ConfigError: There is no such file, or it is not TOML.
+    """
     path = Path(source)
     if not path.is_file():
         shipped = shipped_config(source)
@@ -43,7 +56,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
-    return parse_config(document, name=path.stem, overrides=overrides)
+    return document, path.stem
 
 
 def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[str] = ()) -> RunConfig:

@@ -5,6 +5,7 @@ Floor 7, used by `run`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,9 @@ from sdlora.shipped import resolve_data_folder
 from sdlora.training.data import TrainingData, held_out_data, training_data
 from sdlora.training.heldout import HeldOut
 from sdlora.training.loop import Trainer
+
+BaseSource = Callable[[RunConfig, torch.device, torch.dtype], BaseModel]
+"""Where a run's base comes from; it has no adapter in it."""
 
 HIGH_RANK = 32
 NUM_NOVEL = 3
@@ -83,7 +87,26 @@ class Loaded:
     precision: str
 
 
-def load(config: RunConfig) -> Loaded:
+def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """The base of a configuration, loaded anew.
+
+    Args:
+        config: `base` is read, and whether its schedule ends in pure noise.
+        device: Where to compute.
+        dtype: The frozen UNet's type.
+
+    Raises:
+        SdloraError: There is no such base, or it cannot be used that way.
+    """
+    base = load_base(
+        config.base.path, device=device, dtype=dtype, revision=config.base.revision, variant=config.base.variant
+    )
+    if config.loss.zero_terminal_snr:
+        base.use_zero_terminal_snr()
+    return base
+
+
+def load(config: RunConfig, bases: BaseSource = fresh_base) -> Loaded:
     """Check and load pictures and base.
 
     Raises:
@@ -101,11 +124,7 @@ def load(config: RunConfig) -> Loaded:
     if heldout is None and config.data.holdout_split:
         dataset, heldout = split_off(dataset, config.seed)
     notices = list(dataset.notices)
-    base = load_base(
-        config.base.path, device=device, dtype=dtype, revision=config.base.revision, variant=config.base.variant
-    )
-    if config.loss.zero_terminal_snr:
-        base.use_zero_terminal_snr()
+    base = bases(config, device, dtype)
     unassigned, dataset = dataset, _with_buckets(config, base, dataset)
     notices += _size_notices(config, unassigned, dataset) + _long_captions(base, dataset, config.data.trigger)
     return Loaded(
@@ -121,17 +140,18 @@ def load(config: RunConfig) -> Loaded:
     )
 
 
-def prepare(config: RunConfig, folder: RunFolder) -> Parts:
+def prepare(config: RunConfig, folder: RunFolder, bases: BaseSource = fresh_base) -> Parts:
     """Check and load everything that a configuration asks for.
 
     Args:
         config: What to do.
         folder: The run's folder, which is not touched.
+        bases: Where the base comes from.
 
     Raises:
         SdloraError: Anything that is wrong with the settings, the pictures or the base.
     """
-    loaded = load(config)
+    loaded = load(config, bases)
     base, notices = loaded.base, loaded.notices
     targets = find_targets(base.unet, config.lora.targets, base.text_encoder)
     adapter = make_adapter(config, base, targets)

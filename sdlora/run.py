@@ -25,7 +25,7 @@ from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, Pla
 from sdlora.files import atomic_path, remove_partial, write_json
 from sdlora.lora.export import LoraMetadata, save_lora
 from sdlora.lora.prove import prove_lora
-from sdlora.parts import Parts, prepare
+from sdlora.parts import BaseSource, Parts, fresh_base, prepare
 from sdlora.preview.copycheck import EpochCheck, read_checks, recommend
 from sdlora.preview.report import Report, write_report
 from sdlora.preview.sampler import PreviewRequest, draw_epoch
@@ -33,7 +33,7 @@ from sdlora.preview.sheet import contact_sheet
 from sdlora.runfolder import Recorder, RunFolder
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 
-_FREE_WHEN_RESUMING = {"cache.dir", "train.log_every_steps", "train.checkpoint_every_steps"}
+FREE_WHEN_RESUMING = {"cache.dir", "train.log_every_steps", "train.checkpoint_every_steps"}
 
 
 class Stopped(Exception):
@@ -41,7 +41,12 @@ class Stopped(Exception):
 
 
 def start(
-    config: RunConfig, output: Path, *, resume: bool = False, should_stop: Callable[[], bool] = lambda: False
+    config: RunConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    bases: BaseSource = fresh_base,
 ) -> Iterator[Event]:
     """Run a configuration.
 
@@ -50,6 +55,7 @@ def start(
         output: The run's folder.
         resume: Go on from the newest complete checkpoint in `output`.
         should_stop: Asked between steps; True saves a checkpoint and ends the run with `Stopped`.
+        bases: Where the base comes from; its adapter is taken out again in the end.
 
     Yields:
         The run's events, ending in `RunDone`.
@@ -64,7 +70,7 @@ def start(
     if resume:
         _check_same(config, folder)
     try:
-        parts = prepare(config, folder)
+        parts = prepare(config, folder, bases)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(f"The base {config.base.path!r} does not fit into memory. {error}") from error
     if not resume:
@@ -93,6 +99,8 @@ def start(
         recorder.log(traceback.format_exc())
         recorder.finish("failed", f"{type(error).__name__}: {error}")
         raise
+    finally:
+        parts.adapter.remove()
     recorder.finish("done")
 
 
@@ -109,7 +117,7 @@ def _check_same(config: RunConfig, folder: RunFolder) -> None:
     different = [
         f"  {name}: was {before[name]!r}, now {value!r}"
         for name, value in options(config)
-        if name not in _FREE_WHEN_RESUMING and before[name] != value
+        if name not in FREE_WHEN_RESUMING and before[name] != value
     ]
     if different:
         raise ConfigError(f"The run in {folder.path} was started with other settings:\n" + "\n".join(different))

@@ -1,0 +1,70 @@
+"""The command `sdlora batch`: many runs from one file.
+
+Floor 8. Exit code 8 says that not every job is done.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from sdlora.quiet import quiet_libraries
+from sdlora.stopping import exit_code_of, stop_signals
+
+EXIT_NOT_ALL_DONE = 8
+
+batch_app = typer.Typer()
+
+
+@batch_app.command()
+def batch(
+    jobs: Annotated[Path, typer.Argument(metavar="JOBS.toml", help="The file of jobs; see docs/scaling.md.")],
+    output: Annotated[Path | None, typer.Option(help="The batch's folder; runs/NAME of the file by default.")] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Try one step of every job and tell what the batch would take.")
+    ] = False,
+    retry: Annotated[bool, typer.Option("--retry", help="Try jobs again that failed before.")] = False,
+    json_: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on stdout.")] = False,
+) -> None:
+    """Train many LoRAs; the same command again goes on with what is not done."""
+    from sdlora.batch.jobs import read_jobs
+
+    planned = read_jobs(jobs)
+    quiet_libraries()
+    from sdlora.batch.engine import LocalEngine, environments
+    from sdlora.batch.supervise import run_batch
+    from sdlora.batch.table import BatchTable, JsonMessages
+
+    folder = output or Path("runs") / jobs.stem
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    if dry_run:
+        from sdlora.batch.forecast import tell_forecast
+
+        tell_forecast(planned, folder, json_=json_)
+        return
+    view = JsonMessages(sys.stdout) if json_ else BatchTable(Console(stderr=True, highlight=False))
+    engine = LocalEngine(folder / "workers", environments())
+    standing = {}
+    with stop_signals(lambda text: console.print(text, markup=False)) as stop_signal, view:
+        messages = run_batch(planned, folder, engine, retry=retry, should_stop=lambda: stop_signal() is not None)
+        for message in messages:
+            view.show(message)
+            standing = message
+    _tell(console, standing)
+    if stop_signal() is not None:
+        console.print("The same command goes on where this one stopped.", markup=False)
+        raise typer.Exit(exit_code_of(stop_signal()))
+    if standing["failed"]:
+        raise typer.Exit(EXIT_NOT_ALL_DONE)
+
+
+def _tell(console: Console, standing: dict[str, list[str]]) -> None:
+    total = sum(len(standing[key]) for key in ("done", "failed", "open"))
+    console.print(f"{len(standing['done'])} of {total} jobs are done.", markup=False)
+    for key, what in (("failed", "failed"), ("open", "left")):
+        if standing[key]:
+            console.print(f"{len(standing[key])} {what}: {', '.join(standing[key])}.", markup=False)
