@@ -34,7 +34,6 @@ def batch(
     from sdlora.batch.jobs import read_jobs
 
     planned = read_jobs(jobs)
-    quiet_libraries()
     from sdlora.batch.engine import LocalEngine, environments
     from sdlora.batch.supervise import run_batch
     from sdlora.batch.table import BatchTable, JsonMessages
@@ -42,6 +41,7 @@ def batch(
     folder = output or Path("runs") / jobs.stem
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     if dry_run:
+        quiet_libraries()
         from sdlora.batch.forecast import tell_forecast
 
         tell_forecast(planned, folder, json_=json_)

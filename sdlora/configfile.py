@@ -20,6 +20,9 @@ from sdlora.config import MAX_EPOCHS, RunConfig
 from sdlora.errors import ConfigError
 from sdlora.shipped import shipped_config, shipped_configs
 
+FREE_WHEN_RESUMING = {"cache.dir", "train.log_every_steps", "train.checkpoint_every_steps"}
+"""Options that leave the result as it is, so that a run may go on with others."""
+
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration and check all of it.

@@ -30,6 +30,7 @@ from sdlora.preview.checker import Checker, Subject
 from sdlora.preview.nulls import make_gallery
 from sdlora.preview.prompts import novel_prompts
 from sdlora.preview.sampler import PreviewRequest
+from sdlora.processes import ALONE, Processes
 from sdlora.runfolder import RunFolder
 from sdlora.shipped import resolve_data_folder
 from sdlora.training.data import TrainingData, held_out_data, training_data
@@ -140,13 +141,16 @@ def load(config: RunConfig, bases: BaseSource = fresh_base) -> Loaded:
     )
 
 
-def prepare(config: RunConfig, folder: RunFolder, bases: BaseSource = fresh_base) -> Parts:
+def prepare(
+    config: RunConfig, folder: RunFolder, bases: BaseSource = fresh_base, processes: Processes = ALONE
+) -> Parts:
     """Check and load everything that a configuration asks for.
 
     Args:
         config: What to do.
         folder: The run's folder, which is not touched.
         bases: Where the base comes from.
+        processes: Those that share every batch.
 
     Raises:
         SdloraError: Anything that is wrong with the settings, the pictures or the base.
@@ -165,7 +169,7 @@ def prepare(config: RunConfig, folder: RunFolder, bases: BaseSource = fresh_base
     measured = heldout_measure(config, loaded, adapter)
     on_cpu = loaded.device.type == "cpu"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")
-    trainer = Trainer(config, base, adapter, data, accelerator)
+    trainer = Trainer(config, base, adapter, data, accelerator, processes)
     if config.train.warmup_steps >= trainer.total_steps:
         raise ConfigError(
             f"train.warmup_steps = {config.train.warmup_steps} never ends in {trainer.total_steps} steps. "

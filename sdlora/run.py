@@ -18,9 +18,9 @@ import torch
 
 from sdlora.adapters import limits_elsewhere, timestep_rank
 from sdlora.config import RunConfig
-from sdlora.configfile import dump_toml, load_config, options
+from sdlora.configfile import FREE_WHEN_RESUMING, dump_toml, load_config, options
 from sdlora.data.dataset import Pixels
-from sdlora.errors import ConfigError, DataError, OutOfMemoryError, SdloraError
+from sdlora.errors import ConfigError, DataError, OutOfMemoryError, ProcessLostError, SdloraError
 from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, RunDone
 from sdlora.files import atomic_path, remove_partial, write_json
 from sdlora.lora.export import LoraMetadata, save_lora
@@ -30,10 +30,9 @@ from sdlora.preview.copycheck import EpochCheck, read_checks, recommend
 from sdlora.preview.report import Report, write_report
 from sdlora.preview.sampler import PreviewRequest, draw_epoch
 from sdlora.preview.sheet import contact_sheet
+from sdlora.processes import Processes, join
 from sdlora.runfolder import Recorder, RunFolder
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-
-FREE_WHEN_RESUMING = {"cache.dir", "train.log_every_steps", "train.checkpoint_every_steps"}
 
 
 class Stopped(Exception):
@@ -65,12 +64,16 @@ def start(
         Stopped: `should_stop` said so.
     """
     begin = time.monotonic()
+    processes = join(config.train.device)
     folder = RunFolder(output, config.name or "lora")
+    if not processes.is_main:
+        _follow(config, folder, should_stop, processes)
+        return
     folder.check(resume=resume)
     if resume:
         _check_same(config, folder)
     try:
-        parts = prepare(config, folder, bases)
+        parts = prepare(config, folder, bases, processes)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(f"The base {config.base.path!r} does not fit into memory. {error}") from error
     if not resume:
@@ -101,6 +104,7 @@ def start(
         raise
     finally:
         parts.adapter.remove()
+        processes.leave()
     recorder.finish("done")
 
 
@@ -152,6 +156,7 @@ def _events(
     parts: Parts, recorder: Recorder, resume: bool, should_stop: Callable[[], bool], begin: float
 ) -> Iterator[Event]:
     config, trainer, folder = parts.config, parts.trainer, parts.folder
+    processes = trainer.processes
     yield _plan(parts)
     for message in parts.notices:
         yield Notice(message)
@@ -163,8 +168,10 @@ def _events(
             yield progress
             if should_stop():  # a large base takes minutes here; what was drawn is in the cache
                 raise Stopped
+    processes.agree("the cache is filled")
     losses: dict[int, float] = {}
     checkpoints = complete_checkpoints(folder.checkpoints) if resume else []
+    processes.agree(checkpoints[-1:])
     if checkpoints:
         extra = load_checkpoint(checkpoints[-1], trainer)
         _check_same_pictures(extra["pictures"], _pictures(parts))
@@ -174,6 +181,7 @@ def _events(
     else:
         recorder.cut_metrics(0)
         yield from _close_epoch(parts, EpochDone(0, 0, None, None, 0.0), losses)
+    processes.agree("training begins")
     last = config.train.epochs
     for event in trainer.events(should_stop):
         if isinstance(event, CheckpointDue):
@@ -185,7 +193,7 @@ def _events(
             save_checkpoint(folder.checkpoints, trainer, extra)
         elif isinstance(event, EpochDone):
             yield from _close_epoch(parts, event, losses)
-            if config.copycheck.stop and _copies(folder, event.epoch):
+            if processes.agree(config.copycheck.stop and _copies(folder, event.epoch)):
                 last = event.epoch
                 yield Notice(f"Epoch {last} copies training pictures; training ends here, as copycheck.stop asks for.")
                 break
@@ -206,6 +214,34 @@ def _events(
         yield Notice(message)
     _report(parts, [reason, proven, *limits], kept=epoch)
     yield RunDone(str(folder.lora), str(folder.path), time.monotonic() - begin)
+
+
+def _follow(config: RunConfig, folder: RunFolder, should_stop: Callable[[], bool], processes: Processes) -> None:
+    """What a process other than the main one does: its share of every batch, and nothing that anybody sees.
+
+    Raises:
+        SdloraError: Bad input, or another process has ended.
+        Stopped: The processes agreed to stop.
+    """
+    try:
+        parts = prepare(config, folder, processes=processes)
+        processes.agree("")
+        for _ in parts.data.fill(config.train.epochs * config.data.repeats, config.data.background):
+            pass  # from the disk, where the main process has just put it
+        for checkpoint in processes.agree(list[Path]()):
+            load_checkpoint(checkpoint, parts.trainer)
+        processes.agree("")
+        for event in parts.trainer.events(should_stop):
+            if isinstance(event, EpochDone) and processes.agree(False):
+                return
+    except ProcessLostError as error:
+        if should_stop():  # the main process may stop where the others only wait
+            raise Stopped from error
+        raise
+    finally:
+        processes.leave()
+    if parts.trainer.position.step < parts.trainer.total_steps:
+        raise Stopped
 
 
 def _plan(parts: Parts) -> PlanMade:

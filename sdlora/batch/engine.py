@@ -5,6 +5,7 @@ Floor 7. A worker that ends without a word costs the job it was at and nothing e
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
@@ -19,9 +20,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
-from sdlora.batch.task import Message, Task
+from sdlora.batch.messages import Message, Task
 
 _PATIENCE_SECONDS = 0.2
 
@@ -128,18 +127,14 @@ class _Worker:
         """Tell it what to do next."""
         self.task, self._since = task, time.monotonic()
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):  # if it has just died, its listener says so
             print(json.dumps(asdict(task)), file=self._process.stdin, flush=True)
-        except BrokenPipeError:
-            pass  # it has just died; its listener says so
 
     def dismiss(self) -> None:
         """Let it end: at once if it has nothing to do, else as soon as its job is saved."""
         assert self._process.stdin is not None
-        try:
+        with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
-        except BrokenPipeError:
-            pass
 
     def obituary(self) -> Message:
         """The last message of a job whose worker ended without one."""
@@ -181,5 +176,7 @@ def _started(task: Task | None) -> Message:
 
 def environments() -> list[dict[str, str]]:
     """One worker per GPU, each seeing its own alone; a single one where there is one GPU or none."""
+    import torch
+
     count = torch.cuda.device_count()
     return [{"CUDA_VISIBLE_DEVICES": str(index)} for index in range(count)] if count > 1 else [{}]

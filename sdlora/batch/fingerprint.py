@@ -11,11 +11,10 @@ from pathlib import Path
 
 from sdlora import __version__
 from sdlora.config import RunConfig
-from sdlora.configfile import options
+from sdlora.configfile import FREE_WHEN_RESUMING, options
 from sdlora.data.captions import METADATA
 from sdlora.data.images import SUFFIXES
 from sdlora.files import sha256
-from sdlora.run import FREE_WHEN_RESUMING
 from sdlora.shipped import resolve_data_folder
 
 

@@ -14,7 +14,7 @@ from sdlora.batch.engine import Engine
 from sdlora.batch.fingerprint import Fingerprints
 from sdlora.batch.jobs import Job
 from sdlora.batch.ledger import Ledger, Record, locked
-from sdlora.batch.task import Message, Task
+from sdlora.batch.messages import Message, Task
 from sdlora.errors import ConfigError
 
 Action = Literal["skip", "resume", "start", "fault"]
@@ -55,6 +55,7 @@ def run_batch(
         for message in engine.run(tasks, should_stop):
             _keep(ledger, message)
             yield message
+        _write_report(jobs, ledger)
         yield {"event": "batch", "folder": str(output), **_standing(ledger, jobs)}
 
 
@@ -108,6 +109,16 @@ def _keep(ledger: Ledger, message: Message) -> None:
             peak_memory_bytes=max(peaks, default=None),
         )
         ledger.put(message["job"], after)
+
+
+def _write_report(jobs: Sequence[Job], ledger: Ledger) -> None:
+    # Only now: what reads the runs loads torch and diffusers, which takes seconds.
+    from sdlora.batch.page import write_page
+    from sdlora.batch.results import collect, write_tables
+
+    results = collect(jobs, ledger)
+    write_tables(ledger.folder, results)
+    write_page(ledger.folder, results)
 
 
 def _standing(ledger: Ledger, jobs: Sequence[Job]) -> dict[str, list[str]]:

@@ -15,7 +15,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sdlora.batch.task import Message
+from sdlora.batch.messages import Message
 from sdlora.progress import format_seconds
 
 _STYLES = {"done": "green", "failed": "bold red", "cut": "bold red", "stopped": "yellow", "running": "cyan"}

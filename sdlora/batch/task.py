@@ -1,4 +1,4 @@
-"""One job as a worker carries it out, wherever the worker is: a task in, messages out, all of them plain JSON values.
+"""One job as a worker carries it out, wherever the worker is.
 
 Floor 7.
 """
@@ -9,13 +9,13 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate.state import AcceleratorState, GradientState
 
+from sdlora.batch.messages import Message, Task
 from sdlora.batch.peak import PeakMemory
 from sdlora.config import RunConfig
 from sdlora.errors import SdloraError
@@ -23,24 +23,6 @@ from sdlora.events import Exported
 from sdlora.files import remove_partial
 from sdlora.parts import BaseSource
 from sdlora.run import Stopped, start
-
-Message = dict[str, Any]
-"""{"job": its name, "event": ...} and the event's own keys; "ended" is the last one of a job."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """What a worker is told.
-
-    Attributes:
-        job: The job's name.
-        config: The run's configuration, as `RunConfig.model_dump` gives it.
-        folder: The run's folder.
-    """
-
-    job: str
-    config: dict[str, Any]
-    folder: str
 
 
 def carry_out(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) -> Iterator[Message]:

@@ -25,7 +25,8 @@ def main() -> None:
     os.dup2(2, 1)
     quiet_libraries()
     from sdlora.batch.bases import KeptBase
-    from sdlora.batch.task import Task, carry_out
+    from sdlora.batch.messages import Task
+    from sdlora.batch.task import carry_out
 
     tasks: queue.Queue[Task | None] = queue.Queue()
     stopping = threading.Event()

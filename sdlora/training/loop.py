@@ -27,6 +27,7 @@ from sdlora.errors import DivergedError
 from sdlora.events import CheckpointDue, EpochDone, Event, StepDone
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel
+from sdlora.processes import ALONE, Processes
 from sdlora.training.averages import MovingAverage, evaluation_weights
 from sdlora.training.bands import NUM_BANDS, band_of
 from sdlora.training.data import TrainingData
@@ -89,7 +90,8 @@ class Trainer:
         base: The frozen model; the adapter is injected into its UNet.
         adapter: What is trained.
         data: The pictures, their cache filled for every planned visit.
-        accelerator: Accelerate's object; it decides device, loss scaling and gradient synchronisation.
+        accelerator: Accelerate's object; it decides device and loss scaling.
+        processes: Those that share every batch.
 
     Raises:
         ConfigError: The optimizer's package, or the GPU it needs, is missing.
@@ -97,9 +99,16 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, base: BaseModel, adapter: Adapter, data: TrainingData, accelerator: Accelerator
+        self,
+        config: RunConfig,
+        base: BaseModel,
+        adapter: Adapter,
+        data: TrainingData,
+        accelerator: Accelerator,
+        processes: Processes = ALONE,
     ) -> None:
         self.config = config
+        self.processes = processes
         self.base = base
         self.adapter = adapter
         self.data = data
@@ -187,9 +196,13 @@ class Trainer:
         pending = _Pending()
         for index, group in enumerate(groups, start=1):
             self._step(epoch, group, pending)
-            stopping, every = should_stop(), train.checkpoint_every_steps
-            due = stopping or index == len(groups) or (every > 0 and self.position.step % every == 0)
-            if due or len(pending.steps) >= train.log_every_steps:
+            every = train.checkpoint_every_steps
+            due = index == len(groups) or (every > 0 and self.position.step % every == 0)
+            reading = due or len(pending.steps) >= train.log_every_steps
+            # All processes stop after the same step; asking the others costs a wait, as reading losses does.
+            stopping = (reading or self.processes.alone) and self.processes.any(should_stop())
+            due = due or stopping
+            if due or reading:
                 yield from self._read_back(pending)
                 if due:
                     yield CheckpointDue(epoch, self.position.step)
@@ -214,13 +227,10 @@ class Trainer:
         timesteps: list[int] = []
         losses: list[Tensor] = []
         for batch in group:
-            drawn = [self._timesteps[visit] for visit in batch]
-            with self.adapter.dropping(self.config.seed, [(self.data.name(v.example), v.visit) for v in batch]):
-                loss, objective = self.losses_per_example(batch, drawn)
-            losses.append(loss.detach())
-            self.accelerator.backward(objective.sum() / num_examples)
+            losses.append(self._accumulate(batch, num_examples))
             visits += batch
-            timesteps += drawn
+            timesteps += [self._timesteps[visit] for visit in batch]
+        self.processes.sum_gradients(self.parameters)
         if train.max_grad_norm > 0:
             self.accelerator.unscale_gradients(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
@@ -231,6 +241,17 @@ class Trainer:
         self.position.step = step
         pending.steps.append((epoch, step, rate, visits, timesteps))
         pending.losses.append(torch.cat(losses))
+
+    def _accumulate(self, batch: Sequence[Visit], num_examples: int) -> Tensor:
+        """Add a batch's gradients over `num_examples`; its losses, zero for what other processes compute."""
+        own = self.processes.share(batch)
+        if not own:
+            return torch.zeros(len(batch), device=self.base.device)
+        timesteps = [self._timesteps[visit] for visit in own]
+        with self.adapter.dropping(self.config.seed, [(self.data.name(v.example), v.visit) for v in own]):
+            loss, objective = self.losses_per_example(own, timesteps)
+        self.accelerator.backward(objective.sum() / num_examples)
+        return self.processes.placed(loss.detach(), len(batch))
 
     def losses_per_example(self, visits: Sequence[Visit], timesteps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The loss of a batch at given timesteps; noise is a function of (seed, example, visit).
@@ -270,7 +291,7 @@ class Trainer:
 
     def _read_back(self, pending: _Pending) -> Iterator[StepDone]:
         """Bring the losses to the host, the loop's only wait for the device."""
-        values: list[float] = torch.cat(pending.losses).tolist()
+        values: list[float] = self.processes.summed(torch.cat(pending.losses)).tolist()
         seconds = (time.monotonic() - pending.since) / len(pending.steps)
         for epoch, step, rate, visits, timesteps in pending.steps:
             losses, values = values[: len(visits)], values[len(visits) :]
