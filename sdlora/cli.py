@@ -1,4 +1,4 @@
-"""The command line: `sdlora train`, `batch`, `data`, `config`, `check`, and the tools for files.
+"""The command line: `sdlora train`, `batch`, `cache`, `data`, `config`, `check`, and the tools for files.
 
 Floor 8. Results and JSON go to stdout, everything else to stderr; exit codes are those of `sdlora.errors`.
 """
@@ -19,6 +19,7 @@ from rich.console import Console
 
 from sdlora import __version__
 from sdlora.cli_batch import batch_app
+from sdlora.cli_cache import cache_app
 from sdlora.cli_check import check_app
 from sdlora.cli_tools import tools_app
 from sdlora.config import DataConfig
@@ -42,6 +43,7 @@ config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(check_app)
 app.add_typer(batch_app)
+app.add_typer(cache_app)
 app.add_typer(tools_app)
 
 Overrides = Annotated[

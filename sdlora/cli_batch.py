@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.console import Console
@@ -28,13 +28,22 @@ def batch(
         bool, typer.Option("--dry-run", help="Try one step of every job and tell what the batch would take.")
     ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Try jobs again that failed before.")] = False,
+    engine: Annotated[
+        Literal["local", "ray"], typer.Option(help="Who carries the jobs out: this machine, or a Ray cluster.")
+    ] = "local",
+    address: Annotated[
+        str | None, typer.Option(help="Of the Ray cluster; one is started on this machine if left out.")
+    ] = None,
+    gpus: Annotated[
+        float | None, typer.Option(min=0.0, help="Each job's share of a GPU on Ray; 1 where the cluster has any.")
+    ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on stdout.")] = False,
 ) -> None:
     """Train many LoRAs; the same command again goes on with what is not done."""
     from sdlora.batch.jobs import read_jobs
 
     planned = read_jobs(jobs)
-    from sdlora.batch.engine import LocalEngine, environments
+    from sdlora.batch.engine import Engine, LocalEngine, environments
     from sdlora.batch.supervise import run_batch
     from sdlora.batch.table import BatchTable, JsonMessages
 
@@ -47,10 +56,16 @@ def batch(
         tell_forecast(planned, folder, json_=json_)
         return
     view = JsonMessages(sys.stdout) if json_ else BatchTable(Console(stderr=True, highlight=False))
-    engine = LocalEngine(folder / "workers", environments())
+    carrier: Engine
+    if engine == "ray":
+        from sdlora.batch.rayengine import RayEngine
+
+        carrier = RayEngine(folder, address, gpus)
+    else:
+        carrier = LocalEngine(folder / "workers", environments())
     standing = {}
     with stop_signals(lambda text: console.print(text, markup=False)) as stop_signal, view:
-        messages = run_batch(planned, folder, engine, retry=retry, should_stop=lambda: stop_signal() is not None)
+        messages = run_batch(planned, folder, carrier, retry=retry, should_stop=lambda: stop_signal() is not None)
         for message in messages:
             view.show(message)
             standing = message

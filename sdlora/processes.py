@@ -78,8 +78,10 @@ class Processes:
                 parameter.grad = torch.zeros_like(parameter)
         gradients = [parameter.grad for parameter in listed if parameter.grad is not None]
         flat = self.summed(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, total in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(total.view_as(gradient))
+        first = 0
+        for gradient in gradients:
+            gradient.copy_(flat[first : first + gradient.numel()].view_as(gradient))
+            first += gradient.numel()
 
     def any(self, value: bool) -> bool:
         """Whether it is true for any process."""

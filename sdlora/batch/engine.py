@@ -61,7 +61,7 @@ class LocalEngine:
         try:
             for number in range(min(len(self._environments), len(tasks))):
                 workers.append(self._hire(number, waiting.popleft(), inbox))
-                yield _started(workers[-1].task)
+                yield started(workers[-1].task)
             while any(worker.employed for worker in workers):
                 if should_stop() and not stopping:
                     stopping = True
@@ -79,14 +79,14 @@ class LocalEngine:
                     worker.employed = False
                     if waiting:
                         workers[number] = self._hire(number, waiting.popleft(), inbox)
-                        yield _started(workers[number].task)
+                        yield started(workers[number].task)
                     continue
                 yield message
                 if message["event"] == "ended":
                     worker.task = None
                     if waiting:
                         worker.give(waiting.popleft())
-                        yield _started(worker.task)
+                        yield started(worker.task)
                     else:
                         worker.dismiss()
         finally:
@@ -169,7 +169,8 @@ class _Worker:
         inbox.put((number, None))
 
 
-def _started(task: Task | None) -> Message:
+def started(task: Task | None) -> Message:
+    """The first message of a task."""
     assert task is not None
     return {"job": task.job, "event": "started", "folder": task.folder}
 

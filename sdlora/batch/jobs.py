@@ -130,8 +130,9 @@ def _swept(file: _File, entry: _Job, stem: str) -> Iterator[Job]:
     if not _NAME.fullmatch(name):
         raise ConfigError(f"The job name {name!r} cannot name a folder: take letters, digits, '.', '_' and '-'.")
     settings = _flat(file.defaults.set) | _flat(entry.set)
-    for combination in _combinations(file.sweep):
-        full = "-".join([name, *(_label(file.sweep, key, value) for key, value in combination.items())])
+    combinations = _combinations(file.sweep)
+    for combination in combinations:
+        full = "-".join([name, *(_label(combinations, key, value) for key, value in combination.items())])
         config, fault = _checked(source, settings | combination, full)
         yield Job(full, entry.priority, combination, config, fault)
 
@@ -139,7 +140,7 @@ def _swept(file: _File, entry: _Job, stem: str) -> Iterator[Job]:
 def _checked(source: str, settings: Mapping[str, Any], name: str) -> tuple[RunConfig | None, str | None]:
     try:
         document, _ = read_config(source)
-        return parse_config(_merged(document, settings | {"name": name}), name=name), None
+        return parse_config(_merged(document, {**settings, "name": name}), name=name), None
     except ConfigError as error:
         return None, str(error)
 
@@ -174,13 +175,16 @@ def _merged(document: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
     return merged
 
 
-def _label(sweep: Mapping[str, list[Any]] | Sequence[Mapping[str, Any]], key: str, value: Any) -> str:
+def _label(combinations: Sequence[Mapping[str, Any]], key: str, value: Any) -> str:
     """A swept value in a name: "rank8"; one that is long, or not a word, by its place among the values."""
     short = key.rpartition(".")[2]
-    text = f"{value:g}" if isinstance(value, float) else str(value).lower() if isinstance(value, bool) else str(value)
+    text = f"{value:g}" if isinstance(value, float) else str(value)
     if len(text) <= _LONGEST_VALUE and re.fullmatch(r"[\w.+-]+", text):
         return short + text.replace("+", "")
-    values = sweep[key] if isinstance(sweep, Mapping) else [entry.get(key) for entry in sweep]
+    values: list[Any] = []
+    for combination in combinations:
+        if key in combination and combination[key] not in values:
+            values.append(combination[key])
     return f"{short}{values.index(value) + 1}"
 
 

@@ -120,7 +120,7 @@ def _jobs(results: Sequence[Result]) -> str:
         )
         body += f"<tr{' class=front' if result.pareto else ''}>{shown}</tr>"
     note = (
-        "Choose a heading to sort. Shaded: on the front, so that no comparable job both copies less and has learned "
+        "Choose a heading to sort. Shaded are those on the front: no comparable job both copies less and has learned "
         "more. Matches: previews more like a training picture than chance explains. Likeness: of all previews to "
         "their nearest training pictures, on average; 1 is a copy."
     )
@@ -165,6 +165,7 @@ def _columns(results: Sequence[Result]) -> list[tuple[str, Any]]:
         ("likeness", number("copying", ".3f")),
         ("held-out loss", number("heldout_loss", ".4f")),
         ("fidelity", number("fidelity", ".3f")),
+        ("front", lambda one: (int(not one.pareto), "yes" if one.pareto else "")),
         ("epoch kept", number("epoch", "d")),
         ("took", lambda one: (one.seconds, format_seconds(one.seconds) if one.seconds else "")),
         ("peak memory", lambda one: (one.peak_memory_bytes, _memory(one.peak_memory_bytes))),

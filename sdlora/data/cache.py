@@ -20,11 +20,12 @@ from torch import Tensor
 
 from sdlora.data.dataset import Example, load_pixels
 from sdlora.data.images import pixel_hash, to_tensor
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, DataError
 from sdlora.events import Progress
 from sdlora.files import atomic_path
 from sdlora.models.base import BaseModel, TextStates
 
+MOST_KEPT_BYTES = 256 * 2**20
 _FORMAT = "1"  # raised when what is stored under a key changes its meaning
 
 
@@ -48,13 +49,14 @@ class Cache:
             raise ConfigError(
                 f"cache.dir: {self.folder} cannot be made ({error.strerror}). Choose a folder that you can write to."
             ) from error
-        self._moments: dict[Example, Tensor] = {}
         self._keys: dict[Example, str] = {}
-        self._text: dict[str, TextStates] = {}
+        self._text_keys: dict[str, str] = {}
+        self._kept: dict[str, TextStates] = {}
+        self._kept_bytes = 0
 
     def moments(self, example: Example) -> Tensor:
         """The VAE's posterior moments of a filled picture, (2C, h, w) float32 on the CPU."""
-        return self._moments[example]
+        return self._filled("moments", self._keys[example])["moments"]
 
     def identity(self, example: Example) -> str:
         """A hash of a filled picture, its caption, and the VAE and text encoder that read them."""
@@ -62,7 +64,7 @@ class Cache:
 
     def text(self, captions: Sequence[str]) -> TextStates:
         """Text states of filled captions, the batch first, float32 on the CPU."""
-        found = [self._text[caption] for caption in captions]
+        found = [self._filled("text", self._text_keys[caption]) for caption in captions]
         return {name: torch.stack([states[name] for states in found]) for name in found[0]}
 
     def fill_moments(self, examples: Sequence[Example], background: str) -> Iterator[Progress]:
@@ -79,7 +81,7 @@ class Cache:
             def encode(picture: Image.Image = picture) -> TextStates:
                 return {"moments": self.base.encode_pixels(to_tensor(picture).unsqueeze(0))[0]}
 
-            self._moments[example] = self.fetch("moments", key, encode)["moments"]
+            self._keep(key, self.fetch("moments", key, encode))
             self._keys[example] = key
             yield Progress("cache pictures", done, len(examples))
 
@@ -93,7 +95,8 @@ class Cache:
             def encode(caption: str = caption) -> TextStates:
                 return {name: value[0] for name, value in self.base.encode_captions([caption]).items()}
 
-            self._text[caption] = self.fetch("text", key, encode)
+            self._keep(key, self.fetch("text", key, encode))
+            self._text_keys[caption] = key
             yield Progress("cache captions", done, len(wanted))
 
     def holds(self, kind: str, key: str) -> bool:
@@ -119,6 +122,25 @@ class Cache:
         with atomic_path(path) as temporary:
             save_file(made, temporary)
         return made
+
+    def _keep(self, key: str, tensors: TextStates) -> None:
+        """Hold tensors in memory while there is room; of a large set, the rest is read whenever it is asked for."""
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        if key not in self._kept and self._kept_bytes + num_bytes <= MOST_KEPT_BYTES:
+            self._kept[key] = tensors
+            self._kept_bytes += num_bytes
+
+    def _filled(self, kind: str, key: str) -> TextStates:
+        kept = self._kept.get(key)
+        if kept is not None:
+            return kept
+        try:
+            return load_file(self._path(kind, key))
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"{self._path(kind, key)} was in the cache and is gone or broken now ({error}). Start again with "
+                "--resume, which makes it anew, and let nothing delete the cache meanwhile."
+            ) from error
 
     def _path(self, kind: str, key: str) -> Path:
         return self.folder / kind / key[:2] / f"{key}.safetensors"

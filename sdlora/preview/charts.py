@@ -161,8 +161,20 @@ def scatter_chart(points: Sequence[Point], *, x_name: str, y_name: str) -> str:
         parts.append(
             f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4.5' fill='{fill}' stroke='{point.color}' stroke-width='2'/>"
         )
-        parts.append(_text(x + 8, y - 6, point.label, color=point.color))
+    places = _beside([(at_x(point.x), at_y(point.y)) for point in points])
+    for point, (x, y) in zip(points, places, strict=True):
+        parts.append(_text(x, y, point.label, anchor="middle", color=point.color))
     return _svg(parts, f"{y_name} by {x_name}")
+
+
+def _beside(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Where labels stand: at the first corner of their point that no label has taken."""
+    taken: list[tuple[float, float]] = []
+    for x, y in points:
+        corners = [(x + 11, y - 6), (x - 11, y - 6), (x + 11, y + 14), (x - 11, y + 14)]
+        free = [c for c in corners if all(abs(c[0] - t[0]) > 14 or abs(c[1] - t[1]) > _LABEL_GAP for t in taken)]
+        taken.append((free or corners)[0])
+    return taken
 
 
 def _around(values: Sequence[float]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""A whole batch through the real command: one job's failure is its own, and nothing is done twice."""
+"""A whole batch with real workers: one job's failure is its own, and nothing is done twice."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ import hashlib
 import json
 import os
 import signal
-import subprocess
-import sys
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from sdlora.batch.jobs import Job
-from sdlora.batch.ledger import Record
-from sdlora.batch.supervise import decide
+from sdlora.batch.engine import LocalEngine
+from sdlora.batch.jobs import Job, read_jobs
+from sdlora.batch.ledger import Ledger, Record
+from sdlora.batch.messages import Message
+from sdlora.batch.supervise import decide, run_batch
 from sdlora.config import RunConfig
+from sdlora.configfile import load_config
+from sdlora.events import RunDone
+from sdlora.run import start
 
 QUICK = """
 [data]
@@ -66,16 +69,10 @@ def write_jobs(folder: Path, pictures: Path, base: str, *, rank: int = 999) -> P
     return file
 
 
-def start_batch(file: Path, *flags: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "sdlora", "batch", str(file), "--output", str(file.parent / "out"), "--json"]
-    return subprocess.Popen(
-        [*command, *flags], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def ended(process: subprocess.Popen[str]) -> tuple[int, list[dict[str, Any]], str]:
-    out, err = process.communicate(timeout=300)
-    return process.returncode, [json.loads(line) for line in out.splitlines()], err
+def messages(file: Path, *, retry: bool = False, stop: Callable[[], bool] = lambda: False) -> Iterator[Message]:
+    output = file.parent / "out"
+    engine = LocalEngine(output / "workers", [{}])
+    return run_batch(read_jobs(file), output, engine, retry=retry, should_stop=stop)
 
 
 def tensors(file: Path) -> str:
@@ -86,72 +83,66 @@ def tensors(file: Path) -> str:
 
 def test_a_bad_and_a_killed_job_leave_the_other_four_alone(tmp_path: Path, pictures: Path, tiny_base: Path) -> None:
     file = write_jobs(tmp_path, pictures, str(tiny_base))
-    process = start_batch(file)
-    assert process.stdout is not None
-    for line in process.stdout:
-        message = json.loads(line)
-        if message.get("job") == "killed" and message["event"] == "step" and message["step"] >= 6:
+    seen, killed = [], False
+    for message in messages(file):
+        seen.append(message)
+        if not killed and message.get("job") == "killed" and message["event"] == "step" and message["step"] >= 6:
             os.kill(json.loads((tmp_path / "out/killed/state.json").read_text())["pid"], signal.SIGKILL)
-            break
-    code, messages, err = ended(process)
+            killed = True
     others = ["plain", "j2", "j3", "j4"]
-    assert code == 8, err
-    assert messages[-1]["done"] == others
-    assert messages[-1]["failed"] == ["wrong", "killed"]
-    assert "2 failed: wrong, killed." in err
+    assert (seen[-1]["done"], seen[-1]["failed"], seen[-1]["open"]) == (others, ["wrong", "killed"], [])
     records = json.loads((tmp_path / "out/batch.json").read_text())["jobs"]
     assert (records["wrong"]["status"], records["wrong"]["exit_code"]) == ("failed", 2)
     assert "lora.rank: found 999" in records["wrong"]["error"]
     assert (records["killed"]["status"], records["killed"]["exit_code"]) == ("cut", 137)
     assert "SIGKILL" in records["killed"]["error"]
+    page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
+    assert "4 of 6 jobs are done" in page and "wrong (failed), killed (cut)" in page
     made = {name: (tmp_path / f"out/{name}/{name}.safetensors").stat().st_mtime_ns for name in others}
 
     write_jobs(tmp_path, pictures, str(tiny_base), rank=3)
-    code, messages, err = ended(start_batch(file))
-    assert code == 0, err
-    actions = {m["job"]: m["action"] for m in messages if m["event"] == "planned"}
+    seen = list(messages(file))
+    actions = {m["job"]: m["action"] for m in seen if m["event"] == "planned"}
     assert actions == {"wrong": "start", "killed": "resume"} | dict.fromkeys(others, "skip")
-    assert {m["job"] for m in messages if m["event"] == "started"} == {"wrong", "killed"}
-    steps = [m["step"] for m in messages if m["event"] == "step" and m["job"] == "killed"]
+    assert {m["job"] for m in seen if m["event"] == "started"} == {"wrong", "killed"}
+    steps = [m["step"] for m in seen if m["event"] == "step" and m["job"] == "killed"]
     assert steps[0] > 1, "it went on from its checkpoint"
+    assert seen[-1]["done"] == ["wrong", "killed", *others]
     assert made == {name: (tmp_path / f"out/{name}/{name}.safetensors").stat().st_mtime_ns for name in others}
     # The third call has nothing left to do.
-    code, messages, _ = ended(start_batch(file))
-    assert code == 0
-    assert {m["event"] for m in messages} == {"planned", "batch"}
+    assert {m["event"] for m in messages(file)} == {"planned", "batch"}
+    # The last job was trained on a base that others were trained on before; a fresh one gives the same LoRA.
+    changes = [f"data.folder={pictures}", f"cache.dir={tmp_path}/cache", "seed=4", "name=j4"]
+    config = load_config(str(tmp_path / "quick.toml"), changes)
+    assert [type(event) for event in start(config, tmp_path / "alone")][-1] is RunDone
+    assert tensors(tmp_path / "alone/j4.safetensors") == tensors(tmp_path / "out/j4/j4.safetensors")
 
 
-def test_a_kept_base_gives_what_a_fresh_one_gives(tmp_path: Path, pictures: Path, tiny_base: Path) -> None:
+def test_a_stop_leaves_everything_resumable(tmp_path: Path, pictures: Path, tiny_base: Path) -> None:
     file = write_jobs(tmp_path, pictures, str(tiny_base), rank=4)
-    code, _, err = ended(start_batch(file))
-    assert code == 0, err
-    alone = tmp_path / "alone"
-    command = [
-        sys.executable, "-m", "sdlora", "train", str(tmp_path / "quick.toml"), "--output", str(alone),
-        *(f"--set={s}" for s in (f"data.folder={pictures}", f"cache.dir={tmp_path}/cache", "seed=4", "name=j4")),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
-    assert tensors(alone / "j4.safetensors") == tensors(tmp_path / "out/j4/j4.safetensors")
-
-
-def test_ctrl_c_leaves_everything_resumable(tmp_path: Path, pictures: Path, tiny_base: Path) -> None:
-    file = write_jobs(tmp_path, pictures, str(tiny_base), rank=4)
-    process = start_batch(file)
-    assert process.stdout is not None
-    for line in process.stdout:
-        message = json.loads(line)
+    stopping: list[bool] = []
+    seen = []
+    for message in messages(file, stop=lambda: bool(stopping)):
+        seen.append(message)
         if message.get("job") == "killed" and message["event"] == "step":
-            os.killpg(process.pid, signal.SIGINT)  # a terminal sends it to every process of the group
-            break
-    code, messages, err = ended(process)
-    assert code == 130, err
-    assert "The same command goes on" in err
-    assert messages[-1]["done"] == ["wrong"]
-    assert messages[-1]["open"] == ["killed", "plain", "j2", "j3", "j4"]
+            stopping.append(True)
+    assert seen[-1]["done"] == ["wrong"]
+    assert seen[-1]["open"] == ["killed", "plain", "j2", "j3", "j4"]
     assert json.loads((tmp_path / "out/killed/state.json").read_text())["status"] == "stopped"
-    code, messages, err = ended(start_batch(file))
-    assert code == 0, err
-    assert "wrong" not in {m["job"] for m in messages if m["event"] == "started"}
+    actions = [message["action"] for message, _ in zip(messages(file), range(6), strict=False)]
+    assert actions == ["skip", "resume", "resume", "resume", "resume", "resume"]
+
+
+def test_a_changed_job_starts_anew_and_its_old_run_is_kept(tmp_path: Path, pictures: Path, tiny_base: Path) -> None:
+    file = write_jobs(tmp_path, pictures, str(tiny_base))
+    old = tmp_path / "out/plain"
+    old.mkdir(parents=True)
+    (old / "notes.txt").write_text("mine")
+    Ledger(tmp_path / "out").put("plain", Record("done", "of other settings"))
+    planned = {m["job"]: m for m, _ in zip(messages(file), range(6), strict=False)}
+    assert planned["plain"]["action"] == "start"
+    assert (tmp_path / "out/plain.1/notes.txt").read_text() == "mine"
+    assert "moved" not in planned["j2"]
 
 
 JOB = Job("a", 0, {}, RunConfig())
