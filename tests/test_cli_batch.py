@@ -9,6 +9,7 @@ import pytest
 from test_cli import call
 
 from sdlora.cli_batch import EXIT_NOT_ALL_DONE
+from sdlora.configfile import dump_toml, parse_config
 
 
 def jobs_file(folder: Path, text: str) -> Path:
@@ -36,14 +37,13 @@ def test_a_file_that_is_wrong_writes_nothing(tmp_path: Path, capsys: pytest.Capt
 def test_a_plan_tries_a_step_and_writes_nothing(
     tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = "\n".join(f"'{key}' = {value if value[0] in '[0123456789tf' else repr(value)}" for key, value in
-                         (entry.split("=", 1) for entry in overrides))  # fmt: skip
+    config = parse_config({"data": {"folder": "x"}}, name="quick", overrides=overrides)
+    (tmp_path / "quick.toml").write_text(dump_toml(config), encoding="utf-8")
     file = jobs_file(
         tmp_path,
-        f"[defaults]\nconfig = '{tmp_path}/quick.toml'\n[defaults.set]\n{settings}\n[[jobs]]\nname = 'a'\n"
+        f"[defaults]\nconfig = '{tmp_path}/quick.toml'\n[[jobs]]\nname = 'a'\n"
         "[[jobs]]\nname = 'b'\nset = { 'data.folder' = 'nowhere' }\n[[jobs]]\nname = 'c'\nset = { 'lora.rank' = 999 }",
     )
-    (tmp_path / "quick.toml").write_text("")
     code, out, err = call(capsys, "batch", str(file), "--output", str(tmp_path / "out"), "--dry-run", "--json")
     assert code == 0, err
     a, b, c = (json.loads(line) for line in out.splitlines())
