@@ -47,7 +47,7 @@ class RayEngine:
         if num_gpus is None:
             num_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
         # A task whose machine is lost is started again elsewhere, and goes on from its run folder's last checkpoint.
-        remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=-1, max_calls=1)(carry_out_remotely)
+        remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=-1)(carry_out_remotely)
         waiting: dict[Any, Task] = {}
         for task in tasks:
             waiting[remote.remote(vars(task), str(self._stop_file), str(Path.cwd()))] = task

@@ -19,7 +19,7 @@ ray = pytest.importorskip("ray", reason="ray is not installed")
 CONFIG = """
 [data]
 folder = "{pictures}"
-repeats = 40
+repeats = 20
 resolution_px = 32
 bucket_step_px = 8
 [base]
@@ -106,7 +106,7 @@ def test_a_lost_node_costs_no_job(tmp_path: Path, pictures: Path, tiny_base: Pat
         (resumed,) = [line for line in log.splitlines() if "Resumed at step" in line]
         assert int(resumed.partition("Resumed at step ")[2].split()[0]) >= 5
         rows = [json.loads(line) for line in (output / name / "metrics.jsonl").read_text().splitlines()]
-        assert [row["step"] for row in rows if row["event"] == "step"] == list(range(1, 401))
+        assert [row["step"] for row in rows if row["event"] == "step"] == list(range(1, 201))
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
