@@ -73,7 +73,7 @@ def batch(
     if stop_signal() is not None:
         console.print("The same command goes on where this one stopped.", markup=False)
         raise typer.Exit(exit_code_of(stop_signal()))
-    if standing["failed"]:
+    if standing["failed"] or standing["open"]:
         raise typer.Exit(EXIT_NOT_ALL_DONE)
 
 

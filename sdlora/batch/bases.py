@@ -1,4 +1,4 @@
-"""One base kept from run to run, handed out only while nothing is left of the run before.
+"""What one process keeps from run to run: a base, handed out only while nothing is left of the run before.
 
 Floor 7.
 """
@@ -6,6 +6,7 @@ Floor 7.
 from __future__ import annotations
 
 import torch
+from accelerate.state import AcceleratorState, GradientState
 
 from sdlora.config import RunConfig
 from sdlora.models.base import BaseModel
@@ -44,3 +45,9 @@ def _modules(base: BaseModel) -> list[object]:
         for network in (base.unet, base.text_encoder)
         for name, module in network.named_modules()
     ]
+
+
+def forget_accelerator() -> None:
+    """Let the next run choose its own precision: Accelerate keeps the first one of a process for good."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sdlora.batch.bases import KeptBase
+from sdlora.batch.bases import KeptBase, forget_accelerator
 from sdlora.batch.jobs import Job
 from sdlora.batch.peak import PeakMemory
 from sdlora.config import RunConfig
@@ -70,10 +70,13 @@ def forecast(jobs: Sequence[Job], folder: Path) -> list[Forecast]:
             found.append(_try(job.name, job.config, folder / job.name, bases))
         except SdloraError as error:
             found.append(Forecast(job.name, str(error)))
+        except torch.OutOfMemoryError as error:
+            found.append(Forecast(job.name, f"It does not fit into memory: {error}"))
     return found
 
 
 def _try(name: str, config: RunConfig, folder: Path, bases: KeptBase) -> Forecast:
+    forget_accelerator()
     peak = PeakMemory()
     parts = prepare(config, RunFolder(folder, name), bases)
     try:

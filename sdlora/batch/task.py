@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import AcceleratorState, GradientState
 
+from sdlora.batch.bases import forget_accelerator
 from sdlora.batch.messages import Message, Task
 from sdlora.batch.peak import PeakMemory
 from sdlora.config import RunConfig
@@ -58,9 +58,7 @@ def carry_out(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) ->
 
 
 def _events(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) -> Iterator[Any]:
-    # Accelerate keeps the first precision of a process for good; every job has its own.
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    forget_accelerator()
     folder = Path(task.folder)
     resume = (folder / "config.toml").is_file()
     if not resume and folder.is_dir():
