@@ -113,7 +113,7 @@ def _keep(ledger: Ledger, message: Message) -> None:
 
 def _write_report(jobs: Sequence[Job], ledger: Ledger) -> None:
     # Only now: what reads the runs loads torch and diffusers, which takes seconds.
-    from sdlora.batch.page import write_page
+    from sdlora.batch.batchpage import write_page
     from sdlora.batch.results import collect, write_tables
 
     results = collect(jobs, ledger)

@@ -14,7 +14,7 @@ from preview.checks import CLEAN, NOVEL, picture
 
 from sdlora.batch.jobs import Job
 from sdlora.batch.ledger import Ledger, Record
-from sdlora.batch.page import write_page
+from sdlora.batch.batchpage import write_page
 from sdlora.batch.results import collect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
