@@ -12,9 +12,9 @@ import pytest
 from batch.test_results import config, write_run
 from preview.checks import CLEAN, NOVEL, picture
 
+from sdlora.batch.batchpage import write_page
 from sdlora.batch.jobs import Job
 from sdlora.batch.ledger import Ledger, Record
-from sdlora.batch.batchpage import write_page
 from sdlora.batch.results import collect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
