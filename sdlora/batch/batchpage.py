@@ -174,7 +174,7 @@ def _columns(results: Sequence[Result]) -> list[tuple[str, Any]]:
 
 def _link(result: Result) -> str:
     name = html.escape(result.job)
-    return f"<a href='{html.escape(result.job, quote=True)}/report.html'>{name}</a>" if result.epoch else name
+    return f"<a href='{html.escape(result.job, quote=True)}/report.html'>{name}</a>" if result.status == "done" else name
 
 
 def _memory(num_bytes: int | None) -> str:
@@ -228,7 +228,7 @@ def _previews(folder: Path, results: Sequence[Result]) -> list[str]:
     """A grid for every group of jobs that drew the same prompts with the same seeds; a column for each job."""
     grids: dict[tuple[tuple[str, int], ...], list[tuple[Result, list[Match], Path]]] = {}
     for result in results:
-        if result.epoch is None:
+        if result.status != "done":
             continue
         place = folder / result.job / "epochs" / str(result.epoch)
         check = EpochCheck.read(place)

@@ -25,8 +25,9 @@ class Record:
 
     Attributes:
         status: "cut" if its worker ended without a word, "stopped" if the user asked; both can be resumed.
-        fingerprint: Of settings, data and version; empty where the settings are wrong.
+        fingerprint: Of settings, data and version; empty where the settings were never right.
         error: What went wrong, or None.
+        fault: What is wrong with its settings as they now are, or None; what is known from before stays beside it.
         exit_code: What `sdlora train` would have ended in; None while it is open.
         epoch: The epoch that was kept; None unless it is done.
         seconds: Spent on it, all attempts together.
@@ -36,10 +37,16 @@ class Record:
     status: Status = "waiting"
     fingerprint: str = ""
     error: str | None = None
+    fault: str | None = None
     exit_code: int | None = None
     epoch: int | None = None
     seconds: float = 0.0
     peak_memory_bytes: int | None = None
+
+    @property
+    def outcome(self) -> tuple[Status, str | None]:
+        """How the job stands, and what is wrong."""
+        return ("failed", self.fault) if self.fault else (self.status, self.error)
 
 
 @dataclass

@@ -79,12 +79,13 @@ def collect(jobs: Sequence[Job], ledger: Ledger) -> list[Result]:
     results = []
     for number, job in enumerate(jobs, start=1):
         record = ledger.records[job.name]
+        status, error = record.outcome
         values = {} if job.config is None else dict(options(job.config))
         result = Result(
             number=number,
             job=job.name,
-            status=record.status,
-            error=record.error,
+            status=status,
+            error=error,
             settings={name: values.get(name) for name in different},
             group=_group(job.config),
             epoch=record.epoch,

@@ -44,12 +44,12 @@ def run_batch(
         tasks = []
         for job, fingerprint in zip(jobs, _fingerprints(jobs), strict=True):
             action, record = decide(job, ledger.records.get(job.name), fingerprint, retry=retry)
-            message: Message = {"job": job.name, "event": "planned", "action": action, "status": record.status}
+            message: Message = {"job": job.name, "event": "planned", "action": action, "status": record.outcome[0]}
             folder = output / job.name
             if action == "start" and folder.exists():
                 message["moved"] = str(_move_aside(folder))
             ledger.put(job.name, record)
-            yield message | {"error": record.error}
+            yield message | {"error": record.outcome[1]}
             if action in ("start", "resume") and job.config is not None:
                 tasks.append(Task(job.name, job.config.model_dump(mode="json"), str(folder)))
         for message in engine.run(tasks, should_stop):
@@ -69,14 +69,14 @@ def decide(job: Job, record: Record | None, fingerprint: str, *, retry: bool) ->
         retry: Whether a failed one is tried again.
     """
     if job.config is None:
-        return "fault", Record("failed", "", job.fault, ConfigError.exit_code)
+        return "fault", replace(record or Record(), fault=job.fault)
     if record is None or record.fingerprint != fingerprint:
         return "start", Record("waiting", fingerprint)
     if record.status == "done" or (record.status == "failed" and not retry):
-        return "skip", record
+        return "skip", replace(record, fault=None)
     # "running" is what a call that was killed itself leaves behind.
     status = "cut" if record.status == "running" else record.status
-    return "resume", replace(record, status=status)
+    return "resume", replace(record, status=status, fault=None)
 
 
 def _fingerprints(jobs: Sequence[Job]) -> Iterator[str]:
@@ -123,6 +123,6 @@ def _write_report(jobs: Sequence[Job], ledger: Ledger) -> None:
 
 def _standing(ledger: Ledger, jobs: Sequence[Job]) -> dict[str, list[str]]:
     def named(*statuses: str) -> list[str]:
-        return [job.name for job in jobs if ledger.records[job.name].status in statuses]
+        return [job.name for job in jobs if ledger.records[job.name].outcome[0] in statuses]
 
     return {"done": named("done"), "failed": named("failed", "cut"), "open": named("waiting", "running", "stopped")}

@@ -33,9 +33,9 @@ def batch(tmp_path: Path) -> Path:
         drawn.mkdir()
         for preview in previews:
             picture("red").save(drawn / Path(preview.file).name)
-        ledger.put(name, Record("done", "x", None, 0, 2, 90.0, 2**30))
+        ledger.put(name, Record("done", "x", epoch=2, seconds=90.0, peak_memory_bytes=2**30))
     jobs.append(Job("wrong", 0, {}, None, "no"))
-    ledger.put("wrong", Record("failed", "", "lora.rank: <999>", 2))
+    ledger.put("wrong", Record(fault="lora.rank: <999>"))
     write_page(ledger.folder, collect(jobs, ledger))
     return ledger.folder
 

@@ -13,8 +13,8 @@ from sdlora.errors import OutputError
 def test_records_come_back_as_they_were_kept(tmp_path: Path) -> None:
     ledger = Ledger.read(tmp_path)
     assert ledger.records == {}
-    ledger.put("a", Record("done", "x", None, 0, 3, 1.5, 1000))
-    ledger.put("b", Record("failed", "y", "why", 5))
+    ledger.put("a", Record("done", "x", None, None, 0, 3, 1.5, 1000))
+    ledger.put("b", Record("failed", "y", "why", None, 5))
     assert Ledger.read(tmp_path) == ledger
 
 

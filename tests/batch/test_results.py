@@ -52,8 +52,8 @@ def test_figures_come_from_the_kept_epoch(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     for name, loss in losses.items():
         write_run(tmp_path / name, loss, COPY if name == "b" else CLEAN)
-        ledger.put(name, Record("done", "x", None, 0, 2, 12.0, 2**30))
-    ledger.put("wrong", Record("failed", "", "lora.rank: no", 2))
+        ledger.put(name, Record("done", "x", epoch=2, seconds=12.0, peak_memory_bytes=2**30))
+    ledger.put("wrong", Record(fault="lora.rank: no"))
     results = collect(jobs, ledger)
     assert [result.heldout_loss for result in results] == [0.5, 0.4, 0.6, None]
     assert [result.settings for result in results] == [{"lora.rank": r} for r in (4, 5, 6)] + [{"lora.rank": None}]
@@ -77,7 +77,7 @@ def test_jobs_on_other_pictures_are_not_compared(tmp_path: Path) -> None:
     for name in ("a", "b"):
         jobs.append(Job(name, 0, {}, parse_config({"data": {"folder": name}}, name=name)))
         write_run(tmp_path / name, 0.5, CLEAN)
-        ledger.put(name, Record("done", "x", None, 0, 2))
+        ledger.put(name, Record("done", "x", epoch=2))
     assert comparable(collect(jobs, ledger)) == []
 
 
@@ -87,7 +87,7 @@ def test_fidelity_counts_where_every_job_has_one(tmp_path: Path) -> None:
     for name, value, loss in (("a", 0.7, 0.9), ("b", 0.5, 0.1)):
         jobs.append(Job(name, 0, {}, config()))
         write_run(tmp_path / name, loss, CLEAN, concept_fidelity=signal(value, None))
-        ledger.put(name, Record("done", "x", None, 0, 2))
+        ledger.put(name, Record("done", "x", epoch=2))
     results = collect(jobs, ledger)
     assert [result.fidelity for result in results] == [0.7, 0.5]
     assert [result.pareto for result in results] == [True, False]

@@ -92,8 +92,7 @@ def test_a_bad_and_a_killed_job_leave_the_other_four_alone(tmp_path: Path, pictu
     others = ["plain", "j2", "j3", "j4"]
     assert (seen[-1]["done"], seen[-1]["failed"], seen[-1]["open"]) == (others, ["wrong", "killed"], [])
     records = json.loads((tmp_path / "out/batch.json").read_text())["jobs"]
-    assert (records["wrong"]["status"], records["wrong"]["exit_code"]) == ("failed", 2)
-    assert "lora.rank: found 999" in records["wrong"]["error"]
+    assert "lora.rank: found 999" in records["wrong"]["fault"]
     assert (records["killed"]["status"], records["killed"]["exit_code"]) == ("cut", 137)
     assert "SIGKILL" in records["killed"]["error"]
     page = (tmp_path / "out/report.html").read_text(encoding="utf-8")
@@ -168,6 +167,9 @@ def test_what_is_done_with_a_job(record: Record | None, retry: bool, action: str
     assert decide(JOB, record, "x", retry=retry)[0] == action
 
 
-def test_wrong_settings_are_a_failure_whatever_was_before() -> None:
+def test_wrong_settings_are_a_failure_and_mended_ones_find_everything_as_it_was() -> None:
     wrong = replace(JOB, config=None, fault="lora.rank: no")
-    assert decide(wrong, Record("done", "x"), "", retry=True) == ("fault", Record("failed", "", "lora.rank: no", 2))
+    assert decide(wrong, None, "", retry=True)[1].outcome == ("failed", "lora.rank: no")
+    action, record = decide(wrong, Record("done", "x", epoch=3), "", retry=True)
+    assert (action, record.outcome) == ("fault", ("failed", "lora.rank: no"))
+    assert decide(JOB, record, "x", retry=False) == ("skip", Record("done", "x", epoch=3))
