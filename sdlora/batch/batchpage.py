@@ -174,7 +174,9 @@ def _columns(results: Sequence[Result]) -> list[tuple[str, Any]]:
 
 def _link(result: Result) -> str:
     name = html.escape(result.job)
-    return f"<a href='{html.escape(result.job, quote=True)}/report.html'>{name}</a>" if result.status == "done" else name
+    return (
+        f"<a href='{html.escape(result.job, quote=True)}/report.html'>{name}</a>" if result.status == "done" else name
+    )
 
 
 def _memory(num_bytes: int | None) -> str:
@@ -249,8 +251,9 @@ def _unchecked(place: Path) -> list[Match]:
     files = sorted((place / "previews").glob("prompt*_seed*.png"))
     return [
         Match(
-            f"prompt {int(file.stem[6:].partition('_')[0]) + 1}", "novel", int(file.stem.rpartition("seed")[2]), "",
-            0.0, 0.0, 1.0, False, f"previews/{file.name}",
+            prompt=f"prompt {int(file.stem[6:].partition('_')[0]) + 1}", kind="novel",
+            seed=int(file.stem.rpartition("seed")[2]), nearest="", hp_ms=0.0, bent=0.0, phash=0.0, p_value=1.0,
+            significant=False, file=f"previews/{file.name}",
         )
         for file in files
     ]  # fmt: skip

@@ -19,7 +19,6 @@ from sdlora.config import RunConfig
 from sdlora.configfile import options
 from sdlora.files import write_json, write_text
 from sdlora.preview.copycheck import FIDELITY, EpochCheck
-from sdlora.preview.copypage import likeness
 
 _NO_SETTINGS = {"name", "cache.dir"}
 
@@ -125,7 +124,7 @@ def _with_figures(result: Result, folder: Path) -> Result:
         result,
         verdict=check.verdict,
         matches=check.share,
-        copying=sum(map(likeness, check.previews)) / len(check.previews),
+        copying=sum(match.likeness for match in check.previews) / len(check.previews),
         fidelity=None if signal is None else float(signal["value"]),
     )
 
