@@ -25,7 +25,7 @@ from sdlora.cli_tools import tools_app
 from sdlora.config import DataConfig
 from sdlora.configfile import dump_toml, json_schema, load_config
 from sdlora.errors import DataError, SdloraError
-from sdlora.quiet import quiet_libraries
+from sdlora.quiet import is_main_process, quiet_libraries
 from sdlora.shipped import resolve_data_folder
 from sdlora.stopping import EXIT_INTERRUPTED, exit_code_of, stop_signals
 
@@ -84,16 +84,18 @@ def train(
     from sdlora.run import Stopped, start
 
     folder = output or Path("runs") / (settings.name or "lora")
-    view = JsonLines(sys.stdout) if json_ else ProgressBar(Console(stderr=True))
-    with stop_signals(_say) as stop_signal, view:
+    console = Console(stderr=True, highlight=False, quiet=not is_main_process())
+    view = JsonLines(sys.stdout) if json_ else ProgressBar(console)
+    with stop_signals(lambda text: console.print(text, markup=False, soft_wrap=True)) as stop_signal, view:
         try:
             for event in start(settings, folder, resume=resume, should_stop=lambda: stop_signal() is not None):
                 view.show(event)
         except Stopped:
-            _say(f"Stopped. Go on with: sdlora train {config} --output {folder} --resume")
+            told = f"Stopped. Go on with: sdlora train {config} --output {folder} --resume"
+            console.print(told, markup=False, soft_wrap=True)
             raise typer.Exit(exit_code_of(stop_signal())) from None
     if not json_ and (checks := read_checks(folder / "epochs")):
-        Console(stderr=True, highlight=False).print(copy_table(checks))
+        console.print(copy_table(checks))
 
 
 @app.command()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
@@ -48,14 +48,14 @@ def batch(
     from sdlora.batch.table import BatchTable, JsonMessages
 
     folder = output or Path("runs") / jobs.stem
-    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    console = Console(stderr=True, highlight=False)
     if dry_run:
         quiet_libraries()
         from sdlora.batch.forecast import tell_forecast
 
         tell_forecast(planned, folder, json_=json_)
         return
-    view = JsonMessages(sys.stdout) if json_ else BatchTable(Console(stderr=True, highlight=False))
+    view = JsonMessages(sys.stdout) if json_ else BatchTable(console)
     carrier: Engine
     if engine == "ray":
         from sdlora.batch.rayengine import RayEngine
@@ -63,23 +63,28 @@ def batch(
         carrier = RayEngine(folder, address, gpus)
     else:
         carrier = LocalEngine(folder / "workers", environments())
-    standing = {}
-    with stop_signals(lambda text: console.print(text, markup=False)) as stop_signal, view:
+    standing: dict[str, Any] = {}
+    with stop_signals(lambda text: _say(console, text)) as stop_signal, view:
         messages = run_batch(planned, folder, carrier, retry=retry, should_stop=lambda: stop_signal() is not None)
         for message in messages:
             view.show(message)
             standing = message
     _tell(console, standing)
-    if stop_signal() is not None:
-        console.print("The same command goes on where this one stopped.", markup=False)
+    if stop_signal() is not None and standing["open"]:
+        _say(console, "The same command goes on where this one stopped.")
         raise typer.Exit(exit_code_of(stop_signal()))
     if standing["failed"] or standing["open"]:
         raise typer.Exit(EXIT_NOT_ALL_DONE)
 
 
-def _tell(console: Console, standing: dict[str, list[str]]) -> None:
+def _tell(console: Console, standing: dict[str, Any]) -> None:
     total = sum(len(standing[key]) for key in ("done", "failed", "open"))
-    console.print(f"{len(standing['done'])} of {total} jobs are done.", markup=False)
+    _say(console, f"{len(standing['done'])} of {total} jobs are done.")
     for key, what in (("failed", "failed"), ("open", "left")):
         if standing[key]:
-            console.print(f"{len(standing[key])} {what}: {', '.join(standing[key])}.", markup=False)
+            _say(console, f"{len(standing[key])} {what}: {', '.join(standing[key])}.")
+    _say(console, f"What came of them: {standing['folder']}/report.html")
+
+
+def _say(console: Console, text: str) -> None:
+    console.print(text, markup=False, soft_wrap=True)

@@ -24,6 +24,9 @@ def test_every_job_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert code == EXIT_NOT_ALL_DONE
     assert "0 of 1 jobs are done." in err and "1 failed: a." in err
     assert [json.loads(line)["event"] for line in out.splitlines()] == ["planned", "batch"]
+    code, out, err = call(capsys, "batch", str(file), "--output", str(tmp_path / "out"))
+    assert (code, out) == (EXIT_NOT_ALL_DONE, "")
+    assert f"{tmp_path}/out/report.html" in err
     assert (tmp_path / "out" / "results.csv").exists() and (tmp_path / "out" / "report.html").exists()
 
 
