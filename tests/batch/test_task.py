@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from sdlora.batch.bases import KeptBase
+from sdlora.batch.bases import KeptBase, forget_accelerator
 from sdlora.batch.messages import Task
 from sdlora.batch.task import carry_out
 from sdlora.configfile import parse_config
@@ -35,6 +35,7 @@ def test_failures_are_told_and_the_base_survives_them(
 ) -> None:
     bases = KeptBase()
     # Left behind by somebody else: a precision that the next run does not have.
+    forget_accelerator()
     Accelerator(cpu=True, mixed_precision="bf16")
     done = last(task(tmp_path / "done", overrides), bases)
     assert (done["status"], done["exit_code"], done["epoch"]) == ("done", 0, 1)
