@@ -19,11 +19,13 @@ import torch
 from sdlora.config import RunConfig
 from sdlora.data.cache import Cache
 from sdlora.data.dataset import Example
+from sdlora.data.order import Visit
 from sdlora.errors import SdloraError
 from sdlora.events import Notice, Progress
 from sdlora.parts import Loaded, choose_device, fresh_base, load
 from sdlora.quiet import quiet_libraries
-from sdlora.training.data import held_out_data, training_data
+from sdlora.training.data import TrainingData, held_out_data, training_data
+from sdlora.training.visits import plan_preserved, plan_training
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
@@ -87,22 +89,25 @@ def fill_cache(config: RunConfig, num_workers: int) -> Iterator[Notice | Progres
 
 
 def _wanted(config: RunConfig, loaded: Loaded) -> tuple[list[Example], list[str]]:
-    """All pictures of a run, and every caption once: those of all visits, and those of the copy check."""
+    """All pictures that a run meets, and every caption once: those of its visits, and those of the copy check."""
     data = training_data(config, loaded.dataset, loaded.cache)
-    plain = held_out_data(config, loaded.dataset, loaded.cache)
-    visits = range(1, config.train.epochs * config.data.repeats + 1)
-    captions: dict[str, None] = {}
-    for index in range(len(loaded.dataset.examples)):
-        captions[plain.caption(index, 1)] = None
-        for kind in (data.caption, data.preserved_caption):
-            if kind is not None and not data.text_is_trained:
-                captions |= {kind(index, visit): None for visit in visits}
-    examples = list(loaded.dataset.examples)
+    plan = plan_training(config, loaded.dataset)
+    asked: list[tuple[TrainingData, list[Visit] | None]] = [
+        (data, list(plan.timesteps)),
+        (held_out_data(config, loaded.dataset, loaded.cache), None),
+    ]
+    if loaded.preserved is not None:
+        preserved = training_data(config, loaded.preserved, loaded.cache)
+        asked.append((preserved, list(plan_preserved(config, loaded.preserved, plan).timesteps)))
     if loaded.heldout is not None:
-        heldout = held_out_data(config, loaded.heldout, loaded.cache)
-        examples += loaded.heldout.examples
-        captions |= {heldout.caption(index, 1): None for index in range(len(loaded.heldout.examples))}
-    return examples, [] if data.text_is_trained else list(captions)
+        asked.append((held_out_data(config, loaded.heldout, loaded.cache), None))
+    examples: dict[Example, None] = {}
+    captions: dict[str, None] = {}
+    for one, planned in asked:
+        visits = [Visit(index, 1) for index in range(len(one.dataset.examples))] if planned is None else planned
+        examples |= {one.dataset.examples[visit.example]: None for visit in visits}
+        captions |= dict.fromkeys(one.captions(visits))
+    return list(examples), [] if data.text_is_trained else list(captions)
 
 
 def _fill(cache: Cache, share: Share, background: str) -> Iterator[Progress]:

@@ -11,6 +11,7 @@ import tempfile
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -21,9 +22,10 @@ from sdlora import __version__
 from sdlora.cli_batch import batch_app
 from sdlora.cli_cache import cache_app
 from sdlora.cli_check import check_app
+from sdlora.cli_hub import hub_app
 from sdlora.cli_tools import tools_app
-from sdlora.config import DataConfig
 from sdlora.configfile import dump_toml, json_schema, load_config
+from sdlora.dataconfig import DataConfig
 from sdlora.errors import DataError, SdloraError
 from sdlora.quiet import is_main_process, quiet_libraries
 from sdlora.shipped import resolve_data_folder
@@ -31,6 +33,15 @@ from sdlora.stopping import EXIT_INTERRUPTED, exit_code_of, stop_signals
 
 if TYPE_CHECKING:
     from sdlora.data.doctor import Finding
+
+
+class Masks(StrEnum):
+    """The values of data.masks."""
+
+    NONE = "none"
+    ALPHA = "alpha"
+    FILE = "file"
+
 
 EXIT_INTERNAL = 1
 
@@ -44,6 +55,7 @@ app.add_typer(config_app, name="config")
 app.add_typer(check_app)
 app.add_typer(batch_app)
 app.add_typer(cache_app)
+app.add_typer(hub_app)
 app.add_typer(tools_app)
 
 Overrides = Annotated[
@@ -105,6 +117,9 @@ def data(
     resolution_px: Annotated[
         int | None, typer.Option("--resolution-px", min=16, max=4096, help="Training size, to look at sizes as well.")
     ] = None,
+    masks: Annotated[
+        Masks, typer.Option(help="Where masks are: nowhere, in the alpha channels, or in NAME-mask.png files.")
+    ] = Masks.NONE,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look at a folder of pictures before it is trained; exit code 3 if it would be refused."""
@@ -112,7 +127,7 @@ def data(
     from sdlora.data.buckets import assign_buckets
     from sdlora.data.doctor import examine, examine_sizes
 
-    checkup = examine(path, background=settings.background, trigger=trigger)
+    checkup = examine(path, background=settings.background, trigger=trigger, masks=masks.value)
     findings, num_buckets = list(checkup.findings), None
     if resolution_px is not None:
         sizes = {picture.path.name: picture.size for picture in checkup.pictures}

@@ -42,7 +42,7 @@ def _modules(base: BaseModel) -> list[object]:
     """Which modules a base's networks consist of, and which hooks hang on them."""
     return [
         (name, id(module), *module._forward_hooks, *module._forward_pre_hooks)
-        for network in (base.unet, base.text_encoder)
+        for network in (base.unet, *base.text_encoders)
         for name, module in network.named_modules()
     ]
 

@@ -30,7 +30,9 @@ class Fingerprints:
         A base counts by its path and revision alone: reading all its weights would take longer than some runs.
         """
         settings = [(name, value) for name, value in options(config) if name not in FREE_WHEN_RESUMING]
-        folders = [self._content(folder) for folder in (config.data.folder, config.data.holdout) if folder]
+        data = config.data
+        named = [*(one.folder for one in data.all_sets()), data.holdout, data.preservation_folder]
+        folders = [self._content(folder) for folder in named if folder]
         text = json.dumps([__version__, settings, folders], sort_keys=True)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 

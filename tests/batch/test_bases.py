@@ -39,7 +39,7 @@ def answers(base: BaseModel) -> list[torch.Tensor]:
 def test_after_an_adapter_it_is_bitwise_the_untouched_base(tiny_base: Path, form: list[str]) -> None:
     bases, config = KeptBase(), settings(tiny_base, "lora.rank=4", *form)
     base = bases(config, CPU, torch.float32)
-    adapter = make_adapter(config, base, find_targets(base.unet, config.lora.targets, base.text_encoder))
+    adapter = make_adapter(config, base, find_targets(base.unet, config.lora.targets, base.text_encoders))
     changed = answers(base)  # makes the hooks run
     optimizer = torch.optim.SGD(adapter.parameters(), lr=10.0)
     text = base.encode_captions(["a red ball"])
@@ -50,7 +50,7 @@ def test_after_an_adapter_it_is_bitwise_the_untouched_base(tiny_base: Path, form
     again = bases(config, CPU, torch.float32)
     assert again is base and bases.num_loads == 1
     fresh = load_base(str(tiny_base), device=CPU, dtype=torch.float32)
-    for ours, theirs in ((base.unet, fresh.unet), (base.text_encoder, fresh.text_encoder)):
+    for ours, theirs in zip((base.unet, *base.text_encoders), (fresh.unet, *fresh.text_encoders), strict=True):
         kept, untouched = ours.state_dict(), theirs.state_dict()
         assert kept.keys() == untouched.keys()
         assert all(torch.equal(kept[name], untouched[name]) for name in untouched)
@@ -61,7 +61,7 @@ def test_after_an_adapter_it_is_bitwise_the_untouched_base(tiny_base: Path, form
 def test_what_an_adapter_left_behind_makes_it_load_anew(tiny_base: Path) -> None:
     bases, config = KeptBase(), settings(tiny_base)
     base = bases(config, CPU, torch.float32)
-    make_adapter(config, base, find_targets(base.unet, config.lora.targets, base.text_encoder))
+    make_adapter(config, base, find_targets(base.unet, config.lora.targets, base.text_encoders))
     assert bases(config, CPU, torch.float32) is not base
     second = bases(config, CPU, torch.float32)
     second.unet.register_forward_hook(lambda *_: None)

@@ -47,6 +47,7 @@ def measure(folder: Path, base: Path) -> dict[str, Any]:
     from sdlora.parts import load
     from sdlora.training.data import training_data
     from sdlora.training.loop import Trainer
+    from sdlora.training.visits import plan_training
 
     document = {
         "base": {"path": str(base)},
@@ -66,7 +67,7 @@ def measure(folder: Path, base: Path) -> dict[str, Any]:
     start = time.process_time()
     loaded = load(config)
     data = training_data(config, loaded.dataset, loaded.cache)
-    for _ in data.fill(config.train.epochs, config.data.background):
+    for _ in data.fill(config.data.background, plan_training(config, loaded.dataset).timesteps):
         pass
     figures["load_seconds"] = time.process_time() - start
     start = time.process_time()
