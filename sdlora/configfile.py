@@ -21,6 +21,15 @@ from sdlora.dataconfig import SetConfig
 from sdlora.errors import ConfigError
 from sdlora.shipped import shipped_config, shipped_configs
 
+FREE_WHEN_RESUMING = {
+    "cache.dir",
+    "cache.max_text_gib",
+    "file.licence",
+    "train.checkpoint_every_steps",
+    "train.log_every_steps",
+}
+"""Options that leave the result as it is, so that a run may go on with others."""
+
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     """Read a configuration and check all of it.
@@ -31,6 +40,19 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: There is no such file, it is not TOML, or any setting is wrong; all faults are named at once.
+    """
+    document, name = read_config(source)
+    return parse_config(document, name=name, overrides=overrides)
+
+
+def read_config(source: str) -> tuple[dict[str, Any], str]:
+    """A configuration as it is written, unchecked, and the name it has from its file.
+
+    Args:
+        source: A TOML file's path, or the name of a shipped configuration.
+
+    Raises:
+        ConfigError: There is no such file, or it is not TOML.
     """
     path = Path(source)
     if not path.is_file():
@@ -44,7 +66,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
-    return parse_config(document, name=path.stem, overrides=overrides)
+    return document, path.stem
 
 
 def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[str] = ()) -> RunConfig:

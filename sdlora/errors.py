@@ -60,6 +60,12 @@ class DiskFullError(SdloraError):
     exit_code = 6
 
 
+class ProcessLostError(SdloraError):
+    """Another process of the same run ended, so that this one cannot go on."""
+
+    exit_code = 1
+
+
 class ExportError(SdloraError):
     """A written LoRA file did not reproduce the trained model when it was loaded back."""
 

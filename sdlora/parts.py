@@ -5,6 +5,7 @@ Floor 7, used by `run`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,10 +29,14 @@ from sdlora.preview.checker import Checker, Subject
 from sdlora.preview.nulls import make_gallery
 from sdlora.preview.prompts import novel_prompts
 from sdlora.preview.sampler import PreviewRequest
+from sdlora.processes import ALONE, Processes
 from sdlora.runfolder import RunFolder
 from sdlora.training.data import TrainingData, held_out_data, training_data
 from sdlora.training.heldout import HeldOut
 from sdlora.training.loop import Trainer
+
+BaseSource = Callable[[RunConfig, torch.device, torch.dtype], BaseModel]
+"""Where a run's base comes from; it has no adapter in it."""
 
 HIGH_RANK = 32
 NUM_NOVEL = 3
@@ -84,7 +89,24 @@ class Loaded:
     precision: str
 
 
-def load(config: RunConfig) -> Loaded:
+def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """The base of a configuration, loaded anew.
+
+    Args:
+        config: `base` is read, and whether its schedule ends in pure noise.
+        device: Where to compute.
+        dtype: The frozen UNet's type.
+
+    Raises:
+        SdloraError: There is no such base, or it cannot be used that way.
+    """
+    base = load_base(config.base.path, device=device, dtype=dtype, options=_load_options(config))
+    if config.loss.zero_terminal_snr:
+        base.use_zero_terminal_snr()
+    return base
+
+
+def load(config: RunConfig, bases: BaseSource = fresh_base) -> Loaded:
     """Check and load pictures and base.
 
     Raises:
@@ -93,9 +115,7 @@ def load(config: RunConfig) -> Loaded:
     device, dtype, precision = choose_device(config)
     # The pictures are looked at before the base is loaded, which may take minutes.
     pictures = read_pictures(config)
-    base = load_base(config.base.path, device=device, dtype=dtype, options=_load_options(config))
-    if config.loss.zero_terminal_snr:
-        base.use_zero_terminal_snr()
+    base = bases(config, device, dtype)
     pictures = fit_pictures(config, pictures, base)
     return Loaded(
         base=base,
@@ -111,17 +131,21 @@ def load(config: RunConfig) -> Loaded:
     )
 
 
-def prepare(config: RunConfig, folder: RunFolder) -> Parts:
+def prepare(
+    config: RunConfig, folder: RunFolder, bases: BaseSource = fresh_base, processes: Processes = ALONE
+) -> Parts:
     """Check and load everything that a configuration asks for.
 
     Args:
         config: What to do.
         folder: The run's folder, which is not touched.
+        bases: Where the base comes from.
+        processes: Those that share every batch.
 
     Raises:
         SdloraError: Anything that is wrong with the settings, the pictures or the base.
     """
-    loaded = load(config)
+    loaded = load(config, bases)
     base, notices = loaded.base, loaded.notices
     targets = find_targets(base.unet, config.lora.targets, base.text_encoders)
     adapter = make_adapter(config, base, targets)
@@ -136,7 +160,7 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
     on_cpu = loaded.device.type == "cpu"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")
     preserved = None if loaded.preserved is None else training_data(config, loaded.preserved, loaded.cache)
-    trainer = Trainer(config, base, adapter, data, accelerator, preserved)
+    trainer = Trainer(config, base, adapter, data, accelerator, preserved, processes)
     notices += _unmet(trainer) + _keep_text_or_not(config, trainer)
     if config.train.warmup_steps >= trainer.total_steps:
         raise ConfigError(

@@ -19,28 +19,21 @@ import torch
 from sdlora.adapters import limits_elsewhere
 from sdlora.card import write_card
 from sdlora.config import RunConfig
-from sdlora.configfile import dump_toml, load_config, options
+from sdlora.configfile import FREE_WHEN_RESUMING, dump_toml, load_config, options
 from sdlora.data.dataset import Pixels
-from sdlora.errors import ConfigError, DataError, OutOfMemoryError, SdloraError
+from sdlora.errors import ConfigError, DataError, OutOfMemoryError, ProcessLostError, SdloraError
 from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, PlannedSet, RunDone
 from sdlora.files import atomic_path, remove_partial
 from sdlora.forecast import memory_of_run
 from sdlora.outputs import add_thumbnail, captions_told, export_epoch
-from sdlora.parts import Parts, prepare
+from sdlora.parts import BaseSource, Parts, fresh_base, prepare
 from sdlora.preview.copycheck import EpochCheck, read_checks, recommend
 from sdlora.preview.report import Report, write_report
 from sdlora.preview.sampler import PreviewRequest, draw_epoch
 from sdlora.preview.sheet import contact_sheet
+from sdlora.processes import Processes, join
 from sdlora.runfolder import Recorder, RunFolder
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-
-_FREE_WHEN_RESUMING = {
-    "cache.dir",
-    "cache.max_text_gib",
-    "file.licence",
-    "train.checkpoint_every_steps",
-    "train.log_every_steps",
-}
 
 
 class Stopped(Exception):
@@ -48,7 +41,12 @@ class Stopped(Exception):
 
 
 def start(
-    config: RunConfig, output: Path, *, resume: bool = False, should_stop: Callable[[], bool] = lambda: False
+    config: RunConfig,
+    output: Path,
+    *,
+    resume: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+    bases: BaseSource = fresh_base,
 ) -> Iterator[Event]:
     """Run a configuration.
 
@@ -57,6 +55,7 @@ def start(
         output: The run's folder.
         resume: Go on from the newest complete checkpoint in `output`.
         should_stop: Asked between steps; True saves a checkpoint and ends the run with `Stopped`.
+        bases: Where the base comes from; its adapter is taken out again in the end.
 
     Yields:
         The run's events, ending in `RunDone`.
@@ -66,13 +65,17 @@ def start(
         Stopped: `should_stop` said so.
     """
     begin = time.monotonic()
+    processes = join(config.train.device)
     folder = RunFolder(output, config.name or "lora")
+    if not processes.is_main:
+        _follow(config, folder, should_stop, processes)
+        return
     folder.check(resume=resume)
     if resume:
         config = _as_pinned(config, folder)
         _check_same(config, folder)
     try:
-        parts = prepare(config, folder)
+        parts = prepare(config, folder, bases, processes)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(f"The base {config.base.path!r} does not fit into memory. {error}") from error
     if config.file.tell_captions:
@@ -103,6 +106,9 @@ def start(
         recorder.log(traceback.format_exc())
         recorder.finish("failed", f"{type(error).__name__}: {error}")
         raise
+    finally:
+        parts.adapter.remove()
+        processes.leave()
     recorder.finish("done")
 
 
@@ -132,7 +138,7 @@ def _check_same(config: RunConfig, folder: RunFolder) -> None:
     different = [
         f"  {name}: was {before[name]!r}, now {value!r}"
         for name, value in options(config)
-        if name not in _FREE_WHEN_RESUMING and before[name] != value
+        if name not in FREE_WHEN_RESUMING and before[name] != value
     ]
     if different:
         raise ConfigError(f"The run in {folder.path} was started with other settings:\n" + "\n".join(different))
@@ -168,13 +174,12 @@ def _events(
     parts: Parts, recorder: Recorder, resume: bool, should_stop: Callable[[], bool], begin: float
 ) -> Iterator[Event]:
     config, trainer, folder = parts.config, parts.trainer, parts.folder
+    processes = trainer.processes
     plan = _plan(parts)
     yield plan
     for message in parts.notices:
         yield Notice(message)
-    yield from parts.data.fill(config.data.background, trainer.plan.timesteps)
-    if parts.preserved is not None:
-        yield from parts.preserved.fill(config.data.background, trainer.preserved_plan.timesteps)
+    yield from _fill_training(parts)
     if parts.heldout is not None:
         yield from parts.heldout.data.fill(config.data.background)
     if parts.checker is not None:
@@ -182,8 +187,10 @@ def _events(
             yield progress
             if should_stop():  # a large base takes minutes here; what was drawn is in the cache
                 raise Stopped
+    processes.agree("the cache is filled")
     losses: dict[int, float] = {}
     checkpoints = complete_checkpoints(folder.checkpoints) if resume else []
+    processes.agree(checkpoints[-1:])
     if checkpoints:
         extra = load_checkpoint(checkpoints[-1], trainer)
         _check_same_pictures(extra["pictures"], _pictures(parts))
@@ -193,6 +200,7 @@ def _events(
     else:
         recorder.cut_metrics(0)
         yield from _close_epoch(parts, EpochDone(0, 0, None, None, 0.0), losses)
+    processes.agree("training begins")
     last = config.train.epochs
     for event in trainer.events(should_stop):
         if isinstance(event, CheckpointDue):
@@ -204,7 +212,7 @@ def _events(
             save_checkpoint(folder.checkpoints, trainer, extra)
         elif isinstance(event, EpochDone):
             yield from _close_epoch(parts, event, losses)
-            if config.copycheck.stop and _copies(folder, event.epoch):
+            if processes.agree(config.copycheck.stop and _copies(folder, event.epoch)):
                 last = event.epoch
                 yield Notice(f"Epoch {last} copies training pictures; training ends here, as copycheck.stop asks for.")
                 break
@@ -226,6 +234,41 @@ def _events(
     _report(parts, [reason, proven, *limits], kept=epoch)
     write_card(parts, plan, epoch)
     yield RunDone(str(folder.lora), str(folder.path), time.monotonic() - begin)
+
+
+def _fill_training(parts: Parts) -> Iterator[Event]:
+    background, trainer = parts.config.data.background, parts.trainer
+    yield from parts.data.fill(background, trainer.plan.timesteps)
+    if parts.preserved is not None:
+        yield from parts.preserved.fill(background, trainer.preserved_plan.timesteps)
+
+
+def _follow(config: RunConfig, folder: RunFolder, should_stop: Callable[[], bool], processes: Processes) -> None:
+    """What a process other than the main one does: its share of every batch, and nothing that anybody sees.
+
+    Raises:
+        SdloraError: Bad input, or another process has ended.
+        Stopped: The processes agreed to stop.
+    """
+    try:
+        parts = prepare(config, folder, processes=processes)
+        processes.agree("")
+        for _ in _fill_training(parts):
+            pass  # from the disk, where the main process has just put it
+        for checkpoint in processes.agree(list[Path]()):
+            load_checkpoint(checkpoint, parts.trainer)
+        processes.agree("")
+        for event in parts.trainer.events(should_stop):
+            if isinstance(event, EpochDone) and processes.agree(False):
+                return
+    except ProcessLostError as error:
+        if should_stop():  # the main process may stop where the others only wait
+            raise Stopped from error
+        raise
+    finally:
+        processes.leave()
+    if parts.trainer.position.step < parts.trainer.total_steps:
+        raise Stopped
 
 
 def _plan(parts: Parts) -> PlanMade:

@@ -22,11 +22,12 @@ from torch import Tensor
 from sdlora.data.dataset import Example, load_mask_pixels, load_pixels
 from sdlora.data.images import pixel_hash, to_tensor
 from sdlora.data.masks import mask_shares
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, DataError
 from sdlora.events import Progress
 from sdlora.files import atomic_path
 from sdlora.models.base import BaseModel, TextStates
 
+MOST_KEPT_BYTES = 256 * 2**20
 _FORMAT = "1"  # raised when what is stored under a key changes its meaning
 
 
@@ -55,10 +56,12 @@ class Cache:
                 f"cache.dir: {self.folder} cannot be made ({error.strerror}). Choose a folder that you can write to."
             ) from error
         self.keeps_text = True
-        self._moments: dict[Example, Tensor] = {}
         self._masks: dict[Example, Tensor] = {}
+        self._moment_keys: dict[Example, str] = {}
         self._keys: dict[Example, str] = {}
-        self._text: dict[str, TextStates] = {}
+        self._text_keys: dict[str, str] = {}
+        self._kept: dict[str, TextStates] = {}
+        self._kept_bytes = 0
 
     def knows(self, example: Example) -> bool:
         """Whether a picture was filled in this run."""
@@ -66,7 +69,7 @@ class Cache:
 
     def moments(self, example: Example) -> Tensor:
         """The VAE's posterior moments of a filled picture, (2C, h, w) float32 on the CPU."""
-        return self._moments[example]
+        return self._filled("moments", self._moment_keys[example])["moments"]
 
     def mask(self, example: Example) -> Tensor | None:
         """What counts of a filled picture, (1, h, w) in [0, 1]; None if all of it does."""
@@ -78,7 +81,7 @@ class Cache:
 
     def text(self, captions: Sequence[str]) -> TextStates:
         """Text states of filled captions, or of any if text is not kept, the batch first, float32 on the CPU."""
-        found = [self._text[caption] if self.keeps_text else self._encoded(caption) for caption in captions]
+        found = [self._text_of(caption) for caption in captions]
         return {name: torch.stack([states[name] for states in found]) for name in found[0]}
 
     def fill_moments(self, examples: Sequence[Example], background: str) -> Iterator[Progress]:
@@ -95,11 +98,12 @@ class Cache:
             def encode(picture: Image.Image = picture) -> TextStates:
                 return {"moments": self.base.encode_pixels(to_tensor(picture).unsqueeze(0))[0]}
 
-            self._moments[example] = self.fetch("moments", key, encode)["moments"]
-            self._keys[example] = key
+            tensors = self.fetch("moments", key, encode)
+            self._keep(key, tensors)
+            self._keys[example] = self._moment_keys[example] = key
             # Made anew every time: reading a mask is all the work there is.
             if (mask := load_mask_pixels(example)) is not None:
-                self._masks[example] = mask_shares(mask, *self._moments[example].shape[1:])
+                self._masks[example] = mask_shares(mask, *tensors["moments"].shape[1:])
                 self._keys[example] = content_key(key, pixel_hash(mask))
             yield Progress("cache pictures", done, len(examples))
 
@@ -111,7 +115,8 @@ class Cache:
         for done, caption in enumerate(wanted, start=1):
             key = content_key("text", self.base.text_identity, caption)
 
-            self._text[caption] = self.fetch("text", key, partial(self._encode, caption))
+            self._keep(key, self.fetch("text", key, partial(self._encode, caption)))
+            self._text_keys[caption] = key
             yield Progress("cache captions", done, len(wanted))
 
     def text_bytes(self, num_captions: int) -> int:
@@ -147,6 +152,28 @@ class Cache:
         with atomic_path(path) as temporary:
             save_file(made, temporary)
         return made
+
+    def _text_of(self, caption: str) -> TextStates:
+        return self._filled("text", self._text_keys[caption]) if self.keeps_text else self._encoded(caption)
+
+    def _keep(self, key: str, tensors: TextStates) -> None:
+        """Hold tensors in memory while there is room; of a large set, the rest is read whenever it is asked for."""
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        if key not in self._kept and self._kept_bytes + num_bytes <= MOST_KEPT_BYTES:
+            self._kept[key] = tensors
+            self._kept_bytes += num_bytes
+
+    def _filled(self, kind: str, key: str) -> TextStates:
+        kept = self._kept.get(key)
+        if kept is not None:
+            return kept
+        try:
+            return load_file(self._path(kind, key))
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"{self._path(kind, key)} was in the cache and is gone or broken now ({error}). Start again with "
+                "--resume, which makes it anew, and let nothing delete the cache meanwhile."
+            ) from error
 
     def _path(self, kind: str, key: str) -> Path:
         return self.folder / kind / key[:2] / f"{key}.safetensors"

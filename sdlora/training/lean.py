@@ -47,8 +47,11 @@ class LeanStep:
     ) -> None:
         keep_little(unet)
         use_training_attention(unet)
+        # A base that is kept from run to run comes as the last one left it.
         if gradient_checkpointing:
             unet.enable_gradient_checkpointing()
+        else:
+            unet.disable_gradient_checkpointing()
         self._flat: FlatWeights | None = None
         self.groups = list(groups)
         if optimizer not in _BY_MATRIX:

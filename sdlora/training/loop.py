@@ -25,6 +25,7 @@ from sdlora.errors import DivergedError
 from sdlora.events import CheckpointDue, EpochDone, Event, StepDone
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel
+from sdlora.processes import ALONE, Processes
 from sdlora.training.averages import MovingAverage, evaluation_weights
 from sdlora.training.bands import NUM_BANDS, band_of
 from sdlora.training.data import TrainingData
@@ -89,8 +90,9 @@ class Trainer:
         base: The frozen model; the adapter is injected into its UNet.
         adapter: What is trained.
         data: The pictures, their cache filled for every planned visit.
-        accelerator: Accelerate's object; it decides device, loss scaling and gradient synchronisation.
+        accelerator: Accelerate's object; it decides device and loss scaling.
         preserved: Pictures of what the base is to keep, trained beside the set; None for none.
+        processes: Those that share every batch.
 
     Raises:
         ConfigError: The optimizer's package, or the GPU it needs, is missing.
@@ -105,8 +107,10 @@ class Trainer:
         data: TrainingData,
         accelerator: Accelerator,
         preserved: TrainingData | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.config = config
+        self.processes = processes
         self.base = base
         self.adapter = adapter
         self.data = data
@@ -172,9 +176,13 @@ class Trainer:
         pending = _Pending()
         for index, group in enumerate(groups, start=1):
             self._step(epoch, group, pending)
-            stopping, every = should_stop(), train.checkpoint_every_steps
-            due = stopping or index == len(groups) or (every > 0 and self.position.step % every == 0)
-            if due or len(pending.steps) >= train.log_every_steps:
+            every = train.checkpoint_every_steps
+            due = index == len(groups) or (every > 0 and self.position.step % every == 0)
+            reading = due or len(pending.steps) >= train.log_every_steps
+            # All processes stop after the same step; asking the others costs a wait, as reading losses does.
+            stopping = (reading or self.processes.alone) and self.processes.any(should_stop())
+            due = due or stopping
+            if due or reading:
                 yield from self._read_back(pending)
                 if due:
                     yield CheckpointDue(epoch, self.position.step)
@@ -200,16 +208,12 @@ class Trainer:
         losses: list[Tensor] = []
         for batch in group:
             drawn = [self.plan.timesteps[visit] for visit in batch]
-            # The way back is inside, too: checkpointing computes again there.
-            dropping = self.adapter.dropping(self.config.seed, [(self.data.name(v.example), v.visit) for v in batch])
-            with dropping, self.lean.live():
-                loss, objective = self.losses_per_example(batch, drawn)
-                self.accelerator.backward(objective.sum() / num_examples)
-            losses.append(loss.detach())
+            losses.append(self._accumulate(self.data, batch, drawn, num_examples))
             visits += batch
             timesteps += drawn
         if self.preserved is not None:
             self._preserve(self.preserved, self._preserved_steps[step - 1])
+        self.processes.sum_gradients(self.parameters)
         if train.max_grad_norm > 0:
             self.accelerator.unscale_gradients(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
@@ -226,12 +230,29 @@ class Trainer:
 
         Source: Ruiz et al. 2208.12242, equation 2.
         """
-        num_examples = sum(len(batch) for batch in step)
+        num_examples, weight = sum(len(batch) for batch in step), self.config.train.preservation_weight
         for batch in step:
             drawn = [self.preserved_plan.timesteps[visit] for visit in batch]
-            with self.adapter.dropping(self.config.seed, [(data.name(v.example), v.visit) for v in batch]):
-                objective = self.losses_per_example(batch, drawn, data)[1]
-            self.accelerator.backward(self.config.train.preservation_weight * objective.sum() / num_examples)
+            self._accumulate(data, batch, drawn, num_examples, weight)
+
+    def _accumulate(
+        self,
+        data: TrainingData,
+        batch: Sequence[Visit],
+        timesteps: Sequence[int],
+        num_examples: int,
+        weight: float = 1.0,
+    ) -> Tensor:
+        """Add a batch's gradients over `num_examples`; its losses, zero for what other processes compute."""
+        own, drawn = self.processes.share(batch), self.processes.share(timesteps)
+        if not own:
+            return torch.zeros(len(batch), device=self.base.device)
+        # The way back is inside, too: checkpointing computes again there.
+        dropping = self.adapter.dropping(self.config.seed, [(data.name(v.example), v.visit) for v in own])
+        with dropping, self.lean.live():
+            loss, objective = self.losses_per_example(own, drawn, data)
+            self.accelerator.backward(weight * objective.sum() / num_examples)
+        return self.processes.placed(loss.detach(), len(batch))
 
     def losses_per_example(
         self, visits: Sequence[Visit], timesteps: Sequence[int], data: TrainingData | None = None
@@ -290,7 +311,7 @@ class Trainer:
 
     def _read_back(self, pending: _Pending) -> Iterator[StepDone]:
         """Bring the losses to the host, the loop's only wait for the device."""
-        values: list[float] = torch.cat(pending.losses).tolist()
+        values: list[float] = self.processes.summed(torch.cat(pending.losses)).tolist()
         seconds = (time.monotonic() - pending.since) / len(pending.steps)
         for epoch, step, rate, visits, timesteps in pending.steps:
             losses, values = values[: len(visits)], values[len(visits) :]
