@@ -50,7 +50,7 @@ def limits_elsewhere(config: RunConfig, proof: Mapping[str, Any]) -> list[str]:
     """What programs other than diffusers do with a file of this kind, a sentence each.
 
     Args:
-        config: `lora` and `loss` are read.
+        config: `lora`, `file` and `loss` are read.
         proof: The figures of `sdlora.lora.prove.Proof`, by name.
     """
     lora, sentences = config.lora, []
@@ -61,9 +61,15 @@ def limits_elsewhere(config: RunConfig, proof: Mapping[str, Any]) -> list[str]:
             f"{proof['rank_mask_difference']:.0%} of what the LoRA changes (root mean square at noise {levels}). "
             "In diffusers, sdlora.pipelines.apply_timestep_rank uses the right ranks."
         )
-    if lora.dora:
+    if lora.dora or config.file.format == "peft":
+        what = "DoRA" if lora.dora else "file"
         sentences.append(
-            "This DoRA has PEFT's names, which diffusers and PEFT read; ComfyUI, A1111 and Forge find nothing in it."
+            f"This {what} has PEFT's names, which diffusers and PEFT read; ComfyUI, A1111 and Forge find nothing in it."
+        )
+    if config.file.precision != "fp32":
+        sentences.append(
+            f"Rounding the file to {config.file.precision} changes answers by up to {proof['max_rewriting_error']:.2g}"
+            f", where the LoRA changes them by up to {proof['max_effect']:.2g}."
         )
     if config.loss.zero_terminal_snr:
         sentences.append(

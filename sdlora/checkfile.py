@@ -41,7 +41,7 @@ def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Even
         yield Notice(message)
     yield from checker.prepare(config.data.background)
     if heldout is not None:
-        yield from heldout.data.fill(1, config.data.background)
+        yield from heldout.data.fill(config.data.background)
         heldout.measure(EpochDone(1, 0, None, None, 0.0))
     with adapter.disabled():
         yield from checker.epoch(0, output / "base", output / "base")

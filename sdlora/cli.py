@@ -13,6 +13,7 @@ import traceback
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated
@@ -22,15 +23,25 @@ from rich.console import Console
 
 from sdlora import __version__
 from sdlora.cli_check import check_app
+from sdlora.cli_hub import hub_app
 from sdlora.cli_tools import tools_app
-from sdlora.config import DataConfig
 from sdlora.configfile import dump_toml, json_schema, load_config
+from sdlora.dataconfig import DataConfig
 from sdlora.errors import DataError, SdloraError
 from sdlora.quiet import quiet_libraries
 from sdlora.shipped import resolve_data_folder
 
 if TYPE_CHECKING:
     from sdlora.data.doctor import Finding
+
+
+class Masks(StrEnum):
+    """The values of data.masks."""
+
+    NONE = "none"
+    ALPHA = "alpha"
+    FILE = "file"
+
 
 EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
 
@@ -42,6 +53,7 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(check_app)
+app.add_typer(hub_app)
 app.add_typer(tools_app)
 
 Overrides = Annotated[
@@ -101,6 +113,9 @@ def data(
     resolution_px: Annotated[
         int | None, typer.Option("--resolution-px", min=16, max=4096, help="Training size, to look at sizes as well.")
     ] = None,
+    masks: Annotated[
+        Masks, typer.Option(help="Where masks are: nowhere, in the alpha channels, or in NAME-mask.png files.")
+    ] = Masks.NONE,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look at a folder of pictures before it is trained; exit code 3 if it would be refused."""
@@ -108,7 +123,7 @@ def data(
     from sdlora.data.buckets import assign_buckets
     from sdlora.data.doctor import examine, examine_sizes
 
-    checkup = examine(path, background=settings.background, trigger=trigger)
+    checkup = examine(path, background=settings.background, trigger=trigger, masks=masks.value)
     findings, num_buckets = list(checkup.findings), None
     if resolution_px is not None:
         sizes = {picture.path.name: picture.size for picture in checkup.pictures}

@@ -17,6 +17,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sdlora.config import MAX_EPOCHS, RunConfig
+from sdlora.dataconfig import SetConfig
 from sdlora.errors import ConfigError
 from sdlora.shipped import shipped_config, shipped_configs
 
@@ -62,7 +63,7 @@ def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[
         _apply(changed, override)
     data = changed.get("data")
     faults = []
-    if not isinstance(data, Mapping) or not data.get("folder"):
+    if not isinstance(data, Mapping) or not (data.get("folder") or data.get("sets")):
         faults.append("data.folder: not set; name the folder of your pictures.")
     try:
         config = RunConfig.model_validate({"name": name, **changed})
@@ -95,7 +96,9 @@ def _describe(fault: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     found, limits = fault["input"], fault.get("ctx", {})
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, option_names(), n=1, cutoff=0.4)
+        known = [f"data.sets.{name}" for name in SetConfig.model_fields] if "sets" in fault["loc"] else option_names()
+        key = ".".join(str(part) for part in fault["loc"] if not isinstance(part, int))
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         return f"{key}: there is no such setting." + (f" Did you mean {near[0]}?" if near else "")
     if key == "train.epochs" and isinstance(found, int) and found > MAX_EPOCHS:
         return (
@@ -145,6 +148,8 @@ def dump_toml(config: RunConfig) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(entry) for entry in value) + "]"
+    if isinstance(value, BaseModel):
+        return _toml({key: entry for key, entry in value.model_dump().items() if entry is not None})
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, str):

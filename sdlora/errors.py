@@ -36,6 +36,12 @@ class DataError(SdloraError):
     exit_code = 3
 
 
+class HubError(SdloraError):
+    """The Hugging Face Hub cannot be reached, or refuses."""
+
+    exit_code = 2
+
+
 class OutOfMemoryError(SdloraError):
     """The device ran out of memory; the message names the setting to lower."""
 

@@ -12,20 +12,19 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from sdlora.adapters import limits_elsewhere, timestep_rank
+from sdlora.adapters import limits_elsewhere
+from sdlora.card import write_card
 from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml, load_config, options
 from sdlora.data.dataset import Pixels
 from sdlora.errors import ConfigError, DataError, OutOfMemoryError, SdloraError
-from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, RunDone
-from sdlora.files import atomic_path, remove_partial, write_json
-from sdlora.lora.export import LoraMetadata, save_lora
-from sdlora.lora.prove import prove_lora
+from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, PlannedSet, RunDone
+from sdlora.files import atomic_path, remove_partial
+from sdlora.outputs import add_thumbnail, captions_told, export_epoch
 from sdlora.parts import Parts, prepare
 from sdlora.preview.copycheck import EpochCheck, read_checks, recommend
 from sdlora.preview.report import Report, write_report
@@ -34,7 +33,13 @@ from sdlora.preview.sheet import contact_sheet
 from sdlora.runfolder import Recorder, RunFolder
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 
-_FREE_WHEN_RESUMING = {"cache.dir", "train.log_every_steps", "train.checkpoint_every_steps"}
+_FREE_WHEN_RESUMING = {
+    "cache.dir",
+    "cache.max_text_gib",
+    "file.licence",
+    "train.checkpoint_every_steps",
+    "train.log_every_steps",
+}
 
 
 class Stopped(Exception):
@@ -69,6 +74,8 @@ def start(
         parts = prepare(config, folder)
     except torch.OutOfMemoryError as error:
         raise OutOfMemoryError(f"The base {config.base.path!r} does not fit into memory. {error}") from error
+    if config.file.tell_captions:
+        captions_told(parts.data.dataset.examples)  # an error now, rather than at the end of an epoch
     if not resume:
         folder.create(dump_toml(_pinned(config, parts.base.revision)))
     remove_partial(folder.path)
@@ -131,9 +138,10 @@ def _check_same(config: RunConfig, folder: RunFolder) -> None:
 
 
 def _pictures(parts: Parts) -> dict[str, str]:
-    """What is trained and held out, by name: a hash of pixels, caption and networks."""
+    """What is trained, preserved and held out, by name: a hash of pixels, caption and networks."""
     heldout = {} if parts.heldout is None else parts.heldout.data.identities()
-    return parts.data.identities() | {f"held out: {name}": identity for name, identity in heldout.items()}
+    preserved = {} if parts.preserved is None else parts.preserved.identities()
+    return parts.data.identities() | preserved | {f"held out: {name}": found for name, found in heldout.items()}
 
 
 def _check_same_pictures(before: dict[str, str], now: dict[str, str]) -> None:
@@ -159,12 +167,15 @@ def _events(
     parts: Parts, recorder: Recorder, resume: bool, should_stop: Callable[[], bool], begin: float
 ) -> Iterator[Event]:
     config, trainer, folder = parts.config, parts.trainer, parts.folder
-    yield _plan(parts)
+    plan = _plan(parts)
+    yield plan
     for message in parts.notices:
         yield Notice(message)
-    yield from parts.data.fill(config.train.epochs * config.data.repeats, config.data.background)
+    yield from parts.data.fill(config.data.background, trainer.plan.timesteps)
+    if parts.preserved is not None:
+        yield from parts.preserved.fill(config.data.background, trainer.preserved_plan.timesteps)
     if parts.heldout is not None:
-        yield from parts.heldout.data.fill(1, config.data.background)
+        yield from parts.heldout.data.fill(config.data.background)
     if parts.checker is not None:
         for progress in parts.checker.prepare(config.data.background):
             yield progress
@@ -212,19 +223,32 @@ def _events(
     for message in limits:
         yield Notice(message)
     _report(parts, [reason, proven, *limits], kept=epoch)
+    write_card(parts, plan, epoch)
     yield RunDone(str(folder.lora), str(folder.path), time.monotonic() - begin)
 
 
 def _plan(parts: Parts) -> PlanMade:
     config = parts.config
+    examples = parts.data.dataset.examples
+    sets = [
+        PlannedSet(
+            one.title,
+            sum(example.name.startswith(f"{one.title}/") for example in examples),
+            one.repeats or 1,
+            (one.repeats or 1) * config.train.epochs,
+        )
+        for one in config.data.all_sets()
+        if config.data.sets
+    ]
+    repeats = max(example.repeats for example in examples)
     heldout = () if parts.heldout is None else parts.heldout.data.dataset.examples
     return PlanMade(
-        pictures=len(parts.data.dataset.examples),
+        pictures=len(examples),
         heldout_pictures=len(heldout),
         split_off=[] if config.data.holdout is not None else [example.name for example in heldout],
-        repeats=config.data.repeats,
+        repeats=repeats,
         epochs=config.train.epochs,
-        exposures_per_picture=config.data.repeats * config.train.epochs,
+        exposures_per_picture=repeats * config.train.epochs,
         batch_size=config.train.batch_size,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         steps=parts.trainer.total_steps,
@@ -233,6 +257,8 @@ def _plan(parts: Parts) -> PlanMade:
         targets=list(config.lora.targets),
         device=str(parts.device),
         precision=parts.precision,
+        sets=sets,
+        preserved_pictures=0 if parts.preserved is None else len(parts.preserved.dataset.examples),
     )
 
 
@@ -250,13 +276,15 @@ def _judge_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> It
         losses[event.epoch] = event.heldout_loss
     yield event
     if event.epoch > 0:
-        _export(parts, event)
+        export_epoch(parts, event)
     if parts.previews is not None:
         if parts.checker is not None:
             yield from parts.checker.epoch(event.epoch, folder.epoch(event.epoch), folder.epoch(0))
         else:
             yield from draw_epoch(parts.base, parts.previews, event.epoch, folder.epoch(event.epoch))
         _write_sheet(parts, parts.previews, event.epoch)
+        if event.epoch > 0 and parts.config.file.thumbnail:
+            add_thumbnail(folder.epoch_lora(event.epoch), parts.previews, folder.epoch(event.epoch))
     done = f"Epoch {event.epoch} of {parts.config.train.epochs}" if event.epoch else "The base, before training"
     _report(parts, [f"{done}. This page is written anew after every epoch."])
 
@@ -288,30 +316,3 @@ def _write_sheet(parts: Parts, request: PreviewRequest, last_epoch: int) -> None
     labels = [prompt for prompt in request.prompts for _ in request.seeds]
     columns = [("base" if epoch == 0 else f"epoch {epoch}", files(epoch)) for epoch in range(last_epoch + 1)]
     contact_sheet(labels, columns, parts.folder.sheet)
-
-
-def _metadata(parts: Parts, event: EpochDone) -> LoraMetadata:
-    config = parts.config
-    return LoraMetadata(
-        name=parts.folder.name,
-        base=parts.base.path,
-        architecture=parts.base.architecture,
-        resolution_px=config.data.resolution_px or parts.base.resolution_px,
-        trigger=config.data.trigger,
-        epoch=event.epoch,
-        step=event.step,
-        started=parts.folder.config.stat().st_mtime,
-        settings={"seed": config.seed}
-        | {name: getattr(config, name).model_dump() for name in ("lora", "train", "timesteps", "loss")},
-        timestep_rank=timestep_rank(config.lora),
-        prediction_type=parts.base.prediction_type,
-        clip_skip=config.base.clip_skip,
-    )
-
-
-def _export(parts: Parts, event: EpochDone) -> None:
-    """Write an epoch's LoRA, load it back through diffusers, and keep the figures beside it."""
-    file, state = parts.folder.epoch_lora(event.epoch), parts.adapter.state()
-    save_lora(file, state, metadata=_metadata(parts, event))
-    proof = prove_lora(file, state, parts.base.fresh_pipeline(), timestep_rank(parts.config.lora))
-    write_json(file.with_name("proof.json"), asdict(proof))

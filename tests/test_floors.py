@@ -7,17 +7,17 @@ PACKAGE = Path(__file__).parent.parent / "sdlora"
 
 FLOORS = {
     "errors": 0, "seeds": 0, "files": 0, "events": 0, "shipped": 0, "quiet": 0,
-    "config": 1, "configfile": 1, "models.architectures": 1,
+    "config": 1, "dataconfig": 1, "configfile": 1, "models.architectures": 1,
     "data.images": 2, "data.captions": 2, "data.buckets": 2, "data.dataset": 2, "data.order": 2,
-    "data.split": 2, "data.doctor": 2, "data.thumbnails": 2,
+    "data.masks": 2, "data.split": 2, "data.doctor": 2, "data.thumbnails": 2,
     "diffusion": 2, "lora": 2,
     "models": 3, "pocket": 3, "pipelines": 3,
     "data.cache": 4,
     "training": 5,
     "preview": 6,
-    "progress": 7, "runfolder": 7, "adapters": 7, "parts": 7, "run": 7,
-    "checkfile": 7,
-    "cli": 8, "cli_check": 8, "cli_tools": 8, "__main__": 8,
+    "progress": 7, "runfolder": 7, "adapters": 7, "pictures": 7, "parts": 7, "outputs": 7, "card": 7, "run": 7,
+    "checkfile": 7, "push": 7, "captioning": 7,
+    "cli": 8, "cli_check": 8, "cli_hub": 8, "cli_tools": 8, "__main__": 8,
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,8 +19,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora.data.dataset import Example, load_pixels
+from sdlora.data.dataset import Example, load_mask_pixels, load_pixels
 from sdlora.data.images import pixel_hash, to_tensor
+from sdlora.data.masks import mask_shares
 from sdlora.errors import ConfigError
 from sdlora.events import Progress
 from sdlora.files import atomic_path
@@ -35,6 +37,10 @@ class Cache:
         folder: Where the files are; None takes the user's cache folder.
         base: The model whose VAE and text encoder fill the cache.
 
+    Attributes:
+        keeps_text: Whether captions are encoded before they are asked for and kept; otherwise they are encoded
+            whenever they are asked for, with the same result.
+
     Raises:
         ConfigError: The folder cannot be made.
     """
@@ -48,21 +54,31 @@ class Cache:
             raise ConfigError(
                 f"cache.dir: {self.folder} cannot be made ({error.strerror}). Choose a folder that you can write to."
             ) from error
+        self.keeps_text = True
         self._moments: dict[Example, Tensor] = {}
+        self._masks: dict[Example, Tensor] = {}
         self._keys: dict[Example, str] = {}
         self._text: dict[str, TextStates] = {}
+
+    def knows(self, example: Example) -> bool:
+        """Whether a picture was filled in this run."""
+        return example in self._keys
 
     def moments(self, example: Example) -> Tensor:
         """The VAE's posterior moments of a filled picture, (2C, h, w) float32 on the CPU."""
         return self._moments[example]
 
+    def mask(self, example: Example) -> Tensor | None:
+        """What counts of a filled picture, (1, h, w) in [0, 1]; None if all of it does."""
+        return self._masks.get(example)
+
     def identity(self, example: Example) -> str:
-        """A hash of a filled picture, its caption, and the VAE and text encoder that read them."""
+        """A hash of a filled picture, its mask, its caption, and the VAE and text encoder that read them."""
         return content_key(self._keys[example], content_key("text", self.base.text_identity, example.caption))
 
     def text(self, captions: Sequence[str]) -> TextStates:
-        """Text states of filled captions, the batch first, float32 on the CPU."""
-        found = [self._text[caption] for caption in captions]
+        """Text states of filled captions, or of any if text is not kept, the batch first, float32 on the CPU."""
+        found = [self._text[caption] if self.keeps_text else self._encoded(caption) for caption in captions]
         return {name: torch.stack([states[name] for states in found]) for name in found[0]}
 
     def fill_moments(self, examples: Sequence[Example], background: str) -> Iterator[Progress]:
@@ -81,20 +97,33 @@ class Cache:
 
             self._moments[example] = self.fetch("moments", key, encode)["moments"]
             self._keys[example] = key
+            # Made anew every time: reading a mask is all the work there is.
+            if (mask := load_mask_pixels(example)) is not None:
+                self._masks[example] = mask_shares(mask, *self._moments[example].shape[1:])
+                self._keys[example] = content_key(key, pixel_hash(mask))
             yield Progress("cache pictures", done, len(examples))
 
     def fill_text(self, captions: Iterable[str]) -> Iterator[Progress]:
-        """Encode the captions that are not on disk yet."""
+        """Encode the captions that are not on disk yet, if text is kept."""
+        if not self.keeps_text:
+            return
         wanted = list(dict.fromkeys(captions))
         for done, caption in enumerate(wanted, start=1):
             key = content_key("text", self.base.text_identity, caption)
 
-            # One at a time: the states of a caption must not depend on what it was encoded with.
-            def encode(caption: str = caption) -> TextStates:
-                return {name: value[0] for name, value in self.base.encode_captions([caption]).items()}
-
-            self._text[caption] = self.fetch("text", key, encode)
+            self._text[caption] = self.fetch("text", key, partial(self._encode, caption))
             yield Progress("cache captions", done, len(wanted))
+
+    def text_bytes(self, num_captions: int) -> int:
+        """How much disk, and memory, so many captions take."""
+        return num_captions * sum(4 * value.numel() for value in self._encoded("").values())
+
+    def _encode(self, caption: str) -> TextStates:
+        # One at a time: the states of a caption must not depend on what it was encoded with.
+        return {name: value[0] for name, value in self.base.encode_captions([caption]).items()}
+
+    def _encoded(self, caption: str) -> TextStates:
+        return _as_kept(partial(self._encode, caption))
 
     def holds(self, kind: str, key: str) -> bool:
         """Whether something is kept under a key."""
@@ -114,14 +143,19 @@ class Cache:
                 return load_file(path)
             except (SafetensorError, OSError):
                 path.unlink(missing_ok=True)  # torn by a crash of the machine: made anew below
-        with torch.no_grad():
-            made = {name: value.float().cpu().contiguous() for name, value in make().items()}
+        made = _as_kept(make)
         with atomic_path(path) as temporary:
             save_file(made, temporary)
         return made
 
     def _path(self, kind: str, key: str) -> Path:
         return self.folder / kind / key[:2] / f"{key}.safetensors"
+
+
+@torch.no_grad()
+def _as_kept(make: Callable[[], TextStates]) -> TextStates:
+    """Tensors as they come back from the disk, so that it makes no difference whether they were there."""
+    return {name: value.float().cpu().contiguous() for name, value in make().items()}
 
 
 def content_key(*parts: str) -> str:

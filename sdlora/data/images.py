@@ -7,7 +7,9 @@ Shapes: H/W pixels.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 MAX_PIXELS = 100_000_000
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+T = TypeVar("T")
 
 
 def load_image(path: Path, background: str) -> Image.Image:
@@ -35,6 +38,19 @@ def load_image(path: Path, background: str) -> Image.Image:
     Raises:
         DataError: The file is broken, animated, too large, or of another format; the message names it.
     """
+    return _decode(path, lambda image: _to_rgb(image, background))
+
+
+def load_alpha(path: Path) -> Image.Image | None:
+    """How opaque a picture is, in eight bits of grey, upright; None if it is opaque everywhere.
+
+    Raises:
+        DataError: As `load_image`.
+    """
+    return _decode(path, _alpha)
+
+
+def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(path, formats=FORMATS) as opened:
             if getattr(opened, "n_frames", 1) > 1:
@@ -46,8 +62,7 @@ def load_image(path: Path, background: str) -> Image.Image:
             if opened.mode == "F":
                 raise DataError(f"{path.name}: floating-point pixels are not read. Save it with 8 or 16 bits.")
             opened.load()
-            upright = ImageOps.exif_transpose(opened)
-            return _to_rgb(upright, background)
+            return convert(ImageOps.exif_transpose(opened))
     except UnidentifiedImageError as error:
         allowed = ", ".join(FORMATS)
         raise DataError(
@@ -63,12 +78,23 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
         values = np.asarray(image).astype(np.float64)
         grey = Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
         return grey.convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if _has_alpha(image):
         color = ImageColor.getrgb(background)[:3]
         front = image.convert("RGBA")
         paper = Image.new("RGBA", front.size, (*color, 255))
         return Image.alpha_composite(paper, front).convert("RGB")
     return image.convert("RGB")
+
+
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    if image.mode in _SIXTEEN_BITS or not _has_alpha(image):
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema()[0] == 255 else alpha
 
 
 def crop_to_bucket(image: Image.Image, width_px: int, height_px: int) -> Image.Image:

@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdlora.errors import DataError
+from sdlora.errors import DataError, ExportError
 from sdlora.files import atomic_path
 from sdlora.lora.inject import LoraState, LoraWeights
 from sdlora.lora.keys import PEFT_METADATA, first_text_encoder, kohya_name, kohya_tensors, to_peft
@@ -32,7 +32,8 @@ from sdlora.models.architectures import ARCHITECTURES
 
 # ComfyUI refuses headers above 1 MiB.
 MAX_HEADER_BYTES = 1 << 20
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES_BY_NAME = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = tuple(DTYPES_BY_NAME.values())
 Spelling = Literal["kohya", "peft"]
 FAMILIES = {architecture.text_width: architecture.modelspec for architecture in ARCHITECTURES.values()}
 _BASE_VERSIONS = {architecture.text_width: architecture.base_version for architecture in ARCHITECTURES.values()}
@@ -305,13 +306,14 @@ def write_file(
 
     Raises:
         DataError: The names and metadata make a header that programs refuse.
+        ExportError: A number is too large for the type.
     """
     extra = {}
     if paths is None:
         tensors = kohya_tensors(state, authors_blocks=family_of(state) == FAMILIES[2048])
     else:
         tensors, extra[PEFT_METADATA] = to_peft({paths[name]: weights for name, weights in state.items()})
-    tensors = {key: t if key.endswith(".alpha") else t.to(dtype) for key, t in tensors.items()}
+    tensors = in_type(tensors, dtype)
     header = _true_metadata(state, metadata, path.stem) | extra
     header["sshs_model_hash"] = tensors_sha256(tensors)
     header["modelspec.hash_sha256"] = "0x" + header["sshs_model_hash"]
@@ -321,6 +323,19 @@ def write_file(
             header_bytes = int.from_bytes(handle.read(8), "little")
         if header_bytes > MAX_HEADER_BYTES:
             raise DataError(f"{path.name} would have a header of {header_bytes} bytes, and programs read 1 MiB.")
+
+
+def in_type(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A file's tensors in a type, its alphas as they are.
+
+    Raises:
+        ExportError: A number is too large for the type.
+    """
+    found = {key: t if key.endswith(".alpha") else t.to(dtype) for key, t in tensors.items()}
+    if large := [key for key, tensor in found.items() if not bool(torch.isfinite(tensor).all())]:
+        name = str(dtype).removeprefix("torch.")
+        raise ExportError(f"The tensor {large[0]!r} holds numbers that {name} cannot; store bfloat16 or float32.")
+    return found
 
 
 def _true_metadata(state: LoraState, metadata: Mapping[str, str], title: str) -> dict[str, str]:

@@ -58,6 +58,19 @@ def first_text_encoder(*, two: bool) -> str:
     return "lora_te1_" if two else "lora_te_"
 
 
+def rounded(state: LoraState, dtype: torch.dtype) -> LoraState:
+    """Weights as they come back from a file that stores them in a type; alphas stay as they are."""
+    if dtype == torch.float32:
+        return state
+
+    form: LoraState = {}
+    for path, weights in state.items():
+        magnitude = None if weights.magnitude is None else weights.magnitude.to(dtype).float()
+        down, up = (tensor.to(dtype).float() for tensor in (weights.down, weights.up))
+        form[path] = replace(weights, down=down, up=up, magnitude=magnitude)
+    return form
+
+
 def kohya_name(path: str, *, first_text_encoder: str = "lora_te_") -> str:
     """A module path in kohya's spelling: dots become underscores.
 

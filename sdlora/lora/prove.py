@@ -19,7 +19,7 @@ from torch import Tensor
 from sdlora import seeds
 from sdlora.errors import ExportError
 from sdlora.lora.inject import LoraState, inject_state
-from sdlora.lora.keys import file_form
+from sdlora.lora.keys import file_form, rounded
 from sdlora.lora.targets import NETWORKS, by_prefix
 from sdlora.lora.timestep_rank import TimestepRank
 
@@ -35,7 +35,7 @@ class Proof:
         max_effect: Greatest difference that the adapter makes to the base's answers.
         num_modules: How many modules diffusers put an adapter on.
         max_rewriting_error: Greatest difference between the adapter as trained and as written, where a frozen start or
-            different alphas had to be written as other numbers; 0 elsewhere.
+            different alphas had to be written as other numbers, or numbers were rounded; 0 elsewhere.
         rank_mask_difference: How far answers without the timestep rank's mask are from those with it, as a share of
             what the adapter changes (root mean squares); None if there is no timestep rank.
     """
@@ -49,7 +49,11 @@ class Proof:
 
 @torch.no_grad()
 def prove_lora(
-    path: Path, state: LoraState, pipeline: DiffusionPipeline, timestep_rank: TimestepRank | None = None
+    path: Path,
+    state: LoraState,
+    pipeline: DiffusionPipeline,
+    timestep_rank: TimestepRank | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Proof:
     """Load a file through diffusers and compare it with the weights it was written from.
 
@@ -58,6 +62,7 @@ def prove_lora(
         state: The trained weights, by module path.
         pipeline: A freshly loaded base in float32; its networks are used up (they keep diffusers' adapter).
         timestep_rank: The ranks used at each noise level in training; what they change is measured.
+        dtype: What the file stores; rounding to it counts as rewriting.
 
     Returns:
         The figures; `max_error` is 0.
@@ -67,7 +72,7 @@ def prove_lora(
     """
     plain = _answers(pipeline)
     trained = _answers_with(pipeline, state)
-    written = _answers_with(pipeline, file_form(state))
+    written = _answers_with(pipeline, rounded(file_form(state), dtype))
     masked = None if timestep_rank is None else _answers_with(pipeline, state, timestep_rank)
     try:
         with _quiet():

@@ -83,7 +83,11 @@ def register(moving: Tensor, still: Tensor) -> Tensor:
     years on", section 2 (forwards, additive).
     """
     waves, orders = _waves()
-    flat = waves.flatten(1)  # (K, H W)
+    flat = waves.flatten(1).T.contiguous()  # (H W, K)
+    upper = torch.triu_indices(len(waves), len(waves))
+    pairs = flat[:, upper[0]] * flat[:, upper[1]]  # what the normal equations are sums of, (H W, K (K + 1) / 2)
+    place = torch.zeros(len(waves), len(waves), dtype=torch.long)
+    place[upper[0], upper[1]] = place[upper[1], upper[0]] = torch.arange(upper.shape[1])
     penalty = STIFFNESS * (1 + orders).square().repeat(2)
     coefficients = torch.zeros(len(moving), 2 * len(waves))
     for sigma in LEVELS_PX:
@@ -91,12 +95,13 @@ def register(moving: Tensor, still: Tensor) -> Tensor:
         for _ in range(STEPS):
             moved, inside = _move(blurred, _displacement(coefficients, waves))
             moved, target = _standard(moved, inside), _standard(aim, inside)
-            slopes = torch.gradient(moved, dim=(2, 1))
-            jacobian = torch.cat([(slope * inside).flatten(1).unsqueeze(1) * flat for slope in slopes], dim=1)
-            normal = jacobian @ jacobian.mT
-            pull = jacobian @ ((target - moved) * inside).flatten(1).unsqueeze(2)
+            x, y = ((slope * inside).flatten(1) for slope in torch.gradient(moved, dim=(2, 1)))
+            xx, xy, yy = ((product @ pairs)[:, place] for product in (x * x, x * y, y * y))
+            normal = torch.cat([torch.cat([xx, xy], dim=2), torch.cat([xy, yy], dim=2)], dim=1)
+            error = (target - moved).flatten(1)
+            pull = torch.cat([(x * error) @ flat, (y * error) @ flat], dim=1)
             stiff = normal.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True) * penalty + _FLAT
-            step = torch.linalg.solve(normal + torch.diag_embed(stiff), pull[..., 0] - stiff * coefficients)
+            step = torch.linalg.solve(normal + torch.diag_embed(stiff), pull - stiff * coefficients)
             coefficients = coefficients + step
     return _displacement(coefficients, waves)
 

@@ -19,10 +19,8 @@ from torch import Tensor, nn
 
 from sdlora import seeds
 from sdlora.config import RunConfig
-from sdlora.data.order import Visit, epoch_batches
-from sdlora.diffusion.coverage import cover
+from sdlora.data.order import Visit
 from sdlora.diffusion.losses import huber_per_example, loss_weight, mse_per_example
-from sdlora.diffusion.timesteps import Density
 from sdlora.errors import DivergedError
 from sdlora.events import CheckpointDue, EpochDone, Event, StepDone
 from sdlora.lora.inject import Adapter
@@ -33,6 +31,7 @@ from sdlora.training.data import TrainingData
 from sdlora.training.objective import Batch, diffusion_loss, diffusion_loss_preserving
 from sdlora.training.optimizers import adapter_groups, make_optimizer, set_rates
 from sdlora.training.rates import learning_rate
+from sdlora.training.visits import Plan, Step, plan_preserved, plan_training
 
 
 @dataclass
@@ -85,11 +84,12 @@ class Trainer:
     """Trains an adapter on a dataset.
 
     Args:
-        config: The whole run's configuration; `train`, `timesteps`, `loss`, `data.repeats` and `seed` are read.
+        config: The whole run's configuration; `train`, `timesteps`, `loss` and `seed` are read.
         base: The frozen model; the adapter is injected into its UNet.
         adapter: What is trained.
         data: The pictures, their cache filled for every planned visit.
         accelerator: Accelerate's object; it decides device, loss scaling and gradient synchronisation.
+        preserved: Pictures of what the base is to keep, trained beside the set; None for none.
 
     Raises:
         ConfigError: The optimizer's package, or the GPU it needs, is missing.
@@ -97,12 +97,19 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, base: BaseModel, adapter: Adapter, data: TrainingData, accelerator: Accelerator
+        self,
+        config: RunConfig,
+        base: BaseModel,
+        adapter: Adapter,
+        data: TrainingData,
+        accelerator: Accelerator,
+        preserved: TrainingData | None = None,
     ) -> None:
         self.config = config
         self.base = base
         self.adapter = adapter
         self.data = data
+        self.preserved = preserved
         self.accelerator = accelerator
         self.position = Position()
         loss = config.loss
@@ -114,46 +121,19 @@ class Trainer:
             make_optimizer(train.optimizer, groups, rate=train.learning_rate, weight_decay=train.weight_decay)
         )
         self.average = MovingAverage(self.parameters, train.ema_decay) if train.ema_decay > 0 else None
-        buckets = [example.bucket for example in data.dataset.examples]
-        self._epochs = [self._groups(buckets, epoch) for epoch in range(1, train.epochs + 1)]
-        self._timesteps = self._planned_timesteps()
+        self.plan = plan_training(config, data.dataset)
+        self.preserved_plan = Plan() if preserved is None else plan_preserved(config, preserved.dataset, self.plan)
+        self._preserved_steps = [step for steps in self.preserved_plan.epochs for step in steps]
 
     def _text_encoder_factor(self) -> float:
         """The text encoder's learning rate over the run's."""
         train = self.config.train
         return (train.text_encoder_learning_rate or train.learning_rate) / train.learning_rate
 
-    def _groups(self, buckets: Sequence[tuple[int, int]], epoch: int) -> list[list[tuple[Visit, ...]]]:
-        """An epoch's optimizer steps, each a list of batches whose gradients are summed."""
-        train = self.config.train
-        batches = epoch_batches(buckets, self.config.data.repeats, train.batch_size, epoch, self.config.seed)
-        size = train.gradient_accumulation_steps
-        return [batches[first : first + size] for first in range(0, len(batches), size)]
-
-    def _planned_timesteps(self) -> dict[Visit, int]:
-        """The timestep of every visit of the whole run."""
-        options = self.config.timesteps
-        density = Density(
-            options.density,
-            mean=options.mean,
-            std=options.std,
-            minimum=options.min,
-            maximum=options.max,
-            high_noise_keep=options.high_noise_keep,
-        )
-        steps = [[visit for batch in group for visit in batch] for groups in self._epochs for group in groups]
-        named = [[(self.data.name(visit.example), visit.visit) for visit in step] for step in steps]
-        draws = cover(options.coverage, named, self.config.seed)
-        return {
-            visit: density.timestep(draw)
-            for step, drawn in zip(steps, draws, strict=True)
-            for visit, draw in zip(step, drawn, strict=True)
-        }
-
     @property
     def total_steps(self) -> int:
         """Optimizer steps in the whole run."""
-        return sum(len(groups) for groups in self._epochs)
+        return sum(len(steps) for steps in self.plan.epochs)
 
     def averaged(self) -> AbstractContextManager[None]:
         """The weights that are judged and exported, for the length of a block between two steps."""
@@ -170,7 +150,7 @@ class Trainer:
             the state between two steps may be saved; `EpochDone` (its held-out loss left to the run).
         """
         first_step = 1
-        for epoch, groups in enumerate(self._epochs, start=1):
+        for epoch, groups in enumerate(self.plan.epochs, start=1):
             remaining = groups[max(0, self.position.step - first_step + 1) :]
             first_step += len(groups)
             if remaining or self.position.step == first_step - 1:
@@ -180,9 +160,7 @@ class Trainer:
                     return
                 yield self._epoch_done(epoch, time.monotonic() - start)
 
-    def _epoch(
-        self, epoch: int, groups: Sequence[list[tuple[Visit, ...]]], should_stop: Callable[[], bool]
-    ) -> Iterator[Event]:
+    def _epoch(self, epoch: int, groups: Sequence[Step], should_stop: Callable[[], bool]) -> Iterator[Event]:
         train = self.config.train
         pending = _Pending()
         for index, group in enumerate(groups, start=1):
@@ -197,7 +175,7 @@ class Trainer:
             if stopping:
                 return
 
-    def _step(self, epoch: int, group: Sequence[tuple[Visit, ...]], pending: _Pending) -> None:
+    def _step(self, epoch: int, group: Step, pending: _Pending) -> None:
         """One optimizer step over a group of batches, each example weighing the same."""
         train = self.config.train
         step = self.position.step + 1
@@ -214,13 +192,15 @@ class Trainer:
         timesteps: list[int] = []
         losses: list[Tensor] = []
         for batch in group:
-            drawn = [self._timesteps[visit] for visit in batch]
+            drawn = [self.plan.timesteps[visit] for visit in batch]
             with self.adapter.dropping(self.config.seed, [(self.data.name(v.example), v.visit) for v in batch]):
                 loss, objective = self.losses_per_example(batch, drawn)
             losses.append(loss.detach())
             self.accelerator.backward(objective.sum() / num_examples)
             visits += batch
             timesteps += drawn
+        if self.preserved is not None:
+            self._preserve(self.preserved, self._preserved_steps[step - 1])
         if train.max_grad_norm > 0:
             self.accelerator.unscale_gradients(self.optimizer)
             nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
@@ -232,21 +212,42 @@ class Trainer:
         pending.steps.append((epoch, step, rate, visits, timesteps))
         pending.losses.append(torch.cat(losses))
 
-    def losses_per_example(self, visits: Sequence[Visit], timesteps: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _preserve(self, data: TrainingData, step: Step) -> None:
+        """Add the gradients of pictures of what is preserved: their mean loss, times its weight.
+
+        Source: Ruiz et al. 2208.12242, equation 2.
+        """
+        num_examples = sum(len(batch) for batch in step)
+        for batch in step:
+            drawn = [self.preserved_plan.timesteps[visit] for visit in batch]
+            with self.adapter.dropping(self.config.seed, [(data.name(v.example), v.visit) for v in batch]):
+                objective = self.losses_per_example(batch, drawn, data)[1]
+            self.accelerator.backward(self.config.train.preservation_weight * objective.sum() / num_examples)
+
+    def losses_per_example(
+        self, visits: Sequence[Visit], timesteps: Sequence[int], data: TrainingData | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The loss of a batch at given timesteps; noise is a function of (seed, example, visit).
+
+        Args:
+            visits: B of them, of one size.
+            timesteps: As many.
+            data: Whose pictures are visited; those that are trained if None.
 
         Returns:
             The loss before any weighting and what is minimised, each (B,) float32.
         """
         loss, preservation = self.config.loss, self.config.train.preservation_weight
-        latents, noise = self._latents_and_noise(visits)
+        data = data or self.data
+        latents, noise = self._latents_and_noise(visits, data)
         pairs = [(visit.example, visit.visit) for visit in visits]
-        batch = Batch(latents, noise, torch.tensor(list(timesteps)), self.data.text(pairs))
+        text, weights = data.text(pairs), self._weights(visits, latents, data)
+        batch = Batch(latents, noise, torch.tensor(list(timesteps)), text, weights)
         distance: Tensor | float = 0.0
-        if preservation > 0:
-            class_text = self.data.preserved_text(pairs)
+        if data.preserved_caption is not None:
+            class_text = data.preserved_text(pairs)
             with torch.no_grad(), self.adapter.disabled():
-                kept_text = self.data.preserved_text(pairs)
+                kept_text = data.preserved_text(pairs)
             plain, distance = diffusion_loss_preserving(
                 self.base, self.adapter, batch, class_text, kept_text, self._error
             )
@@ -256,9 +257,19 @@ class Trainer:
         weight = loss_weight(loss.weighting, alphas_cumprod, self.base.prediction_type, loss.gamma)
         return plain, weight * plain + preservation * distance
 
-    def _latents_and_noise(self, batch: Sequence[Visit]) -> tuple[Tensor, Tensor]:
-        moments = torch.stack([self.data.moments(visit.example) for visit in batch])
-        names = [(self.data.name(visit.example), visit.visit) for visit in batch]
+    def _weights(self, visits: Sequence[Visit], latents: Tensor, data: TrainingData) -> Tensor | None:
+        """How much each place of the pictures counts, (B, 1, h, w), or None where no picture has a mask."""
+        masks = [data.mask(visit.example) for visit in visits]
+        if all(mask is None for mask in masks):
+            return None
+        whole = torch.ones(1, *latents.shape[2:])
+        shares = torch.stack([whole if mask is None else mask for mask in masks])
+        floor = self.config.loss.mask_floor
+        return floor + (1 - floor) * shares
+
+    def _latents_and_noise(self, batch: Sequence[Visit], data: TrainingData) -> tuple[Tensor, Tensor]:
+        moments = torch.stack([data.moments(visit.example) for visit in batch])
+        names = [(data.name(visit.example), visit.visit) for visit in batch]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         seed = self.config.seed
         jitter = torch.stack([seeds.normal(shape, seed, "latent", name, visit) for name, visit in names])

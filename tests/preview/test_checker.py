@@ -37,7 +37,7 @@ def parts(tiny_base: Path, tmp_path: Path) -> tuple[Adapter, Checker, HeldOut]:
     cache = Cache(tmp_path / "cache", base)
     data, kept = (TrainingData(d, cache, lambda i, _, d=d: d.examples[i].caption) for d in (trained, held))
     heldout = HeldOut(kept, adapter, 0)
-    list(kept.fill(1, "white"))
+    list(kept.fill("white"))
     request = PreviewRequest(("scene 0", "a dog"), (0, 1), "", 2, 5.0, num_captions=1)
     subject = Subject(adapter, data, heldout, cache, "unet", 0)
     return adapter, Checker(subject, request, make_gallery(trained, held, "white"), Arbiters()), heldout
