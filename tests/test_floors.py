@@ -18,7 +18,8 @@ FLOORS = {
     "preview": 6,
     "progress": 7, "runfolder": 7, "adapters": 7, "pictures": 7, "parts": 7, "outputs": 7, "card": 7, "run": 7,
     "checkfile": 7, "push": 7, "captioning": 7, "forecast": 7, "batch": 7, "cachefill": 7,
-    "cli": 8, "cli_check": 8, "cli_hub": 8, "cli_plan": 8, "cli_tools": 8, "cli_batch": 8, "cli_cache": 8, "__main__": 8,
+    "cli": 8, "cli_check": 8, "cli_hub": 8, "cli_plan": 8, "cli_tools": 8, "cli_batch": 8, "cli_cache": 8,
+    "__main__": 8,
 }  # fmt: skip
 
 
