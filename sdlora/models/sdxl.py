@@ -66,7 +66,6 @@ class StableDiffusionXL(LatentDiffusion):
         """{"sizes": (B, 6)}: height and width of the picture, top and left of the crop, height and width trained."""
         rows = []
         for example in examples:
-            assert example.size_px is not None, f"{example.name} was not read from a folder"
             (width, height), (to_width, to_height) = example.size_px, example.bucket
             left, top = crop_origin(example.size_px, example.bucket)
             rows.append([height, width, top, left, to_height, to_width])
