@@ -6,7 +6,7 @@ Floor 2. `load_dataset` refuses what is an error here and passes warnings on; `s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -65,6 +65,15 @@ class Picture:
     thumbnail: NDArray[np.float32]
 
 
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What decoding a picture gives; the attributes are those of `Picture`."""
+
+    size: Bucket
+    pixels: str
+    thumbnail: NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class Checkup:
     """What was found in a folder.
@@ -80,6 +89,16 @@ class Checkup:
     findings: tuple[Finding, ...]
 
 
+def look_at(path: Path, background: str) -> Look:
+    """Decode a picture.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    image = load_image(path, background)
+    return Look(image.size, pixel_hash(image), thumbnail(image))
+
+
 def examine(
     folder: Path,
     *,
@@ -87,6 +106,7 @@ def examine(
     caption: str | None = None,
     trigger: str | None = None,
     allow_trigger_only: bool = False,
+    look: Callable[[Path, str], Look] = look_at,
 ) -> Checkup:
     """Look at every picture and caption of a folder, each picture decoded once.
 
@@ -96,6 +116,7 @@ def examine(
         caption: For pictures that have no caption of their own.
         trigger: The word that captions should hold.
         allow_trigger_only: Whether pictures may do without a caption, where there is a trigger.
+        look: Decodes a picture, or remembers what that gave.
 
     Raises:
         DataError: The folder is missing or holds no pictures.
@@ -114,11 +135,11 @@ def examine(
         if text is None and not (trigger and allow_trigger_only) and not broken & {METADATA, f"{path.stem}.txt"}:
             uncaptioned.append(path.name)
         try:
-            image = load_image(path, background)
+            seen = look(path, background)
         except DataError as error:
             findings.append(Finding("unreadable", "error", (path.name,), str(error)))
             continue
-        pictures.append(Picture(path, text, image.size, pixel_hash(image), thumbnail(image)))
+        pictures.append(Picture(path, text, seen.size, seen.pixels, seen.thumbnail))
     findings += _uncaptioned(uncaptioned, len(files))
     findings += _left_out(folder, files, captions)
     findings += _copies(pictures)
