@@ -176,7 +176,8 @@ def _toml(value: Any) -> str:
 def _from_toml(field: Field, text: str) -> Any:
     if not text:
         return field.default
-    wrapped = {dict: f"{{{text}}}", list: f"[{text}]"}.get(type(field.default), text)
+    wrapped = f"{{{text}}}" if isinstance(field.default, dict) else text
+    wrapped = f"[{text}]" if isinstance(field.default, list) else wrapped
     try:
         return tomllib.loads(f"value = {wrapped}")["value"]
     except tomllib.TOMLDecodeError as error:

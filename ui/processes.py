@@ -96,5 +96,3 @@ def device_name(setting: str) -> str:
     if setting == "auto":
         return default_device()
     return "cuda:0" if setting == "cuda" else setting
-
-

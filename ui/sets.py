@@ -193,7 +193,7 @@ def _rewrite(folder: Path, change: Callable[[str], str]) -> int:
 def _picture(folder: Path, name: str) -> Path:
     found = next((path for path in picture_files(folder) if path.name == name), None) if folder.is_dir() else None
     if found is None:
-        raise StudioError(f"There is no picture {name!r} in this set. Load the page anew; another tab may have moved it.")
+        raise StudioError(f"There is no picture {name!r} in this set. Load the page anew; it may have been taken out.")
     return found
 
 

@@ -5,6 +5,7 @@ Floor 8. Nothing of a zip is written before all of its list was looked at.
 
 from __future__ import annotations
 
+import functools
 import re
 import stat
 import tempfile
@@ -196,7 +197,7 @@ def _entries(name: str, path: Path) -> Iterator[_Entry]:
     for info in infos:
         hidden = any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(info.filename).parts)
         if not hidden:
-            yield _Entry(info.filename, info.file_size, lambda info=info: archive.open(info))  # type: ignore[misc]
+            yield _Entry(info.filename, info.file_size, functools.partial(archive.open, info))
 
 
 def _danger(info: zipfile.ZipInfo) -> str | None:
