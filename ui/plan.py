@@ -77,7 +77,8 @@ def base_resolution_px(path: str) -> int:
     folder = pocket_folder() if path == "pocket" else Path(path).expanduser()
     try:
         unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
-        return int(unet["sample_size"]) * 2 ** (len(vae["block_out_channels"]) - 1)
+        factor: int = 2 ** (len(vae["block_out_channels"]) - 1)
+        return int(unet["sample_size"]) * factor
     except (OSError, ValueError, KeyError):
         return _USUAL_PX
 
@@ -144,6 +145,6 @@ def measured_in_words(plan: dict[str, Any]) -> list[str]:
     if (seconds := plan.get("seconds")) is not None:
         told.append(f"It takes about {format_seconds(float(seconds))}, by a step that was measured.")
     if (peak := plan.get("peak_bytes")) is not None:
-        fits = {True: "which fits", False: "which does not fit: lower the batch size or the resolution"}
-        told.append(f"It needs {float(peak) / 2**30:.1f} GB of memory, {fits.get(plan.get('fits'), 'at its peak')}.")
+        fits = "which fits" if plan.get("fits", True) else "which does not fit: lower the batch size or the resolution"
+        told.append(f"At its peak it needs {float(peak) / 2**30:.1f} GB of memory, {fits}.")
     return told

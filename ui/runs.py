@@ -39,6 +39,7 @@ class RunView:
         checks: The copy checks by epoch.
         previews: The previews by epoch, in the order of their names.
         loras: The LoRA files by epoch.
+        key: The same for the same run alone, should another one get its name.
     """
 
     name: str
@@ -49,6 +50,7 @@ class RunView:
     checks: dict[int, EpochCheck]
     previews: dict[int, list[Path]]
     loras: dict[int, Path]
+    key: str
 
     def recommended(self) -> tuple[int, str] | None:
         """The epoch to keep so far, and why; None before the first one is there."""
@@ -99,6 +101,7 @@ def _read(folder: Path, name: str, _marks: tuple[tuple[str, int, int], ...]) -> 
         {number: files for number, files in previews.items() if files},
         # The proof is written last: until it is there the file may be half of one.
         {number: file for number, file in loras.items() if file.with_name("proof.json").is_file()},
+        f"{folder.resolve()} {(folder / 'config.toml').stat().st_mtime_ns}",
     )
 
 

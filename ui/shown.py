@@ -61,14 +61,19 @@ def _url(folder: Path, key: str, read: Callable[[], Image.Image], longest_px: in
 
 
 class LinkedAlbum(Album):
-    """Writes `<img>` elements whose pictures are fetched from the studio, instead of embedding them."""
+    """Writes `<img>` elements whose pictures are fetched from the studio, instead of embedding them.
 
-    def __init__(self, folder: Path) -> None:
+    Args:
+        folder: What is served.
+        run: The same for the same run alone.
+    """
+
+    def __init__(self, folder: Path, run: str) -> None:
         super().__init__()
-        self._folder = folder
+        self._folder, self._run = folder, run
 
     def show(self, key: str, read: Callable[[], Image.Image], alt: str) -> str:
-        """An `<img>` of a picture; `key` is the same for the same pixels alone."""
-        url = shown_image(self._folder, key, read)
+        """An `<img>` of a picture; `key` is the same for the same picture of the run."""
+        url = shown_image(self._folder, f"{self._run} {key}", read)
         crisp = " class='crisp'" if url.endswith(".png") else ""
         return f"<img src='{url}' alt='{html.escape(alt, quote=True)}' loading='lazy'{crisp}>"
