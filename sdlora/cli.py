@@ -23,6 +23,7 @@ from rich.console import Console
 from sdlora import __version__
 from sdlora.cli_check import check_app
 from sdlora.cli_tools import tools_app
+from sdlora.cli_ui import ui_app
 from sdlora.config import DataConfig
 from sdlora.configfile import dump_toml, json_schema, load_config
 from sdlora.errors import DataError, SdloraError
@@ -43,6 +44,7 @@ config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(check_app)
 app.add_typer(tools_app)
+app.add_typer(ui_app)
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")

@@ -17,7 +17,7 @@ FLOORS = {
     "preview": 6,
     "progress": 7, "runfolder": 7, "adapters": 7, "parts": 7, "run": 7,
     "checkfile": 7,
-    "cli": 8, "cli_check": 8, "cli_tools": 8, "__main__": 8,
+    "cli": 8, "cli_check": 8, "cli_tools": 8, "cli_ui": 8, "__main__": 8,
 }  # fmt: skip
 
 

@@ -146,7 +146,7 @@ class Jobs:
         return self._told(name)
 
     def stop(self, name: str) -> str:
-        """Ask a run to save its state and end; one that waits is taken out of the queue.
+        """Ask a run to save its state and end.
 
         Raises:
             StudioError: It is not at work.
@@ -154,8 +154,7 @@ class Jobs:
         with self.studio.lock():
             job, process = self.find(name), self._process(name)
             if job is not None and job.stage == "waiting":
-                self._forget(job)
-                return f"{name!r} was taken out of the queue."
+                raise StudioError(f"{name!r} waits and has nothing to save. Take it out of the queue instead.")
             if process is None:
                 raise StudioError(f"{name!r} is not at work, so there is nothing to stop.")
             if job is not None and job.stopping:
@@ -185,8 +184,25 @@ class Jobs:
         self._living(name).resume()
         return f"{name!r} goes on."
 
-    def move(self, name: str, by: int) -> None:
-        """Move a waiting job towards the front (below 0) or the back of the queue."""
+    def cancel(self, name: str) -> str:
+        """Take a run out of the queue.
+
+        Raises:
+            StudioError: It does not wait any more.
+        """
+        with self.studio.lock():
+            job = self.find(name)
+            if job is None or job.stage != "waiting":
+                raise StudioError(f"{name!r} does not wait any more. Look under Training whether it has begun.")
+            self._forget(job)
+        return f"{name!r} was taken out of the queue."
+
+    def move(self, name: str, by: int) -> str:
+        """Move a waiting job towards the front (below 0) or the back of the queue.
+
+        Raises:
+            StudioError: It does not wait any more.
+        """
         with self.studio.lock():
             queue = self.waiting()
             order = [job.name for job in queue]
@@ -197,6 +213,7 @@ class Jobs:
             queue.insert(max(0, index + by), queue.pop(index))
             for place, job in zip(places, queue, strict=True):
                 self._write(replace(job, place=place))
+        return f"The queue is now: {', '.join(job.name for job in queue)}."
 
     def forget(self, name: str) -> None:
         """Drop the record of a run that is not at work."""

@@ -26,7 +26,7 @@ from sdlora.shipped import resolve_data_folder
 from .store import Studio, StudioError
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class RunView:
     """A run's content.
 
