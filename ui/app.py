@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import gradio as gr
@@ -30,14 +30,27 @@ HEAD = (
 
 def theme() -> gr.themes.Base:
     """Quiet colours and the system's own fonts, so that none is fetched."""
-    return gr.themes.Base(
-        primary_hue="blue", neutral_hue="zinc", radius_size="sm",
+    base = gr.themes.Base(
+        primary_hue="blue", neutral_hue="zinc", radius_size="sm", spacing_size="sm",
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],
+    )  # fmt: skip
+    # Help that cannot be read is none: these pairs have a contrast of 4.5 and more.
+    return base.set(
+        block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
+        block_label_text_color="*neutral_700", block_label_text_color_dark="*neutral_200",
+        block_title_text_color="*neutral_800", block_title_text_color_dark="*neutral_100",
+        body_text_color_subdued="*neutral_600", body_text_color_subdued_dark="*neutral_300",
+        button_primary_background_fill="*primary_700", button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover="*primary_800", button_primary_background_fill_hover_dark="*primary_600",
+        button_primary_text_color="white", input_placeholder_color="*neutral_600",
+        input_placeholder_color_dark="*neutral_300", input_background_fill="white", input_border_width="1px",
+        input_border_color="*neutral_400", input_border_color_dark="*neutral_500",
+        input_background_fill_dark="*neutral_900", body_background_fill="#fafafa",
     )  # fmt: skip
 
 
-def build(context: Context) -> gr.Blocks:
-    """All pages.
+def build(context: Context) -> Any:
+    """All pages, as Gradio's Blocks.
 
     Args:
         context: The studio behind them.
@@ -74,39 +87,30 @@ def build(context: Context) -> gr.Blocks:
         ]  # fmt: skip
 
         def look(name: str | None, epoch: Any, known: str) -> list[Any]:
-            before: dict[str, str] = json.loads(known or "{}")
+            seen_before: dict[str, str] = json.loads(known or "{}")
             if name not in context.jobs.names():
                 name = context.default_run()
-            same_run = before.get("name") == name
-            chosen = int(epoch) if same_run and epoch is not None else None
+            # Which epoch was chosen means nothing in another run.
+            chosen = int(epoch) if seen_before.get("name") == name and epoch is not None else None
             now = snapshot(context, name, chosen)
-            after: dict[str, str] = {"name": name or ""}
-
-            def changed(slot: str, value: Any, update: Callable[[], Any]) -> Any:
-                after[slot] = hashlib.sha256(repr(value).encode()).hexdigest()[:16]
-                return gr.skip() if before.get(slot) == after[slot] else update()
-
-            last = now.epochs[-1] if now.epochs else None
-            shown_epoch = chosen if chosen in now.epochs else last
-            kept = now.loras[-1] if now.loras else None
-            stop = now.can["stop"]
-            values = [changed(slot, now.html[slot], lambda slot=slot: now.html[slot]) for slot in SLOTS]
+            change = _Changes(seen_before)
+            change.seen["name"] = name or ""
+            can, epochs = now.can, [("base" if e == 0 else str(e), e) for e in now.epochs]
+            shown = chosen if chosen in now.epochs else max(now.epochs, default=None)
+            values = [change(slot, value=now.html[slot]) for slot in SLOTS]
             values += [
-                changed("run", (now.names, name), lambda: gr.update(choices=now.names, value=name)),
-                changed(
-                    "epochs", (name, now.epochs),
-                    lambda: gr.update(choices=[(_epoch(e), e) for e in now.epochs], value=shown_epoch),
-                ),
-                changed("copy-stop", stop, lambda: gr.update(interactive=stop)),
-                changed("waiting", now.waiting, lambda: gr.update(choices=now.waiting, value=next(iter(now.waiting), None))),
+                change("run", choices=now.names, value=name),
+                change("epochs", (name, now.epochs), choices=epochs, value=shown),
+                change("copy-stop", interactive=can["stop"]),
+                change("waiting", choices=now.waiting, value=next(iter(now.waiting), None)),
                 *(
-                    changed(f"loras{i}", (name, now.loras), lambda: gr.update(choices=now.loras, value=kept))
+                    change(f"loras {i}", (name, now.loras), choices=now.loras, value=max(now.loras, default=None))
                     for i in range(len(result.epochs))
                 ),
-                changed("other", now.names, lambda: gr.update(choices=now.names)),
-                *(changed(k, now.can[k], lambda k=k: gr.update(interactive=now.can[k])) for k in buttons),
-            ]  # fmt: skip
-            return [*values, json.dumps(after)]
+                change("other", choices=now.names),
+                *(change(wish, interactive=can[wish]) for wish in buttons),
+            ]
+            return [*values, json.dumps(change.seen)]
 
         inputs = [run, copy.epoch, seen]
 
@@ -122,11 +126,11 @@ def build(context: Context) -> gr.Blocks:
                 page_recipe.plan_html(context, draft),
             ]
 
-        def to_recipe() -> list[Any]:
+        def arrive(name: str) -> list[Any]:
+            """What depends on the pictures; all else stays as it is being written."""
             draft = context.draft()
-            return [
-                gr.Tabs(selected="recipe"), *page_recipe.fill(context, draft), page_recipe.plan_html(context, draft)
-            ]  # fmt: skip
+            named = gr.skip() if name else page_recipe.proposed_name(context, draft)
+            return [named, page_recipe.plan_html(context, draft)]
 
         def start(*values: Any) -> list[Any]:
             name = None
@@ -135,15 +139,16 @@ def build(context: Context) -> gr.Blocks:
                 nonlocal name
                 draft = page_recipe.read(context, values)
                 config = draft.config(context.studio)
-                write_draft(context.studio, draft)
                 told = context.jobs.add(config)
+                write_draft(context.studio, replace(draft, name=""))
                 name = config.name
                 return told
 
             told = context.attempt(action)
             if name is None:
-                return [told, gr.skip(), gr.skip()]
-            return [told, gr.Tabs(selected="training"), gr.update(choices=context.jobs.names(), value=name)]
+                return [told, gr.skip(), gr.skip(), gr.skip()]
+            # The next run needs a name of its own.
+            return [told, gr.Tabs(selected="training"), gr.update(choices=context.jobs.names(), value=name), ""]
 
         def clone(name: Any) -> list[Any]:
             told = clone_into_draft(context, name)
@@ -155,15 +160,29 @@ def build(context: Context) -> gr.Blocks:
         gr.Timer(EVERY_SECONDS).tick(look, inputs, outputs, show_progress="hidden", queue=False)
         run.input(look, inputs, outputs, show_progress="hidden", queue=False)
         copy.epoch.input(look, inputs, outputs, show_progress="hidden", queue=False)
-        to_the_recipe = [tabs, *recipe.controls, recipe.plan]
-        pictures.next.click(to_recipe, None, to_the_recipe, show_progress="hidden")
-        recipe_tab.select(lambda: to_recipe()[1:], None, to_the_recipe[1:], show_progress="hidden")
-        follow(recipe.start.click(start, recipe.controls, [recipe.note, tabs, run], show_progress="hidden"))
+        pictures.next.click(lambda: gr.Tabs(selected="recipe"), None, tabs, show_progress="hidden")
+        recipe_tab.select(arrive, recipe.name, [recipe.name, recipe.plan], show_progress="hidden")
+        follow(
+            recipe.start.click(start, recipe.controls, [recipe.note, tabs, run, recipe.name], show_progress="hidden")
+        )
         all_runs.clone.click(clone, run, [all_runs.note, tabs, *whole_draft], show_progress="hidden")
         for move in (*training.moves, *copy.moves, *all_runs.moves):
             follow(move)
     return blocks
 
 
-def _epoch(epoch: int) -> str:
-    return "base" if epoch == 0 else str(epoch)
+class _Changes:
+    """What a page shows already, so that only what is new is sent.
+
+    Args:
+        before: A digest for every part of the page, as it is there.
+    """
+
+    def __init__(self, before: dict[str, str]) -> None:
+        self._before = before
+        self.seen: dict[str, str] = {}
+
+    def __call__(self, part: str, key: Any = None, **update: Any) -> Any:
+        """The update of a part, or nothing if it is as it was; `key` stands for it where it is not the update."""
+        self.seen[part] = hashlib.sha256(repr(update if key is None else key).encode()).hexdigest()[:16]
+        return gr.skip() if self._before.get(part) == self.seen[part] else gr.update(**update)

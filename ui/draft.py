@@ -105,10 +105,13 @@ def _changed(values: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in values.items() if name not in _OWN and value != defaults[name]}
 
 
-def from_config(config: RunConfig) -> Draft:
+def from_config(config: RunConfig, studio: Studio) -> Draft:
     """A configuration, from a file or from another run, as a draft."""
     values = form.to_values(config)
-    return Draft(pictures=values["data.folder"], name=config.name or "", values=_changed(values))
+    pictures = config.data.folder
+    if not pictures.startswith(BUILTIN) and Path(pictures).resolve().parent == studio.sets.resolve():
+        pictures = Path(pictures).name
+    return Draft(pictures=pictures, name=config.name or "", values=_changed(values))
 
 
 def read_draft(studio: Studio) -> Draft:

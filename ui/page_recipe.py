@@ -30,12 +30,14 @@ class RecipePage:
 
     Attributes:
         controls: What `fill` gives values for: the decisions, then every field under "More".
+        name: The run's.
         plan: The plan in words.
         note: What became of the last wish.
         start: Starts the run.
     """
 
     controls: list[gr.components.Component]
+    name: gr.Textbox
     plan: gr.HTML
     note: gr.HTML
     start: gr.Button
@@ -48,9 +50,14 @@ def more_fields() -> list[Field]:
 
 def fill(context: Context, draft: Draft) -> list[Any]:
     """The values of all controls for a draft."""
-    name = draft.name or (context.free_name(draft.run_name()) if draft.pictures else "")
+    name = draft.name or proposed_name(context, draft)
     decided = [draft.subject, draft.trigger, draft.base, draft.length, name]
     return [*decided, *(form.shown(field, draft.value(field.name)) for field in more_fields())]
+
+
+def proposed_name(context: Context, draft: Draft) -> str:
+    """A name for the next run that none has yet; empty while there are no pictures."""
+    return context.free_name(draft.run_name()) if draft.pictures else ""
 
 
 def read(context: Context, values: Sequence[Any]) -> Draft:
@@ -101,13 +108,10 @@ def recipe_page(context: Context) -> RecipePage:
         controls = _more()
     with gr.Row():
         upload = gr.UploadButton("Load settings from a file (.toml)", file_types=[".toml"], size="md", min_width=200)
-        gr.HTML(
-            views.box("<p><a class='button' download href='/studio/draft.toml'>Download these settings</a></p>"),
-            min_height=0,
-        )
+        gr.HTML(views.box("<a class='button' download href='/studio/draft.toml'>Download these settings</a>"))
     decided: list[gr.components.Component] = [subject, trigger, base, length, name]
     everything = [*decided, *controls]
-    page = RecipePage(everything, planned, note, start)
+    page = RecipePage(everything, name, planned, note, start)
 
     def answer(*values: Any) -> list[Any]:
         try:
@@ -139,7 +143,7 @@ def recipe_page(context: Context) -> RecipePage:
         def taken() -> str:
             nonlocal loaded
             try:
-                loaded = from_config(load_config(file))
+                loaded = from_config(load_config(file), context.studio)
             finally:
                 Path(file).unlink(missing_ok=True)
             loaded.config(context.studio)
@@ -173,7 +177,7 @@ def _more() -> list[gr.components.Component]:
     for field in more_fields():
         by_section.setdefault(field.section, []).append(field)
     for section, members in by_section.items():
-        with gr.Accordion(about[section], open=False), gr.Row():
+        with gr.Accordion(f"{section or 'run'}: {about[section]}", open=False), gr.Row():
             controls += [_control(field) for field in members]
     return controls
 

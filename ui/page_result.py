@@ -173,7 +173,7 @@ def clone_into_draft(context: Context, name: Any) -> str:
     """Make a run's settings the recipe; returns what is told about it."""
 
     def action() -> str:
-        draft = from_config(runs.settings_of(context.studio, need(name)))
+        draft = from_config(runs.settings_of(context.studio, need(name)), context.studio)
         write_draft(context.studio, replace(draft, name=context.free_name(need(name))))
         return f"The settings of {name!r} are in the recipe now."
 
