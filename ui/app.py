@@ -58,7 +58,7 @@ def build(context: Context) -> Any:
     with gr.Blocks(
         title="sdlora studio", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
     ) as blocks:
-        with gr.Row(equal_height=True, elem_id="top"):
+        with gr.Row(elem_id="top"):
             with gr.Column(scale=3, min_width=240):
                 gr.HTML("<h1 class='brand'>sdlora studio</h1>")
                 strip = gr.HTML(elem_id="strip")
@@ -82,33 +82,38 @@ def build(context: Context) -> Any:
         slots = {"strip": strip, **training.slots, **copy.slots, **result.slots, **all_runs.slots}
         buttons = training.buttons
         outputs = [
-            *(slots[slot] for slot in SLOTS), run, copy.epoch, copy.stop, training.waiting, *result.epochs,
-            all_runs.other, *buttons.values(), seen,
+            *(slots[slot] for slot in SLOTS), run, copy.epoch, copy.stop, training.waiting, result.prompt,
+            *result.epochs, all_runs.other, *buttons.values(), seen,
         ]  # fmt: skip
 
         def look(name: str | None, epoch: Any, known: str) -> list[Any]:
             seen_before: dict[str, str] = json.loads(known or "{}")
             if name not in context.jobs.names():
                 name = context.default_run()
-            # Which epoch was chosen means nothing in another run.
-            chosen = int(epoch) if seen_before.get("name") == name and epoch is not None else None
+            # Which epoch was chosen means nothing in another run, and whoever looks at the last one wants the last one.
+            same = seen_before.get("name") == name and str(epoch) != seen_before.get("last")
+            chosen = int(epoch) if same and epoch is not None else None
             now = snapshot(context, name, chosen)
             change = _Changes(seen_before)
-            change.seen["name"] = name or ""
+            change.seen |= {"name": name or "", "last": str(max(now.epochs, default=None))}
             can, epochs = now.can, [("base" if e == 0 else str(e), e) for e in now.epochs]
             shown = chosen if chosen in now.epochs else max(now.epochs, default=None)
             values = [change(slot, value=now.html[slot]) for slot in SLOTS]
             values += [
                 change("run", choices=now.names, value=name),
                 change("epochs", (name, now.epochs), choices=epochs, value=shown),
-                change("copy-stop", interactive=can["stop"]),
+                change("copy-stop", visible=can["stop"]),
                 change("waiting", choices=now.waiting, value=next(iter(now.waiting), None)),
-                *(
-                    change(f"loras {i}", (name, now.loras), choices=now.loras, value=max(now.loras, default=None))
-                    for i in range(len(result.epochs))
+                change("prompt", placeholder=now.prompt),
+                change("epoch", (name, now.loras, now.kept), choices=now.loras, value=now.kept),
+                change(
+                    "other epoch",
+                    (name, now.loras, now.kept),
+                    choices=now.loras,
+                    value=next((e for e in reversed(now.loras) if e != now.kept), now.kept),
                 ),
                 change("other", choices=now.names),
-                *(change(wish, interactive=can[wish]) for wish in buttons),
+                *(change(wish, visible=can[wish]) for wish in buttons),
             ]
             return [*values, json.dumps(change.seen)]
 

@@ -66,11 +66,11 @@ def pictures_page(context: Context) -> PicturesPage:
     onward = gr.Button("Next: the recipe", variant="primary", elem_id="to-recipe")
     doubles = gr.HTML()
     with gr.Accordion("Change all captions at once", open=False):
-        with gr.Row():
+        with gr.Row(elem_classes="ends"):
             find = gr.Textbox(label="Find", min_width=160)
             replacement = gr.Textbox(label="Replace with", min_width=160)
             exchange = gr.Button("Replace in all captions", min_width=160)
-        with gr.Row():
+        with gr.Row(elem_classes="ends"):
             trigger = gr.Button("Put the trigger into all captions", min_width=160)
             rest = gr.Textbox(label="Caption for pictures that have none", min_width=160)
             fill = gr.Button("Caption the rest", min_width=160)

@@ -107,8 +107,10 @@ def recipe_page(context: Context) -> RecipePage:
     with gr.Accordion("More: every setting", open=False, elem_id="more"):
         controls = _more()
     with gr.Row():
-        upload = gr.UploadButton("Load settings from a file (.toml)", file_types=[".toml"], size="md", min_width=200)
-        gr.HTML(views.box("<a class='button' download href='/studio/draft.toml'>Download these settings</a>"))
+        upload = gr.UploadButton("Load settings from a file (.toml)", file_types=[".toml"], min_width=220)
+        with gr.Column(min_width=220):
+            link = "<a class='button whole' download href='/studio/draft.toml'>Download these settings</a>"
+            gr.HTML(views.box(link))
     decided: list[gr.components.Component] = [subject, trigger, base, length, name]
     everything = [*decided, *controls]
     page = RecipePage(everything, name, planned, note, start)

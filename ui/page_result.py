@@ -32,10 +32,12 @@ class ResultPage:
 
     Attributes:
         slots: By the snapshot's names.
-        epochs: The controls that choose an epoch.
+        prompt: What to draw.
+        epochs: The controls that choose an epoch: the one to draw with, and another.
     """
 
     slots: dict[str, gr.HTML]
+    prompt: gr.Textbox
     epochs: list[gr.Dropdown]
 
 
@@ -92,15 +94,15 @@ def result_page(context: Context, run: gr.Dropdown) -> ResultPage:
     """Lay the result's page out and say what its controls do."""
     result = gr.HTML(elem_id="result")
     gr.HTML(views.box("<h2>Try it</h2>"))
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="ends"):
         prompt = gr.Textbox(label="Prompt", scale=3, min_width=260, elem_id="try-prompt")
         epoch = gr.Dropdown(label="Epoch", min_width=110, elem_id="try-epoch")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, min_width=110, elem_id="try-seed")
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="ends"):
         strength = gr.Slider(0, 2, 1, step=0.05, label="Strength", min_width=260, elem_id="try-strength")
         one = gr.Button("Draw", variant="primary", min_width=110, elem_id="try")
         strip = gr.Button("Strip: 0, 0.5, 1", min_width=140, elem_id="try-strip")
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="ends"):
         other = gr.Dropdown(label="Compare with epoch", min_width=160, elem_id="try-other")
         both = gr.Button("Draw both epochs", min_width=140)
     tried = gr.HTML(elem_id="tried")
@@ -124,13 +126,13 @@ def result_page(context: Context, run: gr.Dropdown) -> ResultPage:
     both.click(
         lambda n, e, o, p, s, w: attempt(n, [e, o], p, s, [w]), [run, epoch, other, prompt, seed, strength], tried
     )
-    return ResultPage({"result": result}, [epoch, other])
+    return ResultPage({"result": result}, prompt, [epoch, other])
 
 
 def runs_page(context: Context, run: gr.Dropdown) -> RunsPage:
     """Lay out the page of all runs and say what its controls do, but for clone, which leads to another page."""
     gr.HTML(views.box("<p>The run chosen at the top of the page is the one that the buttons mean.</p>"))
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="ends"):
         clone = gr.Button("Clone into the recipe", min_width=150, elem_id="clone")
         other = gr.Dropdown(label="Compare its settings with", min_width=200)
         compare = gr.Button("Compare settings", min_width=150)

@@ -52,17 +52,17 @@ def training_page(context: Context, run: gr.Dropdown) -> TrainingPage:
     status = gr.HTML(elem_id="status")
     with gr.Row():
         buttons = {
-            "pause": gr.Button("Pause", min_width=110, elem_id="pause"),
-            "proceed": gr.Button("Continue", min_width=110, elem_id="continue"),
-            "stop": gr.Button("Stop and save", variant="stop", min_width=110, elem_id="stop"),
-            "resume": gr.Button("Resume", variant="primary", min_width=110, elem_id="resume"),
+            "pause": gr.Button("Pause", min_width=110, elem_id="pause", visible=False),
+            "proceed": gr.Button("Continue", min_width=110, elem_id="continue", visible=False),
+            "stop": gr.Button("Stop and save", variant="stop", min_width=110, elem_id="stop", visible=False),
+            "resume": gr.Button("Resume", variant="primary", min_width=110, elem_id="resume", visible=False),
         }
     note = gr.HTML(elem_id="training-note")
     grid = gr.HTML(elem_id="grid")
     charts = gr.HTML(elem_id="charts")
     with gr.Accordion("Queue", open=False, elem_id="queue-box"):
         queue = gr.HTML(elem_id="queue")
-        with gr.Row():
+        with gr.Row(elem_classes="ends"):
             waiting = gr.Dropdown(label="Waiting run", min_width=180)
             earlier = gr.Button("Earlier", min_width=100)
             later = gr.Button("Later", min_width=100)
@@ -84,9 +84,9 @@ def training_page(context: Context, run: gr.Dropdown) -> TrainingPage:
 def copy_page(context: Context, run: gr.Dropdown) -> CopyPage:
     """Lay the copy check's page out."""
     banner = gr.HTML(elem_id="banner")
-    with gr.Row(equal_height=True):
+    with gr.Row(elem_classes="ends"):
         epoch = gr.Radio([], label="Epoch (0 is the base)", elem_id="copy-epoch")
-        stop = gr.Button("Stop training here", variant="stop", min_width=160, elem_id="copy-stop")
+        stop = gr.Button("Stop training here", variant="stop", min_width=160, elem_id="copy-stop", visible=False)
     note = gr.HTML(elem_id="copy-note")
     pairs, signs = gr.HTML(elem_id="pairs"), gr.HTML(elem_id="signs")
     move = stop.click(lambda name: context.attempt(lambda: context.jobs.stop(need(name))), run, note)

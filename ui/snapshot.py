@@ -26,6 +26,8 @@ class Snapshot:
         waiting: Those in the queue.
         epochs: The epochs with a copy check.
         loras: The epochs with a file.
+        kept: The epoch to keep so far; None before there is one.
+        prompt: Something to try the run with.
         can: What may be done: "pause", "proceed", "stop", "resume".
     """
 
@@ -34,6 +36,8 @@ class Snapshot:
     waiting: list[str]
     epochs: list[int]
     loras: list[int]
+    kept: int | None
+    prompt: str
     can: dict[str, bool]
 
 
@@ -49,6 +53,7 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
     status = next((other for other in statuses if other.name == name), None) or Status(name or "", "none")
     views_of = {other.name: read_run(context.studio, other.name) for other in statuses}
     run = views_of.get(name or "")
+    last = max(run.checks, default=0) if run else 0
     html = {
         "strip": views.strip(statuses),
         "queue": views.queue(statuses),
@@ -60,7 +65,6 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
         empty = views.message("It comes once a run has begun.", title="Nothing to see yet")
         html |= {"banner": empty, "result": empty}
     else:
-        last = max(run.checks, default=0)
         chosen = epoch if epoch in run.checks else last
         html |= {
             "charts": _charts(run),
@@ -70,6 +74,9 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
             "signs": _signs(run),
             "result": views_run.result_panel(run, status),
         }
+    recommended = run.recommended() if run else None
+    drawn = run.checks[last].previews if run and last in run.checks else []
+    prompts = [match.prompt for match in drawn if match.kind == "novel"]
     paused = status.word == "paused"
     can = {
         "pause": status.word == "running",
@@ -83,6 +90,8 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
         [other.name for other in statuses if other.place is not None],
         sorted(run.checks) if run else [],
         sorted(run.loras) if run else [],
+        recommended[0] if recommended else None,
+        prompts[0] if prompts else "",
         can,
     )
 

@@ -189,6 +189,10 @@ def progress_words(status: Status) -> str:
     """Phase, step and time left, in words."""
     if status.word in ("starting", "none"):
         return ""
+    if status.word == "done":
+        return "Every epoch is complete."
+    if status.can_resume:
+        return f"It got to step {status.step} of {status.total_steps}." if status.total_steps else ""
     told = [PHASES.get(status.phase, status.phase)]
     if status.phase == "train" and status.total_steps:
         told.append(f"step {status.step} of {status.total_steps}")
