@@ -172,7 +172,7 @@ class Jobs:
         Raises:
             StudioError: It is not at work.
         """
-        self._living(name).suspend()
+        processes.halt(self._living(name), halted=True)
         return f"{name!r} is paused. It keeps its place in memory until it is continued or stopped."
 
     def proceed(self, name: str) -> str:
@@ -181,7 +181,7 @@ class Jobs:
         Raises:
             StudioError: It is not at work.
         """
-        self._living(name).resume()
+        processes.halt(self._living(name), halted=False)
         return f"{name!r} goes on."
 
     def cancel(self, name: str) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,6 +83,17 @@ def is_paused(process: psutil.Process) -> bool:
         return bool(process.status() == psutil.STATUS_STOPPED)
     except psutil.NoSuchProcess:
         return False
+
+
+def halt(process: psutil.Process, *, halted: bool) -> None:
+    """Halt a process, or let it go on, and wait a second at most until it shows."""
+    if halted:
+        process.suspend()
+    else:
+        process.resume()
+    until = time.monotonic() + 1.0
+    while is_paused(process) != halted and time.monotonic() < until:
+        time.sleep(0.01)
 
 
 def default_device() -> str:
