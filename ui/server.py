@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import tempfile
 import threading
 import traceback
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,8 +215,31 @@ class Clock(threading.Thread):
         self.join()
 
 
-def serve(*, runs: Path, host: str, port: int, auth_file: Path | None) -> None:
+class _Server(uvicorn.Server):
+    """Tells when it can be reached, and not before."""
+
+    def __init__(self, config: uvicorn.Config, opened: Callable[[int], None]) -> None:
+        super().__init__(config)
+        self._opened = opened
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then tell."""
+        await super().startup(sockets)
+        if self.started:
+            self._opened(self.servers[0].sockets[0].getsockname()[1])
+
+
+def serve(
+    *, runs: Path, host: str, port: int, auth_file: Path | None, opened: Callable[[int], None] = lambda _: None
+) -> None:
     """Open the studio until it is interrupted; trainings go on without it.
+
+    Args:
+        runs: Where runs and pictures are kept.
+        host: Where to listen.
+        port: The port; 0 takes any that is free.
+        auth_file: NAME:PASSWORD; None lets everyone in who reaches it.
+        opened: Told the port, once it can be reached.
 
     Raises:
         ConfigError: Others could reach it without a password.
@@ -228,6 +253,8 @@ def serve(*, runs: Path, host: str, port: int, auth_file: Path | None) -> None:
     clock = Clock(context)
     clock.start()
     try:
-        uvicorn.run(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
+        _Server(
+            uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2), opened
+        ).run()
     finally:
         clock.stop()
