@@ -82,7 +82,7 @@ def _add_routes(app: FastAPI, context: Context) -> None:
     @app.get(ROUTE + "/{name}")
     def _picture(name: str) -> Response:
         file = studio.shown / name
-        if not NAME.fullmatch(name) or not file.is_file():
+        if not NAME.fullmatch(name) or file.is_symlink() or not file.is_file():
             return PlainTextResponse("There is no such picture.", 404)
         kind = "image/png" if name.endswith(".png") else "image/jpeg"
         return FileResponse(file, media_type=kind, headers={"cache-control": "private, max-age=31536000, immutable"})

@@ -138,10 +138,12 @@ def safe_name(text: str, fallback: str = "picture") -> str:
         fallback: If nothing of it can stay.
     """
     last = re.split(r"[\\/]", unicodedata.normalize("NFC", text))[-1]
-    kept = re.sub(r"[^\w. -]", "_", last).strip(". ")[:80].rstrip(". ")
+    found = re.search(r"\.[A-Za-z0-9]{1,5}\Z", last)
+    stem, ending = (last[: found.start()], found[0]) if found else (last, "")
+    kept = re.sub(r"[^\w. -]", "_", stem).strip(". ")[:80].rstrip(". ")
     if not re.search(r"\w", kept):
-        return fallback
-    return f"_{kept}" if _is_reserved(kept) or kept.startswith("-") else kept
+        kept = fallback
+    return f"_{kept}{ending}" if _is_reserved(kept) or kept.startswith("-") else kept + ending
 
 
 def _is_reserved(name: str) -> bool:
