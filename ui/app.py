@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import traceback
 from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
-from . import page_pictures, page_recipe
+from . import page_pictures, page_recipe, views
 from .context import Context
 from .draft import write_draft
 from .page_pictures import pictures_page
@@ -117,10 +118,18 @@ def build(context: Context) -> Any:
             ]
             return [*values, json.dumps(change.seen)]
 
+        def look_safely(name: str | None, epoch: Any, known: str) -> list[Any]:
+            try:
+                return look(name, epoch, known)
+            except Exception as error:
+                # What is shown stays; the next look, two seconds from now, may succeed.
+                context.log(traceback.format_exc())
+                return [views.failure(context.unexpected(error)), *(gr.skip() for _ in outputs[1:])]
+
         inputs = [run, copy.epoch, seen]
 
         def follow(event: Any) -> None:
-            event.then(look, inputs, outputs, show_progress="hidden", queue=False)
+            event.then(look_safely, inputs, outputs, show_progress="hidden", queue=False)
 
         def begin() -> list[Any]:
             draft = context.draft()
@@ -161,10 +170,10 @@ def build(context: Context) -> Any:
 
         whole_draft = [pictures.choice, *pictures.parts, *recipe.controls, recipe.plan]
         blocks.load(begin, None, whole_draft, show_progress="hidden", queue=False)
-        blocks.load(look, inputs, outputs, show_progress="hidden", queue=False)
-        gr.Timer(EVERY_SECONDS).tick(look, inputs, outputs, show_progress="hidden", queue=False)
-        run.input(look, inputs, outputs, show_progress="hidden", queue=False)
-        copy.epoch.input(look, inputs, outputs, show_progress="hidden", queue=False)
+        blocks.load(look_safely, inputs, outputs, show_progress="hidden", queue=False)
+        gr.Timer(EVERY_SECONDS).tick(look_safely, inputs, outputs, show_progress="hidden", queue=False)
+        run.input(look_safely, inputs, outputs, show_progress="hidden", queue=False)
+        copy.epoch.input(look_safely, inputs, outputs, show_progress="hidden", queue=False)
         pictures.next.click(lambda: gr.Tabs(selected="recipe"), None, tabs, show_progress="hidden")
         recipe_tab.select(arrive, recipe.name, [recipe.name, recipe.plan], show_progress="hidden")
         follow(

@@ -79,8 +79,14 @@ def read_run(studio: Studio, name: str) -> RunView | None:
 
 def _marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """What tells that anything shown has changed: times and sizes."""
-    files = [folder / "config.toml", folder / "metrics.jsonl", *sorted(folder.glob("epochs/*/*"))]
-    found = ((str(file), file.stat().st_mtime_ns, file.stat().st_size) for file in files if file.exists())
+    files = [folder / "config.toml", folder / "metrics.jsonl", *sorted(folder.glob("epochs/*/[!.]*"))]
+    found = []
+    for file in files:
+        try:
+            facts = file.stat()
+        except FileNotFoundError:  # not there yet, or replaced at this moment
+            continue
+        found.append((str(file), facts.st_mtime_ns, facts.st_size))
     return tuple(found)
 
 

@@ -85,12 +85,20 @@
     return true;
   };
 
-  // A preview leads to its comparison under Copy check, which is drawn only when that epoch is chosen there.
+  // A preview leads to its comparison under Copy check. That page, and in it the epoch, are drawn only when chosen.
   const compare = (id) => {
     [...document.querySelectorAll('[role=tab]')].find((tab) => tab.textContent.trim() === 'Copy check')?.click();
-    document.querySelector(`#copy-epoch input[value="${id.split('-')[1]}"]`)?.click();
-    if (reveal(id)) return;
-    const watch = new MutationObserver(() => reveal(id) && watch.disconnect());
+    let chosen = false;
+    const seek = () => {
+      const radio = document.querySelector(`#copy-epoch input[value="${id.split('-')[1]}"]`);
+      if (radio && !chosen) {
+        chosen = true;
+        radio.click();
+      }
+      return reveal(id);
+    };
+    if (seek()) return;
+    const watch = new MutationObserver(() => seek() && watch.disconnect());
     watch.observe(document.body, { childList: true, subtree: true });
     setTimeout(() => watch.disconnect(), 10000);
   };

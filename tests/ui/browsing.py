@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PATIENCE_MS = 240_000
+PATIENCE_MS = 90_000
 
 
 @dataclass
@@ -67,11 +67,13 @@ def open_studio(runs: Path) -> Iterator[Open]:
 
 
 @contextmanager
-def browser_page(browser: Any, studio: Open, *, width: int = 1366, theme: str = "light") -> Iterator[Any]:
+def browser_page(
+    browser: Any, studio: Open, *, width: int = 1366, theme: str = "light", patience_ms: int = PATIENCE_MS
+) -> Iterator[Any]:
     """A page that is watched: no request leaves the studio, and nothing is complained of."""
     faults: list[str] = []
     context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=theme)
-    context.set_default_timeout(PATIENCE_MS)
+    context.set_default_timeout(patience_ms)
     page = context.new_page()
     page.on("request", lambda r: None if r.url.startswith((studio.url, "data:", "blob:")) else faults.append(r.url))
     page.on("response", lambda r: faults.append(f"{r.status} {r.url}") if r.status >= 400 else None)
@@ -82,7 +84,7 @@ def browser_page(browser: Any, studio: Open, *, width: int = 1366, theme: str = 
     context.close()
     # What was under way when a page was loaded anew is cut off, which is no fault.
     faults[:] = [fault for fault in faults if "ERR_ABORTED" not in fault and "Failed to fetch" not in fault]
-    assert not faults, "the page asked for something elsewhere, or complained"
+    assert not faults, f"the page asked for something elsewhere, or complained: {faults}"
 
 
 def enter(page: Any, studio: Open) -> None:
