@@ -88,19 +88,14 @@
   // A preview leads to its comparison under Copy check. That page, and in it the epoch, are drawn only when chosen.
   const compare = (id) => {
     [...document.querySelectorAll('[role=tab]')].find((tab) => tab.textContent.trim() === 'Copy check')?.click();
-    let chosen = false;
+    // A control that has just been drawn may not listen yet, so that it is asked until it has heard.
+    let asked = 0;
     const seek = () => {
       const radio = document.querySelector(`#copy-epoch input[value="${id.split('-')[1]}"]`);
-      if (radio && !chosen) {
-        chosen = true;
-        radio.click();
-      }
-      return reveal(id);
+      if (radio && !radio.checked) radio.click();
+      if (!reveal(id) && (asked += 1) < 150) setTimeout(seek, 200);
     };
-    if (seek()) return;
-    const watch = new MutationObserver(() => seek() && watch.disconnect());
-    watch.observe(document.body, { childList: true, subtree: true });
-    setTimeout(() => watch.disconnect(), 10000);
+    seek();
   };
 
   document.addEventListener('click', (event) => {
