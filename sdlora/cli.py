@@ -25,6 +25,7 @@ from sdlora.cli_check import check_app
 from sdlora.cli_hub import hub_app
 from sdlora.cli_plan import plan_app
 from sdlora.cli_tools import tools_app
+from sdlora.cli_ui import ui_app
 from sdlora.configfile import dump_toml, json_schema, load_config
 from sdlora.dataconfig import DataConfig
 from sdlora.errors import DataError, SdloraError
@@ -59,6 +60,7 @@ app.add_typer(cache_app)
 app.add_typer(hub_app)
 app.add_typer(plan_app)
 app.add_typer(tools_app)
+app.add_typer(ui_app)
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")
