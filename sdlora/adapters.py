@@ -20,14 +20,21 @@ def make_adapter(config: RunConfig, base: BaseModel, paths: Sequence[str]) -> Ad
 
     Args:
         config: `lora` and `seed` are read.
-        base: Its UNet, and its text encoder where that is a target, are changed in place.
+        base: Its UNet, and its text encoders where they are a target, are changed in place.
         paths: Module paths, as `find_targets` gives them.
 
     Raises:
         ConfigError: The start needs more singular values than a layer has.
     """
     lora = config.lora
-    form = Form(
+    return inject(
+        base.unet, paths, lora.rank, lora.alpha, config.seed, form=form_of(lora), text_encoders=base.text_encoders
+    )
+
+
+def form_of(lora: LoraConfig) -> Form:
+    """What kind of adapter is configured."""
+    return Form(
         target_ranks={str(target): rank for target, rank in lora.target_ranks.items()},
         target_alphas={str(target): alpha for target, alpha in lora.target_alphas.items()},
         rslora=lora.rslora,
@@ -36,7 +43,6 @@ def make_adapter(config: RunConfig, base: BaseModel, paths: Sequence[str]) -> Ad
         start=lora.start,
         timestep_rank=timestep_rank(lora),
     )
-    return inject(base.unet, paths, lora.rank, lora.alpha, config.seed, form=form, text_encoder=base.text_encoder)
 
 
 def timestep_rank(lora: LoraConfig) -> TimestepRank | None:
@@ -50,7 +56,7 @@ def limits_elsewhere(config: RunConfig, proof: Mapping[str, Any]) -> list[str]:
     """What programs other than diffusers do with a file of this kind, a sentence each.
 
     Args:
-        config: `lora` and `loss` are read.
+        config: `lora`, `file` and `loss` are read.
         proof: The figures of `sdlora.lora.prove.Proof`, by name.
     """
     lora, sentences = config.lora, []
@@ -61,9 +67,15 @@ def limits_elsewhere(config: RunConfig, proof: Mapping[str, Any]) -> list[str]:
             f"{proof['rank_mask_difference']:.0%} of what the LoRA changes (root mean square at noise {levels}). "
             "In diffusers, sdlora.pipelines.apply_timestep_rank uses the right ranks."
         )
-    if lora.dora:
+    if lora.dora or config.file.format == "peft":
+        what = "DoRA" if lora.dora else "file"
         sentences.append(
-            "This DoRA has PEFT's names, which diffusers and PEFT read; ComfyUI, A1111 and Forge find nothing in it."
+            f"This {what} has PEFT's names, which diffusers and PEFT read; ComfyUI, A1111 and Forge find nothing in it."
+        )
+    if config.file.precision != "fp32":
+        sentences.append(
+            f"Rounding the file to {config.file.precision} changes answers by up to {proof['max_rewriting_error']:.2g}"
+            f", where the LoRA changes them by up to {proof['max_effect']:.2g}."
         )
     if config.loss.zero_terminal_snr:
         sentences.append(

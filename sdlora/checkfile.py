@@ -34,14 +34,14 @@ def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Even
     if not (config.preview.enabled and config.copycheck.enabled):
         raise ConfigError("A check draws previews and compares them: leave preview.enabled and copycheck.enabled true.")
     loaded = load(config)
-    adapter = attach(loaded.base.unet, file, text_encoder=loaded.base.text_encoder)
+    adapter = attach(loaded.base.unet, file, text_encoders=loaded.base.text_encoders)
     heldout = heldout_measure(config, loaded, adapter)
     checker = make_checker(config, loaded, adapter, preview_request(config, loaded.dataset), heldout)
     for message in loaded.notices:
         yield Notice(message)
     yield from checker.prepare(config.data.background)
     if heldout is not None:
-        yield from heldout.data.fill(1, config.data.background)
+        yield from heldout.data.fill(config.data.background)
         heldout.measure(EpochDone(1, 0, None, None, 0.0))
     with adapter.disabled():
         yield from checker.epoch(0, output / "base", output / "base")

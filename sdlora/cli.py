@@ -1,4 +1,4 @@
-"""The command line: `sdlora train`, `data`, `config`, `check`, and the tools for files.
+"""The command line: `sdlora train`, `batch`, `cache`, `data`, `config`, `plan`, `check`, and the tools for files.
 
 Floor 8. Results and JSON go to stdout, everything else to stderr; exit codes are those of `sdlora.errors`.
 """
@@ -6,33 +6,46 @@ Floor 8. Results and JSON go to stdout, everything else to stderr; exit codes ar
 from __future__ import annotations
 
 import json
-import signal
 import sys
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from enum import StrEnum
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 
 from sdlora import __version__
+from sdlora.cli_batch import batch_app
+from sdlora.cli_cache import cache_app
 from sdlora.cli_check import check_app
+from sdlora.cli_hub import hub_app
+from sdlora.cli_plan import plan_app
 from sdlora.cli_tools import tools_app
-from sdlora.config import DataConfig
+from sdlora.cli_ui import ui_app
 from sdlora.configfile import dump_toml, json_schema, load_config
+from sdlora.dataconfig import DataConfig
 from sdlora.errors import DataError, SdloraError
-from sdlora.quiet import quiet_libraries
+from sdlora.quiet import is_main_process, quiet_libraries
 from sdlora.shipped import resolve_data_folder
+from sdlora.stopping import EXIT_INTERRUPTED, exit_code_of, stop_signals
 
 if TYPE_CHECKING:
     from sdlora.data.doctor import Finding
 
-EXIT_INTERNAL, EXIT_INTERRUPTED, EXIT_TERMINATED = 1, 130, 143
+
+class Masks(StrEnum):
+    """The values of data.masks."""
+
+    NONE = "none"
+    ALPHA = "alpha"
+    FILE = "file"
+
+
+EXIT_INTERNAL = 1
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -42,7 +55,12 @@ app = typer.Typer(
 config_app = typer.Typer(help="Look at configurations.", no_args_is_help=True)
 app.add_typer(config_app, name="config")
 app.add_typer(check_app)
+app.add_typer(batch_app)
+app.add_typer(cache_app)
+app.add_typer(hub_app)
+app.add_typer(plan_app)
 app.add_typer(tools_app)
+app.add_typer(ui_app)
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")
@@ -83,8 +101,9 @@ def train(
     from sdlora.run import Stopped, start
 
     folder = output or Path("runs") / (settings.name or "lora")
-    view = JsonLines(sys.stdout) if json_ else ProgressBar(Console(stderr=True))
-    with _stop_signals() as stop_signal, view:
+    console = Console(stderr=True, highlight=False, quiet=not is_main_process())
+    view = JsonLines(sys.stdout) if json_ else ProgressBar(console)
+    with stop_signals(lambda text: console.print(text, markup=False, soft_wrap=True)) as stop_signal, view:
         try:
             stopping = lambda: stop_signal() is not None  # noqa: E731
             for event in start(settings, folder, resume=resume, wait=not no_wait, should_stop=stopping):
@@ -92,10 +111,10 @@ def train(
         except Stopped:
             begun = (folder / "config.toml").is_file()
             go_on = f"Go on with: sdlora train {config} --output {folder} --resume" if begun else "Nothing was begun."
-            _say(f"Stopped. {go_on}")
-            raise typer.Exit(EXIT_TERMINATED if stop_signal() == signal.SIGTERM else EXIT_INTERRUPTED) from None
+            console.print(f"Stopped. {go_on}", markup=False, soft_wrap=True)
+            raise typer.Exit(exit_code_of(stop_signal())) from None
     if not json_ and (checks := read_checks(folder / "epochs")):
-        Console(stderr=True, highlight=False).print(copy_table(checks))
+        console.print(copy_table(checks))
 
 
 @app.command()
@@ -105,6 +124,9 @@ def data(
     resolution_px: Annotated[
         int | None, typer.Option("--resolution-px", min=16, max=4096, help="Training size, to look at sizes as well.")
     ] = None,
+    masks: Annotated[
+        Masks, typer.Option(help="Where masks are: nowhere, in the alpha channels, or in NAME-mask.png files.")
+    ] = Masks.NONE,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Look at a folder of pictures before it is trained; exit code 3 if it would be refused."""
@@ -112,7 +134,7 @@ def data(
     from sdlora.data.buckets import assign_buckets
     from sdlora.data.doctor import examine, examine_sizes
 
-    checkup = examine(path, background=settings.background, trigger=trigger)
+    checkup = examine(path, background=settings.background, trigger=trigger, masks=masks.value)
     findings, num_buckets = list(checkup.findings), None
     if resolution_px is not None:
         sizes = {picture.path.name: picture.size for picture in checkup.pictures}
@@ -160,25 +182,6 @@ def config_show(config: ConfigArgument, set_: Overrides = None) -> None:
 def config_schema() -> None:
     """Print the JSON schema of configurations."""
     typer.echo(json.dumps(json_schema(), indent=2))
-
-
-@contextmanager
-def _stop_signals() -> Iterator[Callable[[], int | None]]:
-    """Turn the first Ctrl-C or SIGTERM into a wish to stop; the second one interrupts at once."""
-    received: list[int] = []
-
-    def handle(number: int, _: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        _say("Stopping after this step; the checkpoint is saved. Once more stops at once.")
-
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: received[0] if received else None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
 
 
 def _say(message: str) -> None:

@@ -30,7 +30,7 @@ check_app = typer.Typer()
 def check(
     lora: Annotated[Path, typer.Argument(metavar="LORA", help="A LoRA .safetensors file of any trainer.")],
     data: Annotated[str, typer.Option(metavar="DIR", help="The pictures that it was trained on, or builtin:NAME.")],
-    base: Annotated[str, typer.Option(help="The base: pocket, a folder in diffusers' layout, or a hub id.")],
+    base: Annotated[str, typer.Option(help="The base: pocket, a checkpoint, a diffusers folder, or a hub id.")],
     holdout: Annotated[
         str | None, typer.Option(metavar="DIR", help="Pictures of the same kind that were not trained.")
     ] = None,
@@ -65,8 +65,10 @@ def check(
         "preview": {"prompts": _lines(prompts) if prompts else []},
     }
     file = read_file(lora, missing_alpha)
-    if "modelspec.trigger_phrase" in file.metadata:
-        document["data"]["trigger"] = file.metadata["modelspec.trigger_phrase"]
+    phrase = file.metadata.get("modelspec.trigger_phrase")
+    # Where there are several, none belongs before a caption that holds none.
+    if phrase is not None and ", " not in phrase:
+        document["data"]["trigger"] = phrase
     config = parse_config(document, name="check", overrides=set_ or [])
     with ProgressBar(Console(stderr=True)) as view:
         for event in check_file(file, config, folder):

@@ -32,6 +32,14 @@ class Spelling(StrEnum):
     PEFT = "peft"
 
 
+class Precision(StrEnum):
+    """The types that files store."""
+
+    FP32 = "fp32"
+    FP16 = "fp16"
+    BF16 = "bf16"
+
+
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA .safetensors file of any trainer.")]
 OutArgument = Annotated[Path, typer.Argument(metavar="OUT", help="The .safetensors file to write; it must be new.")]
 MissingAlpha = Annotated[
@@ -40,7 +48,7 @@ MissingAlpha = Annotated[
 ]
 BaseOption = Annotated[
     Path | None,
-    typer.Option(metavar="FOLDER", help="The base, in diffusers' layout; Stable Diffusion 1.5 if left out."),
+    typer.Option(metavar="FOLDER", help="The base, in diffusers' layout; the file's family if left out."),
 ]
 
 
@@ -60,8 +68,15 @@ def info(
     width = max(len(key) for key in description)
     for key, value in description.items():
         if isinstance(value, dict):
+            value = {name: _short(entry) for name, entry in value.items()}
             value = "".join(f"\n  {name}: {entry}" for name, entry in value.items())
         typer.echo(f"{key.replace('_', ' '):<{width}}  {value}")
+
+
+def _short(value: Any) -> str:
+    """A metadata entry as a line; a picture in it is only told."""
+    text = str(value)
+    return f"a picture of {len(text) * 3 // 4} bytes" if text.startswith("data:image/") else text
 
 
 @tools_app.command()
@@ -70,13 +85,18 @@ def convert(
     out: OutArgument,
     to: Annotated[Spelling, typer.Option(help="Whose names to write.")],
     base: BaseOption = None,
+    precision: Annotated[
+        Precision | None, typer.Option(help="Store the weights in another type; as they are if left out.")
+    ] = None,
     missing_alpha: MissingAlpha = None,
 ) -> None:
     """Write a LoRA under other names: kohya's (read everywhere) or PEFT's."""
     _check_output(out)
     quiet_libraries()
+    import torch
+
     from sdlora.lora.folders import paths_for
-    from sdlora.lora.formats import read_file, write_file
+    from sdlora.lora.formats import DTYPES_BY_NAME, read_file, write_file
     from sdlora.lora.tools import refuse_dora
 
     source = read_file(file, missing_alpha)
@@ -84,8 +104,11 @@ def convert(
         refuse_dora(source.state, file.name)
     paths = paths_for(source.state, base) if to == Spelling.PEFT or base is not None else None
     named = paths if to == Spelling.PEFT else None
-    write_file(out, source.state, metadata=source.metadata, dtype=source.dtype, paths=named)
-    typer.echo(f"{out}: {len(source.state)} modules under {to.value} names, weights and alphas unchanged.")
+    dtype = source.dtype if precision is None else DTYPES_BY_NAME[precision.value]
+    write_file(out, source.state, metadata=source.metadata, dtype=dtype, paths=named)
+    same = dtype in (source.dtype, torch.float32)
+    told = "weights and alphas unchanged" if same else f"weights rounded to {dtype}".replace("torch.", "")
+    typer.echo(f"{out}: {len(source.state)} modules under {to.value} names, {told}.")
 
 
 class _Weights(TyperCommand):

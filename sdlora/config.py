@@ -7,67 +7,36 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from PIL import ImageColor
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
+
+from sdlora.dataconfig import DataConfig
+from sdlora.dataconfig import Section as _Section
 
 MAX_EPOCHS = 5
 Target = Literal["cross_attention", "self_attention", "mlp", "projection", "conv", "text_encoder"]
-
-
-class _Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
 
 
 class BaseConfig(_Section):
     """Which model is adapted."""
 
     path: str = Field(
-        "pocket", description="The base: 'pocket' (built in), a folder in diffusers' layout, or a hub id."
+        "pocket",
+        description="The base: 'pocket' (built in), a folder in diffusers' layout, a .safetensors checkpoint, or a hub "
+        "id.",
     )
     revision: str | None = Field(None, description="Branch, tag or commit of a hub id; the hub's default if unset.")
     variant: str | None = Field(
         None, description="Variant of the weight files, such as 'fp16'; the plain ones if unset."
     )
-
-
-class DataConfig(_Section):
-    """Which pictures are trained, and with which words."""
-
-    folder: str = Field(
-        "",
-        description="Folder of pictures with captions, seen from where you are; 'builtin:NAME' is a shipped set.",
+    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
+        None, description="What the base predicts, where its files do not tell; 'v_prediction' for 2.x at 768 px."
     )
-    holdout: str | None = Field(
-        None, description="Folder of pictures that are never trained on; the held-out loss is measured on them."
+    clip_skip: int | None = Field(
+        None,
+        ge=1,
+        le=24,
+        description="Which layer of the text encoder is read, counted from the last (1); the family's own if unset.",
     )
-    holdout_split: bool = Field(
-        True, description="Without data.holdout, keep 2 to 4 of 20 or more pictures out of training for that loss."
-    )
-    caption: str | None = Field(None, description="One caption for every picture that has none of its own.")
-    trigger: str | None = Field(None, description="A word put in front of every caption that does not contain it.")
-    class_words: list[Annotated[str, Field(min_length=1)]] = Field(
-        [],
-        description="What there is beside the trigger's subject ('cat', 'red house'), for train.preservation_weight.",
-    )
-    allow_trigger_only: bool = Field(False, description="Pictures without a caption get the trigger alone.")
-    repeats: int = Field(1, ge=1, le=1000, description="How often every picture is seen in an epoch.")
-    resolution_px: int | None = Field(
-        None, ge=16, le=4096, description="Training size, as the edge of a square; the base's own size if unset."
-    )
-    buckets: bool = Field(True, description="Keep the shape of wide and tall pictures; otherwise crop to squares.")
-    bucket_step_px: int = Field(64, ge=8, le=512, description="Widths and heights of buckets are multiples of this.")
-    background: str = Field("white", description="The colour laid under transparent pixels, by name or as #rrggbb.")
-    shuffle_tags: bool = Field(False, description="Shuffle the comma-separated parts of captions at every visit.")
-    keep_tags: int = Field(1, ge=0, le=100, description="How many parts stay in front when tags are shuffled.")
-    caption_dropout: float = Field(
-        0.0, ge=0.0, le=1.0, description="Share of visits without any caption, which keeps guidance working."
-    )
-
-    @field_validator("background")
-    @classmethod
-    def _known_color(cls, value: str) -> str:
-        ImageColor.getrgb(value)
-        return value
 
 
 class LoraConfig(_Section):
@@ -181,11 +150,15 @@ class TrainConfig(_Section):
         0.0,
         ge=0.0,
         le=100.0,
-        description="How strongly the base's answers are kept where a class word stands in the trigger's place; "
-        "above 0 a step takes about twice as long.",
+        description="How much it counts, beside 1 for the set, that what is beside your subject stays as the base "
+        "knows it; data.class_words or data.preservation_folder say what. Above 0 a step takes about twice as long.",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="What the frozen base computes in; auto is bf16 on GPUs that have it, else fp32."
+    )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute parts of every step twice to need far less memory; a step takes about a third longer.",
     )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', or 'cuda:1'.")
     log_every_steps: int = Field(10, ge=1, le=1000, description="Losses are read back from the device this often.")
@@ -253,6 +226,12 @@ class LossConfig(_Section):
     gamma: float | None = Field(
         None, gt=0.0, le=100.0, description="Of min_snr and soft_min_snr (5 if unset) and p2 (1 if unset)."
     )
+    mask_floor: float = Field(
+        0.1,
+        ge=0.0,
+        lt=1.0,
+        description="Of data.masks: how much the hidden parts of a picture count, 0 for not at all.",
+    )
     noise_offset: float = Field(
         0.0, ge=0.0, le=1.0, description="Noise that shifts whole channels, for very dark and very bright pictures."
     )
@@ -312,10 +291,36 @@ class CopyCheckConfig(_Section):
         return self
 
 
+class FileConfig(_Section):
+    """The LoRA file that a run leaves, and what is said beside it."""
+
+    format: Literal["kohya", "peft"] = Field(
+        "kohya", description="Whose names it has: kohya's, which all programs read, or PEFT's, for diffusers and PEFT."
+    )
+    precision: Literal["fp32", "fp16", "bf16"] = Field(
+        "fp32", description="How its numbers are stored; fp16 halves the file and rounds them."
+    )
+    thumbnail: bool = Field(True, description="Put a small preview, of no caption and no copy, into the file.")
+    licence: str | None = Field(
+        None, pattern=r"^[a-z0-9.-]+$", description="The licence in the model card, by the Hub's name: 'cc-by-4.0'."
+    )
+    tell_captions: bool = Field(
+        False,
+        description="Tell captions and the folders' names in the file and the model card; else they stay yours.",
+    )
+
+
 class CacheConfig(_Section):
     """Where encoded pictures and captions are kept between runs."""
 
     dir: str | None = Field(None, description="The cache's folder; the user's own cache folder if unset.")
+    max_text_gib: float = Field(
+        2.0,
+        ge=0.0,
+        le=1000.0,
+        description="Encoded captions take up to so much disk and memory; if shuffled tags make more, captions are "
+        "encoded at every visit instead, with the same result.",
+    )
 
 
 class RunConfig(_Section):
@@ -333,6 +338,7 @@ class RunConfig(_Section):
     loss: LossConfig = LossConfig()
     preview: PreviewConfig = PreviewConfig()
     copycheck: CopyCheckConfig = CopyCheckConfig()
+    file: FileConfig = FileConfig()
     cache: CacheConfig = CacheConfig()
 
     @model_validator(mode="after")
@@ -349,10 +355,24 @@ class RunConfig(_Section):
         return self
 
     @model_validator(mode="after")
+    def _floor_has_masks(self) -> RunConfig:
+        if self.loss.mask_floor != 0.1 and self.data.masks == "none":
+            raise ValueError("loss.mask_floor does nothing unless data.masks is 'alpha' or 'file'")
+        return self
+
+    @model_validator(mode="after")
     def _preservation_is_whole(self) -> RunConfig:
-        weight, words, trigger = self.train.preservation_weight, self.data.class_words, self.data.trigger
-        if weight > 0 and not (words and trigger):
-            raise ValueError("train.preservation_weight needs data.trigger and data.class_words")
-        if words and weight == 0:
-            raise ValueError("data.class_words does nothing unless train.preservation_weight is above 0")
+        data, weight = self.data, self.train.preservation_weight
+        ways = [name for name in ("class_words", "preservation_folder") if getattr(data, name)]
+        if weight > 0 and len(ways) != 1:
+            raise ValueError(
+                "train.preservation_weight needs to know what is preserved: either data.class_words (no pictures "
+                "needed) or data.preservation_folder (pictures of your own)"
+            )
+        if ways and weight == 0:
+            raise ValueError(f"data.{ways[0]} does nothing unless train.preservation_weight is above 0")
+        if data.class_words and not all(one.trigger for one in data.all_sets()):
+            raise ValueError("data.class_words stand in the trigger's place: set data.trigger, or one in every set")
+        if data.preservation_caption and not data.preservation_folder:
+            raise ValueError("data.preservation_caption belongs to data.preservation_folder")
         return self

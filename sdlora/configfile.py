@@ -17,8 +17,21 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sdlora.config import MAX_EPOCHS, RunConfig
+from sdlora.dataconfig import SetConfig
 from sdlora.errors import ConfigError
 from sdlora.shipped import shipped_config, shipped_configs
+
+FREE_WHEN_RESUMING = {
+    "cache.dir",
+    "cache.max_text_gib",
+    "file.licence",
+    # What is computed at once leaves the result as it is, and previews are looked at, not trained on.
+    "preview.enabled",
+    "train.auto_batch",
+    "train.checkpoint_every_steps",
+    "train.log_every_steps",
+}
+"""Options that leave the result as it is, so that a run may go on with others."""
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -30,6 +43,19 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
 
     Raises:
         ConfigError: There is no such file, it is not TOML, or any setting is wrong; all faults are named at once.
+    """
+    document, name = read_config(source)
+    return parse_config(document, name=name, overrides=overrides)
+
+
+def read_config(source: str) -> tuple[dict[str, Any], str]:
+    """A configuration as it is written, unchecked, and the name it has from its file.
+
+    Args:
+        source: A TOML file's path, or the name of a shipped configuration.
+
+    Raises:
+        ConfigError: There is no such file, or it is not TOML.
     """
     path = Path(source)
     if not path.is_file():
@@ -43,7 +69,7 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
-    return parse_config(document, name=path.stem, overrides=overrides)
+    return document, path.stem
 
 
 def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -62,7 +88,7 @@ def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[
         _apply(changed, override)
     data = changed.get("data")
     faults = []
-    if not isinstance(data, Mapping) or not data.get("folder"):
+    if not isinstance(data, Mapping) or not (data.get("folder") or data.get("sets")):
         faults.append("data.folder: not set; name the folder of your pictures.")
     try:
         config = RunConfig.model_validate({"name": name, **changed})
@@ -105,7 +131,9 @@ def _describe(fault: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     found, limits = fault["input"], fault.get("ctx", {})
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, option_names(), n=1, cutoff=0.4)
+        known = [f"data.sets.{name}" for name in SetConfig.model_fields] if "sets" in fault["loc"] else option_names()
+        key = ".".join(str(part) for part in fault["loc"] if not isinstance(part, int))
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         return f"{key}: there is no such setting." + (f" Did you mean {near[0]}?" if near else "")
     if key == "train.epochs" and isinstance(found, int) and found > MAX_EPOCHS:
         return (
@@ -155,6 +183,8 @@ def dump_toml(config: RunConfig) -> str:
 def _toml(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ", ".join(_toml(entry) for entry in value) + "]"
+    if isinstance(value, BaseModel):
+        return _toml({key: entry for key, entry in value.model_dump().items() if entry is not None})
     if isinstance(value, dict):
         return "{" + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + "}"
     if isinstance(value, str):

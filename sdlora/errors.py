@@ -42,6 +42,12 @@ class DataError(SdloraError):
     exit_code = 3
 
 
+class HubError(SdloraError):
+    """The Hugging Face Hub cannot be reached, or refuses."""
+
+    exit_code = 2
+
+
 class OutOfMemoryError(SdloraError):
     """The device ran out of memory; the message names the setting to lower."""
 
@@ -58,6 +64,12 @@ class DiskFullError(SdloraError):
     """There is not enough room on the disk."""
 
     exit_code = 6
+
+
+class ProcessLostError(SdloraError):
+    """Another process of the same run ended, so that this one cannot go on."""
+
+    exit_code = 1
 
 
 class ExportError(SdloraError):

@@ -5,7 +5,7 @@ Floor 0. The progress bar, `metrics.jsonl`, `state.json`, `--json` and the app r
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
 
@@ -21,10 +21,23 @@ class Event:
 
 
 @dataclass(frozen=True)
+class PlannedSet:
+    """One of several folders that are trained."""
+
+    name: str
+    pictures: int
+    repeats: int
+    exposures_per_picture: int
+
+
+@dataclass(frozen=True)
 class PlanMade(Event):
     """What the run is about to do, in numbers a person can check before it starts.
 
-    `split_off` names the held-out pictures that were taken from the training folder itself.
+    `split_off` names the held-out pictures that were taken from the training folder itself. `repeats` and
+    `exposures_per_picture` are the highest of several sets, which `sets` tells apart; it is empty for one folder.
+    `peak_bytes` is the most memory that is needed at once and `memory_bytes` what there is, both None for bases so
+    small that they fit anywhere.
     """
 
     name = "plan"
@@ -42,6 +55,10 @@ class PlanMade(Event):
     targets: list[str]
     device: str
     precision: str
+    sets: list[PlannedSet] = field(default_factory=list)
+    preserved_pictures: int = 0
+    peak_bytes: int | None = None
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ Floor 7, used by `run`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,26 +15,28 @@ from accelerate import Accelerator
 from sdlora.adapters import make_adapter
 from sdlora.config import RunConfig
 from sdlora.data.cache import Cache
-from sdlora.data.captions import with_trigger
-from sdlora.data.dataset import Dataset, load_dataset
-from sdlora.data.doctor import examine_sizes, warnings_in_short
-from sdlora.data.split import split_off
+from sdlora.data.dataset import Dataset
 from sdlora.errors import ConfigError
 from sdlora.lora.inject import Adapter
 from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
-from sdlora.models.load import load_base
-from sdlora.models.sd import weights_identity
+from sdlora.models.latent import weights_identity
+from sdlora.models.load import LoadOptions, load_base
+from sdlora.models.text import TextOptions
+from sdlora.pictures import fit_pictures, read_pictures
 from sdlora.preview.arbiter import load_arbiters
 from sdlora.preview.checker import Checker, Subject
 from sdlora.preview.nulls import make_gallery
 from sdlora.preview.prompts import novel_prompts
 from sdlora.preview.sampler import PreviewRequest
+from sdlora.processes import ALONE, Processes
 from sdlora.runfolder import RunFolder
-from sdlora.shipped import resolve_data_folder
 from sdlora.training.data import TrainingData, held_out_data, training_data
 from sdlora.training.heldout import HeldOut
 from sdlora.training.loop import Trainer
+
+BaseSource = Callable[[RunConfig, torch.device, torch.dtype], BaseModel]
+"""Where a run's base comes from; it has no adapter in it."""
 
 HIGH_RANK = 32
 NUM_NOVEL = 3
@@ -49,6 +52,7 @@ class Parts:
     adapter: Adapter
     targets: list[str]
     data: TrainingData
+    preserved: TrainingData | None
     heldout: HeldOut | None
     trainer: Trainer
     previews: PreviewRequest | None
@@ -68,6 +72,7 @@ class Loaded:
         identity: A hash of its UNet.
         dataset: The pictures, their buckets assigned.
         heldout: Pictures that are never trained, or None.
+        preserved: Pictures of what the base is to keep, or None.
         cache: Of latents, text states and what the copy check compares with.
         notices: What the user should know.
         device: Where the networks are.
@@ -78,13 +83,31 @@ class Loaded:
     identity: str
     dataset: Dataset
     heldout: Dataset | None
+    preserved: Dataset | None
     cache: Cache
     notices: list[str]
     device: torch.device
     precision: str
 
 
-def load(config: RunConfig) -> Loaded:
+def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """The base of a configuration, loaded anew.
+
+    Args:
+        config: `base` is read, and whether its schedule ends in pure noise.
+        device: Where to compute.
+        dtype: The frozen UNet's type.
+
+    Raises:
+        SdloraError: There is no such base, or it cannot be used that way.
+    """
+    base = load_base(config.base.path, device=device, dtype=dtype, options=_load_options(config))
+    if config.loss.zero_terminal_snr:
+        base.use_zero_terminal_snr()
+    return base
+
+
+def load(config: RunConfig, bases: BaseSource = fresh_base) -> Loaded:
     """Check and load pictures and base.
 
     Raises:
@@ -92,49 +115,40 @@ def load(config: RunConfig) -> Loaded:
     """
     device, dtype, precision = choose_device(config)
     # The pictures are looked at before the base is loaded, which may take minutes.
-    dataset = _load_dataset(config, config.data.folder)
-    heldout = None if config.data.holdout is None else _load_dataset(config, config.data.holdout)
-    if heldout is not None and heldout.folder.resolve() == dataset.folder.resolve():
-        raise ConfigError(
-            "data.holdout is data.folder: what is trained cannot be held out. Leave data.holdout unset, and a few "
-            "pictures are kept out of training, or name another folder."
-        )
-    if heldout is None and config.data.holdout_split:
-        dataset, heldout = split_off(dataset, config.seed)
-    notices = list(dataset.notices)
-    base = load_base(
-        config.base.path, device=device, dtype=dtype, revision=config.base.revision, variant=config.base.variant
-    )
-    if config.loss.zero_terminal_snr:
-        base.use_zero_terminal_snr()
-    unassigned, dataset = dataset, _with_buckets(config, base, dataset)
-    notices += _size_notices(config, unassigned, dataset) + _long_captions(base, dataset, config.data.trigger)
+    pictures = read_pictures(config)
+    base = bases(config, device, dtype)
+    pictures = fit_pictures(config, pictures, base)
     return Loaded(
         base=base,
         # Before adapters change the names of the weights.
         identity=weights_identity(base.unet, base.unet.config),
-        dataset=dataset,
-        heldout=None if heldout is None else _with_buckets(config, base, heldout),
+        dataset=pictures.trained,
+        heldout=pictures.heldout,
+        preserved=pictures.preserved,
         cache=Cache(Path(config.cache.dir) if config.cache.dir else None, base),
-        notices=notices,
+        notices=list(pictures.notices),
         device=device,
         precision=precision,
     )
 
 
-def prepare(config: RunConfig, folder: RunFolder) -> Parts:
+def prepare(
+    config: RunConfig, folder: RunFolder, bases: BaseSource = fresh_base, processes: Processes = ALONE
+) -> Parts:
     """Check and load everything that a configuration asks for.
 
     Args:
         config: What to do.
         folder: The run's folder, which is not touched.
+        bases: Where the base comes from.
+        processes: Those that share every batch.
 
     Raises:
         SdloraError: Anything that is wrong with the settings, the pictures or the base.
     """
-    loaded = load(config)
+    loaded = load(config, bases)
     base, notices = loaded.base, loaded.notices
-    targets = find_targets(base.unet, config.lora.targets, base.text_encoder)
+    targets = find_targets(base.unet, config.lora.targets, base.text_encoders)
     adapter = make_adapter(config, base, targets)
     rank = max(config.lora.ranks())
     if rank > HIGH_RANK:
@@ -146,7 +160,9 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
     measured = heldout_measure(config, loaded, adapter)
     on_cpu = loaded.device.type == "cpu"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")
-    trainer = Trainer(config, base, adapter, data, accelerator)
+    preserved = None if loaded.preserved is None else training_data(config, loaded.preserved, loaded.cache)
+    trainer = Trainer(config, base, adapter, data, accelerator, preserved, processes)
+    notices += _unmet(trainer) + _keep_text_or_not(config, trainer)
     if config.train.warmup_steps >= trainer.total_steps:
         raise ConfigError(
             f"train.warmup_steps = {config.train.warmup_steps} never ends in {trainer.total_steps} steps. "
@@ -163,6 +179,7 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
         adapter=adapter,
         targets=targets,
         data=data,
+        preserved=preserved,
         heldout=measured,
         trainer=trainer,
         previews=previews,
@@ -172,6 +189,34 @@ def prepare(config: RunConfig, folder: RunFolder) -> Parts:
         precision=loaded.precision,
         identity=loaded.identity,
     )
+
+
+def _unmet(trainer: Trainer) -> list[str]:
+    """Pictures of what is preserved that the run is too short for."""
+    if trainer.preserved is None:
+        return []
+    known, met = len(trainer.preserved.dataset.examples), len({v.example for v in trainer.preserved_plan.timesteps})
+    if met == known:
+        return []
+    return [f"{known - met} of {known} pictures of data.preservation_folder are not reached in a run of this length."]
+
+
+def _keep_text_or_not(config: RunConfig, trainer: Trainer) -> list[str]:
+    """Let captions be encoded at every visit where keeping them all would take too much; says so."""
+    if trainer.data.text_is_trained:
+        return []
+    captions = set(trainer.data.captions(trainer.plan.timesteps))
+    if trainer.preserved is not None:
+        captions |= set(trainer.preserved.captions(trainer.preserved_plan.timesteps))
+    cache, limit_gib = trainer.data.cache, config.cache.max_text_gib
+    needed_gib = cache.text_bytes(len(captions)) / 2**30
+    cache.keeps_text = needed_gib <= limit_gib
+    if cache.keeps_text:
+        return []
+    return [
+        f"{len(captions):,} different captions would take {needed_gib:.2g} GiB (cache.max_text_gib = {limit_gib:g}), "
+        "so each is encoded when it is visited: a step takes a little longer and learns the same."
+    ]
 
 
 def make_checker(
@@ -221,47 +266,23 @@ def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
     return device, dtype, precision
 
 
-def _load_dataset(config: RunConfig, folder: str) -> Dataset:
-    data = config.data
-    return load_dataset(
-        resolve_data_folder(folder),
-        caption=data.caption,
-        trigger=data.trigger,
-        allow_trigger_only=data.allow_trigger_only,
-        background=data.background,
-    )
-
-
-def _with_buckets(config: RunConfig, base: BaseModel, dataset: Dataset) -> Dataset:
-    data = config.data
-    resolution_px = data.resolution_px or base.resolution_px
-    return dataset.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
-
-
-def _size_notices(config: RunConfig, unassigned: Dataset, dataset: Dataset) -> list[str]:
-    sizes, buckets = ({e.name: e.bucket for e in data.examples} for data in (unassigned, dataset))
-    found = examine_sizes(sizes, buckets)
-    # Batches of one have nothing to share a bucket with.
-    return warnings_in_short([f for f in found if f.kind != "lone bucket" or config.train.batch_size > 1])
-
-
-def _long_captions(base: BaseModel, dataset: Dataset, trigger: str | None) -> list[str]:
-    long = [e.name for e in dataset.examples if base.num_tokens(with_trigger(e.caption, trigger)) > base.max_tokens]
-    if not long:
-        return []
-    return [
-        f"{len(long)} captions are longer than {base.max_tokens} tokens; their ends are not read. First: {long[0]}."
-    ]
+def _load_options(config: RunConfig) -> LoadOptions:
+    base = config.base
+    text = TextOptions(base.clip_skip, config.data.max_token_windows)
+    return LoadOptions(base.revision, base.variant, base.prediction_type, text)
 
 
 def preview_request(config: RunConfig, dataset: Dataset) -> PreviewRequest:
     """What is drawn: some captions of the set, then the user's prompts or new ones."""
     preview = config.preview
-    captions = [with_trigger(example.caption, config.data.trigger) for example in dataset.examples]
+    captions = [example.prompt for example in dataset.examples]
     # Spread over the set, which is in the order of its names.
     number = min(preview.num_captions, len(captions))
     drawn = list(dict.fromkeys(captions[index * len(captions) // number] for index in range(number)))
-    novel = preview.prompts or novel_prompts(captions, config.data.trigger, NUM_NOVEL)
+    triggers = list(dict.fromkeys(example.trigger for example in dataset.examples))
+    novel = preview.prompts or [
+        prompt for trigger in triggers for prompt in novel_prompts(captions, trigger, -(-NUM_NOVEL // len(triggers)))
+    ]
     return PreviewRequest(
         prompts=(*drawn, *novel),
         seeds=tuple(preview.seeds),

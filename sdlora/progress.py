@@ -146,13 +146,36 @@ def describe_plan(plan: events.PlanMade) -> str:
         )
     elif plan.heldout_pictures:
         kept_out = f"The held-out loss is measured on {plan.heldout_pictures} pictures of data.holdout.\n"
-    return (
+    seen = "".join(
+        f"{one.name}: {one.pictures} pictures x {one.repeats} repeats x {plan.epochs} epochs: every picture is seen "
+        f"{one.exposures_per_picture} times.\n"
+        for one in plan.sets
+    ) or (
         f"{plan.pictures} pictures x {plan.repeats} repeats x {plan.epochs} epochs: every picture is seen "
-        f"{plan.exposures_per_picture} times, {plan.steps} steps of "
-        f"{plan.batch_size * plan.gradient_accumulation_steps} pictures on {plan.device} ({plan.precision}).\n"
-        f"{kept_out}Training {plan.trained_parameters:,} parameters in {', '.join(plan.targets)}, {share:.2%} of the "
-        f"base's {plan.base_parameters:,}; the base itself stays as it is."
+        f"{plan.exposures_per_picture} times, "
     )
+    preserved = ""
+    if plan.preserved_pictures:
+        preserved = (
+            f"Beside them {plan.preserved_pictures} pictures of data.preservation_folder are trained, as many in each "
+            "step, so that the base keeps what they show.\n"
+        )
+    return (
+        f"{seen}{plan.steps} steps of "
+        f"{plan.batch_size * plan.gradient_accumulation_steps} pictures on {plan.device} ({plan.precision}).\n"
+        f"{preserved}{kept_out}Training {plan.trained_parameters:,} parameters in "
+        f"{', '.join(plan.targets)}, {share:.2%} of the base's {plan.base_parameters:,}; the base itself "
+        f"stays as it is.{_memory(plan)}"
+    )
+
+
+def _memory(plan: events.PlanMade) -> str:
+    if plan.peak_bytes is None or plan.memory_bytes is None:
+        return ""
+    told = f"\nIt needs {plan.peak_bytes / 2**30:.1f} GiB of memory at the most; {plan.memory_bytes / 2**30:.1f} GiB "
+    if plan.peak_bytes <= plan.memory_bytes:
+        return f"{told}are free."
+    return f"{told}are free, so it will probably stop. 'sdlora plan' says what to change first."
 
 
 def describe_check(event: events.CopyChecked) -> str:

@@ -22,3 +22,8 @@ def quiet_libraries() -> None:
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one of its run that speaks: a launcher of several numbers them."""
+    return os.environ.get("RANK", "0") == "0"

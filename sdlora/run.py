@@ -12,35 +12,42 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
-from sdlora.adapters import limits_elsewhere, timestep_rank
+from sdlora.adapters import limits_elsewhere
 from sdlora.advice import diverged, out_of_memory, phase_of
+from sdlora.card import write_card
 from sdlora.config import RunConfig
-from sdlora.configfile import dump_toml, load_config, options
+from sdlora.configfile import dump_toml
 from sdlora.data.dataset import Pixels
 from sdlora.devices import device_lock, take_turns
-from sdlora.errors import ConfigError, DataError, DivergedError, OutOfMemoryError, OutputError, SdloraError
-from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, Progress, RunDone
-from sdlora.files import atomic_path, remove_partial, write_json
-from sdlora.lora.export import LoraMetadata, save_lora
-from sdlora.lora.prove import prove_lora
-from sdlora.parts import Parts, choose_device, prepare
+from sdlora.errors import DivergedError, OutOfMemoryError, ProcessLostError, SdloraError
+from sdlora.events import (
+    CheckpointDue,
+    EpochDone,
+    Event,
+    Exported,
+    Notice,
+    PlanMade,
+    PlannedSet,
+    Progress,
+    RunDone,
+)
+from sdlora.files import atomic_path, remove_partial
+from sdlora.forecast import memory_of_run
+from sdlora.outputs import add_thumbnail, captions_told, export_epoch
+from sdlora.parts import BaseSource, Parts, choose_device, fresh_base, prepare
 from sdlora.preview.copycheck import EpochCheck, read_checks, recommend
 from sdlora.preview.report import Report, write_report
 from sdlora.preview.sampler import PreviewRequest, draw_epoch
 from sdlora.preview.sheet import contact_sheet
+from sdlora.processes import Processes, join
+from sdlora.resuming import as_pinned, check_same, check_same_content, pictures_of, pinned
 from sdlora.room import check_room
 from sdlora.runfolder import Recorder, RunFolder
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint, tidy_checkpoints
-
-# train.auto_batch leaves the result as it is, and previews are looked at, not trained on.
-_FREE_WHEN_RESUMING = {
-    "cache.dir", "train.log_every_steps", "train.checkpoint_every_steps", "train.auto_batch", "preview.enabled",
-}  # fmt: skip
 
 
 class Stopped(Exception):
@@ -54,6 +61,7 @@ def start(
     resume: bool = False,
     wait: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
+    bases: BaseSource = fresh_base,
 ) -> Iterator[Event]:
     """Run a configuration.
 
@@ -64,6 +72,7 @@ def start(
         wait: Whether to wait for the GPU if another run is on it.
         should_stop: Asked between steps and in every long phase; True saves a checkpoint, if there is anything new in
             it, and ends the run with `Stopped`.
+        bases: Where the base comes from; its adapter is taken out again in the end.
 
     Yields:
         The run's events, ending in `RunDone`.
@@ -73,25 +82,33 @@ def start(
         Stopped: `should_stop` said so.
     """
     begin = time.monotonic()
+    processes = join(config.train.device)
     folder = RunFolder(output, config.name or "lora")
+    if not processes.is_main:
+        _follow(config, folder, should_stop, processes)
+        return
     folder.check(resume=resume)
     with ExitStack() as held:
         if resume:
             held.enter_context(folder.occupied("sdlora train"))
-            _check_same(config, folder)
-        if (lock := device_lock(choose_device(config)[0])) is not None:
+            config = as_pinned(config, folder)
+            check_same(config, folder)
+        lock = device_lock(choose_device(config)[0]) if processes.alone else None
+        if lock is not None:
             yield from take_turns(lock, f"sdlora train in {output}", held, wait=wait, should_stop=should_stop)
             if should_stop():
                 raise Stopped
         try:
-            parts = prepare(config, folder)
+            parts = prepare(config, folder, bases, processes)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"{out_of_memory(config, 'load')} {error}") from error
+        if config.file.tell_captions:
+            captions_told(parts.data.dataset.examples)  # an error now, rather than at the end of an epoch
         check_room(parts, resume=resume)
         if not resume:
             held.enter_context(folder.occupied("sdlora train"))
             folder.check(resume=False)  # another run may have been here since
-            folder.create(dump_toml(config))
+            folder.create(dump_toml(pinned(config, parts.base.revision)))
         remove_partial(folder.path)
         remove_partial(parts.data.cache.folder)
         tidy_checkpoints(folder.checkpoints)
@@ -126,75 +143,10 @@ def _recorded(parts: Parts, resume: bool, should_stop: Callable[[], bool], begin
         recorder.log(traceback.format_exc())
         recorder.finish("failed", f"{type(error).__name__}: {error}")
         raise
+    finally:
+        parts.adapter.remove()
+        parts.trainer.processes.leave()
     recorder.finish("done")
-
-
-# --- Going on where a run stopped -----------------------------------------------------------------------------------
-
-
-def _check_same(config: RunConfig, folder: RunFolder) -> None:
-    """A run goes on only with the settings it was started with.
-
-    Raises:
-        ConfigError: Any setting that matters differs; all are named with both values.
-    """
-    before = dict(options(load_config(str(folder.config))))
-    different = [
-        f"  {name}: was {before[name]!r}, now {value!r}"
-        for name, value in options(config)
-        if name not in _FREE_WHEN_RESUMING and before[name] != value
-    ]
-    if different:
-        raise ConfigError(f"The run in {folder.path} was started with other settings:\n" + "\n".join(different))
-
-
-def _pictures(parts: Parts) -> dict[str, str]:
-    """What is trained and held out, by name: a hash of pixels, caption and networks."""
-    heldout = {} if parts.heldout is None else parts.heldout.data.identities()
-    return parts.data.identities() | {f"held out: {name}": identity for name, identity in heldout.items()}
-
-
-def _check_same_base(before: str | None, parts: Parts) -> None:
-    """A run goes on only with the base it was started with.
-
-    Raises:
-        OutputError: Its UNet's weights are others. (Those of the other networks are told by the pictures.)
-    """
-    if before not in (None, parts.identity):
-        raise OutputError(
-            f"The run was started with another base: the UNet's weights in {parts.config.base.path!r} have changed "
-            f"since (hash {before}, now {parts.identity}). Put the old ones back, or start a new run."
-        )
-
-
-def _check_base_was_judged(parts: Parts) -> None:
-    """Epochs are compared with what the check found in the base's pictures, before training.
-
-    Raises:
-        OutputError: The base's pictures were not checked, since the run was begun by a version without the check.
-    """
-    if parts.checker is not None and EpochCheck.read(parts.folder.epoch(0)) is None:
-        raise OutputError(
-            f"The run in {parts.folder.path} was begun before the copy check existed, so that the base's pictures are "
-            f"not judged. Write [copycheck] and enabled = false into {parts.folder.config}, and go on with --set "
-            "copycheck.enabled=false; or start a new run."
-        )
-
-
-def _check_same_pictures(before: dict[str, str], now: dict[str, str]) -> None:
-    """A run goes on only with the pictures it was started with, for which picture comes when depends on all of them.
-
-    Raises:
-        DataError: Any was added, taken away or changed; all are named.
-    """
-    kinds = {
-        "added": sorted(now.keys() - before.keys()),
-        "no longer there": sorted(before.keys() - now.keys()),
-        "changed, or its caption": sorted(name for name in now.keys() & before.keys() if now[name] != before[name]),
-    }
-    if any(kinds.values()):
-        told = "\n".join(f"  {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
-        raise DataError(f"The run was started with other pictures. Put them back, or start a new run:\n{told}")
 
 
 # --- The run itself ------------------------------------------------------------------------------------------------
@@ -204,40 +156,43 @@ def _events(
     parts: Parts, recorder: Recorder, resume: bool, should_stop: Callable[[], bool], begin: float
 ) -> Iterator[Event]:
     config, trainer, folder = parts.config, parts.trainer, parts.folder
-    yield _plan(parts)
+    processes = trainer.processes
+    plan = _plan(parts)
+    yield plan
     for message in parts.notices:
         yield Notice(message)
-    yield from parts.data.fill(config.train.epochs * config.data.repeats, config.data.background)
+    yield from _fill_training(parts)
     if parts.heldout is not None:
-        yield from parts.heldout.data.fill(1, config.data.background)
+        yield from parts.heldout.data.fill(config.data.background)
     if parts.checker is not None:
         yield from parts.checker.prepare(config.data.background)
+    processes.agree("the cache is filled")
     losses: dict[int, float] = {}
     checkpoints = complete_checkpoints(folder.checkpoints) if resume else []
+    processes.agree(checkpoints[-1:])
     if checkpoints:
         extra = load_checkpoint(checkpoints[-1], trainer)
-        _check_same_base(extra.get("base"), parts)
-        _check_same_pictures(extra["pictures"], _pictures(parts))
-        _check_base_was_judged(parts)
+        check_same_content(extra, parts)
         recorder.cut_metrics(extra["metrics_bytes"])
         losses = {int(epoch): loss for epoch, loss in extra["heldout_losses"].items()}
         yield Notice(f"Resumed at step {trainer.position.step} of {trainer.total_steps}.")
     else:
         recorder.cut_metrics(0)
         yield from _close_epoch(parts, EpochDone(0, 0, None, None, 0.0), losses)
+    processes.agree("training begins")
     last = config.train.epochs
     for event in trainer.events(should_stop):
         if isinstance(event, CheckpointDue):
             extra = {
                 "metrics_bytes": recorder.metrics_bytes(),
                 "heldout_losses": losses,
-                "pictures": _pictures(parts),
+                "pictures": pictures_of(parts),
                 "base": parts.identity,
             }
             save_checkpoint(folder.checkpoints, trainer, extra)
         elif isinstance(event, EpochDone):
             yield from _close_epoch(parts, event, losses)
-            if config.copycheck.stop and _copies(folder, event.epoch):
+            if processes.agree(config.copycheck.stop and _copies(folder, event.epoch)):
                 last = event.epoch
                 yield Notice(f"Epoch {last} copies training pictures; training ends here, as copycheck.stop asks for.")
                 break
@@ -257,19 +212,68 @@ def _events(
     for message in limits:
         yield Notice(message)
     _report(parts, [reason, proven, *limits], kept=epoch)
+    write_card(parts, plan, epoch)
     yield RunDone(str(folder.lora), str(folder.path), time.monotonic() - begin)
+
+
+def _fill_training(parts: Parts) -> Iterator[Event]:
+    background, trainer = parts.config.data.background, parts.trainer
+    yield from parts.data.fill(background, trainer.plan.timesteps)
+    if parts.preserved is not None:
+        yield from parts.preserved.fill(background, trainer.preserved_plan.timesteps)
+
+
+def _follow(config: RunConfig, folder: RunFolder, should_stop: Callable[[], bool], processes: Processes) -> None:
+    """What a process other than the main one does: its share of every batch, and nothing that anybody sees.
+
+    Raises:
+        SdloraError: Bad input, or another process has ended.
+        Stopped: The processes agreed to stop.
+    """
+    try:
+        parts = prepare(config, folder, processes=processes)
+        processes.agree("")
+        for _ in _fill_training(parts):
+            pass  # from the disk, where the main process has just put it
+        for checkpoint in processes.agree(list[Path]()):
+            load_checkpoint(checkpoint, parts.trainer)
+        processes.agree("")
+        for event in parts.trainer.events(should_stop):
+            if isinstance(event, EpochDone) and processes.agree(False):
+                return
+    except ProcessLostError as error:
+        if should_stop():  # the main process may stop where the others only wait
+            raise Stopped from error
+        raise
+    finally:
+        processes.leave()
+    if parts.trainer.position.step < parts.trainer.total_steps:
+        raise Stopped
 
 
 def _plan(parts: Parts) -> PlanMade:
     config = parts.config
+    examples = parts.data.dataset.examples
+    sets = [
+        PlannedSet(
+            one.title,
+            sum(example.name.startswith(f"{one.title}/") for example in examples),
+            one.repeats or 1,
+            (one.repeats or 1) * config.train.epochs,
+        )
+        for one in config.data.all_sets()
+        if config.data.sets
+    ]
+    repeats = max(example.repeats for example in examples)
     heldout = () if parts.heldout is None else parts.heldout.data.dataset.examples
+    peak_bytes, memory_bytes = memory_of_run(config, parts.base, parts.data, parts.device)
     return PlanMade(
-        pictures=len(parts.data.dataset.examples),
+        pictures=len(examples),
         heldout_pictures=len(heldout),
         split_off=[] if config.data.holdout is not None else [example.name for example in heldout],
-        repeats=config.data.repeats,
+        repeats=repeats,
         epochs=config.train.epochs,
-        exposures_per_picture=config.data.repeats * config.train.epochs,
+        exposures_per_picture=repeats * config.train.epochs,
         batch_size=config.train.batch_size,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         steps=parts.trainer.total_steps,
@@ -278,6 +282,10 @@ def _plan(parts: Parts) -> PlanMade:
         targets=list(config.lora.targets),
         device=str(parts.device),
         precision=parts.precision,
+        sets=sets,
+        preserved_pictures=0 if parts.preserved is None else len(parts.preserved.dataset.examples),
+        peak_bytes=peak_bytes,
+        memory_bytes=memory_bytes,
     )
 
 
@@ -295,13 +303,15 @@ def _judge_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> It
         losses[event.epoch] = event.heldout_loss
     yield event
     if event.epoch > 0:
-        _export(parts, event)
+        export_epoch(parts, event)
     if parts.previews is not None:
         if parts.checker is not None:
             yield from parts.checker.epoch(event.epoch, folder.epoch(event.epoch), folder.epoch(0))
         else:
             yield from draw_epoch(parts.base, parts.previews, event.epoch, folder.epoch(event.epoch))
         _write_sheet(parts, parts.previews, event.epoch)
+        if event.epoch > 0 and parts.config.file.thumbnail:
+            add_thumbnail(folder.epoch_lora(event.epoch), parts.previews, folder.epoch(event.epoch))
     done = f"Epoch {event.epoch} of {parts.config.train.epochs}" if event.epoch else "The base, before training"
     _report(parts, [f"{done}. This page is written anew after every epoch."])
 
@@ -333,28 +343,3 @@ def _write_sheet(parts: Parts, request: PreviewRequest, last_epoch: int) -> None
     labels = [prompt for prompt in request.prompts for _ in request.seeds]
     columns = [("base" if epoch == 0 else f"epoch {epoch}", files(epoch)) for epoch in range(last_epoch + 1)]
     contact_sheet(labels, columns, parts.folder.sheet)
-
-
-def _metadata(parts: Parts, event: EpochDone) -> LoraMetadata:
-    config = parts.config
-    return LoraMetadata(
-        name=parts.folder.name,
-        base=parts.base.path,
-        architecture=parts.base.architecture,
-        resolution_px=config.data.resolution_px or parts.base.resolution_px,
-        trigger=config.data.trigger,
-        epoch=event.epoch,
-        step=event.step,
-        started=parts.folder.config.stat().st_mtime,
-        settings={"seed": config.seed}
-        | {name: getattr(config, name).model_dump() for name in ("lora", "train", "timesteps", "loss")},
-        timestep_rank=timestep_rank(config.lora),
-    )
-
-
-def _export(parts: Parts, event: EpochDone) -> None:
-    """Write an epoch's LoRA, load it back through diffusers, and keep the figures beside it."""
-    file, state = parts.folder.epoch_lora(event.epoch), parts.adapter.state()
-    save_lora(file, state, metadata=_metadata(parts, event))
-    proof = prove_lora(file, state, parts.base.fresh_pipeline(), timestep_rank(parts.config.lora))
-    write_json(file.with_name("proof.json"), asdict(proof))

@@ -82,6 +82,11 @@ class RunFolder:
         """The page a person reads."""
         return self.path / "report.html"
 
+    @property
+    def card(self) -> Path:
+        """The model card, for the Hub."""
+        return self.path / "README.md"
+
     def epoch(self, epoch: int) -> Path:
         """The folder of an epoch; 0 is the base."""
         return self.path / "epochs" / str(epoch)

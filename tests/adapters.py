@@ -22,8 +22,8 @@ def trained(unet: Any, rank: int = 4, alpha: float = 2.0) -> Adapter:
 
 def formed(pipeline: Any, targets: list[str], form: Form, rank: int = 4, alpha: float = 2.0) -> Adapter:
     """An adapter of any kind in a pipeline, with weights that are not where they started."""
-    paths = find_targets(pipeline.unet, targets, pipeline.text_encoder)
-    adapter = inject(pipeline.unet, paths, rank, alpha, seed=1, form=form, text_encoder=pipeline.text_encoder)
+    paths = find_targets(pipeline.unet, targets, [pipeline.text_encoder])
+    adapter = inject(pipeline.unet, paths, rank, alpha, seed=1, form=form, text_encoders=[pipeline.text_encoder])
     move(adapter)
     return adapter
 

@@ -16,7 +16,7 @@ def test_every_setting_reaches_the_layers(tiny_base: Path) -> None:
         rank=4, alpha=2.0, targets=[*UNET_TARGETS, "text_encoder"], target_ranks={"mlp": 3}, target_alphas={"conv": 6},
         rslora=True, dropout=0.25, start="pissa", timestep_rank_min=2,
     )  # fmt: skip
-    adapter = make_adapter(RunConfig(lora=lora), base, find_targets(base.unet, lora.targets, base.text_encoder))
+    adapter = make_adapter(RunConfig(lora=lora), base, find_targets(base.unet, lora.targets, base.text_encoders))
     for path, layer in adapter.layers.items():
         assert layer.rank == (3 if target_of(path) == "mlp" else 4)
         assert abs(layer.scale - (6 if target_of(path) == "conv" else 2) / layer.rank**0.5) < 1e-6

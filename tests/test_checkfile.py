@@ -1,14 +1,20 @@
 """The check of a finished file gives what the run itself found."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from PIL import Image
+from trainers import diffusers_script, kohya_trainer
 
 from sdlora.checkfile import check_file
 from sdlora.configfile import parse_config
 from sdlora.errors import ConfigError, DataError
 from sdlora.events import CopyChecked
-from sdlora.lora.formats import read_file
+from sdlora.lora.folders import paths_for
+from sdlora.lora.formats import read_file, write_file
 from sdlora.preview.copycheck import EpochCheck
 from sdlora.run import start
 
@@ -51,3 +57,41 @@ def test_what_cannot_be_checked_is_refused(tiny_base: Path, pictures: Path, tmp_
     with pytest.raises(DataError):
         list(check_file(file, other, tmp_path / "other"))
     assert not (tmp_path / "off").exists() and not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("trainer", ["diffusers script", "diffusers script, older names", "kohya"])
+def test_files_of_other_trainers_are_checked_in_what_diffusers_draws_with_them(
+    tiny_base: Path, pictures: Path, tmp_path: Path, trainer: str
+) -> None:
+    def fresh() -> Any:
+        return StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+
+    file, peft = tmp_path / "theirs.safetensors", tmp_path / "converted.safetensors"
+    if trainer == "kohya":
+        kohya_trainer(file, fresh(), text=True, alpha=2.0)
+    else:
+        # diffusers drops parts of the text encoder from its own older names since transformers 5.
+        older = trainer.endswith("names")
+        diffusers_script(file, fresh(), text=not older, old_names=older)
+    source = read_file(file)
+    write_file(peft, source.state, metadata={}, paths=paths_for(source.state, tiny_base))
+    config = parse_config(document(tiny_base, pictures, tmp_path), name="n")
+    expected = fresh()
+    expected.load_lora_weights(file.parent, weight_name=file.name)
+    drawn = expected(
+        ["a red box"], num_inference_steps=2, guidance_scale=7.5, generator=[torch.Generator().manual_seed(1)]
+    ).images[0]
+    plain = fresh()(
+        ["a red box"], num_inference_steps=2, guidance_scale=7.5, generator=[torch.Generator().manual_seed(1)]
+    ).images[0]
+    for checked in (file, peft):
+        folder = tmp_path / checked.stem
+        *_, event = check_file(read_file(checked), config, folder)
+        assert isinstance(event, CopyChecked)
+        found = Image.open(folder / "previews" / "prompt01_seed1.png")
+        assert distance(found, drawn) <= 2 < distance(found, plain)
+
+
+def distance(one: Image.Image, other: Image.Image) -> int:
+    """The largest difference of any pixel, of 255."""
+    return int((torch.tensor(list(one.tobytes())) - torch.tensor(list(other.tobytes()))).abs().max())

@@ -151,6 +151,16 @@ def test_data_says_what_to_mend(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "    All: a.png, b.png, d.png, e.png, f.png, g.png\n" in call(capsys, "data", str(tmp_path))[1]
 
 
+def test_data_looks_at_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("a thing")
+    Image.new("L", (8, 8), 255).save(tmp_path / "a-mask.png")
+    code, out, _ = call(capsys, "data", str(tmp_path))
+    assert (code, "masks are no pictures" in out) == (0, True)
+    code, out, _ = call(capsys, "data", str(tmp_path), "--masks", "file")
+    assert (code, "a-mask.png has 8 x 8 pixels and its picture 64 x 64" in out) == (3, True)
+
+
 def test_data_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "data", "builtin:blueprint", "--json")
     report = json.loads(out)

@@ -12,6 +12,7 @@ from sdlora import checkfile
 from sdlora.cli import app
 from sdlora.cli_check import EXIT_COPYING
 from sdlora.errors import SdloraError
+from sdlora.lora.export import add_metadata
 from sdlora.lora.inject import LoraWeights
 from sdlora.lora.keys import kohya_tensors
 from sdlora.preview.copycheck import Match, judge
@@ -38,7 +39,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> li
     def check_file(file: Any, config: Any, output: Path) -> Iterator[Any]:
         configs.append(config)
         matches = [
-            Match("a [b] prompt", "novel", 0, "x.png", 0.9, 0.9, 0.01, i < request.param, f"previews/{i}.png")
+            Match("a [b] prompt", "novel", 0, "x.png", 0.9, 0.8, 0.9, 0.01, i < request.param, f"previews/{i}.png")
             for i in range(8)
         ]
         output.mkdir(parents=True)
@@ -76,6 +77,14 @@ def test_settings_come_from_the_call_and_the_file(lora: Path, tmp_path: Path, as
     assert config.preview.prompts == ["zumi on a horse", "zumi asleep"]
     assert (config.preview.num_steps, config.data.trigger, config.data.holdout) == (3, "zumi", "h")
     assert config.data.holdout_split is False
+
+
+@pytest.mark.parametrize("asked", [0], indirect=True)
+def test_of_several_triggers_none_is_put_before_captions(lora: Path, tmp_path: Path, asked: list[Any]) -> None:
+    add_metadata(lora, {"modelspec.trigger_phrase": "zumi, mizu"})
+    call(lora, tmp_path)
+    (config,) = asked
+    assert config.data.trigger is None
 
 
 @pytest.mark.parametrize("asked", [0], indirect=True)

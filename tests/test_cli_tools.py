@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from test_cli import call
 from trainers import diffusers_script, kohya_trainer
 
-from sdlora.lora.export import LoraMetadata, save_lora
+from sdlora.lora.export import LoraMetadata, add_metadata, save_lora
 from sdlora.lora.inject import Form
 
 Capture = pytest.CaptureFixture[str]
@@ -93,6 +93,31 @@ def test_both_names_are_the_same_lora_to_diffusers(
     assert [d["names"] for d in described] == ["peft" if "script" in kind else "kohya", "peft", "kohya"]
     for key in ("ranks", "alphas", "modules", "dtype", "update_norm"):
         assert described[0][key] == described[1][key] == described[2][key], key
+
+
+def test_a_picture_in_the_metadata_is_told_and_not_printed(fresh: Any, tmp_path: Path, capsys: Capture) -> None:
+    file = made(tmp_path, fresh, "ours")
+    add_metadata(file, {"modelspec.thumbnail": "data:image/jpeg;base64," + "A" * 4000})
+    out = run(capsys, "info", file)
+    assert "modelspec.thumbnail: a picture of 3017 bytes" in out
+    assert "AAAA" not in out
+    assert "A" * 4000 in run(capsys, "info", file, "--json")
+
+
+def test_a_file_is_stored_in_another_type(fresh: Any, tmp_path: Path, capsys: Capture) -> None:
+    file, half, back = made(tmp_path, fresh, "ours"), tmp_path / "half.safetensors", tmp_path / "back.safetensors"
+    assert "weights rounded to float16" in run(capsys, "convert", file, half, "--to", "kohya", "--precision", "fp16")
+    assert "unchanged" in run(capsys, "convert", half, back, "--to", "kohya", "--precision", "fp32")
+    original, rounded, again = (load_file(path) for path in (file, half, back))
+    for key, tensor in original.items():
+        expected = tensor if key.endswith(".alpha") else tensor.half()
+        assert torch.equal(rounded[key], expected)
+        assert torch.equal(again[key], expected.float())
+        assert rounded[key].dtype == expected.dtype
+    code, _, err = call(
+        capsys, "convert", str(file), str(tmp_path / "x.safetensors"), "--to", "kohya", "--precision", "fp8"
+    )
+    assert (code, "fp16" in err) == (2, True)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -37,7 +37,7 @@ def test_what_is_written_reads_back_as_the_same() -> None:
     awkward = 'a "quoted" \\ line\nwith é \x7f and \t tab'
     config = parse_config(
         {
-            "data": {"folder": "x", "caption": awkward},
+            "data": {"sets": [{"folder": "x", "caption": awkward}, {"folder": "y", "repeats": 2}]},
             "preview": {"prompts": [awkward, ""]},
             "train": {"learning_rate": 1e-3},
             "lora": {"targets": ["mlp"], "target_ranks": {"mlp": 3}},

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import make_tiny_pipeline
+from tiny import make_tiny, make_tiny_pipeline
 
 from sdlora import parts
 from sdlora.configfile import load_config, option_names
@@ -19,6 +19,7 @@ from sdlora.errors import BaseModelError, ConfigError, DataError, OutOfMemoryErr
 from sdlora.models import load
 from sdlora.run import start
 from sdlora.training.loop import Trainer
+from sdlora.training.trace import saved_for_backward
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +31,17 @@ def scene(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str
     for index, color in enumerate([(200, 30, 30, 255), (30, 200, 30, 90), (30, 30, 200, 255)]):
         Image.new("RGBA", (64, 32) if index == 2 else (32, 32), color).save(folder / f"p{index}.png")
         (folder / f"p{index}.txt").write_text(f"first {index}, second, third, fourth")
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 32))
+    mask.save(folder / "p0-mask.png")
     bare = root / "bare"
     bare.mkdir()
     Image.new("RGB", (32, 32), "red").save(bare / "a.png")
     make_tiny_pipeline(root / "v", prediction_type="v_prediction")
+    make_tiny("sd1", root / "deep")
     return {
         "root": str(root), "set": str(folder), "bare": str(bare), "base": str(tiny_base), "v": str(root / "v"),
+        "deep": str(root / "deep"),
     }  # fmt: skip
 
 
@@ -105,17 +111,28 @@ CHANGES: dict[str, list[str]] = {
     "seed": ["seed=1"],
     "base.path": ["base.path={v}"],
     "base.variant": ["base.variant=fp16"],
+    "base.prediction_type": ["base.prediction_type=v_prediction"],
+    "base.clip_skip": ["base.path={deep}", "base.clip_skip=2"],
     "data.folder": ["data.folder=builtin:zumi"],
+    "data.sets": ["data.folder=", 'data.sets=[{folder="{set}", repeats=1}, {folder="builtin:zumi"}]'],
     "data.caption": ["data.folder={bare}", "data.caption=a thing"],
     "data.trigger": ["data.trigger=mizu"],
     "data.class_words": ['data.class_words=["cat"]', "train.preservation_weight=1"],
+    "data.preservation_folder": ["data.preservation_folder=builtin:blueprint", "train.preservation_weight=1"],
+    "data.preservation_caption": [
+        "data.preservation_folder={bare}",
+        "train.preservation_weight=1",
+        "data.preservation_caption=a thing",
+    ],
     "data.allow_trigger_only": ["data.folder={bare}", "data.allow_trigger_only=true"],
     "data.repeats": ["data.repeats=3"],
     "data.resolution_px": ["data.resolution_px=40"],
     "data.buckets": ["data.buckets=false"],
     "data.bucket_step_px": ["data.bucket_step_px=16"],
     "data.background": ["data.background=black"],
+    "data.masks": ["data.masks=file"],
     "data.shuffle_tags": ["data.shuffle_tags=true"],
+    "data.max_token_windows": ["data.max_token_windows=2"],
     "data.caption_dropout": ["data.caption_dropout=0.5"],
     "lora.rank": ["lora.rank=3"],
     "lora.alpha": ["lora.alpha=1"],
@@ -155,6 +172,7 @@ CHANGES: dict[str, list[str]] = {
     "loss.huber_delta": ["loss.kind=huber", "loss.huber_delta=0.5"],
     "loss.weighting": ["loss.weighting=min_snr"],
     "loss.gamma": ["loss.weighting=min_snr", "loss.gamma=1"],
+    "loss.mask_floor": ["data.masks=file", "loss.mask_floor=0"],
     "loss.noise_offset": ["loss.noise_offset=0.1"],
     "preview.enabled": ["preview.enabled=false"],
     "preview.prompts": ['preview.prompts=["a blue cat"]'],
@@ -164,11 +182,18 @@ CHANGES: dict[str, list[str]] = {
     "preview.num_steps": ["preview.num_steps=3"],
     "preview.guidance": ["preview.guidance=2.0"],
     "copycheck.enabled": ["copycheck.enabled=true"],
+    "file.format": ["file.format=peft"],
+    "file.precision": ["file.precision=fp16"],
 }
 REFUSED_HERE = {"base.variant", "train.device"}
 TESTED_BELOW = {
     "base.revision", "data.holdout", "data.holdout_split", "data.keep_tags", "train.log_every_steps", "cache.dir",
-    "loss.zero_terminal_snr", "train.auto_batch", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2",
+    "cache.max_text_gib",
+    "file.thumbnail",
+    "file.licence",
+    "file.tell_captions",
+    "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "train.gradient_checkpointing",
+    "train.auto_batch",
 }  # fmt: skip
 
 
@@ -253,6 +278,7 @@ def test_class_words_and_weight_of_preservation_both_count(outcome: Callable[...
         ("loss.huber_delta", "loss.kind=huber", ["0.1", "0.5"]),
         ("loss.gamma", "loss.weighting=min_snr", ["5", "1"]),
         ("train.text_encoder_learning_rate", 'lora.targets=["text_encoder"]', ["1e-2", "1e-3"]),
+        ("data.masks", "seed=0", ["none", "alpha", "file"]),
         ("loss.zero_terminal_snr", "base.path={v}", ["false", "true"]),
     ],
 )
@@ -287,9 +313,10 @@ def test_the_revision_reaches_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
         asked.update(options, source=source)
         raise OSError("offline")
 
-    monkeypatch.setattr(load.StableDiffusionPipeline, "from_pretrained", refuse)
+    monkeypatch.setattr(load.DiffusionPipeline, "download", refuse)
+    options = load.LoadOptions(revision="abc", variant="fp16")
     with pytest.raises(BaseModelError, match="offline"):
-        load.load_base("owner/name", device=torch.device("cpu"), dtype=torch.float32, revision="abc", variant="fp16")
+        load.load_base("owner/name", device=torch.device("cpu"), dtype=torch.float32, options=options)
     assert (asked["source"], asked["revision"], asked["variant"]) == ("owner/name", "abc", "fp16")
     assert asked["use_safetensors"] is True
 
@@ -315,10 +342,10 @@ def test_memory_that_is_too_small_ends_a_run_or_makes_it_compute_in_parts(
 ) -> None:
     original = Trainer.losses_per_example
 
-    def small(self: Trainer, visits: Any, timesteps: Any) -> Any:
+    def small(self: Trainer, visits: Any, *others: Any) -> Any:
         if len(visits) > 1:
             raise torch.OutOfMemoryError
-        return original(self, visits, timesteps)
+        return original(self, visits, *others)
 
     monkeypatch.setattr(Trainer, "losses_per_example", small)
     with pytest.raises(OutOfMemoryError, match=r"train\.batch_size to 1 \(now 2\)"):
@@ -326,11 +353,54 @@ def test_memory_that_is_too_small_ends_a_run_or_makes_it_compute_in_parts(
     assert outcome("preview.enabled=false", "train.auto_batch=true").startswith("common.safetensors")
 
 
+def test_checkpointing_trains_the_same_and_keeps_less(
+    common: str, outcome: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    original = Trainer.losses_per_example
+
+    def count(self: Trainer, *arguments: Any) -> Any:
+        with saved_for_backward(self.base.unet) as saved:
+            losses = original(self, *arguments)
+        kept.append(saved.held_bytes)
+        return losses
+
+    monkeypatch.setattr(Trainer, "losses_per_example", count)
+    assert outcome() == common
+    most = max(kept)
+    kept.clear()
+    assert outcome("train.gradient_checkpointing=true") == common
+    assert max(kept) < 0.6 * most
+    # What is drawn for dropout must be drawn again alike.
+    assert outcome("lora.dropout=0.5") == outcome("lora.dropout=0.5", "train.gradient_checkpointing=true")
+
+
 def test_the_cache_is_where_it_should_be(outcome: Callable[..., str], scene: dict[str, str]) -> None:
     folder = Path(scene["root"]) / "elsewhere"
     outcome(f"cache.dir={folder}")
     assert len(list(folder.glob("moments/*/*.safetensors"))) == 3
     assert len(list(folder.glob("text/*/*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        ["data.shuffle_tags=true", "data.caption_dropout=0.3"],
+        ["data.shuffle_tags=true", 'data.class_words=["cat", "dog"]', "train.preservation_weight=1"],
+        ["data.preservation_folder=builtin:blueprint", "train.preservation_weight=1", "data.caption_dropout=0.3"],
+        ["copycheck.enabled=true", "preview.num_captions=1"],
+    ],
+)
+def test_captions_that_are_not_kept_train_the_same(
+    changes: list[str], outcome: Callable[..., str], scene: dict[str, str]
+) -> None:
+    folders = [Path(scene["root"]) / f"{name} {abs(hash(str(changes)))}" for name in ("kept", "live")]
+    kept = outcome(*changes, f"cache.dir={folders[0]}")
+    live = outcome(*changes, f"cache.dir={folders[1]}", "cache.max_text_gib=0")
+    assert kept.startswith("common.safetensors")
+    assert live == kept
+    assert list(folders[0].glob("text/*/*.safetensors"))
+    assert not (folders[1] / "text").exists()
 
 
 def test_the_speed_of_a_timestep_rank_and_the_kind_of_start_count(outcome: Callable[..., str]) -> None:

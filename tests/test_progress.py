@@ -13,6 +13,7 @@ from sdlora.events import (
     Exported,
     Notice,
     PlanMade,
+    PlannedSet,
     PreviewsDone,
     Progress,
     RunDone,
@@ -115,3 +116,13 @@ def test_copy_checks_are_a_line_an_epoch_and_names_are_no_styles() -> None:
     lines = [line.split() for line in stream.getvalue().splitlines()]
     assert " ".join(lines[1]) == "base clean 0 of 2, at least 0% p0.png is 0.41 like a.png"
     assert " ".join(lines[2]).startswith("1 copying 1 of 2, at least 12% p1.png is 0.97 like a[red].png Because")
+
+
+def test_the_plan_tells_sets_apart_and_what_is_trained_beside_them() -> None:
+    sets = [PlannedSet("hero", 20, 10, 40), PlannedSet("town", 4, 3, 12)]
+    told = describe_plan(replace(PLAN, sets=sets, preserved_pictures=50))
+    assert "hero: 20 pictures x 10 repeats x 4 epochs: every picture is seen 40 times." in told
+    assert "town: 4 pictures x 3 repeats x 4 epochs: every picture is seen 12 times." in told
+    assert "24 pictures x 10" not in told
+    assert "Beside them 50 pictures of data.preservation_folder are trained" in told
+    assert "Beside them" not in describe_plan(PLAN)

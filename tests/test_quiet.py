@@ -3,7 +3,7 @@ import logging
 import pytest
 from diffusers.utils import logging as diffusers_logging
 
-from sdlora.quiet import quiet_libraries
+from sdlora.quiet import is_main_process, quiet_libraries
 
 
 def test_warnings_are_silent_and_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,3 +22,12 @@ def test_warnings_are_silent_and_errors_are_not(monkeypatch: pytest.MonkeyPatch)
     finally:
         logging.getLogger("accelerate").setLevel(before)
         diffusers_logging.enable_progress_bar()
+
+
+def test_one_process_of_a_run_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RANK", raising=False)
+    assert is_main_process()
+    monkeypatch.setenv("RANK", "0")
+    assert is_main_process()
+    monkeypatch.setenv("RANK", "1")
+    assert not is_main_process()

@@ -256,6 +256,18 @@ def test_what_a_person_should_know_is_said(tmp_path: Path, overrides: list[str])
     assert "Rank 33 needs more memory and copies the training pictures more easily" in told
 
 
+def test_captions_too_many_to_keep_are_told(tmp_path: Path, overrides: list[str], pictures: Path) -> None:
+    mine = tmp_path / "mine"
+    shutil.copytree(pictures, mine)
+    (mine / "red.txt").write_text("a red ball, one, two, three, four")
+    options = [*overrides, f"data.folder={mine}", "data.shuffle_tags=true", "data.repeats=3"]
+    assert not any("different captions" in str(event) for event in run(tmp_path / "kept", options))
+    events = run(tmp_path / "live", [*options, "cache.max_text_gib=1e-5"])
+    (told,) = [event.message for event in events if isinstance(event, Notice) and "different captions" in event.message]
+    assert "would take" in told and "(cache.max_text_gib = 1e-05)" in told
+    assert digests(tmp_path / "kept") == digests(tmp_path / "live")
+
+
 def test_doubts_about_the_pictures_are_said_before_training(tmp_path: Path, overrides: list[str]) -> None:
     folder = tmp_path / "set"
     folder.mkdir()

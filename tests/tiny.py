@@ -2,19 +2,129 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from sdlora.pocket.architecture import build_scheduler, build_tokenizer
+from sdlora.models.architectures import ARCHITECTURES, Architecture, Family
+from sdlora.pocket.architecture import build_scheduler, build_tokenizer, vocabulary
+
+_VAE: dict[str, Any] = {
+    "block_out_channels": [8, 8, 8], "down_block_types": ["DownEncoderBlock2D"] * 3, "norm_num_groups": 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 3, "latent_channels": 4, "layers_per_block": 1, "sample_size": 32,
+}  # fmt: skip
+_UNET: dict[str, Any] = {
+    "sample_size": 8, "block_out_channels": [16, 32], "layers_per_block": 2, "norm_num_groups": 8,
+    "down_block_types": ["CrossAttnDownBlock2D", "DownBlock2D"], "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D"],
+}  # fmt: skip
+
+
+def _text(width: int, projection: int, activation: str) -> dict[str, Any]:
+    return {
+        "vocab_size": 49408, "hidden_size": width, "intermediate_size": 32, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "max_position_embeddings": 77, "projection_dim": projection,
+        "hidden_act": activation, "bos_token_id": 49406, "eos_token_id": 49407,
+    }  # fmt: skip
+
+
+def _tiny(family: Family, text_width: int, unet: dict[str, Any], *text: dict[str, Any]) -> Architecture:
+    real = ARCHITECTURES[family]
+    vae = {**_VAE, "scaling_factor": real.vae["scaling_factor"]}
+    return replace(real, unet={**_UNET, "cross_attention_dim": text_width, **unet}, vae=vae, text_encoders=text)
+
+
+TINY: dict[Family, Architecture] = {
+    "sd1": _tiny("sd1", 16, {"attention_head_dim": 2}, _text(16, 16, "quick_gelu")),
+    "sd2": _tiny("sd2", 20, {"attention_head_dim": [2, 4], "use_linear_projection": True}, _text(20, 12, "gelu")),
+    # Three levels as in the real one, the first without attention; the pooled text is 24 wide, each size 8 numbers.
+    "sdxl": _tiny(
+        "sdxl",
+        40,
+        {
+            "block_out_channels": [16, 16, 32], "attention_head_dim": [2, 2, 4], "use_linear_projection": True,
+            "down_block_types": ARCHITECTURES["sdxl"].unet["down_block_types"],
+            "up_block_types": ARCHITECTURES["sdxl"].unet["up_block_types"],
+            "transformer_layers_per_block": [1, 1, 2], "addition_embed_type": "text_time",
+            "addition_time_embed_dim": 8, "projection_class_embeddings_input_dim": 24 + 6 * 8,
+        },
+        _text(16, 16, "quick_gelu"),
+        _text(24, 24, "gelu"),
+    ),
+}  # fmt: skip
+
+
+def tiny_networks(family: Family, **options: Any) -> dict[str, Any]:
+    """The components of a family's tiny pipeline; see `random_networks`."""
+    return random_networks(TINY[family], **options)
+
+
+def random_networks(architecture: Architecture, *, vocab_size: int = 49408, **unet: Any) -> dict[str, Any]:
+    """The components of a pipeline with random weights.
+
+    Args:
+        architecture: Their shapes.
+        vocab_size: How many words the text encoders know.
+        unet: Other values of the UNet's configuration.
+    """
+    torch.manual_seed(0)
+    kinds = (CLIPTextModel, CLIPTextModelWithProjection)
+    names = ("text_encoder", "text_encoder_2")
+    parts: dict[str, Any] = {
+        name: kind(CLIPTextConfig(**{**config, "vocab_size": vocab_size, "eos_token_id": vocab_size - 1}))
+        for name, kind, config in zip(names, kinds, architecture.text_encoders, strict=False)
+    }
+    for encoder in parts.values():
+        _spread(encoder)
+    parts["unet"] = UNet2DConditionModel.from_config({**architecture.unet, **unet})
+    parts["vae"] = AutoencoderKL.from_config(architecture.vae)
+    return parts
+
+
+def _spread(encoder: torch.nn.Module) -> None:
+    """Norms that do something: at their start the last one and none are hard to tell apart."""
+    with torch.no_grad():
+        for name, parameter in encoder.named_parameters():
+            if "norm" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.3)
+
+
+def make_tiny(family: Family, folder: Path, *, prediction_type: str | None = None, **unet: Any) -> None:
+    """Write a family's base of random weights and 32 px, in diffusers' layout, with pocket's small vocabulary.
+
+    Args:
+        family: Which.
+        folder: Where.
+        prediction_type: Against the family's own.
+        unet: Other values of the UNet's configuration.
+    """
+    settings = dict(TINY[family].scheduler)
+    if prediction_type is not None:
+        settings["prediction_type"] = prediction_type
+    scheduler = getattr(diffusers, settings.pop("_class_name")).from_config(settings)
+    first = small_tokenizer("!" if family == "sd2" else "<|endoftext|>")
+    parts = tiny_networks(family, vocab_size=len(first), **unet) | {"scheduler": scheduler, "tokenizer": first}
+    if family == "sdxl":
+        parts |= {"tokenizer_2": small_tokenizer("!"), "add_watermarker": False}
+    else:
+        parts |= {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    getattr(diffusers, TINY[family].pipeline)(**parts).save_pretrained(folder)
+
+
+def small_tokenizer(padding: str) -> CLIPTokenizer:
+    """Pocket's tokenizer, filled up with a mark of its own."""
+    vocab, merges = vocabulary()
+    return CLIPTokenizer(vocab=vocab, merges=merges, pad_token=padding, model_max_length=77)
 
 
 def make_tiny_pipeline(
     folder: Path, *, prediction_type: str = "epsilon", in_channels: int = 4, text_width: int = 16
 ) -> None:
-    """Write a Stable Diffusion 1.x of random weights and 32 px, in diffusers' layout."""
+    """Write a Stable Diffusion 1.x of random weights and 32 px, in diffusers' layout, with pocket's tokenizer."""
     torch.manual_seed(0)
     tokenizer = build_tokenizer(folder / "tokenizer")
     text = CLIPTextConfig(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -18,13 +19,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora.data.dataset import Example, load_pixels
+from sdlora.data.dataset import Example, load_mask_pixels, load_pixels
 from sdlora.data.images import pixel_hash, to_tensor
-from sdlora.errors import ConfigError, DivergedError
+from sdlora.data.masks import mask_shares
+from sdlora.errors import ConfigError, DataError, DivergedError
 from sdlora.events import Progress
 from sdlora.files import atomic_path
 from sdlora.models.base import BaseModel, TextStates
 
+MOST_KEPT_BYTES = 256 * 2**20
 _FORMAT = "1"  # raised when what is stored under a key changes its meaning
 
 
@@ -34,6 +37,10 @@ class Cache:
     Args:
         folder: Where the files are; None takes the user's cache folder.
         base: The model whose VAE and text encoder fill the cache.
+
+    Attributes:
+        keeps_text: Whether captions are encoded before they are asked for and kept; otherwise they are encoded
+            whenever they are asked for, with the same result.
 
     Raises:
         ConfigError: The folder cannot be made.
@@ -48,21 +55,33 @@ class Cache:
             raise ConfigError(
                 f"cache.dir: {self.folder} cannot be made ({error.strerror}). Choose a folder that you can write to."
             ) from error
-        self._moments: dict[Example, Tensor] = {}
+        self.keeps_text = True
+        self._masks: dict[Example, Tensor] = {}
+        self._moment_keys: dict[Example, str] = {}
         self._keys: dict[Example, str] = {}
-        self._text: dict[str, TextStates] = {}
+        self._text_keys: dict[str, str] = {}
+        self._kept: dict[str, TextStates] = {}
+        self._kept_bytes = 0
+
+    def knows(self, example: Example) -> bool:
+        """Whether a picture was filled in this run."""
+        return example in self._keys
 
     def moments(self, example: Example) -> Tensor:
         """The VAE's posterior moments of a filled picture, (2C, h, w) float32 on the CPU."""
-        return self._moments[example]
+        return self._filled("moments", self._moment_keys[example])["moments"]
+
+    def mask(self, example: Example) -> Tensor | None:
+        """What counts of a filled picture, (1, h, w) in [0, 1]; None if all of it does."""
+        return self._masks.get(example)
 
     def identity(self, example: Example) -> str:
-        """A hash of a filled picture, its caption, and the VAE and text encoder that read them."""
+        """A hash of a filled picture, its mask, its caption, and the VAE and text encoder that read them."""
         return content_key(self._keys[example], content_key("text", self.base.text_identity, example.caption))
 
     def text(self, captions: Sequence[str]) -> TextStates:
-        """Text states of filled captions, the batch first, float32 on the CPU."""
-        found = [self._text[caption] for caption in captions]
+        """Text states of filled captions, or of any if text is not kept, the batch first, float32 on the CPU."""
+        found = [self._text_of(caption) for caption in captions]
         return {name: torch.stack([states[name] for states in found]) for name in found[0]}
 
     def fill_moments(self, examples: Sequence[Example], background: str) -> Iterator[Progress]:
@@ -79,29 +98,43 @@ class Cache:
             def encode(picture: Image.Image = picture) -> TextStates:
                 return {"moments": self.base.encode_pixels(to_tensor(picture).unsqueeze(0))[0]}
 
-            moments = self.fetch("moments", key, encode)["moments"]
-            if not bool(moments.isfinite().all()):
+            tensors = self.fetch("moments", key, encode)
+            if not bool(tensors["moments"].isfinite().all()):
                 self._path("moments", key).unlink()
                 raise DivergedError(
                     f"The base's VAE makes NaN or infinite numbers of {example.name}. Take the picture out, or use a "
                     "VAE that is made for float16, too."
                 )
-            self._moments[example] = moments
-            self._keys[example] = key
+            self._keep(key, tensors)
+            self._keys[example] = self._moment_keys[example] = key
+            # Made anew every time: reading a mask is all the work there is.
+            if (mask := load_mask_pixels(example)) is not None:
+                self._masks[example] = mask_shares(mask, *tensors["moments"].shape[1:])
+                self._keys[example] = content_key(key, pixel_hash(mask))
             yield Progress("cache pictures", done, len(examples))
 
     def fill_text(self, captions: Iterable[str]) -> Iterator[Progress]:
-        """Encode the captions that are not on disk yet."""
+        """Encode the captions that are not on disk yet, if text is kept."""
+        if not self.keeps_text:
+            return
         wanted = list(dict.fromkeys(captions))
         for done, caption in enumerate(wanted, start=1):
             key = content_key("text", self.base.text_identity, caption)
 
-            # One at a time: the states of a caption must not depend on what it was encoded with.
-            def encode(caption: str = caption) -> TextStates:
-                return {name: value[0] for name, value in self.base.encode_captions([caption]).items()}
-
-            self._text[caption] = self.fetch("text", key, encode)
+            self._keep(key, self.fetch("text", key, partial(self._encode, caption)))
+            self._text_keys[caption] = key
             yield Progress("cache captions", done, len(wanted))
+
+    def text_bytes(self, num_captions: int) -> int:
+        """How much disk, and memory, so many captions take."""
+        return num_captions * sum(4 * value.numel() for value in self._encoded("").values())
+
+    def _encode(self, caption: str) -> TextStates:
+        # One at a time: the states of a caption must not depend on what it was encoded with.
+        return {name: value[0] for name, value in self.base.encode_captions([caption]).items()}
+
+    def _encoded(self, caption: str) -> TextStates:
+        return _as_kept(partial(self._encode, caption))
 
     def holds(self, kind: str, key: str) -> bool:
         """Whether something is kept under a key."""
@@ -121,14 +154,41 @@ class Cache:
                 return load_file(path)
             except (SafetensorError, OSError):
                 path.unlink(missing_ok=True)  # torn by a crash of the machine: made anew below
-        with torch.no_grad():
-            made = {name: value.float().cpu().contiguous() for name, value in make().items()}
+        made = _as_kept(make)
         with atomic_path(path) as temporary:
             save_file(made, temporary)
         return made
 
+    def _text_of(self, caption: str) -> TextStates:
+        return self._filled("text", self._text_keys[caption]) if self.keeps_text else self._encoded(caption)
+
+    def _keep(self, key: str, tensors: TextStates) -> None:
+        """Hold tensors in memory while there is room; of a large set, the rest is read whenever it is asked for."""
+        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
+        if key not in self._kept and self._kept_bytes + num_bytes <= MOST_KEPT_BYTES:
+            self._kept[key] = tensors
+            self._kept_bytes += num_bytes
+
+    def _filled(self, kind: str, key: str) -> TextStates:
+        kept = self._kept.get(key)
+        if kept is not None:
+            return kept
+        try:
+            return load_file(self._path(kind, key))
+        except (SafetensorError, OSError) as error:
+            raise DataError(
+                f"{self._path(kind, key)} was in the cache and is gone or broken now ({error}). Start again with "
+                "--resume, which makes it anew, and let nothing delete the cache meanwhile."
+            ) from error
+
     def _path(self, kind: str, key: str) -> Path:
         return self.folder / kind / key[:2] / f"{key}.safetensors"
+
+
+@torch.no_grad()
+def _as_kept(make: Callable[[], TextStates]) -> TextStates:
+    """Tensors as they come back from the disk, so that it makes no difference whether they were there."""
+    return {name: value.float().cpu().contiguous() for name, value in make().items()}
 
 
 def content_key(*parts: str) -> str:

@@ -12,8 +12,10 @@ from pathlib import Path
 from PIL import Image
 
 from sdlora.data.buckets import Bucket, assign_buckets
-from sdlora.data.doctor import examine, warnings_in_short
+from sdlora.data.captions import with_trigger
+from sdlora.data.doctor import Checkup, copies_between, examine, warnings_in_short
 from sdlora.data.images import crop_to_bucket, load_image
+from sdlora.data.masks import MaskKind, load_mask
 from sdlora.errors import DataError
 
 
@@ -22,24 +24,37 @@ class Example:
     """One picture with its words.
 
     Attributes:
-        name: File name, unique in its set.
+        name: File name, with its set's name and a slash in front where there are several; unique.
         path: Where it is.
         caption: Its caption as written.
         bucket: Width and height it is trained at, in pixels; its own size until buckets are assigned.
+        size_px: Its own width and height, upright.
+        mask: What of it is trained; the picture itself where that is its alpha channel, None for all of it.
+        trigger: The word that calls up what it shows, if there is one.
+        repeats: How often it is visited in an epoch.
     """
 
     name: str
     path: Path
     caption: str
     bucket: Bucket
+    size_px: Bucket
+    mask: Path | None = None
+    trigger: str | None = None
+    repeats: int = 1
+
+    @property
+    def prompt(self) -> str:
+        """Its caption with the trigger in front, unless it holds the trigger already."""
+        return with_trigger(self.caption, self.trigger)
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder that can be trained on.
+    """Pictures that can be trained on.
 
     Attributes:
-        folder: Where it is.
+        folder: Where they are; the first one where there are several.
         examples: The pictures, by name.
         notices: What the user should know of it, one sentence each.
     """
@@ -61,6 +76,27 @@ class Dataset:
         assigned = tuple(replace(e, bucket=bucket) for e, bucket in zip(self.examples, found, strict=True))
         return replace(self, examples=assigned)
 
+    def without_masks(self) -> Dataset:
+        """The same pictures, all of each counting."""
+        return replace(self, examples=tuple(replace(example, mask=None) for example in self.examples))
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder, and what is said of all its pictures.
+
+    Attributes:
+        folder: Read flat; subfolders are left out with a notice.
+        caption: For pictures that have no caption of their own.
+        trigger: The trigger word.
+        repeats: How often each picture is visited in an epoch.
+    """
+
+    folder: Path
+    caption: str | None = None
+    trigger: str | None = None
+    repeats: int = 1
+
 
 def load_dataset(
     folder: Path,
@@ -69,32 +105,104 @@ def load_dataset(
     trigger: str | None,
     allow_trigger_only: bool,
     background: str,
+    masks: MaskKind = "none",
+    repeats: int = 1,
 ) -> Dataset:
     """Read a folder of pictures with `.txt` sidecars or a `metadata.jsonl`.
 
     Args:
         folder: Read flat; subfolders are left out with a notice.
         caption: For pictures that have no caption of their own.
-        trigger: The trigger word, for `allow_trigger_only`.
+        trigger: The trigger word.
         allow_trigger_only: Whether pictures may go with an empty caption, to which the trigger is added.
         background: Colour under transparent pixels.
+        masks: Where masks are looked for.
+        repeats: How often each picture is visited in an epoch.
 
     Raises:
         DataError: The folder is missing or empty, or pictures are broken or lack a caption; each file is named.
     """
+    source = Source(folder, caption, trigger, repeats)
+    checkup = _sound(source, allow_trigger_only=allow_trigger_only, background=background, masks=masks)
+    return Dataset(folder, _examples(source, checkup), tuple(warnings_in_short(checkup.findings)))
+
+
+def load_sets(
+    sources: Mapping[str, Source], *, allow_trigger_only: bool, background: str, masks: MaskKind = "none"
+) -> Dataset:
+    """Read several folders as one set; a picture's name is its set's name, a slash and its file name.
+
+    Args:
+        sources: The folders by name; at least one.
+        allow_trigger_only: As in `load_dataset`.
+        background: As in `load_dataset`.
+        masks: As in `load_dataset`.
+
+    Raises:
+        DataError: As in `load_dataset`; the faults of all folders are named.
+    """
+    checkups: dict[str, Checkup] = {}
+    faults: list[str] = []
+    for name, source in sources.items():
+        try:
+            checkups[name] = _sound(source, allow_trigger_only=allow_trigger_only, background=background, masks=masks)
+        except DataError as error:
+            faults.append(str(error))
+    if faults:
+        raise DataError("\n".join(faults))
+    examples = tuple(e for name, checkup in checkups.items() for e in _examples(sources[name], checkup, f"{name}/"))
+    notices = [f"{name}: {told}" for name, checkup in checkups.items() for told in warnings_in_short(checkup.findings)]
+    shared = copies_between({name: checkup.pictures for name, checkup in checkups.items()})
+    first, *_ = sources.values()
+    return Dataset(first.folder, examples, (*notices, *warnings_in_short(shared)))
+
+
+def _sound(source: Source, *, allow_trigger_only: bool, background: str, masks: MaskKind) -> Checkup:
+    """What is in a folder, unless it has faults."""
     checkup = examine(
-        folder, background=background, caption=caption, trigger=trigger, allow_trigger_only=allow_trigger_only
+        source.folder,
+        background=background,
+        caption=source.caption,
+        trigger=source.trigger,
+        allow_trigger_only=allow_trigger_only,
+        masks=masks,
     )
     faults = [finding.message for finding in checkup.findings if finding.severity == "error"]
     if faults:
-        raise DataError(f"The folder {str(folder)!r} has faults:\n" + "\n".join(f"  {fault}" for fault in faults))
-    examples = (Example(p.path.name, p.path, p.caption or "", p.size) for p in checkup.pictures)
-    return Dataset(folder, tuple(examples), tuple(warnings_in_short(checkup.findings)))
+        told = "\n".join(f"  {fault}" for fault in faults)
+        raise DataError(f"The folder {str(source.folder)!r} has faults:\n{told}")
+    return checkup
+
+
+def _examples(source: Source, checkup: Checkup, prefix: str = "") -> tuple[Example, ...]:
+    return tuple(
+        Example(prefix + p.path.name, p.path, p.caption or "", p.size, p.size, p.mask, source.trigger, source.repeats)
+        for p in checkup.pictures
+    )
 
 
 def load_pixels(example: Example, background: str) -> Image.Image:
     """An example's picture, cropped to its bucket."""
     return crop_to_bucket(load_image(example.path, background), *example.bucket)
+
+
+def load_mask_pixels(example: Example) -> Image.Image | None:
+    """An example's mask, cropped as its picture; None if all of it counts.
+
+    Raises:
+        DataError: Nothing that the mask shows is left after the crop.
+    """
+    mask = None if example.mask is None else load_mask(example.mask, example.path)
+    if mask is None:
+        return None
+    cropped = crop_to_bucket(mask, *example.bucket)
+    if cropped.getextrema() == (0, 0):
+        width, height = example.bucket
+        raise DataError(
+            f"What the mask of {example.name} shows is cut off in the crop to {width} x {height} pixels. "
+            "Crop the picture yourself, or take it out."
+        )
+    return cropped
 
 
 class Pixels(Mapping[str, Image.Image]):

@@ -6,8 +6,8 @@ Floor 2. `load_dataset` refuses what is an error here and passes warnings on; `s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from sdlora.data.buckets import Bucket
 from sdlora.data.captions import METADATA, has_word, read_captions
 from sdlora.data.images import SUFFIXES, load_image, pixel_hash
+from sdlora.data.masks import END, MaskKind, load_mask, sort_masks
 from sdlora.data.thumbnails import near_duplicates, thumbnail
 from sdlora.errors import DataError
 
 Kind = Literal[
     "unreadable", "caption", "no caption", "subfolder", "unused caption", "duplicate", "near-duplicate", "no trigger",
-    "too small", "lone bucket",
+    "too small", "lone bucket", "mask", "lone mask", "no mask", "unused mask",
 ]  # fmt: skip
 
 
@@ -56,10 +57,21 @@ class Picture:
         size: Width and height in pixels.
         pixels: The hash of its pixels.
         thumbnail: (n,), see `sdlora.data.thumbnails`.
+        mask: Its mask, the picture itself where that is its alpha channel; None if all of it counts.
     """
 
     path: Path
     caption: str | None
+    size: Bucket
+    pixels: str
+    thumbnail: NDArray[np.float32]
+    mask: Path | None = None
+
+
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What decoding a picture gives; the attributes are those of `Picture`."""
+
     size: Bucket
     pixels: str
     thumbnail: NDArray[np.float32]
@@ -80,6 +92,16 @@ class Checkup:
     findings: tuple[Finding, ...]
 
 
+def look_at(path: Path, background: str) -> Look:
+    """Decode a picture.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    image = load_image(path, background)
+    return Look(image.size, pixel_hash(image), thumbnail(image))
+
+
 def examine(
     folder: Path,
     *,
@@ -87,6 +109,8 @@ def examine(
     caption: str | None = None,
     trigger: str | None = None,
     allow_trigger_only: bool = False,
+    masks: MaskKind = "none",
+    look: Callable[[Path, str], Look] = look_at,
 ) -> Checkup:
     """Look at every picture and caption of a folder, each picture decoded once.
 
@@ -96,11 +120,15 @@ def examine(
         caption: For pictures that have no caption of their own.
         trigger: The word that captions should hold.
         allow_trigger_only: Whether pictures may do without a caption, where there is a trigger.
+        masks: Where masks are looked for.
+        look: Decodes a picture, or remembers what that gave.
 
     Raises:
         DataError: The folder is missing or holds no pictures.
     """
-    files = _picture_files(folder)
+    files, mask_files, lone = sort_masks(_picture_files(folder), masks)
+    if not files:
+        raise DataError(f"The folder {str(folder)!r} holds nothing but masks. Put their pictures beside them.")
     captions, faults = read_captions(folder)
     findings = [Finding("caption", "error", (name,), message) for name, message in faults]
     broken = {name for name, _ in faults}
@@ -119,15 +147,18 @@ def examine(
         if text is None and not (trigger and allow_trigger_only) and not broken & {METADATA, f"{path.stem}.txt"}:
             uncaptioned.append(path.name)
         try:
-            image = load_image(path, background)
+            seen = look(path, background)
         except DataError as error:
             findings.append(Finding("unreadable", "error", (path.name,), str(error)))
             continue
-        pictures.append(Picture(path, text, image.size, pixel_hash(image), thumbnail(image)))
+        mask, faulty = _mask(path, seen.size, mask_files, masks)
+        findings += faulty
+        pictures.append(Picture(path, text, seen.size, seen.pixels, seen.thumbnail, mask))
     findings += _uncaptioned(uncaptioned, len(files))
     findings += _left_out(folder, files, captions)
     findings += _copies(pictures)
     findings += _without_trigger(pictures, trigger)
+    findings += _doubts_about_masks(pictures, mask_files, lone, masks)
     return Checkup(len(files), tuple(pictures), tuple(findings))
 
 
@@ -159,6 +190,20 @@ def examine_sizes(sizes: Mapping[str, Bucket], buckets: Mapping[str, Bucket]) ->
         )
         found.append(Finding("lone bucket", "warning", tuple(alone), message))
     return found
+
+
+def copies_between(sets: Mapping[str, Sequence[Picture]]) -> list[Finding]:
+    """Pictures of one set that are in another, too.
+
+    Args:
+        sets: Pictures by the name of their set, which is put in front of theirs.
+    """
+    renamed = {
+        name: [replace(picture, path=Path(name, picture.path.name)) for picture in pictures]
+        for name, pictures in sets.items()
+    }
+    found = _copies([picture for pictures in renamed.values() for picture in pictures], whole_path=True)
+    return [finding for finding in found if len({Path(file).parent for file in finding.files}) > 1]
 
 
 def warnings_in_short(findings: Sequence[Finding]) -> list[str]:
@@ -224,20 +269,22 @@ def _left_out(folder: Path, files: list[Path], captions: Mapping[str, str]) -> l
     return found
 
 
-def _copies(pictures: list[Picture]) -> list[Finding]:
+def _copies(pictures: list[Picture], *, whole_path: bool = False) -> list[Finding]:
     same: dict[str, list[Picture]] = {}
     for picture in pictures:
         same.setdefault(picture.pixels, []).append(picture)
-    found = [_group("duplicate", "the same picture", group) for group in same.values() if len(group) > 1]
+    groups = [group for group in same.values() if len(group) > 1]
+    found = [_group("duplicate", "the same picture", group, whole_path=whole_path) for group in groups]
     distinct = [group[0] for group in same.values()]
     if distinct:
         for indices in near_duplicates(np.stack([picture.thumbnail for picture in distinct])):
-            found.append(_group("near-duplicate", "near-duplicates", [distinct[index] for index in indices]))
+            alike = [distinct[index] for index in indices]
+            found.append(_group("near-duplicate", "near-duplicates", alike, whole_path=whole_path))
     return found
 
 
-def _group(kind: Kind, what: str, pictures: list[Picture]) -> Finding:
-    names = tuple(picture.path.name for picture in pictures)
+def _group(kind: Kind, what: str, pictures: list[Picture], *, whole_path: bool) -> Finding:
+    names = tuple(picture.path.as_posix() if whole_path else picture.path.name for picture in pictures)
     return Finding(kind, "warning", names, f"{some(names, ' and ')} are {what}; keep one of them.")
 
 
@@ -257,3 +304,43 @@ def _without_trigger(pictures: list[Picture], trigger: str | None) -> list[Findi
         "It is put in front of them; write it in yourself where it should stand elsewhere."
     )
     return [Finding("no trigger", "warning", tuple(names), message)]
+
+
+def _mask(path: Path, size: Bucket, files: Mapping[str, Path], kind: MaskKind) -> tuple[Path | None, list[Finding]]:
+    """A picture's mask, and what is wrong with it."""
+    mask = {"none": None, "alpha": path, "file": files.get(path.stem)}[kind]
+    if mask is None:
+        return None, []
+    try:
+        image = load_mask(mask, path)
+    except DataError as error:
+        return None, [Finding("mask", "error", (mask.name,), str(error))]
+    if image is None:
+        return None, []
+    fault = None
+    if image.size != size:
+        own, other = (f"{width} x {height}" for width, height in (size, image.size))
+        fault = f"{mask.name} has {other} pixels and its picture {own}; save it in the picture's size."
+    elif image.getextrema() == (0, 0):
+        fault = f"The mask of {path.name} hides all of it; mend it, or take the picture out."
+    return mask, [] if fault is None else [Finding("mask", "error", (mask.name,), fault)]
+
+
+def _doubts_about_masks(
+    pictures: list[Picture], files: Mapping[str, Path], lone: list[Path], kind: MaskKind
+) -> list[Finding]:
+    found: list[Finding] = []
+    if lone:
+        names = tuple(path.name for path in lone)
+        message = f"Masks without a picture: {some(names)}. A mask is called as its picture, with {END} at the end."
+        found.append(Finding("lone mask", "warning", names, message))
+    whole = tuple(picture.path.name for picture in pictures if picture.mask is None)
+    if kind != "none" and whole:
+        what = "no mask" if kind == "file" else "no transparent pixels"
+        message = f"{len(whole)} of {len(pictures)} pictures have {what} and are trained whole: {some(whole)}."
+        found.append(Finding("no mask", "warning", whole, message))
+    if kind != "file" and files:
+        names = tuple(path.name for path in files.values())
+        message = f"{some(names)}: masks are no pictures and not trained; data.masks = 'file' makes use of them."
+        found.append(Finding("unused mask", "warning", names, message))
+    return found

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +28,7 @@ _BROKEN = (
     Image.DecompressionBombError,
 )  # fmt: skip
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+T = TypeVar("T")
 
 
 def load_image(path: Path, background: str) -> Image.Image:
@@ -41,6 +44,19 @@ def load_image(path: Path, background: str) -> Image.Image:
     Raises:
         DataError: The file is broken, animated, too large, or of another format; the message names it.
     """
+    return _decode(path, lambda image: _to_rgb(image, background))
+
+
+def load_alpha(path: Path) -> Image.Image | None:
+    """How opaque a picture is, in eight bits of grey, upright; None if it is opaque everywhere.
+
+    Raises:
+        DataError: As `load_image`.
+    """
+    return _decode(path, _alpha)
+
+
+def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(path, formats=FORMATS) as opened:
             if getattr(opened, "n_frames", 1) > 1:
@@ -53,7 +69,7 @@ def load_image(path: Path, background: str) -> Image.Image:
                 raise DataError(f"{path.name}: floating-point pixels are not read. Save it with 8 or 16 bits.")
             opened.load()
             ImageOps.exif_transpose(opened, in_place=True)  # a copy of a large picture would take as much again
-            return _to_rgb(opened, background)
+            return convert(opened)
     except UnidentifiedImageError as error:
         allowed = ", ".join(FORMATS)
         raise DataError(
@@ -69,7 +85,7 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
         values = np.asarray(image).astype(np.float64)
         grey = Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
         return grey.convert("RGB")
-    if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
+    if _has_alpha(image):
         color = ImageColor.getrgb(background)[:3]
         front = image.convert("RGBA")
         paper = Image.new("RGBA", front.size, (*color, 255))
@@ -77,9 +93,32 @@ def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     return image.convert("RGB")
 
 
+def _has_alpha(image: Image.Image) -> bool:
+    return image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info
+
+
+def _alpha(image: Image.Image) -> Image.Image | None:
+    if image.mode in _SIXTEEN_BITS or not _has_alpha(image):
+        return None
+    alpha = image.convert("RGBA").getchannel("A")
+    return None if alpha.getextrema()[0] == 255 else alpha
+
+
 def crop_to_bucket(image: Image.Image, width_px: int, height_px: int) -> Image.Image:
     """Scale a picture until it covers a bucket, then cut the middle out."""
     return ImageOps.fit(image, (width_px, height_px), method=Image.Resampling.LANCZOS, centering=(0.5, 0.5))
+
+
+def crop_origin(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
+    """Where `crop_to_bucket` begins to cut, from left and top in pixels of the scaled picture.
+
+    Args:
+        size: The picture's width and height.
+        bucket: Width and height that are cut out.
+    """
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    left, top = ((length * scale - kept) / 2 for length, kept in zip(size, bucket, strict=True))
+    return round(left), round(top)
 
 
 def to_tensor(image: Image.Image) -> Tensor:

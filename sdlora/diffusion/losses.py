@@ -14,22 +14,39 @@ from torch import Tensor
 from sdlora.diffusion.noise import PredictionType
 
 
-def mse_per_example(predicted: Tensor, target: Tensor) -> Tensor:
+def mse_per_example(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
     """Mean squared error over everything but the batch, in float32.
 
     Args:
         predicted: The network's answer, (B, C, h, w), any float type.
         target: What it should have been, (B, C, h, w).
+        weights: How much each place counts, (B, 1, h, w), see `mean_per_example`.
 
     Returns:
         (B,) float32.
 
     Source: Ho et al. 2006.11239, equation 14 (the simple loss).
     """
-    return (predicted.float() - target.float()).pow(2).flatten(1).mean(dim=1)
+    return mean_per_example((predicted.float() - target.float()).pow(2), weights)
 
 
-def huber_per_example(predicted: Tensor, target: Tensor, delta: float) -> Tensor:
+def mean_per_example(errors: Tensor, weights: Tensor | None) -> Tensor:
+    """Means over everything but the batch: sum(w e) / (C sum(w)), so that a picture weighs the same whatever is masked.
+
+    Args:
+        errors: (B, C, h, w).
+        weights: How much each place counts, (B, 1, h, w), at least 0 and not all 0 in any example; None for all alike.
+
+    Returns:
+        (B,).
+    """
+    if weights is None:
+        return errors.flatten(1).mean(dim=1)
+    weights = weights.to(errors)
+    return (errors.mean(dim=1, keepdim=True) * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1)
+
+
+def huber_per_example(predicted: Tensor, target: Tensor, weights: Tensor | None = None, *, delta: float) -> Tensor:
     """Huber's loss, mean over everything but the batch, in float32.
 
     Twice the usual one, so that errors below `delta` count as in `mse_per_example`.
@@ -37,6 +54,7 @@ def huber_per_example(predicted: Tensor, target: Tensor, delta: float) -> Tensor
     Args:
         predicted: The network's answer, (B, C, h, w), any float type.
         target: What it should have been, (B, C, h, w).
+        weights: How much each place counts, (B, 1, h, w), see `mean_per_example`.
         delta: From this error on the loss is linear, above 0.
 
     Returns:
@@ -44,7 +62,8 @@ def huber_per_example(predicted: Tensor, target: Tensor, delta: float) -> Tensor
 
     Source: Huber 1964, equation 1.1 with k = delta.
     """
-    return 2 * F.huber_loss(predicted.float(), target.float(), reduction="none", delta=delta).flatten(1).mean(dim=1)
+    errors = F.huber_loss(predicted.float(), target.float(), reduction="none", delta=delta)
+    return 2 * mean_per_example(errors, weights)
 
 
 def _min_snr(snr: Tensor, gamma: float) -> Tensor:

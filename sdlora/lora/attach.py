@@ -7,6 +7,7 @@ Shapes: i in, o out, r rank, k kernel.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import nn
@@ -15,13 +16,14 @@ from sdlora.errors import DataError
 from sdlora.lora.folders import layers_by_name
 from sdlora.lora.formats import LoraFile, family_of
 from sdlora.lora.inject import Adapter, LoraState, LoraWeights, inject_state
+from sdlora.lora.keys import first_text_encoder
 from sdlora.lora.layers import LoraLayer
-from sdlora.lora.targets import TEXT_ENCODER
+from sdlora.lora.targets import TEXT_ENCODER, by_prefix
 from sdlora.lora.timestep_rank import TimestepRank, timestep_rank_in
 
 
-def attach(unet: nn.Module, file: LoraFile, *, text_encoder: nn.Module | None = None) -> Adapter:
-    """Put a LoRA of any trainer on a base of one text encoder, each module with its own rank and alpha.
+def attach(unet: nn.Module, file: LoraFile, *, text_encoders: Sequence[nn.Module] = ()) -> Adapter:
+    """Put a LoRA of any trainer on a base, each module with its own rank and alpha.
 
     A file that sdlora trained with a timestep rank uses its ranks by noise level, and a frozen start is taken apart
     from what was trained, so that both answer as they did in training.
@@ -29,18 +31,21 @@ def attach(unet: nn.Module, file: LoraFile, *, text_encoder: nn.Module | None = 
     Args:
         unet: Frozen and changed in place, unless an error is raised.
         file: The LoRA, as `sdlora.lora.formats.read_file` gives it.
-        text_encoder: Frozen, and changed in place where the file adapts it.
+        text_encoders: Frozen, and changed in place where the file adapts them.
 
     Raises:
         DataError: A module is not in the base or of another shape there, or its alpha is unknown, or the file's
             metadata does not fit its ranks.
     """
-    networks = (unet,) if text_encoder is None else (unet, text_encoder)
-    adapted = any(isinstance(module, LoraLayer) for network in networks for module in network.modules())
+    networks = by_prefix(unet, text_encoders)
+    adapted = any(isinstance(module, LoraLayer) for network in networks.values() for module in network.modules())
     assert not adapted, "a base takes one adapter at a time; remove() the first"
-    known = layers_by_name(unet)
-    if text_encoder is not None:
-        known |= layers_by_name(text_encoder, TEXT_ENCODER)
+    first = first_text_encoder(two=len(text_encoders) > 1)
+    known: dict[str, tuple[str, tuple[int, ...]]] = {}
+    for prefix, network in networks.items():
+        known |= layers_by_name(network, prefix, first)
+    # A file of PEFT's names for the first text encoder alone does not tell that there are two.
+    known |= {name.replace(first, "lora_te_"): layer for name, layer in known.items() if name.startswith(first)}
     missing = [name for name in file.state if name not in known]
     if missing:
         raise DataError(
@@ -54,7 +59,7 @@ def attach(unet: nn.Module, file: LoraFile, *, text_encoder: nn.Module | None = 
         state[path] = _fitted(file, name, _with_start(file, name, weights) if start else weights, shape)
     setting = timestep_rank_in(file.metadata, file.name)
     _check_ranks(file.name, state, setting)
-    return inject_state(unet, state, text_encoder=text_encoder, timestep_rank=setting)
+    return inject_state(unet, state, text_encoders=text_encoders, timestep_rank=setting)
 
 
 def _other_family(file: LoraFile) -> str:

@@ -19,35 +19,31 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from sdlora.errors import BaseModelError, DataError, OutputError
 from sdlora.files import atomic_folder
+from sdlora.lora.formats import family_of
 from sdlora.lora.inject import LoraState
-from sdlora.lora.keys import NETWORKS, kohya_name
-from sdlora.lora.targets import adaptable
+from sdlora.lora.keys import first_text_encoder, kohya_name
+from sdlora.lora.targets import NETWORKS, adaptable
 from sdlora.lora.tools import update
-
-# Stable Diffusion 1.5, where it differs from the classes' own defaults.
-_SD15_UNET: dict[str, Any] = {"cross_attention_dim": 768, "sample_size": 64}
-_SD15_TEXT: dict[str, Any] = {
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-}
+from sdlora.models.architectures import ARCHITECTURES, Architecture
 
 
-def module_paths(base: Path | None) -> dict[str, tuple[str, tuple[int, ...]]]:
+def module_paths(
+    base: Path | None, architecture: Architecture = ARCHITECTURES["sd1"]
+) -> dict[str, tuple[str, tuple[int, ...]]]:
     """The layers that a LoRA can be on: kohya module name to module path and weight shape.
 
     Args:
-        base: A folder in diffusers' layout, of which only the configs are read; Stable Diffusion 1.5 if None.
+        base: A folder in diffusers' layout, of which only the configs are read, or None.
+        architecture: What is taken where there is no base.
 
     Raises:
         BaseModelError: The folder is not there, or its configs are not those of a UNet and CLIP text encoders.
     """
-    configs = [_SD15_UNET, _SD15_TEXT, None] if base is None else [_config(base, network) for network in NETWORKS]
-    unet_config, text_config, second_config = configs
+    published = [architecture.unet, *architecture.text_encoders, None][:3]
+    unet_config, text_config, second_config = published if base is None else [_config(base, n) for n in NETWORKS]
     if unet_config is None:
         raise BaseModelError(f"{base} holds no unet/config.json, so it is no base in diffusers' layout.")
-    first = "lora_te_" if second_config is None else "lora_te1_"
+    first = first_text_encoder(two=second_config is not None)
     found: dict[str, tuple[str, tuple[int, ...]]] = {}
     try:
         with torch.device("meta"):
@@ -91,13 +87,14 @@ def _config(base: Path, network: str) -> dict[str, Any] | None:
 
 
 def paths_for(state: LoraState, base: Path | None) -> dict[str, str]:
-    """Kohya module name to module path, for every module of a LoRA.
+    """Kohya module name to module path, for every module of a LoRA; without a base, in its family as published.
 
     Raises:
         DataError: A module is not in the base, or of another shape there.
     """
-    known = module_paths(base)
-    of = "Stable Diffusion 1.5" if base is None else base.name
+    published = next((a for a in ARCHITECTURES.values() if a.modelspec == family_of(state)), ARCHITECTURES["sd1"])
+    known = module_paths(base, published)
+    of = published.title if base is None else base.name
     hint = " For another base, give its folder: --base FOLDER." if base is None else ""
     unknown = [name for name in state if name not in known]
     if unknown:
@@ -151,9 +148,8 @@ def layer_name(key: str, network: str, first: str) -> str | None:
     return kohya_name(prefix + key.removesuffix(".weight"), first_text_encoder=first)
 
 
-def first_text_encoder(base: Path) -> str:
-    """Kohya's mark for the first text encoder of a base."""
-    return "lora_te1_" if (base / "text_encoder_2").is_dir() else "lora_te_"
+def _first_text_encoder(base: Path) -> str:
+    return first_text_encoder(two=(base / "text_encoder_2").is_dir())
 
 
 def merge_into(base: Path, output: Path, state: LoraState) -> int:
@@ -174,7 +170,7 @@ def merge_into(base: Path, output: Path, state: LoraState) -> int:
     """
     if output.resolve().is_relative_to(base.resolve()):
         raise OutputError(f"{output} is inside the base. Give an --output beside it.")
-    files, first = weight_files(base), first_text_encoder(base)
+    files, first = weight_files(base), _first_text_encoder(base)
     _check_fit(base, files, first, state)
     with atomic_folder(output) as temporary:
         shutil.copytree(base, temporary, dirs_exist_ok=True, ignore=_leave_out({base / file for file in files}))
@@ -223,7 +219,7 @@ def differences(fine_tuned: Path, base: Path) -> tuple[dict[str, Tensor], list[s
         BaseModelError: One of them cannot be read.
         DataError: The two have different weights by name or shape.
     """
-    known, first = module_paths(base), first_text_encoder(base)
+    known, first = module_paths(base), _first_text_encoder(base)
     ours, theirs = (_all_weights(folder) for folder in (fine_tuned, base))
     if odd := sorted(set(ours) ^ set(theirs)):
         raise DataError(f"{fine_tuned.name} and {base.name} are not of one kind: only one has {odd[0][1]!r}.")

@@ -1,7 +1,8 @@
 """LoRA files of any trainer: read into one form, and written from it under kohya's or PEFT's names.
 
 Floor 2. Three spellings are read: kohya's, PEFT's and diffusers' older ones. Modules go by kohya's names in all of
-them, since kohya's underscores cannot be turned back into dots without the network, and the reverse always can.
+them, since kohya's underscores cannot be turned back into dots without the network, and the reverse always can. Layers
+named by the UNet's original blocks, as sd-scripts does for SDXL, are renamed by diffusers' blocks on reading.
 Shapes: i in, o out, r rank, k kernel.
 """
 
@@ -21,18 +22,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from sdlora.errors import DataError
+from sdlora.errors import DataError, ExportError
 from sdlora.files import atomic_path
 from sdlora.lora.inject import LoraState, LoraWeights
-from sdlora.lora.keys import NETWORKS, PEFT_METADATA, kohya_name, kohya_tensors, network_of, to_peft
+from sdlora.lora.keys import PEFT_METADATA, first_text_encoder, kohya_name, kohya_tensors, to_peft
+from sdlora.lora.sgm import diffusers_name
+from sdlora.lora.targets import NETWORKS, network_of
+from sdlora.models.architectures import ARCHITECTURES
 
 # ComfyUI refuses headers above 1 MiB.
 MAX_HEADER_BYTES = 1 << 20
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+DTYPES_BY_NAME = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES = tuple(DTYPES_BY_NAME.values())
 Spelling = Literal["kohya", "peft"]
-FAMILIES = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2", 2048: "stable-diffusion-xl-v1-base"}
-_BASE_VERSIONS = {768: "sd_v1", 1024: "sd_v2", 2048: "sdxl_base_v1-0"}
+FAMILIES = {architecture.text_width: architecture.modelspec for architecture in ARCHITECTURES.values()}
+_BASE_VERSIONS = {architecture.text_width: architecture.base_version for architecture in ARCHITECTURES.values()}
 _ENDINGS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up",
     ".lora.down.weight": "down", ".lora.up.weight": "up",
@@ -165,7 +170,7 @@ def parse_lora(tensors: Mapping[str, Tensor], metadata: dict[str, str], *, name:
         parts[module][kind] = tensor
     settings = _peft_settings(metadata, name) if dotted else {}
     modules = {module: _weights(module, part, settings) for module, part in parts.items()}
-    first = "lora_te1_" if _has_two_text_encoders(modules) else "lora_te_"
+    first = first_text_encoder(two=_has_two_text_encoders(modules))
     state = {kohya_name(module, first_text_encoder=first) if dotted else module: w for module, w in modules.items()}
     dtypes = {tensor.dtype for part in parts.values() for kind, tensor in part.items() if kind != "alpha"}
     dtype = dtypes.pop() if len(dtypes) == 1 else torch.float32
@@ -174,6 +179,7 @@ def parse_lora(tensors: Mapping[str, Tensor], metadata: dict[str, str], *, name:
 
 def _split_kohya(key: str, file: str) -> tuple[str, str]:
     module, _, ending = key.partition(".")
+    module = diffusers_name(module)
     if ending == "dora_scale":
         raise DataError(f"{file}: {module!r} is DoRA under kohya's names, whose axis the file does not tell.")
     if ending not in _KOHYA_KINDS:
@@ -307,13 +313,14 @@ def write_file(
 
     Raises:
         DataError: The names and metadata make a header that programs refuse.
+        ExportError: A number is too large for the type.
     """
     extra = {}
     if paths is None:
-        tensors = kohya_tensors(state)
+        tensors = kohya_tensors(state, authors_blocks=family_of(state) == FAMILIES[2048])
     else:
         tensors, extra[PEFT_METADATA] = to_peft({paths[name]: weights for name, weights in state.items()})
-    tensors = {key: t if key.endswith(".alpha") else t.to(dtype) for key, t in tensors.items()}
+    tensors = in_type(tensors, dtype)
     header = _true_metadata(state, metadata, path.stem) | extra
     header["sshs_model_hash"] = tensors_sha256(tensors)
     header["modelspec.hash_sha256"] = "0x" + header["sshs_model_hash"]
@@ -323,6 +330,19 @@ def write_file(
             header_bytes = int.from_bytes(handle.read(8), "little")
         if header_bytes > MAX_HEADER_BYTES:
             raise DataError(f"{path.name} would have a header of {header_bytes} bytes, and programs read 1 MiB.")
+
+
+def in_type(tensors: dict[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """A file's tensors in a type, its alphas as they are.
+
+    Raises:
+        ExportError: A number is too large for the type.
+    """
+    found = {key: t if key.endswith(".alpha") else t.to(dtype) for key, t in tensors.items()}
+    if large := [key for key, tensor in found.items() if not bool(torch.isfinite(tensor).all())]:
+        name = str(dtype).removeprefix("torch.")
+        raise ExportError(f"The tensor {large[0]!r} holds numbers that {name} cannot; store bfloat16 or float32.")
+    return found
 
 
 def _true_metadata(state: LoraState, metadata: Mapping[str, str], title: str) -> dict[str, str]:

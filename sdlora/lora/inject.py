@@ -18,7 +18,7 @@ from sdlora import seeds
 from sdlora.errors import ConfigError
 from sdlora.lora.layers import LoraConv2d, LoraLayer, LoraLinear
 from sdlora.lora.starts import Start, starting_factors
-from sdlora.lora.targets import TEXT_ENCODER, target_of
+from sdlora.lora.targets import TEXT_ENCODER, by_prefix, network_of, target_of
 from sdlora.lora.timestep_rank import TimestepRank, rank_mask, watch_timesteps
 
 
@@ -72,25 +72,22 @@ class Adapter:
     """All adapter layers of a base; made by `inject`.
 
     Args:
-        unet: The UNet, whose calls set the ranks in use if there is a `timestep_rank`.
-        text_encoder: The text encoder, or None where no layer is in it.
+        networks: By what their paths begin with; the UNet's calls set the ranks in use if there is a `timestep_rank`.
         layers: The layers by path.
         timestep_rank: Fewer ranks of the UNet's layers at high noise, or None.
     """
 
     def __init__(
         self,
-        unet: nn.Module,
+        networks: Mapping[str, nn.Module],
         layers: dict[str, LoraLayer],
-        text_encoder: nn.Module | None = None,
         timestep_rank: TimestepRank | None = None,
     ) -> None:
-        self._unet = unet
-        self._text_encoder = text_encoder
+        self._networks = networks
         self.layers = layers
         self._watch: RemovableHandle | None = None
         if timestep_rank is not None:
-            self._watch = watch_timesteps(unet, lambda timesteps: self._mask_ranks(timesteps, timestep_rank))
+            self._watch = watch_timesteps(networks[""], lambda timesteps: self._mask_ranks(timesteps, timestep_rank))
 
     def down_parameters(self) -> list[nn.Parameter]:
         """Every A, in the networks' order."""
@@ -113,8 +110,8 @@ class Adapter:
         return sum(parameter.numel() for parameter in self.parameters())
 
     def num_base_parameters(self) -> int:
-        """How many numbers the adapted networks have themselves; the text encoder counts where it is adapted."""
-        networks = [self._unet] + [n for n in (self._text_encoder,) if n is not None and self.adapts_text]
+        """How many numbers the adapted networks have themselves; text encoders count where they are adapted."""
+        networks = [network for prefix, network in self._networks.items() if not prefix or self.adapts_text]
         return sum(p.numel() for network in networks for p in network.parameters()) - self.num_parameters()
 
     def starts(self) -> list[Tensor]:
@@ -124,7 +121,7 @@ class Adapter:
 
     @property
     def adapts_text(self) -> bool:
-        """Whether any layer is in the text encoder, so that captions have no fixed states."""
+        """Whether any layer is in a text encoder, so that captions have no fixed states."""
         return any(path.startswith(TEXT_ENCODER) for path in self.layers)
 
     def state(self) -> LoraState:
@@ -200,7 +197,7 @@ class Adapter:
         if self._watch is not None:
             self._watch.remove()
         for path, layer in self.layers.items():
-            _replace(self._unet, self._text_encoder, path, layer.base)
+            _replace(self._networks, path, layer.base)
 
     def _mask_ranks(self, timesteps: Tensor, setting: TimestepRank) -> None:
         layers = [layer for path, layer in self.layers.items() if not path.startswith(TEXT_ENCODER)]
@@ -217,7 +214,7 @@ def inject(
     seed: int,
     *,
     form: Form | None = None,
-    text_encoder: nn.Module | None = None,
+    text_encoders: Sequence[nn.Module] = (),
 ) -> Adapter:
     """Freeze a base's networks and put a fresh adapter on some of their layers.
 
@@ -228,13 +225,13 @@ def inject(
         alpha: alpha of every layer whose target has no other.
         seed: The run's seed; each start is a function of it and of the module's path.
         form: What kind of adapter; plain LoRA if None.
-        text_encoder: Changed in place where paths name its modules.
+        text_encoders: Changed in place where paths name their modules.
 
     Raises:
         ConfigError: The start needs more singular values than a layer has.
     """
     form = form or Form()
-    _freeze(unet, text_encoder)
+    networks = _frozen(unet, text_encoders)
     layers: dict[str, LoraLayer] = {}
     for path in paths:
         target = target_of(path) or ""
@@ -242,37 +239,37 @@ def inject(
         # Files know alpha / r alone, so that rsLoRA is an alpha larger by sqrt(r).
         numerator = numerator * math.sqrt(r) if form.rslora else numerator
         generator = seeds.generator(seed, "lora down", path)
-        layer = _wrap(_module(unet, text_encoder, path), r, numerator, generator)
+        layer = _wrap(_module(networks, path), r, numerator, generator)
         if form.start != "gaussian":
             drawn = seeds.generator(seed, "lora start", path)
             layer.start_from(*starting_factors(form.start, layer.base.weight, r, layer.scale, generator=drawn))
         if form.dora:
             layer.add_magnitude()
         layer.dropout = form.dropout
-        _replace(unet, text_encoder, path, layer)
+        _replace(networks, path, layer)
         layers[path] = layer
-    return Adapter(unet, layers, text_encoder, form.timestep_rank)
+    return Adapter(networks, layers, form.timestep_rank)
 
 
 def inject_state(
     unet: nn.Module,
     state: LoraState,
     *,
-    text_encoder: nn.Module | None = None,
+    text_encoders: Sequence[nn.Module] = (),
     timestep_rank: TimestepRank | None = None,
 ) -> Adapter:
     """Put existing weights on a base; ranks and alphas may differ from module to module."""
-    _freeze(unet, text_encoder)
+    networks = _frozen(unet, text_encoders)
     layers: dict[str, LoraLayer] = {}
     for path, weights in state.items():
-        layer = _wrap(_module(unet, text_encoder, path), weights.down.shape[0], weights.alpha)
+        layer = _wrap(_module(networks, path), weights.down.shape[0], weights.alpha)
         if weights.start is not None:
             layer.start_from(*weights.start)
         if weights.magnitude is not None:
             layer.add_magnitude()
-        _replace(unet, text_encoder, path, layer)
+        _replace(networks, path, layer)
         layers[path] = layer
-    adapter = Adapter(unet, layers, text_encoder, timestep_rank)
+    adapter = Adapter(networks, layers, timestep_rank)
     adapter.load(state)
     return adapter
 
@@ -283,10 +280,12 @@ def _shapes(state: LoraState) -> dict[str, tuple[object, ...]]:
     }  # fmt: skip
 
 
-def _freeze(unet: nn.Module, text_encoder: nn.Module | None) -> None:
-    unet.requires_grad_(False)
-    if text_encoder is not None:
-        text_encoder.requires_grad_(False)
+def _frozen(unet: nn.Module, text_encoders: Sequence[nn.Module]) -> dict[str, nn.Module]:
+    """The networks by prefix, none of their own weights trained."""
+    networks = by_prefix(unet, text_encoders)
+    for network in networks.values():
+        network.requires_grad_(False)
+    return networks
 
 
 def _wrap(module: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None) -> LoraLayer:
@@ -297,20 +296,17 @@ def _wrap(module: nn.Module, rank: int, alpha: float, generator: torch.Generator
     return LoraLinear(module, rank, alpha, generator=generator)
 
 
-def _network(unet: nn.Module, text_encoder: nn.Module | None, path: str) -> tuple[nn.Module, str]:
-    """The network that a path is in, and the module's name there."""
-    if not path.startswith(TEXT_ENCODER):
-        return unet, path
-    assert text_encoder is not None, f"{path} needs the text encoder"
-    return text_encoder, path.removeprefix(TEXT_ENCODER)
+def _module(networks: Mapping[str, nn.Module], path: str) -> nn.Module:
+    prefix = _prefix(path)
+    return networks[prefix].get_submodule(path.removeprefix(prefix))
 
 
-def _module(unet: nn.Module, text_encoder: nn.Module | None, path: str) -> nn.Module:
-    network, name = _network(unet, text_encoder, path)
-    return network.get_submodule(name)
+def _replace(networks: Mapping[str, nn.Module], path: str, module: nn.Module) -> None:
+    prefix = _prefix(path)
+    parent, _, name = path.removeprefix(prefix).rpartition(".")
+    setattr(networks[prefix].get_submodule(parent), name, module)
 
 
-def _replace(unet: nn.Module, text_encoder: nn.Module | None, path: str, module: nn.Module) -> None:
-    network, full = _network(unet, text_encoder, path)
-    parent, _, name = full.rpartition(".")
-    setattr(network.get_submodule(parent), name, module)
+def _prefix(path: str) -> str:
+    network = network_of(path)
+    return "" if network == "unet" else f"{network}."

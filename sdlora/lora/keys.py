@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from sdlora.lora.inject import LoraState, LoraWeights
-from sdlora.lora.targets import TEXT_ENCODER
+from sdlora.lora.sgm import authors_name
+from sdlora.lora.targets import NETWORKS, network_of
 
 UNET_PREFIX = "lora_unet_"
 PEFT_METADATA = "lora_adapter_metadata"
-NETWORKS = ("unet", "text_encoder", "text_encoder_2")
-_SECOND_TEXT_ENCODER = "text_encoder_2."
 _PEFT_KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight")
 
 
@@ -35,13 +34,13 @@ def file_form(state: LoraState) -> LoraState:
         Weights without a start, with one alpha per network.
     """
     plain = {path: _without_start(weights) for path, weights in state.items()}
-    common: dict[bool, float] = {}
-    for text in (False, True):
-        alphas = Counter(w.alpha for path, w in plain.items() if path.startswith(TEXT_ENCODER) == text)
-        common[text] = alphas.most_common(1)[0][0] if alphas else 0.0
+    common: dict[str, float] = {}
+    for network in NETWORKS:
+        alphas = Counter(w.alpha for path, w in plain.items() if network_of(path) == network)
+        common[network] = alphas.most_common(1)[0][0] if alphas else 0.0
     form: LoraState = {}
     for path, weights in plain.items():
-        alpha = common[path.startswith(TEXT_ENCODER)]
+        alpha = common[network_of(path)]
         same = weights.alpha == alpha
         form[path] = weights if same else replace(weights, up=weights.up * (weights.alpha / alpha), alpha=alpha)
     return form
@@ -54,6 +53,24 @@ def _without_start(weights: LoraWeights) -> LoraWeights:
     return LoraWeights(torch.cat([weights.down, down]), torch.cat([weights.up, -up], dim=1), 2 * weights.alpha)
 
 
+def rounded(state: LoraState, dtype: torch.dtype) -> LoraState:
+    """Weights as they come back from a file that stores them in a type; alphas stay as they are."""
+    if dtype == torch.float32:
+        return state
+
+    form: LoraState = {}
+    for path, weights in state.items():
+        magnitude = None if weights.magnitude is None else weights.magnitude.to(dtype).float()
+        down, up = (tensor.to(dtype).float() for tensor in (weights.down, weights.up))
+        form[path] = replace(weights, down=down, up=up, magnitude=magnitude)
+    return form
+
+
+def first_text_encoder(*, two: bool) -> str:
+    """Kohya's mark for the first text encoder of a family that has one or two."""
+    return "lora_te1_" if two else "lora_te_"
+
+
 def kohya_name(path: str, *, first_text_encoder: str = "lora_te_") -> str:
     """A module path in kohya's spelling: dots become underscores.
 
@@ -61,7 +78,7 @@ def kohya_name(path: str, *, first_text_encoder: str = "lora_te_") -> str:
         path: A module's name in the UNet, or in a text encoder with "text_encoder." or "text_encoder_2." in front.
         first_text_encoder: "lora_te1_" where the family has two text encoders.
     """
-    for prefix, mark in ((TEXT_ENCODER, first_text_encoder), (_SECOND_TEXT_ENCODER, "lora_te2_")):
+    for prefix, mark in (("text_encoder.", first_text_encoder), ("text_encoder_2.", "lora_te2_")):
         if path.startswith(prefix):
             name = path.removeprefix(prefix).removeprefix("text_model.")
             # From transformers 5 on, CLIP's modules are no longer inside one named text_model; in files they still are.
@@ -70,34 +87,40 @@ def kohya_name(path: str, *, first_text_encoder: str = "lora_te_") -> str:
     return UNET_PREFIX + path.replace(".", "_")
 
 
-def to_kohya(state: LoraState) -> dict[str, Tensor]:
+def to_kohya(state: LoraState, *, two_text_encoders: bool = False) -> dict[str, Tensor]:
     """Weights under kohya's names.
+
+    Args:
+        state: Weights by module path.
+        two_text_encoders: Whether the family is Stable Diffusion XL.
 
     Returns:
         What `kohya_tensors` gives.
     """
-    return kohya_tensors({kohya_name(path): weights for path, weights in state.items()})
+    first = first_text_encoder(two=two_text_encoders)
+    named = {kohya_name(path, first_text_encoder=first): weights for path, weights in state.items()}
+    return kohya_tensors(named, authors_blocks=two_text_encoders)
 
 
-def kohya_tensors(state: LoraState) -> dict[str, Tensor]:
+def kohya_tensors(state: LoraState, *, authors_blocks: bool = False) -> dict[str, Tensor]:
     """Weights that have kohya's names already, as the tensors of a file.
+
+    Args:
+        state: Weights by kohya module name.
+        authors_blocks: Whether the UNet's layers are named by its authors' blocks, as for Stable Diffusion XL.
 
     Returns:
         NAME.lora_down.weight (r, i) or (r, i, k, k), NAME.lora_up.weight (o, r) or (o, r, 1, 1) and NAME.alpha (a
         float32 scalar) per module.
     """
     tensors: dict[str, Tensor] = {}
-    for name, weights in state.items():
+    for known, weights in state.items():
+        name = authors_name(known) if authors_blocks else known
         assert weights.start is None and weights.magnitude is None, "kohya's names hold plain LoRA alone"
         tensors[f"{name}.lora_down.weight"] = weights.down.contiguous()
         tensors[f"{name}.lora_up.weight"] = weights.up.contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(weights.alpha, dtype=torch.float32)
     return tensors
-
-
-def network_of(path: str) -> str:
-    """Which of `NETWORKS` a module path is in."""
-    return next((name for name in NETWORKS[1:] if path.startswith(f"{name}.")), "unet")
 
 
 def to_peft(state: LoraState) -> tuple[dict[str, Tensor], str]:

@@ -1,6 +1,6 @@
 """The proof that a written file is the trained adapter: diffusers loads it, and both answer the same.
 
-Floor 2. Shapes: B batch, C latent channels, h/w latents, L tokens, D text width.
+Floor 2. Shapes: B batch, C latent channels, h/w latents, L tokens, D text width, P pooled width.
 """
 
 from __future__ import annotations
@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor
 
 from sdlora import seeds
 from sdlora.errors import ExportError
 from sdlora.lora.inject import LoraState, inject_state
-from sdlora.lora.keys import file_form
-from sdlora.lora.targets import TEXT_ENCODER
+from sdlora.lora.keys import file_form, rounded
+from sdlora.lora.targets import NETWORKS, by_prefix
 from sdlora.lora.timestep_rank import TimestepRank
 
 PROOF_TIMESTEPS = (20, 400, 950)
@@ -34,7 +35,7 @@ class Proof:
         max_effect: Greatest difference that the adapter makes to the base's answers.
         num_modules: How many modules diffusers put an adapter on.
         max_rewriting_error: Greatest difference between the adapter as trained and as written, where a frozen start or
-            different alphas had to be written as other numbers; 0 elsewhere.
+            different alphas had to be written as other numbers, or numbers were rounded; 0 elsewhere.
         rank_mask_difference: How far answers without the timestep rank's mask are from those with it, as a share of
             what the adapter changes (root mean squares); None if there is no timestep rank.
     """
@@ -48,7 +49,11 @@ class Proof:
 
 @torch.no_grad()
 def prove_lora(
-    path: Path, state: LoraState, pipeline: StableDiffusionPipeline, timestep_rank: TimestepRank | None = None
+    path: Path,
+    state: LoraState,
+    pipeline: DiffusionPipeline,
+    timestep_rank: TimestepRank | None = None,
+    dtype: torch.dtype = torch.float32,
 ) -> Proof:
     """Load a file through diffusers and compare it with the weights it was written from.
 
@@ -57,6 +62,7 @@ def prove_lora(
         state: The trained weights, by module path.
         pipeline: A freshly loaded base in float32; its networks are used up (they keep diffusers' adapter).
         timestep_rank: The ranks used at each noise level in training; what they change is measured.
+        dtype: What the file stores; rounding to it counts as rewriting.
 
     Returns:
         The figures; `max_error` is 0.
@@ -66,7 +72,7 @@ def prove_lora(
     """
     plain = _answers(pipeline)
     trained = _answers_with(pipeline, state)
-    written = _answers_with(pipeline, file_form(state))
+    written = _answers_with(pipeline, rounded(file_form(state), dtype))
     masked = None if timestep_rank is None else _answers_with(pipeline, state, timestep_rank)
     try:
         with _quiet():
@@ -91,29 +97,48 @@ def prove_lora(
     return proof
 
 
-def _answers(pipeline: StableDiffusionPipeline) -> tuple[Tensor, Tensor]:
-    """Answers to fixed inputs: the UNet's at three noise levels, (3, C, h, w), and the text encoder's, (2, L, D)."""
-    unet, text_encoder = pipeline.unet, pipeline.text_encoder
+def _answers(pipeline: DiffusionPipeline) -> list[Tensor]:
+    """Answers to fixed inputs: the UNet's at three noise levels, (3, C, h, w), then each text encoder's, (2, L, D)."""
+    unet = pipeline.unet
     size = min(16, unet.config.sample_size)
     batch = len(PROOF_TIMESTEPS)
     latents = seeds.normal((batch, unet.config.in_channels, size, size), 0, "proof latents")
     text = seeds.normal((batch, 77, unet.config.cross_attention_dim), 0, "proof text")
-    answer: Tensor = unet(latents, torch.tensor(PROOF_TIMESTEPS), text, return_dict=False)[0]
-    length = text_encoder.config.max_position_embeddings
-    tokens = torch.arange(2 * length).reshape(2, length) % text_encoder.config.vocab_size
-    return answer, text_encoder(tokens).last_hidden_state
+    more = _added_conditions(unet, batch)
+    answers: list[Tensor] = [unet(latents, torch.tensor(PROOF_TIMESTEPS), text, return_dict=False, **more)[0]]
+    for encoder in _text_encoders(pipeline):
+        length = encoder.config.max_position_embeddings
+        tokens = torch.arange(2 * length).reshape(2, length) % encoder.config.vocab_size
+        answers.append(encoder(tokens).last_hidden_state)
+    return answers
+
+
+def _added_conditions(unet: UNet2DConditionModel, batch: int) -> dict[str, Any]:
+    """What Stable Diffusion XL's UNet takes as well: a pooled text (B, P) and sizes (B, 6)."""
+    if unet.config.addition_embed_type != "text_time":
+        return {}
+    sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]).repeat(batch, 1)
+    width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    pooled = seeds.normal((batch, width), 0, "proof pooled text")
+    return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
+
+
+def _text_encoders(pipeline: DiffusionPipeline) -> list[Any]:
+    encoders = [getattr(pipeline, name, None) for name in NETWORKS[1:]]
+    return [encoder for encoder in encoders if encoder is not None]
 
 
 def _answers_with(
-    pipeline: StableDiffusionPipeline, state: LoraState, timestep_rank: TimestepRank | None = None
-) -> tuple[Tensor, Tensor]:
-    adapter = inject_state(pipeline.unet, state, text_encoder=pipeline.text_encoder, timestep_rank=timestep_rank)
+    pipeline: DiffusionPipeline, state: LoraState, timestep_rank: TimestepRank | None = None
+) -> list[Tensor]:
+    text_encoders = _text_encoders(pipeline)
+    adapter = inject_state(pipeline.unet, state, text_encoders=text_encoders, timestep_rank=timestep_rank)
     answers = _answers(pipeline)
     adapter.remove()
     return answers
 
 
-def _distance(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> float:
+def _distance(one: list[Tensor], other: list[Tensor]) -> float:
     """The greatest difference between answers; infinite where any is not finite, so that it cannot pass for none."""
     found = max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
     return found if found == found else float("inf")
@@ -124,23 +149,23 @@ def _share(unmasked: Tensor, masked: Tensor, plain: Tensor) -> float:
     return float((unmasked - masked).square().mean().sqrt()) / changed if changed > 0 else 0.0
 
 
-def _adapted(pipeline: StableDiffusionPipeline) -> set[str]:
+def _adapted(pipeline: DiffusionPipeline) -> set[str]:
     """The paths of the modules that diffusers put an adapter on."""
     return {
         prefix + name.removesuffix(".lora_A")
-        for prefix, network in (("", pipeline.unet), (TEXT_ENCODER, pipeline.text_encoder))
+        for prefix, network in by_prefix(pipeline.unet, _text_encoders(pipeline)).items()
         for name, _ in network.named_modules()
         if name.endswith(".lora_A")
     }
 
 
-def _align(pipeline: StableDiffusionPipeline) -> None:
+def _align(pipeline: DiffusionPipeline) -> None:
     """Move the loaded weights out of the file's memory map.
 
     There they stand at any address, and products with unaligned numbers are summed in another order: the same
     weights would give answers that differ in the last bit.
     """
-    for network in (pipeline.unet, pipeline.text_encoder):
+    for network in (pipeline.unet, *_text_encoders(pipeline)):
         for name, parameter in network.named_parameters():
             if ".lora_" in name:
                 parameter.data = parameter.data.clone()

@@ -1,6 +1,6 @@
 """Which modules of a base an adapter may sit on, by the names that users know.
 
-Floor 2. A path is a module's name in the UNet, or in the text encoder with `TEXT_ENCODER` in front.
+Floor 2. A path is a module's name in the UNet, or in a text encoder with "text_encoder." or "text_encoder_2." in front.
 """
 
 from __future__ import annotations
@@ -12,7 +12,8 @@ from torch import nn
 
 from sdlora.errors import ConfigError
 
-TEXT_ENCODER = "text_encoder."
+NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+TEXT_ENCODER = "text_encoder"  # what the paths of all text encoders begin with, and none of a UNet
 _ATTENTION = r"(to_q|to_k|to_v|to_out\.0)"
 TARGETS: dict[str, re.Pattern[str]] = {
     "cross_attention": re.compile(rf".*\.attn2\.{_ATTENTION}"),
@@ -20,7 +21,7 @@ TARGETS: dict[str, re.Pattern[str]] = {
     "mlp": re.compile(r".*\.ff\.net\.(0\.proj|2)"),
     "projection": re.compile(r".*\.attentions\.\d+\.(proj_in|proj_out)"),
     "conv": re.compile(r".*\.(resnets\.\d+\.(conv1|conv2|conv_shortcut)|(down|up)samplers\.\d+\.conv)"),
-    "text_encoder": re.compile(rf"{re.escape(TEXT_ENCODER)}.*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"),
+    "text_encoder": re.compile(rf"{TEXT_ENCODER}.*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"),
 }
 
 
@@ -29,29 +30,38 @@ def target_of(path: str) -> str | None:
     return next((name for name, pattern in TARGETS.items() if pattern.fullmatch(path)), None)
 
 
-def adaptable(unet: nn.Module, text_encoder: nn.Module | None = None) -> list[str]:
+def network_of(path: str) -> str:
+    """Which of `NETWORKS` a module path is in."""
+    return next((name for name in NETWORKS[1:] if path.startswith(f"{name}.")), "unet")
+
+
+def by_prefix(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> dict[str, nn.Module]:
+    """Networks by what their modules' paths begin with, nothing for the UNet."""
+    return {"": unet} | {f"{name}.": encoder for name, encoder in zip(NETWORKS[1:], text_encoders, strict=False)}
+
+
+def adaptable(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> list[str]:
     """The paths of all linear and convolution layers, in the networks' order."""
-    networks = [("", unet)] + ([] if text_encoder is None else [(TEXT_ENCODER, text_encoder)])
     return [
         prefix + path
-        for prefix, network in networks
+        for prefix, network in by_prefix(unet, text_encoders).items()
         for path, module in network.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d)
     ]
 
 
-def find_targets(unet: nn.Module, names: Sequence[str], text_encoder: nn.Module | None = None) -> list[str]:
+def find_targets(unet: nn.Module, names: Sequence[str], text_encoders: Sequence[nn.Module] = ()) -> list[str]:
     """The paths of the layers that the named targets stand for, in the networks' order.
 
     Args:
         unet: The network.
         names: Names in `TARGETS`.
-        text_encoder: Where the target "text_encoder" is looked for.
+        text_encoders: Where the target "text_encoder" is looked for.
 
     Raises:
         ConfigError: A name matches no layer of this base.
     """
-    layers = adaptable(unet, text_encoder)
+    layers = adaptable(unet, text_encoders)
     found = {name: [path for path in layers if TARGETS[name].fullmatch(path)] for name in names}
     empty = [name for name, paths in found.items() if not paths]
     if empty:

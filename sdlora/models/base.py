@@ -8,16 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from diffusers import DiffusionPipeline, UNet2DConditionModel
 from torch import Tensor, nn
 
+from sdlora.data.dataset import Example
 from sdlora.diffusion.noise import PredictionType
 
 TextStates = dict[str, Tensor]
-"""What the UNet is told of captions: named tensors, the batch first."""
+"""What the UNet is told of captions and pictures: named tensors, the batch first."""
 
 
 class BaseModel(Protocol):
@@ -27,7 +28,8 @@ class BaseModel(Protocol):
         architecture: ModelSpec's name of the family, such as "stable-diffusion-v1".
         path: Where it was loaded from, as the user gave it.
         unet: The network that adapters are injected into, in the compute dtype.
-        text_encoder: The network that captions go through, in float32; adapters may be injected into it too.
+        revision: The commit that a hub id was resolved to, or None.
+        text_encoders: The networks that captions go through, in float32; adapters may be injected into them too.
         device: Where the networks are.
         prediction_type: "epsilon" or "v_prediction".
         alphas_cumprod: The schedule, (1000,) float32 on `device`.
@@ -40,8 +42,9 @@ class BaseModel(Protocol):
 
     architecture: str
     path: str
+    revision: str | None
     unet: UNet2DConditionModel
-    text_encoder: nn.Module
+    text_encoders: tuple[nn.Module, ...]
     device: torch.device
     prediction_type: PredictionType
     alphas_cumprod: Tensor
@@ -61,6 +64,14 @@ class BaseModel(Protocol):
 
     def encode_captions(self, captions: Sequence[str]) -> TextStates:
         """Captions to what `predict` takes, the batch first; gradients reach a text encoder's adapter."""
+        ...
+
+    def picture_states(self, examples: Sequence[Example]) -> TextStates:
+        """What `predict` takes beside the captions' states: a function of each picture's size and crop alone."""
+        ...
+
+    def preview_prompts(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
+        """What the pipeline takes in the place of prompts, encoded as captions are."""
         ...
 
     def num_tokens(self, caption: str) -> int:

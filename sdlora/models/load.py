@@ -1,4 +1,4 @@
-"""From what the user calls a base ("pocket", a folder, a hub id) to a loaded model.
+"""From what the user calls a base ("pocket", a folder, a file, a hub id) to a loaded model.
 
 Floor 3. Only safetensors are read: a pickled checkpoint can run code.
 """
@@ -7,94 +7,174 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import nn
 
+from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
 from sdlora.models.base import BaseModel
+from sdlora.models.headers import read_header
+from sdlora.models.latent import Source
 from sdlora.models.sd import StableDiffusion
+from sdlora.models.sd2 import StableDiffusion2
+from sdlora.models.sdxl import StableDiffusionXL
+from sdlora.models.singlefile import load_single_file
+from sdlora.models.text import TextOptions
 from sdlora.shipped import pocket_folder
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_PIPELINES = {
+    "StableDiffusionPipeline": StableDiffusionPipeline,
+    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
+}
+_PLAIN = "Train on the plain model it was made from; the LoRA works on both."
+_REFUSED = {
+    "Inpaint": f"an inpainting model. {_PLAIN}",
+    "Depth2Img": f"a depth model. {_PLAIN}",
+    "InstructPix2Pix": f"a model that edits pictures. {_PLAIN}",
+    "StableDiffusionXLImg2Img": "the refiner of Stable Diffusion XL, which only finishes pictures. Train on the base.",
+}
+_OTHER = "which is none of Stable Diffusion 1.x, 2.x and XL. sdlora trains these three."
 
 
-def load_base(
-    path: str, *, device: torch.device, dtype: torch.dtype, revision: str | None = None, variant: str | None = None
-) -> BaseModel:
+@dataclass(frozen=True)
+class LoadOptions:
+    """What is chosen of a base.
+
+    Attributes:
+        revision: A branch, tag or commit on the hub.
+        variant: The files' variant, such as "fp16".
+        prediction_type: What it predicts, against what its files say or leave open.
+        text: How captions are read.
+    """
+
+    revision: str | None = None
+    variant: str | None = None
+    prediction_type: PredictionType | None = None
+    text: TextOptions = field(default_factory=TextOptions)
+
+
+def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: LoadOptions | None = None) -> BaseModel:
     """Load a base model.
 
     Args:
-        path: "pocket", a folder in diffusers' layout, or a hub id such as "owner/name".
+        path: "pocket", a folder in diffusers' layout, a checkpoint in one .safetensors file, or a hub id such as
+            "owner/name".
         device: Where to compute.
         dtype: The frozen UNet's type.
-        revision: A branch, tag or commit on the hub.
-        variant: The files' variant, such as "fp16".
+        options: What else is chosen.
 
     Raises:
-        BaseModelError: Nothing is there, it cannot be read, or it is not a Stable Diffusion 1.x text-to-image model.
+        BaseModelError: Nothing is there, it cannot be read, or it is no text-to-image model of a known family.
+        ConfigError: What is chosen does not fit the family.
     """
-    source = _locate(path)
+    options = options or LoadOptions()
+    load, revision = _loader(path, options)
 
-    def reload() -> StableDiffusionPipeline:
-        return _load_pipeline(path, source, revision, variant)
+    def reload() -> DiffusionPipeline:
+        pipeline = load()
+        if options.prediction_type is not None:
+            pipeline.scheduler.register_to_config(prediction_type=options.prediction_type)
+        pipeline.set_progress_bar_config(disable=True)
+        return pipeline
 
-    return StableDiffusion(reload(), path=path, device=device, dtype=dtype, reload=reload)
+    source = Source(reload(), path, revision, reload)
+    return _family(source)(source, device=device, dtype=dtype, text=options.text)
 
 
-def _locate(path: str) -> str:
-    """The folder or hub id to load from."""
+def _family(source: Source) -> type[StableDiffusion] | type[StableDiffusionXL]:
+    """The family by the UNet's own layers: nothing else tells 1.x from 2.x whatever their sizes."""
+    unet = source.pipeline.unet
+    if unet.config.addition_embed_type == "text_time":
+        return StableDiffusionXL
+    projections = (module for name, module in unet.named_modules() if name.endswith(".proj_in"))
+    linear = isinstance(next(projections, None), nn.Linear)
+    return StableDiffusion2 if linear else StableDiffusion
+
+
+def _loader(path: str, options: LoadOptions) -> tuple[Callable[[], DiffusionPipeline], str | None]:
+    """What loads a base, and the commit that a hub id was resolved to."""
     if path == "pocket":
-        return str(pocket_folder())
-    folder = Path(path).expanduser()
-    if folder.is_dir():
-        _check_folder(path, folder)
-        return str(folder)
-    if folder.is_file():
-        raise BaseModelError(
-            f"The base {path!r} is a single file. Give a folder in diffusers' layout (it holds model_index.json), "
-            "which diffusers' StableDiffusionPipeline.from_single_file(...).save_pretrained(...) makes of one."
-        )
+        return lambda: _load_folder(path, pocket_folder(), None), None
+    place = Path(path).expanduser()
+    if place.is_dir():
+        return lambda: _load_folder(path, place, options.variant), None
+    if place.is_file():
+        return lambda: load_single_file(path, place, options.prediction_type), None
     if _HUB_ID.fullmatch(path):
-        return path
+        snapshot = _download(path, options)
+        # In the hub's cache a snapshot's folder is named by its commit.
+        return lambda: _load_folder(path, snapshot, options.variant), snapshot.name
     raise BaseModelError(
-        f"There is no base {path!r}. base.path takes 'pocket' (built in), a folder that holds model_index.json, "
-        "or a hub id such as 'owner/name'."
+        f"There is no base {path!r}. base.path takes 'pocket' (built in), a folder that holds model_index.json, a "
+        ".safetensors checkpoint, or a hub id such as 'owner/name'."
     )
 
 
-def _check_folder(path: str, folder: Path) -> None:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        raise BaseModelError(f"The folder {path!r} holds no model_index.json, so it is no diffusers model.")
+def _download(path: str, options: LoadOptions) -> Path:
+    """The folder of a hub id's files in the hub's cache, fetched if they are not there."""
     try:
-        kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    except (ValueError, AttributeError) as error:
-        raise BaseModelError(f"{index} is not readable as JSON: {error}.") from error
-    if kind != "StableDiffusionPipeline":
-        raise BaseModelError(f"{path!r} is a {kind}. sdlora trains StableDiffusionPipeline models (SD 1.x).")
+        folder = DiffusionPipeline.download(
+            path, revision=options.revision, variant=options.variant, use_safetensors=True, safety_checker=None
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise _not_loaded(path, error) from error
+    return Path(folder)
 
 
-def _load_pipeline(path: str, source: str, revision: str | None, variant: str | None) -> StableDiffusionPipeline:
+def _load_folder(path: str, folder: Path, variant: str | None) -> DiffusionPipeline:
+    kind = _check_folder(path, folder)
+    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
-        pipeline = StableDiffusionPipeline.from_pretrained(
-            source,
-            revision=revision,
+        pipeline: DiffusionPipeline = _PIPELINES[kind].from_pretrained(
+            folder,
             variant=variant,
             torch_dtype=torch.float32,
             use_safetensors=True,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
+            **(absent if kind == "StableDiffusionPipeline" else {"add_watermarker": False}),
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise BaseModelError(
-            f"The base {path!r} could not be loaded: {first_line} "
-            "Check the spelling, the network if it is a hub id, and that its weights are .safetensors files."
-        ) from error
-    if not isinstance(pipeline, StableDiffusionPipeline):
-        raise BaseModelError(f"{path!r} is a {type(pipeline).__name__}. sdlora trains StableDiffusionPipeline models.")
-    pipeline.set_progress_bar_config(disable=True)
+        raise _not_loaded(path, error) from error
     return pipeline
+
+
+def _not_loaded(path: str, error: Exception) -> BaseModelError:
+    reason = str(error).strip().splitlines() or [type(error).__name__]
+    return BaseModelError(
+        f"The base {path!r} could not be loaded: {reason[0]} Check the spelling, the network if it is a hub id, and "
+        "that its weights are .safetensors files (base.variant = 'fp16' if their names say so)."
+    )
+
+
+def _check_folder(path: str, folder: Path) -> str:
+    """The kind of pipeline that a folder holds, if it is one that is trained and whole."""
+    index = folder / "model_index.json"
+    if not index.is_file():
+        lora = any(read_header(file).has("unet.", "lora_") for file in sorted(folder.glob("*lora*.safetensors")))
+        what = (
+            "it is a LoRA, and base.path takes the model it was trained on" if lora else "so it is no diffusers model"
+        )
+        raise BaseModelError(f"The folder {path!r} holds no model_index.json; {what}.")
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+        kind = str(entries.get("_class_name"))
+    except (ValueError, AttributeError) as error:
+        raise BaseModelError(f"{index} is not readable as JSON: {error}.") from error
+    refused = next((sentence for mark, sentence in _REFUSED.items() if mark in kind), None)
+    if refused is not None:
+        raise BaseModelError(f"{path!r} is {refused}")
+    if kind not in _PIPELINES:
+        raise BaseModelError(f"{path!r} is a {kind}, {_OTHER}")
+    encoders = ["text_encoder", *(["text_encoder_2"] if kind == "StableDiffusionXLPipeline" else [])]
+    for part in encoders:
+        if not (folder / part).is_dir() or None in (entries.get(part) or [None]):
+            raise BaseModelError(f"The base {path!r} lacks its {part}, without which no caption can be read.")
+    for part in ("unet", "vae", *encoders):
+        for file in sorted((folder / part).glob("*.safetensors")):
+            read_header(file)
+    return kind

@@ -36,6 +36,25 @@ class Line:
     width: float = 2.0
 
 
+@dataclass(frozen=True)
+class Point:
+    """One point of a scatter chart.
+
+    Attributes:
+        label: Written beside it.
+        x: Where it stands.
+        y: How high.
+        color: Of the dot and its label.
+        joined: Whether the line through the best points goes through it.
+    """
+
+    label: str
+    x: float
+    y: float
+    color: str
+    joined: bool = False
+
+
 def line_chart(lines: Sequence[Line], x: Sequence[int], *, x_name: str, y_name: str, log: bool = False) -> str:
     """Lines over whole numbers such as steps or epochs.
 
@@ -109,6 +128,60 @@ def bar_chart(counts: Sequence[int], marks: Sequence[int], *, x_name: str, y_nam
         parts.append(_text(x, HEIGHT - _BOTTOM + 16, str(mark), anchor="middle"))
     parts.append(_text((_LEFT + right) / 2, HEIGHT - 5, x_name, anchor="middle"))
     return _svg(parts, f"{y_name} by {x_name}")
+
+
+def scatter_chart(points: Sequence[Point], *, x_name: str, y_name: str) -> str:
+    """Points with their labels, and a line through those that are joined, from left to right.
+
+    Args:
+        points: At least one.
+        x_name: Written below the x axis.
+        y_name: Written above the y axis.
+    """
+    left, right = _around([point.x for point in points])
+    low, high = _around([point.y for point in points])
+
+    def at_x(value: float) -> float:
+        return _LEFT + (value - left) / (right - left) * (WIDTH - _LEFT - 24)
+
+    def at_y(value: float) -> float:
+        return HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
+
+    parts = [_y_axis(ticks(low, high), at_y, y_name, WIDTH - 24)]
+    marks = ticks(left, right)
+    parts += [_text(at_x(m), HEIGHT - _BOTTOM + 16, f"{m:g}", anchor="middle") for m in marks[:: 1 + len(marks) // 6]]
+    parts.append(_text((_LEFT + WIDTH - 24) / 2, HEIGHT - 5, x_name, anchor="middle"))
+    line = [(at_x(p.x), at_y(p.y)) for p in sorted(points, key=lambda p: (p.x, -p.y)) if p.joined]
+    if len(line) > 1:
+        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
+        parts.append(f"<polyline points='{joined}' fill='none' stroke='#767676' stroke-dasharray='4 3'/>")
+    for point in points:
+        x, y = at_x(point.x), at_y(point.y)
+        fill = point.color if point.joined else "#fff"
+        parts.append(
+            f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4.5' fill='{fill}' stroke='{point.color}' stroke-width='2'/>"
+        )
+    places = _beside([(at_x(point.x), at_y(point.y)) for point in points])
+    for point, (x, y) in zip(points, places, strict=True):
+        parts.append(_text(x, y, point.label, anchor="middle", color=point.color))
+    return _svg(parts, f"{y_name} by {x_name}")
+
+
+def _beside(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Where labels stand: at the first corner of their point that no label has taken."""
+    taken: list[tuple[float, float]] = []
+    for x, y in points:
+        corners = [(x + 11, y - 6), (x - 11, y - 6), (x + 11, y + 14), (x - 11, y + 14)]
+        free = [c for c in corners if all(abs(c[0] - t[0]) > 14 or abs(c[1] - t[1]) > _LABEL_GAP for t in taken)]
+        taken.append((free or corners)[0])
+    return taken
+
+
+def _around(values: Sequence[float]) -> tuple[float, float]:
+    """Limits with some room beyond the lowest and the highest value."""
+    low, high = min(values), max(values)
+    room = 0.12 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - room, high + room
 
 
 def ticks(low: float, high: float) -> list[float]:

@@ -71,7 +71,7 @@ class Checker:
 
     def prepare(self, background: str) -> Iterator[Progress]:
         """Make, or fetch, what every epoch is compared with: the null, and what the base does without the adapter."""
-        yield from self._subject.data.fill(1, background)
+        yield from self._subject.data.fill(background)
         yield from self._nulls.make()
         with self._subject.adapter.disabled():
             self._retrieved_off = self._retrieve()

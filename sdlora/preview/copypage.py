@@ -42,10 +42,19 @@ def in_one_of(chance: float) -> str:
     return "in most pictures" if chance > 2 / 3 else f"in 1 of {round(1 / max(chance, 1e-9)):,} pictures"
 
 
+VERDICT_COLORS = {"clean": "#1b6e3c", "watch": "#7a4b00", "copying": "#a3122b"}
+"""The page's own colours of the verdicts, for charts."""
+
+
+def word_chip(verdict: str) -> str:
+    """A verdict in a word with its mark."""
+    mark, word, _ = _WORDS[verdict]
+    return f"<span class='chip {verdict}'>{mark} {word}</span>"
+
+
 def verdict_chip(check: EpochCheck) -> str:
-    """The verdict in a word with its mark."""
-    mark, word, _ = _WORDS[check.verdict]
-    return f"<span class='chip {check.verdict}'>{mark} {word}</span>"
+    """The verdict of a check in a word with its mark."""
+    return word_chip(check.verdict)
 
 
 def verdict_banner(checks: Checks, kept: int | None) -> str:

@@ -58,7 +58,7 @@ def bent(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image], exclud
     column = best.topk(number, dim=1).indices.flatten()
     row = torch.arange(len(seen)).repeat_interleave(number)
     row, column = (index[best[row, column] > -torch.inf] for index in (row, column))
-    for some in torch.arange(len(row)).split(_CHUNK):
+    for some in torch.split(torch.arange(len(row)), _CHUNK):
         r, c = row[some], column[some]
         found[r, c] = _correlation(both[r, mirrored[r, c]], known[c])
     return found
@@ -114,7 +114,9 @@ def _correlation(moving: Tensor, still: Tensor) -> Tensor:
     first, second = (
         ((x - ((x * inside).sum(dim=(1, 2)) / num)[:, None, None]) * inside).flatten(1) for x in (first, second)
     )
-    return (first * second).sum(dim=1) / (first.norm(dim=1) * second.norm(dim=1)).clamp(min=_FLAT)
+    lengths = first.norm(dim=1) * second.norm(dim=1)
+    correlation: Tensor = (first * second).sum(dim=1) / lengths.clamp(min=_FLAT)
+    return correlation
 
 
 def _waves() -> tuple[Tensor, Tensor]:
@@ -148,7 +150,8 @@ def _standard(pictures: Tensor, inside: Tensor) -> Tensor:
     num = inside.sum(dim=(1, 2)).clamp(min=1)
     centred = pictures - ((pictures * inside).sum(dim=(1, 2)) / num)[:, None, None]
     deviation = ((centred.square() * inside).sum(dim=(1, 2)) / num).sqrt().clamp(min=1e-3)
-    return centred / deviation[:, None, None]
+    standard: Tensor = centred / deviation[:, None, None]
+    return standard
 
 
 def _layout(pictures: Tensor) -> Tensor:
@@ -156,7 +159,8 @@ def _layout(pictures: Tensor) -> Tensor:
     vectors = _blur(pictures.reshape(-1, SIZE_PX, SIZE_PX), LAYOUT_PX).flatten(1)
     vectors = vectors - vectors.mean(dim=1, keepdim=True)
     vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=_FLAT)
-    return vectors.view(*pictures.shape[:-2], -1)
+    shaped: Tensor = vectors.view(*pictures.shape[:-2], -1)
+    return shaped
 
 
 def _blur(pictures: Tensor, sigma: float) -> Tensor:

@@ -121,8 +121,7 @@ def _draw(
     # The watch's context is the inner one, so that it sees answers in float32.
     with base.pipeline() as pipeline, watch.batch(len(group)) if watch else nullcontext(), torch.no_grad():
         result = pipeline(
-            prompt=[prompt for prompt, _ in group],
-            negative_prompt=[request.negative_prompt] * len(group),
+            **base.preview_prompts([prompt for prompt, _ in group], [request.negative_prompt] * len(group)),
             num_inference_steps=request.num_steps,
             guidance_scale=request.guidance,
             generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in group],

@@ -18,20 +18,21 @@ from torch import Tensor, nn
 
 from sdlora import seeds
 from sdlora.config import RunConfig
-from sdlora.data.order import Visit, epoch_batches
-from sdlora.diffusion.coverage import cover
+from sdlora.data.order import Visit
 from sdlora.diffusion.losses import huber_per_example, loss_weight, mse_per_example
-from sdlora.diffusion.timesteps import Density
 from sdlora.events import CheckpointDue, EpochDone, Event, Notice, StepDone
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel
+from sdlora.processes import ALONE, Processes
 from sdlora.training.averages import MovingAverage, evaluation_weights
 from sdlora.training.bands import NUM_BANDS, band_of
 from sdlora.training.data import TrainingData
 from sdlora.training.finite import Watch, check_finite
+from sdlora.training.lean import LeanStep
 from sdlora.training.objective import Batch, diffusion_loss, diffusion_loss_preserving
 from sdlora.training.optimizers import adapter_groups, make_optimizer, set_rates
 from sdlora.training.rates import learning_rate
+from sdlora.training.visits import Plan, Step, plan_preserved, plan_training
 
 
 @dataclass
@@ -86,11 +87,13 @@ class Trainer:
     """Trains an adapter on a dataset.
 
     Args:
-        config: The whole run's configuration; `train`, `timesteps`, `loss`, `data.repeats` and `seed` are read.
+        config: The whole run's configuration; `train`, `timesteps`, `loss` and `seed` are read.
         base: The frozen model; the adapter is injected into its UNet.
         adapter: What is trained.
         data: The pictures, their cache filled for every planned visit.
-        accelerator: Accelerate's object; it decides device, loss scaling and gradient synchronisation.
+        accelerator: Accelerate's object; it decides device and loss scaling.
+        preserved: Pictures of what the base is to keep, trained beside the set; None for none.
+        processes: Those that share every batch.
 
     Raises:
         ConfigError: The optimizer's package, or the GPU it needs, is missing.
@@ -98,26 +101,41 @@ class Trainer:
     """
 
     def __init__(
-        self, config: RunConfig, base: BaseModel, adapter: Adapter, data: TrainingData, accelerator: Accelerator
+        self,
+        config: RunConfig,
+        base: BaseModel,
+        adapter: Adapter,
+        data: TrainingData,
+        accelerator: Accelerator,
+        preserved: TrainingData | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.config = config
+        self.processes = processes
         self.base = base
         self.adapter = adapter
         self.data = data
+        self.preserved = preserved
         self.accelerator = accelerator
         self.position = Position()
         loss = config.loss
         self._error = mse_per_example if loss.kind == "mse" else partial(huber_per_example, delta=loss.huber_delta)
-        self.parameters = list(adapter.parameters())
         train = config.train
-        groups = adapter_groups(adapter, train.plus_ratio, self._text_encoder_factor())
+        self.lean = LeanStep(
+            base.unet,
+            adapter,
+            adapter_groups(adapter, train.plus_ratio, self._text_encoder_factor()),
+            optimizer=train.optimizer,
+            gradient_checkpointing=train.gradient_checkpointing,
+        )
+        self.parameters = self.lean.parameters()
         self.optimizer = accelerator.prepare(
-            make_optimizer(train.optimizer, groups, rate=train.learning_rate, weight_decay=train.weight_decay)
+            make_optimizer(train.optimizer, self.lean.groups, rate=train.learning_rate, weight_decay=train.weight_decay)
         )
         self.average = MovingAverage(self.parameters, train.ema_decay) if train.ema_decay > 0 else None
-        buckets = [example.bucket for example in data.dataset.examples]
-        self._epochs = [self._groups(buckets, epoch) for epoch in range(1, train.epochs + 1)]
-        self._timesteps = self._planned_timesteps()
+        self.plan = plan_training(config, data.dataset)
+        self.preserved_plan = Plan() if preserved is None else plan_preserved(config, preserved.dataset, self.plan)
+        self._preserved_steps = [step for steps in self.preserved_plan.epochs for step in steps]
         self._watch = Watch()
 
     def _text_encoder_factor(self) -> float:
@@ -125,37 +143,10 @@ class Trainer:
         train = self.config.train
         return (train.text_encoder_learning_rate or train.learning_rate) / train.learning_rate
 
-    def _groups(self, buckets: Sequence[tuple[int, int]], epoch: int) -> list[list[tuple[Visit, ...]]]:
-        """An epoch's optimizer steps, each a list of batches whose gradients are summed."""
-        train = self.config.train
-        batches = epoch_batches(buckets, self.config.data.repeats, train.batch_size, epoch, self.config.seed)
-        size = train.gradient_accumulation_steps
-        return [batches[first : first + size] for first in range(0, len(batches), size)]
-
-    def _planned_timesteps(self) -> dict[Visit, int]:
-        """The timestep of every visit of the whole run."""
-        options = self.config.timesteps
-        density = Density(
-            options.density,
-            mean=options.mean,
-            std=options.std,
-            minimum=options.min,
-            maximum=options.max,
-            high_noise_keep=options.high_noise_keep,
-        )
-        steps = [[visit for batch in group for visit in batch] for groups in self._epochs for group in groups]
-        named = [[(self.data.name(visit.example), visit.visit) for visit in step] for step in steps]
-        draws = cover(options.coverage, named, self.config.seed)
-        return {
-            visit: density.timestep(draw)
-            for step, drawn in zip(steps, draws, strict=True)
-            for visit, draw in zip(step, drawn, strict=True)
-        }
-
     @property
     def total_steps(self) -> int:
         """Optimizer steps in the whole run."""
-        return sum(len(groups) for groups in self._epochs)
+        return sum(len(steps) for steps in self.plan.epochs)
 
     def averaged(self) -> AbstractContextManager[None]:
         """The weights that are judged and exported, for the length of a block between two steps."""
@@ -172,7 +163,7 @@ class Trainer:
             the state between two steps may be saved; `EpochDone` (its held-out loss left to the run).
         """
         first_step = 1
-        for epoch, groups in enumerate(self._epochs, start=1):
+        for epoch, groups in enumerate(self.plan.epochs, start=1):
             remaining = groups[max(0, self.position.step - first_step + 1) :]
             first_step += len(groups)
             if remaining or self.position.step == first_step - 1:
@@ -182,9 +173,7 @@ class Trainer:
                     return
                 yield self._epoch_done(epoch, time.monotonic() - start)
 
-    def _epoch(
-        self, epoch: int, groups: Sequence[list[tuple[Visit, ...]]], should_stop: Callable[[], bool]
-    ) -> Iterator[Event]:
+    def _epoch(self, epoch: int, groups: Sequence[Step], should_stop: Callable[[], bool]) -> Iterator[Event]:
         train = self.config.train
         pending = _Pending()
         for index, group in enumerate(groups, start=1):
@@ -195,9 +184,13 @@ class Trainer:
                     f"The {self.base.device.type} device ran out of memory: batches are computed in parts of "
                     f"{self.position.part_size} from step {self.position.step} on, to the same result."
                 )
-            stopping, every = should_stop(), train.checkpoint_every_steps
-            due = stopping or index == len(groups) or (every > 0 and self.position.step % every == 0)
-            if due or len(pending.steps) >= train.log_every_steps:
+            every = train.checkpoint_every_steps
+            due = index == len(groups) or (every > 0 and self.position.step % every == 0)
+            reading = due or len(pending.steps) >= train.log_every_steps
+            # All processes stop after the same step; asking the others costs a wait, as reading losses does.
+            stopping = (reading or self.processes.alone) and self.processes.any(should_stop())
+            due = due or stopping
+            if due or reading:
                 yield from self._read_back(pending)
                 if due:
                     self._check_state()
@@ -206,7 +199,7 @@ class Trainer:
             if stopping:
                 return
 
-    def _step(self, epoch: int, group: Sequence[tuple[Visit, ...]], pending: _Pending) -> None:
+    def _step(self, epoch: int, group: Step, pending: _Pending) -> None:
         """One optimizer step over a group of batches, each example weighing the same."""
         train = self.config.train
         step = self.position.step + 1
@@ -218,8 +211,9 @@ class Trainer:
             warmup_steps=train.warmup_steps,
         )
         set_rates(self.optimizer, rate)
-        while (losses := self._gradients(group)) is None:
+        while (losses := self._gradients(group, step)) is None:
             self._halve_parts()
+        self.processes.sum_gradients(self.parameters)
         self.accelerator.unscale_gradients(self.optimizer)
         norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self._watch.see(step, rate, losses, norm if self.accelerator.scaler is None else None)
@@ -231,26 +225,24 @@ class Trainer:
             self.average.update(step)
         self.position.step = step
         visits = [visit for batch in group for visit in batch]
-        pending.steps.append((epoch, step, rate, visits, [self._timesteps[visit] for visit in visits]))
+        pending.steps.append((epoch, step, rate, visits, [self.plan.timesteps[visit] for visit in visits]))
         pending.losses.append(losses)
 
-    def _gradients(self, group: Sequence[tuple[Visit, ...]]) -> Tensor | None:
-        """Gradients of the mean over a group's visits, which are left on the parameters.
+    def _gradients(self, group: Step, step: int) -> Tensor | None:
+        """Gradients of the mean over a step's visits, which are left on the parameters.
 
         Returns:
             The losses (B,) of all visits; None if memory is too small and `train.auto_batch` allows smaller parts.
         """
         num_examples = sum(len(batch) for batch in group)
         size = self.position.part_size or self.config.train.batch_size
-        parts = [batch[first : first + size] for batch in group for first in range(0, len(batch), size)]
-        losses: list[Tensor] = []
         try:
-            for part in parts:
-                drawn = [self._timesteps[visit] for visit in part]
-                with self.adapter.dropping(self.config.seed, [(self.data.name(v.example), v.visit) for v in part]):
-                    loss, objective = self.losses_per_example(part, drawn)
-                losses.append(loss.detach())
-                self.accelerator.backward(objective.sum() / num_examples)
+            losses = [
+                self._accumulate(self.data, part, [self.plan.timesteps[visit] for visit in part], num_examples)
+                for part in _parts(group, size)
+            ]
+            if self.preserved is not None:
+                self._preserve(self.preserved, self._preserved_steps[step - 1], size)
         except torch.OutOfMemoryError:
             if size == 1 or not self.config.train.auto_batch:
                 raise
@@ -277,21 +269,59 @@ class Trainer:
             self.position.step,
         )
 
-    def losses_per_example(self, visits: Sequence[Visit], timesteps: Sequence[int]) -> tuple[Tensor, Tensor]:
+    def _preserve(self, data: TrainingData, step: Step, size: int) -> None:
+        """Add the gradients of pictures of what is preserved: their mean loss, times its weight.
+
+        Source: Ruiz et al. 2208.12242, equation 2.
+        """
+        num_examples, weight = sum(len(batch) for batch in step), self.config.train.preservation_weight
+        for part in _parts(step, size):
+            drawn = [self.preserved_plan.timesteps[visit] for visit in part]
+            self._accumulate(data, part, drawn, num_examples, weight)
+
+    def _accumulate(
+        self,
+        data: TrainingData,
+        batch: Sequence[Visit],
+        timesteps: Sequence[int],
+        num_examples: int,
+        weight: float = 1.0,
+    ) -> Tensor:
+        """Add a batch's gradients over `num_examples`; its losses, zero for what other processes compute."""
+        own, drawn = self.processes.share(batch), self.processes.share(timesteps)
+        if not own:
+            return torch.zeros(len(batch), device=self.base.device)
+        # The way back is inside, too: checkpointing computes again there.
+        dropping = self.adapter.dropping(self.config.seed, [(data.name(v.example), v.visit) for v in own])
+        with dropping, self.lean.live():
+            loss, objective = self.losses_per_example(own, drawn, data)
+            self.accelerator.backward(weight * objective.sum() / num_examples)
+        return self.processes.placed(loss.detach(), len(batch))
+
+    def losses_per_example(
+        self, visits: Sequence[Visit], timesteps: Sequence[int], data: TrainingData | None = None
+    ) -> tuple[Tensor, Tensor]:
         """The loss of a batch at given timesteps; noise is a function of (seed, example, visit).
+
+        Args:
+            visits: B of them, of one size.
+            timesteps: As many.
+            data: Whose pictures are visited; those that are trained if None.
 
         Returns:
             The loss before any weighting and what is minimised, each (B,) float32.
         """
         loss, preservation = self.config.loss, self.config.train.preservation_weight
-        latents, noise = self._latents_and_noise(visits)
+        data = data or self.data
+        latents, noise = self._latents_and_noise(visits, data)
         pairs = [(visit.example, visit.visit) for visit in visits]
-        batch = Batch(latents, noise, torch.tensor(list(timesteps)), self.data.text(pairs))
+        text, weights = data.text(pairs), self._weights(visits, latents, data)
+        batch = Batch(latents, noise, torch.tensor(list(timesteps)), text, weights)
         distance: Tensor | float = 0.0
-        if preservation > 0:
-            class_text = self.data.preserved_text(pairs)
+        if data.preserved_caption is not None:
+            class_text = data.preserved_text(pairs)
             with torch.no_grad(), self.adapter.disabled():
-                kept_text = self.data.preserved_text(pairs)
+                kept_text = data.preserved_text(pairs)
             plain, distance = diffusion_loss_preserving(
                 self.base, self.adapter, batch, class_text, kept_text, self._error
             )
@@ -301,9 +331,19 @@ class Trainer:
         weight = loss_weight(loss.weighting, alphas_cumprod, self.base.prediction_type, loss.gamma)
         return plain, weight * plain + preservation * distance
 
-    def _latents_and_noise(self, batch: Sequence[Visit]) -> tuple[Tensor, Tensor]:
-        moments = torch.stack([self.data.moments(visit.example) for visit in batch])
-        names = [(self.data.name(visit.example), visit.visit) for visit in batch]
+    def _weights(self, visits: Sequence[Visit], latents: Tensor, data: TrainingData) -> Tensor | None:
+        """How much each place of the pictures counts, (B, 1, h, w), or None where no picture has a mask."""
+        masks = [data.mask(visit.example) for visit in visits]
+        if all(mask is None for mask in masks):
+            return None
+        whole = torch.ones(1, *latents.shape[2:])
+        shares = torch.stack([whole if mask is None else mask for mask in masks])
+        floor = self.config.loss.mask_floor
+        return floor + (1 - floor) * shares
+
+    def _latents_and_noise(self, batch: Sequence[Visit], data: TrainingData) -> tuple[Tensor, Tensor]:
+        moments = torch.stack([data.moments(visit.example) for visit in batch])
+        names = [(data.name(visit.example), visit.visit) for visit in batch]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         seed = self.config.seed
         jitter = torch.stack([seeds.normal(shape, seed, "latent", name, visit) for name, visit in names])
@@ -315,7 +355,7 @@ class Trainer:
 
     def _read_back(self, pending: _Pending) -> Iterator[StepDone]:
         """Bring the losses to the host, the loop's only wait for the device."""
-        values: list[float] = torch.cat(pending.losses).tolist()
+        values: list[float] = self.processes.summed(torch.cat(pending.losses)).tolist()
         seconds = (time.monotonic() - pending.since) / len(pending.steps)
         for epoch, step, rate, visits, timesteps in pending.steps:
             losses, values = values[: len(visits)], values[len(visits) :]
@@ -335,3 +375,8 @@ class Trainer:
     def _epoch_done(self, epoch: int, seconds: float) -> EpochDone:
         train_loss, train_bands = self.position.take_means()
         return EpochDone(epoch, self.position.step, train_loss, None, seconds, train_bands)
+
+
+def _parts(step: Step, size: int) -> list[tuple[Visit, ...]]:
+    """A step's batches, each cut into parts of at most so many visits."""
+    return [batch[first : first + size] for batch in step for first in range(0, len(batch), size)]

@@ -16,8 +16,8 @@ from sdlora.diffusion.noise import add_noise, prediction_target
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel, TextStates
 
-Error = Callable[[Tensor, Tensor], Tensor]
-"""(predicted, target), (B, C, h, w) each, to a loss per example, (B,)."""
+Error = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+"""(predicted, target, weights), (B, C, h, w) twice and (B, 1, h, w) or None, to a loss per example, (B,)."""
 
 
 @dataclass(frozen=True)
@@ -29,12 +29,14 @@ class Batch:
         noise: Standard normal noise, (B, C, h, w).
         timesteps: Integers in [0, 999], (B,).
         text: Text states, the batch first.
+        weights: How much each place counts in the loss, (B, 1, h, w); None for all alike.
     """
 
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
     text: TextStates
+    weights: Tensor | None = None
 
 
 def diffusion_loss(base: BaseModel, batch: Batch, error: Error = mse_per_example) -> Tensor:
@@ -51,7 +53,7 @@ def diffusion_loss(base: BaseModel, batch: Batch, error: Error = mse_per_example
     Source: Ho et al. 2006.11239, equation 14; for v, Salimans & Ho 2202.00512, section 4.
     """
     noisy, timesteps, target = _prepared(base, batch)
-    return error(base.predict(noisy, timesteps, _moved(base, batch.text)), target)
+    return error(base.predict(noisy, timesteps, _moved(base, batch.text)), target, batch.weights)
 
 
 def diffusion_loss_preserving(
@@ -72,7 +74,8 @@ def diffusion_loss_preserving(
         batch: On any device.
         class_text: Text states of captions without the trigger, the batch first.
         kept_text: The same from the base's own text encoder, for the answers that are to be kept.
-        error: How answer and target are compared; the distance from the base is always the mean square.
+        error: How answer and target are compared; the distance from the base is always the mean square, and over
+            all places alike.
 
     Returns:
         Two (B,) float32 on the base's device: the loss as in `diffusion_loss`, and the distance.
@@ -86,7 +89,7 @@ def diffusion_loss_preserving(
         kept = base.predict(noisy, timesteps, _moved(base, kept_text))
     both = {name: torch.cat([text[name], class_text[name]]) for name in text}
     predicted, moved = base.predict(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).chunk(2)
-    return error(predicted, target), mse_per_example(moved, kept)
+    return error(predicted, target, batch.weights), mse_per_example(moved, kept)
 
 
 def _prepared(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:

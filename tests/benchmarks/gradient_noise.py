@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,11 @@ def plan_gradients(parts: Any, config: RunConfig, num_batches: int) -> tuple[Ten
     """
     frozen = config.train.model_copy(update={"learning_rate": 1e-30, "max_grad_norm": 0.0, "schedule": "constant"})
     config = config.model_copy(update={"train": frozen})
-    trainer = Trainer(config, parts.base, parts.adapter, parts.data, Accelerator(cpu=True))
+    examples = tuple(replace(e, repeats=config.data.repeats) for e in parts.data.dataset.examples)
+    data = replace(parts.data, dataset=replace(parts.data.dataset, examples=examples))
+    trainer = Trainer(config, parts.base, parts.adapter, data, Accelerator(cpu=True))
+    for _ in data.fill(config.data.background, trainer.plan.timesteps):
+        pass
     first = seeds.derive(config.seed, "benchmark place") % (trainer.total_steps - num_batches + 1)
     trainer.position.step = first
     caught: list[Tensor] = []
@@ -65,8 +70,8 @@ def plan_gradients(parts: Any, config: RunConfig, num_batches: int) -> tuple[Ten
 
 def plan_timesteps(trainer: Trainer) -> list[list[int]]:
     """The timesteps of every step of a trainer's plan."""
-    groups = [group for epoch in trainer._epochs for group in epoch]
-    return [[trainer._timesteps[visit] for batch in group for visit in batch] for group in groups]
+    groups = [group for epoch in trainer.plan.epochs for group in epoch]
+    return [[trainer.plan.timesteps[visit] for batch in group for visit in batch] for group in groups]
 
 
 def gram(gradients: Sequence[Tensor]) -> Tensor:

@@ -55,9 +55,9 @@ def prepare(config: RunConfig, folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = parts.prepare(config, RunFolder(folder, "benchmark"))
-    for _ in made.data.fill(config.train.epochs * config.data.repeats, config.data.background):
+    for _ in made.data.fill(config.data.background, made.trainer.plan.timesteps):
         pass
-    for _ in made.heldout.data.fill(1, config.data.background):
+    for _ in made.heldout.data.fill(config.data.background):
         pass
     return made
 

@@ -19,6 +19,14 @@ def test_known_sizes_of_stable_diffusion() -> None:
     assert {(512, 512), (448, 576), (384, 640), (640, 384)} <= set(make_buckets(512, 64))
 
 
+def test_sizes_of_stable_diffusion_xl_are_among_those_it_was_trained_at() -> None:
+    # Podell et al. 2307.01952, appendix I, as far as an aspect ratio of 2; each is trained lying as well.
+    published = {(704, 1408), (704, 1344), (768, 1344), (768, 1280), (832, 1216), (832, 1152), (896, 1152),
+                 (896, 1088), (960, 1088), (960, 1024), (1024, 1024)}  # fmt: skip
+    upright = {bucket for bucket in make_buckets(1024, 64) if bucket[0] <= bucket[1]}
+    assert upright == {(768, 1344), (832, 1216), (896, 1152), (960, 1088), (1024, 1024)} <= published
+
+
 def test_the_nearest_shape_is_chosen() -> None:
     buckets = make_buckets(512, 64)
     assert choose_bucket(3000, 3000, buckets) == (512, 512)

@@ -3,6 +3,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from sdlora.data.cache import Cache
 from sdlora.data.dataset import Dataset, load_dataset
@@ -69,6 +70,20 @@ def test_another_network_has_other_keys(base: BaseModel, pictures: Path, tmp_pat
     other.vae_identity = other.text_identity = "another"
     fill(Cache(tmp_path, other), dataset(pictures), ["a cat"])
     assert len(written(tmp_path)) == 2 * len(before)
+
+
+def test_text_that_is_not_kept_is_the_same_text(base: BaseModel, tmp_path: Path) -> None:
+    cache, live = Cache(tmp_path / "kept", base), Cache(tmp_path / "live", base)
+    live.keeps_text = False
+    captions = ["a cat", "a dog", "a cat"]
+    for one in (cache, live):
+        list(one.fill_text(captions))
+    assert torch.equal(cache.text(captions)["states"], live.text(captions)["states"])
+    assert not list((tmp_path / "live").rglob("*.safetensors"))
+    kept = [load_file(file)["states"] for file in (tmp_path / "kept").rglob("*.safetensors")]
+    assert cache.text_bytes(2) == sum(states.numel() * states.element_size() for states in kept)
+    with pytest.raises(KeyError):
+        cache.text(["never filled"])
 
 
 def test_a_torn_file_is_made_anew(base: BaseModel, pictures: Path, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdlora.data.images import crop_to_bucket, load_image, pixel_hash, to_tensor
+from sdlora.data.images import crop_origin, crop_to_bucket, load_image, pixel_hash, to_tensor
 from sdlora.errors import DataError
 
 CORNERS = [[(255, 0, 0), (0, 255, 0), (0, 0, 255)], [(255, 255, 0), (0, 255, 255), (255, 0, 255)]]
@@ -100,3 +100,16 @@ def test_tensor_range_and_hash() -> None:
     other.putpixel((0, 0), (0, 255, 52))
     assert pixel_hash(image) == pixel_hash(image.copy()) != pixel_hash(other)
     assert pixel_hash(Image.new("RGB", (2, 3))) != pixel_hash(Image.new("RGB", (3, 2)))
+
+
+@pytest.mark.parametrize(("size", "bucket"), [((60, 30), (30, 30)), ((200, 400), (32, 48)), ((50, 70), (80, 64))])
+def test_a_crop_begins_where_it_is_said_to(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+    ramp = np.add.outer(np.linspace(0, 120, size[1]), np.linspace(0, 130, size[0])).astype(np.uint8)
+    picture = Image.fromarray(ramp).convert("RGB")
+    scale = max(bucket[0] / size[0], bucket[1] / size[1])
+    scaled = picture.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.LANCZOS)
+    left, top = crop_origin(size, bucket)
+    expected = np.asarray(scaled.crop((left, top, left + bucket[0], top + bucket[1]))).astype(int)
+    found = np.asarray(crop_to_bucket(picture, *bucket)).astype(int)
+    # Half a pixel of the ramp is at most 4 grey levels here; a wrong side or axis is dozens.
+    assert abs(found - expected).max() <= 4

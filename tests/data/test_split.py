@@ -8,7 +8,7 @@ from sdlora.data.split import split_off
 
 def dataset(count: int) -> Dataset:
     names = [f"picture{index:03d}.png" for index in range(count)]
-    return Dataset(Path("set"), tuple(Example(name, Path(name), "x", (8, 8)) for name in names), ("a notice",))
+    return Dataset(Path("set"), tuple(Example(name, Path(name), "x", (8, 8), (8, 8)) for name in names), ("a notice",))
 
 
 def names(data: Dataset) -> list[str]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from sdlora.diffusion.losses import huber_per_example, loss_weight, mse_per_example
+from sdlora.diffusion.losses import huber_per_example, loss_weight, mean_per_example, mse_per_example
 from sdlora.pocket.architecture import build_scheduler
 
 
@@ -24,8 +24,28 @@ def test_huber_is_squared_below_delta_and_linear_above() -> None:
     predicted = torch.stack([torch.full((4, 3, 3), x) for x in (0.1, 0.5, -2.0)])
     # Twice x^2 / 2 below delta, twice delta (|x| - delta / 2) above.
     expected = torch.tensor([0.1**2, 2 * 0.2 * (0.5 - 0.1), 2 * 0.2 * (2 - 0.1)])
-    torch.testing.assert_close(huber_per_example(predicted, target, 0.2), expected)
-    torch.testing.assert_close(huber_per_example(predicted, target, 10.0), mse_per_example(predicted, target))
+    torch.testing.assert_close(huber_per_example(predicted, target, delta=0.2), expected)
+    torch.testing.assert_close(huber_per_example(predicted, target, delta=10.0), mse_per_example(predicted, target))
+
+
+def test_a_weighted_loss_is_a_mean_over_what_counts() -> None:
+    draw = torch.Generator().manual_seed(0)
+    predicted, target = torch.randn(2, 2, 4, 3, 5, generator=draw).double()
+    weights = torch.rand(2, 1, 3, 5, generator=draw).double()
+    weights[0, :, :, :2] = 0.0
+    errors, spread = (predicted - target).pow(2), weights.expand(2, 4, 3, 5)
+    expected = (errors * spread).sum(dim=(1, 2, 3)) / spread.sum(dim=(1, 2, 3))
+    torch.testing.assert_close(mean_per_example(errors, weights), expected)
+    torch.testing.assert_close(mse_per_example(predicted, target, weights), expected.float())
+    huber = huber_per_example(predicted, target, weights, delta=0.3)
+    size = (predicted - target).abs()
+    element = torch.where(size < 0.3, size.pow(2), 2 * 0.3 * (size - 0.15))
+    torch.testing.assert_close(huber, ((element * spread).sum(dim=(1, 2, 3)) / spread.sum(dim=(1, 2, 3))).float())
+    # What is hidden entirely does not count, and how much is hidden does not weaken the rest.
+    hidden = predicted.clone()
+    hidden[0, :, :, :2] += 100
+    torch.testing.assert_close(mse_per_example(hidden, target, weights), expected.float())
+    torch.testing.assert_close(mse_per_example(predicted, target, 0.3 * weights), expected.float())
 
 
 # As each paper gives it for epsilon prediction.

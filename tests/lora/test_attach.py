@@ -54,7 +54,7 @@ def answers(pipeline: Any) -> torch.Tensor:
 
 
 def attached(pipeline: Any, file: Path) -> Adapter:
-    return attach(pipeline.unet, read_file(file), text_encoder=pipeline.text_encoder)
+    return attach(pipeline.unet, read_file(file), text_encoders=[pipeline.text_encoder])
 
 
 def as_in_diffusers(file: Path, base: Path) -> torch.Tensor:
@@ -181,7 +181,7 @@ def test_a_lora_of_another_family_is_refused_and_the_base_left_alone(pipeline: A
     second = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
     more = replace(file, state={second: LoraWeights(torch.ones(2, 3), torch.ones(4, 2), 1.0)})
     with pytest.raises(DataError, match=rf"adapts '{second}'.*1 of the file's 1 modules.*stable-diffusion-xl"):
-        attach(pipeline.unet, more, text_encoder=pipeline.text_encoder)
+        attach(pipeline.unet, more, text_encoders=[pipeline.text_encoder])
     kohya_trainer(tmp_path / "text.safetensors", pipeline, text=True)
     with pytest.raises(DataError, match="adapts 'lora_te_text_model_encoder"):
         attach(pipeline.unet, read_file(tmp_path / "text.safetensors"))

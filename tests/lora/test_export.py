@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from adapters import UNET_TARGETS, formed, trained
+from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdlora.errors import DataError, ExportError
-from sdlora.lora.export import LoraMetadata, describe_lora, save_lora
+from sdlora.lora.export import LoraMetadata, add_metadata, describe_lora, save_lora
 from sdlora.lora.formats import read_file
 from sdlora.lora.inject import Form, LoraState, inject
 from sdlora.lora.keys import file_form, kohya_name
@@ -203,3 +204,77 @@ def test_a_description_counts_what_was_trained(unet: Any, tmp_path: Path, form: 
     assert found["parameters"] == adapter.num_parameters()
     assert (found["update_norm"] is None) == form.dora
     assert (found["dora"], found["frozen_start"]) == (form.dora, form.start == "pissa")
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("spelling", ["kohya", "peft"])
+@pytest.mark.parametrize("form", ["plain", "ranks and alphas by target", "pissa", "dora"])
+def test_every_spelling_and_type_is_proven(
+    pipeline: Any, tmp_path: Path, spelling: Any, dtype: torch.dtype, form: str
+) -> None:
+    adapter = formed(pipeline, [*UNET_TARGETS, "text_encoder"], FORMS[form])
+    adapter.remove()
+    file, state = tmp_path / "hero.safetensors", adapter.state()
+    save_lora(file, state, metadata=METADATA, spelling=spelling, dtype=dtype)
+    tensors = load_file(file)
+    assert {t.dtype for key, t in tensors.items() if not key.endswith(".alpha")} == {dtype}
+    assert describe_lora(file)["names"] == ("peft" if form == "dora" else spelling)
+    proof = prove_lora(file, state, pipeline, dtype=dtype)
+    assert proof.max_error == 0.0
+    # Rounding moves the answers, and by little.
+    assert 0.0 < proof.max_rewriting_error < 0.05 * proof.max_effect
+    reread = read_file(file).state
+    for path, weights in file_form(state).items():
+        found = reread[kohya_name(path)]
+        assert torch.equal(found.down, weights.down.to(dtype).float())
+        assert found.alpha == weights.alpha
+
+
+def test_numbers_that_a_type_cannot_hold_are_refused(state: LoraState, tmp_path: Path) -> None:
+    path = next(iter(state))
+    large = {**state, path: replace(state[path], up=state[path].up + 1e6)}
+    with pytest.raises(ExportError, match="float16 cannot"):
+        save_lora(tmp_path / "hero.safetensors", large, metadata=METADATA, dtype=torch.float16)
+    assert not list(tmp_path.iterdir())
+
+
+def test_peft_names_and_their_settings_are_peft_s_own(pipeline: Any, tmp_path: Path) -> None:
+    adapter = trained(pipeline.unet, 4, 2.0)
+    adapter.remove()
+    file = tmp_path / "hero.safetensors"
+    save_lora(file, adapter.state(), metadata=METADATA, spelling="peft")
+    with safe_open(file, framework="pt") as opened:
+        settings = json.loads(opened.metadata()["lora_adapter_metadata"])
+    own = {key.removeprefix("unet."): value for key, value in settings.items()}
+    network = pipeline.unet
+    network.add_adapter(LoraConfig(**own))
+    expected = {f"unet.{key}": tensor for key, tensor in get_peft_model_state_dict(network).items()}
+    found = load_file(file)
+    assert found.keys() == expected.keys()
+    assert all(found[key].shape == expected[key].shape for key in found)
+
+
+def test_what_is_added_to_the_header_moves_no_tensor(state: LoraState, tmp_path: Path) -> None:
+    file = tmp_path / "hero.safetensors"
+    save_lora(file, state, metadata=METADATA)
+    content, before = file.read_bytes(), load_file(file)
+    body = content[8 + int.from_bytes(content[:8], "little") :]
+    add_metadata(file, {"modelspec.thumbnail": "data:image/jpeg;base64,eA=="})
+    with safe_open(file, framework="pt") as opened:
+        metadata = opened.metadata()
+    assert metadata["modelspec.thumbnail"] == "data:image/jpeg;base64,eA=="
+    assert metadata["modelspec.title"] == "hero"
+    after = load_file(file)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+    assert file.read_bytes().endswith(body)
+    assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
+    with pytest.raises(ExportError, match="programs read 1 MiB"):
+        add_metadata(file, {"modelspec.thumbnail": "x" * (1 << 20)})
+    assert all(torch.equal(load_file(file)[key], before[key]) for key in before)
+
+
+def test_a_header_that_programs_refuse_is_not_written(state: LoraState, tmp_path: Path) -> None:
+    with pytest.raises(ExportError, match="programs read 1 MiB"):
+        save_lora(tmp_path / "x.safetensors", state, metadata=replace(METADATA, private={"a": "x" * (1 << 20)}))
+    assert not list(tmp_path.iterdir())

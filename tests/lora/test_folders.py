@@ -44,6 +44,25 @@ def test_modules_that_a_base_does_not_have_are_refused_by_name(theirs: LoraState
         paths_for(theirs, tiny_base / "unet")
 
 
+def test_without_a_base_a_file_s_own_family_is_taken() -> None:
+    inside = "attentions_0_transformer_blocks_0_attn2_to_k"
+    for width, name, path in (
+        (768, f"lora_unet_down_blocks_0_{inside}", "down_blocks.0"),
+        (1024, f"lora_unet_down_blocks_0_{inside}", "down_blocks.0"),
+        (2048, f"lora_unet_up_blocks_1_{inside}", "up_blocks.1"),
+    ):
+        own = {name: LoraWeights(torch.ones(2, width), torch.ones(640 if width == 2048 else 320, 2), 1.0)}
+        assert paths_for(own, None)[name].startswith(f"{path}.attentions.0.")
+        more = own | {
+            "lora_te1_text_model_encoder_layers_11_mlp_fc1": LoraWeights(torch.ones(2, 768), torch.ones(3072, 2), 1.0)
+        }
+        if width == 2048:
+            assert paths_for(more, None)["lora_te1_text_model_encoder_layers_11_mlp_fc1"].startswith("text_encoder.")
+        else:
+            with pytest.raises(DataError, match=r"not in Stable Diffusion [12]\.x, the first is 'lora_te1_"):
+                paths_for(more, None)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 def test_a_base_takes_a_lora_in_and_gives_it_back(
     pipeline: Any, theirs: LoraState, tmp_path: Path, dtype: torch.dtype

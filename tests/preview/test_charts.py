@@ -4,7 +4,7 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 
-from sdlora.preview.charts import Line, bar_chart, line_chart, log_ticks, spread, ticks
+from sdlora.preview.charts import Line, Point, bar_chart, line_chart, log_ticks, scatter_chart, spread, ticks
 
 
 def parsed(chart: str) -> ElementTree.Element:
@@ -74,3 +74,26 @@ def test_names_are_escaped() -> None:
     chart = line_chart([Line("<a&", [1.0], "#000")], [0], x_name="<x", y_name="'y")
     assert "&lt;a&amp;" in chart
     parsed(chart)
+
+
+def test_points_stand_where_their_values_are_and_labels_apart() -> None:
+    found = [
+        Point("1", 0.2, 0.5, "#111", joined=True),
+        Point("2", 0.6, 0.1, "#222", joined=True),
+        Point("3", 0.6, 0.1, "#333"),
+    ]
+    chart = parsed(scatter_chart(found, x_name="copying", y_name="loss"))
+    dots = [(float(dot.get("cx", 0)), float(dot.get("cy", 0)), dot.get("fill")) for dot in chart.iter("circle")]
+    assert dots[0][0] < dots[1][0] and dots[0][1] < dots[1][1]  # SVG counts downward
+    assert dots[1][:2] == dots[2][:2]
+    assert [fill for _, _, fill in dots] == ["#111", "#222", "#fff"]
+    (line,) = chart.iter("polyline")
+    assert len(str(line.get("points")).split()) == 2
+    labels = {t.text: (float(t.get("x", 0)), float(t.get("y", 0))) for t in chart.iter("text") if t.get("fill") in
+              ("#111", "#222", "#333")}  # fmt: skip
+    assert labels["2"] != labels["3"]
+
+
+def test_one_point_is_a_chart() -> None:
+    chart = parsed(scatter_chart([Point("1", 0.0, 0.0, "#111")], x_name="x", y_name="y"))
+    assert len(list(chart.iter("circle"))) == 1 and not list(chart.iter("polyline"))

@@ -65,7 +65,7 @@ def maker(tiny_base: Path, tmp_path: Path) -> NullMaker:
 
 def make(tiny_base: Path, folder: Path, request: PreviewRequest = REQUEST, identity: str = "unet") -> NullMaker:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
-    adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"], base.text_encoder), 2, 2.0, 0)
+    adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"], base.text_encoders), 2, 2.0, 0)
     with torch.no_grad():
         for up in adapter.up_parameters():
             up.fill_(0.5)

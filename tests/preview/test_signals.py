@@ -141,7 +141,7 @@ def test_probing_disturbs_nothing(tiny_base: Path, pictures: Path, tmp_path: Pat
     dataset = load_dataset(pictures, caption=None, trigger=None, allow_trigger_only=False, background="white")
     dataset = dataset.with_buckets(32, 8, buckets=True)
     data = TrainingData(dataset, Cache(tmp_path, base), lambda index, _: dataset.examples[index].caption)
-    list(data.fill(1, "white"))
+    list(data.fill("white"))
     unet: Any = base.unet
     adapter = trained(unet)
     unet.train()

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import copy
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from accelerate import Accelerator
+from PIL import Image
 
 from sdlora import seeds
 from sdlora.configfile import parse_config
 from sdlora.data.cache import Cache
 from sdlora.data.dataset import load_dataset
+from sdlora.data.masks import MaskKind
 from sdlora.data.order import Visit
 from sdlora.diffusion.coverage import cover
 from sdlora.diffusion.timesteps import Density
@@ -38,10 +42,11 @@ def make_trainer(
     timesteps: dict[str, object] | None = None,
     **train: object,
 ) -> Trainer:
+    masks: MaskKind = "file" if loss and "mask_floor" in loss else "none"
     preserving = {"trigger": "picture", "class_words": ["cat"]} if train.get("preservation_weight") else {}
     config = parse_config(
         {
-            "data": {"folder": "x", "repeats": 2, **preserving},
+            "data": {"folder": "x", "repeats": 2, "masks": masks, **preserving},
             "train": {"epochs": 1, "batch_size": 2, **train},
             "lora": {"rank": 2},
             "loss": loss or {},
@@ -50,19 +55,22 @@ def make_trainer(
         name="n",
     )
     base = load_base(str(base_folder), device=torch.device("cpu"), dtype=dtype)
-    paths = find_targets(base.unet, targets, base.text_encoder)
-    adapter = inject(base.unet, paths, 2, 2.0, 0, form=form, text_encoder=base.text_encoder)
-    dataset = load_dataset(pictures, caption=None, trigger=None, allow_trigger_only=False, background="white")
+    paths = find_targets(base.unet, targets, base.text_encoders)
+    adapter = inject(base.unet, paths, 2, 2.0, 0, form=form, text_encoders=base.text_encoders)
+    dataset = load_dataset(
+        pictures, caption=None, trigger=None, allow_trigger_only=False, background="white", masks=masks, repeats=2
+    )
     dataset = dataset.with_buckets(32, 8, buckets=False)
     data = TrainingData(
         dataset,
         Cache(cache, base),
         lambda index, _: dataset.examples[index].caption,
-        lambda *_: "a cat",
+        (lambda *_: "a cat") if preserving else None,
         text_is_trained="text_encoder" in targets,
     )
-    list(data.fill(2, "white"))
-    return Trainer(config, base, adapter, data, Accelerator(cpu=True))
+    trainer = Trainer(config, base, adapter, data, Accelerator(cpu=True))
+    list(data.fill("white", trainer.plan.timesteps))
+    return trainer
 
 
 def test_the_loss_of_a_visit_is_the_formula(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
@@ -105,7 +113,7 @@ def test_what_is_preserved_is_the_answer_to_the_bases_own_text(tiny_base: Path, 
     with torch.no_grad():
         for parameter in trainer.adapter.up_parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(0))
-        latents, noise = trainer._latents_and_noise([Visit(3, 2)])
+        latents, noise = trainer._latents_and_noise([Visit(3, 2)], trainer.data)
         loss, objective = trainer.losses_per_example([Visit(3, 2)], [600])
         found = objective - loss
         base, alpha = trainer.base, trainer.base.alphas_cumprod[600]
@@ -135,13 +143,50 @@ def test_preservation_keeps_answers_to_class_words(tiny_base: Path, pictures: Pa
     for weight in (1e-6, 10.0):
         trainer = make_trainer(tiny_base, pictures, tmp_path, learning_rate=2e-2, preservation_weight=weight)
         list(trainer.events())
-        latents, noise = trainer._latents_and_noise([Visit(i, 1) for i in range(5)])
+        latents, noise = trainer._latents_and_noise([Visit(i, 1) for i in range(5)], trainer.data)
         batch = Batch(latents, noise, torch.full((5,), 500), trainer.data.text([(i, 1) for i in range(5)]))
         class_text = trainer.data.preserved_text([(i, 1) for i in range(5)])
         with torch.no_grad():
             distance = diffusion_loss_preserving(trainer.base, trainer.adapter, batch, class_text, class_text)[1]
         moved.append(distance.mean().item())
     assert moved[1] < 0.8 * moved[0]
+
+
+def test_preserved_pictures_add_the_gradient_of_their_mean_loss(
+    tiny_base: Path, pictures: Path, others: Path, tmp_path: Path
+) -> None:
+    plain = make_trainer(tiny_base, pictures, tmp_path, max_grad_norm=0.0)
+    kept = load_dataset(others, caption=None, trigger=None, allow_trigger_only=False, background="white")
+    kept = kept.with_buckets(32, 8, buckets=True)
+    preserved = replace(plain.data, dataset=kept, caption=lambda index, _: kept.examples[index].caption)
+    train = plain.config.train.model_copy(update={"preservation_weight": 3.0})
+    config = plain.config.model_copy(update={"train": train})
+    trainer = Trainer(config, plain.base, plain.adapter, plain.data, Accelerator(cpu=True), preserved)
+    list(preserved.fill("white", trainer.preserved_plan.timesteps))
+    with torch.no_grad():
+        for parameter in trainer.parameters:
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    before = [parameter.detach().clone() for parameter in trainer.parameters]
+    found: list[torch.Tensor] = []
+    step = trainer.optimizer.step
+
+    def spy() -> None:
+        found.extend(p.grad.clone() for p in trainer.parameters if p.grad is not None and len(found) < len(before))
+        step()
+
+    trainer.optimizer.step = spy
+    first = next(event for event in trainer.events() if isinstance(event, StepDone))
+    with torch.no_grad():
+        for parameter, value in zip(trainer.parameters, before, strict=True):
+            parameter.copy_(value)
+            parameter.grad = None
+    (batch,), (beside,) = trainer.plan.epochs[0][0], trainer.preserved_plan.epochs[0][0]
+    assert [trainer.data.name(visit.example) for visit in batch] == first.examples
+    loss = trainer.losses_per_example(batch, [trainer.plan.timesteps[v] for v in batch])[0].mean()
+    other = trainer.losses_per_example(beside, [trainer.preserved_plan.timesteps[v] for v in beside], preserved)[0]
+    (loss + 3.0 * other.mean()).backward()
+    for parameter, gradient in zip(trainer.parameters, found, strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-8)
 
 
 def test_what_is_minimised_is_the_weighted_loss(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
@@ -153,9 +198,50 @@ def test_what_is_minimised_is_the_weighted_loss(tiny_base: Path, pictures: Path,
     torch.testing.assert_close(objective, (snr.clamp(max=2.0) / snr).float() * loss)
 
 
+def test_hidden_parts_count_as_much_as_the_floor(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(pictures, folder)
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 12))
+    mask.save(folder / "blue-mask.png")
+    trainer = make_trainer(tiny_base, folder, tmp_path / "cache", loss={"mask_floor": 0.25})
+    plain = make_trainer(tiny_base, pictures, tmp_path / "cache")
+    # Latents of 4 x 4 pixels: the mask covers 4 columns of 3 rows.
+    weights = torch.full((8, 8), 0.25)
+    weights[:3, :4] = 1.0
+    base, visits = trainer.base, [Visit(0, 1), Visit(1, 1)]
+    assert [trainer.data.name(visit.example) for visit in visits] == ["blue.png", "green.png"]
+    with torch.no_grad():
+        found = trainer.losses_per_example(visits, [600, 600])[0]
+        latents, noise = trainer._latents_and_noise(visits, trainer.data)
+        alpha = base.alphas_cumprod[600]
+        text = trainer.data.text([(0, 1), (1, 1)])
+        answer = base.predict(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, torch.tensor([600, 600]), text)
+        whole = plain.losses_per_example(visits, [600, 600])[0]
+    errors = (answer - noise).pow(2)
+    expected = (errors[0] * weights).sum() / (4 * weights.sum())
+    torch.testing.assert_close(found, torch.stack([expected, errors[1].mean()]))
+    torch.testing.assert_close(whole, errors.mean(dim=(1, 2, 3)))
+
+
+def test_a_changed_mask_is_another_picture(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(pictures, folder)
+    found = [make_trainer(tiny_base, folder, tmp_path / "cache", loss={"mask_floor": 0.5}).data.identities()]
+    for width in (8, 16):
+        mask = Image.new("L", (32, 32))
+        mask.paste(255, (0, 0, width, 32))
+        mask.save(folder / "blue-mask.png")
+        found.append(make_trainer(tiny_base, folder, tmp_path / "cache", loss={"mask_floor": 0.5}).data.identities())
+    assert len({identities["blue.png"] for identities in found}) == 3
+    assert len({identities["red.png"] for identities in found}) == 1
+
+
 def test_noise_offset_shifts_whole_channels(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    plain = make_trainer(tiny_base, pictures, tmp_path)._latents_and_noise([Visit(3, 2)])
-    shifted = make_trainer(tiny_base, pictures, tmp_path, loss={"noise_offset": 0.1})._latents_and_noise([Visit(3, 2)])
+    plain, shifted = (
+        trainer._latents_and_noise([Visit(3, 2)], trainer.data)
+        for trainer in (make_trainer(tiny_base, pictures, tmp_path, loss=loss) for loss in ({}, {"noise_offset": 0.1}))
+    )
     assert torch.equal(plain[0], shifted[0])
     name = "purple.png"
     expected = 0.1 * seeds.normal((4, 1, 1), 0, "noise offset", name, 2)
@@ -185,7 +271,7 @@ def test_accumulation_gives_the_gradient_of_the_large_batch(tiny_base: Path, pic
 
         def spy(step=step, trainer=trainer, grads=grads):  # type: ignore[no-untyped-def]
             if not grads:
-                grads += [p.grad.clone() for p in trainer.parameters if p.grad is not None]
+                grads += trainer.lean.by_layer([p.grad.clone() for p in trainer.parameters if p.grad is not None])
             return step()
 
         trainer.optimizer.step = spy

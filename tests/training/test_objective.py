@@ -41,7 +41,7 @@ def test_another_error_is_used(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     batch = Batch(torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8), torch.tensor([5, 6]), base.encode_captions(["", ""]))
     with torch.no_grad():
-        found = diffusion_loss(base, batch, lambda predicted, target: (predicted - target).abs().amax(dim=(1, 2, 3)))
+        found = diffusion_loss(base, batch, lambda predicted, target, _: (predicted - target).abs().amax(dim=(1, 2, 3)))
         answer = base.unet((1 - base.alphas_cumprod[[5, 6]]).sqrt().view(-1, 1, 1, 1) * batch.noise, batch.timesteps,
                            batch.text["states"]).sample  # fmt: skip
     assert found.tolist() == pytest.approx((answer - 1).abs().amax(dim=(1, 2, 3)).tolist(), rel=1e-5)

@@ -1,0 +1,196 @@
+"""From a file of jobs to one checked configuration per run.
+
+Floor 7. What is wrong with the file itself stops everything; what is wrong with one job's settings is that job's fault
+and is kept with it, so that the others go on.
+"""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import itertools
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sdlora.config import RunConfig
+from sdlora.configfile import option_names, parse_config, read_config
+from sdlora.errors import ConfigError
+
+_NAME = re.compile(r"\w[\w. -]{0,99}")
+_LONGEST_VALUE = 24
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class _Defaults(_Part):
+    config: str | None = None
+    set: dict[str, Any] = {}
+
+
+class _Job(_Part):
+    name: str | None = None
+    config: str | None = None
+    set: dict[str, Any] = {}
+    priority: int = 0
+
+
+class _File(_Part):
+    defaults: _Defaults = _Defaults()
+    jobs: list[_Job] = [_Job()]
+    sweep: dict[str, list[Any]] | list[dict[str, Any]] = {}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a batch.
+
+    Attributes:
+        name: Of the job and its swept values; the run's folder and LoRA file are named so.
+        priority: Higher ones run first.
+        swept: The swept settings with this job's values.
+        config: Its configuration; None where that is wrong.
+        fault: What is wrong with its configuration, or None.
+    """
+
+    name: str
+    priority: int
+    swept: Mapping[str, Any]
+    config: RunConfig | None
+    fault: str | None = None
+
+
+def read_jobs(path: Path) -> list[Job]:
+    """Read a file of jobs.
+
+    Args:
+        path: TOML: `[defaults]` (config, set), `[[jobs]]` (name, config, set, priority), and `[sweep]` (lists of
+            values by setting, every combination) or `[[sweep]]` (one combination each).
+
+    Returns:
+        The jobs, those of the highest priority first and those of one base together, otherwise as in the file.
+
+    Raises:
+        ConfigError: The file is missing, no TOML, or holds something that is no part of it, or two jobs have one name.
+    """
+    file = _read(path)
+    jobs = [job for entry in file.jobs for job in _swept(file, entry, path.stem)]
+    names = [job.name for job in jobs]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ConfigError(f"{path}: two jobs are named {', '.join(twice)}. Give every job a name of its own.")
+    return _in_order(jobs)
+
+
+def _read(path: Path) -> _File:
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise ConfigError(f"The file of jobs {path} cannot be read: {error.strerror}.") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    try:
+        file = _File.model_validate(document)
+    except ValidationError as error:
+        faults = [f"  {'.'.join(map(str, fault['loc']))}: {fault['msg']}." for fault in error.errors()]
+        raise ConfigError(
+            f"{path} has faults. It may hold [defaults] with config and set, [[jobs]] with name, config, set and "
+            "priority, and [sweep] with lists of values:\n" + "\n".join(faults)
+        ) from error
+    _check_keys(path, "defaults.set", _flat(file.defaults.set))
+    for combination in _combinations(file.sweep):
+        _check_keys(path, "sweep", combination)
+    return file
+
+
+def _check_keys(path: Path, where: str, keys: Mapping[str, Any]) -> None:
+    """A setting that no run has would be every job's fault; it is told once."""
+    known = option_names()
+    for key in keys:
+        if not any(key == name or key.startswith(f"{name}.") for name in known):
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            raise ConfigError(f"{path}: {where}: there is no setting {key!r}.{hint}")
+
+
+def _swept(file: _File, entry: _Job, stem: str) -> Iterator[Job]:
+    source = entry.config or file.defaults.config
+    if source is None:
+        raise ConfigError(
+            f"The job {entry.name or stem!r} has no config. Give it one, or all of them with [defaults] config = ..."
+        )
+    name = entry.name or Path(source).stem
+    if not _NAME.fullmatch(name):
+        raise ConfigError(f"The job name {name!r} cannot name a folder: take letters, digits, '.', '_' and '-'.")
+    settings = _flat(file.defaults.set) | _flat(entry.set)
+    combinations = _combinations(file.sweep)
+    for combination in combinations:
+        full = "-".join([name, *(_label(combinations, key, value) for key, value in combination.items())])
+        config, fault = _checked(source, settings | combination, full)
+        yield Job(full, entry.priority, combination, config, fault)
+
+
+def _checked(source: str, settings: Mapping[str, Any], name: str) -> tuple[RunConfig | None, str | None]:
+    try:
+        document, _ = read_config(source)
+        return parse_config(_merged(document, {**settings, "name": name}), name=name), None
+    except ConfigError as error:
+        return None, str(error)
+
+
+def _combinations(sweep: Mapping[str, list[Any]] | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    if isinstance(sweep, Mapping):
+        return [dict(zip(sweep, values, strict=True)) for values in itertools.product(*sweep.values())]
+    return [_flat(combination) for combination in sweep]
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings by dotted name, whether they were written as "lora.rank" = 4 or as tables."""
+    flat: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def _merged(document: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    merged = copy.deepcopy(dict(document))
+    for name, value in settings.items():
+        *sections, key = name.split(".")
+        table = merged
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise ConfigError(f"{name}: {section!r} is a setting, not a section.")
+        table[key] = value
+    return merged
+
+
+def _label(combinations: Sequence[Mapping[str, Any]], key: str, value: Any) -> str:
+    """A swept value in a name: "rank8"; one that is long, or not a word, by its place among the values."""
+    short = key.rpartition(".")[2]
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    if len(text) <= _LONGEST_VALUE and re.fullmatch(r"[\w.+-]+", text):
+        return short + text.replace("+", "")
+    values: list[Any] = []
+    for combination in combinations:
+        if key in combination and combination[key] not in values:
+            values.append(combination[key])
+    return f"{short}{values.index(value) + 1}"
+
+
+def _in_order(jobs: Sequence[Job]) -> list[Job]:
+    # A base is loaded when a job asks for another one than the job before.
+    bases = [str(job.config.base) if job.config else "" for job in jobs]
+    return [
+        job for _, job in sorted(zip(bases, jobs, strict=True), key=lambda p: (-p[1].priority, bases.index(p[0])))
+    ]  # fmt: skip

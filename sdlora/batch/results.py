@@ -1,0 +1,177 @@
+"""What came of a batch, job by job: one row of figures for each, as CSV and JSON, and which of them are worth a look.
+
+Floor 7.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from sdlora.batch.jobs import Job
+from sdlora.batch.ledger import Ledger
+from sdlora.config import RunConfig
+from sdlora.configfile import options
+from sdlora.files import write_json, write_text
+from sdlora.preview.copycheck import FIDELITY, EpochCheck
+
+_NO_SETTINGS = {"name", "cache.dir"}
+
+
+@dataclass(frozen=True)
+class Result:
+    """One job's figures; None for what is not known.
+
+    Attributes:
+        number: From 1, in the order of the file's turn; points and previews are labelled with it.
+        job: Its name.
+        status: As in `sdlora.batch.ledger.Record`.
+        error: What went wrong.
+        settings: Those in which the batch's jobs differ.
+        group: Jobs of one group have the same base, pictures and seed, so that their losses may be compared.
+        verdict: Of the copy check on the kept epoch.
+        matches: The share of its previews that match a training picture.
+        copying: How like training pictures its previews are on average, in [0, 1].
+        heldout_loss: Of the kept epoch.
+        fidelity: How much DINOv2 finds the concept in its previews, in [-1, 1].
+        epoch: The recommended one, which was kept.
+        seconds: All attempts together.
+        peak_memory_bytes: The most that was held.
+        pareto: Whether no job of its group copies less and has learned as much, or copies as little and learned more.
+    """
+
+    number: int
+    job: str
+    status: str
+    error: str | None
+    settings: dict[str, Any]
+    group: str
+    verdict: str | None = None
+    matches: float | None = None
+    copying: float | None = None
+    heldout_loss: float | None = None
+    fidelity: float | None = None
+    epoch: int | None = None
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+    pareto: bool = False
+
+    def row(self) -> dict[str, Any]:
+        """The figures by column."""
+        known = {name: value for name, value in vars(self).items() if name not in ("settings", "group")}
+        return known | self.settings
+
+
+def collect(jobs: Sequence[Job], ledger: Ledger) -> list[Result]:
+    """Read every job's figures from its run folder.
+
+    Args:
+        jobs: In the order of their turn.
+        ledger: What became of them.
+    """
+    different = differing([job.config for job in jobs if job.config is not None])
+    results = []
+    for number, job in enumerate(jobs, start=1):
+        record = ledger.records[job.name]
+        status, error = record.outcome
+        values = {} if job.config is None else dict(options(job.config))
+        result = Result(
+            number=number,
+            job=job.name,
+            status=status,
+            error=error,
+            settings={name: values.get(name) for name in different},
+            group=_group(job.config),
+            epoch=record.epoch,
+            seconds=record.seconds,
+            peak_memory_bytes=record.peak_memory_bytes,
+        )
+        results.append(_with_figures(result, ledger.folder / job.name))
+    return _with_front(results)
+
+
+def differing(configs: Sequence[RunConfig]) -> list[str]:
+    """The options in which runs differ, in the schema's order."""
+    listed = [dict(options(config)) for config in configs]
+    names = [name for name in (listed[0] if listed else {}) if name not in _NO_SETTINGS]
+    return [name for name in names if any(values[name] != listed[0][name] for values in listed)]
+
+
+def _group(config: RunConfig | None) -> str:
+    if config is None:
+        return ""
+    data = config.data
+    parts = [config.base.model_dump(), data.folder, data.holdout, data.holdout_split, data.resolution_px, config.seed]
+    return json.dumps(parts)
+
+
+def _with_figures(result: Result, folder: Path) -> Result:
+    if result.status != "done" or result.epoch is None:
+        return result
+    metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    rows = [row for row in map(json.loads, metrics) if row["event"] == "epoch" and row["epoch"] == result.epoch]
+    result = replace(result, heldout_loss=rows[-1]["heldout_loss"])
+    check = EpochCheck.read(folder / "epochs" / str(result.epoch))
+    if check is None:
+        return result
+    signal = check.signals.get(FIDELITY)
+    return replace(
+        result,
+        verdict=check.verdict,
+        matches=check.share,
+        copying=sum(match.likeness for match in check.previews) / len(check.previews),
+        fidelity=None if signal is None else float(signal["value"]),
+    )
+
+
+def learned(result: Result, group: Sequence[Result]) -> float | None:
+    """How much was learned, higher is more: DINOv2's fidelity if all of the group have one, else minus the loss."""
+    if all(other.fidelity is not None for other in group):
+        return result.fidelity
+    return None if result.heldout_loss is None else -result.heldout_loss
+
+
+def comparable(results: Sequence[Result]) -> list[list[Result]]:
+    """Groups of two or more finished jobs that can be compared in both copying and learning."""
+    groups: dict[str, list[Result]] = {}
+    for result in results:
+        if result.copying is not None:
+            groups.setdefault(result.group, []).append(result)
+    found = [[one for one in group if learned(one, group) is not None] for group in groups.values()]
+    return [group for group in found if len(group) > 1]
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
+    """Which points no other one beats: none is as low in the first and as high in the second, and better in either."""
+    return [
+        not any(other != own and other[0] <= own[0] and other[1] >= own[1] for other in points) for own in points
+    ]  # fmt: skip
+
+
+def _with_front(results: Sequence[Result]) -> list[Result]:
+    best: set[int] = set()
+    for group in comparable(results):
+        points = [(one.copying or 0.0, learned(one, group) or 0.0) for one in group]
+        best |= {one.number for one, on in zip(group, pareto_front(points), strict=True) if on}
+    return [replace(result, pareto=result.number in best) for result in results]
+
+
+def write_tables(folder: Path, results: Sequence[Result]) -> None:
+    """Write `results.csv` and `results.json`.
+
+    Args:
+        folder: The batch's.
+        results: At least one.
+    """
+    rows = [result.row() for result in results]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_text(folder / "results.csv", text.getvalue())
+    write_json(folder / "results.json", [vars(result) for result in results])

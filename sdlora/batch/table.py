@@ -1,0 +1,124 @@
+"""A batch as a person watches it: one row per job, kept up to date.
+
+Floor 7.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import IO, Self
+
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from sdlora.batch.messages import Message
+from sdlora.progress import format_seconds
+
+_STYLES = {"done": "green", "failed": "bold red", "cut": "bold red", "stopped": "yellow", "running": "cyan"}
+_PLANS = {"skip": "as before", "resume": "goes on", "start": "", "fault": "settings"}
+
+
+@dataclass
+class _Row:
+    status: str = "waiting"
+    doing: str = ""
+    loss: float | None = None
+    verdict: str = ""
+    seconds: float | None = None
+    steps: int = 0
+    per_step: float | None = None
+    error: str = field(default="")
+
+
+class BatchTable:
+    """Shows messages as a table; where there is no terminal, as a line when a job begins and ends."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._rows: dict[str, _Row] = {}
+        self._live = Live(console=console, get_renderable=self._table, refresh_per_second=4, transient=False)
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._console.is_terminal:
+            self._live.stop()
+
+    def show(self, message: Message) -> None:
+        """Take in a message."""
+        if message["event"] == "batch":
+            return
+        row = self._rows.setdefault(message["job"], _Row())
+        match message["event"]:
+            case "planned":
+                row.status, row.doing, row.error = message["status"], _PLANS[message["action"]], message["error"] or ""
+                if "moved" in message:
+                    self._say(f"{message['job']}: settings, pictures or version changed; the old run is in "
+                              f"{message['moved']}.")  # fmt: skip
+            case "started":
+                row.status, row.doing = "running", "loading"
+                self._line(f"{message['job']}: started")
+            case "plan":
+                row.steps = message["steps"]
+            case "progress":
+                row.doing = f"{message['phase']} {message['done']}/{message['total']}"
+            case "step":
+                row.loss = message["loss"] if row.loss is None else 0.95 * row.loss + 0.05 * message["loss"]
+                row.per_step = message["seconds"]
+                left = format_seconds((row.steps - message["step"]) * message["seconds"])
+                row.doing = f"step {message['step']}/{row.steps}, {left} left"
+            case "copycheck":
+                row.verdict = message["verdict"]
+            case "ended":
+                row.status, row.seconds, row.doing = message["status"], message["seconds"], ""
+                row.error = message["error"] or ""
+                self._line(f"{message['job']}: {row.status}{': ' + row.error if row.error else ''}")
+
+    def _say(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _line(self, text: str) -> None:
+        if not self._console.is_terminal:
+            self._say(text)
+
+    def _table(self) -> Table:
+        table = Table("job", "status", "doing", "loss", "copies", "took", "", box=None, pad_edge=False)
+        for name, row in self._rows.items():
+            table.add_row(
+                Text(name),
+                Text(row.status, style=_STYLES.get(row.status, "")),
+                Text(row.doing),
+                "" if row.loss is None else f"{row.loss:.4f}",
+                Text(row.verdict),
+                "" if row.seconds is None else format_seconds(row.seconds),
+                Text(row.error.splitlines()[0] if row.error else "", overflow="ellipsis", no_wrap=True),
+            )
+        return table
+
+
+class JsonMessages:
+    """Prints every message as one line of JSON."""
+
+    def __init__(self, stream: IO[str]) -> None:
+        self._stream = stream
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stream.flush()
+
+    def show(self, message: Message) -> None:
+        """Print a message."""
+        print(json.dumps(message, ensure_ascii=False), file=self._stream, flush=True)

@@ -1,0 +1,67 @@
+"""One job as a worker carries it out, wherever the worker is.
+
+Floor 7.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from sdlora.batch.bases import forget_accelerator
+from sdlora.batch.messages import Message, Task
+from sdlora.batch.peak import PeakMemory
+from sdlora.config import RunConfig
+from sdlora.errors import SdloraError
+from sdlora.events import Exported
+from sdlora.files import remove_partial
+from sdlora.parts import BaseSource
+from sdlora.run import Stopped, start
+
+
+def carry_out(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) -> Iterator[Message]:
+    """Run a job, going on where its folder says that it was cut; a failure is the last message, not an exception.
+
+    Args:
+        task: The job.
+        bases: Where its base comes from.
+        should_stop: Asked between steps.
+
+    Yields:
+        Its events, and at last "ended" with status, error, exit_code, epoch, seconds and peak_memory_bytes.
+    """
+    begin, peak = time.monotonic(), PeakMemory()
+    ending: Message = {"status": "done", "error": None, "exit_code": 0, "epoch": None}
+    try:
+        for event in _events(task, bases, should_stop):
+            if isinstance(event, Exported):
+                ending["epoch"] = event.epoch
+            yield {"job": task.job, **event.to_json()}
+    except Stopped:
+        ending |= {"status": "stopped", "exit_code": None}
+    except SdloraError as error:
+        ending |= {"status": "failed", "error": str(error), "exit_code": error.exit_code}
+    except Exception as error:
+        # A worker is a boundary as the command line is: the traceback goes to its log, and the next job is carried out.
+        traceback.print_exc(file=sys.stderr)
+        ending |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "exit_code": 1}
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    seconds = time.monotonic() - begin
+    yield {"job": task.job, "event": "ended", **ending, "seconds": seconds, "peak_memory_bytes": peak.num_bytes()}
+
+
+def _events(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) -> Iterator[Any]:
+    forget_accelerator()
+    folder = Path(task.folder)
+    resume = (folder / "config.toml").is_file()
+    if not resume and folder.is_dir():
+        remove_partial(folder)  # it was cut before its first file was whole
+    config = RunConfig.model_validate(task.config)
+    yield from start(config, folder, resume=resume, should_stop=should_stop, bases=bases)

@@ -1,0 +1,30 @@
+"""Stable Diffusion 2.x: OpenCLIP's text encoder without its last layer; v-prediction at 768 px, epsilon at 512 px.
+
+Floor 3.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from sdlora.models.latent import Source
+from sdlora.models.sd import StableDiffusion
+from sdlora.models.text import TextOptions, check_no_clip_skip
+
+
+class StableDiffusion2(StableDiffusion):
+    """A Stable Diffusion 2.x base; as 1.x but for its text encoder, which is stored without its last layer.
+
+    Raises:
+        BaseModelError: The UNet takes more than latents and text, or predicts something sdlora does not train.
+        ConfigError: Another layer of the text encoder is asked for.
+    """
+
+    def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype, text: TextOptions) -> None:
+        super().__init__(source, device=device, dtype=dtype, text=text)
+        predicts_v = self.prediction_type == "v_prediction"
+        self.architecture = "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512"
+
+    def _choose_layer(self, source: Source, text: TextOptions) -> int:
+        check_no_clip_skip(text.clip_skip, "Stable Diffusion 2.x")
+        return 1

@@ -1,0 +1,31 @@
+"""What became of jobs is kept, by one process at a time."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from sdlora.batch.ledger import Ledger, Record, locked
+from sdlora.errors import OutputError
+
+
+def test_records_come_back_as_they_were_kept(tmp_path: Path) -> None:
+    ledger = Ledger.read(tmp_path)
+    assert ledger.records == {}
+    ledger.put("a", Record("done", "x", None, None, 0, 3, 1.5, 1000))
+    ledger.put("b", Record("failed", "y", "why", None, 5))
+    assert Ledger.read(tmp_path) == ledger
+
+
+def test_a_file_of_another_kind_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "batch.json").write_text("[1]")
+    with pytest.raises(OutputError, match="no record of a batch"):
+        Ledger.read(tmp_path)
+
+
+def test_one_process_at_a_time(tmp_path: Path) -> None:
+    with locked(tmp_path / "out"), pytest.raises(OutputError, match="Another process"), locked(tmp_path / "out"):
+        pass
+    with locked(tmp_path / "out"):
+        pass

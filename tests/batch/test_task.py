@@ -1,0 +1,72 @@
+"""One job in a worker: whatever goes wrong is its last message, and the next job is not touched by it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from sdlora.batch.bases import KeptBase, forget_accelerator
+from sdlora.batch.messages import Task
+from sdlora.batch.task import carry_out
+from sdlora.configfile import parse_config
+from sdlora.parts import fresh_base
+from sdlora.training.loop import Trainer
+
+
+def task(folder: Path, overrides: Sequence[str], *changes: str) -> Task:
+    settings = [*overrides, "preview.enabled=false", "train.epochs=1", *changes]
+    config = parse_config({"data": {"folder": "x"}}, name="a", overrides=settings)
+    return Task("a", config.model_dump(mode="json"), str(folder))
+
+
+def last(found: Task, bases: Any = fresh_base, stop: bool = False) -> dict[str, Any]:
+    *_, message = carry_out(found, bases, lambda: stop)
+    assert message["event"] == "ended" and message["job"] == "a"
+    return message
+
+
+def test_failures_are_told_and_the_base_survives_them(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bases = KeptBase()
+    # Left behind by somebody else: a precision that the next run does not have.
+    forget_accelerator()
+    Accelerator(cpu=True, mixed_precision="bf16")
+    done = last(task(tmp_path / "done", overrides), bases)
+    assert (done["status"], done["exit_code"], done["epoch"]) == ("done", 0, 1)
+    assert (done["seconds"] > 0 and done["peak_memory_bytes"] is None) or done["peak_memory_bytes"] > 2**20
+    missing = last(task(tmp_path / "missing", overrides, "data.folder=nowhere"), bases)
+    assert (missing["status"], missing["exit_code"]) == ("failed", 3)
+    assert not (tmp_path / "missing").exists()
+    endless = last(task(tmp_path / "endless", overrides, "train.warmup_steps=9999"), bases)
+    assert (endless["exit_code"], bases.num_loads) == (2, 1)
+    stopped = last(task(tmp_path / "stopped", overrides), bases, stop=True)
+    assert (stopped["status"], stopped["exit_code"], stopped["error"]) == ("stopped", None, None)
+    loads = bases.num_loads
+
+    def diverge(*_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        bad = torch.full((2,), torch.nan, requires_grad=True)
+        return bad, bad
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Trainer, "losses_per_example", diverge)
+        diverged = last(task(tmp_path / "diverged", overrides), bases)
+        assert (diverged["status"], diverged["exit_code"]) == ("failed", 5)
+        patched.setattr(Trainer, "losses_per_example", None)
+        broken = last(task(tmp_path / "broken", overrides), bases)
+        assert (broken["status"], broken["exit_code"]) == ("failed", 1)
+        assert "TypeError" in broken["error"]
+    assert last(task(tmp_path / "stopped", overrides), bases)["status"] == "done", "it went on from its checkpoint"
+    assert bases.num_loads == loads, "every one of them took its adapter out again"
+
+
+def test_what_an_interrupted_beginning_left_is_no_obstacle(tmp_path: Path, overrides: list[str]) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / ".config.toml.sdlora-partial-123").write_text("half")
+    assert last(task(folder, overrides))["status"] == "done"
