@@ -37,7 +37,7 @@ def test_where_nothing_is_smaller_the_rank_is_lowered() -> None:
 
 def test_the_phase_is_where_the_error_came_from() -> None:
     try:
-        Trainer._gradients(None, [])  # type: ignore[arg-type]
+        Trainer._gradients(None, [], 1)  # type: ignore[arg-type]
     except AttributeError as error:
         assert phase_of(error) == "train"
     assert phase_of(torch.OutOfMemoryError()) == "cache"
