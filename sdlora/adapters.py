@@ -27,7 +27,14 @@ def make_adapter(config: RunConfig, base: BaseModel, paths: Sequence[str]) -> Ad
         ConfigError: The start needs more singular values than a layer has.
     """
     lora = config.lora
-    form = Form(
+    return inject(
+        base.unet, paths, lora.rank, lora.alpha, config.seed, form=form_of(lora), text_encoders=base.text_encoders
+    )
+
+
+def form_of(lora: LoraConfig) -> Form:
+    """What kind of adapter is configured."""
+    return Form(
         target_ranks={str(target): rank for target, rank in lora.target_ranks.items()},
         target_alphas={str(target): alpha for target, alpha in lora.target_alphas.items()},
         rslora=lora.rslora,
@@ -36,7 +43,6 @@ def make_adapter(config: RunConfig, base: BaseModel, paths: Sequence[str]) -> Ad
         start=lora.start,
         timestep_rank=timestep_rank(lora),
     )
-    return inject(base.unet, paths, lora.rank, lora.alpha, config.seed, form=form, text_encoders=base.text_encoders)
 
 
 def timestep_rank(lora: LoraConfig) -> TimestepRank | None:

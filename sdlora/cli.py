@@ -1,4 +1,4 @@
-"""The command line: `sdlora train`, `batch`, `cache`, `data`, `config`, `check`, and the tools for files.
+"""The command line: `sdlora train`, `batch`, `cache`, `data`, `config`, `plan`, `check`, and the tools for files.
 
 Floor 8. Results and JSON go to stdout, everything else to stderr; exit codes are those of `sdlora.errors`.
 """
@@ -23,7 +23,9 @@ from sdlora.cli_batch import batch_app
 from sdlora.cli_cache import cache_app
 from sdlora.cli_check import check_app
 from sdlora.cli_hub import hub_app
+from sdlora.cli_plan import plan_app
 from sdlora.cli_tools import tools_app
+from sdlora.cli_ui import ui_app
 from sdlora.configfile import dump_toml, json_schema, load_config
 from sdlora.dataconfig import DataConfig
 from sdlora.errors import DataError, SdloraError
@@ -56,7 +58,9 @@ app.add_typer(check_app)
 app.add_typer(batch_app)
 app.add_typer(cache_app)
 app.add_typer(hub_app)
+app.add_typer(plan_app)
 app.add_typer(tools_app)
+app.add_typer(ui_app)
 
 Overrides = Annotated[
     list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; may be repeated.")

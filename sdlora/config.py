@@ -151,6 +151,10 @@ class TrainConfig(_Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="What the frozen base computes in; auto is bf16 on GPUs that have it, else fp32."
     )
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Compute parts of every step twice to need far less memory; a step takes about a third longer.",
+    )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', or 'cuda:1'.")
     log_every_steps: int = Field(10, ge=1, le=1000, description="Losses are read back from the device this often.")
     checkpoint_every_steps: int = Field(

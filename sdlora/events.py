@@ -36,6 +36,8 @@ class PlanMade(Event):
 
     `split_off` names the held-out pictures that were taken from the training folder itself. `repeats` and
     `exposures_per_picture` are the highest of several sets, which `sets` tells apart; it is empty for one folder.
+    `peak_bytes` is the most memory that is needed at once and `memory_bytes` what there is, both None for bases so
+    small that they fit anywhere.
     """
 
     name = "plan"
@@ -55,6 +57,8 @@ class PlanMade(Event):
     precision: str
     sets: list[PlannedSet] = field(default_factory=list)
     preserved_pictures: int = 0
+    peak_bytes: int | None = None
+    memory_bytes: int | None = None
 
 
 @dataclass(frozen=True)

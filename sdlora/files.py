@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -28,7 +29,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
         DiskFullError: The disk is full. The old file, if there was one, is untouched.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}{_TEMPORARY_MARK}{os.getpid()}")
+    temporary = _beside(path)
     try:
         with _naming_a_full_disk(path):
             yield temporary
@@ -50,7 +51,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     if path.exists():
         raise OutputError(f"{path} exists already. Give another name, or move it away.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}{_TEMPORARY_MARK}{os.getpid()}")
+    temporary = _beside(path)
     try:
         with _naming_a_full_disk(path):
             temporary.mkdir()
@@ -58,6 +59,11 @@ def atomic_folder(path: Path) -> Iterator[Path]:
             temporary.rename(path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _beside(path: Path) -> Path:
+    """A temporary name that no other process has, and no other thread."""
+    return path.with_name(f".{path.name}{_TEMPORARY_MARK}{os.getpid()}-{threading.get_ident()}")
 
 
 @contextmanager

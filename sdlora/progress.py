@@ -165,8 +165,17 @@ def describe_plan(plan: events.PlanMade) -> str:
         f"{plan.batch_size * plan.gradient_accumulation_steps} pictures on {plan.device} ({plan.precision}).\n"
         f"{preserved}{kept_out}Training {plan.trained_parameters:,} parameters in "
         f"{', '.join(plan.targets)}, {share:.2%} of the base's {plan.base_parameters:,}; the base itself "
-        "stays as it is."
+        f"stays as it is.{_memory(plan)}"
     )
+
+
+def _memory(plan: events.PlanMade) -> str:
+    if plan.peak_bytes is None or plan.memory_bytes is None:
+        return ""
+    told = f"\nIt needs {plan.peak_bytes / 2**30:.1f} GiB of memory at the most; {plan.memory_bytes / 2**30:.1f} GiB "
+    if plan.peak_bytes <= plan.memory_bytes:
+        return f"{told}are free."
+    return f"{told}are free, so it will probably stop. 'sdlora plan' says what to change first."
 
 
 def describe_check(event: events.CopyChecked) -> str:

@@ -24,6 +24,7 @@ from sdlora.data.dataset import Pixels
 from sdlora.errors import ConfigError, DataError, OutOfMemoryError, ProcessLostError, SdloraError
 from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, PlannedSet, RunDone
 from sdlora.files import atomic_path, remove_partial
+from sdlora.forecast import memory_of_run
 from sdlora.outputs import add_thumbnail, captions_told, export_epoch
 from sdlora.parts import BaseSource, Parts, fresh_base, prepare
 from sdlora.preview.copycheck import EpochCheck, read_checks, recommend
@@ -285,6 +286,7 @@ def _plan(parts: Parts) -> PlanMade:
     ]
     repeats = max(example.repeats for example in examples)
     heldout = () if parts.heldout is None else parts.heldout.data.dataset.examples
+    peak_bytes, memory_bytes = memory_of_run(config, parts.base, parts.data, parts.device)
     return PlanMade(
         pictures=len(examples),
         heldout_pictures=len(heldout),
@@ -302,6 +304,8 @@ def _plan(parts: Parts) -> PlanMade:
         precision=parts.precision,
         sets=sets,
         preserved_pictures=0 if parts.preserved is None else len(parts.preserved.dataset.examples),
+        peak_bytes=peak_bytes,
+        memory_bytes=memory_bytes,
     )
 
 

@@ -1,4 +1,6 @@
 import errno
+import json
+import threading
 from pathlib import Path
 
 import pytest
@@ -58,3 +60,24 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
     assert [path.name for path in target.iterdir()] == ["whole"]
     with pytest.raises(OutputError, match="exists already"), files.atomic_folder(target):
         pass
+
+
+def test_threads_that_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
+    file, barrier, faults = tmp_path / "a.json", threading.Barrier(8), list[BaseException]()
+
+    def write(number: int) -> None:
+        barrier.wait()
+        try:
+            for _ in range(20):
+                files.write_json(file, {"by": number})
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert json.loads(file.read_text(encoding="utf-8"))["by"] in range(8)
+    assert list(tmp_path.iterdir()) == [file]

@@ -19,6 +19,7 @@ from sdlora.errors import BaseModelError, ConfigError, DataError
 from sdlora.models import load
 from sdlora.run import start
 from sdlora.training.loop import Trainer
+from sdlora.training.trace import saved_for_backward
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +192,7 @@ TESTED_BELOW = {
     "file.thumbnail",
     "file.licence",
     "file.tell_captions",
-    "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2",
+    "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "train.gradient_checkpointing",
 }  # fmt: skip
 
 
@@ -333,6 +334,28 @@ def test_losses_are_read_back_as_seldom_as_asked(monkeypatch: pytest.MonkeyPatch
     sizes.clear()
     outcome("train.log_every_steps=100")
     assert max(sizes) > 1
+
+
+def test_checkpointing_trains_the_same_and_keeps_less(
+    common: str, outcome: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept: list[int] = []
+    original = Trainer.losses_per_example
+
+    def count(self: Trainer, *arguments: Any) -> Any:
+        with saved_for_backward(self.base.unet) as saved:
+            losses = original(self, *arguments)
+        kept.append(saved.held_bytes)
+        return losses
+
+    monkeypatch.setattr(Trainer, "losses_per_example", count)
+    assert outcome() == common
+    most = max(kept)
+    kept.clear()
+    assert outcome("train.gradient_checkpointing=true") == common
+    assert max(kept) < 0.6 * most
+    # What is drawn for dropout must be drawn again alike.
+    assert outcome("lora.dropout=0.5") == outcome("lora.dropout=0.5", "train.gradient_checkpointing=true")
 
 
 def test_the_cache_is_where_it_should_be(outcome: Callable[..., str], scene: dict[str, str]) -> None:

@@ -43,6 +43,7 @@ def test_the_wheel_brings_everything_and_claims_one_name(wheel: Path) -> None:
     for needed in (
         "sdlora/configs/quickstart.toml", "sdlora/datasets/zumi/zumi_00.png", "sdlora/datasets/zumi/zumi_00.txt",
         "sdlora/datasets/zumi/holdout/zumi_24.png", "sdlora/datasets/blueprint/LICENSE.md", "sdlora/ui/__init__.py",
+        "sdlora/ui/studio.css", "sdlora/ui/studio.js",
         "sdlora/py.typed", "sdlora/pocket/weights/model_index.json",
         "sdlora/pocket/weights/unet/diffusion_pytorch_model.safetensors", "sdlora/pocket/weights/tokenizer/vocab.json",
     ):  # fmt: skip

@@ -28,7 +28,7 @@ class KeptBase:
 
     def __call__(self, config: RunConfig, device: torch.device, dtype: torch.dtype) -> BaseModel:
         """The base of a configuration; see `sdlora.parts.fresh_base`."""
-        key = (config.base, device, dtype, config.loss.zero_terminal_snr)
+        key = (config.base, config.data.max_token_windows, device, dtype, config.loss.zero_terminal_snr)
         # A run that failed half-way into putting its adapter in leaves other modules, or hooks, behind.
         if self._base is None or key != self._key or _modules(self._base) != self._modules:
             self._base = None  # before the next one is loaded, so that never two of them are in memory

@@ -6,7 +6,7 @@ Floor 2. `load_dataset` refuses what is an error here and passes warnings on; `s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -68,6 +68,15 @@ class Picture:
     mask: Path | None = None
 
 
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What decoding a picture gives; the attributes are those of `Picture`."""
+
+    size: Bucket
+    pixels: str
+    thumbnail: NDArray[np.float32]
+
+
 @dataclass(frozen=True)
 class Checkup:
     """What was found in a folder.
@@ -83,6 +92,16 @@ class Checkup:
     findings: tuple[Finding, ...]
 
 
+def look_at(path: Path, background: str) -> Look:
+    """Decode a picture.
+
+    Raises:
+        DataError: It cannot be read.
+    """
+    image = load_image(path, background)
+    return Look(image.size, pixel_hash(image), thumbnail(image))
+
+
 def examine(
     folder: Path,
     *,
@@ -91,6 +110,7 @@ def examine(
     trigger: str | None = None,
     allow_trigger_only: bool = False,
     masks: MaskKind = "none",
+    look: Callable[[Path, str], Look] = look_at,
 ) -> Checkup:
     """Look at every picture and caption of a folder, each picture decoded once.
 
@@ -101,6 +121,7 @@ def examine(
         trigger: The word that captions should hold.
         allow_trigger_only: Whether pictures may do without a caption, where there is a trigger.
         masks: Where masks are looked for.
+        look: Decodes a picture, or remembers what that gave.
 
     Raises:
         DataError: The folder is missing or holds no pictures.
@@ -121,13 +142,13 @@ def examine(
         if text is None and not (trigger and allow_trigger_only) and not broken & {METADATA, f"{path.stem}.txt"}:
             uncaptioned.append(path.name)
         try:
-            image = load_image(path, background)
+            seen = look(path, background)
         except DataError as error:
             findings.append(Finding("unreadable", "error", (path.name,), str(error)))
             continue
-        mask, faulty = _mask(path, image.size, mask_files, masks)
+        mask, faulty = _mask(path, seen.size, mask_files, masks)
         findings += faulty
-        pictures.append(Picture(path, text, image.size, pixel_hash(image), thumbnail(image), mask))
+        pictures.append(Picture(path, text, seen.size, seen.pixels, seen.thumbnail, mask))
     findings += _uncaptioned(uncaptioned, len(files))
     findings += _left_out(folder, files, captions)
     findings += _copies(pictures)

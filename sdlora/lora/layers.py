@@ -7,10 +7,13 @@ Floor 2. Shapes: B batch, i in, o out, r rank, k kernel, H/W pixels; x is (B, ..
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from sdlora.lora.lowrank import low_rank
 
 
 class LoraLayer(nn.Module, ABC):
@@ -32,6 +35,8 @@ class LoraLayer(nn.Module, ABC):
         dropout: The share of A's inputs that is set to zero while `dropout_seeds` is set.
         dropout_seeds: One number per sample, which alone decides that sample's zeros.
         magnitude: The trained length of every output's weights once `add_magnitude` was called, else None.
+        live: A, B and magnitude to compute with instead, while `sdlora.lora.flat.FlatWeights.live` says so.
+        shared: The layers that this one is computed with, or None.
 
     Source: Hu et al. 2106.09685, equation 3; the deviation 1/r of A is PEFT's "gaussian".
     """
@@ -58,6 +63,8 @@ class LoraLayer(nn.Module, ABC):
         self.down = nn.Parameter(down.to(device))
         self.up = nn.Parameter(torch.zeros(num_outputs, rank, *(1 for _ in inputs[1:]), device=device))
         self.magnitude: nn.Parameter | None = None
+        self.live: tuple[Tensor, Tensor, Tensor | None] | None = None
+        self.shared: Shared | None = None
         self.register_buffer("down_start", None)
         self.register_buffer("up_start", None)
 
@@ -65,6 +72,19 @@ class LoraLayer(nn.Module, ABC):
     def scale(self) -> float:
         """alpha / r."""
         return self.alpha / self.rank
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is y = W0 x + s B A x and nothing else: no magnitude, no start, no dropout."""
+        return self.magnitude is None and self.down_start is None and self.dropout == 0.0
+
+    def weights(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """A, B and magnitude to compute with."""
+        if self.shared is not None and self.shared.downs is not None and self.shared.ups is not None:
+            place = self.shared.members.index(self)
+            down = self.shared.downs.view(-1, *self.down.shape)[place]
+            return down, self.shared.ups[place], None
+        return self.live or (self.down, self.up, self.magnitude)
 
     @torch.no_grad()
     def start_from(self, down: Tensor, up: Tensor) -> None:
@@ -88,21 +108,30 @@ class LoraLayer(nn.Module, ABC):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's answer, in the type of x."""
+        if self.enabled and self.is_plain and self.rank_mask is None and torch.is_grad_enabled():
+            return self._plain(x)
         result: Tensor = self.base(x)
         if not self.enabled:
             return result
+        down, up, magnitude = self.weights()
         # In this order, and with the products rounded as in PEFT, so that a loaded file gives the same numbers.
         dropped = self._drop(x)
-        update = self._product(dropped, self.down, self.up)
+        update = self._product(dropped, down, up)
         if self.down_start is not None and self.up_start is not None:
             update = update - self._product(dropped, self.down_start, self.up_start)
-        if self.magnitude is None:
+        if magnitude is None:
             return result + update * (self.scale * self.strength)
         # Section 4.3 of the paper: the norm follows the update, but no gradient goes through it.
-        ratio = self.magnitude / self._norm().detach()
+        ratio = magnitude / self._norm().detach()
         plain = result if self.base.bias is None else result - self._per_output(self.base.bias)
         moved = (ratio - 1).to(x.dtype) * plain + ratio.to(x.dtype) * update * self.scale
         return result + moved * self.strength
+
+    def _plain(self, x: Tensor) -> Tensor:
+        """W0 x + s B A x with gradients."""
+        down, up, _ = self.weights()
+        answer: Tensor = self.base(x) + self._product(x, down, up) * (self.scale * self.strength)
+        return answer
 
     def _product(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         inner = self._apply_down(x, down.to(x.dtype))
@@ -166,6 +195,42 @@ class LoraLinear(LoraLayer):
 
     def _per_rank(self, mask: Tensor) -> Tensor:
         return mask.unsqueeze(1)
+
+    def _plain(self, x: Tensor) -> Tensor:
+        down, up, _ = self.weights()
+        weight, scale = self.base.weight, self.scale * self.strength
+        return low_rank(x, weight, self.base.bias, down.to(x.dtype), up.to(x.dtype).unsqueeze(0), scale)
+
+
+class Shared:
+    """Linear layers that take the same input and are computed as one.
+
+    Args:
+        members: Of one shape, rank and scale, without biases, and plain; their frozen weights become views of one
+            tensor.
+
+    Attributes:
+        downs: Every A on top of each other, (J r, i), while `sdlora.lora.flat.FlatWeights.live` says so.
+        ups: Every B, (J, o, r), likewise.
+    """
+
+    def __init__(self, members: Sequence[LoraLinear]) -> None:
+        self.members = tuple(members)
+        self.weight = torch.cat([member.base.weight for member in members]).detach()
+        self.downs: Tensor | None = None
+        self.ups: Tensor | None = None
+        for member, part in zip(members, self.weight.chunk(len(members)), strict=True):
+            member.base.weight.data = part
+            member.shared = self
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Every member's answer to x."""
+        first = self.members[0]
+        ready = all(member.enabled and member.rank_mask is None for member in self.members)
+        if self.downs is None or self.ups is None or not ready or len({m.strength for m in self.members}) > 1:
+            return tuple(member(x) for member in self.members)
+        together = low_rank(x, self.weight, None, self.downs, self.ups, first.scale * first.strength)
+        return together.chunk(len(self.members), dim=-1)
 
 
 class LoraConv2d(LoraLayer):

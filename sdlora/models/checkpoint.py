@@ -62,11 +62,10 @@ def recognise(header: Header, name: str) -> Recognised:
     if not header.has(_UNET + "input_blocks."):
         raise _is_something_else(header, name)
     _refuse_refiner(header, name)
-    channels = header.shapes.get(_UNET + "input_blocks.0.0.weight", (0, 4))[1]
+    channels = _num_inputs(header, _UNET + "input_blocks.0.0.weight")
     if channels != 4:
-        kind = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures"}.get(
-            channels, "no plain"
-        )
+        kinds = {9: "an inpainting", 5: "a depth", 8: "a picture-editing"}
+        kind = kinds.get(channels, "no plain")
         raise BaseModelError(
             f"{name} is {kind} checkpoint: its UNet takes {channels} channels instead of 4. Train on the plain model "
             "it was made from; the LoRA works on both."
@@ -101,8 +100,7 @@ def _is_something_else(header: Header, name: str) -> BaseModelError:
 
 def _refuse_refiner(header: Header, name: str) -> None:
     only_second = header.has("conditioner.embedders.0.model.") and not header.has("conditioner.embedders.1.")
-    width = header.shapes.get(_UNET + "label_emb.0.0.weight", (0, 0))[1]
-    if only_second or width == _REFINER_WIDTH:
+    if only_second or _num_inputs(header, _UNET + "label_emb.0.0.weight") == _REFINER_WIDTH:
         raise BaseModelError(
             f"{name} is the refiner of Stable Diffusion XL, which only finishes pictures. Train on the base model."
         )
@@ -113,8 +111,19 @@ def _family(header: Header) -> Family:
     for family, beginnings in _TEXT_ENCODERS.items():
         if any(header.has(beginning) for beginning in beginnings):
             return family
-    widths = {shape[1] for key, shape in header.shapes.items() if key.endswith("attn2.to_k.weight")}
+    widths = _text_widths(header)
     return next((f for f, architecture in ARCHITECTURES.items() if architecture.text_width in widths), "sd1")
+
+
+def _num_inputs(header: Header, name: str) -> int:
+    """How many inputs a layer takes; 0 where it is not there."""
+    _, inputs, *_ = (*header.shapes.get(name, ()), 0, 0)
+    return inputs
+
+
+def _text_widths(header: Header) -> list[int]:
+    """How wide the text states are that the layers of cross-attention take."""
+    return sorted({_num_inputs(header, name) for name in header.shapes if name.endswith("attn2.to_k.weight")})
 
 
 def _check_whole(header: Header, family: Family, name: str) -> None:
@@ -135,8 +144,8 @@ def _check_shapes(header: Header, family: Family, name: str) -> None:
     """See whether the UNet is the family's own; its configuration is not in the file."""
     architecture = ARCHITECTURES[family]
     expected = (architecture.unet["block_out_channels"][0], architecture.text_width)
-    first = header.shapes.get(_UNET + "input_blocks.0.0.weight", (0,))[0]
-    widths = sorted({shape[1] for key, shape in header.shapes.items() if key.endswith("attn2.to_k.weight")})
+    first, *_ = (*header.shapes.get(_UNET + "input_blocks.0.0.weight", ()), 0)
+    widths = _text_widths(header)
     if (first, *widths) != expected:
         found = " and ".join(str(width) for width in (first, *widths))
         raise BaseModelError(

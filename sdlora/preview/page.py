@@ -112,7 +112,9 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     """A table of HTML cells, which scrolls sideways inside its own box."""
     top = "".join(f"<th>{cell}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f"<div class='wide'><table><caption>{title}</caption><tr>{top}</tr>{body}</table></div>"
+    # Focusable, or a keyboard could not scroll it.
+    box = f"<div class='wide' tabindex='0' role='region' aria-label='{title}'>"
+    return f"{box}<table><caption>{title}</caption><tr>{top}</tr>{body}</table></div>"
 
 
 def figure(title: str, chart: str, sentence: str, picture: str = "") -> str:

@@ -37,9 +37,10 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Pa
     """
     target = folder / f"step-{trainer.position.step:08d}"
     shutil.rmtree(target, ignore_errors=True)
-    tensors = {f"parameter.{i}": p.detach().cpu().contiguous() for i, p in enumerate(trainer.parameters)}
+    tensors = {f"parameter.{i}": p.detach().cpu().contiguous() for i, p in enumerate(trainer.adapter.parameters())}
     if trainer.average is not None:
-        tensors |= {f"average.{i}": value.cpu().contiguous() for i, value in enumerate(trainer.average.values)}
+        averages = trainer.lean.by_layer(trainer.average.values)
+        tensors |= {f"average.{i}": value.cpu().contiguous() for i, value in enumerate(averages)}
     # Singular vectors may come out otherwise on another machine, so those of the start are kept as well.
     tensors |= {f"start.{i}": t.cpu().contiguous() for i, t in enumerate(trainer.adapter.starts())}
     optimizer_tensors, scalars = _split(trainer.optimizer.state_dict())
@@ -70,17 +71,17 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
     """
     content = json.loads((checkpoint / _LAST_FILE).read_text(encoding="utf-8"))
     tensors = load_file(checkpoint / "state.safetensors")
-    expected = {f"parameter.{i}": tuple(p.shape) for i, p in enumerate(trainer.parameters)}
+    expected = {f"parameter.{i}": tuple(p.shape) for i, p in enumerate(trainer.adapter.parameters())}
     found = {name: tuple(value.shape) for name, value in tensors.items() if name.startswith("parameter.")}
     if expected != found:
         raise OutputError(f"The checkpoint {checkpoint} holds another adapter than this configuration asks for.")
     with torch.no_grad():
-        for index, parameter in enumerate(trainer.parameters):
+        for index, parameter in enumerate(trainer.adapter.parameters()):
             parameter.copy_(tensors[f"parameter.{index}"])
         for index, start in enumerate(trainer.adapter.starts()):
             start.copy_(tensors[f"start.{index}"])
     if trainer.average is not None:
-        for index, value in enumerate(trainer.average.values):
+        for index, value in enumerate(trainer.lean.by_layer(trainer.average.values)):
             value.copy_(tensors[f"average.{index}"])
     trainer.optimizer.load_state_dict(_join(trainer.optimizer.state_dict(), tensors, content["optimizer"]))
     trainer.position = Position(**content["position"])

@@ -29,6 +29,7 @@ from sdlora.processes import ALONE, Processes
 from sdlora.training.averages import MovingAverage, evaluation_weights
 from sdlora.training.bands import NUM_BANDS, band_of
 from sdlora.training.data import TrainingData
+from sdlora.training.lean import LeanStep
 from sdlora.training.objective import Batch, diffusion_loss, diffusion_loss_preserving
 from sdlora.training.optimizers import adapter_groups, make_optimizer, set_rates
 from sdlora.training.rates import learning_rate
@@ -118,11 +119,17 @@ class Trainer:
         self.position = Position()
         loss = config.loss
         self._error = mse_per_example if loss.kind == "mse" else partial(huber_per_example, delta=loss.huber_delta)
-        self.parameters = list(adapter.parameters())
         train = config.train
-        groups = adapter_groups(adapter, train.plus_ratio, self._text_encoder_factor())
+        self.lean = LeanStep(
+            base.unet,
+            adapter,
+            adapter_groups(adapter, train.plus_ratio, self._text_encoder_factor()),
+            optimizer=train.optimizer,
+            gradient_checkpointing=train.gradient_checkpointing,
+        )
+        self.parameters = self.lean.parameters()
         self.optimizer = accelerator.prepare(
-            make_optimizer(train.optimizer, groups, rate=train.learning_rate, weight_decay=train.weight_decay)
+            make_optimizer(train.optimizer, self.lean.groups, rate=train.learning_rate, weight_decay=train.weight_decay)
         )
         self.average = MovingAverage(self.parameters, train.ema_decay) if train.ema_decay > 0 else None
         self.plan = plan_training(config, data.dataset)
@@ -240,9 +247,11 @@ class Trainer:
         own, drawn = self.processes.share(batch), self.processes.share(timesteps)
         if not own:
             return torch.zeros(len(batch), device=self.base.device)
-        with self.adapter.dropping(self.config.seed, [(data.name(v.example), v.visit) for v in own]):
+        # The way back is inside, too: checkpointing computes again there.
+        dropping = self.adapter.dropping(self.config.seed, [(data.name(v.example), v.visit) for v in own])
+        with dropping, self.lean.live():
             loss, objective = self.losses_per_example(own, drawn, data)
-        self.accelerator.backward(weight * objective.sum() / num_examples)
+            self.accelerator.backward(weight * objective.sum() / num_examples)
         return self.processes.placed(loss.detach(), len(batch))
 
     def losses_per_example(

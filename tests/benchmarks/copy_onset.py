@@ -152,7 +152,7 @@ class Bench:
     def _check_again(self, config: RunConfig, output: Path) -> None:
         loaded = parts.load(config)
         base = loaded.base
-        adapter = make_adapter(config, base, find_targets(base.unet, config.lora.targets, base.text_encoder))
+        adapter = make_adapter(config, base, find_targets(base.unet, config.lora.targets, base.text_encoders))
         request = parts.preview_request(config, loaded.dataset)
         checker = parts.make_checker(config, loaded, adapter, request, None)
         deque(checker.prepare(config.data.background), maxlen=0)

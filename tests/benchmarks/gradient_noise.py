@@ -51,6 +51,8 @@ def plan_gradients(parts: Any, config: RunConfig, num_batches: int) -> tuple[Ten
     examples = tuple(replace(e, repeats=config.data.repeats) for e in parts.data.dataset.examples)
     data = replace(parts.data, dataset=replace(parts.data.dataset, examples=examples))
     trainer = Trainer(config, parts.base, parts.adapter, data, Accelerator(cpu=True))
+    for _ in data.fill(config.data.background, trainer.plan.timesteps):
+        pass
     first = seeds.derive(config.seed, "benchmark place") % (trainer.total_steps - num_batches + 1)
     trainer.position.step = first
     caught: list[Tensor] = []

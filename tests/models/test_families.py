@@ -101,7 +101,11 @@ def test_sizes_matter_to_sdxl(folders: dict[Family, Path]) -> None:
     base = load(folders["sdxl"])
     noise, text = torch.randn(1, 4, 8, 8), base.encode_captions(["a cat"])
     answers = [
-        base.predict(noise, torch.tensor([500]), text | base.picture_states([Example("a", Path("a"), "", *sizes)]))
+        base.predict(
+            noise,
+            torch.tensor([500]),
+            text | base.picture_states([Example("a", Path("a"), "", sizes[0], size_px=sizes[1])]),
+        )
         for sizes in (((32, 32), (32, 32)), ((32, 32), (900, 500)))
     ]
     assert not torch.equal(answers[0], answers[1])
@@ -138,7 +142,7 @@ def test_sizes_stay_exact_where_the_unet_computes_in_bf16(folders: dict[Family, 
     with base.pipeline() as pipeline, torch.no_grad():
         prompts = base.preview_prompts(["a cat"], [""])
         pipeline(**prompts, num_inference_steps=1, original_size=(1023, 1025), output_type="latent")
-    example = Example("a", Path("a"), "", (32, 32), (1023, 1025))
+    example = Example("a", Path("a"), "", (32, 32), size_px=(1023, 1025))
     text = base.encode_captions(["a cat"]) | base.picture_states([example])
     base.predict(torch.zeros(1, 4, 8, 8), torch.tensor([5]), text)
     assert [tensor[0, :2].tolist() for tensor in seen] == [[1023.0, 1025.0], [1025.0, 1023.0]]

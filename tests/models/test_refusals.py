@@ -157,7 +157,7 @@ def test_checkpoints_that_are_not_trained(tmp_path: Path, layouts: Layouts, smal
         return refused(file)
 
     sd1, sd2, sdxl = (layouts[family] for family in ("sd1", "sd2", "sdxl"))
-    for channels, reason in ((9, "an inpainting model"), (5, "a depth model"), (8, "edits pictures")):
+    for channels, reason in ((9, "an inpainting check"), (5, "a depth check"), (8, "a picture-editing check")):
         wide = {f"{UNET}input_blocks.0.0.weight": torch.zeros(16, channels, 3, 3)}
         assert reason in found(sd1 | wide)
         assert reason in found(sdxl | wide)

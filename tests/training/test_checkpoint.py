@@ -60,6 +60,6 @@ def test_half_a_checkpoint_is_none(tiny_base: Path, pictures: Path, tmp_path: Pa
 def test_another_adapter_is_refused(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_base, pictures, tmp_path)
     saved = save_checkpoint(tmp_path / "c", trainer, {})
-    trainer.parameters.pop()
+    trainer.adapter.layers.popitem()
     with pytest.raises(OutputError, match="another adapter"):
         load_checkpoint(saved, trainer)

@@ -271,7 +271,7 @@ def test_accumulation_gives_the_gradient_of_the_large_batch(tiny_base: Path, pic
 
         def spy(step=step, trainer=trainer, grads=grads):  # type: ignore[no-untyped-def]
             if not grads:
-                grads += [p.grad.clone() for p in trainer.parameters if p.grad is not None]
+                grads += trainer.lean.by_layer([p.grad.clone() for p in trainer.parameters if p.grad is not None])
             return step()
 
         trainer.optimizer.step = spy

@@ -1,0 +1,69 @@
+"""Attention for training: projections of one input computed as one, and nothing divided by one.
+
+Floor 2. Shapes: B batch, T tokens, d width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from torch import Tensor, nn
+
+from sdlora.lora.layers import LoraLinear
+
+
+class TrainingAttention:
+    """Stands in for diffusers' AttnProcessor2_0, to the same answers.
+
+    Source: Vaswani et al. 1706.03762, section 3.2.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """(B, T, d) to the same shape."""
+        if attention_mask is not None:
+            plain: Tensor = AttnProcessor2_0()(
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs
+            )
+            return plain
+        if encoder_hidden_states is None:
+            query, key, value = _project([attn.to_q, attn.to_k, attn.to_v], hidden_states)
+        else:
+            query = attn.to_q(hidden_states)
+            key, value = _project([attn.to_k, attn.to_v], encoder_hidden_states)
+        query, key, value = (
+            x.view(*x.shape[:-1], attn.heads, x.shape[-1] // attn.heads).transpose(1, 2) for x in (query, key, value)
+        )
+        found = F.scaled_dot_product_attention(query, key, value)
+        answer: Tensor = attn.to_out[1](attn.to_out[0](found.transpose(1, 2).flatten(2)))
+        return answer
+
+
+def use_training_attention(unet: nn.Module) -> None:
+    """Put it in place of diffusers' own wherever it does the same."""
+    for module in unet.modules():
+        if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and _is_plain(module):
+            module.set_processor(TrainingAttention())
+
+
+def _is_plain(attn: Attention) -> bool:
+    """Whether an attention is of the kind that the blocks of Stable Diffusion's UNets have."""
+    others = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
+    return not any(others) and not attn.residual_connection and attn.rescale_output_factor == 1.0
+
+
+def _project(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    first = layers[0]
+    if isinstance(first, LoraLinear) and first.shared is not None and tuple(layers) == first.shared.members:
+        return first.shared(x)
+    return [layer(x) for layer in layers]

@@ -1,0 +1,190 @@
+"""What a training step costs: sdlora against PEFT and against the floor, a frozen pass with the way back to its input.
+
+    python tests/benchmarks/step.py                  counts at the families' true shapes, without weights
+    python tests/benchmarks/step.py --time           seconds as well, of a reduced UNet with random weights
+    python tests/benchmarks/step.py --json
+
+Kernels, operations and kept bytes are counted, on any machine alike; seconds are of this one, interleaved, as medians
+with their ranges. Shapes: B batch, C latent channels, h/w latents, L tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from peft import LoraConfig
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from sdlora.lora.inject import inject
+from sdlora.lora.targets import find_targets
+from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.training.lean import LeanStep
+from sdlora.training.optimizers import Group
+from sdlora.training.trace import counted, saved_for_backward
+
+ATTENTION = ("cross_attention", "self_attention")
+VARIANTS = ("floor", "peft bf16", "peft fp32 + autocast", "sdlora")
+# As wide as Stable Diffusion 1.5 at half the widths and two blocks, which two cores run in a second or so.
+REDUCED: dict[str, Any] = {
+    "sample_size": 32,
+    "block_out_channels": (160, 320),
+    "layers_per_block": 1,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+    "cross_attention_dim": 768,
+    "attention_head_dim": 8,
+}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one step, forward and backward."""
+
+    kernels: int
+    gflop: float
+    saved_mib: float
+    weights_mib: float
+
+
+def network(name: str, config: dict[str, Any], dtype: torch.dtype, device: str, rank: int = 8) -> Network:
+    """A variant's network with random weights, or with none on the meta device."""
+    with torch.device(device):
+        unet = UNet2DConditionModel.from_config(config)
+    torch.nn.Module.to(unet, dtype).requires_grad_(False).eval()
+    inside: Callable[[], AbstractContextManager[Any]] = nullcontext
+    paths = find_targets(unet, ATTENTION)
+    if name.startswith("peft"):
+        unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=paths, init_lora_weights="gaussian"))
+        for parameter in unet.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.to(dtype if name == "peft bf16" else torch.float32)
+        if name.endswith("autocast"):
+            inside = partial(torch.autocast, "cpu", torch.bfloat16)
+    elif name == "sdlora":
+        adapter = inject(unet, paths, rank, float(rank), 0)
+        groups = [Group(adapter.parameters(), 1.0)]
+        inside = LeanStep(unet, adapter, groups, optimizer="adamw", gradient_checkpointing=False).live
+    return Network(unet, inside, grads_of_input=name == "floor")
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network, and what a pass and its way back run inside of."""
+
+    unet: UNet2DConditionModel
+    inside: Callable[[], AbstractContextManager[Any]]
+    grads_of_input: bool
+
+    def pretend(self) -> None:
+        """Under a mode for tensors without numbers, take over shapes and types."""
+        for module in self.unet.modules():
+            for name, p in list(module._parameters.items()):
+                if p is not None:
+                    fake = torch.empty(p.shape, dtype=p.dtype)
+                    module._parameters[name] = torch.nn.Parameter(fake, requires_grad=p.requires_grad)
+
+    def forward(self, latent: tuple[int, int], device: str) -> Tensor:
+        """A forward pass of one picture to its loss."""
+        config, dtype = self.unet.config, next(self.unet.parameters()).dtype
+        with torch.device(device):
+            x = torch.randn(1, 4, *latent).to(dtype).requires_grad_(self.grads_of_input)
+            text = torch.randn(1, 77, config.cross_attention_dim).to(dtype)
+            timesteps, target = torch.full((1,), 500), torch.randn(1, 4, *latent)
+            added = None
+            if config.addition_embed_type == "text_time":
+                added = {"text_embeds": torch.randn(1, 1280).to(dtype), "time_ids": torch.ones(1, 6)}
+        answer: Tensor = self.unet(x, timesteps, text, added_cond_kwargs=added, return_dict=False)[0]
+        return (answer.float() - target).pow(2).mean()
+
+
+def count(name: str, config: dict[str, Any], latent: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Counts:
+    """Count a variant at any shape without computing it."""
+    made = network(name, config, dtype, "meta")
+    weights = sum(p.nbytes for p in made.unet.parameters())
+    # torch knows no autocast for the meta device; tensors that pretend to be on the CPU have it, and take longer.
+    pretending = name.endswith("autocast")
+    with FakeTensorMode() if pretending else nullcontext():
+        if pretending:
+            made.pretend()
+        with counted() as cost, made.inside():
+            with saved_for_backward(made.unet) as saved:
+                loss = made.forward(latent, "cpu" if pretending else "meta")
+            loss.backward()
+    return Counts(cost.kernels, cost.flops / 1e9, saved.held_bytes / 2**20, weights / 2**20)
+
+
+def count_family(family: Family, resolution_px: int) -> dict[str, Counts]:
+    """All variants at a family's true shape."""
+    edge = resolution_px // 8
+    return {name: count(name, ARCHITECTURES[family].unet, (edge, edge)) for name in VARIANTS}
+
+
+def time_reduced(dtype: torch.dtype, repeats: int) -> dict[str, list[float]]:
+    """Seconds of each variant's step on the reduced UNet, the variants taking turns."""
+    names = [name for name in VARIANTS if dtype == torch.bfloat16 or name != "peft fp32 + autocast"]
+    made = {name: network(name, REDUCED, dtype, "cpu") for name in names}
+    found: dict[str, list[float]] = {name: [] for name in names}
+    for turn in range(repeats + 1):
+        for name, each in made.items():
+            begin = time.perf_counter()
+            with each.inside():
+                each.forward((32, 32), "cpu").backward()
+            if turn > 0:  # the first is a warm-up
+                found[name].append(time.perf_counter() - begin)
+            each.unet.zero_grad(set_to_none=True)
+    return found
+
+
+def table(counts: dict[str, Counts]) -> str:
+    """Counts with their ratios to the floor and to PEFT as its users run it."""
+    floor, peft = counts["floor"], counts["peft fp32 + autocast"]
+    lines = ["| | kernels | over floor | GFLOP | kept MiB | over PEFT |", "|---|---|---|---|---|---|"]
+    for name, c in counts.items():
+        lines.append(
+            f"| {name} | {c.kernels} | {c.kernels / floor.kernels:.2f} | {c.gflop:.0f} | {c.saved_mib:.0f} | "
+            f"{c.saved_mib / peft.saved_mib:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Count, and measure if asked to."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--time", action="store_true", help="measure seconds of a reduced UNet, too")
+    parser.add_argument("--repeats", type=int, default=5)
+    asked = parser.parse_args()
+    counts = {"SD 1.5, 512 px": count_family("sd1", 512), "SDXL, 1024 px": count_family("sdxl", 1024)}
+    seconds: dict[str, dict[str, list[float]]] = {}
+    if asked.time:
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            seconds[name] = time_reduced(dtype, asked.repeats)
+    peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    if asked.json:
+        told = {name: {variant: asdict(c) for variant, c in each.items()} for name, each in counts.items()}
+        print(json.dumps({"counts": told, "seconds": seconds, "peak_rss_bytes": peak_kib * 1024}))
+        return
+    for name, each in counts.items():
+        print(f"\n{name}, batch 1, rank 8 on all attention, base in bf16\n\n{table(each)}")
+    for name, times in seconds.items():
+        peft = statistics.median(times["peft bf16"])
+        print(f"\nSeconds of a step, reduced UNet in {name}: median (range), over PEFT's")
+        for variant, values in times.items():
+            middle = statistics.median(values)
+            print(f"  {variant}: {middle:.3f} ({min(values):.3f} to {max(values):.3f}), {middle / peft:.2f}")
+
+
+if __name__ == "__main__":
+    main()

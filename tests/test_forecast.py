@@ -1,0 +1,64 @@
+"""Forecasts of configurations against the run itself."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+
+from sdlora import forecast
+from sdlora.configfile import load_config
+from sdlora.events import PlanMade
+from sdlora.parts import load, prepare
+from sdlora.progress import describe_plan
+from sdlora.run import start
+from sdlora.runfolder import RunFolder
+
+
+def test_a_forecast_counts_what_the_run_then_does(tmp_path: Path, overrides: list[str]) -> None:
+    source = tmp_path / "mine.toml"
+    source.write_text("[data]\ntrigger = 'zumi'\n")
+    config = load_config(str(source), overrides)
+    found = forecast.forecast_config(config, None)
+    parts = prepare(config, RunFolder(tmp_path / "run", "mine"))
+    assert found.steps == parts.trainer.total_steps
+    assert found.trainable_parameters == parts.adapter.num_parameters()
+    assert found.base_parameters == parts.adapter.num_base_parameters()
+    assert found.fits is True
+    assert found.memory_bytes is not None
+    assert found.memory_bytes <= psutil.virtual_memory().total
+    list(parts.data.fill(2, "white"))
+    kept = sum(p.stat().st_size for p in (tmp_path / "cache").rglob("*.safetensors"))
+    assert found.cache_bytes is not None
+    assert found.cache_bytes <= kept < found.cache_bytes + 10 * 300  # names and shapes in ten files
+
+
+def test_a_run_tells_its_memory_unless_the_base_is_small(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "mine.toml"
+    source.write_text("[data]\ntrigger = 'zumi'\n")
+    config = load_config(str(source), [*overrides, "preview.enabled=false"])
+    (plan,) = [e for e in start(config, tmp_path / "small") if isinstance(e, PlanMade)]
+    assert plan.peak_bytes is None
+    assert "GiB" not in describe_plan(plan)
+    monkeypatch.setattr(forecast, "_SMALL_BASE", 0)
+    (plan,) = [e for e in start(config, tmp_path / "run") if isinstance(e, PlanMade)]
+    assert plan.peak_bytes == forecast.forecast_config(config, None).peak_bytes
+    assert "are free." in describe_plan(plan)
+    short = replace(plan, memory_bytes=plan.peak_bytes - 1)
+    assert "sdlora plan" in describe_plan(short)
+
+
+def test_what_is_loaded_counts_as_memory_there_is(tmp_path: Path, overrides: list[str]) -> None:
+    source = tmp_path / "mine.toml"
+    source.write_text("")
+    loaded = load(load_config(str(source), overrides))
+    assert forecast.device_memory(torch.device("cpu")) > 0
+    setting, cache_bytes = forecast.setting_of(load_config(str(source), overrides), loaded)
+    assert setting.proven_here
+    assert setting.cached_bytes == cache_bytes
+    assert setting.bucket in {(40, 24), (32, 32)}

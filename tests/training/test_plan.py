@@ -1,0 +1,125 @@
+"""Plans against the counts that are known, and against what real networks hold."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+
+from sdlora.config import RunConfig
+from sdlora.configfile import parse_config
+from sdlora.lora.inject import Form, inject
+from sdlora.lora.layers import LoraLinear
+from sdlora.lora.targets import find_targets
+from sdlora.training import plan
+from sdlora.training.metabase import MetaBase, Shapes, num_bytes, shapes_of_family
+from sdlora.training.optimizers import Group, make_optimizer
+from sdlora.training.plan import Setting, need
+
+CROSS = ["cross_attention"]
+BOTH = ["cross_attention", "self_attention"]
+ALL = ["cross_attention", "self_attention", "mlp"]
+
+
+def config(**train: Any) -> RunConfig:
+    document = {"data": {"folder": "x", "resolution_px": 64}, "train": train, "preview": {"enabled": False}}
+    return parse_config(document, name="x")
+
+
+SMALL = Shapes(
+    unet={
+        "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 32, "attention_head_dim": 4,
+    },
+    vae={
+        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4,
+        "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "layers_per_block": 1,
+    },
+    text_encoders=({"hidden_size": 32, "max_position_embeddings": 77, "num_hidden_layers": 1},),
+    frozen_bytes=1000,
+)  # fmt: skip
+
+
+def setting(dtype: torch.dtype = torch.float32, **train: Any) -> Setting:
+    return Setting(config(**train), Form(), SMALL, dtype, (64, 64))
+
+
+@pytest.mark.parametrize(
+    ("family", "counts"), [("sd1", (795_648, 1_594_368, 2_992_128)), ("sdxl", (6_287_360, 11_612_160, 20_930_560))]
+)
+def test_trained_parameters_are_those_of_the_families(family: Any, counts: tuple[int, ...]) -> None:
+    base = MetaBase(shapes_of_family(family), torch.bfloat16)
+    for targets, count in zip((CROSS, BOTH, ALL), counts, strict=True):
+        adapter = inject(base.unet, find_targets(base.unet, targets), 8, 8.0, 0)
+        assert adapter.num_parameters() == count
+        adapter.remove()
+
+
+def test_a_layer_of_4096_at_rank_8_has_65536_numbers() -> None:
+    layer = LoraLinear(nn.Linear(4096, 4096, device="meta"), 8, 8.0)
+    assert plan.adapter_parameters(4096, 4096, 8) == layer.down.numel() + layer.up.numel() == 65_536
+    assert layer.base.weight.numel() == 16_777_216
+
+
+def test_full_fine_tuning_takes_16_bytes_for_every_parameter() -> None:
+    assert plan.full_training_bytes(8_000_000_000) == 128_000_000_000
+
+
+def test_a_step_of_stable_diffusion_costs_what_the_formula_says() -> None:
+    """F + (F_conv + F_linear + 2 F_attention - what lies below the first adapter) + 6 n r (i + o)."""
+    shapes = shapes_of_family("sd1")
+    asked = parse_config({"data": {"folder": "x"}, "lora": {"targets": BOTH}, "preview": {"enabled": False}}, name="x")
+    found = need(Setting(asked, Form(), shapes, torch.bfloat16, (512, 512)))
+    assert found.trainable_parameters == 1_594_368
+    assert found.base_parameters == 859_520_964
+    assert found.flops == pytest.approx(1718e9, rel=0.005)
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "prodigy", "lion", "schedule_free", "adafactor"])
+def test_an_optimizers_state_is_as_large_as_planned(optimizer: str) -> None:
+    parameter = nn.Parameter(torch.randn(64, 64))
+    made = make_optimizer(optimizer, [Group([parameter], 1.0)], rate=0.5, weight_decay=0.0)
+    parameter.grad = torch.randn(64, 64)
+    made.step()
+    values = [v for state in made.state.values() for v in state.values() if isinstance(v, torch.Tensor)]
+    held = sum(value.nbytes for value in values) / parameter.numel()
+    assert held == pytest.approx(plan.OPTIMIZER_BYTES[optimizer], abs=1.0)
+
+
+def test_parts_are_the_networks_own_bytes() -> None:
+    found = need(setting())
+    unet = UNet2DConditionModel.from_config(dict(SMALL.unet))
+    assert found.parts["weights"] == num_bytes(unet) + 1000
+    assert found.parts["adapter"] == 16 * found.trainable_parameters
+    assert found.peak_bytes == sum(found.parts.values())
+    assert need(setting(torch.bfloat16)).parts["weights"] == num_bytes(unet) // 2 + 1000
+    assert need(setting(ema_decay=0.9)).parts["adapter"] == 20 * found.trainable_parameters
+
+
+def test_activations_grow_with_the_batch_and_shrink_with_checkpointing() -> None:
+    one, two = (need(setting(batch_size=size)) for size in (1, 2))
+    assert two.parts["activations"] == pytest.approx(2 * one.parts["activations"], rel=0.1)
+    assert two.flops == pytest.approx(2 * one.flops, rel=0.01)
+    less = need(setting(batch_size=2, gradient_checkpointing=True))
+    assert less.parts["activations"] < 0.7 * two.parts["activations"]
+    assert 1.2 < less.flops / two.flops < 1.6
+
+
+def test_changes_are_offered_until_it_fits_and_no_further() -> None:
+    asked = setting(batch_size=4)
+    needed = need(asked)
+    assert plan.changes(asked, needed, needed.peak_bytes) == []
+    (first,) = plan.changes(asked, needed, needed.peak_bytes - 1)
+    assert first.change == "train.precision = 'bf16'"
+    assert first.time == 1.0
+    everything = plan.changes(asked, needed, 1)
+    assert [change.change.split(" ")[0] for change in everything][:3] == [
+        "train.precision", "train.batch_size", "train.gradient_checkpointing",
+    ]  # fmt: skip
+    peaks = [needed.peak_bytes, *(change.peak_bytes for change in everything)]
+    assert peaks == sorted(peaks, reverse=True)
+    assert everything[2].time > 1.2

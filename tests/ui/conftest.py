@@ -1,0 +1,65 @@
+"""Studios for tests: their folders, and runs as a trainer leaves them."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from sdlora.ui import processes
+from sdlora.ui.context import Context
+from sdlora.ui.jobs import Jobs
+from sdlora.ui.processes import Identity
+from sdlora.ui.store import Studio
+from sdlora.ui.trial import Easel
+
+from sdlora.config import RunConfig
+from sdlora.configfile import parse_config
+
+
+@pytest.fixture
+def studio(tmp_path: Path) -> Studio:
+    made = Studio(tmp_path / "runs")
+    made.create()
+    return made
+
+
+@pytest.fixture
+def context(studio: Studio) -> Context:
+    return Context(studio, Jobs(studio), Easel())
+
+
+@pytest.fixture
+def make_config(studio: Studio, pictures: Path) -> Callable[..., RunConfig]:
+    """Settings that are valid, by name."""
+
+    def made(name: str, **train: Any) -> RunConfig:
+        return parse_config({"data": {"folder": str(pictures)}, "train": train}, name=name)
+
+    return made
+
+
+@pytest.fixture
+def sleepers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[psutil.Process]]:
+    """Stands for training: every job that is started is a process that waits; SIGTERM ends it."""
+    started: list[psutil.Process] = []
+
+    def start(arguments: list[str], log: Path) -> tuple[subprocess.Popen[bytes], Identity]:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        log.write_text(f"started with {' '.join(arguments)}\n", encoding="utf-8")
+        child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], start_new_session=True)
+        process = psutil.Process(child.pid)
+        started.append(process)
+        return child, Identity(child.pid, process.create_time())
+
+    monkeypatch.setattr(processes, "start", start)
+    monkeypatch.setattr(processes, "default_device", lambda: "cpu")
+    yield started
+    for process in started:
+        if process.is_running():
+            process.kill()
+            process.wait(10)

@@ -1,0 +1,110 @@
+"""Captions are saved where training reads them, and the doctor's word is told for each picture."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hostile import CAPTIONS
+from PIL import Image
+from sdlora.ui import sets
+from studios import write_picture
+
+from sdlora.data.dataset import load_dataset
+from sdlora.errors import SdloraError
+from sdlora.shipped import resolve_data_folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "set"
+    for name, color in (("a", "red"), ("b", "blue"), ("c", "green")):
+        write_picture(made / f"{name}.png", color, (600, 520))
+        (made / f"{name}.txt").write_text(f"a {color} thing", encoding="utf-8")
+    return made
+
+
+def test_every_picture_has_its_verdict_and_reason(tmp_path: Path) -> None:
+    source = resolve_data_folder("builtin:zumi")
+    with Image.open(source / "zumi_00.png") as first, Image.open(source / "zumi_01.png") as second:
+        one, two = first.convert("RGB").resize((600, 600)), second.convert("RGB").resize((600, 600))
+    one.save(tmp_path / "one.png")
+    one.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
+    two.save(tmp_path / "two.png")
+    two.rotate(90).resize((100, 100)).save(tmp_path / "small.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    for name in ("one", "mirrored", "small", "broken"):
+        (tmp_path / f"{name}.txt").write_text("zumi waving" if name != "one" else "somebody", encoding="utf-8")
+    view = sets.view(tmp_path, trigger="zumi")
+    cards = {card.name: card for card in view.cards}
+    assert {name: card.severity for name, card in cards.items()} == {
+        "broken.png": "error", "mirrored.png": "warning", "one.png": "warning", "small.png": "warning",
+        "two.png": "error",
+    }  # fmt: skip
+    assert "no caption" in cards["two.png"].findings[0]
+    assert any("trigger" in reason for reason in cards["one.png"].findings)
+    assert any("mirrored.png" in reason for reason in cards["one.png"].findings)
+    assert any("enlarged" in reason for reason in cards["small.png"].findings)
+    assert view.twins == (("mirrored.png", "one.png"),) and view.num_errors == 2
+    assert sets.view(tmp_path / "nothing").cards == ()
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_a_caption_is_what_training_reads(caption: str, folder: Path) -> None:
+    before = set(folder.rglob("*"))
+    sets.write_caption(folder, "a.png", caption)
+    assert set(folder.rglob("*")) == before
+    dataset = load_dataset(folder, caption="none", trigger=None, allow_trigger_only=False, background="white")
+    expected = " ".join(caption.replace("\0", " ").split()).removeprefix("\ufeff") or "none"
+    assert dataset.examples[0].caption == expected
+    assert sets.view(folder).cards[0].caption == ("" if expected == "none" else expected)
+
+
+@pytest.mark.parametrize("name", ["../x.png", "nothing.png", "a.txt", "/etc/passwd", ""])
+def test_only_pictures_of_the_set_are_written_to(name: str, folder: Path) -> None:
+    for action in (lambda: sets.write_caption(folder, name, "x"), lambda: sets.take_out(folder, name)):
+        with pytest.raises(SdloraError, match="no picture"):
+            action()
+
+
+def test_all_captions_can_be_changed(folder: Path) -> None:
+    assert sets.replace_words(folder, "thing", "ball") == 3
+    assert sets.replace_words(folder, "red", "dark red") == 1
+    sets.write_caption(folder, "b.png", "zumi, blue")
+    assert sets.put_trigger_in(folder, "zumi") == 2
+    assert [card.caption for card in sets.view(folder).cards] == [
+        "zumi, a dark red ball",
+        "zumi, blue",
+        "zumi, a green ball",
+    ]
+    sets.write_caption(folder, "c.png", "")
+    assert sets.caption_the_rest(folder, "zumi somewhere") == 1
+    assert sets.view(folder).cards[2].caption == "zumi somewhere"
+    for action in (lambda: sets.replace_words(folder, "", "x"), lambda: sets.put_trigger_in(folder, " ")):
+        with pytest.raises(SdloraError):
+            action()
+
+
+def test_a_picture_is_taken_out_with_its_caption(folder: Path) -> None:
+    write_picture(folder / "a.jpg", "yellow")
+    sets.take_out(folder, "a.jpg")
+    assert (folder / "a.txt").exists(), "a.png has it still"
+    sets.take_out(folder, "a.png")
+    assert not (folder / "a.txt").exists() and [card.name for card in sets.view(folder).cards] == ["b.png", "c.png"]
+
+
+def test_captions_of_a_list_are_edited_without_contradicting_it(folder: Path) -> None:
+    for name in "abc":
+        (folder / f"{name}.txt").unlink()
+    lines = "".join(f'{{"file_name": "{name}.png", "text": "listed {name}"}}\n' for name in "abc")
+    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    sets.write_caption(folder, "b.png", "edited")
+    assert [card.caption for card in sets.view(folder).cards] == ["listed a", "edited", "listed c"]
+    assert sets.view(folder).num_errors == 0
+
+
+def test_a_picture_is_decoded_once_while_it_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sets.view(folder)
+    monkeypatch.setattr(sets, "look_at", lambda *_: pytest.fail("decoded again"))
+    sets.write_caption(folder, "a.png", "new words")
+    assert sets.view(folder).cards[0].caption == "new words"

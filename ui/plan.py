@@ -1,0 +1,150 @@
+"""What a recipe comes to, in words, before anything is started.
+
+Floor 8. Counts are had at once; time and memory come from `sdlora plan`, which measures a step of the real thing.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdlora.config import RunConfig
+from sdlora.configfile import dump_toml
+from sdlora.data.dataset import load_dataset
+from sdlora.data.order import epoch_batches
+from sdlora.data.split import split_off
+from sdlora.progress import format_seconds
+from sdlora.shipped import pocket_folder, resolve_data_folder
+
+from .store import StudioError
+
+_USUAL_PX = 512
+_TIMEOUT_SECONDS = 600
+
+
+@dataclass(frozen=True)
+class Counts:
+    """What is trained, in numbers.
+
+    Attributes:
+        pictures: How many are trained on.
+        heldout: How many are kept out, to judge by.
+        exposures: How often each picture is seen in all.
+        steps: Optimizer steps of the whole run.
+        resolution_px: The training size, as the edge of a square.
+    """
+
+    pictures: int
+    heldout: int
+    exposures: int
+    steps: int
+    resolution_px: int
+
+
+def count(config: RunConfig) -> Counts:
+    """Count what a configuration does, without loading its base.
+
+    Raises:
+        SdloraError: The pictures cannot be trained on.
+    """
+    data, train = config.data, config.train
+    dataset = load_dataset(
+        resolve_data_folder(data.folder),
+        caption=data.caption, trigger=data.trigger, allow_trigger_only=data.allow_trigger_only,
+        background=data.background,
+    )  # fmt: skip
+    heldout = 0
+    if data.holdout is None and data.holdout_split:
+        dataset, taken = split_off(dataset, config.seed)
+        heldout = len(taken.examples) if taken else 0
+    resolution_px = data.resolution_px or base_resolution_px(config.base.path)
+    dataset = dataset.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
+    buckets = [example.bucket for example in dataset.examples]
+    # Epochs differ in their order alone.
+    batches = len(epoch_batches(buckets, data.repeats, train.batch_size, 1, config.seed))
+    steps = -(-batches // train.gradient_accumulation_steps) * train.epochs
+    return Counts(len(buckets), heldout, data.repeats * train.epochs, steps, resolution_px)
+
+
+def base_resolution_px(path: str) -> int:
+    """The size that a base was trained at, read from its folder; 512 for one that is not on this machine."""
+    folder = pocket_folder() if path == "pocket" else Path(path).expanduser()
+    try:
+        unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
+        factor: int = 2 ** (len(vae["block_out_channels"]) - 1)
+        return int(unet["sample_size"]) * factor
+    except (OSError, ValueError, KeyError):
+        return _USUAL_PX
+
+
+def in_words(config: RunConfig, counts: Counts) -> list[str]:
+    """The plan as sentences."""
+    train = config.train
+    told = [
+        f"{counts.pictures} pictures at {counts.resolution_px} px, each seen {counts.exposures} times: "
+        f"{config.data.repeats} times in each of {train.epochs} epochs.",
+        f"That is {counts.steps:,} steps of {train.batch_size * train.gradient_accumulation_steps} "
+        f"{'picture' if train.batch_size * train.gradient_accumulation_steps == 1 else 'pictures'}.",
+    ]
+    if counts.heldout:
+        told.append(f"{counts.heldout} pictures are kept out of training; the epochs are judged by them.")
+    elif config.data.holdout is None:
+        told.append(
+            "No picture is held out, so that the last epoch is kept: with 20 pictures or more, the best one is."
+        )
+    if config.copycheck.enabled and config.preview.enabled:
+        told.append("After every epoch, previews are drawn and compared with all of your pictures.")
+    return told
+
+
+def can_measure() -> bool:
+    """Whether this sdlora measures time and memory beforehand."""
+    from sdlora.cli import app
+
+    return any(
+        (command.name or getattr(command.callback, "__name__", "")) == "plan" for command in app.registered_commands
+    )
+
+
+def measure(config: RunConfig) -> dict[str, Any]:
+    """What `sdlora plan` says of a configuration.
+
+    Raises:
+        StudioError: It refuses the configuration, or fails.
+    """
+    return dict(_measure(dump_toml(config)))
+
+
+@functools.lru_cache(maxsize=32)
+def _measure(toml: str) -> dict[str, Any]:
+    with tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "plan.toml"
+        file.write_text(toml, encoding="utf-8")
+        command = [sys.executable, "-m", "sdlora", "plan", str(file), "--json"]
+        try:
+            result = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_SECONDS)
+        except subprocess.TimeoutExpired as error:
+            raise StudioError(
+                "Measuring took longer than ten minutes and was given up. You can start anyway."
+            ) from error
+    if result.returncode != 0:
+        raise StudioError(result.stderr.strip().removeprefix("Error: ") or "The plan could not be measured.")
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
+
+
+def measured_in_words(plan: dict[str, Any]) -> list[str]:
+    """Time and memory as sentences."""
+    told = []
+    if (seconds := plan.get("seconds")) is not None:
+        told.append(f"It takes about {format_seconds(float(seconds))}, by a step that was measured.")
+    if (peak := plan.get("peak_bytes")) is not None:
+        fits = "which fits" if plan.get("fits", True) else "which does not fit: lower the batch size or the resolution"
+        told.append(f"At its peak it needs {float(peak) / 2**30:.1f} GB of memory, {fits}.")
+    return told

@@ -1,0 +1,103 @@
+"""All that the pages of runs show at a moment, as a value.
+
+Floor 8. Pages ask for it every two seconds; what costs anything is made once for every change of a run's files.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from . import views, views_run
+from .context import Context
+from .runs import read_run
+from .status import Status
+
+SLOTS = ("strip", "queue", "status", "charts", "grid", "banner", "pairs", "signs", "result", "cards")
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that the pages of a run show at a moment.
+
+    Attributes:
+        html: By slot.
+        names: All runs.
+        waiting: Those in the queue.
+        epochs: The epochs with a copy check.
+        loras: The epochs with a file.
+        kept: The epoch to keep so far; None before there is one.
+        prompt: Something to try the run with.
+        can: What may be done: "pause", "proceed", "stop", "resume".
+    """
+
+    html: dict[str, str]
+    names: list[str]
+    waiting: list[str]
+    epochs: list[int]
+    loras: list[int]
+    kept: int | None
+    prompt: str
+    can: dict[str, bool]
+
+
+def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
+    """Look at a run, and at all others from afar.
+
+    Args:
+        context: The studio.
+        name: The run; None if none is chosen.
+        epoch: The epoch whose comparisons are shown; the last one if None.
+    """
+    statuses, shown = context.statuses(), context.studio.shown
+    status = next((other for other in statuses if other.name == name), None) or Status(name or "", "none")
+    views_of = {other.name: read_run(context.studio, other.name) for other in statuses}
+    run = views_of.get(name or "")
+    last = max(run.checks, default=0) if run else 0
+    html = {
+        "strip": views.strip(statuses),
+        "queue": views.queue(statuses),
+        "status": views_run.status_panel(status),
+        "cards": views_run.run_cards([(other, views_of[other.name]) for other in statuses], shown),
+        "charts": "", "grid": "", "banner": "", "pairs": "", "signs": "", "result": "",
+    }  # fmt: skip
+    if run is None:
+        empty = views.message("It comes once a run has begun.", title="Nothing to see yet")
+        html |= {"banner": empty, "result": empty}
+    else:
+        chosen = epoch if epoch in run.checks else last
+        html |= {
+            "charts": _charts(run),
+            "grid": _grid(run, shown),
+            "banner": views_run.copy_banner(run, status),
+            "pairs": _pairs(run, chosen or 0, shown),
+            "signs": _signs(run),
+            "result": views_run.result_panel(run, status),
+        }
+    recommended = run.recommended() if run else None
+    drawn = run.checks[last].previews if run and last in run.checks else []
+    prompts = [match.prompt for match in drawn if match.kind == "novel"]
+    paused = status.word == "paused"
+    can = {
+        "pause": status.word == "running",
+        "proceed": paused,
+        "stop": status.word in ("running", "starting", "paused"),
+        "resume": status.can_resume,
+    }
+    return Snapshot(
+        html,
+        [other.name for other in statuses],
+        [other.name for other in statuses if other.place is not None],
+        sorted(run.checks) if run else [],
+        sorted(run.loras) if run else [],
+        recommended[0] if recommended else None,
+        prompts[0] if prompts else "",
+        can,
+    )
+
+
+# A run's view is one object for as long as none of its files change.
+_charts = functools.lru_cache(maxsize=16)(views_run.training_charts)
+_grid = functools.lru_cache(maxsize=16)(views_run.epoch_grid)
+_pairs = functools.lru_cache(maxsize=32)(views_run.copy_pairs)
+_signs = functools.lru_cache(maxsize=16)(views_run.copy_charts)

@@ -1,0 +1,110 @@
+// The little that Gradio does not do: captions saved as they are written, pictures wiped over one another, and the
+// way from a preview to its comparison. Everything listens on the document, since Gradio replaces what is shown.
+(() => {
+  const waiting = new Map();
+
+  const send = (method, path, content) =>
+    fetch(path, { method, headers: { 'Content-Type': 'application/json' }, body: JSON.stringify(content) });
+
+  const tell = (card, words, wrong) => {
+    const place = card.querySelector('.saved');
+    place.textContent = words;
+    place.classList.toggle('wrong', Boolean(wrong));
+  };
+
+  const refresh = () => document.querySelector('#refresh-set')?.click();
+
+  const save = async (area) => {
+    clearTimeout(waiting.get(area));
+    waiting.delete(area);
+    const card = area.closest('.card');
+    const caption = area.value;
+    tell(card, 'Saving …');
+    try {
+      const answer = await send('PUT', '/studio/caption', {
+        set: card.closest('.cards').dataset.set, picture: card.dataset.picture, caption,
+      });
+      const found = await answer.json();
+      if (!answer.ok) throw new Error(found.error);
+      card.querySelector('.doctor').outerHTML = found.doctor;
+      if (area.value === caption) tell(card, 'Saved');
+      refresh();
+    } catch (error) {
+      tell(card, `Not saved: ${error.message}`, true);
+    }
+  };
+
+  document.addEventListener('input', (event) => {
+    const area = event.target.closest?.('.sd .card textarea');
+    if (area) {
+      clearTimeout(waiting.get(area));
+      waiting.set(area, setTimeout(() => save(area), 700));
+      tell(area.closest('.card'), '');
+    }
+    const slider = event.target.closest?.('.sd .pair input[type=range]');
+    if (slider) slider.closest('.pair').style.setProperty('--shown', `${slider.value}%`);
+  });
+
+  document.addEventListener('focusout', (event) => {
+    if (waiting.has(event.target)) save(event.target);
+  });
+
+  // What was typed a moment ago is sent even if the page goes away.
+  addEventListener('pagehide', () => {
+    for (const area of waiting.keys()) {
+      const card = area.closest('.card');
+      fetch('/studio/caption', {
+        method: 'PUT', keepalive: true, headers: { 'Content-Type': 'application/json' },
+        body: JSON.stringify({
+          set: card.closest('.cards').dataset.set, picture: card.dataset.picture, caption: area.value,
+        }),
+      });
+    }
+  });
+
+  const takeOut = async (button) => {
+    const card = button.closest('.card');
+    if (!confirm(`Take ${card.dataset.picture} out of the set, with its caption?`)) return;
+    const answer = await send('DELETE', '/studio/picture', {
+      set: card.closest('.cards').dataset.set, picture: card.dataset.picture,
+    });
+    if (answer.ok) {
+      card.remove();
+      refresh();
+    } else {
+      tell(card, (await answer.json()).error, true);
+    }
+  };
+
+  const reveal = (id) => {
+    const found = document.getElementById(id);
+    if (!found) return false;
+    document.querySelectorAll('.sd .pair.wanted').forEach((pair) => pair.classList.remove('wanted'));
+    found.classList.add('wanted');
+    found.scrollIntoView({ block: 'center' });
+    return true;
+  };
+
+  // A preview leads to its comparison under Copy check. That page, and in it the epoch, are drawn only when chosen.
+  const compare = (id) => {
+    [...document.querySelectorAll('[role=tab]')].find((tab) => tab.textContent.trim() === 'Copy check')?.click();
+    // A control that has just been drawn may not listen yet, so that it is asked until it has heard.
+    let asked = 0;
+    const seek = () => {
+      const radio = document.querySelector(`#copy-epoch input[value="${id.split('-')[1]}"]`);
+      if (radio && !radio.checked) radio.click();
+      if (!reveal(id) && (asked += 1) < 150) setTimeout(seek, 200);
+    };
+    seek();
+  };
+
+  document.addEventListener('click', (event) => {
+    const remove = event.target.closest?.('.sd button.remove');
+    if (remove) takeOut(remove);
+    const tile = event.target.closest?.('.sd .tile[data-pair]');
+    if (tile) {
+      event.preventDefault();
+      compare(tile.dataset.pair);
+    }
+  });
+})();
