@@ -89,6 +89,7 @@ def train(
     set_: Overrides = None,
     output: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
+    no_wait: Annotated[bool, typer.Option("--no-wait", help="End at once if another run is on the GPU.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on stdout.")] = False,
 ) -> None:
     """Train a LoRA from a configuration."""
@@ -104,11 +105,13 @@ def train(
     view = JsonLines(sys.stdout) if json_ else ProgressBar(console)
     with stop_signals(lambda text: console.print(text, markup=False, soft_wrap=True)) as stop_signal, view:
         try:
-            for event in start(settings, folder, resume=resume, should_stop=lambda: stop_signal() is not None):
+            stopping = lambda: stop_signal() is not None  # noqa: E731
+            for event in start(settings, folder, resume=resume, wait=not no_wait, should_stop=stopping):
                 view.show(event)
         except Stopped:
-            told = f"Stopped. Go on with: sdlora train {config} --output {folder} --resume"
-            console.print(told, markup=False, soft_wrap=True)
+            begun = (folder / "config.toml").is_file()
+            go_on = f"Go on with: sdlora train {config} --output {folder} --resume" if begun else "Nothing was begun."
+            console.print(f"Stopped. {go_on}", markup=False, soft_wrap=True)
             raise typer.Exit(exit_code_of(stop_signal())) from None
     if not json_ and (checks := read_checks(folder / "epochs")):
         console.print(copy_table(checks))
@@ -196,8 +199,10 @@ def main() -> None:
         _say("Interrupted.")
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
-        details = Path(tempfile.gettempdir()) / "sdlora-error.txt"
-        details.write_text(traceback.format_exc(), encoding="utf-8")
+        # A new name each time: in a folder that all share, someone else might have put a link under a known one.
+        file, details = tempfile.mkstemp(prefix="sdlora-error-", suffix=".txt")
+        with open(file, "w", encoding="utf-8") as handle:  # noqa: PTH123
+            handle.write(traceback.format_exc())
         _say(
             f"Internal error: {type(error).__name__}: {error}. This is a fault of sdlora's; {details} has the details."
         )

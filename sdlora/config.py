@@ -117,6 +117,11 @@ class TrainConfig(_Section):
     epochs: int = Field(4, ge=1, le=MAX_EPOCHS, description="Passes over the set, 1 to 5.")
     batch_size: int = Field(1, ge=1, le=512, description="Pictures per forward pass.")
     gradient_accumulation_steps: int = Field(1, ge=1, le=512, description="Batches per optimizer step.")
+    auto_batch: bool = Field(
+        False,
+        description="When the device's memory is full, compute smaller parts of every batch and go on, to the same "
+        "result.",
+    )
     optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedule_free"] = Field(
         "adamw", description="Which optimizer; adamw8bit needs a GPU and the package bitsandbytes."
     )

@@ -25,6 +25,9 @@ FREE_WHEN_RESUMING = {
     "cache.dir",
     "cache.max_text_gib",
     "file.licence",
+    # What is computed at once leaves the result as it is, and previews are looked at, not trained on.
+    "preview.enabled",
+    "train.auto_batch",
     "train.checkpoint_every_steps",
     "train.log_every_steps",
 }
@@ -64,7 +67,7 @@ def read_config(source: str) -> tuple[dict[str, Any], str]:
         path = shipped
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
     return document, path.stem
 
@@ -89,11 +92,21 @@ def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[
         faults.append("data.folder: not set; name the folder of your pictures.")
     try:
         config = RunConfig.model_validate({"name": name, **changed})
+        faults += [f"{key}: {value!r} is no text in UTF-8." for key, value in options(config) if not _is_text(value)]
     except ValidationError as error:
         faults = [_describe(dict(fault)) for fault in error.errors()] + faults
     if faults:
         raise ConfigError("The configuration has faults:\n" + "\n".join(f"  {fault}" for fault in faults))
     return config
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value can be written: what a command line hands over may hold bytes that are no characters."""
+    try:
+        str(value).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _apply(document: dict[str, Any], override: str) -> None:
@@ -103,7 +116,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r} is not of the form section.key=value.")
     try:
         value: Any = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError):
+    except (tomllib.TOMLDecodeError, KeyError, RecursionError):
         value = text.strip()
     table = document
     for name in names[:-1]:

@@ -30,6 +30,12 @@ class OutputError(SdloraError):
     exit_code = 2
 
 
+class BusyError(SdloraError):
+    """Another run works in this folder or on this device."""
+
+    exit_code = 2
+
+
 class DataError(SdloraError):
     """The pictures or captions are missing or broken; the message names each file."""
 

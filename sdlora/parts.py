@@ -44,7 +44,7 @@ NUM_NOVEL = 3
 
 @dataclass
 class Parts:
-    """Everything a run works with, checked and loaded."""
+    """Everything a run works with, checked and loaded; `identity` is a hash of the base's UNet."""
 
     config: RunConfig
     folder: RunFolder
@@ -60,6 +60,7 @@ class Parts:
     notices: list[str]
     device: torch.device
     precision: str
+    identity: str
 
 
 @dataclass
@@ -68,7 +69,7 @@ class Loaded:
 
     Attributes:
         base: Its networks, without adapters.
-        identity: A hash of its UNet, for cache keys; empty where nothing asks for it.
+        identity: A hash of its UNet.
         dataset: The pictures, their buckets assigned.
         heldout: Pictures that are never trained, or None.
         preserved: Pictures of what the base is to keep, or None.
@@ -120,7 +121,7 @@ def load(config: RunConfig, bases: BaseSource = fresh_base) -> Loaded:
     return Loaded(
         base=base,
         # Before adapters change the names of the weights.
-        identity=weights_identity(base.unet, base.unet.config) if config.copycheck.enabled else "",
+        identity=weights_identity(base.unet, base.unet.config),
         dataset=pictures.trained,
         heldout=pictures.heldout,
         preserved=pictures.preserved,
@@ -186,6 +187,7 @@ def prepare(
         notices=notices,
         device=loaded.device,
         precision=loaded.precision,
+        identity=loaded.identity,
     )
 
 

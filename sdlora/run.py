@@ -7,33 +7,47 @@ with the input is found before the run's folder is made.
 from __future__ import annotations
 
 import json
-import re
 import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
 
 from sdlora.adapters import limits_elsewhere
+from sdlora.advice import diverged, out_of_memory, phase_of
 from sdlora.card import write_card
 from sdlora.config import RunConfig
-from sdlora.configfile import FREE_WHEN_RESUMING, dump_toml, load_config, options
+from sdlora.configfile import dump_toml
 from sdlora.data.dataset import Pixels
-from sdlora.errors import ConfigError, DataError, OutOfMemoryError, ProcessLostError, SdloraError
-from sdlora.events import CheckpointDue, EpochDone, Event, Exported, Notice, PlanMade, PlannedSet, RunDone
+from sdlora.devices import device_lock, take_turns
+from sdlora.errors import DivergedError, OutOfMemoryError, ProcessLostError, SdloraError
+from sdlora.events import (
+    CheckpointDue,
+    EpochDone,
+    Event,
+    Exported,
+    Notice,
+    PlanMade,
+    PlannedSet,
+    Progress,
+    RunDone,
+)
 from sdlora.files import atomic_path, remove_partial
 from sdlora.forecast import memory_of_run
 from sdlora.outputs import add_thumbnail, captions_told, export_epoch
-from sdlora.parts import BaseSource, Parts, fresh_base, prepare
+from sdlora.parts import BaseSource, Parts, choose_device, fresh_base, prepare
 from sdlora.preview.copycheck import EpochCheck, read_checks, recommend
 from sdlora.preview.report import Report, write_report
 from sdlora.preview.sampler import PreviewRequest, draw_epoch
 from sdlora.preview.sheet import contact_sheet
 from sdlora.processes import Processes, join
+from sdlora.resuming import as_pinned, check_same, check_same_content, pictures_of, pinned
+from sdlora.room import check_room
 from sdlora.runfolder import Recorder, RunFolder
-from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
+from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint, tidy_checkpoints
 
 
 class Stopped(Exception):
@@ -45,6 +59,7 @@ def start(
     output: Path,
     *,
     resume: bool = False,
+    wait: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
     bases: BaseSource = fresh_base,
 ) -> Iterator[Event]:
@@ -54,7 +69,9 @@ def start(
         config: What to do.
         output: The run's folder.
         resume: Go on from the newest complete checkpoint in `output`.
-        should_stop: Asked between steps; True saves a checkpoint and ends the run with `Stopped`.
+        wait: Whether to wait for the GPU if another run is on it.
+        should_stop: Asked between steps and in every long phase; True saves a checkpoint, if there is anything new in
+            it, and ends the run with `Stopped`.
         bases: Where the base comes from; its adapter is taken out again in the end.
 
     Yields:
@@ -71,34 +88,54 @@ def start(
         _follow(config, folder, should_stop, processes)
         return
     folder.check(resume=resume)
-    if resume:
-        config = _as_pinned(config, folder)
-        _check_same(config, folder)
-    try:
-        parts = prepare(config, folder, bases, processes)
-    except torch.OutOfMemoryError as error:
-        raise OutOfMemoryError(f"The base {config.base.path!r} does not fit into memory. {error}") from error
-    if config.file.tell_captions:
-        captions_told(parts.data.dataset.examples)  # an error now, rather than at the end of an epoch
-    if not resume:
-        folder.create(dump_toml(_pinned(config, parts.base.revision)))
-    remove_partial(folder.path)
-    recorder = Recorder(folder)
+    with ExitStack() as held:
+        if resume:
+            held.enter_context(folder.occupied("sdlora train"))
+            config = as_pinned(config, folder)
+            check_same(config, folder)
+        lock = device_lock(choose_device(config)[0]) if processes.alone else None
+        if lock is not None:
+            yield from take_turns(lock, f"sdlora train in {output}", held, wait=wait, should_stop=should_stop)
+            if should_stop():
+                raise Stopped
+        try:
+            parts = prepare(config, folder, bases, processes)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(f"{out_of_memory(config, 'load')} {error}") from error
+        if config.file.tell_captions:
+            captions_told(parts.data.dataset.examples)  # an error now, rather than at the end of an epoch
+        check_room(parts, resume=resume)
+        if not resume:
+            held.enter_context(folder.occupied("sdlora train"))
+            folder.check(resume=False)  # another run may have been here since
+            folder.create(dump_toml(pinned(config, parts.base.revision)))
+        remove_partial(folder.path)
+        remove_partial(parts.data.cache.folder)
+        tidy_checkpoints(folder.checkpoints)
+        yield from _recorded(parts, resume, should_stop, begin)
+
+
+def _recorded(parts: Parts, resume: bool, should_stop: Callable[[], bool], begin: float) -> Iterator[Event]:
+    """The run's events, each on the disk before anyone sees it, and so is how the run ends."""
+    config, recorder = parts.config, Recorder(parts.folder)
     try:
         for event in _events(parts, recorder, resume, should_stop, begin):
             recorder.record(event)
             yield event
+            if isinstance(event, Progress) and should_stop():
+                raise Stopped  # training itself stops after a step, with a checkpoint; all else is done again
     except Stopped:
         recorder.finish("stopped")
         raise
     except torch.OutOfMemoryError as error:
-        message = (
-            f"The {parts.device.type} device ran out of memory. Lower train.batch_size (now {config.train.batch_size}; "
-            "raise train.gradient_accumulation_steps by the same factor), then data.resolution_px."
-        )
+        message = out_of_memory(config, phase_of(error), config.data.resolution_px or parts.base.resolution_px)
         recorder.log(traceback.format_exc())
         recorder.finish("failed", message)
         raise OutOfMemoryError(message) from error
+    except DivergedError as error:
+        message = diverged(str(error), parts.folder)
+        recorder.finish("failed", message)
+        raise DivergedError(message) from error
     except SdloraError as error:
         recorder.finish("failed", str(error))
         raise
@@ -108,63 +145,8 @@ def start(
         raise
     finally:
         parts.adapter.remove()
-        processes.leave()
+        parts.trainer.processes.leave()
     recorder.finish("done")
-
-
-# --- Going on where a run stopped -----------------------------------------------------------------------------------
-
-
-def _pinned(config: RunConfig, revision: str | None) -> RunConfig:
-    """The configuration with the commit that a hub id was resolved to, so that going on finds the same base."""
-    if revision is None:
-        return config
-    return config.model_copy(update={"base": config.base.model_copy(update={"revision": revision})})
-
-
-def _as_pinned(config: RunConfig, folder: RunFolder) -> RunConfig:
-    """The configuration with the commit that the run was started on, unless it asks for a commit itself."""
-    asks = config.base.revision is not None and re.fullmatch(r"[0-9a-f]{40}", config.base.revision)
-    return config if asks else _pinned(config, load_config(str(folder.config)).base.revision)
-
-
-def _check_same(config: RunConfig, folder: RunFolder) -> None:
-    """A run goes on only with the settings it was started with.
-
-    Raises:
-        ConfigError: Any setting that matters differs; all are named with both values.
-    """
-    before = dict(options(load_config(str(folder.config))))
-    different = [
-        f"  {name}: was {before[name]!r}, now {value!r}"
-        for name, value in options(config)
-        if name not in FREE_WHEN_RESUMING and before[name] != value
-    ]
-    if different:
-        raise ConfigError(f"The run in {folder.path} was started with other settings:\n" + "\n".join(different))
-
-
-def _pictures(parts: Parts) -> dict[str, str]:
-    """What is trained, preserved and held out, by name: a hash of pixels, caption and networks."""
-    heldout = {} if parts.heldout is None else parts.heldout.data.identities()
-    preserved = {} if parts.preserved is None else parts.preserved.identities()
-    return parts.data.identities() | preserved | {f"held out: {name}": found for name, found in heldout.items()}
-
-
-def _check_same_pictures(before: dict[str, str], now: dict[str, str]) -> None:
-    """A run goes on only with the pictures it was started with, for which picture comes when depends on all of them.
-
-    Raises:
-        DataError: Any was added, taken away or changed; all are named.
-    """
-    kinds = {
-        "added": sorted(now.keys() - before.keys()),
-        "no longer there": sorted(before.keys() - now.keys()),
-        "changed, or its caption": sorted(name for name in now.keys() & before.keys() if now[name] != before[name]),
-    }
-    if any(kinds.values()):
-        told = "\n".join(f"  {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
-        raise DataError(f"The run was started with other pictures. Put them back, or start a new run:\n{told}")
 
 
 # --- The run itself ------------------------------------------------------------------------------------------------
@@ -183,17 +165,14 @@ def _events(
     if parts.heldout is not None:
         yield from parts.heldout.data.fill(config.data.background)
     if parts.checker is not None:
-        for progress in parts.checker.prepare(config.data.background):
-            yield progress
-            if should_stop():  # a large base takes minutes here; what was drawn is in the cache
-                raise Stopped
+        yield from parts.checker.prepare(config.data.background)
     processes.agree("the cache is filled")
     losses: dict[int, float] = {}
     checkpoints = complete_checkpoints(folder.checkpoints) if resume else []
     processes.agree(checkpoints[-1:])
     if checkpoints:
         extra = load_checkpoint(checkpoints[-1], trainer)
-        _check_same_pictures(extra["pictures"], _pictures(parts))
+        check_same_content(extra, parts)
         recorder.cut_metrics(extra["metrics_bytes"])
         losses = {int(epoch): loss for epoch, loss in extra["heldout_losses"].items()}
         yield Notice(f"Resumed at step {trainer.position.step} of {trainer.total_steps}.")
@@ -207,7 +186,8 @@ def _events(
             extra = {
                 "metrics_bytes": recorder.metrics_bytes(),
                 "heldout_losses": losses,
-                "pictures": _pictures(parts),
+                "pictures": pictures_of(parts),
+                "base": parts.identity,
             }
             save_checkpoint(folder.checkpoints, trainer, extra)
         elif isinstance(event, EpochDone):

@@ -9,13 +9,16 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlora.errors import DiskFullError, OutputError
+from sdlora.errors import BusyError, DiskFullError, OutputError
 from sdlora.events import EpochDone, Event, Notice, PlanMade, Progress, StepDone
-from sdlora.files import write_json, write_text
+from sdlora.files import is_partial, naming_a_full_disk, write_json, write_text
+from sdlora.locks import Holder, hold, holder
 from sdlora.progress import Timer
 
 _RECORDED = (StepDone, EpochDone)
@@ -55,6 +58,11 @@ class RunFolder:
         return self.path / "log.txt"
 
     @property
+    def lock(self) -> Path:
+        """Held by the process that runs here; see `sdlora.locks`."""
+        return self.path / "run.lock"
+
+    @property
     def checkpoints(self) -> Path:
         """State for exact resume."""
         return self.path / "checkpoints"
@@ -91,8 +99,14 @@ class RunFolder:
         """See whether a run may start, or go on, here.
 
         Raises:
-            OutputError: The folder holds another run, or other files, or nothing to resume.
+            BusyError: A run is going on here.
+            OutputError: The folder holds another run, or other files, or nothing to resume, or cannot be written.
         """
+        if (other := holder(self.lock)) is not None and other.pid != os.getpid():
+            raise BusyError(self._taken(other))
+        place = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not os.access(place, os.W_OK):
+            raise OutputError(f"{self.path} cannot be written: {place} is read-only. Choose another --output.")
         if resume:
             if not self.config.is_file():
                 raise OutputError(f"There is no run to resume in {self.path}: it holds no config.toml.")
@@ -103,21 +117,49 @@ class RunFolder:
             raise OutputError(
                 f"{self.path} already holds a run. Continue it with --resume, or choose another folder with --output."
             )
-        if self.path.is_dir() and any(self.path.iterdir()):
+        # What a run that was killed before it had begun leaves behind does not count.
+        if self.path.is_dir() and any(not is_partial(p) and p != self.lock for p in self.path.iterdir()):
             raise OutputError(f"{self.path} is not empty. Choose a new folder with --output.")
 
+    @contextmanager
+    def occupied(self, purpose: str) -> Iterator[None]:
+        """Make the folder, and keep other runs out of it for the length of the block.
+
+        Args:
+            purpose: What is done, for those who are kept out.
+
+        Raises:
+            BusyError: A run is going on here.
+            OutputError: The folder cannot be written.
+        """
+        with ExitStack() as held:
+            try:
+                with naming_a_full_disk(self.path):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(hold(self.lock, purpose))
+            except BusyError as error:
+                raise BusyError(self._taken(holder(self.lock))) from error
+            except OSError as error:
+                raise self._unwritable(error) from error
+            yield
+
     def create(self, config_toml: str) -> None:
-        """Make the folder and write the configuration.
+        """Write the configuration, with which a run begins.
 
         Raises:
             OutputError: The folder cannot be written.
         """
         try:
             write_text(self.config, config_toml)
-        except DiskFullError:
-            raise
         except OSError as error:
-            raise OutputError(f"{self.path} cannot be written: {error.strerror}. Choose another --output.") from error
+            raise self._unwritable(error) from error
+
+    def _taken(self, other: Holder | None) -> str:
+        who = f" ({other})" if other else ""
+        return f"A run is going on in {self.path}{who}. Wait for its end, or choose another folder with --output."
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        return OutputError(f"{self.path} cannot be written: {error.strerror}. Choose another folder with --output.")
 
 
 class Recorder:
@@ -149,8 +191,7 @@ class Recorder:
         elif isinstance(event, EpochDone):
             state["epoch"] = event.epoch
         if isinstance(event, _RECORDED):
-            with self.folder.metrics.open("a", encoding="utf-8") as handle:
-                handle.write(json.dumps(event.to_json(), ensure_ascii=False) + "\n")
+            _append(self.folder.metrics, json.dumps(event.to_json(), ensure_ascii=False))
         elif not isinstance(event, Progress):
             self.log(event.message if isinstance(event, Notice) else json.dumps(event.to_json(), ensure_ascii=False))
         state["eta_seconds"] = self._timer.eta_seconds
@@ -159,14 +200,15 @@ class Recorder:
     def finish(self, status: str, error: str | None = None) -> None:
         """Say how the run ended: "done", "stopped" or "failed"."""
         self._state.update(status=status, error=error, eta_seconds=0.0 if status == "done" else None)
-        if error:
-            self.log(f"{status}: {error}")
-        self._write_state(force=True)
+        # A full disk that ends a run may leave no room to write that down; the caller raises the error itself.
+        with suppress(DiskFullError) if status == "failed" else nullcontext():
+            self._write_state(force=True)
+            if error:
+                self.log(f"{status}: {error}")
 
     def log(self, message: str) -> None:
         """Add a line to the log."""
-        with self.folder.log.open("a", encoding="utf-8") as handle:
-            handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}\n")
+        _append(self.folder.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
 
     def metrics_bytes(self) -> int:
         """How long the metrics are; kept in a checkpoint so that a resumed run continues them exactly."""
@@ -182,3 +224,8 @@ class Recorder:
         if force or now - self._written > _STATE_EVERY_SECONDS:
             write_json(self.folder.state, self._state)
             self._written = now
+
+
+def _append(path: Path, line: str) -> None:
+    with naming_a_full_disk(path), path.open("a", encoding="utf-8") as handle:
+        handle.write(line + "\n")

@@ -186,16 +186,19 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_an_internal_error_shows_no_traceback(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("oops")
 
     monkeypatch.setattr(cli, "load_config", broken)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code, _, err = call(capsys, "config", "show", "quickstart")
     assert code == 1
     assert "Internal error: ZeroDivisionError: oops" in err
-    assert 'raise ZeroDivisionError("oops")' in (Path(tempfile.gettempdir()) / "sdlora-error.txt").read_text()
+    (details,) = tmp_path.glob("sdlora-error-*.txt")
+    assert str(details) in err.replace("\n", "")
+    assert 'raise ZeroDivisionError("oops")' in details.read_text()
     assert "Traceback" not in err
 
 

@@ -1,9 +1,13 @@
 import errno
 import json
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from sdlora import files
 from sdlora.errors import DiskFullError, OutputError
@@ -29,16 +33,31 @@ def test_a_full_disk_has_its_own_error(tmp_path: Path) -> None:
 
 
 def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
-    (tmp_path / "a").mkdir()
-    leftover = tmp_path / "a" / ".x.png.sdlora-partial-123"
+    with files.atomic_path(tmp_path / "a" / "x.png") as mine:
+        mine.write_text("whole")
+    ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+    mark, _, thread = mine.name.rpartition(f"-{os.getpid()}-")
+    leftover = tmp_path / "a" / f"{mark}-{ended.stdout.strip()}-{thread}"
     leftover.write_text("half")
-    folder = tmp_path / ".merged.sdlora-partial-123"
+    # By a process that had this one's number before.
+    folder = tmp_path / f".merged{mark.removeprefix('.x.png')}-{os.getpid()}-1"
     folder.mkdir()
     (folder / "half").write_text("half")
-    (tmp_path / "a" / "x.png").write_text("whole")
+    others = tmp_path / "a" / f"{mark}-{os.getppid()}-{thread}"
+    others.write_text("still being written")
+    elsewhere = tmp_path / "a" / ".x.png.sdlora-partial-another-123-1"
+    elsewhere.write_text("being written on another machine")
     assert files.remove_partial(tmp_path) == [folder, leftover]
     assert not folder.exists()
-    assert [path.name for path in (tmp_path / "a").iterdir()] == ["x.png"]
+    assert {path.name for path in (tmp_path / "a").iterdir()} == {"x.png", others.name, elsewhere.name}
+    assert [files.is_partial(path) for path in (others, elsewhere, tmp_path / "a" / "x.png")] == [True, True, False]
+
+
+def test_a_full_disk_is_told_by_safetensors_in_words_alone(tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError, match="x"), files.naming_a_full_disk(tmp_path / "x"):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+    with pytest.raises(SafetensorError), files.naming_a_full_disk(tmp_path / "x"):
+        raise SafetensorError("Error while deserializing header: HeaderTooLarge")
 
 
 def test_sha256(tmp_path: Path) -> None:

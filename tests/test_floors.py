@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parent.parent / "sdlora"
 
 FLOORS = {
     "errors": 0, "seeds": 0, "files": 0, "events": 0, "shipped": 0, "quiet": 0,
-    "stopping": 0, "processes": 1,
+    "stopping": 0, "locks": 0, "devices": 1, "processes": 1,
     "config": 1, "dataconfig": 1, "configfile": 1, "models.architectures": 1,
     "data.images": 2, "data.captions": 2, "data.buckets": 2, "data.dataset": 2, "data.order": 2,
     "data.masks": 2, "data.split": 2, "data.doctor": 2, "data.thumbnails": 2,
@@ -17,6 +17,7 @@ FLOORS = {
     "training": 5,
     "preview": 6,
     "progress": 7, "runfolder": 7, "adapters": 7, "pictures": 7, "parts": 7, "outputs": 7, "card": 7, "run": 7,
+    "advice": 7, "room": 7, "resuming": 7,
     "checkfile": 7, "push": 7, "captioning": 7, "forecast": 7, "batch": 7, "cachefill": 7,
     "cli": 8, "cli_check": 8, "cli_hub": 8, "cli_plan": 8, "cli_tools": 8, "cli_batch": 8, "cli_cache": 8,
     "cli_ui": 8, "__main__": 8,

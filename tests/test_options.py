@@ -15,7 +15,7 @@ from tiny import make_tiny, make_tiny_pipeline
 
 from sdlora import parts
 from sdlora.configfile import load_config, option_names
-from sdlora.errors import BaseModelError, ConfigError, DataError
+from sdlora.errors import BaseModelError, ConfigError, DataError, OutOfMemoryError
 from sdlora.models import load
 from sdlora.run import start
 from sdlora.training.loop import Trainer
@@ -193,6 +193,7 @@ TESTED_BELOW = {
     "file.licence",
     "file.tell_captions",
     "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "train.gradient_checkpointing",
+    "train.auto_batch",
 }  # fmt: skip
 
 
@@ -334,6 +335,22 @@ def test_losses_are_read_back_as_seldom_as_asked(monkeypatch: pytest.MonkeyPatch
     sizes.clear()
     outcome("train.log_every_steps=100")
     assert max(sizes) > 1
+
+
+def test_memory_that_is_too_small_ends_a_run_or_makes_it_compute_in_parts(
+    monkeypatch: pytest.MonkeyPatch, outcome: Callable[..., str]
+) -> None:
+    original = Trainer.losses_per_example
+
+    def small(self: Trainer, visits: Any, *others: Any) -> Any:
+        if len(visits) > 1:
+            raise torch.OutOfMemoryError
+        return original(self, visits, *others)
+
+    monkeypatch.setattr(Trainer, "losses_per_example", small)
+    with pytest.raises(OutOfMemoryError, match=r"train\.batch_size to 1 \(now 2\)"):
+        outcome("preview.enabled=false")
+    assert outcome("preview.enabled=false", "train.auto_batch=true").startswith("common.safetensors")
 
 
 def test_checkpointing_trains_the_same_and_keeps_less(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 
 from sdlora.configfile import load_config
 from sdlora.errors import ConfigError, DataError, OutputError
-from sdlora.events import CopyChecked, EpochDone, Event, Exported, Notice, PlanMade, RunDone, StepDone
+from sdlora.events import CopyChecked, EpochDone, Event, Exported, Notice, PlanMade, Progress, RunDone, StepDone
 from sdlora.parts import prepare
 from sdlora.pocket.world import random_scene, render
 from sdlora.preview import checker
@@ -24,6 +24,7 @@ from sdlora.preview.copycheck import EpochCheck, judge
 from sdlora.preview.sampler import PreviewRequest
 from sdlora.run import Stopped, start
 from sdlora.runfolder import RunFolder
+from sdlora.training.loop import Trainer
 
 CONFIG = "[data]\ntrigger = 'zumi'\n"
 
@@ -40,6 +41,28 @@ def metrics(folder: Path) -> list[dict[str, object]]:
 
 def without_times(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:
     return [{key: value for key, value in row.items() if key != "seconds"} for row in rows]
+
+
+@pytest.fixture
+def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Callable[[], bool]]:
+    """Makes a wish to stop that comes true after so many further steps."""
+    done = [0]
+    original = Trainer._step
+
+    def count(self: Trainer, *arguments: object) -> None:
+        original(self, *arguments)  # type: ignore[arg-type]
+        done[0] += 1
+
+    monkeypatch.setattr(Trainer, "_step", count)
+
+    def make(steps: int) -> Callable[[], bool]:
+        last = done[0] + steps
+        return lambda: done[0] >= last
+
+    return make
+
+
+StopAfter = Callable[[int], Callable[[], bool]]
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -97,17 +120,18 @@ def test_metrics_have_the_promised_keys_and_every_visit_once(tmp_path: Path, ove
     assert epochs[0]["train_bands"] is epochs[1]["heldout_bands"] is epochs[1]["heldout_change"] is None
 
 
-def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(tmp_path: Path, overrides: list[str], others: Path) -> None:
+def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(
+    tmp_path: Path, overrides: list[str], others: Path, stop_after: StopAfter
+) -> None:
     options = [*overrides, "data.repeats=3", "train.log_every_steps=2", f"data.holdout={others}"]
     options += [f"cache.dir={tmp_path / 'shared'}"]
     whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
     whole.parent.mkdir()
     cut.parent.mkdir()
     run(whole, options)
-    for stop_at in (3, 9):
-        calls = iter(range(1, 100))
+    for steps in (3, 9):
         with pytest.raises(Stopped):
-            run(cut, options, resume=stop_at > 3, should_stop=lambda calls=calls, at=stop_at: next(calls) >= at)
+            run(cut, options, resume=steps > 3, should_stop=stop_after(steps))
         assert json.loads((cut / "state.json").read_text())["status"] == "stopped"
     run(cut, options, resume=True)
     assert digests(cut) == digests(whole)
@@ -144,16 +168,15 @@ FORMS = [
 
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_adapter_resumes_in_the_same_bytes(
-    tmp_path: Path, overrides: list[str], form: list[str], others: Path
+    tmp_path: Path, overrides: list[str], form: list[str], others: Path, stop_after: StopAfter
 ) -> None:
     options = [*overrides, *form, f"data.holdout={others}", f"cache.dir={tmp_path / 'shared'}"]
     whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
     whole.parent.mkdir()
     cut.parent.mkdir()
     run(whole, options)
-    calls = iter(range(1, 100))
     with pytest.raises(Stopped):
-        run(cut, options, should_stop=lambda: next(calls) >= 4)
+        run(cut, options, should_stop=stop_after(4))
     run(cut, options, resume=True)
     assert digests(cut) == digests(whole)
     assert without_times(metrics(cut)) == without_times(metrics(whole))
@@ -193,12 +216,14 @@ def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path, overrides: lis
     run(folder, [*overrides, "preview.enabled=false", "train.log_every_steps=3"], resume=True)
 
 
-def test_a_run_goes_on_only_with_its_own_pictures(tmp_path: Path, overrides: list[str], pictures: Path) -> None:
+def test_a_run_goes_on_only_with_its_own_pictures(
+    tmp_path: Path, overrides: list[str], pictures: Path, stop_after: StopAfter
+) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(pictures, mine)
     options = [*overrides, "preview.enabled=false", f"data.folder={mine}"]
     with pytest.raises(Stopped):
-        run(tmp_path / "run", options, should_stop=lambda: True)
+        run(tmp_path / "run", options, should_stop=stop_after(1))
     (mine / "red.txt").write_text("another caption")
     (mine / "blue.png").rename(mine / "navy.png")
     (mine / "blue.txt").rename(mine / "navy.txt")
@@ -325,9 +350,21 @@ def test_the_check_does_not_disturb_training(tmp_path: Path, overrides: list[str
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_a_run_can_be_stopped_while_the_check_is_prepared(tmp_path: Path, overrides: list[str]) -> None:
-    with pytest.raises(Stopped):
-        run(tmp_path / "run", [*overrides, *CHECKED], should_stop=lambda: True)
-    assert json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "stopped"
-    assert not (tmp_path / "run" / "epochs").exists()
+def test_a_run_can_be_stopped_before_it_trains(tmp_path: Path, overrides: list[str]) -> None:
+    done: list[str] = []
+
+    def in_phase(phase: str) -> Callable[[], bool]:
+        return lambda: bool(done) and done[-1] == phase
+
+    source = tmp_path / "hero.toml"
+    source.write_text(CONFIG, encoding="utf-8")
+    config = load_config(str(source), [*overrides, *CHECKED])
+    for phase in ("cache pictures", "the base's pictures", "previews"):
+        done.clear()
+        with pytest.raises(Stopped):
+            for event in start(config, tmp_path / "run", resume=phase != "cache pictures", should_stop=in_phase(phase)):
+                done += [event.phase] if isinstance(event, Progress) else []
+        assert done[-1] == phase
+        assert json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "stopped"
+        assert not (tmp_path / "run" / "checkpoints").exists()
     assert isinstance(run(tmp_path / "run", [*overrides, *CHECKED], resume=True)[-1], RunDone)

@@ -22,7 +22,7 @@ from torch import Tensor
 from sdlora.data.dataset import Example, load_mask_pixels, load_pixels
 from sdlora.data.images import pixel_hash, to_tensor
 from sdlora.data.masks import mask_shares
-from sdlora.errors import ConfigError, DataError
+from sdlora.errors import ConfigError, DataError, DivergedError
 from sdlora.events import Progress
 from sdlora.files import atomic_path
 from sdlora.models.base import BaseModel, TextStates
@@ -99,6 +99,12 @@ class Cache:
                 return {"moments": self.base.encode_pixels(to_tensor(picture).unsqueeze(0))[0]}
 
             tensors = self.fetch("moments", key, encode)
+            if not bool(tensors["moments"].isfinite().all()):
+                self._path("moments", key).unlink()
+                raise DivergedError(
+                    f"The base's VAE makes NaN or infinite numbers of {example.name}. Take the picture out, or use a "
+                    "VAE that is made for float16, too."
+                )
             self._keep(key, tensors)
             self._keys[example] = self._moment_keys[example] = key
             # Made anew every time: reading a mask is all the work there is.

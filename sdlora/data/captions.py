@@ -58,7 +58,9 @@ def _entry(line: str, number: int) -> dict[str, str]:
     try:
         entry = json.loads(line)
         name, text = entry["file_name"], entry["text"]
-    except (ValueError, KeyError, TypeError) as error:
+        # JSON can spell halves of characters, which no text holds.
+        f"{name}{text}".encode()
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f'{METADATA}, line {number}: expected {{"file_name": …, "text": …}}.') from error
     if not isinstance(name, str) or not isinstance(text, str):
         raise DataError(f"{METADATA}, line {number}: file_name and text must be strings.")

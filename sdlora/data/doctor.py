@@ -135,6 +135,11 @@ def examine(
     pictures: list[Picture] = []
     uncaptioned: list[str] = []
     for path in files:
+        shown = path.name.encode("utf-8", errors="backslashreplace").decode("utf-8")
+        if shown != path.name:
+            message = f"{shown}: its name is no text in UTF-8. Rename it."
+            findings.append(Finding("unreadable", "error", (shown,), message))
+            continue
         own, conflict = _own_caption(path, captions)
         findings += conflict
         text = caption if own is None else own

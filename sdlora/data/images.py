@@ -7,6 +7,7 @@ Shapes: H/W pixels.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -21,6 +22,11 @@ from sdlora.errors import DataError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 MAX_PIXELS = 100_000_000
+# Pillow's decoders raise whatever a broken file makes them stumble over.
+_BROKEN = (
+    OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, MemoryError, struct.error,
+    Image.DecompressionBombError,
+)  # fmt: skip
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 T = TypeVar("T")
 
@@ -62,13 +68,14 @@ def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
             if opened.mode == "F":
                 raise DataError(f"{path.name}: floating-point pixels are not read. Save it with 8 or 16 bits.")
             opened.load()
-            return convert(ImageOps.exif_transpose(opened))
+            ImageOps.exif_transpose(opened, in_place=True)  # a copy of a large picture would take as much again
+            return convert(opened)
     except UnidentifiedImageError as error:
         allowed = ", ".join(FORMATS)
         raise DataError(
             f"{path.name}: not a picture of a format that is read ({allowed}). Save it as one of them."
         ) from error
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except _BROKEN as error:
         raise DataError(f"{path.name}: broken or cut off ({error}). Save it anew or take it out.") from error
 
 

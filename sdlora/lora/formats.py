@@ -32,6 +32,7 @@ from sdlora.models.architectures import ARCHITECTURES
 
 # ComfyUI refuses headers above 1 MiB.
 MAX_HEADER_BYTES = 1 << 20
+_PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 DTYPES_BY_NAME = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES = tuple(DTYPES_BY_NAME.values())
 Spelling = Literal["kohya", "peft"]
@@ -123,6 +124,12 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """
     if not path.is_file():
         raise DataError(f"There is no file {path}.")
+    if path.suffix.lower() in _PICKLED:
+        raise DataError(
+            f"{path} is pickled, and a pickle can run any program when it is read. Ask for a .safetensors file, or "
+            "convert it where nothing can be harmed: safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+            "NEW_FILE)."
+        )
     with path.open("rb") as handle:
         header_bytes = int.from_bytes(handle.read(8), "little")
     if not 0 < header_bytes <= min(MAX_HEADER_BYTES, path.stat().st_size):
@@ -131,7 +138,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = dict(file.metadata() or {})
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-    except SafetensorError as error:
+    except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
         raise DataError(f"{path} is not a readable safetensors file: {error}.") from error
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES or not bool(torch.isfinite(tensor).all()):

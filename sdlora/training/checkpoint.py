@@ -13,14 +13,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from sdlora import __version__
 from sdlora.errors import OutputError
 from sdlora.files import atomic_path, write_json
 from sdlora.training.loop import Position, Trainer
 
 KEPT = 2
+FORMAT = 1  # raised when a checkpoint can no longer be read as those before it
 _LAST_FILE = "complete.json"
 
 
@@ -47,17 +50,26 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Pa
     tensors |= optimizer_tensors
     with atomic_path(target / "state.safetensors") as temporary:
         save_file(tensors, temporary)
-    write_json(target / _LAST_FILE, {"position": asdict(trainer.position), "optimizer": scalars, "extra": extra})
-    for old in complete_checkpoints(folder)[:-KEPT]:
-        # Without its last file it is no checkpoint any more, so a crash while deleting leaves none that lies.
-        (old / _LAST_FILE).unlink()
-        shutil.rmtree(old)
+    written_by = {"format": FORMAT, "version": __version__}
+    counters = {"position": asdict(trainer.position), "optimizer": scalars, "extra": extra}
+    write_json(target / _LAST_FILE, written_by | counters)
+    tidy_checkpoints(folder)
     return target
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The checkpoints that were written to the end, oldest first."""
     return sorted(path.parent for path in folder.glob(f"step-*/{_LAST_FILE}"))
+
+
+def tidy_checkpoints(folder: Path) -> None:
+    """Delete all but the newest two complete checkpoints, and those that were not written to the end."""
+    kept = complete_checkpoints(folder)[-KEPT:]
+    for path in sorted(folder.glob("step-*")):
+        if path not in kept:
+            # Without its last file it is no checkpoint any more, so a crash while deleting leaves none that lies.
+            (path / _LAST_FILE).unlink(missing_ok=True)
+            shutil.rmtree(path)
 
 
 def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
@@ -67,10 +79,22 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
         The `extra` that it was saved with.
 
     Raises:
-        OutputError: The checkpoint was made by a run with another adapter.
+        OutputError: It was written by a version whose checkpoints this one cannot read, or by a run with another
+            adapter, or is damaged.
     """
-    content = json.loads((checkpoint / _LAST_FILE).read_text(encoding="utf-8"))
-    tensors = load_file(checkpoint / "state.safetensors")
+    try:
+        content = json.loads((checkpoint / _LAST_FILE).read_text(encoding="utf-8"))
+        tensors = load_file(checkpoint / "state.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise OutputError(
+            f"The checkpoint {checkpoint} is damaged ({error}). Delete its folder to go on from the one before it."
+        ) from error
+    if content.get("format", 1) != FORMAT:
+        raise OutputError(
+            f"The checkpoint {checkpoint} was written by sdlora {content.get('version')}, in a format (number "
+            f"{content['format']}) that sdlora {__version__} does not read (it reads number {FORMAT}). Go on with that "
+            "version, or start a new run."
+        )
     expected = {f"parameter.{i}": tuple(p.shape) for i, p in enumerate(trainer.adapter.parameters())}
     found = {name: tuple(value.shape) for name, value in tensors.items() if name.startswith("parameter.")}
     if expected != found:

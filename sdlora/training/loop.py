@@ -6,7 +6,6 @@ Shapes: B batch, C latent channels, h/w latents.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
@@ -21,14 +20,14 @@ from sdlora import seeds
 from sdlora.config import RunConfig
 from sdlora.data.order import Visit
 from sdlora.diffusion.losses import huber_per_example, loss_weight, mse_per_example
-from sdlora.errors import DivergedError
-from sdlora.events import CheckpointDue, EpochDone, Event, StepDone
+from sdlora.events import CheckpointDue, EpochDone, Event, Notice, StepDone
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel
 from sdlora.processes import ALONE, Processes
 from sdlora.training.averages import MovingAverage, evaluation_weights
 from sdlora.training.bands import NUM_BANDS, band_of
 from sdlora.training.data import TrainingData
+from sdlora.training.finite import Watch, check_finite
 from sdlora.training.lean import LeanStep
 from sdlora.training.objective import Batch, diffusion_loss, diffusion_loss_preserving
 from sdlora.training.optimizers import adapter_groups, make_optimizer, set_rates
@@ -46,6 +45,7 @@ class Position:
         loss_count: How many visits that sum covers.
         band_sums: The same sum by band of timesteps.
         band_counts: The same count by band of timesteps.
+        part_size: So many pictures of a batch are computed at once, since memory is too small for all; 0 for all.
     """
 
     step: int = 0
@@ -53,6 +53,7 @@ class Position:
     loss_count: int = 0
     band_sums: list[float] = field(default_factory=lambda: [0.0] * NUM_BANDS)
     band_counts: list[int] = field(default_factory=lambda: [0] * NUM_BANDS)
+    part_size: int = 0
 
     def add(self, timesteps: Sequence[int], losses: Sequence[float]) -> None:
         """Count the visits of a step."""
@@ -135,6 +136,7 @@ class Trainer:
         self.plan = plan_training(config, data.dataset)
         self.preserved_plan = Plan() if preserved is None else plan_preserved(config, preserved.dataset, self.plan)
         self._preserved_steps = [step for steps in self.preserved_plan.epochs for step in steps]
+        self._watch = Watch()
 
     def _text_encoder_factor(self) -> float:
         """The text encoder's learning rate over the run's."""
@@ -175,7 +177,13 @@ class Trainer:
         train = self.config.train
         pending = _Pending()
         for index, group in enumerate(groups, start=1):
+            part_size = self.position.part_size
             self._step(epoch, group, pending)
+            if self.position.part_size != part_size:
+                yield Notice(
+                    f"The {self.base.device.type} device ran out of memory: batches are computed in parts of "
+                    f"{self.position.part_size} from step {self.position.step} on, to the same result."
+                )
             every = train.checkpoint_every_steps
             due = index == len(groups) or (every > 0 and self.position.step % every == 0)
             reading = due or len(pending.steps) >= train.log_every_steps
@@ -185,6 +193,7 @@ class Trainer:
             if due or reading:
                 yield from self._read_back(pending)
                 if due:
+                    self._check_state()
                     yield CheckpointDue(epoch, self.position.step)
                 pending = _Pending()  # its clock starts here, so that saving is not counted as training
             if stopping:
@@ -202,38 +211,73 @@ class Trainer:
             warmup_steps=train.warmup_steps,
         )
         set_rates(self.optimizer, rate)
-        num_examples = sum(len(batch) for batch in group)
-        visits: list[Visit] = []
-        timesteps: list[int] = []
-        losses: list[Tensor] = []
-        for batch in group:
-            drawn = [self.plan.timesteps[visit] for visit in batch]
-            losses.append(self._accumulate(self.data, batch, drawn, num_examples))
-            visits += batch
-            timesteps += drawn
-        if self.preserved is not None:
-            self._preserve(self.preserved, self._preserved_steps[step - 1])
+        while (losses := self._gradients(group, step)) is None:
+            self._halve_parts()
         self.processes.sum_gradients(self.parameters)
+        self.accelerator.unscale_gradients(self.optimizer)
+        norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self._watch.see(step, rate, losses, norm if self.accelerator.scaler is None else None)
         if train.max_grad_norm > 0:
-            self.accelerator.unscale_gradients(self.optimizer)
-            nn.utils.clip_grad_norm_(self.parameters, train.max_grad_norm)
+            nn.utils.clip_grads_with_norm_(self.parameters, train.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(step)
         self.position.step = step
-        pending.steps.append((epoch, step, rate, visits, timesteps))
-        pending.losses.append(torch.cat(losses))
+        visits = [visit for batch in group for visit in batch]
+        pending.steps.append((epoch, step, rate, visits, [self.plan.timesteps[visit] for visit in visits]))
+        pending.losses.append(losses)
 
-    def _preserve(self, data: TrainingData, step: Step) -> None:
+    def _gradients(self, group: Step, step: int) -> Tensor | None:
+        """Gradients of the mean over a step's visits, which are left on the parameters.
+
+        Returns:
+            The losses (B,) of all visits; None if memory is too small and `train.auto_batch` allows smaller parts.
+        """
+        num_examples = sum(len(batch) for batch in group)
+        size = self.position.part_size or self.config.train.batch_size
+        try:
+            losses = [
+                self._accumulate(self.data, part, [self.plan.timesteps[visit] for visit in part], num_examples)
+                for part in _parts(group, size)
+            ]
+            if self.preserved is not None:
+                self._preserve(self.preserved, self._preserved_steps[step - 1], size)
+        except torch.OutOfMemoryError:
+            if size == 1 or not self.config.train.auto_batch:
+                raise
+            return None
+        return torch.cat(losses)
+
+    def _halve_parts(self) -> None:
+        """Let go of what an attempt left behind; the next one takes half as many pictures at once."""
+        self.position.part_size = (self.position.part_size or self.config.train.batch_size) // 2
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def _check_state(self) -> None:
+        """See that everything which is saved is finite."""
+        self._watch.judge()
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        check_finite(
+            {
+                "adapter": self.parameters,
+                "optimizer": [value for value in states if isinstance(value, Tensor)],
+                "average of the adapter": self.average.values if self.average is not None else [],
+            },
+            self.position.step,
+        )
+
+    def _preserve(self, data: TrainingData, step: Step, size: int) -> None:
         """Add the gradients of pictures of what is preserved: their mean loss, times its weight.
 
         Source: Ruiz et al. 2208.12242, equation 2.
         """
         num_examples, weight = sum(len(batch) for batch in step), self.config.train.preservation_weight
-        for batch in step:
-            drawn = [self.preserved_plan.timesteps[visit] for visit in batch]
-            self._accumulate(data, batch, drawn, num_examples, weight)
+        for part in _parts(step, size):
+            drawn = [self.preserved_plan.timesteps[visit] for visit in part]
+            self._accumulate(data, part, drawn, num_examples, weight)
 
     def _accumulate(
         self,
@@ -315,11 +359,6 @@ class Trainer:
         seconds = (time.monotonic() - pending.since) / len(pending.steps)
         for epoch, step, rate, visits, timesteps in pending.steps:
             losses, values = values[: len(visits)], values[len(visits) :]
-            if not all(math.isfinite(loss) for loss in losses):
-                raise DivergedError(
-                    f"The loss became {next(x for x in losses if not math.isfinite(x))} at step {step} "
-                    f"(learning rate {rate:g}). Lower train.learning_rate, or set train.precision to 'fp32'."
-                )
             self.position.add(timesteps, losses)
             yield StepDone(
                 epoch=epoch,
@@ -334,9 +373,10 @@ class Trainer:
             )
 
     def _epoch_done(self, epoch: int, seconds: float) -> EpochDone:
-        if not all(bool(torch.isfinite(parameter).all()) for parameter in self.parameters):
-            raise DivergedError(
-                f"The adapter holds NaN or infinite numbers after epoch {epoch}. Lower train.learning_rate."
-            )
         train_loss, train_bands = self.position.take_means()
         return EpochDone(epoch, self.position.step, train_loss, None, seconds, train_bands)
+
+
+def _parts(step: Step, size: int) -> list[tuple[Visit, ...]]:
+    """A step's batches, each cut into parts of at most so many visits."""
+    return [batch[first : first + size] for batch in step for first in range(0, len(batch), size)]

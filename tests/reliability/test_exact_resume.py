@@ -1,0 +1,172 @@
+"""Exact resume: killed at any point and gone on with, a run ends in the bytes it would have ended in."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from commandline import Point, Side
+from promises import Figure
+from scene import Scene, digests
+
+from sdlora.files import is_partial
+
+
+@dataclass(frozen=True)
+class Place:
+    """A function at which to kill.
+
+    Attributes:
+        phase: What a run does there.
+        function: As in `Point`.
+        sides: As in `Point`.
+        count: How many of its calls are chosen, spread over all that a run makes.
+    """
+
+    phase: str
+    function: str
+    sides: tuple[Side, ...]
+    count: int = 1
+
+
+# Before training: with an empty cache.
+COLD = [
+    Place("start", "sdlora.run:prepare", ("after",)),
+    Place("start", "pathlib:Path.write_bytes", ("torn",), 3),  # config.toml and state.json
+    Place("caching", "sdlora.data.cache:save_file", ("torn", "after"), 3),
+    Place("caching", "os:replace", ("before", "after"), 4),
+    Place("null", "sdlora.preview.sampler:_draw", ("before", "after")),
+    Place("null", "PIL.Image:Image.save", ("torn",), 3),
+    Place("null", "sdlora.preview.nulls:null_scores", ("before", "after")),
+]
+WARM = [
+    Place("step", "sdlora.training.loop:Trainer._step", ("before", "after"), 3),
+    Place("step", "sdlora.training.loop:diffusion_loss", ("after",), 3),
+    Place("step", "torch.optim.adamw:AdamW.step", ("before", "after"), 2),
+    Place("step", "sdlora.training.averages:MovingAverage.update", ("before",), 2),
+    Place("save", "sdlora.training.checkpoint:save_file", ("torn", "after"), 3),
+    Place("save", "sdlora.training.checkpoint:write_json", ("before", "after"), 3),
+    Place("save", "sdlora.training.checkpoint:shutil.rmtree", ("before", "after"), 2),
+    Place("epoch's edge", "sdlora.training.loop:Trainer._epoch_done", ("before", "after"), 2),
+    Place("epoch's edge", "sdlora.training.heldout:picture_losses", ("after",), 2),
+    Place("preview", "sdlora.preview.sampler:_draw", ("before", "after"), 2),
+    Place("preview", "PIL.Image:Image.save", ("torn",), 2),
+    Place("check", "sdlora.preview.checker:check_previews", ("before", "after"), 2),
+    Place("export", "sdlora.run:save_lora", ("before", "after"), 2),
+    Place("export", "sdlora.lora.export:save_file", ("torn",), 2),
+    Place("export", "sdlora.run:prove_lora", ("before", "after"), 2),
+    Place("export", "sdlora.run:shutil.copyfile", ("torn", "after")),
+    Place("report", "sdlora.run:write_report", ("before", "after"), 2),
+    Place("report", "sdlora.run:contact_sheet", ("before",), 2),
+    Place("any file", "os:replace", ("before", "after"), 5),
+]
+
+
+SOME = 20
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A point to kill at.
+
+    Attributes:
+        phase: What a run does there.
+        point: Where it is.
+        is_cold: Whether the cache is empty when the run begins.
+    """
+
+    phase: str
+    point: Point
+    is_cold: bool
+
+
+@dataclass(frozen=True)
+class Whole:
+    """A run that nobody killed.
+
+    Attributes:
+        digests: What it ended in.
+        trials: Points for all places, spread over its calls.
+    """
+
+    digests: dict[str, str]
+    trials: list[Trial]
+
+
+def trials(places: Sequence[Place], calls: Mapping[str, int], *, is_cold: bool) -> list[Trial]:
+    """Of every place its calls, spread from the first to the last."""
+    found = []
+    for place in places:
+        total = calls[place.function]
+        assert total >= place.count, f"{place.function} is called {total} times"
+        chosen = [1 + (2 * i + 1) * total // (2 * place.count) for i in range(place.count)]
+        found += [
+            Trial(place.phase, Point(place.function, min(number, total), side), is_cold)
+            for number in chosen
+            for side in place.sides
+        ]
+    return found
+
+
+@pytest.fixture(scope="module")
+def whole(scene: Scene) -> Whole:
+    cold = scene.train(scene.root / "cold", counted=[place.function for place in COLD])
+    warm = scene.train(scene.root / "warm", counted=[place.function for place in WARM])
+    assert (cold.code, warm.code) == (0, 0), cold.err + warm.err
+    found = digests(scene.root / "cold")
+    assert found == digests(scene.root / "warm"), "a run that finds everything in the cache is the same run"
+    kinds = {name.split("/")[0] for name in found}
+    assert kinds == {"epochs", "checkpoints", "hero.safetensors", "previews.png", "metrics.jsonl"}
+    return Whole(found, trials(COLD, cold.calls, is_cold=True) + trials(WARM, warm.calls, is_cold=False))
+
+
+def fault_of(scene: Scene, trial: Trial, expected: dict[str, str], folder: Path) -> str | None:
+    """Kill a run at a point and go on; what is wrong then, or None."""
+    run, cache = folder / "run", folder / "cache" if trial.is_cold else None
+    killed = scene.train(run, points=[trial.point], cache=cache)
+    if killed.code != -signal.SIGKILL:
+        return f"{trial.point}: not reached, exit code {killed.code}: {killed.err}"
+    resumed = scene.go_on(run, cache=cache)
+    if resumed.code != 0:
+        return f"{trial.point}: exit code {resumed.code}: {resumed.err}"
+    found = digests(run)
+    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    leftovers = [file.name for file in folder.rglob("*") if is_partial(file)]
+    if different or leftovers:
+        return f"{trial.point}: differs in {different}, left over {leftovers}"
+    shutil.rmtree(folder)
+    return None
+
+
+def check(scene: Scene, whole: Whole, chosen: Sequence[Trial], folder: Path) -> None:
+    def one(index: int) -> str | None:
+        return fault_of(scene, chosen[index], whole.digests, folder / str(index))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        faults = [fault for fault in pool.map(one, range(len(chosen))) if fault]
+    assert not faults, "\n".join(faults)
+
+
+def test_a_run_killed_anywhere_ends_in_the_same_bytes_here_and_there(
+    scene: Scene, whole: Whole, tmp_path: Path
+) -> None:
+    count = len(whole.trials)
+    chosen = [whole.trials[index * count // SOME] for index in range(SOME)]
+    assert {trial.phase for trial in chosen} == {trial.phase for trial in whole.trials}
+    check(scene, whole, chosen, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3600)
+def test_a_run_killed_anywhere_ends_in_the_same_bytes(
+    scene: Scene, whole: Whole, tmp_path: Path, figure: Figure
+) -> None:
+    assert len(whole.trials) >= 60
+    check(scene, whole, whole.trials, tmp_path)
+    figure("Exact resume", f"{len(whole.trials)} of {len(whole.trials)} on CPU")
