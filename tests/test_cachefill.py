@@ -14,6 +14,7 @@ from sdlora.cachefill import fill_cache
 from sdlora.config import RunConfig
 from sdlora.configfile import parse_config
 from sdlora.events import Progress
+from sdlora.models.base import TextStates
 from sdlora.models.sd import StableDiffusion
 from sdlora.run import start
 
@@ -38,9 +39,15 @@ def test_a_run_afterwards_encodes_nothing(
     assert (progress[-1].done, progress[-1].total) == (17, 17)
     made = files(config)
     assert len(made) == 17
+    real = StableDiffusion.encode_captions
+
+    def only_the_empty_one(base: StableDiffusion, captions: Sequence[str]) -> TextStates:
+        assert list(captions) == [""], "a run encodes that one to see how large they are"
+        return real(base, captions)
+
     # What a run does not find, it would encode.
     monkeypatch.setattr(StableDiffusion, "encode_pixels", None)
-    monkeypatch.setattr(StableDiffusion, "encode_captions", None)
+    monkeypatch.setattr(StableDiffusion, "encode_captions", only_the_empty_one)
     for _ in start(config, tmp_path / "run"):
         pass
     assert files(config) == made

@@ -101,7 +101,7 @@ def recipe_page(context: Context) -> RecipePage:
             name = gr.Textbox(label="Name of the run", max_lines=1, elem_id="name")
         with gr.Column(scale=2, min_width=280):
             planned = gr.HTML(elem_id="plan")
-            measure = gr.Button("Measure time and memory", visible=plan.can_measure())
+            measure = gr.Button("Measure time and memory")
             start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
             note = gr.HTML(elem_id="recipe-note")
     with gr.Accordion("More: every setting", open=False, elem_id="more"):

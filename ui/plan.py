@@ -103,15 +103,6 @@ def in_words(config: RunConfig, counts: Counts) -> list[str]:
     return told
 
 
-def can_measure() -> bool:
-    """Whether this sdlora measures time and memory beforehand."""
-    from sdlora.cli import app
-
-    return any(
-        (command.name or getattr(command.callback, "__name__", "")) == "plan" for command in app.registered_commands
-    )
-
-
 def measure(config: RunConfig) -> dict[str, Any]:
     """What `sdlora plan` says of a configuration.
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import psutil
 import pytest
+
+from sdlora.config import RunConfig
+from sdlora.configfile import parse_config
 from sdlora.ui import processes
 from sdlora.ui.context import Context
 from sdlora.ui.jobs import Jobs
 from sdlora.ui.processes import Identity
 from sdlora.ui.store import Studio
 from sdlora.ui.trial import Easel
-
-from sdlora.config import RunConfig
-from sdlora.configfile import parse_config
 
 
 @pytest.fixture

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import uvicorn
-from sdlora.ui.server import _Server
 from starlette.types import ASGIApp
+
+from sdlora.ui.server import _Server
 
 
 @dataclass

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from sdlora.ui.store import Studio
 
 from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml
+from sdlora.ui.store import Studio
 
 
 def write_state(studio: Studio, config: RunConfig, **state: Any) -> Path:

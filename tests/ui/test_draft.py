@@ -5,15 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sdlora.ui.context import Context
-from sdlora.ui.draft import Draft, from_config, read_draft, write_draft
-from sdlora.ui.recipes import recipe
-from sdlora.ui.store import Studio
 from studios import write_picture
 
 from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml, load_config
 from sdlora.errors import ConfigError, SdloraError
+from sdlora.ui.context import Context
+from sdlora.ui.draft import Draft, from_config, read_draft, write_draft
+from sdlora.ui.recipes import recipe
+from sdlora.ui.store import Studio
 
 
 def test_a_draft_is_found_again_as_it_was_left(studio: Studio) -> None:

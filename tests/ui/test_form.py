@@ -6,13 +6,13 @@ import json
 from typing import Any
 
 import pytest
-from sdlora.ui import form
-from sdlora.ui.page_recipe import more_fields
-from sdlora.ui.recipes import LENGTHS, SUBJECTS, recipe
 
 from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml, json_schema, load_config, option_names, options, parse_config
 from sdlora.errors import ConfigError
+from sdlora.ui import form
+from sdlora.ui.page_recipe import more_fields
+from sdlora.ui.recipes import LENGTHS, SUBJECTS, recipe
 
 FIELDS = {field.name: field for field in form.fields()}
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sdlora.ui.guard import Account, check_host, is_loopback
 from typer.testing import CliRunner
 
 from sdlora.cli import app
 from sdlora.errors import ConfigError
+from sdlora.ui.guard import Account, check_host, is_loopback
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "localhost", "127.0.0.53"])

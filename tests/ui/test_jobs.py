@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 import psutil
 import pytest
-from sdlora.ui.context import Context
-from sdlora.ui.jobs import Jobs
-from sdlora.ui.store import Studio
 from studios import write_state
 
 from sdlora.config import RunConfig
 from sdlora.errors import SdloraError
+from sdlora.ui.context import Context
+from sdlora.ui.jobs import Jobs
+from sdlora.ui.store import Studio
 
 Make = Callable[..., RunConfig]
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from sdlora.ui import plan
 
 from sdlora.configfile import load_config, parse_config
 from sdlora.errors import DataError
 from sdlora.events import PlanMade
 from sdlora.run import start
+from sdlora.ui import plan
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageChops
+
+from sdlora.config import RunConfig
+from sdlora.configfile import load_config
+from sdlora.errors import SdloraError
+from sdlora.preview.copycheck import read_checks
+from sdlora.run import start
 from sdlora.ui import views, views_run
 from sdlora.ui.context import Context
 from sdlora.ui.jobs import Jobs
@@ -17,12 +23,6 @@ from sdlora.ui.runs import delete_run, differences, read_run, settings_of
 from sdlora.ui.snapshot import SLOTS, snapshot
 from sdlora.ui.store import Studio
 from sdlora.ui.trial import Easel, Wish
-
-from sdlora.config import RunConfig
-from sdlora.configfile import load_config
-from sdlora.errors import SdloraError
-from sdlora.preview.copycheck import read_checks
-from sdlora.run import start
 
 
 @pytest.fixture(scope="module")

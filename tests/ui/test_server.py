@@ -14,6 +14,9 @@ import pytest
 from hostile import ADDRESSES, CAPTIONS
 from live import Live, live
 from PIL import Image
+from studios import write_picture, write_state
+
+from sdlora.configfile import dump_toml, load_config, parse_config
 from sdlora.ui.context import Context
 from sdlora.ui.draft import Draft, write_draft
 from sdlora.ui.guard import MOST_WRONG_LOGINS, Account, Logins
@@ -22,9 +25,6 @@ from sdlora.ui.server import make_app
 from sdlora.ui.shown import shown_url
 from sdlora.ui.store import Studio
 from sdlora.ui.trial import Easel
-from studios import write_picture, write_state
-
-from sdlora.configfile import dump_toml, load_config, parse_config
 
 
 @pytest.fixture(scope="module")

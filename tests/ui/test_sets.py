@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from hostile import CAPTIONS
 from PIL import Image
-from sdlora.ui import sets
 from studios import write_picture
 
 from sdlora.data.dataset import load_dataset
 from sdlora.errors import SdloraError
 from sdlora.shipped import resolve_data_folder
+from sdlora.ui import sets
 
 
 @pytest.fixture

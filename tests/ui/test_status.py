@@ -9,13 +9,13 @@ from collections.abc import Callable
 
 import psutil
 import pytest
+from studios import write_state
+
+from sdlora.config import RunConfig
 from sdlora.ui.context import Context
 from sdlora.ui.jobs import Job
 from sdlora.ui.status import last_lines
 from sdlora.ui.store import Studio
-from studios import write_state
-
-from sdlora.config import RunConfig
 
 Make = Callable[..., RunConfig]
 

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 from hostile import NAMES
-from sdlora.ui.store import Studio, run_name, safe_name
 
 from sdlora.errors import SdloraError
+from sdlora.ui.store import Studio, run_name, safe_name
 
 
 @pytest.mark.parametrize("name", NAMES)

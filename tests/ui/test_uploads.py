@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 from hostile import NAMES
-from sdlora.ui import uploads
-from sdlora.ui.uploads import take_in
 from studios import write_picture
 
 from sdlora.data.doctor import examine
 from sdlora.errors import DataError
+from sdlora.ui import uploads
+from sdlora.ui.uploads import take_in
 
 
 def png(color: str = "red") -> bytes:

@@ -11,12 +11,12 @@ import pytest
 from browsing import CHROMIUM, Open, browser_page, open_studio, tab
 from hostile import CAPTIONS
 from preview.checks import CLEAN, COPY, check, signal, write_epochs
-from sdlora.ui.draft import Draft, write_draft
-from sdlora.ui.store import Studio
 from studios import write_picture, write_state
 
 from sdlora.configfile import parse_config
 from sdlora.shipped import resolve_data_folder
+from sdlora.ui.draft import Draft, write_draft
+from sdlora.ui.store import Studio
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
