@@ -157,7 +157,7 @@ SIGNALS: list[tuple[str, Side, int]] = [
     ("sdlora.training.checkpoint:save_file", "after", 1),
     ("sdlora.training.checkpoint:write_json", "after", 3),
     ("sdlora.preview.sampler:_draw", "after", 2),
-    ("sdlora.run:prove_lora", "before", 1),
+    ("sdlora.outputs:prove_lora", "before", 1),
 ]
 
 

@@ -31,7 +31,7 @@ def test_files_of_every_version_are_read(scene: Scene, tmp_path: Path, figure: F
         load_checkpoint(checkpoint, parts.trainer)
         saved = load_file(checkpoint / "state.safetensors")
         assert parts.trainer.position.step == 10
-        for index, parameter in enumerate(parts.trainer.parameters):
+        for index, parameter in enumerate(parts.trainer.adapter.parameters()):
             assert torch.equal(parameter, saved[f"parameter.{index}"])
         tensors, metadata = read_tensors(FIXTURES / version / "hero.safetensors")
         assert metadata["sshs_model_hash"] == tensors_sha256(tensors)
