@@ -97,7 +97,10 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
         )
     expected = {f"parameter.{i}": tuple(p.shape) for i, p in enumerate(trainer.adapter.parameters())}
     found = {name: tuple(value.shape) for name, value in tensors.items() if name.startswith("parameter.")}
-    if expected != found:
+    # torch would take the states of other parameters in silence.
+    num_trained = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    num_states = len(content["optimizer"]["state"])
+    if expected != found or num_states not in (0, num_trained):
         raise OutputError(f"The checkpoint {checkpoint} holds another adapter than this configuration asks for.")
     with torch.no_grad():
         for index, parameter in enumerate(trainer.adapter.parameters()):

@@ -25,7 +25,9 @@ def trainer_at(step: int) -> Trainer:
             parameter.fill_(float(step))
             optimizer.state[parameter]["exp_avg"].fill_(float(step))
     parts = {"parameters": parameters, "optimizer": optimizer, "average": None, "position": Position(step)}
-    return cast(Trainer, SimpleNamespace(**parts, adapter=SimpleNamespace(starts=lambda: [])))
+    return cast(
+        Trainer, SimpleNamespace(**parts, adapter=SimpleNamespace(starts=lambda: [], parameters=lambda: parameters))
+    )
 
 
 def save_from(folder: Path, first: int, last: int) -> None:
