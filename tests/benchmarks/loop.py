@@ -101,9 +101,9 @@ def own_steps(base: str, folder: Path, work: Path, precision: str, edge: int) ->
     }
     parts = prepare(parse_config(document, name="loop"), RunFolder(work / "run", "loop"))
     begin = time.perf_counter()
-    list(parts.data.fill(1, "white"))
+    list(parts.data.fill("white"))
     seconds = (time.perf_counter() - begin) / len(parts.data.dataset.examples)
-    list(parts.data.fill(400, "white"))
+    list(parts.data.fill("white", parts.trainer.plan.timesteps))
     return seconds, (event for event in parts.trainer.events() if isinstance(event, StepDone))
 
 

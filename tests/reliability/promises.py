@@ -96,12 +96,12 @@ PROMISES = [
     Promise(
         "Broken pictures",
         "What is no picture, or too large a one, is refused by name in bounded memory.",
-        "reliability/test_pictures.py::test_broken_pictures_are_refused_by_name_in_bounded_memory",
+        "reliability/test_picture_files.py::test_broken_pictures_are_refused_by_name_in_bounded_memory",
     ),
     Promise(
         "Odd pictures",
         "Orientation, transparency, 16 bits, palettes and CMYK are read as people see them, or refused in words.",
-        "reliability/test_pictures.py::test_odd_pictures_are_read_as_people_see_them_or_refused_in_words",
+        "reliability/test_picture_files.py::test_odd_pictures_are_read_as_people_see_them_or_refused_in_words",
         "Colours are taken as they are stored: a profile other than sRGB is not applied.",
     ),
     Promise(

@@ -182,9 +182,10 @@ def test_preserved_pictures_add_the_gradient_of_their_mean_loss(
             parameter.grad = None
     (batch,), (beside,) = trainer.plan.epochs[0][0], trainer.preserved_plan.epochs[0][0]
     assert [trainer.data.name(visit.example) for visit in batch] == first.examples
-    loss = trainer.losses_per_example(batch, [trainer.plan.timesteps[v] for v in batch])[0].mean()
-    other = trainer.losses_per_example(beside, [trainer.preserved_plan.timesteps[v] for v in beside], preserved)[0]
-    (loss + 3.0 * other.mean()).backward()
+    with trainer.lean.live():
+        loss = trainer.losses_per_example(batch, [trainer.plan.timesteps[v] for v in batch])[0].mean()
+        other = trainer.losses_per_example(beside, [trainer.preserved_plan.timesteps[v] for v in beside], preserved)[0]
+        (loss + 3.0 * other.mean()).backward()
     for parameter, gradient in zip(trainer.parameters, found, strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-8)
 
