@@ -85,7 +85,8 @@ def test_the_repositorys_top_level_is_what_it_should_be() -> None:
     ).stdout.splitlines()
     top = {name.split("/")[0] for name in files}
     assert top <= {
-        "sdlora", "ui", "configs", "datasets", "tests", "docs", "pyproject.toml", "README.md", "LICENSE", "SECURITY.md", ".ci",
+        "sdlora", "ui", "configs", "datasets", "tests", "docs", "pyproject.toml", "README.md", "LICENSE", "SECURITY.md",
+        ".ci",
         ".gitignore", ".gitattributes",
     }  # fmt: skip
 
