@@ -252,7 +252,7 @@ def _unchecked(place: Path) -> list[Match]:
     return [
         Match(
             prompt=f"prompt {int(file.stem[6:].partition('_')[0]) + 1}", kind="novel",
-            seed=int(file.stem.rpartition("seed")[2]), nearest="", hp_ms=0.0, bent=0.0, phash=0.0, p_value=1.0,
+            seed=int(file.stem.rpartition("seed")[2]), nearest="", hp_ms=0.0, phash=0.0, p_value=1.0,
             significant=False, file=f"previews/{file.name}",
         )
         for file in files

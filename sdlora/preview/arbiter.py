@@ -23,8 +23,7 @@ from transformers import Dinov2Model
 from transformers.utils.hub import cached_file, httpx, is_offline_mode
 
 from sdlora.errors import ArbiterError
-from sdlora.preview.registration import bent
-from sdlora.preview.similarity import hp_ms
+from sdlora.preview.similarity import hp_ms, phash
 
 # ImageNet's, which both networks were trained with.
 MEAN = (0.485, 0.456, 0.406)
@@ -155,26 +154,14 @@ class Arbiters:
     @property
     def score_names(self) -> tuple[str, ...]:
         """The scores of likeness, in their order."""
-        return ("hp_ms", "bent") if self.sscd is None else ("hp_ms", "bent", "sscd")
+        return ("hp_ms", "phash") if self.sscd is None else ("hp_ms", "phash", "sscd")
 
-    def scores(
-        self, pictures: Sequence[Image.Image], gallery: Sequence[Image.Image], excluded: Tensor | None = None
-    ) -> Tensor:
-        """Every score of every picture against every picture of a gallery.
-
-        Args:
-            pictures: P pictures.
-            gallery: G pictures they may be copies of.
-            excluded: Pairs that do not count and score -1, (P, G), or None.
-
-        Returns:
-            (P, G, S) in [-1, 1], 1 for a copy.
-        """
-        scores = [hp_ms(pictures, gallery), bent(pictures, gallery, excluded)]
+    def scores(self, pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
+        """Every score of every picture against every picture of a gallery, (P, G, S); 1 is a copy."""
+        scores = [hp_ms(pictures, gallery), phash(pictures, gallery)]
         if self.sscd is not None:
             scores.append(copy_cosines(self.sscd, pictures, gallery))
-        every = torch.stack(scores, dim=-1)
-        return every if excluded is None else every.masked_fill(excluded.unsqueeze(-1), -1.0)
+        return torch.stack(scores, dim=-1)
 
 
 def load_arbiters(*, sscd: bool, dinov2: bool, device: torch.device) -> tuple[Arbiters, list[str]]:

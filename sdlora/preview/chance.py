@@ -15,7 +15,6 @@ from torch import Tensor
 _MOST_SPLITS = 20_000
 _NUM_DRAWN = 9_999
 _FLAT = 1e-9
-_NEARLY_ONE = 0.999
 
 
 def p_values(observed: Tensor, null: Tensor) -> Tensor:
@@ -49,7 +48,8 @@ def p_values(observed: Tensor, null: Tensor) -> Tensor:
 def standing_out(scores: Tensor, null: Tensor) -> Tensor:
     """How far scores lie above the null's median, in units of the distance from there to its 95th percentile.
 
-    The upper tail gives the unit because it is what a copy has to stand out from.
+    The upper tail gives the unit because it is what a copy has to stand out from; a score in few steps, such as a
+    hash's, can have a middle half that is narrower than one step.
 
     Args:
         scores: (..., N, S).
@@ -62,14 +62,6 @@ def standing_out(scores: Tensor, null: Tensor) -> Tensor:
     count = ordered.shape[-2]
     middle, high = (ordered[..., [math.floor(share * (count - 1))], :] for share in (0.5, 0.95))
     return (scores.double() - middle) / (high - middle).clamp(min=_FLAT)
-
-
-def fisher_z(correlations: Tensor) -> Tensor:
-    """Correlations in [-1, 1] on a scale on which equal steps mean as much at the top as in the middle, float64.
-
-    Source: Fisher 1915, "Frequency distribution of the values of the correlation coefficient": artanh r.
-    """
-    return correlations.double().clamp(-_NEARLY_ONE, _NEARLY_ONE).atanh()
 
 
 def binomial_tail(successes: int, trials: int, chance: float) -> float:

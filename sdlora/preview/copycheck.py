@@ -18,11 +18,10 @@ from torch import Tensor
 
 from sdlora.files import write_json
 from sdlora.preview.arbiter import Arbiter, Arbiters, concept_fidelity
-from sdlora.preview.chance import binomial_tail, fisher_z, lower_bound, p_values, standing_out
+from sdlora.preview.chance import binomial_tail, lower_bound, p_values, standing_out
 from sdlora.preview.nulls import Gallery, reduced
 from sdlora.preview.sampler import Kind, PreviewRequest
 from sdlora.preview.signals import Signal
-from sdlora.preview.similarity import phash
 
 # With a null of a hundred, one odd picture in it may be as alike as a copy without blinding the check.
 ALPHA = 0.02
@@ -44,8 +43,7 @@ class Match:
         seed: Of the preview's starting noise.
         nearest: The training picture's name.
         hp_ms: Their likeness in detail, over crops and mirrors, in [-1, 1].
-        bent: Their likeness in detail once bent onto one another, in [-1, 1]; -1 if another picture's layout is nearer.
-        phash: The share of equal bits of their perceptual hashes, in [0, 1]; told, but no part of the verdict.
+        phash: The share of equal bits of their perceptual hashes, in [0, 1].
         p_value: How likely a picture that copies nothing is as alike to some training picture.
         significant: Whether that is at most 2 %.
         file: The preview, seen from the check's folder.
@@ -58,7 +56,6 @@ class Match:
     seed: int
     nearest: str
     hp_ms: float
-    bent: float
     phash: float
     p_value: float
     significant: bool
@@ -69,7 +66,7 @@ class Match:
     @property
     def likeness(self) -> float:
         """The likeness that a person is told, in [0, 1]; 1 is a copy."""
-        return min(1.0, max(0.0, self.hp_ms, self.bent))
+        return min(1.0, max(0.0, self.hp_ms))
 
 
 @dataclass(frozen=True)
@@ -151,21 +148,18 @@ def check_previews(
             pictures.append(reduced(picture))
     trained = list(gallery.pictures.values())
     scores = arbiters.scores(pictures, trained)  # (P, G, S)
-    hashes = phash(pictures, trained)
-    seen, chance_alone = fisher_z(scores), fisher_z(null)
-    chances = p_values(seen.amax(dim=1), chance_alone).tolist()
-    nearest = standing_out(seen, chance_alone).amax(dim=2).argmax(dim=1).tolist()
+    chances = p_values(scores.amax(dim=1), null).tolist()
+    nearest = standing_out(scores, null).amax(dim=2).argmax(dim=1).tolist()
     names = list(gallery.pictures)
     norms: Sequence[float | None] = guidance_norms or [None] * len(files)
     matches = [
         Match(
             prompt, kind, seed, names[index],
             **{name: round(float(own[index, column]), 4) for column, name in enumerate(arbiters.score_names)},
-            phash=round(float(equal[index]), 4), p_value=chance, significant=chance <= ALPHA, file=file,
-            guidance_norm=norm,
+            p_value=chance, significant=chance <= ALPHA, file=file, guidance_norm=norm,
         )
-        for (prompt, seed), kind, index, own, equal, chance, file, norm in zip(
-            request.wanted(), request.kinds(), nearest, scores, hashes, chances, files, norms, strict=True
+        for (prompt, seed), kind, index, own, chance, file, norm in zip(
+            request.wanted(), request.kinds(), nearest, scores, chances, files, norms, strict=True
         )
     ]  # fmt: skip
     if arbiters.dinov2 is not None:

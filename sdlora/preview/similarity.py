@@ -1,8 +1,8 @@
 """How much a picture looks like a copy of another: of all of it, of a part of it, or of its mirror image.
 
 Floor 6. It needs no network. `hp_ms` compares detail (the picture minus its own blur), so that two pictures of one
-subject in one place stay apart, and finds parts; `registration.bent` finds what was pulled out of shape. A subject
-lifted into another place is found by neither. `phash` compares the coarse layout, and is told beside them.
+subject in one place stay apart, and finds parts; `phash` compares the coarse layout, and finds what was pulled out of
+shape. A subject lifted into another place is found by neither.
 Shapes: P pictures, G pictures of the gallery, H/W/n pixels.
 """
 

@@ -27,7 +27,7 @@ def batch(tmp_path: Path) -> Path:
     for rank, loss, like in ((4, 0.5, 0.2), (16, 0.3, 0.6), (8, 0.6, 0.3)):
         name = f"zumi-rank{rank}"
         jobs.append(Job(name, 0, {"lora.rank": rank}, config(rank=rank)))
-        previews = [replace(one, hp_ms=like, bent=-1.0, significant=rank == 16) for one in (CLEAN, NOVEL)]
+        previews = [replace(one, hp_ms=like, significant=rank == 16) for one in (CLEAN, NOVEL)]
         write_run(ledger.folder / name, loss, *previews)
         drawn = ledger.folder / name / "epochs" / "2" / "previews"
         drawn.mkdir()

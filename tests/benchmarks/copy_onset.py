@@ -230,7 +230,7 @@ def read_check(folder: Path) -> dict[str, Any]:
         "share": found["share"],
         "share_lower_bound": round(found["share_lower_bound"], 4),
         "previews": [
-            [preview["kind"], preview["hp_ms"], preview["bent"], round(preview["p_value"], 4)]
+            [preview["kind"], preview["hp_ms"], preview["phash"], round(preview["p_value"], 4)]
             for preview in found["previews"]
         ],
         "outside": sorted(name for name, signal in found["signals"].items() if signal["outside"]),

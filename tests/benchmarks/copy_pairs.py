@@ -30,7 +30,7 @@ from timesteps_report import between
 from torch import Tensor
 
 from sdlora.preview.arbiter import Arbiters
-from sdlora.preview.chance import fisher_z, standing_out
+from sdlora.preview.chance import standing_out
 from sdlora.seeds import derive
 from sdlora.shipped import pocket_folder
 
@@ -112,7 +112,7 @@ def _img2img(pipeline: Any, group: Group, strength: float, count: int, place: in
 STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     **{name: lambda scores, _, column=column: scores[:, column] for column, name in enumerate(ARBITERS.score_names)},
     # What `sdlora.preview.copycheck.check_previews` compares.
-    "joined": lambda scores, null: standing_out(fisher_z(scores), fisher_z(null)).amax(dim=1),
+    "joined": lambda scores, null: standing_out(scores, null).amax(dim=1),
 }
 
 

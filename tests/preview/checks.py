@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 
 from sdlora.preview.copycheck import EpochCheck, Match
 
-CLEAN = Match("zumi at night", "training", 0, "a.png", 0.41, 0.2, 0.7, 0.25, False, "previews/p0.png")
-NOVEL = Match("zumi & <b>friends</b>", "novel", 0, "b.png", 0.31, 0.1, 0.6, 0.9, False, "previews/p1.png")
+CLEAN = Match("zumi at night", "training", 0, "a.png", 0.41, 0.7, 0.25, False, "previews/p0.png")
+NOVEL = Match("zumi & <b>friends</b>", "novel", 0, "b.png", 0.31, 0.6, 0.9, False, "previews/p1.png")
 COPY = replace(NOVEL, nearest="<a>.png", hp_ms=0.97, p_value=1 / 145, significant=True)
 
 

@@ -265,7 +265,7 @@ def test_arbiters_are_loaded_as_asked_and_missing_ones_are_told(
     assert (none.sscd, none.dinov2, missing) == (None, None, [])
     both, missing = load_arbiters(sscd=True, dinov2=True, device=CPU)
     assert both.sscd is not None and both.dinov2 is not None and missing == []
-    assert both.score_names == ("hp_ms", "bent", "sscd")
+    assert both.score_names == ("hp_ms", "phash", "sscd")
     pictures, gallery = [noisy(1), noisy(2)], [noisy(2), noisy(3), noisy(4)]
     scores = both.scores(pictures, gallery)
     torch.testing.assert_close(scores[..., :2], none.scores(pictures, gallery))

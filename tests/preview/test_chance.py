@@ -3,7 +3,6 @@
 import itertools
 from fractions import Fraction
 
-import numpy as np
 import pytest
 import torch
 
@@ -11,7 +10,6 @@ from sdlora.preview import chance
 from sdlora.preview.chance import (
     above_zero_by_chance,
     binomial_tail,
-    fisher_z,
     greater_by_chance,
     lower_bound,
     mcnemar,
@@ -115,9 +113,3 @@ def test_drawn_signs_agree_with_all_signs(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_unit_is_the_way_to_the_95th_percentile() -> None:
     null = torch.arange(101.0)[:, None]
     assert standing_out(torch.tensor([[50.0], [95.0], [140.0]]), null)[:, 0].tolist() == [0.0, 1.0, 2.0]
-
-
-def test_fishers_scale_is_numpys_and_ends_before_infinity() -> None:
-    values = torch.tensor([-0.9, 0.0, 0.5, 0.97])
-    assert fisher_z(values).tolist() == pytest.approx(np.arctanh(values.double().numpy()))
-    assert fisher_z(torch.tensor([1.0])).item() == pytest.approx(np.arctanh(0.999))

@@ -26,7 +26,7 @@ def scene(number: int) -> Image.Image:
 
 def matches(significant: int, total: int = 8, kind: str = "training") -> list[Match]:
     return [
-        Match("p", kind, 0, f"{i}.png", 0.3, 0.2, 0.5, 0.009 if i < significant else 0.5, i < significant, f"{i}")  # type: ignore[arg-type]
+        Match("p", kind, 0, f"{i}.png", 0.3, 0.5, 0.009 if i < significant else 0.5, i < significant, f"{i}")  # type: ignore[arg-type]
         for i in range(total)
     ]
 

@@ -79,5 +79,5 @@ def test_every_signal_is_drawn_with_its_meaning() -> None:
 def test_likeness_of_both_kinds_and_never_below_zero() -> None:
     both = copy_figures(CHECKS)
     assert both.count("<polyline") == 2 + 2 + 2
-    below = copy_figures({1: check("clean", replace(NOVEL, hp_ms=-0.4, bent=-1.0))})
+    below = copy_figures({1: check("clean", replace(NOVEL, hp_ms=-0.4))})
     assert ">captions<" not in below and "-0.4" not in below
