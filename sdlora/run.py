@@ -35,7 +35,7 @@ from sdlora.events import (
     Progress,
     RunDone,
 )
-from sdlora.files import atomic_path, remove_partial
+from sdlora.files import atomic_path, naming_a_full_disk, remove_partial
 from sdlora.forecast import memory_of_run
 from sdlora.outputs import add_thumbnail, captions_told, export_epoch
 from sdlora.parts import BaseSource, Parts, choose_device, fresh_base, prepare
@@ -120,7 +120,8 @@ def _recorded(parts: Parts, resume: bool, should_stop: Callable[[], bool], begin
     config, recorder = parts.config, Recorder(parts.folder)
     try:
         for event in _events(parts, recorder, resume, should_stop, begin):
-            recorder.record(event)
+            with naming_a_full_disk(parts.folder.path):
+                recorder.record(event)
             yield event
             if isinstance(event, Progress) and should_stop():
                 raise Stopped  # training itself stops after a step, with a checkpoint; all else is done again
@@ -328,7 +329,8 @@ def _report(parts: Parts, sentences: list[str], kept: int | None = None) -> None
         gallery=Pixels(parts.data.dataset, parts.config.data.background),
         kept=kept,
     )
-    write_report(folder.report, report)
+    with naming_a_full_disk(folder.report):
+        write_report(folder.report, report)
 
 
 def _copies(folder: RunFolder, epoch: int) -> bool:

@@ -201,7 +201,7 @@ class Recorder:
         """Say how the run ended: "done", "stopped" or "failed"."""
         self._state.update(status=status, error=error, eta_seconds=0.0 if status == "done" else None)
         # A full disk that ends a run may leave no room to write that down; the caller raises the error itself.
-        with suppress(DiskFullError) if status == "failed" else nullcontext():
+        with suppress(DiskFullError, OSError) if status == "failed" else nullcontext():
             self._write_state(force=True)
             if error:
                 self.log(f"{status}: {error}")
