@@ -119,12 +119,12 @@ def _recorded(parts: Parts, resume: bool, should_stop: Callable[[], bool], begin
     """The run's events, each on the disk before anyone sees it, and so is how the run ends."""
     config, recorder = parts.config, Recorder(parts.folder)
     try:
-        for event in _events(parts, recorder, resume, should_stop, begin):
-            with naming_a_full_disk(parts.folder.path):
+        with naming_a_full_disk(parts.folder.path):
+            for event in _events(parts, recorder, resume, should_stop, begin):
                 recorder.record(event)
-            yield event
-            if isinstance(event, Progress) and should_stop():
-                raise Stopped  # training itself stops after a step, with a checkpoint; all else is done again
+                yield event
+                if isinstance(event, Progress) and should_stop():
+                    raise Stopped  # training itself stops after a step, with a checkpoint; all else is done again
     except Stopped:
         recorder.finish("stopped")
         raise
@@ -329,8 +329,7 @@ def _report(parts: Parts, sentences: list[str], kept: int | None = None) -> None
         gallery=Pixels(parts.data.dataset, parts.config.data.background),
         kept=kept,
     )
-    with naming_a_full_disk(folder.report):
-        write_report(folder.report, report)
+    write_report(folder.report, report)
 
 
 def _copies(folder: RunFolder, epoch: int) -> bool:
