@@ -16,11 +16,10 @@ from typing import Any
 
 from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml
-from sdlora.data.dataset import load_dataset
-from sdlora.data.order import epoch_batches
-from sdlora.data.split import split_off
+from sdlora.pictures import read_pictures
 from sdlora.progress import format_seconds
-from sdlora.shipped import pocket_folder, resolve_data_folder
+from sdlora.shipped import pocket_folder
+from sdlora.training.visits import plan_training
 
 from .store import StudioError
 
@@ -53,23 +52,15 @@ def count(config: RunConfig) -> Counts:
     Raises:
         SdloraError: The pictures cannot be trained on.
     """
-    data, train = config.data, config.train
-    dataset = load_dataset(
-        resolve_data_folder(data.folder),
-        caption=data.caption, trigger=data.trigger, allow_trigger_only=data.allow_trigger_only,
-        background=data.background,
-    )  # fmt: skip
-    heldout = 0
-    if data.holdout is None and data.holdout_split:
-        dataset, taken = split_off(dataset, config.seed)
-        heldout = len(taken.examples) if taken else 0
+    data = config.data
+    pictures = read_pictures(config)
+    split_off = pictures.heldout if data.holdout is None else None
+    heldout = len(split_off.examples) if split_off else 0
     resolution_px = data.resolution_px or base_resolution_px(config.base.path)
-    dataset = dataset.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
-    buckets = [example.bucket for example in dataset.examples]
-    # Epochs differ in their order alone.
-    batches = len(epoch_batches(buckets, data.repeats, train.batch_size, 1, config.seed))
-    steps = -(-batches // train.gradient_accumulation_steps) * train.epochs
-    return Counts(len(buckets), heldout, data.repeats * train.epochs, steps, resolution_px)
+    dataset = pictures.trained.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
+    steps = sum(map(len, plan_training(config, dataset).epochs))
+    exposures = max(example.repeats for example in dataset.examples) * config.train.epochs
+    return Counts(len(dataset.examples), heldout, exposures, steps, resolution_px)
 
 
 def base_resolution_px(path: str) -> int:
