@@ -39,7 +39,7 @@ def asked(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> li
     def check_file(file: Any, config: Any, output: Path) -> Iterator[Any]:
         configs.append(config)
         matches = [
-            Match("a [b] prompt", "novel", 0, "x.png", 0.9, 0.8, 0.9, 0.01, i < request.param, f"previews/{i}.png")
+            Match("a [b] prompt", "novel", 0, "x.png", 0.9, 0.8, 0.01, i < request.param, f"previews/{i}.png")
             for i in range(8)
         ]
         output.mkdir(parents=True)
