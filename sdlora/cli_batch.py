@@ -45,7 +45,8 @@ def batch(
     planned = read_jobs(jobs)
     from sdlora.batch.engine import Engine, LocalEngine, environments
     from sdlora.batch.supervise import run_batch
-    from sdlora.batch.table import BatchTable, JsonMessages
+    from sdlora.batch.table import BatchTable
+    from sdlora.progress import JsonLines
 
     folder = output or Path("runs") / jobs.stem
     console = Console(stderr=True, highlight=False)
@@ -55,7 +56,7 @@ def batch(
 
         tell_forecast(planned, folder, json_=json_)
         return
-    view = JsonMessages(sys.stdout) if json_ else BatchTable(console)
+    view = JsonLines(sys.stdout) if json_ else BatchTable(console)
     carrier: Engine
     if engine == "ray":
         from sdlora.batch.rayengine import RayEngine

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from types import TracebackType
-from typing import IO, Self
+from typing import IO, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
@@ -21,7 +21,7 @@ from sdlora.preview.copycheck import EpochCheck
 
 
 class JsonLines:
-    """Prints every event as one line of JSON."""
+    """Prints every event, or every message of a batch, as one line of JSON."""
 
     def __init__(self, stream: IO[str]) -> None:
         self._stream = stream
@@ -34,9 +34,10 @@ class JsonLines:
     ) -> None:
         self._stream.flush()
 
-    def show(self, event: Event) -> None:
+    def show(self, event: Event | Mapping[str, Any]) -> None:
         """Print an event."""
-        print(json.dumps(event.to_json(), ensure_ascii=False), file=self._stream, flush=True)
+        line = event if isinstance(event, Mapping) else event.to_json()
+        print(json.dumps(line, ensure_ascii=False), file=self._stream, flush=True)
 
 
 class ProgressBar:

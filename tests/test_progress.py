@@ -88,10 +88,12 @@ def test_programs_read_one_object_a_line() -> None:
     with JsonLines(stream) as lines:
         for event in EVENTS:
             lines.show(event)
+        lines.show({"event": "planned", "job": "é"})
     found = [json.loads(line) for line in stream.getvalue().splitlines()]
     assert [row["event"] for row in found] == [
-        "plan", "notice", "progress", "step", "epoch", "previews", "export", "done",
+        "plan", "notice", "progress", "step", "epoch", "previews", "export", "done", "planned",
     ]  # fmt: skip
+    assert found[-1]["job"] == "é"
     assert found[3]["losses"] == [0.25] * 4
 
 

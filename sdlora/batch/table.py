@@ -5,10 +5,9 @@ Floor 7.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import IO, Self
+from typing import Self
 
 from rich.console import Console
 from rich.live import Live
@@ -103,22 +102,3 @@ class BatchTable:
                 Text(row.error.splitlines()[0] if row.error else "", overflow="ellipsis", no_wrap=True),
             )
         return table
-
-
-class JsonMessages:
-    """Prints every message as one line of JSON."""
-
-    def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._stream.flush()
-
-    def show(self, message: Message) -> None:
-        """Print a message."""
-        print(json.dumps(message, ensure_ascii=False), file=self._stream, flush=True)

@@ -24,6 +24,8 @@ from sdlora.lora.targets import NETWORKS, by_prefix
 from sdlora.lora.timestep_rank import TimestepRank
 
 PROOF_TIMESTEPS = (20, 400, 950)
+PROOF_LATENTS = 16
+"""The edge of the latents, unless the base is smaller."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +102,7 @@ def prove_lora(
 def _answers(pipeline: DiffusionPipeline) -> list[Tensor]:
     """Answers to fixed inputs: the UNet's at three noise levels, (3, C, h, w), then each text encoder's, (2, L, D)."""
     unet = pipeline.unet
-    size = min(16, unet.config.sample_size)
+    size = min(PROOF_LATENTS, unet.config.sample_size)
     batch = len(PROOF_TIMESTEPS)
     latents = seeds.normal((batch, unet.config.in_channels, size, size), 0, "proof latents")
     text = seeds.normal((batch, 77, unet.config.cross_attention_dim), 0, "proof text")

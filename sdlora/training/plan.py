@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 
 from sdlora.config import RunConfig
 from sdlora.lora.inject import Adapter, Form, inject
+from sdlora.lora.prove import PROOF_LATENTS, PROOF_TIMESTEPS
 from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
 from sdlora.training.lean import LeanStep
@@ -141,7 +142,7 @@ def need(setting: Setting) -> Need:
     # The first of several batches finds no gradients yet, and the others find those of the first.
     gradients = 4 * count * (config.train.gradient_accumulation_steps > 1)
     activations = step.peak_bytes + gradients - 4 * count
-    proof = 4 * num_parameters + shapes.frozen_bytes if setting.proven_here else 0
+    proof = 4 * num_parameters + shapes.frozen_bytes + _proof_bytes(setting, base, count) if setting.proven_here else 0
     beside = max(_preview_bytes(setting, base), _encode_bytes(setting), proof)
     largest = max(adapter.layers.values(), key=lambda layer: layer.down.numel() + layer.up.numel())
     return Need(
@@ -195,6 +196,16 @@ def _preview_bytes(setting: Setting, base: MetaBase) -> int:
     with torch.no_grad(), counted() as decoding:
         _vae(shapes).decode(noisy)
     return max(drawing.peak_bytes, decoding.peak_bytes)
+
+
+def _proof_bytes(setting: Setting, base: MetaBase, count: int) -> int:
+    """What proving a file holds beside a second base in float32: its answers, and the adapter as kept, put in and read."""
+    edge = PROOF_LATENTS * setting.shapes.latent_factor
+    number = len(PROOF_TIMESTEPS)
+    with torch.no_grad(), counted() as answering:
+        noisy = latents(setting.shapes, number, (edge, edge))
+        base.predict(noisy, torch.zeros(number, dtype=torch.long, device=META), base.text(number))
+    return answering.peak_bytes * 4 // setting.dtype.itemsize + 3 * 4 * count
 
 
 def _encode_bytes(setting: Setting) -> int:

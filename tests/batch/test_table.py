@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import io
-import json
 from typing import Any
 
 from rich.console import Console
 
-from sdlora.batch.table import BatchTable, JsonMessages
+from sdlora.batch.table import BatchTable
 
 MESSAGES: list[dict[str, Any]] = [
     {"job": "a", "event": "planned", "action": "start", "status": "waiting", "error": None, "moved": "out/a.1"},
@@ -44,11 +43,3 @@ def test_without_a_terminal_beginnings_and_ends_are_lines() -> None:
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert lines[0].startswith("a: settings, pictures or version changed; the old run is in out/a.1")
     assert lines[1:] == ["a: started", "a: done"]
-
-
-def test_json_is_every_message() -> None:
-    stream = io.StringIO()
-    with JsonMessages(stream) as view:
-        for message in MESSAGES:
-            view.show(message)
-    assert [json.loads(line) for line in stream.getvalue().splitlines()] == MESSAGES
