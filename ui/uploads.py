@@ -6,10 +6,13 @@ Floor 8. Nothing of a zip is written before all of its list was looked at.
 from __future__ import annotations
 
 import functools
+import lzma
 import re
 import stat
+import struct
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -28,6 +31,8 @@ MOST_BYTES_IN_ALL = 4 * 2**30
 MOST_CAPTION_BYTES = 64 * 2**10
 _MOST_UNPACKING = 200  # what a zip may grow by; pictures hardly shrink in one
 _DRIVE = re.compile(r"[A-Za-z]:")
+# Python's own reader lets all of these out, for a zip that lies.
+_BROKEN = (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
 _NOTHING = "not a picture, a caption (.txt) or a zip"
 
 
@@ -130,24 +135,30 @@ def _store(entry: _Entry, target: Path, most_bytes: int, check: Callable[[Path],
     if entry.size > most_bytes:
         raise DataError(f"{entry.name}: larger than {most_bytes >> 10} KB.")
     with atomic_path(target) as temporary:
-        with entry.open() as source, temporary.open("wb") as sink:
-            _copy(source, sink, entry.name, most_bytes)
+        with temporary.open("wb") as sink:
+            _copy(_chunks(entry), sink, entry.name, most_bytes)
         try:
             check(temporary)
         except DataError as error:
             raise DataError(str(error).replace(temporary.name, entry.name)) from error
 
 
-def _copy(source: IO[bytes], sink: IO[bytes], name: str, most_bytes: int) -> None:
-    written = 0
+def _chunks(entry: _Entry) -> Iterator[bytes]:
     try:
-        while chunk := source.read(1 << 20):
-            written += len(chunk)
-            if written > most_bytes:
-                raise DataError(f"{name}: larger than {most_bytes >> 10} KB, and than it said.")
-            sink.write(chunk)
-    except (zipfile.BadZipFile, NotImplementedError, EOFError) as error:
-        raise DataError(f"{name}: its part of the zip is broken ({error}).") from error
+        with entry.open() as source:
+            while chunk := source.read(1 << 20):
+                yield chunk
+    except _BROKEN as error:
+        raise DataError(f"{entry.name}: its part of the zip is broken ({error}).") from error
+
+
+def _copy(chunks: Iterator[bytes], sink: IO[bytes], name: str, most_bytes: int) -> None:
+    written = 0
+    for chunk in chunks:
+        written += len(chunk)
+        if written > most_bytes:
+            raise DataError(f"{name}: larger than {most_bytes >> 10} KB, and than it said.")
+        sink.write(chunk)
 
 
 def _check_picture(path: Path) -> None:
@@ -184,9 +195,9 @@ def _entries(name: str, path: Path) -> Iterator[_Entry]:
         return
     try:
         archive = zipfile.ZipFile(path)
-    except (zipfile.BadZipFile, OSError, ValueError) as error:
+    except _BROKEN as error:
         raise DataError(f"{safe_name(name)} is no zip that can be opened ({error}). Pack it anew.") from error
-    infos = [info for info in archive.infolist() if not info.is_dir()]
+    infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
     if len(infos) > MOST_FILES:
         raise DataError(f"{safe_name(name)} holds {len(infos)} files, more than {MOST_FILES}. Make it smaller.")
     for info in infos:
@@ -204,6 +215,8 @@ def _danger(info: zipfile.ZipInfo) -> str | None:
     """Why an entry has no place in a zip of pictures, or None."""
     name = info.orig_filename
     parts = name.split("/")
+    if not info.filename:
+        return "has no name"
     if "\\" in name or "\0" in name:
         return "has a character in its name that no file here may have"
     if name.startswith("/") or _DRIVE.match(name):

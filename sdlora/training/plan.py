@@ -32,6 +32,8 @@ OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 1, "l
 _PREVIEW_PIXELS = 8 * 128 * 128
 # Kernels' work buffers and a run's own objects, as whole runs were measured to hold (docs/performance.md).
 _OVERHEAD_BYTES = 12 * 2**20
+# What a second base's objects hold beside its weights, found the same way.
+_SECOND_BASE_BYTES = 6 * 2**20
 
 
 @dataclass(frozen=True)
@@ -199,13 +201,13 @@ def _preview_bytes(setting: Setting, base: MetaBase) -> int:
 
 
 def _proof_bytes(setting: Setting, base: MetaBase, count: int) -> int:
-    """What proving a file holds beside a second base in float32: its answers, and the adapter as kept, put in and read."""
+    """What proving a file holds beside a second base's float32 weights: answers, and the adapter put in and read."""
     edge = PROOF_LATENTS * setting.shapes.latent_factor
     number = len(PROOF_TIMESTEPS)
     with torch.no_grad(), counted() as answering:
         noisy = latents(setting.shapes, number, (edge, edge))
         base.predict(noisy, torch.zeros(number, dtype=torch.long, device=META), base.text(number))
-    return answering.peak_bytes * 4 // setting.dtype.itemsize + 3 * 4 * count
+    return answering.peak_bytes * 4 // setting.dtype.itemsize + 3 * 4 * count + _SECOND_BASE_BYTES
 
 
 def _encode_bytes(setting: Setting) -> int:

@@ -115,6 +115,11 @@ PROMISES = [
         "reliability/test_hostile_files.py::test_hostile_safetensors_are_refused_in_words",
     ),
     Promise(
+        "Fuzzed readers",
+        "Captions, settings, LoRA files and archives that a fuzzer makes up are read, or refused in words.",
+        "reliability/test_fuzzing.py::test_whatever_is_sent_is_read_or_refused",
+    ),
+    Promise(
         "Code in a base",
         "Code that comes with a base is not run, and no text is: no eval, no shell, no trust_remote_code.",
         "reliability/test_hostile_files.py::test_code_that_comes_with_a_base_is_not_run",

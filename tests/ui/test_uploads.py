@@ -152,3 +152,22 @@ def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         take_in([("a.png", file)] * 2001, tmp_path / "set")
     monkeypatch.setattr(uploads, "MOST_BYTES", 10)
     assert "larger" in take_in([("a.png", file)], tmp_path / "set").refused[0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda whole: whole[20:], "broken"),
+        (lambda whole: whole.replace(b"a.png", b"\0.png"), "has no name"),
+    ],
+)
+def test_a_zip_that_lies_about_its_parts_is_refused(tmp_path: Path, spoil: Callable[[bytes], bytes], told: str) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.png", b"not read")
+    (tmp_path / "x.zip").write_bytes(spoil((tmp_path / "x.zip").read_bytes()))
+    try:
+        refused = take_in([("x.zip", tmp_path / "x.zip")], tmp_path / "set").refused
+    except DataError as error:
+        refused = (str(error),)
+    assert told in "".join(refused)
+    assert not list((tmp_path / "set").glob("*"))
