@@ -85,7 +85,7 @@ def forecast_family(family: Family, config: RunConfig, memory_bytes: int | None)
     edge = config.data.resolution_px or shapes.resolution_px
     # Cards that train these families have bf16.
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    setting = Setting(config, form_of(config.lora), shapes, dtype, (edge, edge))
+    setting = Setting(config, form_of(config.lora), shapes, dtype, (edge, edge), takes_turns=True)
     return _forecast(setting, memory_bytes, None, None, None)
 
 
@@ -119,7 +119,8 @@ def memory_of_run(
         return None, None
     setting, _ = _setting(config, base, data, device)
     # What is loaded already is no longer free.
-    return need(setting).peak_bytes, device_memory(device) + num_bytes(base.unet) + setting.shapes.frozen_bytes
+    loaded = num_bytes(base.unet, *base.text_encoders) + (0 if setting.takes_turns else setting.shapes.vae_bytes)
+    return need(setting).peak_bytes, device_memory(device) + loaded
 
 
 def _setting(config: RunConfig, base: BaseModel, data: TrainingData, device: torch.device) -> tuple[Setting, int]:
@@ -128,12 +129,23 @@ def _setting(config: RunConfig, base: BaseModel, data: TrainingData, device: tor
     moments = sum(channels * prod(edge // shapes.latent_factor for edge in e.bucket) for e in examples)
     captions = set(data.captions(plan_training(config, data.dataset).timesteps))
     states = 0 if data.text_is_trained else data.cache.text_bytes(len(captions))
-    states = states if states <= config.cache.max_text_gib * 2**30 else 0
+    text_is_live = states > config.cache.max_text_gib * 2**30
+    states = 0 if text_is_live else states
     largest = max((example.bucket for example in examples), key=prod)
     # Cached tensors stay in the host's memory, which is the device's own on a CPU.
     on_cpu = device.type == "cpu"
     held = moments + states if on_cpu else 0
-    setting = Setting(config, form_of(config.lora), shapes, base.unet.dtype, largest, held, on_cpu)
+    setting = Setting(
+        config,
+        form_of(config.lora),
+        shapes,
+        base.unet.dtype,
+        largest,
+        held,
+        proven_here=on_cpu,
+        takes_turns=not on_cpu,
+        text_is_live=text_is_live,
+    )
     return setting, moments + states
 
 

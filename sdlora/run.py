@@ -167,6 +167,7 @@ def _events(
         yield from parts.heldout.data.fill(config.data.background)
     if parts.checker is not None:
         yield from parts.checker.prepare(config.data.background)
+    parts.base.set_aside()
     processes.agree("the cache is filled")
     losses: dict[int, float] = {}
     checkpoints = complete_checkpoints(folder.checkpoints) if resume else []
@@ -236,6 +237,7 @@ def _follow(config: RunConfig, folder: RunFolder, should_stop: Callable[[], bool
         processes.agree("")
         for _ in _fill_training(parts):
             pass  # from the disk, where the main process has just put it
+        parts.base.set_aside()
         for checkpoint in processes.agree(list[Path]()):
             load_checkpoint(checkpoint, parts.trainer)
         processes.agree("")
@@ -313,6 +315,7 @@ def _judge_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> It
         _write_sheet(parts, parts.previews, event.epoch)
         if event.epoch > 0 and parts.config.file.thumbnail:
             add_thumbnail(folder.epoch_lora(event.epoch), parts.previews, folder.epoch(event.epoch))
+    parts.base.set_aside()
     done = f"Epoch {event.epoch} of {parts.config.train.epochs}" if event.epoch else "The base, before training"
     _report(parts, [f"{done}. This page is written anew after every epoch."])
 

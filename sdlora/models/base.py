@@ -30,7 +30,7 @@ class BaseModel(Protocol):
         unet: The network that adapters are injected into, in the compute dtype.
         revision: The commit that a hub id was resolved to, or None.
         text_encoders: The networks that captions go through, in float32; adapters may be injected into them too.
-        device: Where the networks are.
+        device: Where the UNet is. VAE and text encoders take turns there and are off it while neither is used.
         prediction_type: "epsilon" or "v_prediction".
         alphas_cumprod: The schedule, (1000,) float32 on `device`.
         resolution_px: The edge length it was trained at, in pixels.
@@ -44,7 +44,6 @@ class BaseModel(Protocol):
     path: str
     revision: str | None
     unet: UNet2DConditionModel
-    text_encoders: tuple[nn.Module, ...]
     device: torch.device
     prediction_type: PredictionType
     alphas_cumprod: Tensor
@@ -53,6 +52,11 @@ class BaseModel(Protocol):
     max_tokens: int
     vae_identity: str
     text_identity: str
+
+    @property
+    def text_encoders(self) -> tuple[nn.Module, ...]:
+        """The networks that captions go through, on the device."""
+        ...
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] to posterior moments (B, 2C, h, w): the mean, then the log-variance."""
@@ -87,7 +91,14 @@ class BaseModel(Protocol):
         ...
 
     def pipeline(self) -> AbstractContextManager[DiffusionPipeline]:
-        """A diffusers pipeline around these very networks, adapters included, for as long as the block lasts."""
+        """A diffusers pipeline around UNet and VAE, adapters included, for as long as the block lasts.
+
+        It takes what `preview_prompts` gives.
+        """
+        ...
+
+    def set_aside(self) -> None:
+        """Take VAE and text encoders off the device; whichever is used next comes back by itself."""
         ...
 
     def fresh_pipeline(self) -> DiffusionPipeline:

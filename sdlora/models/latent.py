@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -20,6 +21,9 @@ from transformers import CLIPTokenizer
 from sdlora.diffusion.noise import check_prediction_type, zero_terminal_snr
 from sdlora.errors import BaseModelError, ConfigError
 from sdlora.models.text import TextOptions
+
+_ASIDE = torch.device("cpu")
+"""Where networks wait that are not used."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,7 @@ class LatentDiffusion:
         self.path, self.revision, self.device, self.text = source.path, source.revision, device, text
         self.unet: UNet2DConditionModel = pipeline.unet
         self.vae: AutoencoderKL = pipeline.vae
-        self.text_encoders: tuple[Any, ...] = _one_or_two(pipeline, "text_encoder")
+        self._encoders: tuple[Any, ...] = _one_or_two(pipeline, "text_encoder")
         self.tokenizers: tuple[CLIPTokenizer, ...] = _one_or_two(pipeline, "tokenizer")
         if "beta_schedule" not in pipeline.scheduler.config:
             raise BaseModelError(
@@ -75,22 +79,29 @@ class LatentDiffusion:
         self.max_tokens: int = text.max_windows * (self.tokenizers[0].model_max_length - 2) + 2
         self.vae_identity = weights_identity(self.vae, self.vae.config)
         self.text_identity = self._text_identity()
-        for module in (self.unet, self.vae, *self.text_encoders):
-            module.requires_grad_(False).eval().to(device)
-        self.unet.to(dtype)
+        for module in (self.unet, self.vae, *self._encoders):
+            module.requires_grad_(False).eval()
+        self.unet.to(device, dtype)
 
     def _text_identity(self) -> str:
         parts = [
             weights_identity(
                 encoder, encoder.config.to_dict(), tokenizer.get_vocab(), {"padding": tokenizer.pad_token_id}
             )
-            for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True)
+            for encoder, tokenizer in zip(self._encoders, self.tokenizers, strict=True)
         ]
         return hashlib.blake2b("".join([*parts, str(self.text)]).encode("utf-8"), digest_size=16).hexdigest()
+
+    @property
+    def text_encoders(self) -> tuple[Any, ...]:
+        """The networks that captions go through, brought to the device for whoever asks."""
+        self._use(*self._encoders)
+        return self._encoders
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """(B, 3, H, W) in [-1, 1] to posterior moments (B, 2C, h, w) in float32."""
+        self._use(self.vae)
         moments: Tensor = self.vae.encode(pixels.to(self.device)).latent_dist.parameters
         return moments
 
@@ -125,18 +136,50 @@ class LatentDiffusion:
 
     @contextmanager
     def pipeline(self) -> Iterator[DiffusionPipeline]:
-        """The pipeline around these networks; latents stay in float32 whatever the UNet computes in."""
+        """The pipeline around these networks; latents stay in float32 whatever the UNet computes in.
+
+        It takes prompts as `preview_prompts` gives them, and has no text encoders of its own.
+        """
+        self._use(self.vae)
+        # diffusers computes where it finds any of the networks, and asks text encoders for no more than this.
+        held = vars(self._pipeline)
+        encoders = {name: held[name] for name in ("text_encoder", "text_encoder_2") if name in held}
+        told = {name: SimpleNamespace(dtype=e.dtype, config=e.config) for name, e in encoders.items()}
         before = self.unet.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
         after = self.unet.register_forward_hook(_cast_outputs)
+        held.update(told)
         try:
             yield self._pipeline
         finally:
+            held.update(encoders)
             before.remove()
             after.remove()
+
+    def set_aside(self) -> None:
+        """Take VAE and text encoders off the device; whichever is used next comes back by itself."""
+        self._use()
+
+    def _use(self, *wanted: nn.Module) -> None:
+        """Bring VAE or text encoders to the device, once those that are not wanted are off it.
+
+        What is trained stays: an optimizer knows its numbers where they are.
+        """
+        others = [network for network in (self.vae, *self._encoders) if network not in wanted]
+        for network in others:
+            if not any(parameter.requires_grad for parameter in network.parameters()):
+                move(network, _ASIDE)
+        for network in wanted:
+            move(network, self.device)
 
     def fresh_pipeline(self) -> DiffusionPipeline:
         """The same base loaded anew in float32 on the CPU."""
         return self._reload()
+
+
+def move(network: nn.Module, device: torch.device) -> None:
+    """Put a network on a device, if it is on another."""
+    if next(network.parameters()).device != device:
+        network.to(device)
 
 
 def _one_or_two(pipeline: DiffusionPipeline, part: str) -> Any:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -23,6 +23,8 @@ from sdlora.preview.watching import SamplerWatch
 
 Kind = Literal["training", "novel"]
 _PIXELS_PER_BATCH = 8 * 128 * 128
+# Text encoders and VAE take turns on a device, which takes a second or so with large ones.
+_BATCHES_PER_TURN = 16
 
 
 @dataclass(frozen=True)
@@ -98,8 +100,12 @@ def draw(
         watch: Listens to the UNet meanwhile.
     """
     size = max(1, _PIXELS_PER_BATCH // base.resolution_px**2)
-    for first in range(0, len(wanted), size):
-        yield _draw(base, request, wanted[first : first + size], watch)
+    batches = [wanted[first : first + size] for first in range(0, len(wanted), size)]
+    for first in range(0, len(batches), _BATCHES_PER_TURN):
+        turn = batches[first : first + _BATCHES_PER_TURN]
+        encoded = [_encode(base, request, batch) for batch in turn]
+        for batch, prompts in zip(turn, encoded, strict=True):
+            yield _draw(base, request, batch, prompts, watch)
 
 
 def settings(base: BaseModel, request: PreviewRequest) -> list[str]:
@@ -115,16 +121,25 @@ def settings(base: BaseModel, request: PreviewRequest) -> list[str]:
     ]
 
 
+@torch.no_grad()
+def _encode(base: BaseModel, request: PreviewRequest, batch: Sequence[tuple[str, int]]) -> dict[str, Any]:
+    return base.preview_prompts([prompt for prompt, _ in batch], [request.negative_prompt] * len(batch))
+
+
 def _draw(
-    base: BaseModel, request: PreviewRequest, group: Sequence[tuple[str, int]], watch: SamplerWatch | None
+    base: BaseModel,
+    request: PreviewRequest,
+    batch: Sequence[tuple[str, int]],
+    prompts: dict[str, Any],
+    watch: SamplerWatch | None,
 ) -> list[Image.Image]:
     # The watch's context is the inner one, so that it sees answers in float32.
-    with base.pipeline() as pipeline, watch.batch(len(group)) if watch else nullcontext(), torch.no_grad():
+    with base.pipeline() as pipeline, watch.batch(len(batch)) if watch else nullcontext(), torch.no_grad():
         result = pipeline(
-            **base.preview_prompts([prompt for prompt, _ in group], [request.negative_prompt] * len(group)),
+            **prompts,
             num_inference_steps=request.num_steps,
             guidance_scale=request.guidance,
-            generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in group],
+            generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
         )
     pictures: list[Image.Image] = result.images
     return pictures

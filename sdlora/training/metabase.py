@@ -30,13 +30,20 @@ class Shapes:
         unet: Of diffusers' UNet2DConditionModel.
         vae: Of diffusers' AutoencoderKL.
         text_encoders: Of transformers' CLIPTextConfig, each.
-        frozen_bytes: What VAE and text encoders hold while the UNet is trained.
+        vae_bytes: What the VAE holds.
+        text_bytes: What the text encoders hold.
     """
 
     unet: Mapping[str, Any]
     vae: Mapping[str, Any]
     text_encoders: tuple[Mapping[str, Any], ...]
-    frozen_bytes: int
+    vae_bytes: int
+    text_bytes: int
+
+    @property
+    def frozen_bytes(self) -> int:
+        """What both hold, where they have no other place than the UNet's."""
+        return self.vae_bytes + self.text_bytes
 
     @property
     def latent_factor(self) -> int:
@@ -59,7 +66,8 @@ def shapes_of_family(family: Family) -> Shapes:
         unet=architecture.unet,
         vae=architecture.vae,
         text_encoders=architecture.text_encoders,
-        frozen_bytes=num_bytes(vae, *encoders),
+        vae_bytes=num_bytes(vae),
+        text_bytes=num_bytes(*encoders),
     )
 
 
@@ -71,7 +79,8 @@ def shapes_of_base(base: BaseModel) -> Shapes:
         unet=dict(base.unet.config),
         vae=dict(vae.config),
         text_encoders=tuple(network.config.to_dict() for network in texts),
-        frozen_bytes=num_bytes(vae, *texts),
+        vae_bytes=num_bytes(vae),
+        text_bytes=num_bytes(*texts),
     )
 
 

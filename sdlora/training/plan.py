@@ -43,10 +43,10 @@ class Need:
     Attributes:
         trainable_parameters: How many numbers are trained.
         base_parameters: How many the adapted networks have themselves.
-        parts: Bytes at the peak: "weights" of the frozen networks, "adapter" with its gradients and its optimizer's
-            state, "activations" of the largest step, "caches" held beside them, "overhead" of
-            kernels and the process, and what "previews",
-            encoding or proving a file need beyond the activations.
+        parts: Bytes at the peak: "weights" of the frozen networks that are there in a step, "adapter" with its
+            gradients and its optimizer's state, "activations" of the largest step, "caches" held beside them,
+            "overhead" of kernels and the process, and what "previews", encoding or proving a file need beyond the
+            activations.
         flops: Of one step's batch, forward and backward.
         largest_layer: Inputs and outputs of the layer with the largest adapter, its rank and its kernel's edge.
     """
@@ -75,6 +75,8 @@ class Setting:
         bucket: Width and height in pixels of the largest pictures.
         cached_bytes: What latents and text states hold in the memory that is planned.
         proven_here: Whether the base is loaded once more into this memory, to prove every epoch's file.
+        takes_turns: Whether VAE and text encoders leave this memory while they are not used.
+        text_is_live: Whether captions are encoded in every step, too many of them to be kept.
     """
 
     config: RunConfig
@@ -84,6 +86,8 @@ class Setting:
     bucket: tuple[int, int]
     cached_bytes: int = 0
     proven_here: bool = False
+    takes_turns: bool = False
+    text_is_live: bool = False
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,8 @@ def need(setting: Setting) -> Need:
     config, shapes = setting.config, setting.shapes
     text_is_trained = "text_encoder" in config.lora.targets
     base = MetaBase(shapes, setting.dtype, text_is_trained=text_is_trained)
-    weights = num_bytes(base.unet) + shapes.frozen_bytes
+    in_a_step = shapes.text_bytes * (text_is_trained or setting.text_is_live)
+    weights = num_bytes(base.unet) + (in_a_step if setting.takes_turns else shapes.frozen_bytes)
     num_parameters = sum(parameter.numel() for parameter in base.unet.parameters())
     paths = find_targets(base.unet, config.lora.targets, base.text_encoders)
     # Where singular vectors start makes no difference to what is held, and meta tensors have none.
@@ -146,6 +151,9 @@ def need(setting: Setting) -> Need:
     activations = step.peak_bytes + gradients - 4 * count
     proof = 4 * num_parameters + shapes.frozen_bytes + _proof_bytes(setting, base, count) if setting.proven_here else 0
     beside = max(_preview_bytes(setting, base), _encode_bytes(setting), proof)
+    if setting.takes_turns:
+        drawing = beside + shapes.vae_bytes + shapes.text_bytes * text_is_trained
+        beside = max(drawing, shapes.text_bytes) - in_a_step
     largest = max(adapter.layers.values(), key=lambda layer: layer.down.numel() + layer.up.numel())
     return Need(
         trainable_parameters=count,
@@ -265,6 +273,10 @@ def _cheaper(setting: Setting) -> Iterator[tuple[str, str, Setting]]:
     if not train.gradient_checkpointing:
         setting = _with_train(setting, gradient_checkpointing=True)
         yield "train.gradient_checkpointing = true", "the same training, computed partly twice", setting
+    if setting.config.preview.enabled:
+        unseen = setting.config.preview.model_copy(update={"enabled": False})
+        setting = replace(setting, config=setting.config.model_copy(update={"preview": unseen}))
+        yield "preview.enabled = false", "the same training, unseen: no previews and no copy check", setting
     for share in (3 / 4, 1 / 2):
         step = setting.config.data.bucket_step_px
         width, height = (max(step, round(edge * share / step) * step) for edge in setting.bucket)

@@ -91,13 +91,15 @@ def watch(
 def draw_pictures(base: BaseModel, prompts: Sequence[str], *, guidance: float, steps: int) -> list[Image.Image]:
     """A picture per prompt, the adapter as it is, every starting noise another."""
     pictures: list[Image.Image] = []
-    with base.pipeline() as pipeline, torch.no_grad():
-        pipeline.set_progress_bar_config(disable=True)
-        for first in range(0, len(prompts), 16):
-            group = list(prompts[first : first + 16])
-            generators = [torch.Generator().manual_seed(1000 + first + i) for i in range(len(group))]
-            made = pipeline(group, num_inference_steps=steps, guidance_scale=guidance, generator=generators)
-            pictures += made.images
+    for first in range(0, len(prompts), 16):
+        group = list(prompts[first : first + 16])
+        generators = [torch.Generator().manual_seed(1000 + first + i) for i in range(len(group))]
+        with torch.no_grad():
+            encoded = base.preview_prompts(group, [""] * len(group))
+            with base.pipeline() as pipeline:
+                pipeline.set_progress_bar_config(disable=True)
+                made = pipeline(**encoded, num_inference_steps=steps, guidance_scale=guidance, generator=generators)
+        pictures += made.images
     return pictures
 
 

@@ -116,8 +116,9 @@ def test_previews_are_diffusers_own_from_the_same_prompts(family: Family, folder
     base, pipeline = load(folders[family]), reference(family, folders[family])
     options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
     expected = pipeline(["a cat"], negative_prompt=["blue"], generator=torch.Generator().manual_seed(0), **options)
-    with base.pipeline() as own, torch.no_grad():
+    with torch.no_grad():
         prompts = base.preview_prompts(["a cat"], ["blue"])
+    with base.pipeline() as own, torch.no_grad():
         found = own(**prompts, generator=torch.Generator().manual_seed(0), **options)
     assert abs(found.images - expected.images).max() < 1e-5
 
@@ -139,8 +140,9 @@ def test_sizes_stay_exact_where_the_unet_computes_in_bf16(folders: dict[Family, 
     base.unet.register_forward_pre_hook(
         lambda _, __, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
     )
-    with base.pipeline() as pipeline, torch.no_grad():
+    with torch.no_grad():
         prompts = base.preview_prompts(["a cat"], [""])
+    with base.pipeline() as pipeline, torch.no_grad():
         pipeline(**prompts, num_inference_steps=1, original_size=(1023, 1025), output_type="latent")
     example = Example("a", Path("a"), "", (32, 32), size_px=(1023, 1025))
     text = base.encode_captions(["a cat"]) | base.picture_states([example])
@@ -169,8 +171,10 @@ def test_a_checkpoint_in_one_file_has_the_same_weights(
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[key], expected[key].to(dtype).float()) for key in expected)
     assert base.encode_captions(["a cat"])["states"].shape == (1, 77, TINY[family].text_width)
+    with torch.no_grad():
+        prompts = base.preview_prompts(["a cat"], [""])
     with base.pipeline() as pipeline, torch.no_grad():
-        pipeline("a cat", num_inference_steps=1, output_type="latent")
+        pipeline(**prompts, num_inference_steps=1, output_type="latent")
 
 
 def test_what_a_file_in_one_predicts(tmp_path: Path, small: None) -> None:

@@ -32,9 +32,10 @@ def test_numbers_equal_those_of_diffusers_own_modules(tiny_base: Path) -> None:
 
 def test_previews_work_in_bf16_with_latents_in_fp32(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), device=CPU, dtype=torch.bfloat16)
+    prompts = base.preview_prompts(["a cat"], [""])
     with base.pipeline() as pipeline:
         options = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.0}
-        latents = pipeline("a cat", generator=torch.Generator().manual_seed(0), **options).images
+        latents = pipeline(**prompts, generator=torch.Generator().manual_seed(0), **options).images
     assert latents.dtype == torch.float32
     assert not list(base.unet._forward_hooks.values())
     assert next(base.unet.parameters()).dtype == torch.bfloat16

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -29,6 +30,11 @@ def config(**train: Any) -> RunConfig:
     return parse_config(document, name="x")
 
 
+def config_of_text() -> RunConfig:
+    document = {"data": {"folder": "x"}, "lora": {"targets": ["text_encoder"]}, "preview": {"enabled": False}}
+    return parse_config(document, name="x")
+
+
 SMALL = Shapes(
     unet={
         "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
@@ -40,7 +46,8 @@ SMALL = Shapes(
         "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "layers_per_block": 1,
     },
     text_encoders=({"hidden_size": 32, "max_position_embeddings": 77, "num_hidden_layers": 1},),
-    frozen_bytes=1000,
+    vae_bytes=400,
+    text_bytes=600,
 )  # fmt: skip
 
 
@@ -98,6 +105,24 @@ def test_parts_are_the_networks_own_bytes() -> None:
     assert found.peak_bytes == sum(found.parts.values())
     assert need(setting(torch.bfloat16)).parts["weights"] == num_bytes(unet) // 2 + 1000
     assert need(setting(ema_decay=0.9)).parts["adapter"] == 20 * found.trainable_parameters
+
+
+def test_networks_that_take_turns_count_where_they_are() -> None:
+    unet = num_bytes(UNet2DConditionModel.from_config(dict(SMALL.unet)))
+    turns = replace(setting(), takes_turns=True)
+    assert need(turns).parts["weights"] == unet
+    assert need(replace(turns, text_is_live=True)).parts["weights"] == unet + 600
+    assert need(replace(turns, config=config_of_text())).parts["weights"] == unet + 600
+    assert need(setting()).peak_bytes - need(turns).peak_bytes == 1000
+    # As large as nothing else in the run: then the larger one alone decides, whether text is kept or not.
+    for vae, text in ((10**9, 3 * 10**9), (3 * 10**9, 10**9)):
+        large = replace(turns, shapes=replace(SMALL, vae_bytes=vae, text_bytes=text))
+        for live in (False, True):
+            found = need(replace(large, text_is_live=live))
+            held = found.peak_bytes - unet - found.parts["adapter"] - found.parts["overhead"]
+            assert held == pytest.approx(3e9, rel=0.01)
+        found = need(replace(large, config=config_of_text()))
+        assert found.peak_bytes - unet == pytest.approx(4e9, rel=0.01)
 
 
 def test_activations_grow_with_the_batch_and_shrink_with_checkpointing() -> None:
