@@ -77,8 +77,8 @@ def test_what_is_not_kept_in_memory_is_read_again(
 ) -> None:
     config = settings(overrides, others)
     weights = []
-    for name, most in (("all", 2**30), ("none", 0)):
-        monkeypatch.setattr("sdlora.data.cache.MOST_KEPT_BYTES", most)
+    for name, most in (("all", 100), ("none", 0)):
+        monkeypatch.setattr("sdlora.data.cache.MOST_MAPPED", most)
         for _ in start(config, tmp_path / name):
             pass
         content = (tmp_path / name / "x.safetensors").read_bytes()

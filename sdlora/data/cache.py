@@ -27,12 +27,15 @@ from sdlora.events import Progress
 from sdlora.files import atomic_path
 from sdlora.models.base import BaseModel, TextStates
 
-MOST_KEPT_BYTES = 256 * 2**20
+MOST_MAPPED = 30_000
+"""So many files are mapped into memory at most; Linux lets a process have 65,530 maps."""
 _FORMAT = "1"  # raised when what is stored under a key changes its meaning
 
 
 class Cache:
-    """A folder of small safetensors files, and what was read from it in this run.
+    """A folder of small safetensors files, those of this run mapped into memory.
+
+    Mapped numbers lie in the system's own cache of files, which gives way where memory is short.
 
     Args:
         folder: Where the files are; None takes the user's cache folder.
@@ -60,8 +63,7 @@ class Cache:
         self._moment_keys: dict[Example, str] = {}
         self._keys: dict[Example, str] = {}
         self._text_keys: dict[str, str] = {}
-        self._kept: dict[str, TextStates] = {}
-        self._kept_bytes = 0
+        self._mapped: dict[str, TextStates] = {}
 
     def knows(self, example: Example) -> bool:
         """Whether a picture was filled in this run."""
@@ -105,7 +107,7 @@ class Cache:
                     f"The base's VAE makes NaN or infinite numbers of {example.name}. Take the picture out, or use a "
                     "VAE that is made for float16, too."
                 )
-            self._keep(key, tensors)
+            self._map(key, tensors)
             self._keys[example] = self._moment_keys[example] = key
             # Made anew every time: reading a mask is all the work there is.
             if (mask := load_mask_pixels(example)) is not None:
@@ -121,7 +123,7 @@ class Cache:
         for done, caption in enumerate(wanted, start=1):
             key = content_key("text", self.base.text_identity, caption)
 
-            self._keep(key, self.fetch("text", key, partial(self._encode, caption)))
+            self._map(key, self.fetch("text", key, partial(self._encode, caption)))
             self._text_keys[caption] = key
             yield Progress("cache captions", done, len(wanted))
 
@@ -147,6 +149,9 @@ class Cache:
             kind: The subfolder.
             key: From `content_key`, of everything that the tensors follow from.
             make: Makes named tensors, which are kept in float32.
+
+        Returns:
+            The tensors as they lie in the file, mapped and not read.
         """
         path = self._path(kind, key)
         if path.exists():
@@ -154,25 +159,22 @@ class Cache:
                 return load_file(path)
             except (SafetensorError, OSError):
                 path.unlink(missing_ok=True)  # torn by a crash of the machine: made anew below
-        made = _as_kept(make)
         with atomic_path(path) as temporary:
-            save_file(made, temporary)
-        return made
+            save_file(_as_kept(make), temporary)
+        return load_file(path)
 
     def _text_of(self, caption: str) -> TextStates:
         return self._filled("text", self._text_keys[caption]) if self.keeps_text else self._encoded(caption)
 
-    def _keep(self, key: str, tensors: TextStates) -> None:
-        """Hold tensors in memory while there is room; of a large set, the rest is read whenever it is asked for."""
-        num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        if key not in self._kept and self._kept_bytes + num_bytes <= MOST_KEPT_BYTES:
-            self._kept[key] = tensors
-            self._kept_bytes += num_bytes
+    def _map(self, key: str, tensors: TextStates) -> None:
+        """Hold mapped tensors while there may be more maps; the rest is mapped whenever it is asked for."""
+        if len(self._mapped) < MOST_MAPPED:
+            self._mapped.setdefault(key, tensors)
 
     def _filled(self, kind: str, key: str) -> TextStates:
-        kept = self._kept.get(key)
-        if kept is not None:
-            return kept
+        mapped = self._mapped.get(key)
+        if mapped is not None:
+            return mapped
         try:
             return load_file(self._path(kind, key))
         except (SafetensorError, OSError) as error:

@@ -95,11 +95,18 @@ def diffusion_loss_preserving(
 def _prepared(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents, timesteps and the target, on the base's device."""
     tensors = (batch.latents, batch.noise, batch.timesteps)
-    latents, noise, timesteps = (x.to(base.device, non_blocking=True) for x in tensors)
+    latents, noise, timesteps = (_on_device(base, x) for x in tensors)
     alphas_cumprod = base.alphas_cumprod[timesteps]
     target = prediction_target(base.prediction_type, latents, noise, alphas_cumprod)
     return add_noise(latents, noise, alphas_cumprod), timesteps, target
 
 
 def _moved(base: BaseModel, text: TextStates) -> TextStates:
-    return {name: value.to(base.device, non_blocking=True) for name, value in text.items()}
+    return {name: _on_device(base, value) for name, value in text.items()}
+
+
+def _on_device(base: BaseModel, tensor: Tensor) -> Tensor:
+    """A tensor on the base's device; a GPU fetches it by itself, from memory that stays where it is."""
+    if base.device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(base.device, non_blocking=True)

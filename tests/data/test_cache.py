@@ -93,3 +93,30 @@ def test_a_torn_file_is_made_anew(base: BaseModel, pictures: Path, tmp_path: Pat
     cache = Cache(tmp_path, base)
     fill(cache, dataset(pictures), ["a cat"])
     torch.testing.assert_close(cache.text(["a cat"])["states"], base.encode_captions(["a cat"])["states"])
+
+
+def test_what_a_run_reads_is_mapped_whether_it_was_there_or_not(
+    base: BaseModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = dataset(pictures)
+    for _ in ("made", "found"):
+        cache = Cache(tmp_path, base)
+        fill(cache, data, ["a cat"])
+        with monkeypatch.context() as patch:
+            patch.setattr("sdlora.data.cache.load_file", None)  # nothing is opened any more
+            found = {example.name: cache.moments(example) for example in data.examples}
+            states = cache.text(["a cat"])["states"]
+        names = {str(path) for path in tmp_path.rglob("*.safetensors")}
+        if (maps := Path("/proc/self/maps")).exists():
+            assert all(name in maps.read_text() for name in names)
+        torch.testing.assert_close(states, base.encode_captions(["a cat"])["states"])
+        assert all(moments.isfinite().all() for moments in found.values())
+
+
+def test_numbers_that_are_mapped_outlive_their_file(base: BaseModel, pictures: Path, tmp_path: Path) -> None:
+    cache, data = Cache(tmp_path, base), dataset(pictures)
+    fill(cache, data, [])
+    before = cache.moments(data.examples[0]).clone()
+    for path in tmp_path.rglob("*.safetensors"):
+        path.unlink()
+    assert torch.equal(cache.moments(data.examples[0]), before)

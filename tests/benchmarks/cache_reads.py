@@ -1,0 +1,77 @@
+"""What a read from the cache costs the processor: `python tests/benchmarks/cache_reads.py --sizes 500 10000`.
+
+Moments of 512 px pictures (128 KiB each) are copied out in random order through `sdlora.data.cache.Cache`, as batches
+are put together. The same copies from as many tensors of this process's own memory (1000 at most) are what no cache can
+be without; for comparison, reads that open the file each time. Times are of the processor, in turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import torch
+from large_sets import make_set
+from safetensors.torch import load_file
+from torch import Tensor
+
+from sdlora.data.cache import Cache
+from sdlora.data.dataset import load_dataset
+from sdlora.models.base import BaseModel
+
+SHAPE = (8, 64, 64)
+TURNS = 5
+MOST_OWN = 1000
+
+
+def measure(folder: Path, count: int) -> dict[str, float]:
+    """Microseconds per sample, the median of some turns through the whole set."""
+    make_set(folder / "set", count)
+    stub = SimpleNamespace(
+        vae_identity="vae", text_identity="text", encode_pixels=lambda _: torch.randn(1, *SHAPE), encode_captions=None
+    )
+    cache = Cache(folder / "cache", cast(BaseModel, stub))
+    data = load_dataset(folder / "set", caption=None, trigger=None, allow_trigger_only=False, background="white")
+    examples = data.with_buckets(32, 8, buckets=True).examples
+    for _ in cache.fill_moments(examples, "white"):
+        pass
+    files = list((folder / "cache").rglob("*.safetensors"))
+    own = [torch.randn(SHAPE) for _ in range(min(count, MOST_OWN))]
+    return {
+        "own memory": microseconds(lambda tensor: tensor, own),
+        "mapped": microseconds(cache.moments, examples),
+        "opened each time": microseconds(lambda file: load_file(file)["moments"], files),
+    }
+
+
+def microseconds(read: Callable[[Any], Tensor], places: Sequence[Any]) -> float:
+    """Of one read and the copy of what it gives."""
+    target, found = torch.empty(SHAPE), []
+    for turn in range(TURNS):
+        order = list(places)
+        random.Random(turn).shuffle(order)
+        start = time.process_time()
+        for place in order:
+            target.copy_(read(place))
+        found.append(1e6 * (time.process_time() - start) / len(order))
+    return statistics.median(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=int, nargs="+", default=[500, 10_000])
+    for count in parser.parse_args().sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            found = measure(Path(folder), count)
+        print(f"{count} pictures: " + ", ".join(f"{name} {value:.1f} us" for name, value in found.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
