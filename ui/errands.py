@@ -9,7 +9,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from sdlora.files import write_json
 
@@ -20,6 +20,7 @@ from .store import Studio, StudioError
 
 Kind = Literal["caption", "publish"]
 Stage = Literal["running", "done", "stopped", "failed"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
 _WHAT = {"caption": "Captions are being written", "publish": "A run is being published"}
 
 
@@ -109,12 +110,12 @@ class Errands:
         """Stop the last errand of a kind; one that has ended is put away."""
         with self.studio.lock():
             errand = self.find(kind)
-            process = errand and processes.find(Identity(errand.pid, errand.began))
+            process = None if errand is None else processes.find(Identity(errand.pid, errand.began))
             if errand is None or process is None:
                 self._put_away(kind)
-                return
-            write_json(self._file(kind, ".json"), asdict(replace(errand, stopping=True)))
-            process.terminate()
+            else:
+                write_json(self._file(kind, ".json"), asdict(replace(errand, stopping=True)))
+                process.terminate()
 
     def _put_away(self, kind: Kind) -> None:
         for ending in (".json", ".out", ".log"):

@@ -31,9 +31,7 @@ class Identity:
     began: float
 
 
-def start(
-    arguments: Sequence[str], log: Path, *, said: Path | None = None
-) -> tuple[subprocess.Popen[bytes], Identity]:
+def start(arguments: Sequence[str], log: Path, *, said: Path | None = None) -> tuple[subprocess.Popen[bytes], Identity]:
     """Start `sdlora` in a session of its own, so that it outlives the studio; its stderr is added to a log.
 
     Args:
