@@ -167,9 +167,7 @@ def test_no_words_are_no_caption(folder: Path, blip: Path, monkeypatch: pytest.M
     assert not (folder / "a.txt").exists()
 
 
-def test_a_caption_that_is_written_meanwhile_stays(
-    folder: Path, blip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_caption_that_is_written_meanwhile_stays(folder: Path, blip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner = Captioner(str(blip), device=torch.device("cpu"))
 
     def slow(_: Image.Image) -> str:
