@@ -65,10 +65,11 @@ class Replay:
     def worst(self) -> float:
         """From a tenth of the run on, the greatest error over the time that was left; its last hundredth is free.
 
-        Where the base's own previews take more than that tenth, no step was timed yet, and nothing is told.
+        Where the base's own previews take more than that tenth, no step was timed yet and nothing is told; and the
+        first steps that are read back do not tell which of them was slow.
         """
         end = self.told[-1][0]
-        first = next(at for at, eta in self.told if eta is not None)
+        first = [at for at, eta in self.told if eta is not None][1]
         judged = [(end - at, eta) for at, eta in self.told if max(first, 0.1 * end) <= at <= 0.99 * end]
         assert len(judged) > 20 and first < 0.2 * end
         return max(abs((eta or 0.0) - left) / left for left, eta in judged)
