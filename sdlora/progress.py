@@ -23,7 +23,8 @@ from sdlora.events import Event
 from sdlora.preview.copycheck import EpochCheck
 
 _RECENT_STEPS, _RECENT_ENDS = 100, 3
-_FAR_LONGER = 4.0
+# Steps of other shapes are no pauses, nor are ends of epochs that prove a file where that of epoch 0 did not.
+_PAUSED_STEP, _PAUSED_END = 2.0, 4.0
 
 
 class JsonLines:
@@ -146,23 +147,26 @@ class Timer:
     @property
     def closing_seconds(self) -> float | None:
         """What the end of an epoch takes; None until one was seen."""
-        return _usual(self._closings) if self._closings else None
+        return _usual(self._closings, _PAUSED_END) if self._closings else None
 
     @property
     def eta_seconds(self) -> float | None:
         """Seconds to the end of the run, previews included; None until a step was timed."""
         if self._plan is None or not self._steps:
             return None
-        steps, closing = (self._plan.steps - self._step) * _usual(self._steps), self.closing_seconds or 0.0
+        steps, closing = (
+            (self._plan.steps - self._step) * _usual(self._steps, _PAUSED_STEP),
+            self.closing_seconds or 0.0,
+        )
         if self._closing_since is None:
             return steps + (self._plan.epochs - self._epoch + 1) * closing
         left = max(0.0, closing - (self._last - self._closing_since))
         return steps + (self._plan.epochs - self._epoch) * closing + left
 
 
-def _usual(seconds: Collection[float]) -> float:
-    """The mean of times without those that are far longer: a pause fell into them, or a first call's preparations."""
-    most = _FAR_LONGER * statistics.median_low(seconds)
+def _usual(seconds: Collection[float], longest: float) -> float:
+    """The mean of times but for those over `longest` medians: a pause fell into them, or a first call."""
+    most = longest * statistics.median_low(seconds)
     return statistics.fmean(value for value in seconds if value <= most)
 
 

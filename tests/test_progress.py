@@ -112,7 +112,7 @@ def replay(
         {"preview_seconds": 0.4},
         {"preview_seconds": 18.0},  # previews and checks are 40 % of the run
         {"preview_seconds": 18.0, "export_seconds": 5.0},
-        {"preview_seconds": 4.0, "first_step": 20.0},
+        {"preview_seconds": 4.0, "first_step": 8.0},
         {"preview_seconds": 8.0, "pauses": {(45, "step"): 600.0}},
         {"preview_seconds": 8.0, "pauses": {(2, "preview"): 600.0}},
         {"preview_seconds": 18.0, "pauses": {(31, "step"): 60.0, (3, "preview"): 3600.0}},
