@@ -90,8 +90,8 @@ def fit(config: RunConfig) -> Fit | None:
         config: The recipe.
     """
     device = device_name(config.train.device)
-    # To 256 MB, so that what was counted a moment ago still counts.
-    memory_bytes = room_bytes(device) >> 28 << 28
+    # To 64 MB, so that what was counted a moment ago still counts.
+    memory_bytes = room_bytes(device) >> 26 << 26
     document = tomllib.loads(dump_toml(config))
     kept = {section: document[section] for section in _OF_MEMORY if section in document}
     size = {} if config.data.resolution_px is None else {"resolution_px": config.data.resolution_px}

@@ -87,7 +87,7 @@ def publish_part(context: Context, run: gr.Dropdown) -> ErrandPart:
             label="Publish on the Hugging Face Hub as", placeholder="your-name/zumi-lora", max_lines=1, scale=2,
             min_width=260, elem_id="repo",
         )  # fmt: skip
-        private = gr.Checkbox(True, label="Private: only you see it", min_width=160, elem_id="private")
+        private = gr.Checkbox(True, label="Private: only you see it", min_width=230, elem_id="private")
         publish = gr.Button("Publish …", min_width=120, elem_id="publish")
     with gr.Row(visible=False) as sure:
         really = gr.Button("Publish it", variant="primary", elem_id="really-publish")
@@ -130,14 +130,13 @@ def files_of(context: Context, name: Any) -> list[str]:
     word = context.jobs.status(need(name)).word
     if word != "done":
         raise StudioError(f"{name!r} is not done ({views.WORDS[word]}). Let it finish first; then it can be published.")
-    files = files_to_push(RunFolder(context.studio.run(name), runs.settings_of(context.studio, name).name or "lora"))
     # It is only seen whether there is one: the upload reads it from where `hf auth login` put it.
     if get_token() is None:
         raise StudioError(
             "You are not logged in to the Hugging Face Hub. On the machine where the studio runs, type 'hf auth login' "
             "in a terminal; then press Publish again."
         )
-    return files
+    return files_to_push(RunFolder(context.studio.run(name), runs.settings_of(context.studio, name).name or "lora"))
 
 
 def _repository(words: str) -> str:

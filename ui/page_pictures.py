@@ -99,7 +99,7 @@ def pictures_page(context: Context) -> PicturesPage:
             replacement = gr.Textbox(label="Replace with", min_width=160)
             exchange = gr.Button("Replace in all captions", min_width=160)
         with gr.Row(elem_classes="ends"):
-            rest = gr.Textbox(label="Caption for pictures that have none", min_width=160)
+            rest = gr.Textbox(label="Caption for pictures that have none", min_width=260)
             fill = gr.Button("Give it to all of them", min_width=160)
             trigger = gr.Button("Put the trigger into all captions", min_width=160)
         captions = caption_part(context)

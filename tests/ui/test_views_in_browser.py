@@ -132,6 +132,41 @@ def test_a_copying_epoch_is_told_with_its_pictures(browser: Any, filled: Open) -
         assert "Traceback" in page.inner_text("#status pre") and page.locator("#resume").is_visible()
 
 
+def test_what_is_sent_for_is_told_in_words(browser: Any, filled: Open) -> None:
+    with browser_page(browser, filled) as page:
+        page.locator("#cards .card").first.wait_for()
+        page.click("#all-captions > button")
+        page.locator("#captioner input, #captioner textarea").fill("nobody/nothing")
+        page.click("#ask-captions")
+        page.locator("#caption-told", has_text="'nobody/nothing' cannot be had").wait_for()
+        page.click("#caption-end")
+        page.locator("#caption-told .verdict").wait_for(state="detached")
+        choose_run(page, "copies")
+        tab(page, "Result")
+        page.click("#publishing > button")
+        page.locator("#repo input, #repo textarea").fill("me/copies")
+        page.click("#publish")
+        page.locator("#publish-note", has_text="hf auth login").wait_for()
+        assert not page.locator("#really-publish").is_visible()
+
+
+def test_a_large_set_stays_light(browser: Any, tmp_path: Path) -> None:
+    studio = Studio(tmp_path / "runs")
+    studio.create()
+    for number in range(200):
+        shade = (number, 255 - number, (number * 7) % 256)
+        path = write_picture(studio.picture_set("many") / f"p{number:03}.png", shade, (64, 64 + number % 3))
+        path.with_suffix(".txt").write_text(f"number {number}", encoding="utf-8")
+    write_draft(studio, Draft(pictures="many"))
+    with open_studio(studio.runs) as opened, browser_page(browser, opened) as page:
+        page.locator("#cards .card").nth(47).wait_for()
+        assert page.locator("#cards .card").count() == 48
+        page.locator("#cards-page input").click()
+        page.get_by_role("option", name="193 to 200 of 200", exact=True).click()
+        page.get_by_label("Caption of p199.png").wait_for()
+        assert page.locator("#cards .card").count() == 8
+
+
 def choose_run(page: Any, name: str) -> None:
     page.locator("#run input").click()
     page.get_by_role("option", name=name, exact=True).click()
