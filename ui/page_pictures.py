@@ -163,6 +163,7 @@ def pictures_page(context: Context) -> PicturesPage:
     trigger.click(put_trigger, page, [note, *parts])
     fill.click(fill_rest, [page, rest], [note, *parts])
     page.input(look_again, page, parts, show_progress="hidden")
-    captions.told.change(look_when_captioned, page, parts, show_progress="hidden")
+    # Outside of the queue, whose stream would be cut off by every reload.
+    captions.told.change(look_when_captioned, page, parts, show_progress="hidden", queue=False)
     refresh.click(lambda part: look_again(part)[:2], page, [summary, doubles], show_progress="hidden")
     return PicturesPage(choice, parts, captions, onward)

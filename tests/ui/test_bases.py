@@ -92,8 +92,8 @@ def test_a_recipe_fits_into_the_memory_there_is(
     assert fitted.with_answers(subject, "as usual", large).values == answered.values, "it is taken back where it can be"
 
 
-def test_what_cannot_fit_or_is_not_here_is_said(large: str, on_a_gpu: Callable[[int], None]) -> None:
+def test_what_cannot_fit_or_is_not_here_is_said(tiny_base: Path, on_a_gpu: Callable[[int], None]) -> None:
     on_a_gpu(0)
-    draft = Draft().with_values({"base.path": large, "preview.enabled": False, "copycheck.enabled": False})
+    draft = Draft().with_values({"base.path": str(tiny_base)})
     assert "choose a smaller base" in plan.memory_in_words(draft)[-1]
     assert "not on this machine" in plan.memory_in_words(draft.with_values({"base.path": "no/where"}))[0]
