@@ -111,20 +111,24 @@ def pictures_to_caption(folder: Path, *, overwrite: bool) -> list[Path]:
     return [p.path for p in checkup.pictures if p.path.name not in listed and (overwrite or p.caption is None)]
 
 
-def write_captions(pictures: list[Path], captioner: Captioner) -> Iterator[Event]:
+def write_captions(pictures: list[Path], captioner: Captioner, *, overwrite: bool = False) -> Iterator[Event]:
     """Write NAME.txt beside each picture.
 
     Args:
         pictures: From `pictures_to_caption`.
         captioner: Asked once for each.
+        overwrite: Whether a caption that someone has written since is replaced.
 
     Yields:
         Progress, and a notice for each picture that the model has no words for.
     """
     for done, path in enumerate(pictures, start=1):
         caption = captioner.caption(load_image(path, "white"))
-        if caption:
-            write_text(path.with_suffix(".txt"), caption + "\n")
+        file = path.with_suffix(".txt")
+        if not overwrite and file.is_file() and file.read_text(encoding="utf-8").strip():
+            yield Notice(f"{path.name} got a caption meanwhile, which stays.")
+        elif caption:
+            write_text(file, caption + "\n")
         else:
             yield Notice(f"{path.name}: the model has no words for it; write {path.stem}.txt yourself.")
         yield Progress("captions", done, len(pictures))

@@ -5,6 +5,7 @@ Floor 8.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -57,6 +58,7 @@ def caption(
     import torch
 
     from sdlora.captioning import Captioner, pictures_to_caption, write_captions
+    from sdlora.devices import device_lock, take_turns
     from sdlora.events import Notice
     from sdlora.progress import ProgressBar
 
@@ -66,12 +68,15 @@ def caption(
         typer.echo(f"Every picture in {folder} has a caption. Write them anew with --overwrite.")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    captioner = Captioner(model, device=device, prompt=prompt, max_tokens=max_tokens)
-    wordless = 0
-    with ProgressBar(Console(stderr=True)) as view:
-        for event in write_captions(pictures, captioner):
-            wordless += isinstance(event, Notice)
+    passed_over = 0
+    with ExitStack() as held, ProgressBar(Console(stderr=True)) as view:
+        if (lock := device_lock(device)) is not None:
+            for notice in take_turns(lock, "sdlora caption", held, wait=True, should_stop=lambda: False):
+                view.show(notice)
+        captioner = Captioner(model, device=device, prompt=prompt, max_tokens=max_tokens)
+        for event in write_captions(pictures, captioner, overwrite=overwrite):
+            passed_over += isinstance(event, Notice)
             view.show(event)
-    written = len(pictures) - wordless
+    written = len(pictures) - passed_over
     told = "1 caption" if written == 1 else f"{written} captions"
     typer.echo(f"{told} written. Read them before you train: a model sees what it expects.")

@@ -6,7 +6,10 @@ Floor 7: reads events, knows nothing of how they came about.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Collection, Mapping
 from types import TracebackType
 from typing import IO, Any, Self
 
@@ -18,6 +21,10 @@ from rich.text import Text
 from sdlora import events
 from sdlora.events import Event
 from sdlora.preview.copycheck import EpochCheck
+
+_RECENT_STEPS, _RECENT_ENDS = 100, 3
+# Steps of other shapes are no pauses, nor are ends of epochs that prove a file where that of epoch 0 did not.
+_PAUSED_STEP, _PAUSED_END = 2.0, 4.0
 
 
 class JsonLines:
@@ -104,36 +111,63 @@ class ProgressBar:
 
 
 class Timer:
-    """Estimates the time left from measured steps and measured previews."""
+    """Estimates the time left from measured steps and from what was measured at the ends of epochs.
 
-    def __init__(self) -> None:
+    Args:
+        clock: Seconds that only grow.
+        closing_seconds: What an epoch's end took in an earlier part of the run.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, closing_seconds: float | None = None) -> None:
+        self._clock = clock
         self._plan: events.PlanMade | None = None
-        self._step_seconds: float | None = None
-        self._preview_seconds = 0.0
-        self._step = 0
-        self._epochs_closed = 0
+        self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
+        # Previews, held-out loss, copy check, export with its proof, page: all that is done at the end of an epoch.
+        self._closings: deque[float] = deque([] if closing_seconds is None else [closing_seconds], maxlen=_RECENT_ENDS)
+        self._closing_since: float | None = None
+        self._last = clock()
+        self._step = self._epoch = 0
 
     def see(self, event: Event) -> None:
-        """Learn from an event."""
+        """Learn from an event, at the moment at which it happens."""
+        now = self._clock()
         if isinstance(event, events.PlanMade):
             self._plan = event
         elif isinstance(event, events.StepDone):
-            known = self._step_seconds
-            self._step_seconds = event.seconds if known is None else 0.9 * known + 0.1 * event.seconds
-            self._step = event.step
-        elif isinstance(event, events.PreviewsDone):
-            self._preview_seconds = event.seconds
-            self._epochs_closed = event.epoch
-        elif isinstance(event, events.CopyChecked):
-            self._preview_seconds += event.seconds
+            if self._closing_since is not None:
+                self._closings.append(self._last - self._closing_since)
+                self._closing_since = None
+            self._steps.append(event.seconds)
+            self._step, self._epoch = event.step, event.epoch
+        elif isinstance(event, events.EpochDone):
+            # It comes when the held-out loss is measured, for which the epoch's checkpoint was saved.
+            self._closing_since, self._epoch = self._last, event.epoch
+        self._last = now
+
+    @property
+    def closing_seconds(self) -> float | None:
+        """What the end of an epoch takes; None until one was seen."""
+        return _usual(self._closings, _PAUSED_END) if self._closings else None
 
     @property
     def eta_seconds(self) -> float | None:
         """Seconds to the end of the run, previews included; None until a step was timed."""
-        if self._plan is None or self._step_seconds is None:
+        if self._plan is None or not self._steps:
             return None
-        steps, epochs = self._plan.steps - self._step, self._plan.epochs - self._epochs_closed
-        return steps * self._step_seconds + epochs * self._preview_seconds
+        steps, closing = (
+            (self._plan.steps - self._step) * _usual(self._steps, _PAUSED_STEP),
+            self.closing_seconds or 0.0,
+        )
+        if self._closing_since is None:
+            return steps + (self._plan.epochs - self._epoch + 1) * closing
+        left = max(0.0, closing - (self._last - self._closing_since))
+        return steps + (self._plan.epochs - self._epoch) * closing + left
+
+
+def _usual(seconds: Collection[float], longest: float) -> float:
+    """The mean of times but for those over `longest` medians: a pause fell into them, or a first call."""
+    most = longest * statistics.median_low(seconds)
+    return statistics.fmean(value for value in seconds if value <= most)
 
 
 def describe_plan(plan: events.PlanMade) -> str:

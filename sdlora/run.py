@@ -318,6 +318,7 @@ def _judge_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> It
     parts.base.set_aside()
     done = f"Epoch {event.epoch} of {parts.config.train.epochs}" if event.epoch else "The base, before training"
     _report(parts, [f"{done}. This page is written anew after every epoch."])
+    yield Progress("page", 1, 1)
 
 
 def _report(parts: Parts, sentences: list[str], kept: int | None = None) -> None:

@@ -174,8 +174,9 @@ class Recorder:
         self._state: dict[str, Any] = {
             "status": "running", "phase": "start", "epoch": 0, "step": 0, "total_steps": None, "done": 0, "total": 0,
             "eta_seconds": None, "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "error": None,
+            "closing_seconds": _closing_seconds(folder.state),
         }  # fmt: skip
-        self._timer = Timer()
+        self._timer = Timer(closing_seconds=self._state["closing_seconds"])
         self._written = 0.0
 
     def record(self, event: Event) -> None:
@@ -194,7 +195,7 @@ class Recorder:
             _append(self.folder.metrics, json.dumps(event.to_json(), ensure_ascii=False))
         elif not isinstance(event, Progress):
             self.log(event.message if isinstance(event, Notice) else json.dumps(event.to_json(), ensure_ascii=False))
-        state["eta_seconds"] = self._timer.eta_seconds
+        state.update(eta_seconds=self._timer.eta_seconds, closing_seconds=self._timer.closing_seconds)
         self._write_state(force=not isinstance(event, (Progress, StepDone)))
 
     def finish(self, status: str, error: str | None = None) -> None:
@@ -224,6 +225,15 @@ class Recorder:
         if force or now - self._written > _STATE_EVERY_SECONDS:
             write_json(self.folder.state, self._state)
             self._written = now
+
+
+def _closing_seconds(state: Path) -> float | None:
+    """What the ends of epochs took in the part of a run that is gone on with."""
+    try:
+        found = json.loads(state.read_text(encoding="utf-8")).get("closing_seconds")
+    except (OSError, ValueError):  # a fresh run, or one of before
+        return None
+    return float(found) if isinstance(found, (int, float)) else None
 
 
 def _append(path: Path, line: str) -> None:

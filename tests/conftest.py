@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 from PIL import Image, ImageDraw
+from reliability.promises import Figure, record
 from tiny import make_tiny_pipeline
 
 
@@ -19,6 +21,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     for item in items:
         if "slow" in item.keywords:
             item.add_marker(pytest.mark.skip(reason="needs --slow"))
+
+
+@pytest.fixture
+def figure() -> Figure:
+    """Keeps what a test found for docs/reliability.md, if SDLORA_RECORD is set."""
+    return record if os.environ.get("SDLORA_RECORD") else lambda *_: None
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from transformers import (
     GitProcessor,
 )
 
+from sdlora import devices
 from sdlora.captioning import Captioner, pictures_to_caption, write_captions
 from sdlora.errors import BaseModelError, DataError
 from sdlora.events import Notice
+from sdlora.locks import hold, holder
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "cat", "dog", "red", "ball", "the", "picture", "of", "in"]
 VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
@@ -162,6 +165,33 @@ def test_no_words_are_no_caption(folder: Path, blip: Path, monkeypatch: pytest.M
         "a.png: the model has no words for it; write a.txt yourself."
     ]
     assert not (folder / "a.txt").exists()
+
+
+def test_a_caption_that_is_written_meanwhile_stays(folder: Path, blip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    captioner = Captioner(str(blip), device=torch.device("cpu"))
+
+    def slow(_: Image.Image) -> str:
+        (folder / "a.txt").write_text("typed while the model thought")
+        return "a dog"
+
+    monkeypatch.setattr(captioner, "caption", slow)
+    told = [event.message for event in write_captions([folder / "a.png"], captioner) if isinstance(event, Notice)]
+    assert told == ["a.png got a caption meanwhile, which stays."]
+    assert (folder / "a.txt").read_text() == "typed while the model thought"
+    list(write_captions([folder / "a.png"], captioner, overwrite=True))
+    assert (folder / "a.txt").read_text() == "a dog\n"
+
+
+def test_it_waits_for_the_gpu(
+    folder: Path, blip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lock, other = tmp_path / "gpu.lock", ExitStack()
+    other.enter_context(hold(lock, "sdlora train in runs/x"))
+    monkeypatch.setattr(devices, "device_lock", lambda _: lock)
+    monkeypatch.setattr(devices.time, "sleep", lambda _: other.close())
+    code, _, err = call(capsys, "caption", str(folder), "--model", str(blip))
+    assert (code, holder(lock)) == (0, None)
+    assert "Waiting for the GPU, which is in use by" in " ".join(err.split()) and "runs/x" in err
 
 
 def test_a_model_that_cannot_be_had_is_told_and_its_code_never_run(

@@ -16,6 +16,8 @@ import gradio as gr
 from . import page_pictures, page_recipe, views
 from .context import Context
 from .draft import write_draft
+from .errands import Kind
+from .page_errands import ErrandPart
 from .page_pictures import pictures_page
 from .page_recipe import recipe_page
 from .page_result import clone_into_draft, result_page, runs_page
@@ -80,11 +82,13 @@ def build(context: Context) -> Any:
         # What this page shows already, by slot; a gr.State would cost every tab a connection that stays open, and a
         # browser has six of them for all its tabs.
         seen = gr.Textbox("{}", visible=False)
+        errands: dict[Kind, ErrandPart] = {"caption": pictures.captions, "publish": result.upload}
         slots = {"strip": strip, **training.slots, **copy.slots, **result.slots, **all_runs.slots}
+        slots |= {kind: errand.told for kind, errand in errands.items()}
         buttons = training.buttons
         outputs = [
             *(slots[slot] for slot in SLOTS), run, copy.epoch, copy.stop, training.waiting, result.prompt,
-            *result.epochs, all_runs.other, *buttons.values(), seen,
+            *result.epochs, all_runs.other, *buttons.values(), *(errand.end for errand in errands.values()), seen,
         ]  # fmt: skip
 
         def look(name: str | None, epoch: Any, known: str) -> list[Any]:
@@ -115,6 +119,7 @@ def build(context: Context) -> Any:
                 ),
                 change("other", choices=now.names),
                 *(change(wish, visible=can[wish]) for wish in buttons),
+                *(change(f"end {k}", value=now.ends[k] or "", visible=now.ends[k] is not None) for k in errands),
             ]
             return [*values, json.dumps(change.seen)]
 
@@ -180,7 +185,7 @@ def build(context: Context) -> Any:
             recipe.start.click(start, recipe.controls, [recipe.note, tabs, run, recipe.name], show_progress="hidden")
         )
         all_runs.clone.click(clone, run, [all_runs.note, tabs, *whole_draft], show_progress="hidden")
-        for move in (*training.moves, *copy.moves, *all_runs.moves):
+        for move in (*training.moves, *copy.moves, *all_runs.moves, *(m for e in errands.values() for m in e.moves)):
             follow(move)
     return blocks
 

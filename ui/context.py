@@ -17,6 +17,7 @@ from sdlora.shipped import BUILTIN, shipped_sets
 
 from . import views
 from .draft import Draft, read_draft
+from .errands import Errands
 from .jobs import Jobs
 from .plan import base_resolution_px
 from .sets import SetView, view
@@ -32,6 +33,11 @@ class Context:
     studio: Studio
     jobs: Jobs
     easel: Easel
+
+    @property
+    def errands(self) -> Errands:
+        """What was sent for."""
+        return Errands(self.studio)
 
     def draft(self) -> Draft:
         """The recipe as it was left."""

@@ -16,6 +16,7 @@ from sdlora.files import write_json
 from sdlora.shipped import BUILTIN, resolve_data_folder
 
 from . import form
+from .bases import Fit, fit
 from .recipes import LENGTHS, SUBJECTS, recipe
 from .store import Studio, safe_name
 
@@ -31,6 +32,7 @@ class Draft:
         name: The run's; empty takes the set's.
         subject: A key of `recipes.SUBJECTS`.
         length: A key of `recipes.LENGTHS`.
+        fitted: What was changed so that it fits into this machine's memory, in words.
         values: Every option that is not at its default, by its dotted name, apart from name and folder.
     """
 
@@ -38,6 +40,7 @@ class Draft:
     name: str = ""
     subject: str = "character"
     length: str = "as usual"
+    fitted: list[str] = field(default_factory=list)
     values: dict[str, Any] = field(default_factory=lambda: _changed(recipe("character", "as usual", "pocket")))
 
     @property
@@ -61,7 +64,24 @@ class Draft:
     def with_answers(self, subject: str, length: str, base: str) -> Draft:
         """The same with the options that three answers stand for."""
         changed = replace(self, subject=subject, length=length)
-        return changed.with_values(recipe(subject, length, base))
+        return changed.with_values(recipe(subject, length, base)).made_to_fit()
+
+    def made_to_fit(self) -> Draft:
+        """The same with what the plan says to change where it needs more memory than this machine has."""
+        found = fit(self._alone())
+        return self if found is None else replace(self.with_values(found.values), fitted=list(found.told))
+
+    def needs(self) -> Fit | None:
+        """What it needs as it stands; None if its base is not on this machine.
+
+        Raises:
+            ConfigError: Anything is wrong with it.
+        """
+        return fit(self._alone())
+
+    def _alone(self) -> RunConfig:
+        """Its configuration, whichever pictures are chosen."""
+        return form.make_config(self.values | {"data.folder": "none"}, "plan")
 
     def folder(self, studio: Studio) -> Path | None:
         """Where its pictures lie, or None until they are chosen.

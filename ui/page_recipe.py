@@ -16,6 +16,7 @@ from sdlora.configfile import load_config
 from sdlora.errors import ConfigError, SdloraError
 
 from . import form, plan, views
+from .bases import known_bases
 from .context import Context
 from .draft import Draft, from_config, write_draft
 from .form import Field
@@ -69,7 +70,8 @@ def read(context: Context, values: Sequence[Any]) -> Draft:
     subject, trigger, base, length, name, *rest = values
     found = {field.name: form.entered(field, value) for field, value in zip(more_fields(), rest, strict=True)}
     found |= {"data.trigger": (trigger or "").strip() or None, "base.path": (base or "pocket").strip()}
-    kept = Draft(context.draft().pictures, (name or "").strip(), subject, length, {})
+    before = context.draft()
+    kept = Draft(before.pictures, (name or "").strip(), subject, length, before.fitted, {})
     return kept.with_values(found)
 
 
@@ -79,7 +81,7 @@ def plan_html(context: Context, draft: Draft) -> str:
         return views.message("Add pictures first, under Pictures.", title="No plan yet")
     try:
         config = draft.config(context.studio)
-        return views.plan_card(plan.in_words(config, plan.count(config)))
+        return views.plan_card([*plan.in_words(config, plan.count(config)), *plan.memory_in_words(draft)])
     except SdloraError as error:
         return views.failure(error)
 
@@ -95,8 +97,9 @@ def recipe_page(context: Context) -> RecipePage:
             )  # fmt: skip
             length = gr.Radio(list(LENGTHS), label="How long?", elem_id="length")
             base = gr.Dropdown(
-                ["pocket"], label="Base model", allow_custom_value=True, elem_id="base",
-                info="pocket is built in and small. Or a folder in diffusers' layout, or a hub id such as owner/name.",
+                known_bases(context.studio), label="Base model", allow_custom_value=True, elem_id="base",
+                info="pocket is built in and small. Or name a .safetensors checkpoint, a diffusers folder or "
+                "a hub id such as owner/name. What lies in the studio's folder 'bases' is in the list.",
             )  # fmt: skip
             name = gr.Textbox(label="Name of the run", max_lines=1, elem_id="name")
         with gr.Column(scale=2, min_width=280):

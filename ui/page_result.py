@@ -19,6 +19,7 @@ from sdlora.errors import ConfigError, SdloraError
 from . import runs, views, views_run
 from .context import Context, need
 from .draft import from_config, write_draft
+from .page_errands import ErrandPart, publish_part
 from .runs import RunView, read_run
 from .store import StudioError
 from .trial import Wish
@@ -34,11 +35,13 @@ class ResultPage:
         slots: By the snapshot's names.
         prompt: What to draw.
         epochs: The controls that choose an epoch: the one to draw with, and another.
+        upload: Of the run, to the Hub.
     """
 
     slots: dict[str, gr.HTML]
     prompt: gr.Textbox
     epochs: list[gr.Dropdown]
+    upload: ErrandPart
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,9 @@ def result_page(context: Context, run: gr.Dropdown) -> ResultPage:
     both.click(
         lambda n, e, o, p, s, w: attempt(n, [e, o], p, s, [w]), [run, epoch, other, prompt, seed, strength], tried
     )
-    return ResultPage({"result": result}, prompt, [epoch, other])
+    with gr.Accordion("Publish", open=False, elem_id="publishing"):
+        upload = publish_part(context, run)
+    return ResultPage({"result": result}, prompt, [epoch, other], upload)
 
 
 def runs_page(context: Context, run: gr.Dropdown) -> RunsPage:

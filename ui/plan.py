@@ -18,9 +18,10 @@ from sdlora.config import RunConfig
 from sdlora.configfile import dump_toml
 from sdlora.pictures import read_pictures
 from sdlora.progress import format_seconds
-from sdlora.shipped import pocket_folder
 from sdlora.training.visits import plan_training
 
+from .bases import shapes_of
+from .draft import Draft
 from .store import StudioError
 
 _USUAL_PX = 512
@@ -64,14 +65,9 @@ def count(config: RunConfig) -> Counts:
 
 
 def base_resolution_px(path: str) -> int:
-    """The size that a base was trained at, read from its folder; 512 for one that is not on this machine."""
-    folder = pocket_folder() if path == "pocket" else Path(path).expanduser()
-    try:
-        unet, vae = (json.loads((folder / part / "config.json").read_text()) for part in ("unet", "vae"))
-        factor: int = 2 ** (len(vae["block_out_channels"]) - 1)
-        return int(unet["sample_size"]) * factor
-    except (OSError, ValueError, KeyError):
-        return _USUAL_PX
+    """The size that a base was trained at, by its files; 512 for one that is not on this machine."""
+    shapes = shapes_of(path)
+    return _USUAL_PX if shapes is None else shapes.resolution_px
 
 
 def in_words(config: RunConfig, counts: Counts) -> list[str]:
@@ -92,6 +88,26 @@ def in_words(config: RunConfig, counts: Counts) -> list[str]:
     if config.copycheck.enabled and config.preview.enabled:
         told.append("After every epoch, previews are drawn and compared with all of your pictures.")
     return told
+
+
+def memory_in_words(draft: Draft) -> list[str]:
+    """What a recipe needs of this machine's memory, and what was changed for it."""
+    found = draft.needs()
+    if found is None:
+        return ["Its base is not on this machine, so that what it needs of the memory is told when it has come."]
+    told = f"It needs {_gb(found.peak_bytes)} of memory at its peak; {_gb(found.memory_bytes)} can be used."
+    changed = (
+        [f"Set so that it fits into this machine's memory: {', then '.join(draft.fitted)}."] if draft.fitted else []
+    )
+    if found.peak_bytes <= found.memory_bytes:
+        return [*changed, f"{told} It fits."]
+    if found.fitted_bytes <= found.memory_bytes:
+        return [*changed, f"{told} It does not fit. Under More, set {', then '.join(found.told)}."]
+    return [*changed, f"{told} No setting makes it fit: choose a smaller base, or a machine with more memory."]
+
+
+def _gb(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.1f} GB"
 
 
 def measure(config: RunConfig) -> dict[str, Any]:

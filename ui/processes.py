@@ -5,6 +5,7 @@ Floor 8. A number alone would not do: systems give it to another process when it
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import time
@@ -30,22 +31,23 @@ class Identity:
     began: float
 
 
-def start(arguments: Sequence[str], log: Path) -> tuple[subprocess.Popen[bytes], Identity]:
+def start(arguments: Sequence[str], log: Path, *, said: Path | None = None) -> tuple[subprocess.Popen[bytes], Identity]:
     """Start `sdlora` in a session of its own, so that it outlives the studio; its stderr is added to a log.
 
     Args:
         arguments: As on the command line, without `sdlora` itself.
         log: Made if it is not there.
+        said: The same for its stdout, which goes nowhere if None.
 
     Returns:
         The child, to be asked for its end (a dead child keeps its number until then), and its identity.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as handle:
+    with log.open("ab") as handle, Path(said or os.devnull).open("ab") as output:
         child = subprocess.Popen(
             [sys.executable, "-m", "sdlora", *arguments],
             stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
+            stdout=output,
             stderr=handle,
             start_new_session=True,
         )

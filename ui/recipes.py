@@ -22,6 +22,12 @@ SUBJECTS: dict[str, dict[str, Any]] = {
 LENGTHS: dict[str, tuple[int, int]] = {"a first look": (2, 12), "as usual": (4, 36), "thorough": (5, 50)}
 """How long to train: epochs, and repeats in each."""
 
+FITTED: dict[str, Any] = {
+    "train.precision": "auto", "train.gradient_accumulation_steps": 1, "train.gradient_checkpointing": False,
+    "data.resolution_px": None,
+}  # fmt: skip
+"""What is changed where memory is short, beside the batch size, as it is where there is enough."""
+
 _OF_POCKET = (
     "lora.rank", "lora.alpha", "lora.targets", "train.batch_size", "train.learning_rate", "train.schedule",
     "preview.guidance",
@@ -42,4 +48,4 @@ def recipe(subject: str, length: str, base: str) -> dict[str, Any]:
         # It is small: what suits larger bases teaches it nothing.
         measured = to_values(load_config("quickstart"))
         values = {name: measured[name] for name in _OF_POCKET}
-    return values | {"base.path": base, "train.epochs": epochs, "data.repeats": repeats}
+    return values | FITTED | {"base.path": base, "train.epochs": epochs, "data.repeats": repeats}

@@ -10,10 +10,24 @@ from dataclasses import dataclass
 
 from . import views, views_run
 from .context import Context
+from .errands import KINDS, Kind
 from .runs import read_run
 from .status import Status
 
-SLOTS = ("strip", "queue", "status", "charts", "grid", "banner", "pairs", "signs", "result", "cards")
+SLOTS = (
+    "strip",
+    "queue",
+    "status",
+    "charts",
+    "grid",
+    "banner",
+    "pairs",
+    "signs",
+    "result",
+    "cards",
+    "caption",
+    "publish",
+)
 
 
 @dataclass(frozen=True)
@@ -29,6 +43,7 @@ class Snapshot:
         kept: The epoch to keep so far; None before there is one.
         prompt: Something to try the run with.
         can: What may be done: "pause", "proceed", "stop", "resume".
+        ends: By errand, what its button does; None where there is no errand.
     """
 
     html: dict[str, str]
@@ -39,6 +54,7 @@ class Snapshot:
     kept: int | None
     prompt: str
     can: dict[str, bool]
+    ends: dict[Kind, str | None]
 
 
 def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
@@ -59,6 +75,7 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
         "queue": views.queue(statuses),
         "status": views_run.status_panel(status),
         "cards": views_run.run_cards([(other, views_of[other.name]) for other in statuses], shown),
+        "caption": views.caption_errand(context.errands), "publish": views.publish_errand(context.errands),
         "charts": "", "grid": "", "banner": "", "pairs": "", "signs": "", "result": "",
     }  # fmt: skip
     if run is None:
@@ -93,7 +110,15 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
         recommended[0] if recommended else None,
         prompts[0] if prompts else "",
         can,
+        {kind: _end(context, kind) for kind in KINDS},
     )
+
+
+def _end(context: Context, kind: Kind) -> str | None:
+    errand = context.errands.find(kind)
+    if errand is None:
+        return None
+    return "Stop" if context.errands.stage(errand) == "running" else "Hide this"
 
 
 # A run's view is one object for as long as none of its files change.

@@ -12,15 +12,17 @@ from pathlib import Path
 from sdlora.errors import DataError, SdloraError
 from sdlora.progress import format_seconds
 
+from .errands import Errand, Errands
 from .sets import Card, SetView
 from .shown import shown_url
 from .status import Status
 
+_MOST_TWINS = 12  # groups that are shown side by side
 _MARKS = {"fine": ("✓", "fine"), "warning": ("!", "look again"), "error": ("✕", "to mend")}
 PHASES = {
     "start": "getting ready", "train": "training", "previews": "drawing previews", "cache captions": "reading captions",
     "cache pictures": "reading pictures", "heldout": "measuring held-out pictures",
-    "the base's pictures": "learning what the base draws by itself",
+    "page": "writing the report", "the base's pictures": "learning what the base draws by itself",
 }  # fmt: skip
 WORDS = {
     "waiting": "waiting in the queue", "starting": "starting: loading the base", "running": "at work",
@@ -76,18 +78,17 @@ def set_summary(view: SetView) -> str:
     return message("Ready to train.", "clean", title=f"{title}: nothing to mend")
 
 
-def set_cards(view: SetView, shown: Path, pictures: str) -> str:
-    """A card for every picture: thumbnail with its crop, verdict with reasons, and its caption to write on.
+def set_cards(cards: Sequence[Card], folder: Path, shown: Path, pictures: str) -> str:
+    """A card for each picture: thumbnail with its crop, verdict with reasons, and its caption to write on.
 
     Args:
-        view: The set.
+        cards: Of a set.
+        folder: The set's.
         shown: The folder that pictures are served from.
         pictures: The set as the page calls it, to be sent with captions.
     """
-    if not view.cards:
-        return box("")
-    cards = "".join(_card(view.folder, card, shown) for card in view.cards)
-    return box(f"<div class='cards' data-set='{text(pictures)}'>{cards}</div>")
+    drawn = "".join(_card(folder, card, shown) for card in cards)
+    return box(f"<div class='cards' data-set='{text(pictures)}'>{drawn}</div>" if drawn else "")
 
 
 def _card(folder: Path, card: Card, shown: Path) -> str:
@@ -146,6 +147,8 @@ def twins(view: SetView, shown: Path) -> str:
     """Near-duplicates side by side."""
     if not view.twins:
         return ""
+    more = len(view.twins) - _MOST_TWINS
+    rest = f"<p>And {more} more groups; the cards of their pictures say so.</p>" if more > 0 else ""
     cards = {card.name: card for card in view.cards}
     groups = "".join(
         "<div class='twins'>"
@@ -153,9 +156,11 @@ def twins(view: SetView, shown: Path) -> str:
             f"<figure>{_photo(view.folder, cards[n], shown)}<figcaption>{text(n)}</figcaption></figure>" for n in names
         )
         + "</div>"
-        for names in view.twins
+        for names in view.twins[:_MOST_TWINS]
     )
-    return box(f"<h3>The same picture twice</h3><p>What is there twice is copied first. Keep one of each.</p>{groups}")
+    return box(
+        f"<h3>The same picture twice</h3><p>What is there twice is copied first. Keep one of each.</p>{groups}{rest}"
+    )
 
 
 # --- The plan, the queue and the strip --------------------------------------------------------------------------------
@@ -210,3 +215,43 @@ def queue(statuses: Sequence[Status]) -> str:
         return box("<p class='quiet'>Nothing waits. A run that is started while another trains gets in line here.</p>")
     items = "".join(f"<li>{text(status.name)}</li>" for status in sorted(waiting, key=lambda status: status.place or 0))
     return box(f"<ol class='queue'>{items}</ol>")
+
+
+# --- Errands ----------------------------------------------------------------------------------------------------------
+
+
+def caption_errand(errands: Errands) -> str:
+    """How the captions by a model stand."""
+    errand = errands.find("caption")
+    if errand is None:
+        return ""
+    stage, written, total = errands.stage(errand), errands.written(errand), len(errand.files)
+    title = f"Captions for {errand.subject}"
+    if stage == "running":
+        told = f"{written} of {total} written." if written else "Getting the model; the first time it is downloaded."
+        share = written / total if total else 0.0
+        return box(
+            f"<div class='verdict busy' role='status'><strong>{text(title)}</strong><div class='bar'>"
+            f"<span style='width: {share:.1%}'></span></div><p>{text(told)}</p></div>"
+        )
+    return _ended(errands, errand, stage, title, f"{written} of {total} were written; they stay.")
+
+
+def publish_errand(errands: Errands) -> str:
+    """How a run's upload stands."""
+    errand = errands.find("publish")
+    if errand is None:
+        return ""
+    stage, title = errands.stage(errand), f"Upload of {errand.subject}"
+    if stage == "running":
+        return message("It goes on if you leave this page.", "busy", title=f"{title} is under way")
+    return _ended(errands, errand, stage, title, "What had arrived stays on the Hub.")
+
+
+def _ended(errands: Errands, errand: Errand, stage: str, title: str, left: str) -> str:
+    if stage == "done":
+        return message(f"{errands.said(errand)}\n{errands.complaint(errand)}", "clean", title=f"{title}: done")
+    if stage == "stopped":
+        return message(left, "watch", title=f"{title}: stopped")
+    why = errands.complaint(errand) or "Its process is gone without a word: it was killed, or the machine was off."
+    return message(f"{why}\n{left}", "copying", title=f"{title}: failed")

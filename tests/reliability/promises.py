@@ -1,6 +1,6 @@
 """What sdlora promises, which test holds it, and what that test last found: makes docs/reliability.md.
 
-    SDLORA_RECORD=1 pytest tests/reliability --slow && python tests/reliability/promises.py
+    SDLORA_RECORD=1 pytest tests/reliability tests/ui --slow && python tests/reliability/promises.py
 
 The first command writes figures to docs/reliability.json, the second one the page.
 """
@@ -38,7 +38,6 @@ class Promise:
     note: str = ""
 
 
-_STUDIO = "Tested with the studio."
 _GPU = "Raised by the test; there was no GPU to fill."
 
 PROMISES = [
@@ -145,12 +144,32 @@ PROMISES = [
         "lora/test_export.py",
         "Each run proves its own files as well. ComfyUI and A1111 themselves are not run.",
     ),
-    # The studio's rows are filled in with its tests.
-    Promise("Dead worker", "The studio says so when a run's process has died.", None, _STUDIO),
-    Promise("Browser", "Closing, reloading or opening the page anew changes nothing.", None, _STUDIO),
-    Promise("Uploads", "Archives with paths, links or bombs in them are refused.", None, _STUDIO),
-    Promise("Files over HTTP", "Only pictures that sdlora encoded itself are served.", None, _STUDIO),
-    Promise("Exposure", "No password, no other machine: --host 0.0.0.0 is refused without one.", None, _STUDIO),
+    Promise(
+        "Dead worker",
+        "The studio says so within 10 seconds when a run's process has died, and how to go on.",
+        "ui/test_studio_in_browser.py::test_a_killed_worker_is_told_and_resumed",
+    ),
+    Promise(
+        "Browser",
+        "Closing, reloading or opening the page anew changes nothing; two clicks on Start start one run.",
+        "ui/test_studio_in_browser.py::test_one_worker_whatever_the_browser_does",
+        "In Chromium.",
+    ),
+    Promise(
+        "Uploads",
+        "Archives with paths, links, devices' names or bombs in them are refused whole.",
+        "ui/test_uploads.py::test_hostile_zips_are_refused_whole",
+    ),
+    Promise(
+        "Files over HTTP",
+        "Only pictures that sdlora encoded itself are served.",
+        "ui/test_server.py::test_hostile_addresses_give_nothing",
+    ),
+    Promise(
+        "Exposure",
+        "No password, no other machine: --host 0.0.0.0 is refused without one, and guesses are few.",
+        "ui/test_server.py::test_the_password_is_asked_and_guesses_are_few",
+    ),
 ]
 
 
@@ -169,7 +188,7 @@ def page() -> str:
         "# What sdlora promises",
         "",
         "Each promise has a test, and each figure is what that test found when it last ran. Made by",
-        "`SDLORA_RECORD=1 pytest tests/reliability --slow && python tests/reliability/promises.py`.",
+        "`SDLORA_RECORD=1 pytest tests/reliability tests/ui --slow && python tests/reliability/promises.py`.",
         "",
         "| Promise | What it means | Found | When | Test |",
         "|---|---|---|---|---|",

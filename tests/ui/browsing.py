@@ -17,7 +17,7 @@ from typing import Any
 import psutil
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-PATIENCE_MS = 90_000
+PATIENCE_MS = 180_000  # a machine may be busy with other things; waits end as soon as there is something to see
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from sdlora.data.dataset import load_dataset
 from sdlora.errors import SdloraError
 from sdlora.shipped import resolve_data_folder
 from sdlora.ui import sets
+from sdlora.ui.page_pictures import MOST_CARDS, cards_by_page
 
 
 @pytest.fixture
@@ -101,6 +103,20 @@ def test_captions_of_a_list_are_edited_without_contradicting_it(folder: Path) ->
     sets.write_caption(folder, "b.png", "edited")
     assert [card.caption for card in sets.view(folder).cards] == ["listed a", "edited", "listed c"]
     assert sets.view(folder).num_errors == 0
+
+
+def test_a_large_set_is_shown_in_parts(folder: Path) -> None:
+    (card,) = sets.view(folder).cards[:1]
+    many = tuple(replace(card, name=f"{n:03}.png", severity="warning" if n % 7 == 0 else "fine") for n in range(500))
+    pages = cards_by_page(sets.SetView(folder, many, (), ()))
+    assert next(iter(pages)) == "1 to 48 of 500" and list(pages)[-2:] == [
+        "481 to 500 of 500", "Those to look at: 72, the first 48"
+    ]  # fmt: skip
+    parts = [part for name, part in pages.items() if "of 500" in name]
+    assert sum(parts, ()) == many and max(map(len, parts)) == MOST_CARDS
+    assert all(card.severity == "warning" for card in pages["Those to look at: 72, the first 48"])
+    assert list(cards_by_page(sets.view(folder))) == ["1 to 3 of 3"]
+    assert list(cards_by_page(sets.SetView(folder, (), (), ())).values()) == [()]
 
 
 def test_a_picture_is_decoded_once_while_it_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -67,7 +67,8 @@ def settled(page: Any, name: str) -> None:
     page.wait_for_function("[...document.images].every(one => one.complete || one.loading === 'lazy')")
 
 
-@pytest.mark.parametrize(("width", "theme"), [(390, "light"), (1366, "dark")])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1366])
 def test_every_page_can_be_read_by_everyone(browser: Any, filled: Open, width: int, theme: str) -> None:
     axe = pytest.importorskip("axe_playwright_python.sync_playwright", reason="axe is not installed").Axe()
     with browser_page(browser, filled, width=width, theme=theme) as page:
@@ -76,6 +77,8 @@ def test_every_page_can_be_read_by_everyone(browser: Any, filled: Open, width: i
         found = []
         for name in TABS:
             settled(page, name)
+            for closed in page.locator("[role=tabpanel]:visible button.label-wrap:not(.open)").all():
+                closed.click()
             assert page.evaluate("document.documentElement.scrollWidth") <= width, f"{name} scrolls sideways"
             for fault in axe.run(page).response["violations"]:
                 if fault["impact"] in ("critical", "serious"):
@@ -127,6 +130,41 @@ def test_a_copying_epoch_is_told_with_its_pictures(browser: Any, filled: Open) -
         choose_run(page, "fails")
         page.locator("#status", has_text="The run failed").wait_for()
         assert "Traceback" in page.inner_text("#status pre") and page.locator("#resume").is_visible()
+
+
+def test_what_is_sent_for_is_told_in_words(browser: Any, filled: Open) -> None:
+    with browser_page(browser, filled) as page:
+        page.locator("#cards .card").first.wait_for()
+        page.click("#all-captions > button")
+        page.locator("#captioner input, #captioner textarea").fill("nobody/nothing")
+        page.click("#ask-captions")
+        page.locator("#caption-told", has_text="'nobody/nothing' cannot be had").wait_for()
+        page.click("#caption-end")
+        page.locator("#caption-told .verdict").wait_for(state="detached")
+        choose_run(page, "copies")
+        tab(page, "Result")
+        page.click("#publishing > button")
+        page.locator("#repo input, #repo textarea").fill("me/copies")
+        page.click("#publish")
+        page.locator("#publish-note", has_text="hf auth login").wait_for()
+        assert not page.locator("#really-publish").is_visible()
+
+
+def test_a_large_set_stays_light(browser: Any, tmp_path: Path) -> None:
+    studio = Studio(tmp_path / "runs")
+    studio.create()
+    for number in range(200):
+        shade = (number, 255 - number, (number * 7) % 256)
+        path = write_picture(studio.picture_set("many") / f"p{number:03}.png", shade, (64, 64 + number % 3))
+        path.with_suffix(".txt").write_text(f"number {number}", encoding="utf-8")
+    write_draft(studio, Draft(pictures="many"))
+    with open_studio(studio.runs) as opened, browser_page(browser, opened) as page:
+        page.locator("#cards .card").nth(47).wait_for()
+        assert page.locator("#cards .card").count() == 48
+        page.locator("#cards-page input").click()
+        page.get_by_role("option", name="193 to 200 of 200", exact=True).click()
+        page.get_by_label("Caption of p199.png").wait_for()
+        assert page.locator("#cards .card").count() == 8
 
 
 def choose_run(page: Any, name: str) -> None:
