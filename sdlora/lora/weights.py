@@ -90,7 +90,7 @@ def merge_into(base: BaseWeights, output: Path, state: LoraState) -> int:
         ExportError: A sum is too large for the base's type.
         OutputError: `output` is there already, or inside the base.
     """
-    if output.resolve().is_relative_to(base.path.resolve()):
+    if base.path.is_dir() and output.resolve().is_relative_to(base.path.resolve()):
         raise OutputError(f"{output} is inside the base. Give an --output beside it.")
     terms = _terms(base, state)
     with _copy(base.path, output) as copy:

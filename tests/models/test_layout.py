@@ -12,7 +12,6 @@ import torch
 from adapters import UNET_TARGETS, move
 from interop import on_meta
 from ldm import Tensors, authors_layout, write_checkpoint
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_cli import call
 from tiny import TINY, tiny_networks
@@ -221,8 +220,6 @@ def test_what_was_merged_into_a_file_is_extracted(
     for plain, one, other in zip(before, *(answers(pipeline) for pipeline in pipelines), strict=True):
         assert (plain - one).abs().max() > 1e-2
         assert (one - other).abs().max() < 1e-3
-    with safe_open(out, "pt") as opened:
-        assert opened.metadata()["modelspec.architecture"].startswith(ARCHITECTURES[family].modelspec)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -258,7 +255,7 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(checkpoint: Any, tmp
     with pytest.raises(DataError, match=r"1 modules are not in sd1\.safetensors"):
         merge_into(base_weights(base), out, {"lora_te_text_model_encoder_layers_7_mlp_fc1": good[name]})
     with pytest.raises(OutputError, match="exists already"):
-        merge_into(base_weights(base), base.with_name(base.name), good)
+        merge_into(base_weights(base), base, good)
     tensors = load_file(base)
     for change, reason in (
         ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(16, 9, 3, 3)}, "an inpainting checkpoint"),
