@@ -36,6 +36,10 @@ class Flaky(MemoryFileSystem):
     broken: ClassVar[str] = ""
     log: ClassVar[list[str]] = []
 
+    @classmethod
+    def _strip_protocol(cls, path: Any) -> Any:
+        return super()._strip_protocol(str(path).replace("flaky://", "memory://"))
+
     def put_file(self, lpath: str, rpath: str, **options: Any) -> None:
         self._say("put", rpath)
         super().put_file(lpath, rpath, **options)
@@ -217,3 +221,8 @@ def test_a_store_that_fails_costs_neither_the_run_nor_its_files(overrides: list[
     Flaky.broken = "bucket"
     with pytest.raises(DataError, match=r"nowhere"):
         run("flaky://bucket/third", config(overrides, "data.folder=nowhere"))
+
+
+def test_a_batch_wants_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, _, err = call(capsys, "batch", str(tmp_path / "jobs.toml"), "--output", "s3://bucket/jobs")
+    assert code == OutputError.exit_code and "only `sdlora train` writes to a URL" in err
