@@ -32,6 +32,7 @@ from sdlora.errors import DataError, SdloraError
 from sdlora.quiet import is_main_process, quiet_libraries
 from sdlora.shipped import resolve_data_folder
 from sdlora.stopping import EXIT_INTERRUPTED, exit_code_of, stop_signals
+from sdlora.stores import open_run
 
 if TYPE_CHECKING:
     from sdlora.data.doctor import Finding
@@ -87,7 +88,7 @@ def _options(
 def train(
     config: ConfigArgument,
     set_: Overrides = None,
-    output: Annotated[Path | None, typer.Option(help="The run's folder; runs/NAME by default.")] = None,
+    output: Annotated[str | None, typer.Option(help="The run's folder or URL; runs/NAME by default.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the newest checkpoint in the folder.")] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="End at once if another run is on the GPU.")] = False,
     json_: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on stdout.")] = False,
@@ -100,17 +101,19 @@ def train(
     from sdlora.progress import JsonLines, ProgressBar, copy_table
     from sdlora.run import Stopped, start
 
-    folder = output or Path("runs") / (settings.name or "lora")
+    place = output or str(Path("runs") / (settings.name or "lora"))
+    folder, mirrored = open_run(place, resume=resume)
     console = Console(stderr=True, highlight=False, quiet=not is_main_process())
     view = JsonLines(sys.stdout) if json_ else ProgressBar(console)
     with stop_signals(lambda text: console.print(text, markup=False, soft_wrap=True)) as stop_signal, view:
         try:
             stopping = lambda: stop_signal() is not None  # noqa: E731
-            for event in start(settings, folder, resume=resume, wait=not no_wait, should_stop=stopping):
+            events = start(settings, folder, resume=resume, wait=not no_wait, should_stop=stopping)
+            for event in mirrored(events):
                 view.show(event)
         except Stopped:
             begun = (folder / "config.toml").is_file()
-            go_on = f"Go on with: sdlora train {config} --output {folder} --resume" if begun else "Nothing was begun."
+            go_on = f"Go on with: sdlora train {config} --output {place} --resume" if begun else "Nothing was begun."
             console.print(f"Stopped. {go_on}", markup=False, soft_wrap=True)
             raise typer.Exit(exit_code_of(stop_signal())) from None
     if not json_ and (checks := read_checks(folder / "epochs")):

@@ -12,8 +12,10 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
+from sdlora.errors import OutputError
 from sdlora.quiet import quiet_libraries
 from sdlora.stopping import exit_code_of, stop_signals
+from sdlora.stores import is_url
 
 EXIT_NOT_ALL_DONE = 8
 
@@ -23,7 +25,7 @@ batch_app = typer.Typer()
 @batch_app.command()
 def batch(
     jobs: Annotated[Path, typer.Argument(metavar="JOBS.toml", help="The file of jobs; see docs/scaling.md.")],
-    output: Annotated[Path | None, typer.Option(help="The batch's folder; runs/NAME of the file by default.")] = None,
+    output: Annotated[str | None, typer.Option(help="The batch's folder; runs/NAME of the file by default.")] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Try one step of every job and tell what the batch would take.")
     ] = False,
@@ -40,6 +42,8 @@ def batch(
     json_: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on stdout.")] = False,
 ) -> None:
     """Train many LoRAs; the same command again goes on with what is not done."""
+    if output and is_url(output):
+        raise OutputError("A batch's --output is a folder; only `sdlora train` writes to a URL. Mount the store.")
     from sdlora.batch.jobs import read_jobs
 
     planned = read_jobs(jobs)
@@ -48,7 +52,7 @@ def batch(
     from sdlora.batch.table import BatchTable
     from sdlora.progress import JsonLines
 
-    folder = output or Path("runs") / jobs.stem
+    folder = Path(output or Path("runs") / jobs.stem)
     console = Console(stderr=True, highlight=False)
     if dry_run:
         quiet_libraries()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from sdlora.lora.tools import Cost
 
 tools_app = typer.Typer()
+_BASE = "A folder in diffusers' layout, or a .safetensors checkpoint in one file"
 _NUMBERS = re.compile(r"[-+]?[\d.][-+\d.,e]*")
 
 
@@ -128,26 +129,27 @@ class _Weights(TyperCommand):
 @tools_app.command(cls=_Weights)
 def merge(
     files: Annotated[list[Path], typer.Argument(metavar="FILE...", help="LoRA .safetensors files of any trainer.")],
-    output: Annotated[Path, typer.Option(help="The .safetensors file to write, or the folder with --into.")],
+    output: Annotated[
+        Path, typer.Option(help="The .safetensors file to write; with --into a folder or a file, as BASE is.")
+    ],
     weights: Annotated[
         str | None, typer.Option(metavar="W ...", help="One factor per file, as 1 0.5; 1 for all if left out.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Cut the sum to this rank; exact if left out.")] = None,
-    into: Annotated[
-        Path | None, typer.Option(metavar="BASE", help="A folder in diffusers' layout, to write a merged copy of.")
-    ] = None,
+    into: Annotated[Path | None, typer.Option(metavar="BASE", help=f"{_BASE}, to write a merged copy of.")] = None,
     missing_alpha: MissingAlpha = None,
 ) -> None:
     """Make one LoRA of several, or a base with LoRAs in its weights."""
     factors = _factors(weights, len(files))
-    if into is None:
+    if into is None or into.is_file():
         _check_output(output)
-    elif rank is not None:
+    if into is not None and rank is not None:
         raise ConfigError("--rank has no use with --into: the sum goes into the base exactly. Leave one of them out.")
     quiet_libraries()
     from sdlora.lora import tools
-    from sdlora.lora.folders import merge_into
     from sdlora.lora.formats import metadata_of_new_ranks, read_file, write_file
+    from sdlora.lora.weights import merge_into
+    from sdlora.models.layout import base_weights
 
     sources = [read_file(file, missing_alpha) for file in files]
     for source in sources:
@@ -155,7 +157,7 @@ def merge(
     _check_families(sources)
     state, cost = tools.merge([source.state for source in sources], factors, rank)
     if into is not None:
-        num_layers = merge_into(into, output, state)
+        num_layers = merge_into(base_weights(into), output, state)
         typer.echo(f"{output}: {num_layers} layers changed, summed in float32 and rounded to the base's type.")
         return
     if state is sources[0].state:
@@ -192,8 +194,8 @@ def resize(
 
 @tools_app.command()
 def extract(
-    fine_tuned: Annotated[Path, typer.Argument(metavar="FINE_TUNED", help="A folder in diffusers' layout.")],
-    base: Annotated[Path, typer.Argument(metavar="BASE", help="The folder that it was fine-tuned from.")],
+    fine_tuned: Annotated[Path, typer.Argument(metavar="FINE_TUNED", help=f"{_BASE}.")],
+    base: Annotated[Path, typer.Argument(metavar="BASE", help="What it was fine-tuned from, in either form.")],
     out: OutArgument,
     rank: Annotated[int, typer.Option(help="At most this many ranks per module.")],
 ) -> None:
@@ -201,10 +203,11 @@ def extract(
     _check_output(out)
     quiet_libraries()
     from sdlora.lora import tools
-    from sdlora.lora.folders import differences
     from sdlora.lora.formats import write_file
+    from sdlora.lora.weights import differences
+    from sdlora.models.layout import base_weights
 
-    found, others = differences(fine_tuned, base)
+    found, others = differences(base_weights(fine_tuned), base_weights(base))
     state, cost = tools.extract(found, rank)
     write_file(out, state, metadata={"ss_sd_model_name": base.resolve().name})
     typer.echo(f"{out}: ranks {_span(list(cost.ranks.values()))} in {len(state)} modules.")

@@ -11,6 +11,9 @@ from typing import Annotated, Literal
 from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from sdlora.errors import ConfigError
+from sdlora.stores import check_url, is_url
+
 
 class Section(BaseModel):
     """What all sections are: closed to unknown keys, and not changed once they are made."""
@@ -40,7 +43,8 @@ class DataConfig(Section):
 
     folder: str = Field(
         "",
-        description="Folder of pictures with captions, seen from where you are; 'builtin:NAME' is a shipped set.",
+        description="Folder of pictures with captions, seen from where you are; 'builtin:NAME' is a shipped set, and a "
+        "URL such as 's3://BUCKET/FOLDER' is fetched.",
     )
     sets: list[SetConfig] = Field(
         [],
@@ -110,6 +114,16 @@ class DataConfig(Section):
         twice = sorted({name or "''" for name in names if names.count(name) > 1 or name in ("", ".", "..")})
         if twice:
             raise ValueError(f"data.sets: give a name of its own to each set called {', '.join(twice)}")
+        return self
+
+    @model_validator(mode="after")
+    def _urls_hold_no_secrets(self) -> DataConfig:
+        for folder in (self.folder, *(one.folder for one in self.sets), self.holdout, self.preservation_folder):
+            if folder and is_url(folder):
+                try:
+                    check_url(folder)
+                except ConfigError as error:
+                    raise ValueError(str(error).removesuffix(".")) from error
         return self
 
     @field_validator("background")

@@ -48,6 +48,12 @@ class HubError(SdloraError):
     exit_code = 2
 
 
+class StoreError(SdloraError):
+    """A store at a URL cannot be reached, refuses, or has no driver here."""
+
+    exit_code = 2
+
+
 class OutOfMemoryError(SdloraError):
     """The device ran out of memory; the message names the setting to lower."""
 

@@ -9,6 +9,7 @@ import difflib
 from pathlib import Path
 
 from sdlora.errors import ConfigError
+from sdlora.stores import bring_set, is_url
 
 BUILTIN = "builtin:"
 _PACKAGE = Path(__file__).parent
@@ -41,11 +42,14 @@ def shipped_sets() -> list[str]:
 
 
 def resolve_data_folder(text: str) -> Path:
-    """The folder that a setting means: "builtin:NAME" (or "builtin:NAME/holdout") is a shipped set.
+    """The folder that a setting means: "builtin:NAME" (or "builtin:NAME/holdout") is a shipped set, a URL is fetched.
 
     Raises:
         ConfigError: There is no such shipped set.
+        SdloraError: A URL cannot be used, or its store cannot be reached.
     """
+    if is_url(text):
+        return bring_set(text)
     if not text.startswith(BUILTIN):
         return Path(text).expanduser()
     name, _, part = text.removeprefix(BUILTIN).partition("/")

@@ -6,9 +6,9 @@ from pathlib import Path
 PACKAGE = Path(__file__).parent.parent / "sdlora"
 
 FLOORS = {
-    "errors": 0, "seeds": 0, "files": 0, "events": 0, "shipped": 0, "quiet": 0,
+    "errors": 0, "seeds": 0, "files": 0, "events": 0, "shipped": 0, "stores": 0, "quiet": 0,
     "stopping": 0, "locks": 0, "devices": 1, "processes": 1,
-    "config": 1, "dataconfig": 1, "configfile": 1, "models.architectures": 1,
+    "config": 1, "dataconfig": 1, "configfile": 1, "models.architectures": 1, "models.headers": 1,
     "data.images": 2, "data.captions": 2, "data.buckets": 2, "data.dataset": 2, "data.order": 2,
     "data.masks": 2, "data.split": 2, "data.doctor": 2, "data.thumbnails": 2,
     "diffusion": 2, "lora": 2,

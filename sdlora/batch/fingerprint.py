@@ -1,4 +1,4 @@
-"""What a job's result follows from, as one hash: settings, pictures and captions, and the version of sdlora.
+"""What a job's result follows from, as one hash: settings, base, pictures and captions, and the version of sdlora.
 
 Floor 7.
 """
@@ -15,26 +15,33 @@ from sdlora.configfile import FREE_WHEN_RESUMING, options
 from sdlora.data.captions import METADATA
 from sdlora.data.images import SUFFIXES
 from sdlora.files import sha256
-from sdlora.shipped import resolve_data_folder
+from sdlora.shipped import pocket_folder, resolve_data_folder
+
+_HEAD_BYTES = 1 << 20
+_NUM_SAMPLES = 64
+_SAMPLE_BYTES = 4096
 
 
 class Fingerprints:
-    """Fingerprints of jobs; a folder that several of them share is read once."""
+    """Fingerprints of jobs; a folder or base that several of them share is read once."""
 
     def __init__(self) -> None:
         self._folders: dict[Path, str] = {}
+        self._bases: dict[str, str] = {}
 
     def of(self, config: RunConfig) -> str:
-        """The fingerprint of a job.
-
-        A base counts by its path and revision alone: reading all its weights would take longer than some runs.
-        """
+        """The fingerprint of a job; what a base counts by is told at `base_content`."""
         settings = [(name, value) for name, value in options(config) if name not in FREE_WHEN_RESUMING]
         data = config.data
         named = [*(one.folder for one in data.all_sets()), data.holdout, data.preservation_folder]
         folders = [self._content(folder) for folder in named if folder]
-        text = json.dumps([__version__, settings, folders], sort_keys=True)
+        text = json.dumps([__version__, settings, folders, self._base(config.base.path)], sort_keys=True)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
+
+    def _base(self, path: str) -> str:
+        if path not in self._bases:
+            self._bases[path] = base_content(path)
+        return self._bases[path]
 
     def _content(self, folder: str) -> str:
         path = resolve_data_folder(folder).resolve()
@@ -51,4 +58,28 @@ def _content(folder: Path) -> str:
     for file in sorted(folder.iterdir()):
         if file.is_file() and (file.suffix.lower() in SUFFIXES | {".txt"} or file.name == METADATA):
             digest.update(f"{file.name}\x1f{sha256(file)}\x1e".encode())
+    return digest.hexdigest()
+
+
+def base_content(path: str) -> str:
+    """A hash of a base's files: their names and sizes, the first MiB of each, and samples of the rest.
+
+    Reading all weights would take longer than some runs. The first MiB holds a safetensors file's header, and all of
+    most other files; of what follows 64 stretches of 4 KiB are read, evenly to the last byte. Training a network
+    changes all of them; a change to single weights between them is not seen. A hub id counts by its name and revision
+    alone, and hidden files do not count.
+    """
+    place = pocket_folder() if path == "pocket" else Path(path).expanduser()
+    digest = hashlib.blake2b(digest_size=16)
+    for file in [place] if place.is_file() else sorted(place.rglob("*")):
+        name = file.relative_to(place)
+        if not file.is_file() or any(part.startswith(".") for part in name.parts):
+            continue
+        size = file.stat().st_size
+        digest.update(f"{name.as_posix()}\x1f{size}\x1e".encode())
+        with file.open("rb") as handle:
+            digest.update(handle.read(_HEAD_BYTES))
+            for sample in range(_NUM_SAMPLES if size > _HEAD_BYTES else 0):
+                handle.seek((size - _SAMPLE_BYTES) * sample // (_NUM_SAMPLES - 1))
+                digest.update(handle.read(_SAMPLE_BYTES))
     return digest.hexdigest()

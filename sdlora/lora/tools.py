@@ -7,7 +7,7 @@ Shapes: i in (with kernels: i k k), o out, r rank, k kernel.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -176,11 +176,11 @@ def _factors(left: Tensor, values: Tensor, right: Tensor, rank: int, inputs: Seq
     return LoraWeights(down.reshape(rank, *inputs), up.reshape(up.shape[0], rank, *kernel), float(rank))
 
 
-def extract(differences: Mapping[str, Tensor], rank: int) -> tuple[LoraState, Cost]:
+def extract(differences: Iterable[tuple[str, Tensor]], rank: int) -> tuple[LoraState, Cost]:
     """The nearest LoRA to differences of weights.
 
     Args:
-        differences: Fine-tuned minus base by kohya module name, (o, i) or (o, i, k, k).
+        differences: Kohya module names with fine-tuned minus base, (o, i) or (o, i, k, k).
         rank: At most this many ranks per module.
 
     Returns:
@@ -192,7 +192,7 @@ def extract(differences: Mapping[str, Tensor], rank: int) -> tuple[LoraState, Co
     """
     _check_measure(rank, None)
     cost, found = Cost(), {}
-    for module, difference in differences.items():
+    for module, difference in differences:
         if not difference.any():
             continue
         left, values, right = _svd(difference.float().flatten(1))

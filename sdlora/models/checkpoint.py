@@ -14,7 +14,8 @@ from sdlora.models.headers import Header
 
 _UNET = "model.diffusion_model."
 _VAE = "first_stage_model."
-_TEXT_ENCODERS: dict[Family, tuple[str, ...]] = {
+# What the names of their text encoders begin with, in the order of diffusers' pipelines.
+TEXT_ENCODERS: dict[Family, tuple[str, ...]] = {
     "sd1": ("cond_stage_model.transformer.",),
     "sd2": ("cond_stage_model.model.",),
     "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
@@ -108,7 +109,7 @@ def _refuse_refiner(header: Header, name: str) -> None:
 
 def _family(header: Header) -> Family:
     """By what the text encoders are, or where there are none by what the UNet takes of text."""
-    for family, beginnings in _TEXT_ENCODERS.items():
+    for family, beginnings in TEXT_ENCODERS.items():
         if any(header.has(beginning) for beginning in beginnings):
             return family
     widths = _text_widths(header)
@@ -128,10 +129,10 @@ def _text_widths(header: Header) -> list[int]:
 
 def _check_whole(header: Header, family: Family, name: str) -> None:
     title = ARCHITECTURES[family].title
-    missing = [beginning for beginning in _TEXT_ENCODERS[family] if not header.has(beginning)]
+    missing = [beginning for beginning in TEXT_ENCODERS[family] if not header.has(beginning)]
     if missing:
         raise BaseModelError(
-            f"{name} holds the UNet of {title} without its text encoder{'s' if len(_TEXT_ENCODERS[family]) > 1 else ''}"
+            f"{name} holds the UNet of {title} without its text encoder{'s' if len(TEXT_ENCODERS[family]) > 1 else ''}"
             f" (no {missing[0]}...). Give a whole checkpoint."
         )
     if not header.has(_VAE):

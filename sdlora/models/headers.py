@@ -1,6 +1,6 @@
 """What a safetensors file holds, read from its header alone: names, shapes, metadata, and whether it is all there.
 
-Floor 3. A base has gigabytes; its header a few hundred kilobytes.
+Floor 1. A base has gigabytes; its header a few hundred kilobytes.
 """
 
 from __future__ import annotations
@@ -22,10 +22,14 @@ class Header:
     Attributes:
         shapes: The shape of every tensor, by name.
         metadata: Its metadata.
+        dtypes: The type of every tensor as the file calls it, such as "F16", by name.
+        starts: How many bytes into the file a tensor's numbers begin, by name.
     """
 
     shapes: dict[str, tuple[int, ...]]
     metadata: dict[str, str]
+    dtypes: dict[str, str]
+    starts: dict[str, int]
 
     def has(self, *beginnings: str) -> bool:
         """Whether any tensor's name begins so."""
@@ -57,12 +61,14 @@ def read_header(file: Path) -> Header:
         entries = json.loads(text)
         metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
         shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
+        starts = {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in entries.items()}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
     except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
         raise BaseModelError(f"{file.name} is no safetensors file: its header cannot be read ({error}).") from error
     if 8 + length + end > size:
         raise _cut_off(file, size, 8 + length + end)
-    return Header(shapes, metadata)
+    return Header(shapes, metadata, dtypes, starts)
 
 
 def _cut_off(file: Path, size: int, promised: int) -> BaseModelError:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 
 from sdlora.batch import fingerprint
-from sdlora.batch.fingerprint import Fingerprints
+from sdlora.batch.fingerprint import Fingerprints, base_content
+from sdlora.batch.jobs import Job
+from sdlora.batch.ledger import Record
+from sdlora.batch.supervise import decide
 from sdlora.configfile import parse_config
 
 
@@ -47,3 +53,39 @@ def test_held_out_pictures_count(tmp_path: Path, pictures: Path, others: Path) -
     before = of(pictures, [f"data.holdout={held}"])
     (held / "pink.txt").write_text("another")
     assert of(pictures, [f"data.holdout={held}"]) != before
+
+
+def test_a_base_counts_by_its_content(tmp_path: Path, pictures: Path, tiny_base: Path) -> None:
+    base, unet = tmp_path / "base", tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
+    shutil.copytree(tiny_base, base)
+    setting = [f"base.path={base}"]
+    before = of(pictures, setting)
+    shutil.rmtree(base)
+    shutil.copytree(tiny_base, base)
+    assert of(pictures, setting) == before  # whatever the files' times
+    tensors = load_file(unet)
+    save_file({key: tensor + 1e-3 for key, tensor in tensors.items()}, unet)
+    changed = of(pictures, setting)
+    assert changed != before
+    # So a batch trains its job anew instead of skipping it.
+    job = Job("a", 0, {}, parse_config({"data": {"folder": str(pictures)}}, name="a", overrides=setting))
+    assert decide(job, Record("done", before), changed, retry=False)[0] == "start"
+    assert decide(job, Record("done", changed), changed, retry=False)[0] == "skip"
+    config = base / "scheduler" / "scheduler_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
+    assert of(pictures, setting) not in (before, changed)
+
+
+@pytest.mark.parametrize("where", ["first", "last", "middle"])
+def test_a_large_base_is_sampled_from_end_to_end(tmp_path: Path, where: str) -> None:
+    file = tmp_path / "base.safetensors"
+    numbers = torch.randn(1 << 20)
+    save_file({"weight": numbers}, file)
+    before = base_content(str(file))
+    assert base_content(str(file)) == before
+    if where == "middle":
+        numbers[1 << 18 : 1 << 19] += 1e-3  # a quarter of the weights, such as one network of a checkpoint
+    else:
+        numbers[0 if where == "first" else -1] += 1
+    save_file({"weight": numbers}, file)
+    assert base_content(str(file)) != before

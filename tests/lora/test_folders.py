@@ -1,21 +1,14 @@
-import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file, save_file
 from trainers import kohya_trainer
 
-from sdlora.errors import BaseModelError, DataError, OutputError
-from sdlora.files import sha256
-from sdlora.lora.folders import differences, merge_into, module_paths, paths_for
+from sdlora.errors import BaseModelError, DataError
+from sdlora.lora.folders import module_paths, paths_for
 from sdlora.lora.formats import read_file
 from sdlora.lora.inject import LoraState, LoraWeights
-from sdlora.lora.tools import update
-
-UNET = "unet/diffusion_pytorch_model.safetensors"
 
 
 @pytest.fixture
@@ -61,72 +54,3 @@ def test_without_a_base_a_file_s_own_family_is_taken() -> None:
         else:
             with pytest.raises(DataError, match=r"not in Stable Diffusion [12]\.x, the first is 'lora_te1_"):
                 paths_for(more, None)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_base_takes_a_lora_in_and_gives_it_back(
-    pipeline: Any, theirs: LoraState, tmp_path: Path, dtype: torch.dtype
-) -> None:
-    base, output = tmp_path / "base", tmp_path / "merged"
-    pipeline.to(dtype).save_pretrained(base)
-    assert merge_into(base, output, theirs) == len(theirs)
-    before, after = load_file(base / UNET), load_file(output / UNET)
-    for path, _ in pipeline.unet.named_modules():
-        name, key = "lora_unet_" + path.replace(".", "_"), f"{path}.weight"
-        if name in theirs:
-            delta = update(theirs[name]).float().reshape(before[key].shape)
-            assert torch.equal(after[key], (before[key].float() + delta).to(dtype))
-        elif key in before:
-            assert torch.equal(after[key], before[key])
-    assert sha256(output / "model_index.json") == sha256(base / "model_index.json")
-    StableDiffusionPipeline.from_pretrained(output)
-    found, others = differences(output, base)
-    assert (found.keys(), others) == (theirs.keys(), [])
-    for name, weights in theirs.items():
-        error = (found[name].double().flatten(1) - update(weights)).norm() / update(weights).norm()
-        assert error < (1e-5 if dtype == torch.float32 else 0.02)
-
-
-def test_what_does_not_fit_leaves_nothing_behind(theirs: LoraState, tiny_base: Path, tmp_path: Path) -> None:
-    name = next(iter(theirs))
-    cases: list[tuple[LoraState, str]] = [
-        ({**theirs, "lora_unet_nowhere": theirs[name]}, "1 modules are not in tiny, among them 'lora_unet_nowhere'"),
-        ({**theirs, name: LoraWeights(torch.ones(2, 5), torch.ones(4, 2), 1.0)}, "makes an update of"),
-    ]
-    for state, reason in cases:
-        with pytest.raises(DataError, match=reason):
-            merge_into(tiny_base, tmp_path / "merged", state)
-    torn = tmp_path / "torn"
-    shutil.copytree(tiny_base, torn)
-    (torn / UNET).write_bytes((tiny_base / UNET).read_bytes()[:-100])
-    with pytest.raises(BaseModelError, match="not a readable"):
-        merge_into(torn, tmp_path / "merged", theirs)
-    (torn / "unet" / "model.bin").write_bytes(b"pickle")
-    with pytest.raises(BaseModelError, match=r"model\.bin"):
-        merge_into(torn, tmp_path / "merged", theirs)
-    with pytest.raises(BaseModelError, match=r"model_index\.json"):
-        merge_into(tiny_base / "unet", tmp_path / "merged", theirs)
-    with pytest.raises(OutputError, match="exists already"):
-        merge_into(tiny_base, torn, theirs)
-    with pytest.raises(OutputError, match="inside the base"):
-        merge_into(tiny_base, tiny_base / "merged", theirs)
-    assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
-
-
-def test_what_no_lora_holds_is_named_and_other_bases_are_refused(tiny_base: Path, tmp_path: Path) -> None:
-    tuned = tmp_path / "tuned"
-    shutil.copytree(tiny_base, tuned)
-    tensors = load_file(tuned / UNET)
-    tensors["conv_norm_out.weight"] += 1
-    tensors["conv_in.bias"] += 1
-    tensors["conv_in.weight"] += 1
-    save_file(tensors, tuned / UNET)
-    found, others = differences(tuned, tiny_base)
-    assert list(found) == ["lora_unet_conv_in"]
-    assert set(others) == {"unet.conv_norm_out.weight", "unet.conv_in.bias"}
-    save_file(tensors | {"conv_in.weight": torch.ones(3, 3)}, tuned / UNET)
-    with pytest.raises(DataError, match="has the shapes"):
-        differences(tuned, tiny_base)
-    save_file(tensors | {"more.weight": torch.ones(3, 3)}, tuned / UNET)
-    with pytest.raises(DataError, match=r"not of one kind.*more\.weight"):
-        differences(tuned, tiny_base)

@@ -107,16 +107,16 @@ def test_a_rank_above_a_matrix_s_own_is_cut_to_it() -> None:
 def test_differences_are_extracted_and_what_does_not_differ_is_left_out() -> None:
     state = made(6)
     differences = {name: dense(state, name).float().reshape(SHAPES[name]) for name in SHAPES}
-    found, cost = extract(differences | {"still": torch.zeros(3, 3)}, 4)
+    found, cost = extract((differences | {"still": torch.zeros(3, 3)}).items(), 4)
     assert found.keys() == SHAPES.keys()
     assert cost.relative_error < 1e-5
     for name in SHAPES:
         torch.testing.assert_close(dense(found, name), dense(state, name), rtol=0, atol=1e-5)
         assert found[name].down.shape == state[name].down.shape
     with pytest.raises(DataError, match="same weights"):
-        extract({"still": torch.zeros(3, 3)}, 4)
+        extract([("still", torch.zeros(3, 3))], 4)
     with pytest.raises(ConfigError, match="--rank is 0"):
-        extract(differences, 0)
+        extract(differences.items(), 0)
 
 
 def test_what_has_no_sum_is_refused() -> None:

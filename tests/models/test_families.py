@@ -13,7 +13,7 @@ from tiny import TINY, make_tiny, tiny_networks
 
 from sdlora.data.dataset import Example
 from sdlora.errors import ConfigError
-from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.models.architectures import Family
 from sdlora.models.base import BaseModel
 from sdlora.models.checkpoint import recognise
 from sdlora.models.headers import read_header
@@ -35,13 +35,6 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Path]:
     for family in FAMILIES:
         make_tiny(family, root / family)
     return {family: root / family for family in FAMILIES}
-
-
-@pytest.fixture
-def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Take the tiny shapes for the families' own, as a file in one holds no configuration."""
-    for family, architecture in TINY.items():
-        monkeypatch.setitem(ARCHITECTURES, family, architecture)
 
 
 def load(path: Path, **options: Any) -> BaseModel:
