@@ -115,7 +115,8 @@ def _fit(document: str, on_cpu: bool, memory_bytes: int) -> Fit | None:
     half = precision in ("bf16", "fp16") or (precision == "auto" and not on_cpu)
     edge = config.data.resolution_px or shapes.resolution_px
     dtype = torch.bfloat16 if half else torch.float32
-    setting = Setting(config, form_of(config.lora), shapes, dtype, (edge, edge), 0, on_cpu)
+    turns = {"proven_here": on_cpu, "takes_turns": not on_cpu}
+    setting = Setting(config, form_of(config.lora), shapes, dtype, (edge, edge), **turns)
     needed = need(setting)
     found = changes(setting, needed, memory_bytes)
     values: dict[str, Any] = {}
@@ -136,8 +137,9 @@ def _shapes_of_folder(folder: Path) -> Shapes:
     parts = [part for part in ("text_encoder", "text_encoder_2") if (folder / part).is_dir()]
     unet, vae, texts = read("unet"), read("vae"), tuple(read(part) for part in parts)
     with META:
-        networks = [AutoencoderKL.from_config(dict(vae)), *(CLIPTextModel(CLIPTextConfig(**text)) for text in texts)]
-    return Shapes(unet, vae, texts, num_bytes(*networks))
+        decoder = AutoencoderKL.from_config(dict(vae))
+        encoders = [CLIPTextModel(CLIPTextConfig(**text)) for text in texts]
+    return Shapes(unet, vae, texts, num_bytes(decoder), num_bytes(*encoders))
 
 
 def _cached(repository: str) -> Path | None:

@@ -76,6 +76,9 @@ def draw(folder: Path) -> Path:
     axes[1][0].set_title("GiB at the peak", fontsize=9)
     axes[1][0].set_xlabel("pictures")
     axes[0][0].legend(frameon=False)
+    # Not before all is drawn: a limit that is set keeps axes from growing.
+    for axis in axes.flat:
+        axis.set_ylim(bottom=0)
     figure.tight_layout()
     target = folder / "performance_costs.svg"
     figure.savefig(target, metadata={"Date": None}, bbox_inches="tight")
@@ -84,10 +87,7 @@ def draw(folder: Path) -> Path:
 
 
 def _line(axis: Any, name: str, x: Any, y: Any) -> None:
-    color = {told: color for told, color in FAMILIES.values()}[name]
-    axis.plot(x, y, marker="o", markersize=3, color=color, label=name)
-    axis.set_ylim(bottom=0)
-    axis.set_xticks(list(x))
+    axis.plot(x, y, marker="o", markersize=3, color=dict(FAMILIES.values())[name], label=name)
 
 
 def main() -> None:
