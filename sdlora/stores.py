@@ -131,15 +131,23 @@ class Store:
             raise ConfigError(f"{self.url} is of no kind of store that fsspec knows: {error}.") from error
 
     def files(self) -> dict[str, str]:
-        """All files in it by name, with what changes when they do (sizes, times, hashes); none if it is not there."""
+        """All files in it by name, with what changes when they do (sizes, times, hashes); none if it is not there.
+
+        Raises:
+            DataError: A name leads out of the folder.
+        """
         with self._talking():
             self._files.invalidate_cache()
             try:
                 found: dict[str, Any] = self._files.find(self._root, detail=True)
             except FileNotFoundError:
                 return {}
-            names = {path.removeprefix(self._root).lstrip("/"): info for path, info in found.items()}
-            return {name: json.dumps(info, sort_keys=True, default=str) for name, info in names.items() if name}
+        names = {path.removeprefix(self._root).lstrip("/"): info for path, info in found.items()}
+        for name in names:
+            # Keys of a store are any text, and become paths here.
+            if ".." in re.split(r"[/\\]", name) or "\0" in name:
+                raise DataError(f"{self.url} holds {name!r}, which leads out of its folder. Delete or rename it.")
+        return {name: json.dumps(info, sort_keys=True, default=str) for name, info in names.items() if name}
 
     def read(self, name: str) -> bytes:
         """A file's content."""

@@ -107,6 +107,21 @@ def test_a_set_is_brought_once_and_only_what_changed_again(pictures: Path, home:
         resolve_data_folder("memory://bucket/none")
 
 
+@pytest.mark.parametrize("name", ["../evil.txt", "a/../../evil.txt", "..\\evil.txt"])
+def test_names_that_lead_out_of_the_folder_are_refused(
+    name: str, home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listed = {f"/bucket/set/{name}": {"size": 4}}
+    monkeypatch.setattr(MemoryFileSystem, "find", lambda *_, **__: listed)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *_, **__: json.dumps({"run": "0" * 32}).encode())
+    with pytest.raises(DataError, match="leads out of its folder"):
+        resolve_data_folder("memory://bucket/set")
+    listed[f"/bucket/set/{stores._MARK}"] = {"size": 4}
+    with pytest.raises(DataError, match="leads out of its folder"):
+        open_run("memory://bucket/set", resume=True)
+    assert not list(tmp_path.rglob("evil.txt"))
+
+
 def test_secrets_and_stores_without_a_driver_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("data.folder", "data.holdout", "data.preservation_folder"):
         for url in ("s3://me:hunter2@bucket/set", "s3://bucket/set?signature=hunter2"):
