@@ -116,8 +116,13 @@ def test_a_preserved_picture_that_changes_is_noticed(tmp_path: Path, overrides: 
     mine = tmp_path / "mine"
     shutil.copytree(others, mine)
     options = [*overrides, f"data.preservation_folder={mine}", "train.preservation_weight=1", "preview.enabled=false"]
-    with pytest.raises(Stopped):  # in the first step: before it there is no checkpoint
-        run(tmp_path / "run", options, should_stop=lambda: (tmp_path / "run" / "metrics.jsonl").exists())
+    metrics = tmp_path / "run" / "metrics.jsonl"
+
+    def after_a_step() -> bool:  # before it there is no checkpoint
+        return metrics.exists() and '"event": "step"' in metrics.read_text()
+
+    with pytest.raises(Stopped):
+        run(tmp_path / "run", options, should_stop=after_a_step)
     (mine / "pink.txt").write_text("another caption")
     with pytest.raises(DataError, match=r"changed, or its caption: preserved: pink\.png"):
         run(tmp_path / "run", options, resume=True)

@@ -43,7 +43,7 @@ def killed_while_saving(command: CommandLine, template: Path, point: Point, fold
     shutil.copytree(template, folder)
     outcome = command.call(save_from, folder, 2, 1 + NUM_SAVED, points=[point])
     if outcome.code != -signal.SIGKILL:
-        return f"{point}: not reached, {outcome.err}"
+        return f"{point}: not reached, it ended with {outcome.code}. {outcome.err}"
     found = complete_checkpoints(folder)
     if not found:
         return f"{point}: no checkpoint is left"
