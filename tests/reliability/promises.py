@@ -187,8 +187,10 @@ def page() -> str:
     lines = [
         "# What sdlora promises",
         "",
-        "Each promise has a test, and each figure is what that test found when it last ran. Made by",
-        "`SDLORA_RECORD=1 pytest tests/reliability tests/ui tests/lora --slow && python tests/reliability/promises.py`.",
+        "Each promise has a test, and each figure is what that test found when it last ran.",
+        "",
+        "    SDLORA_RECORD=1 pytest tests/reliability tests/ui tests/lora --slow",
+        "    python tests/reliability/promises.py",
         "",
         "| Promise | What it means | Found | When | Test |",
         "|---|---|---|---|---|",
