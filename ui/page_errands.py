@@ -93,14 +93,15 @@ def publish_part(context: Context, run: gr.Dropdown) -> ErrandPart:
         really = gr.Button("Publish it", variant="primary", elem_id="really-publish")
         keep = gr.Button("Not now", elem_id="not-now")
     note, part = _told_of(context, "publish")
+    asked = gr.Textbox(visible=False)  # the chosen run may be gone by then, and another one chosen instead
 
     def ask(name: Any, words: str, alone: bool) -> list[Any]:
         try:
             told = f"{_address(words)}, {'seen by you alone' if alone else 'for everyone to see'}."
             told += f"\nThese files go there: {', '.join(files_of(context, name))}."
         except SdloraError as error:
-            return [views.failure(error), gr.update(visible=False)]
-        return [views.message(told, "watch", title=f"Publish {name}?"), gr.update(visible=True)]
+            return [views.failure(error), gr.update(visible=False), ""]
+        return [views.message(told, "watch", title=f"Publish {name}?"), gr.update(visible=True), name]
 
     def go(name: Any, words: str, alone: bool) -> list[Any]:
         def sent() -> str:
@@ -113,11 +114,11 @@ def publish_part(context: Context, run: gr.Dropdown) -> ErrandPart:
         return [context.attempt(sent), gr.update(visible=False)]
 
     away = lambda: ["", gr.update(visible=False)]  # noqa: E731
-    publish.click(ask, [run, repo, private], [note, sure])
+    publish.click(ask, [run, repo, private], [note, sure, asked])
     keep.click(away, None, [note, sure], show_progress="hidden")
     # What was agreed to is what is seen: another name or another run is asked for anew.
     gr.on([repo.input, private.input, run.input], away, None, [note, sure], show_progress="hidden")
-    moved = really.click(go, [run, repo, private], [note, sure])
+    moved = really.click(go, [asked, repo, private], [note, sure])
     return ErrandPart(part.told, part.end, [moved, *part.moves])
 
 

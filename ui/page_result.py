@@ -146,6 +146,7 @@ def runs_page(context: Context, run: gr.Dropdown) -> RunsPage:
         really = gr.Button("Delete it for good", variant="stop", elem_id="really-delete")
         keep = gr.Button("Keep it")
     note = gr.HTML(elem_id="runs-note")
+    asked = gr.Textbox(visible=False)  # the chosen run may be another one by then
     cards = gr.HTML(elem_id="run-cards")
 
     def compared(first: Any, second: Any) -> str:
@@ -157,9 +158,10 @@ def runs_page(context: Context, run: gr.Dropdown) -> RunsPage:
 
     def ask(name: Any) -> list[Any]:
         if not name:
-            return [views.message("No run is chosen. Choose one at the top of the page.", "copying"), gr.skip()]
+            told = "No run is chosen. Choose one at the top of the page."
+            return [views.message(told, "copying"), gr.update(visible=False), ""]
         told = f"{name!r} and everything in its folder will be gone: epochs, previews, LoRA files. Its pictures stay."
-        return [views.message(told, "watch", title="Delete this run?"), gr.update(visible=True)]
+        return [views.message(told, "watch", title="Delete this run?"), gr.update(visible=True), name]
 
     def gone(name: Any) -> list[Any]:
         def action() -> str:
@@ -170,9 +172,9 @@ def runs_page(context: Context, run: gr.Dropdown) -> RunsPage:
         return [context.attempt(action), gr.update(visible=False)]
 
     compare.click(compared, [run, other], note)
-    delete.click(ask, run, [note, sure])
+    delete.click(ask, run, [note, sure, asked])
     keep.click(lambda: ["", gr.update(visible=False)], None, [note, sure])
-    moved = really.click(gone, run, [note, sure])
+    moved = really.click(gone, asked, [note, sure])
     return RunsPage({"cards": cards}, other, clone, note, [moved])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -167,6 +168,21 @@ def test_a_large_set_stays_light(browser: Any, tmp_path: Path) -> None:
         page.locator("#cards-page input").press("Enter")
         page.get_by_label("Caption of p199.png").wait_for()
         assert page.locator("#cards .card").count() == 8
+
+
+def test_what_was_asked_about_is_what_is_deleted(browser: Any, filled: Open, tmp_path: Path) -> None:
+    studio = Studio(filled.runs)
+    write_state(studio, parse_config({"data": {"folder": str(tmp_path)}}, name="old"), status="done")
+    with browser_page(browser, filled) as page:
+        choose_run(page, "old")
+        tab(page, "Runs")
+        page.click("#delete")
+        page.locator("#runs-note", has_text="'old' and everything").wait_for()
+        shutil.rmtree(studio.run("old"))  # as by another tab: this one then looks at the next run
+        page.wait_for_function("document.querySelector('#run input').value !== 'old'")
+        page.click("#really-delete")
+        page.locator("#runs-note", has_text="no folder of a run called 'old'").wait_for()
+        assert studio.run("copies").is_dir() and studio.run("fails").is_dir()
 
 
 def choose_run(page: Any, name: str) -> None:
