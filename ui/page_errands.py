@@ -82,11 +82,10 @@ def send_for_captions(context: Context, model: str | None) -> str:
 
 def publish_part(context: Context, run: gr.Dropdown) -> ErrandPart:
     """Lay out what uploads the chosen run, which asks once more before it does."""
+    repo = gr.Textbox(
+        label="Publish on the Hugging Face Hub as", placeholder="your-name/zumi-lora", max_lines=1, elem_id="repo"
+    )
     with gr.Row(elem_classes="ends"):
-        repo = gr.Textbox(
-            label="Publish on the Hugging Face Hub as", placeholder="your-name/zumi-lora", max_lines=1, scale=2,
-            min_width=260, elem_id="repo",
-        )  # fmt: skip
         private = gr.Checkbox(True, label="Private: only you see it", min_width=230, elem_id="private")
         publish = gr.Button("Publish …", min_width=120, elem_id="publish")
     with gr.Row(visible=False) as sure:
