@@ -85,7 +85,7 @@ def forecast_family(family: Family, config: RunConfig, memory_bytes: int | None)
     edge = config.data.resolution_px or shapes.resolution_px
     # Cards that train these families have bf16.
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    setting = Setting(config, form_of(config.lora), shapes, dtype, (edge, edge), takes_turns=True)
+    setting = Setting(config, form_of(config.lora), shapes, dtype, (edge, edge))
     return _forecast(setting, memory_bytes, None, None, None)
 
 
@@ -119,7 +119,7 @@ def memory_of_run(
         return None, None
     setting, _ = _setting(config, base, data, device)
     # What is loaded already is no longer free.
-    loaded = num_bytes(base.unet, *base.text_encoders) + (0 if setting.takes_turns else setting.shapes.vae_bytes)
+    loaded = num_bytes(base.unet, *base.text_encoders) + (setting.shapes.vae_bytes if setting.on_cpu else 0)
     return need(setting).peak_bytes, device_memory(device) + loaded
 
 
@@ -142,8 +142,7 @@ def _setting(config: RunConfig, base: BaseModel, data: TrainingData, device: tor
         base.unet.dtype,
         largest,
         held,
-        proven_here=on_cpu,
-        takes_turns=not on_cpu,
+        on_cpu=on_cpu,
         text_is_live=text_is_live,
     )
     return setting, moments + states

@@ -59,6 +59,6 @@ def test_what_is_loaded_counts_as_memory_there_is(tmp_path: Path, overrides: lis
     loaded = load(load_config(str(source), overrides))
     assert forecast.device_memory(torch.device("cpu")) > 0
     setting, cache_bytes = forecast.setting_of(load_config(str(source), overrides), loaded)
-    assert setting.proven_here
+    assert setting.on_cpu
     assert setting.cached_bytes == cache_bytes
     assert setting.bucket in {(40, 24), (32, 32)}

@@ -16,10 +16,8 @@ from typing import Any
 
 import psutil
 import torch
-from diffusers import AutoencoderKL
 from huggingface_hub import scan_cache_dir, try_to_load_from_cache
 from huggingface_hub.errors import CacheNotFound, HFValidationError
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdlora.adapters import form_of
 from sdlora.config import RunConfig
@@ -28,7 +26,7 @@ from sdlora.errors import SdloraError
 from sdlora.models.checkpoint import recognise
 from sdlora.models.headers import read_header
 from sdlora.shipped import pocket_folder
-from sdlora.training.metabase import META, Shapes, num_bytes, shapes_of_family
+from sdlora.training.metabase import Shapes, shapes_of_configs, shapes_of_family
 from sdlora.training.plan import Setting, changes, need
 
 from .processes import device_name
@@ -115,8 +113,7 @@ def _fit(document: str, on_cpu: bool, memory_bytes: int) -> Fit | None:
     half = precision in ("bf16", "fp16") or (precision == "auto" and not on_cpu)
     edge = config.data.resolution_px or shapes.resolution_px
     dtype = torch.bfloat16 if half else torch.float32
-    turns = {"proven_here": on_cpu, "takes_turns": not on_cpu}
-    setting = Setting(config, form_of(config.lora), shapes, dtype, (edge, edge), **turns)
+    setting = Setting(config, form_of(config.lora), shapes, dtype, (edge, edge), on_cpu=on_cpu)
     needed = need(setting)
     found = changes(setting, needed, memory_bytes)
     values: dict[str, Any] = {}
@@ -135,11 +132,7 @@ def _shapes_of_folder(folder: Path) -> Shapes:
         return found
 
     parts = [part for part in ("text_encoder", "text_encoder_2") if (folder / part).is_dir()]
-    unet, vae, texts = read("unet"), read("vae"), tuple(read(part) for part in parts)
-    with META:
-        decoder = AutoencoderKL.from_config(dict(vae))
-        encoders = [CLIPTextModel(CLIPTextConfig(**text)) for text in texts]
-    return Shapes(unet, vae, texts, num_bytes(decoder), num_bytes(*encoders))
+    return shapes_of_configs(read("unet"), read("vae"), [read(part) for part in parts])
 
 
 def _cached(repository: str) -> Path | None:

@@ -15,7 +15,7 @@ from sdlora.batch.fingerprint import Fingerprints
 from sdlora.batch.jobs import Job
 from sdlora.batch.ledger import Ledger, Record, locked
 from sdlora.batch.messages import Message, Task
-from sdlora.errors import ConfigError, StoreError
+from sdlora.errors import SdloraError
 
 Action = Literal["skip", "resume", "start", "fault"]
 
@@ -84,7 +84,7 @@ def _fingerprints(jobs: Sequence[Job]) -> Iterator[str]:
     for job in jobs:
         try:
             yield "" if job.config is None else fingerprints.of(job.config)
-        except (ConfigError, StoreError):
+        except SdloraError:
             yield "no such set"  # the run itself says so, and is that job's failure
 
 

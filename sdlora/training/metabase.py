@@ -57,18 +57,19 @@ class Shapes:
 
 
 def shapes_of_family(family: Family) -> Shapes:
-    """The shapes of a family of bases, VAE and text encoders in float32 as sdlora keeps them."""
+    """The shapes of a family of bases."""
     architecture = ARCHITECTURES[family]
+    return shapes_of_configs(architecture.unet, architecture.vae, architecture.text_encoders)
+
+
+def shapes_of_configs(
+    unet: Mapping[str, Any], vae: Mapping[str, Any], text_encoders: Sequence[Mapping[str, Any]]
+) -> Shapes:
+    """The shapes of a base by its networks' configurations, VAE and text encoders in float32 as sdlora keeps them."""
     with META:
-        vae = AutoencoderKL.from_config(architecture.vae)
-        encoders = [CLIPTextModel(CLIPTextConfig(**config)) for config in architecture.text_encoders]
-    return Shapes(
-        unet=architecture.unet,
-        vae=architecture.vae,
-        text_encoders=architecture.text_encoders,
-        vae_bytes=num_bytes(vae),
-        text_bytes=num_bytes(*encoders),
-    )
+        decoder = AutoencoderKL.from_config(dict(vae))
+        encoders = [CLIPTextModel(CLIPTextConfig(**config)) for config in text_encoders]
+    return Shapes(unet, vae, tuple(text_encoders), num_bytes(decoder), num_bytes(*encoders))
 
 
 def shapes_of_base(base: BaseModel) -> Shapes:

@@ -74,8 +74,8 @@ class Setting:
         dtype: The frozen UNet's type.
         bucket: Width and height in pixels of the largest pictures.
         cached_bytes: What latents and text states hold in the memory that is planned.
-        proven_here: Whether the base is loaded once more into this memory, to prove every epoch's file.
-        takes_turns: Whether VAE and text encoders leave this memory while they are not used.
+        on_cpu: Whether all of a run shares the memory that is planned: VAE and text encoders stay in it, and the base
+            is loaded once more to prove every epoch's file. On a device of its own they take turns.
         text_is_live: Whether captions are encoded in every step, too many of them to be kept.
     """
 
@@ -85,8 +85,7 @@ class Setting:
     dtype: torch.dtype
     bucket: tuple[int, int]
     cached_bytes: int = 0
-    proven_here: bool = False
-    takes_turns: bool = False
+    on_cpu: bool = False
     text_is_live: bool = False
 
 
@@ -127,7 +126,7 @@ def need(setting: Setting) -> Need:
     text_is_trained = "text_encoder" in config.lora.targets
     base = MetaBase(shapes, setting.dtype, text_is_trained=text_is_trained)
     in_a_step = shapes.text_bytes * (text_is_trained or setting.text_is_live)
-    weights = num_bytes(base.unet) + (in_a_step if setting.takes_turns else shapes.frozen_bytes)
+    weights = num_bytes(base.unet) + (shapes.frozen_bytes if setting.on_cpu else in_a_step)
     num_parameters = sum(parameter.numel() for parameter in base.unet.parameters())
     paths = find_targets(base.unet, config.lora.targets, base.text_encoders)
     # Where singular vectors start makes no difference to what is held, and meta tensors have none.
@@ -149,9 +148,10 @@ def need(setting: Setting) -> Need:
     # The first of several batches finds no gradients yet, and the others find those of the first.
     gradients = 4 * count * (config.train.gradient_accumulation_steps > 1)
     activations = step.peak_bytes + gradients - 4 * count
-    proof = 4 * num_parameters + shapes.frozen_bytes + _proof_bytes(setting, base, count) if setting.proven_here else 0
-    beside = max(_preview_bytes(setting, base), _encode_bytes(setting), proof)
-    if setting.takes_turns:
+    beside = max(_preview_bytes(setting, base), _encode_bytes(setting))
+    if setting.on_cpu:
+        beside = max(beside, 4 * num_parameters + shapes.frozen_bytes + _proof_bytes(setting, base, count))
+    else:
         drawing = beside + shapes.vae_bytes + shapes.text_bytes * text_is_trained
         beside = max(drawing, shapes.text_bytes) - in_a_step
     largest = max(adapter.layers.values(), key=lambda layer: layer.down.numel() + layer.up.numel())

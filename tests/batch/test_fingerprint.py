@@ -15,7 +15,7 @@ from sdlora.batch import fingerprint
 from sdlora.batch.fingerprint import Fingerprints, base_content
 from sdlora.batch.jobs import Job
 from sdlora.batch.ledger import Record
-from sdlora.batch.supervise import decide
+from sdlora.batch.supervise import _fingerprints, decide
 from sdlora.configfile import parse_config
 
 
@@ -89,3 +89,11 @@ def test_a_large_base_is_sampled_from_end_to_end(tmp_path: Path, where: str) -> 
         numbers[0 if where == "first" else -1] += 1
     save_file({"weight": numbers}, file)
     assert base_content(str(file)) != before
+
+
+def test_a_job_whose_pictures_cannot_be_had_stops_no_other(pictures: Path) -> None:
+    folders = ["memory://there/is/nothing", "builtin:none", "none://is/no/store", str(pictures)]
+    configs = [parse_config({"data": {"folder": folder}}, name="x") for folder in folders]
+    *missing, whole = _fingerprints([Job(str(n), 0, {}, config) for n, config in enumerate(configs)])
+    assert missing == ["no such set"] * 3
+    assert whole == of(pictures)

@@ -98,22 +98,25 @@ def test_an_optimizers_state_is_as_large_as_planned(optimizer: str) -> None:
 
 
 def test_parts_are_the_networks_own_bytes() -> None:
-    found = need(setting())
+    found = need(replace(setting(), on_cpu=True))
     unet = UNet2DConditionModel.from_config(dict(SMALL.unet))
     assert found.parts["weights"] == num_bytes(unet) + 1000
     assert found.parts["adapter"] == 16 * found.trainable_parameters
     assert found.peak_bytes == sum(found.parts.values())
-    assert need(setting(torch.bfloat16)).parts["weights"] == num_bytes(unet) // 2 + 1000
+    half = replace(setting(torch.bfloat16), on_cpu=True)
+    assert need(half).parts["weights"] == num_bytes(unet) // 2 + 1000
     assert need(setting(ema_decay=0.9)).parts["adapter"] == 20 * found.trainable_parameters
 
 
 def test_networks_that_take_turns_count_where_they_are() -> None:
     unet = num_bytes(UNet2DConditionModel.from_config(dict(SMALL.unet)))
-    turns = replace(setting(), takes_turns=True)
+    turns = setting()
     assert need(turns).parts["weights"] == unet
+    assert need(turns).parts["previews"] == 0
     assert need(replace(turns, text_is_live=True)).parts["weights"] == unet + 600
     assert need(replace(turns, config=config_of_text())).parts["weights"] == unet + 600
-    assert need(setting()).peak_bytes - need(turns).peak_bytes == 1000
+    together = need(replace(turns, on_cpu=True))
+    assert together.peak_bytes - together.parts["previews"] - need(turns).peak_bytes == 1000
     # As large as nothing else in the run: then the larger one alone decides, whether text is kept or not.
     for vae, text in ((10**9, 3 * 10**9), (3 * 10**9, 10**9)):
         large = replace(turns, shapes=replace(SMALL, vae_bytes=vae, text_bytes=text))
