@@ -1,10 +1,11 @@
 """What a whole training loop costs: sdlora's against the diffusers script's as its users run it, and PEFT with caches.
 
-    python tests/benchmarks/loop.py [--base FOLDER] [--precision bf16] [--steps 5] [--json]
+    python tests/benchmarks/loop.py [--base FOLDER | --full-size] [--precision bf16] [--steps 5] [--json]
 
 The three take turns, step by step, in one process, on the same pictures and the same base: by default one of 27 million
-random weights. (a) is the loop of diffusers' `train_text_to_image_lora.py`: PEFT, VAE and text encoder in every step,
-autocast. (b) is the same with latents and text states computed before. sdlora's own caching is timed apart.
+random weights, with --full-size one of Stable Diffusion 1.5's shapes. (a) is the loop of diffusers'
+`train_text_to_image_lora.py`: PEFT, VAE and text encoder in every step, autocast. (b) is the same with latents and text
+states computed before. sdlora's own caching is timed apart.
 """
 
 from __future__ import annotations
@@ -21,17 +22,20 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from memory import make_base
 from peft import LoraConfig
 from PIL import Image
 from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdlora.configfile import parse_config
 from sdlora.data.images import to_tensor
 from sdlora.events import StepDone
 from sdlora.lora.targets import find_targets
+from sdlora.models.architectures import ARCHITECTURES
 from sdlora.parts import prepare
+from sdlora.pocket.architecture import build_scheduler, build_tokenizer
 from sdlora.runfolder import RunFolder
 
 TARGETS = ("cross_attention", "self_attention")
@@ -107,6 +111,22 @@ def own_steps(base: str, folder: Path, work: Path, precision: str, edge: int) ->
     return seconds, (event for event in parts.trainer.events() if isinstance(event, StepDone))
 
 
+def make_full_size(folder: Path) -> None:
+    """Write a base of random weights in the shapes of Stable Diffusion 1.5, all networks in bfloat16."""
+    architecture = ARCHITECTURES["sd1"]
+    tokenizer = build_tokenizer(folder / "tokenizer")
+    ends = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    networks: dict[str, nn.Module] = {
+        "vae": AutoencoderKL.from_config(dict(architecture.vae)),
+        "text_encoder": CLIPTextModel(CLIPTextConfig(**architecture.text_encoders[0] | ends)),
+        "unet": UNet2DConditionModel.from_config(dict(architecture.unet)),
+    }
+    StableDiffusionPipeline(
+        **{name: network.to(torch.bfloat16) for name, network in networks.items()}, tokenizer=tokenizer,
+        safety_checker=None, scheduler=build_scheduler(), feature_extractor=None, requires_safety_checker=False,
+    ).save_pretrained(folder)  # fmt: skip
+
+
 def measure(base: str, work: Path, precision: str, steps: int, edge: int) -> dict[str, list[float]]:
     """Seconds of every step of each loop, in turns; the first turn is left out."""
     folder = work / "set"
@@ -135,6 +155,7 @@ def main() -> None:
     """Measure and tell."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--base", help="A folder in diffusers' layout; one of random weights is made if left out.")
+    parser.add_argument("--full-size", action="store_true", help="take a base of Stable Diffusion 1.5's shapes")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
     parser.add_argument("--edge", type=int, default=256, help="the pictures' edge in pixels")
     parser.add_argument("--steps", type=int, default=5)
@@ -145,7 +166,7 @@ def main() -> None:
         base = asked.base
         if base is None:
             base = str(work / "base")
-            make_base(work / "base")
+            (make_full_size if asked.full_size else make_base)(work / "base")
         found = measure(base, work, asked.precision, asked.steps, asked.edge)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     if asked.json:
