@@ -154,10 +154,8 @@ class Timer:
         """Seconds to the end of the run, previews included; None until a step was timed."""
         if self._plan is None or not self._steps:
             return None
-        steps, closing = (
-            (self._plan.steps - self._step) * _usual(self._steps, _PAUSED_STEP),
-            self.closing_seconds or 0.0,
-        )
+        steps = (self._plan.steps - self._step) * _usual(self._steps, _PAUSED_STEP)
+        closing = self.closing_seconds or 0.0
         if self._closing_since is None:
             return steps + (self._plan.epochs - self._epoch + 1) * closing
         left = max(0.0, closing - (self._last - self._closing_since))

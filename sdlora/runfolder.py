@@ -195,15 +195,18 @@ class Recorder:
             _append(self.folder.metrics, json.dumps(event.to_json(), ensure_ascii=False))
         elif not isinstance(event, Progress):
             self.log(event.message if isinstance(event, Notice) else json.dumps(event.to_json(), ensure_ascii=False))
-        state.update(eta_seconds=self._timer.eta_seconds, closing_seconds=self._timer.closing_seconds)
-        self._write_state(force=not isinstance(event, (Progress, StepDone)))
+        seldom = not isinstance(event, (Progress, StepDone))
+        if seldom or time.monotonic() - self._written > _STATE_EVERY_SECONDS:
+            state.update(eta_seconds=self._timer.eta_seconds, closing_seconds=self._timer.closing_seconds)
+            self._write_state()
 
     def finish(self, status: str, error: str | None = None) -> None:
         """Say how the run ended: "done", "stopped" or "failed"."""
         self._state.update(status=status, error=error, eta_seconds=0.0 if status == "done" else None)
-        # A full disk that ends a run may leave no room to write that down; the caller raises the error itself.
+        # What ended a run, a full disk or a folder that is gone, may keep this from being written down as well; the
+        # caller raises the error itself.
         with suppress(DiskFullError, OSError) if status == "failed" else nullcontext():
-            self._write_state(force=True)
+            self._write_state()
             if error:
                 self.log(f"{status}: {error}")
 
@@ -220,11 +223,9 @@ class Recorder:
         if self.folder.metrics.exists():
             os.truncate(self.folder.metrics, num_bytes)
 
-    def _write_state(self, *, force: bool) -> None:
-        now = time.monotonic()
-        if force or now - self._written > _STATE_EVERY_SECONDS:
-            write_json(self.folder.state, self._state)
-            self._written = now
+    def _write_state(self) -> None:
+        write_json(self.folder.state, self._state)
+        self._written = time.monotonic()
 
 
 def _closing_seconds(state: Path) -> float | None:

@@ -15,19 +15,8 @@ from .runs import read_run
 from .status import Status
 
 SLOTS = (
-    "strip",
-    "queue",
-    "status",
-    "charts",
-    "grid",
-    "banner",
-    "pairs",
-    "signs",
-    "result",
-    "cards",
-    "caption",
-    "publish",
-)
+    "strip", "queue", "status", "charts", "grid", "banner", "pairs", "signs", "result", "cards", "caption", "publish",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
