@@ -165,6 +165,7 @@ def test_a_run_killed_anywhere_ends_in_the_same_bytes_here_and_there(
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(3600)
 def test_a_run_killed_anywhere_ends_in_the_same_bytes(
     scene: Scene, whole: Whole, tmp_path: Path, figure: Figure

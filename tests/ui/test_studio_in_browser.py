@@ -122,7 +122,8 @@ def test_from_pictures_to_a_lora(browser: Any, tmp_path: Path) -> None:
         file = tmp_path / "quick.toml"
         file.write_text(QUICK.format(folder=folder, cache=tmp_path / "cache"), encoding="utf-8")
         load_settings(page, file)
-        assert "22 pictures" in page.inner_text("#plan") and "18 times" in page.inner_text("#plan")
+        page.locator("#plan", has_text="18 times").wait_for()
+        assert "22 pictures" in page.inner_text("#plan")
         page.dblclick("#start")
         page.locator("#status h2", has_text="zumi").wait_for()
         page.locator("#grid", has_text="base").locator(".tile").first.wait_for()
