@@ -126,7 +126,7 @@ def copy_figures(checks: Checks) -> str:
             ],
             epochs, "share of previews",
             "How many previews are more like a training picture than chance explains, and how many are so at least, "
-            f"with a confidence of {CONFIDENCE:.0%}. Where that is above {ALPHA:.0%}, an epoch is called copying.",
+            f"with a confidence of {CONFIDENCE:.1%}. Where that is above {ALPHA:.0%}, an epoch is called copying.",
         ),
         _figure(
             "The most alike preview", _likeness(found, best=True), epochs, "likeness (1 is a copy)",

@@ -27,6 +27,7 @@ from sdlora.seeds import derive
 NUM_TRAINING, NUM_HOLDOUT = sets.NUM_TRAINING, sets.NUM_HOLDOUT
 FEW = "few"  # beside each set, one of its first pictures alone, which are soon known by heart
 NUM_FEW = 4
+OTHER_SCENES = "other_scenes"  # and one of the held-out pictures that repeat no scene of those
 # Every place, size, position and pose comes equally often in a set that starts at a multiple of this.
 ROUND = 120
 
@@ -61,16 +62,31 @@ class Concept:
             index += 1
         return found
 
+    def other_scenes(self) -> list[int]:
+        """The held-out pictures that share neither place (or object) and side, mirrored or not, with the first few."""
+        known = {scene_words(self.draw(index, 0)[1]) for index in range(NUM_FEW)}
+        heldout = range(NUM_TRAINING, NUM_TRAINING + NUM_HOLDOUT)
+        return [index for index in heldout if scene_words(self.draw(index, 0)[1]) not in known]
+
     def write(self, folder: Path) -> None:
-        """Write pictures and captions, the held-out ones in `holdout`, the first ones in `few` as well."""
+        """Write pictures and captions: the held-out ones in `holdout`, the first ones in `few` as well."""
+        other = self.other_scenes()
         for index in range(NUM_TRAINING + NUM_HOLDOUT):
             parts = [folder if index < NUM_TRAINING else folder / "holdout"]
             parts += [folder / FEW] if index < NUM_FEW else []
+            parts += [folder / OTHER_SCENES] if index in other else []
             picture, caption = self.draw(index, 0)
             for part in parts:
                 part.mkdir(parents=True, exist_ok=True)
                 picture.save(part / f"{self.name}_{index:02d}.png")
                 (part / f"{self.name}_{index:02d}.txt").write_text(caption + "\n", encoding="utf-8")
+
+
+def scene_words(caption: str) -> str:
+    """A caption without size and pose, its left and its right the same: what a copy shares with its picture."""
+    passing = {"a", *world.SIZES, *(pose.words for pose in sets.POSES)}
+    words = [word for word in caption.split() if word not in passing]
+    return " ".join(words).replace("on the left", "at the side").replace("on the right", "at the side")
 
 
 # --- Creatures -----------------------------------------------------------------------------------------------------

@@ -3,8 +3,9 @@
 Part "oracle" examines the oracle (`copy_oracle.py`), which knows the world and not the check. Part "onset" over-trains
 on four pictures on purpose; the oracle says how many pictures really are copies after each epoch, and the judge
 (`classifier.py`) how many show the concept. The last adapter is then checked against held-out pictures, which it cannot
-have copied. Part "tenth" trains the same at a tenth of the rate, part "many" on all 24 pictures for as many steps.
-Everything is the product's own: `sdlora.run`, its previews, its check, its choice of an epoch.
+have copied: in the previews of its own run, and asked for the held-out captions. Part "tenth" trains the same at a
+tenth of the rate, part "many" on all 24 pictures for as many steps. Everything is the product's own: `sdlora.run`, its
+previews and its scores; the report asks it for verdicts and for its choice of an epoch.
 
     python tests/benchmarks/copy_onset.py results.jsonl --judge judge.pt --oracle oracle.pt --json
     python tests/benchmarks/copy_onset.py --report results.jsonl --page docs/copy-check.md
@@ -28,7 +29,7 @@ from typing import Any
 import copy_onset_report
 from classifier import ALL_KINDS, Judge, look
 from classifier import load_or_train as load_judge
-from concepts import ALL_CONCEPTS, FEW, NUM_FEW, NUM_TRAINING, Concept
+from concepts import ALL_CONCEPTS, FEW, NUM_FEW, NUM_TRAINING, OTHER_SCENES, Concept
 from copy_oracle import Oracle, Witness, examine
 from copy_oracle import load_or_train as load_oracle
 from generate import GUIDANCE, draw, load_pipeline
@@ -40,10 +41,11 @@ from sdlora import parts, run
 from sdlora.adapters import make_adapter
 from sdlora.checkfile import check_file
 from sdlora.config import RunConfig
-from sdlora.events import EpochDone, Exported
+from sdlora.events import EpochDone
 from sdlora.lora.formats import read_file
 from sdlora.lora.targets import find_targets
 from sdlora.pocket.pen import SIZE_PX
+from sdlora.preview.checker import Checker
 from sdlora.preview.signals import Signal
 from sdlora.shipped import pocket_folder
 
@@ -113,7 +115,7 @@ class Bench:
             return {"copies": examine(self.oracle, load_pipeline(self.base), concept)}
         over_trained = cell["part"] == "onset"
         output = self.folder / "runs" / f"{concept.name}_{cell['seed']}_{cell['part']}"
-        epochs, recommended = self._train(cell, output)
+        epochs = self._train(cell, output)
         indices = range(NUM_TRAINING if cell["part"] == "many" else NUM_FEW)
         witness = Witness(self.oracle, concept, indices)
         for row in epochs:
@@ -121,41 +123,34 @@ class Bench:
             # Controls are looked at once, at their end, to be sure that there is nothing to be found.
             if over_trained or row["epoch"] == self.scale.epochs:
                 row |= self._truth(concept, witness, output, row["epoch"])
-        figures: dict[str, Any] = {"epochs": epochs, "recommended": recommended}
+        figures: dict[str, Any] = {"epochs": epochs}
         if over_trained:
+            figures["own_previews_check"] = self.own_previews_against_heldout(cell, output)
             figures["heldout_check"] = self._against_heldout(cell, output)
         if not self.keep:
             shutil.rmtree(output)
         return figures
 
-    def _train(self, cell: Cell, output: Path) -> tuple[list[dict[str, Any]], int]:
-        """Run the product; the losses of every epoch, and the epoch that it recommends. A kept run is not run again."""
+    def _train(self, cell: Cell, output: Path) -> list[dict[str, Any]]:
+        """Run the product; the losses of every epoch. A kept run is not run again."""
         kept = output / "trained.json"
         if kept.exists():
             if self.recheck:
                 self._check_again(self._config(cell), output)
-            rows, recommended = json.loads(kept.read_text(encoding="utf-8"))
-            return rows, recommended
+            return list(json.loads(kept.read_text(encoding="utf-8")))
         shutil.rmtree(output, ignore_errors=True)
-        rows, recommended = [], 0
+        rows = []
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             for event in run.start(self._config(cell), output):
                 if isinstance(event, EpochDone) and event.epoch > 0:
                     losses = {"train_loss": event.train_loss, "heldout_loss": event.heldout_loss}
                     rows.append({"epoch": event.epoch, **losses})
-                elif isinstance(event, Exported):
-                    recommended = event.epoch
-        kept.write_text(json.dumps([rows, recommended]), encoding="utf-8")
-        return rows, recommended
+        kept.write_text(json.dumps(rows), encoding="utf-8")
+        return rows
 
     def _check_again(self, config: RunConfig, output: Path) -> None:
-        loaded = parts.load(config)
-        base = loaded.base
-        adapter = make_adapter(config, base, find_targets(base.unet, config.lora.targets, base.text_encoders))
-        request = parts.preview_request(config, loaded.dataset)
-        checker = parts.make_checker(config, loaded, adapter, request, None)
-        deque(checker.prepare(config.data.background), maxlen=0)
+        checker = _checker(config, config)
         for folder in sorted((output / "epochs").iterdir()):
             before = json.loads((folder / "copycheck.json").read_text(encoding="utf-8"))["signals"]
             signals = [
@@ -165,7 +160,7 @@ class Bench:
 
     def _config(self, cell: Cell) -> RunConfig:
         scale, concept = self.scale, ALL_CONCEPTS[cell["concept"]]
-        if not (self.folder / concept.name).exists():
+        if not (self.folder / concept.name / OTHER_SCENES).exists():
             concept.write(self.folder / concept.name)
         many = cell["part"] == "many"
         return make_config(str(self.base), self.folder, concept.name, cell["seed"], {
@@ -211,24 +206,44 @@ class Bench:
             "preview_copies": copies[2 * half :],
         }
 
-    def _against_heldout(self, cell: Cell, output: Path) -> dict[str, Any]:
-        """What `sdlora check` says of the last adapter and pictures that were never trained on."""
+    def _untrained(self, cell: Cell, part: str) -> RunConfig:
+        """A run's settings, but with pictures that were never trained on, in a subfolder of its concept."""
         config = self._config(cell)
-        untrained = str(self.folder / cell["concept"] / "holdout")
-        data = config.data.model_copy(update={"folder": untrained, "holdout": None, "holdout_split": False})
+        folder = str(self.folder / cell["concept"] / part)
+        data = config.data.model_copy(update={"folder": folder, "holdout": None, "holdout_split": False})
+        return config.model_copy(update={"data": data})
+
+    def own_previews_against_heldout(self, cell: Cell, output: Path) -> dict[str, Any]:
+        """The last epoch's previews, compared with pictures whose scenes were never trained."""
+        target = output / "own_previews_check"
+        previews = output / "epochs" / str(self.scale.epochs) / "previews"
+        shutil.copytree(previews, target / "previews", dirs_exist_ok=True)
+        _checker(self._config(cell), self._untrained(cell, OTHER_SCENES)).compare(target, [])
+        return read_check(target)
+
+    def _against_heldout(self, cell: Cell, output: Path) -> dict[str, Any]:
+        """What `sdlora check` says of the last adapter and all held-out pictures, drawing their captions."""
         file = read_file(next((output / "epochs" / str(self.scale.epochs)).glob("*.safetensors")))
         target = output / "heldout_check"
-        deque(check_file(file, config.model_copy(update={"data": data}), target), maxlen=0)
+        deque(check_file(file, self._untrained(cell, "holdout"), target), maxlen=0)
         return read_check(target)
 
 
+def _checker(drawn: RunConfig, compared: RunConfig) -> Checker:
+    """What compares the previews of one run's settings with the pictures of another's."""
+    loaded = parts.load(compared)
+    base = loaded.base
+    adapter = make_adapter(compared, base, find_targets(base.unet, compared.lora.targets, base.text_encoders))
+    request = parts.preview_request(drawn, parts.load(drawn).dataset)
+    checker = parts.make_checker(compared, loaded, adapter, request, None)
+    deque(checker.prepare(compared.data.background), maxlen=0)
+    return checker
+
+
 def read_check(folder: Path) -> dict[str, Any]:
-    """What of a folder's copycheck.json is worth keeping."""
+    """What of a folder's copycheck.json a verdict follows from, see `copy_onset_report.judged`."""
     found = json.loads((folder / "copycheck.json").read_text(encoding="utf-8"))
     return {
-        "verdict": found["verdict"],
-        "share": found["share"],
-        "share_lower_bound": round(found["share_lower_bound"], 4),
         "previews": [
             [preview["kind"], preview["hp_ms"], preview["phash"], round(preview["p_value"], 4)]
             for preview in found["previews"]

@@ -12,14 +12,21 @@ from generate import wilson
 from results import read
 from timesteps_report import between
 
+from sdlora.preview.copycheck import ALPHA, EpochCheck, Match, judge, recommend
+from sdlora.preview.signals import Signal
+
 Rows = list[dict[str, Any]]
 ONSET_SHARE = 0.05  # copying has begun where the true copy rate is above this, by the lower end of its interval
 NEVER = "never"
+CONTROLS = {
+    "own_previews_check": "the over-trained run's previews against held-out pictures of other scenes",
+    "heldout_check": "its file against all held-out pictures, drawing their captions",
+}
 
 
 def write(results: Path, page: Path) -> None:
     """Fill the tables of a page."""
-    rows = read(results)
+    rows = [judged(row) for row in read(results)]
     tables: dict[str, Callable[[Rows], list[str]]] = {
         "oracle": oracle_table, "onset": onset_table, "silence": silence_table, "chosen": chosen_table,
     }  # fmt: skip
@@ -27,6 +34,29 @@ def write(results: Path, page: Path) -> None:
     for name, make in tables.items():
         text = between(text, name, "\n".join(make(rows)))
     page.write_text(text, encoding="utf-8")
+
+
+def judged(row: dict[str, Any]) -> dict[str, Any]:
+    """A cell with what the product says of its scores: each check's verdict and, of a run, the recommended epoch."""
+    checks = {epoch["epoch"]: _check(epoch["check"]) for epoch in row.get("epochs", ())}
+    told = {name: row[name] | _told(_check(row[name])) for name in CONTROLS if name in row}
+    if not checks:
+        return row | told
+    epochs = [epoch | {"check": epoch["check"] | _told(checks[epoch["epoch"]])} for epoch in row["epochs"]]
+    losses = {epoch["epoch"]: epoch["heldout_loss"] for epoch in epochs}
+    return row | told | {"epochs": epochs, "recommended": recommend(checks, losses, max(losses))[0]}
+
+
+def _check(kept: dict[str, Any]) -> EpochCheck:
+    matches = [
+        Match("", kind, 0, "", hp_ms, phash, chance, chance <= ALPHA, "")
+        for kind, hp_ms, phash, chance in kept["previews"]
+    ]
+    return judge(matches, [Signal(name, None, 0.0, "") for name in kept["outside"]])
+
+
+def _told(check: EpochCheck) -> dict[str, Any]:
+    return {"verdict": check.verdict, "significant": sum(match.significant for match in check.previews)}
 
 
 def _part(rows: Rows, part: str) -> Rows:
@@ -98,8 +128,7 @@ def onset_table(rows: Rows) -> list[str]:
         cells = []
         for epoch in run["epochs"]:
             copies, count = true_copies(epoch)
-            significant = round(epoch["check"]["share"] * len(epoch["check"]["previews"]))
-            cells.append(f"{copies}/{count}, {significant} {epoch['check']['verdict']}")
+            cells.append(f"{copies}/{count}, {epoch['check']['significant']} {epoch['check']['verdict']}")
         name = f"{run['cell']['concept']} {run['cell']['seed']}"
         body.append([name, *cells, str(true or NEVER), str(said or NEVER)])
     epochs = len(found[0]["epochs"]) if found else 0
@@ -125,9 +154,10 @@ def silence_table(rows: Rows) -> list[str]:
             verdicts = [[epoch["check"]["verdict"] for epoch in run["epochs"]] for run in runs]
             true = [true_copies(run["epochs"][-1]) for run in runs]
             body.append([words, *_called(verdicts), _share(sum(c for c, _ in true), sum(n for _, n in true))])
-    checks = [[run["heldout_check"]["verdict"]] for run in _part(rows, "onset") if run.get("heldout_check")]
-    if checks:
-        body.append(["the over-trained file against held-out pictures", *_called(checks), ""])
+    for name, words in CONTROLS.items():
+        checks = [[run[name]["verdict"]] for run in _part(rows, "onset") if name in run]
+        if checks:
+            body.append([words, *_called(checks), ""])
     return _table(["Control", "Runs", "called copying", "at most watch", "true copies at the end"], body)
 
 

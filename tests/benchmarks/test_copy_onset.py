@@ -46,6 +46,13 @@ def test_there_are_six_concepts() -> None:
     assert len(firsts) == 6
 
 
+def test_held_out_pictures_of_other_scenes_repeat_none() -> None:
+    # By hand, from the captions: snow at the side and forest at the side were trained; the sea was at a side.
+    assert ALL_CONCEPTS["tavi"].other_scenes() == [25, 26, 27, 28, 30, 31]
+    # A heart on the right was trained, a key in the middle was: the key on the right is another picture.
+    assert ALL_CONCEPTS["blueprint"].other_scenes() == [24, 25, 26, 28, 29, 30, 31]
+
+
 def test_the_larger_judge_learns_all_concepts() -> None:
     kinds = [ALL_KINDS[classifier.sample(seed, ALL_KINDS)[1][0]] for seed in range(300)]
     assert set(kinds) == set(ALL_KINDS)
@@ -118,49 +125,63 @@ def test_the_oracle_tells_copies_from_fresh_renders(tmp_path: Path) -> None:
 # --- The report ----------------------------------------------------------------------------------------------------
 
 
-def _epoch(number: int, copies: int, verdict: str, loss: float, accepted: int = 10) -> dict[str, Any]:
-    check = {"verdict": verdict, "share": 0.25 * (verdict == "copying"), "previews": [["novel", 0.5, 0.6, 0.3]] * 12}
-    return {"epoch": number, "train_loss": loss, "check": check, "accepted": [accepted, 18],
-            "copies": {"training": [copies, 18], "novel": [0, 18]}}  # fmt: skip
+def _check(significant: int) -> dict[str, Any]:
+    previews = [["novel", 0.5, 0.6, 0.03 if index < significant else 0.04] for index in range(12)]
+    return {"previews": previews, "outside": []}
+
+
+def _epoch(number: int, copies: int, significant: int, loss: float, accepted: int = 10) -> dict[str, Any]:
+    return {"epoch": number, "train_loss": loss, "heldout_loss": 1 - loss, "check": _check(significant),
+            "accepted": [accepted, 18], "copies": {"training": [copies, 18], "novel": [0, 18]}}  # fmt: skip
 
 
 def _rows() -> list[dict[str, Any]]:
     """Three over-trained runs (found at once, one epoch late, missed) and two controls, one of them called copying."""
-    shapes = {"zumi": ("clean", "copying", "copying"), "kolo": ("clean", "watch", "copying"), "tavi": ("clean",) * 3}
+    shapes = {"zumi": (0, 4, 4), "kolo": (0, 3, 5), "tavi": (0, 0, 0)}
     rows: list[dict[str, Any]] = []
-    for concept, verdicts in shapes.items():
+    for concept, counts in shapes.items():
         epochs = [
-            _epoch(n + 1, copies, verdict, 0.3 - 0.1 * n, 4 + 4 * n)
-            for n, (copies, verdict) in enumerate(zip((2, 9, 18), verdicts, strict=True))
+            _epoch(n + 1, copies, significant, 0.3 - 0.1 * n, 4 + 4 * n)
+            for n, (copies, significant) in enumerate(zip((2, 9, 18), counts, strict=True))
         ]
-        rows.append({"cell": {"part": "onset", "concept": concept, "seed": 0}, "epochs": epochs, "recommended": 1,
-                     "heldout_check": {"verdict": "watch" if concept == "tavi" else "clean"}})  # fmt: skip
-    for concept, verdict in (("zumi", "clean"), ("kolo", "copying")):
-        epochs = [_epoch(1, 0, verdict, 0.3), _epoch(2, 0, "clean", 0.2)]
-        rows.append({"cell": {"part": "many", "concept": concept, "seed": 0}, "epochs": epochs, "recommended": 2})
+        rows.append({"cell": {"part": "onset", "concept": concept, "seed": 0}, "epochs": epochs,
+                     "own_previews_check": _check(0), "heldout_check": _check(int(concept == "tavi"))})  # fmt: skip
+    for concept, significant in (("zumi", 0), ("kolo", 4)):
+        epochs = [_epoch(1, 0, significant, 0.3), _epoch(2, 0, 0, 0.2)]
+        rows.append({"cell": {"part": "many", "concept": concept, "seed": 0}, "epochs": epochs})
     rows.append({"cell": {"part": "oracle", "concept": "zumi", "seed": 0}, "copies": {"fresh": [1, 20]}})
     rows.append({"cell": {"part": "oracle", "concept": "kolo", "seed": 0}, "copies": {"fresh": [0, 20]}})
-    return rows
+    return [copy_onset_report.judged(row) for row in rows]
+
+
+def test_verdicts_and_the_recommended_epoch_are_the_products() -> None:
+    zumi, kolo, tavi = _rows()[:3]
+    assert [epoch["check"]["verdict"] for epoch in zumi["epochs"]] == ["clean", "copying", "copying"]
+    assert [epoch["check"]["verdict"] for epoch in kolo["epochs"]] == ["clean", "watch", "copying"]
+    # The held-out losses rise, so the first epoch is best wherever it does not copy.
+    assert [run["recommended"] for run in (zumi, kolo, tavi)] == [1, 1, 1]
+    assert tavi["heldout_check"]["verdict"] == "watch"
 
 
 def test_onset_is_where_the_lower_bound_passes_five_percent() -> None:
     # 4 of 36: 0.044 by Wilson; 5 of 36: 0.061.
     for copies, expected in ((4, None), (5, 1)):
-        assert copy_onset_report.onset({"epochs": [_epoch(1, copies, "clean", 0.1)]}) == expected
+        assert copy_onset_report.onset({"epochs": [_epoch(1, copies, 0, 0.1)]}) == expected
 
 
 def test_gaps_and_misses_are_counted() -> None:
     lines = copy_onset_report.onset_table(_rows())
     assert [line.split(" | ")[-2:] for line in lines[2:5]] == [["2", "2 |"], ["2", "3 |"], ["2", "never |"]]
-    assert "9/36, 3 copying" in lines[2] and "2/36, 0 clean" in lines[2]
+    assert "9/36, 4 copying" in lines[2] and "2/36, 0 clean" in lines[2]
     assert lines[-1].startswith("Detected minus true onset, over 2 runs that have both: median +0.5")
     assert lines[-1].endswith("Missed: 1 of 3 runs.")
 
 
 def test_controls_are_counted_by_run() -> None:
-    many, heldout = copy_onset_report.silence_table(_rows())[2:]
+    many, own, heldout = copy_onset_report.silence_table(_rows())[2:]
     assert many == "| 24 pictures, as many steps | 2 | 1 | 0 | 0% (0 to 5) |"
-    assert heldout == "| the over-trained file against held-out pictures | 3 | 0 | 1 |  |"
+    assert own == f"| {copy_onset_report.CONTROLS['own_previews_check']} | 3 | 0 | 0 |  |"
+    assert heldout == f"| {copy_onset_report.CONTROLS['heldout_check']} | 3 | 0 | 1 |  |"
 
 
 def test_choices_are_compared_by_fidelity_and_copies() -> None:
@@ -204,12 +225,13 @@ def test_a_small_over_trained_run(bench: copy_onset.Bench) -> None:
     cell = {"part": "onset", "concept": "tavi", "seed": 0}
     found = bench.measure(cell)
     assert [epoch["epoch"] for epoch in found["epochs"]] == [1, 2]
-    assert found["recommended"] in (1, 2)
+    assert copy_onset_report.judged({"cell": cell, **found})["recommended"] in (1, 2)
     for epoch in found["epochs"]:
         assert math.isfinite(epoch["train_loss"]) and math.isfinite(epoch["heldout_loss"])
         assert {kind: count for kind, (_, count) in epoch["copies"].items()} == {"training": 8, "novel": 8}
         assert len(epoch["check"]["previews"]) == len(epoch["preview_copies"]) == 12
-    assert found["heldout_check"]["verdict"] in ("clean", "watch", "copying")
+    for control in copy_onset_report.CONTROLS:
+        assert len(found[control]["previews"]) == 12
     # A kept run is looked at again, not trained again.
     kept = bench.folder / "runs" / "tavi_0_onset" / "metrics.jsonl"
     written = kept.stat().st_mtime_ns
