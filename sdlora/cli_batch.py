@@ -12,10 +12,8 @@ from typing import Annotated, Any, Literal
 import typer
 from rich.console import Console
 
-from sdlora.errors import OutputError
 from sdlora.quiet import quiet_libraries
 from sdlora.stopping import exit_code_of, stop_signals
-from sdlora.stores import is_url
 
 EXIT_NOT_ALL_DONE = 8
 
@@ -25,7 +23,9 @@ batch_app = typer.Typer()
 @batch_app.command()
 def batch(
     jobs: Annotated[Path, typer.Argument(metavar="JOBS.toml", help="The file of jobs; see docs/scaling.md.")],
-    output: Annotated[str | None, typer.Option(help="The batch's folder; runs/NAME of the file by default.")] = None,
+    output: Annotated[
+        str | None, typer.Option(help="The batch's folder or URL; runs/NAME of the file by default.")
+    ] = None,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Try one step of every job and tell what the batch would take.")
     ] = False,
@@ -42,35 +42,34 @@ def batch(
     json_: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on stdout.")] = False,
 ) -> None:
     """Train many LoRAs; the same command again goes on with what is not done."""
-    if output and is_url(output):
-        raise OutputError("A batch's --output is a folder; only `sdlora train` writes to a URL. Mount the store.")
     from sdlora.batch.jobs import read_jobs
 
     planned = read_jobs(jobs)
     from sdlora.batch.engine import Engine, LocalEngine, environments
+    from sdlora.batch.place import Place
     from sdlora.batch.supervise import run_batch
     from sdlora.batch.table import BatchTable
     from sdlora.progress import JsonLines
 
-    folder = Path(output or Path("runs") / jobs.stem)
+    place = Place(output or str(Path("runs") / jobs.stem))
     console = Console(stderr=True, highlight=False)
     if dry_run:
         quiet_libraries()
         from sdlora.batch.forecast import tell_forecast
 
-        tell_forecast(planned, folder, json_=json_)
+        tell_forecast(planned, place.folder, json_=json_)
         return
     view = JsonLines(sys.stdout) if json_ else BatchTable(console)
     carrier: Engine
     if engine == "ray":
         from sdlora.batch.rayengine import RayEngine
 
-        carrier = RayEngine(folder, address, gpus)
+        carrier = RayEngine(place, address, gpus)
     else:
-        carrier = LocalEngine(folder / "workers", environments())
+        carrier = LocalEngine(place.folder / "workers", environments())
     standing: dict[str, Any] = {}
     with stop_signals(lambda text: _say(console, text)) as stop_signal, view:
-        messages = run_batch(planned, folder, carrier, retry=retry, should_stop=lambda: stop_signal() is not None)
+        messages = run_batch(planned, place, carrier, retry=retry, should_stop=lambda: stop_signal() is not None)
         for message in messages:
             view.show(message)
             standing = message

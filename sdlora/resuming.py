@@ -6,6 +6,9 @@ Floor 7, used by `run`.
 from __future__ import annotations
 
 import re
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from sdlora.config import RunConfig
@@ -14,6 +17,8 @@ from sdlora.errors import ConfigError, DataError, OutputError
 from sdlora.parts import Parts
 from sdlora.preview.copycheck import EpochCheck
 from sdlora.runfolder import RunFolder
+from sdlora.training.checkpoint import load_checkpoint
+from sdlora.training.loop import Trainer
 
 
 def pinned(config: RunConfig, revision: str | None) -> RunConfig:
@@ -108,3 +113,27 @@ def check_same_content(extra: dict[str, Any], parts: Parts) -> None:
     _check_same_base(extra.get("base"), parts)
     _check_same_pictures(extra["pictures"], pictures_of(parts))
     _check_base_was_judged(parts)
+
+
+def load_newest(checkpoints: Sequence[Path], trainer: Trainer) -> dict[str, Any] | None:
+    """Put a trainer back to where the main process's newest checkpoint was written, in every process alike.
+
+    Args:
+        checkpoints: The main process's, oldest first; nothing in the others, to which it is sent if any of them, on
+            another machine, does not see the folder.
+        trainer: Of this process.
+
+    Returns:
+        What the run had kept in the checkpoint; None if there is none.
+    """
+    processes = trainer.processes
+    newest = processes.agree(list(checkpoints[-1:]))
+    if not newest:
+        return None
+    if not processes.any(not newest[0].is_dir()):
+        return load_checkpoint(newest[0], trainer)
+    files = {file.name: file.read_bytes() for file in newest[0].iterdir()} if processes.is_main else {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in processes.agree(files).items():
+            (Path(folder) / name).write_bytes(content)
+        return load_checkpoint(Path(folder), trainer)

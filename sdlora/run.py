@@ -44,10 +44,10 @@ from sdlora.preview.report import Report, write_report
 from sdlora.preview.sampler import PreviewRequest, draw_epoch
 from sdlora.preview.sheet import contact_sheet
 from sdlora.processes import Processes, join
-from sdlora.resuming import as_pinned, check_same, check_same_content, pictures_of, pinned
+from sdlora.resuming import as_pinned, check_same, check_same_content, load_newest, pictures_of, pinned
 from sdlora.room import check_room
 from sdlora.runfolder import Recorder, RunFolder
-from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint, tidy_checkpoints
+from sdlora.training.checkpoint import complete_checkpoints, save_checkpoint, tidy_checkpoints
 
 
 class Stopped(Exception):
@@ -170,10 +170,8 @@ def _events(
     parts.base.set_aside()
     processes.agree("the cache is filled")
     losses: dict[int, float] = {}
-    checkpoints = complete_checkpoints(folder.checkpoints) if resume else []
-    processes.agree(checkpoints[-1:])
-    if checkpoints:
-        extra = load_checkpoint(checkpoints[-1], trainer)
+    extra = load_newest(complete_checkpoints(folder.checkpoints) if resume else [], trainer)
+    if extra is not None:
         check_same_content(extra, parts)
         recorder.cut_metrics(extra["metrics_bytes"])
         losses = {int(epoch): loss for epoch, loss in extra["heldout_losses"].items()}
@@ -238,8 +236,7 @@ def _follow(config: RunConfig, folder: RunFolder, should_stop: Callable[[], bool
         for _ in _fill_training(parts):
             pass  # from the disk, where the main process has just put it
         parts.base.set_aside()
-        for checkpoint in processes.agree(list[Path]()):
-            load_checkpoint(checkpoint, parts.trainer)
+        load_newest([], parts.trainer)
         processes.agree("")
         for event in parts.trainer.events(should_stop):
             if isinstance(event, EpochDone) and processes.agree(False):

@@ -22,6 +22,7 @@ from platformdirs import user_cache_dir
 from sdlora.errors import ConfigError, DataError, OutputError, SdloraError, StoreError
 from sdlora.events import Event, Notice
 from sdlora.files import atomic_folder, is_partial
+from sdlora.quiet import is_main_process
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://")
 _AT_ONCE = 64
@@ -56,8 +57,12 @@ def check_url(url: str) -> None:
         raise ConfigError(f"{url} is a page, whose files cannot be listed. Give a store, such as s3://BUCKET/FOLDER.")
 
 
-def bring_set(url: str) -> Path:
+def bring_set(url: str, wanted: Callable[[str], object] = bool) -> Path:
     """A folder at a URL as a local one, under the hash of its listing; what is here already is not fetched again.
+
+    Args:
+        url: Of the folder.
+        wanted: Whether a file, by its name in the folder, is to be brought; all are, if left out.
 
     Raises:
         ConfigError: The URL cannot be used.
@@ -65,7 +70,7 @@ def bring_set(url: str) -> Path:
         StoreError: The store cannot be reached, or has no driver here.
     """
     store = Store(url)
-    files = store.files()
+    files = {name: mark for name, mark in store.files().items() if wanted(name)}
     if not files:
         raise DataError(f"There is nothing at {url}. Check the bucket and the folder.")
     blobs = {name: _home() / "blobs" / _hash(store.url, name, mark) for name, mark in files.items()}
@@ -87,12 +92,13 @@ def bring_set(url: str) -> Path:
     return folder
 
 
-def open_run(output: str, *, resume: bool) -> tuple[Path, Callable[[Iterator[Event]], Iterator[Event]]]:
+def open_run(output: str, *, resume: bool | None) -> tuple[Path, Callable[[Iterator[Event]], Iterator[Event]]]:
     """Where a run works, and what its events pass through.
 
     Args:
         output: A folder or a URL.
-        resume: Whether the run goes on; from a URL it is brought here first, unless it is here and further.
+        resume: Whether the run goes on, None for going on if there is one; from a URL it is brought here first, unless
+            it is here and further.
 
     Raises:
         ConfigError: The URL cannot be used.
@@ -101,17 +107,35 @@ def open_run(output: str, *, resume: bool) -> tuple[Path, Callable[[Iterator[Eve
     """
     if not is_url(output):
         return Path(output), lambda events: events
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise OutputError(f"{output}: several processes share a run's folder. Give one that all of them see.")
-    mirror = _resumed(Store(output)) if resume else _begun(Store(output))
+    if not is_main_process():
+        return _home() / "runs", lambda events: events  # where it touches nothing
+    store = Store(output)
+    there = store.files()
+    folder = _run_of(store, there)
+    begun = _CONFIG in there or (folder is not None and (folder / _CONFIG).is_file())
+    if begun if resume is None else resume:
+        if folder is None or not begun:
+            raise OutputError(f"There is no run to resume at {store.url}: it holds no {_CONFIG}.")
+        mirror = _resumed(store, there, folder)
+    elif begun:
+        raise OutputError(
+            f"{store.url} already holds a run. Continue it with --resume, or choose another place with --output."
+        )
+    else:
+        mirror = _begun(store, there)
     return mirror.folder, mirror.watch
+
+
+def work_folder(store: Store) -> Path:
+    """The folder for what a batch at a URL writes; it need not be there."""
+    return _home() / "batches" / _hash(store.url)
 
 
 class Store:
     """A folder at a URL.
 
     Args:
-        url: Such as s3://BUCKET/FOLDER; credentials are the driver's own business.
+        url: Such as s3://BUCKET/FOLDER, whose credentials are the driver's own business; or the path of a local folder.
 
     Raises:
         ConfigError: The URL cannot be used.
@@ -119,7 +143,8 @@ class Store:
     """
 
     def __init__(self, url: str) -> None:
-        check_url(url)
+        if is_url(url):
+            check_url(url)
         self.url = url.rstrip("/")
         import fsspec  # only now, as few runs need it
 
@@ -189,6 +214,17 @@ class Store:
         with self._talking(), contextlib.suppress(FileNotFoundError):
             self._files.rm_file(self._path(name))
 
+    def has(self, name: str) -> bool:
+        """Whether there is a file or a folder of a name in it."""
+        with self._talking():
+            self._files.invalidate_cache()
+            return bool(self._files.exists(self._path(name)))
+
+    def move(self, name: str, target: str) -> None:
+        """Give a folder in it another name, which nothing in it has."""
+        with self._talking():
+            self._files.mv(self._path(name), self._path(target), recursive=True)
+
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
@@ -235,13 +271,17 @@ class Mirror:
         except BaseException as error:
             if (fault := self._try()) is None:
                 raise
-            told = f"{fault} What the run has saved is in {self.folder}; --resume goes on from there on this machine."
+            told = (
+                f"{fault} What the run has saved is in {self.folder}; resumed on this machine, it goes on from there."
+            )
             if isinstance(error, SdloraError):
                 error.args = (f"{error} {told}",)
                 raise
             raise StoreError(told) from error
         if (fault := self._try()) is not None:
-            raise StoreError(f"{fault} The run is done and lies whole in {self.folder}; --resume puts it there.")
+            raise StoreError(
+                f"{fault} The run is done and lies whole in {self.folder}; resume it here to put it there."
+            )
 
     def sync(self) -> None:
         """Put what is new or has changed, and take away what is gone.
@@ -256,7 +296,8 @@ class Mirror:
         for name in [name for name in (*changed, *gone) if name.endswith(_LAST) and name in self._there]:
             self._store.remove(name)
             del self._there[name]
-        for name in sorted(changed, key=lambda name: name.endswith(_LAST)):
+        # First what says that there is a run, last what says that it can go on from a checkpoint.
+        for name in sorted(changed, key=lambda name: (name.endswith(_LAST), name != _CONFIG)):
             self._store.put(self.folder / name, name)
             self._there[name] = here[name]
         for name in [name for name in gone if name in self._there]:
@@ -276,13 +317,7 @@ class Mirror:
         return sorted((str(mark), mark.stat().st_mtime_ns) for mark in marks)
 
 
-def _begun(store: Store) -> Mirror:
-    there = store.files()
-    run = _run_of(store, there)
-    if _CONFIG in there or (run is not None and (run / _CONFIG).is_file()):
-        raise OutputError(
-            f"{store.url} already holds a run. Continue it with --resume, or choose another place with --output."
-        )
+def _begun(store: Store, there: dict[str, str]) -> Mirror:
     if there.keys() - {_MARK}:
         raise OutputError(f"{store.url} is not empty. Choose a new place with --output.")
     number = uuid.uuid4().hex
@@ -291,11 +326,7 @@ def _begun(store: Store) -> Mirror:
     return Mirror(store, _home() / "runs" / number, {})
 
 
-def _resumed(store: Store) -> Mirror:
-    there = store.files()
-    folder = _run_of(store, there)
-    if folder is None or not (_CONFIG in there or (folder / _CONFIG).is_file()):
-        raise OutputError(f"There is no run to resume at {store.url}: it holds no {_CONFIG}.")
+def _resumed(store: Store, there: dict[str, str], folder: Path) -> Mirror:
     # What could not be mirrored is here alone, and is further.
     if (folder / _CONFIG).is_file() and _steps(_states(folder)) >= _steps(there):
         return Mirror(store, folder, dict.fromkeys(there))

@@ -1,13 +1,13 @@
 """The page of a batch: every job in one table, learning against copying, and all previews side by side.
 
-Floor 7. It links to each run's own page and needs nothing else.
+Floor 7. It links to each run's own page, beside it in the run's folder, and needs nothing else.
 """
 
 from __future__ import annotations
 
 import html
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -56,12 +56,14 @@ Cell = tuple[Any, str]
 """What a cell is sorted by, and its HTML."""
 
 
-def write_page(folder: Path, results: Sequence[Result]) -> None:
-    """Write a batch's `report.html`.
+def write_page(file: Path, title: str, results: Sequence[Result], runs: Mapping[str, Path]) -> None:
+    """Write a batch's page.
 
     Args:
-        folder: The batch's, with the run folders in it.
+        file: What to write.
+        title: The batch's.
         results: At least one.
+        runs: The run folders of finished jobs, by the job's name.
     """
     parts = [_STYLE, _summary(results), _jobs(results), _errors(results)]
     groups = comparable(results)
@@ -69,8 +71,8 @@ def write_page(folder: Path, results: Sequence[Result]) -> None:
         parts.append("<h2>Learning against copying</h2><div class='charts'>")
         parts += [_front(group) for group in groups]
         parts.append("</div>")
-    parts += [*_previews(folder, results), _SCRIPT]
-    write_text(folder / "report.html", frame(folder.resolve().name, parts))
+    parts += [*_previews(results, runs), _SCRIPT]
+    write_text(file, frame(title, parts))
 
 
 def _summary(results: Sequence[Result]) -> str:
@@ -226,13 +228,13 @@ def _subject(result: Result) -> str:
 # --- Previews ------------------------------------------------------------------------------------------------------
 
 
-def _previews(folder: Path, results: Sequence[Result]) -> list[str]:
+def _previews(results: Sequence[Result], runs: Mapping[str, Path]) -> list[str]:
     """A grid for every group of jobs that drew the same prompts with the same seeds; a column for each job."""
     grids: dict[tuple[tuple[str, int], ...], list[tuple[Result, list[Match], Path]]] = {}
     for result in results:
-        if result.status != "done":
+        if result.job not in runs:
             continue
-        place = folder / result.job / "epochs" / str(result.epoch)
+        place = runs[result.job] / "epochs" / str(result.epoch)
         check = EpochCheck.read(place)
         drawn = check.previews if check is not None else _unchecked(place)
         if drawn:

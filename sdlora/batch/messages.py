@@ -19,7 +19,7 @@ class Task:
     Attributes:
         job: The job's name.
         config: The run's configuration, as `RunConfig.model_dump` gives it.
-        folder: The run's folder.
+        folder: The run's folder, or its URL.
     """
 
     job: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from sdlora.configfile import options
 from sdlora.files import write_json, write_text
 from sdlora.preview.copycheck import FIDELITY, EpochCheck
 
+TABLES = ("results.csv", "results.json")
 _NO_SETTINGS = {"name", "cache.dir"}
 
 
@@ -67,12 +68,13 @@ class Result:
         return known | self.settings
 
 
-def collect(jobs: Sequence[Job], ledger: Ledger) -> list[Result]:
+def collect(jobs: Sequence[Job], ledger: Ledger, runs: Mapping[str, Path]) -> list[Result]:
     """Read every job's figures from its run folder.
 
     Args:
         jobs: In the order of their turn.
         ledger: What became of them.
+        runs: The run folders of finished jobs, by the job's name.
     """
     different = differing([job.config for job in jobs if job.config is not None])
     results = []
@@ -91,7 +93,7 @@ def collect(jobs: Sequence[Job], ledger: Ledger) -> list[Result]:
             seconds=record.seconds,
             peak_memory_bytes=record.peak_memory_bytes,
         )
-        results.append(_with_figures(result, ledger.folder / job.name))
+        results.append(_with_figures(result, runs[job.name]) if job.name in runs else result)
     return _with_front(results)
 
 
@@ -111,8 +113,6 @@ def _group(config: RunConfig | None) -> str:
 
 
 def _with_figures(result: Result, folder: Path) -> Result:
-    if result.status != "done" or result.epoch is None:
-        return result
     metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, metrics) if row["event"] == "epoch" and row["epoch"] == result.epoch]
     result = replace(result, heldout_loss=rows[-1]["heldout_loss"])
@@ -173,5 +173,6 @@ def write_tables(folder: Path, results: Sequence[Result]) -> None:
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    write_text(folder / "results.csv", text.getvalue())
-    write_json(folder / "results.json", [vars(result) for result in results])
+    csv_file, json_file = (folder / name for name in TABLES)
+    write_text(csv_file, text.getvalue())
+    write_json(json_file, [vars(result) for result in results])

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Literal
 
 from sdlora.batch.engine import Engine
@@ -15,19 +14,20 @@ from sdlora.batch.fingerprint import Fingerprints
 from sdlora.batch.jobs import Job
 from sdlora.batch.ledger import Ledger, Record, locked
 from sdlora.batch.messages import Message, Task
-from sdlora.errors import SdloraError
+from sdlora.batch.place import LEDGER, Place
+from sdlora.errors import SdloraError, StoreError
 
 Action = Literal["skip", "resume", "start", "fault"]
 
 
 def run_batch(
-    jobs: Sequence[Job], output: Path, engine: Engine, *, retry: bool, should_stop: Callable[[], bool]
+    jobs: Sequence[Job], place: Place, engine: Engine, *, retry: bool, should_stop: Callable[[], bool]
 ) -> Iterator[Message]:
     """Carry out what is left to do of a batch.
 
     Args:
         jobs: In the order of their turn.
-        output: The batch's folder; each job's run folder is in it.
+        place: The batch's; each job's run is in it.
         engine: Who carries them out.
         retry: Whether jobs that failed before are tried again.
         should_stop: True lets what runs save itself; the same call later goes on.
@@ -38,25 +38,29 @@ def run_batch(
 
     Raises:
         OutputError: The folder cannot be used, or another process works in it.
+        StoreError: The batch's URL does not answer at the beginning or in the end.
     """
-    with locked(output):
-        ledger = Ledger.read(output)
+    with locked(place.folder):
+        place.fetch()
+        ledger = Ledger.read(place.folder)
         tasks = []
-        for job, fingerprint in zip(jobs, _fingerprints(jobs), strict=True):
+        for job, fingerprint in _fingerprinted(jobs):
             action, record = decide(job, ledger.records.get(job.name), fingerprint, retry=retry)
             message: Message = {"job": job.name, "event": "planned", "action": action, "status": record.outcome[0]}
-            folder = output / job.name
-            if action == "start" and folder.exists():
-                message["moved"] = str(_move_aside(folder))
+            if action == "start" and (moved := place.move_aside(job.name)):
+                message["moved"] = moved
             ledger.put(job.name, record)
             yield message | {"error": record.outcome[1]}
             if action in ("start", "resume") and job.config is not None:
-                tasks.append(Task(job.name, job.config.model_dump(mode="json"), str(folder)))
+                tasks.append(Task(job.name, job.config.model_dump(mode="json"), place.run(job.name)))
+        place.keep(LEDGER)
         for message in engine.run(tasks, should_stop):
-            _keep(ledger, message)
+            _record(ledger, message)
             yield message
-        _write_report(jobs, ledger)
-        yield {"event": "batch", "folder": str(output), **_standing(ledger, jobs)}
+            if message["event"] == "ended":
+                yield from _kept(place, message["job"])
+        _write_report(jobs, ledger, place)
+        yield {"event": "batch", "folder": place.output, **_standing(ledger, jobs)}
 
 
 def decide(job: Job, record: Record | None, fingerprint: str, *, retry: bool) -> tuple[Action, Record]:
@@ -79,24 +83,26 @@ def decide(job: Job, record: Record | None, fingerprint: str, *, retry: bool) ->
     return "resume", replace(record, status=status, fault=None)
 
 
-def _fingerprints(jobs: Sequence[Job]) -> Iterator[str]:
+def _fingerprinted(jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
     fingerprints = Fingerprints()
     for job in jobs:
         try:
-            yield "" if job.config is None else fingerprints.of(job.config)
+            yield job, "" if job.config is None else fingerprints.of(job.config)
+        except StoreError as error:
+            # Its pictures may be the same as before: nothing is started anew for want of an answer.
+            yield replace(job, config=None, fault=str(error)), ""
         except SdloraError:
-            yield "no such set"  # the run itself says so, and is that job's failure
+            yield job, "no such set"  # the run itself says so, and is that job's failure
 
 
-def _move_aside(folder: Path) -> Path:
-    """Keep what was made from other settings or pictures: nothing that a person waited for is deleted."""
-    number = 1
-    while (target := folder.with_name(f"{folder.name}.{number}")).exists():
-        number += 1
-    return folder.rename(target)
+def _kept(place: Place, job: str) -> Iterator[Message]:
+    try:
+        place.keep(LEDGER)
+    except StoreError as error:
+        yield {"job": job, "event": "notice", "message": f"{error} The batch goes on; its record is put there later."}
 
 
-def _keep(ledger: Ledger, message: Message) -> None:
+def _record(ledger: Ledger, message: Message) -> None:
     if message["event"] == "started":
         ledger.put(message["job"], replace(ledger.records[message["job"]], status="running"))
     elif message["event"] == "ended":
@@ -111,14 +117,20 @@ def _keep(ledger: Ledger, message: Message) -> None:
         ledger.put(message["job"], after)
 
 
-def _write_report(jobs: Sequence[Job], ledger: Ledger) -> None:
+def _write_report(jobs: Sequence[Job], ledger: Ledger, place: Place) -> None:
     # Only now: what reads the runs loads torch and diffusers, which takes seconds.
     from sdlora.batch.batchpage import write_page
-    from sdlora.batch.results import collect, write_tables
+    from sdlora.batch.results import TABLES, collect, write_tables
 
-    results = collect(jobs, ledger)
+    runs = {
+        job.name: place.run_here(job.name, record.epoch)
+        for job in jobs
+        if (record := ledger.records[job.name]).outcome[0] == "done" and record.epoch is not None
+    }
+    results = collect(jobs, ledger, runs)
     write_tables(ledger.folder, results)
-    write_page(ledger.folder, results)
+    write_page(ledger.folder / "report.html", place.name, results, runs)
+    place.keep(LEDGER, *TABLES, "report.html")
 
 
 def _standing(ledger: Ledger, jobs: Sequence[Job]) -> dict[str, list[str]]:

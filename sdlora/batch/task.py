@@ -9,7 +9,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,11 +17,12 @@ from sdlora.batch.bases import forget_accelerator
 from sdlora.batch.messages import Message, Task
 from sdlora.batch.peak import PeakMemory
 from sdlora.config import RunConfig
-from sdlora.errors import SdloraError
+from sdlora.errors import SdloraError, StoreError
 from sdlora.events import Exported
 from sdlora.files import remove_partial
 from sdlora.parts import BaseSource
 from sdlora.run import Stopped, start
+from sdlora.stores import open_run
 
 
 def carry_out(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) -> Iterator[Message]:
@@ -45,6 +45,9 @@ def carry_out(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) ->
             yield {"job": task.job, **event.to_json()}
     except Stopped:
         ending |= {"status": "stopped", "exit_code": None}
+    except StoreError as error:
+        # Nothing is wrong with the job: the same command goes on with it.
+        ending |= {"status": "cut", "error": str(error), "exit_code": error.exit_code}
     except SdloraError as error:
         ending |= {"status": "failed", "error": str(error), "exit_code": error.exit_code}
     except Exception as error:
@@ -59,9 +62,9 @@ def carry_out(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) ->
 
 def _events(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) -> Iterator[Any]:
     forget_accelerator()
-    folder = Path(task.folder)
+    folder, mirrored = open_run(task.folder, resume=None)
     resume = (folder / "config.toml").is_file()
     if not resume and folder.is_dir():
         remove_partial(folder)  # it was cut before its first file was whole
     config = RunConfig.model_validate(task.config)
-    yield from start(config, folder, resume=resume, should_stop=should_stop, bases=bases)
+    yield from mirrored(start(config, folder, resume=resume, should_stop=should_stop, bases=bases))
