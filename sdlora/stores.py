@@ -147,6 +147,7 @@ class Store:
             check_url(url)
         self.url = url.rstrip("/")
         import fsspec  # only now, as few runs need it
+        from fsspec.implementations.local import LocalFileSystem
 
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.url)
@@ -154,6 +155,7 @@ class Store:
             raise StoreError(f"{self.url} needs a driver that is not installed ({error}). Use pip install.") from error
         except ValueError as error:
             raise ConfigError(f"{self.url} is of no kind of store that fsspec knows: {error}.") from error
+        self._is_disk = isinstance(self._files, LocalFileSystem)
 
     def files(self) -> dict[str, str]:
         """All files in it by name, with what changes when they do (sizes, times, hashes); none if it is not there.
@@ -172,7 +174,11 @@ class Store:
             # Keys of a store are any text, and become paths here.
             if ".." in re.split(r"[/\\]", name) or "\0" in name:
                 raise DataError(f"{self.url} holds {name!r}, which leads out of its folder. Delete or rename it.")
-        return {name: json.dumps(info, sort_keys=True, default=str) for name, info in names.items() if name}
+        return {
+            name: json.dumps(info, sort_keys=True, default=str)
+            for name, info in names.items()
+            if name and not is_partial(Path(name))
+        }
 
     def read(self, name: str) -> bytes:
         """A file's content."""
@@ -190,7 +196,7 @@ class Store:
         names = list(targets)
         for start in range(0, len(names), _AT_ONCE):
             some = names[start : start + _AT_ONCE]
-            partial = [targets[name].with_name(f".{uuid.uuid4().hex}.sdlora-partial-") for name in some]
+            partial = [targets[name].with_name(_partial_name()) for name in some]
             for path in partial:
                 path.parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -203,11 +209,20 @@ class Store:
                     path.unlink(missing_ok=True)
 
     def put(self, file: Path, name: str) -> None:
-        """Copy a file to it."""
+        """Copy a file to it, whole or not at all."""
         with self._talking():
             target = self._path(name)
-            self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
-            self._files.put_file(str(file), target)
+            folder = target.rpartition("/")[0]
+            self._files.makedirs(folder, exist_ok=True)
+            if not self._is_disk:
+                self._files.put_file(str(file), target)  # a store of objects shows each when it is whole
+                return
+            partial = f"{folder}/{_partial_name()}"
+            try:
+                self._files.put_file(str(file), partial)
+                Path(partial).replace(target)
+            finally:
+                Path(partial).unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
         """Delete a file in it, if it is there."""
@@ -365,6 +380,10 @@ def _states(folder: Path) -> dict[str, tuple[int, int]]:
             state = file.stat()
             found[name.as_posix()] = (state.st_size, state.st_mtime_ns)
     return found
+
+
+def _partial_name() -> str:
+    return f".{uuid.uuid4().hex}.sdlora-partial-"
 
 
 def _home() -> Path:

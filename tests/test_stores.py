@@ -227,7 +227,7 @@ def test_a_store_that_fails_costs_neither_the_run_nor_its_files(overrides: list[
     there.pop("mirror.json")
     assert there == local(folder)
     Flaky.broken = ".safetensors"
-    with pytest.raises(StoreError, match=r"on fire.*is done and lies whole in .*--resume puts it there"):
+    with pytest.raises(StoreError, match=r"on fire.*is done and lies whole in .*resume it here"):
         run("flaky://bucket/other", settings)
     assert "hero.safetensors" not in contents(files, "/bucket/other")
     Flaky.broken = ""
@@ -236,8 +236,3 @@ def test_a_store_that_fails_costs_neither_the_run_nor_its_files(overrides: list[
     Flaky.broken = "bucket"
     with pytest.raises(DataError, match=r"nowhere"):
         run("flaky://bucket/third", config(overrides, "data.folder=nowhere"))
-
-
-def test_a_batch_wants_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    code, _, err = call(capsys, "batch", str(tmp_path / "jobs.toml"), "--output", "s3://bucket/jobs")
-    assert code == OutputError.exit_code and "only `sdlora train` writes to a URL" in err

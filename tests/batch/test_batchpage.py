@@ -9,7 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from batch.test_results import config, write_run
+from batch.test_results import config, runs_in, write_run
 from preview.checks import CLEAN, NOVEL, picture
 
 from sdlora.batch.batchpage import write_page
@@ -18,6 +18,11 @@ from sdlora.batch.ledger import Ledger, Record
 from sdlora.batch.results import collect
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+def write(jobs: list[Job], ledger: Ledger) -> None:
+    runs = runs_in(ledger.folder)
+    write_page(ledger.folder / "report.html", ledger.folder.name, collect(jobs, ledger, runs), runs)
 
 
 @pytest.fixture
@@ -36,7 +41,7 @@ def batch(tmp_path: Path) -> Path:
         ledger.put(name, Record("done", "x", epoch=2, seconds=90.0, peak_memory_bytes=2**30))
     jobs.append(Job("wrong", 0, {}, None, "no"))
     ledger.put("wrong", Record(fault="lora.rank: <999>"))
-    write_page(ledger.folder, collect(jobs, ledger))
+    write(jobs, ledger)
     return ledger.folder
 
 
@@ -60,7 +65,7 @@ def test_jobs_that_drew_other_prompts_have_a_grid_of_their_own(batch: Path) -> N
     check.write_text(json.dumps(values))
     ledger = Ledger.read(batch)
     jobs = [Job(name, 0, {}, None if name == "wrong" else config()) for name in ledger.records]
-    write_page(batch, collect(jobs, ledger))
+    write(jobs, ledger)
     assert (batch / "report.html").read_text(encoding="utf-8").count("class='grid'") == 2
 
 

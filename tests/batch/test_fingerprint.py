@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file, save_file
 
 from sdlora.batch import fingerprint
 from sdlora.batch.fingerprint import Fingerprints, base_content
 from sdlora.batch.jobs import Job
 from sdlora.batch.ledger import Record
-from sdlora.batch.supervise import _fingerprints, decide
+from sdlora.batch.supervise import _fingerprinted, decide
 from sdlora.configfile import parse_config
 
 
@@ -94,6 +95,15 @@ def test_a_large_base_is_sampled_from_end_to_end(tmp_path: Path, where: str) -> 
 def test_a_job_whose_pictures_cannot_be_had_stops_no_other(pictures: Path) -> None:
     folders = ["memory://there/is/nothing", "builtin:none", "none://is/no/store", str(pictures)]
     configs = [parse_config({"data": {"folder": folder}}, name="x") for folder in folders]
-    *missing, whole = _fingerprints([Job(str(n), 0, {}, config) for n, config in enumerate(configs)])
-    assert missing == ["no such set"] * 3
-    assert whole == of(pictures)
+    *missing, whole = _fingerprinted([Job(str(n), 0, {}, config) for n, config in enumerate(configs)])
+    assert [found for _, found in missing] == ["no such set"] * 3
+    assert whole[1] == of(pictures)
+
+
+def test_a_store_that_is_away_starts_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(MemoryFileSystem, "find", lambda *_, **__: 1 / 0)
+    config = parse_config({"data": {"folder": "memory://bucket/set"}}, name="x")
+    ((job, found),) = _fingerprinted([Job("a", 0, {}, config)])
+    action, record = decide(job, Record("done", "as before", epoch=2), found, retry=True)
+    assert (action, record.status, record.outcome[0]) == ("fault", "done", "failed")
+    assert record.fault is not None and "memory://bucket/set does not answer" in record.fault

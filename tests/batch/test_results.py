@@ -31,6 +31,11 @@ def write_run(folder: Path, loss: float, *previews: Any, **signals: Any) -> None
     (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
 
 
+def runs_in(folder: Path) -> dict[str, Path]:
+    """The run folders in a batch's, by the job's name."""
+    return {run.name: run for run in folder.iterdir() if run.is_dir()}
+
+
 def test_only_settings_that_differ_are_told() -> None:
     assert differing([config(rank=4), config(rank=8), config(rank=4)]) == ["lora.rank"]
     assert differing([config(rank=4)]) == differing([]) == []
@@ -54,7 +59,7 @@ def test_figures_come_from_the_kept_epoch(tmp_path: Path) -> None:
         write_run(tmp_path / name, loss, COPY if name == "b" else CLEAN)
         ledger.put(name, Record("done", "x", epoch=2, seconds=12.0, peak_memory_bytes=2**30))
     ledger.put("wrong", Record(fault="lora.rank: no"))
-    results = collect(jobs, ledger)
+    results = collect(jobs, ledger, runs_in(tmp_path))
     assert [result.heldout_loss for result in results] == [0.5, 0.4, 0.6, None]
     assert [result.settings for result in results] == [{"lora.rank": r} for r in (4, 5, 6)] + [{"lora.rank": None}]
     assert results[1].copying is not None and results[0].copying is not None
@@ -78,7 +83,7 @@ def test_jobs_on_other_pictures_are_not_compared(tmp_path: Path) -> None:
         jobs.append(Job(name, 0, {}, parse_config({"data": {"folder": name}}, name=name)))
         write_run(tmp_path / name, 0.5, CLEAN)
         ledger.put(name, Record("done", "x", epoch=2))
-    assert comparable(collect(jobs, ledger)) == []
+    assert comparable(collect(jobs, ledger, runs_in(tmp_path))) == []
 
 
 def test_fidelity_counts_where_every_job_has_one(tmp_path: Path) -> None:
@@ -88,6 +93,6 @@ def test_fidelity_counts_where_every_job_has_one(tmp_path: Path) -> None:
         jobs.append(Job(name, 0, {}, config()))
         write_run(tmp_path / name, loss, CLEAN, concept_fidelity=signal(value, None))
         ledger.put(name, Record("done", "x", epoch=2))
-    results = collect(jobs, ledger)
+    results = collect(jobs, ledger, runs_in(tmp_path))
     assert [result.fidelity for result in results] == [0.7, 0.5]
     assert [result.pareto for result in results] == [True, False]

@@ -16,6 +16,7 @@ from sdlora.batch.engine import LocalEngine
 from sdlora.batch.jobs import Job, read_jobs
 from sdlora.batch.ledger import Ledger, Record
 from sdlora.batch.messages import Message
+from sdlora.batch.place import Place
 from sdlora.batch.supervise import decide, run_batch
 from sdlora.config import RunConfig
 from sdlora.configfile import load_config
@@ -72,7 +73,7 @@ def write_jobs(folder: Path, pictures: Path, base: str, *, rank: int = 999) -> P
 def messages(file: Path, *, retry: bool = False, stop: Callable[[], bool] = lambda: False) -> Iterator[Message]:
     output = file.parent / "out"
     engine = LocalEngine(output / "workers", [{}])
-    return run_batch(read_jobs(file), output, engine, retry=retry, should_stop=stop)
+    return run_batch(read_jobs(file), Place(str(output)), engine, retry=retry, should_stop=stop)
 
 
 def tensors(file: Path) -> str:
