@@ -8,12 +8,14 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
+from several import Run
 from torch import nn
 
 from sdlora.configfile import dump_toml, parse_config
@@ -32,27 +34,39 @@ def config_file(folder: Path, overrides: Sequence[str], *changes: str) -> Path:
     return file
 
 
-def run(file: Path, output: Path, *counts: int) -> None:
-    command = [sys.executable, str(SEVERAL), str(file), str(output), *map(str, counts)]
+def run(file: Path, *runs: Run) -> None:
+    command = [sys.executable, str(SEVERAL), str(file), *(json.dumps(asdict(one)) for one in runs)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=500)
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_one_two_and_four_processes_train_the_same_adapter(tmp_path: Path, overrides: list[str]) -> None:
+def test_one_two_and_four_processes_train_the_same_adapter(
+    tmp_path: Path, overrides: list[str], pictures: Path
+) -> None:  # fmt: skip
     # In buckets of 3 and 2 pictures no batch is divided evenly: of 4 processes some have nothing to compute.
-    file = config_file(tmp_path, overrides, "train.weight_decay=0.1")
-    run(file, tmp_path, 1, 2, 4)
+    own_caches = [setting for setting in overrides if not setting.startswith("cache.dir=")]
+    changes = ["train.weight_decay=0.1", "train.log_every_steps=1", f"data.folder=file://{pictures}"]
+    file = config_file(tmp_path, own_caches, *changes)
+    url, homes = f"file://{tmp_path}/bucket", [str(tmp_path / name) for name in "abcd"]
+    together = [Run(count, str(tmp_path / str(count)), homes[:1]) for count in (1, 2, 4)]
+    # Two machines that share nothing but the store, and two others that go on.
+    run(file, *together, Run(2, url, homes[:2], stop_at=10), Run(2, url, homes[2:]))
     alone = load_file(tmp_path / "1" / "hero.safetensors")
     losses = step_losses(tmp_path / "1")
     assert len(losses) == 20
-    for count in (2, 4):
-        shared = load_file(tmp_path / str(count) / "hero.safetensors")
+    for name in ("2", "4", "bucket"):
+        shared = load_file(tmp_path / name / "hero.safetensors")
         assert shared.keys() == alone.keys()
-        for name, tensor in alone.items():
-            difference = (shared[name] - tensor).norm() / tensor.norm()
-            assert difference <= 1e-5, (count, name, float(difference))
-        assert step_losses(tmp_path / str(count)) == pytest.approx(losses, rel=1e-5)
+        for key, tensor in alone.items():
+            difference = (shared[key] - tensor).norm() / tensor.norm()
+            assert difference <= 1e-5, (name, key, float(difference))
+        assert step_losses(tmp_path / name) == pytest.approx(losses, rel=1e-5)
     assert any((tensor != 0).any() for name, tensor in alone.items() if "lora_up" in name), "nothing was trained"
+    log = (tmp_path / "bucket/log.txt").read_text(encoding="utf-8")
+    assert "Resumed at step 10 of 20" in log or "Resumed at step 11 of 20" in log
+    stores = [Path(home) / "sdlora/stores" for home in homes]
+    assert [(one / "sets").is_dir() for one in stores] == [True] * 4
+    assert [(one / "runs").is_dir() for one in stores] == [True, False, True, False], "the main process alone writes"
 
 
 def step_losses(folder: Path) -> list[float]:
@@ -63,7 +77,7 @@ def step_losses(folder: Path) -> list[float]:
 @pytest.mark.slow
 def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(tmp_path: Path, overrides: list[str]) -> None:
     file = config_file(tmp_path, overrides, "train.checkpoint_every_steps=4", "train.log_every_steps=1")
-    run(file, tmp_path, 1)
+    run(file, Run(1, str(tmp_path / "1"), [str(tmp_path)]))
     cut, tried = (
         tmp_path / "cut",
         [sys.executable, "-m", "sdlora", "train", str(file), "--output", str(tmp_path / "cut")],
