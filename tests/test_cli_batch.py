@@ -18,15 +18,20 @@ def jobs_file(folder: Path, text: str) -> Path:
     return file
 
 
-def test_every_job_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("kind", ["{}/out", "file://{}/out"])
+def test_every_job_is_wrong(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    output = kind.format(tmp_path)
     file = jobs_file(tmp_path, "[defaults]\nconfig = 'quickstart'\nset = { 'lora.rank' = 999 }\n[[jobs]]\nname='a'\n")
-    code, out, err = call(capsys, "batch", str(file), "--output", str(tmp_path / "out"), "--json")
+    code, out, err = call(capsys, "batch", str(file), "--output", output, "--json")
     assert code == EXIT_NOT_ALL_DONE
     assert "0 of 1 jobs are done." in err and "1 failed: a." in err
     assert [json.loads(line)["event"] for line in out.splitlines()] == ["planned", "batch"]
-    code, out, err = call(capsys, "batch", str(file), "--output", str(tmp_path / "out"))
+    code, out, err = call(capsys, "batch", str(file), "--output", output)
     assert (code, out) == (EXIT_NOT_ALL_DONE, "")
-    assert f"{tmp_path}/out/report.html" in err
+    assert f"{output}/report.html" in err
     assert (tmp_path / "out" / "results.csv").exists() and (tmp_path / "out" / "report.html").exists()
 
 

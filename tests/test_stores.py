@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 
 import fsspec
 import pytest
+from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from test_cli import call
 from test_run import digests
@@ -188,14 +189,15 @@ def test_a_checkpoint_is_whole_at_the_url_only_by_its_last_file(tmp_path: Path) 
     step.mkdir(parents=True)
     for name in ("complete.json", "state.safetensors"):
         (step / name).write_text(name)
+    (folder / "config.toml").write_text("first")
     (folder / "run.lock").touch()
     (folder / ".x.sdlora-partial-1").touch()
     mirror = Mirror(Store("flaky://bucket/run"), folder, {})
     Flaky.broken = "state"
     with pytest.raises(StoreError, match="on fire"):
         mirror.sync()
-    assert not files.find("/bucket/run")
-    Flaky.broken = ""
+    assert files.find("/bucket/run") == ["/bucket/run/config.toml"]
+    Flaky.broken, Flaky.log = "", []
     mirror.sync()
     place = "/bucket/run/checkpoints/step-00000002"
     assert Flaky.log == [f"put {place}/state.safetensors", f"put {place}/complete.json"]
@@ -210,7 +212,28 @@ def test_a_checkpoint_is_whole_at_the_url_only_by_its_last_file(tmp_path: Path) 
     shutil.rmtree(step)
     mirror.sync()
     assert Flaky.log == [f"rm {place}/complete.json", f"rm {place}/state.safetensors"]
-    assert not files.find("/bucket/run")
+    assert files.find("/bucket/run") == ["/bucket/run/config.toml"]
+
+
+def test_on_a_disk_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store, file = Store(f"file://{tmp_path}/bucket"), tmp_path / "metrics.jsonl"
+    file.write_text("one\n")
+    store.put(file, "run/metrics.jsonl")
+    file.write_text("one\ntwo\n")
+
+    def half(_: Any, source: str, target: str, **__: Any) -> None:
+        Path(target).write_text(Path(source).read_text()[:5])
+        raise OSError("the machine is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(LocalFileSystem, "put_file", half)
+        patched.setattr(Path, "unlink", lambda *_, **__: None)  # nobody is left to tidy up
+        with pytest.raises(StoreError, match="machine is gone"):
+            store.put(file, "run/metrics.jsonl")
+    assert len(list((tmp_path / "bucket/run").iterdir())) == 2
+    assert list(store.files()) == ["run/metrics.jsonl"] and store.read("run/metrics.jsonl") == b"one\n"
+    store.put(file, "run/metrics.jsonl")
+    assert store.read("run/metrics.jsonl") == b"one\ntwo\n"
 
 
 def test_a_store_that_fails_costs_neither_the_run_nor_its_files(overrides: list[str], home: Path) -> None:
