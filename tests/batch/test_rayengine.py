@@ -148,13 +148,11 @@ class Ray(ModuleType):
         return reference()
 
 
-@pytest.mark.parametrize("kind", ["file://{}/jobs", "{}/jobs"])
-def test_jobs_go_to_a_store_or_to_a_folder_that_all_share(
-    kind: str, tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+def test_jobs_go_to_a_folder_that_all_machines_share_and_end_when_asked(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", Ray())
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
-    place = Place(kind.format(tmp_path))
+    place = Place(str(tmp_path / "jobs"))
     settings = [*overrides, "preview.enabled=false", "train.epochs=1"]
     config = parse_config({"data": {"folder": "x"}}, name="a", overrides=settings)
     tasks = [Task(name, config.model_dump(mode="json"), place.run(name)) for name in ("one", "two")]
