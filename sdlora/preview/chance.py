@@ -15,6 +15,7 @@ from torch import Tensor
 _MOST_SPLITS = 20_000
 _NUM_DRAWN = 9_999
 _FLAT = 1e-9
+_NEARLY_ONE = 1 - 1e-3  # likeness of a picture with itself is finite on Fisher's scale
 
 
 def p_values(observed: Tensor, null: Tensor) -> Tensor:
@@ -62,6 +63,14 @@ def standing_out(scores: Tensor, null: Tensor) -> Tensor:
     count = ordered.shape[-2]
     middle, high = (ordered[..., [math.floor(share * (count - 1))], :] for share in (0.5, 0.95))
     return (scores.double() - middle) / (high - middle).clamp(min=_FLAT)
+
+
+def fisher_z(correlations: Tensor) -> Tensor:
+    """Correlations in [-1, 1] on a scale on which equal steps mean as much at the top as in the middle, float64.
+
+    Source: Fisher 1915, "Frequency distribution of the values of the correlation coefficient": artanh r.
+    """
+    return correlations.double().clamp(-_NEARLY_ONE, _NEARLY_ONE).atanh()
 
 
 def binomial_tail(successes: int, trials: int, chance: float) -> float:

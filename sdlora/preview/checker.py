@@ -20,7 +20,8 @@ from sdlora.lora.inject import Adapter
 from sdlora.preview import signals
 from sdlora.preview.arbiter import Arbiters
 from sdlora.preview.copycheck import EpochCheck, check_previews
-from sdlora.preview.nulls import Gallery, NullMaker, reduced
+from sdlora.preview.nulls import Gallery, NullMaker, reduced, registered_null, spread_over
+from sdlora.preview.registration import registered
 from sdlora.preview.sampler import PreviewRequest, draw_epoch
 from sdlora.preview.signals import Signal
 from sdlora.preview.watching import SamplerWatch
@@ -66,13 +67,14 @@ class Checker:
         self._base = subject.cache.base
         self._nulls = NullMaker(subject.cache, subject.adapter, request, gallery, subject.identity, arbiters)
         count = len(subject.data.dataset.examples)
-        self._probed = signals.spread_over(count, signals.MOST_PROBED)
-        self._compared = signals.spread_over(count, signals.MOST_COMPARED)
+        self._probed = spread_over(count, signals.MOST_PROBED)
+        self._compared = spread_over(count, signals.MOST_COMPARED)
 
     def prepare(self, background: str) -> Iterator[Progress]:
         """Make, or fetch, what every epoch is compared with: the null, and what the base does without the adapter."""
         yield from self._subject.data.fill(background)
         yield from self._nulls.make()
+        self._among = registered_null(self._gallery, signals.MOST_REGISTERED)
         with self._subject.adapter.disabled():
             self._retrieved_off = self._retrieve()
             self._losses_off = self._losses()
@@ -105,6 +107,12 @@ class Checker:
         check.write(folder)
         return check
 
+    def registered_likeness(self, folder: Path) -> Signal:
+        """The sign of warped copies, for previews that lie in a folder."""
+        pictures = [picture for of_prompt in self._pictures(folder) for picture in of_prompt]
+        best = registered(pictures, list(self._gallery.pictures.values())).amax(dim=1)
+        return signals.registered_likeness(best, self._among)
+
     def _retrieve(self) -> list[bool]:
         return signals.retrieve(self._subject.data, self._probed, self._subject.seed)
 
@@ -127,6 +135,7 @@ class Checker:
             signals.train_heldout_gap((self._losses(), self._losses_off), heldout),
             signals.seed_collapse(self._pictures(folder), self._pictures(base_folder)),
             signals.guidance_norm((on[:cut], off[:cut]), (on[cut:], off[cut:])),
+            self.registered_likeness(folder),
         ]
 
     def _by_prompt(self, values: Sequence[T]) -> list[list[T]]:

@@ -25,6 +25,7 @@ from sdlora.events import Progress
 from sdlora.files import atomic_path
 from sdlora.lora.inject import Adapter
 from sdlora.preview.arbiter import Arbiters
+from sdlora.preview.registration import registered
 from sdlora.preview.sampler import PreviewRequest, draw, settings
 
 SIZE = 100
@@ -85,9 +86,7 @@ def null_scores(gallery: Gallery, drawn: Sequence[Image.Image], arbiters: Arbite
     """
     trained = list(gallery.pictures.values())
     among = arbiters.scores(trained, trained)
-    alike = torch.eye(len(trained), dtype=torch.bool)
-    for group in _twins(trained):
-        alike[np.ix_(group, group)] = True
+    alike = _same_or_twins(trained)
     alone = alike.all(dim=1)
     among[alike] = -torch.inf
     parts = [among.amax(dim=1)[~alone]]
@@ -165,6 +164,36 @@ class NullMaker:
                         picture.save(temporary, format="PNG")
                     done += 1
                 yield Progress("the base's pictures", done, len(missing))
+
+
+def registered_null(gallery: Gallery, most: int) -> Tensor:
+    """How alike the set's pictures are once registered: each with its likeliest other, near-duplicates left out, (K,).
+
+    Args:
+        gallery: The trained pictures are compared with one another, held-out ones with the trained.
+        most: So many of either are, spread over all.
+    """
+    trained, heldout = list(gallery.pictures.values()), list(gallery.heldout.values())
+    chosen = spread_over(len(trained), most)
+    alike = _same_or_twins(trained)[chosen]
+    parts = [registered([trained[index] for index in chosen], trained, alike).amax(dim=1)[~alike.all(dim=1)]]
+    if heldout:
+        parts.append(registered([heldout[index] for index in spread_over(len(heldout), most)], trained).amax(dim=1))
+    return torch.cat(parts)
+
+
+def spread_over(count: int, most: int) -> list[int]:
+    """At most `most` of 0 .. count - 1, as evenly spread as can be."""
+    chosen = min(count, most)
+    return [index * count // chosen for index in range(chosen)]
+
+
+def _same_or_twins(pictures: Sequence[Image.Image]) -> Tensor:
+    """Which pairs are one picture or near-duplicates, (P, P)."""
+    alike = torch.eye(len(pictures), dtype=torch.bool)
+    for group in _twins(pictures):
+        alike[np.ix_(group, group)] = True
+    return alike
 
 
 def _twins(pictures: Sequence[Image.Image]) -> list[tuple[int, ...]]:

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdlora import seeds
 from sdlora.diffusion.noise import add_noise, predicted_latents
-from sdlora.preview.chance import above_zero_by_chance, greater_by_chance, mcnemar
+from sdlora.preview.chance import above_zero_by_chance, fisher_z, greater_by_chance, mcnemar
 from sdlora.preview.similarity import hp_ms
 from sdlora.training.bands import band_names
 from sdlora.training.data import TrainingData
@@ -28,6 +28,7 @@ OUTSIDE = 0.05
 # six previews of 25 guided steps take.
 MOST_PROBED = 4
 MOST_COMPARED = 4
+MOST_REGISTERED = 24
 PROBED_TIMESTEPS = (999, 800)
 NUM_PROBES = 4
 NUM_FIELDS = 8
@@ -57,12 +58,6 @@ class Signal:
     def to_json(self) -> dict[str, Any]:
         """What `copycheck.json` holds under the signal's name."""
         return {"value": self.value, "p_value": self.p_value, "outside": self.outside, "meaning": self.meaning}
-
-
-def spread_over(count: int, most: int) -> list[int]:
-    """At most `most` of 0 .. count - 1, as evenly spread as can be."""
-    chosen = min(count, most)
-    return [index * count // chosen for index in range(chosen)]
 
 
 # --- Self-retrieval ------------------------------------------------------------------------------------------------
@@ -235,4 +230,27 @@ def seed_collapse(on: Pictures, off: Pictures) -> Signal:
         above_zero_by_chance(added.tolist()),
         f"Previews of one prompt with other seeds resemble one another by {means[0]:.2f} of 1, without the LoRA by "
         f"{means[1]:.2f}.",
+    )
+
+
+# --- Previews that look like warped training pictures ---------------------------------------------------------------
+
+
+def registered_likeness(previews: Tensor, among: Tensor) -> Signal:
+    """Whether previews, laid onto training pictures, are more like them than the set's pictures are like one another.
+
+    Args:
+        previews: The highest `registration.registered` of each, (N,).
+        among: The same of pictures of the set, from `nulls.registered_null`; empty if none could be compared.
+    """
+    if len(among) == 0:
+        return Signal("registered_likeness", None, None, "One picture alone has no other to be compared with.")
+    drawn, real = fisher_z(previews).tolist(), fisher_z(among).tolist()
+    means = [float(values.mean()) for values in (previews, among)]
+    return Signal(
+        "registered_likeness",
+        means[0] - means[1],
+        greater_by_chance(drawn, real),
+        f"Laid onto their nearest training picture, previews are {means[0]:.2f} of 1 like it; so laid onto one "
+        f"another, pictures of the set are {means[1]:.2f}.",
     )

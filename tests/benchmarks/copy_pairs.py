@@ -29,8 +29,9 @@ from setting import silence
 from timesteps_report import between
 from torch import Tensor
 
-from sdlora.preview.arbiter import Arbiters
-from sdlora.preview.chance import standing_out
+from sdlora.preview.chance import fisher_z, standing_out
+from sdlora.preview.registration import registered
+from sdlora.preview.similarity import hp_ms, phash
 from sdlora.seeds import derive
 from sdlora.shipped import pocket_folder
 
@@ -42,7 +43,6 @@ NUM_HARD = 3  # so many times as many of the tiers that set thresholds, which at
 HARD = (CAPTION, SAME)
 BARS = {"exact": 0.95, "flip": 0.95, "crop 80": 0.95, "crop 60": 0.95, "jitter": 0.95, "combined": 0.95, "warp": 0.8}
 FALSE_ALARMS = 0.01
-ARBITERS = Arbiters()
 
 Scores = dict[str, dict[str, Tensor]]
 """Kind of picture to subject to (n, S): every score, each the highest over the gallery."""
@@ -59,7 +59,7 @@ def score(groups: list[Group], num: int, base: Path | None) -> Scores:
     for place, group in enumerate(groups):
         for kind, pictures in _pictures(group, place, each, pipeline):
             if pictures:
-                best = ARBITERS.scores(pictures, group.gallery).amax(dim=1)
+                best = _compare(pictures, group.gallery).amax(dim=1)
                 found.setdefault(kind, {}).setdefault(group.subject, []).append(best.double())
     return {kind: {subject: torch.cat(parts) for subject, parts in of.items()} for kind, of in found.items()}
 
@@ -77,6 +77,11 @@ def _pictures(group: Group, place: int, each: int, pipeline: Any) -> Iterator[tu
         yield VAE, _through_vae(pipeline, group, each)
         for strength in STRENGTHS:
             yield _drawn_on(strength), _img2img(pipeline, group, strength, math.ceil(each / 3), place)
+
+
+def _compare(pictures: list[Image.Image], gallery: list[Image.Image]) -> Tensor:
+    """(P, G, 3)."""
+    return torch.stack([likeness(pictures, gallery) for likeness in (hp_ms, phash, registered)], dim=-1)
 
 
 def _drawn_on(strength: float) -> str:
@@ -109,10 +114,19 @@ def _img2img(pipeline: Any, group: Group, strength: float, count: int, place: in
 # --- What the scores say -------------------------------------------------------------------------------------------
 
 
+def _single(column: int) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda scores, _: scores[:, column]
+
+
 STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    **{name: lambda scores, _, column=column: scores[:, column] for column, name in enumerate(ARBITERS.score_names)},
+    "hp_ms": _single(0),
+    "phash": _single(1),
+    "registered": _single(2),
     # What `sdlora.preview.copycheck.check_previews` compares.
-    "joined": lambda scores, null: standing_out(scores, null).amax(dim=1),
+    "hp_ms or phash": lambda scores, null: standing_out(scores[:, :2], null[:, :2]).amax(dim=1),
+    "hp_ms or registered": lambda scores, null: standing_out(
+        fisher_z(scores[:, [0, 2]]), fisher_z(null[:, [0, 2]])
+    ).amax(dim=1),
 }
 
 
@@ -167,7 +181,7 @@ def tables(found: list[Finding]) -> list[str]:
     head = [f"{name}: {figure}" for name in STATISTICS for figure in ("AUC", "at 1 %", "at 5 %")]
 
     def row(kind: str) -> list[str]:
-        cells = [kind, str(by[kind, "joined"].num)]
+        cells = [kind, str(by[kind, "hp_ms"].num)]
         for name in STATISTICS:
             one = by[kind, name]
             cells += [f"{one.auc:.3f}", *(_share(one.at[rate]) for rate in (0.01, 0.05))]

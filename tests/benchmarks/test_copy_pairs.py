@@ -113,9 +113,13 @@ def test_thresholds_come_from_other_subjects() -> None:
 
 
 def test_the_score_that_stands_out_counts() -> None:
-    null = torch.arange(101.0).double()[:, None] * torch.tensor([1.0, 2.0])  # to the 95th percentile it is 45 and 90
-    seen = torch.tensor([[185.0, 0.0], [0.0, 460.0]]).double()
-    assert copy_pairs.STATISTICS["joined"](seen, null).tolist() == [3.0, 4.0]
+    null = torch.arange(101.0).double()[:, None] * torch.tensor([1.0, 2.0, 0.0])  # to the 95th percentile: 45 and 90
+    seen = torch.tensor([[185.0, 0.0, 9.0], [0.0, 460.0, 9.0]]).double()
+    assert copy_pairs.STATISTICS["hp_ms or phash"](seen, null).tolist() == [3.0, 4.0]
+    steps = torch.tanh(torch.arange(101.0).double()[:, None] / 100 * torch.tensor([1.0, 0.0, 2.0]))  # even, by Fisher
+    seen = torch.tensor([[1.85, 0.0, 0.0], [0.0, 9.0, 2.8]]).double().tanh()
+    found = copy_pairs.STATISTICS["hp_ms or registered"](seen, steps).tolist()
+    assert found == pytest.approx([3.0, 2.0])
 
 
 def test_a_small_run_with_a_base(groups: list[Group], tiny_base: Path) -> None:

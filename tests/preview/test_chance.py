@@ -1,6 +1,7 @@
 """Probabilities against brute force, and against what they promise when there is nothing to find."""
 
 import itertools
+import math
 from fractions import Fraction
 
 import pytest
@@ -10,6 +11,7 @@ from sdlora.preview import chance
 from sdlora.preview.chance import (
     above_zero_by_chance,
     binomial_tail,
+    fisher_z,
     greater_by_chance,
     lower_bound,
     mcnemar,
@@ -113,3 +115,9 @@ def test_drawn_signs_agree_with_all_signs(monkeypatch: pytest.MonkeyPatch) -> No
 def test_the_unit_is_the_way_to_the_95th_percentile() -> None:
     null = torch.arange(101.0)[:, None]
     assert standing_out(torch.tensor([[50.0], [95.0], [140.0]]), null)[:, 0].tolist() == [0.0, 1.0, 2.0]
+
+
+def test_fishers_scale_is_the_area_hyperbolic_tangent_and_ends_before_infinity() -> None:
+    values = torch.tensor([-0.9, 0.0, 0.5, 0.97])
+    assert fisher_z(values).tolist() == pytest.approx([math.atanh(value) for value in values.tolist()])
+    assert fisher_z(torch.tensor([1.0])).item() == pytest.approx(math.atanh(0.999))

@@ -73,7 +73,13 @@ def test_the_signals_compare_with_the_base(parts: tuple[Adapter, Checker, HeldOu
         return found
 
     untrained = signals_of(1)
-    assert set(untrained) == {"self_retrieval", "train_heldout_gap", "seed_collapse", "guidance_norm"}
+    assert set(untrained) == {
+        "self_retrieval",
+        "train_heldout_gap",
+        "seed_collapse",
+        "guidance_norm",
+        "registered_likeness",
+    }
     # B is zero, so the adapter does nothing yet.
     assert [untrained[name]["value"] for name in ("self_retrieval", "train_heldout_gap", "seed_collapse")] == [0, 0, 0]
     assert untrained["guidance_norm"]["value"] == pytest.approx(1.0)
@@ -82,5 +88,5 @@ def test_the_signals_compare_with_the_base(parts: tuple[Adapter, Checker, HeldOu
         for up in adapter.up_parameters():
             up.normal_(generator=torch.Generator().manual_seed(0))
     trained = signals_of(2)
-    for name in ("train_heldout_gap", "seed_collapse", "guidance_norm"):
+    for name in ("train_heldout_gap", "seed_collapse", "guidance_norm", "registered_likeness"):
         assert trained[name]["value"] != pytest.approx(untrained[name]["value"]), name

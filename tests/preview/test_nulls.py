@@ -13,7 +13,8 @@ from sdlora.models.load import load_base
 from sdlora.pocket.world import random_scene, render
 from sdlora.preview import nulls
 from sdlora.preview.arbiter import Arbiters
-from sdlora.preview.nulls import SIZE, Gallery, NullMaker, null_scores, reduced
+from sdlora.preview.nulls import SIZE, Gallery, NullMaker, null_scores, reduced, registered_null, spread_over
+from sdlora.preview.registration import registered
 from sdlora.preview.sampler import PreviewRequest
 
 REQUEST = PreviewRequest(("a red cat", "a dog"), (0,), "", 2, 5.0)
@@ -49,6 +50,24 @@ def test_near_duplicates_in_the_set_are_no_measure_of_likeness() -> None:
 def test_one_picture_alone_has_no_others_to_be_compared_with() -> None:
     drawn = list(scenes(5, 6).values())
     assert null_scores(Gallery(scenes(0), {}), drawn, Arbiters()).shape == (2, 2)
+
+
+def test_the_sets_pictures_are_registered_to_one_another_but_not_to_their_twins() -> None:
+    trained, heldout = scenes(0, 1, 2), scenes(10)
+    pictures = list(trained.values())
+    found = registered_null(Gallery(trained | {"twin.png": ImageOps.mirror(pictures[0])}, heldout), 24)
+    assert found.shape == (5,)
+    assert torch.allclose(found[0], registered([pictures[0]], pictures[1:]).amax(), atol=1e-5)
+    assert torch.allclose(found[4], registered(list(heldout.values()), pictures).amax(), atol=1e-2)
+    assert registered_null(Gallery(trained, heldout), 2).shape == (3,)
+    assert registered_null(Gallery(scenes(0), {}), 24).shape == (0,)
+
+
+def test_what_is_asked_is_spread_over_the_set() -> None:
+    assert spread_over(24, 4) == [0, 6, 12, 18]
+    assert spread_over(3, 4) == [0, 1, 2]
+    assert spread_over(5, 4) == [0, 1, 2, 3]
+    assert spread_over(0, 4) == []
 
 
 def test_large_pictures_are_reduced_and_small_ones_left_alone() -> None:

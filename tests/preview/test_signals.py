@@ -21,10 +21,10 @@ from sdlora.preview import signals
 from sdlora.preview.signals import (
     Signal,
     guidance_norm,
+    registered_likeness,
     retrieve,
     seed_collapse,
     self_retrieval,
-    spread_over,
     train_heldout_gap,
 )
 from sdlora.preview.similarity import hp_ms
@@ -37,13 +37,6 @@ def test_a_signal_says_when_it_stands_out() -> None:
     nothing = Signal("a", None, None, "There is none.")
     expected = {"value": None, "p_value": None, "outside": False, "meaning": "There is none."}
     assert json.loads(json.dumps(nothing.to_json())) == expected
-
-
-def test_what_is_asked_is_spread_over_the_set() -> None:
-    assert spread_over(24, 4) == [0, 6, 12, 18]
-    assert spread_over(3, 4) == [0, 1, 2]
-    assert spread_over(5, 4) == [0, 1, 2, 3]
-    assert spread_over(0, 4) == []
 
 
 # --- Self-retrieval ------------------------------------------------------------------------------------------------
@@ -274,3 +267,17 @@ def test_collapse_keeps_its_level_where_with_and_without_are_alike(monkeypatch: 
         assert p_value is not None
         alarms += p_value <= 0.05
     assert alarms / num_tries <= 0.05 + 2 * (0.05 * 0.95 / num_tries) ** 0.5
+
+
+# --- Previews that look like warped training pictures ---------------------------------------------------------------
+
+
+def test_previews_are_held_against_the_sets_own_likeness() -> None:
+    among = torch.tensor([0.5, 0.6, 0.7, 0.55])
+    copies = registered_likeness(torch.tensor([0.9, 0.95, 0.92, 0.97]), among)
+    assert copies.value == pytest.approx(0.935 - 0.5875)
+    assert copies.p_value == pytest.approx(1 / 70)  # one of the 8 over 4 ways to share them out
+    assert "0.94 of 1" in copies.meaning and "0.59" in copies.meaning
+    assert not registered_likeness(among, among).outside
+    alone = registered_likeness(among, torch.empty(0))
+    assert alone.value is None and alone.p_value is None
