@@ -30,6 +30,7 @@ import copy_onset_report
 from classifier import ALL_KINDS, Judge, look
 from classifier import load_or_train as load_judge
 from concepts import ALL_CONCEPTS, FEW, NUM_FEW, NUM_TRAINING, OTHER_SCENES, Concept
+from copy_onset_report import REGISTERED
 from copy_oracle import Oracle, Witness, examine
 from copy_oracle import load_or_train as load_oracle
 from generate import GUIDANCE, draw, load_pipeline
@@ -154,9 +155,12 @@ class Bench:
         for folder in sorted((output / "epochs").iterdir()):
             before = json.loads((folder / "copycheck.json").read_text(encoding="utf-8"))["signals"]
             signals = [
-                Signal(name, found["value"], found["p_value"], found["meaning"]) for name, found in before.items()
+                Signal(name, found["value"], found["p_value"], found["meaning"])
+                for name, found in before.items()
+                if name != REGISTERED
             ]
-            checker.compare(folder, signals)
+            # It needs nothing but the previews, so a run that was checked before there was this sign gets it, too.
+            checker.compare(folder, [*signals, checker.registered_likeness(folder)] if folder.name != "0" else [])
 
     def _config(self, cell: Cell) -> RunConfig:
         scale, concept = self.scale, ALL_CONCEPTS[cell["concept"]]
@@ -249,6 +253,7 @@ def read_check(folder: Path) -> dict[str, Any]:
             for preview in found["previews"]
         ],
         "outside": sorted(name for name, signal in found["signals"].items() if signal["outside"]),
+        **{name: round(signal["p_value"], 4) for name, signal in found["signals"].items() if name == REGISTERED},
     }
 
 

@@ -13,11 +13,13 @@ from results import read
 from timesteps_report import between
 
 from sdlora.preview.copycheck import ALPHA, EpochCheck, Match, judge, recommend
-from sdlora.preview.signals import Signal
+from sdlora.preview.signals import OUTSIDE, Signal
 
 Rows = list[dict[str, Any]]
 ONSET_SHARE = 0.05  # copying has begun where the true copy rate is above this, by the lower end of its interval
 NEVER = "never"
+REGISTERED = "registered_likeness"
+TRAINED = {"tenth": "a tenth of the rate", "many": "24 pictures, as many steps"}
 CONTROLS = {
     "own_previews_check": "the over-trained run's previews against held-out pictures of other scenes",
     "heldout_check": "its file against all held-out pictures, drawing their captions",
@@ -28,7 +30,8 @@ def write(results: Path, page: Path) -> None:
     """Fill the tables of a page."""
     rows = [judged(row) for row in read(results)]
     tables: dict[str, Callable[[Rows], list[str]]] = {
-        "oracle": oracle_table, "onset": onset_table, "silence": silence_table, "chosen": chosen_table,
+        "oracle": oracle_table, "onset": onset_table, "silence": silence_table, "warped": warped_table,
+        "chosen": chosen_table,
     }  # fmt: skip
     text = page.read_text(encoding="utf-8")
     for name, make in tables.items():
@@ -147,8 +150,7 @@ def onset_table(rows: Rows) -> list[str]:
 def silence_table(rows: Rows) -> list[str]:
     """How many runs of each control were called copying at any epoch, or watched, and what is true at the end."""
     body = []
-    controls = {"tenth": "a tenth of the rate", "many": "24 pictures, as many steps"}
-    for part, words in controls.items():
+    for part, words in TRAINED.items():
         runs = _part(rows, part)
         if runs:
             verdicts = [[epoch["check"]["verdict"] for epoch in run["epochs"]] for run in runs]
@@ -165,6 +167,22 @@ def _called(verdicts: list[list[str]]) -> list[str]:
     copying = sum("copying" in run for run in verdicts)
     watched = sum("watch" in run and "copying" not in run for run in verdicts)
     return [str(len(verdicts)), str(copying), str(watched)]
+
+
+# --- The sign of warped copies --------------------------------------------------------------------------------------
+
+
+def warped_table(rows: Rows) -> list[str]:
+    """In how many runs of each part the likeness after registration stands out, by epoch, where it was measured."""
+    body = []
+    for part, words in {"onset": "four pictures, over-trained", **TRAINED}.items():
+        runs = [run for run in _part(rows, part) if all(REGISTERED in epoch["check"] for epoch in run["epochs"])]
+        chances = [[epoch["check"][REGISTERED] for epoch in run["epochs"]] for run in runs]
+        if runs:
+            cells = [str(sum(chance <= OUTSIDE for chance in column)) for column in zip(*chances, strict=True)]
+            body.append([words, str(len(runs)), *cells])
+    epochs = len(body[0]) - 2 if body else 0
+    return _table(["Runs", "how many", *(f"epoch {n}" for n in range(1, epochs + 1))], body)
 
 
 # --- The recommended epoch -----------------------------------------------------------------------------------------

@@ -127,7 +127,7 @@ def test_the_oracle_tells_copies_from_fresh_renders(tmp_path: Path) -> None:
 
 def _check(significant: int) -> dict[str, Any]:
     previews = [["novel", 0.5, 0.6, 0.03 if index < significant else 0.04] for index in range(12)]
-    return {"previews": previews, "outside": []}
+    return {"previews": previews, "outside": [], copy_onset_report.REGISTERED: 0.05 if significant > 3 else 0.06}
 
 
 def _epoch(number: int, copies: int, significant: int, loss: float, accepted: int = 10) -> dict[str, Any]:
@@ -184,6 +184,12 @@ def test_controls_are_counted_by_run() -> None:
     assert heldout == f"| {copy_onset_report.CONTROLS['heldout_check']} | 3 | 0 | 1 |  |"
 
 
+def test_the_sign_of_warped_copies_is_counted_by_epoch() -> None:
+    over_trained, many = copy_onset_report.warped_table(_rows())[2:]
+    assert over_trained == "| four pictures, over-trained | 3 | 0 | 1 | 2 |"
+    assert many == "| 24 pictures, as many steps | 2 | 1 | 0 |"
+
+
 def test_choices_are_compared_by_fidelity_and_copies() -> None:
     recommended, last, lowest = copy_onset_report.chosen_table(_rows())[2:]
     low, high = generate.wilson(12 / 54, 54)
@@ -199,7 +205,7 @@ def test_the_oracles_table_names_the_ends() -> None:
 @pytest.mark.parametrize("full", [True, False])
 def test_the_page_is_filled(full: bool, tmp_path: Path) -> None:
     page = tmp_path / "page.md"
-    names = ("oracle", "onset", "silence", "chosen")
+    names = ("oracle", "onset", "silence", "warped", "chosen")
     page.write_text("".join(f"<!-- {name}: begin -->\n<!-- {name}: end -->\n" for name in names), encoding="utf-8")
     results = tmp_path / "results.jsonl"
     results.write_text("".join(json.dumps(row) + "\n" for row in (_rows() if full else [])), encoding="utf-8")
@@ -207,7 +213,7 @@ def test_the_page_is_filled(full: bool, tmp_path: Path) -> None:
     once = page.read_text(encoding="utf-8")
     copy_onset_report.write(results, page)
     assert page.read_text(encoding="utf-8") == once
-    assert once.count("Not measured yet") == (0 if full else 4)
+    assert once.count("Not measured yet") == (0 if full else 5)
 
 
 # --- Miniature runs ------------------------------------------------------------------------------------------------
@@ -230,6 +236,7 @@ def test_a_small_over_trained_run(bench: copy_onset.Bench) -> None:
         assert math.isfinite(epoch["train_loss"]) and math.isfinite(epoch["heldout_loss"])
         assert {kind: count for kind, (_, count) in epoch["copies"].items()} == {"training": 8, "novel": 8}
         assert len(epoch["check"]["previews"]) == len(epoch["preview_copies"]) == 12
+        assert 0 < epoch["check"][copy_onset_report.REGISTERED] <= 1
     for control in copy_onset_report.CONTROLS:
         assert len(found[control]["previews"]) == 12
     # A kept run is looked at again, not trained again.
