@@ -208,6 +208,7 @@ class Bench:
             "copies": {kind: count(copies, kind) for kind in ("training", "novel")},
             "accepted": count(seen, "novel"),
             "preview_copies": copies[2 * half :],
+            "preview_accepted": seen[2 * half :],
         }
 
     def _untrained(self, cell: Cell, part: str) -> RunConfig:

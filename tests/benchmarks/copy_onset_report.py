@@ -199,7 +199,7 @@ def choices(run: dict[str, Any]) -> dict[str, int]:
 
 
 def chosen_table(rows: Rows) -> list[str]:
-    """Fidelity and true copy rate of the epoch that each way of choosing takes, over all over-trained runs."""
+    """Fidelity, true copy rate and both at once, of the epoch that each way of choosing takes, over all runs."""
     runs = _part(rows, "onset")
     body = []
     for way in choices(runs[0]) if runs else ():
@@ -208,5 +208,17 @@ def chosen_table(rows: Rows) -> list[str]:
         accepted = [sum(values) for values in zip(*(epoch["accepted"] for epoch in epochs), strict=True)]
         copies = [sum(values) for values in zip(*(true_copies(epoch) for epoch in epochs), strict=True)]
         mean = statistics.mean(number for _, number in taken)
-        body.append([way, str(len(runs)), f"{mean:.1f}", _share(*accepted), _share(*copies)])
-    return _table(["Epoch", "Runs", "on average", "accepted as the concept, new prompts", "copies, all prompts"], body)
+        body.append([way, str(len(runs)), f"{mean:.1f}", _share(*accepted), _share(*copies), _worth_keeping(epochs)])
+    head = ["accepted as the concept, new prompts", "copies, all prompts", "accepted and no copy, previews"]
+    return _table(["Epoch", "Runs", "on average", *head], body)
+
+
+def _worth_keeping(epochs: Rows) -> str:
+    """The share of previews that show the concept and are no copies, over the runs whose previews were judged."""
+    found = [
+        accepted and not copy
+        for epoch in epochs
+        if "preview_accepted" in epoch
+        for accepted, copy in zip(epoch["preview_accepted"], epoch["preview_copies"], strict=True)
+    ]
+    return _share(sum(found), len(found)) if found else ""

@@ -132,7 +132,8 @@ def _check(significant: int) -> dict[str, Any]:
 
 def _epoch(number: int, copies: int, significant: int, loss: float, accepted: int = 10) -> dict[str, Any]:
     return {"epoch": number, "train_loss": loss, "heldout_loss": 1 - loss, "check": _check(significant),
-            "accepted": [accepted, 18], "copies": {"training": [copies, 18], "novel": [0, 18]}}  # fmt: skip
+            "accepted": [accepted, 18], "copies": {"training": [copies, 18], "novel": [0, 18]},
+            "preview_accepted": [True, True, False], "preview_copies": [copies > 9, False, False]}  # fmt: skip
 
 
 def _rows() -> list[dict[str, Any]]:
@@ -193,8 +194,9 @@ def test_the_sign_of_warped_copies_is_counted_by_epoch() -> None:
 def test_choices_are_compared_by_fidelity_and_copies() -> None:
     recommended, last, lowest = copy_onset_report.chosen_table(_rows())[2:]
     low, high = generate.wilson(12 / 54, 54)
-    assert recommended == (f"| recommended | 3 | 1.0 | 22% ({100 * low:.0f} to {100 * high:.0f}) | 6% (3 to 12) |")
-    assert "| 3.0 | 67% (" in last and "| 50% (" in last
+    assert recommended == (f"| recommended | 3 | 1.0 | 22% ({100 * low:.0f} to {100 * high:.0f}) | 6% (3 to 12) "
+                           "| 67% (35 to 88) |")  # fmt: skip
+    assert "| 3.0 | 67% (" in last and "| 50% (" in last and "| 33% (" in last
     assert last.split(" | ")[1:] == lowest.split(" | ")[1:]
 
 
@@ -235,7 +237,7 @@ def test_a_small_over_trained_run(bench: copy_onset.Bench) -> None:
     for epoch in found["epochs"]:
         assert math.isfinite(epoch["train_loss"]) and math.isfinite(epoch["heldout_loss"])
         assert {kind: count for kind, (_, count) in epoch["copies"].items()} == {"training": 8, "novel": 8}
-        assert len(epoch["check"]["previews"]) == len(epoch["preview_copies"]) == 12
+        assert len(epoch["check"]["previews"]) == len(epoch["preview_copies"]) == len(epoch["preview_accepted"]) == 12
         assert 0 < epoch["check"][copy_onset_report.REGISTERED] <= 1
     for control in copy_onset_report.CONTROLS:
         assert len(found[control]["previews"]) == 12
