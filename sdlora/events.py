@@ -37,7 +37,7 @@ class PlanMade(Event):
     `split_off` names the held-out pictures that were taken from the training folder itself. `repeats` and
     `exposures_per_picture` are the highest of several sets, which `sets` tells apart; it is empty for one folder.
     `peak_bytes` is the most memory that is needed at once and `memory_bytes` what there is, both None for bases so
-    small that they fit anywhere.
+    small that they fit anywhere. `previews` are drawn of the base and after every epoch.
     """
 
     name = "plan"
@@ -59,6 +59,7 @@ class PlanMade(Event):
     preserved_pictures: int = 0
     peak_bytes: int | None = None
     memory_bytes: int | None = None
+    previews: int = 0
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,14 @@ class Progress(Event):
     phase: str
     done: int
     total: int
+
+
+@dataclass(frozen=True)
+class StepRehearsed(Event):
+    """What a step takes was measured before the first one, so that the time left can be told."""
+
+    name = "rehearsal"
+    seconds: float
 
 
 @dataclass(frozen=True)

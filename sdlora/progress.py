@@ -111,7 +111,10 @@ class ProgressBar:
 
 
 class Timer:
-    """Estimates the time left from measured steps and from what was measured at the ends of epochs.
+    """Estimates the time left: the steps and ends of epochs that are to come, times what one of them takes.
+
+    A step is measured before the first one and then by those that are done, an epoch's end by the last ones. Before
+    there was any, it is taken for its previews, at the speed of the base's pictures that are drawn for the copy check.
 
     Args:
         clock: Seconds that only grow.
@@ -121,27 +124,38 @@ class Timer:
     def __init__(self, clock: Callable[[], float] = time.monotonic, closing_seconds: float | None = None) -> None:
         self._clock = clock
         self._plan: events.PlanMade | None = None
+        self._step = 0
         self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
         # Previews, held-out loss, copy check, export with its proof, page: all that is done at the end of an epoch.
         self._closings: deque[float] = deque([] if closing_seconds is None else [closing_seconds], maxlen=_RECENT_ENDS)
+        self._closings_left = 0
         self._closing_since: float | None = None
+        self._pictures: deque[float] = deque(maxlen=_RECENT_ENDS)
+        self._drawn = self._pictures_left = 0
         self._last = clock()
-        self._step = self._epoch = 0
 
     def see(self, event: Event) -> None:
         """Learn from an event, at the moment at which it happens."""
         now = self._clock()
         if isinstance(event, events.PlanMade):
-            self._plan = event
-        elif isinstance(event, events.StepDone):
-            if self._closing_since is not None:
-                self._closings.append(self._last - self._closing_since)
-                self._closing_since = None
+            self._plan, self._closings_left = event, event.epochs + 1
+        elif isinstance(event, events.StepRehearsed):
             self._steps.append(event.seconds)
-            self._step, self._epoch = event.step, event.epoch
+        elif isinstance(event, events.StepDone):
+            self._steps.append(event.seconds)
+            self._step = event.step
+            if self._plan is not None:
+                self._closings_left = self._plan.epochs - event.epoch + 1
         elif isinstance(event, events.EpochDone):
             # It comes when the held-out loss is measured, for which the epoch's checkpoint was saved.
-            self._closing_since, self._epoch = self._last, event.epoch
+            self._closing_since = self._last
+        elif isinstance(event, events.Progress) and event.phase == "the base's pictures":
+            self._pictures.append((now - self._last) / (event.done - self._drawn))
+            self._drawn, self._pictures_left = event.done, event.total - event.done
+        elif isinstance(event, events.Progress) and event.phase == "page" and self._closing_since is not None:
+            self._closings.append(now - self._closing_since)
+            self._closings_left -= 1
+            self._closing_since = None
         self._last = now
 
     @property
@@ -151,15 +165,16 @@ class Timer:
 
     @property
     def eta_seconds(self) -> float | None:
-        """Seconds to the end of the run, previews included; None until a step was timed."""
+        """Seconds to the end of the run, previews included; None until it is known what a step and a preview take."""
         if self._plan is None or not self._steps:
             return None
+        picture = _usual(self._pictures, _PAUSED_END) if self._pictures else 0.0
+        closing = self._plan.previews * picture if self.closing_seconds is None else self.closing_seconds
+        if closing == 0.0 and self._plan.previews:
+            return None
+        gone = 0.0 if self._closing_since is None else min(closing, self._last - self._closing_since)
         steps = (self._plan.steps - self._step) * _usual(self._steps, _PAUSED_STEP)
-        closing = self.closing_seconds or 0.0
-        if self._closing_since is None:
-            return steps + (self._plan.epochs - self._epoch + 1) * closing
-        left = max(0.0, closing - (self._last - self._closing_since))
-        return steps + (self._plan.epochs - self._epoch) * closing + left
+        return steps + self._pictures_left * picture + self._closings_left * closing - gone
 
 
 def _usual(seconds: Collection[float], longest: float) -> float:

@@ -34,6 +34,7 @@ from sdlora.events import (
     PlannedSet,
     Progress,
     RunDone,
+    StepRehearsed,
 )
 from sdlora.files import atomic_path, naming_a_full_disk, remove_partial
 from sdlora.forecast import memory_of_run
@@ -165,6 +166,9 @@ def _events(
     yield from _fill_training(parts)
     if parts.heldout is not None:
         yield from parts.heldout.data.fill(config.data.background)
+    if not resume:
+        parts.base.set_aside()
+        yield StepRehearsed(trainer.rehearse())
     if parts.checker is not None:
         yield from parts.checker.prepare(config.data.background)
     parts.base.set_aside()
@@ -286,6 +290,7 @@ def _plan(parts: Parts) -> PlanMade:
         preserved_pictures=0 if parts.preserved is None else len(parts.preserved.dataset.examples),
         peak_bytes=peak_bytes,
         memory_bytes=memory_bytes,
+        previews=0 if parts.previews is None else len(parts.previews.wanted()),
     )
 
 

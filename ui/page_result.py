@@ -139,7 +139,7 @@ def runs_page(context: Context, run: gr.Dropdown) -> RunsPage:
     gr.HTML(views.box("<p>The run chosen at the top of the page is the one that the buttons mean.</p>"))
     with gr.Row(elem_classes="ends"):
         clone = gr.Button("Clone into the recipe", min_width=150, elem_id="clone")
-        other = gr.Dropdown(label="Compare its settings with", min_width=200)
+        other = gr.Dropdown(label="Compare its settings with", min_width=200, elem_id="compare-with")
         compare = gr.Button("Compare settings", min_width=150)
         delete = gr.Button("Delete …", variant="stop", min_width=110, elem_id="delete")
     with gr.Row(visible=False) as sure:

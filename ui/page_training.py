@@ -63,10 +63,10 @@ def training_page(context: Context, run: gr.Dropdown) -> TrainingPage:
     with gr.Accordion("Queue", open=False, elem_id="queue-box"):
         queue = gr.HTML(elem_id="queue")
         with gr.Row(elem_classes="ends"):
-            waiting = gr.Dropdown(label="Waiting run", min_width=180)
-            earlier = gr.Button("Earlier", min_width=100)
-            later = gr.Button("Later", min_width=100)
-            cancel = gr.Button("Take out of the queue", min_width=160)
+            waiting = gr.Dropdown(label="Waiting run", min_width=180, elem_id="waiting")
+            earlier = gr.Button("Earlier", min_width=100, elem_id="earlier")
+            later = gr.Button("Later", min_width=100, elem_id="later")
+            cancel = gr.Button("Take out of the queue", min_width=160, elem_id="cancel")
     jobs = context.jobs
     moves = [
         buttons["pause"].click(lambda name: context.attempt(lambda: jobs.pause(need(name))), run, note),
