@@ -26,7 +26,8 @@ from sdlora.run import start
 FROM = 0.1
 WITHIN = 0.2
 FLOOR = 0.02  # of the run: nobody is misled by so little, and a fifth of the last second is no measure
-# What is kept of events: what a timer reads. Steps that were read back together are one row, the last of them.
+# What is kept of events: what a timer reads. Of steps that were read back together the last one stands for all, and of
+# what is read from a cache, too.
 _KEPT = {
     "plan": ("epochs", "steps", "previews"), "rehearsal": ("seconds",), "progress": ("phase", "done", "total"),
     "step": ("epoch", "step", "seconds"), "epoch": ("epoch", "step"),
@@ -80,9 +81,17 @@ def rows(timed: Iterable[tuple[float, Event]]) -> Timeline:
         told = {key: value for key, value in event.to_json().items() if key in _KEPT.get(event.name, ())}
         told |= {key: round(value, 4) for key, value in told.items() if isinstance(value, float)}
         row = (round(at, 2), event.name, told)
-        together = kept and event.name == kept[-1][1] == "step" and told["seconds"] == kept[-1][2]["seconds"]
-        kept[-1 if together else len(kept) :] = [row]
+        if kept and _one(kept[-1], row):
+            kept.pop()
+        kept.append(row)
     return kept
+
+
+def _one(before: tuple[float, str, dict[str, Any]], row: tuple[float, str, dict[str, Any]]) -> bool:
+    (_, name, was), (_, same, told) = before, row
+    if name == same == "step":
+        return bool(was["seconds"] == told["seconds"])
+    return name == same == "progress" and told["phase"].startswith("cache") and was["phase"] == told["phase"]
 
 
 def played(timeline: Timeline) -> Iterator[tuple[float, Event]]:

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 from browsing import CHROMIUM, Open, browser_page, open_studio, tab
+from studios import write_state
 
 from sdlora.config import RunConfig
 from sdlora.configfile import parse_config
@@ -50,15 +51,17 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Calla
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., RunConfig]) -> Iterator[Open]:
-    """A studio with a set of pictures, a finished run and another that is like it but for its name and one setting."""
+    """A studio with a set of pictures, a finished run and another one's settings, which differ in name and seed."""
     studio = Studio(tmp_path_factory.mktemp("work") / "runs")
     studio.create()
+    folder = studio.picture_set("set")
+    folder.mkdir()
     for file in sorted(resolve_data_folder("builtin:zumi").glob("zumi_0[0-3].*")):
-        shutil.copy(file, studio.picture_set("set"))
+        shutil.copy(file, folder)
     write_draft(studio, Draft(pictures="set").with_values({"data.trigger": "glimmer"}))
-    for name, seed in (("first", 1), ("second", 2)):
-        for _ in start(settings(name).model_copy(update={"seed": seed}), studio.run(name)):
-            pass
+    for _ in start(settings("first").model_copy(update={"seed": 1}), studio.run("first")):
+        pass
+    write_state(studio, settings("second").model_copy(update={"seed": 2}), status="done")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_TOKEN", "hf_of_nobody")
         patch.setenv("HF_HUB_OFFLINE", "1")
@@ -95,7 +98,9 @@ def unfold(page: Any, box: str) -> None:
 
 
 def captions(opened: Open) -> list[str]:
-    return [file.read_text(encoding="utf-8") for file in sorted((opened.runs / "pictures" / "set").glob("*.txt"))]
+    return [
+        file.read_text(encoding="utf-8").strip() for file in sorted((opened.runs / "pictures" / "set").glob("*.txt"))
+    ]
 
 
 def drawn(page: Any, *labels: str) -> list[str]:
@@ -107,7 +112,8 @@ def drawn(page: Any, *labels: str) -> list[str]:
     page.wait_for_function("[...document.querySelectorAll('#tried img')].every(one => one.complete)")
     # What a picture shows, not what it is called.
     return page.locator("#tried img").evaluate_all("""all => all.map(one => {
-        const canvas = Object.assign(document.createElement('canvas'), {width: one.naturalWidth, height: one.naturalHeight});
+        const size = { width: one.naturalWidth, height: one.naturalHeight };
+        const canvas = Object.assign(document.createElement('canvas'), size);
         canvas.getContext('2d').drawImage(one, 0, 0);
         return canvas.toDataURL();
     })""")
@@ -206,6 +212,7 @@ def test_the_queue_is_put_into_another_order(page: Any, opened: Open, settings: 
             jobs.cancel(name)
         jobs.studio.job_record("busy").unlink()
         taken.kill()
+    page.locator("#strip", has_text="Nothing is being trained").wait_for()
 
 
 def test_what_was_asked_about_is_what_is_published(page: Any, opened: Open) -> None:
