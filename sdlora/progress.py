@@ -23,6 +23,7 @@ from sdlora.events import Event
 from sdlora.preview.copycheck import EpochCheck
 
 _RECENT_STEPS, _RECENT_ENDS = 100, 3
+_NULL = "the base's pictures"  # the phase in which the copy check's null is drawn
 # Steps of other shapes are no pauses, nor are ends of epochs that prove a file where that of epoch 0 did not.
 _PAUSED_STEP, _PAUSED_END = 2.0, 4.0
 
@@ -79,7 +80,7 @@ class ProgressBar:
         elif isinstance(event, events.Notice):
             self._line(event.message)
         elif isinstance(event, events.Progress):
-            self._update(event.phase, event.done, event.total, "")
+            self._update(event.phase, event.done, event.total, self._eta())
         elif isinstance(event, events.StepDone):
             self._loss = event.loss if self._loss is None else 0.95 * self._loss + 0.05 * event.loss
             rate = len(event.examples) / event.seconds if event.seconds else 0.0
@@ -114,7 +115,7 @@ class Timer:
     """Estimates the time left: the steps and ends of epochs that are to come, times what one of them takes.
 
     A step is measured before the first one and then by those that are done, an epoch's end by the last ones. Before
-    there was any, it is taken for its previews, at the speed of the base's pictures that are drawn for the copy check.
+    there was any, it is taken for its previews, at the speed at which pictures are drawn for the copy check's null.
 
     Args:
         clock: Seconds that only grow.
@@ -149,14 +150,21 @@ class Timer:
         elif isinstance(event, events.EpochDone):
             # It comes when the held-out loss is measured, for which the epoch's checkpoint was saved.
             self._closing_since = self._last
-        elif isinstance(event, events.Progress) and event.phase == "the base's pictures":
-            self._pictures.append((now - self._last) / (event.done - self._drawn))
-            self._drawn, self._pictures_left = event.done, event.total - event.done
-        elif isinstance(event, events.Progress) and event.phase == "page" and self._closing_since is not None:
+        elif isinstance(event, events.Progress):
+            self._see_progress(event, now)
+        self._last = now
+
+    def _see_progress(self, event: events.Progress, now: float) -> None:
+        if event.phase == "page" and self._closing_since is not None:
             self._closings.append(now - self._closing_since)
             self._closings_left -= 1
             self._closing_since = None
-        self._last = now
+        elif event.phase in (_NULL, "previews") and not self._closings:
+            before = self._drawn if event.done > self._drawn else 0
+            self._pictures.append((now - self._last) / (event.done - before))
+            self._drawn = event.done
+            # Previews are part of an epoch's end.
+            self._pictures_left = event.total - event.done if event.phase == _NULL else 0
 
     @property
     def closing_seconds(self) -> float | None:

@@ -1,4 +1,4 @@
-"""How right the time left is, as a run and the studio tell it: a real run, judged from a tenth of it on.
+"""How right the time left is, as a run and the studio tell it: a real run, judged from a tenth of its time on.
 
 python tests/benchmarks/time_left.py [--processor] [--record FILE] [CONFIG] [SECTION.KEY=VALUE ...]
 
@@ -66,12 +66,17 @@ class Told:
 
 
 def judged(told: Iterable[tuple[float, float | None]]) -> list[Told]:
-    """What was told from a tenth of a run on, beside what was left; the last entry is the run's end."""
+    """What stands there when a tenth of a run is over and all that is told from then on, beside what was left.
+
+    Args:
+        told: Seconds since the run's start, growing, and the seconds left as they were told then; the last ones are the
+            run's end.
+    """
     every = list(told)
     end = every[-1][0]
-    return [
-        Told(at / end, eta, end - at, max(WITHIN * (end - at), FLOOR * end)) for at, eta in every if at >= FROM * end
-    ]
+    early = [eta for at, eta in every if at < FROM * end]
+    found = [(FROM * end, early[-1] if early else None), *((at, eta) for at, eta in every if at >= FROM * end)]
+    return [Told(at / end, eta, end - at, max(WITHIN * (end - at), FLOOR * end)) for at, eta in found]
 
 
 def rows(timed: Iterable[tuple[float, Event]]) -> Timeline:
