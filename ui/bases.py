@@ -34,6 +34,7 @@ from .store import Studio
 
 _USABLE = 0.9  # of a GPU: the rest is its driver's and the screen's
 _OF_MEMORY = ("base", "lora", "train", "preview", "loss")
+_OF_PICTURES = ("resolution_px", "class_words", "preservation_folder", "masks")  # what those sections go with
 
 
 @dataclass(frozen=True)
@@ -92,8 +93,10 @@ def fit(config: RunConfig) -> Fit | None:
     memory_bytes = room_bytes(device) >> 26 << 26
     document = tomllib.loads(dump_toml(config))
     kept = {section: document[section] for section in _OF_MEMORY if section in document}
-    size = {} if config.data.resolution_px is None else {"resolution_px": config.data.resolution_px}
-    return _fit(json.dumps(kept | {"data": {"folder": "none", **size}}), device == "cpu", memory_bytes)
+    # A trigger is nothing to memory, but class words need one.
+    data = {name: document["data"][name] for name in _OF_PICTURES if name in document["data"]}
+    data |= {"folder": "none", "trigger": "trigger"}
+    return _fit(json.dumps(kept | {"data": data}), device == "cpu", memory_bytes)
 
 
 def room_bytes(device: str) -> int:

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from sdlora.configfile import load_config
 from sdlora.shipped import pocket_folder
 from sdlora.training.metabase import shapes_of_base, shapes_of_family
-from sdlora.ui import bases, plan
+from sdlora.ui import bases, form, plan
 from sdlora.ui.draft import Draft
 from sdlora.ui.recipes import SUBJECTS
 from sdlora.ui.store import Studio
@@ -90,6 +92,23 @@ def test_a_recipe_fits_into_the_memory_there_is(
     assert order == ["train.batch_size", "train.gradient_checkpointing", "data.resolution_px"][: len(order)] != []
     on_a_gpu(1 << 40)
     assert fitted.with_answers(subject, "as usual", large).values == answered.values, "it is taken back where it can be"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss.mask_floor": 0.3, "data.masks": "file"},
+        {"data.class_words": [], "data.preservation_folder": "others"},
+    ],
+)
+def test_settings_that_go_with_the_pictures_are_no_faults_of_the_plan(
+    changes: dict[str, Any], on_a_gpu: Callable[[int], None]
+) -> None:
+    on_a_gpu(2**33)
+    draft = Draft(values=form.to_values(load_config("quickstart")) | changes)
+    found = draft.needs()
+    assert found is not None and found.peak_bytes > 0
 
 
 def test_what_cannot_fit_or_is_not_here_is_said(tiny_base: Path, on_a_gpu: Callable[[int], None]) -> None:
