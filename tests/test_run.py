@@ -16,7 +16,19 @@ from safetensors.torch import load_file
 
 from sdlora.configfile import load_config
 from sdlora.errors import ConfigError, DataError, OutputError
-from sdlora.events import CopyChecked, EpochDone, Event, Exported, Notice, PlanMade, Progress, RunDone, StepDone
+from sdlora.events import (
+    CopyChecked,
+    EpochDone,
+    Event,
+    Exported,
+    Notice,
+    PlanMade,
+    PreviewsDone,
+    Progress,
+    RunDone,
+    StepDone,
+    StepRehearsed,
+)
 from sdlora.parts import prepare
 from sdlora.pocket.world import random_scene, render
 from sdlora.preview import checker
@@ -83,6 +95,11 @@ def test_a_run_leaves_everything_a_person_needs(tmp_path: Path, overrides: list[
     assert (plan.pictures, plan.exposures_per_picture) == (5, 4)
     # Two buckets of 3 and 2 pictures, two rounds of each in batches of 2: 3 + 2 steps an epoch.
     assert plan.steps == 10 == len([event for event in events if isinstance(event, StepDone)])
+    # A step is timed before anything that takes long, so that the time left can be told.
+    (rehearsal,) = [event for event in events if isinstance(event, StepRehearsed)]
+    drawn = [event for event in events if isinstance(event, PreviewsDone)]
+    assert rehearsal.seconds > 0 and events.index(rehearsal) < events.index(drawn[0])
+    assert [len(event.files) for event in drawn] == [plan.previews] * 3
     exported = next(event for event in events if isinstance(event, Exported))
     assert exported.max_error == 0.0
     assert exported.num_modules == len(plan.targets) * 4 * 4

@@ -138,6 +138,20 @@ def test_dropout_acts_in_training_alone(tiny_base: Path, pictures: Path, tmp_pat
     assert torch.equal(kept[1], kept[2])
 
 
+def test_a_rehearsal_leaves_nothing_behind(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+    ends: list[torch.Tensor] = []
+    for rehearsed in (False, True):
+        trainer = make_trainer(
+            tiny_base, pictures, tmp_path, form=Form(dropout=0.5), learning_rate=1e-2, preservation_weight=1.0
+        )
+        if rehearsed:
+            assert trainer.rehearse() > 0.0
+            assert trainer.position.step == 0 and all(parameter.grad is None for parameter in trainer.parameters)
+        list(trainer.events())
+        ends.append(torch.cat([parameter.flatten() for parameter in trainer.parameters]))
+    assert torch.equal(*ends)
+
+
 def test_preservation_keeps_answers_to_class_words(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     moved: list[float] = []
     for weight in (1e-6, 10.0):
