@@ -100,8 +100,8 @@ def pictures_page(context: Context) -> PicturesPage:
             exchange = gr.Button("Replace in all captions", min_width=160)
         with gr.Row(elem_classes="ends"):
             rest = gr.Textbox(label="Caption for pictures that have none", min_width=260)
-            fill = gr.Button("Give it to all of them", min_width=160)
-            trigger = gr.Button("Put the trigger into all captions", min_width=160)
+            fill = gr.Button("Give it to all of them", min_width=200)
+            trigger = gr.Button("Put the trigger into all captions", min_width=200)
         captions = caption_part(context)
     page = gr.Dropdown([], label="Pictures shown", visible=False, elem_id="cards-page")
     cards = gr.HTML(elem_id="cards")

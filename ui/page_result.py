@@ -138,11 +138,11 @@ def runs_page(context: Context, run: gr.Dropdown) -> RunsPage:
     """Lay out the page of all runs and say what its controls do, but for clone, which leads to another page."""
     gr.HTML(views.box("<p>The run chosen at the top of the page is the one that the buttons mean.</p>"))
     with gr.Row(elem_classes="ends"):
-        other = gr.Dropdown(label="Compare its settings with", min_width=140, elem_id="compare-with")
-        compare = gr.Button("Compare settings", min_width=140)
+        other = gr.Dropdown(label="Compare its settings with", min_width=200, elem_id="compare-with")
+        compare = gr.Button("Compare settings", min_width=200)
     with gr.Row():
-        clone = gr.Button("Clone into the recipe", min_width=140, elem_id="clone")
-        delete = gr.Button("Delete …", variant="stop", min_width=140, elem_id="delete")
+        clone = gr.Button("Clone into the recipe", min_width=200, elem_id="clone")
+        delete = gr.Button("Delete …", variant="stop", min_width=200, elem_id="delete")
     with gr.Row(visible=False) as sure:
         really = gr.Button("Delete it for good", variant="stop", elem_id="really-delete")
         keep = gr.Button("Keep it")

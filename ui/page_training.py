@@ -85,7 +85,7 @@ def copy_page(context: Context, run: gr.Dropdown) -> CopyPage:
     """Lay the copy check's page out."""
     banner = gr.HTML(elem_id="banner")
     with gr.Row(elem_classes="ends"):
-        epoch = gr.Radio([], label="Epoch (0 is the base)", elem_id="copy-epoch")
+        epoch = gr.Radio([], label="Epoch", min_width=260, elem_id="copy-epoch")
         stop = gr.Button("Stop training here", variant="stop", min_width=160, elem_id="copy-stop", visible=False)
     note = gr.HTML(elem_id="copy-note")
     pairs, signs = gr.HTML(elem_id="pairs"), gr.HTML(elem_id="signs")

@@ -53,11 +53,13 @@ class RunView:
     key: str
 
     def recommended(self) -> tuple[int, str] | None:
-        """The epoch to keep so far, and why; None before the first one is there."""
-        if not self.loras:
+        """The epoch to keep so far, and why; None before the first one is there and its copies were looked for."""
+        is_checked = self.config.copycheck.enabled and self.config.preview.enabled
+        judged = [epoch for epoch in self.loras if epoch in self.checks or not is_checked]
+        if not judged:
             return None
         losses = {row["epoch"]: row["heldout_loss"] for row in self.epochs if row["heldout_loss"] is not None}
-        return recommend(self.checks, losses, max(self.loras))
+        return recommend(self.checks, losses, max(judged))
 
     def training_pictures(self) -> Mapping[str, Image.Image]:
         """What it trained on, by name and cropped as it was trained; grey where a picture is no longer there."""

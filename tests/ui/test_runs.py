@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,7 +20,7 @@ from sdlora.ui import views, views_run
 from sdlora.ui.context import Context
 from sdlora.ui.jobs import Jobs
 from sdlora.ui.page_result import clone_into_draft, draw
-from sdlora.ui.runs import delete_run, differences, read_run, settings_of
+from sdlora.ui.runs import RunView, delete_run, differences, read_run, settings_of
 from sdlora.ui.snapshot import SLOTS, snapshot
 from sdlora.ui.store import Studio
 from sdlora.ui.trial import Easel, Wish
@@ -82,6 +83,20 @@ def test_it_is_what_the_trainer_left(trained: Context) -> None:
     assert kept is not None
     assert run.loras[kept[0]].read_bytes() == (run.folder / "small.safetensors").read_bytes()
     assert read_run(trained.studio, "small") is run, "it is read once while no file changes"
+
+
+def test_an_epoch_is_recommended_once_its_copies_were_looked_for(trained: Context) -> None:
+    run = read_run(trained.studio, "small")
+    assert run is not None
+
+    def recommended(last: int, run: RunView) -> int | None:
+        found = replace(run, checks={e: check for e, check in run.checks.items() if e <= last}).recommended()
+        return None if found is None else found[0]
+
+    assert [recommended(last, run) for last in (0, 1)] == [None, 1]
+    copycheck = run.config.copycheck.model_copy(update={"enabled": False})
+    unchecked = replace(run, config=run.config.model_copy(update={"copycheck": copycheck}))
+    assert recommended(-1, unchecked) is not None
 
 
 def test_a_half_written_line_and_a_file_without_its_proof_do_not_count(trained: Context, tmp_path: Path) -> None:
