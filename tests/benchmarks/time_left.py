@@ -21,7 +21,6 @@ from sdlora import events
 from sdlora.configfile import load_config
 from sdlora.events import Event
 from sdlora.progress import Timer
-from sdlora.run import start
 
 FROM = 0.1
 WITHIN = 0.2
@@ -139,7 +138,9 @@ def main() -> None:
     parser.add_argument("--record", type=Path)
     asked = parser.parse_args()
     if asked.processor:
-        time.monotonic = time.process_time  # the run's own clock, too
+        time.monotonic = time.process_time  # the run's own clock, too, which its modules take when they are imported
+    from sdlora.run import start
+
     begin, timed = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:
         for event in start(load_config(asked.config, asked.changes), Path(folder) / "run"):
