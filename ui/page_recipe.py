@@ -113,7 +113,7 @@ def recipe_page(context: Context) -> RecipePage:
         upload = gr.UploadButton("Load settings from a file (.toml)", file_types=[".toml"], min_width=220)
         with gr.Column(min_width=220):
             link = "<a class='button whole' download href='/studio/draft.toml'>Download these settings</a>"
-            gr.HTML(views.box(link), padding=False)
+            gr.HTML(views.box(link))
     decided: list[gr.components.Component] = [subject, trigger, base, length, name]
     everything = [*decided, *controls]
     page = RecipePage(everything, name, planned, note, start)

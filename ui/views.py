@@ -198,10 +198,12 @@ def progress_words(status: Status) -> str:
         return "Every epoch is complete."
     if status.can_resume:
         return f"It got to step {status.step} of {status.total_steps}." if status.total_steps else ""
-    told = [PHASES.get(status.phase, status.phase)]
-    if status.phase == "train" and status.total_steps:
+    # The report is the last of an epoch's end; of the steps that follow it nothing is heard until some are done.
+    phase = "train" if status.phase == "page" and status.step < (status.total_steps or 0) else status.phase
+    told = [PHASES.get(phase, phase)]
+    if phase == "train" and status.total_steps:
         told.append(f"step {status.step} of {status.total_steps}")
-    elif status.total:
+    elif status.total > 1:
         told.append(f"{status.done} of {status.total}")
     if status.eta_seconds is not None and status.word in ("running", "paused"):
         told.append(f"about {format_seconds(status.eta_seconds)} left")

@@ -14,8 +14,9 @@ from studios import write_state
 from sdlora.config import RunConfig
 from sdlora.ui.context import Context
 from sdlora.ui.jobs import Job
-from sdlora.ui.status import last_lines
+from sdlora.ui.status import Status, last_lines
 from sdlora.ui.store import Studio
+from sdlora.ui.views import progress_words
 
 Make = Callable[..., RunConfig]
 
@@ -85,3 +86,17 @@ def test_only_the_end_of_a_log_is_read(studio: Studio) -> None:
     log.write_text("\n".join(f"line {number}" for number in range(100_000)), encoding="utf-8")
     lines = last_lines(log).splitlines()
     assert lines[-1] == "line 99999" and len(lines) == 12
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "done", "total", "told"),
+    [
+        ("the base's pictures", 0, 32, 68, "learning what the base draws by itself, 32 of 68, about 1 min 30 s left"),
+        ("page", 0, 1, 1, "training, step 0 of 40, about 1 min 30 s left"),
+        ("train", 9, 9, 40, "training, step 9 of 40, about 1 min 30 s left"),
+        ("page", 40, 1, 1, "writing the report, about 1 min 30 s left"),
+    ],
+)
+def test_what_a_run_does_is_told_with_the_time_left(phase: str, step: int, done: int, total: int, told: str) -> None:
+    status = Status("a", "running", phase, step=step, total_steps=40, done=done, total=total, eta_seconds=90.0)
+    assert progress_words(status) == told
