@@ -42,12 +42,13 @@ def everything_is_whole(run: Path) -> None:
     assert not [file for file in run.rglob("*") if ".sdlora-partial-" in file.name]
 
 
+REHEARSED = 3  # steps before the first
 # The loss's, the gradient's and the latents' step is the point's own; what is broken between two steps shows in the
 # next, or when it is to be saved.
 NUMBERS: list[tuple[str, str, int, Side, Change, int]] = [
-    ("loss", "sdlora.training.loop:diffusion_loss", 7, "after", mishaps.no_numbers, 7),
-    ("latents", "sdlora.training.loop:Trainer._latents_and_noise", 7, "after", mishaps.no_latents, 7),
-    ("gradient", "sdlora.training.loop:Trainer._gradients", 7, "after", mishaps.infinite_gradient, 7),
+    ("loss", "sdlora.training.loop:diffusion_loss", REHEARSED + 7, "after", mishaps.no_numbers, 7),
+    ("latents", "sdlora.training.loop:Trainer._latents_and_noise", REHEARSED + 7, "after", mishaps.no_latents, 7),
+    ("gradient", "sdlora.training.loop:Trainer._gradients", REHEARSED + 7, "after", mishaps.infinite_gradient, 7),
     ("weight", "sdlora.training.loop:Trainer._step", 7, "after", mishaps.infinite_weight, 8),
     ("optimizer", "sdlora.training.loop:Trainer._step", 7, "after", mishaps.broken_optimizer, 8),
 ]
@@ -92,7 +93,7 @@ def test_full_memory_names_the_setting_to_lower(
             "data.resolution_px = 24 (now 32)",
         ),
         "step": (
-            Point("sdlora.training.loop:diffusion_loss", 4, action="out of memory"),
+            Point("sdlora.training.loop:diffusion_loss", REHEARSED + 4, action="out of memory"),
             "train.batch_size to 1 (now 2) and train.gradient_accumulation_steps to 2 (now 1)",
         ),
         "preview": (
@@ -125,7 +126,7 @@ def test_a_run_goes_on_with_what_the_advice_says(scene: Scene, tmp_path: Path) -
 
 def test_batches_in_parts_give_the_same_result(scene: Scene, tmp_path: Path, figure: Figure) -> None:
     changes = ["train.auto_batch=true", "preview.enabled=false", "train.max_grad_norm=1e-3"]
-    full = Point("sdlora.training.loop:diffusion_loss", 3, "before", mishaps.too_large_for_two, every=True)
+    full = Point("sdlora.training.loop:diffusion_loss", REHEARSED + 3, "before", mishaps.too_large_for_two, every=True)
     assert scene.train(tmp_path / "whole", changes=changes).code == 0
     outcome = scene.train(tmp_path / "parts", points=[full], changes=changes)
     assert outcome.code == 0, outcome.err
