@@ -155,7 +155,7 @@ class CopyChecked(Event):
         verdict: "clean", "watch" or "copying".
         reason: One sentence.
         share: Of the previews that match a training picture more than chance explains, in [0, 1].
-        share_lower_bound: What that share is at least, with a confidence of 99.8 %.
+        share_lower_bound: What that share is at least, with a confidence of 99.9 %.
         false_alarm_rate: How often previews no more like the set than the null are called copying.
         most_alike: The training picture that a preview is most alike, and the preview's file.
         likeness: How much they are alike, in [0, 1]; 1 is a copy.

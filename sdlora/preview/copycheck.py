@@ -1,7 +1,7 @@
 """The copy check: which training picture each preview is most alike, and whether that is more than chance explains.
 
 Floor 6. A verdict needs two things: previews that hardly anything in the null is as alike as, and more of them than a
-test at 3 % gives by chance.
+test at 2 % gives by chance.
 Shapes: P previews, G pictures of the gallery, K pictures of the null, S scores.
 """
 
@@ -23,9 +23,9 @@ from sdlora.preview.nulls import Gallery, reduced
 from sdlora.preview.sampler import Kind, PreviewRequest
 from sdlora.preview.signals import Signal
 
-# With a null of a hundred, two odd pictures in it may be as alike as a copy without blinding the check.
-ALPHA = 0.03
-CONFIDENCE = 0.998
+# With a null of a hundred, one odd picture in it may be as alike as a copy without blinding the check.
+ALPHA = 0.02
+CONFIDENCE = 0.999
 SIGNALS_TO_WATCH = 2
 FILE = "copycheck.json"
 FIDELITY = "concept_fidelity"
@@ -45,7 +45,7 @@ class Match:
         hp_ms: Their likeness in detail, over crops and mirrors, in [-1, 1].
         phash: The share of equal bits of their perceptual hashes, in [0, 1].
         p_value: How likely a picture that copies nothing is as alike to some training picture.
-        significant: Whether that is at most 3 %.
+        significant: Whether that is at most 2 %.
         file: The preview, seen from the check's folder.
         sscd: The cosine of SSCD's embeddings, in [-1, 1]; None unless it was asked.
         guidance_norm: How hard the prompt pulled, see `sdlora.preview.watching`; None without guidance.
@@ -74,11 +74,11 @@ class EpochCheck:
     """What the check found in the previews of one epoch.
 
     Attributes:
-        verdict: "copying" if more previews are significant than chance explains, with a confidence of 99.8 %; "watch"
+        verdict: "copying" if more previews are significant than chance explains, with a confidence of 99.9 %; "watch"
             if any is, or if two other signals stand out; else "clean".
         reason: Why, in one sentence.
         share: Of previews that are significant, in [0, 1].
-        share_lower_bound: What that share is at least, with a confidence of 99.8 %.
+        share_lower_bound: What that share is at least, with a confidence of 99.9 %.
         false_alarm_rate: How likely "copying" is said of so many previews if none is more like the set than the null.
         signals: What else was measured, by name.
         previews: In the order of their files.
@@ -203,7 +203,7 @@ def judge(matches: Sequence[Match], signals: Sequence[Signal]) -> EpochCheck:
 
 
 def false_alarm_rate(num_previews: int) -> float:
-    """How likely so many previews are called copying if each stands out by chance in 3 of 100 cases."""
+    """How likely so many previews are called copying if each stands out by chance in 2 of 100 cases."""
     fewest = next(
         (k for k in range(1, num_previews + 1) if lower_bound(k, num_previews, CONFIDENCE) > ALPHA), num_previews + 1
     )

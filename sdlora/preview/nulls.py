@@ -1,6 +1,6 @@
 """What likeness there is where nothing was copied: between training pictures, and in what the base draws.
 
-Floor 6. The null has at least 100 scores, since a test at 3 % needs as many to bear an odd one. The base's pictures are
+Floor 6. The null has at least 100 scores, since a test at 2 % needs as many to bear an odd one. The base's pictures are
 drawn once and kept, and so are the scores, under the hash of everything that they follow from.
 Shapes: K pictures of the null, G pictures of the gallery, S scores.
 """

@@ -126,7 +126,7 @@ def test_the_oracle_tells_copies_from_fresh_renders(tmp_path: Path) -> None:
 
 
 def _check(significant: int) -> dict[str, Any]:
-    previews = [["novel", 0.5, 0.6, 0.03 if index < significant else 0.04] for index in range(12)]
+    previews = [["novel", 0.5, 0.6, 0.02 if index < significant else 0.03] for index in range(12)]
     return {"previews": previews, "outside": [], copy_onset_report.REGISTERED: 0.05 if significant > 3 else 0.06}
 
 

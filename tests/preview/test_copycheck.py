@@ -97,8 +97,8 @@ def test_copies_from_new_prompts_are_told_apart() -> None:
 def test_the_false_alarm_rate_is_what_chance_does(total: int) -> None:
     # The verdict itself says how many it takes; that many by chance is the rate.
     fewest = next(k for k in range(1, total + 1) if judge(matches(k, total), []).verdict == "copying")
-    assert false_alarm_rate(total) == pytest.approx(binomial_tail(fewest, total, 0.03))
-    assert false_alarm_rate(total) < 0.002
+    assert false_alarm_rate(total) == pytest.approx(binomial_tail(fewest, total, 0.02))
+    assert false_alarm_rate(total) < 0.001
 
 
 def check_of(significant: int) -> EpochCheck:
