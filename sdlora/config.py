@@ -153,6 +153,13 @@ class TrainConfig(_Section):
         description="How much it counts, beside 1 for the set, that what is beside your subject stays as the base "
         "knows it; data.class_words or data.preservation_folder say what. Above 0 a step takes about twice as long.",
     )
+    preservation_every: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="Of data.class_words: what is to stay is compared with the base at one in so many visits, where it "
+        "counts so many times as much; a step at 2 takes about two thirds of one at 1.",
+    )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="What the frozen base computes in; auto is bf16 on GPUs that have it, else fp32."
     )
@@ -373,6 +380,8 @@ class RunConfig(_Section):
             raise ValueError(f"data.{ways[0]} does nothing unless train.preservation_weight is above 0")
         if data.class_words and not all(one.trigger for one in data.all_sets()):
             raise ValueError("data.class_words stand in the trigger's place: set data.trigger, or one in every set")
+        if self.train.preservation_every > 1 and not data.class_words:
+            raise ValueError("train.preservation_every does nothing unless data.class_words says what is preserved")
         if data.preservation_caption and not data.preservation_folder:
             raise ValueError("data.preservation_caption belongs to data.preservation_folder")
         return self

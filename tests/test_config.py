@@ -29,6 +29,7 @@ def test_the_list_of_options_is_a_decision() -> None:
         "train.learning_rate",
         "train.plus_ratio", "train.text_encoder_learning_rate", "train.schedule", "train.warmup_steps",
         "train.weight_decay", "train.ema_decay", "train.max_grad_norm", "train.preservation_weight",
+        "train.preservation_every",
         "train.precision", "train.gradient_checkpointing", "train.device", "train.log_every_steps",
         "train.checkpoint_every_steps", "timesteps.density", "timesteps.mean", "timesteps.std", "timesteps.min",
         "timesteps.max", "timesteps.high_noise_keep", "timesteps.coverage", "loss.kind", "loss.huber_delta",
@@ -62,6 +63,8 @@ def test_preservation_needs_all_its_parts() -> None:
     assert "data.class_words does nothing unless train.preservation_weight is above 0." in alone
     whole = {"data": {"folder": "x", "trigger": "zumi", "class_words": ["cat"]}, "train": weight}
     assert parse_config(whole, name="n").train.preservation_weight == 1.0
+    seldom = faults(data={"folder": "x", "preservation_folder": "cats"}, train={**weight, "preservation_every": 2})
+    assert "train.preservation_every does nothing unless data.class_words says what is preserved" in seldom
 
 
 def test_all_faults_at_once_with_the_nearest_name() -> None:

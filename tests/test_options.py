@@ -158,6 +158,11 @@ CHANGES: dict[str, list[str]] = {
     "train.ema_decay": ["train.ema_decay=0.5"],
     "train.max_grad_norm": ["train.max_grad_norm=1e-7"],
     "train.preservation_weight": ['data.class_words=["cat"]', "train.preservation_weight=1"],
+    "train.preservation_every": [
+        'data.class_words=["cat"]',
+        "train.preservation_weight=1",
+        "train.preservation_every=2",
+    ],
     "train.precision": ["train.precision=bf16"],
     "train.device": ["train.device=nothing"],
     "train.checkpoint_every_steps": ["train.checkpoint_every_steps=1"],

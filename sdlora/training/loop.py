@@ -330,16 +330,22 @@ class Trainer:
         pairs = [(visit.example, visit.visit) for visit in visits]
         text, weights = data.text(pairs), self._weights(visits, latents, data)
         batch = Batch(latents, noise, torch.tensor(list(timesteps)), text, weights)
-        distance: Tensor | float = 0.0
-        if data.preserved_caption is not None:
-            class_text = data.preserved_text(pairs)
+        kept = [] if data.preserved_caption is None else [i for i, v in enumerate(visits) if v in self.plan.kept]
+        if kept:
+            again, chosen = [pairs[index] for index in kept], torch.tensor(kept)
+            class_text = data.preserved_text(again)
             with torch.no_grad(), self.adapter.disabled():
-                kept_text = data.preserved_text(pairs)
-            plain, distance = diffusion_loss_preserving(
-                self.base, self.adapter, batch, class_text, kept_text, self._error
+                kept_text = data.preserved_text(again)
+            plain, distances = diffusion_loss_preserving(
+                self.base, self.adapter, batch, chosen, class_text, kept_text, self._error
+            )
+            # Those that stand for the others count for them, too.
+            distance = torch.zeros_like(plain).index_add(
+                0, chosen.to(plain.device), distances, alpha=self.config.train.preservation_every
             )
         else:
             plain = diffusion_loss(self.base, batch, self._error)
+            distance = torch.zeros_like(plain)
         alphas_cumprod = self.base.alphas_cumprod[batch.timesteps.to(self.base.device)]
         weight = loss_weight(loss.weighting, alphas_cumprod, self.base.prediction_type, loss.gamma)
         return plain, weight * plain + preservation * distance

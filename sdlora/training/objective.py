@@ -1,6 +1,6 @@
 """What a visit costs: the error of the denoised answer, and the distance from the base where it is to be preserved.
 
-Floor 5. Shapes: B batch, C latent channels, h/w latents.
+Floor 5. Shapes: B batch, K of it preserved, C latent channels, h/w latents.
 """
 
 from __future__ import annotations
@@ -60,35 +60,40 @@ def diffusion_loss_preserving(
     base: BaseModel,
     adapter: Adapter,
     batch: Batch,
+    chosen: Tensor,
     class_text: TextStates,
     kept_text: TextStates,
     error: Error = mse_per_example,
 ) -> tuple[Tensor, Tensor]:
     """The simple loss, and how far the adapter moves the base's answers to other words on the same noisy latents.
 
-    Both come from one pass over twice the batch, which costs less than two passes.
+    Both come from one pass over the batch and those chosen of it, which costs less than two passes.
 
     Args:
         base: The model with the adapter in it.
         adapter: Switched off for the answers that are to be kept.
         batch: On any device.
-        class_text: Text states of captions without the trigger, the batch first.
+        chosen: Which examples the distance is asked of, (K,) distinct indices into the batch, K at least 1.
+        class_text: Their text states of captions without the trigger, K first.
         kept_text: The same from the base's own text encoder, for the answers that are to be kept.
         error: How answer and target are compared; the distance from the base is always the mean square, and over
             all places alike.
 
     Returns:
-        Two (B,) float32 on the base's device: the loss as in `diffusion_loss`, and the distance.
+        Float32 on the base's device: the loss as in `diffusion_loss`, (B,), and the distance, (K,).
 
     Source: the distance is the prior preservation of Ruiz et al. 2208.12242, equation 2, with the base's own
     prediction as the target instead of pictures drawn by it.
     """
     noisy, timesteps, target = _prepared(base, batch)
+    chosen = _on_device(base, chosen)
+    again, when = noisy[chosen], timesteps[chosen]
     text, class_text = _moved(base, batch.text), _moved(base, class_text)
     with torch.no_grad(), adapter.disabled():
-        kept = base.predict(noisy, timesteps, _moved(base, kept_text))
+        kept = base.predict(again, when, _moved(base, kept_text))
     both = {name: torch.cat([text[name], class_text[name]]) for name in text}
-    predicted, moved = base.predict(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).chunk(2)
+    answers = base.predict(torch.cat([noisy, again]), torch.cat([timesteps, when]), both)
+    predicted, moved = answers.split([len(noisy), len(again)])
     return error(predicted, target, batch.weights), mse_per_example(moved, kept)
 
 

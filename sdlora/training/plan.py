@@ -180,11 +180,14 @@ def _step_cost(setting: Setting, base: MetaBase, adapter: Adapter, lean: LeanSte
     timesteps = torch.zeros(size, dtype=torch.long, device=META)
     with lean.live(), counted() as cost:
         batch = Batch(clean, torch.empty_like(clean), timesteps, base.text(size))
-        if config.train.preservation_weight > 0:
+        if config.data.class_words:
+            most = -(-size // config.train.preservation_every)
             with torch.no_grad():
-                kept = base.text(size)
-            plain, distance = diffusion_loss_preserving(model, adapter, batch, base.text(size), kept)
-            objective = plain + distance
+                kept = base.text(most)
+            plain, distance = diffusion_loss_preserving(
+                model, adapter, batch, torch.arange(most, device=META), base.text(most), kept
+            )
+            objective = torch.cat([plain, distance])
         else:
             objective = diffusion_loss(model, batch)
         torch.autograd.backward(objective.sum())

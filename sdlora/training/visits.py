@@ -5,7 +5,7 @@ Floor 5. Everything is a function of the configuration and the pictures, so a re
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain, count, islice
 
@@ -27,10 +27,12 @@ class Plan:
     Attributes:
         epochs: The optimizer steps of each epoch; a step without batches meets none of these pictures.
         timesteps: The timestep of each visit.
+        kept: Visits at which the base's answer to class words is kept as well, where it is kept at all.
     """
 
     epochs: list[list[Step]] = field(default_factory=list)
     timesteps: dict[Visit, int] = field(default_factory=dict)
+    kept: frozenset[Visit] = frozenset()
 
 
 def plan_training(config: RunConfig, dataset: Dataset) -> Plan:
@@ -43,7 +45,23 @@ def plan_training(config: RunConfig, dataset: Dataset) -> Plan:
     for epoch in range(1, train.epochs + 1):
         batches = epoch_batches(buckets, repeats, train.batch_size, epoch, config.seed)
         epochs.append([batches[first : first + size] for first in range(0, len(batches), size)])
-    return Plan(epochs, _timesteps(config.timesteps, dataset, epochs, config.seed))
+    timesteps = _timesteps(config.timesteps, dataset, epochs, config.seed)
+    batches = [batch for steps in epochs for step in steps for batch in step]
+    return Plan(epochs, timesteps, one_in(train.preservation_every, batches, timesteps, config.seed))
+
+
+def one_in(
+    every: int, batches: Sequence[Sequence[Visit]], timesteps: Mapping[Visit, int], seed: int
+) -> frozenset[Visit]:
+    """One in so many visits of every batch: each is as likely as another, and they are spread over the noise levels.
+
+    Source: systematic sampling with a random start (Madow and Madow 1944).
+    """
+    chosen: set[Visit] = set()
+    for number, batch in enumerate(batches):
+        start = seeds.derive(seed, "kept visits", number) % every
+        chosen.update(sorted(batch, key=timesteps.__getitem__)[start::every])
+    return frozenset(chosen)
 
 
 def plan_preserved(config: RunConfig, dataset: Dataset, training: Plan) -> Plan:

@@ -6,6 +6,7 @@ import copy
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -21,10 +22,11 @@ from sdlora.data.order import Visit
 from sdlora.diffusion.coverage import cover
 from sdlora.diffusion.timesteps import Density
 from sdlora.errors import DivergedError
-from sdlora.events import StepDone
+from sdlora.events import CheckpointDue, StepDone
 from sdlora.lora.inject import Form, inject
 from sdlora.lora.targets import find_targets
 from sdlora.models.load import load_base
+from sdlora.training.checkpoint import load_checkpoint, save_checkpoint
 from sdlora.training.data import TrainingData
 from sdlora.training.loop import Trainer
 from sdlora.training.objective import Batch, diffusion_loss_preserving
@@ -161,9 +163,79 @@ def test_preservation_keeps_answers_to_class_words(tiny_base: Path, pictures: Pa
         batch = Batch(latents, noise, torch.full((5,), 500), trainer.data.text([(i, 1) for i in range(5)]))
         class_text = trainer.data.preserved_text([(i, 1) for i in range(5)])
         with torch.no_grad():
-            distance = diffusion_loss_preserving(trainer.base, trainer.adapter, batch, class_text, class_text)[1]
+            distance = diffusion_loss_preserving(
+                trainer.base, trainer.adapter, batch, torch.arange(5), class_text, class_text
+            )[1]
         moved.append(distance.mean().item())
     assert moved[1] < 0.8 * moved[0]
+
+
+def test_what_is_preserved_at_some_visits_has_the_gradient_of_all_on_average(
+    tiny_base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path, preservation_weight=2.0, preservation_every=3)
+    with torch.no_grad():
+        for parameter in trainer.parameters:
+            parameter.normal_(std=0.1, generator=torch.Generator().manual_seed(0))
+    visits, timesteps = [Visit(index, 1) for index in range(5)], [30, 250, 430, 610, 950]
+    rows = [index for index, _ in enumerate(visits)]
+
+    def gradient(loss: torch.Tensor) -> torch.Tensor:
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, trainer.parameters)])
+
+    found = []
+    for start in range(3):
+        trainer.plan = replace(trainer.plan, kept=frozenset(visits[start::3]))
+        with trainer.lean.live():
+            found.append(gradient(trainer.losses_per_example(visits, timesteps)[1].sum()))
+    latents, noise = trainer._latents_and_noise(visits, trainer.data)
+    batch = Batch(latents, noise, torch.tensor(timesteps), trainer.data.text([(row, 1) for row in rows]))
+    words = trainer.data.preserved_text([(row, 1) for row in rows])
+    with trainer.lean.live():
+        loss, distance = diffusion_loss_preserving(
+            trainer.base, trainer.adapter, batch, torch.tensor(rows), words, words
+        )
+        whole = gradient((loss + 2.0 * distance).sum())
+    torch.testing.assert_close(torch.stack(found).mean(dim=0), whole, rtol=1e-4, atol=1e-5 * float(whole.abs().max()))
+    assert (found[0] - whole).norm() > 0.01 * whole.norm()
+
+
+def test_the_base_is_asked_at_the_visits_that_are_kept_alone(
+    tiny_base: Path, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    trainer = make_trainer(tiny_base, pictures, tmp_path, preservation_weight=1.0, preservation_every=3)
+    asked: list[tuple[int, bool]] = []
+    predict = trainer.base.predict
+
+    def count(noisy: torch.Tensor, *others: Any) -> torch.Tensor:
+        asked.append((len(noisy), torch.is_grad_enabled()))
+        return predict(noisy, *others)
+
+    monkeypatch.setattr(trainer.base, "predict", count)
+    list(trainer.events())
+    expected: list[tuple[int, bool]] = []
+    for (batch,) in trainer.plan.epochs[0]:
+        kept = sum(visit in trainer.plan.kept for visit in batch)
+        expected += [(kept, False)] * (kept > 0) + [(len(batch) + kept, True)]
+    assert asked == expected
+    assert {size for size, _ in asked} == {1, 2, 3}, "some batches of two keep one visit, others none"
+
+
+def test_a_run_that_preserves_at_some_visits_resumes_in_the_same_bits(
+    tiny_base: Path, pictures: Path, tmp_path: Path
+) -> None:
+    options = {"preservation_weight": 1.0, "preservation_every": 2, "learning_rate": 1e-2}
+    whole, stopped, resumed = (make_trainer(tiny_base, pictures, tmp_path, **options) for _ in range(3))
+    list(whole.events())
+    saved = [
+        save_checkpoint(tmp_path / "c", stopped, {})
+        for event in stopped.events(lambda: stopped.position.step >= 2)
+        if isinstance(event, CheckpointDue)
+    ]
+    load_checkpoint(saved[-1], resumed)
+    list(resumed.events())
+    assert resumed.position.step == whole.position.step == 5
+    assert all(torch.equal(a, b) for a, b in zip(whole.parameters, resumed.parameters, strict=True))
 
 
 def test_preserved_pictures_add_the_gradient_of_their_mean_loss(

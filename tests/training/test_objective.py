@@ -21,11 +21,15 @@ def test_one_pass_gives_the_loss_and_the_distance_from_the_base(tiny_base: Path)
     batch = Batch(latents, noise, torch.tensor([10, 400, 950]), base.encode_captions(["a", "b", "c"]))
     class_text = base.encode_captions(["cat", "", "dog"])
     with torch.no_grad():
-        unmoved = diffusion_loss_preserving(base, adapter, batch, class_text, class_text)[1]
+        everyone = torch.arange(3)
+        unmoved = diffusion_loss_preserving(base, adapter, batch, everyone, class_text, class_text)[1]
         assert unmoved.max() < 1e-12, "B is zero, and twice the batch rounds a little differently"
         for parameter in adapter.up_parameters():
             parameter.normal_(generator=draw)
-        loss, distance = diffusion_loss_preserving(base, adapter, batch, class_text, class_text)
+        loss, distance = diffusion_loss_preserving(base, adapter, batch, everyone, class_text, class_text)
+        some = torch.tensor([2, 0])
+        their_text = {name: states[some] for name, states in class_text.items()}
+        fewer = diffusion_loss_preserving(base, adapter, batch, some, their_text, their_text)
         alpha = base.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         moved = base.unet(noisy, batch.timesteps, class_text["states"]).sample
@@ -34,6 +38,7 @@ def test_one_pass_gives_the_loss_and_the_distance_from_the_base(tiny_base: Path)
         adapter.set_strength(1.0)
     torch.testing.assert_close(distance, (moved - kept).pow(2).mean(dim=(1, 2, 3)))
     torch.testing.assert_close(loss, diffusion_loss(base, batch))
+    torch.testing.assert_close(fewer, (loss, distance[some]))
     assert loss.min() > 0
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,8 @@ import pytest
 from sdlora.config import RunConfig
 from sdlora.configfile import parse_config
 from sdlora.data.dataset import Dataset, Example
-from sdlora.training.visits import plan_preserved, plan_training
+from sdlora.data.order import Visit
+from sdlora.training.visits import one_in, plan_preserved, plan_training
 
 
 def dataset(repeats: list[int], name: str = "p") -> Dataset:
@@ -49,6 +51,23 @@ def test_each_pictures_visits_are_spread_over_the_noise_levels() -> None:
         found = sorted(t for visit, t in plan.timesteps.items() if visit.example == index)
         width = 1000 / (3 * times)
         assert [int(timestep // width) for timestep in found] == list(range(3 * times))
+
+
+@pytest.mark.parametrize(("every", "size"), [(1, 4), (2, 4), (2, 1), (3, 4), (4, 4), (5, 3)])
+def test_one_in_so_many_visits_is_as_likely_as_another_and_spread_over_the_noise(every: int, size: int) -> None:
+    batches = [tuple(Visit(place, number) for place in range(size)) for number in range(3000)]
+    # The noise level's place in a batch is another one each time.
+    timesteps = {v: 200 * ((v.example + v.visit) % size) + v.visit % 200 for batch in batches for v in batch}
+    kept = one_in(every, batches, timesteps, 0)
+    for place in range(size):
+        share = sum(Visit(place, number) in kept for number in range(3000)) / 3000
+        assert share == pytest.approx(1 / every, abs=0.04)
+    for batch in batches:
+        ranks = [rank for rank, v in enumerate(sorted(batch, key=lambda v: timesteps[v])) if v in kept]
+        assert len(ranks) in (size // every, -(-size // every))
+        assert all(after - before == every for before, after in pairwise(ranks))
+    assert kept == one_in(every, batches, timesteps, 0)
+    assert (kept == one_in(every, batches, timesteps, 1)) == (every == 1)
 
 
 @pytest.mark.parametrize("accumulation", [1, 3])
