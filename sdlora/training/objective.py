@@ -93,7 +93,7 @@ def diffusion_loss_preserving(
         kept = base.predict(again, when, _moved(base, kept_text))
     both = {name: torch.cat([text[name], class_text[name]]) for name in text}
     answers = base.predict(torch.cat([noisy, again]), torch.cat([timesteps, when]), both)
-    predicted, moved = answers.split([len(noisy), len(again)])
+    predicted, moved = answers[: len(noisy)], answers[len(noisy) :]
     return error(predicted, target, batch.weights), mse_per_example(moved, kept)
 
 
