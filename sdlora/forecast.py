@@ -27,7 +27,15 @@ from sdlora.training.lean import LeanStep
 from sdlora.training.metabase import latents, num_bytes, shapes_of_base, shapes_of_family
 from sdlora.training.objective import Batch, diffusion_loss
 from sdlora.training.optimizers import Group
-from sdlora.training.plan import Change, Setting, adapter_parameters, changes, full_training_bytes, need
+from sdlora.training.plan import (
+    Change,
+    Setting,
+    adapter_parameters,
+    changes,
+    full_training_bytes,
+    need,
+    preservation_time,
+)
 from sdlora.training.visits import plan_training
 
 PROBE_STEPS = 2
@@ -102,6 +110,8 @@ def forecast_config(config: RunConfig, memory_bytes: int | None) -> Forecast:
     # Pictures of what is preserved come in as many batches again.
     num_batches *= 1 if loaded.preserved is None else 2
     seconds = num_batches * step_seconds(config, loaded, setting)
+    if config.data.class_words:
+        seconds *= preservation_time(1 / config.train.preservation_every)
     return _forecast(setting, memory, loaded.dataset, cache_bytes, seconds)
 
 
@@ -156,7 +166,7 @@ def device_memory(device: torch.device) -> int:
 
 
 def step_seconds(config: RunConfig, loaded: Loaded, setting: Setting) -> float:
-    """How long a batch takes here: the faster of two, measured on noise of the largest bucket's size.
+    """How long a batch takes here without anything preserved: the faster of two, on noise of the largest bucket's size.
 
     The base keeps its adapter afterwards.
     """

@@ -27,6 +27,7 @@ from sdlora.parts import Parts, prepare
 from sdlora.preview.sampler import draw
 from sdlora.progress import format_seconds
 from sdlora.runfolder import RunFolder
+from sdlora.training.plan import preservation_time
 
 
 @dataclass(frozen=True)
@@ -106,12 +107,12 @@ def _batch_seconds(parts: Parts) -> float:
     largest = max(range(len(examples)), key=lambda index: examples[index].bucket[0] * examples[index].bucket[1])
     for _ in parts.data.cache.fill_moments([examples[largest]], parts.config.data.background):
         pass
-    captions = [parts.data.caption(largest, 1)]
-    if parts.data.preserved_caption is not None:
-        captions.append(parts.data.preserved_caption(largest, 1))
-    for _ in parts.data.cache.fill_text(captions):
+    size, every = parts.config.train.batch_size, parts.config.train.preservation_every
+    visits = [Visit(largest, number) for number in range(1, size + 1)]
+    # As many are preserved as ever are in a batch, since memory is measured as well.
+    parts.trainer.plan = replace(parts.trainer.plan, kept=frozenset(visits[::every]))
+    for _ in parts.data.cache.fill_text(parts.data.captions(visits)):
         pass
-    visits = [Visit(largest, 1)] * parts.config.train.batch_size
     seconds = 0.0
     for _ in range(2):
         start = time.monotonic()
@@ -119,6 +120,8 @@ def _batch_seconds(parts: Parts) -> float:
         objective.sum().backward()  # type: ignore[no-untyped-call]
         seconds = _elapsed(start)
     parts.trainer.optimizer.zero_grad(set_to_none=True)
+    if parts.data.preserved_caption is not None:
+        seconds *= preservation_time(1 / every) / preservation_time(len(visits[::every]) / size)
     return seconds
 
 

@@ -116,6 +116,14 @@ def full_training_bytes(base_parameters: int) -> int:
     return FULL_BYTES_PER_PARAMETER * base_parameters
 
 
+def preservation_time(share: float) -> float:
+    """Arithmetic of visits of which a share is compared with the base, over that of the same without any comparison.
+
+    A comparison takes the adapter's answer there and back, as a visit does, and the base's own answer, half as much.
+    """
+    return 1 + 1.5 * share
+
+
 def need(setting: Setting) -> Need:
     """Count what a run needs.
 
