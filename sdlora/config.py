@@ -157,8 +157,8 @@ class TrainConfig(_Section):
         1,
         ge=1,
         le=16,
-        description="Of data.class_words: what is to stay is compared with the base at one in so many visits, where it "
-        "counts so many times as much; a step at 2 takes about two thirds of one at 1.",
+        description="Of data.class_words: compare with the base at one in so many visits, each of which then counts so "
+        "many times; at 4 a step takes little more than half as long as at 1.",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="What the frozen base computes in; auto is bf16 on GPUs that have it, else fp32."
