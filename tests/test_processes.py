@@ -73,7 +73,7 @@ def test_what_is_preserved_weighs_the_same_on_two_processes(tmp_path: Path, over
     # Of two processes that share a batch, one may have all that is kept of it.
     words = ["data.trigger=a", 'data.class_words=["cat"]', "train.preservation_weight=2", "train.preservation_every=3"]
     file = config_file(tmp_path, overrides, *words, "data.repeats=8")
-    run(file, tmp_path, 1, 2)
+    run(file, *(Run(count, str(tmp_path / str(count)), [str(tmp_path / "home")]) for count in (1, 2)))
     alone, shared = (load_file(tmp_path / count / "hero.safetensors") for count in ("1", "2"))
     for name, tensor in alone.items():
         # The optimizer makes more of rounding where gradients are small.
