@@ -92,7 +92,7 @@ def test_a_caption_is_found_where_the_guess_is_its_picture(prediction_type: Pred
         return common + 0.2 * (picture - common) if number < 5 else picture
 
     data = stub_data(Guesser(prediction_type, guess), means)
-    found = torch.tensor(retrieve(data, range(7), 0)).view(7, 8)
+    found = torch.tensor(retrieve(data, range(7), 0)).view(7, 4)
     assert found.all(dim=1).tolist() == [True, True, False, True, False, True, False]
     assert found.any(dim=1).tolist() == found.all(dim=1).tolist()
 
@@ -102,14 +102,14 @@ def test_guesses_are_compared_as_the_formula_says() -> None:
     common = torch.stack(means).double().mean(dim=0)
 
     def guess(number: int, timestep: int, noise: Tensor) -> Tensor:
-        return means[number] + noise * (2.0 if timestep == 800 else 4.0)
+        return means[number] + noise * (4.0 if timestep == 800 else 8.0)
 
     def fields(latents: Tensor) -> Tensor:
         return latents.reshape(4, 8, 2, 8, 3).mean(dim=(2, 4)).flatten()
 
     data = stub_data(Guesser("epsilon", guess), means)
     expected = []
-    for index, timestep, probe in itertools.product((1, 4), (999, 800), range(4)):
+    for index, timestep, probe in itertools.product((1, 4), (999, 800), range(2)):
         noise = seeds.normal((4, 16, 24), 7, "self-retrieval", f"{index}.png", timestep, probe)
         seen = fields(guess(index, timestep, noise).double() - common)
         cosines = []
@@ -119,7 +119,7 @@ def test_guesses_are_compared_as_the_formula_says() -> None:
         expected.append(cosines.index(max(cosines)) == index)
     assert retrieve(data, [1, 4], 7) == expected
     assert len(set(expected)) == 2, "the noise must decide, or nothing is tested"
-    assert retrieve(data, [4], 7) == expected[8:]
+    assert retrieve(data, [4], 7) == expected[4:]
 
 
 def test_one_picture_in_two_files_is_found_in_either() -> None:
@@ -145,7 +145,7 @@ def test_probing_disturbs_nothing(tiny_base: Path, pictures: Path, tmp_path: Pat
     with adapter.disabled():
         off = retrieve(data, range(5), 0)
     assert torch.equal(torch.rand(2), expected)
-    assert len(on) == len(off) == 40
+    assert len(on) == len(off) == 20
     assert on == retrieve(data, range(5), 0)
     assert unet.training
     assert not unet._forward_hooks
