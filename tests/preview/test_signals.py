@@ -102,7 +102,7 @@ def test_guesses_are_compared_as_the_formula_says() -> None:
     common = torch.stack(means).double().mean(dim=0)
 
     def guess(number: int, timestep: int, noise: Tensor) -> Tensor:
-        return means[number] + noise * (4.0 if timestep == 800 else 8.0)
+        return means[number] + noise * (8.0 if timestep == 800 else 16.0)
 
     def fields(latents: Tensor) -> Tensor:
         return latents.reshape(4, 8, 2, 8, 3).mean(dim=(2, 4)).flatten()

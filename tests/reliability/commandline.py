@@ -11,9 +11,11 @@ import functools
 import importlib
 import json
 import multiprocessing
+import multiprocessing.connection
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from multiprocessing.context import ForkServerProcess
@@ -25,6 +27,9 @@ Action = Literal["kill", "interrupt", "terminate", "full disk", "out of memory"]
 Change = Callable[[tuple[Any, ...], Any], Any]
 """Takes a call's arguments and its result (None before the call); what it gives back is the result."""
 SIGNALS = {"kill": signal.SIGKILL, "interrupt": signal.SIGINT, "terminate": signal.SIGTERM}
+# Starting a process asks how all others ended. An exit code can be read once: of two threads that ask for it at the
+# same moment, the second is told 255.
+_ONE_AT_A_TIME = threading.Lock()
 PRELOADED = ["torch", "diffusers", "transformers", "peft", "sdlora.run", "sdlora.cli", "commandline"]
 
 
@@ -112,7 +117,8 @@ class CommandLine:
         output = self._folder / f"command{self._count}"
         what = (function, list(arguments), list(points), list(counted), prepare, dict(environment or {}), output)
         process = self._context.Process(target=_process, args=what)
-        process.start()
+        with _ONE_AT_A_TIME:
+            process.start()
         return Started(process, output)
 
     def run(self, *arguments: str, **options: Any) -> Outcome:
@@ -129,12 +135,15 @@ class Started:
 
     def wait(self) -> Outcome:
         """Wait for the end."""
-        self.process.join(300)
-        assert self.process.exitcode is not None, "the command hangs"
+        multiprocessing.connection.wait([self.process.sentinel], 300)
+        with _ONE_AT_A_TIME:
+            self.process.join(0)
+            code = self.process.exitcode
+        assert code is not None, "the command hangs"
         printed = [self.output.with_suffix(suffix) for suffix in (".out", ".err")]
         out, err = (file.read_text(encoding="utf-8", errors="replace") if file.exists() else "" for file in printed)
         calls = self.output.with_suffix(".calls")
-        return Outcome(self.process.exitcode, out, err, json.loads(calls.read_text()) if calls.exists() else {})
+        return Outcome(code, out, err, json.loads(calls.read_text()) if calls.exists() else {})
 
 
 def _process(

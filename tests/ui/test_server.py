@@ -41,7 +41,8 @@ def open_(tmp_path_factory: pytest.TempPathFactory) -> Context:
         (studio.shown / name).write_text("<script>secret</script>")
     (studio.shown / "link.png").symlink_to("/etc/passwd")
     (studio.shown / ("a" * 40 + ".png")).symlink_to("/etc/passwd")
-    config = parse_config({"data": {"folder": str(folder)}}, name="a")
+    unchecked = {"enabled": False}  # there are no previews that an epoch could be recommended by
+    config = parse_config({"data": {"folder": str(folder)}, "copycheck": unchecked}, name="a")
     run = write_state(studio, config, status="done")
     (run / "report.html").write_text("secret")
     (run / "log.txt").write_text("secret")

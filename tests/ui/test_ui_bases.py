@@ -99,7 +99,7 @@ def test_a_recipe_fits_into_the_memory_there_is(
     [
         {},
         {"loss.mask_floor": 0.3, "data.masks": "file"},
-        {"data.class_words": [], "data.preservation_folder": "others"},
+        {"data.class_words": [], "data.preservation_folder": "others", "train.preservation_every": 1},
     ],
 )
 def test_settings_that_go_with_the_pictures_are_no_faults_of_the_plan(
