@@ -180,7 +180,8 @@ def build(context: Context) -> Any:
         run.input(look_safely, inputs, outputs, show_progress="hidden", queue=False)
         copy.epoch.input(look_safely, inputs, outputs, show_progress="hidden", queue=False)
         pictures.next.click(lambda: gr.Tabs(selected="recipe"), None, tabs, show_progress="hidden")
-        recipe_tab.select(arrive, recipe.name, [recipe.name, recipe.plan], show_progress="hidden")
+        arrived = [recipe.name, recipe.plan]
+        recipe_tab.select(arrive, recipe.name, arrived, show_progress="hidden", **page_recipe.IN_TURN)
         follow(
             recipe.start.click(start, recipe.controls, [recipe.note, tabs, run, recipe.name], show_progress="hidden")
         )

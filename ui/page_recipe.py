@@ -22,6 +22,8 @@ from .draft import Draft, from_config, write_draft
 from .form import Field
 from .recipes import LENGTHS, SUBJECTS
 
+# The plan takes seconds: answers come in the order of the wishes, so that none is followed by that to an earlier one.
+IN_TURN: dict[str, Any] = {"concurrency_id": "recipe", "concurrency_limit": 1}
 _DECIDED = {"name", "data.folder", "data.trigger", "base.path"}
 
 
@@ -160,13 +162,12 @@ def recipe_page(context: Context) -> RecipePage:
         return [told, plan_html(context, loaded), None, *fill(context, loaded)]
 
     for radio in (subject, length):
-        radio.input(answer, everything, [planned, *controls], show_progress="hidden")
-    base.input(answer, everything, [planned, *controls], show_progress="hidden")
-    gr.on(
-        [_settled(control) for control in [trigger, name, *controls]], keep, everything, planned, show_progress="hidden"
-    )
+        radio.input(answer, everything, [planned, *controls], show_progress="hidden", **IN_TURN)
+    base.input(answer, everything, [planned, *controls], show_progress="hidden", **IN_TURN)
+    settled = [_settled(control) for control in [trigger, name, *controls]]
+    gr.on(settled, keep, everything, planned, show_progress="hidden", **IN_TURN)
     measure.click(measured, everything, planned)
-    upload.upload(load, upload, [note, planned, upload, *everything])
+    upload.upload(load, upload, [note, planned, upload, *everything], **IN_TURN)
     return page
 
 
