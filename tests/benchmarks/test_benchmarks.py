@@ -77,8 +77,7 @@ def test_the_quickstart_teaches_the_character(judge: classifier.Judge, tmp_path:
     assert min(heldout[1:]) < heldout[0], heldout
     found = learning.measure(folder / "quickstart.safetensors", pocket_folder(), judge, 64, generate.GUIDANCE)
     assert found["base_share"] <= 0.05, found
-    # Three seeds had 77 to 84 %; another judge or other rounding moves a run by as much.
-    assert found["lora_share"] >= 0.7, found
+    assert found["lora_share"] >= 0.75, found
     assert min(found["kept_ratio"].values()) >= 0.85, found
 
 
