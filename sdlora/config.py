@@ -151,7 +151,8 @@ class TrainConfig(_Section):
         ge=0.0,
         le=100.0,
         description="How much it counts, beside 1 for the set, that what is beside your subject stays as the base "
-        "knows it; data.class_words or data.preservation_folder say what. Above 0 a step takes about twice as long.",
+        "knows it; data.class_words or data.preservation_folder say what. Above 0 a step takes two to two and a half "
+        "times as long.",
     )
     preservation_every: int = Field(
         1,

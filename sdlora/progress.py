@@ -21,9 +21,9 @@ from rich.text import Text
 from sdlora import events
 from sdlora.events import Event
 from sdlora.preview.copycheck import EpochCheck
+from sdlora.preview.nulls import PHASE
 
 _RECENT_STEPS, _RECENT_ENDS = 100, 3
-_NULL = "the base's pictures"  # the phase in which the copy check's null is drawn
 # Steps of other shapes are no pauses, nor are ends of epochs that prove a file where that of epoch 0 did not.
 _PAUSED_STEP, _PAUSED_END = 2.0, 4.0
 
@@ -159,12 +159,12 @@ class Timer:
             self._closings.append(now - self._closing_since)
             self._closings_left -= 1
             self._closing_since = None
-        elif event.phase in (_NULL, "previews") and not self._closings:
+        elif event.phase in (PHASE, "previews") and not self._closings:
             before = self._drawn if event.done > self._drawn else 0
             self._pictures.append((now - self._last) / (event.done - before))
             self._drawn = event.done
             # Previews are part of an epoch's end.
-            self._pictures_left = event.total - event.done if event.phase == _NULL else 0
+            self._pictures_left = event.total - event.done if event.phase == PHASE else 0
 
     @property
     def closing_seconds(self) -> float | None:

@@ -20,7 +20,7 @@ from sdlora.lora.inject import Adapter
 from sdlora.preview import signals
 from sdlora.preview.arbiter import Arbiters
 from sdlora.preview.copycheck import EpochCheck, check_previews
-from sdlora.preview.nulls import Gallery, NullMaker, reduced, registered_null, spread_over
+from sdlora.preview.nulls import Gallery, NullMaker, reduced, spread_over
 from sdlora.preview.registration import registered
 from sdlora.preview.sampler import PreviewRequest, draw_epoch
 from sdlora.preview.signals import Signal
@@ -74,7 +74,6 @@ class Checker:
         """Make, or fetch, what every epoch is compared with: the null, and what the base does without the adapter."""
         yield from self._subject.data.fill(background)
         yield from self._nulls.make()
-        self._among = registered_null(self._gallery, signals.MOST_REGISTERED)
         with self._subject.adapter.disabled():
             self._retrieved_off = self._retrieve()
             self._losses_off = self._losses()
@@ -111,7 +110,8 @@ class Checker:
         """The sign of warped copies, for previews that lie in a folder."""
         pictures = [picture for of_prompt in self._pictures(folder) for picture in of_prompt]
         best = registered(pictures, list(self._gallery.pictures.values())).amax(dim=1)
-        return signals.registered_likeness(best, self._among)
+        assert self._nulls.registered is not None, "prepare comes first"
+        return signals.registered_likeness(best, self._nulls.registered)
 
     def _retrieve(self) -> list[bool]:
         return signals.retrieve(self._subject.data, self._probed, self._subject.seed)

@@ -30,9 +30,11 @@ from sdlora.preview.sampler import PreviewRequest, draw, settings
 
 SIZE = 100
 FEWEST_OF_BASE = 24
+MOST_REGISTERED = 24
+PHASE = "the base's pictures"
 _FIRST_SEED = 1_000_000  # no preview's, so that the null is not drawn from the very noise that is judged
 _LARGEST_PX = 384
-_VERSION = "1"  # raised when a score is computed in another way
+_VERSION = "2"  # raised when a score is computed in another way
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,7 @@ class NullMaker:
         known = len(gallery.pictures) + len(gallery.heldout)
         self._wanted = self._base_requests(max(FEWEST_OF_BASE, SIZE - known))
         self.scores: Tensor | None = None
+        self.registered: Tensor | None = None
 
     def _base_requests(self, count: int) -> list[tuple[str, int]]:
         """Prompts and seeds of the base's pictures: each prompt in turn."""
@@ -136,7 +139,7 @@ class NullMaker:
         return [(prompts[i % len(prompts)], _FIRST_SEED + i // len(prompts)) for i in range(count)]
 
     def make(self) -> Iterator[Progress]:
-        """Set `scores`, (K, S); draw what is missing for it."""
+        """Set `scores`, (K, S), and `registered`, see `registered_null`; draw what is missing for them."""
         pixels = [[pixel_hash(p) for p in part.values()] for part in (self._gallery.pictures, self._gallery.heldout)]
         files = [self._file(prompt, seed) for prompt, seed in self._wanted]
         key = content_key(
@@ -146,9 +149,12 @@ class NullMaker:
             yield from self._draw(files)
 
         def compute() -> dict[str, Tensor]:
-            return {"scores": null_scores(self._gallery, [reduced(Image.open(file)) for file in files], self._arbiters)}
+            drawn = [reduced(Image.open(file)) for file in files]
+            scores = null_scores(self._gallery, drawn, self._arbiters)
+            return {"scores": scores, "registered": registered_null(self._gallery, MOST_REGISTERED)}
 
-        self.scores = self._cache.fetch("null", key, compute)["scores"]
+        found = self._cache.fetch("null", key, compute)
+        self.scores, self.registered = found["scores"], found["registered"]
 
     def _file(self, prompt: str, seed: int) -> Path:
         key = content_key(self._drawn_by, prompt, str(seed))
@@ -163,7 +169,7 @@ class NullMaker:
                     with atomic_path(missing[done][1]) as temporary:
                         picture.save(temporary, format="PNG")
                     done += 1
-                yield Progress("the base's pictures", done, len(missing))
+                yield Progress(PHASE, done, len(missing))
 
 
 def registered_null(gallery: Gallery, most: int) -> Tensor:

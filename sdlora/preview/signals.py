@@ -28,7 +28,6 @@ OUTSIDE = 0.05
 # that seven previews of 25 guided steps take.
 MOST_PROBED = 4
 MOST_COMPARED = 4
-MOST_REGISTERED = 24
 PROBED_TIMESTEPS = (999, 800)
 NUM_PROBES = 2
 NUM_FIELDS = 8

@@ -17,10 +17,10 @@ from setting import silence
 
 from sdlora.configfile import load_config
 from sdlora.events import CopyChecked, PreviewsDone, Progress
+from sdlora.preview.nulls import PHASE
 from sdlora.run import start
 
 SHORT = ("train.epochs=1", "data.repeats=1")
-NULL = "the base's pictures"
 MOST = 0.25  # of the previews' seconds
 
 
@@ -37,7 +37,7 @@ def measure(folder: Path, *changes: str) -> dict[str, Any]:
         drawn, seconds, last = 0, 0.0, time.monotonic()
         for event in start(config, folder / str(number)):
             now = time.monotonic()
-            if isinstance(event, Progress) and event.phase == NULL:
+            if isinstance(event, Progress) and event.phase == PHASE:
                 drawn, seconds = event.done, seconds + now - last
             elif isinstance(event, PreviewsDone) and event.epoch == 1:
                 found["previews_seconds"].append(event.seconds)

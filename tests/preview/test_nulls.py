@@ -110,9 +110,12 @@ def test_the_second_run_draws_and_computes_nothing(
 
     monkeypatch.setattr(nulls, "draw", refuse)
     monkeypatch.setattr(nulls, "null_scores", refuse)
+    monkeypatch.setattr(nulls, "registered_null", refuse)
     assert list(again.make()) == []
     assert again.scores is not None and maker.scores is not None
     assert torch.equal(again.scores, maker.scores)
+    assert again.registered is not None and maker.registered is not None
+    assert torch.equal(again.registered, maker.registered) and len(again.registered) == 4
     # Another base, other settings: nothing fits.
     with pytest.raises(AssertionError, match="computed again"):
         list(make(tiny_base, tmp_path, identity="another").make())
