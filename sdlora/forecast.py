@@ -18,6 +18,7 @@ from torch import nn
 from sdlora.adapters import form_of, make_adapter
 from sdlora.config import RunConfig
 from sdlora.data.dataset import Dataset
+from sdlora.lora.quantized import num_weights
 from sdlora.lora.targets import find_targets
 from sdlora.models.architectures import Family
 from sdlora.models.base import BaseModel
@@ -125,7 +126,7 @@ def memory_of_run(
     config: RunConfig, base: BaseModel, data: TrainingData, device: torch.device
 ) -> tuple[int | None, int | None]:
     """The peak that is planned and what the device has free; None for bases so small that they fit anywhere."""
-    if sum(parameter.numel() for parameter in base.unet.parameters()) < _SMALL_BASE:
+    if num_weights(base.unet) < _SMALL_BASE:
         return None, None
     setting, _ = _setting(config, base, data, device)
     # What is loaded already is no longer free.

@@ -18,6 +18,7 @@ from sdlora.data.cache import Cache
 from sdlora.data.dataset import Dataset
 from sdlora.errors import ConfigError
 from sdlora.lora.inject import Adapter
+from sdlora.lora.quantized import quantize_linears
 from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
 from sdlora.models.latent import weights_identity
@@ -104,6 +105,8 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
     base = load_base(config.base.path, device=device, dtype=dtype, options=_load_options(config))
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
+    if config.base.quantization != "none":
+        quantize_linears(base.unet, config.base.quantization)
     return base
 
 

@@ -16,7 +16,7 @@ def faults(**document: object) -> str:
 def test_the_list_of_options_is_a_decision() -> None:
     assert option_names() == [
         "name", "seed", "base.path", "base.revision", "base.variant", "base.prediction_type",
-        "base.clip_skip", "data.folder", "data.sets", "data.holdout",
+        "base.clip_skip", "base.quantization", "data.folder", "data.sets", "data.holdout",
         "data.holdout_split", "data.caption",
         "data.trigger", "data.class_words", "data.preservation_folder", "data.preservation_caption",
         "data.allow_trigger_only", "data.repeats", "data.resolution_px",

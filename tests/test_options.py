@@ -148,6 +148,7 @@ CHANGES: dict[str, list[str]] = {
     "train.epochs": ["train.epochs=1"],
     "train.batch_size": ["train.batch_size=1"],
     "train.gradient_accumulation_steps": ["train.gradient_accumulation_steps=2"],
+    "base.quantization": ["base.quantization=int8"],
     "train.learning_rate": ["train.learning_rate=5e-3"],
     "train.text_encoder_learning_rate": ['lora.targets=["text_encoder"]', "train.text_encoder_learning_rate=1e-3"],
     "train.schedule": ["train.schedule=cosine"],

@@ -24,7 +24,7 @@ LENGTHS: dict[str, tuple[int, int]] = {"a first look": (2, 12), "as usual": (4, 
 
 FITTED: dict[str, Any] = {
     "train.precision": "auto", "train.gradient_accumulation_steps": 1, "train.gradient_checkpointing": False,
-    "data.resolution_px": None,
+    "base.quantization": "none", "data.resolution_px": None,
 }  # fmt: skip
 """What is changed where memory is short, beside the batch size, as it is where there is enough."""
 

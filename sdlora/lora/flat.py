@@ -143,4 +143,4 @@ def _kind(layer: LoraLayer) -> tuple[object, ...]:
     """Layers may be computed together where all of this is the same; what has a slower path is of its own kind."""
     base = layer.base
     plain = layer.is_plain and base.bias is None
-    return (base.weight.shape, base.weight.dtype, layer.rank, layer.scale, None if plain else id(layer))
+    return (type(base), base.weight.shape, base.weight.dtype, layer.rank, layer.scale, None if plain else id(layer))

@@ -17,6 +17,7 @@ from torch.utils.hooks import RemovableHandle
 from sdlora import seeds
 from sdlora.errors import ConfigError
 from sdlora.lora.layers import LoraConv2d, LoraLayer, LoraLinear
+from sdlora.lora.quantized import QuantizedLinear, num_weights
 from sdlora.lora.starts import Start, starting_factors
 from sdlora.lora.targets import TEXT_ENCODER, by_prefix, network_of, target_of
 from sdlora.lora.timestep_rank import TimestepRank, rank_mask, watch_timesteps
@@ -112,7 +113,7 @@ class Adapter:
     def num_base_parameters(self) -> int:
         """How many numbers the adapted networks have themselves; text encoders count where they are adapted."""
         networks = [network for prefix, network in self._networks.items() if not prefix or self.adapts_text]
-        return sum(p.numel() for network in networks for p in network.parameters()) - self.num_parameters()
+        return sum(map(num_weights, networks)) - self.num_parameters()
 
     def starts(self) -> list[Tensor]:
         """Every frozen A0 and B0, in the networks' order; they are as they were drawn, to be saved with a run."""
@@ -292,7 +293,7 @@ def _wrap(module: nn.Module, rank: int, alpha: float, generator: torch.Generator
     if isinstance(module, nn.Conv2d):
         assert module.groups == 1, "no convolution among the targets has groups"
         return LoraConv2d(module, rank, alpha, generator=generator)
-    assert isinstance(module, nn.Linear), f"{type(module).__name__}: only linear layers and convolutions are targets"
+    assert isinstance(module, nn.Linear | QuantizedLinear), f"{type(module).__name__} cannot be adapted"
     return LoraLinear(module, rank, alpha, generator=generator)
 
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdlora.lora.lowrank import low_rank
+from sdlora.lora.quantized import Packed, QuantizedLinear, frozen_weight, stack, unstack
 
 
 class LoraLayer(nn.Module, ABC):
@@ -41,12 +42,17 @@ class LoraLayer(nn.Module, ABC):
     Source: Hu et al. 2106.09685, equation 3; the deviation 1/r of A is PEFT's "gaussian".
     """
 
-    base: nn.Linear | nn.Conv2d
+    base: nn.Linear | QuantizedLinear | nn.Conv2d
     down_start: Tensor | None
     up_start: Tensor | None
 
     def __init__(
-        self, base: nn.Linear | nn.Conv2d, rank: int, alpha: float, *, generator: torch.Generator | None = None
+        self,
+        base: nn.Linear | QuantizedLinear | nn.Conv2d,
+        rank: int,
+        alpha: float,
+        *,
+        generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
         self.base = base.requires_grad_(False)
@@ -198,7 +204,7 @@ class LoraLinear(LoraLayer):
 
     def _plain(self, x: Tensor) -> Tensor:
         down, up, _ = self.weights()
-        weight, scale = self.base.weight, self.scale * self.strength
+        weight, scale = frozen_weight(self.base), self.scale * self.strength
         return low_rank(x, weight, self.base.bias, down.to(x.dtype), up.to(x.dtype).unsqueeze(0), scale)
 
 
@@ -216,11 +222,10 @@ class Shared:
 
     def __init__(self, members: Sequence[LoraLinear]) -> None:
         self.members = tuple(members)
-        self.weight = torch.cat([member.base.weight for member in members]).detach()
+        self.weight = _stacked(members)
         self.downs: Tensor | None = None
         self.ups: Tensor | None = None
-        for member, part in zip(members, self.weight.chunk(len(members)), strict=True):
-            member.base.weight.data = part
+        for member in members:
             member.shared = self
 
     def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -231,6 +236,21 @@ class Shared:
             return tuple(member(x) for member in self.members)
         together = low_rank(x, self.weight, None, self.downs, self.ups, first.scale * first.strength)
         return together.chunk(len(self.members), dim=-1)
+
+
+def _stacked(members: Sequence[LoraLinear]) -> Tensor | Packed:
+    """Frozen weights on top of each other, of which those of the layers become views."""
+    bases = [member.base for member in members]
+    packed = [base for base in bases if isinstance(base, QuantizedLinear)]
+    if len(packed) == len(bases):
+        whole = stack([base.packed for base in packed])
+        for layer, part in zip(packed, unstack(whole, len(packed)), strict=True):
+            layer.codes, layer.scales = part.codes, part.scales
+        return whole
+    weight = torch.cat([base.weight for base in bases]).detach()
+    for base, rows in zip(bases, weight.chunk(len(bases)), strict=True):
+        base.weight.data = rows
+    return weight
 
 
 class LoraConv2d(LoraLayer):

@@ -11,16 +11,20 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
+from sdlora.lora.quantized import Packed
 
-def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, downs: Tensor, ups: Tensor, scale: float) -> Tensor:
+
+def low_rank(
+    x: Tensor, weight: Tensor | Packed, bias: Tensor | None, downs: Tensor, ups: Tensor, scale: float
+) -> Tensor:
     """W_j x + b_j + s B_j A_j x for every j, in one tensor.
 
-    It keeps x alone, once; what is of rank r is computed again on the way back. No gradient is computed for an x that
-    needs none.
+    It keeps x alone, once; what is of rank r, and a packed W, is computed again on the way back. No gradient is
+    computed for an x that needs none.
 
     Args:
         x: (..., i), of the weight's type.
-        weight: The frozen W_j on top of each other, (J o, i).
+        weight: The frozen W_j on top of each other, (J o, i), packed or not.
         bias: (J o,), or None.
         downs: A_j on top of each other, (J r, i), of the weight's type.
         ups: B_j, (J, o, r), of the weight's type.
@@ -39,10 +43,11 @@ def low_rank(x: Tensor, weight: Tensor, bias: Tensor | None, downs: Tensor, ups:
 class _LowRank(Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, downs: Tensor, ups: Tensor, scale: float
+        ctx: Any, x: Tensor, weight: Tensor | Packed, bias: Tensor | None, downs: Tensor, ups: Tensor, scale: float
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, downs, ups)
-        ctx.scale = scale
+        ctx.save_for_backward(x, downs, ups)
+        ctx.weight, ctx.scale = weight, scale
+        weight = _dense(weight)
         num_layers = len(ups)
         answer = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
         inner = torch.mm(x, downs.t())
@@ -53,7 +58,7 @@ class _LowRank(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, downs, ups = ctx.saved_tensors
+        x, downs, ups = ctx.saved_tensors
         num_layers, _, rank = ups.shape
         inner, grad_inner = torch.mm(x, downs.t()), grad.new_empty(len(grad), num_layers * rank)
         if num_layers == 1:
@@ -67,8 +72,12 @@ class _LowRank(Function):
             grad_inner, grad_ups = grad_inner.mul_(ctx.scale), grad_ups.mul_(ctx.scale)
         grad_downs, grad_x = torch.mm(grad_inner.t(), x), None
         if ctx.needs_input_grad[0]:
-            grad_x = torch.mm(grad, weight).addmm_(grad_inner, downs)
+            grad_x = torch.mm(grad, _dense(ctx.weight)).addmm_(grad_inner, downs)
         return grad_x, None, None, grad_downs, grad_ups, None
+
+
+def _dense(weight: Tensor | Packed) -> Tensor:
+    return weight.dense() if isinstance(weight, Packed) else weight
 
 
 def _by_layer(stacked: Tensor, num_layers: int) -> Tensor:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from sdlora.errors import ConfigError
+from sdlora.lora.quantized import QuantizedLinear
 
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 TEXT_ENCODER = "text_encoder"  # what the paths of all text encoders begin with, and none of a UNet
@@ -46,7 +47,7 @@ def adaptable(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> list[
         prefix + path
         for prefix, network in by_prefix(unet, text_encoders).items()
         for path, module in network.named_modules()
-        if isinstance(module, nn.Linear | nn.Conv2d)
+        if isinstance(module, nn.Linear | QuantizedLinear | nn.Conv2d)
     ]
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from sdlora.diffusion.noise import PredictionType
+from sdlora.lora.quantized import Quantization, quantize_linears
 from sdlora.models.architectures import ARCHITECTURES, Family
 from sdlora.models.base import BaseModel, TextStates
 
@@ -97,19 +98,29 @@ class MetaBase:
     Args:
         shapes: What to build.
         dtype: The UNet's type.
+        quantization: How the UNet's linear layers are kept, or "none".
         text_is_trained: Whether the text encoders are built as well.
     """
 
     device = META
     prediction_type: PredictionType = "epsilon"
 
-    def __init__(self, shapes: Shapes, dtype: torch.dtype, *, text_is_trained: bool = False) -> None:
+    def __init__(
+        self,
+        shapes: Shapes,
+        dtype: torch.dtype,
+        *,
+        quantization: Quantization | Literal["none"] = "none",
+        text_is_trained: bool = False,
+    ) -> None:
         with META:
             self.unet: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(shapes.unet))
             configs = shapes.text_encoders if text_is_trained else ()
             self.text_encoders = tuple(CLIPTextModel(CLIPTextConfig(**config)).eval() for config in configs)
             self.alphas_cumprod = torch.empty(1000)
         nn.Module.to(self.unet.requires_grad_(False).eval(), dtype)
+        if quantization != "none":
+            quantize_linears(self.unet, quantization)
         self.num_tokens = int(shapes.text_encoders[0]["max_position_embeddings"])
 
     def text(self, batch_size: int) -> TextStates:

@@ -16,6 +16,7 @@ from diffusers import AutoencoderKL
 from sdlora.config import RunConfig
 from sdlora.lora.inject import Adapter, Form, inject
 from sdlora.lora.prove import PROOF_LATENTS, PROOF_TIMESTEPS
+from sdlora.lora.quantized import Quantization, num_weights
 from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
 from sdlora.training.lean import LeanStep
@@ -132,10 +133,11 @@ def need(setting: Setting) -> Need:
     """
     config, shapes = setting.config, setting.shapes
     text_is_trained = "text_encoder" in config.lora.targets
-    base = MetaBase(shapes, setting.dtype, text_is_trained=text_is_trained)
+    quantization = config.base.quantization
+    base = MetaBase(shapes, setting.dtype, quantization=quantization, text_is_trained=text_is_trained)
     in_a_step = shapes.text_bytes * (text_is_trained or setting.text_is_live)
     weights = num_bytes(base.unet) + (shapes.frozen_bytes if setting.on_cpu else in_a_step)
-    num_parameters = sum(parameter.numel() for parameter in base.unet.parameters())
+    num_parameters = num_weights(base.unet)
     paths = find_targets(base.unet, config.lora.targets, base.text_encoders)
     # Where singular vectors start makes no difference to what is held, and meta tensors have none.
     gaussian = replace(setting.form, start="gaussian")
@@ -281,6 +283,9 @@ def _cheaper(setting: Setting) -> Iterator[tuple[str, str, Setting]]:
         setting = _with_train(setting, batch_size=1, gradient_accumulation_steps=steps)
         told = f"train.batch_size = 1 and train.gradient_accumulation_steps = {steps}"
         yield told, "the same training in more passes, which keeps a fast GPU less busy", setting
+    if setting.config.base.quantization == "none":
+        setting = _quantized(setting, "int8")
+        yield "base.quantization = 'int8'", "the base's weights rounded by about a hundredth", setting
     if not train.gradient_checkpointing:
         setting = _with_train(setting, gradient_checkpointing=True)
         yield "train.gradient_checkpointing = true", "the same training, computed partly twice", setting
@@ -288,11 +293,21 @@ def _cheaper(setting: Setting) -> Iterator[tuple[str, str, Setting]]:
         unseen = setting.config.preview.model_copy(update={"enabled": False})
         setting = replace(setting, config=setting.config.model_copy(update={"preview": unseen}))
         yield "preview.enabled = false", "the same training, unseen: no previews and no copy check", setting
+    if setting.config.base.quantization == "int8":
+        setting = _quantized(setting, "nf4")
+        yield "base.quantization = 'nf4'", "the base's weights rounded by about a tenth", setting
     for share in (3 / 4, 1 / 2):
         step = setting.config.data.bucket_step_px
         width, height = (max(step, round(edge * share / step) * step) for edge in setting.bucket)
         smaller = replace(setting, bucket=(width, height))
         yield f"data.resolution_px = {min(width, height)}", "pictures are trained smaller", smaller
+
+
+def _quantized(setting: Setting, kind: Quantization) -> Setting:
+    config = setting.config
+    return replace(
+        setting, config=config.model_copy(update={"base": config.base.model_copy(update={"quantization": kind})})
+    )
 
 
 def _with_train(setting: Setting, **values: object) -> Setting:

@@ -30,6 +30,7 @@ CONFIGURATIONS: dict[str, list[str]] = {
     ],
     "checkpointing": ["train.gradient_checkpointing=true", "train.batch_size=4"],
     "DoRA with an average": ["lora.dora=true", "train.ema_decay=0.9", "train.batch_size=2"],
+    "int8 weights": ["base.quantization=int8", "train.batch_size=2"],
     "preservation": [
         "train.preservation_weight=1", 'data.class_words=["cat"]', "data.trigger=zumi", "train.batch_size=2",
     ],

@@ -18,7 +18,7 @@ from sdlora.lora.targets import find_targets
 from sdlora.training import plan
 from sdlora.training.metabase import MetaBase, Shapes, num_bytes, shapes_of_family
 from sdlora.training.optimizers import Group, make_optimizer
-from sdlora.training.plan import Setting, need
+from sdlora.training.plan import Need, Setting, need
 
 CROSS = ["cross_attention"]
 BOTH = ["cross_attention", "self_attention"]
@@ -137,6 +137,28 @@ def test_activations_grow_with_the_batch_and_shrink_with_checkpointing() -> None
     assert 1.2 < less.flops / two.flops < 1.6
 
 
+def test_packed_weights_take_a_byte_or_little_more_than_half() -> None:
+    wide = {**SMALL.unet, "block_out_channels": (64, 128), "cross_attention_dim": 64}
+    whole = replace(setting(), shapes=replace(SMALL, unet=wide))
+
+    def packed(kind: str) -> Need:
+        base = whole.config.base.model_copy(update={"quantization": kind})
+        return need(replace(whole, config=whole.config.model_copy(update={"base": base})))
+
+    found = {kind: packed(kind) for kind in ("none", "int8", "nf4")}
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(wide)
+    linear = [m for path, m in unet.named_modules() if "attentions." in path and isinstance(m, torch.nn.Linear)]
+    count = sum(m.weight.numel() for m in linear)
+    rows = sum(m.out_features for m in linear)
+    assert all(m.in_features % 64 == 0 for m in linear)
+    for kind, bytes_of in {"int8": count + 4 * rows, "nf4": count / 2 + 4 * count / 64}.items():
+        saved = found["none"].parts["weights"] - found[kind].parts["weights"]
+        assert saved == whole.dtype.itemsize * count - bytes_of
+        assert found[kind].base_parameters == found["none"].base_parameters
+        assert found[kind].flops == found["none"].flops
+
+
 def test_what_is_preserved_costs_the_visits_that_are_kept() -> None:
     words = {"trigger": "zumi", "class_words": ["cat"]}
     asked = setting(batch_size=4)
@@ -162,9 +184,10 @@ def test_changes_are_offered_until_it_fits_and_no_further() -> None:
     assert first.change == "train.precision = 'bf16'"
     assert first.time == 1.0
     everything = plan.changes(asked, needed, 1)
-    assert [change.change.split(" ")[0] for change in everything][:3] == [
-        "train.precision", "train.batch_size", "train.gradient_checkpointing",
+    assert [change.change.split(" ")[0] for change in everything][:4] == [
+        "train.precision", "train.batch_size", "base.quantization", "train.gradient_checkpointing",
     ]  # fmt: skip
     peaks = [needed.peak_bytes, *(change.peak_bytes for change in everything)]
     assert peaks == sorted(peaks, reverse=True)
-    assert everything[2].time > 1.2
+    assert everything[2].time == pytest.approx(everything[1].time, rel=0.01)
+    assert everything[3].time > 1.2

@@ -89,7 +89,11 @@ def test_a_recipe_fits_into_the_memory_there_is(
     told = plan.memory_in_words(fitted)
     assert told[0].startswith("Set so that it fits") and told[-1].endswith("It fits.")
     order = [told.split(" = ")[0] for told in fitted.fitted]
-    assert order == ["train.batch_size", "train.gradient_checkpointing", "data.resolution_px"][: len(order)] != []
+    assert (
+        order
+        == ["train.batch_size", "base.quantization", "train.gradient_checkpointing", "data.resolution_px"][: len(order)]
+        != []
+    )
     on_a_gpu(1 << 40)
     assert fitted.with_answers(subject, "as usual", large).values == answered.values, "it is taken back where it can be"
 
