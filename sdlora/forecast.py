@@ -136,8 +136,9 @@ def memory_of_run(
 
 def _setting(config: RunConfig, base: BaseModel, data: TrainingData, device: torch.device) -> tuple[Setting, int]:
     examples, shapes = data.dataset.examples, shapes_of_base(base)
-    channels = 2 * int(shapes.vae["latent_channels"]) * 4
-    moments = sum(channels * prod(edge // shapes.latent_factor for edge in e.bucket) for e in examples)
+    # In float16, as the cache keeps them.
+    per_place = 2 * int(shapes.vae["latent_channels"]) * 2
+    moments = sum(per_place * prod(edge // shapes.latent_factor for edge in e.bucket) for e in examples)
     captions = set(data.captions(plan_training(config, data.dataset).timesteps))
     states = 0 if data.text_is_trained else data.cache.text_bytes(len(captions))
     text_is_live = states > config.cache.max_text_gib * 2**30

@@ -107,7 +107,7 @@ class LatentDiffusion:
 
     def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
         """Draw from the posterior and scale: (mean + exp(log-variance / 2) * noise) * scaling_factor."""
-        mean, log_variance = moments.chunk(2, dim=1)
+        mean, log_variance = moments.float().chunk(2, dim=1)
         # diffusers clamps the log-variance to this range as well (DiagonalGaussianDistribution).
         deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         latents: Tensor = (mean + deviation * noise) * self.vae.config.scaling_factor

@@ -102,15 +102,15 @@ def _fields(latents: Tensor) -> Tensor:
 
 def _mean_latents(data: TrainingData, index: int) -> Tensor:
     """The clean latents of a picture without the VAE's noise, (C, h, w)."""
-    mean = data.moments(index).chunk(2)[0]
-    return data.cache.base.sample_latents(data.moments(index)[None], torch.zeros_like(mean)[None])[0]
+    moments = data.moments([index])
+    return data.cache.base.sample_latents(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))[0]
 
 
 def _guesses(data: TrainingData, index: int, seed: int) -> Tensor:
     """What the network takes for the clean latents of a caption, from noise alone, (4, C, h, w)."""
     base = data.cache.base
     asked = [(timestep, probe) for timestep in PROBED_TIMESTEPS for probe in range(NUM_PROBES)]
-    shape = data.moments(index).chunk(2)[0].shape
+    shape = data.moments([index]).chunk(2, dim=1)[0].shape[1:]
     noise = torch.stack([seeds.normal(shape, seed, "self-retrieval", data.name(index), *which) for which in asked])
     noise, timesteps = noise.to(base.device), torch.tensor([timestep for timestep, _ in asked], device=base.device)
     alphas_cumprod = base.alphas_cumprod[timesteps]

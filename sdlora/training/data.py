@@ -62,9 +62,9 @@ class TrainingData:
         """The file name of an example."""
         return self.dataset.examples[index].name
 
-    def moments(self, index: int) -> Tensor:
-        """The VAE's moments of an example, (2C, h, w)."""
-        return self.cache.moments(self.dataset.examples[index])
+    def moments(self, indices: Iterable[int]) -> Tensor:
+        """The VAE's moments of examples of one size, (B, 2C, h, w) float16."""
+        return self.cache.moments([self.dataset.examples[index] for index in indices])
 
     def mask(self, index: int) -> Tensor | None:
         """What counts of an example, (1, h, w) in [0, 1]; None if all of it does."""

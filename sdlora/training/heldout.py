@@ -91,7 +91,7 @@ def picture_losses(data: TrainingData, indices: Sequence[int], seed: int) -> Ten
     levels = [int((level + 0.5) * NUM_TIMESTEPS / NUM_LEVELS) for level in range(NUM_LEVELS)]
     losses: list[Tensor] = []
     for index in indices:
-        moments = data.moments(index).unsqueeze(0)
+        moments = data.moments([index])
         mean = moments.chunk(2, dim=1)[0]
         noise = [seeds.normal(mean.shape[1:], seed, "heldout noise", data.name(index), level) for level in levels]
         text = {name: states.expand(NUM_LEVELS, *states.shape[1:]) for name, states in data.text([(index, 1)]).items()}

@@ -361,7 +361,7 @@ class Trainer:
         return floor + (1 - floor) * shares
 
     def _latents_and_noise(self, batch: Sequence[Visit], data: TrainingData) -> tuple[Tensor, Tensor]:
-        moments = torch.stack([data.moments(visit.example) for visit in batch])
+        moments = data.moments(visit.example for visit in batch)
         names = [(data.name(visit.example), visit.visit) for visit in batch]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         seed = self.config.seed

@@ -36,9 +36,9 @@ def test_values_are_those_of_the_networks(base: BaseModel, pictures: Path, tmp_p
     again = Cache(tmp_path, base)
     fill(again, data, ["a dog", "a cat"])
     for found in (cache, again):
-        assert found.moments(data.examples[0]).shape == (8, 8, 8)
+        assert found.moments(data.examples[:1]).shape == (1, 8, 8, 8)
         expected = base.encode_captions(["a dog"])["states"]
-        torch.testing.assert_close(found.text(["a dog"])["states"], expected)
+        torch.testing.assert_close(found.text(["a dog"])["states"], expected, rtol=5e-4, atol=1e-6)
         assert not torch.equal(found.text(["a cat"])["states"], expected)
 
 
@@ -59,7 +59,7 @@ def test_changed_pixels_under_the_same_name_are_noticed(base: BaseModel, tmp_pat
         Image.new("RGB", (32, 32), color).save(tmp_path / "a.png")
         cache, data = Cache(tmp_path / "cache", base), dataset(tmp_path)
         fill(cache, data, [])
-        found.append(cache.moments(data.examples[0]))
+        found.append(cache.moments(data.examples[:1]))
     assert not torch.equal(*found)
 
 
@@ -92,7 +92,9 @@ def test_a_torn_file_is_made_anew(base: BaseModel, pictures: Path, tmp_path: Pat
     torn.write_bytes(torn.read_bytes()[:20])
     cache = Cache(tmp_path, base)
     fill(cache, dataset(pictures), ["a cat"])
-    torch.testing.assert_close(cache.text(["a cat"])["states"], base.encode_captions(["a cat"])["states"])
+    torch.testing.assert_close(
+        cache.text(["a cat"])["states"], base.encode_captions(["a cat"])["states"], rtol=5e-4, atol=1e-6
+    )
 
 
 def test_what_a_run_reads_is_mapped_whether_it_was_there_or_not(
@@ -104,19 +106,19 @@ def test_what_a_run_reads_is_mapped_whether_it_was_there_or_not(
         fill(cache, data, ["a cat"])
         with monkeypatch.context() as patch:
             patch.setattr("sdlora.data.cache.load_file", None)  # nothing is opened any more
-            found = {example.name: cache.moments(example) for example in data.examples}
+            found = {example.name: cache.moments([example]) for example in data.examples}
             states = cache.text(["a cat"])["states"]
         names = {str(path) for path in tmp_path.rglob("*.safetensors")}
         if (maps := Path("/proc/self/maps")).exists():
             assert all(name in maps.read_text() for name in names)
-        torch.testing.assert_close(states, base.encode_captions(["a cat"])["states"])
+        torch.testing.assert_close(states, base.encode_captions(["a cat"])["states"], rtol=5e-4, atol=1e-6)
         assert all(moments.isfinite().all() for moments in found.values())
 
 
 def test_numbers_that_are_mapped_outlive_their_file(base: BaseModel, pictures: Path, tmp_path: Path) -> None:
     cache, data = Cache(tmp_path, base), dataset(pictures)
     fill(cache, data, [])
-    before = cache.moments(data.examples[0]).clone()
+    before = cache.moments(data.examples[:1]).clone()
     for path in tmp_path.rglob("*.safetensors"):
         path.unlink()
-    assert torch.equal(cache.moments(data.examples[0]), before)
+    assert torch.equal(cache.moments(data.examples[:1]), before)

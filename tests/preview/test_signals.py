@@ -71,7 +71,7 @@ def stub_data(base: Guesser, means: list[Tensor]) -> Any:
         cache=SimpleNamespace(base=base),
         dataset=SimpleNamespace(examples=list(range(len(means)))),
         name=lambda index: f"{index}.png",
-        moments=lambda index: torch.cat([means[index] * 2, torch.zeros_like(means[index])]),
+        moments=lambda indices: torch.stack([torch.cat([means[i] * 2, torch.zeros_like(means[i])]) for i in indices]),
         text=lambda visits: {"states": torch.tensor([float(index) for index, _ in visits])},
     )
 

@@ -14,7 +14,7 @@ def test_bands_are_means_over_fixed_levels_and_fixed_noise(tiny_base: Path, pict
     data, base = trainer.data, trainer.base
     expected: list[list[float]] = [[] for _ in range(5)]
     for index, example in enumerate(data.dataset.examples):
-        latents = data.moments(index)[:4] * base.vae.config.scaling_factor  # type: ignore[attr-defined]
+        latents = data.moments([index])[0, :4] * base.vae.config.scaling_factor  # type: ignore[attr-defined]
         for level in range(50, 1000, 100):
             noise = seeds.normal((4, 8, 8), 3, "heldout noise", example.name, level)
             alpha = base.alphas_cumprod[level]

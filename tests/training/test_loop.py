@@ -78,7 +78,7 @@ def make_trainer(
 def test_the_loss_of_a_visit_is_the_formula(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_base, pictures, tmp_path)
     base, example = trainer.base, trainer.data.dataset.examples[3]
-    mean, log_variance = trainer.data.moments(3).unsqueeze(0).chunk(2, dim=1)
+    mean, log_variance = trainer.data.moments([3]).float().chunk(2, dim=1)
     jitter = seeds.normal((4, 8, 8), 0, "latent", example.name, 2)
     noise = seeds.normal((4, 8, 8), 0, "noise", example.name, 2)
     latents = (mean + torch.exp(log_variance / 2) * jitter) * base.vae.config.scaling_factor  # type: ignore[attr-defined]
