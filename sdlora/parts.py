@@ -18,7 +18,6 @@ from sdlora.data.cache import Cache
 from sdlora.data.dataset import Dataset
 from sdlora.errors import ConfigError
 from sdlora.lora.inject import Adapter
-from sdlora.lora.quantized import quantize_linears
 from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
 from sdlora.models.latent import weights_identity
@@ -105,8 +104,6 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
     base = load_base(config.base.path, device=device, dtype=dtype, options=_load_options(config))
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
-    if config.base.quantization != "none":
-        quantize_linears(base.unet, config.base.quantization)
     return base
 
 
@@ -272,7 +269,7 @@ def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
 def _load_options(config: RunConfig) -> LoadOptions:
     base = config.base
     text = TextOptions(base.clip_skip, config.data.max_token_windows)
-    return LoadOptions(base.revision, base.variant, base.prediction_type, text)
+    return LoadOptions(base.revision, base.variant, base.prediction_type, text, base.quantization)
 
 
 def preview_request(config: RunConfig, dataset: Dataset) -> PreviewRequest:

@@ -6,7 +6,7 @@ Shapes: i in, o out, n = i o numbers of a weight.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
@@ -116,6 +116,14 @@ class QuantizedLinear(nn.Module):
     def weight(self) -> Tensor:
         """The weight, (o, i), made anew whenever it is asked for."""
         return self.packed.dense()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """What moves a network, or turns it into another type, changes what a weight is turned back into alone."""
+        scales = self.scales
+        probe = fn(torch.empty(0, dtype=self.dtype, device=scales.device))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scales, self.dtype = scales.to(probe.device), probe.dtype
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + b, (..., i) to (..., o)."""

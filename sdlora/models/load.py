@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -17,6 +18,7 @@ from torch import nn
 
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
+from sdlora.lora.quantized import Quantization, quantize_linears
 from sdlora.models.base import BaseModel
 from sdlora.models.headers import read_header
 from sdlora.models.latent import Source
@@ -51,12 +53,14 @@ class LoadOptions:
         variant: The files' variant, such as "fp16".
         prediction_type: What it predicts, against what its files say or leave open.
         text: How captions are read.
+        quantization: How the linear layers of the UNet's attention blocks are kept, or "none".
     """
 
     revision: str | None = None
     variant: str | None = None
     prediction_type: PredictionType | None = None
     text: TextOptions = field(default_factory=TextOptions)
+    quantization: Quantization | Literal["none"] = "none"
 
 
 def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: LoadOptions | None = None) -> BaseModel:
@@ -84,7 +88,11 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
         return pipeline
 
     source = Source(reload(), path, revision, reload)
-    return _family(source)(source, device=device, dtype=dtype, text=options.text)
+    family = _family(source)
+    if options.quantization != "none":
+        # Before it goes to a device that may be too small for all of it.
+        quantize_linears(source.pipeline.unet, options.quantization)
+    return family(source, device=device, dtype=dtype, text=options.text)
 
 
 def _family(source: Source) -> type[StableDiffusion] | type[StableDiffusionXL]:

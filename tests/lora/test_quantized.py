@@ -101,6 +101,22 @@ def test_a_layer_is_torchs_and_keeps_no_weight(weight: Tensor, kind: Quantizatio
     torch.testing.assert_close(own.grad, other.grad)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_type_is_that_of_the_weight_and_not_of_its_scales(weight: Tensor, kind: Quantization) -> None:
+    layer = nn.Linear(128, 48)
+    layer.weight.data = weight
+    packed = QuantizedLinear(layer, kind)
+    exact = packed.weight.clone()
+    packed.to("cpu", torch.bfloat16)
+    assert packed.scales.dtype == torch.float32
+    assert packed.bias.dtype == torch.bfloat16
+    assert torch.equal(packed.weight, exact.bfloat16())
+    assert packed(torch.randn(2, 128).bfloat16()).dtype == torch.bfloat16
+    assert torch.equal(packed.to("cpu").weight, exact.bfloat16())
+    assert torch.equal(packed.float().weight, exact)
+    assert packed.to("meta").weight.is_meta
+
+
 # --- In a UNet -----------------------------------------------------------------------------------------------------
 
 
