@@ -92,6 +92,9 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
     if options.quantization != "none":
         # Before it goes to a device that may be too small for all of it.
         quantize_linears(source.pipeline.unet, options.quantization)
+        # The other weights still lie in the file's map, which would keep those that were packed in memory, too.
+        for parameter in source.pipeline.unet.parameters():
+            parameter.data = parameter.data.clone()
     return family(source, device=device, dtype=dtype, text=options.text)
 
 
