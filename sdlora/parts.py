@@ -101,6 +101,9 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
     Raises:
         SdloraError: There is no such base, or it cannot be used that way.
     """
+    if device.type == "cuda":
+        # VAE and text encoders stay in float32; beside a UNet of 16 bits their products need not be finer than TF32.
+        torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     base = load_base(config.base.path, device=device, dtype=dtype, options=_load_options(config))
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
