@@ -36,6 +36,12 @@ def _lower(config: RunConfig, phase: str, resolution_px: int) -> str:
     if phase == "load":
         if train.precision == "fp32":
             return "Set train.precision to 'bf16' (now 'fp32'), which halves the UNet, or close other programs."
+        if config.base.quantization != "nf4":
+            fewer = "int8" if config.base.quantization == "none" else "nf4"
+            return (
+                f"Set base.quantization to {fewer!r} (now {config.base.quantization!r}), which keeps most of a large "
+                "UNet in half the memory, or close other programs."
+            )
         return f"Close other programs that use it, or set train.device to 'cpu' (now {train.device!r})."
     if phase == "preview":
         return (
@@ -49,6 +55,11 @@ def _lower(config: RunConfig, phase: str, resolution_px: int) -> str:
             f"For another run, set train.batch_size to {half} (now {train.batch_size}) and "
             f"train.gradient_accumulation_steps to {train.gradient_accumulation_steps * train.batch_size // half} "
             f"(now {train.gradient_accumulation_steps})."
+        )
+    if phase == "train" and not train.gradient_checkpointing:
+        return (
+            f"{_GO_ON} --resume --set train.gradient_checkpointing=true (now false) needs far less memory for the same "
+            "training, and takes about a third longer."
         )
     step_px = config.data.bucket_step_px
     lower = max(step_px, (resolution_px - 1) // step_px * step_px)

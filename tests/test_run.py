@@ -199,6 +199,22 @@ def test_every_form_of_adapter_resumes_in_the_same_bytes(
     assert without_times(metrics(cut)) == without_times(metrics(whole))
 
 
+def test_a_run_that_needs_too_much_memory_goes_on_with_less(
+    tmp_path: Path, overrides: list[str], stop_after: StopAfter
+) -> None:
+    options = [*overrides, "preview.enabled=false", f"cache.dir={tmp_path / 'shared'}"]
+    whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    for folder in (whole, cut):
+        folder.parent.mkdir()
+    run(whole, options)
+    with pytest.raises(Stopped):
+        run(cut, options, should_stop=stop_after(4))
+    run(cut, [*options, "train.gradient_checkpointing=true"], resume=True)
+    found, expected = (load_file(folder / "hero.safetensors") for folder in (cut, whole))
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
 def test_the_loss_of_a_timestep_rank_elsewhere_is_measured_and_said(tmp_path: Path, overrides: list[str]) -> None:
     options = [*overrides, "preview.enabled=false", "lora.timestep_rank_min=1", "train.learning_rate=1e-2"]
     events = run(tmp_path / "run", options)

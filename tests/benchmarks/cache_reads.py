@@ -8,6 +8,7 @@ cache can be without; for comparison, reads that open the file each time. Times 
 from __future__ import annotations
 
 import argparse
+import json
 import random
 import statistics
 import tempfile
@@ -70,10 +71,17 @@ def microseconds(read: Callable[[list[Any]], Tensor], places: Sequence[Any]) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[500, 10_000])
-    for count in parser.parse_args().sizes:
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args()
+    found: dict[int, dict[str, float]] = {}
+    for count in options.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            found = measure(Path(folder), count)
-        print(f"{count} pictures: " + ", ".join(f"{name} {value:.1f} us" for name, value in found.items()), flush=True)
+            found[count] = measure(Path(folder), count)
+        told = ", ".join(f"{name} {value:.1f} us" for name, value in found[count].items())
+        if not options.json:
+            print(f"{count} pictures: {told}", flush=True)
+    if options.json:
+        print(json.dumps(found))
 
 
 if __name__ == "__main__":
