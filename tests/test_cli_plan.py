@@ -48,8 +48,8 @@ def test_a_configuration_is_planned_with_its_pictures(tmp_path: Path, overrides:
     assert (found["pictures"], found["buckets"]) == (5, {"32x32": 3, "40x24": 2})
     assert (found["steps"], found["exposures_per_picture"]) == (20, 8)
     assert found["seconds"] > 0
-    # Eight latents channels of 8 x 8 and 10 x 6, and five captions of 77 states of 16 numbers.
-    assert found["cache_bytes"] == 4 * (8 * (3 * 64 + 2 * 60) + 5 * 77 * 16)
+    # In two bytes each: eight latents channels of 8 x 8 and 10 x 6, and five captions of 77 states of 16 numbers.
+    assert found["cache_bytes"] == 2 * (8 * (3 * 64 + 2 * 60) + 5 * 77 * 16)
     assert not list((tmp_path / "cache").glob("moments/*"))
     assert "5 pictures (3 of 32x32, 2 of 40x24), each seen 8 times: 20 steps." in plan(str(source), *changes)
 
