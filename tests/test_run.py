@@ -180,6 +180,7 @@ FORMS = [
     ['lora.targets=["cross_attention", "text_encoder", "conv"]', "lora.dropout=0.2", "lora.rslora=true"],
     ["lora.start=pissa", "lora.timestep_rank_min=1"],
     ["lora.dora=true"],
+    ["base.quantization=int8"],
 ]
 
 

@@ -176,11 +176,10 @@ def num_weights(network: nn.Module) -> int:
 @cache
 def _nf4_levels() -> Tensor:
     """The 16 levels, (16,) from -1 to 1: quantiles of the normal distribution, eight of them above zero."""
+    exact: Any = {"dtype": torch.float64, "device": "cpu"}
     outermost = 1 - (1 / 32 + 1 / 30) / 2
-    above, below = (
-        torch.special.ndtri(torch.linspace(outermost, 0.5, count, dtype=torch.float64)[:-1]) for count in (9, 8)
-    )
-    levels = torch.cat([-below, torch.zeros(1, dtype=torch.float64), above.flip(0)])
+    above, below = (torch.special.ndtri(torch.linspace(outermost, 0.5, count, **exact)[:-1]) for count in (9, 8))
+    levels = torch.cat([-below, torch.zeros(1, **exact), above.flip(0)])
     return (levels / levels.max()).float()
 
 
