@@ -30,6 +30,7 @@ FREE_WHEN_RESUMING = {
     "train.auto_batch",
     "train.checkpoint_every_steps",
     "train.gradient_checkpointing",
+    "train.compile",
     "train.log_every_steps",
 }
 """Options that leave the result as it is, so that a run may go on with others."""
