@@ -380,12 +380,11 @@ class RunConfig(_Section):
         return self
 
     @model_validator(mode="after")
-    def _dropout_is_not_compiled(self) -> RunConfig:
+    def _compiled_is_plain(self) -> RunConfig:
         if self.train.compile and self.lora.dropout > 0:
-            raise ValueError(
-                f"train.compile goes with lora.dropout = 0 (now {self.lora.dropout:g}): what is dropped is drawn anew "
-                "in every step, which torch does not compile"
-            )
+            raise ValueError("train.compile goes with lora.dropout = 0: what is dropped is drawn anew in every step")
+        if self.train.compile and self.base.quantization != "none":
+            raise ValueError("train.compile goes with base.quantization = 'none': it would keep the weights unpacked")
         return self
 
     @model_validator(mode="after")

@@ -89,10 +89,10 @@ def _check_compiler(device: torch.device) -> None:
     try:
         torch.compile(_probe, dynamic=False)(torch.ones(8, device=device))
     except RuntimeError as error:
-        tool = "Triton" if device.type == "cuda" else "a C++ compiler such as g++"
+        tool = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler such as g++"
         raise ConfigError(
-            f"train.compile needs {tool}, and torch could compile nothing here: {_first_line(error)}. Install it, or "
-            "leave train.compile at false: the result is the same."
+            f"train.compile needs {tool}, and torch could compile nothing here: {_first_line(error)}. Install "
+            "what is missing, or leave train.compile at false: the result is the same."
         ) from error
 
 
