@@ -123,11 +123,11 @@ def test_several_steps_train_the_same_and_blocks_share_what_is_compiled(unet: An
         (["cross_attention"], None, {}),
         (ATTENTION, None, {"gradient_checkpointing": True}),
         (UNET_TARGETS, None, {"gradient_checkpointing": True}),
-        (ATTENTION, None, {"optimizer": "adafactor"}),
+        pytest.param(ATTENTION, None, {"optimizer": "adafactor"}, marks=pytest.mark.slow),
         (ATTENTION, Form(target_ranks={"self_attention": 2}, rslora=True), {}),
-        (ATTENTION, Form(start="orthogonal"), {}),
-        (ATTENTION, Form(timestep_rank=TimestepRank(1, 1.0)), {}),
-        (["cross_attention", "mlp"], Form(dora=True), {}),
+        pytest.param(ATTENTION, Form(start="orthogonal"), {}, marks=pytest.mark.slow),
+        pytest.param(ATTENTION, Form(timestep_rank=TimestepRank(1, 1.0)), {}, marks=pytest.mark.slow),
+        pytest.param(["cross_attention", "mlp"], Form(dora=True), {}, marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_of_adapter_has_the_same_gradients_in_one_graph(
