@@ -29,8 +29,8 @@ FREE_WHEN_RESUMING = {
     "preview.enabled",
     "train.auto_batch",
     "train.checkpoint_every_steps",
-    "train.gradient_checkpointing",
     "train.compile",
+    "train.gradient_checkpointing",
     "train.log_every_steps",
 }
 """Options that leave the result as it is, so that a run may go on with others."""
