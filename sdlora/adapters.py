@@ -11,6 +11,7 @@ from typing import Any
 from sdlora.config import LoraConfig, RunConfig
 from sdlora.lora.inject import Adapter, Form, inject
 from sdlora.lora.prove import PROOF_TIMESTEPS
+from sdlora.lora.targets import TEXT_ENCODER
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.models.base import BaseModel
 
@@ -27,9 +28,9 @@ def make_adapter(config: RunConfig, base: BaseModel, paths: Sequence[str]) -> Ad
         ConfigError: The start needs more singular values than a layer has.
     """
     lora = config.lora
-    return inject(
-        base.unet, paths, lora.rank, lora.alpha, config.seed, form=form_of(lora), text_encoders=base.text_encoders
-    )
+    text_is_trained = any(path.startswith(TEXT_ENCODER) for path in paths)
+    texts = base.bring_text_encoders() if text_is_trained else base.text_encoders
+    return inject(base.unet, paths, lora.rank, lora.alpha, config.seed, form=form_of(lora), text_encoders=texts)
 
 
 def form_of(lora: LoraConfig) -> Form:

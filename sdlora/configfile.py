@@ -29,6 +29,7 @@ FREE_WHEN_RESUMING = {
     "preview.enabled",
     "train.auto_batch",
     "train.checkpoint_every_steps",
+    "train.compile",
     "train.gradient_checkpointing",
     "train.log_every_steps",
 }

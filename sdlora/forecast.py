@@ -129,8 +129,9 @@ def memory_of_run(
     if num_weights(base.unet) < _SMALL_BASE:
         return None, None
     setting, _ = _setting(config, base, data, device)
-    # What is loaded already is no longer free.
-    loaded = num_bytes(base.unet, *base.text_encoders) + (setting.shapes.vae_bytes if setting.on_cpu else 0)
+    # What is loaded already is no longer free; text encoders that wait elsewhere take nothing of it.
+    there = [network for network in base.text_encoders if next(network.parameters()).device.type == device.type]
+    loaded = num_bytes(base.unet, *there) + (setting.shapes.vae_bytes if setting.on_cpu else 0)
     return need(setting).peak_bytes, device_memory(device) + loaded
 
 

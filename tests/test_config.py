@@ -30,7 +30,7 @@ def test_the_list_of_options_is_a_decision() -> None:
         "train.plus_ratio", "train.text_encoder_learning_rate", "train.schedule", "train.warmup_steps",
         "train.weight_decay", "train.ema_decay", "train.max_grad_norm", "train.preservation_weight",
         "train.preservation_every",
-        "train.precision", "train.gradient_checkpointing", "train.device", "train.log_every_steps",
+        "train.precision", "train.gradient_checkpointing", "train.compile", "train.device", "train.log_every_steps",
         "train.checkpoint_every_steps", "timesteps.density", "timesteps.mean", "timesteps.std", "timesteps.min",
         "timesteps.max", "timesteps.high_noise_keep", "timesteps.coverage", "loss.kind", "loss.huber_delta",
         "loss.weighting", "loss.gamma", "loss.mask_floor", "loss.noise_offset", "loss.zero_terminal_snr",

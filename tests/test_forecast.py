@@ -16,6 +16,7 @@ from sdlora.parts import load, prepare
 from sdlora.progress import describe_plan
 from sdlora.run import start
 from sdlora.runfolder import RunFolder
+from sdlora.training.metabase import num_bytes
 
 
 def test_a_forecast_counts_what_the_run_then_does(tmp_path: Path, overrides: list[str]) -> None:
@@ -62,3 +63,23 @@ def test_what_is_loaded_counts_as_memory_there_is(tmp_path: Path, overrides: lis
     assert setting.on_cpu
     assert setting.cached_bytes == cache_bytes
     assert setting.bucket in {(40, 24), (32, 32)}
+
+
+def test_text_encoders_that_wait_elsewhere_are_not_counted_as_free_memory(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "mine.toml"
+    source.write_text("[data]\ntrigger = 'zumi'\n")
+    config = load_config(str(source), overrides)
+    parts = prepare(config, RunFolder(tmp_path / "run", "mine"))
+    monkeypatch.setattr(forecast, "_SMALL_BASE", 0)
+    monkeypatch.setattr(forecast, "device_memory", lambda _: 0)
+    given = forecast._setting(config, parts.base, parts.data, torch.device("cpu"))
+    monkeypatch.setattr(forecast, "_setting", lambda *_: given)
+    found = []
+    for device in ("cpu", "meta"):
+        for encoder in parts.base.text_encoders:
+            encoder.to(device)
+        found.append(forecast.memory_of_run(config, parts.base, parts.data, torch.device("cpu"))[1])
+    assert found[0] is not None and found[1] is not None
+    assert found[0] - found[1] == num_bytes(*parts.base.text_encoders) > 0

@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import make_tiny, make_tiny_pipeline
+from torch._dynamo.utils import counters
 
 from sdlora import parts
 from sdlora.configfile import load_config, option_names
@@ -199,7 +200,7 @@ TESTED_BELOW = {
     "file.licence",
     "file.tell_captions",
     "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "train.gradient_checkpointing",
-    "train.auto_batch",
+    "train.auto_batch", "train.compile",
 }  # fmt: skip
 
 
@@ -379,6 +380,28 @@ def test_checkpointing_trains_the_same_and_keeps_less(
     assert max(kept) < 0.6 * most
     # What is drawn for dropout must be drawn again alike.
     assert outcome("lora.dropout=0.5") == outcome("lora.dropout=0.5", "train.gradient_checkpointing=true")
+
+
+def test_compiled_blocks_learn_the_same(tmp_path: Path, outcome: Callable[..., str], scene: dict[str, str]) -> None:
+    for other, said in {"lora.dropout=0.5": "lora.dropout = 0", "base.quantization=int8": "'none'"}.items():
+        found = outcome("train.compile=true", other)
+        assert found.startswith("ConfigError") and "train.compile goes with" in found and said in found
+    files = []
+    # Traced as by the real compiler, which takes a minute; `tests/test_run.py` has a run with that.
+    torch.compiler.set_default_backend("aot_eager")
+    try:
+        for choice in ("false", "true"):
+            before = counters["stats"]["unique_graphs"]
+            changes = [f"train.compile={choice}", "data.buckets=false", "preview.enabled=false", "train.batch_size=1"]
+            config = load_config(str(Path(scene["root"]) / "common.toml"), changes)
+            for _ in start(config, tmp_path / choice):
+                pass
+            files.append(load_file(tmp_path / choice / "common.safetensors"))
+            assert (counters["stats"]["unique_graphs"] > before) == (choice == "true")
+    finally:
+        torch.compiler.set_default_backend(None)
+    for name, tensor in files[0].items():
+        assert (files[1][name] - tensor).norm() <= 1e-3 * tensor.norm(), name
 
 
 def test_the_cache_is_where_it_should_be(outcome: Callable[..., str], scene: dict[str, str]) -> None:

@@ -216,6 +216,30 @@ def test_a_run_that_needs_too_much_memory_goes_on_with_less(
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
+@pytest.mark.slow
+def test_a_compiled_run_resumes_in_the_same_bytes_or_without_its_compiler(
+    tmp_path: Path, overrides: list[str], stop_after: StopAfter
+) -> None:
+    options = [*overrides, f"cache.dir={tmp_path / 'shared'}", 'lora.targets=["cross_attention", "self_attention"]']
+    options += ["data.buckets=false", "train.batch_size=1"]
+    folders = {name: tmp_path / name / "run" for name in ("plain", "whole", "cut", "without")}
+    for folder in folders.values():
+        folder.parent.mkdir()
+    run(folders["plain"], options)
+    compiled = [*options, "train.compile=true", "train.gradient_checkpointing=true"]
+    run(folders["whole"], compiled)
+    for name in ("cut", "without"):
+        with pytest.raises(Stopped):
+            run(folders[name], compiled, should_stop=stop_after(4))
+    run(folders["cut"], compiled, resume=True)
+    run(folders["without"], [*compiled, "train.compile=false"], resume=True)
+    assert digests(folders["cut"]) == digests(folders["whole"])
+    files = {name: load_file(folder / "hero.safetensors") for name, folder in folders.items()}
+    for key, tensor in files["plain"].items():
+        for name in ("whole", "without"):
+            assert (files[name][key] - tensor).norm() <= 1e-3 * tensor.norm(), (name, key)
+
+
 def test_the_loss_of_a_timestep_rank_elsewhere_is_measured_and_said(tmp_path: Path, overrides: list[str]) -> None:
     options = [*overrides, "preview.enabled=false", "lora.timestep_rank_min=1", "train.learning_rate=1e-2"]
     events = run(tmp_path / "run", options)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
@@ -36,6 +37,8 @@ def low_rank(
     Source: Hu et al. 2106.09685, equation 3.
     """
     flat = x.reshape(-1, x.shape[-1])
+    if torch.compiler.is_compiling():
+        return _traced(flat, weight, bias, downs, ups, scale).view(*x.shape[:-1], -1)
     answer: Tensor = _LowRank.apply(flat, weight, bias, downs, ups, scale)  # type: ignore[no-untyped-call]
     return answer.view(*x.shape[:-1], -1)
 
@@ -78,6 +81,14 @@ class _LowRank(Function):
 
 def _dense(weight: Tensor | Packed) -> Tensor:
     return weight.dense() if isinstance(weight, Packed) else weight
+
+
+def _traced(
+    x: Tensor, weight: Tensor | Packed, bias: Tensor | None, downs: Tensor, ups: Tensor, scale: float
+) -> Tensor:
+    """The same for a compiler, which chooses itself what is kept and cannot write into parts of a tensor."""
+    answer, inner = (_by_layer(F.linear(x, *layer), len(ups)) for layer in ((_dense(weight), bias), (downs, None)))
+    return torch.baddbmm(answer, inner, ups.transpose(1, 2), alpha=scale).transpose(0, 1).flatten(1)
 
 
 def _by_layer(stacked: Tensor, num_layers: int) -> Tensor:

@@ -29,7 +29,7 @@ class BaseModel(Protocol):
         path: Where it was loaded from, as the user gave it.
         unet: The network that adapters are injected into, in the compute dtype.
         revision: The commit that a hub id was resolved to, or None.
-        text_encoders: The networks that captions go through, in float32; adapters may be injected into them too.
+        text_encoders: The networks that captions go through, in float32, wherever they wait: to be counted and named.
         device: Where the UNet is. VAE and text encoders take turns there and are off it while neither is used.
         prediction_type: "epsilon" or "v_prediction".
         alphas_cumprod: The schedule, (1000,) float32 on `device`.
@@ -44,6 +44,7 @@ class BaseModel(Protocol):
     path: str
     revision: str | None
     unet: UNet2DConditionModel
+    text_encoders: tuple[nn.Module, ...]
     device: torch.device
     prediction_type: PredictionType
     alphas_cumprod: Tensor
@@ -53,9 +54,8 @@ class BaseModel(Protocol):
     vae_identity: str
     text_identity: str
 
-    @property
-    def text_encoders(self) -> tuple[nn.Module, ...]:
-        """The networks that captions go through, on the device."""
+    def bring_text_encoders(self) -> tuple[nn.Module, ...]:
+        """The networks that captions go through, brought to the device; adapters that are trained need them there."""
         ...
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:

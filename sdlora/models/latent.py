@@ -64,7 +64,7 @@ class LatentDiffusion:
         self.path, self.revision, self.device, self.text = source.path, source.revision, device, text
         self.unet: UNet2DConditionModel = pipeline.unet
         self.vae: AutoencoderKL = pipeline.vae
-        self._encoders: tuple[Any, ...] = _one_or_two(pipeline, "text_encoder")
+        self.text_encoders: tuple[Any, ...] = _one_or_two(pipeline, "text_encoder")
         self.tokenizers: tuple[CLIPTokenizer, ...] = _one_or_two(pipeline, "tokenizer")
         if "beta_schedule" not in pipeline.scheduler.config:
             raise BaseModelError(
@@ -79,7 +79,7 @@ class LatentDiffusion:
         self.max_tokens: int = text.max_windows * (self.tokenizers[0].model_max_length - 2) + 2
         self.vae_identity = weights_identity(self.vae, self.vae.config)
         self.text_identity = self._text_identity()
-        for module in (self.unet, self.vae, *self._encoders):
+        for module in (self.unet, self.vae, *self.text_encoders):
             module.requires_grad_(False).eval()
         self.unet.to(device, dtype)
 
@@ -88,15 +88,14 @@ class LatentDiffusion:
             weights_identity(
                 encoder, encoder.config.to_dict(), tokenizer.get_vocab(), {"padding": tokenizer.pad_token_id}
             )
-            for encoder, tokenizer in zip(self._encoders, self.tokenizers, strict=True)
+            for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True)
         ]
         return hashlib.blake2b("".join([*parts, str(self.text)]).encode("utf-8"), digest_size=16).hexdigest()
 
-    @property
-    def text_encoders(self) -> tuple[Any, ...]:
-        """The networks that captions go through, brought to the device for whoever asks."""
-        self._use(*self._encoders)
-        return self._encoders
+    def bring_text_encoders(self) -> tuple[Any, ...]:
+        """The networks that captions go through, brought to the device to compute or to be trained."""
+        self._use(*self.text_encoders)
+        return self.text_encoders
 
     @torch.no_grad()
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -164,7 +163,7 @@ class LatentDiffusion:
 
         What is trained stays: an optimizer knows its numbers where they are.
         """
-        others = [network for network in (self.vae, *self._encoders) if network not in wanted]
+        others = [network for network in (self.vae, *self.text_encoders) if network not in wanted]
         for network in others:
             if not any(parameter.requires_grad for parameter in network.parameters()):
                 move(network, _ASIDE)

@@ -46,7 +46,7 @@ class StableDiffusion(LatentDiffusion):
     def encode_captions(self, captions: Sequence[str]) -> TextStates:
         """Captions to {"states": (B, N L, D)}; words past the last window are cut off."""
         tokens = tokens_in_windows(self.tokenizers[0], captions, self.text.max_windows)
-        states = layer_states(self.text_encoders[0], tokens.flatten(0, 1).to(self.device), self._layer)
+        states = layer_states(self.bring_text_encoders()[0], tokens.flatten(0, 1).to(self.device), self._layer)
         return {"states": states.reshape(len(captions), -1, states.shape[-1])}
 
     def picture_states(self, examples: Sequence[Example]) -> TextStates:

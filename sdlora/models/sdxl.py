@@ -51,7 +51,7 @@ class StableDiffusionXL(LatentDiffusion):
         """Captions to {"states": (B, N L, D), "pooled": (B, P)}; the pooled text is the first window's."""
         states: list[Tensor] = []
         pooled = torch.empty(0)
-        for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True):
+        for encoder, tokenizer in zip(self.bring_text_encoders(), self.tokenizers, strict=True):
             tokens = tokens_in_windows(tokenizer, captions, self.text.max_windows)
             answer = encoder(tokens.flatten(0, 1).to(self.device), output_hidden_states=True)
             states.append(answer.hidden_states[-2])

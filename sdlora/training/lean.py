@@ -6,7 +6,7 @@ Floor 5. What is trained is the same to rounding.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 
 from diffusers import UNet2DConditionModel
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from sdlora.lora.attention import use_training_attention
 from sdlora.lora.flat import FlatWeights
 from sdlora.lora.inject import Adapter
+from sdlora.training.compiled import compile_blocks, leave_blocks, told_plainly
 from sdlora.training.frozen import keep_little
 from sdlora.training.optimizers import Group
 
@@ -31,6 +32,10 @@ class LeanStep:
         groups: Its parameters, by learning rate.
         optimizer: The optimizer's name, for some need matrices.
         gradient_checkpointing: Compute blocks again on the way back instead of keeping what is inside of them.
+        compiled: Let torch compile the transformer blocks.
+
+    Raises:
+        ConfigError: It is to be compiled, and torch finds no compiler here.
 
     Attributes:
         groups: What the optimizer trains: a long tensor or two for each of the groups.
@@ -44,6 +49,7 @@ class LeanStep:
         *,
         optimizer: str,
         gradient_checkpointing: bool,
+        compiled: bool = False,
     ) -> None:
         keep_little(unet)
         use_training_attention(unet)
@@ -52,6 +58,10 @@ class LeanStep:
             unet.enable_gradient_checkpointing()
         else:
             unet.disable_gradient_checkpointing()
+        leave_blocks(unet)
+        if compiled:
+            compile_blocks(unet)
+        self._compiled = compiled
         self._flat: FlatWeights | None = None
         self.groups = list(groups)
         if optimizer not in _BY_MATRIX:
@@ -74,8 +84,5 @@ class LeanStep:
     @contextmanager
     def live(self) -> Iterator[None]:
         """A forward pass and its backward pass."""
-        if self._flat is None:
+        with self._flat.live() if self._flat else nullcontext(), told_plainly() if self._compiled else nullcontext():
             yield
-        else:
-            with self._flat.live():
-                yield

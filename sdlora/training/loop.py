@@ -97,7 +97,7 @@ class Trainer:
         processes: Those that share every batch.
 
     Raises:
-        ConfigError: The optimizer's package, or the GPU it needs, is missing.
+        ConfigError: The optimizer's package, the GPU it needs, or the compiler that is asked for is missing.
         DivergedError: A loss became NaN or infinite (raised while iterating).
     """
 
@@ -128,6 +128,7 @@ class Trainer:
             adapter_groups(adapter, train.plus_ratio, self._text_encoder_factor()),
             optimizer=train.optimizer,
             gradient_checkpointing=train.gradient_checkpointing,
+            compiled=train.compile,
         )
         self.parameters = self.lean.parameters()
         self.optimizer = accelerator.prepare(

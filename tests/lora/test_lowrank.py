@@ -38,6 +38,14 @@ def test_answer_and_derivatives(num_layers: int, bias: bool, scale: float) -> No
         parts.append(x @ product.T + (0 if b is None else b[rows]))
     torch.testing.assert_close(found, torch.cat(parts, dim=-1))
     assert torch.autograd.gradcheck(lambda *given: low_rank(given[0], weight, b, *given[1:], scale), (x, downs, ups))
+    # A compiler is given another form of it.
+    traced = torch.compile(low_rank, backend="aot_eager", fullgraph=True, dynamic=False)(
+        x, weight, b, downs, ups, scale
+    )
+    torch.testing.assert_close(traced, found)
+    given = torch.linspace(-1.0, 1.0, found.numel(), dtype=found.dtype).view_as(found)
+    expected = torch.autograd.grad(found, (x, downs, ups), given)
+    torch.testing.assert_close(torch.autograd.grad(traced, (x, downs, ups), given), expected)
 
 
 def test_no_gradient_for_an_input_that_needs_none_and_nothing_but_the_input_kept() -> None:

@@ -12,10 +12,15 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file
 from torch import nn
 
+from sdlora.adapters import make_adapter
+from sdlora.batch.bases import KeptBase
+from sdlora.config import BaseConfig, LoraConfig, RunConfig, Target
 from sdlora.configfile import load_config
+from sdlora.lora.targets import find_targets
 from sdlora.models import latent
 from sdlora.models.load import load_base
 from sdlora.run import start
+from sdlora.training.metabase import shapes_of_base
 
 AWAY = torch.device("meta")
 KEPT_TEXT, LIVE_TEXT, TRAINED_TEXT = "cache.max_text_gib=2", "cache.max_text_gib=0", 'lora.targets=["text_encoder"]'
@@ -97,6 +102,27 @@ def test_never_both_of_them_and_none_in_the_end(tiny_base: Path, monkeypatch: py
     assert pipeline.text_encoder is base.text_encoders[0]
     base.set_aside()
     assert waiting.present() == set()
+
+
+def test_counting_and_naming_move_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = Waiting(monkeypatch)
+    bases = KeptBase()
+    base = bases(RunConfig(base=BaseConfig(path=str(tiny_base))), torch.device("cpu"), torch.float32)
+    base.set_aside()
+    assert waiting.known and waiting.present() == set()
+    targets: list[Target] = ["cross_attention", "text_encoder"]
+    paths = find_targets(base.unet, targets, base.text_encoders)
+    assert shapes_of_base(base).text_bytes > 0
+    bases(RunConfig(base=BaseConfig(path=str(tiny_base))), torch.device("cpu"), torch.float32)
+    assert bases.num_loads == 1
+    make_adapter(RunConfig(), base, [path for path in paths if not path.startswith("text_encoder")]).remove()
+    assert waiting.present() == set()
+    # What is trained must be where it stays, before an optimizer knows it.
+    adapter = make_adapter(RunConfig(lora=LoraConfig(targets=targets)), base, paths)
+    assert waiting.present() == {"CLIPTextModel"}
+    base.set_aside()
+    assert waiting.present() == {"CLIPTextModel"}
+    assert all(bool(parameter.isfinite().all()) for parameter in adapter.parameters())
 
 
 def test_a_network_is_moved_only_where_it_is_not() -> None:
