@@ -34,7 +34,7 @@ MOST_REGISTERED = 24
 PHASE = "the base's pictures"
 _FIRST_SEED = 1_000_000  # no preview's, so that the null is not drawn from the very noise that is judged
 _LARGEST_PX = 384
-_VERSION = "2"  # raised when a score is computed in another way
+_VERSION = "3"  # raised when a score is computed in another way
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sdlora.preview.similarity import SIZE_PX, check_both, detail, luma
+from sdlora.preview.similarity import SIZE_PX, blur, check_both, detail, luma
 
 NUM_CANDIDATES = 2
 DEGREE = 4
@@ -94,7 +94,7 @@ def register(moving: Tensor, still: Tensor) -> Tensor:
     penalty = STIFFNESS * (1 + orders).square().repeat(2)
     coefficients = torch.zeros(len(moving), 2 * len(waves))
     for sigma in LEVELS_PX:
-        blurred, aim = _blur(moving, sigma), _blur(still, sigma)
+        blurred, aim = blur(moving, sigma), blur(still, sigma)
         for _ in range(STEPS):
             moved, inside = _move(blurred, _displacement(coefficients, waves))
             moved, target = _standard(moved, inside), _standard(aim, inside)
@@ -112,7 +112,7 @@ def register(moving: Tensor, still: Tensor) -> Tensor:
 def _correlation(moving: Tensor, still: Tensor) -> Tensor:
     """Of detail, after registration, (N,)."""
     moved, inside = _move(moving, register(moving, still))
-    first, second = (detail(_blur(x, SMOOTH_PX).unsqueeze(1))[:, 0] for x in (moved, still))
+    first, second = (detail(blur(x, SMOOTH_PX).unsqueeze(1))[:, 0] for x in (moved, still))
     num = inside.sum(dim=(1, 2)).clamp(min=1)
     first, second = (
         ((x - ((x * inside).sum(dim=(1, 2)) / num)[:, None, None]) * inside).flatten(1) for x in (first, second)
@@ -159,18 +159,8 @@ def _standard(pictures: Tensor, inside: Tensor) -> Tensor:
 
 def _layout(pictures: Tensor) -> Tensor:
     """What a blur leaves, as vectors whose products are correlations, (..., H W)."""
-    vectors = _blur(pictures.reshape(-1, SIZE_PX, SIZE_PX), LAYOUT_PX).flatten(1)
+    vectors = blur(pictures.reshape(-1, SIZE_PX, SIZE_PX), LAYOUT_PX).flatten(1)
     vectors = vectors - vectors.mean(dim=1, keepdim=True)
     vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=_FLAT)
     shaped: Tensor = vectors.view(*pictures.shape[:-2], -1)
     return shaped
-
-
-def _blur(pictures: Tensor, sigma: float) -> Tensor:
-    """By a Gaussian, cut off at three deviations, (N, H, W)."""
-    reach = int(3 * sigma)
-    kernel = torch.exp(-torch.arange(-reach, reach + 1).square() / (2 * sigma**2))
-    kernel = kernel / kernel.sum()
-    padded = F.pad(pictures.unsqueeze(1), (reach,) * 4, mode="replicate")
-    rows = F.conv2d(padded, kernel.view(1, 1, 1, -1))
-    return F.conv2d(rows, kernel.view(1, 1, -1, 1))[:, 0]

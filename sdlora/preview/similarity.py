@@ -18,6 +18,9 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 SIZE_PX = 64
+# Pictures large enough for it are looked at more closely: what two photographs of one thing share is coarse.
+FINE_PX = 96
+FINE_BLUR_PX = 0.7
 BOX_PX = 9
 # Eleven scales: with five, a crop between two of them is missed.
 SCALES = tuple(1.0 - 0.05 * index for index in range(11))
@@ -30,9 +33,9 @@ _FLAT = 1e-4  # detail weaker than this is none
 def hp_ms(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
     """The best correlation of detail between every picture and every picture of a gallery, over crops and mirrors.
 
-    Both become 64x64 luma. One of the two, and then the other, is shrunk to each scale, gets its 9x9 box mean
-    subtracted, and is laid over every place of the other; the score is the highest zero-mean normalised
-    cross-correlation found.
+    Both become 64x64 luma, or 96x96 and blurred a little, if no picture of the gallery is smaller than that. One of the
+    two, and then the other, is shrunk to each scale, gets its 9x9 box mean subtracted, and is laid over every place of
+    the other; the score is the highest zero-mean normalised cross-correlation found.
 
     Args:
         pictures: P pictures of any mode and size.
@@ -47,13 +50,17 @@ def hp_ms(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Te
     Source: zero-mean normalised cross-correlation, Lewis 1995, "Fast normalized cross-correlation", equation 2.
     """
     check_both(pictures, gallery)
-    seen, known = luma(pictures), luma(gallery)
+    size_px = FINE_PX if min(min(picture.size) for picture in gallery) >= FINE_PX else SIZE_PX
+    seen, known = luma(pictures, size_px), luma(gallery, size_px)
+    if size_px == FINE_PX:
+        # A crop comes to lie between two pixels and between two scales, where the finest detail does not match.
+        seen, known = (blur(values[:, 0], FINE_BLUR_PX).unsqueeze(1) for values in (seen, known))
     both = torch.cat([seen, seen.flip(-1)])
     best = torch.full((len(both), len(known)), -1.0)
     for scale in SCALES:
-        size = round(scale * SIZE_PX)
+        size = round(scale * size_px)
         best = torch.maximum(best, _laid_over(both, known, size))
-        if size < SIZE_PX:
+        if size < size_px:
             best = torch.maximum(best, _laid_over(known, both, size).T)
     return torch.maximum(best[: len(seen)], best[len(seen) :])
 
@@ -106,10 +113,20 @@ def check_both(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) 
         raise ValueError(f"Found {len(pictures)} pictures and a gallery of {len(gallery)}; both need at least one.")
 
 
-def luma(pictures: Sequence[Image.Image]) -> Tensor:
-    """Brightness in [0, 1] by Rec. 601, (P, 1, 64, 64)."""
-    small = [p.convert("L").resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX) for p in pictures]
+def luma(pictures: Sequence[Image.Image], size_px: int = SIZE_PX) -> Tensor:
+    """Brightness in [0, 1] by Rec. 601, (P, 1, size, size)."""
+    small = [p.convert("L").resize((size_px, size_px), Image.Resampling.BOX) for p in pictures]
     return torch.stack([torch.from_numpy(np.array(p, dtype=np.float32) / 255) for p in small]).unsqueeze(1)
+
+
+def blur(pictures: Tensor, sigma: float) -> Tensor:
+    """By a Gaussian, cut off at three deviations, (N, H, W)."""
+    reach = int(3 * sigma)
+    kernel = torch.exp(-torch.arange(-reach, reach + 1).square() / (2 * sigma**2))
+    kernel = kernel / kernel.sum()
+    padded = F.pad(pictures.unsqueeze(1), (reach,) * 4, mode="replicate")
+    rows = F.conv2d(padded, kernel.view(1, 1, 1, -1))
+    return F.conv2d(rows, kernel.view(1, 1, -1, 1))[:, 0]
 
 
 def detail(values: Tensor) -> Tensor:
@@ -141,11 +158,12 @@ def _laid_over(stamps: Tensor, pictures: Tensor, size: int) -> Tensor:
     # A stamp never hangs over an edge where it counts, so the Fourier transform's wrapping round does no harm. Only
     # the places that count are transformed back: first the rows, then of each column.
     spectrum = torch.fft.rfft2(fine[:, 0]).mT.contiguous()
-    places = SIZE_PX - size + 1
+    edge = pictures.shape[-1]
+    places = edge - size + 1
     scores = []
     for chunk in flat.view(-1, size, size).split(_CHUNK):
-        stamp = torch.fft.rfft2(chunk, s=(SIZE_PX, SIZE_PX)).conj().mT.contiguous()
+        stamp = torch.fft.rfft2(chunk, s=(edge, edge)).conj().mT.contiguous()
         rows = torch.fft.ifft(stamp.unsqueeze(1) * spectrum)[..., :places].mT.contiguous()
-        correlation = torch.fft.irfft(rows, n=SIZE_PX)[..., :places]
+        correlation = torch.fft.irfft(rows, n=edge)[..., :places]
         scores.append((correlation / deviation).amax(dim=(2, 3)))
     return torch.cat(scores)

@@ -66,14 +66,20 @@ def test_a_picture_that_holds_the_whole_of_another_is_found(gallery: list[Image.
     assert hp_ms(gallery[:4], parts).diagonal().min() > 0.85
 
 
-def test_the_score_is_the_formulas() -> None:
+@pytest.mark.parametrize("edge", [64, 96])
+def test_the_score_is_the_formulas(edge: int) -> None:
     """At full size alone it is one correlation coefficient, here by numpy in float64."""
     draw = np.random.default_rng(1)
-    pictures = [Image.fromarray(draw.integers(0, 256, (64, 64), dtype=np.uint8)) for _ in range(2)]
+    pictures = [Image.fromarray(draw.integers(0, 256, (edge, edge), dtype=np.uint8)) for _ in range(2)]
 
     def detail(picture: Image.Image) -> np.ndarray:
         luma = np.asarray(picture, dtype=np.float64) / 255
-        rows = range(64)
+        if edge == 96:
+            weights = np.exp(-(np.arange(-2, 3) ** 2) / (2 * 0.7**2))
+            padded = np.pad(luma, 2, mode="edge")
+            windows = np.lib.stride_tricks.sliding_window_view(padded, (5, 5))
+            luma = (windows * np.outer(weights, weights)).sum(axis=(2, 3)) / weights.sum() ** 2
+        rows = range(edge)
         return np.array(
             [[luma[y, x] - luma[max(0, y - 4) : y + 5, max(0, x - 4) : x + 5].mean() for x in rows] for y in rows]
         )
@@ -81,6 +87,16 @@ def test_the_score_is_the_formulas() -> None:
     mixed = Image.blend(*pictures, 0.3)
     expected = np.corrcoef(detail(mixed).ravel(), detail(pictures[0]).ravel())[0, 1]
     assert float(hp_ms([mixed], [pictures[0]])) == pytest.approx(expected, abs=1e-5)
+
+
+def test_one_small_picture_in_the_gallery_keeps_the_others_small() -> None:
+    draw = np.random.default_rng(2)
+    pictures = [Image.fromarray(draw.integers(0, 256, (192, 192), dtype=np.uint8)) for _ in range(2)]
+    small = [picture.resize((64, 64), Image.Resampling.BOX) for picture in pictures]
+    coarse, fine = hp_ms(small, small), hp_ms(pictures, pictures)
+    assert torch.equal(hp_ms(pictures, [*pictures, small[0].resize((300, 95))])[:, :2], coarse)
+    assert (fine - coarse)[0, 1].abs() > 1e-3
+    assert fine.diagonal().tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
 def test_the_hash_is_imagehashs(gallery: list[Image.Image]) -> None:
