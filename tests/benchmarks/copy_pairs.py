@@ -6,12 +6,14 @@ same subject, the base's pictures of the same prompt, and unrelated ones. A pict
 gallery of 24. No threshold is tested on the subject it was set on.
 
     python tests/benchmarks/copy_pairs.py --docs docs                     the built-in world
-    python tests/benchmarks/copy_pairs.py --photos FOLDER --docs docs     photographs
+    python tests/benchmarks/copy_pairs.py --photos FOLDER... --docs docs  photographs
 """
 
 from __future__ import annotations
 
 import argparse
+import bisect
+import functools
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator
@@ -39,7 +41,7 @@ STEPS = 10
 STRENGTHS = tuple(tenth / 10 for tenth in range(1, 10))
 BASE, VAE = "same prompt, base", "through the VAE"
 TIERS = (CAPTION, SAME, BASE, UNRELATED)
-NUM_HARD = 3  # so many times as many of the tiers that set thresholds, which at 1 % need many
+NUM_HARD = 6  # so many times as many of the tiers that set thresholds, which at 1 % need many
 HARD = (CAPTION, SAME)
 BARS = {"exact": 0.95, "flip": 0.95, "crop 80": 0.95, "crop 60": 0.95, "jitter": 0.95, "combined": 0.95, "warp": 0.8}
 FALSE_ALARMS = 0.01
@@ -51,16 +53,28 @@ Scores = dict[str, dict[str, Tensor]]
 # --- Pictures and scores -------------------------------------------------------------------------------------------
 
 
-def score(groups: list[Group], num: int, base: Path | None) -> Scores:
-    """Scores of everything, about `num` pictures of a kind, shared evenly between the groups."""
+def score(groups: list[Group], num: int, base: Path | None, kept: Path | None = None) -> Scores:
+    """Scores of everything, about `num` pictures of a kind, shared evenly between the groups.
+
+    Args:
+        kept: A file that gets the scores, group by group; those that are in it are not made again.
+    """
     each = math.ceil(num / len(groups))
     pipeline = load_pipeline(base) if base else None
+    done: list[dict[str, Tensor]] = torch.load(kept) if kept and kept.exists() else []
+    for place, group in list(enumerate(groups))[len(done) :]:
+        made = {
+            kind: _compare(pictures, group.gallery).amax(dim=1).double()
+            for kind, pictures in _pictures(group, place, each, pipeline)
+            if pictures
+        }
+        done.append(made)
+        if kept:
+            torch.save(done, kept)
     found: dict[str, dict[str, list[Tensor]]] = {}
-    for place, group in enumerate(groups):
-        for kind, pictures in _pictures(group, place, each, pipeline):
-            if pictures:
-                best = _compare(pictures, group.gallery).amax(dim=1)
-                found.setdefault(kind, {}).setdefault(group.subject, []).append(best.double())
+    for group, made in zip(groups, done, strict=True):
+        for kind, best in made.items():
+            found.setdefault(kind, {}).setdefault(group.subject, []).append(best)
     return {kind: {subject: torch.cat(parts) for subject, parts in of.items()} for kind, of in found.items()}
 
 
@@ -136,7 +150,7 @@ class Finding:
 
     Attributes:
         auc: How often it ranks such a picture above one of the null, ties by half.
-        at: By rate of false alarms, 1 % and 5 %, the share above the threshold that at most so many of the null exceed.
+        at: By rate of false alarms, 1 % and 5 %, the share above the threshold for it.
     """
 
     kind: str
@@ -155,8 +169,7 @@ def find(scores: Scores, kind: str, statistic: str, null: str) -> Finding:
         values, chance = (STATISTICS[statistic](of, others) for of in (own, others))
         num += len(own)
         for rate in above:
-            # At most so large a share of the null lies above.
-            threshold = chance.sort(descending=True).values[math.floor(rate * len(chance))]
+            threshold = chance.sort(descending=True).values[most_above(len(chance), rate)]
             above[rate] += int((values > threshold).sum())
         beaten, tied = values[:, None] > chance, values[:, None] == chance
         ranks.append((beaten + tied / 2).mean(dim=1))
@@ -166,9 +179,28 @@ def find(scores: Scores, kind: str, statistic: str, null: str) -> Finding:
     )  # fmt: skip
 
 
+@functools.cache
+def most_above(num: int, rate: float) -> int:
+    """How many of so many pictures of a null may lie above a threshold, so that the rate holds for new subjects too.
+
+    The most of which the exact 95 % interval ends at the rate or below. Without that margin half of all thresholds
+    would let more than the rate pass. At 1 %, fewer than 368 pictures allow none, and even that does not suffice.
+    """
+    return max(0, bisect.bisect_right(range(num), rate, key=lambda count: clopper_pearson(count, num).high) - 1)
+
+
 def findings(scores: Scores) -> list[Finding]:
     """Every kind by every statistic; the thresholds are those of other pictures of the same subject."""
     return [find(scores, kind, statistic, SAME) for kind in scores for statistic in STATISTICS]
+
+
+def by_folder(same: dict[str, Tensor]) -> Scores:
+    """Other photographs of the same subject once more, those of each folder by themselves."""
+    folders = dict.fromkeys(subject.partition("/")[0] for subject in same)
+    return {
+        f"{SAME}, {folder}": {name: found for name, found in same.items() if name.startswith(f"{folder}/")}
+        for folder in folders
+    }
 
 
 # --- The page ------------------------------------------------------------------------------------------------------
@@ -188,10 +220,14 @@ def tables(found: list[Finding]) -> list[str]:
         return cells
 
     lines = ["Copies: found at thresholds of 1 % and 5 % false alarms.", ""]
-    lines += _table(["Family", "n", *head], [row(kind) for kind in kinds if kind not in TIERS])
+    lines += _table(["Family", "n", *head], [row(kind) for kind in kinds if not _is_tier(kind)])
     lines += ["", "No copies: false alarms at the same thresholds.", ""]
-    lines += _table(["Tier", "n", *head], [row(kind) for kind in kinds if kind in TIERS])
+    lines += _table(["Tier", "n", *head], [row(kind) for kind in kinds if _is_tier(kind)])
     return [*lines, "", *bars(by)]
+
+
+def _is_tier(kind: str) -> bool:
+    return kind.startswith(TIERS)
 
 
 def bars(by: dict[tuple[str, str], Finding]) -> list[str]:
@@ -220,26 +256,34 @@ def _table(head: list[str], body: Iterable[list[str]]) -> list[str]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, help="a folder of photographs, a subfolder per subject")
+    parser.add_argument("--photos", type=Path, nargs="+", help="folders of photographs, a subfolder per subject")
+    parser.add_argument(
+        "--mixed", action="store_true", help="photographs in turn in the gallery and out, not in halves"
+    )
+    parser.add_argument("--name", help="of the tables' place on the page: pairs, photos, mixed or packages")
     parser.add_argument("--num", type=int, default=300, help="pictures of every kind")
     parser.add_argument("--base", type=Path, default=pocket_folder(), help="draws the base's pictures of the world")
+    parser.add_argument("--scores", type=Path, help="a file that keeps the scores, to go on from after a break")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--docs", type=Path, help="the folder whose copy-check.md gets the tables")
     options = parser.parse_args()
     silence()
     torch.set_num_threads(1)  # sums in another order would be other numbers
     if options.photos:
-        groups, num_left_out = photo_groups(options.photos)
+        groups, num_left_out = photo_groups(options.photos, options.mixed)
         note = f"{len({group.subject for group in groups})} subjects, {num_left_out} near-duplicates left out."
     else:
         groups = world_groups()
         note = f"{len(groups)} subjects."
-    found = findings(score(groups, options.num, options.base if not options.photos else None))
+    scores = score(groups, options.num, options.base if not options.photos else None, options.scores)
+    if options.photos and len(options.photos) > 1:
+        scores |= by_folder(scores[SAME])
+    found = findings(scores)
     lines = [f"{note} {line}" if number == 0 else line for number, line in enumerate(tables(found))]
     print(json.dumps([asdict(one) for one in found]) if options.json else "\n".join(lines))
     if options.docs:
         page = options.docs / "copy-check.md"
-        name = "photos" if options.photos else "pairs"
+        name = options.name or ("photos" if options.photos else "pairs")
         page.write_text(between(page.read_text(encoding="utf-8"), name, "\n".join(lines)), encoding="utf-8")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import io
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,14 @@ import torch.nn.functional as F
 from concepts import CONCEPTS, ROUND, Concept, Creature, Drawn, make_creature, render_creature
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-from sdlora.data.thumbnails import ALIKE, thumbnail
+from sdlora.data.thumbnails import near_duplicates, thumbnail
 from sdlora.pocket import sets, world
 from sdlora.seeds import derive
 
 GALLERY = 24
 PHOTO_PX = 256
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
-CREATURE_SEEDS = (2, 3, 4, 5, 6, 8, 9, 10)  # beside kolo's 1 and mirba's 7
+CREATURE_SEEDS = (2, 3, 4, 5, 6, 8, 9, 10, *range(101, 117))  # beside kolo's 1 and mirba's 7
 RECOMPOSED = "recomposed"
 Painter = Callable[[random.Random], Image.Image]
 
@@ -119,7 +119,7 @@ class Group:
 
 
 def world_groups() -> list[Group]:
-    """The benchmarks' four concepts and eight more creatures, each with its own training pictures."""
+    """The benchmarks' four concepts and 24 more creatures, each with its own training pictures."""
     creatures = [
         Concept(f"creature {seed}", partial(_draw_creature, seed, make_creature(seed))) for seed in CREATURE_SEEDS
     ]
@@ -174,11 +174,18 @@ def _instead(old: Painter, draw: random.Random) -> Painter:
 # --- Photographs ---------------------------------------------------------------------------------------------------
 
 
-def photo_groups(folder: Path) -> tuple[list[Group], int]:
+def photo_groups(folders: Sequence[Path], mixed: bool = False) -> tuple[list[Group], int]:
     """Two groups per subject, each with one half of its photographs in the gallery and the other half outside.
 
-    The gallery is filled up with photographs of other subjects. A subject is a subfolder; a file beside them belongs
-    to the subject that its name begins with, up to the first digit, space, dash or underscore.
+    By the names of the files the halves are the first and the last, because neighbours are often one shot taken twice.
+
+    The gallery is filled up with photographs of other subjects. A subject is a subfolder and called FOLDER/SUBFOLDER;
+    a file beside them belongs to the subject that its name begins with, up to the first digit, space, dash or
+    underscore.
+
+    Args:
+        folders: Where the photographs are.
+        mixed: Every second photograph is in either half instead, and shots taken twice are mostly in both.
 
     Returns:
         The groups, and how many near-duplicates within a subject were left out.
@@ -187,33 +194,35 @@ def photo_groups(folder: Path) -> tuple[list[Group], int]:
         ValueError: There are fewer than 25 photographs, or fewer than two subjects with two of them.
     """
     found: dict[str, list[Image.Image]] = {}
-    num_left_out = 0
-    for file in sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURE_SUFFIXES):
+    files = [(folder, file) for folder in folders for file in sorted(folder.rglob("*"))]
+    for folder, file in files:
+        if file.suffix.lower() not in PICTURE_SUFFIXES:
+            continue
         beside = file.parent == folder
-        subject = re.split(r"[\d _-]", file.stem, maxsplit=1)[0] if beside else str(file.parent.relative_to(folder))
+        name = re.split(r"[\d _-]", file.stem, maxsplit=1)[0] if beside else str(file.parent.relative_to(folder))
         with Image.open(file) as opened:
             picture = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (PHOTO_PX, PHOTO_PX))
-        if any(_alike(picture, known) for known in found.get(subject, [])):
-            num_left_out += 1
-        else:
-            found.setdefault(subject, []).append(picture)
+        found.setdefault(f"{folder.name}/{name}", []).append(picture)
+    num_left_out = 0
+    for pictures in found.values():
+        again = {place for group in near_duplicates(np.stack([thumbnail(p) for p in pictures])) for place in group[1:]}
+        pictures[:] = [picture for place, picture in enumerate(pictures) if place not in again]
+        num_left_out += len(again)
     subjects = [name for name, pictures in found.items() if len(pictures) > 1]
-    if len(subjects) < 2 or sum(map(len, found.values())) <= GALLERY:
+    num = sum(map(len, found.values()))
+    if len(subjects) < 2 or num <= GALLERY:
         raise ValueError(
-            f"{folder} holds {sum(map(len, found.values()))} different photographs, {len(subjects)} subjects with two "
-            f"or more; at least {GALLERY + 1} and two are needed, each subject in a subfolder of its own."
+            f"{', '.join(map(str, folders))}: {num} different photographs, {len(subjects)} subjects with two or more; "
+            f"at least {GALLERY + 1} and two are needed, each subject in a subfolder of its own."
         )
-    return [_photo_group(found, subject, half) for subject in subjects for half in (0, 1)], num_left_out
+    return [_photo_group(found, subject, half, mixed) for subject in subjects for half in (0, 1)], num_left_out
 
 
-def _alike(first: Image.Image, second: Image.Image) -> bool:
-    known = thumbnail(second)
-    return any(float(thumbnail(picture) @ known) >= ALIKE for picture in (first, ImageOps.mirror(first)))
-
-
-def _photo_group(found: dict[str, list[Image.Image]], subject: str, half: int) -> Group:
-    own = found[subject][1 - half :: 2][:GALLERY]
-    outside = found[subject][half::2]
+def _photo_group(found: dict[str, list[Image.Image]], subject: str, half: int, mixed: bool) -> Group:
+    pictures = found[subject]
+    middle = len(pictures) // 2
+    halves = (pictures[0::2], pictures[1::2]) if mixed else (pictures[:middle], pictures[middle:])
+    own, outside = halves[1 - half][:GALLERY], halves[half]
     strangers = [picture for name, pictures in found.items() if name != subject for picture in pictures]
     random.Random(derive(0, "strangers", subject, half)).shuffle(strangers)
     filling, rest = strangers[: GALLERY - len(own)], strangers[GALLERY - len(own) :]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 import sys
 from pathlib import Path
@@ -83,10 +84,14 @@ def test_what_is_no_copy_is_not_in_the_gallery(groups: list[Group]) -> None:
 
 
 def test_photographs_are_halved_and_their_duplicates_left_out(photos: Path, tmp_path: Path) -> None:
-    found, num_left_out = copy_sets.photo_groups(photos)
+    found, num_left_out = copy_sets.photo_groups([photos])
     assert num_left_out == 1
-    assert sorted({group.subject for group in found}) == [f"subject{number}" for number in range(6)]
-    assert [group.own for group in found[:2]] == [2, 3]
+    assert sorted({group.subject for group in found}) == [f"photos/subject{number}" for number in range(6)]
+    assert [group.own for group in found[:2]] == [3, 2]
+    in_turn, _ = copy_sets.photo_groups([photos], mixed=True)
+    assert [group.own for group in in_turn[:2]] == [2, 3]
+    named = [found[1].gallery[0], found[1].gallery[1], *found[1].others[SAME](9)]
+    assert [p.tobytes() for p in in_turn[1].gallery[:3]] == [named[place].tobytes() for place in (0, 2, 4)]
     for group in found:
         assert len(group.gallery) == copy_sets.GALLERY
         others = [p.tobytes() for tier in (SAME, UNRELATED) for p in group.others[tier](99)]
@@ -95,7 +100,7 @@ def test_photographs_are_halved_and_their_duplicates_left_out(photos: Path, tmp_
         assert group.copy(RECOMPOSED, 0).size == (copy_sets.PHOTO_PX, copy_sets.PHOTO_PX)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="at least 25 and two"):
-        copy_sets.photo_groups(tmp_path / "empty")
+        copy_sets.photo_groups([tmp_path / "empty"])
 
 
 def test_thresholds_come_from_other_subjects() -> None:
@@ -112,6 +117,17 @@ def test_thresholds_come_from_other_subjects() -> None:
     assert found.at[0.01].value == 0.5
 
 
+@pytest.mark.parametrize(("num", "rate"), [(368, 0.01), (400, 0.05), (900, 0.01)])
+def test_a_threshold_leaves_a_margin(num: int, rate: float) -> None:
+    """At the rate itself so few would be seen in one of forty nulls at most, and one more would not."""
+    seen = copy_pairs.most_above(num, rate)
+    at_most = [
+        sum(math.comb(num, k) * rate**k * (1 - rate) ** (num - k) for k in range(most + 1)) for most in (seen, seen + 1)
+    ]
+    assert at_most[0] <= 0.025 < at_most[1]
+    assert copy_pairs.most_above(367, 0.01) == copy_pairs.most_above(20, 0.01) == 0
+
+
 def test_the_score_that_stands_out_counts() -> None:
     null = torch.arange(101.0).double()[:, None] * torch.tensor([1.0, 2.0, 0.0])  # to the 95th percentile: 45 and 90
     seen = torch.tensor([[185.0, 0.0, 9.0], [0.0, 460.0, 9.0]]).double()
@@ -122,12 +138,17 @@ def test_the_score_that_stands_out_counts() -> None:
     assert found == pytest.approx([3.0, 2.0])
 
 
-def test_a_small_run_with_a_base(groups: list[Group], tiny_base: Path) -> None:
-    scores = copy_pairs.score(groups[1:], 2, tiny_base)
+def test_a_small_run_with_a_base(groups: list[Group], tiny_base: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "scores.pt"
+    scores = copy_pairs.score(groups[1:], 2, tiny_base, kept)
     assert set(scores) == {*FAMILIES, RECOMPOSED, *copy_pairs.TIERS, copy_pairs.VAE,
                            *(f"img2img 0.{tenth}" for tenth in range(1, 10))}  # fmt: skip
-    assert {kind: sum(map(len, of.values())) for kind, of in scores.items()}[SAME] == 6
-    again = copy_pairs.score(groups[1:], 2, tiny_base)
+    assert {kind: sum(map(len, of.values())) for kind, of in scores.items()}[SAME] == 12
+    first = torch.load(kept)[:1]
+    first[0][SAME] += 1  # of the first group what is kept counts, the second is made anew
+    torch.save(first, kept)
+    again = copy_pairs.score(groups[1:], 2, tiny_base, kept)
+    scores[SAME][groups[1].subject] += 1
     assert all(torch.equal(scores[kind][name], again[kind][name]) for kind in scores for name in scores[kind])
 
 
@@ -136,11 +157,20 @@ def test_the_program_fills_its_page(
 ) -> None:
     page = Path(__file__).parents[2] / "docs" / "copy-check.md"
     (tmp_path / "copy-check.md").write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
-    command = ["copy_pairs.py", "--photos", str(photos), "--num", "6", "--json", "--docs", str(tmp_path)]
-    monkeypatch.setattr(sys, "argv", command)
+    monkeypatch.setattr(copy_sets, "PHOTO_PX", 64)
+    more = tmp_path / "more"
+    for number in range(5):
+        (more / f"scene{number % 2}").mkdir(parents=True, exist_ok=True)
+        render(random_scene(100 + number)).save(more / f"scene{number % 2}" / f"{number}.png")
+    command = ["copy_pairs.py", "--photos", str(photos), str(more), "--name", "packages", "--num", "6", "--json"]
+    monkeypatch.setattr(sys, "argv", [*command, "--docs", str(tmp_path)])
     copy_pairs.main()
-    rows = json.loads(capsys.readouterr().out)
-    assert {row["statistic"] for row in rows} == set(copy_pairs.STATISTICS)
+    num = {(row["kind"], row["statistic"]): row["num"] for row in json.loads(capsys.readouterr().out)}
+    assert {statistic for _, statistic in num} == set(copy_pairs.STATISTICS)
+    folders = [num[kind, "hp_ms"] for kind in (SAME, f"{SAME}, photos", f"{SAME}, more")]
+    assert folders == [35, 30, 5]
     text = (tmp_path / "copy-check.md").read_text(encoding="utf-8")
-    assert "6 subjects, 1 near-duplicates left out" in text
-    assert "| exact | 12 | 1.000 | 1.000 (0.735 to 1.000) |" in text
+    filled = text[text.index("<!-- packages: begin -->") : text.index("<!-- packages: end -->")]
+    assert "8 subjects, 1 near-duplicates left out" in filled
+    assert "| exact | 16 | 1.000 |" in filled
+    assert "| same subject, more | 5 |" in filled
