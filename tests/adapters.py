@@ -5,12 +5,24 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from diffusers import UNet2DConditionModel
 
 from sdlora.lora.inject import Adapter, Form, inject
 from sdlora.lora.targets import find_targets
 
 LINEAR_TARGETS = ["cross_attention", "self_attention", "mlp"]
 UNET_TARGETS = [*LINEAR_TARGETS, "projection", "conv"]
+
+
+def small_unet(**changes: Any) -> Any:
+    """A UNet of random weights, with transformer blocks at its widest pictures only."""
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {
+        "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 48, "attention_head_dim": 4,
+    }  # fmt: skip
+    return UNet2DConditionModel(**{**shape, **changes}).eval()
 
 
 def trained(unet: Any, rank: int = 4, alpha: float = 2.0) -> Adapter:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from sdlora.lora.inject import Adapter
 from sdlora.lora.layers import LoraLayer, LoraLinear, Shared
+from sdlora.lora.quantized import frozen_weight
 
 _ON_ONE_INPUT = {"attn1": ("to_q", "to_k", "to_v"), "attn2": ("to_k", "to_v")}
 
@@ -115,7 +116,7 @@ class FlatWeights:
 
 def _dtype(layer: LoraLayer) -> torch.dtype:
     """What a layer's A and B are turned into; norms of weights need them as they are."""
-    return layer.base.weight.dtype if layer.magnitude is None else torch.float32
+    return frozen_weight(layer.base).dtype if layer.magnitude is None else torch.float32
 
 
 def _join(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> _Leaf:
@@ -141,6 +142,6 @@ def _share_inputs(layers: dict[str, LoraLayer]) -> list[Shared]:
 
 def _kind(layer: LoraLayer) -> tuple[object, ...]:
     """Layers may be computed together where all of this is the same; what has a slower path is of its own kind."""
-    base = layer.base
-    plain = layer.is_plain and base.bias is None
-    return (type(base), base.weight.shape, base.weight.dtype, layer.rank, layer.scale, None if plain else id(layer))
+    weight = frozen_weight(layer.base)
+    plain = layer.is_plain and layer.base.bias is None
+    return (type(weight), weight.shape, weight.dtype, layer.rank, layer.scale, None if plain else id(layer))

@@ -63,8 +63,8 @@ class LoraLayer(nn.Module, ABC):
         self.rank_mask: Tensor | None = None
         self.dropout = 0.0
         self.dropout_seeds: tuple[int, ...] = ()
-        num_outputs, *inputs = base.weight.shape
-        device = base.weight.device
+        weight = frozen_weight(base)
+        (num_outputs, *inputs), device = weight.shape, weight.device
         down = torch.randn((rank, *inputs), generator=generator, dtype=torch.float32) / rank
         self.down = nn.Parameter(down.to(device))
         self.up = nn.Parameter(torch.zeros(num_outputs, rank, *(1 for _ in inputs[1:]), device=device))

@@ -42,6 +42,17 @@ class Packed:
     scales: Tensor
     dtype: torch.dtype
 
+    @property
+    def shape(self) -> torch.Size:
+        """(o, i)."""
+        rows, columns = self.codes.shape
+        return torch.Size((rows, columns if self.kind == "int8" else 2 * columns))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.codes.device
+
     @classmethod
     def of(cls, weight: Tensor, kind: Quantization) -> Packed:
         """The nearest packed weight.
@@ -163,7 +174,7 @@ def quantize_linears(unet: nn.Module, kind: Quantization) -> None:
 
 
 def frozen_weight(layer: nn.Module) -> Tensor | Packed:
-    """A layer's weight as it is kept."""
+    """A layer's weight as it is kept; shape, type and device are told without making a packed one anew."""
     return layer.packed if isinstance(layer, QuantizedLinear) else layer.weight  # type: ignore[return-value]
 
 

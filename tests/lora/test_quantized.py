@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import UNET_TARGETS, move
-from diffusers import UNet2DConditionModel
+from adapters import UNET_TARGETS, move, small_unet
 from torch import Tensor, nn
 
 from sdlora.lora.inject import Adapter, Form, inject
@@ -74,6 +73,20 @@ def test_weights_come_back_in_their_type(weight: Tensor, kind: Quantization, dty
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_nothing_is_made_anew_to_put_an_adapter_in(
+    unet: Any, kind: Quantization, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    packed, _ = both(unet, kind)
+    monkeypatch.setattr(Packed, "dense", None)
+    adapter = inject(packed, find_targets(packed, ["self_attention", "cross_attention"]), 4, 6.0, 0)
+    step = LeanStep(
+        packed, adapter, [Group(adapter.parameters(), 1.0)], optimizer="adamw", gradient_checkpointing=False
+    )
+    with step.live():
+        assert {len(layer.shared.members) for layer in adapter.layers.values() if layer.shared} >= {3}
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_stacked_weights_are_stacked(weight: Tensor, kind: Quantization) -> None:
     parts = [Packed.of(weight, kind), Packed.of(weight.flip(0), kind)]
     whole = stack(parts)
@@ -122,12 +135,7 @@ def test_another_type_is_that_of_the_weight_and_not_of_its_scales(weight: Tensor
 
 @pytest.fixture(scope="module")
 def unet() -> Any:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=48,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4, use_linear_projection=True,
-    ).eval()  # fmt: skip
+    return small_unet(sample_size=8, use_linear_projection=True)
 
 
 def both(unet: Any, kind: Quantization) -> tuple[Any, Any]:

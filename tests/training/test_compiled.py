@@ -10,8 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import UNET_TARGETS, move
-from diffusers import UNet2DConditionModel
+from adapters import UNET_TARGETS, move, small_unet
 from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 from torch._dynamo.utils import counters
@@ -30,12 +29,7 @@ ATTENTION = ["self_attention", "cross_attention"]
 @pytest.fixture(scope="module")
 def unet() -> Any:
     """Five transformer blocks of one width."""
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=8, block_out_channels=(32, 64), layers_per_block=2, norm_num_groups=8, cross_attention_dim=48,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4, mid_block_type=None,
-    ).eval()  # fmt: skip
+    return small_unet(sample_size=8, layers_per_block=2, mid_block_type=None)
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import UNET_TARGETS, move
-from diffusers import UNet2DConditionModel
+from adapters import UNET_TARGETS, move, small_unet
 from peft_twin import peft_twin
 from torch import nn
 
@@ -21,12 +20,7 @@ from sdlora.training.trace import saved_for_backward
 
 @pytest.fixture(scope="module")
 def unet() -> Any:
-    torch.manual_seed(0)
-    return UNet2DConditionModel(
-        sample_size=16, block_out_channels=(32, 64), layers_per_block=1, norm_num_groups=8, cross_attention_dim=48,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-        attention_head_dim=4,
-    ).eval()  # fmt: skip
+    return small_unet()
 
 
 def adapted(unet: Any, targets: list[str], form: Form | None = None, moved: bool = True) -> Adapter:
