@@ -284,8 +284,10 @@ def _cheaper(setting: Setting) -> Iterator[tuple[str, str, Setting]]:
         told = f"train.batch_size = 1 and train.gradient_accumulation_steps = {steps}"
         yield told, "the same training in more passes, which keeps a fast GPU less busy", setting
     if setting.config.base.quantization == "none":
-        setting = _quantized(setting, "int8")
-        yield "base.quantization = 'int8'", "the base's weights rounded by about a hundredth", setting
+        # The schema does not take both.
+        told = "train.compile = false and " if train.compile else ""
+        setting = _with_train(_quantized(setting, "int8"), compile=False)
+        yield f"{told}base.quantization = 'int8'", "the base's weights rounded by about a hundredth", setting
     if not train.gradient_checkpointing:
         setting = _with_train(setting, gradient_checkpointing=True)
         yield "train.gradient_checkpointing = true", "the same training, computed partly twice", setting

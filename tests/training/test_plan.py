@@ -159,6 +159,16 @@ def test_packed_weights_take_a_byte_or_little_more_than_half() -> None:
         assert found[kind].flops == found["none"].flops
 
 
+def test_what_is_offered_is_taken_together() -> None:
+    asked = setting(compile=True, batch_size=2)
+    everything = plan.changes(asked, need(asked), 1)
+    told = [part for change in everything for part in change.change.split(" and ")]
+    assert "train.compile = false" in told
+    document = {"data": {"folder": "x"}, "train": {"compile": True}}
+    found = parse_config(document, name="x", overrides=[part.replace(" = ", "=") for part in told])
+    assert (found.base.quantization, found.train.compile) != ("none", True)
+
+
 def test_what_is_preserved_costs_the_visits_that_are_kept() -> None:
     words = {"trigger": "zumi", "class_words": ["cat"]}
     asked = setting(batch_size=4)
