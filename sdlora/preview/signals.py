@@ -84,10 +84,15 @@ def retrieve(data: TrainingData, indices: Sequence[int], seed: int) -> list[bool
     """
     hits: list[bool] = []
     means = {i: _mean_latents(data, i) for i in range(len(data.dataset.examples))}
+    asked: dict[torch.Size, list[int]] = {}
+    for index in indices:
+        asked.setdefault(means[index].shape, []).append(index)
+    # All captions of a shape at once: a network asked for few latents idles.
+    guessed = {i: of for alike in asked.values() for i, of in zip(alike, _guesses(data, alike, seed), strict=True)}
     for index in indices:
         gallery = {i: mean for i, mean in means.items() if mean.shape == means[index].shape}
         common = torch.stack(list(gallery.values())).mean(dim=0)
-        guesses = _fields(_guesses(data, index, seed).cpu() - common)
+        guesses = _fields(guessed[index].cpu() - common)
         likeness = {i: F.cosine_similarity(guesses, _fields(mean - common), dim=1) for i, mean in gallery.items()}
         # A second file of the same picture is no other picture.
         hits += (likeness[index] >= torch.stack(list(likeness.values())).amax(dim=0)).tolist()
@@ -106,20 +111,22 @@ def _mean_latents(data: TrainingData, index: int) -> Tensor:
     return data.cache.base.sample_latents(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))[0]
 
 
-def _guesses(data: TrainingData, index: int, seed: int) -> Tensor:
-    """What the network takes for the clean latents of a caption, from noise alone, (4, C, h, w)."""
+def _guesses(data: TrainingData, indices: Sequence[int], seed: int) -> Tensor:
+    """What the network takes for the clean latents of captions, from noise alone, (P, 4, C, h, w)."""
     base = data.cache.base
     asked = [(timestep, probe) for timestep in PROBED_TIMESTEPS for probe in range(NUM_PROBES)]
-    shape = data.moments([index]).chunk(2, dim=1)[0].shape[1:]
-    noise = torch.stack([seeds.normal(shape, seed, "self-retrieval", data.name(index), *which) for which in asked])
-    noise, timesteps = noise.to(base.device), torch.tensor([timestep for timestep, _ in asked], device=base.device)
+    shape = data.moments(indices[:1]).chunk(2, dim=1)[0].shape[1:]
+    drawn = [seeds.normal(shape, seed, "self-retrieval", data.name(i), *which) for i in indices for which in asked]
+    noise = torch.stack(drawn).to(base.device)
+    timesteps = torch.tensor([timestep for timestep, _ in asked], device=base.device).repeat(len(indices))
     alphas_cumprod = base.alphas_cumprod[timesteps]
     noisy = add_noise(torch.zeros_like(noise), noise, alphas_cumprod)
     text = {
-        name: states.to(base.device).expand(len(asked), *states.shape[1:])
-        for name, states in data.text([(index, 1)]).items()
+        name: states.to(base.device).repeat_interleave(len(asked), dim=0)
+        for name, states in data.text([(index, 1) for index in indices]).items()
     }
-    return predicted_latents(base.prediction_type, noisy, base.predict(noisy, timesteps, text), alphas_cumprod)
+    clean = predicted_latents(base.prediction_type, noisy, base.predict(noisy, timesteps, text), alphas_cumprod)
+    return clean.view(len(indices), len(asked), *shape)
 
 
 def self_retrieval(on: Sequence[bool], off: Sequence[bool]) -> Signal:
