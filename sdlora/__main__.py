@@ -1,6 +1,6 @@
-"""`python -m sdlora` is the same as `sdlora`. Floor 8."""
+"""`python -m sdlora` is the same as `sdlora`."""
 
-from sdlora.cli import main
+from sdlora.cli.main import main
 
 if __name__ == "__main__":
     main()

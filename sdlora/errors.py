@@ -1,6 +1,6 @@
 """Every error that sdlora raises on purpose, with the exit code the command line ends in.
 
-Floor 0: imports nothing of sdlora. A user's mistake is always an `SdloraError`; anything else is a bug of ours.
+Imports nothing of sdlora. A user's mistake is always an `SdloraError`; anything else is a bug of ours.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What happens in a run, as values: the only way that news leaves the trainer and the run.
 
-Floor 0. The progress bar, `metrics.jsonl`, `state.json`, `--json` and the app read the same events.
+The progress bar, `metrics.jsonl`, `state.json`, `--json` and the app read the same events.
 """
 
 from __future__ import annotations

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
+from diffusers import StableDiffusionPipeline
+from helpers.adapters import trained
+from helpers.promises import Figure, record
+from helpers.tiny import TINY, make_tiny_pipeline
 from PIL import Image, ImageDraw
-from reliability.promises import Figure, record
-from tiny import make_tiny_pipeline
+
+from sdlora.lora.inject import LoraState
+from sdlora.models.architectures import ARCHITECTURES
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -72,3 +78,28 @@ def overrides(tiny_base: Path, pictures: Path, tmp_path: Path) -> list[str]:
         "train.device=cpu", "train.precision=fp32", "train.epochs=2", "train.batch_size=2", "lora.rank=4",
         "lora.alpha=4", "preview.seeds=[0]", "preview.num_captions=0", "copycheck.enabled=false",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def pipeline(tiny_base: Path) -> Any:
+    """The tiny base as any diffusers user loads it."""
+    return StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+
+
+@pytest.fixture
+def unet(pipeline: Any) -> Any:
+    return pipeline.unet
+
+
+@pytest.fixture
+def state(unet: Any) -> LoraState:
+    adapter = trained(unet)
+    adapter.remove()
+    return adapter.state()
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take the tiny shapes for the families' own, as a file in one holds no configuration."""
+    for family, architecture in TINY.items():
+        monkeypatch.setitem(ARCHITECTURES, family, architecture)

@@ -1,1 +1,1 @@
-"""The app in the browser: a window on run folders. Floor 8."""
+"""The studio: the browser app, a window on run folders."""

@@ -1,1 +1,1 @@
-"""Many runs from one file: planned, carried out, recorded and compared. Floor 7."""
+"""Many runs: jobs, workers, results."""

@@ -1,6 +1,6 @@
 """Tasks on this machine: one worker per device, each with a process of its own.
 
-Floor 7. A worker that ends without a word costs the job it was at and nothing else.
+A worker that ends without a word costs the job it was at and nothing else.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What a job's result follows from, as one hash: settings, base, pictures and captions, and the version of sdlora.
-
-Floor 7.
-"""
+"""What a job's result follows from, as one hash: settings, base, pictures and captions, and the version of sdlora."""
 
 from __future__ import annotations
 
@@ -10,12 +7,12 @@ import json
 from pathlib import Path
 
 from sdlora import __version__
-from sdlora.config import RunConfig
-from sdlora.configfile import FREE_WHEN_RESUMING, options
+from sdlora.common.bundled import pocket_folder, resolve_data_folder
+from sdlora.common.files import sha256
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import FREE_WHEN_RESUMING, options
 from sdlora.data.captions import METADATA
 from sdlora.data.images import SUFFIXES
-from sdlora.files import sha256
-from sdlora.shipped import pocket_folder, resolve_data_folder
 
 _HEAD_BYTES = 1 << 20
 _NUM_SAMPLES = 64

@@ -1,6 +1,6 @@
 """From a file of jobs to one checked configuration per run.
 
-Floor 7. What is wrong with the file itself stops everything; what is wrong with one job's settings is that job's fault
+What is wrong with the file itself stops everything; what is wrong with one job's settings is that job's fault
 and is kept with it, so that the others go on.
 """
 
@@ -18,8 +18,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sdlora.config import RunConfig
-from sdlora.configfile import option_names, parse_config, read_config
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import option_names, parse_config, read_config
 from sdlora.errors import ConfigError
 
 _NAME = re.compile(r"\w[\w. -]{0,99}")

@@ -1,6 +1,6 @@
 """What became of every job of a batch, kept so that the same command goes on where it was.
 
-Floor 7. `batch.json` is replaced atomically after every change, by the one process that holds the lock.
+`batch.json` is replaced atomically after every change, by the one process that holds the lock.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Literal
 
+from sdlora.common.files import write_json
 from sdlora.errors import OutputError
-from sdlora.files import write_json
 
 Status = Literal["waiting", "running", "done", "failed", "cut", "stopped"]
 

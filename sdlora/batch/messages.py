@@ -1,6 +1,6 @@
 """What passes between a batch and its workers: a task in, messages out, all of them plain JSON values.
 
-Floor 7. Needs neither torch nor diffusers, so that a batch with nothing left to do says so at once.
+Needs neither torch nor diffusers, so that a batch with nothing left to do says so at once.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""What came of a batch, job by job: one row of figures for each, as CSV and JSON, and which of them are worth a look.
-
-Floor 7.
-"""
+"""Figures of a batch by job: which settings differ, and which jobs are beaten by no other."""
 
 from __future__ import annotations
 
@@ -15,10 +12,10 @@ from typing import Any
 
 from sdlora.batch.jobs import Job
 from sdlora.batch.ledger import Ledger
-from sdlora.config import RunConfig
-from sdlora.configfile import options
-from sdlora.files import write_json, write_text
-from sdlora.preview.copycheck import FIDELITY, EpochCheck
+from sdlora.common.files import write_json, write_text
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import options
+from sdlora.copycheck.verdict import FIDELITY, EpochCheck
 
 TABLES = ("results.csv", "results.json")
 _NO_SETTINGS = {"name", "cache.dir"}

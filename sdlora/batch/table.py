@@ -1,7 +1,4 @@
-"""A batch as a person watches it: one row per job, kept up to date.
-
-Floor 7.
-"""
+"""A batch as a person watches it: one row per job, kept up to date."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdlora.batch.messages import Message
-from sdlora.progress import format_seconds
+from sdlora.common.text import format_seconds
 
 _STYLES = {"done": "green", "failed": "bold red", "cut": "bold red", "stopped": "yellow", "running": "cyan"}
 _PLANS = {"skip": "as before", "resume": "goes on", "start": "", "fault": "settings"}

@@ -1,7 +1,4 @@
-"""One job as a worker carries it out, wherever the worker is.
-
-Floor 7.
-"""
+"""One job as a worker carries it out, wherever the worker is."""
 
 from __future__ import annotations
 
@@ -13,16 +10,16 @@ from typing import Any
 
 import torch
 
-from sdlora.batch.bases import forget_accelerator
 from sdlora.batch.messages import Message, Task
-from sdlora.batch.peak import PeakMemory
-from sdlora.config import RunConfig
+from sdlora.common.files import remove_partial
+from sdlora.common.peak_memory import PeakMemory
+from sdlora.common.remote import open_run
+from sdlora.config.schema import RunConfig
 from sdlora.errors import SdloraError, StoreError
 from sdlora.events import Exported
-from sdlora.files import remove_partial
-from sdlora.parts import BaseSource
-from sdlora.run import Stopped, start
-from sdlora.stores import open_run
+from sdlora.run.base_pool import forget_accelerator
+from sdlora.run.run import Stopped, start
+from sdlora.run.setup import BaseSource
 
 
 def carry_out(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) -> Iterator[Message]:

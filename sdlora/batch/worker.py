@@ -1,6 +1,6 @@
 """A worker: a process that carries out tasks one after the other and keeps their base loaded.
 
-Floor 7. Tasks come as lines of JSON on stdin and messages go as lines of JSON to stdout. The end of stdin is the wish
+Tasks come as lines of JSON on stdin and messages go as lines of JSON to stdout. The end of stdin is the wish
 to stop, so that a worker whose owner is gone saves its job and ends.
 """
 
@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 
-from sdlora.quiet import quiet_libraries
+from sdlora.common.quiet import quiet_libraries
 
 
 def main() -> None:
@@ -24,9 +24,9 @@ def main() -> None:
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     quiet_libraries()
-    from sdlora.batch.bases import KeptBase
     from sdlora.batch.messages import Task
     from sdlora.batch.task import carry_out
+    from sdlora.run.base_pool import KeptBase
 
     tasks: queue.Queue[Task | None] = queue.Queue()
     stopping = threading.Event()

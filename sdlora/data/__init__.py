@@ -1,1 +1,1 @@
-"""Pictures and captions: from a folder to tensors. Floor 2; the cache of tensors is on floor 4."""
+"""Images and captions: from a folder to batches of tensors."""

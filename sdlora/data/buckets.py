@@ -1,6 +1,6 @@
 """Aspect-ratio buckets: the few sizes that pictures are trained at, so that none is cropped much.
 
-Floor 2, pure arithmetic.
+Pure arithmetic.
 """
 
 from __future__ import annotations

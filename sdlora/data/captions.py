@@ -1,7 +1,4 @@
-"""Captions: where they are read from, and what becomes of one at a given visit.
-
-Floor 2.
-"""
+"""Captions: where they are read from, and what becomes of one at a given visit."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from sdlora import seeds
+from sdlora.common import seeds
 from sdlora.errors import DataError
 
 METADATA = "metadata.jsonl"

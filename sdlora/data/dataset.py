@@ -1,7 +1,4 @@
-"""From a folder to examples: every picture decoded once, every fault named at once.
-
-Floor 2.
-"""
+"""From a folder to examples: every picture decoded once, every fault named at once."""
 
 from __future__ import annotations
 
@@ -13,7 +10,7 @@ from PIL import Image
 
 from sdlora.data.buckets import Bucket, assign_buckets
 from sdlora.data.captions import with_trigger
-from sdlora.data.doctor import Checkup, copies_between, examine, warnings_in_short
+from sdlora.data.checks import Checkup, copies_between, examine, warnings_in_short
 from sdlora.data.images import crop_to_bucket, load_image
 from sdlora.data.masks import MaskKind, load_mask
 from sdlora.errors import DataError

@@ -1,6 +1,6 @@
 """Reading pictures as people see them: upright, opaque, eight bits of RGB.
 
-Floor 2. Pillow leaves orientation, transparency and 16 bits to the caller; here each is treated or refused by name.
+Pillow leaves orientation, transparency and 16 bits to the caller; here each is treated or refused by name.
 Shapes: H/W pixels.
 """
 

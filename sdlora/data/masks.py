@@ -1,6 +1,6 @@
 """Masks: which parts of a picture are trained. White counts, black does not.
 
-Floor 2. A mask has its picture's size and is cropped with it. Shapes: H/W pixels, h/w latents.
+A mask has its picture's size and is cropped with it. Shapes: H/W pixels, h/w latents.
 """
 
 from __future__ import annotations

@@ -1,13 +1,10 @@
-"""A few pictures kept out of training, so that the run can be judged by what it has not seen.
-
-Floor 2.
-"""
+"""A few pictures kept out of training, so that the run can be judged by what it has not seen."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from sdlora import seeds
+from sdlora.common import seeds
 from sdlora.data.dataset import Dataset
 
 FEWEST_PICTURES = 20

@@ -1,1 +1,1 @@
-"""The mathematics of diffusion training: plain tensors in and out. Floor 2."""
+"""The mathematics of diffusion: noise, timesteps, losses. Plain tensors."""

@@ -1,6 +1,6 @@
 """The training loss per example, and how much it weighs at each noise level.
 
-Floor 2. Shapes: B batch, C channels, h/w latents. SNR is alphas_cumprod / (1 - alphas_cumprod).
+Shapes: B batch, C channels, h/w latents. SNR is alphas_cumprod / (1 - alphas_cumprod).
 """
 
 from __future__ import annotations

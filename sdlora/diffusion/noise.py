@@ -1,6 +1,6 @@
 """The forward process and what the network is asked to predict.
 
-Floor 2. Shapes: B batch, C channels, h/w latents, T noise levels (1000).
+Shapes: B batch, C channels, h/w latents, T noise levels (1000).
 """
 
 from __future__ import annotations

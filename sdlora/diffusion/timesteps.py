@@ -1,6 +1,6 @@
 """How much each noise level is trained: a density over the timesteps, drawn from through its inverse CDF.
 
-Floor 2. How evenly the draws fall is another question, which `coverage` answers. Shapes: T noise levels (1000).
+How evenly the draws fall is another question, which `coverage` answers. Shapes: T noise levels (1000).
 """
 
 from __future__ import annotations

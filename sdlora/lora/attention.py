@@ -1,6 +1,6 @@
 """Attention for training: projections of one input computed as one, and nothing divided by one.
 
-Floor 2. Shapes: B batch, T tokens, d width.
+Shapes: B batch, T tokens, d width.
 """
 
 from __future__ import annotations

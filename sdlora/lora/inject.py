@@ -1,6 +1,6 @@
 """Putting adapters into a base's networks, and taking them out again.
 
-Floor 2. Shapes: B batch, i in, o out, r rank, k kernel.
+Shapes: B batch, i in, o out, r rank, k kernel.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from sdlora import seeds
+from sdlora.common import seeds
 from sdlora.errors import ConfigError
+from sdlora.lora.init import Start, starting_factors
 from sdlora.lora.layers import LoraConv2d, LoraLayer, LoraLinear
-from sdlora.lora.quantized import QuantizedLinear, num_weights
-from sdlora.lora.starts import Start, starting_factors
+from sdlora.lora.quantize import QuantizedLinear, num_weights
 from sdlora.lora.targets import TEXT_ENCODER, by_prefix, network_of, target_of
 from sdlora.lora.timestep_rank import TimestepRank, rank_mask, watch_timesteps
 

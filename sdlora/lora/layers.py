@@ -1,6 +1,6 @@
 """The low-rank adapters of linear and convolution layers.
 
-Floor 2. Shapes: B batch, i in, o out, r rank, k kernel, H/W pixels; x is (B, ..., i) for a linear layer and
+Shapes: B batch, i in, o out, r rank, k kernel, H/W pixels; x is (B, ..., i) for a linear layer and
 (B, i, H, W) for a convolution.
 """
 
@@ -13,8 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from sdlora.lora.lowrank import low_rank
-from sdlora.lora.quantized import Packed, QuantizedLinear, frozen_weight, stack, unstack
+from sdlora.lora.fused import low_rank
+from sdlora.lora.quantize import Packed, QuantizedLinear, frozen_weight, stack, unstack
 
 
 class LoraLayer(nn.Module, ABC):
@@ -36,7 +36,7 @@ class LoraLayer(nn.Module, ABC):
         dropout: The share of A's inputs that is set to zero while `dropout_seeds` is set.
         dropout_seeds: One number per sample, which alone decides that sample's zeros.
         magnitude: The trained length of every output's weights once `add_magnitude` was called, else None.
-        live: A, B and magnitude to compute with instead, while `sdlora.lora.flat.FlatWeights.live` says so.
+        live: A, B and magnitude to compute with instead, while `sdlora.lora.flat_params.FlatWeights.live` says so.
         shared: The layers that this one is computed with, or None.
 
     Source: Hu et al. 2106.09685, equation 3; the deviation 1/r of A is PEFT's "gaussian".
@@ -216,7 +216,7 @@ class Shared:
             tensor.
 
     Attributes:
-        downs: Every A on top of each other, (J r, i), while `sdlora.lora.flat.FlatWeights.live` says so.
+        downs: Every A on top of each other, (J r, i), while `sdlora.lora.flat_params.FlatWeights.live` says so.
         ups: Every B, (J, o, r), likewise.
     """
 

@@ -1,6 +1,6 @@
 """Which modules of a base an adapter may sit on, by the names that users know.
 
-Floor 2. A path is a module's name in the UNet, or in a text encoder with "text_encoder." or "text_encoder_2." in front.
+A path is a module's name in the UNet, or in a text encoder with "text_encoder." or "text_encoder_2." in front.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from sdlora.errors import ConfigError
-from sdlora.lora.quantized import QuantizedLinear
+from sdlora.lora.quantize import QuantizedLinear
 
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
 TEXT_ENCODER = "text_encoder"  # what the paths of all text encoders begin with, and none of a UNet

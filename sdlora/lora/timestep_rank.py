@@ -1,6 +1,6 @@
 """How many ranks are used at each noise level (T-LoRA): all where there is little noise, few where there is much.
 
-Floor 2. Shapes: B batch, r rank.
+Shapes: B batch, r rank.
 """
 
 from __future__ import annotations

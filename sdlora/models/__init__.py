@@ -1,1 +1,1 @@
-"""Base models: one file per family behind one Protocol. Floor 3."""
+"""Base models: the protocol they share, one file per family, loading and detection."""

@@ -1,6 +1,6 @@
 """The families' true shapes, as the configurations of diffusers' and transformers' classes: pure data.
 
-Floor 1. What a single file does not tell is taken from here, and a plan counts memory with it.
+What a single file does not tell is taken from here, and a plan counts memory with it.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """What training, caching and previews need of a base model, whatever its family.
 
-Floor 3. A new family is one new file that satisfies `BaseModel`.
+A new family is one new file that satisfies `BaseModel`.
 Shapes: B batch, C latent channels, H/W pixels, h/w latents, L tokens, D text width.
 """
 

@@ -1,6 +1,6 @@
 """From what the user calls a base ("pocket", a folder, a file, a hub id) to a loaded model.
 
-Floor 3. Only safetensors are read: a pickled checkpoint can run code.
+Only safetensors are read: a pickled checkpoint can run code.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from torch import nn
 
+from sdlora.common.bundled import pocket_folder
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
-from sdlora.lora.quantized import Quantization, quantize_linears
+from sdlora.lora.quantize import Quantization, quantize_linears
 from sdlora.models.base import BaseModel
-from sdlora.models.headers import read_header
-from sdlora.models.latent import Source
+from sdlora.models.latent_diffusion import Source
+from sdlora.models.safetensors_header import read_header
 from sdlora.models.sd import StableDiffusion
 from sdlora.models.sd2 import StableDiffusion2
 from sdlora.models.sdxl import StableDiffusionXL
-from sdlora.models.singlefile import load_single_file
+from sdlora.models.single_file import load_single_file
 from sdlora.models.text import TextOptions
-from sdlora.shipped import pocket_folder
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PIPELINES = {

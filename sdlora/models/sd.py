@@ -1,6 +1,6 @@
 """Stable Diffusion 1.x: one CLIP text encoder, whose last layer is read unless another is asked for.
 
-Floor 3. Shapes: B batch, C latent channels (4), h/w latents, N windows, L tokens (77), D text width.
+Shapes: B batch, C latent channels (4), h/w latents, N windows, L tokens (77), D text width.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdlora.data.dataset import Example
 from sdlora.models.base import TextStates
-from sdlora.models.latent import LatentDiffusion, Source, refuse_other_inputs
+from sdlora.models.latent_diffusion import LatentDiffusion, Source, refuse_other_inputs
 from sdlora.models.text import TextOptions, check_clip_skip, layer_states, tokens_in_windows
 
 

@@ -1,13 +1,10 @@
-"""Stable Diffusion 2.x: OpenCLIP's text encoder without its last layer; v-prediction at 768 px, epsilon at 512 px.
-
-Floor 3.
-"""
+"""Stable Diffusion 2.x: OpenCLIP's text encoder without its last layer; v-prediction at 768 px, epsilon at 512 px."""
 
 from __future__ import annotations
 
 import torch
 
-from sdlora.models.latent import Source
+from sdlora.models.latent_diffusion import Source
 from sdlora.models.sd import StableDiffusion
 from sdlora.models.text import TextOptions, check_no_clip_skip
 

@@ -1,6 +1,6 @@
 """Stable Diffusion XL: two text encoders side by side, a pooled text, and the picture's sizes.
 
-Floor 3. Shapes: B batch, C latent channels (4), h/w latents, N windows, L tokens (77), D text width (768 + 1280),
+Shapes: B batch, C latent channels (4), h/w latents, N windows, L tokens (77), D text width (768 + 1280),
 P pooled width (1280).
 """
 
@@ -16,7 +16,7 @@ from sdlora.data.dataset import Example
 from sdlora.data.images import crop_origin
 from sdlora.errors import BaseModelError
 from sdlora.models.base import TextStates
-from sdlora.models.latent import LatentDiffusion, Source, refuse_other_inputs
+from sdlora.models.latent_diffusion import LatentDiffusion, Source, refuse_other_inputs
 from sdlora.models.text import TextOptions, check_no_clip_skip, tokens_in_windows
 
 _NUM_SIZES = 6

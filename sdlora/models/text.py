@@ -1,6 +1,6 @@
 """From captions to tokens in windows of 77, and from a CLIP text encoder's layers to the states that a UNet is given.
 
-Floor 3. Shapes: B batch, N windows, L tokens of a window (77), D text width.
+Shapes: B batch, N windows, L tokens of a window (77), D text width.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""CLIP's tokenizer from the merges that come with sdlora, for checkpoints in one file, which hold none.
-
-Floor 3.
-"""
+"""CLIP's tokenizer from the merges that come with sdlora, for checkpoints in one file, which hold none."""
 
 from __future__ import annotations
 

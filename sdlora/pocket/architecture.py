@@ -1,6 +1,6 @@
 """The parts that pocket is made of: a Stable Diffusion 1.x in every respect but its size.
 
-Floor 3, used by `pretrain`. Block types, schedule and folder layout are those of SD 1.5; widths are smaller, and the
+Used by `pretrain`. Block types, schedule and folder layout are those of SD 1.5; widths are smaller, and the
 tokenizer's vocabulary holds the letters and the words of pocket's world.
 """
 

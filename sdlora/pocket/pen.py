@@ -1,6 +1,6 @@
 """A pen that draws sprites: shapes in a subject's own coordinates, on a canvas that is later made smaller.
 
-Floor 3, used by `world` and `sets`. Local coordinates run from -1 to 1 with y downward; the pen turns, scales,
+Used by `world` and `sets`. Local coordinates run from -1 to 1 with y downward; the pen turns, scales,
 mirrors and places them, so that a subject is written once and appears in any pose.
 """
 

@@ -1,6 +1,6 @@
 """Makes pocket from nothing: `python -m sdlora.pocket.pretrain --work DIR` draws, trains and writes the base.
 
-Floor 3. Three stages, each with checkpoints in the work folder, so that the command can be cut and given again: the
+Three stages, each with checkpoints in the work folder, so that the command can be cut and given again: the
 autoencoder on pictures, text encoder and UNet together on its latents (Rombach et al. 2112.10752), with an
 exponential moving average and caption dropout for classifier-free guidance (Ho & Salimans 2207.12598), and the
 decoder once more alone.
@@ -23,10 +23,10 @@ from diffusers import StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 
-from sdlora.files import atomic_path
+from sdlora.common.files import atomic_path
+from sdlora.common.seeds import derive, generator
 from sdlora.pocket import architecture, world
 from sdlora.pocket.pen import INK, SIZE_PX, Pen, arc, shrink
-from sdlora.seeds import derive, generator
 
 CAPTION_DROPOUT = 0.1
 VAE_BATCH_SIZE = 16

@@ -1,6 +1,6 @@
 """Draws the two sample sets: a character that the world does not contain, and a style it was never drawn in.
 
-Floor 3. `python -m sdlora.pocket.sets --output datasets` writes the committed files, byte for byte.
+`python -m sdlora.pocket.sets --output datasets` writes the committed files, byte for byte.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from sdlora.files import atomic_path, write_text
+from sdlora.common.files import atomic_path, write_text
+from sdlora.common.seeds import derive
 from sdlora.pocket.pen import CANVAS_PX, INK, OVERSAMPLING, Color, Pen, new_canvas, shrink
 from sdlora.pocket.world import KINDS, PLACES, POSITIONS, SIZES, WHITE, Scene, subject_pen
-from sdlora.seeds import derive
 
 NUM_TRAINING, NUM_HOLDOUT = 24, 8
 

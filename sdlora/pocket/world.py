@@ -1,6 +1,6 @@
 """The world that pocket knows: sprites of sixteen kinds in eight colours and eight places, with captions.
 
-Floor 3, read by `pretrain` (what the base learns) and by the benchmarks (what it is asked for). Everything is
+Read by `pretrain` (what the base learns) and by the benchmarks (what it is asked for). Everything is
 drawn by code; a scene and its picture are functions of a number.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
+from sdlora.common.seeds import derive
 from sdlora.pocket.pen import CANVAS_PX, INK, OVERSAMPLING, SIZE_PX, Color, Pen, arc, new_canvas, shade, shrink
-from sdlora.seeds import derive
 
 WHITE: Color = (246, 246, 244)
 

@@ -1,1 +1,1 @@
-"""The training loop as an iterator of events, its learning rates and its checkpoints. Floor 5."""
+"""The training loop and everything a step is made of."""

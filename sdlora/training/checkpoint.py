@@ -1,6 +1,6 @@
 """Exact resume: adapter, average, optimizer and three counters, written so that a crash never leaves half of them.
 
-Floor 5. A checkpoint is a folder; it counts only once `complete.json`, its last file, is there. No generator states
+A checkpoint is a folder; it counts only once `complete.json`, its last file, is there. No generator states
 are kept, because randomness is a function of counters.
 """
 
@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from sdlora import __version__
+from sdlora.common.files import atomic_path, write_json
 from sdlora.errors import OutputError
-from sdlora.files import atomic_path, write_json
-from sdlora.training.loop import Position, Trainer
+from sdlora.training.trainer import Position, Trainer
 
 KEPT = 2
 FORMAT = 1  # raised when a checkpoint can no longer be read as those before it

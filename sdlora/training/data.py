@@ -1,6 +1,6 @@
 """What the trainer reads: cached tensors by example and visit.
 
-Floor 5. Captions of all planned visits are known before training, because they are a function of counters; so the
+Captions of all planned visits are known before training, because they are a function of counters; so the
 text encoder runs once per distinct caption and never in the loop, unless it is trained itself.
 """
 
@@ -11,11 +11,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from sdlora.config import RunConfig
-from sdlora.data.cache import Cache
+from sdlora.cache.tensors import Cache
+from sdlora.config.schema import RunConfig
+from sdlora.data.batches import Visit
 from sdlora.data.captions import caption_for_visit, preserved_caption
 from sdlora.data.dataset import Dataset
-from sdlora.data.order import Visit
 from sdlora.events import Progress
 from sdlora.models.base import TextStates
 

@@ -1,7 +1,4 @@
-"""Optimizers by name, each from its own library, and groups of parameters with rates of their own.
-
-Floor 5.
-"""
+"""Optimizers by name, each from its own library, and groups of parameters with rates of their own."""
 
 from __future__ import annotations
 

@@ -13,11 +13,11 @@ from fsspec.implementations.memory import MemoryFileSystem
 from safetensors.torch import load_file, save_file
 
 from sdlora.batch import fingerprint
+from sdlora.batch.batch import _fingerprinted, decide
 from sdlora.batch.fingerprint import Fingerprints, base_content
 from sdlora.batch.jobs import Job
 from sdlora.batch.ledger import Record
-from sdlora.batch.supervise import _fingerprinted, decide
-from sdlora.configfile import parse_config
+from sdlora.config.toml import parse_config
 
 
 def of(folder: Path, overrides: Sequence[str] = ()) -> str:

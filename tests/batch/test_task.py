@@ -10,12 +10,12 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from sdlora.batch.bases import KeptBase, forget_accelerator
 from sdlora.batch.messages import Task
 from sdlora.batch.task import carry_out
-from sdlora.configfile import parse_config
-from sdlora.parts import fresh_base
-from sdlora.training.loop import Trainer
+from sdlora.config.toml import parse_config
+from sdlora.run.base_pool import KeptBase, forget_accelerator
+from sdlora.run.setup import fresh_base
+from sdlora.training.trainer import Trainer
 
 
 def task(folder: Path, overrides: Sequence[str], *changes: str) -> Task:

@@ -1,8 +1,8 @@
 """What a read from the cache costs the processor: `python tests/benchmarks/cache_reads.py --sizes 500 10000`.
 
 Moments of 512 px pictures (64 KiB each) are put together into batches of 16 in random order, by
-`sdlora.data.cache.Cache`. The same batches from as many tensors of this process's own memory (1000 at most) are what no
-cache can be without; for comparison, reads that open the file each time. Times are of the processor, in one process.
+`sdlora.cache.tensors.Cache`. The same batches from as many tensors of this process's own memory (1000 at most) are what
+no cache can be without; for comparison, reads that open the file each time. Times are of the processor, in one process.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from large_sets import make_set
 from safetensors.torch import load_file
 from torch import Tensor
 
-from sdlora.data.cache import Cache
+from sdlora.cache.tensors import Cache
 from sdlora.data.dataset import load_dataset
 from sdlora.models.base import BaseModel
 

@@ -22,8 +22,8 @@ from concepts import ALL_CONCEPTS, CONCEPTS, CREATURES, render_creature
 from PIL import Image
 from torch import Tensor, nn
 
+from sdlora.common.seeds import derive, generator
 from sdlora.pocket import pretrain, sets, world
-from sdlora.seeds import derive, generator
 
 NOTHING = "nothing"
 KINDS = [*world.KINDS, *CONCEPTS, NOTHING]

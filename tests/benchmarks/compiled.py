@@ -17,11 +17,11 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 from torch._dynamo.utils import counters
 
+from sdlora.estimate.trace import saved_for_backward
 from sdlora.lora.inject import inject
 from sdlora.lora.targets import find_targets
-from sdlora.training.lean import LeanStep
 from sdlora.training.optimizers import Group
-from sdlora.training.trace import saved_for_backward
+from sdlora.training.train_step import LeanStep
 
 
 class Side:

@@ -20,9 +20,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from sdlora.common.seeds import derive
 from sdlora.pocket import sets, world
 from sdlora.pocket.pen import INK, SIZE_PX, Color, Pen, arc, shade, shrink
-from sdlora.seeds import derive
 
 NUM_TRAINING, NUM_HOLDOUT = sets.NUM_TRAINING, sets.NUM_HOLDOUT
 FEW = "few"  # beside each set, one of its first pictures alone, which are soon known by heart

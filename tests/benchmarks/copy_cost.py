@@ -15,10 +15,10 @@ from typing import Any
 
 from setting import silence
 
-from sdlora.configfile import load_config
+from sdlora.config.toml import load_config
+from sdlora.copycheck.null_distribution import PHASE
 from sdlora.events import CopyChecked, PreviewsDone, Progress
-from sdlora.preview.nulls import PHASE
-from sdlora.run import start
+from sdlora.run.run import start
 
 SHORT = ("train.epochs=1", "data.repeats=1")
 MOST = 0.25  # of the previews' seconds

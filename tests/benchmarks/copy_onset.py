@@ -4,8 +4,8 @@ Part "oracle" examines the oracle (`copy_oracle.py`), which knows the world and 
 on four pictures on purpose; the oracle says how many pictures really are copies after each epoch, and the judge
 (`classifier.py`) how many show the concept. The last adapter is then checked against held-out pictures, which it cannot
 have copied: in the previews of its own run, and asked for the held-out captions. Part "tenth" trains the same at a
-tenth of the rate, part "many" on all 24 pictures for as many steps. Everything is the product's own: `sdlora.run`, its
-previews and its scores; the report asks it for verdicts and for its choice of an epoch.
+tenth of the rate, part "many" on all 24 pictures for as many steps. Everything is the product's own: `sdlora.run.run`,
+its previews and its scores; the report asks it for verdicts and for its choice of an epoch.
 
     python tests/benchmarks/copy_onset.py results.jsonl --judge judge.pt --oracle oracle.pt --json
     python tests/benchmarks/copy_onset.py --report results.jsonl --page docs/copy-check.md
@@ -38,17 +38,17 @@ from PIL import Image
 from results import Cell, run_missing, share
 from setting import make_config, silence
 
-from sdlora import parts, run
-from sdlora.adapters import make_adapter
-from sdlora.checkfile import check_file
-from sdlora.config import RunConfig
+from sdlora.common.bundled import pocket_folder
+from sdlora.config.schema import RunConfig
+from sdlora.copycheck.checker import Checker
+from sdlora.copycheck.signals import Signal
 from sdlora.events import EpochDone
-from sdlora.lora.formats import read_file
 from sdlora.lora.targets import find_targets
+from sdlora.lora_files.read import read_file
 from sdlora.pocket.pen import SIZE_PX
-from sdlora.preview.checker import Checker
-from sdlora.preview.signals import Signal
-from sdlora.shipped import pocket_folder
+from sdlora.run import run, setup
+from sdlora.run.check_file import check_file
+from sdlora.training.adapter import make_adapter
 
 SEEDS = (0, 1, 2)
 PARTS = ("oracle", "onset", "tenth", "many")
@@ -236,11 +236,11 @@ class Bench:
 
 def _checker(drawn: RunConfig, compared: RunConfig) -> Checker:
     """What compares the previews of one run's settings with the pictures of another's."""
-    loaded = parts.load(compared)
+    loaded = setup.load(compared)
     base = loaded.base
     adapter = make_adapter(compared, base, find_targets(base.unet, compared.lora.targets, base.text_encoders))
-    request = parts.preview_request(drawn, parts.load(drawn).dataset)
-    checker = parts.make_checker(compared, loaded, adapter, request, None)
+    request = setup.preview_request(drawn, setup.load(drawn).dataset)
+    checker = setup.make_checker(compared, loaded, adapter, request, None)
     deque(checker.prepare(compared.data.background), maxlen=0)
     return checker
 

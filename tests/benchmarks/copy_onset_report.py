@@ -12,8 +12,8 @@ from generate import wilson
 from results import read
 from timesteps_report import between
 
-from sdlora.preview.copycheck import ALPHA, EpochCheck, Match, judge, recommend
-from sdlora.preview.signals import OUTSIDE, Signal
+from sdlora.copycheck.signals import OUTSIDE, Signal
+from sdlora.copycheck.verdict import ALPHA, EpochCheck, Match, judge, recommend
 
 Rows = list[dict[str, Any]]
 ONSET_SHARE = 0.05  # copying has begun where the true copy rate is above this, by the lower end of its interval

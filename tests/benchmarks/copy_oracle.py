@@ -28,9 +28,9 @@ from PIL import Image, ImageDraw
 from setting import silence
 from torch import Tensor, nn
 
+from sdlora.common.bundled import pocket_folder
+from sdlora.common.seeds import derive, generator
 from sdlora.pocket import pen, pretrain, sets, world
-from sdlora.seeds import derive, generator
-from sdlora.shipped import pocket_folder
 
 NUM_STEPS = 600
 NUM_CAPTIONS, NUM_TAKES = 12, 4  # of a batch; the takes of a caption are one another's hard negatives

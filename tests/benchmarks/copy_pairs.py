@@ -31,11 +31,11 @@ from setting import silence
 from timesteps_report import between
 from torch import Tensor
 
-from sdlora.preview.chance import fisher_z, standing_out
-from sdlora.preview.registration import registered
-from sdlora.preview.similarity import hp_ms, phash
-from sdlora.seeds import derive
-from sdlora.shipped import pocket_folder
+from sdlora.common.bundled import pocket_folder
+from sdlora.common.seeds import derive
+from sdlora.copycheck.similarity import hp_ms, phash
+from sdlora.copycheck.statistics import fisher_z, standing_out
+from sdlora.copycheck.warp_alignment import registered
 
 STEPS = 10
 STRENGTHS = tuple(tenth / 10 for tenth in range(1, 10))
@@ -136,7 +136,7 @@ STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hp_ms": _single(0),
     "phash": _single(1),
     "registered": _single(2),
-    # What `sdlora.preview.copycheck.check_previews` compares.
+    # What `sdlora.copycheck.verdict.check_previews` compares.
     "hp_ms or phash": lambda scores, null: standing_out(scores[:, :2], null[:, :2]).amax(dim=1),
     "hp_ms or registered": lambda scores, null: standing_out(
         fisher_z(scores[:, [0, 2]]), fisher_z(null[:, [0, 2]])

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from concepts import CONCEPTS, ROUND, Concept, Creature, Drawn, make_creature, render_creature
 from PIL import Image, ImageDraw, ImageEnhance, ImageFilter, ImageOps
 
-from sdlora.data.thumbnails import near_duplicates, thumbnail
+from sdlora.common.seeds import derive
+from sdlora.data.duplicates import near_duplicates, thumbnail
 from sdlora.pocket import sets, world
-from sdlora.seeds import derive
 
 GALLERY = 24
 PHOTO_PX = 256

@@ -1,4 +1,4 @@
-"""How far apart near-duplicates and different pictures are: the figures behind `sdlora.data.thumbnails.ALIKE`.
+"""How far apart near-duplicates and different pictures are: the figures behind `sdlora.data.duplicates.ALIKE`.
 
 `python tests/benchmarks/duplicates.py --first 10000 --pictures 4000` takes half a minute.
 """
@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
+from sdlora.common.bundled import resolve_data_folder, shipped_sets
+from sdlora.data.duplicates import ALIKE, SIZE_PX, thumbnail
 from sdlora.data.images import load_image
-from sdlora.data.thumbnails import ALIKE, SIZE_PX, thumbnail
 from sdlora.pocket.world import COLORS, random_scene, render
-from sdlora.shipped import resolve_data_folder, shipped_sets
 
 
 def jpeg(image: Image.Image, quality: int) -> Image.Image:

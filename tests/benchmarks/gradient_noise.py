@@ -28,12 +28,12 @@ from results import Cell, run_missing, share
 from setting import make_config, prepare, recipe, silence
 from torch import Tensor
 
-from sdlora import seeds
-from sdlora.config import RunConfig
-from sdlora.data.order import epoch_batches
-from sdlora.diffusion.coverage import cover
+from sdlora.common import seeds
+from sdlora.config.schema import RunConfig
+from sdlora.data.batches import epoch_batches
+from sdlora.diffusion.stratify import cover
 from sdlora.diffusion.timesteps import Density
-from sdlora.training.loop import Trainer
+from sdlora.training.trainer import Trainer
 
 NUM_PLANS, BATCHES_PER_PLAN = 32, 8
 BATCH_SIZES, COVERAGES = (1, 2, 4, 8), ("none", "batch", "image")

@@ -23,16 +23,16 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from readers import a1111_reads, comfyui
-from tiny import TINY, make_tiny, random_networks, small_tokenizer
+from helpers.readers import a1111_reads, comfyui
+from helpers.tiny import TINY, make_tiny, random_networks, small_tokenizer
 
-from sdlora.lora.export import LoraMetadata, save_lora
 from sdlora.lora.inject import LoraState, LoraWeights
-from sdlora.lora.keys import to_kohya
-from sdlora.lora.prove import Proof, prove_lora
 from sdlora.lora.targets import by_prefix, find_targets
+from sdlora.lora_files.names import to_kohya
+from sdlora.lora_files.verify import Proof, prove_lora
+from sdlora.lora_files.write import LoraMetadata, save_lora
 from sdlora.models.architectures import ARCHITECTURES, Architecture, Family
 
 FAMILIES: list[Family] = ["sd1", "sd2", "sdxl"]

@@ -39,15 +39,15 @@ def measure(folder: Path, base: Path) -> dict[str, Any]:
     """The figures of a set, in this process."""
     from accelerate import Accelerator
 
-    from sdlora.adapters import make_adapter
-    from sdlora.cachefill import fill_cache
-    from sdlora.configfile import parse_config
+    from sdlora.config.toml import parse_config
     from sdlora.events import EpochDone, StepDone
     from sdlora.lora.targets import find_targets
-    from sdlora.parts import load
+    from sdlora.run.fill_cache import fill_cache
+    from sdlora.run.setup import load
+    from sdlora.training.adapter import make_adapter
     from sdlora.training.data import training_data
-    from sdlora.training.loop import Trainer
-    from sdlora.training.visits import plan_training
+    from sdlora.training.schedule import plan_training
+    from sdlora.training.trainer import Trainer
 
     document = {
         "base": {"path": str(base)},
@@ -100,7 +100,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(measure(*arguments.one)))
         return
-    from tiny import make_tiny_pipeline
+    from helpers.tiny import make_tiny_pipeline
 
     with tempfile.TemporaryDirectory() as scratch:
         base = Path(scratch) / "base"

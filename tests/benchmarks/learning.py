@@ -15,8 +15,8 @@ from classifier import Judge, load_or_train, look
 from generate import GUIDANCE, draw, load_pipeline, save_sheet, wilson
 from pocket_quality import attribute_accuracy, unseen_scenes
 
+from sdlora.common.bundled import pocket_folder
 from sdlora.pocket import sets, world
-from sdlora.shipped import pocket_folder
 
 
 def character_prompts(count: int) -> list[str]:

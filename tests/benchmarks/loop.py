@@ -29,14 +29,14 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdlora.configfile import parse_config
+from sdlora.config.toml import parse_config
 from sdlora.data.images import to_tensor
 from sdlora.events import StepDone
 from sdlora.lora.targets import find_targets
 from sdlora.models.architectures import ARCHITECTURES
-from sdlora.parts import prepare
 from sdlora.pocket.architecture import build_scheduler, build_tokenizer
-from sdlora.runfolder import RunFolder
+from sdlora.run.folder import RunFolder
+from sdlora.run.setup import prepare
 
 TARGETS = ("cross_attention", "self_attention")
 

@@ -71,11 +71,11 @@ def make_base(folder: Path) -> None:
 
 def measure(root: Path, number: int, overrides: list[str]) -> dict[str, int]:
     """In this very process: what a run holds at its peak, and what was planned."""
-    from sdlora.configfile import parse_config
-    from sdlora.forecast import setting_of
-    from sdlora.parts import load
-    from sdlora.run import start
-    from sdlora.training.plan import need
+    from sdlora.config.toml import parse_config
+    from sdlora.estimate.memory import need
+    from sdlora.run.estimate import setting_of
+    from sdlora.run.run import start
+    from sdlora.run.setup import load
 
     def config(base: str, *changes: str) -> Any:
         document = {

@@ -14,8 +14,8 @@ import torch
 from classifier import Judge, load_or_train, look
 from generate import GUIDANCE, draw, load_pipeline, save_sheet, wilson
 
+from sdlora.common.bundled import pocket_folder
 from sdlora.pocket import pretrain, world
-from sdlora.shipped import pocket_folder
 
 PROMPT_SEEDS, RENDER_SEEDS = 70_000_000, 80_000_000
 

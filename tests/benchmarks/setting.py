@@ -1,6 +1,6 @@
 """What the timestep benchmarks share: the recipe, a run that is watched while it trains, pictures drawn from it.
 
-The run is put together by `sdlora.run` and trained by its trainer, so that every option takes effect as it does for
+The run is put together by `sdlora.run.run` and trained by its trainer, so that every option takes effect as it does for
 a user; nothing is exported.
 """
 
@@ -17,13 +17,13 @@ import transformers
 from PIL import Image
 from variants import Recipe
 
-from sdlora import parts
-from sdlora.config import RunConfig
-from sdlora.configfile import parse_config
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import parse_config
 from sdlora.events import CheckpointDue, EpochDone
 from sdlora.models.base import BaseModel
-from sdlora.runfolder import RunFolder
-from sdlora.training.heldout import heldout_bands
+from sdlora.run import setup
+from sdlora.run.folder import RunFolder
+from sdlora.training.validation import heldout_bands
 
 
 def recipe(rank: int, repeats: int, epochs: int = 4) -> Recipe:
@@ -51,10 +51,10 @@ def make_config(base: str, sets: Path, concept: str, seed: int, *parts: Recipe) 
 
 
 def prepare(config: RunConfig, folder: Path) -> Any:
-    """A run's parts, its cache filled; see `sdlora.parts`."""
+    """A run's parts, its cache filled; see `sdlora.run.setup`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = parts.prepare(config, RunFolder(folder, "benchmark"))
+        made = setup.prepare(config, RunFolder(folder, "benchmark"))
     for _ in made.data.fill(config.data.background, made.trainer.plan.timesteps):
         pass
     for _ in made.heldout.data.fill(config.data.background):

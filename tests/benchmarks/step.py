@@ -27,12 +27,12 @@ from peft import LoraConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sdlora.estimate.trace import counted, saved_for_backward
 from sdlora.lora.inject import inject
 from sdlora.lora.targets import find_targets
 from sdlora.models.architectures import ARCHITECTURES, Family
-from sdlora.training.lean import LeanStep
 from sdlora.training.optimizers import Group
-from sdlora.training.trace import counted, saved_for_backward
+from sdlora.training.train_step import LeanStep
 
 ATTENTION = ("cross_attention", "self_attention")
 VARIANTS = ("floor", "peft bf16", "peft fp32 + autocast", "sdlora")

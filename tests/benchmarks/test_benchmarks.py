@@ -17,10 +17,10 @@ import pytest
 from concepts import CONCEPTS
 from PIL import Image
 
-from sdlora.configfile import load_config
+from sdlora.common.bundled import pocket_folder
+from sdlora.config.toml import load_config
 from sdlora.pocket import world
-from sdlora.run import start
-from sdlora.shipped import pocket_folder
+from sdlora.run.run import start
 
 
 def test_intervals_are_wilsons() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import loop
 
-from sdlora.shipped import pocket_folder
+from sdlora.common.bundled import pocket_folder
 
 
 def test_three_loops_take_turns(tmp_path: Path) -> None:

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from sdlora import events
-from sdlora.configfile import load_config
+from sdlora.config.toml import load_config
 from sdlora.events import Event
-from sdlora.progress import Timer
+from sdlora.run.eta import Timer
 
 FROM = 0.1
 WITHIN = 0.2
@@ -139,7 +139,7 @@ def main() -> None:
     asked = parser.parse_args()
     if asked.processor:
         time.monotonic = time.process_time  # the run's own clock, too, which its modules take when they are imported
-    from sdlora.run import start
+    from sdlora.run.run import start
 
     begin, timed = time.monotonic(), []
     with tempfile.TemporaryDirectory() as folder:

@@ -32,9 +32,9 @@ from results import Cell, run_missing, share
 from setting import draw_pictures, heldout, make_config, prepare, recipe, silence, watch
 from variants import COPY_VARIANTS, Recipe, variants
 
+from sdlora.copycheck.similarity import hp_ms
 from sdlora.pocket.pen import SIZE_PX
-from sdlora.preview.similarity import hp_ms
-from sdlora.training.loop import Trainer
+from sdlora.training.trainer import Trainer
 
 SEEDS = (0, 1, 2)
 

@@ -5,8 +5,8 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from sdlora.data.checks import Checkup, examine
 from sdlora.data.dataset import Example, load_dataset, load_mask_pixels, load_pixels
-from sdlora.data.doctor import Checkup, examine
 from sdlora.data.masks import MaskKind, mask_shares, sort_masks
 from sdlora.errors import DataError
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from adapters import answers
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
+from helpers.adapters import answers
 
 from sdlora.lora.attention import TrainingAttention, use_training_attention
 

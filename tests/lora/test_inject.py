@@ -2,7 +2,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import LINEAR_TARGETS, UNET_TARGETS, answers, formed, trained
+from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, answers, formed, trained
 
 from sdlora.errors import ConfigError
 from sdlora.lora.inject import Form, inject, inject_state

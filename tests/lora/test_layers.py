@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import LINEAR_TARGETS, UNET_TARGETS, answers, formed, move, trained
+from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, answers, formed, move, trained
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 

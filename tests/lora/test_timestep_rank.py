@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from adapters import LINEAR_TARGETS, UNET_TARGETS, formed
+from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, formed
 
 from sdlora.lora.inject import Form
 from sdlora.lora.timestep_rank import TimestepRank, active_ranks, rank_mask

@@ -8,16 +8,16 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from ldm import authors_layout, write_checkpoint
-from tiny import TINY, make_tiny, tiny_networks
+from helpers.ldm import authors_layout, write_checkpoint
+from helpers.tiny import TINY, make_tiny, tiny_networks
 
 from sdlora.data.dataset import Example
 from sdlora.errors import ConfigError
 from sdlora.models.architectures import Family
 from sdlora.models.base import BaseModel
-from sdlora.models.checkpoint import recognise
-from sdlora.models.headers import read_header
+from sdlora.models.detect import recognise
 from sdlora.models.load import LoadOptions, load_base
+from sdlora.models.safetensors_header import read_header
 from sdlora.models.text import TextOptions
 
 CPU = torch.device("cpu")

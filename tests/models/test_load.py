@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from tiny import make_tiny_pipeline
+from helpers.tiny import make_tiny_pipeline
 
-from sdlora.configfile import load_config
+from sdlora.config.toml import load_config
 from sdlora.errors import BaseModelError, ConfigError
 from sdlora.events import CheckpointDue, RunDone
 from sdlora.models.load import LoadOptions, load_base
-from sdlora.run import start
+from sdlora.run.run import start
 
 FIRST, SECOND = "a1" * 20, "b2" * 20
 

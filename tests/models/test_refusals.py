@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import EDMEulerScheduler
-from ldm import Tensors, authors_layout, write_checkpoint
+from helpers.ldm import Tensors, authors_layout, write_checkpoint
+from helpers.tiny import TINY, make_tiny, make_tiny_pipeline, tiny_networks
 from safetensors.torch import load_file, save_file
-from tiny import TINY, make_tiny, make_tiny_pipeline, tiny_networks
 
 from sdlora.errors import BaseModelError
 from sdlora.models.architectures import ARCHITECTURES, Family

@@ -2,9 +2,9 @@ from pathlib import Path
 
 import torch
 from diffusers import StableDiffusionPipeline
-from tiny import make_tiny_pipeline
+from helpers.tiny import make_tiny_pipeline
 
-from sdlora.models.latent import weights_identity
+from sdlora.models.latent_diffusion import weights_identity
 from sdlora.models.load import load_base
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tiny import small_tokenizer
+from helpers.tiny import small_tokenizer
 
 from sdlora.models.text import calls_of_other_files, tokens_in_windows
 from sdlora.models.tokenizer import clip_tokenizer

@@ -8,13 +8,13 @@ import pytest
 import torch
 from interop import true_pipeline
 
-from sdlora import seeds
+from sdlora.common import seeds
 from sdlora.lora.inject import inject
 from sdlora.lora.targets import find_targets
-from sdlora.models.latent import Source
+from sdlora.models.latent_diffusion import Source
 from sdlora.models.sd import StableDiffusion
 from sdlora.models.text import TextOptions
-from sdlora.training.objective import Batch, diffusion_loss
+from sdlora.training.loss import Batch, diffusion_loss
 
 NUM_PARAMETERS = 859_520_964
 

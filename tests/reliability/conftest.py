@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import pytest
-from commandline import CommandLine
-from scene import Scene, make_scene
+from helpers.commandline import CommandLine
+from helpers.scene import Scene, make_scene
 
 
 @pytest.fixture(scope="session")

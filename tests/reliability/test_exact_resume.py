@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-from commandline import Point, Side
-from promises import Figure
-from scene import Scene, digests
+from helpers.commandline import Point, Side
+from helpers.promises import Figure
+from helpers.scene import Scene, digests
 
-from sdlora.files import is_partial
+from sdlora.common.files import is_partial
 
 
 @dataclass(frozen=True)
@@ -37,33 +37,33 @@ class Place:
 
 # Before training: with an empty cache.
 COLD = [
-    Place("start", "sdlora.run:prepare", ("after",)),
+    Place("start", "sdlora.run.run:prepare", ("after",)),
     Place("start", "pathlib:Path.write_bytes", ("torn",), 3),  # config.toml and state.json
-    Place("caching", "sdlora.data.cache:save_file", ("torn", "after"), 3),
+    Place("caching", "sdlora.cache.tensors:save_file", ("torn", "after"), 3),
     Place("caching", "os:replace", ("before", "after"), 4),
-    Place("null", "sdlora.preview.sampler:_draw", ("before", "after")),
+    Place("null", "sdlora.previews.sampler:_draw", ("before", "after")),
     Place("null", "PIL.Image:Image.save", ("torn",), 3),
-    Place("null", "sdlora.preview.nulls:null_scores", ("before", "after")),
+    Place("null", "sdlora.copycheck.null_distribution:null_scores", ("before", "after")),
 ]
 WARM = [
-    Place("step", "sdlora.training.loop:Trainer._step", ("before", "after"), 3),
-    Place("step", "sdlora.training.loop:diffusion_loss", ("after",), 3),
+    Place("step", "sdlora.training.trainer:Trainer._step", ("before", "after"), 3),
+    Place("step", "sdlora.training.trainer:diffusion_loss", ("after",), 3),
     Place("step", "torch.optim.adamw:AdamW.step", ("before", "after"), 2),
-    Place("step", "sdlora.training.averages:MovingAverage.update", ("before",), 2),
+    Place("step", "sdlora.training.ema:MovingAverage.update", ("before",), 2),
     Place("save", "sdlora.training.checkpoint:save_file", ("torn", "after"), 3),
     Place("save", "sdlora.training.checkpoint:write_json", ("before", "after"), 3),
     Place("save", "sdlora.training.checkpoint:shutil.rmtree", ("before", "after"), 2),
-    Place("epoch's edge", "sdlora.training.loop:Trainer._epoch_done", ("before", "after"), 2),
-    Place("epoch's edge", "sdlora.training.heldout:picture_losses", ("after",), 2),
-    Place("preview", "sdlora.preview.sampler:_draw", ("before", "after"), 2),
+    Place("epoch's edge", "sdlora.training.trainer:Trainer._epoch_done", ("before", "after"), 2),
+    Place("epoch's edge", "sdlora.training.validation:picture_losses", ("after",), 2),
+    Place("preview", "sdlora.previews.sampler:_draw", ("before", "after"), 2),
     Place("preview", "PIL.Image:Image.save", ("torn",), 2),
-    Place("check", "sdlora.preview.checker:check_previews", ("before", "after"), 2),
-    Place("export", "sdlora.outputs:save_lora", ("before", "after"), 2),
-    Place("export", "sdlora.lora.export:save_file", ("torn",), 2),
-    Place("export", "sdlora.outputs:prove_lora", ("before", "after"), 2),
-    Place("export", "sdlora.run:shutil.copyfile", ("torn", "after")),
-    Place("report", "sdlora.run:write_report", ("before", "after"), 2),
-    Place("report", "sdlora.run:contact_sheet", ("before",), 2),
+    Place("check", "sdlora.copycheck.checker:check_previews", ("before", "after"), 2),
+    Place("export", "sdlora.run.export:save_lora", ("before", "after"), 2),
+    Place("export", "sdlora.lora_files.write:save_file", ("torn",), 2),
+    Place("export", "sdlora.run.export:prove_lora", ("before", "after"), 2),
+    Place("export", "sdlora.run.run:shutil.copyfile", ("torn", "after")),
+    Place("report", "sdlora.run.run:write_report", ("before", "after"), 2),
+    Place("report", "sdlora.run.run:contact_sheet", ("before",), 2),
     Place("any file", "os:replace", ("before", "after"), 5),
 ]
 

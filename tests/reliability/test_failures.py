@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mishaps
 import pytest
-from commandline import Change, Outcome, Point, Side
-from promises import Figure
+from helpers import mishaps
+from helpers.commandline import Change, Outcome, Point, Side
+from helpers.promises import Figure
+from helpers.scene import Scene, digests
 from safetensors.torch import load_file, save_file
-from scene import Scene, digests
 
 STEPS_PER_EPOCH = 5
 
@@ -46,11 +46,11 @@ REHEARSED = 3  # steps before the first
 # The loss's, the gradient's and the latents' step is the point's own; what is broken between two steps shows in the
 # next, or when it is to be saved.
 NUMBERS: list[tuple[str, str, int, Side, Change, int]] = [
-    ("loss", "sdlora.training.loop:diffusion_loss", REHEARSED + 7, "after", mishaps.no_numbers, 7),
-    ("latents", "sdlora.training.loop:Trainer._latents_and_noise", REHEARSED + 7, "after", mishaps.no_latents, 7),
-    ("gradient", "sdlora.training.loop:Trainer._gradients", REHEARSED + 7, "after", mishaps.infinite_gradient, 7),
-    ("weight", "sdlora.training.loop:Trainer._step", 7, "after", mishaps.infinite_weight, 8),
-    ("optimizer", "sdlora.training.loop:Trainer._step", 7, "after", mishaps.broken_optimizer, 8),
+    ("loss", "sdlora.training.trainer:diffusion_loss", REHEARSED + 7, "after", mishaps.no_numbers, 7),
+    ("latents", "sdlora.training.trainer:Trainer._latents_and_noise", REHEARSED + 7, "after", mishaps.no_latents, 7),
+    ("gradient", "sdlora.training.trainer:Trainer._gradients", REHEARSED + 7, "after", mishaps.infinite_gradient, 7),
+    ("weight", "sdlora.training.trainer:Trainer._step", 7, "after", mishaps.infinite_weight, 8),
+    ("optimizer", "sdlora.training.trainer:Trainer._step", 7, "after", mishaps.broken_optimizer, 8),
 ]
 
 
@@ -87,17 +87,17 @@ def test_full_memory_names_the_setting_to_lower(
     scene: Scene, expected: dict[str, str], tmp_path: Path, figure: Figure
 ) -> None:
     places = {
-        "load": (Point("sdlora.run:prepare", action="out of memory"), "train.precision to 'bf16' (now 'fp32')"),
+        "load": (Point("sdlora.run.run:prepare", action="out of memory"), "train.precision to 'bf16' (now 'fp32')"),
         "cache": (
             Point("sdlora.models.sd:StableDiffusion.encode_pixels", action="out of memory"),
             "data.resolution_px = 24 (now 32)",
         ),
         "step": (
-            Point("sdlora.training.loop:diffusion_loss", REHEARSED + 4, action="out of memory"),
+            Point("sdlora.training.trainer:diffusion_loss", REHEARSED + 4, action="out of memory"),
             "train.batch_size to 1 (now 2) and train.gradient_accumulation_steps to 2 (now 1)",
         ),
         "preview": (
-            Point("sdlora.preview.sampler:_draw", 2, action="out of memory"),
+            Point("sdlora.previews.sampler:_draw", 2, action="out of memory"),
             "preview.enabled=false (now true)",
         ),
     }
@@ -114,11 +114,11 @@ def test_full_memory_names_the_setting_to_lower(
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_what_the_advice_says(scene: Scene, tmp_path: Path) -> None:
-    step = Point("sdlora.training.loop:diffusion_loss", 4, "before", mishaps.too_large_for_two, every=True)
+    step = Point("sdlora.training.trainer:diffusion_loss", 4, "before", mishaps.too_large_for_two, every=True)
     assert scene.train(tmp_path / "step", points=[step]).code == 4
     outcome = scene.go_on(tmp_path / "step", points=[step], changes=["train.auto_batch=true"])
     assert outcome.code == 0, outcome.err
-    preview = Point("sdlora.preview.sampler:_draw", 3, action="out of memory", every=True)
+    preview = Point("sdlora.previews.sampler:_draw", 3, action="out of memory", every=True)
     assert scene.train(tmp_path / "preview", points=[preview]).code == 4
     outcome = scene.go_on(tmp_path / "preview", points=[preview], changes=["preview.enabled=false"])
     assert outcome.code == 0, outcome.err
@@ -126,7 +126,9 @@ def test_a_run_goes_on_with_what_the_advice_says(scene: Scene, tmp_path: Path) -
 
 def test_batches_in_parts_give_the_same_result(scene: Scene, tmp_path: Path, figure: Figure) -> None:
     changes = ["train.auto_batch=true", "preview.enabled=false", "train.max_grad_norm=1e-3"]
-    full = Point("sdlora.training.loop:diffusion_loss", REHEARSED + 3, "before", mishaps.too_large_for_two, every=True)
+    full = Point(
+        "sdlora.training.trainer:diffusion_loss", REHEARSED + 3, "before", mishaps.too_large_for_two, every=True
+    )
     assert scene.train(tmp_path / "whole", changes=changes).code == 0
     outcome = scene.train(tmp_path / "parts", points=[full], changes=changes)
     assert outcome.code == 0, outcome.err
@@ -149,16 +151,16 @@ def test_batches_in_parts_give_the_same_result(scene: Scene, tmp_path: Path, fig
 
 
 SIGNALS: list[tuple[str, Side, int]] = [
-    ("sdlora.data.cache:Cache.fetch", "after", 1),
-    ("sdlora.data.cache:Cache.fetch", "before", 4),
-    ("sdlora.training.loop:diffusion_loss", "before", 1),
-    ("sdlora.training.loop:Trainer._step", "after", 3),
-    ("sdlora.training.loop:Trainer._step", "after", 5),
+    ("sdlora.cache.tensors:Cache.fetch", "after", 1),
+    ("sdlora.cache.tensors:Cache.fetch", "before", 4),
+    ("sdlora.training.trainer:diffusion_loss", "before", 1),
+    ("sdlora.training.trainer:Trainer._step", "after", 3),
+    ("sdlora.training.trainer:Trainer._step", "after", 5),
     ("sdlora.training.checkpoint:save_file", "before", 2),
     ("sdlora.training.checkpoint:save_file", "after", 1),
     ("sdlora.training.checkpoint:write_json", "after", 3),
-    ("sdlora.preview.sampler:_draw", "after", 2),
-    ("sdlora.outputs:prove_lora", "before", 1),
+    ("sdlora.previews.sampler:_draw", "after", 2),
+    ("sdlora.run.export:prove_lora", "before", 1),
 ]
 
 
@@ -224,7 +226,7 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
 
 
 def test_a_folder_that_cannot_be_written_is_told_before_the_base_is_loaded(scene: Scene, read_only: Path) -> None:
-    outcome = scene.train(read_only / "run", points=[Point("sdlora.run:prepare", action=mishaps.fails_inside)])
+    outcome = scene.train(read_only / "run", points=[Point("sdlora.run.run:prepare", action=mishaps.fails_inside)])
     assert outcome.code == 2, outcome.err
     assert "is read-only. Choose another --output" in said(outcome)
 
@@ -235,7 +237,7 @@ def test_a_base_that_vanishes_stops_the_run_and_it_goes_on_when_the_base_is_back
     base = tmp_path / "base"
     shutil.copytree(scene.root / "tiny", base)
     changes = [f"base.path={base}"]
-    point = Point("sdlora.training.loop:Trainer._step", 2, "after", mishaps.base_vanishes)
+    point = Point("sdlora.training.trainer:Trainer._step", 2, "after", mishaps.base_vanishes)
     outcome = scene.train(tmp_path / "run", points=[point], changes=changes)
     assert outcome.code == 2 and "base" in outcome.err, outcome.err
     everything_is_whole(tmp_path / "run")
@@ -264,7 +266,7 @@ def test_a_clock_that_jumps_changes_nothing(scene: Scene, expected: dict[str, st
 
 def test_a_run_begun_before_the_copy_check_is_refused_in_words(scene: Scene, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert scene.train(run, points=[Point("sdlora.training.loop:Trainer._step", 4)]).code == -signal.SIGKILL
+    assert scene.train(run, points=[Point("sdlora.training.trainer:Trainer._step", 4)]).code == -signal.SIGKILL
     (run / "epochs" / "0" / "copycheck.json").unlink()
     outcome = scene.go_on(run)
     assert outcome.code == 2

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers.promises import Figure
 from PIL import Image
-from promises import Figure
 from safetensors.torch import save
 
-PROGRAM = Path(__file__).with_name("fuzzing.py")
+PROGRAM = Path(__file__).parents[1] / "helpers" / "fuzzing.py"
 NUM_RUNS = 4000
 MODULE = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
 

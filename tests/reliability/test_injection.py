@@ -7,16 +7,16 @@ from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
 
-import mishaps
 import pytest
-from commandline import Point
+from helpers import mishaps
+from helpers.commandline import Point
+from helpers.promises import Figure
+from helpers.scene import Scene
 from PIL import Image
-from promises import Figure
-from scene import Scene
 
-from sdlora.configfile import parse_config
+from sdlora.config.toml import parse_config
 from sdlora.errors import ConfigError
-from sdlora.preview.page import SCRIPT
+from sdlora.report.html import SCRIPT
 
 NAMES = [
     "--n", "-rf", "a;touch x", "$(touch x)", "`touch x`", "a|b&c", "a'b", 'a"b', "<img src=x onerror=alert(1)>",
@@ -106,7 +106,7 @@ def test_secrets_are_written_nowhere(scene: Scene, tmp_path: Path, figure: Figur
     changes = ["train.epochs=1", "data.repeats=1"]
     for name, points in {
         "good": [],
-        "bad": [Point("sdlora.training.loop:Trainer._step", 2, action=mishaps.fails_inside)],
+        "bad": [Point("sdlora.training.trainer:Trainer._step", 2, action=mishaps.fails_inside)],
     }.items():
         arguments = scene.arguments(tmp_path / name, changes=changes)
         outcome = scene.command.start(arguments, points=points, environment=environment).wait()

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from broken_pictures import corrupt, decode_all, encoded, noise
-from commandline import CommandLine
+from helpers.broken_pictures import corrupt, decode_all, encoded, noise
+from helpers.commandline import CommandLine
+from helpers.promises import Figure
 from PIL import Image, ImageCms
-from promises import Figure
 
 from sdlora.data.dataset import load_dataset
 from sdlora.data.images import load_image

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from promises import PAGE, PROMISES, ROOT, page
+from helpers.promises import PAGE, PROMISES, ROOT, page
 
 
 def test_the_page_is_the_one_that_is_made() -> None:

@@ -11,18 +11,18 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import mishaps
 import pytest
-from commandline import CommandLine, Point, Side
+from helpers import mishaps
+from helpers.commandline import CommandLine, Point, Side
+from helpers.promises import Figure
+from helpers.saver import loaded_step, save_from
+from helpers.scene import Scene, digests
 from PIL import Image
-from promises import Figure
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from saver import loaded_step, save_from
-from scene import Scene, digests
 
-from sdlora.files import is_partial
-from sdlora.preview.copycheck import EpochCheck
+from sdlora.common.files import is_partial
+from sdlora.copycheck.verdict import EpochCheck
 from sdlora.training.checkpoint import complete_checkpoints, tidy_checkpoints
 
 # Everything that saving a checkpoint and deleting an old one asks of the system.
@@ -106,13 +106,13 @@ def torn_files(run: Path) -> list[str]:
 WRITES = {
     "config.toml": Point("pathlib:Path.write_bytes", 1, action="full disk"),
     "state.json": Point("pathlib:Path.write_bytes", 4, action="full disk"),
-    "cache": Point("sdlora.data.cache:save_file", 2, "after", action="full disk"),
+    "cache": Point("sdlora.cache.tensors:save_file", 2, "after", action="full disk"),
     "previews": Point("PIL.Image:Image.save", 2, "torn", action="full disk"),
-    "LoRA": Point("sdlora.lora.export:save_file", 2, "torn", action="full disk"),
+    "LoRA": Point("sdlora.lora_files.write:save_file", 2, "torn", action="full disk"),
     "checkpoint": Point("sdlora.training.checkpoint:save_file", 3, "torn", action="full disk"),
-    "final LoRA": Point("sdlora.run:shutil.copyfile", 1, "torn", action="full disk"),
-    "page": Point("sdlora.preview.report:write_text", 2, action="full disk"),
-    "metrics": Point("sdlora.runfolder:_append", 5, action="full disk", every=True),
+    "final LoRA": Point("sdlora.run.run:shutil.copyfile", 1, "torn", action="full disk"),
+    "page": Point("sdlora.report.report:write_text", 2, action="full disk"),
+    "metrics": Point("sdlora.run.folder:_append", 5, action="full disk", every=True),
 }
 
 
@@ -163,7 +163,7 @@ def test_a_disk_that_is_too_small_is_told_beforehand_and_one_that_fills_ends_the
     assert "left, and the run needs up to" in outcome.err
     assert not (small_disk / "run").exists()
     filler.unlink()
-    point = Point("sdlora.training.loop:Trainer._step", 6, "after", action=mishaps.disk_fills)
+    point = Point("sdlora.training.trainer:Trainer._step", 6, "after", action=mishaps.disk_fills)
     started = scene.command.start(
         scene.arguments(small_disk / "run"), points=[point], environment={"FILLED": str(filler)}
     )

@@ -6,11 +6,11 @@ import signal
 import time
 from pathlib import Path
 
-import mishaps
 import pytest
-from commandline import Point
-from promises import Figure
-from scene import Scene
+from helpers import mishaps
+from helpers.commandline import Point
+from helpers.promises import Figure
+from helpers.scene import Scene
 
 SHORT = ["train.epochs=1", "data.repeats=1", "preview.enabled=false"]
 
@@ -19,7 +19,7 @@ def start_two(scene: Scene, folder: Path) -> list[str]:
     """Start two runs in one folder, which both find free; what is wrong then."""
     gate = folder / "gate"
     gate.mkdir(parents=True)
-    at_gate = Point("sdlora.run:check_room", 1, "after", mishaps.wait_for_two)
+    at_gate = Point("sdlora.run.run:check_room", 1, "after", mishaps.wait_for_two)
     commands = [
         scene.command.start(
             scene.arguments(folder / "run", changes=SHORT), points=[at_gate], environment={"GATE": str(gate)}
@@ -53,7 +53,7 @@ def test_on_one_device_a_run_waits_and_begins_when_the_other_is_killed(scene: Sc
     # The first run stays where it is until it is killed.
     first = scene.command.start(
         scene.arguments(tmp_path / "first", changes=SHORT),
-        points=[Point("sdlora.training.loop:Trainer._step", 1, "before", mishaps.wait_for_two)],
+        points=[Point("sdlora.training.trainer:Trainer._step", 1, "before", mishaps.wait_for_two)],
         **options,  # type: ignore[arg-type]
     )
     while not list(gate.iterdir()):
@@ -63,10 +63,10 @@ def test_on_one_device_a_run_waits_and_begins_when_the_other_is_killed(scene: Sc
     refused = scene.command.run(*other, "--no-wait", **options)
     assert refused.code == 2 and "The GPU is in use by process" in refused.err, refused.err
     assert not (tmp_path / "second").exists()
-    given_up = Point("sdlora.devices:time.sleep", 1, "before", "interrupt")
+    given_up = Point("sdlora.common.device_lock:time.sleep", 1, "before", "interrupt")
     stopped = scene.command.run(*other, points=[given_up], **options)
     assert stopped.code == 130 and "Nothing was begun" in stopped.err, stopped.err
-    killing = Point("sdlora.devices:time.sleep", 1, "before", mishaps.kill_holder)
+    killing = Point("sdlora.common.device_lock:time.sleep", 1, "before", mishaps.kill_holder)
     waited = scene.command.run(*other, points=[killing], **options)
     assert waited.code == 0, waited.err
     assert "Waiting for the GPU, which is in use by process" in waited.err

@@ -8,17 +8,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from fixtures import FIXTURES
-from promises import Figure
+from helpers.fixtures import FIXTURES
+from helpers.promises import Figure
+from helpers.scene import Scene
 from safetensors.torch import load_file
-from scene import Scene
 
-from sdlora.configfile import load_config
+from sdlora.config.toml import load_config
 from sdlora.errors import OutputError
-from sdlora.lora.export import describe_lora
-from sdlora.lora.formats import read_tensors, tensors_sha256
-from sdlora.parts import prepare
-from sdlora.runfolder import RunFolder
+from sdlora.lora_files.read import read_tensors, tensors_sha256
+from sdlora.lora_files.write import describe_lora
+from sdlora.run.folder import RunFolder
+from sdlora.run.setup import prepare
 from sdlora.training.checkpoint import load_checkpoint
 
 VERSIONS = sorted(path.name for path in FIXTURES.iterdir())

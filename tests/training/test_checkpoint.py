@@ -2,13 +2,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_loop import make_trainer
+from helpers.trainer import make_trainer
 
 from sdlora.errors import OutputError
 from sdlora.events import CheckpointDue
 from sdlora.lora.inject import Form
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
-from sdlora.training.loop import Trainer
+from sdlora.training.trainer import Trainer
 
 
 def train_and_save(trainer: Trainer, folder: Path) -> list[Path]:

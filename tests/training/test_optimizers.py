@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 import schedulefree
 import torch
+from helpers.trainer import make_trainer
 from lion_pytorch import Lion
 from prodigyopt import Prodigy
-from test_loop import make_trainer
 from torch import Tensor, nn
 from transformers.optimization import Adafactor
 
-from sdlora.configfile import parse_config
+from sdlora.config.toml import parse_config
 from sdlora.errors import ConfigError
 from sdlora.events import CheckpointDue, StepDone
 from sdlora.lora.inject import Form

@@ -11,14 +11,14 @@ from typing import Any
 import psutil
 import pytest
 
-from sdlora.config import RunConfig
-from sdlora.configfile import parse_config
-from sdlora.ui import processes
-from sdlora.ui.context import Context
-from sdlora.ui.jobs import Jobs
-from sdlora.ui.processes import Identity
-from sdlora.ui.store import Studio
-from sdlora.ui.trial import Easel
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import parse_config
+from sdlora.ui.pages.context import Context
+from sdlora.ui.state import subprocesses
+from sdlora.ui.state.folders import Studio
+from sdlora.ui.state.queue import Jobs
+from sdlora.ui.state.subprocesses import Identity
+from sdlora.ui.state.try_lora import Easel
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def sleepers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[psutil.Process]]:
         started.append(process)
         return child, Identity(child.pid, process.create_time())
 
-    monkeypatch.setattr(processes, "start", start)
-    monkeypatch.setattr(processes, "default_device", lambda: "cpu")
+    monkeypatch.setattr(subprocesses, "start", start)
+    monkeypatch.setattr(subprocesses, "default_device", lambda: "cpu")
     yield started
     for process in started:
         if process.is_running():

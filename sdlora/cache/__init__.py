@@ -1,0 +1,1 @@
+"""Latents and text embeddings on disk, keyed by content."""

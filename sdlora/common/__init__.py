@@ -1,0 +1,1 @@
+"""Foundations that every room may use: files, locks, seeds, signals, bundled data."""

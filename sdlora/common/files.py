@@ -1,0 +1,159 @@
+"""Writing files so that a reader, or a crash, only ever sees the old content or the new one.
+
+A file is written beside its place under a temporary name, flushed to the disk and renamed.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from safetensors import SafetensorError
+
+from sdlora.errors import DiskFullError, OutputError
+
+_TEMPORARY_MARK = ".sdlora-partial-"
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+# Files of another machine's processes may lie in a shared folder, where this one cannot see whether they live.
+_MACHINE = re.sub(r"\W", "", platform.node())[:40] or "here"
+
+
+@contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error.
+
+    Raises:
+        DiskFullError: The disk is full. The old file, if there was one, is untouched.
+    """
+    temporary = _temporary(path)
+    try:
+        with naming_a_full_disk(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            yield temporary
+            _sync(temporary)
+            temporary.replace(path)
+            _sync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield a temporary folder; it becomes `path` when the block ends without an error, and is gone otherwise.
+
+    Raises:
+        OutputError: `path` is there already.
+        DiskFullError: The disk is full.
+    """
+    if path.exists():
+        raise OutputError(f"{path} exists already. Give another name, or move it away.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = _temporary(path)
+    try:
+        with naming_a_full_disk(path):
+            temporary.mkdir()
+            yield temporary
+            for file in temporary.rglob("*"):
+                _sync(file)
+            temporary.rename(path)
+            _sync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextmanager
+def naming_a_full_disk(path: Path) -> Iterator[None]:
+    """Turn what a full disk makes of writing `path` in the block into an error that says so.
+
+    Raises:
+        DiskFullError: The disk is full.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        # safetensors has no other way to tell it.
+        full = "os error 28" in str(error) if isinstance(error, SafetensorError) else error.errno in _FULL
+        if full:
+            raise DiskFullError(f"No room left on the disk to write {path}. Free some space and try again.") from error
+        raise
+
+
+def _temporary(path: Path) -> Path:
+    """A name that no other machine, process or thread gives."""
+    # A name has at most 255 bytes, and the mark takes some of them.
+    stem = path.name.encode("utf-8")[:150].decode("utf-8", errors="ignore")
+    return path.with_name(f".{stem}{_TEMPORARY_MARK}{_MACHINE}-{os.getpid()}-{threading.get_ident()}")
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    if path.is_dir() and os.name != "posix":
+        return  # Windows opens no folders
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` by `content` atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(content)
+
+
+def write_text(path: Path, content: str) -> None:
+    """Replace `path` by UTF-8 text atomically."""
+    write_bytes(path, content.encode("utf-8"))
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` by indented JSON atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def is_partial(path: Path) -> bool:
+    """Whether a path has the name of a file that is not written to its end."""
+    return path.name.startswith(".") and _TEMPORARY_MARK in path.name
+
+
+def remove_partial(folder: Path) -> list[Path]:
+    """Delete what interrupted writes left behind under `folder`; returns what was deleted.
+
+    Files of processes that live, and of other machines, stay: a cache is shared.
+    """
+    leftovers = [path for path in sorted(folder.rglob(f".*{_TEMPORARY_MARK}*")) if not _is_being_written(path)]
+    for leftover in leftovers:
+        if leftover.is_dir():
+            shutil.rmtree(leftover)
+        else:
+            leftover.unlink(missing_ok=True)
+    return leftovers
+
+
+def _is_being_written(partial: Path) -> bool:
+    machine, _, numbers = partial.name.rpartition(_TEMPORARY_MARK)[2].partition("-")
+    if not numbers:
+        return False  # by a version that told no machine
+    if machine != _MACHINE:
+        return True  # another machine's
+    pid = int(numbers.partition("-")[0])
+    # Of this process nothing is open where this is asked, so that its number was another's before.
+    return pid != os.getpid() and psutil.pid_exists(pid)

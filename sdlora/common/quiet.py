@@ -1,0 +1,29 @@
+"""Other libraries' chatter kept out of an artist's terminal.
+
+Called before the first of them is imported.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Silence warnings and progress bars; errors still arrive as exceptions."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.filterwarnings("ignore")
+    for name in ("accelerate", "torch", "huggingface_hub", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def is_main_process() -> bool:
+    """Whether this process is the one of its run that speaks: a launcher of several numbers them."""
+    return os.environ.get("RANK", "0") == "0"

@@ -1,0 +1,1 @@
+"""The schema of options, and configurations as TOML files."""

@@ -1,0 +1,197 @@
+"""Configurations as files: read from TOML with overrides, checked whole, and written back with every default."""
+
+from __future__ import annotations
+
+import copy
+import difflib
+import json
+import re
+import tomllib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from sdlora.common.bundled import shipped_config, shipped_configs
+from sdlora.config.schema import MAX_EPOCHS, RunConfig
+from sdlora.config.schema_data import SetConfig
+from sdlora.errors import ConfigError
+
+FREE_WHEN_RESUMING = {
+    "cache.dir",
+    "cache.max_text_gib",
+    "file.licence",
+    # What is computed at once leaves the result as it is, and previews are looked at, not trained on.
+    "preview.enabled",
+    "train.auto_batch",
+    "train.checkpoint_every_steps",
+    "train.compile",
+    "train.gradient_checkpointing",
+    "train.log_every_steps",
+}
+"""Options that leave the result as it is, so that a run may go on with others."""
+
+
+def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a configuration and check all of it.
+
+    Args:
+        source: A TOML file's path, or the name of a shipped configuration.
+        overrides: "section.key=value" each; the value is TOML, or a plain string where it is not.
+
+    Raises:
+        ConfigError: There is no such file, it is not TOML, or any setting is wrong; all faults are named at once.
+    """
+    document, name = read_config(source)
+    return parse_config(document, name=name, overrides=overrides)
+
+
+def read_config(source: str) -> tuple[dict[str, Any], str]:
+    """A configuration as it is written, unchecked, and the name it has from its file.
+
+    Args:
+        source: A TOML file's path, or the name of a shipped configuration.
+
+    Raises:
+        ConfigError: There is no such file, or it is not TOML.
+    """
+    path = Path(source)
+    if not path.is_file():
+        shipped = shipped_config(source)
+        if shipped is None:
+            near = difflib.get_close_matches(source, shipped_configs(), n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else f" Shipped ones: {', '.join(shipped_configs())}."
+            raise ConfigError(f"There is no configuration {source!r}.{hint}")
+        path = shipped
+    try:
+        document = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    return document, path.stem
+
+
+def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[str] = ()) -> RunConfig:
+    """Check a configuration that was read already.
+
+    Args:
+        document: Nested tables.
+        name: The run's name where the document gives none.
+        overrides: As in `load_config`.
+
+    Raises:
+        ConfigError: Any setting is wrong; all faults are named at once.
+    """
+    changed = copy.deepcopy(dict(document))
+    for override in overrides:
+        _apply(changed, override)
+    data = changed.get("data")
+    faults = []
+    if not isinstance(data, Mapping) or not (data.get("folder") or data.get("sets")):
+        faults.append("data.folder: not set; name the folder of your pictures.")
+    try:
+        config = RunConfig.model_validate({"name": name, **changed})
+        faults += [f"{key}: {value!r} is no text in UTF-8." for key, value in options(config) if not _is_text(value)]
+    except ValidationError as error:
+        faults = [_describe(dict(fault)) for fault in error.errors()] + faults
+    if faults:
+        raise ConfigError("The configuration has faults:\n" + "\n".join(f"  {fault}" for fault in faults))
+    return config
+
+
+def _is_text(value: Any) -> bool:
+    """Whether a value can be written: what a command line hands over may hold bytes that are no characters."""
+    try:
+        str(value).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _apply(document: dict[str, Any], override: str) -> None:
+    key, separator, text = override.partition("=")
+    names = key.strip().split(".")
+    if not separator or not all(names):
+        raise ConfigError(f"--set {override!r} is not of the form section.key=value.")
+    try:
+        value: Any = tomllib.loads(f"value = {text}")["value"]
+    except (tomllib.TOMLDecodeError, KeyError, RecursionError):
+        value = text.strip()
+    table = document
+    for name in names[:-1]:
+        table = table.setdefault(name, {})
+        if not isinstance(table, dict):
+            raise ConfigError(f"--set {override!r}: {name!r} is a setting, not a section.")
+    table[names[-1]] = value
+
+
+def _describe(fault: dict[str, Any]) -> str:
+    """One fault in words: the key, the value found, what is allowed."""
+    key = ".".join(str(part) for part in fault["loc"])
+    found, limits = fault["input"], fault.get("ctx", {})
+    if fault["type"] == "extra_forbidden":
+        known = [f"data.sets.{name}" for name in SetConfig.model_fields] if "sets" in fault["loc"] else option_names()
+        key = ".".join(str(part) for part in fault["loc"] if not isinstance(part, int))
+        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        return f"{key}: there is no such setting." + (f" Did you mean {near[0]}?" if near else "")
+    if key == "train.epochs" and isinstance(found, int) and found > MAX_EPOCHS:
+        return (
+            f"train.epochs: {found} is above {MAX_EPOCHS}. More passes teach a LoRA its pictures by heart: what it "
+            "draws are copies pasted from the training set, without life (copy-paste overfitting). Use 3 to 5, and if "
+            "it learns too little, add pictures, raise data.repeats a little, or raise train.learning_rate."
+        )
+    if fault["type"] == "value_error":
+        reason = f"{limits['error']}."
+        if not key or reason.startswith(key):
+            return reason
+        return f"{key}: {reason}" if isinstance(found, Mapping) else f"{key}: {found!r} is wrong: {reason}"
+    message = fault["msg"][0].lower() + fault["msg"][1:]
+    return f"{key}: found {found!r}; {message}."
+
+
+def option_names() -> list[str]:
+    """Every option by its dotted name, in the schema's order."""
+    return [name for name, _ in options(RunConfig())]
+
+
+def options(config: RunConfig) -> Iterator[tuple[str, Any]]:
+    """Every option by its dotted name with its value, in the schema's order."""
+    for name in RunConfig.model_fields:
+        value = getattr(config, name)
+        if isinstance(value, BaseModel):
+            yield from ((f"{name}.{key}", getattr(value, key)) for key in type(value).model_fields)
+        else:
+            yield name, value
+
+
+def dump_toml(config: RunConfig) -> str:
+    """The complete configuration as TOML, each option with its description; reading it gives the same again."""
+    lines: list[str] = []
+    section = ""
+    for name, value in options(config):
+        head, _, key = name.rpartition(".")
+        if head != section:
+            section = head
+            lines += ["", f"[{section}]"]
+        model = type(getattr(config, head)) if head else RunConfig
+        lines.append(f"# {model.model_fields[key].description}")
+        lines.append(f"# {key} =" if value is None else f"{key} = {_toml(value)}")
+    return "\n".join(lines) + "\n"
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, list):
+        return "[" + ", ".join(_toml(entry) for entry in value) + "]"
+    if isinstance(value, BaseModel):
+        return _toml({key: entry for key, entry in value.model_dump().items() if entry is not None})
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + "}"
+    if isinstance(value, str):
+        # JSON's escapes are TOML's, but for the delete character, which TOML wants escaped.
+        return re.sub("\x7f", r"\\u007F", json.dumps(value, ensure_ascii=False))
+    return json.dumps(value)
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of configurations."""
+    return RunConfig.model_json_schema()

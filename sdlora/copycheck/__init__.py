@@ -1,0 +1,1 @@
+"""The copy check: which previews copy training images."""

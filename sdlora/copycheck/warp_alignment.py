@@ -1,0 +1,166 @@
+"""How much a picture looks like another one that was warped: pulled out of shape smoothly, mirrored or not.
+
+Two pictures are first laid onto one another as well as a smooth displacement can, and then correlated; a copy
+that was warped is again alike in its detail. But so, a little, are two pictures of one subject: only other pictures of
+that subject tell how much of it means anything.
+Shapes: P pictures, G pictures of the gallery, N pairs, K waves of the displacement, H/W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from sdlora.copycheck.similarity import SIZE_PX, blur, check_both, detail, luma
+
+NUM_CANDIDATES = 2
+DEGREE = 4
+LEVELS_PX = (4.0, 2.0, 1.0)
+STEPS = 6
+STIFFNESS = 0.005
+MOST_PX = SIZE_PX / 8
+LAYOUT_PX = 3.0
+SMOOTH_PX = 2.0
+_CHUNK = 64
+_FLAT = 1e-4  # detail weaker than this is none
+
+
+def registered(
+    pictures: Sequence[Image.Image], gallery: Sequence[Image.Image], excluded: Tensor | None = None
+) -> Tensor:
+    """The correlation of detail between every picture and the gallery's likeliest, once registered.
+
+    Both become 64x64 luma. The two pictures of the gallery whose layout correlates best, mirrored or not, are
+    registered to the picture (`register`); the score is the zero-mean normalised cross-correlation of what a 9x9 box
+    mean takes away from both, blurred by 2 px, where they overlap.
+
+    Args:
+        pictures: P pictures of any mode and size.
+        gallery: G pictures they may be copies of.
+        excluded: Pairs that are not looked at, (P, G), or None.
+
+    Returns:
+        (P, G) float32 in [-1, 1]; 1 is a copy, -1 stands where no registration was tried.
+
+    Raises:
+        ValueError: One of the two is empty.
+    """
+    check_both(pictures, gallery)
+    seen, known = luma(pictures)[:, 0], luma(gallery)[:, 0]
+    both = torch.stack([seen, seen.flip(-1)], dim=1)  # (P, 2, H, W)
+    likeness = _layout(both) @ _layout(known).T  # (P, 2, G)
+    if excluded is not None:
+        likeness = likeness.masked_fill(excluded.unsqueeze(1), -torch.inf)
+    best, mirrored = likeness.max(dim=1)
+    found = torch.full(best.shape, -1.0)
+    number = min(NUM_CANDIDATES, len(known))
+    column = best.topk(number, dim=1).indices.flatten()
+    row = torch.arange(len(seen)).repeat_interleave(number)
+    row, column = (index[best[row, column] > -torch.inf] for index in (row, column))
+    for some in torch.split(torch.arange(len(row)), _CHUNK):
+        r, c = row[some], column[some]
+        found[r, c] = _correlation(both[r, mirrored[r, c]], known[c])
+    return found
+
+
+def register(moving: Tensor, still: Tensor) -> Tensor:
+    """The smooth displacement that lays pictures onto others.
+
+    It minimises |still(x) - moving(x + u(x))|^2 + stiffness * sum of (1 + n)^2 c^2, where u is a sum of products of
+    Legendre polynomials (of degree n in all, coefficients c in pixels) and both pictures are brought to mean 0 and
+    deviation 1 over what they share, so that brightness and contrast do not matter. Gauss and Newton's steps, from
+    coarse to fine.
+
+    Args:
+        moving: Luma, (N, 64, 64).
+        still: Luma, (N, 64, 64).
+
+    Returns:
+        u, (N, 2, 64, 64) in pixels, along x and then y; at most 8 px either way.
+
+    Source: Lucas & Kanade 1981, "An iterative image registration technique"; Baker & Matthews 2004, "Lucas-Kanade 20
+    years on", section 2 (forwards, additive).
+    """
+    waves, orders = _waves()
+    flat = waves.flatten(1).T.contiguous()  # (H W, K)
+    upper = torch.triu_indices(len(waves), len(waves))
+    pairs = flat[:, upper[0]] * flat[:, upper[1]]  # what the normal equations are sums of, (H W, K (K + 1) / 2)
+    place = torch.zeros(len(waves), len(waves), dtype=torch.long)
+    place[upper[0], upper[1]] = place[upper[1], upper[0]] = torch.arange(upper.shape[1])
+    penalty = STIFFNESS * (1 + orders).square().repeat(2)
+    coefficients = torch.zeros(len(moving), 2 * len(waves))
+    for sigma in LEVELS_PX:
+        blurred, aim = blur(moving, sigma), blur(still, sigma)
+        for _ in range(STEPS):
+            moved, inside = _move(blurred, _displacement(coefficients, waves))
+            moved, target = _standard(moved, inside), _standard(aim, inside)
+            x, y = ((slope * inside).flatten(1) for slope in torch.gradient(moved, dim=(2, 1)))
+            xx, xy, yy = ((product @ pairs)[:, place] for product in (x * x, x * y, y * y))
+            normal = torch.cat([torch.cat([xx, xy], dim=2), torch.cat([xy, yy], dim=2)], dim=1)
+            error = (target - moved).flatten(1)
+            pull = torch.cat([(x * error) @ flat, (y * error) @ flat], dim=1)
+            stiff = normal.diagonal(dim1=1, dim2=2).mean(dim=1, keepdim=True) * penalty + _FLAT
+            step = torch.linalg.solve(normal + torch.diag_embed(stiff), pull - stiff * coefficients)
+            coefficients = coefficients + step
+    return _displacement(coefficients, waves)
+
+
+def _correlation(moving: Tensor, still: Tensor) -> Tensor:
+    """Of detail, after registration, (N,)."""
+    moved, inside = _move(moving, register(moving, still))
+    first, second = (detail(blur(x, SMOOTH_PX).unsqueeze(1))[:, 0] for x in (moved, still))
+    num = inside.sum(dim=(1, 2)).clamp(min=1)
+    first, second = (
+        ((x - ((x * inside).sum(dim=(1, 2)) / num)[:, None, None]) * inside).flatten(1) for x in (first, second)
+    )
+    lengths = first.norm(dim=1) * second.norm(dim=1)
+    correlation: Tensor = (first * second).sum(dim=1) / lengths.clamp(min=_FLAT)
+    return correlation
+
+
+def _waves() -> tuple[Tensor, Tensor]:
+    """Products of Legendre polynomials over a picture, (K, 64, 64), and their degrees, (K,)."""
+    x = torch.linspace(-1, 1, SIZE_PX)
+    lines = [torch.ones_like(x), x]
+    for n in range(1, DEGREE):  # Bonnet's recursion
+        lines.append(((2 * n + 1) * x * lines[n] - n * lines[n - 1]) / (n + 1))
+    pairs = [(i, j) for i in range(DEGREE + 1) for j in range(DEGREE + 1)]
+    waves = torch.stack([torch.outer(lines[i], lines[j]) for i, j in pairs])
+    return waves, torch.tensor([float(i + j) for i, j in pairs])
+
+
+def _displacement(coefficients: Tensor, waves: Tensor) -> Tensor:
+    both = coefficients.view(len(coefficients), 2, len(waves))
+    return (both @ waves.flatten(1)).clamp(-MOST_PX, MOST_PX).view(-1, 2, SIZE_PX, SIZE_PX)
+
+
+def _move(pictures: Tensor, displacement: Tensor) -> tuple[Tensor, Tensor]:
+    """Pictures read at x + u(x), and 1 where that is inside them, else 0."""
+    line = torch.arange(SIZE_PX, dtype=torch.float32)
+    x, y = displacement[:, 0] + line, displacement[:, 1] + line.unsqueeze(1)
+    last = SIZE_PX - 1
+    grid = torch.stack([x, y], dim=-1) * (2 / last) - 1
+    moved = F.grid_sample(pictures.unsqueeze(1), grid, mode="bilinear", padding_mode="border", align_corners=True)
+    return moved[:, 0], ((x >= 0) & (x <= last) & (y >= 0) & (y <= last)).float()
+
+
+def _standard(pictures: Tensor, inside: Tensor) -> Tensor:
+    """Brought to mean 0 and deviation 1 over what is inside."""
+    num = inside.sum(dim=(1, 2)).clamp(min=1)
+    centred = pictures - ((pictures * inside).sum(dim=(1, 2)) / num)[:, None, None]
+    deviation = ((centred.square() * inside).sum(dim=(1, 2)) / num).sqrt().clamp(min=1e-3)
+    standard: Tensor = centred / deviation[:, None, None]
+    return standard
+
+
+def _layout(pictures: Tensor) -> Tensor:
+    """What a blur leaves, as vectors whose products are correlations, (..., H W)."""
+    vectors = blur(pictures.reshape(-1, SIZE_PX, SIZE_PX), LAYOUT_PX).flatten(1)
+    vectors = vectors - vectors.mean(dim=1, keepdim=True)
+    vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=_FLAT)
+    shaped: Tensor = vectors.view(*pictures.shape[:-2], -1)
+    return shaped

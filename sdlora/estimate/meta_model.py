@@ -1,0 +1,158 @@
+"""A base that has shapes and no numbers, for plans.
+
+Shapes: B batch, C latent channels, h/w latents, L tokens, D text width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from sdlora.diffusion.noise import PredictionType
+from sdlora.lora.quantize import Quantization, quantize_linears
+from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.models.base import BaseModel, TextStates
+
+META = torch.device("meta")
+_POOLED_WIDTH = 1280
+
+
+@dataclass(frozen=True)
+class Shapes:
+    """What a base is made of, as the configurations of its networks.
+
+    Attributes:
+        unet: Of diffusers' UNet2DConditionModel.
+        vae: Of diffusers' AutoencoderKL.
+        text_encoders: Of transformers' CLIPTextConfig, each.
+        vae_bytes: What the VAE holds.
+        text_bytes: What the text encoders hold.
+    """
+
+    unet: Mapping[str, Any]
+    vae: Mapping[str, Any]
+    text_encoders: tuple[Mapping[str, Any], ...]
+    vae_bytes: int
+    text_bytes: int
+
+    @property
+    def frozen_bytes(self) -> int:
+        """What both hold, where they have no other place than the UNet's."""
+        return self.vae_bytes + self.text_bytes
+
+    @property
+    def latent_factor(self) -> int:
+        """Pixels per latent, along one edge."""
+        return int(2 ** (len(self.vae["block_out_channels"]) - 1))
+
+    @property
+    def resolution_px(self) -> int:
+        """The edge length that it was trained at, in pixels."""
+        return int(self.unet["sample_size"]) * self.latent_factor
+
+
+def shapes_of_family(family: Family) -> Shapes:
+    """The shapes of a family of bases."""
+    architecture = ARCHITECTURES[family]
+    return shapes_of_configs(architecture.unet, architecture.vae, architecture.text_encoders)
+
+
+def shapes_of_configs(
+    unet: Mapping[str, Any], vae: Mapping[str, Any], text_encoders: Sequence[Mapping[str, Any]]
+) -> Shapes:
+    """The shapes of a base by its networks' configurations, VAE and text encoders in float32 as sdlora keeps them."""
+    with META:
+        decoder = AutoencoderKL.from_config(dict(vae))
+        encoders = [CLIPTextModel(CLIPTextConfig(**config)) for config in text_encoders]
+    return Shapes(unet, vae, tuple(text_encoders), num_bytes(decoder), num_bytes(*encoders))
+
+
+def shapes_of_base(base: BaseModel) -> Shapes:
+    """The shapes of a base that is loaded."""
+    texts: tuple[Any, ...] = base.text_encoders
+    (vae,) = [network for network in vars(base).values() if isinstance(network, AutoencoderKL)]
+    return Shapes(
+        unet=dict(base.unet.config),
+        vae=dict(vae.config),
+        text_encoders=tuple(network.config.to_dict() for network in texts),
+        vae_bytes=num_bytes(vae),
+        text_bytes=num_bytes(*texts),
+    )
+
+
+def num_bytes(*networks: nn.Module) -> int:
+    """What the parameters and buffers of networks hold, each counted once."""
+    tensors = {id(t): t for n in networks for t in (*n.parameters(), *n.buffers())}
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+class MetaBase:
+    """Networks of given shapes on the meta device, answering as a `sdlora.models.base.BaseModel` does.
+
+    Args:
+        shapes: What to build.
+        dtype: The UNet's type.
+        quantization: How the UNet's linear layers are kept, or "none".
+        text_is_trained: Whether the text encoders are built as well.
+    """
+
+    device = META
+    prediction_type: PredictionType = "epsilon"
+
+    def __init__(
+        self,
+        shapes: Shapes,
+        dtype: torch.dtype,
+        *,
+        quantization: Quantization | Literal["none"] = "none",
+        text_is_trained: bool = False,
+    ) -> None:
+        with META:
+            self.unet: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(shapes.unet))
+            configs = shapes.text_encoders if text_is_trained else ()
+            self.text_encoders = tuple(CLIPTextModel(CLIPTextConfig(**config)).eval() for config in configs)
+            self.alphas_cumprod = torch.empty(1000)
+        nn.Module.to(self.unet.requires_grad_(False).eval(), dtype)
+        if quantization != "none":
+            quantize_linears(self.unet, quantization)
+        self.num_tokens = int(shapes.text_encoders[0]["max_position_embeddings"])
+
+    def text(self, batch_size: int) -> TextStates:
+        """Text states as the UNet takes them, (B, L, D), through the text encoders where they are trained."""
+        config = self.unet.config
+        if self.text_encoders:
+            tokens = torch.zeros(batch_size, self.num_tokens, dtype=torch.long, device=META)
+            answers = [encoder(tokens, output_hidden_states=True) for encoder in self.text_encoders]
+            # Two encoders are read a layer before their last, side by side.
+            two = len(answers) > 1
+            states = torch.cat([a.hidden_states[-2] if two else a.last_hidden_state for a in answers], dim=-1)
+        else:
+            states = torch.empty(batch_size, self.num_tokens, config.cross_attention_dim, device=META)
+        found = {"states": states}
+        if config.addition_embed_type == "text_time":
+            num_sizes = (config.projection_class_embeddings_input_dim - _POOLED_WIDTH) // config.addition_time_embed_dim
+            found["text_embeds"] = torch.empty(batch_size, _POOLED_WIDTH, device=META)
+            found["time_ids"] = torch.empty(batch_size, num_sizes, device=META)
+        return found
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
+        """The UNet's answer (B, C, h, w) in float32, for latents (B, C, h, w) at timesteps (B,)."""
+        dtype = self.unet.dtype
+        added = {name: value.to(dtype) for name, value in text.items() if name != "states"}
+        answer: Tensor = self.unet(
+            noisy.to(dtype), timesteps, text["states"].to(dtype), added_cond_kwargs=added or None, return_dict=False
+        )[0]
+        return answer.float()
+
+
+def latents(shapes: Shapes, batch_size: int, size_px: Sequence[int]) -> Tensor:
+    """Empty latents (B, C, h, w) of pictures of a width and a height."""
+    width, height = (edge // shapes.latent_factor for edge in size_px)
+    channels = shapes.unet.get("in_channels", 4)
+    return torch.empty(batch_size, channels, height, width, device=META)

@@ -1,0 +1,201 @@
+"""Frozen linear layers that are kept in 8 or 4 bits and turned back into numbers whenever they are used.
+
+A weight is never kept beside its codes, on the way back neither, so that memory falls by what the codes save.
+Shapes: i in, o out, n = i o numbers of a weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import Function
+
+Quantization = Literal["int8", "nf4"]
+
+_INT8_MAX = 127
+_NF4_BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A weight in few bits.
+
+    Attributes:
+        kind: "int8": each row's numbers as whole multiples, up to 127, of a step of its own. "nf4": every 64 numbers in
+            units of their largest, each as the nearest of 16 levels.
+        codes: (o, i) int8, or (o, i / 2) uint8, two to a byte.
+        scales: Steps (o, 1), or the largest of every 64 (o, i / 64); float32.
+        dtype: What it is turned back into.
+
+    Source: Jacob et al. 1712.05877, section 2.1, without a zero point (int8); Dettmers et al. 2305.14314, section 3,
+    without double quantization (NF4).
+    """
+
+    kind: Quantization
+    codes: Tensor
+    scales: Tensor
+    dtype: torch.dtype
+
+    @property
+    def shape(self) -> torch.Size:
+        """(o, i)."""
+        rows, columns = self.codes.shape
+        return torch.Size((rows, columns if self.kind == "int8" else 2 * columns))
+
+    @property
+    def device(self) -> torch.device:
+        """Where it is."""
+        return self.codes.device
+
+    @classmethod
+    def of(cls, weight: Tensor, kind: Quantization) -> Packed:
+        """The nearest packed weight.
+
+        Args:
+            weight: (o, i); i is a multiple of 64 for "nf4".
+            kind: How it is kept.
+        """
+        smallest = torch.finfo(torch.float32).tiny  # nothing is divided by zero where there is nothing but zeros
+        if kind == "int8":
+            values = weight.detach().float()
+            scales = (values.abs().amax(dim=1, keepdim=True) / _INT8_MAX).clamp(min=smallest)
+            codes = (values / scales).round().to(torch.int8)
+        else:
+            values = weight.detach().float().view(len(weight), -1, _NF4_BLOCK)
+            scales = values.abs().amax(dim=2).clamp(min=smallest)
+            levels = _nf4_levels().to(weight.device)
+            nearest = torch.bucketize(values / scales.unsqueeze(2), (levels[1:] + levels[:-1]) / 2)
+            high, low = nearest.view(len(weight), -1, 2).unbind(2)
+            codes = (16 * high + low).to(torch.uint8)
+        return cls(kind, codes, scales, weight.dtype)
+
+    def dense(self) -> Tensor:
+        """The weight, (o, i), in a tensor of its own."""
+        if self.kind == "int8":
+            return torch.mul(self.codes, self.scales, out=torch.empty_like(self.codes, dtype=self.dtype))
+        # Two numbers a byte, by a table of all bytes: nothing has to be unpacked.
+        pairs = F.embedding(self.codes.int(), _nf4_pairs(self.codes.device))
+        blocks = pairs.view(len(pairs), -1, _NF4_BLOCK)
+        return torch.mul(blocks, self.scales.unsqueeze(2), out=torch.empty_like(blocks, dtype=self.dtype)).flatten(1)
+
+
+def stack(parts: Sequence[Packed]) -> Packed:
+    """Weights of one kind and width on top of each other."""
+    codes, scales = ([getattr(part, name) for part in parts] for name in ("codes", "scales"))
+    return replace(parts[0], codes=torch.cat(codes), scales=torch.cat(scales))
+
+
+def unstack(whole: Packed, count: int) -> list[Packed]:
+    """So many weights of one height that lie on top of each other, as views."""
+    pairs = zip(whole.codes.chunk(count), whole.scales.chunk(count), strict=True)
+    return [replace(whole, codes=codes, scales=scales) for codes, scales in pairs]
+
+
+class QuantizedLinear(nn.Module):
+    """A frozen linear layer whose weight is packed.
+
+    Args:
+        linear: The layer that it stands for; its bias is kept as it is.
+        kind: How its weight is kept.
+    """
+
+    codes: Tensor
+    scales: Tensor
+
+    def __init__(self, linear: nn.Linear, kind: Quantization) -> None:
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.kind: Quantization = kind
+        self.dtype = linear.weight.dtype
+        self.bias = linear.bias
+        packed = Packed.of(linear.weight, kind)
+        self.register_buffer("codes", packed.codes)
+        self.register_buffer("scales", packed.scales)
+
+    @property
+    def packed(self) -> Packed:
+        """The weight as it is kept."""
+        return Packed(self.kind, self.codes, self.scales, self.dtype)
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight, (o, i), made anew whenever it is asked for."""
+        return self.packed.dense()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
+        """What moves a network, or turns it into another type, changes what a weight is turned back into alone."""
+        scales = self.scales
+        probe = fn(torch.empty(0, dtype=self.dtype, device=scales.device))
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.scales, self.dtype = scales.to(probe.device), probe.dtype
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        """W x + b, (..., i) to (..., o)."""
+        answer: Tensor = _Frozen.apply(x, self.packed, self.bias)  # type: ignore[no-untyped-call]
+        return answer
+
+
+class _Frozen(Function):
+    """W x + b that keeps the packed weight alone."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
+        ctx.packed = packed
+        return F.linear(x, packed.dense(), bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return grad @ ctx.packed.dense(), None, None
+
+
+def quantize_linears(unet: nn.Module, kind: Quantization) -> None:
+    """Pack the linear layers of a UNet's attention blocks, which are most of it; the others are left as they are.
+
+    Args:
+        unet: Changed in place; it has no adapter.
+        kind: How weights are kept; of "nf4" those that are no multiple of 64 wide are left as they are.
+    """
+    found = [
+        (path, module)
+        for path, module in unet.named_modules()
+        if ".attentions." in f".{path}" and isinstance(module, nn.Linear)
+    ]
+    for path, module in found:
+        if kind == "int8" or module.in_features % _NF4_BLOCK == 0:
+            parent, _, name = path.rpartition(".")
+            setattr(unet.get_submodule(parent), name, QuantizedLinear(module, kind))
+
+
+def frozen_weight(layer: nn.Module) -> Tensor | Packed:
+    """A layer's weight as it is kept; shape, type and device are told without making a packed one anew."""
+    return layer.packed if isinstance(layer, QuantizedLinear) else layer.weight  # type: ignore[return-value]
+
+
+def num_weights(network: nn.Module) -> int:
+    """How many numbers a network has, packed ones included."""
+    packed = [m.in_features * m.out_features for m in network.modules() if isinstance(m, QuantizedLinear)]
+    return sum(parameter.numel() for parameter in network.parameters()) + sum(packed)
+
+
+@cache
+def _nf4_levels() -> Tensor:
+    """The 16 levels, (16,) from -1 to 1: quantiles of the normal distribution, eight of them above zero."""
+    exact: Any = {"dtype": torch.float64, "device": "cpu"}
+    outermost = 1 - (1 / 32 + 1 / 30) / 2
+    above, below = (torch.special.ndtri(torch.linspace(outermost, 0.5, count, **exact)[:-1]) for count in (9, 8))
+    levels = torch.cat([-below, torch.zeros(1, **exact), above.flip(0)])
+    return (levels / levels.max()).float()
+
+
+@cache
+def _nf4_pairs(device: torch.device) -> Tensor:
+    """What the two halves of every byte stand for, (256, 2)."""
+    levels = _nf4_levels()
+    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).to(device)

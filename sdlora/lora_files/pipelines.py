@@ -1,0 +1,71 @@
+"""Help for diffusers pipelines that load sdlora's files.
+
+A LoRA's weights cannot tell which ranks belong to which noise level; its metadata does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from sdlora.errors import DataError
+from sdlora.lora.timestep_rank import TimestepRank, rank_mask, timestep_rank_in, watch_timesteps
+
+
+def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name: str | None = None) -> None:
+    """Use the ranks that a LoRA was trained with at every noise level, in a pipeline that has loaded it.
+
+    Args:
+        pipe: A diffusers pipeline after `pipe.load_lora_weights(file)`.
+        file: The same LoRA file.
+        adapter_name: The name it was loaded under; may be left out where the pipeline has one LoRA.
+
+    Raises:
+        DataError: The file cannot be read or was trained without a timestep rank, or the pipeline's UNet holds no
+            such LoRA.
+    """
+    setting, copies = _read_setting(Path(file))
+    unet = pipe.unet
+    adapters = sorted(getattr(unet, "peft_config", {}))
+    name = adapters[0] if adapter_name is None and len(adapters) == 1 else adapter_name
+    if name is None or name not in adapters:
+        raise DataError(
+            f"The pipeline's UNet has no LoRA {name!r}; it has: {', '.join(adapters) or 'none'}. "
+            "Call load_lora_weights first, and give adapter_name where there are several."
+        )
+    now: list[Tensor] = []
+
+    def tell(timesteps: Tensor) -> None:
+        now[:] = [timesteps]
+
+    def hook(rank: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
+        def mask_inner(_: nn.Module, __: Any, inner: Tensor) -> Tensor:
+            mask = rank_mask(now[0], rank // copies, setting).to(inner).repeat(1, copies)
+            return inner * (mask[:, None] if inner.dim() == 3 else mask[:, :, None, None])
+
+        return mask_inner
+
+    watch_timesteps(unet, tell)
+    for module in unet.modules():
+        downs = getattr(module, "lora_A", None)
+        down = downs[name] if isinstance(downs, nn.ModuleDict) and name in downs else None
+        if isinstance(down, nn.Linear | nn.Conv2d):
+            down.register_forward_hook(hook(down.weight.shape[0]))
+
+
+def _read_setting(file: Path) -> tuple[TimestepRank, int]:
+    """The setting, and how many copies of the ranks the file holds one after the other."""
+    try:
+        with safe_open(file, framework="pt") as opened:
+            metadata: dict[str, str] = dict(opened.metadata() or {})
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{file} is not a readable safetensors file: {error}.") from error
+    setting = timestep_rank_in(metadata, file.name)
+    if setting is None:
+        raise DataError(f"{file} was trained without a timestep rank; use it as it is.")
+    return setting, 2 if "sdlora.frozen_start" in metadata else 1

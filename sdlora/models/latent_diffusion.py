@@ -1,0 +1,238 @@
+"""What all families have in common: an AutoencoderKL, a UNet with cross-attention, a schedule, diffusers' pipeline.
+
+Used by the families' files. Shapes: B batch, C latent channels (4), H/W pixels, h/w latents.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import CLIPTokenizer
+
+from sdlora.diffusion.noise import check_prediction_type, zero_terminal_snr
+from sdlora.errors import BaseModelError, ConfigError
+from sdlora.models.text import TextOptions
+
+_ASIDE = torch.device("cpu")
+"""Where networks wait that are not used."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """A loaded pipeline and where it came from.
+
+    Attributes:
+        pipeline: In float32 on the CPU.
+        path: As the user gave it.
+        revision: The commit on the hub, or None.
+        reload: Loads the same pipeline anew.
+    """
+
+    pipeline: DiffusionPipeline
+    path: str
+    revision: str | None
+    reload: Callable[[], DiffusionPipeline]
+
+
+class LatentDiffusion:
+    """The part of `sdlora.models.base.BaseModel` that is alike for all families.
+
+    Args:
+        source: The loaded pipeline.
+        device: Where to compute.
+        dtype: The frozen UNet's type; VAE and text encoders stay in float32, for they are small or run once (and in
+            float16 the VAE of Stable Diffusion XL overflows).
+        text: How captions are read.
+
+    Raises:
+        BaseModelError: The base predicts something sdlora does not train, or on another kind of schedule.
+    """
+
+    def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype, text: TextOptions) -> None:
+        pipeline = source.pipeline
+        self._pipeline = pipeline
+        self._reload = source.reload
+        self.path, self.revision, self.device, self.text = source.path, source.revision, device, text
+        self.unet: UNet2DConditionModel = pipeline.unet
+        self.vae: AutoencoderKL = pipeline.vae
+        self.text_encoders: tuple[Any, ...] = _one_or_two(pipeline, "text_encoder")
+        self.tokenizers: tuple[CLIPTokenizer, ...] = _one_or_two(pipeline, "tokenizer")
+        if "beta_schedule" not in pipeline.scheduler.config:
+            raise BaseModelError(
+                f"{source.path!r} is sampled by {type(pipeline.scheduler).__name__}: its noise levels are not those of "
+                "the diffusion models that sdlora trains. Choose a base with a DDPM schedule."
+            )
+        schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
+        self.prediction_type = check_prediction_type(schedule.config.prediction_type)
+        self.alphas_cumprod: Tensor = schedule.alphas_cumprod.float().to(device)
+        self.latent_factor: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.resolution_px: int = self.unet.config.sample_size * self.latent_factor
+        self.max_tokens: int = text.max_windows * (self.tokenizers[0].model_max_length - 2) + 2
+        self.vae_identity = weights_identity(self.vae, self.vae.config)
+        self.text_identity = self._text_identity()
+        for module in (self.unet, self.vae, *self.text_encoders):
+            module.requires_grad_(False).eval()
+        self.unet.to(device, dtype)
+
+    def _text_identity(self) -> str:
+        parts = [
+            weights_identity(
+                encoder, encoder.config.to_dict(), tokenizer.get_vocab(), {"padding": tokenizer.pad_token_id}
+            )
+            for encoder, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True)
+        ]
+        return hashlib.blake2b("".join([*parts, str(self.text)]).encode("utf-8"), digest_size=16).hexdigest()
+
+    def bring_text_encoders(self) -> tuple[Any, ...]:
+        """The networks that captions go through, brought to the device to compute or to be trained."""
+        self._use(*self.text_encoders)
+        return self.text_encoders
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to posterior moments (B, 2C, h, w) in float32."""
+        self._use(self.vae)
+        moments: Tensor = self.vae.encode(pixels.to(self.device)).latent_dist.parameters
+        return moments
+
+    def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Draw from the posterior and scale: (mean + exp(log-variance / 2) * noise) * scaling_factor."""
+        mean, log_variance = moments.float().chunk(2, dim=1)
+        # diffusers clamps the log-variance to this range as well (DiagonalGaussianDistribution).
+        deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
+        latents: Tensor = (mean + deviation * noise) * self.vae.config.scaling_factor
+        return latents
+
+    def num_tokens(self, caption: str) -> int:
+        """How many tokens a caption needs, the start and end marks included."""
+        return len(self.tokenizers[0](caption, truncation=False, verbose=False).input_ids)
+
+    def use_zero_terminal_snr(self) -> None:
+        """Rescale the schedule, for training and for previews, so that the highest level is pure noise.
+
+        Raises:
+            ConfigError: The base predicts epsilon, which says nothing of the picture where there is only noise.
+        """
+        if self.prediction_type != "v_prediction":
+            raise ConfigError(
+                f"loss.zero_terminal_snr needs a v-prediction base, and {self.path!r} predicts {self.prediction_type}. "
+                "Set it to false, or raise loss.noise_offset a little for darker and brighter pictures."
+            )
+        self.alphas_cumprod = zero_terminal_snr(self.alphas_cumprod)
+        # Sampling must begin at the last level, too (Lin et al. 2305.08891, section 3.3); DDIM can.
+        self._pipeline.scheduler = DDIMScheduler.from_config(
+            self._pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
+        )
+
+    @contextmanager
+    def pipeline(self) -> Iterator[DiffusionPipeline]:
+        """The pipeline around these networks; latents stay in float32 whatever the UNet computes in.
+
+        It takes prompts as `preview_prompts` gives them, and has no text encoders of its own.
+        """
+        self._use(self.vae)
+        # diffusers computes where it finds any of the networks, and asks text encoders for no more than this.
+        held = vars(self._pipeline)
+        encoders = {name: held[name] for name in ("text_encoder", "text_encoder_2") if name in held}
+        told = {name: SimpleNamespace(dtype=e.dtype, config=e.config) for name, e in encoders.items()}
+        before = self.unet.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+        after = self.unet.register_forward_hook(_cast_outputs)
+        held.update(told)
+        try:
+            yield self._pipeline
+        finally:
+            held.update(encoders)
+            before.remove()
+            after.remove()
+
+    def set_aside(self) -> None:
+        """Take VAE and text encoders off the device; whichever is used next comes back by itself."""
+        self._use()
+
+    def _use(self, *wanted: nn.Module) -> None:
+        """Bring VAE or text encoders to the device, once those that are not wanted are off it.
+
+        What is trained stays: an optimizer knows its numbers where they are.
+        """
+        others = [network for network in (self.vae, *self.text_encoders) if network not in wanted]
+        for network in others:
+            if not any(parameter.requires_grad for parameter in network.parameters()):
+                move(network, _ASIDE)
+        for network in wanted:
+            move(network, self.device)
+
+    def fresh_pipeline(self) -> DiffusionPipeline:
+        """The same base loaded anew in float32 on the CPU."""
+        return self._reload()
+
+
+def move(network: nn.Module, device: torch.device) -> None:
+    """Put a network on a device, if it is on another."""
+    if next(network.parameters()).device != device:
+        network.to(device)
+
+
+def _one_or_two(pipeline: DiffusionPipeline, part: str) -> Any:
+    """A part of a pipeline, and its second of the kind if there is one."""
+    found = (getattr(pipeline, name, None) for name in (part, f"{part}_2"))
+    return tuple(component for component in found if component is not None)
+
+
+def refuse_other_inputs(source: Source) -> None:
+    """Refuse a UNet that takes more than noisy latents and text.
+
+    Raises:
+        BaseModelError: It is for inpainting, depth, edits or pictures as prompts.
+    """
+    unet, vae = source.pipeline.unet, source.pipeline.vae
+    channels, own = unet.config.in_channels, vae.config.latent_channels
+    if channels != own:
+        kinds = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures"}
+        kind = kinds.get(channels, "no plain text-to-image model")
+        raise BaseModelError(
+            f"The UNet of {source.path!r} takes {channels} channels and its VAE makes {own}: this is {kind}. "
+            "Train on the plain model it was made from; the LoRA works on both."
+        )
+    if unet.config.class_embed_type is not None or unet.config.encoder_hid_dim_type is not None:
+        raise BaseModelError(
+            f"The UNet of {source.path!r} takes pictures as prompts (unCLIP or the like), which sdlora does not train. "
+            "Choose a text-to-image base."
+        )
+
+
+def _cast_inputs(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    dtype = next(unet.parameters()).dtype
+
+    def cast(value: Any) -> Any:
+        if isinstance(value, dict):
+            # Sizes in pixels stay exact: bfloat16 knows no odd number above 256.
+            return {name: inner if name == "time_ids" else cast(inner) for name, inner in value.items()}
+        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
+
+
+def _cast_outputs(_: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(value.float() for value in output)
+
+
+def weights_identity(module: nn.Module, *descriptions: Any) -> str:
+    """A hash of a module's weights and of whatever else decides what it computes."""
+    digest = hashlib.blake2b(digest_size=16)
+    for description in descriptions:
+        # Names that begin with an underscore tell where a network was loaded from, and by which version.
+        settings = {key: value for key, value in dict(description).items() if not str(key).startswith("_")}
+        digest.update(json.dumps(settings, sort_keys=True, default=str).encode("utf-8"))
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(name.encode("utf-8"))
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

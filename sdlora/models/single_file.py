@@ -1,0 +1,114 @@
+"""A checkpoint in one file as a diffusers pipeline, without asking any hub.
+
+Diffusers converts the weights; the configurations that such a file lacks come from the families' true shapes,
+written to a folder for as long as that takes.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import DiffusionPipeline
+
+from sdlora.diffusion.noise import PredictionType
+from sdlora.errors import BaseModelError
+from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.models.detect import recognise
+from sdlora.models.safetensors_header import read_header
+from sdlora.models.tokenizer import clip_tokenizer
+
+_SD2_512_LATENTS = 64
+
+
+def load_single_file(path: str, file: Path, prediction_type: PredictionType | None) -> DiffusionPipeline:
+    """Load a checkpoint in the layout of its authors (LDM, sgm).
+
+    Args:
+        path: What the user called it, for messages.
+        file: The .safetensors file.
+        prediction_type: What it predicts; None to take it from the file.
+
+    Returns:
+        The pipeline in float32.
+
+    Raises:
+        BaseModelError: It is no whole base of a known family, or does not tell what it predicts.
+    """
+    found = recognise(read_header(file), path)
+    predicts = prediction_type or found.prediction_type
+    if predicts is None:
+        raise BaseModelError(
+            f"{path!r} is a Stable Diffusion 2.x, and in one file it does not tell what it predicts. Set "
+            "base.prediction_type to 'v_prediction' if it was made for 768 px, to 'epsilon' if for 512 px."
+        )
+    kind = getattr(diffusers, ARCHITECTURES[found.family].pipeline)
+    with tempfile.TemporaryDirectory() as folder:
+        components = _components(found.family, predicts, found.ends_in_noise)
+        _write_configs(Path(folder), found.family, predicts)
+        try:
+            pipeline: DiffusionPipeline = kind.from_single_file(
+                str(file), config=folder, local_files_only=True, torch_dtype=torch.float32, **components
+            )
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise BaseModelError(f"{path!r} could not be loaded: {reason[0]}") from error
+    _check_loaded(pipeline, path)
+    return pipeline
+
+
+def _components(family: Family, prediction_type: PredictionType, ends_in_noise: bool) -> dict[str, Any]:
+    """The parts that have no weights, ready made."""
+    settings = dict(ARCHITECTURES[family].scheduler) | {"prediction_type": prediction_type}
+    if ends_in_noise:
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = getattr(diffusers, settings.pop("_class_name")).from_config(settings)
+    first = clip_tokenizer("!" if family == "sd2" else "<|endoftext|>")
+    parts: dict[str, Any] = {"scheduler": scheduler, "tokenizer": first, "feature_extractor": None}
+    if family == "sdxl":
+        return parts | {"tokenizer_2": clip_tokenizer("!"), "image_encoder": None, "add_watermarker": False}
+    return parts | {"safety_checker": None, "image_encoder": None, "requires_safety_checker": False}
+
+
+def _write_configs(folder: Path, family: Family, prediction_type: PredictionType) -> None:
+    architecture = ARCHITECTURES[family]
+    unet = dict(architecture.unet)
+    if family == "sd2" and prediction_type == "epsilon":
+        unet["sample_size"] = _SD2_512_LATENTS
+    configs = {"unet": unet, "vae": architecture.vae}
+    index: dict[str, Any] = {
+        "_class_name": architecture.pipeline,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", architecture.scheduler["_class_name"]],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+    }
+    if family == "sdxl":
+        index |= {
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "force_zeros_for_empty_prompt": True,
+        }
+    for name, config in zip(("text_encoder", "text_encoder_2"), architecture.text_encoders, strict=False):
+        configs[name] = {"model_type": "clip_text_model", **config}
+    for name, config in configs.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _check_loaded(pipeline: DiffusionPipeline, path: str) -> None:
+    """See that every weight was in the file: what was not has no numbers."""
+    for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
+        network = getattr(pipeline, name, None)
+        missing = [] if network is None else [key for key, p in network.named_parameters() if p.is_meta]
+        if missing:
+            raise BaseModelError(
+                f"{path!r} lacks {len(missing)} weights of its {name}, the first is {missing[0]!r}. If it is a smaller "
+                "variant of its family, convert it to a folder in diffusers' layout, with its own configs."
+            )

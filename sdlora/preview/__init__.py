@@ -1,1 +1,0 @@
-"""Pictures per epoch, and the pages they are shown on. Floor 6."""

@@ -1,0 +1,1 @@
+"""Previews: prompts, sampling, the contact sheet."""

@@ -1,0 +1,48 @@
+"""The copy check of a finished LoRA file, of any trainer, against the pictures it was trained on.
+
+What a run does after every epoch, for one file: the base is drawn and measured as well, since the signals
+compare with it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from sdlora.config.schema import RunConfig
+from sdlora.errors import ConfigError
+from sdlora.events import EpochDone, Event, Notice
+from sdlora.lora_files.attach import attach
+from sdlora.lora_files.read import LoraFile
+from sdlora.run.setup import heldout_measure, load, make_checker, preview_request
+
+
+def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Event]:
+    """Draw previews with a LoRA and compare them with the pictures of a folder.
+
+    Args:
+        file: The LoRA.
+        config: `base`, `data`, `preview`, `copycheck` and `cache` are read.
+        output: Gets `previews` and `copycheck.json`, and the same of the base in `base`.
+
+    Yields:
+        Progress, notices and at the end a `CopyChecked`.
+
+    Raises:
+        SdloraError: The file, the pictures or the base cannot be used, or do not belong together.
+    """
+    if not (config.preview.enabled and config.copycheck.enabled):
+        raise ConfigError("A check draws previews and compares them: leave preview.enabled and copycheck.enabled true.")
+    loaded = load(config)
+    adapter = attach(loaded.base.unet, file, text_encoders=loaded.base.text_encoders)
+    heldout = heldout_measure(config, loaded, adapter)
+    checker = make_checker(config, loaded, adapter, preview_request(config, loaded.dataset), heldout)
+    for message in loaded.notices:
+        yield Notice(message)
+    yield from checker.prepare(config.data.background)
+    if heldout is not None:
+        yield from heldout.data.fill(config.data.background)
+        heldout.measure(EpochDone(1, 0, None, None, 0.0))
+    with adapter.disabled():
+        yield from checker.epoch(0, output / "base", output / "base")
+    yield from checker.epoch(1, output, output / "base")

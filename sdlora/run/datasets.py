@@ -1,0 +1,159 @@
+"""The pictures of a run: those that are trained, held out and preserved, read before the base and fitted to it.
+
+Used by `parts`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from sdlora.common.bundled import resolve_data_folder
+from sdlora.config.schema import RunConfig
+from sdlora.config.schema_data import SetConfig
+from sdlora.data.checks import examine_sizes, warnings_in_short
+from sdlora.data.dataset import Dataset, Source, load_dataset, load_mask_pixels, load_sets
+from sdlora.data.split import split_off
+from sdlora.errors import ConfigError, DataError
+from sdlora.models.base import BaseModel
+from sdlora.models.text import calls_of_other_files
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """Everything that is looked at in a run.
+
+    Attributes:
+        trained: The set.
+        heldout: Pictures that are never trained, or None.
+        preserved: Pictures of what the base is to keep, or None.
+        notices: What the user should know of them.
+    """
+
+    trained: Dataset
+    heldout: Dataset | None
+    preserved: Dataset | None
+    notices: tuple[str, ...]
+
+
+def read_pictures(config: RunConfig) -> Pictures:
+    """Read and check all folders of a configuration.
+
+    Raises:
+        DataError: Any folder has faults.
+        ConfigError: A folder is named for two things.
+    """
+    data, sets = config.data, config.data.all_sets()
+    _refuse_one_folder_twice(config, sets)
+    trained = _read_sets(config, sets)
+    heldout = preserved = None
+    if data.holdout:
+        heldout = _read(config, SetConfig(folder=data.holdout, caption=data.caption, trigger=data.trigger))
+    if data.preservation_folder:
+        preserved = _read(config, SetConfig(folder=data.preservation_folder, caption=data.preservation_caption))
+    if heldout is None and data.holdout_split:
+        trained, heldout = split_off(trained, config.seed)
+    _refuse_calls(trained, heldout, preserved)
+    notices = trained.notices
+    if preserved is not None:
+        # So that no name, and no noise that follows from it, is a trained picture's.
+        named = tuple(replace(example, name=f"preserved: {example.name}") for example in preserved.examples)
+        notices += tuple(f"data.preservation_folder: {told}" for told in preserved.notices)
+        preserved = replace(preserved, examples=named)
+    return Pictures(trained, heldout, preserved, notices)
+
+
+def _read_sets(config: RunConfig, sets: Sequence[SetConfig]) -> Dataset:
+    data = config.data
+    if not data.sets:
+        return _read(config, sets[0], masks=True)
+    sources = {
+        one.title: Source(resolve_data_folder(one.folder), one.caption, one.trigger, one.repeats or 1) for one in sets
+    }
+    return load_sets(sources, allow_trigger_only=data.allow_trigger_only, background=data.background, masks=data.masks)
+
+
+def _read(config: RunConfig, one: SetConfig, *, masks: bool = False) -> Dataset:
+    return load_dataset(
+        resolve_data_folder(one.folder),
+        caption=one.caption,
+        trigger=one.trigger,
+        allow_trigger_only=config.data.allow_trigger_only,
+        background=config.data.background,
+        masks=config.data.masks if masks else "none",
+        repeats=one.repeats or 1,
+    )
+
+
+def _refuse_one_folder_twice(config: RunConfig, sets: Sequence[SetConfig]) -> None:
+    trained = [resolve_data_folder(one.folder).resolve() for one in sets]
+    heldout, preserved = (
+        None if folder is None else resolve_data_folder(folder).resolve()
+        for folder in (config.data.holdout, config.data.preservation_folder)
+    )
+    if len(set(trained)) < len(trained):
+        raise ConfigError("data.sets names a folder twice. Name each once, and give it more repeats.")
+    if heldout in trained:
+        raise ConfigError(
+            "data.holdout is data.folder: what is trained cannot be held out. Leave data.holdout unset, and a few "
+            "pictures are kept out of training, or name another folder."
+        )
+    if preserved is not None and preserved in (*trained, heldout):
+        raise ConfigError(
+            "data.preservation_folder is trained as the set or held out, too. It takes pictures of what is beside your "
+            "subject: name another folder."
+        )
+
+
+def fit_pictures(config: RunConfig, pictures: Pictures, base: BaseModel) -> Pictures:
+    """The same pictures in the sizes that the base is trained at, with what that brings to light.
+
+    Raises:
+        DataError: A mask's white is cropped away.
+    """
+    trained = _with_buckets(config, base, pictures.trained)
+    for example in trained.examples:
+        load_mask_pixels(example)  # an error now, rather than in the run's folder
+    # The held-out loss is of whole pictures, as it is unweighted, so that it is one measure for all settings.
+    heldout = None if pictures.heldout is None else _with_buckets(config, base, pictures.heldout.without_masks())
+    preserved = None if pictures.preserved is None else _with_buckets(config, base, pictures.preserved)
+    found = _sizes(config, pictures.trained, trained) + _long_captions(base, trained)
+    return Pictures(trained, heldout, preserved, (*pictures.notices, *found))
+
+
+def _with_buckets(config: RunConfig, base: BaseModel, dataset: Dataset) -> Dataset:
+    data = config.data
+    resolution_px = data.resolution_px or base.resolution_px
+    return dataset.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
+
+
+def _sizes(config: RunConfig, unassigned: Dataset, dataset: Dataset) -> list[str]:
+    sizes, buckets = ({e.name: e.bucket for e in data.examples} for data in (unassigned, dataset))
+    found = examine_sizes(sizes, buckets)
+    # Batches of one have nothing to share a bucket with.
+    return warnings_in_short([f for f in found if f.kind != "lone bucket" or config.train.batch_size > 1])
+
+
+def _long_captions(base: BaseModel, dataset: Dataset) -> list[str]:
+    long = [e.name for e in dataset.examples if base.num_tokens(e.prompt) > base.max_tokens]
+    if not long:
+        return []
+    return [
+        f"{len(long)} captions are longer than {base.max_tokens} tokens; their ends are not read. First: {long[0]}. "
+        "More windows of 75 are read with data.max_token_windows."
+    ]
+
+
+def _refuse_calls(*datasets: Dataset | None) -> None:
+    """Refuse captions that call up other files: the words around them would be trained for what those files show."""
+    faults = [
+        f"  {example.name}: {calls[0]}"
+        for dataset in datasets
+        for example in (dataset.examples if dataset else ())
+        if (calls := calls_of_other_files(example.caption))
+    ]
+    if faults:
+        raise DataError(
+            "Captions call up a textual inversion or another network, which only other programs know. Write in words "
+            "what is to be seen:\n" + "\n".join(faults)
+        )

@@ -1,0 +1,145 @@
+"""`sdlora cache`: latents and text states of a run, made before it and by several processes.
+
+Every file is written whole under the hash of its content, so that what is interrupted goes on, and two that
+make the same file do no harm.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import queue
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from sdlora.cache.tensors import Cache
+from sdlora.common.quiet import quiet_libraries
+from sdlora.config.schema import RunConfig
+from sdlora.data.batches import Visit
+from sdlora.data.dataset import Example
+from sdlora.errors import SdloraError
+from sdlora.events import Notice, Progress
+from sdlora.run.setup import Loaded, choose_device, fresh_base, load
+from sdlora.training.data import TrainingData, held_out_data, training_data
+from sdlora.training.schedule import plan_preserved, plan_training
+
+if TYPE_CHECKING:
+    from multiprocessing.queues import Queue
+
+_PATIENCE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process encodes."""
+
+    examples: Sequence[Example]
+    captions: Sequence[str]
+
+
+def fill_cache(config: RunConfig, num_workers: int) -> Iterator[Notice | Progress]:
+    """Encode all pictures and captions that a run would ask for.
+
+    Args:
+        config: Of the run; what it says of pictures, captions, the base and the cache's folder is read.
+        num_workers: Processes, at least 1; each loads the base.
+
+    Raises:
+        SdloraError: Anything that is wrong with pictures, base or cache.
+    """
+    loaded = load(config)
+    for message in loaded.notices:
+        yield Notice(message)
+    examples, captions = _wanted(config, loaded)
+    shares = [Share(examples[index::num_workers], captions[index::num_workers]) for index in range(num_workers)]
+    total = len(examples) + len(captions)
+    done = 0
+    num_threads = max(1, (os.cpu_count() or 1) // num_workers)
+    context = multiprocessing.get_context("spawn")
+    said: Queue[str | None] = context.Queue()
+    workers = [
+        context.Process(target=_work, args=(config, share, num_threads, said), daemon=True) for share in shares[1:]
+    ]
+    for worker in workers:
+        worker.start()
+    try:
+        for _ in _fill(loaded.cache, shares[0], config.data.background):
+            done += 1 + _count(said)
+            yield Progress("cache", done, total)
+        while busy := [worker for worker in workers if worker.is_alive()]:
+            busy[0].join(_PATIENCE_SECONDS)
+            done += _count(said)
+            yield Progress("cache", done, total)
+        done += _count(said)
+        yield Progress("cache", done, total)
+        lost = [worker.exitcode for worker in workers if worker.exitcode != 0]
+        if lost:
+            raise SdloraError(
+                f"{len(lost)} of {num_workers} processes ended early (code {lost[0]}). The same command goes on; with "
+                "fewer --workers it needs less memory."
+            )
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.join()
+
+
+def _wanted(config: RunConfig, loaded: Loaded) -> tuple[list[Example], list[str]]:
+    """All pictures that a run meets, and every caption once: those of its visits, and those of the copy check."""
+    data = training_data(config, loaded.dataset, loaded.cache)
+    plan = plan_training(config, loaded.dataset)
+    asked: list[tuple[TrainingData, list[Visit] | None]] = [
+        (data, list(plan.timesteps)),
+        (held_out_data(config, loaded.dataset, loaded.cache), None),
+    ]
+    if loaded.preserved is not None:
+        preserved = training_data(config, loaded.preserved, loaded.cache)
+        asked.append((preserved, list(plan_preserved(config, loaded.preserved, plan).timesteps)))
+    if loaded.heldout is not None:
+        asked.append((held_out_data(config, loaded.heldout, loaded.cache), None))
+    examples: dict[Example, None] = {}
+    captions: dict[str, None] = {}
+    for one, planned in asked:
+        visits = [Visit(index, 1) for index in range(len(one.dataset.examples))] if planned is None else planned
+        examples |= {one.dataset.examples[visit.example]: None for visit in visits}
+        captions |= dict.fromkeys(one.captions(visits))
+    return list(examples), [] if data.text_is_trained else list(captions)
+
+
+def _fill(cache: Cache, share: Share, background: str) -> Iterator[Progress]:
+    yield from cache.fill_moments(share.examples, background)
+    yield from cache.fill_text(share.captions)
+
+
+def _work(config: RunConfig, share: Share, num_threads: int, said: Queue[str | None]) -> None:
+    """A process of its own: tells one None for everything that it has encoded, or at last what went wrong."""
+    quiet_libraries()
+    torch.set_num_threads(num_threads)
+    try:
+        device, dtype, _ = choose_device(config)
+        cache = Cache(Path(config.cache.dir) if config.cache.dir else None, fresh_base(config, device, dtype))
+        for _ in _fill(cache, share, config.data.background):
+            said.put(None)
+    except SdloraError as error:
+        said.put(str(error))
+
+
+def _count(said: Queue[str | None]) -> int:
+    """How many more are done.
+
+    Raises:
+        SdloraError: A process could not go on.
+    """
+    count = 0
+    while True:
+        try:
+            fault = said.get_nowait()
+        except queue.Empty:
+            return count
+        if fault is not None:
+            raise SdloraError(fault)
+        count += 1

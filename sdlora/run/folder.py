@@ -1,0 +1,242 @@
+"""A run's folder: the files that a run leaves behind, and how far it is, for anyone who looks.
+
+Used by `run`. `state.json` is replaced atomically, `metrics.jsonl` only grows (and is cut back to a
+checkpoint when a run resumes from it).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdlora.common.files import is_partial, naming_a_full_disk, write_json, write_text
+from sdlora.common.locks import Holder, hold, holder
+from sdlora.errors import BusyError, DiskFullError, OutputError
+from sdlora.events import EpochDone, Event, Notice, PlanMade, Progress, StepDone
+from sdlora.run.eta import Timer
+
+_RECORDED = (StepDone, EpochDone)
+_STATE_EVERY_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Where everything of one run lies.
+
+    Args:
+        path: The folder.
+        name: The run's name, which its LoRA file carries.
+    """
+
+    path: Path
+    name: str
+
+    @property
+    def config(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.toml"
+
+    @property
+    def state(self) -> Path:
+        """How far the run is."""
+        return self.path / "state.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One JSON object per step and per epoch."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def log(self) -> Path:
+        """What happened, in words, and tracebacks of failures."""
+        return self.path / "log.txt"
+
+    @property
+    def lock(self) -> Path:
+        """Held by the process that runs here; see `sdlora.common.locks`."""
+        return self.path / "run.lock"
+
+    @property
+    def checkpoints(self) -> Path:
+        """State for exact resume."""
+        return self.path / "checkpoints"
+
+    @property
+    def lora(self) -> Path:
+        """The file to use: the recommended epoch."""
+        return self.path / f"{self.name}.safetensors"
+
+    @property
+    def sheet(self) -> Path:
+        """The contact sheet of all previews."""
+        return self.path / "previews.png"
+
+    @property
+    def report(self) -> Path:
+        """The page a person reads."""
+        return self.path / "report.html"
+
+    @property
+    def card(self) -> Path:
+        """The model card, for the Hub."""
+        return self.path / "README.md"
+
+    def epoch(self, epoch: int) -> Path:
+        """The folder of an epoch; 0 is the base."""
+        return self.path / "epochs" / str(epoch)
+
+    def epoch_lora(self, epoch: int) -> Path:
+        """The LoRA file of an epoch from 1 on."""
+        return self.epoch(epoch) / "adapter.safetensors"
+
+    def check(self, *, resume: bool) -> None:
+        """See whether a run may start, or go on, here.
+
+        Raises:
+            BusyError: A run is going on here.
+            OutputError: The folder holds another run, or other files, or nothing to resume, or cannot be written.
+        """
+        if (other := holder(self.lock)) is not None and other.pid != os.getpid():
+            raise BusyError(self._taken(other))
+        place = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not os.access(place, os.W_OK):
+            raise OutputError(f"{self.path} cannot be written: {place} is read-only. Choose another --output.")
+        if resume:
+            if not self.config.is_file():
+                raise OutputError(f"There is no run to resume in {self.path}: it holds no config.toml.")
+            return
+        if self.path.is_file():
+            raise OutputError(f"{self.path} is a file. Choose a folder with --output.")
+        if self.config.exists() or self.state.exists():
+            raise OutputError(
+                f"{self.path} already holds a run. Continue it with --resume, or choose another folder with --output."
+            )
+        # What a run that was killed before it had begun leaves behind does not count.
+        if self.path.is_dir() and any(not is_partial(p) and p != self.lock for p in self.path.iterdir()):
+            raise OutputError(f"{self.path} is not empty. Choose a new folder with --output.")
+
+    @contextmanager
+    def occupied(self, purpose: str) -> Iterator[None]:
+        """Make the folder, and keep other runs out of it for the length of the block.
+
+        Args:
+            purpose: What is done, for those who are kept out.
+
+        Raises:
+            BusyError: A run is going on here.
+            OutputError: The folder cannot be written.
+        """
+        with ExitStack() as held:
+            try:
+                with naming_a_full_disk(self.path):
+                    self.path.mkdir(parents=True, exist_ok=True)
+                    held.enter_context(hold(self.lock, purpose))
+            except BusyError as error:
+                raise BusyError(self._taken(holder(self.lock))) from error
+            except OSError as error:
+                raise self._unwritable(error) from error
+            yield
+
+    def create(self, config_toml: str) -> None:
+        """Write the configuration, with which a run begins.
+
+        Raises:
+            OutputError: The folder cannot be written.
+        """
+        try:
+            write_text(self.config, config_toml)
+        except OSError as error:
+            raise self._unwritable(error) from error
+
+    def _taken(self, other: Holder | None) -> str:
+        who = f" ({other})" if other else ""
+        return f"A run is going on in {self.path}{who}. Wait for its end, or choose another folder with --output."
+
+    def _unwritable(self, error: OSError) -> OutputError:
+        return OutputError(f"{self.path} cannot be written: {error.strerror}. Choose another folder with --output.")
+
+
+class Recorder:
+    """Turns events into `state.json`, `metrics.jsonl` and `log.txt`.
+
+    Args:
+        folder: The run's folder, which exists.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        self.folder = folder
+        self._state: dict[str, Any] = {
+            "status": "running", "phase": "start", "epoch": 0, "step": 0, "total_steps": None, "done": 0, "total": 0,
+            "eta_seconds": None, "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "error": None,
+            "closing_seconds": _closing_seconds(folder.state),
+        }  # fmt: skip
+        self._timer = Timer(closing_seconds=self._state["closing_seconds"])
+        self._written = 0.0
+
+    def record(self, event: Event) -> None:
+        """Write what an event changes."""
+        state = self._state
+        self._timer.see(event)
+        if isinstance(event, PlanMade):
+            state["total_steps"] = event.steps
+        elif isinstance(event, Progress):
+            state.update(phase=event.phase, done=event.done, total=event.total)
+        elif isinstance(event, StepDone):
+            state.update(phase="train", epoch=event.epoch, step=event.step, done=event.step, total=state["total_steps"])
+        elif isinstance(event, EpochDone):
+            state["epoch"] = event.epoch
+        if isinstance(event, _RECORDED):
+            _append(self.folder.metrics, json.dumps(event.to_json(), ensure_ascii=False))
+        elif not isinstance(event, Progress):
+            self.log(event.message if isinstance(event, Notice) else json.dumps(event.to_json(), ensure_ascii=False))
+        seldom = not isinstance(event, (Progress, StepDone))
+        if seldom or time.monotonic() - self._written > _STATE_EVERY_SECONDS:
+            state.update(eta_seconds=self._timer.eta_seconds, closing_seconds=self._timer.closing_seconds)
+            self._write_state()
+
+    def finish(self, status: str, error: str | None = None) -> None:
+        """Say how the run ended: "done", "stopped" or "failed"."""
+        self._state.update(status=status, error=error, eta_seconds=0.0 if status == "done" else None)
+        # What ended a run, a full disk or a folder that is gone, may keep this from being written down as well; the
+        # caller raises the error itself.
+        with suppress(DiskFullError, OSError) if status == "failed" else nullcontext():
+            self._write_state()
+            if error:
+                self.log(f"{status}: {error}")
+
+    def log(self, message: str) -> None:
+        """Add a line to the log."""
+        _append(self.folder.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
+
+    def metrics_bytes(self) -> int:
+        """How long the metrics are; kept in a checkpoint so that a resumed run continues them exactly."""
+        return self.folder.metrics.stat().st_size if self.folder.metrics.exists() else 0
+
+    def cut_metrics(self, num_bytes: int) -> None:
+        """Take back what was recorded after a checkpoint."""
+        if self.folder.metrics.exists():
+            os.truncate(self.folder.metrics, num_bytes)
+
+    def _write_state(self) -> None:
+        write_json(self.folder.state, self._state)
+        self._written = time.monotonic()
+
+
+def _closing_seconds(state: Path) -> float | None:
+    """What the ends of epochs took in the part of a run that is gone on with."""
+    try:
+        found = json.loads(state.read_text(encoding="utf-8")).get("closing_seconds")
+    except (OSError, ValueError):  # a fresh run, or one of before
+        return None
+    return float(found) if isinstance(found, (int, float)) else None
+
+
+def _append(path: Path, line: str) -> None:
+    with naming_a_full_disk(path), path.open("a", encoding="utf-8") as handle:
+        handle.write(line + "\n")

@@ -1,0 +1,120 @@
+"""The model card: README.md in a run's folder, which the Hub shows beside the files.
+
+Used by `run`. It tells no caption, no folder and no picture's name unless `file.tell_captions` says so.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from huggingface_hub import ModelCardData
+
+import sdlora
+from sdlora.common.files import write_text
+from sdlora.copycheck.verdict import EpochCheck
+from sdlora.events import PlanMade
+from sdlora.run.export import presentable
+from sdlora.run.setup import Parts
+
+MOST_SHOWN = 6
+_FAMILY_TAGS = {
+    "stable-diffusion-v1": "stable-diffusion",
+    "stable-diffusion-v2": "stable-diffusion",
+    "stable-diffusion-xl-v1-base": "stable-diffusion-xl",
+}
+
+
+def write_card(parts: Parts, plan: PlanMade, epoch: int) -> None:
+    """Write the card of a run that is done.
+
+    Args:
+        parts: What it worked with.
+        plan: What it did, in numbers.
+        epoch: Whose file is the run's.
+    """
+    write_text(parts.folder.card, f"---\n{_front_matter(parts, epoch)}---\n\n{_body(parts, plan, epoch)}")
+
+
+def _front_matter(parts: Parts, epoch: int) -> str:
+    config = parts.config
+    architecture = parts.base.architecture.split("/")[0]
+    tags = ["text-to-image", "diffusers", "lora", "template:sd-lora", "sdlora"]
+    data = ModelCardData(
+        license=config.file.licence,
+        base_model=_hub_id(config.base.path),
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=[*tags, *([_FAMILY_TAGS[architecture]] if architecture in _FAMILY_TAGS else [])],
+        instance_prompt=config.data.all_triggers(),
+        widget=[{"text": prompt, "output": {"url": file}} for file, prompt in _shown(parts, epoch)] or None,
+    )
+    return str(data.to_yaml()) + "\n"
+
+
+def _hub_id(base: str) -> str | None:
+    """The base's name on the Hub; a folder, a file or the built-in base has none."""
+    return base if base.count("/") == 1 and not Path(base).expanduser().exists() else None
+
+
+def _shown(parts: Parts, epoch: int) -> list[tuple[str, str]]:
+    """Previews, as paths in the run's folder, and their prompts."""
+    if parts.previews is None:
+        return []
+    folder = parts.folder.epoch(epoch)
+    found = presentable(parts.previews, folder, captions=parts.config.file.tell_captions)[:MOST_SHOWN]
+    return [((folder / "previews" / file).relative_to(parts.folder.path).as_posix(), prompt) for file, prompt in found]
+
+
+def _body(parts: Parts, plan: PlanMade, epoch: int) -> str:
+    config, name = parts.config, parts.folder.name
+    triggers = [one.trigger for one in config.data.all_sets() if one.trigger]
+    base = _hub_id(config.base.path)
+    lines = [f"# {name}", ""]
+    known = f"[{base}](https://huggingface.co/{base})" if base else f"a base of the family {parts.base.architecture}"
+    lines += [f"A LoRA for {known}, trained with sdlora {sdlora.__version__}.", ""]
+    if triggers:
+        words = " or ".join(f"`{trigger}`" for trigger in dict.fromkeys(triggers))
+        lines += [f"Write {words} in the prompt.", ""]
+    lines += ["## Does it copy its training pictures?", "", _verdict(parts, epoch), ""]
+    lines += ["## Use", "", "```python", *_code(parts, base), "```", ""]
+    lines += ["## Training", "", *_facts(parts, plan, epoch), ""]
+    if config.file.licence is None:
+        lines += ["## Licence", "", "None was chosen. What the base's licence asks of models made from it holds.", ""]
+    return "\n".join(lines)
+
+
+def _verdict(parts: Parts, epoch: int) -> str:
+    check = EpochCheck.read(parts.folder.epoch(epoch))
+    if check is None:
+        return "This was not checked."
+    found, total = sum(match.significant for match in check.previews), len(check.previews)
+    return (
+        f"**{check.verdict}**: {found} of {total} previews are more like a training picture than pictures that copy "
+        "nothing are, judged by sdlora's copy check against every training picture and its mirror image."
+    )
+
+
+def _code(parts: Parts, base: str | None) -> list[str]:
+    prompt = parts.previews.prompts[-1] if parts.previews is not None else parts.config.data.all_triggers() or ""
+    return [
+        "from diffusers import AutoPipelineForText2Image",
+        f"pipe = AutoPipelineForText2Image.from_pretrained({json.dumps(base or 'path/to/the/base')})",
+        f'pipe.load_lora_weights("path/to/this/folder", weight_name={json.dumps(parts.folder.lora.name)})',
+        f"image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]",
+    ]
+
+
+def _facts(parts: Parts, plan: PlanMade, epoch: int) -> list[str]:
+    lora = parts.config.lora
+    exposures = plan.exposures_per_picture * epoch // plan.epochs
+    seen = f"at most {exposures}" if len({one.repeats for one in plan.sets}) > 1 else str(exposures)
+    resolution_px = parts.config.data.resolution_px or parts.base.resolution_px
+    return [
+        f"- {plan.pictures} pictures of {resolution_px} px, each seen {seen} times until epoch {epoch} of "
+        f"{plan.epochs}, whose file this is",
+        f"- rank {lora.rank}, alpha {lora.alpha:g}, in {', '.join(lora.targets)}",
+        f"- {plan.trained_parameters:,} parameters; the base stayed as it is",
+        f"- {parts.config.train.optimizer}, learning rate {parts.config.train.learning_rate:g}",
+        "- loaded back through diffusers and compared with the trained weights before it was given away",
+    ]

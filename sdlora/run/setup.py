@@ -1,0 +1,296 @@
+"""What a run works with, checked and loaded before anything is written.
+
+Used by `run`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+
+from sdlora.cache.tensors import Cache
+from sdlora.config.schema import RunConfig
+from sdlora.copycheck.checker import Checker, Subject
+from sdlora.copycheck.embedders import load_arbiters
+from sdlora.copycheck.null_distribution import make_gallery
+from sdlora.data.dataset import Dataset
+from sdlora.errors import ConfigError
+from sdlora.lora.inject import Adapter
+from sdlora.lora.targets import find_targets
+from sdlora.models.base import BaseModel
+from sdlora.models.latent_diffusion import weights_identity
+from sdlora.models.load import LoadOptions, load_base
+from sdlora.models.text import TextOptions
+from sdlora.previews.prompts import novel_prompts
+from sdlora.previews.sampler import PreviewRequest
+from sdlora.run.datasets import fit_pictures, read_pictures
+from sdlora.run.folder import RunFolder
+from sdlora.training.adapter import make_adapter
+from sdlora.training.data import TrainingData, held_out_data, training_data
+from sdlora.training.distributed import ALONE, Processes
+from sdlora.training.trainer import Trainer
+from sdlora.training.validation import HeldOut
+
+BaseSource = Callable[[RunConfig, torch.device, torch.dtype], BaseModel]
+"""Where a run's base comes from; it has no adapter in it."""
+
+HIGH_RANK = 32
+NUM_NOVEL = 3
+
+
+@dataclass
+class Parts:
+    """Everything a run works with, checked and loaded; `identity` is a hash of the base's UNet."""
+
+    config: RunConfig
+    folder: RunFolder
+    base: BaseModel
+    adapter: Adapter
+    targets: list[str]
+    data: TrainingData
+    preserved: TrainingData | None
+    heldout: HeldOut | None
+    trainer: Trainer
+    previews: PreviewRequest | None
+    checker: Checker | None
+    notices: list[str]
+    device: torch.device
+    precision: str
+    identity: str
+
+
+@dataclass
+class Loaded:
+    """The pictures and the base, before there is an adapter.
+
+    Attributes:
+        base: Its networks, without adapters.
+        identity: A hash of its UNet.
+        dataset: The pictures, their buckets assigned.
+        heldout: Pictures that are never trained, or None.
+        preserved: Pictures of what the base is to keep, or None.
+        cache: Of latents, text states and what the copy check compares with.
+        notices: What the user should know.
+        device: Where the networks are.
+        precision: What the UNet computes in.
+    """
+
+    base: BaseModel
+    identity: str
+    dataset: Dataset
+    heldout: Dataset | None
+    preserved: Dataset | None
+    cache: Cache
+    notices: list[str]
+    device: torch.device
+    precision: str
+
+
+def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """The base of a configuration, loaded anew.
+
+    Args:
+        config: `base` is read, and whether its schedule ends in pure noise.
+        device: Where to compute.
+        dtype: The frozen UNet's type.
+
+    Raises:
+        SdloraError: There is no such base, or it cannot be used that way.
+    """
+    if device.type == "cuda":
+        # VAE and text encoders stay in float32; beside a UNet of 16 bits their products need not be finer than TF32.
+        torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
+    base = load_base(config.base.path, device=device, dtype=dtype, options=_load_options(config))
+    if config.loss.zero_terminal_snr:
+        base.use_zero_terminal_snr()
+    return base
+
+
+def load(config: RunConfig, bases: BaseSource = fresh_base) -> Loaded:
+    """Check and load pictures and base.
+
+    Raises:
+        SdloraError: Anything that is wrong with them.
+    """
+    device, dtype, precision = choose_device(config)
+    # The pictures are looked at before the base is loaded, which may take minutes.
+    pictures = read_pictures(config)
+    base = bases(config, device, dtype)
+    pictures = fit_pictures(config, pictures, base)
+    return Loaded(
+        base=base,
+        # Before adapters change the names of the weights.
+        identity=weights_identity(base.unet, base.unet.config),
+        dataset=pictures.trained,
+        heldout=pictures.heldout,
+        preserved=pictures.preserved,
+        cache=Cache(Path(config.cache.dir) if config.cache.dir else None, base),
+        notices=list(pictures.notices),
+        device=device,
+        precision=precision,
+    )
+
+
+def prepare(
+    config: RunConfig, folder: RunFolder, bases: BaseSource = fresh_base, processes: Processes = ALONE
+) -> Parts:
+    """Check and load everything that a configuration asks for.
+
+    Args:
+        config: What to do.
+        folder: The run's folder, which is not touched.
+        bases: Where the base comes from.
+        processes: Those that share every batch.
+
+    Raises:
+        SdloraError: Anything that is wrong with the settings, the pictures or the base.
+    """
+    loaded = load(config, bases)
+    base, notices = loaded.base, loaded.notices
+    targets = find_targets(base.unet, config.lora.targets, base.text_encoders)
+    adapter = make_adapter(config, base, targets)
+    rank = max(config.lora.ranks())
+    if rank > HIGH_RANK:
+        notices.append(
+            f"Rank {rank} needs more memory and copies the training pictures more easily than "
+            f"rank 8 to {HIGH_RANK}. Compare a lower rank before you keep it."
+        )
+    data = training_data(config, loaded.dataset, loaded.cache)
+    measured = heldout_measure(config, loaded, adapter)
+    on_cpu = loaded.device.type == "cpu"
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")
+    preserved = None if loaded.preserved is None else training_data(config, loaded.preserved, loaded.cache)
+    trainer = Trainer(config, base, adapter, data, accelerator, preserved, processes)
+    notices += _unmet(trainer) + _keep_text_or_not(config, trainer)
+    if config.train.warmup_steps >= trainer.total_steps:
+        raise ConfigError(
+            f"train.warmup_steps = {config.train.warmup_steps} never ends in {trainer.total_steps} steps. "
+            "Choose a tenth of them or less, or raise data.repeats."
+        )
+    previews = preview_request(config, loaded.dataset) if config.preview.enabled else None
+    checker = None
+    if previews is not None and config.copycheck.enabled:
+        checker = make_checker(config, loaded, adapter, previews, measured)
+    return Parts(
+        config=config,
+        folder=folder,
+        base=base,
+        adapter=adapter,
+        targets=targets,
+        data=data,
+        preserved=preserved,
+        heldout=measured,
+        trainer=trainer,
+        previews=previews,
+        checker=checker,
+        notices=notices,
+        device=loaded.device,
+        precision=loaded.precision,
+        identity=loaded.identity,
+    )
+
+
+def _unmet(trainer: Trainer) -> list[str]:
+    """Pictures of what is preserved that the run is too short for."""
+    if trainer.preserved is None:
+        return []
+    known, met = len(trainer.preserved.dataset.examples), len({v.example for v in trainer.preserved_plan.timesteps})
+    if met == known:
+        return []
+    return [f"{known - met} of {known} pictures of data.preservation_folder are not reached in a run of this length."]
+
+
+def _keep_text_or_not(config: RunConfig, trainer: Trainer) -> list[str]:
+    """Let captions be encoded at every visit where keeping them all would take too much; says so."""
+    if trainer.data.text_is_trained:
+        return []
+    captions = set(trainer.data.captions(trainer.plan.timesteps))
+    if trainer.preserved is not None:
+        captions |= set(trainer.preserved.captions(trainer.preserved_plan.timesteps))
+    cache, limit_gib = trainer.data.cache, config.cache.max_text_gib
+    needed_gib = cache.text_bytes(len(captions)) / 2**30
+    cache.keeps_text = needed_gib <= limit_gib
+    if cache.keeps_text:
+        return []
+    return [
+        f"{len(captions):,} different captions would take {needed_gib:.2g} GiB (cache.max_text_gib = {limit_gib:g}), "
+        "so each is encoded when it is visited: a step takes a little longer and learns the same."
+    ]
+
+
+def make_checker(
+    config: RunConfig, loaded: Loaded, adapter: Adapter, previews: PreviewRequest, heldout: HeldOut | None
+) -> Checker:
+    """The copy check of an adapter on the pictures that were loaded with its base.
+
+    A network that was asked for and cannot be had is told in the notices.
+    """
+    gallery = make_gallery(loaded.dataset, loaded.heldout, config.data.background)
+    copycheck = config.copycheck
+    arbiters, missing = load_arbiters(sscd=copycheck.sscd, dinov2=copycheck.dinov2, device=loaded.device)
+    loaded.notices.extend(missing)
+    data = held_out_data(config, loaded.dataset, loaded.cache)
+    subject = Subject(adapter, data, heldout, loaded.cache, loaded.identity, config.seed)
+    return Checker(subject, previews, gallery, arbiters)
+
+
+def heldout_measure(config: RunConfig, loaded: Loaded, adapter: Adapter) -> HeldOut | None:
+    """What measures an adapter on the held-out pictures, if there are any."""
+    if loaded.heldout is None:
+        return None
+    return HeldOut(held_out_data(config, loaded.heldout, loaded.cache), adapter, config.seed)
+
+
+def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
+    """The device to train on, the frozen UNet's type, and its name.
+
+    Raises:
+        ConfigError: The device is not there, or fp16 is asked of a CPU.
+    """
+    name = config.train.device
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"train.device = {name!r} cannot be used here. Try 'auto', 'cpu' or 'cuda'.") from error
+    precision = config.train.precision
+    if precision == "auto":
+        fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+        precision = "bf16" if fast else "fp32"
+    if precision == "fp16" and device.type == "cpu":
+        raise ConfigError("train.precision = 'fp16' needs a GPU. On a CPU choose 'bf16' or 'fp32'.")
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return device, dtype, precision
+
+
+def _load_options(config: RunConfig) -> LoadOptions:
+    base = config.base
+    text = TextOptions(base.clip_skip, config.data.max_token_windows)
+    return LoadOptions(base.revision, base.variant, base.prediction_type, text, base.quantization)
+
+
+def preview_request(config: RunConfig, dataset: Dataset) -> PreviewRequest:
+    """What is drawn: some captions of the set, then the user's prompts or new ones."""
+    preview = config.preview
+    captions = [example.prompt for example in dataset.examples]
+    # Spread over the set, which is in the order of its names.
+    number = min(preview.num_captions, len(captions))
+    drawn = list(dict.fromkeys(captions[index * len(captions) // number] for index in range(number)))
+    triggers = list(dict.fromkeys(example.trigger for example in dataset.examples))
+    novel = preview.prompts or [
+        prompt for trigger in triggers for prompt in novel_prompts(captions, trigger, -(-NUM_NOVEL // len(triggers)))
+    ]
+    return PreviewRequest(
+        prompts=(*drawn, *novel),
+        seeds=tuple(preview.seeds),
+        negative_prompt=preview.negative_prompt,
+        num_steps=preview.num_steps,
+        guidance=preview.guidance,
+        num_captions=len(drawn),
+    )

@@ -1,0 +1,63 @@
+"""`sdlora batch` as a user meets it: exit codes, names of what failed, a plan that writes nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from helpers.command import call
+
+from sdlora.cli.batch import EXIT_NOT_ALL_DONE
+from sdlora.config.toml import dump_toml, parse_config
+
+
+def jobs_file(folder: Path, text: str) -> Path:
+    file = folder / "jobs.toml"
+    file.write_text(text, encoding="utf-8")
+    return file
+
+
+@pytest.mark.parametrize("kind", ["{}/out", "file://{}/out"])
+def test_every_job_is_wrong(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    output = kind.format(tmp_path)
+    file = jobs_file(tmp_path, "[defaults]\nconfig = 'quickstart'\nset = { 'lora.rank' = 999 }\n[[jobs]]\nname='a'\n")
+    code, out, err = call(capsys, "batch", str(file), "--output", output, "--json")
+    assert code == EXIT_NOT_ALL_DONE
+    assert "0 of 1 jobs are done." in err and "1 failed: a." in err
+    assert [json.loads(line)["event"] for line in out.splitlines()] == ["planned", "batch"]
+    code, out, err = call(capsys, "batch", str(file), "--output", output)
+    assert (code, out) == (EXIT_NOT_ALL_DONE, "")
+    assert f"{output}/report.html" in err
+    assert (tmp_path / "out" / "results.csv").exists() and (tmp_path / "out" / "report.html").exists()
+
+
+def test_a_file_that_is_wrong_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = jobs_file(tmp_path, "[[jobs]]\nname = 'a'\n")
+    code, _, err = call(capsys, "batch", str(file), "--output", str(tmp_path / "out"))
+    assert (code, (tmp_path / "out").exists()) == (2, False)
+    assert "no config" in err
+
+
+def test_a_plan_tries_a_step_and_writes_nothing(
+    tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = parse_config({"data": {"folder": "x"}}, name="quick", overrides=overrides)
+    (tmp_path / "quick.toml").write_text(dump_toml(config), encoding="utf-8")
+    file = jobs_file(
+        tmp_path,
+        f"[defaults]\nconfig = '{tmp_path}/quick.toml'\n[[jobs]]\nname = 'a'\n"
+        "[[jobs]]\nname = 'b'\nset = { 'data.folder' = 'nowhere' }\n[[jobs]]\nname = 'c'\nset = { 'lora.rank' = 999 }",
+    )
+    code, out, err = call(capsys, "batch", str(file), "--output", str(tmp_path / "out"), "--dry-run", "--json")
+    assert code == 0, err
+    a, b, c = (json.loads(line) for line in out.splitlines())
+    # 5 pictures, 2 epochs, 2 buckets of 3 and 2 pictures in batches of 2: 3 steps an epoch.
+    assert (a["pictures"], a["exposures"], a["steps"], a["fault"]) == (5, 2, 6, None)
+    assert a["training_seconds"] > 0 and a["preview_seconds"] > 0
+    assert "There is no folder 'nowhere'" in b["fault"]
+    assert "lora.rank" in c["fault"]
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,75 @@
+"""`sdlora plan`, as people call it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from sdlora.cli.main import app
+from sdlora.cli.plan import size_bytes
+from sdlora.errors import ConfigError
+
+KEYS = {
+    "trainable_parameters", "base_parameters", "peak_bytes", "parts", "fits", "steps", "exposures_per_picture",
+    "seconds",
+}  # fmt: skip
+
+
+def plan(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["plan", *arguments])
+    if result.exception is not None:
+        raise result.exception
+    return result.stdout
+
+
+def test_a_family_needs_no_weights() -> None:
+    small = ["--family", "sd1", "--resolution", "128", "--set", "preview.enabled=false"]
+    found = json.loads(plan(*small, "--memory", "64GiB", "--json"))
+    assert set(found) >= KEYS
+    assert found["trainable_parameters"] == 795_648
+    assert found["base_parameters"] == 859_520_964
+    assert found["fits"] is True
+    assert found["peak_bytes"] == sum(found["parts"].values())
+    assert found["seconds"] is None
+    assert found["full_training_bytes"] == 16 * 859_520_964
+    told = plan(*small, "--memory", "2.5GiB", "--set", "train.batch_size=32")
+    assert "It does not fit into 2.50 GiB." in told
+    assert "train.batch_size = 1" in told
+
+
+def test_a_configuration_is_planned_with_its_pictures(tmp_path: Path, overrides: list[str]) -> None:
+    source = tmp_path / "mine.toml"
+    source.write_text("[data]\ntrigger = 'zumi'\nrepeats = 4\n")
+    changes = [part for override in overrides for part in ("--set", override)]
+    found = json.loads(plan(str(source), *changes, "--json"))
+    assert (found["pictures"], found["buckets"]) == (5, {"32x32": 3, "40x24": 2})
+    assert (found["steps"], found["exposures_per_picture"]) == (20, 8)
+    assert found["seconds"] > 0
+    # In two bytes each: eight latents channels of 8 x 8 and 10 x 6, and five captions of 77 states of 16 numbers.
+    assert found["cache_bytes"] == 2 * (8 * (3 * 64 + 2 * 60) + 5 * 77 * 16)
+    assert not list((tmp_path / "cache").glob("moments/*"))
+    assert "5 pictures (3 of 32x32, 2 of 40x24), each seen 8 times: 20 steps." in plan(str(source), *changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "count"), [("8GiB", 8 * 2**30), ("12 GB", 12 * 10**9), ("0.5gib", 2**29), ("1024", 1024)]
+)
+def test_sizes_are_read(text: str, count: int) -> None:
+    assert size_bytes(text) == count
+
+
+@pytest.mark.parametrize("text", ["much", "8 GiBs", "-1GB", "0GB", ""])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match="is no size"):
+        size_bytes(text)
+
+
+def test_either_a_configuration_or_a_family() -> None:
+    for arguments in ([], ["quickstart", "--family", "sd1"]):
+        with pytest.raises(ConfigError, match="--family"):
+            plan(*arguments)
+    with pytest.raises(ConfigError, match="use --set"):
+        plan("quickstart", "--rank", "4")

@@ -1,0 +1,59 @@
+"""Configurations as files."""
+
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import dump_toml, load_config, parse_config
+from sdlora.errors import ConfigError
+
+
+def test_overrides_are_toml_or_plain_text(tmp_path: Path) -> None:
+    file = tmp_path / "mine.toml"
+    file.write_text("[data]\nfolder = 'a'\n")
+    config = load_config(
+        str(file), ["data.folder=/some/where", "lora.rank=4", 'lora.targets=["mlp"]', "preview.enabled=false"]
+    )
+    assert (config.data.folder, config.lora.rank, config.lora.targets) == ("/some/where", 4, ["mlp"])
+    assert config.preview.enabled is False
+    assert config.name == "mine"
+    for wrong in ("lora.rank", "=3", "seed.x=1"):
+        with pytest.raises(ConfigError):
+            load_config(str(file), ["seed=1", wrong])
+
+
+def test_a_missing_or_broken_file_says_so(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="Did you mean 'quickstart'"):
+        load_config("quickstrat")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[data\n")
+    with pytest.raises(ConfigError, match="not valid TOML"):
+        load_config(str(broken))
+
+
+def test_what_is_written_reads_back_as_the_same() -> None:
+    awkward = 'a "quoted" \\ line\nwith é \x7f and \t tab'
+    config = parse_config(
+        {
+            "data": {"sets": [{"folder": "x", "caption": awkward}, {"folder": "y", "repeats": 2}]},
+            "preview": {"prompts": [awkward, ""]},
+            "train": {"learning_rate": 1e-3},
+            "lora": {"targets": ["mlp"], "target_ranks": {"mlp": 3}},
+        },
+        name="run 1",
+    )
+    document = tomllib.loads(dump_toml(config))
+    assert parse_config(document, name="other") == config
+    assert "# holdout =" in dump_toml(config)
+
+
+def test_shipped_configurations_are_valid_and_hold_only_what_differs() -> None:
+    for path in (Path(__file__).parents[2] / "configs").glob("*.toml"):
+        config = load_config(path.stem)
+        assert config.name == path.stem
+        defaults = RunConfig()
+        for section, values in tomllib.loads(path.read_text()).items():
+            for key, value in values.items():
+                assert getattr(getattr(defaults, section), key) != value, f"{path.name}: {section}.{key} is the default"

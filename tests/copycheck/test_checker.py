@@ -1,0 +1,92 @@
+"""An epoch's end: previews, their check, and the other signs."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sdlora.cache.tensors import Cache
+from sdlora.copycheck.checker import Checker, Subject
+from sdlora.copycheck.embedders import Arbiters
+from sdlora.copycheck.null_distribution import make_gallery
+from sdlora.data.dataset import load_dataset
+from sdlora.events import CopyChecked, EpochDone, PreviewsDone
+from sdlora.lora.inject import Adapter, inject
+from sdlora.lora.targets import find_targets
+from sdlora.models.load import load_base
+from sdlora.pocket.world import random_scene, render
+from sdlora.previews.sampler import PreviewRequest
+from sdlora.training.data import TrainingData
+from sdlora.training.validation import HeldOut
+
+
+@pytest.fixture
+def parts(tiny_base: Path, tmp_path: Path) -> tuple[Adapter, Checker, HeldOut]:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for index in range(5):
+        render(random_scene(index)).resize((32, 32)).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"scene {index}")
+    base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
+    adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"], base.text_encoders), 2, 2.0, 0)
+    whole = load_dataset(folder, caption=None, trigger=None, allow_trigger_only=False, background="white")
+    trained, held = replace(whole, examples=whole.examples[:3]), replace(whole, examples=whole.examples[3:])
+    cache = Cache(tmp_path / "cache", base)
+    data, kept = (TrainingData(d, cache, lambda i, _, d=d: d.examples[i].caption) for d in (trained, held))
+    heldout = HeldOut(kept, adapter, 0)
+    list(kept.fill("white"))
+    request = PreviewRequest(("scene 0", "a dog"), (0, 1), "", 2, 5.0, num_captions=1)
+    subject = Subject(adapter, data, heldout, cache, "unet", 0)
+    return adapter, Checker(subject, request, make_gallery(trained, held, "white"), Arbiters()), heldout
+
+
+def test_an_epoch_is_drawn_checked_and_kept(parts: tuple[Adapter, Checker, HeldOut], tmp_path: Path) -> None:
+    _, checker, _ = parts
+    list(checker.prepare("white"))
+    *_, drawn, event = checker.epoch(0, tmp_path / "0", tmp_path / "0")
+    assert isinstance(drawn, PreviewsDone)
+    assert isinstance(event, CopyChecked)
+    assert (event.epoch, event.verdict) == (0, "clean")
+    kept = json.loads((tmp_path / "0" / "copycheck.json").read_text())
+    assert set(kept) == {
+        "verdict", "reason", "share", "share_lower_bound", "false_alarm_rate", "signals", "previews",
+    }  # fmt: skip
+    assert [preview["kind"] for preview in kept["previews"]] == ["training", "training", "novel", "novel"]
+    assert all((tmp_path / "0" / preview["file"]).exists() for preview in kept["previews"])
+    assert all(preview["guidance_norm"] > 0 for preview in kept["previews"])
+    assert event.most_alike[0] in ("0.png", "1.png", "2.png")
+    assert kept["signals"] == {}
+
+
+def test_the_signals_compare_with_the_base(parts: tuple[Adapter, Checker, HeldOut], tmp_path: Path) -> None:
+    adapter, checker, heldout = parts
+    list(checker.prepare("white"))
+    list(checker.epoch(0, tmp_path / "0", tmp_path / "0"))
+
+    def signals_of(epoch: int) -> dict[str, Any]:
+        heldout.measure(EpochDone(epoch, 1, None, None, 0.0))
+        list(checker.epoch(epoch, tmp_path / str(epoch), tmp_path / "0"))
+        found: dict[str, Any] = json.loads((tmp_path / str(epoch) / "copycheck.json").read_text())["signals"]
+        return found
+
+    untrained = signals_of(1)
+    assert set(untrained) == {
+        "self_retrieval",
+        "train_heldout_gap",
+        "seed_collapse",
+        "guidance_norm",
+        "registered_likeness",
+    }
+    # B is zero, so the adapter does nothing yet.
+    assert [untrained[name]["value"] for name in ("self_retrieval", "train_heldout_gap", "seed_collapse")] == [0, 0, 0]
+    assert untrained["guidance_norm"]["value"] == pytest.approx(1.0)
+    assert not any(signal["outside"] for signal in untrained.values())
+    with torch.no_grad():
+        for up in adapter.up_parameters():
+            up.normal_(generator=torch.Generator().manual_seed(0))
+    trained = signals_of(2)
+    for name in ("train_heldout_gap", "seed_collapse", "guidance_norm", "registered_likeness"):
+        assert trained[name]["value"] != pytest.approx(untrained[name]["value"]), name

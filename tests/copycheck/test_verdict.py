@@ -1,0 +1,139 @@
+"""Verdicts on made-up previews, whose likeness is known."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageOps
+
+from sdlora.copycheck.embedders import Arbiters
+from sdlora.copycheck.null_distribution import Gallery, null_scores
+from sdlora.copycheck.signals import Signal
+from sdlora.copycheck.statistics import binomial_tail
+from sdlora.copycheck.verdict import FIDELITY, EpochCheck, Match, check_previews, false_alarm_rate, judge, recommend
+from sdlora.pocket.world import random_scene, render
+from sdlora.previews.sampler import PreviewRequest
+
+REQUEST = PreviewRequest(("a caption", "another", "new", "newer"), (0, 1), "", 2, 5.0, num_captions=2)
+QUIET = [Signal(name, 0.0, 0.5, "Nothing.") for name in ("one", "two", "three")]
+LOUD = [Signal(name, 1.0, 0.01, "Something.") for name in ("four", "five")]
+
+
+def scene(number: int) -> Image.Image:
+    return render(random_scene(number))
+
+
+def matches(significant: int, total: int = 8, kind: str = "training") -> list[Match]:
+    return [
+        Match("p", kind, 0, f"{i}.png", 0.3, 0.5, 0.009 if i < significant else 0.5, i < significant, f"{i}")  # type: ignore[arg-type]
+        for i in range(total)
+    ]
+
+
+@pytest.fixture(scope="module")
+def gallery() -> Gallery:
+    return Gallery({f"{i}.png": scene(i) for i in range(12)}, {})
+
+
+@pytest.fixture(scope="module")
+def null(gallery: Gallery) -> torch.Tensor:
+    return null_scores(gallery, [scene(i) for i in range(100, 190)], Arbiters())
+
+
+def checked(folder: Path, pictures: list[Image.Image], gallery: Gallery, null: torch.Tensor) -> EpochCheck:
+    (folder / "previews").mkdir()
+    for name, picture in zip(REQUEST.file_names(), pictures, strict=True):
+        picture.save(folder / "previews" / name)
+    return check_previews(REQUEST, folder, gallery, null)
+
+
+def test_copies_are_found_and_named(tmp_path: Path, gallery: Gallery, null: torch.Tensor) -> None:
+    copies = [scene(3), ImageOps.mirror(scene(5)), scene(7).crop((6, 6, 60, 60))]
+    check = checked(tmp_path, copies + [scene(i) for i in range(300, 305)], gallery, null)
+    assert check.verdict == "copying"
+    assert [match.nearest for match in check.previews[:3]] == ["3.png", "5.png", "7.png"]
+    assert [match.significant for match in check.previews] == [True] * 3 + [False] * 5
+    assert check.share == 3 / 8
+    assert "3 of 8 previews are more like a training picture" in check.reason
+    assert [match.kind for match in check.previews] == ["training"] * 4 + ["novel"] * 4
+    assert check.previews[1].file == "previews/prompt00_seed1.png"
+    assert min(match.p_value for match in check.previews) == pytest.approx(1 / (len(null) + 1))
+
+
+def test_other_pictures_of_the_same_world_are_clean(tmp_path: Path, gallery: Gallery, null: torch.Tensor) -> None:
+    check = checked(tmp_path, [scene(i) for i in range(400, 408)], gallery, null)
+    assert check.verdict == "clean"
+    assert check.share == check.share_lower_bound == 0.0
+
+
+def test_a_check_is_read_back_as_it_was_written(tmp_path: Path) -> None:
+    check = judge(matches(2), LOUD)
+    assert EpochCheck.read(tmp_path) is None
+    check.write(tmp_path)
+    assert EpochCheck.read(tmp_path) == check
+
+
+@pytest.mark.parametrize(
+    ("significant", "signals", "verdict"),
+    [
+        (0, QUIET, "clean"), (0, LOUD[:1] + QUIET, "clean"), (0, LOUD, "watch"), (1, [], "watch"), (2, [], "watch"),
+        (2, [], "watch"), (3, [], "copying"), (8, LOUD, "copying"),
+    ],
+)  # fmt: skip
+def test_the_verdict(significant: int, signals: list[Signal], verdict: str) -> None:
+    check = judge(matches(significant), signals)
+    assert check.verdict == verdict
+    assert check.reason.endswith(".")
+    assert set(check.signals) == {signal.name for signal in signals}
+
+
+def test_copies_from_new_prompts_are_told_apart() -> None:
+    assert "new prompts" not in judge(matches(3), []).reason
+    assert "3 of them came from new prompts" in judge(matches(3, kind="novel"), []).reason
+
+
+@pytest.mark.parametrize("total", [2, 4, 6, 7, 12, 40])
+def test_the_false_alarm_rate_is_what_chance_does(total: int) -> None:
+    # The verdict itself says how many it takes; that many by chance is the rate.
+    fewest = next(k for k in range(1, total + 1) if judge(matches(k, total), []).verdict == "copying")
+    assert false_alarm_rate(total) == pytest.approx(binomial_tail(fewest, total, 0.02))
+    assert false_alarm_rate(total) < 0.001
+
+
+def check_of(significant: int) -> EpochCheck:
+    return judge(matches(significant), [])
+
+
+def test_the_best_epoch_that_does_not_copy_is_kept() -> None:
+    checks = {1: check_of(0), 2: check_of(1), 3: check_of(4)}
+    epoch, reason = recommend(checks, {0: 0.9, 1: 0.5, 2: 0.4, 3: 0.3}, 3)
+    assert epoch == 2
+    assert "held-out loss, 0.40000, is the lowest of 2 epochs. Left out because it copies: epoch 3." in reason
+
+
+def test_dinov2_decides_where_it_was_asked() -> None:
+    checks = {epoch: judge(matches(0), [Signal(FIDELITY, value, None, "")]) for epoch, value in ((1, 0.7), (2, 0.6))}
+    epoch, reason = recommend(checks, {1: 0.5, 2: 0.4}, 2)
+    assert epoch == 1
+    assert "DINOv2, 0.700, is the highest of 2 epochs" in reason
+
+
+def test_without_a_fit_the_last_epoch_that_does_not_copy_is_kept() -> None:
+    epoch, reason = recommend({1: check_of(0), 2: check_of(0), 3: check_of(4)}, {}, 3)
+    assert epoch == 2
+    assert "nothing can be compared" in reason
+    assert recommend({}, {}, 3)[0] == 3
+
+
+def test_where_every_epoch_copies_it_says_what_to_change() -> None:
+    epoch, reason = recommend({1: check_of(5), 2: check_of(3), 3: check_of(3)}, {1: 0.1}, 3)
+    assert epoch == 2
+    for word in ("Every epoch copies", "more pictures", "data.repeats", "lora.rank", "train.learning_rate"):
+        assert word in reason
+
+
+def test_the_most_alike_is_the_least_likely() -> None:
+    plain = matches(0, 3)
+    assert judge([plain[0], replace(plain[1], p_value=0.1), plain[2]], []).most_alike().nearest == "1.png"
+    assert judge([plain[0], plain[1], replace(plain[2], hp_ms=0.9)], []).most_alike().nearest == "2.png"

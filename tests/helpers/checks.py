@@ -1,0 +1,44 @@
+"""Copy checks for tests: what two epochs of two previews each may look like."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from PIL import Image, ImageDraw
+
+from sdlora.copycheck.verdict import EpochCheck, Match
+
+CLEAN = Match("zumi at night", "training", 0, "a.png", 0.41, 0.7, 0.25, False, "previews/p0.png")
+NOVEL = Match("zumi & <b>friends</b>", "novel", 0, "b.png", 0.31, 0.6, 0.9, False, "previews/p1.png")
+COPY = replace(NOVEL, nearest="<a>.png", hp_ms=0.97, p_value=1 / 145, significant=True)
+
+
+def signal(value: float | None, p_value: float | None) -> dict[str, Any]:
+    outside = p_value is not None and p_value <= 0.05
+    return {"value": value, "p_value": p_value, "outside": outside, "meaning": "What <it> means."}
+
+
+def check(verdict: Any = "clean", *previews: Match, **signals: dict[str, Any]) -> EpochCheck:
+    shown = list(previews) or [CLEAN, NOVEL]
+    share = sum(match.significant for match in shown) / len(shown)
+    return EpochCheck(verdict, f"Because it is <{verdict}>.", share, share / 4, 0.0027, signals, shown)
+
+
+def picture(color: str, size: tuple[int, int] = (32, 32)) -> Image.Image:
+    made = Image.new("RGB", size, color)
+    ImageDraw.Draw(made).rectangle((4, 4, 12, 12), fill="black")
+    return made
+
+
+GALLERY = {"a.png": picture("red"), "b.png": picture("lime"), "<a>.png": picture("blue")}
+
+
+def write_epochs(folder: Path, checks: dict[int, EpochCheck], color: str = "yellow") -> None:
+    """Epochs' folders with their checks and one-coloured previews."""
+    for epoch, found in checks.items():
+        (folder / str(epoch) / "previews").mkdir(parents=True)
+        for match in found.previews:
+            picture(color).save(folder / str(epoch) / match.file)
+        found.write(folder / str(epoch))

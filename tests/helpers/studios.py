@@ -1,0 +1,35 @@
+"""Runs and pictures as a trainer and an artist leave them."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import dump_toml
+from sdlora.ui.state.folders import Studio
+
+
+def write_state(studio: Studio, config: RunConfig, **state: Any) -> Path:
+    """A run's folder with its settings and its state."""
+    folder = studio.run(config.name or "")
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.toml").write_text(dump_toml(config), encoding="utf-8")
+    whole = {
+        "status": "running", "phase": "train", "epoch": 1, "step": 3, "total_steps": 10, "done": 3, "total": 10,
+        "eta_seconds": 7.0, "pid": 0, "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "error": None,
+    }  # fmt: skip
+    (folder / "state.json").write_text(json.dumps(whole | state), encoding="utf-8")
+    return folder
+
+
+def write_picture(path: Path, color: str = "red", size: tuple[int, int] = (48, 32)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture = Image.new("RGB", size, color)
+    picture.putpixel((3, 3), (1, 2, 3))
+    picture.save(path)
+    return path

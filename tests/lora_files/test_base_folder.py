@@ -1,0 +1,56 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.trainers import kohya_trainer
+
+from sdlora.errors import BaseModelError, DataError
+from sdlora.lora.inject import LoraState, LoraWeights
+from sdlora.lora_files.base_folder import module_paths, paths_for
+from sdlora.lora_files.read import read_file
+
+
+@pytest.fixture
+def theirs(pipeline: Any, tmp_path: Path) -> LoraState:
+    kohya_trainer(tmp_path / "theirs.safetensors", pipeline, text=True, conv=True)
+    return read_file(tmp_path / "theirs.safetensors").state
+
+
+def test_stable_diffusion_15_has_the_layers_that_kohya_trains() -> None:
+    found = module_paths(None)
+    blocks = [name for name in found if name.startswith("lora_unet_") and "_attentions_" in name]
+    text = [name for name in found if name.startswith("lora_te_text_model_encoder_layers_")]
+    assert (len(blocks), len(text)) == (192, 72)
+    path, shape = found["lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"]
+    assert (path, shape) == ("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", (640, 768))
+    assert found["lora_unet_mid_block_attentions_0_proj_in"][1] == (1280, 1280, 1, 1)
+
+
+def test_modules_that_a_base_does_not_have_are_refused_by_name(theirs: LoraState, tiny_base: Path) -> None:
+    assert paths_for(theirs, tiny_base).keys() == theirs.keys()
+    with pytest.raises(DataError, match=r"makes an update of .*--base FOLDER"):
+        paths_for(theirs, None)
+    with pytest.raises(DataError, match=r"1 modules are not in tiny.*lora_unet_input_blocks"):
+        paths_for({"lora_unet_input_blocks_1_1": next(iter(theirs.values()))}, tiny_base)
+    with pytest.raises(BaseModelError, match=r"unet/config\.json"):
+        paths_for(theirs, tiny_base / "unet")
+
+
+def test_without_a_base_a_file_s_own_family_is_taken() -> None:
+    inside = "attentions_0_transformer_blocks_0_attn2_to_k"
+    for width, name, path in (
+        (768, f"lora_unet_down_blocks_0_{inside}", "down_blocks.0"),
+        (1024, f"lora_unet_down_blocks_0_{inside}", "down_blocks.0"),
+        (2048, f"lora_unet_up_blocks_1_{inside}", "up_blocks.1"),
+    ):
+        own = {name: LoraWeights(torch.ones(2, width), torch.ones(640 if width == 2048 else 320, 2), 1.0)}
+        assert paths_for(own, None)[name].startswith(f"{path}.attentions.0.")
+        more = own | {
+            "lora_te1_text_model_encoder_layers_11_mlp_fc1": LoraWeights(torch.ones(2, 768), torch.ones(3072, 2), 1.0)
+        }
+        if width == 2048:
+            assert paths_for(more, None)["lora_te1_text_model_encoder_layers_11_mlp_fc1"].startswith("text_encoder.")
+        else:
+            with pytest.raises(DataError, match=r"not in Stable Diffusion [12]\.x, the first is 'lora_te1_"):
+                paths_for(more, None)

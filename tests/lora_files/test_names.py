@@ -1,0 +1,72 @@
+import json
+from typing import Any
+
+import pytest
+import torch
+from helpers.adapters import UNET_TARGETS, formed
+
+from sdlora.lora.inject import Form, LoraState, LoraWeights
+from sdlora.lora_files.names import file_form, kohya_name, to_kohya, to_peft
+
+
+def update(weights: LoraWeights) -> torch.Tensor:
+    """The update that weights stand for, written out in float64, (o, i k k)."""
+
+    def product(down: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return up.double().flatten(1) @ down.double().flatten(1)
+
+    whole = product(weights.down, weights.up)
+    if weights.start is not None:
+        whole = whole - product(*weights.start)
+    return whole * weights.alpha / weights.down.shape[0]
+
+
+FORMS = [
+    Form(start="pissa", target_ranks={"mlp": 3}),
+    Form(target_alphas={"conv": 5.0, "text_encoder": 7.0}, target_ranks={"mlp": 3}, rslora=True),
+    Form(start="orthogonal", target_alphas={"self_attention": 3.0}),
+]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_written_is_the_same_update_with_one_alpha_per_network(pipeline: Any, form: Form) -> None:
+    state = formed(pipeline, [*UNET_TARGETS, "text_encoder"], form).state()
+    written = file_form(state)
+    for path, weights in state.items():
+        torch.testing.assert_close(update(written[path]), update(weights), atol=1e-6, rtol=1e-5)
+        assert written[path].down.shape[0] == weights.down.shape[0] * (1 if weights.start is None else 2)
+    for text in (True, False):
+        assert len({w.alpha for path, w in written.items() if path.startswith("text_encoder.") == text}) == 1
+
+
+def test_names_are_kohyas() -> None:
+    assert kohya_name("down_blocks.0.resnets.1.conv_shortcut") == "lora_unet_down_blocks_0_resnets_1_conv_shortcut"
+    expected = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
+    assert kohya_name("text_encoder.encoder.layers.0.self_attn.q_proj") == expected
+    assert kohya_name("text_encoder.text_model.encoder.layers.0.self_attn.q_proj") == expected
+
+
+def test_a_convolution_has_locons_shapes(pipeline: Any) -> None:
+    tensors = to_kohya(formed(pipeline, ["conv"], Form()).state())
+    name = "lora_unet_down_blocks_0_downsamplers_0_conv"
+    assert tensors[f"{name}.lora_down.weight"].shape == (4, 16, 3, 3)
+    assert tensors[f"{name}.lora_up.weight"].shape == (16, 4, 1, 1)
+
+
+def one_module() -> LoraState:
+    return {"conv1": LoraWeights(torch.ones(2, 3), torch.ones(4, 2), 3.0, torch.ones(4))}
+
+
+def test_pefts_metadata_is_no_more_than_diffusers_takes() -> None:
+    _, metadata = to_peft(one_module())
+    assert json.loads(metadata) == {
+        "unet.r": 2, "unet.lora_alpha": 3.0, "unet.target_modules": ["conv1"], "unet.use_dora": True,
+        "unet.rank_pattern": {},
+    }  # fmt: skip
+
+
+def test_names_of_two_text_encoders_are_kept_apart() -> None:
+    first = kohya_name("text_encoder.encoder.layers.0.mlp.fc1", first_text_encoder="lora_te1_")
+    assert first == "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    assert kohya_name("text_encoder_2.text_model.encoder.layers.0.mlp.fc1") == first.replace("te1", "te2")
+    assert kohya_name("text_encoder_2.text_projection") == "lora_te2_text_projection"

@@ -1,0 +1,73 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from helpers.adapters import UNET_TARGETS, formed
+
+from sdlora.errors import DataError
+from sdlora.lora.inject import Form
+from sdlora.lora.timestep_rank import TimestepRank
+from sdlora.lora_files.pipelines import apply_timestep_rank
+from sdlora.lora_files.write import LoraMetadata, save_lora
+
+METADATA = LoraMetadata("hero", "base", "stable-diffusion-v1", 64, None, 1, 1, 1.7e9, {})
+SETTING = TimestepRank(2, 1.0)
+
+
+@pytest.fixture
+def pipeline(tiny_base: Path) -> Any:
+    return StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+
+
+def answer(pipeline: Any, timesteps: list[int]) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(3)
+    latents, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 77, 16, generator=generator)
+    with torch.no_grad():
+        found: torch.Tensor = pipeline.unet(latents, torch.tensor(timesteps), text, return_dict=False)[0]
+    return found
+
+
+@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
+def test_a_pipeline_answers_as_in_training(pipeline: Any, tiny_base: Path, tmp_path: Path, start: Any) -> None:
+    targets = [*UNET_TARGETS, "text_encoder"]
+    form = Form(timestep_rank=SETTING, start=start, target_ranks={"conv": 4})
+    adapter = formed(pipeline, targets, form, rank=8)
+    cases = [[0, 500, 999], [999, 20, 340], [700]]
+    expected = [answer(pipeline, case) for case in cases]
+    prompt = {"num_inference_steps": 3, "output_type": "latent", "height": 32, "width": 32}
+    drawn = pipeline("a red ball", generator=torch.Generator().manual_seed(0), **prompt).images
+    file = tmp_path / "hero.safetensors"
+    save_lora(file, adapter.state(), metadata=replace(METADATA, timestep_rank=SETTING))
+
+    other = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    other.load_lora_weights(file)
+    assert (answer(other, cases[0]) - expected[0]).abs().max() > 1e-3
+    apply_timestep_rank(other, file)
+    for case, wanted in zip(cases, expected, strict=True):
+        torch.testing.assert_close(answer(other, case), wanted, atol=2e-5, rtol=1e-5)
+    found = other("a red ball", generator=torch.Generator().manual_seed(0), **prompt).images
+    torch.testing.assert_close(found, drawn, atol=1e-3, rtol=1e-3)
+    print(json.dumps({"start": start, "difference": float((answer(other, cases[0]) - expected[0]).abs().max())}))
+
+
+def test_what_cannot_be_applied_is_said(pipeline: Any, tmp_path: Path) -> None:
+    adapter = formed(pipeline, ["cross_attention"], Form(timestep_rank=SETTING), rank=4)
+    adapter.remove()
+    file, plain = tmp_path / "hero.safetensors", tmp_path / "plain.safetensors"
+    save_lora(file, adapter.state(), metadata=replace(METADATA, timestep_rank=SETTING))
+    save_lora(plain, adapter.state(), metadata=METADATA)
+    with pytest.raises(DataError, match="load_lora_weights first"):
+        apply_timestep_rank(pipeline, file)
+    pipeline.load_lora_weights(file, adapter_name="one")
+    pipeline.load_lora_weights(plain, adapter_name="two")
+    with pytest.raises(DataError, match="one, two"):
+        apply_timestep_rank(pipeline, file)
+    with pytest.raises(DataError, match="without a timestep rank"):
+        apply_timestep_rank(pipeline, plain, "one")
+    with pytest.raises(DataError, match="not a readable"):
+        apply_timestep_rank(pipeline, tmp_path / "none.safetensors")
+    apply_timestep_rank(pipeline, file, "one")

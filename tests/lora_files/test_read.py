@@ -1,0 +1,216 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers.trainers import diffusers_script, kohya_trainer
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from sdlora.errors import DataError
+from sdlora.lora.inject import LoraState, LoraWeights
+from sdlora.lora_files.base_folder import paths_for
+from sdlora.lora_files.names import PEFT_METADATA, to_peft
+from sdlora.lora_files.read import (
+    family_of,
+    metadata_of_new_ranks,
+    parse_lora,
+    read_file,
+    read_tensors,
+    tensors_sha256,
+    write_file,
+)
+from sdlora.lora_files.write import describe_lora
+
+
+def same(one: LoraState, other: LoraState) -> bool:
+    return one.keys() == other.keys() and all(
+        torch.equal(w.down, other[name].down) and torch.equal(w.up, other[name].up) and w.alpha == other[name].alpha
+        for name, w in one.items()
+    )
+
+
+def metadata_in(file: Path) -> dict[str, str]:
+    with safe_open(file, framework="pt") as opened:
+        return dict(opened.metadata())
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("text", "conv"), [(False, False), (True, True)])
+def test_kohya_to_peft_and_back_is_bitwise_equal(
+    pipeline: Any, tiny_base: Path, tmp_path: Path, dtype: torch.dtype, text: bool, conv: bool
+) -> None:
+    kohya_trainer(tmp_path / "kohya.safetensors", pipeline, dtype=dtype, text=text, conv=conv)
+    first = read_file(tmp_path / "kohya.safetensors")
+    paths = paths_for(first.state, tiny_base)
+    write_file(tmp_path / "peft.safetensors", first.state, metadata=first.metadata, dtype=first.dtype, paths=paths)
+    second = read_file(tmp_path / "peft.safetensors")
+    write_file(tmp_path / "back.safetensors", second.state, metadata=second.metadata, dtype=second.dtype)
+    before, after = load_file(tmp_path / "kohya.safetensors"), load_file(tmp_path / "back.safetensors")
+    assert before.keys() == after.keys()
+    for key, tensor in before.items():
+        assert torch.equal(tensor.float(), after[key].float())
+        assert after[key].dtype == (torch.float32 if key.endswith(".alpha") else dtype)
+    assert second.spelling == "peft"
+    assert metadata_in(tmp_path / "back.safetensors").get(PEFT_METADATA) is None
+
+
+def test_alphas_and_ranks_of_every_module_reach_diffusers_under_pefts_names(
+    pipeline: Any, tiny_base: Path, tmp_path: Path
+) -> None:
+    kohya_trainer(tmp_path / "kohya.safetensors", pipeline, text=True, conv=True)
+    plain = read_file(tmp_path / "kohya.safetensors").state
+    state = {
+        name: LoraWeights(w.down[: 1 + index % 4], w.up[:, : 1 + index % 4], alpha=0.5 + index % 3)
+        for index, (name, w) in enumerate(plain.items())
+    }
+    paths = paths_for(state, tiny_base)
+    write_file(tmp_path / "peft.safetensors", state, metadata={}, paths=paths)
+    assert same(read_file(tmp_path / "peft.safetensors").state, state)
+    pipeline.load_lora_weights(tmp_path, weight_name="peft.safetensors", adapter_name="theirs")
+    for name, path in paths.items():
+        network = pipeline.text_encoder if path.startswith("text_encoder.") else pipeline.unet
+        layer = network.get_submodule(path.removeprefix("text_encoder."))
+        assert layer.scaling["theirs"] == pytest.approx(state[name].alpha / state[name].down.shape[0])
+        assert torch.equal(layer.lora_A["theirs"].weight, state[name].down)
+        assert torch.equal(layer.lora_B["theirs"].weight, state[name].up)
+
+
+@pytest.mark.parametrize(
+    "config", [{}, {"alpha_pattern": {"to_q": 3}}, {"use_rslora": True}, {"rank_pattern": {"to_k": 2, "q_proj": 3}}]
+)
+@pytest.mark.parametrize("old_names", [True, False])
+def test_a_diffusers_script_s_file_is_the_adapter_that_peft_had(
+    pipeline: Any, tmp_path: Path, config: dict[str, Any], old_names: bool
+) -> None:
+    file = tmp_path / "script.safetensors"
+    diffusers_script(file, pipeline, text=True, old_names=old_names, **config)
+    state = read_file(file).state
+    layers = {
+        prefix + path.replace(".", "_"): module
+        for prefix, network in (("lora_unet_", pipeline.unet), ("lora_te_text_model_", pipeline.text_encoder))
+        for path, module in network.named_modules()
+        if hasattr(module, "lora_A")
+    }
+    assert state.keys() == layers.keys()
+    for name, layer in layers.items():
+        weights = state[name]
+        assert weights.alpha / weights.down.shape[0] == pytest.approx(layer.scaling["default"], rel=1e-12)
+        assert torch.equal(weights.down, layer.lora_A["default"].weight)
+        assert torch.equal(weights.up, layer.lora_B["default"].weight)
+
+
+def test_the_oldest_names_of_diffusers_are_the_same_modules() -> None:
+    block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
+    down, up = torch.ones(2, 3), torch.ones(4, 2)
+    tensors = {
+        f"{block}.processor.to_q_lora.down.weight": down, f"{block}.processor.to_q_lora.up.weight": up,
+        f"unet.{block}.processor.to_out_lora.down.weight": down, f"unet.{block}.processor.to_out_lora.up.weight": up,
+        "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora.down.weight": down,
+        "text_encoder.text_model.encoder.layers.0.self_attn.to_out_lora.up.weight": up,
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.down.weight": down,
+        "text_encoder.text_model.encoder.layers.0.mlp.fc1.lora_linear_layer.up.weight": up,
+    }  # fmt: skip
+    kohya = f"lora_unet_{block.replace('.', '_')}"
+    assert list(parse_lora(tensors, {}, name="old").state) == [
+        f"{kohya}_to_q", f"{kohya}_to_out_0",
+        "lora_te_text_model_encoder_layers_0_self_attn_out_proj", "lora_te_text_model_encoder_layers_0_mlp_fc1",
+    ]  # fmt: skip
+
+
+def test_two_text_encoders_are_kept_apart(tmp_path: Path) -> None:
+    paths = [f"{network}.encoder.layers.0.mlp.fc1" for network in ("text_encoder", "text_encoder_2")]
+    tensors, metadata = to_peft({path: LoraWeights(torch.ones(2, 3), torch.ones(4, 2), 2.0) for path in paths})
+    state = parse_lora(tensors, {PEFT_METADATA: metadata}, name="xl").state
+    assert list(state) == [f"lora_te{i}_text_model_encoder_layers_0_mlp_fc1" for i in (1, 2)]
+    write_file(tmp_path / "xl.safetensors", state, metadata={})
+    assert same(read_file(tmp_path / "xl.safetensors").state, state)
+    assert family_of(state) == "stable-diffusion-xl-v1-base"
+
+
+@pytest.mark.parametrize(("width", "version"), [(768, "sd_v1"), (1024, "sd_v2"), (2048, "sdxl_base_v1-0")])
+def test_the_family_is_read_from_the_weights_and_written_for_programs(tmp_path: Path, width: int, version: str) -> None:
+    key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
+    tensors = {f"{key}.lora_A.weight": torch.ones(2, width), f"{key}.lora_B.weight": torch.ones(4, 2)}
+    save_file(tensors, tmp_path / "in.safetensors")
+    file = read_file(tmp_path / "in.safetensors", "rank")
+    write_file(tmp_path / "out.safetensors", file.state, metadata=file.metadata)
+    written = metadata_in(tmp_path / "out.safetensors")
+    assert written["ss_base_model_version"] == version
+    assert written["modelspec.architecture"] == f"{family_of(file.state)}/lora"
+
+
+@pytest.mark.parametrize(("missing", "alpha"), [("rank", 4.0), ("2.5", 2.5)])
+def test_an_alpha_that_is_not_in_the_file_must_be_said(
+    pipeline: Any, tmp_path: Path, missing: str, alpha: float
+) -> None:
+    diffusers_script(tmp_path / "peft.safetensors", pipeline, told=False)
+    kohya_trainer(tmp_path / "kohya.safetensors", pipeline, alpha=None)
+    for file in tmp_path.iterdir():
+        with pytest.raises(DataError, match="strength is unknown"):
+            read_file(file)
+        with pytest.raises(DataError, match="number above 0"):
+            read_file(file, "a lot")
+        assert {weights.alpha for weights in read_file(file, missing).state.values()} == {alpha}
+        described = describe_lora(file)
+        assert (described["alphas"], described["update_norm"]) == ("not in the file", None)
+
+
+def test_what_stays_true_is_kept_and_hashes_are_computed_anew(pipeline: Any, tmp_path: Path) -> None:
+    kohya_trainer(tmp_path / "in.safetensors", pipeline)
+    file = read_file(tmp_path / "in.safetensors")
+    write_file(tmp_path / "out.safetensors", file.state, metadata=file.metadata, dtype=file.dtype)
+    written, tensors = metadata_in(tmp_path / "out.safetensors"), load_file(tmp_path / "out.safetensors")
+    assert written["sshs_model_hash"] == tensors_sha256(tensors)
+    assert written["modelspec.hash_sha256"] == f"0x{written['sshs_model_hash']}"
+    assert "sshs_legacy_hash" not in written
+    assert (written["modelspec.title"], written["ss_steps"], written["ss_sd_model_hash"]) == ("theirs", "100", "abc")
+    assert (written["ss_network_dim"], written["ss_network_alpha"]) == ("4", "1.0")
+    assert metadata_of_new_ranks([file])["ss_steps"] == "100"
+    of_two = metadata_of_new_ranks([file, file])
+    assert of_two == {
+        "ss_network_module": "networks.lora", "ss_base_model_version": "sd_v1", "ss_sd_model_hash": "abc",
+    }  # fmt: skip
+
+
+def test_a_header_that_programs_refuse_is_not_written(tmp_path: Path) -> None:
+    state = {"lora_unet_x": LoraWeights(torch.ones(2, 3), torch.ones(4, 2), 2.0)}
+    with pytest.raises(DataError, match="header"):
+        write_file(tmp_path / "out.safetensors", state, metadata={"ss_x": "y" * (1 << 20)})
+    assert not list(tmp_path.iterdir())
+
+
+GOOD = {"unet.conv1.lora_A.weight": torch.ones(2, 3), "unet.conv1.lora_B.weight": torch.ones(4, 2)}
+KOHYA = {"lora_unet_x.lora_down.weight": torch.ones(2, 3), "lora_unet_x.lora_up.weight": torch.ones(4, 2)}
+
+
+@pytest.mark.parametrize(
+    ("tensors", "settings", "reason"),
+    [
+        (GOOD | {"unet.conv1.other": torch.ones(1)}, {}, "not one of PEFT's"),
+        (GOOD | {"unet.conv1.lora_B.bias": torch.ones(4)}, {}, "not one of PEFT's"),
+        (GOOD | {"base_model.model.x.lora_A.weight": torch.ones(1)}, {}, "not one of PEFT's"),
+        (GOOD | KOHYA, {}, "at once"),
+        (GOOD | {"unet.conv1.lora.down.weight": torch.ones(2, 3)}, {}, "twice"),
+        (GOOD | {"unet.conv1.lora_B.weight": torch.ones(4, 5)}, {}, "do not pair"),
+        (GOOD | {"unet.conv1.lora_magnitude_vector": torch.ones(3)}, {}, "do not pair"),
+        (GOOD | {"unet.conv1.alpha": torch.ones(2)}, {}, "alpha has 2"),
+        ({"unet.conv1.lora_A.weight": torch.ones(2, 3)}, {}, "lacks a lora_up"),
+        (GOOD, {"unet.r": 2}, "does not tell the alpha"),
+        (GOOD, {"unet.lora_alpha": "much"}, "does not tell the alpha"),
+        (GOOD, {"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+": 2}}, "only names"),
+        (GOOD, [1], "not a table"),
+        (KOHYA | {"lora_unet_x.dora_scale": torch.ones(4, 1)}, {}, "DoRA under kohya's"),
+        (KOHYA | {"lora_unet_x.hada_w1_a": torch.ones(4, 1)}, {}, "LoHa"),
+    ],
+)  # fmt: skip
+def test_what_is_no_plain_lora_is_refused(tensors: dict[str, torch.Tensor], settings: Any, reason: str) -> None:
+    with pytest.raises(DataError, match=reason):
+        parse_lora(tensors, {PEFT_METADATA: json.dumps(settings)} if settings else {}, name="odd")
+
+
+def test_other_number_types_are_refused(tmp_path: Path) -> None:
+    save_file({key: tensor.double() for key, tensor in KOHYA.items()}, tmp_path / "double.safetensors")
+    with pytest.raises(DataError, match="float64"):
+        read_tensors(tmp_path / "double.safetensors")

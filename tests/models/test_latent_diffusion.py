@@ -1,0 +1,134 @@
+"""VAE and text encoders take turns on the device: what waits is made of NaN here, so that no one uses it unnoticed."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+from safetensors.torch import load_file
+from torch import nn
+
+from sdlora.config.schema import BaseConfig, LoraConfig, RunConfig, Target
+from sdlora.config.toml import load_config
+from sdlora.estimate.meta_model import shapes_of_base
+from sdlora.lora.targets import find_targets
+from sdlora.models import latent_diffusion
+from sdlora.models.load import load_base
+from sdlora.run.base_pool import KeptBase
+from sdlora.run.run import start
+from sdlora.training.adapter import make_adapter
+
+AWAY = torch.device("meta")
+KEPT_TEXT, LIVE_TEXT, TRAINED_TEXT = "cache.max_text_gib=2", "cache.max_text_gib=0", 'lora.targets=["text_encoder"]'
+
+
+class Waiting:
+    """Stands in for moves between devices: networks that wait lose their numbers until they come back."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kept: dict[nn.Module, list[torch.Tensor]] = {}
+        self.known: set[nn.Module] = set()
+        self.seen: list[set[str]] = []
+        monkeypatch.setattr(latent_diffusion, "_ASIDE", AWAY)
+        monkeypatch.setattr(latent_diffusion, "move", self.move)
+        plain = UNet2DConditionModel.forward
+
+        def watched(unet: Any, *args: Any, **kwargs: Any) -> Any:
+            if torch.is_grad_enabled():
+                self.seen.append(self.present())
+            return plain(unet, *args, **kwargs)
+
+        monkeypatch.setattr(UNet2DConditionModel, "forward", watched)
+
+    def present(self) -> set[str]:
+        return {type(network).__name__ for network in self.known - self.kept.keys()}
+
+    @torch.no_grad()
+    def move(self, network: nn.Module, device: torch.device) -> None:
+        self.known.add(network)
+        if device == AWAY and network not in self.kept:
+            self.kept[network] = [parameter.clone() for parameter in network.parameters()]
+            for parameter in network.parameters():
+                parameter.fill_(torch.nan)
+        elif device != AWAY:
+            for parameter, numbers in zip(network.parameters(), self.kept.pop(network, ()), strict=False):
+                parameter.copy_(numbers)
+
+
+def outcome(folder: Path, overrides: list[str], *changes: str) -> str:
+    """A digest of a run's LoRA and of its pictures."""
+    source = folder.with_suffix(".toml")
+    source.write_text("[data]\ntrigger = 'zumi'\n")
+    config = load_config(str(source), [*overrides, f"cache.dir={folder}-cache", "preview.seeds=[0,1]", *changes])
+    for _ in start(config, folder):
+        pass
+    (file,), drawn = folder.glob("*.safetensors"), sorted(folder.glob("epochs/*/previews/*.png"))
+    assert len(drawn) == 3 * 2
+    tensors = [tensor.numpy().tobytes() for _, tensor in sorted(load_file(file).items())]
+    return hashlib.sha256(b"".join([*tensors, *(picture.read_bytes() for picture in drawn)])).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("change", "present"),
+    [(KEPT_TEXT, set[str]()), (LIVE_TEXT, {"CLIPTextModel"}), (TRAINED_TEXT, {"CLIPTextModel"})],
+)
+def test_a_run_is_the_same_and_steps_have_only_what_they_need(
+    change: str, present: set[str], tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = outcome(tmp_path / "plain", overrides, change)
+    waiting = Waiting(monkeypatch)
+    assert outcome(tmp_path / "turns", overrides, change) == plain
+    assert waiting.seen
+    assert all(found == present for found in waiting.seen)
+    assert {type(network).__name__ for network in waiting.known} == {"AutoencoderKL", "CLIPTextModel"}
+
+
+def test_never_both_of_them_and_none_in_the_end(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
+    waiting = Waiting(monkeypatch)
+    base.encode_pixels(torch.zeros(1, 3, 32, 32))
+    assert waiting.present() == {"AutoencoderKL"}
+    assert base.encode_captions(["a cat"])["states"].isfinite().all()
+    assert waiting.present() == {"CLIPTextModel"}
+    prompts = base.preview_prompts(["a cat"], [""])
+    with base.pipeline() as pipeline, torch.no_grad():
+        assert waiting.present() == {"AutoencoderKL"}
+        assert not isinstance(pipeline.text_encoder, nn.Module)
+        pipeline(**prompts, num_inference_steps=1)
+    assert pipeline.text_encoder is base.text_encoders[0]
+    base.set_aside()
+    assert waiting.present() == set()
+
+
+def test_counting_and_naming_move_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waiting = Waiting(monkeypatch)
+    bases = KeptBase()
+    base = bases(RunConfig(base=BaseConfig(path=str(tiny_base))), torch.device("cpu"), torch.float32)
+    base.set_aside()
+    assert waiting.known and waiting.present() == set()
+    targets: list[Target] = ["cross_attention", "text_encoder"]
+    paths = find_targets(base.unet, targets, base.text_encoders)
+    assert shapes_of_base(base).text_bytes > 0
+    bases(RunConfig(base=BaseConfig(path=str(tiny_base))), torch.device("cpu"), torch.float32)
+    assert bases.num_loads == 1
+    make_adapter(RunConfig(), base, [path for path in paths if not path.startswith("text_encoder")]).remove()
+    assert waiting.present() == set()
+    # What is trained must be where it stays, before an optimizer knows it.
+    adapter = make_adapter(RunConfig(lora=LoraConfig(targets=targets)), base, paths)
+    assert waiting.present() == {"CLIPTextModel"}
+    base.set_aside()
+    assert waiting.present() == {"CLIPTextModel"}
+    assert all(bool(parameter.isfinite().all()) for parameter in adapter.parameters())
+
+
+def test_a_network_is_moved_only_where_it_is_not() -> None:
+    network, moved = nn.Linear(2, 2), list[Any]()
+    network.to = moved.append  # type: ignore[assignment, method-assign]
+    latent_diffusion.move(network, torch.device("cpu"))
+    assert moved == []
+    latent_diffusion.move(network, AWAY)
+    assert moved == [AWAY]

@@ -1,0 +1,32 @@
+"""The shape of the tree: what lies loose, and how long a file may be. The order of rooms is import-linter's."""
+
+import re
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+PACKAGE = ROOT / "sdlora"
+
+
+def test_nothing_lies_loose_beside_the_rooms() -> None:
+    assert {file.name for file in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "errors.py", "events.py"}
+    assert {file.name for file in PACKAGE.parent.joinpath("ui").glob("*.py")} == {"__init__.py"}
+    assert {file.name for file in PACKAGE.parent.joinpath("tests").glob("*.py")} == {"conftest.py"}
+
+
+def test_no_file_is_two_rooms_in_one() -> None:
+    files = [*PACKAGE.rglob("*.py"), *PACKAGE.parent.joinpath("ui").rglob("*.py")]
+    long = {str(file): count for file in files if (count := len(file.read_text().splitlines())) > 420}
+    assert not long
+
+
+def test_architecture_page_names_every_room() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = page[page.index("\nsdlora/\n") : page.index("\nconfigs/")]
+    named = set(re.findall(r"^ *([\w.]+/?) ", tree, flags=re.MULTILINE))
+    found = {
+        f"{path.name}/" if path.is_dir() else path.name
+        for folder in (PACKAGE, ROOT / "ui")
+        for path in folder.iterdir()
+        if (path.is_dir() and list(path.glob("*.py"))) or (path.suffix == ".py" and path.name != "__init__.py")
+    }
+    assert named - {"ui/"} == found

@@ -1,0 +1,28 @@
+"""The command line answers at once: nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "gradio", "matplotlib")
+ASK = """
+import sys
+from sdlora.cli.main import app
+try:
+    app({arguments!r})
+except SystemExit as done:
+    assert not done.code, done.code
+print("loaded:", *[name for name in {heavy!r} if name in sys.modules])
+"""
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["train", "--help"], ["plan", "--help"], ["--version"], ["config", "show", "quickstart"]]
+)
+def test_no_heavy_library_is_loaded_to_answer(arguments: list[str]) -> None:
+    code = ASK.format(arguments=arguments, heavy=HEAVY)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1].strip() == "loaded:"

@@ -1,0 +1,110 @@
+"""What a run's files say of themselves, and to whom."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from helpers.runs import copying_from, run
+from PIL import Image
+from safetensors.torch import load_file
+
+from sdlora.copycheck.verdict import EpochCheck
+from sdlora.data.dataset import Example
+from sdlora.errors import ConfigError
+from sdlora.events import Exported, Notice
+from sdlora.lora_files.read import read_file
+from sdlora.lora_files.write import describe_lora
+from sdlora.previews.sampler import PreviewRequest
+from sdlora.run.export import captions_told, presentable
+
+CHECKED = ["copycheck.enabled=true", "preview.num_captions=1"]
+
+
+def thumbnail(file: Path) -> Image.Image | None:
+    """The picture in a file's metadata."""
+    text = read_file(file).metadata.get("modelspec.thumbnail")
+    if text is None:
+        return None
+    kind, _, data = text.partition(",")
+    assert kind == "data:image/jpeg;base64"
+    return Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
+
+
+def test_the_file_shows_a_preview_of_a_new_prompt(tmp_path: Path, overrides: list[str]) -> None:
+    run(tmp_path / "run", [*overrides, "preview.num_captions=1", "data.resolution_px=32"])
+    picture = thumbnail(tmp_path / "run" / "hero.safetensors")
+    assert picture is not None
+    assert (picture.format, max(picture.size) <= 256) == ("JPEG", True)
+    # Prompt 0 is a caption of the set; the first new one is prompt 1.
+    shown, other = (
+        Image.open(tmp_path / f"run/epochs/2/previews/prompt0{index}_seed0.png").convert("RGB") for index in (1, 0)
+    )
+
+    def compressed(preview: Image.Image) -> bytes:
+        buffer = io.BytesIO()
+        preview.save(buffer, format="JPEG", quality=80)
+        return Image.open(buffer).tobytes()
+
+    assert picture.tobytes() == compressed(shown) != compressed(other)
+    run(tmp_path / "without", [*overrides, "file.thumbnail=false"])
+    assert thumbnail(tmp_path / "without" / "hero.safetensors") is None
+    one, two = (load_file(tmp_path / name / "epochs/1/adapter.safetensors") for name in ("run", "without"))
+    assert all(torch.equal(one[key], two[key]) for key in two)
+
+
+def test_a_copy_is_shown_nobody(tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    copying_from(1, monkeypatch)
+    run(tmp_path / "run", [*overrides, *CHECKED, "train.epochs=1"])
+    assert thumbnail(tmp_path / "run" / "hero.safetensors") is None
+    request = PreviewRequest(("a caption", "a red ball"), (0,), "", 2, 1.0, num_captions=1)
+    folder = tmp_path / "run" / "epochs" / "1"
+    assert presentable(request, folder) == []
+    check = EpochCheck.read(folder)
+    assert check is not None
+    replace(check, previews=[replace(match, significant=False) for match in check.previews]).write(folder)
+    assert presentable(request, folder) == [("prompt01_seed0.png", "a red ball")]
+
+
+def test_captions_and_folders_are_told_only_on_request(tmp_path: Path, overrides: list[str]) -> None:
+    fast = ["preview.enabled=false", "train.epochs=1", "data.repeats=2"]
+    run(tmp_path / "silent", [*overrides, *fast])
+    said = json.dumps(read_file(tmp_path / "silent" / "hero.safetensors").metadata)
+    assert "red ball" not in said and "ss_tag_frequency" not in said and "ss_dataset_dirs" not in said
+    run(tmp_path / "open", [*overrides, *fast, "file.tell_captions=true"])
+    metadata = read_file(tmp_path / "open" / "hero.safetensors").metadata
+    tags = json.loads(metadata["ss_tag_frequency"])
+    assert tags.keys() == {"set"}
+    assert tags["set"]["zumi"] == 5 and tags["set"]["a red ball"] == 1
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"set": {"n_repeats": 2, "img_count": 5}}
+
+
+def test_captions_too_long_to_tell_are_refused_before_the_run(
+    tmp_path: Path, overrides: list[str], pictures: Path
+) -> None:
+    example = Example("a", tmp_path / "a", "word, " * 10, (8, 8), (8, 8))
+    assert json.loads(captions_told([example])["ss_tag_frequency"]) == {tmp_path.name: {"word": 10}}
+    with pytest.raises(ConfigError, match="at most 262144 fit"):
+        captions_told([replace(example, caption=", ".join(map(str, range(40_000))))])
+
+
+@pytest.mark.parametrize("names", ["kohya", "peft"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_run_leaves_the_file_that_was_asked_for(
+    tmp_path: Path, overrides: list[str], names: str, precision: str
+) -> None:
+    options = [f"file.format={names}", f"file.precision={precision}", "train.epochs=1", "train.learning_rate=1e-2"]
+    events = run(tmp_path / "run", [*overrides, *options])
+    (exported,) = (event for event in events if isinstance(event, Exported))
+    assert exported.max_error == 0.0
+    described = describe_lora(tmp_path / "run" / "hero.safetensors")
+    assert described["names"] == names
+    assert described["dtype"] == {"fp16": "float16", "bf16": "bfloat16"}[precision]
+    told = " ".join(event.message for event in events if isinstance(event, Notice))
+    assert f"Rounding the file to {precision} changes answers by up to" in told
+    assert ("This file has PEFT's names" in told) == (names == "peft")

@@ -1,0 +1,61 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from sdlora.errors import OutputError
+from sdlora.events import EpochDone, Notice, Progress, StepDone
+from sdlora.run.folder import Recorder, RunFolder
+
+
+def step(number: int) -> StepDone:
+    return StepDone(1, number, 0.5, 1e-3, ["a.png"], [number], [7], [0.5], 0.1)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> RunFolder:
+    made = RunFolder(tmp_path / "run", "hero")
+    made.create("seed = 1\n")
+    return made
+
+
+def test_state_metrics_and_log_say_how_far_the_run_is(folder: RunFolder) -> None:
+    recorder = Recorder(folder)
+    recorder.record(Notice("Something to know."))
+    recorder.record(Progress("previews", 1, 4))
+    for event in (step(1), step(2), EpochDone(1, 2, 0.5, None, 3.0)):
+        recorder.record(event)
+    state = json.loads(folder.state.read_text())
+    assert (state["status"], state["phase"], state["epoch"], state["step"]) == ("running", "train", 1, 2)
+    assert state["pid"] == os.getpid()
+    rows = [json.loads(line) for line in folder.metrics.read_text().splitlines()]
+    assert [row["event"] for row in rows] == ["step", "step", "epoch"]
+    assert "Something to know." in folder.log.read_text()
+    recorder.finish("failed", "No room left.")
+    state = json.loads(folder.state.read_text())
+    assert (state["status"], state["error"], state["eta_seconds"]) == ("failed", "No room left.", None)
+
+
+def test_metrics_are_cut_back_to_a_checkpoint(folder: RunFolder) -> None:
+    recorder = Recorder(folder)
+    recorder.record(step(1))
+    kept = recorder.metrics_bytes()
+    recorder.record(step(2))
+    recorder.cut_metrics(kept)
+    recorder.record(step(2))
+    assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [1, 2]
+
+
+def test_where_a_run_may_start(tmp_path: Path, folder: RunFolder) -> None:
+    RunFolder(tmp_path / "new", "x").check(resume=False)
+    folder.check(resume=True)
+    with pytest.raises(OutputError, match="already holds a run"):
+        folder.check(resume=False)
+    with pytest.raises(OutputError, match="no run to resume"):
+        RunFolder(tmp_path / "new", "x").check(resume=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(OutputError, match="is a file"):
+        RunFolder(tmp_path / "file", "x").check(resume=False)
+    with pytest.raises(OutputError, match="cannot be written"):
+        RunFolder(tmp_path / "file" / "below", "x").create("")

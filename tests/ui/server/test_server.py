@@ -1,0 +1,189 @@
+"""What the studio's server gives out, to whom, and what it never does."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import tomllib
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from helpers.hostile import ADDRESSES, CAPTIONS
+from helpers.live import Live, live
+from helpers.promises import Figure
+from helpers.studios import write_picture, write_state
+from PIL import Image
+
+from sdlora.config.toml import dump_toml, load_config, parse_config
+from sdlora.errors import ConfigError
+from sdlora.ui.html.image_urls import shown_url
+from sdlora.ui.pages.context import Context
+from sdlora.ui.server.access import MOST_WRONG_LOGINS, Account, Logins, check_host
+from sdlora.ui.server.server import make_app
+from sdlora.ui.settings.draft import Draft, write_draft
+from sdlora.ui.state.folders import Studio
+from sdlora.ui.state.queue import Jobs
+from sdlora.ui.state.try_lora import Easel
+
+
+@pytest.fixture(scope="module")
+def open_(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    studio = Studio(tmp_path_factory.mktemp("studio") / "runs")
+    studio.create()
+    folder = studio.picture_set("set")
+    write_picture(folder / "a.png")
+    (folder / "a.txt").write_text("a red thing", encoding="utf-8")
+    # Things that must stay where they are, beside those that are given out.
+    for name in (".hidden.png", "0" * 40 + ".html", "0" * 40 + ".svg", "secret.png"):
+        (studio.shown / name).write_text("<script>secret</script>")
+    (studio.shown / "link.png").symlink_to("/etc/passwd")
+    (studio.shown / ("a" * 40 + ".png")).symlink_to("/etc/passwd")
+    unchecked = {"enabled": False}  # there are no previews that an epoch could be recommended by
+    config = parse_config({"data": {"folder": str(folder)}, "copycheck": unchecked}, name="a")
+    run = write_state(studio, config, status="done")
+    (run / "report.html").write_text("secret")
+    (run / "log.txt").write_text("secret")
+    for epoch in (1, 2):
+        (run / "epochs" / str(epoch)).mkdir(parents=True)
+        (run / "epochs" / str(epoch) / "adapter.safetensors").write_bytes(b"lora %d" % epoch)
+        (run / "epochs" / str(epoch) / "proof.json").write_text("{}")
+    return Context(studio, Jobs(studio), Easel())
+
+
+@pytest.fixture(scope="module")
+def server(open_: Context) -> Iterator[Live]:
+    with live(make_app(open_, host="127.0.0.1")) as found:
+        yield found
+
+
+def test_hostile_addresses_give_nothing(server: Live, figure: Figure) -> None:
+    assert len(ADDRESSES) >= 25
+    for path in ADDRESSES:
+        answer = server.ask(path)
+        assert answer.status in (400, 403, 404, 422), path
+        assert b"secret" not in answer.body and b"root:" not in answer.body, path
+    figure("Files over HTTP", f"{len(ADDRESSES)} of {len(ADDRESSES)} hostile addresses refused")
+
+
+def test_pictures_are_those_that_were_encoded_anew(server: Live, open_: Context, tmp_path: Path) -> None:
+    source = tmp_path / "a.jpg"
+    exif = Image.Exif()
+    exif[0x010E] = "a secret place"
+    Image.new("RGB", (400, 300), "red").save(source, exif=exif)
+    answer = server.ask(shown_url(open_.studio.shown, source))
+    assert (answer.status, answer.headers["content-type"]) == (200, "image/jpeg")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    with Image.open(io.BytesIO(answer.body)) as picture:
+        assert picture.size == (320, 240) and not picture.getexif()
+
+
+def test_the_page_asks_nothing_of_anyone(server: Live) -> None:
+    answer = server.ask("/")
+    assert answer.status == 200 and "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert b"fonts.googleapis" not in answer.body and b"fonts.gstatic" not in answer.body
+    config = json.loads(server.ask("/config").body)
+    assert (config["analytics_enabled"], config["run_history"], config["footer_links"]) == (False, False, [])
+    assert config["connect_heartbeat"] is False, "ten tabs would need ten of a browser's six connections"
+
+
+@pytest.mark.parametrize("host", ["evil.com", "127.0.0.1.evil.com", "192.168.0.9:7860", ""])
+def test_other_hosts_are_refused(server: Live, host: str) -> None:
+    assert server.ask("/", host=host).status == 400
+
+
+@pytest.mark.parametrize(
+    "headers", [{"origin": "http://evil.com"}, {"origin": "null"}, {"sec_fetch_site": "cross-site"}]
+)
+def test_other_pages_cannot_send_anything(server: Live, open_: Context, headers: dict[str, str]) -> None:
+    wish = {"set": "set", "picture": "a.png", "caption": "changed"}
+    assert server.send("PUT", "/studio/caption", wish, **headers).status == 403
+    assert server.send("POST", "/gradio_api/queue/join", {}, **headers).status == 403
+    assert (open_.studio.picture_set("set") / "a.txt").read_text(encoding="utf-8") != "changed"
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_hostile_captions_are_words(server: Live, open_: Context, caption: str) -> None:
+    write_draft(open_.studio, Draft(pictures="set"))
+    before = {path for path in open_.studio.runs.rglob("*") if "pycache" not in str(path)}
+    answer = server.send("PUT", "/studio/caption", {"set": "set", "picture": "a.png", "caption": caption})
+    assert answer.status == 200 and "<script" not in answer.json()["doctor"]
+    assert {path for path in open_.studio.runs.rglob("*") if "pycache" not in str(path)} == before
+    written = (open_.studio.picture_set("set") / "a.txt").read_text(encoding="utf-8")
+    assert written == " ".join(caption.replace("\0", " ").split())
+
+
+@pytest.mark.parametrize(
+    "wish",
+    [
+        {"set": "../runs", "picture": "a.png", "caption": "x"}, {"set": "set", "picture": "../a.png", "caption": "x"},
+        {"set": "builtin:zumi", "picture": "zumi_00.png", "caption": "x"}, {"set": "", "picture": "a", "caption": "x"},
+        {"set": "set", "picture": 3, "caption": "x"}, {"set": "set"}, [], {"set": "no", "picture": "a", "caption": ""},
+        {"set": "set", "picture": "a.png", "caption": "x" * 70_000},
+    ],
+)  # fmt: skip
+def test_wrong_wishes_are_answered_with_a_reason(server: Live, wish: object) -> None:
+    answer = server.send("PUT", "/studio/caption", wish)
+    assert answer.status == 400 and len(answer.json()["error"]) > 20
+    form = server.ask("/studio/caption", "PUT", body=b"set=set", content_type="application/x-www-form-urlencoded")
+    assert form.status == 400
+
+
+def test_files_are_downloads(server: Live, open_: Context, tmp_path: Path) -> None:
+    kept = server.ask("/studio/run/a/epoch/2")
+    assert (kept.status, kept.body) == (200, b"lora 2")
+    assert kept.headers["content-disposition"] == 'attachment; filename="a.safetensors"'
+    assert 'filename="a-epoch-1.safetensors"' in server.ask("/studio/run/a/epoch/1").headers["content-disposition"]
+    for path in ("/studio/run/a/epoch/3", "/studio/run/b/epoch/1", "/studio/run/b/all.zip"):
+        assert server.ask(path).status == 404
+    with zipfile.ZipFile(io.BytesIO(server.ask("/studio/run/a/all.zip").body)) as archive:
+        assert archive.namelist() == ["a-epoch-1.safetensors", "a-epoch-2.safetensors", "a.toml"]
+    file = tmp_path / "a.toml"
+    file.write_bytes(server.ask("/studio/run/a/config.toml").body)
+    assert dump_toml(load_config(str(file))) == (open_.studio.run("a") / "config.toml").read_text(encoding="utf-8")
+
+
+def test_the_draft_is_a_file_that_the_command_line_takes(server: Live, open_: Context) -> None:
+    write_draft(open_.studio, Draft(pictures="set", name="mine").with_values({"data.trigger": "zumi", "seed": 3}))
+    found = tomllib.loads(server.ask("/studio/draft.toml").body.decode())
+    assert (found["name"], found["seed"], found["data"]["trigger"]) == ("mine", 3, "zumi")
+    assert parse_config(found, name="x") == open_.draft().config(open_.studio)
+
+
+def test_too_large_a_request_is_refused_by_its_size(server: Live) -> None:
+    assert server.ask("/gradio_api/upload", "POST", content_length=str(10**13)).status == 413
+
+
+@pytest.fixture
+def locked(open_: Context, tmp_path: Path) -> Iterator[tuple[Live, Logins]]:
+    file = tmp_path / "auth"
+    file.write_text("me:correct horse", encoding="utf-8")
+    file.chmod(0o600)
+    now = [0.0]
+    app = Logins(make_app(open_, host="127.0.0.1"), Account.read(file), clock=lambda: now[0])
+    app.now = now  # type: ignore[attr-defined]
+    with live(app) as found:
+        yield found, app
+
+
+def basic(name: str, password: str) -> str:
+    return "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
+
+
+def test_the_password_is_asked_and_guesses_are_few(locked: tuple[Live, Logins], figure: Figure) -> None:
+    server, logins = locked
+    with pytest.raises(ConfigError, match="--auth-file"):
+        check_host("0.0.0.0", None)
+    for path in ("/", "/studio/draft.toml", "/config", "/studio/studio.css"):
+        assert server.ask(path).status == 401
+    assert server.ask("/", authorization=basic("me", "correct horse")).status == 200
+    for header in (basic("you", "correct horse"), "Basic ???", "Bearer x", basic("me", ""), basic("me", "wrong")):
+        assert server.ask("/", authorization=header).status == 401
+    refused = server.ask("/", authorization=basic("me", "correct horse"))
+    assert (refused.status, MOST_WRONG_LOGINS) == (429, 5)
+    assert b"Try again in" in refused.body
+    logins.now[0] = 61.0  # type: ignore[attr-defined]
+    assert server.ask("/", authorization=basic("me", "correct horse")).status == 200
+    figure("Exposure", f"refused without a password; after {MOST_WRONG_LOGINS} wrong ones a minute's wait")

@@ -1,0 +1,87 @@
+"""A recipe on its way is kept, and comes out as the command line's own configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.studios import write_picture
+
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import dump_toml, load_config
+from sdlora.errors import ConfigError, SdloraError
+from sdlora.ui.pages.context import Context
+from sdlora.ui.settings.draft import Draft, from_config, read_draft, write_draft
+from sdlora.ui.settings.presets import recipe
+from sdlora.ui.state.folders import Studio
+
+
+def test_a_draft_is_found_again_as_it_was_left(studio: Studio) -> None:
+    assert read_draft(studio) == Draft()
+    draft = Draft(pictures="set", name="mine").with_answers("style", "thorough", "owner/name")
+    draft = draft.with_values({"data.trigger": "zumi", "seed": 2**60})
+    write_draft(studio, draft)
+    assert read_draft(studio) == draft
+    studio.draft.write_text('{"pictures": "set", "values": {"gone.option": 1}}', encoding="utf-8")
+    assert read_draft(studio) == Draft(pictures="set")
+
+
+def test_its_configuration_is_the_command_lines(studio: Studio, tmp_path: Path) -> None:
+    write_picture(studio.picture_set("my set") / "a.png")
+    draft = Draft(pictures="my set").with_values({"data.trigger": "zumi", "lora.rank": 3})
+    config = draft.config(studio)
+    assert (config.name, config.lora.rank, config.data.trigger) == ("my set", 3, "zumi")
+    assert config.data.folder == str(studio.picture_set("my set").resolve())
+    file = tmp_path / "any.toml"
+    file.write_text(dump_toml(config), encoding="utf-8")
+    again = from_config(load_config(str(file)), studio)
+    assert again.pictures == "my set" and again.config(studio) == config
+
+
+def test_answers_set_the_options_and_keep_the_rest() -> None:
+    draft = Draft().with_values({"data.trigger": "zumi", "train.warmup_steps": 5})
+    changed = draft.with_answers("object", "a first look", "owner/name")
+    for name, value in recipe("object", "a first look", "owner/name").items():
+        assert changed.value(name) == value
+    assert (changed.trigger, changed.value("train.warmup_steps")) == ("zumi", 5)
+    assert changed.with_values({"train.warmup_steps": 0}).values.keys() == changed.values.keys() - {
+        "train.warmup_steps"
+    }
+
+
+@pytest.mark.parametrize("pictures", ["", "builtin:nothing", "nowhere/at all"])
+def test_what_is_missing_is_told(studio: Studio, pictures: str) -> None:
+    closed = Studio(studio.runs, any_folder=False)
+    with pytest.raises(ConfigError):
+        Draft(pictures=pictures).config(closed)
+
+
+def test_a_base_elsewhere_is_not_read_over_the_network(studio: Studio, tmp_path: Path) -> None:
+    draft = Draft(pictures="builtin:zumi").with_values({"base.path": str(tmp_path)})
+    assert isinstance(draft.config(studio), RunConfig)
+    with pytest.raises(ConfigError, match="over the network"):
+        draft.config(Studio(studio.runs, any_folder=False))
+
+
+def test_a_free_name_has_a_number(context: Context) -> None:
+    (context.studio.runs / "zumi").mkdir()
+    (context.studio.runs / "zumi-2").mkdir()
+    assert [context.free_name(name) for name in ("zumi", "other")] == ["zumi-3", "other"]
+
+
+def test_shipped_sets_are_not_changed(context: Context) -> None:
+    for pictures in ("builtin:zumi", ""):
+        with pytest.raises(SdloraError):
+            context.own_folder(pictures)
+    assert context.own_folder("mine") == context.studio.picture_set("mine").resolve()
+    assert context.sets() == ["builtin:blueprint", "builtin:zumi"]
+
+
+def test_a_fault_of_the_studio_is_a_message_and_in_its_log(context: Context) -> None:
+    def broken() -> str:
+        raise ZeroDivisionError("no")
+
+    told = context.attempt(broken)
+    assert "ZeroDivisionError: no" in told and "studio.log" in told
+    assert "Traceback" in (context.studio.runs / ".studio" / "studio.log").read_text(encoding="utf-8")
+    assert "it worked" in context.attempt(lambda: "it worked")

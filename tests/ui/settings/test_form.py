@@ -1,0 +1,95 @@
+"""The form is the schema: every option, with its own words and limits, and back again unchanged."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import dump_toml, json_schema, load_config, option_names, options, parse_config
+from sdlora.errors import ConfigError
+from sdlora.ui.pages.recipe import more_fields
+from sdlora.ui.settings import form
+from sdlora.ui.settings.presets import LENGTHS, SUBJECTS, recipe
+
+FIELDS = {field.name: field for field in form.fields()}
+
+
+def test_every_option_is_a_field_with_the_schemas_words() -> None:
+    assert list(FIELDS) == option_names()
+    definitions = json_schema()
+    for name, field in FIELDS.items():
+        section, _, key = name.rpartition(".")
+        properties = definitions["properties"]
+        if section:
+            properties = definitions["$defs"][properties[section]["$ref"].rpartition("/")[2]]["properties"]
+        assert field.help == properties[key]["description"]
+        found = {**properties[key], **next(iter(properties[key].get("anyOf", [])), {})}
+        assert field.minimum == found.get("minimum", found.get("exclusiveMinimum"))
+        assert field.maximum == found.get("maximum", found.get("exclusiveMaximum"))
+        assert set(field.choices) == set(found.get("enum") or found.get("items", {}).get("enum") or ())
+
+
+@pytest.mark.parametrize("name", option_names())
+def test_what_is_shown_and_not_touched_comes_back(name: str) -> None:
+    default = dict(options(RunConfig()))[name]
+    assert form.entered(FIELDS[name], form.shown(FIELDS[name], default)) == default
+
+
+VALUES: dict[str, Any] = {
+    "seed": 2**60, "base.variant": "fp16", "data.class_words": ["a red cat", "house"], "data.trigger": 'zu"mi',
+    "lora.target_ranks": {"cross_attention": 4}, "lora.targets": ["cross_attention", "mlp"],
+    "lora.target_alphas": {"cross_attention": 0.5}, "lora.timestep_rank_min": 2, "train.learning_rate": 1e-5,
+    "train.preservation_weight": 0.5, "preview.seeds": [3, 2**60], "preview.prompts": ["zumi, on the moon", "b"],
+    "lora.rslora": True, "loss.weighting": "p2", "loss.gamma": 2.0,
+}  # fmt: skip
+
+
+def test_a_file_of_the_command_line_comes_through_the_form_unchanged(tmp_path: Any) -> None:
+    file = tmp_path / "mine.toml"
+    folder = {"data.folder": "builtin:zumi", "name": "mine"}
+    file.write_text(dump_toml(parse_config(form.to_document(VALUES | folder), name="mine")), encoding="utf-8")
+    config = load_config(str(file))
+    assert dict(options(config)) | VALUES == dict(options(config))
+    # Through the browser, which knows JSON alone.
+    browser = {
+        name: json.loads(json.dumps(form.shown(field, form.to_values(config)[name]))) for name, field in FIELDS.items()
+    }
+    entered = {name: form.entered(FIELDS[name], value) for name, value in browser.items()}
+    assert form.make_config(entered, "mine") == config
+
+
+def test_faults_are_the_schemas_and_all_named_at_once() -> None:
+    with pytest.raises(ConfigError) as error:
+        form.make_config({"data.folder": "x", "train.epochs": 9, "lora.rank": 0}, "a")
+    assert "train.epochs" in str(error.value) and "lora.rank" in str(error.value)
+    with pytest.raises(ConfigError, match=r"lora.target_ranks.*Write it like this"):
+        form.entered(FIELDS["lora.target_ranks"], "mlp: 4")
+
+
+def test_a_blank_field_is_the_default_or_none() -> None:
+    for name in ("train.epochs", "data.resolution_px", "data.trigger", "train.device", "lora.target_ranks"):
+        assert form.entered(FIELDS[name], "") == FIELDS[name].default
+    assert form.entered(FIELDS["train.epochs"], 3.0) == 3
+
+
+@pytest.mark.parametrize("subject", SUBJECTS)
+@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("base", ["pocket", "owner/name"])
+def test_every_recipe_is_valid_and_shown_under_more(subject: str, length: str, base: str) -> None:
+    values = recipe(subject, length, base)
+    config = form.make_config({"data.folder": "x", **values}, "a")
+    assert config.train.epochs * config.data.repeats == LENGTHS[length][0] * LENGTHS[length][1]
+    assert values.keys() - {"base.path"} <= {field.name for field in more_fields()}
+
+
+def test_answers_change_the_settings() -> None:
+    found = {json.dumps(recipe(subject, "as usual", "owner/name")) for subject in SUBJECTS}
+    assert len(found) == len(SUBJECTS)
+    assert recipe("object", "as usual", "owner/name") != recipe("object", "as usual", "pocket")
+
+
+def test_sections_are_told() -> None:
+    assert form.sections().keys() == {field.section for field in FIELDS.values()}

@@ -1,0 +1,159 @@
+"""What is sent for: one of a kind at a time, told of whatever becomes of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+from helpers.captioners import make
+from helpers.studios import write_picture, write_state
+
+from sdlora.config.schema import RunConfig
+from sdlora.errors import SdloraError
+from sdlora.ui.html import views
+from sdlora.ui.pages import background_tasks
+from sdlora.ui.pages.background_tasks import files_of, send_for_captions
+from sdlora.ui.pages.context import Context
+from sdlora.ui.pages.snapshot import snapshot
+from sdlora.ui.settings.draft import Draft, write_draft
+from sdlora.ui.state import subprocesses
+from sdlora.ui.state.folders import Studio
+
+TOKEN = "hf_averysecrettoken"
+
+
+@pytest.fixture
+def folder(context: Context) -> Path:
+    """A set of three pictures, of which one has a caption."""
+    made = context.studio.picture_set("set")
+    for name, color in (("a", "red"), ("b", "blue"), ("c", "green")):
+        write_picture(made / f"{name}.png", color)
+    (made / "b.txt").write_text("my own words", encoding="utf-8")
+    write_draft(context.studio, Draft(pictures="set"))
+    return made
+
+
+def ended(context: Context, kind: Any) -> str:
+    """Wait for an errand's process; what is told of it then."""
+    errand = context.errands.find(kind)
+    assert errand is not None
+    if (process := subprocesses.find(subprocesses.Identity(errand.pid, errand.began))) is not None:
+        psutil.wait_procs([process], timeout=120)
+    return snapshot(context, None, None).html[kind]
+
+
+def test_a_model_captions_the_rest_and_keeps_what_is_there(context: Context, folder: Path, tmp_path: Path) -> None:
+    model = make("blip", tmp_path / "blip")
+    assert send_for_captions(context, str(model)) == ""
+    with pytest.raises(SdloraError, match="already, for 'set'"):
+        send_for_captions(context, str(model))
+    assert snapshot(context, None, None).ends == {"caption": "Stop", "publish": None}
+    told = ended(context, "caption")
+    assert "2 captions written" in told and "verdict clean" in told
+    assert (folder / "b.txt").read_text(encoding="utf-8") == "my own words"
+    assert all((folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in "ac")
+    assert "caption already" in send_for_captions(context, str(model))
+    assert snapshot(context, None, None).ends["caption"] == "Hide this"
+    context.errands.end("caption")
+    assert snapshot(context, None, None).html["caption"] == ""
+
+
+@pytest.mark.parametrize("model", ["nobody/nothing", "--overwrite", "a b; touch x"])
+def test_a_model_that_cannot_be_had_is_a_sentence(context: Context, folder: Path, model: str) -> None:
+    send_for_captions(context, model)
+    told = ended(context, "caption")
+    assert "cannot be had" in told and "verdict copying" in told and "Traceback" not in told
+    assert [path.name for path in folder.glob("*.txt")] == ["b.txt"]
+
+
+@pytest.mark.parametrize(
+    ("model", "told"), [("", "Say which model"), ("/no/where", "no folder"), ("~/no", "no folder")]
+)
+def test_no_model_is_asked_for_at_once(context: Context, folder: Path, model: str, told: str) -> None:
+    with pytest.raises(SdloraError, match=told):
+        send_for_captions(context, model)
+    assert context.errands.find("caption") is None
+
+
+def test_over_the_network_no_folder_elsewhere_is_read(context: Context, folder: Path, tmp_path: Path) -> None:
+    closed = Context(Studio(context.studio.runs, any_folder=False), context.jobs, context.easel)
+    with pytest.raises(SdloraError, match="over the network"):
+        send_for_captions(closed, str(tmp_path))
+
+
+def test_it_can_be_stopped_and_what_was_written_stays(
+    context: Context, folder: Path, sleepers: list[psutil.Process]
+) -> None:
+    send_for_captions(context, "owner/model")
+    said = context.studio.logs / ".caption.log"
+    assert said.read_text(encoding="utf-8") == f"started with caption {folder.absolute()} --model=owner/model\n"
+    assert "Getting the model" in views.caption_errand(context.errands)
+    (folder / "a.txt").write_text("a red thing", encoding="utf-8")
+    assert "1 of 2 written" in views.caption_errand(context.errands)
+    context.errands.end("caption")
+    assert "1 of 2 were written; they stay" in ended(context, "caption")
+    assert len(sleepers) == 1
+
+
+def test_a_killed_one_is_told(context: Context, folder: Path, sleepers: list[psutil.Process]) -> None:
+    send_for_captions(context, "owner/model")
+    (context.studio.logs / ".caption.log").write_text("")
+    sleepers[0].kill()
+    assert "gone without a word" in ended(context, "caption")
+
+
+# --- A run on the Hub -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def done(context: Context, make_config: Callable[..., RunConfig]) -> Path:
+    """A run as it is when it is done."""
+    run = write_state(context.studio, make_config("hero"), status="done")
+    (run / "hero.safetensors").write_bytes(b"x")
+    card = {"widget": [{"text": "a", "output": {"url": "epochs/1/previews/p.png"}}]}
+    (run / "README.md").write_text(f"---\n{json.dumps(card)}\n---\n", encoding="utf-8")
+    return run
+
+
+def test_what_is_uploaded_is_told_and_without_a_login_how_to_log_in(
+    context: Context, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(background_tasks, "get_token", lambda: TOKEN)
+    assert files_of(context, "hero") == ["README.md", "hero.safetensors", "epochs/1/previews/p.png"]
+    monkeypatch.setattr(background_tasks, "get_token", lambda: None)
+    with pytest.raises(SdloraError, match="hf auth login"):
+        files_of(context, "hero")
+
+
+def test_a_run_that_is_not_done_is_not_uploaded(context: Context, make_config: Callable[..., RunConfig]) -> None:
+    write_state(context.studio, make_config("half"), status="stopped")
+    with pytest.raises(SdloraError, match="is not done"):
+        files_of(context, "half")
+    with pytest.raises(SdloraError, match="No run is chosen"):
+        files_of(context, None)
+
+
+@pytest.mark.parametrize("words", ["", "hero", "a/b/c", "../x", "me/he ro", "--public", "me/x\n"])
+def test_a_place_that_the_hub_does_not_know_is_refused(words: str) -> None:
+    if words == "me/x\n":
+        assert background_tasks._repository(words) == "me/x"
+    else:
+        with pytest.raises(SdloraError, match="no place on the Hub"):
+            background_tasks._repository(words)
+
+
+def test_the_upload_reads_the_token_itself_and_nothing_shows_it(
+    context: Context, done: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    context.errands.start("publish", "hero", ["push", str(done), "--repo=me/hero"])
+    told = ended(context, "publish")
+    assert "The Hub cannot be reached" in told and "verdict copying" in told
+    shown = "".join(snapshot(context, "hero", None).html.values())
+    written = "".join(path.read_text(errors="replace") for path in context.studio.runs.rglob("*") if path.is_file())
+    assert TOKEN not in shown + written

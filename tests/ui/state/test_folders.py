@@ -1,0 +1,55 @@
+"""Names from anywhere stay names, and folders stay inside."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from helpers.hostile import NAMES
+
+from sdlora.errors import SdloraError
+from sdlora.ui.state.folders import Studio, run_name, safe_name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_hostile_name_becomes_a_harmless_one(name: str, tmp_path: Path) -> None:
+    made = safe_name(name)
+    file = tmp_path / made
+    file.write_text("x")
+    assert [path.name for path in tmp_path.iterdir()] == [made]
+    assert made == safe_name(made), "it stays as it is from then on"
+    assert not made.startswith((".", "-")) and len(made) <= 90
+    assert not set(made) & set("/\\<>:\"'|?*;$`&\n\r\t\0") and made.isprintable()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_run_gets_a_hostile_name(name: str, studio: Studio) -> None:
+    try:
+        folder = studio.run(name)
+    except SdloraError as error:
+        assert "cannot be a run's name" in str(error)
+    else:
+        assert folder.parent == studio.runs and folder.name == name == safe_name(name)
+
+
+@pytest.mark.parametrize("name", ["zumi", "zumi 2", "My-LoRA_v1.5", "ズミ"])
+def test_usual_names_stay(name: str, studio: Studio) -> None:
+    assert safe_name(name) == run_name(name) == name
+    assert studio.picture_set(name).parent == studio.sets
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "", "pictures", "CON", "con.txt", "a.", ".hidden", "x" * 101])
+def test_reserved_names_are_refused(name: str) -> None:
+    with pytest.raises(SdloraError):
+        run_name(name)
+
+
+def test_over_the_network_only_the_studios_folder_is_read(tmp_path: Path) -> None:
+    closed = Studio(tmp_path / "runs", any_folder=False)
+    closed.create()
+    assert closed.allowed(closed.sets / "a") == closed.sets / "a"
+    (closed.sets / "link").symlink_to(tmp_path)
+    for folder in (tmp_path, closed.runs / ".." / "other", closed.sets / "link"):
+        with pytest.raises(SdloraError, match="over the network"):
+            closed.allowed(folder)
+    assert Studio(tmp_path / "runs").allowed(tmp_path) == tmp_path

@@ -1,0 +1,129 @@
+"""Captions are saved where training reads them, and the doctor's word is told for each picture."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from helpers.hostile import CAPTIONS
+from helpers.studios import write_picture
+from PIL import Image
+
+from sdlora.common.bundled import resolve_data_folder
+from sdlora.data.dataset import load_dataset
+from sdlora.errors import SdloraError
+from sdlora.ui.pages.images import MOST_CARDS, cards_by_page
+from sdlora.ui.state import image_set
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    made = tmp_path / "set"
+    for name, color in (("a", "red"), ("b", "blue"), ("c", "green")):
+        write_picture(made / f"{name}.png", color, (600, 520))
+        (made / f"{name}.txt").write_text(f"a {color} thing", encoding="utf-8")
+    return made
+
+
+def test_every_picture_has_its_verdict_and_reason(tmp_path: Path) -> None:
+    source = resolve_data_folder("builtin:zumi")
+    with Image.open(source / "zumi_00.png") as first, Image.open(source / "zumi_01.png") as second:
+        one, two = first.convert("RGB").resize((600, 600)), second.convert("RGB").resize((600, 600))
+    one.save(tmp_path / "one.png")
+    one.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
+    two.save(tmp_path / "two.png")
+    two.rotate(90).resize((100, 100)).save(tmp_path / "small.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    for name in ("one", "mirrored", "small", "broken"):
+        (tmp_path / f"{name}.txt").write_text("zumi waving" if name != "one" else "somebody", encoding="utf-8")
+    view = image_set.view(tmp_path, trigger="zumi")
+    cards = {card.name: card for card in view.cards}
+    assert {name: card.severity for name, card in cards.items()} == {
+        "broken.png": "error", "mirrored.png": "warning", "one.png": "warning", "small.png": "warning",
+        "two.png": "error",
+    }  # fmt: skip
+    assert "no caption" in cards["two.png"].findings[0]
+    assert any("trigger" in reason for reason in cards["one.png"].findings)
+    assert any("mirrored.png" in reason for reason in cards["one.png"].findings)
+    assert any("enlarged" in reason for reason in cards["small.png"].findings)
+    assert view.twins == (("mirrored.png", "one.png"),) and view.num_errors == 2
+    assert image_set.view(tmp_path / "nothing").cards == ()
+
+
+@pytest.mark.parametrize("caption", CAPTIONS)
+def test_a_caption_is_what_training_reads(caption: str, folder: Path) -> None:
+    before = set(folder.rglob("*"))
+    image_set.write_caption(folder, "a.png", caption)
+    assert set(folder.rglob("*")) == before
+    dataset = load_dataset(folder, caption="none", trigger=None, allow_trigger_only=False, background="white")
+    expected = " ".join(caption.replace("\0", " ").split()).removeprefix("\ufeff") or "none"
+    assert dataset.examples[0].caption == expected
+    assert image_set.view(folder).cards[0].caption == ("" if expected == "none" else expected)
+
+
+@pytest.mark.parametrize("name", ["../x.png", "nothing.png", "a.txt", "/etc/passwd", ""])
+def test_only_pictures_of_the_set_are_written_to(name: str, folder: Path) -> None:
+    for action in (lambda: image_set.write_caption(folder, name, "x"), lambda: image_set.take_out(folder, name)):
+        with pytest.raises(SdloraError, match="no picture"):
+            action()
+
+
+def test_all_captions_can_be_changed(folder: Path) -> None:
+    assert image_set.replace_words(folder, "thing", "ball") == 3
+    assert image_set.replace_words(folder, "red", "dark red") == 1
+    image_set.write_caption(folder, "b.png", "zumi, blue")
+    assert image_set.put_trigger_in(folder, "zumi") == 2
+    assert [card.caption for card in image_set.view(folder).cards] == [
+        "zumi, a dark red ball",
+        "zumi, blue",
+        "zumi, a green ball",
+    ]
+    image_set.write_caption(folder, "c.png", "")
+    assert image_set.caption_the_rest(folder, "zumi somewhere") == 1
+    assert image_set.view(folder).cards[2].caption == "zumi somewhere"
+    for action in (lambda: image_set.replace_words(folder, "", "x"), lambda: image_set.put_trigger_in(folder, " ")):
+        with pytest.raises(SdloraError):
+            action()
+
+
+def test_a_picture_is_taken_out_with_its_caption(folder: Path) -> None:
+    write_picture(folder / "a.jpg", "yellow")
+    image_set.take_out(folder, "a.jpg")
+    assert (folder / "a.txt").exists(), "a.png has it still"
+    image_set.take_out(folder, "a.png")
+    assert not (folder / "a.txt").exists() and [card.name for card in image_set.view(folder).cards] == [
+        "b.png",
+        "c.png",
+    ]
+
+
+def test_captions_of_a_list_are_edited_without_contradicting_it(folder: Path) -> None:
+    for name in "abc":
+        (folder / f"{name}.txt").unlink()
+    lines = "".join(f'{{"file_name": "{name}.png", "text": "listed {name}"}}\n' for name in "abc")
+    (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
+    image_set.write_caption(folder, "b.png", "edited")
+    assert [card.caption for card in image_set.view(folder).cards] == ["listed a", "edited", "listed c"]
+    assert image_set.view(folder).num_errors == 0
+
+
+def test_a_large_set_is_shown_in_parts(folder: Path) -> None:
+    (card,) = image_set.view(folder).cards[:1]
+    many = tuple(replace(card, name=f"{n:03}.png", severity="warning" if n % 7 == 0 else "fine") for n in range(500))
+    pages = cards_by_page(image_set.SetView(folder, many, (), ()))
+    assert next(iter(pages)) == "1 to 48 of 500" and list(pages)[-2:] == [
+        "481 to 500 of 500", "Those to look at: 72, the first 48"
+    ]  # fmt: skip
+    parts = [part for name, part in pages.items() if "of 500" in name]
+    assert sum(parts, ()) == many and max(map(len, parts)) == MOST_CARDS
+    assert all(card.severity == "warning" for card in pages["Those to look at: 72, the first 48"])
+    assert list(cards_by_page(image_set.view(folder))) == ["1 to 3 of 3"]
+    assert list(cards_by_page(image_set.SetView(folder, (), (), ())).values()) == [()]
+
+
+def test_a_picture_is_decoded_once_while_it_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image_set.view(folder)
+    monkeypatch.setattr(image_set, "look_at", lambda *_: pytest.fail("decoded again"))
+    image_set.write_caption(folder, "a.png", "new words")
+    assert image_set.view(folder).cards[0].caption == "new words"

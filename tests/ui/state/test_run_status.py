@@ -1,0 +1,102 @@
+"""How a run stands, whatever became of its process."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+from helpers.studios import write_state
+
+from sdlora.config.schema import RunConfig
+from sdlora.ui.html.views import progress_words
+from sdlora.ui.pages.context import Context
+from sdlora.ui.state.folders import Studio
+from sdlora.ui.state.queue import Job
+from sdlora.ui.state.run_status import Status, last_lines
+
+Make = Callable[..., RunConfig]
+
+
+@pytest.mark.parametrize("word", ["done", "stopped"])
+def test_what_the_run_said_last_counts(context: Context, studio: Studio, make_config: Make, word: str) -> None:
+    write_state(studio, make_config("a"), status=word)
+    assert context.jobs.status("a").word == word
+
+
+def test_a_run_that_is_gone_without_a_word_has_failed(context: Context, studio: Studio, make_config: Make) -> None:
+    child = subprocess.Popen([sys.executable, "-c", ""])
+    child.wait()
+    folder = write_state(studio, make_config("a"), pid=child.pid)
+    (folder / "log.txt").write_text("one\n\x1b[31mtwo\x1b[0m\n", encoding="utf-8")
+    status = context.jobs.status("a")
+    assert (status.word, status.can_resume) == ("failed", True)
+    assert "killed" in (status.error or "")
+    assert status.log == "one\ntwo"
+
+
+def test_a_killed_child_counts_as_gone_before_it_is_reaped(context: Context, studio: Studio, make_config: Make) -> None:
+    child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
+    write_state(studio, make_config("a"), pid=child.pid)
+    assert context.jobs.status("a").word == "running"
+    child.kill()
+    process = psutil.Process(child.pid)
+    while process.status() != psutil.STATUS_ZOMBIE:
+        pass
+    assert context.jobs.status("a").word == "failed"
+    child.wait()
+
+
+def test_another_process_with_its_number_is_not_it(context: Context, studio: Studio, make_config: Make) -> None:
+    long_ago = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(psutil.Process().create_time() - 100))
+    write_state(studio, make_config("a"), pid=psutil.Process().pid, started=long_ago)
+    assert context.jobs.status("a").word == "failed"
+
+
+def test_a_job_is_known_by_when_it_began(context: Context, studio: Studio, make_config: Make) -> None:
+    me = psutil.Process()
+    for began, word in ((me.create_time(), "starting"), (me.create_time() - 100, "failed")):
+        context.jobs._write(Job("a", "cpu", 1.0, "started", pid=me.pid, began=began))
+        assert context.jobs.status("a").word == word
+
+
+def test_a_state_from_before_the_process_is_an_earlier_attempts(
+    context: Context, studio: Studio, make_config: Make, sleepers: list[psutil.Process]
+) -> None:
+    long_ago = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(time.time() - 100))
+    write_state(studio, make_config("a"), status="stopped", started=long_ago)
+    context.jobs.resume("a")
+    assert context.jobs.status("a").word == "starting"
+    sleepers[0].kill()
+    psutil.wait_procs(sleepers, timeout=10)
+    status = context.jobs.status("a")
+    assert status.word == "failed" and "before it began to train" in (status.error or "")
+    assert "started with" in status.log
+
+
+def test_there_is_no_run_of_that_name(context: Context) -> None:
+    assert context.jobs.status("nothing").word == "none"
+
+
+def test_only_the_end_of_a_log_is_read(studio: Studio) -> None:
+    log = studio.log("a")
+    log.write_text("\n".join(f"line {number}" for number in range(100_000)), encoding="utf-8")
+    lines = last_lines(log).splitlines()
+    assert lines[-1] == "line 99999" and len(lines) == 12
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "done", "total", "told"),
+    [
+        ("the base's pictures", 0, 32, 68, "learning what the base draws by itself, 32 of 68, about 1 min 30 s left"),
+        ("page", 0, 1, 1, "training, step 0 of 40, about 1 min 30 s left"),
+        ("train", 9, 9, 40, "training, step 9 of 40, about 1 min 30 s left"),
+        ("page", 40, 1, 1, "writing the report, about 1 min 30 s left"),
+    ],
+)
+def test_what_a_run_does_is_told_with_the_time_left(phase: str, step: int, done: int, total: int, told: str) -> None:
+    status = Status("a", "running", phase, step=step, total_steps=40, done=done, total=total, eta_seconds=90.0)
+    assert progress_words(status) == told

@@ -1,0 +1,191 @@
+"""A run as it is looked at is what its trainer left, while it grows as well."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image, ImageChops
+
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import load_config
+from sdlora.copycheck.verdict import read_checks
+from sdlora.errors import SdloraError
+from sdlora.run.run import start
+from sdlora.ui.html import run_views, views
+from sdlora.ui.pages.context import Context
+from sdlora.ui.pages.result import clone_into_draft, draw
+from sdlora.ui.pages.snapshot import SLOTS, snapshot
+from sdlora.ui.state.folders import Studio
+from sdlora.ui.state.queue import Jobs
+from sdlora.ui.state.run_view import RunView, delete_run, differences, read_run, settings_of
+from sdlora.ui.state.try_lora import Easel, Wish
+
+
+@pytest.fixture(scope="module")
+def trained(
+    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, pictures: Path, others: Path
+) -> Iterator[Context]:
+    """A studio with one whole run on a base of random weights, and what it looked like on the way."""
+    root = tmp_path_factory.mktemp("trained")
+    studio = Studio(root / "runs")
+    studio.create()
+    context = Context(studio, Jobs(studio), Easel())
+    file = root / "small.toml"
+    file.write_text(
+        f"""
+        [base]
+        path = "{tiny_base}"
+        [data]
+        folder = "{pictures}"
+        holdout = "{others}"
+        resolution_px = 32
+        bucket_step_px = 8
+        trigger = "ball"
+        [lora]
+        rank = 2
+        [train]
+        epochs = 2
+        device = "cpu"
+        precision = "fp32"
+        learning_rate = 1e-2
+        [preview]
+        num_steps = 2
+        num_captions = 1
+        prompts = ["a red ball"]
+        seeds = [0]
+        [cache]
+        dir = "{root}/cache"
+        """,
+        encoding="utf-8",
+    )
+    for _ in start(load_config(str(file)), studio.run("small")):
+        # Whatever is there already can be looked at.
+        assert set(snapshot(context, "small", None).html) == set(SLOTS)
+    yield context
+
+
+def config_of(context: Context) -> RunConfig:
+    return settings_of(context.studio, "small")
+
+
+def test_it_is_what_the_trainer_left(trained: Context) -> None:
+    run = read_run(trained.studio, "small")
+    assert run is not None
+    assert [row["epoch"] for row in run.epochs] == [0, 1, 2] and len(run.steps) == 10
+    assert run.checks == read_checks(run.folder / "epochs")
+    assert sorted(run.loras) == [1, 2] and [len(files) for files in run.previews.values()] == [2, 2, 2]
+    kept = run.recommended()
+    assert kept is not None
+    assert run.loras[kept[0]].read_bytes() == (run.folder / "small.safetensors").read_bytes()
+    assert read_run(trained.studio, "small") is run, "it is read once while no file changes"
+
+
+def test_an_epoch_is_recommended_once_its_copies_were_looked_for(trained: Context) -> None:
+    run = read_run(trained.studio, "small")
+    assert run is not None
+
+    def recommended(last: int, run: RunView) -> int | None:
+        found = replace(run, checks={e: check for e, check in run.checks.items() if e <= last}).recommended()
+        return None if found is None else found[0]
+
+    assert [recommended(last, run) for last in (0, 1)] == [None, 1]
+    copycheck = run.config.copycheck.model_copy(update={"enabled": False})
+    unchecked = replace(run, config=run.config.model_copy(update={"copycheck": copycheck}))
+    assert recommended(-1, unchecked) is not None
+
+
+def test_a_half_written_line_and_a_file_without_its_proof_do_not_count(trained: Context, tmp_path: Path) -> None:
+    studio = Studio(tmp_path / "runs")
+    studio.create()
+    shutil.copytree(trained.studio.run("small"), studio.run("half"))
+    with (studio.run("half") / "metrics.jsonl").open("a", encoding="utf-8") as handle:
+        handle.write('{"event": "step", "epo')
+    (studio.run("half") / "epochs" / "2" / "proof.json").unlink()
+    run = read_run(studio, "half")
+    assert run is not None and len(run.steps) == 10 and sorted(run.loras) == [1]
+
+
+def test_its_pages_show_it(trained: Context) -> None:
+    found = snapshot(trained, "small", 1)
+    assert (found.names, found.epochs, found.loras, found.waiting) == (["small"], [0, 1, 2], [1, 2], [])
+    assert not any(found.can.values()), "it is done"
+    html = found.html
+    assert "pair-1-0" in html["pairs"] and "pair-2-0" not in html["pairs"]
+    assert html["grid"].count("class='tile") == 6 and "/studio/picture/" in html["grid"]
+    assert "held out" in html["charts"] and "noise level" in html["charts"]
+    assert "is the one to keep" in html["result"] and "/studio/run/small/epoch/1" in html["result"]
+    assert "base64" not in "".join(html.values()), "pictures are fetched once, not sent with every page"
+    nothing = snapshot(trained, None, None)
+    assert "No run is chosen" in nothing.html["status"] and "Nothing to see yet" in nothing.html["result"]
+
+
+def test_training_pictures_are_cropped_as_trained_or_grey(trained: Context) -> None:
+    run = read_run(trained.studio, "small")
+    assert run is not None
+    gallery = run.training_pictures()
+    assert gallery["red.png"].size == (32, 32) and gallery["orange.png"].size == (40, 24)
+    assert gallery["gone.png"].getcolors() == [(32 * 32, (0x88, 0x88, 0x88))]
+
+
+def test_strength_zero_is_the_base_and_one_the_preview(trained: Context) -> None:
+    run = read_run(trained.studio, "small")
+    assert run is not None
+    wish = Wish("a red ball", 0, (0.0, 1.0, 2.0))
+    zero, one, two = trained.easel.draw(run.config, run.loras[2], wish)
+    (base,) = trained.easel.draw(run.config, None, Wish("a red ball", 0))
+    match = next(match for match in run.checks[2].previews if match.prompt == "a red ball")
+    assert zero.tobytes() == base.tobytes()
+    # Previews are drawn several at once, which may round otherwise.
+    for epoch, picture in ((0, zero), (2, one)):
+        with Image.open(run.folder / "epochs" / str(epoch) / match.file) as preview:
+            assert max(high for _, high in ImageChops.difference(picture, preview.convert("RGB")).getextrema()) <= 1
+    assert len({zero.tobytes(), one.tobytes(), two.tobytes()}) == 3
+
+
+def test_epochs_are_drawn_side_by_side(trained: Context) -> None:
+    run = read_run(trained.studio, "small")
+    assert run is not None
+    html = draw(trained, run, [1, 2], Wish("a ball", 3, (1.0,)))
+    assert html.count("<img") == 2 and "epoch 1, strength 1" in html and "epoch 2, strength 1" in html
+    for epochs, words in (([7], "a ball"), ([1], " ")):
+        with pytest.raises(SdloraError):
+            draw(trained, run, epochs, Wish(words, 0))
+    assert torch.is_grad_enabled()
+
+
+def test_settings_can_be_compared_and_cloned(trained: Context) -> None:
+    config = config_of(trained)
+    other = config.model_copy(update={"seed": 5, "name": "b"})
+    assert differences(config, other) == [("name", "small", "b"), ("seed", 0, 5)]
+    table = run_views.settings_table("a<b", "c", differences(config, other))
+    assert "a&lt;b" in table and ">seed<" in table
+    assert "in the recipe now" in clone_into_draft(trained, "small")
+    draft = trained.draft()
+    assert draft.name == "small-2"
+    assert draft.config(trained.studio) == config.model_copy(update={"name": "small-2"})
+    assert "No run is chosen" in clone_into_draft(trained, None)
+
+
+def test_a_deleted_run_is_gone_and_its_pictures_stay(trained: Context, tmp_path: Path, pictures: Path) -> None:
+    studio = Studio(tmp_path / "runs")
+    studio.create()
+    folder = studio.run("old")
+    folder.mkdir()
+    (folder / "config.toml").write_text((trained.studio.run("small") / "config.toml").read_text())
+    delete_run(studio, "old")
+    assert not folder.exists() and sorted(path.name for path in studio.runs.iterdir()) == [".studio", "pictures"]
+    assert len(list(pictures.glob("*.png"))) == 5
+    (studio.runs / "link").symlink_to(pictures)
+    for name in ("old", "link", "../x", "pictures"):
+        with pytest.raises(SdloraError):
+            delete_run(studio, name)
+    assert len(list(pictures.glob("*.png"))) == 5
+
+
+def test_messages_escape_what_people_wrote() -> None:
+    assert "<b>" not in views.message("<b>x</b>", title="<b>") and "&lt;b&gt;" in views.message("<b>x</b>")

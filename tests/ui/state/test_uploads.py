@@ -1,0 +1,178 @@
+"""Uploads: what is taken in under which name, and what is refused before anything is written."""
+
+from __future__ import annotations
+
+import io
+import stat
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from helpers.hostile import NAMES
+from helpers.promises import Figure
+from helpers.studios import write_picture
+
+from sdlora.data.checks import examine
+from sdlora.errors import DataError
+from sdlora.ui.state import uploads
+from sdlora.ui.state.uploads import take_in
+
+
+def png(color: str = "red") -> bytes:
+    from PIL import Image
+
+    content = io.BytesIO()
+    Image.new("RGB", (32, 32), color).save(content, format="PNG")
+    return content.getvalue()
+
+
+def packed(path: Path, *entries: tuple[str, bytes], mode: int = 0) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in entries:
+            info = zipfile.ZipInfo("x")
+            info.filename = name
+            info.compress_type = zipfile.ZIP_DEFLATED
+            info.external_attr = mode << 16
+            archive.writestr(info, content)
+    return path
+
+
+def test_pictures_and_captions_come_in_together(tmp_path: Path) -> None:
+    sent = [write_picture(tmp_path / "in" / f"p {n}.png", color) for n, color in enumerate(("red", "blue"))]
+    caption = tmp_path / "in" / "p 0.txt"
+    caption.write_text("a red thing", encoding="utf-8")
+    intake = take_in([(file.name, file) for file in (*sent, caption)], tmp_path / "set")
+    assert (intake.pictures, intake.num_captions, intake.refused) == (("p 0.png", "p 1.png"), 1, ())
+    found = examine(tmp_path / "set", background="white").pictures
+    assert [(picture.path.name, picture.caption) for picture in found] == [
+        ("p 0.png", "a red thing"),
+        ("p 1.png", None),
+    ]
+    assert (tmp_path / "set" / "p 0.png").read_bytes() == sent[0].read_bytes()
+
+
+def test_a_name_that_is_taken_gets_a_number_and_its_caption_with_it(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    write_picture(folder / "a.png", "red")
+    (folder / "a.txt").write_text("old", encoding="utf-8")
+    file = packed(
+        tmp_path / "z.zip",
+        ("x/a.png", png("blue")),
+        ("x/a.txt", b"blue"),
+        ("y/a.png", png("green")),
+        ("y/a.txt", b"green"),
+    )
+    assert take_in([("z.zip", file)], folder).pictures == ("a-2.png", "a-3.png")
+    texts = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.txt")}
+    assert texts == {"a.txt": "old", "a-2.txt": "blue", "a-3.txt": "green"}
+    late = tmp_path / "a-3.txt"
+    late.write_text("very green", encoding="utf-8")
+    take_in([("a-3.txt", late)], folder)
+    assert (folder / "a-3.txt").read_text(encoding="utf-8") == "very green"
+
+
+def test_a_list_of_captions_becomes_files(tmp_path: Path) -> None:
+    lines = b'{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "text": "two"}\n'
+    file = packed(tmp_path / "z.zip", ("a.png", png()), ("b.png", png("blue")), ("metadata.jsonl", lines))
+    take_in([("z.zip", file)], tmp_path / "set")
+    assert (tmp_path / "set" / "b.txt").read_text(encoding="utf-8") == "two"
+    assert not (tmp_path / "set" / "metadata.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.png", b"<html><script>alert(1)</script>"), ("a.jpg", b""), ("a.png", png()[:60]), ("a.svg", b"<svg/>"),
+        ("a.html", b"<p>"), ("a.exe", b"MZ"), ("a.txt", b"\xff\xfe\x00"), (".bashrc", b"x"), ("a.gif", b"GIF89a"),
+    ],
+)  # fmt: skip
+def test_what_is_no_picture_is_left_out_by_name(name: str, content: bytes, tmp_path: Path) -> None:
+    file = tmp_path / "sent"
+    file.write_bytes(content)
+    intake = take_in([(name, file)], tmp_path / "set")
+    assert intake.pictures == () and len(intake.refused) == 1
+    assert name.lstrip(".") in intake.refused[0] and "partial" not in intake.refused[0]
+    assert list((tmp_path / "set").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_hostile_names_stay_inside_of_the_set(name: str, tmp_path: Path) -> None:
+    file = write_picture(tmp_path / "sent.png")
+    intake = take_in([(f"{name}.png", file)], tmp_path / "root" / "set")
+    assert len(intake.pictures) == 1
+    assert [path.name for path in (tmp_path / "root").rglob("*") if path.is_file()] == list(intake.pictures)
+
+
+def bomb(path: Path) -> Path:
+    return packed(path, ("a.png", b"\0" * (30 * 2**20)))
+
+
+HOSTILE_ZIPS: dict[str, Callable[[Path], Path]] = {
+    "leads out": lambda p: packed(p, ("a.png", png()), ("../../evil.png", png())),
+    "leads out twice": lambda p: packed(p, ("x/../../evil.png", png())),
+    "names a place": lambda p: packed(p, ("/etc/evil.png", png())),
+    "names a drive": lambda p: packed(p, ("C:evil.png", png())),
+    "backslash": lambda p: packed(p, ("..\\evil.png", png())),
+    "device": lambda p: packed(p, ("con.png", png())),
+    "device folder": lambda p: packed(p, ("aux/evil.png", png())),
+    "link": lambda p: packed(p, ("evil.png", b"/etc/passwd"), mode=stat.S_IFLNK | 0o777),
+    "nested": lambda p: packed(p, ("inner.zip", packed(p.with_suffix(".in"), ("a.png", png())).read_bytes())),
+    "bomb": bomb,
+    "many": lambda p: packed(p, *((f"{n}.png", b"") for n in range(uploads.MOST_FILES + 1))),
+    "no zip": lambda p: p.write_bytes(b"PK\x03\x04nothing") and p,  # type: ignore[dict-item,return-value]
+}
+
+
+def test_hostile_zips_are_refused_whole(tmp_path: Path, figure: Figure) -> None:
+    assert len(HOSTILE_ZIPS) >= 12
+    for kind, make in HOSTILE_ZIPS.items():
+        root = tmp_path / kind
+        root.mkdir()
+        file = make(root / "z.zip")
+        before = sorted(tmp_path.rglob("*"))
+        with pytest.raises(DataError, match=r"z\.zip"):
+            take_in([("z.zip", file)], root / "set")
+        assert sorted(tmp_path.rglob("*")) == before, kind
+    figure("Uploads", f"{len(HOSTILE_ZIPS)} of {len(HOSTILE_ZIPS)} refused, nothing written")
+
+
+def test_a_zip_that_lies_about_its_size_is_found_out(tmp_path: Path) -> None:
+    file = packed(tmp_path / "z.zip", ("a.png", png() + b"\0" * 5000))
+    content = bytearray(file.read_bytes())
+    at = content.rindex(b"PK\x01\x02")
+    content[at + 24 : at + 28] = (10).to_bytes(4, "little")
+    file.write_bytes(bytes(content))
+    intake = take_in([("z.zip", file)], tmp_path / "set")
+    assert intake.pictures == () and len(intake.refused) == 1
+
+
+def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = write_picture(tmp_path / "a.png")
+    monkeypatch.setattr(uploads, "MOST_BYTES_IN_ALL", 10)
+    with pytest.raises(DataError, match="GB"):
+        take_in([("a.png", file)], tmp_path / "set")
+    monkeypatch.setattr(uploads, "MOST_BYTES_IN_ALL", 10**9)
+    with pytest.raises(DataError, match="more than 2000"):
+        take_in([("a.png", file)] * 2001, tmp_path / "set")
+    monkeypatch.setattr(uploads, "MOST_BYTES", 10)
+    assert "larger" in take_in([("a.png", file)], tmp_path / "set").refused[0]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "told"),
+    [
+        (lambda whole: whole[20:], "broken"),
+        (lambda whole: whole.replace(b"a.png", b"\0.png"), "has no name"),
+    ],
+)
+def test_a_zip_that_lies_about_its_parts_is_refused(tmp_path: Path, spoil: Callable[[bytes], bytes], told: str) -> None:
+    with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
+        archive.writestr("a.png", b"not read")
+    (tmp_path / "x.zip").write_bytes(spoil((tmp_path / "x.zip").read_bytes()))
+    try:
+        refused = take_in([("x.zip", tmp_path / "x.zip")], tmp_path / "set").refused
+    except DataError as error:
+        refused = (str(error),)
+    assert told in "".join(refused)
+    assert not list((tmp_path / "set").glob("*"))

@@ -1,0 +1,1 @@
+"""HTML fragments the pages share."""

@@ -1,0 +1,259 @@
+"""What is shown of pictures, plans and the queue, as HTML; everything that a person wrote is escaped.
+
+Pure but for the small pictures that it has made.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+from pathlib import Path
+
+from sdlora.common.text import format_seconds
+from sdlora.errors import DataError, SdloraError
+
+from ..state.background_tasks import Errand, Errands
+from ..state.image_set import Card, SetView
+from ..state.run_status import Status
+from .image_urls import shown_url
+
+_MOST_TWINS = 12  # groups that are shown side by side
+_MARKS = {"fine": ("✓", "fine"), "warning": ("!", "look again"), "error": ("✕", "to mend")}
+PHASES = {
+    "start": "getting ready", "train": "training", "previews": "drawing previews", "cache captions": "reading captions",
+    "cache pictures": "reading pictures", "heldout": "measuring held-out pictures",
+    "page": "writing the report", "the base's pictures": "learning what the base draws by itself",
+}  # fmt: skip
+WORDS = {
+    "waiting": "waiting in the queue", "starting": "starting: loading the base", "running": "at work",
+    "paused": "paused", "stopping": "stopping and saving", "stopped": "stopped, saved", "failed": "failed",
+    "done": "done", "none": "not started",
+}  # fmt: skip
+_TONES = {
+    "running": "busy", "starting": "busy", "waiting": "busy", "paused": "watch", "stopping": "watch",
+    "stopped": "watch", "failed": "copying", "done": "clean", "none": "",
+}  # fmt: skip
+
+
+def text(words: object) -> str:
+    """Anything as HTML text, safe in attributes too."""
+    return html.escape(str(words), quote=True)
+
+
+def box(content: str, kind: str = "") -> str:
+    """A part of the page; the studio's style sheet only reaches inside of these."""
+    return f"<div class='sd {kind}'>{content}</div>"
+
+
+def message(sentence: str, tone: str = "", *, title: str = "") -> str:
+    """One or more lines that should be read, such as an error's."""
+    head = f"<strong>{text(title)}</strong>" if title else ""
+    lines = "".join(f"<p>{text(line)}</p>" for line in sentence.splitlines() if line.strip())
+    role = " role='alert'" if tone == "copying" else ""
+    return box(f"<div class='verdict {tone}'{role}>{head}{lines}</div>")
+
+
+def failure(error: SdloraError) -> str:
+    """An error as a message."""
+    return message(str(error), "copying")
+
+
+# --- Pictures ---------------------------------------------------------------------------------------------------------
+
+
+def set_summary(view: SetView) -> str:
+    """What the doctor says of the whole set."""
+    if not view.cards:
+        return message(
+            "Drop 10 to 40 pictures of one thing above: a character, a style, an object.", title="No pictures yet"
+        )
+    captioned = sum(bool(card.caption) for card in view.cards)
+    errors = [finding.message for finding in view.findings if finding.severity == "error"]
+    warnings = [finding.message for finding in view.findings if finding.severity == "warning"]
+    title = f"{len(view.cards)} pictures, {captioned} with a caption"
+    if errors:
+        return message("\n".join(errors + warnings), "copying", title=f"{title}: {len(errors)} to mend before training")
+    if warnings:
+        return message("\n".join(warnings), "watch", title=f"{title}: ready, with {len(warnings)} to look at")
+    return message("Ready to train.", "clean", title=f"{title}: nothing to mend")
+
+
+def set_cards(cards: Sequence[Card], folder: Path, shown: Path, pictures: str) -> str:
+    """A card for each picture: thumbnail with its crop, verdict with reasons, and its caption to write on.
+
+    Args:
+        cards: Of a set.
+        folder: The set's.
+        shown: The folder that pictures are served from.
+        pictures: The set as the page calls it, to be sent with captions.
+    """
+    drawn = "".join(_card(folder, card, shown) for card in cards)
+    return box(f"<div class='cards' data-set='{text(pictures)}'>{drawn}</div>" if drawn else "")
+
+
+def _card(folder: Path, card: Card, shown: Path) -> str:
+    name = text(card.name)
+    return (
+        f"<article class='card' data-picture='{name}'><div class='photo'>{_photo(folder, card, shown)}</div>"
+        f"<div class='about'><div class='row'><span class='name'>{name}</span>"
+        f"<button type='button' class='remove' aria-label='Take {name} out of the set'>Take out</button></div>"
+        f"{verdict(card)}"
+        f"<textarea rows='3' aria-label='Caption of {name}' placeholder='What is in the picture?' "
+        f"spellcheck='true'>{text(card.caption)}</textarea>"
+        "<div class='saved' role='status'></div></div></article>"
+    )
+
+
+def verdict(card: Card) -> str:
+    """The doctor's verdict on one picture, with its reasons."""
+    mark, word = _MARKS[card.severity]
+    tone = {"fine": "clean", "warning": "watch", "error": "copying"}[card.severity]
+    reasons = "".join(f"<li>{text(reason)}</li>" for reason in card.findings)
+    listed = f"<ul>{reasons}</ul>" if reasons else ""
+    return f"<div class='doctor'><span class='chip {tone}'>{mark} {word}</span>{_size(card)}{listed}</div>"
+
+
+def _size(card: Card) -> str:
+    if card.size is None or card.bucket is None:
+        return ""
+    return f"<span class='quiet'>{card.size[0]}×{card.size[1]}, trained at {card.bucket[0]}×{card.bucket[1]}</span>"
+
+
+def _photo(folder: Path, card: Card, shown: Path) -> str:
+    try:
+        url = shown_url(shown, folder / card.name)
+    except (DataError, OSError):
+        return "<div class='unreadable'>cannot be read</div>"
+    crisp = " crisp" if url.endswith(".png") else ""
+    return (
+        f"<div class='frame'><img class='{crisp.strip()}' src='{url}' alt='{text(card.name)}' loading='lazy'>"
+        f"{_crop(card)}</div>"
+    )
+
+
+def _crop(card: Card) -> str:
+    """The part of a picture that is trained, as a frame over it; nothing where that is all of it."""
+    if card.size is None or card.bucket is None:
+        return ""
+    (width, height), (across, down) = card.size, card.bucket
+    scale = max(across / width, down / height)
+    x, y = (1 - across / (scale * width)) / 2, (1 - down / (scale * height)) / 2
+    if max(x, y) < 0.005:
+        return ""
+    return f"<span class='crop' style='inset: {y:.2%} {x:.2%}' title='The part inside is trained.'></span>"
+
+
+def twins(view: SetView, shown: Path) -> str:
+    """Near-duplicates side by side."""
+    if not view.twins:
+        return ""
+    more = len(view.twins) - _MOST_TWINS
+    rest = f"<p>And {more} more groups; the cards of their pictures say so.</p>" if more > 0 else ""
+    cards = {card.name: card for card in view.cards}
+    groups = "".join(
+        "<div class='twins'>"
+        + "".join(
+            f"<figure>{_photo(view.folder, cards[n], shown)}<figcaption>{text(n)}</figcaption></figure>" for n in names
+        )
+        + "</div>"
+        for names in view.twins[:_MOST_TWINS]
+    )
+    return box(
+        f"<h3>The same picture twice</h3><p>What is there twice is copied first. Keep one of each.</p>{groups}{rest}"
+    )
+
+
+# --- The plan, the queue and the strip --------------------------------------------------------------------------------
+
+
+def plan_card(sentences: Sequence[str]) -> str:
+    """The plan in words."""
+    items = "".join(f"<li>{text(sentence)}</li>" for sentence in sentences)
+    return box(f"<div class='plan'><h3>The plan</h3><ul>{items}</ul></div>")
+
+
+def state_chip(status: Status) -> str:
+    """How a run stands, in a word or two."""
+    words = WORDS[status.word] if status.place is None else f"number {status.place} in the queue"
+    return f"<span class='chip {_TONES[status.word]}'>{text(words)}</span>"
+
+
+def strip(statuses: Sequence[Status]) -> str:
+    """What is at work and what waits, for the top of the page."""
+    shown = [status for status in statuses if status.alive or status.word == "waiting"]
+    if not shown:
+        return box("<p class='strip quiet'>Nothing is being trained.</p>")
+    parts = []
+    for status in shown:
+        detail = "" if status.word == "waiting" else f" {text(progress_words(status))}"
+        parts.append(f"<span><b>{text(status.name)}</b> {state_chip(status)}{detail}</span>")
+    return box(f"<p class='strip'>{''.join(parts)}</p>")
+
+
+def progress_words(status: Status) -> str:
+    """Phase, step and time left, in words."""
+    if status.word in ("starting", "none"):
+        return ""
+    if status.word == "done":
+        return "Every epoch is complete."
+    if status.can_resume:
+        return f"It got to step {status.step} of {status.total_steps}." if status.total_steps else ""
+    # The report is the last of an epoch's end; of the steps that follow it nothing is heard until some are done.
+    phase = "train" if status.phase == "page" and status.step < (status.total_steps or 0) else status.phase
+    told = [PHASES.get(phase, phase)]
+    if phase == "train" and status.total_steps:
+        told.append(f"step {status.step} of {status.total_steps}")
+    elif status.total > 1:
+        told.append(f"{status.done} of {status.total}")
+    if status.eta_seconds is not None and status.word in ("running", "paused"):
+        told.append(f"about {format_seconds(status.eta_seconds)} left")
+    return ", ".join(part for part in told if part)
+
+
+def queue(statuses: Sequence[Status]) -> str:
+    """What waits, in its order."""
+    waiting = [status for status in statuses if status.place is not None]
+    if not waiting:
+        return box("<p class='quiet'>Nothing waits. A run that is started while another trains gets in line here.</p>")
+    items = "".join(f"<li>{text(status.name)}</li>" for status in sorted(waiting, key=lambda status: status.place or 0))
+    return box(f"<ol class='queue'>{items}</ol>")
+
+
+# --- Errands ----------------------------------------------------------------------------------------------------------
+
+
+def caption_errand(errands: Errands) -> str:
+    """How the captions by a model stand."""
+    errand = errands.find("caption")
+    if errand is None:
+        return ""
+    stage, written, total = errands.stage(errand), errands.written(errand), len(errand.files)
+    title = f"Captions for {errand.subject}"
+    if stage == "running":
+        told = f"{written} of {total} written." if written else "Getting the model; the first time it is downloaded."
+        share = written / total if total else 0.0
+        return box(
+            f"<div class='verdict busy' role='status'><strong>{text(title)}</strong><div class='bar'>"
+            f"<span style='width: {share:.1%}'></span></div><p>{text(told)}</p></div>"
+        )
+    return _ended(errands, errand, stage, title, f"{written} of {total} were written; they stay.")
+
+
+def publish_errand(errands: Errands) -> str:
+    """How a run's upload stands."""
+    errand = errands.find("publish")
+    if errand is None:
+        return ""
+    stage, title = errands.stage(errand), f"Upload of {errand.subject}"
+    if stage == "running":
+        return message("It goes on if you leave this page.", "busy", title=f"{title} is under way")
+    return _ended(errands, errand, stage, title, "What had arrived stays on the Hub.")
+
+
+def _ended(errands: Errands, errand: Errand, stage: str, title: str, left: str) -> str:
+    if stage == "done":
+        return message(f"{errands.said(errand)}\n{errands.complaint(errand)}", "clean", title=f"{title}: done")
+    if stage == "stopped":
+        return message(left, "watch", title=f"{title}: stopped")
+    why = errands.complaint(errand) or "Its process is gone without a word: it was killed, or the machine was off."
+    return message(f"{why}\n{left}", "copying", title=f"{title}: failed")

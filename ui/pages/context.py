@@ -1,0 +1,134 @@
+"""What all pages of the studio share: its folder, its queue, its easel, and how a handler fails.
+
+This is the boundary at which anything unexpected becomes a message; the traceback goes to the studio's log.
+"""
+
+from __future__ import annotations
+
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdlora.common.bundled import BUILTIN, shipped_sets
+from sdlora.errors import ConfigError, SdloraError
+
+from ..html import views
+from ..settings.draft import Draft, read_draft
+from ..settings.plan import base_resolution_px
+from ..state.background_tasks import Errands
+from ..state.folders import Studio, StudioError
+from ..state.image_set import SetView, view
+from ..state.queue import Jobs
+from ..state.run_status import Status
+from ..state.try_lora import Easel
+
+
+@dataclass(frozen=True)
+class Context:
+    """The studio behind the pages."""
+
+    studio: Studio
+    jobs: Jobs
+    easel: Easel
+
+    @property
+    def errands(self) -> Errands:
+        """What was sent for."""
+        return Errands(self.studio)
+
+    def draft(self) -> Draft:
+        """The recipe as it was left."""
+        return read_draft(self.studio)
+
+    def sets(self) -> list[str]:
+        """What may be chosen as pictures: sets of the studio, then shipped ones."""
+        own = sorted(path.name for path in self.studio.sets.iterdir() if path.is_dir() and path.name[0] != ".")
+        return [*own, *(BUILTIN + name for name in shipped_sets())]
+
+    def view_set(self, draft: Draft) -> SetView:
+        """The draft's pictures as the doctor sees them; empty if none are chosen.
+
+        Raises:
+            ConfigError: They are no set, or outside of what may be read.
+        """
+        folder = draft.folder(self.studio)
+        if folder is None:
+            return SetView(Path(), (), (), ())
+        resolution_px = draft.value("data.resolution_px") or base_resolution_px(draft.base)
+        return view(folder, trigger=draft.trigger or None, resolution_px=resolution_px)
+
+    def own_folder(self, pictures: str) -> Path:
+        """The folder of a set that may be changed.
+
+        Raises:
+            StudioError: It is a shipped one, or there is none.
+        """
+        if pictures.startswith(BUILTIN):
+            raise StudioError("The shipped sets stay as they are. Upload your own pictures to change them.")
+        folder = Draft(pictures=pictures).folder(self.studio)
+        if folder is None:
+            raise StudioError("There are no pictures yet. Add some first.")
+        return folder
+
+    def free_name(self, wanted: str) -> str:
+        """A name for a run that none has yet, `wanted` or with a number behind it."""
+        taken = {name.lower() for name in self.jobs.names()}
+        name, number = wanted, 2
+        while name.lower() in taken or (self.studio.runs / name).exists():
+            name, number = f"{wanted}-{number}", number + 1
+        return name
+
+    def statuses(self) -> list[Status]:
+        """How every run stands."""
+        return [self.jobs.status(name) for name in self.jobs.names()]
+
+    def default_run(self) -> str | None:
+        """What to look at first: what is at work, else what changed last."""
+        statuses = self.statuses()
+        for status in statuses:
+            if status.alive:
+                return status.name
+        begun = [status.name for status in statuses if (self.studio.run(status.name) / "config.toml").is_file()]
+        return max(begun, key=self._changed, default=None)
+
+    def _changed(self, name: str) -> float:
+        folder = self.studio.run(name)
+        files = [file for file in (folder / "state.json", folder / "config.toml") if file.is_file()]
+        return max((file.stat().st_mtime for file in files), default=0.0)
+
+    def attempt(self, action: Callable[[], str]) -> str:
+        """Do what was asked for; returns what is told about it, which is the reason if it failed."""
+        try:
+            told = action()
+            return views.message(told, "busy") if told else ""
+        except SdloraError as error:
+            return views.failure(error)
+        except Exception as error:
+            self.log(traceback.format_exc())
+            return views.failure(self.unexpected(error))
+
+    def unexpected(self, error: Exception) -> SdloraError:
+        """A fault of the studio's own as a message."""
+        return StudioError(
+            f"{type(error).__name__}: {error}. This is a fault of the studio's; runs go on. "
+            f"{self.studio.runs / '.studio' / 'studio.log'} has the details."
+        )
+
+    def log(self, text: str) -> None:
+        """Add to the studio's own log."""
+        with (self.studio.runs / ".studio" / "studio.log").open("a", encoding="utf-8") as handle:
+            handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+
+def need(run: Any) -> str:
+    """The chosen run.
+
+    Raises:
+        ConfigError: None is chosen.
+    """
+    if not run:
+        raise ConfigError("No run is chosen. Choose one at the top of the page.")
+    return str(run)

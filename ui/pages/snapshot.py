@@ -1,0 +1,117 @@
+"""All that the pages of runs show at a moment, as a value.
+
+Pages ask for it every two seconds; what costs anything is made once for every change of a run's files.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+from ..html import run_views, views
+from ..state.background_tasks import KINDS, Kind
+from ..state.run_status import Status
+from ..state.run_view import read_run
+from .context import Context
+
+SLOTS = (
+    "strip", "queue", "status", "charts", "grid", "banner", "pairs", "signs", "result", "cards", "caption", "publish",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """All that the pages of a run show at a moment.
+
+    Attributes:
+        html: By slot.
+        names: All runs.
+        waiting: Those in the queue.
+        epochs: The epochs with a copy check.
+        loras: The epochs with a file.
+        kept: The epoch to keep so far; None before there is one.
+        prompt: Something to try the run with.
+        can: What may be done: "pause", "proceed", "stop", "resume".
+        ends: By errand, what its button does; None where there is no errand.
+    """
+
+    html: dict[str, str]
+    names: list[str]
+    waiting: list[str]
+    epochs: list[int]
+    loras: list[int]
+    kept: int | None
+    prompt: str
+    can: dict[str, bool]
+    ends: dict[Kind, str | None]
+
+
+def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
+    """Look at a run, and at all others from afar.
+
+    Args:
+        context: The studio.
+        name: The run; None if none is chosen.
+        epoch: The epoch whose comparisons are shown; the last one if None.
+    """
+    statuses, shown = context.statuses(), context.studio.shown
+    status = next((other for other in statuses if other.name == name), None) or Status(name or "", "none")
+    views_of = {other.name: read_run(context.studio, other.name) for other in statuses}
+    run = views_of.get(name or "")
+    last = max(run.checks, default=0) if run else 0
+    html = {
+        "strip": views.strip(statuses),
+        "queue": views.queue(statuses),
+        "status": run_views.status_panel(status),
+        "cards": run_views.run_cards([(other, views_of[other.name]) for other in statuses], shown),
+        "caption": views.caption_errand(context.errands), "publish": views.publish_errand(context.errands),
+        "charts": "", "grid": "", "banner": "", "pairs": "", "signs": "", "result": "",
+    }  # fmt: skip
+    if run is None:
+        empty = views.message("It comes once a run has begun.", title="Nothing to see yet")
+        html |= {"banner": empty, "result": empty}
+    else:
+        chosen = epoch if epoch in run.checks else last
+        html |= {
+            "charts": _charts(run),
+            "grid": _grid(run, shown),
+            "banner": run_views.copy_banner(run, status),
+            "pairs": _pairs(run, chosen or 0, shown),
+            "signs": _signs(run),
+            "result": run_views.result_panel(run, status),
+        }
+    recommended = run.recommended() if run else None
+    drawn = run.checks[last].previews if run and last in run.checks else []
+    prompts = [match.prompt for match in drawn if match.kind == "novel"]
+    paused = status.word == "paused"
+    can = {
+        "pause": status.word == "running",
+        "proceed": paused,
+        "stop": status.word in ("running", "starting", "paused"),
+        "resume": status.can_resume,
+    }
+    return Snapshot(
+        html,
+        [other.name for other in statuses],
+        [other.name for other in statuses if other.place is not None],
+        sorted(run.checks) if run else [],
+        sorted(run.loras) if run else [],
+        recommended[0] if recommended else None,
+        prompts[0] if prompts else "",
+        can,
+        {kind: _end(context, kind) for kind in KINDS},
+    )
+
+
+def _end(context: Context, kind: Kind) -> str | None:
+    errand = context.errands.find(kind)
+    if errand is None:
+        return None
+    return "Stop" if context.errands.stage(errand) == "running" else "Hide this"
+
+
+# A run's view is one object for as long as none of its files change.
+_charts = functools.lru_cache(maxsize=16)(run_views.training_charts)
+_grid = functools.lru_cache(maxsize=16)(run_views.epoch_grid)
+_pairs = functools.lru_cache(maxsize=32)(run_views.copy_pairs)
+_signs = functools.lru_cache(maxsize=16)(run_views.copy_charts)

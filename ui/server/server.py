@@ -1,0 +1,258 @@
+"""The studio's server: the pages, the routes beside them, the guard around them, and the queue's clock."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+import threading
+import traceback
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+import uvicorn
+from fastapi import FastAPI
+from starlette.background import BackgroundTask
+from starlette.middleware.trustedhost import TrustedHostMiddleware
+from starlette.requests import Request
+from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
+from starlette.types import ASGIApp
+
+from sdlora.config.toml import dump_toml
+from sdlora.errors import SdloraError
+
+from ..html import views
+from ..html.image_urls import NAME, ROUTE
+from ..pages.app import HEAD, build, theme
+from ..pages.context import Context
+from ..state import image_set
+from ..state.folders import Studio, StudioError
+from ..state.queue import Jobs
+from ..state.run_view import read_run
+from ..state.try_lora import Easel
+from ..state.uploads import MOST_BYTES, MOST_CAPTION_BYTES
+from .access import Account, Fence, Logins, check_host
+
+DISPATCH_EVERY_SECONDS = 1.0
+_HERE = Path(__file__).parents[1] / "pages"
+
+
+def make_app(context: Context, *, host: str, account: Account | None = None) -> ASGIApp:
+    """The whole studio as an ASGI app.
+
+    Args:
+        context: The studio behind the pages.
+        host: Where it listens; requests that name another host are refused.
+        account: Who may log in; None lets everyone in who reaches it.
+    """
+    # Before Gradio reads them: uploads stay in the studio's folder, and nothing is told to anyone.
+    os.environ["GRADIO_TEMP_DIR"] = str((context.studio.runs / ".studio" / "uploads").resolve())
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    _add_routes(app, context)
+    blocks = build(context)
+    gr.mount_gradio_app(
+        app, blocks, path="/", theme=theme(), head=HEAD, footer_links=[], run_history=False, show_error=False,
+        max_file_size=MOST_BYTES * 64, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
+    )  # fmt: skip
+    # The outermost first: who is asked for, what is asked for, and by whom.
+    guarded: ASGIApp = app if account is None else Logins(app, account)
+    hosts = ["localhost", "127.0.0.1", "[::1]"] if account is None else _hosts(host)
+    return TrustedHostMiddleware(Fence(guarded), allowed_hosts=hosts, www_redirect=False)
+
+
+def _hosts(host: str) -> list[str]:
+    """Names that requests may use: any where the studio listens everywhere, for then a password is asked."""
+    return ["*"] if host in ("0.0.0.0", "::") else [host, "localhost", "127.0.0.1", "[::1]"]
+
+
+def _add_routes(app: FastAPI, context: Context) -> None:
+    studio = context.studio
+
+    @app.exception_handler(SdloraError)
+    async def _told(_: Request, error: SdloraError) -> Response:
+        return JSONResponse({"error": str(error)}, 400)
+
+    @app.get(ROUTE + "/{name}")
+    def _picture(name: str) -> Response:
+        file = studio.shown / name
+        if not NAME.fullmatch(name) or file.is_symlink() or not file.is_file():
+            return PlainTextResponse("There is no such picture.", 404)
+        kind = "image/png" if name.endswith(".png") else "image/jpeg"
+        return FileResponse(file, media_type=kind, headers={"cache-control": "private, max-age=31536000, immutable"})
+
+    @app.get("/studio/studio.css")
+    def _style() -> Response:
+        return FileResponse(_HERE / "studio.css", media_type="text/css", headers={"cache-control": "no-cache"})
+
+    @app.get("/studio/studio.js")
+    def _script() -> Response:
+        return FileResponse(_HERE / "studio.js", media_type="text/javascript", headers={"cache-control": "no-cache"})
+
+    @app.put("/studio/caption")
+    async def _caption(request: Request) -> Response:
+        wish = await _json(request, "set", "picture", "caption")
+        image_set.write_caption(context.own_folder(wish["set"]), wish["picture"], wish["caption"])
+        view = context.view_set(context.draft())
+        card = next((card for card in view.cards if card.name == wish["picture"]), None)
+        return JSONResponse({"doctor": "<div class='doctor'></div>" if card is None else views.verdict(card)})
+
+    @app.delete("/studio/picture")
+    async def _take_out(request: Request) -> Response:
+        wish = await _json(request, "set", "picture")
+        image_set.take_out(context.own_folder(wish["set"]), wish["picture"])
+        return JSONResponse({})
+
+    @app.get("/studio/draft.toml")
+    def _draft() -> Response:
+        config = context.draft().config(studio)
+        return _toml(dump_toml(config), config.name or "lora")
+
+    @app.get("/studio/run/{name}/config.toml")
+    def _config(name: str) -> Response:
+        return (
+            _toml((studio.run(name) / "config.toml").read_text(encoding="utf-8"), name)
+            if _view(context, name)
+            else _gone()
+        )
+
+    @app.get("/studio/run/{name}/epoch/{epoch}")
+    def _lora(name: str, epoch: int) -> Response:
+        view = _view(context, name)
+        if view is None or epoch not in view.loras:
+            return _gone()
+        kept = view.recommended()
+        final = context.jobs.status(name).word == "done" and kept is not None and kept[0] == epoch
+        return _attachment(view.loras[epoch], f"{name}.safetensors" if final else f"{name}-epoch-{epoch}.safetensors")
+
+    @app.get("/studio/run/{name}/all.zip")
+    def _all(name: str) -> Response:
+        view = _view(context, name)
+        if view is None or not view.loras:
+            return _gone()
+        handle, path = tempfile.mkstemp(suffix=".zip", dir=studio.runs / ".studio")
+        with os.fdopen(handle, "wb") as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
+            for epoch, file in view.loras.items():
+                archive.write(file, f"{name}-epoch-{epoch}.safetensors")
+            archive.write(view.folder / "config.toml", f"{name}.toml")
+        return _attachment(Path(path), f"{name}.zip", BackgroundTask(Path(path).unlink))
+
+
+def _view(context: Context, name: str) -> Any:
+    try:
+        return read_run(context.studio, name)
+    except StudioError:
+        return None
+
+
+def _gone() -> Response:
+    return PlainTextResponse("There is no such file.", 404)
+
+
+def _attachment(file: Path, name: str, then: BackgroundTask | None = None) -> Response:
+    return FileResponse(file, media_type="application/octet-stream", filename=name, background=then)
+
+
+def _toml(text: str, name: str) -> Response:
+    with tempfile.NamedTemporaryFile("w", encoding="utf-8", suffix=".toml", delete=False) as handle:
+        handle.write(text)
+    return _attachment(Path(handle.name), f"{name}.toml", BackgroundTask(Path(handle.name).unlink))
+
+
+async def _json(request: Request, *names: str) -> dict[str, str]:
+    """The texts that a request brings.
+
+    Raises:
+        StudioError: It brings something else.
+    """
+    if request.headers.get("content-type", "").partition(";")[0] != "application/json":
+        raise StudioError("The studio's page sends JSON.")
+    body = b""
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > 2 * MOST_CAPTION_BYTES:
+            raise StudioError(f"A caption may have {MOST_CAPTION_BYTES >> 10} KB. Make it shorter.")
+    try:
+        content = json.loads(body)
+        found = {name: content[name] for name in names}
+    except (ValueError, KeyError, TypeError) as error:
+        raise StudioError("The request is not what the studio's page sends.") from error
+    if not all(isinstance(value, str) for value in found.values()):
+        raise StudioError("The request is not what the studio's page sends.")
+    return found
+
+
+class Clock(threading.Thread):
+    """Starts what waits, once a second, for as long as the studio is open.
+
+    Args:
+        context: Whose queue.
+    """
+
+    def __init__(self, context: Context) -> None:
+        super().__init__(name="queue", daemon=True)
+        self._context = context
+        self._over = threading.Event()
+
+    def run(self) -> None:
+        """Until `stop`."""
+        while not self._over.wait(DISPATCH_EVERY_SECONDS):
+            try:
+                self._context.jobs.dispatch()
+            except Exception:
+                # The queue must go on whatever becomes of one job.
+                self._context.log(traceback.format_exc())
+
+    def stop(self) -> None:
+        """End it, and wait for its end."""
+        self._over.set()
+        self.join()
+
+
+class _Server(uvicorn.Server):
+    """Tells when it can be reached, and not before."""
+
+    def __init__(self, config: uvicorn.Config, opened: Callable[[int], None]) -> None:
+        super().__init__(config)
+        self._opened = opened
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen, then tell."""
+        await super().startup(sockets)
+        if self.started:
+            self._opened(self.servers[0].sockets[0].getsockname()[1])
+
+
+def serve(
+    *, runs: Path, host: str, port: int, auth_file: Path | None, opened: Callable[[int], None] = lambda _: None
+) -> None:
+    """Open the studio until it is interrupted; trainings go on without it.
+
+    Args:
+        runs: Where runs and pictures are kept.
+        host: Where to listen.
+        port: The port; 0 takes any that is free.
+        auth_file: NAME:PASSWORD; None lets everyone in who reaches it.
+        opened: Told the port, once it can be reached.
+
+    Raises:
+        ConfigError: Others could reach it without a password.
+    """
+    check_host(host, auth_file)
+    account = None if auth_file is None else Account.read(auth_file)
+    studio = Studio(runs, any_folder=account is None)
+    studio.create()
+    context = Context(studio, Jobs(studio), Easel())
+    app = make_app(context, host=host, account=account)
+    clock = Clock(context)
+    clock.start()
+    try:
+        _Server(
+            uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2), opened
+        ).run()
+    finally:
+        clock.stop()

@@ -1,0 +1,1 @@
+"""The recipe: form, presets, base models, estimate."""

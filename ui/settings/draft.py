@@ -1,0 +1,145 @@
+"""The recipe that is being written: kept on disk at every change, so that a reload or another tab finds it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from sdlora.common.bundled import BUILTIN, resolve_data_folder
+from sdlora.common.files import write_json
+from sdlora.config.schema import RunConfig
+from sdlora.errors import ConfigError
+
+from ..state.folders import Studio, safe_name
+from . import form
+from .base_models import Fit, fit
+from .presets import LENGTHS, SUBJECTS, recipe
+
+_OWN = {"name", "data.folder"}
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A recipe on its way.
+
+    Attributes:
+        pictures: The set: a name in the studio, a folder, or "builtin:NAME"; empty until one is chosen.
+        name: The run's; empty takes the set's.
+        subject: A key of `recipes.SUBJECTS`.
+        length: A key of `recipes.LENGTHS`.
+        fitted: What was changed so that it fits into this machine's memory, in words.
+        values: Every option that is not at its default, by its dotted name, apart from name and folder.
+    """
+
+    pictures: str = ""
+    name: str = ""
+    subject: str = "character"
+    length: str = "as usual"
+    fitted: list[str] = field(default_factory=list)
+    values: dict[str, Any] = field(default_factory=lambda: _changed(recipe("character", "as usual", "pocket")))
+
+    @property
+    def trigger(self) -> str:
+        """The word for what is taught; empty until there is one."""
+        return self.values.get("data.trigger") or ""
+
+    @property
+    def base(self) -> str:
+        """base.path."""
+        return str(self.value("base.path"))
+
+    def value(self, name: str) -> Any:
+        """An option's value."""
+        return self.values.get(name, _defaults()[name])
+
+    def with_values(self, values: dict[str, Any]) -> Draft:
+        """The same with some options changed."""
+        return replace(self, values=_changed(self.values | values))
+
+    def with_answers(self, subject: str, length: str, base: str) -> Draft:
+        """The same with the options that three answers stand for."""
+        changed = replace(self, subject=subject, length=length)
+        return changed.with_values(recipe(subject, length, base)).made_to_fit()
+
+    def made_to_fit(self) -> Draft:
+        """The same with what the plan says to change where it needs more memory than this machine has."""
+        found = fit(self._alone())
+        return self if found is None else replace(self.with_values(found.values), fitted=list(found.told))
+
+    def needs(self) -> Fit | None:
+        """What it needs as it stands; None if its base is not on this machine.
+
+        Raises:
+            ConfigError: Anything is wrong with it.
+        """
+        return fit(self._alone())
+
+    def _alone(self) -> RunConfig:
+        """Its configuration, whichever pictures are chosen."""
+        return form.make_config(self.values | {"data.folder": "none"}, "plan")
+
+    def folder(self, studio: Studio) -> Path | None:
+        """Where its pictures lie, or None until they are chosen.
+
+        Raises:
+            ConfigError: That is no shipped set, or outside of what may be read.
+        """
+        if not self.pictures:
+            return None
+        if self.pictures.startswith(BUILTIN):
+            return resolve_data_folder(self.pictures)
+        if self.pictures == safe_name(self.pictures):
+            return studio.picture_set(self.pictures).resolve()
+        return studio.allowed(Path(self.pictures).expanduser())
+
+    def run_name(self) -> str:
+        """The name that the run gets."""
+        return self.name.strip() or safe_name(self.pictures.removeprefix(BUILTIN), "lora")
+
+    def config(self, studio: Studio) -> RunConfig:
+        """The whole configuration.
+
+        Raises:
+            ConfigError: There are no pictures yet, or anything is wrong; all faults are named at once.
+        """
+        folder = self.folder(studio)
+        if folder is None:
+            raise ConfigError("There are no pictures yet. Add some under Pictures.")
+        if self.base != "pocket" and "/" in self.base and Path(self.base).expanduser().exists():
+            studio.allowed(Path(self.base).expanduser())
+        where = self.pictures if self.pictures.startswith(BUILTIN) else str(folder.absolute())
+        return form.make_config(self.values | {"data.folder": where, "name": self.run_name()}, self.run_name())
+
+
+def _defaults() -> dict[str, Any]:
+    return form.to_values(RunConfig())
+
+
+def _changed(values: dict[str, Any]) -> dict[str, Any]:
+    defaults = _defaults()
+    return {name: value for name, value in values.items() if name not in _OWN and value != defaults[name]}
+
+
+def from_config(config: RunConfig, studio: Studio) -> Draft:
+    """A configuration, from a file or from another run, as a draft."""
+    values = form.to_values(config)
+    pictures = config.data.folder
+    if not pictures.startswith(BUILTIN) and Path(pictures).resolve().parent == studio.sets.resolve():
+        pictures = Path(pictures).name
+    return Draft(pictures=pictures, name=config.name or "", values=_changed(values))
+
+
+def read_draft(studio: Studio) -> Draft:
+    """The draft as it was left, or a fresh one."""
+    if not studio.draft.is_file():
+        return Draft()
+    found = Draft(**json.loads(studio.draft.read_text(encoding="utf-8")))
+    known = found.subject in SUBJECTS and found.length in LENGTHS and found.values.keys() <= _defaults().keys()
+    return found if known else Draft(pictures=found.pictures, name=found.name)
+
+
+def write_draft(studio: Studio, draft: Draft) -> None:
+    """Keep a draft."""
+    write_json(studio.draft, asdict(draft))

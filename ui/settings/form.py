@@ -1,0 +1,186 @@
+"""The form: every option of the schema as a field, and what is filled in as a configuration.
+
+Pure. Names, help, limits and defaults are `sdlora.config.schema`'s own, so that page and command line
+cannot differ.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+import types
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from annotated_types import Ge, Gt, Le, Lt
+from pydantic import BaseModel
+
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import options, parse_config
+from sdlora.errors import ConfigError
+
+Kind = Literal["switch", "choice", "choices", "whole", "number", "text", "lines", "toml"]
+_BIGGEST_IN_A_BROWSER = 2**53
+
+
+@dataclass(frozen=True)
+class Field:
+    """One option, as it is shown.
+
+    Attributes:
+        name: Dotted, as in files and after `--set`.
+        kind: Which control shows it; "lines" is a list of texts, a line each, and "toml" anything else.
+        help: What it does.
+        default: The schema's.
+        optional: Whether it may be left empty, which means None.
+        choices: Of "choice" and "choices".
+        minimum: The lowest value, itself allowed or not; None if there is no limit.
+        maximum: The highest.
+    """
+
+    name: str
+    kind: Kind
+    help: str
+    default: Any
+    optional: bool = False
+    choices: tuple[str, ...] = ()
+    minimum: float | None = None
+    maximum: float | None = None
+
+    @property
+    def section(self) -> str:
+        """Which table of a file it stands in; empty for the top."""
+        return self.name.rpartition(".")[0]
+
+    @property
+    def label(self) -> str:
+        """Its name in words."""
+        words = self.name.rpartition(".")[2].removesuffix("_px").removesuffix("_steps").replace("_", " ")
+        unit = " (px)" if self.name.endswith("_px") else ""
+        return words[0].upper() + words[1:] + unit
+
+
+def fields() -> list[Field]:
+    """Every option of the schema, in its order."""
+    return [_field(name, value) for name, value in options(RunConfig())]
+
+
+def sections() -> dict[str, str]:
+    """What every section is about, by its name."""
+    found = {"": "The run"}
+    for name, info in RunConfig.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            found[name] = (info.annotation.__doc__ or name).strip().rstrip(".")
+    return found
+
+
+def shown(field: Field, value: Any) -> Any:
+    """A value as its control holds it."""
+    if value is None:
+        return None if field.kind in ("whole", "number", "choice") else ""
+    if field.kind == "lines":
+        return "\n".join(value)
+    if field.kind == "toml":
+        return _toml(value)
+    return value
+
+
+def entered(field: Field, value: Any) -> Any:
+    """What a control holds as a value of the schema; what cannot be one is left for the schema to refuse.
+
+    Raises:
+        ConfigError: It is no TOML, where TOML is asked for.
+    """
+    if field.kind == "lines":
+        return [line.strip() for line in str(value or "").splitlines() if line.strip()]
+    if field.kind == "toml":
+        return _from_toml(field, str(value or "").strip())
+    if value is None or (value == "" and field.kind != "choice"):
+        return None if field.optional else field.default
+    if field.kind == "whole" and isinstance(value, float) and value.is_integer():
+        return int(value)
+    return value
+
+
+def to_document(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Options by their dotted names as nested tables, those left out that are at their defaults."""
+    defaults = {field.name: field.default for field in fields()}
+    document: dict[str, Any] = {}
+    for name, value in values.items():
+        if value == defaults[name] and isinstance(value, bool) == isinstance(defaults[name], bool):
+            continue
+        section, _, key = name.rpartition(".")
+        (document.setdefault(section, {}) if section else document)[key] = value
+    return document
+
+
+def to_values(config: RunConfig) -> dict[str, Any]:
+    """A configuration as options by their dotted names."""
+    return dict(options(config))
+
+
+def make_config(values: Mapping[str, Any], name: str) -> RunConfig:
+    """A whole configuration of what was filled in.
+
+    Raises:
+        ConfigError: Anything is wrong; all faults are named at once.
+    """
+    return parse_config(to_document(values), name=name)
+
+
+def _field(name: str, default: Any) -> Field:
+    section, _, key = name.rpartition(".")
+    model = type(getattr(RunConfig(), section)) if section else RunConfig
+    info = model.model_fields[key]
+    annotation, optional = _without_none(info.annotation)
+    limits = {type(limit): limit for limit in info.metadata}
+    low = limits[Ge].ge if Ge in limits else limits[Gt].gt if Gt in limits else None
+    high = limits[Le].le if Le in limits else limits[Lt].lt if Lt in limits else None
+    kind, choices = _kind(annotation, high)
+    return Field(name, kind, info.description or "", default, optional, choices, low, high)
+
+
+def _without_none(annotation: Any) -> tuple[Any, bool]:
+    if get_origin(annotation) in (Union, types.UnionType):
+        rest = [one for one in get_args(annotation) if one is not type(None)]
+        if len(rest) == 1:
+            return rest[0], True
+    return annotation, False
+
+
+def _kind(annotation: Any, high: Any) -> tuple[Kind, tuple[str, ...]]:
+    origin, inner = get_origin(annotation), get_args(annotation)
+    if annotation is bool:
+        return "switch", ()
+    if origin is Literal:
+        return "choice", tuple(inner)
+    if origin is list and get_origin(inner[0]) is Literal:
+        return "choices", tuple(get_args(inner[0]))
+    if origin is list and str in (inner[0], *get_args(inner[0])[:1]):
+        return "lines", ()
+    if annotation is int and (high is None or high <= _BIGGEST_IN_A_BROWSER):
+        return "whole", ()
+    if annotation is float:
+        return "number", ()
+    return ("text", ()) if annotation is str else ("toml", ())
+
+
+def _toml(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} = {json.dumps(entry)}" for key, entry in value.items())
+    if isinstance(value, list):
+        return ", ".join(json.dumps(entry) for entry in value)
+    return json.dumps(value)
+
+
+def _from_toml(field: Field, text: str) -> Any:
+    if not text:
+        return field.default
+    wrapped = f"{{{text}}}" if isinstance(field.default, dict) else text
+    wrapped = f"[{text}]" if isinstance(field.default, list) else wrapped
+    try:
+        return tomllib.loads(f"value = {wrapped}")["value"]
+    except tomllib.TOMLDecodeError as error:
+        example = _toml(field.default) or "name = 4"
+        raise ConfigError(f"{field.name}: {text!r} cannot be read ({error}). Write it like this: {example}") from error

@@ -1,0 +1,1 @@
+"""Run folders, the queue, uploads and image sets."""

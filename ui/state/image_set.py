@@ -1,0 +1,208 @@
+"""A set of pictures as an artist works on it: what the doctor says of each, and captions that are saved at once.
+
+Captions are written to `.txt` files beside the pictures, as training reads them.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from sdlora.common.files import write_text
+from sdlora.data.buckets import assign_buckets
+from sdlora.data.captions import METADATA, read_captions, with_trigger
+from sdlora.data.checks import Finding, Look, examine, examine_sizes, look_at
+from sdlora.data.images import SUFFIXES
+from sdlora.errors import DataError
+
+from .folders import StudioError
+from .uploads import MOST_CAPTION_BYTES
+
+
+@dataclass(frozen=True)
+class Card:
+    """A picture of a set.
+
+    Attributes:
+        name: Its file name.
+        caption: As written; empty if there is none.
+        size: Width and height in pixels; None if it cannot be read.
+        severity: The worst of what the doctor found: "error", "warning" or "fine".
+        findings: Why, a sentence each.
+        bucket: The size it is trained at; None if it cannot be read.
+    """
+
+    name: str
+    caption: str
+    size: tuple[int, int] | None
+    severity: str
+    findings: tuple[str, ...]
+    bucket: tuple[int, int] | None
+
+
+@dataclass(frozen=True)
+class SetView:
+    """A set as it stands.
+
+    Attributes:
+        folder: Where it is.
+        cards: Its pictures, by name.
+        findings: All that the doctor found.
+        twins: Groups of pictures that are one picture saved twice.
+    """
+
+    folder: Path
+    cards: tuple[Card, ...]
+    findings: tuple[Finding, ...]
+    twins: tuple[tuple[str, ...], ...]
+
+    @property
+    def num_errors(self) -> int:
+        """How many findings keep the set from being trained."""
+        return sum(finding.severity == "error" for finding in self.findings)
+
+
+@functools.lru_cache(maxsize=4096)
+def _look(path: Path, background: str, _modified_ns: int, _size: int) -> Look | str:
+    """What decoding a file gives, kept for as long as the file stays as it is."""
+    try:
+        return look_at(path, background)
+    except DataError as error:
+        return str(error)
+
+
+def _look_once(path: Path, background: str) -> Look:
+    facts = path.stat()
+    found = _look(path, background, facts.st_mtime_ns, facts.st_size)
+    if isinstance(found, str):
+        raise DataError(found)
+    return found
+
+
+def view(folder: Path, *, trigger: str | None = None, resolution_px: int = 512, background: str = "white") -> SetView:
+    """Look at a set.
+
+    Args:
+        folder: Where it is; one without pictures gives an empty view.
+        trigger: The word that captions should hold.
+        resolution_px: Training size, for buckets and for what is too small.
+        background: Colour under transparent pixels.
+    """
+    if not folder.is_dir() or not any(picture_files(folder)):
+        return SetView(folder, (), (), ())
+    checkup = examine(folder, background=background, trigger=trigger, look=_look_once)
+    sizes = {picture.path.name: picture.size for picture in checkup.pictures}
+    assigned = assign_buckets(list(sizes.values()), resolution_px, 64, buckets=True)
+    buckets = dict(zip(sizes, assigned, strict=True))
+    small = [finding for finding in examine_sizes(sizes, buckets) if finding.kind == "too small"]
+    findings = (*checkup.findings, *small)
+    captions, _ = read_captions(folder)
+    cards = []
+    for path in picture_files(folder):
+        about = [finding for finding in findings if path.name in finding.files]
+        cards.append(
+            Card(
+                path.name,
+                captions.get(f"{path.stem}.txt") or captions.get(path.name) or "",
+                sizes.get(path.name),
+                min((finding.severity for finding in about), default="fine"),
+                tuple(_about(path.name, finding) for finding in about),
+                buckets.get(path.name),
+            )
+        )
+    twins = tuple(f.files for f in findings if f.kind in ("duplicate", "near-duplicate"))
+    return SetView(folder, tuple(cards), findings, twins)
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """The pictures of a folder, by name."""
+    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
+
+
+def _about(name: str, finding: Finding) -> str:
+    """A finding as it concerns one picture."""
+    if finding.kind in ("duplicate", "near-duplicate"):
+        others = ", ".join(other for other in finding.files if other != name)
+        same = "The same picture as" if finding.kind == "duplicate" else "Nearly the same picture as"
+        return f"{same} {others}. Keep one of them: what is there twice is copied first."
+    if len(finding.files) == 1:
+        return finding.message
+    return {
+        "no caption": "It has no caption. Say what is in the picture.",
+        "no trigger": "Its caption does not hold the trigger, which is then put in front.",
+        "too small": "It is smaller than the training size and will be enlarged.",
+    }.get(finding.kind, finding.message)
+
+
+# --- Captions ---------------------------------------------------------------------------------------------------------
+
+
+def write_caption(folder: Path, picture: str, text: str) -> None:
+    """Save a picture's caption beside it.
+
+    Raises:
+        StudioError: There is no such picture in the set, or the caption is too long.
+    """
+    path = _picture(folder, picture)
+    caption = " ".join(text.replace("\0", " ").split())
+    if len(caption.encode("utf-8", errors="replace")) > MOST_CAPTION_BYTES:
+        raise StudioError(f"The caption of {picture} is longer than {MOST_CAPTION_BYTES >> 10} KB. Make it shorter.")
+    _own_files(folder)
+    write_text(path.with_suffix(".txt"), caption.encode("utf-8", errors="replace").decode("utf-8"))
+
+
+def replace_words(folder: Path, find: str, replacement: str) -> int:
+    """Exchange words in all captions of a set; returns how many captions changed."""
+    if not find:
+        raise StudioError("Say which words to look for.")
+    return _rewrite(folder, lambda caption: caption.replace(find, replacement))
+
+
+def put_trigger_in(folder: Path, trigger: str) -> int:
+    """Put the trigger in front of every caption that does not hold it; returns how many captions changed."""
+    if not trigger.strip():
+        raise StudioError("There is no trigger yet. Choose a word of your own for what you teach.")
+    return _rewrite(folder, lambda caption: with_trigger(caption, trigger.strip()))
+
+
+def caption_the_rest(folder: Path, text: str) -> int:
+    """Give every picture that has no caption the same one; returns how many."""
+    bare = [card.name for card in view(folder).cards if not card.caption]
+    for name in bare:
+        write_caption(folder, name, text)
+    return len(bare)
+
+
+def take_out(folder: Path, picture: str) -> None:
+    """Remove a picture and its caption from a set."""
+    path = _picture(folder, picture)
+    path.unlink()
+    if not any(other.stem == path.stem for other in picture_files(folder)):
+        path.with_suffix(".txt").unlink(missing_ok=True)
+
+
+def _rewrite(folder: Path, change: Callable[[str], str]) -> int:
+    changed = {card.name: change(card.caption) for card in view(folder).cards if change(card.caption) != card.caption}
+    for name, caption in changed.items():
+        write_caption(folder, name, caption)
+    return len(changed)
+
+
+def _picture(folder: Path, name: str) -> Path:
+    found = next((path for path in picture_files(folder) if path.name == name), None) if folder.is_dir() else None
+    if found is None:
+        raise StudioError(f"There is no picture {name!r} in this set. Load the page anew; it may have been taken out.")
+    return found
+
+
+def _own_files(folder: Path) -> None:
+    """Give every picture the caption that `metadata.jsonl` has for it as a file, for two sources would contradict."""
+    if not (folder / METADATA).is_file():
+        return
+    captions, _ = read_captions(folder)
+    for path in picture_files(folder):
+        if path.name in captions and f"{path.stem}.txt" not in captions:
+            write_text(path.with_suffix(".txt"), captions[path.name])
+    (folder / METADATA).rename(folder / f"{METADATA}.before")

@@ -1,0 +1,286 @@
+"""The queue: what waits for a device, what runs on it, and who may start, stop and reorder it.
+
+A job is two files in the studio's folder, a configuration and a record, so that the queue outlives the
+studio. Whoever changes one holds the studio's lock; that is why two clicks, two tabs or two studios start one process.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from sdlora.common.files import write_json, write_text
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import dump_toml, load_config
+
+from . import subprocesses
+from .folders import Studio, StudioError
+from .run_status import Status, read_status
+from .subprocesses import Identity
+
+Stage = Literal["waiting", "started"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that was asked for.
+
+    Attributes:
+        name: The run's.
+        device: Where it trains, as `processes.device_name` calls it.
+        place: The queue is in this order.
+        stage: Whether its process was started.
+        resume: Whether it goes on from the run's newest checkpoint.
+        pid: Its process's number, once it was started.
+        began: When that process began, in seconds since 1970.
+        stopping: Whether it was asked to stop.
+    """
+
+    name: str
+    device: str
+    place: float
+    stage: Stage = "waiting"
+    resume: bool = False
+    pid: int = 0
+    began: float = 0.0
+    stopping: bool = False
+
+    def process(self) -> psutil.Process | None:
+        """Its process while it lives."""
+        return subprocesses.find(Identity(self.pid, self.began)) if self.stage == "started" else None
+
+
+class Jobs:
+    """All jobs of a studio.
+
+    Args:
+        studio: Its folders exist.
+    """
+
+    def __init__(self, studio: Studio) -> None:
+        self.studio = studio
+        self._children: list[subprocess.Popen[bytes]] = []
+
+    def find(self, name: str) -> Job | None:
+        """A job by its run's name."""
+        file = self._record(name)
+        return Job(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+
+    def all(self) -> list[Job]:
+        """Every job, in the queue's order."""
+        found = (self.find(file.stem) for file in self.studio.jobs.glob("*.json") if not file.name.startswith("."))
+        return sorted((job for job in found if job is not None), key=lambda job: (job.place, job.name))
+
+    def waiting(self) -> list[Job]:
+        """What has not been started yet, the next one first."""
+        return [job for job in self.all() if job.stage == "waiting"]
+
+    def status(self, name: str) -> Status:
+        """How a run stands."""
+        job, waiting = self.find(name), [other.name for other in self.waiting()]
+        place = waiting.index(name) + 1 if name in waiting else None
+        process = job.process() if job else None
+        return read_status(
+            self.studio, name, place=place, process=process,
+            began=job.began if job else 0.0, stopping=job.stopping if job else False,
+        )  # fmt: skip
+
+    def names(self) -> list[str]:
+        """Every run, started here or by the command line; those that wait come last, in the queue's order."""
+        waiting = [job.name for job in self.waiting()]
+        started = {job.name for job in self.all()} - set(waiting)
+        folders = {path.parent.name for path in self.studio.runs.glob("[!.]*/config.toml")}
+        return [*sorted((started | folders) - set(waiting)), *waiting]
+
+    # --- What a person can do ---------------------------------------------------------------------------------------
+
+    def add(self, config: RunConfig) -> str:
+        """Put a run into the queue; asking twice for the same is asking once.
+
+        Returns:
+            A sentence about what became of it.
+
+        Raises:
+            StudioError: Another run has this name.
+        """
+        name = config.name or ""
+        wanted = dump_toml(config)
+        with self.studio.lock():
+            file, folder = self.studio.job_config(name), self.studio.run(name)
+            if self._record(name).is_file() and file.read_text(encoding="utf-8") == wanted:
+                return f"{name!r} was started already."
+            if self._record(name).is_file() or (folder.exists() and any(folder.iterdir())):
+                raise StudioError(f"There is a run called {name!r} already. Give this one another name.")
+            write_text(file, wanted)
+            self._write(Job(name, subprocesses.device_name(config.train.device), self._last_place() + 1))
+        self.dispatch()
+        return self._told(name)
+
+    def resume(self, name: str) -> str:
+        """Put a run that ended early into the queue again, to go on from its newest checkpoint.
+
+        Raises:
+            StudioError: There is no such run, or it is at work, or done.
+        """
+        with self.studio.lock():
+            status = self.status(name)
+            if status.word in ("waiting", "starting", "running", "paused", "stopping"):
+                return f"{name!r} is {status.word} already."
+            if status.word == "done":
+                raise StudioError(f"{name!r} is done; there is nothing to go on with. Clone it to train again.")
+            started = (self.studio.run(name) / "config.toml").is_file()
+            source = self.studio.run(name) / "config.toml" if started else self.studio.job_config(name)
+            if not source.is_file():
+                raise StudioError(f"There is no run called {name!r}.")
+            config = load_config(str(source))
+            device = subprocesses.device_name(config.train.device)
+            self._write(Job(name, device, self._last_place() + 1, resume=started))
+        self.dispatch()
+        return self._told(name)
+
+    def stop(self, name: str) -> str:
+        """Ask a run to save its state and end.
+
+        Raises:
+            StudioError: It is not at work.
+        """
+        with self.studio.lock():
+            job, process = self.find(name), self._process(name)
+            if job is not None and job.stage == "waiting":
+                raise StudioError(f"{name!r} waits and has nothing to save. Take it out of the queue instead.")
+            if process is None:
+                raise StudioError(f"{name!r} is not at work, so there is nothing to stop.")
+            if job is not None and job.stopping:
+                return f"{name!r} is stopping already; it ends after the step that it is at."
+            if job is not None:
+                self._write(replace(job, stopping=True))
+            # A halted process would not hear of it.
+            process.resume()
+            process.send_signal(signal.SIGTERM)
+        return f"Stopping {name!r} after the step that it is at. Its state is saved; it can be resumed."
+
+    def pause(self, name: str) -> str:
+        """Halt a run where it is; it keeps its memory and its device.
+
+        Raises:
+            StudioError: It is not at work.
+        """
+        subprocesses.halt(self._living(name), halted=True)
+        return f"{name!r} is paused. It keeps its place in memory until it is continued or stopped."
+
+    def proceed(self, name: str) -> str:
+        """Let a paused run go on.
+
+        Raises:
+            StudioError: It is not at work.
+        """
+        subprocesses.halt(self._living(name), halted=False)
+        return f"{name!r} goes on."
+
+    def cancel(self, name: str) -> str:
+        """Take a run out of the queue.
+
+        Raises:
+            StudioError: It does not wait any more.
+        """
+        with self.studio.lock():
+            job = self.find(name)
+            if job is None or job.stage != "waiting":
+                raise StudioError(f"{name!r} does not wait any more. Look under Training whether it has begun.")
+            self._forget(job)
+        return f"{name!r} was taken out of the queue."
+
+    def move(self, name: str, by: int) -> str:
+        """Move a waiting job towards the front (below 0) or the back of the queue.
+
+        Raises:
+            StudioError: It does not wait any more.
+        """
+        with self.studio.lock():
+            queue = self.waiting()
+            order = [job.name for job in queue]
+            if name not in order:
+                raise StudioError(f"{name!r} does not wait any more.")
+            places = [job.place for job in queue]
+            index = order.index(name)
+            queue.insert(max(0, index + by), queue.pop(index))
+            for place, job in zip(places, queue, strict=True):
+                self._write(replace(job, place=place))
+        return f"The queue is now: {', '.join(job.name for job in queue)}."
+
+    def forget(self, name: str) -> None:
+        """Drop the record of a run that is not at work."""
+        with self.studio.lock():
+            if self._process(name) is not None:
+                raise StudioError(f"{name!r} is at work. Stop it first.")
+            if (job := self.find(name)) is not None:
+                self._forget(job)
+            self.studio.log(name).unlink(missing_ok=True)
+
+    # --- What the studio does by itself -----------------------------------------------------------------------------
+
+    def dispatch(self) -> None:
+        """Start the next job of every device that is free."""
+        with self.studio.lock():
+            self._children = [child for child in self._children if child.poll() is None]
+            queue = self.waiting()
+            if not queue:
+                return
+            busy = self._busy_devices()
+            for job in queue:
+                if job.device not in busy:
+                    self._start(job)
+                    busy.add(job.device)
+
+    def _start(self, job: Job) -> None:
+        folder = self.studio.run(job.name)
+        config = folder / "config.toml" if job.resume else self.studio.job_config(job.name)
+        arguments = ["train", str(config), "--output", str(folder), "--json", *(["--resume"] if job.resume else [])]
+        child, identity = subprocesses.start(arguments, self.studio.log(job.name))
+        self._children.append(child)
+        self._write(replace(job, stage="started", pid=identity.pid, began=identity.began, stopping=False))
+
+    def _busy_devices(self) -> set[str]:
+        busy = {job.device for job in self.all() if job.process() is not None}
+        for name in self.names():
+            # Runs of the command line have no job.
+            if self.find(name) is None and self.status(name).alive:
+                busy.add(subprocesses.device_name(load_config(str(self.studio.run(name) / "config.toml")).train.device))
+        return busy
+
+    def _process(self, name: str) -> psutil.Process | None:
+        job = self.find(name)
+        found = job.process() if job else None
+        return found or self.status(name).process
+
+    def _living(self, name: str) -> psutil.Process:
+        process = self._process(name)
+        if process is None:
+            raise StudioError(f"{name!r} is not at work.")
+        return process
+
+    def _told(self, name: str) -> str:
+        waiting = [job.name for job in self.waiting()]
+        if name not in waiting:
+            return f"{name!r} has started."
+        return f"{name!r} waits for its device; it is number {waiting.index(name) + 1} in the queue."
+
+    def _record(self, name: str) -> Path:
+        return self.studio.job_record(name)
+
+    def _write(self, job: Job) -> None:
+        write_json(self._record(job.name), asdict(job))
+
+    def _forget(self, job: Job) -> None:
+        self._record(job.name).unlink(missing_ok=True)
+        self.studio.job_config(job.name).unlink(missing_ok=True)
+
+    def _last_place(self) -> float:
+        return max((job.place for job in self.all()), default=time.time())

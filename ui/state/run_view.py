@@ -1,0 +1,185 @@
+"""A run as it is looked at: its settings, losses, copy checks and files; and what can be done with old ones.
+
+Everything is read from the run's folder and remembered until a file changes, since every open page asks anew.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from sdlora.common.bundled import resolve_data_folder
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import load_config, options
+from sdlora.copycheck.verdict import EpochCheck, read_checks, recommend
+from sdlora.data.buckets import assign_buckets
+from sdlora.data.images import crop_to_bucket, load_image
+from sdlora.errors import DataError, SdloraError
+
+from .folders import Studio, StudioError
+
+
+@dataclass(frozen=True, eq=False)
+class RunView:
+    """A run's content.
+
+    Attributes:
+        name: The run's.
+        folder: Where it lies.
+        config: Its settings.
+        epochs: The epochs' rows of the metrics, epoch 0 first.
+        steps: The steps' rows.
+        checks: The copy checks by epoch.
+        previews: The previews by epoch, in the order of their names.
+        loras: The LoRA files by epoch.
+        key: The same for the same run alone, should another one get its name.
+    """
+
+    name: str
+    folder: Path
+    config: RunConfig
+    epochs: list[dict[str, Any]]
+    steps: list[dict[str, Any]]
+    checks: dict[int, EpochCheck]
+    previews: dict[int, list[Path]]
+    loras: dict[int, Path]
+    key: str
+
+    def recommended(self) -> tuple[int, str] | None:
+        """The epoch to keep so far, and why; None before the first one is there and its copies were looked for."""
+        is_checked = self.config.copycheck.enabled and self.config.preview.enabled
+        judged = [epoch for epoch in self.loras if epoch in self.checks or not is_checked]
+        if not judged:
+            return None
+        losses = {row["epoch"]: row["heldout_loss"] for row in self.epochs if row["heldout_loss"] is not None}
+        return recommend(self.checks, losses, max(judged))
+
+    def training_pictures(self) -> Mapping[str, Image.Image]:
+        """What it trained on, by name and cropped as it was trained; grey where a picture is no longer there."""
+        return _Gallery(self.config, self._preview_px())
+
+    def _preview_px(self) -> int:
+        first = next((files[0] for files in self.previews.values() if files), None)
+        if first is None:
+            return 512
+        with Image.open(first) as picture:
+            return max(picture.size)
+
+
+def read_run(studio: Studio, name: str) -> RunView | None:
+    """A run's content, or None if it has not begun."""
+    folder = studio.run(name)
+    return _read(folder, name, _marks(folder)) if (folder / "config.toml").is_file() else None
+
+
+def _marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """What tells that anything shown has changed: times and sizes."""
+    files = [folder / "config.toml", folder / "metrics.jsonl", *sorted(folder.glob("epochs/*/[!.]*"))]
+    found = []
+    for file in files:
+        try:
+            facts = file.stat()
+        except FileNotFoundError:  # not there yet, or replaced at this moment
+            continue
+        found.append((str(file), facts.st_mtime_ns, facts.st_size))
+    return tuple(found)
+
+
+@functools.lru_cache(maxsize=64)
+def _read(folder: Path, name: str, _marks: tuple[tuple[str, int, int], ...]) -> RunView:
+    rows = _rows(folder / "metrics.jsonl")
+    epochs = folder / "epochs"
+    numbers = sorted(int(path.name) for path in epochs.glob("*") if path.name.isdecimal())
+    loras = {number: epochs / str(number) / "adapter.safetensors" for number in numbers}
+    previews = {number: sorted((epochs / str(number) / "previews").glob("[!.]*.png")) for number in numbers}
+    return RunView(
+        name,
+        folder,
+        load_config(str(folder / "config.toml")),
+        [row for row in rows if row["event"] == "epoch"],
+        [row for row in rows if row["event"] == "step"],
+        read_checks(epochs),
+        {number: files for number, files in previews.items() if files},
+        # The proof is written last: until it is there the file may be half of one.
+        {number: file for number, file in loras.items() if file.with_name("proof.json").is_file()},
+        f"{folder.resolve()} {(folder / 'config.toml').stat().st_mtime_ns}",
+    )
+
+
+def _rows(metrics: Path) -> list[dict[str, Any]]:
+    if not metrics.is_file():
+        return []
+    lines = metrics.read_text(encoding="utf-8").splitlines()
+    # The last line may be on its way.
+    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
+
+
+class _Gallery(Mapping[str, Image.Image]):
+    """Training pictures by name, read when asked for."""
+
+    def __init__(self, config: RunConfig, preview_px: int) -> None:
+        data = config.data
+        folders = [resolve_data_folder(folder) for folder in (data.folder, data.holdout) if folder]
+        self._files = {path.name: path for folder in reversed(folders) if folder.is_dir() for path in folder.iterdir()}
+        self._data, self._px = data, data.resolution_px or preview_px
+
+    def __getitem__(self, name: str) -> Image.Image:
+        try:
+            picture = load_image(self._files[name], self._data.background)
+        except (KeyError, OSError, DataError):
+            return Image.new("RGB", (self._px, self._px), "#888888")
+        step, buckets = self._data.bucket_step_px, self._data.buckets
+        return crop_to_bucket(picture, *assign_buckets([picture.size], self._px, step, buckets=buckets)[0])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._files)
+
+    def __len__(self) -> int:
+        return len(self._files)
+
+
+# --- Old runs ---------------------------------------------------------------------------------------------------------
+
+
+def differences(first: RunConfig, second: RunConfig) -> list[tuple[str, Any, Any]]:
+    """The settings that two runs do not share: name, the first's value, the second's."""
+    other = dict(options(second))
+    return [(name, value, other[name]) for name, value in options(first) if value != other[name]]
+
+
+def settings_of(studio: Studio, name: str) -> RunConfig:
+    """The settings of a run, whether it has begun or waits.
+
+    Raises:
+        StudioError: There is no such run, or its settings cannot be read any more.
+    """
+    for file in (studio.run(name) / "config.toml", studio.job_config(name)):
+        if file.is_file():
+            try:
+                return load_config(str(file))
+            except SdloraError as error:
+                raise StudioError(f"The settings of {name!r} cannot be used: {error}") from error
+    raise StudioError(f"There is no run called {name!r}.")
+
+
+def delete_run(studio: Studio, name: str) -> None:
+    """Delete a run's folder with everything in it; its pictures, which lie elsewhere, stay.
+
+    Raises:
+        StudioError: There is no such run.
+    """
+    folder = studio.run(name)
+    if folder.is_symlink() or not folder.is_dir():
+        raise StudioError(f"There is no folder of a run called {name!r}.")
+    # Out of sight first, so that a half-deleted run is never shown.
+    grave = folder.with_name(f".deleted-{name}")
+    shutil.rmtree(grave, ignore_errors=True)
+    folder.rename(grave)
+    shutil.rmtree(grave)
