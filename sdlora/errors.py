@@ -37,7 +37,7 @@ class BusyError(SdloraError):
 
 
 class DataError(SdloraError):
-    """The pictures or captions are missing or broken; the message names each file."""
+    """The images or captions are missing or broken; the message names each file."""
 
     exit_code = 3
 

@@ -5,8 +5,43 @@ The progress bar, `metrics.jsonl`, `state.json`, `--json` and the app read the s
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
-from typing import Any, ClassVar
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, ClassVar
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+
+def saved_as(key: str) -> dict[str, str]:
+    """The metadata of a dataclass field that is written to JSON under another key than its name.
+
+    Names in the code may change; keys in files may not.
+    """
+    return {"key": key}
+
+
+def key_of(field: dataclasses.Field[Any]) -> str:
+    """The key of a field in JSON."""
+    key: str = field.metadata.get("key", field.name)
+    return key
+
+
+def to_json(value: Any) -> Any:
+    """A dataclass, or any container of them, as JSON objects, arrays and values."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {key_of(field): to_json(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {key: to_json(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return type(value)(to_json(entry) for entry in value)
+    return value
+
+
+def fields_from_json(cls: type[DataclassInstance], document: Mapping[str, Any]) -> dict[str, Any]:
+    """A JSON object's entries by the fields' names, as keyword arguments; keys that no field has are left out."""
+    return {field.name: document[key_of(field)] for field in dataclasses.fields(cls) if key_of(field) in document}
 
 
 @dataclass(frozen=True)
@@ -17,7 +52,7 @@ class Event:
 
     def to_json(self) -> dict[str, Any]:
         """The event as a JSON object, its name first."""
-        return {"event": self.name, **asdict(self)}
+        return {"event": self.name, **to_json(self)}
 
 
 @dataclass(frozen=True)
@@ -25,28 +60,28 @@ class PlannedSet:
     """One of several folders that are trained."""
 
     name: str
-    pictures: int
+    images: int = field(metadata=saved_as("pictures"))
     repeats: int
-    exposures_per_picture: int
+    exposures_per_image: int = field(metadata=saved_as("exposures_per_picture"))
 
 
 @dataclass(frozen=True)
 class PlanMade(Event):
     """What the run is about to do, in numbers a person can check before it starts.
 
-    `split_off` names the held-out pictures that were taken from the training folder itself. `repeats` and
-    `exposures_per_picture` are the highest of several sets, which `sets` tells apart; it is empty for one folder.
+    `split_off` names the validation images that were taken from the training folder itself. `repeats` and
+    `exposures_per_image` are the highest of several sets, which `sets` tells apart; it is empty for one folder.
     `peak_bytes` is the most memory that is needed at once and `memory_bytes` what there is, both None for bases so
     small that they fit anywhere. `previews` are drawn of the base and after every epoch.
     """
 
     name = "plan"
-    pictures: int
-    heldout_pictures: int
+    images: int = field(metadata=saved_as("pictures"))
+    validation_images: int = field(metadata=saved_as("heldout_pictures"))
     split_off: list[str]
     repeats: int
     epochs: int
-    exposures_per_picture: int
+    exposures_per_image: int = field(metadata=saved_as("exposures_per_picture"))
     batch_size: int
     gradient_accumulation_steps: int
     steps: int
@@ -56,7 +91,7 @@ class PlanMade(Event):
     device: str
     precision: str
     sets: list[PlannedSet] = field(default_factory=list)
-    preserved_pictures: int = 0
+    prior_images: int = field(default=0, metadata=saved_as("preserved_pictures"))
     peak_bytes: int | None = None
     memory_bytes: int | None = None
     previews: int = 0
@@ -90,7 +125,7 @@ class StepRehearsed(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimizer step. Lists hold one entry per picture that the step saw."""
+    """One optimizer step. Lists hold one entry per image that the step saw."""
 
     name = "step"
     epoch: int
@@ -98,7 +133,7 @@ class StepDone(Event):
     loss: float
     lr: float
     examples: list[str]
-    visits: list[int]
+    exposures: list[int] = field(metadata=saved_as("visits"))
     timesteps: list[int]
     losses: list[float]
     seconds: float
@@ -111,20 +146,20 @@ class EpochDone(Event):
     Bands are [0, 200), [200, 400), [400, 600), [600, 800) and [800, 1000) of the timesteps.
 
     Attributes:
-        train_bands: Training loss by band; None for a band that no visit of the epoch fell into.
-        heldout_bands: Held-out loss by band.
-        heldout_change: Held-out loss by band with the adapter on minus off; below 0 where it helps.
+        train_bands: Training loss by band; None for a band that no exposure of the epoch fell into.
+        heldout_bands: Validation loss by band.
+        heldout_change: Validation loss by band with the adapter on minus off; below 0 where it helps.
     """
 
     name = "epoch"
     epoch: int
     step: int
     train_loss: float | None
-    heldout_loss: float | None
+    validation_loss: float | None = field(metadata=saved_as("heldout_loss"))
     seconds: float
     train_bands: list[float | None] | None = None
-    heldout_bands: list[float] | None = None
-    heldout_change: list[float] | None = None
+    validation_bands: list[float] | None = field(default=None, metadata=saved_as("heldout_bands"))
+    validation_change: list[float] | None = field(default=None, metadata=saved_as("heldout_change"))
 
 
 @dataclass(frozen=True)
@@ -148,17 +183,17 @@ class PreviewsDone(Event):
 
 @dataclass(frozen=True)
 class CopyChecked(Event):
-    """The previews of an epoch were compared with the training pictures.
+    """The previews of an epoch were compared with the training images.
 
     Attributes:
         epoch: Which; 0 is the base.
         verdict: "clean", "watch" or "copying".
         reason: One sentence.
-        share: Of the previews that match a training picture more than chance explains, in [0, 1].
+        share: Of the previews that match a training image more than chance explains, in [0, 1].
         share_lower_bound: What that share is at least, with a confidence of 99.9 %.
         false_alarm_rate: How often previews no more like the set than the null are called copying.
-        most_alike: The training picture that a preview is most alike, and the preview's file.
-        likeness: How much they are alike, in [0, 1]; 1 is a copy.
+        most_alike: The training image that a preview is most alike, and the preview's file.
+        similarity: How much they are alike, in [0, 1]; 1 is a copy.
         seconds: What the check took.
     """
 
@@ -169,8 +204,8 @@ class CopyChecked(Event):
     share: float
     share_lower_bound: float
     false_alarm_rate: float
-    most_alike: tuple[str, str]
-    likeness: float
+    most_similar: tuple[str, str] = field(metadata=saved_as("most_alike"))
+    similarity: float = field(metadata=saved_as("likeness"))
     seconds: float
 
 

@@ -44,36 +44,36 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five captioned pictures of 32 px, two of them wide."""
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five captioned images of 32 px, two of them wide."""
     folder = tmp_path_factory.mktemp("data") / "set"
     folder.mkdir()
     for index, color in enumerate(("red", "green", "blue", "orange", "purple")):
-        picture = Image.new("RGB", (64, 32) if index > 2 else (32, 32), "white")
-        ImageDraw.Draw(picture).ellipse((4 + index, 4, 24, 26), fill=color)
-        picture.save(folder / f"{color}.png")
+        image = Image.new("RGB", (64, 32) if index > 2 else (32, 32), "white")
+        ImageDraw.Draw(image).ellipse((4 + index, 4, 24, 26), fill=color)
+        image.save(folder / f"{color}.png")
         (folder / f"{color}.txt").write_text(f"a {color} ball", encoding="utf-8")
     return folder
 
 
 @pytest.fixture(scope="session")
 def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Three further captioned pictures, to hold out."""
+    """Three further captioned images, to hold out."""
     folder = tmp_path_factory.mktemp("data") / "others"
     folder.mkdir()
     for index, color in enumerate(("black", "brown", "pink")):
-        picture = Image.new("RGB", (64, 32) if index > 1 else (32, 32), "white")
-        ImageDraw.Draw(picture).rectangle((4 + index, 6, 22, 26), fill=color)
-        picture.save(folder / f"{color}.png")
+        image = Image.new("RGB", (64, 32) if index > 1 else (32, 32), "white")
+        ImageDraw.Draw(image).rectangle((4 + index, 6, 22, 26), fill=color)
+        image.save(folder / f"{color}.png")
         (folder / f"{color}.txt").write_text(f"a {color} box", encoding="utf-8")
     return folder
 
 
 @pytest.fixture
-def overrides(tiny_base: Path, pictures: Path, tmp_path: Path) -> list[str]:
+def overrides(tiny_base: Path, images: Path, tmp_path: Path) -> list[str]:
     """Settings of a run that takes a second or two."""
     return [
-        f"base.path={tiny_base}", f"data.folder={pictures}", f"cache.dir={tmp_path / 'cache'}",
+        f"base.path={tiny_base}", f"data.folder={images}", f"cache.dir={tmp_path / 'cache'}",
         "data.resolution_px=32", "data.bucket_step_px=8", "preview.num_steps=2", 'preview.prompts=["a red ball"]',
         "train.device=cpu", "train.precision=fp32", "train.epochs=2", "train.batch_size=2", "lora.rank=4",
         "lora.alpha=4", "preview.seeds=[0]", "preview.num_captions=0", "copycheck.enabled=false",

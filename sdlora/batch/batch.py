@@ -86,7 +86,7 @@ def _fingerprinted(jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
         try:
             yield job, "" if job.config is None else fingerprints.of(job.config)
         except StoreError as error:
-            # Its pictures may be the same as before: nothing is started anew for want of an answer.
+            # Its images may be the same as before: nothing is started anew for want of an answer.
             yield replace(job, config=None, fault=str(error)), ""
         except SdloraError:
             yield job, "no such set"  # the run itself says so, and is that job's failure

@@ -1,6 +1,6 @@
 """What a batch would take, from one step and a few denoising steps of every job, really computed.
 
-Nothing is written but what the cache keeps of the pictures that were tried.
+Nothing is written but what the cache keeps of the images that were tried.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -21,9 +21,10 @@ from sdlora.batch.jobs import Job
 from sdlora.common.peak_memory import PeakMemory
 from sdlora.common.text import format_seconds
 from sdlora.config.schema import RunConfig
-from sdlora.data.batches import Visit
+from sdlora.data.batches import Exposure
 from sdlora.errors import SdloraError
 from sdlora.estimate.memory import preservation_time
+from sdlora.events import saved_as, to_json
 from sdlora.previews.sampler import draw
 from sdlora.run.base_pool import KeptBase, forget_accelerator
 from sdlora.run.folder import RunFolder
@@ -37,17 +38,17 @@ class Forecast:
     Attributes:
         job: Its name.
         fault: What is wrong with it, or None; then nothing else is known.
-        pictures: That are trained.
+        images: That are trained.
         exposures: How often each is seen.
         steps: Optimizer steps.
-        training_seconds: All steps, from the time of one with the largest pictures.
+        training_seconds: All steps, from the time of one with the largest images.
         preview_seconds: All previews, from the time of a few denoising steps.
         peak_memory_bytes: The most that was held while trying; None where that cannot be told.
     """
 
     job: str
     fault: str | None
-    pictures: int = 0
+    images: int = field(default=0, metadata=saved_as("pictures"))
     exposures: int = 0
     steps: int = 0
     training_seconds: float = 0.0
@@ -85,7 +86,7 @@ def _try(name: str, config: RunConfig, folder: Path, bases: KeptBase) -> Forecas
         return Forecast(
             job=name,
             fault=None,
-            pictures=len(parts.data.dataset.examples),
+            images=len(parts.data.dataset.examples),
             exposures=config.data.repeats * config.train.epochs,
             steps=parts.trainer.total_steps,
             training_seconds=batches * _batch_seconds(parts),
@@ -102,31 +103,31 @@ def _batches_per_epoch(parts: Parts) -> int:
 
 
 def _batch_seconds(parts: Parts) -> float:
-    """Forward and backward of a batch of the largest pictures; the second try counts, since the first one warms up."""
+    """Forward and backward of a batch of the largest images; the second try counts, since the first one warms up."""
     examples = parts.data.dataset.examples
     largest = max(range(len(examples)), key=lambda index: examples[index].bucket[0] * examples[index].bucket[1])
     for _ in parts.data.cache.fill_moments([examples[largest]], parts.config.data.background):
         pass
     size, every = parts.config.train.batch_size, parts.config.train.preservation_every
-    visits = [Visit(largest, number) for number in range(1, size + 1)]
+    exposures = [Exposure(largest, number) for number in range(1, size + 1)]
     # As many are preserved as ever are in a batch, since memory is measured as well.
-    parts.trainer.plan = replace(parts.trainer.plan, kept=frozenset(visits[::every]))
-    for _ in parts.data.cache.fill_text(parts.data.captions(visits)):
+    parts.trainer.plan = replace(parts.trainer.plan, kept=frozenset(exposures[::every]))
+    for _ in parts.data.cache.fill_text(parts.data.captions(exposures)):
         pass
     seconds = 0.0
     for _ in range(2):
         start = time.monotonic()
-        _, objective = parts.trainer.losses_per_example(visits, [500] * len(visits))
+        _, objective = parts.trainer.losses_per_example(exposures, [500] * len(exposures))
         objective.sum().backward()  # type: ignore[no-untyped-call]
         seconds = _elapsed(start)
     parts.trainer.optimizer.zero_grad(set_to_none=True)
-    if parts.data.preserved_caption is not None:
-        seconds *= preservation_time(1 / every) / preservation_time(len(visits[::every]) / size)
+    if parts.data.prior_caption is not None:
+        seconds *= preservation_time(1 / every) / preservation_time(len(exposures[::every]) / size)
     return seconds
 
 
 def _preview_seconds(parts: Parts) -> float:
-    """All previews of an epoch: what a picture costs by itself, and what each denoising step adds."""
+    """All previews of an epoch: what an image costs by itself, and what each denoising step adds."""
     if parts.previews is None:
         return 0.0
     wanted = parts.previews.wanted()
@@ -157,14 +158,14 @@ def tell_forecast(jobs: Sequence[Job], folder: Path, *, json_: bool) -> None:
     found = forecast(jobs, folder)
     if json_:
         for one in found:
-            print(json.dumps({"event": "forecast", **asdict(one)}, ensure_ascii=False), file=sys.stdout)
+            print(json.dumps({"event": "forecast", **to_json(one)}, ensure_ascii=False), file=sys.stdout)
         return
     table = Table(
         "job", "pictures", "each seen", "steps", "training", "previews", "memory", "", box=None, pad_edge=False
     )
     for one in found:
         known = [] if one.fault else [
-            str(one.pictures), str(one.exposures), str(one.steps), format_seconds(one.training_seconds),
+            str(one.images), str(one.exposures), str(one.steps), format_seconds(one.training_seconds),
             format_seconds(one.preview_seconds),
             "" if one.peak_memory_bytes is None else f"{one.peak_memory_bytes / 2**30:.2f} GiB",
         ]  # fmt: skip
@@ -175,5 +176,5 @@ def tell_forecast(jobs: Sequence[Job], folder: Path, *, json_: bool) -> None:
     faults = sum(one.fault is not None for one in found)
     console.print(
         f"{len(found)} jobs, {faults} of them with faults: about {format_seconds(total)} of training and previews on "
-        "one device. Loading, caches, held-out losses and the copy check come on top."
+        "one device. Loading, caches, validation losses and the copy check come on top."
     )

@@ -1,4 +1,4 @@
-"""What a job's result follows from, as one hash: settings, base, pictures and captions, and the version of sdlora."""
+"""What a job's result follows from, as one hash: settings, base, images and captions, and the version of sdlora."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Fingerprints:
         """The fingerprint of a job; what a base counts by is told at `base_content`."""
         settings = [(name, value) for name, value in options(config) if name not in FREE_WHEN_RESUMING]
         data = config.data
-        named = [*(one.folder for one in data.all_sets()), data.holdout, data.preservation_folder]
+        named = [*(one.folder for one in data.all_sets()), data.validation_folder, data.preservation_folder]
         folders = [self._content(folder) for folder in named if folder]
         text = json.dumps([__version__, settings, folders, self._base(config.base.path)], sort_keys=True)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
@@ -48,7 +48,7 @@ class Fingerprints:
 
 
 def _content(folder: Path) -> str:
-    """A hash of the names and bytes of all pictures and captions; a folder that is not there has none."""
+    """A hash of the names and bytes of all images and captions; a folder that is not there has none."""
     if not folder.is_dir():
         return "missing"
     digest = hashlib.blake2b(digest_size=16)

@@ -66,7 +66,7 @@ class Place:
             self._store.put(self.folder / name, name)
 
     def move_aside(self, job: str) -> str | None:
-        """Keep a run that was made from other settings or pictures: nothing that a person waited for is deleted.
+        """Keep a run that was made from other settings or images: nothing that a person waited for is deleted.
 
         Returns:
             Where it is now; None if there was none.

@@ -90,7 +90,7 @@ def _summary(results: Sequence[Result]) -> str:
             told.append(f"<p><b>Look first at {_name(best)}</b>: of the jobs that do not copy it has learned most, "
                         f"{_measure(best, group)}.</p>")  # fmt: skip
         else:
-            told.append(f"<p>All of {html.escape(', '.join(one.job for one in group))} copy training pictures.</p>")
+            told.append(f"<p>All of {html.escape(', '.join(one.job for one in group))} copy training images.</p>")
     return f"<div class='verdict {tone}'>{''.join(told)}</div>"
 
 
@@ -100,8 +100,8 @@ def _name(result: Result) -> str:
 
 def _measure(result: Result, group: Sequence[Result]) -> str:
     if all(one.fidelity is not None for one in group):
-        return f"a likeness to the concept of {result.fidelity:.3f}"
-    return f"a held-out loss of {result.heldout_loss:.4f}"
+        return f"a similarity to the concept of {result.fidelity:.3f}"
+    return f"a validation loss of {result.validation_loss:.4f}"
 
 
 # --- The table -----------------------------------------------------------------------------------------------------
@@ -123,8 +123,8 @@ def _jobs(results: Sequence[Result]) -> str:
         body += f"<tr{' class=front' if result.pareto else ''}>{shown}</tr>"
     note = (
         "Choose a heading to sort. Shaded are those on the front: no comparable job both copies less and has learned "
-        "more. Matches: previews more like a training picture than chance explains. Likeness: of all previews to "
-        "their nearest training pictures, on average; 1 is a copy."
+        "more. Matches: previews more like a training image than chance explains. Similarity: of all previews to "
+        "their nearest training images, on average; 1 is a copy."
     )
     return (
         f"<h2>Jobs</h2><div class='wide'><table class='jobs'><thead><tr>{head}</tr></thead><tbody>{body}</tbody>"
@@ -165,7 +165,7 @@ def _columns(results: Sequence[Result]) -> list[tuple[str, Any]]:
         ("copies?", lambda one: (order.get(one.verdict), word_chip(one.verdict) if one.verdict else "")),
         ("matches", number("matches", ".0%")),
         ("likeness", number("copying", ".3f")),
-        ("held-out loss", number("heldout_loss", ".4f")),
+        ("validation loss", number("heldout_loss", ".4f")),
         ("fidelity", number("fidelity", ".3f")),
         ("front", lambda one: (int(not one.pareto), "yes" if one.pareto else "")),
         ("epoch kept", number("epoch", "d")),
@@ -210,13 +210,13 @@ def _front(group: Sequence[Result]) -> str:
         )
         for result in group
     ]
-    y_name, better = ("fidelity (DINOv2)", "upper") if by_fidelity else ("held-out loss", "lower")
-    chart = scatter_chart(points, x_name="likeness to training pictures", y_name=y_name)
+    y_name, better = ("fidelity (DINOv2)", "upper") if by_fidelity else ("validation loss", "lower")
+    chart = scatter_chart(points, x_name="similarity to training images", y_name=y_name)
     names = ", ".join(str(result.number) for result in group if result.pareto)
     sentence = (
         f"The {better} left corner is the best: much learned and little copied. Filled and joined are the jobs that "
         f"none of the others beats in both ({names}); the colour is the verdict on copying. Numbers are those of the "
-        "table. Likeness also grows with honest learning, so it is compared among jobs of the same prompts alone."
+        "table. Similarity also grows with honest learning, so it is compared among jobs of the same prompts alone."
     )
     return figure(" / ".join(dict.fromkeys(_subject(result) for result in group)), chart, sentence)
 
@@ -242,9 +242,7 @@ def _previews(results: Sequence[Result], runs: Mapping[str, Path]) -> list[str]:
     if not grids:
         return []
     album = Album()
-    intro = (
-        "<p>Of each job's kept epoch, with the same prompts and seeds. What matches a training picture is framed.</p>"
-    )
+    intro = "<p>Of each job's kept epoch, with the same prompts and seeds. What matches a training image is framed.</p>"
     return ["<h2>Previews side by side</h2>", intro, *(_grid(key, columns, album) for key, columns in grids.items())]
 
 
@@ -292,9 +290,9 @@ def _tile(result: Result, match: Match, place: Path, album: Album) -> str:
     tone = "" if not match.significant else "watch" if match.kind == "training" else "copying"
 
     def read() -> Image.Image:
-        with Image.open(place / match.file) as picture:
-            picture.load()
-            return picture
+        with Image.open(place / match.file) as image:
+            image.load()
+            return image
 
     shown = album.show(str(place / match.file), read, f"{match.prompt}, job {result.number}, seed {match.seed}")
     return f"<a class='tile {tone}' href='{html.escape(result.job, quote=True)}/report.html'>{shown}</a>"

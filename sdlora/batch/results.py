@@ -6,7 +6,7 @@ import csv
 import io
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from sdlora.common.files import write_json, write_text
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import options
 from sdlora.copycheck.verdict import FIDELITY, EpochCheck
+from sdlora.events import saved_as, to_json
 
 TABLES = ("results.csv", "results.json")
 _NO_SETTINGS = {"name", "cache.dir"}
@@ -31,10 +32,10 @@ class Result:
         status: As in `sdlora.batch.ledger.Record`.
         error: What went wrong.
         settings: Those in which the batch's jobs differ.
-        group: Jobs of one group have the same base, pictures and seed, so that their losses may be compared.
+        group: Jobs of one group have the same base, images and seed, so that their losses may be compared.
         verdict: Of the copy check on the kept epoch.
-        matches: The share of its previews that match a training picture.
-        copying: How like training pictures its previews are on average, in [0, 1].
+        matches: The share of its previews that match a training image.
+        copying: How like training images its previews are on average, in [0, 1].
         heldout_loss: Of the kept epoch.
         fidelity: How much DINOv2 finds the concept in its previews, in [-1, 1].
         epoch: The recommended one, which was kept.
@@ -52,7 +53,7 @@ class Result:
     verdict: str | None = None
     matches: float | None = None
     copying: float | None = None
-    heldout_loss: float | None = None
+    validation_loss: float | None = field(default=None, metadata=saved_as("heldout_loss"))
     fidelity: float | None = None
     epoch: int | None = None
     seconds: float = 0.0
@@ -61,7 +62,7 @@ class Result:
 
     def row(self) -> dict[str, Any]:
         """The figures by column."""
-        known = {name: value for name, value in vars(self).items() if name not in ("settings", "group")}
+        known = {name: value for name, value in to_json(self).items() if name not in ("settings", "group")}
         return known | self.settings
 
 
@@ -105,14 +106,21 @@ def _group(config: RunConfig | None) -> str:
     if config is None:
         return ""
     data = config.data
-    parts = [config.base.model_dump(), data.folder, data.holdout, data.holdout_split, data.resolution_px, config.seed]
+    parts = [
+        config.base.model_dump(),
+        data.folder,
+        data.validation_folder,
+        data.validation_split,
+        data.resolution_px,
+        config.seed,
+    ]
     return json.dumps(parts)
 
 
 def _with_figures(result: Result, folder: Path) -> Result:
     metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [row for row in map(json.loads, metrics) if row["event"] == "epoch" and row["epoch"] == result.epoch]
-    result = replace(result, heldout_loss=rows[-1]["heldout_loss"])
+    result = replace(result, validation_loss=rows[-1]["heldout_loss"])
     check = EpochCheck.read(folder / "epochs" / str(result.epoch))
     if check is None:
         return result
@@ -121,7 +129,7 @@ def _with_figures(result: Result, folder: Path) -> Result:
         result,
         verdict=check.verdict,
         matches=check.share,
-        copying=sum(match.likeness for match in check.previews) / len(check.previews),
+        copying=sum(match.similarity for match in check.previews) / len(check.previews),
         fidelity=None if signal is None else float(signal["value"]),
     )
 
@@ -130,7 +138,7 @@ def learned(result: Result, group: Sequence[Result]) -> float | None:
     """How much was learned, higher is more: DINOv2's fidelity if all of the group have one, else minus the loss."""
     if all(other.fidelity is not None for other in group):
         return result.fidelity
-    return None if result.heldout_loss is None else -result.heldout_loss
+    return None if result.validation_loss is None else -result.validation_loss
 
 
 def comparable(results: Sequence[Result]) -> list[list[Result]]:
@@ -172,4 +180,4 @@ def write_tables(folder: Path, results: Sequence[Result]) -> None:
     writer.writerows(rows)
     csv_file, json_file = (folder / name for name in TABLES)
     write_text(csv_file, text.getvalue())
-    write_json(json_file, [vars(result) for result in results])
+    write_json(json_file, [to_json(result) for result in results])

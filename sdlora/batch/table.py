@@ -58,7 +58,7 @@ class BatchTable:
             case "planned":
                 row.status, row.doing, row.error = message["status"], _PLANS[message["action"]], message["error"] or ""
                 if "moved" in message:
-                    self._say(f"{message['job']}: settings, pictures or version changed; the old run is in "
+                    self._say(f"{message['job']}: settings, images or version changed; the old run is in "
                               f"{message['moved']}.")  # fmt: skip
             case "started":
                 row.status, row.doing = "running", "loading"

@@ -26,7 +26,7 @@ from sdlora.data.images import pixel_hash, to_tensor
 from sdlora.data.masks import mask_shares
 from sdlora.errors import ConfigError, DataError, DivergedError
 from sdlora.events import Progress
-from sdlora.models.base import BaseModel, TextStates
+from sdlora.models.base import BaseModel, TextEmbeddings
 
 MOST_MAPPED = 30_000
 """So many files are mapped into memory at most; Linux lets a process have 65,530 maps."""
@@ -64,48 +64,48 @@ class Cache:
         self._moment_keys: dict[Example, str] = {}
         self._keys: dict[Example, str] = {}
         self._text_keys: dict[str, str] = {}
-        self._mapped: dict[str, TextStates] = {}
+        self._mapped: dict[str, TextEmbeddings] = {}
 
     def knows(self, example: Example) -> bool:
-        """Whether a picture was filled in this run."""
+        """Whether an image was filled in this run."""
         return example in self._keys
 
     def moments(self, examples: Sequence[Example]) -> Tensor:
-        """The VAE's posterior moments of filled pictures of one size, (B, 2C, h, w) float16 on the CPU."""
+        """The VAE's posterior moments of filled images of one size, (B, 2C, h, w) float16 on the CPU."""
         return torch.stack([self._filled("moments", self._moment_keys[example])["moments"] for example in examples])
 
     def mask(self, example: Example) -> Tensor | None:
-        """What counts of a filled picture, (1, h, w) in [0, 1]; None if all of it does."""
+        """What counts of a filled image, (1, h, w) in [0, 1]; None if all of it does."""
         return self._masks.get(example)
 
     def identity(self, example: Example) -> str:
-        """A hash of a filled picture, its mask, its caption, and the VAE and text encoder that read them."""
+        """A hash of a filled image, its mask, its caption, and the VAE and text encoder that read them."""
         return content_key(self._keys[example], content_key("text", self.base.text_identity, example.caption))
 
-    def text(self, captions: Sequence[str]) -> TextStates:
+    def text(self, captions: Sequence[str]) -> TextEmbeddings:
         """Text states of filled captions, or of any if text is not kept, the batch first, float32 on the CPU."""
         found = [self._text_of(caption) for caption in captions]
         return {name: torch.stack([states[name] for states in found]).float() for name in found[0]}
 
     def fill_moments(self, examples: Sequence[Example], background: str) -> Iterator[Progress]:
-        """Encode the pictures that are not on disk yet.
+        """Encode the images that are not on disk yet.
 
         Args:
-            examples: The pictures.
+            examples: The images.
             background: The colour laid under transparent pixels.
         """
         for done, example in enumerate(examples, start=1):
-            picture = load_pixels(example, background)
-            key = content_key("moments", self.base.vae_identity, pixel_hash(picture))
+            image = load_pixels(example, background)
+            key = content_key("moments", self.base.vae_identity, pixel_hash(image))
 
-            def encode(picture: Image.Image = picture) -> TextStates:
-                return {"moments": self.base.encode_pixels(to_tensor(picture).unsqueeze(0))[0]}
+            def encode(image: Image.Image = image) -> TextEmbeddings:
+                return {"moments": self.base.encode_pixels(to_tensor(image).unsqueeze(0))[0]}
 
             tensors = self.fetch("moments", key, encode, torch.float16)
             if not bool(tensors["moments"].isfinite().all()):
                 self._path("moments", key).unlink()
                 raise DivergedError(
-                    f"The base's VAE makes NaN or infinite numbers of {example.name}. Take the picture out, or use a "
+                    f"The base's VAE makes NaN or infinite numbers of {example.name}. Take the image out, or use a "
                     "VAE that is made for float16, too."
                 )
             self._map(key, tensors)
@@ -132,11 +132,11 @@ class Cache:
         """How much disk, and memory, so many captions take."""
         return num_captions * sum(value.nbytes for value in self._encoded("").values())
 
-    def _encode(self, caption: str) -> TextStates:
+    def _encode(self, caption: str) -> TextEmbeddings:
         # One at a time: the states of a caption must not depend on what it was encoded with.
         return {name: value[0] for name, value in self.base.encode_captions([caption]).items()}
 
-    def _encoded(self, caption: str) -> TextStates:
+    def _encoded(self, caption: str) -> TextEmbeddings:
         return _as_kept(partial(self._encode, caption), torch.float16)
 
     def holds(self, kind: str, key: str) -> bool:
@@ -144,8 +144,8 @@ class Cache:
         return self._path(kind, key).exists()
 
     def fetch(
-        self, kind: str, key: str, make: Callable[[], TextStates], dtype: torch.dtype = torch.float32
-    ) -> TextStates:
+        self, kind: str, key: str, make: Callable[[], TextEmbeddings], dtype: torch.dtype = torch.float32
+    ) -> TextEmbeddings:
         """What is kept under a key, made and kept if it is not there.
 
         Args:
@@ -167,15 +167,15 @@ class Cache:
             save_file(_as_kept(make, dtype), temporary)
         return load_file(path)
 
-    def _text_of(self, caption: str) -> TextStates:
+    def _text_of(self, caption: str) -> TextEmbeddings:
         return self._filled("text", self._text_keys[caption]) if self.keeps_text else self._encoded(caption)
 
-    def _map(self, key: str, tensors: TextStates) -> None:
+    def _map(self, key: str, tensors: TextEmbeddings) -> None:
         """Hold mapped tensors while there may be more maps; the rest is mapped whenever it is asked for."""
         if len(self._mapped) < MOST_MAPPED:
             self._mapped.setdefault(key, tensors)
 
-    def _filled(self, kind: str, key: str) -> TextStates:
+    def _filled(self, kind: str, key: str) -> TextEmbeddings:
         mapped = self._mapped.get(key)
         if mapped is not None:
             return mapped
@@ -192,7 +192,7 @@ class Cache:
 
 
 @torch.no_grad()
-def _as_kept(make: Callable[[], TextStates], dtype: torch.dtype) -> TextStates:
+def _as_kept(make: Callable[[], TextEmbeddings], dtype: torch.dtype) -> TextEmbeddings:
     """Tensors as they come back from the disk, so that it makes no difference whether they were there."""
     return {name: value.to(dtype).cpu().contiguous() for name, value in make().items()}
 

@@ -27,7 +27,7 @@ def cache(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print events as JSON lines on stdout.")] = False,
 ) -> None:
-    """Encode a run's pictures and captions without training; the same command goes on where it was cut."""
+    """Encode a run's images and captions without training; the same command goes on where it was cut."""
     settings = load_config(config, set_ or [])
     quiet_libraries()
     from sdlora.cli.progress import JsonLines, ProgressBar

@@ -1,4 +1,4 @@
-"""The command `sdlora check`: whether a finished LoRA copies the pictures it was trained on.
+"""The command `sdlora check`: whether a finished LoRA copies the images it was trained on.
 
 Exit code 7 says that it does.
 """
@@ -29,10 +29,13 @@ check_app = typer.Typer()
 @check_app.command()
 def check(
     lora: Annotated[Path, typer.Argument(metavar="LORA", help="A LoRA .safetensors file of any trainer.")],
-    data: Annotated[str, typer.Option(metavar="DIR", help="The pictures that it was trained on, or builtin:NAME.")],
+    data: Annotated[str, typer.Option(metavar="DIR", help="The images that it was trained on, or builtin:NAME.")],
     base: Annotated[str, typer.Option(help="The base: pocket, a checkpoint, a diffusers folder, or a hub id.")],
-    holdout: Annotated[
-        str | None, typer.Option(metavar="DIR", help="Pictures of the same kind that were not trained.")
+    validation_folder: Annotated[
+        str | None,
+        typer.Option(
+            "--validation-folder", "--holdout", metavar="DIR", help="Images of the same kind that were not trained on."
+        ),
     ] = None,
     prompts: Annotated[
         Path | None, typer.Option(metavar="FILE", help="New prompts to draw, one per line; made up if left out.")
@@ -48,7 +51,7 @@ def check(
     ] = None,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Compare a LoRA's pictures with those it was trained on; exit code 7 if it copies."""
+    """Compare a LoRA's images with those it was trained on; exit code 7 if it copies."""
     folder = output or Path("checks") / lora.stem
     if folder.exists() and (folder.is_file() or any(folder.iterdir())):
         raise OutputError(f"{folder} is there already. Choose a new folder with --output.")
@@ -61,7 +64,7 @@ def check(
     document: dict[str, Any] = {
         "base": {"path": base},
         # Whatever is in the folder may have been trained.
-        "data": {"folder": data, "holdout": holdout, "holdout_split": False},
+        "data": {"folder": data, "validation_folder": validation_folder, "validation_split": False},
         "preview": {"prompts": _lines(prompts) if prompts else []},
     }
     file = read_file(lora, missing_alpha)
@@ -103,7 +106,7 @@ def _tell(found: Any, folder: Path) -> None:
             match.file.rpartition("/")[2],
             match.prompt,
             match.nearest,
-            f"{match.likeness:.2f}",
+            f"{match.similarity:.2f}",
             f"{match.p_value:.1%}",
         ]
         table.add_row(*(Text(cell, style=style) for cell in cells))

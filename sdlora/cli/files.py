@@ -75,9 +75,9 @@ def info(
 
 
 def _short(value: Any) -> str:
-    """A metadata entry as a line; a picture in it is only told."""
+    """A metadata entry as a line; an image in it is only told."""
     text = str(value)
-    return f"a picture of {len(text) * 3 // 4} bytes" if text.startswith("data:image/") else text
+    return f"an image of {len(text) * 3 // 4} bytes" if text.startswith("data:image/") else text
 
 
 @tools_app.command()

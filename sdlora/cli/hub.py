@@ -39,7 +39,7 @@ def push(
 
 @hub_app.command()
 def caption(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of pictures.")],
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of images.")],
     model: Annotated[str, typer.Option(metavar="ID", help="An image-to-text model: a hub id, or a folder.")],
     prompt: Annotated[
         str | None,
@@ -50,19 +50,19 @@ def caption(
         bool, typer.Option("--overwrite", help="Write anew what is in .txt files already; they are kept if left out.")
     ] = False,
 ) -> None:
-    """Write a caption beside every picture that has none, by a model of your choice."""
+    """Write a caption beside every image that has none, by a model of your choice."""
     quiet_libraries()
     import torch
 
     from sdlora.cli.progress import ProgressBar
     from sdlora.common.device_lock import device_lock, take_turns
-    from sdlora.data.captioner import Captioner, pictures_to_caption, write_captions
+    from sdlora.data.captioner import Captioner, images_to_caption, write_captions
     from sdlora.events import Notice
 
     # Looked at first: a model may take minutes to load.
-    pictures = pictures_to_caption(folder, overwrite=overwrite)
-    if not pictures:
-        typer.echo(f"Every picture in {folder} has a caption. Write them anew with --overwrite.")
+    images = images_to_caption(folder, overwrite=overwrite)
+    if not images:
+        typer.echo(f"Every image in {folder} has a caption. Write them anew with --overwrite.")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     passed_over = 0
@@ -71,9 +71,9 @@ def caption(
             for notice in take_turns(lock, "sdlora caption", held, wait=True, should_stop=lambda: False):
                 view.show(notice)
         captioner = Captioner(model, device=device, prompt=prompt, max_tokens=max_tokens)
-        for event in write_captions(pictures, captioner, overwrite=overwrite):
+        for event in write_captions(images, captioner, overwrite=overwrite):
             passed_over += isinstance(event, Notice)
             view.show(event)
-    written = len(pictures) - passed_over
+    written = len(images) - passed_over
     told = "1 caption" if written == 1 else f"{written} captions"
     typer.echo(f"{told} written. Read them before you train: a model sees what it expects.")

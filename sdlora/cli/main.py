@@ -122,7 +122,7 @@ def train(
 
 @app.command()
 def data(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder of pictures, or a shipped set: builtin:NAME.")],
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A folder of images, or a shipped set: builtin:NAME.")],
     trigger: Annotated[str | None, typer.Option(help="The word that captions should hold.")] = None,
     resolution_px: Annotated[
         int | None, typer.Option("--resolution-px", min=16, max=4096, help="Training size, to look at sizes as well.")
@@ -132,7 +132,7 @@ def data(
     ] = Masks.NONE,
     json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Look at a folder of pictures before it is trained; exit code 3 if it would be refused."""
+    """Look at a folder of images before it is trained; exit code 3 if it would be refused."""
     path, settings = resolve_data_folder(folder), DataConfig()
     from sdlora.data.buckets import assign_buckets
     from sdlora.data.checks import examine, examine_sizes
@@ -140,7 +140,7 @@ def data(
     checkup = examine(path, background=settings.background, trigger=trigger, masks=masks.value)
     findings, num_buckets = list(checkup.findings), None
     if resolution_px is not None:
-        sizes = {picture.path.name: picture.size for picture in checkup.pictures}
+        sizes = {image.path.name: image.size for image in checkup.images}
         found = assign_buckets(list(sizes.values()), resolution_px, settings.bucket_step_px, buckets=settings.buckets)
         findings += examine_sizes(sizes, dict(zip(sizes, found, strict=True)))
         num_buckets = len(set(found))
@@ -148,7 +148,7 @@ def data(
         report = {"folder": str(path), "pictures": checkup.num_files, "findings": [asdict(f) for f in findings]}
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        num_captions = sum(picture.caption is not None for picture in checkup.pictures)
+        num_captions = sum(image.caption is not None for image in checkup.images)
         _tell_findings(findings, {"picture": checkup.num_files, "caption": num_captions, "bucket": num_buckets})
     if any(finding.severity == "error" for finding in findings):
         raise typer.Exit(DataError.exit_code)

@@ -47,7 +47,7 @@ def plan(
     targets: Annotated[
         str | None, typer.Option(metavar="NAME,...", help="Targets of --family; cross_attention if left out.")
     ] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Pictures in a pass with --family; 1 if left out.")] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images in a pass with --family; 1 if left out.")] = None,
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="The device's memory, such as 8GiB; found out if left out.")
     ] = None,
@@ -94,10 +94,10 @@ def _tell(found: Forecast) -> None:
     from sdlora.common.text import format_seconds
 
     console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
-    if found.pictures is not None:
+    if found.images is not None:
         sizes = ", ".join(f"{count} of {size}" for size, count in found.buckets.items())
         console.print(
-            f"{found.pictures} pictures ({sizes}), each seen {found.exposures_per_picture} times: {found.steps} steps."
+            f"{found.images} images ({sizes}), each seen {found.exposures_per_image} times: {found.steps} steps."
         )
     share = found.trainable_parameters / found.base_parameters
     whole, added = found.largest_layer
@@ -116,7 +116,7 @@ def _tell(found: Forecast) -> None:
     for change in found.changes:
         console.print(
             f"  with {change.change}: {change.peak_bytes / 2**30:.2f} GiB, {change.time:.2f} times the arithmetic "
-            f"per picture ({change.price})"
+            f"per image ({change.price})"
         )
     if found.fits is False and not (found.changes and found.changes[-1].peak_bytes <= (found.memory_bytes or 0)):
         console.print("  No setting makes it fit. Take a smaller base, or a device with more memory.")

@@ -43,7 +43,7 @@ class JsonLines:
 
 
 class ProgressBar:
-    """A bar with phase, step, loss, pictures per second and the time left, previews included."""
+    """A bar with phase, step, loss, images per second and the time left, previews included."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -78,11 +78,11 @@ class ProgressBar:
         elif isinstance(event, events.StepDone):
             self._loss = event.loss if self._loss is None else 0.95 * self._loss + 0.05 * event.loss
             rate = len(event.examples) / event.seconds if event.seconds else 0.0
-            detail = f"epoch {event.epoch} step {event.step} loss {self._loss:.4f} {rate:.1f} pictures/s {self._eta()}"
+            detail = f"epoch {event.epoch} step {event.step} loss {self._loss:.4f} {rate:.1f} images/s {self._eta()}"
             self._update("training", event.step, self._plan.steps if self._plan else event.step, detail)
         elif isinstance(event, events.EpochDone):
             name = f"epoch {event.epoch}" if event.epoch else "the base"
-            losses = [("training loss", event.train_loss), ("held-out loss", event.heldout_loss)]
+            losses = [("training loss", event.train_loss), ("validation loss", event.validation_loss)]
             told = [f"{label} {value:.5f}" for label, value in losses if value is not None]
             if told:
                 self._line(f"{name}: {', '.join(told)}")
@@ -111,29 +111,29 @@ def describe_plan(plan: events.PlanMade) -> str:
     kept_out = ""
     if plan.split_off:
         kept_out = (
-            f"{len(plan.split_off)} more pictures ({', '.join(plan.split_off)}) are not trained on: the held-out loss "
-            "is measured on them. Set data.holdout_split = false to train on them, too.\n"
+            f"{len(plan.split_off)} more images ({', '.join(plan.split_off)}) are not trained on: the validation loss "
+            "is measured on them. Set data.validation_split = false to train on them, too.\n"
         )
-    elif plan.heldout_pictures:
-        kept_out = f"The held-out loss is measured on {plan.heldout_pictures} pictures of data.holdout.\n"
+    elif plan.validation_images:
+        kept_out = f"The validation loss is measured on {plan.validation_images} images of data.validation_folder.\n"
     seen = "".join(
-        f"{one.name}: {one.pictures} pictures x {one.repeats} repeats x {plan.epochs} epochs: every picture is seen "
-        f"{one.exposures_per_picture} times.\n"
+        f"{one.name}: {one.images} images x {one.repeats} repeats x {plan.epochs} epochs: every image is seen "
+        f"{one.exposures_per_image} times.\n"
         for one in plan.sets
     ) or (
-        f"{plan.pictures} pictures x {plan.repeats} repeats x {plan.epochs} epochs: every picture is seen "
-        f"{plan.exposures_per_picture} times, "
+        f"{plan.images} images x {plan.repeats} repeats x {plan.epochs} epochs: every image is seen "
+        f"{plan.exposures_per_image} times, "
     )
-    preserved = ""
-    if plan.preserved_pictures:
-        preserved = (
-            f"Beside them {plan.preserved_pictures} pictures of data.preservation_folder are trained, as many in each "
+    prior = ""
+    if plan.prior_images:
+        prior = (
+            f"Beside them {plan.prior_images} images of data.preservation_folder are trained, as many in each "
             "step, so that the base keeps what they show.\n"
         )
     return (
         f"{seen}{plan.steps} steps of "
-        f"{plan.batch_size * plan.gradient_accumulation_steps} pictures on {plan.device} ({plan.precision}).\n"
-        f"{preserved}{kept_out}Training {plan.trained_parameters:,} parameters in "
+        f"{plan.batch_size * plan.gradient_accumulation_steps} images on {plan.device} ({plan.precision}).\n"
+        f"{prior}{kept_out}Training {plan.trained_parameters:,} parameters in "
         f"{', '.join(plan.targets)}, {share:.2%} of the base's {plan.base_parameters:,}; the base itself "
         f"stays as it is.{_memory(plan)}"
     )
@@ -151,10 +151,10 @@ def _memory(plan: events.PlanMade) -> str:
 def describe_check(event: events.CopyChecked) -> str:
     """A copy check in one line."""
     name = f"epoch {event.epoch}" if event.epoch else "the base"
-    training, preview = event.most_alike
+    training, preview = event.most_similar
     return (
         f"{name}: {event.verdict}, {event.share:.0%} of previews match (at least {event.share_lower_bound:.0%}). "
-        f"Most alike: {preview} and {training}, {event.likeness:.2f}. {event.reason}"
+        f"Most alike: {preview} and {training}, {event.similarity:.2f}. {event.reason}"
     )
 
 
@@ -165,14 +165,14 @@ def copy_table(checks: Mapping[int, EpochCheck]) -> Table:
     """Copy checks for the command line, an epoch in each row."""
     table = Table("epoch", "verdict", "previews that match", "most alike", "why", box=None, pad_edge=False)
     for epoch, check in sorted(checks.items()):
-        best, total = check.most_alike(), len(check.previews)
+        best, total = check.most_similar(), len(check.previews)
         found = sum(match.significant for match in check.previews)
         table.add_row(
             str(epoch) if epoch else "base",
             Text(check.verdict, style=_VERDICT_STYLES[check.verdict]),
             f"{found} of {total}, at least {check.share_lower_bound:.0%}",
             # File names may hold brackets, which would be read as styles.
-            Text(f"{best.file.rpartition('/')[2]} is {best.likeness:.2f} like {best.nearest}"),
+            Text(f"{best.file.rpartition('/')[2]} is {best.similarity:.2f} like {best.nearest}"),
             Text("" if check.verdict == "clean" else check.reason),
         )
     return table

@@ -23,9 +23,9 @@ def ui(
     auth_file: Annotated[
         Path | None, typer.Option("--auth-file", metavar="FILE", help="A file with one line, NAME:PASSWORD.")
     ] = None,
-    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where runs and pictures are kept.")] = Path("runs"),
+    runs: Annotated[Path, typer.Option(metavar="DIR", help="Where runs and images are kept.")] = Path("runs"),
 ) -> None:
-    """Open the studio: pictures, recipe, training and results in a browser."""
+    """Open the studio: images, recipe, training and results in a browser."""
     quiet_libraries()
     # It is installed inside of this package and lies beside it in a checkout, where a type checker does not see it.
     server = importlib.import_module("sdlora.ui.server.server")

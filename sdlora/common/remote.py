@@ -1,4 +1,4 @@
-"""Pictures and runs at a URL (S3, GCS, whatever fsspec has a driver for): brought here, and mirrored there.
+"""Images and runs at a URL (S3, GCS, whatever fsspec has a driver for): brought here, and mirrored there.
 
 The only place that knows of URLs: everything else works in the local folders that it gives.
 """

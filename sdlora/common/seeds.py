@@ -1,7 +1,7 @@
 """Randomness as a function of counters: (seed, purpose, counters...) -> the same numbers, always and anywhere.
 
 Nothing in sdlora keeps a generator's state, so a resumed, a re-ordered and a distributed run draw the
-same noise for the same visit of the same example, and a preview cannot disturb training.
+same noise for the same exposure of the same example, and a preview cannot disturb training.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ def derive(seed: int, purpose: str, *counters: Counter) -> int:
     Args:
         seed: The run's seed, any integer.
         purpose: What the numbers are for ("noise", "timestep", ...); different purposes are independent.
-        counters: Integers or strings that identify the draw, such as (example name, visit).
+        counters: Integers or strings that identify the draw, such as (example name, exposure).
 
     Returns:
         An integer in [0, 2**63), the BLAKE2b digest of the arguments.

@@ -47,7 +47,7 @@ class BaseConfig(_Section):
 class LoraConfig(_Section):
     """The adapter."""
 
-    rank: int = Field(8, ge=1, le=256, description="How much the adapter can hold; above 32 it copies pictures easily.")
+    rank: int = Field(8, ge=1, le=256, description="How much the adapter can hold; above 32 it copies images easily.")
     alpha: float = Field(8.0, gt=0.0, le=1024.0, description="Strength of the update: it is scaled by alpha / rank.")
     targets: list[Target] = Field(
         ["cross_attention"], min_length=1, description="Which layers get an adapter; several may be named."
@@ -63,7 +63,7 @@ class LoraConfig(_Section):
         False, description="Train every output's magnitude apart from its direction (DoRA); fewer programs read it."
     )
     dropout: float = Field(0.0, ge=0.0, lt=1.0, description="Share of an adapter's inputs set to zero while training.")
-    start: Literal["gaussian", "orthogonal", "pissa"] = Field(
+    init: Literal["gaussian", "orthogonal", "pissa"] = Field(
         "gaussian",
         description="Where A and B start: A random and B zero, or singular vectors of a random matrix or of the "
         "layer's own weights, whose product is then subtracted.",
@@ -111,8 +111,8 @@ class LoraConfig(_Section):
                 f"the lowest rank of the UNet's layers ({lowest})" if lowest else "nothing: no target is in the UNet"
             )
             raise ValueError(f"lora.timestep_rank_min ({self.timestep_rank_min}) must be below {where}")
-        if self.dora and (self.timestep_rank_min is not None or self.start != "gaussian"):
-            raise ValueError("lora.dora goes with lora.start = 'gaussian' and without lora.timestep_rank_min")
+        if self.dora and (self.timestep_rank_min is not None or self.init != "gaussian"):
+            raise ValueError("lora.dora goes with lora.init = 'gaussian' and without lora.timestep_rank_min")
         return self
 
 
@@ -120,7 +120,7 @@ class TrainConfig(_Section):
     """How it is trained."""
 
     epochs: int = Field(4, ge=1, le=MAX_EPOCHS, description="Passes over the set, 1 to 5.")
-    batch_size: int = Field(1, ge=1, le=512, description="Pictures per forward pass.")
+    batch_size: int = Field(1, ge=1, le=512, description="Images per forward pass.")
     gradient_accumulation_steps: int = Field(1, ge=1, le=512, description="Batches per optimizer step.")
     auto_batch: bool = Field(
         False,
@@ -133,13 +133,13 @@ class TrainConfig(_Section):
     learning_rate: float = Field(
         2e-4, gt=0.0, le=1.0, description="The highest learning rate; 1 for prodigy, about a third for lion."
     )
-    plus_ratio: float = Field(
+    loraplus_lr_ratio: float = Field(
         1.0, ge=1.0, le=100.0, description="LoRA+: the learning rate of B over that of A; 1 is plain LoRA."
     )
     text_encoder_learning_rate: float | None = Field(
         None, gt=0.0, le=1.0, description="Another learning rate for the text encoder's adapter; the same if unset."
     )
-    schedule: Literal["constant", "cosine"] = Field("constant", description="The learning rate after the warm-up.")
+    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="The learning rate after the warm-up.")
     warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from zero.")
     weight_decay: float = Field(
         1e-2, ge=0.0, le=1.0, description="Decay of A and B towards zero, where zero is the base."
@@ -163,8 +163,8 @@ class TrainConfig(_Section):
         1,
         ge=1,
         le=16,
-        description="Of data.class_words: compare with the base at one in so many visits, each of which then counts so "
-        "many times; at 4 a step takes little more than half as long as at 1.",
+        description="Of data.class_words: compare with the base model at one in this many exposures, each of which "
+        "then counts as many times; at 4 a step takes little more than half as long as at 1.",
     )
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         "auto", description="What the frozen base computes in; auto is bf16 on GPUs that have it, else fp32."
@@ -176,7 +176,7 @@ class TrainConfig(_Section):
     compile: bool = Field(
         False,
         description="Let torch compile the UNet's transformer blocks, which learns the same. It needs a C++ compiler "
-        "(on GPUs Triton too) and a minute or more for every size of picture, once. Meant for long runs on GPUs, "
+        "(on GPUs Triton too) and a minute or more for every size of image, once. Meant for long runs on GPUs, "
         "though it was never timed on one; on a CPU a step takes 2 to 4 % less.",
     )
     device: str = Field("auto", description="'auto', 'cpu', 'cuda', or 'cuda:1'.")
@@ -187,8 +187,8 @@ class TrainConfig(_Section):
 
     @model_validator(mode="after")
     def _optimizer_fits(self) -> TrainConfig:
-        if self.optimizer == "schedule_free" and self.schedule != "constant":
-            raise ValueError("train.optimizer = 'schedule_free' goes with train.schedule = 'constant'")
+        if self.optimizer == "schedule_free" and self.lr_schedule != "constant":
+            raise ValueError("train.optimizer = 'schedule_free' goes with train.lr_schedule = 'constant'")
         if self.optimizer == "schedule_free" and self.ema_decay > 0:
             raise ValueError("train.optimizer = 'schedule_free' averages by itself; set train.ema_decay to 0")
         if self.optimizer == "prodigy":
@@ -196,10 +196,10 @@ class TrainConfig(_Section):
                 raise ValueError(
                     f"train.learning_rate ({self.learning_rate:g}) multiplies the rate that prodigy finds; set it to 1"
                 )
-            if self.plus_ratio != 1.0 or self.text_encoder_learning_rate not in (None, self.learning_rate):
+            if self.loraplus_lr_ratio != 1.0 or self.text_encoder_learning_rate not in (None, self.learning_rate):
                 raise ValueError(
-                    "train.optimizer = 'prodigy' has one learning rate for everything: train.plus_ratio must be 1 and "
-                    "train.text_encoder_learning_rate unset"
+                    "train.optimizer = 'prodigy' has one learning rate for everything: "
+                    "train.loraplus_lr_ratio must be 1 and train.text_encoder_learning_rate unset"
                 )
         return self
 
@@ -219,8 +219,8 @@ class TimestepsConfig(_Section):
     )
     coverage: Literal["none", "batch", "image"] = Field(
         "image",
-        description="How evenly visits fall over noise levels: by chance, spread inside a batch, or spread over "
-        "every picture's own visits too.",
+        description="How evenly exposures fall over noise levels: by chance, spread inside a batch, or spread over "
+        "every image's own exposures too.",
     )
 
     @model_validator(mode="after")
@@ -249,10 +249,10 @@ class LossConfig(_Section):
         0.1,
         ge=0.0,
         lt=1.0,
-        description="Of data.masks: how much the hidden parts of a picture count, 0 for not at all.",
+        description="Of data.masks: how much the hidden parts of an image count, 0 for not at all.",
     )
     noise_offset: float = Field(
-        0.0, ge=0.0, le=1.0, description="Noise that shifts whole channels, for very dark and very bright pictures."
+        0.0, ge=0.0, le=1.0, description="Noise that shifts whole channels, for very dark and very bright images."
     )
     zero_terminal_snr: bool = Field(
         False, description="Rescale the schedule so that the highest level is pure noise; v-prediction bases only."
@@ -273,7 +273,7 @@ class LossConfig(_Section):
 
 
 class PreviewConfig(_Section):
-    """The pictures drawn after every epoch."""
+    """The images drawn after every epoch."""
 
     enabled: bool = Field(True, description="Draw previews of the base and after every epoch.")
     prompts: list[str] = Field(
@@ -291,9 +291,9 @@ class PreviewConfig(_Section):
 
 
 class CopyCheckConfig(_Section):
-    """Whether previews are copies of training pictures."""
+    """Whether previews are copies of training images."""
 
-    enabled: bool = Field(True, description="Compare the previews of every epoch with the training pictures.")
+    enabled: bool = Field(True, description="Compare the previews of every epoch with the training images.")
     stop: bool = Field(False, description="End training at the first epoch that copies; all files are kept.")
     sscd: bool = Field(
         False, description="Ask SSCD as well, a network that was trained to find copies; it comes from the hub."
@@ -323,14 +323,14 @@ class FileConfig(_Section):
     licence: str | None = Field(
         None, pattern=r"^[a-z0-9.-]+$", description="The licence in the model card, by the Hub's name: 'cc-by-4.0'."
     )
-    tell_captions: bool = Field(
+    include_captions: bool = Field(
         False,
         description="Tell captions and the folders' names in the file and the model card; else they stay yours.",
     )
 
 
 class CacheConfig(_Section):
-    """Where encoded pictures and captions are kept between runs."""
+    """Where encoded images and captions are kept between runs."""
 
     dir: str | None = Field(None, description="The cache's folder; the user's own cache folder if unset.")
     max_text_gib: float = Field(
@@ -338,7 +338,7 @@ class CacheConfig(_Section):
         ge=0.0,
         le=1000.0,
         description="Encoded captions take up to so much disk and memory; if shuffled tags make more, captions are "
-        "encoded at every visit instead, with the same result.",
+        "encoded at every exposure instead, with the same result.",
     )
 
 
@@ -393,8 +393,8 @@ class RunConfig(_Section):
         ways = [name for name in ("class_words", "preservation_folder") if getattr(data, name)]
         if weight > 0 and len(ways) != 1:
             raise ValueError(
-                "train.preservation_weight needs to know what is preserved: either data.class_words (no pictures "
-                "needed) or data.preservation_folder (pictures of your own)"
+                "train.preservation_weight needs to know what is preserved: either data.class_words (no images "
+                "needed) or data.preservation_folder (images of your own)"
             )
         if ways and weight == 0:
             raise ValueError(f"data.{ways[0]} does nothing unless train.preservation_weight is above 0")

@@ -1,4 +1,4 @@
-"""The schema's largest section: which pictures are trained, and with which words.
+"""The schema's largest section: which images are trained, and with which words.
 
 A part of `config`.
 """
@@ -26,7 +26,7 @@ class SetConfig(Section):
 
     folder: str = Field(min_length=1, description="As data.folder.")
     name: str | None = Field(
-        None, pattern=r"^[\w][\w. -]{0,99}$", description="What its pictures' names begin with; the folder's if unset."
+        None, pattern=r"^[\w][\w. -]{0,99}$", description="What its images' names begin with; the folder's if unset."
     )
     repeats: int | None = Field(None, ge=1, le=1000, description="As data.repeats.")
     trigger: str | None = Field(None, description="As data.trigger.")
@@ -39,11 +39,11 @@ class SetConfig(Section):
 
 
 class DataConfig(Section):
-    """Which pictures are trained, and with which words."""
+    """Which images are trained, and with which words."""
 
     folder: str = Field(
         "",
-        description="Folder of pictures with captions, seen from where you are; 'builtin:NAME' is a shipped set, and a "
+        description="Folder of images with captions, seen from where you are; 'builtin:NAME' is a shipped set, and a "
         "URL such as 's3://BUCKET/FOLDER' is fetched.",
     )
     sets: list[SetConfig] = Field(
@@ -51,47 +51,48 @@ class DataConfig(Section):
         description="Several folders in one run, instead of data.folder: a table each with folder and, where it "
         "differs from data, repeats, trigger, caption and a name.",
     )
-    holdout: str | None = Field(
-        None, description="Folder of pictures that are never trained on; the held-out loss is measured on them."
+    validation_folder: str | None = Field(
+        None, description="Folder of images that are never trained on; the validation loss is measured on them."
     )
-    holdout_split: bool = Field(
-        True, description="Without data.holdout, keep 2 to 4 of 20 or more pictures out of training for that loss."
+    validation_split: bool = Field(
+        True,
+        description="Without data.validation_folder, keep 2 to 4 of 20 or more images out of training for that loss.",
     )
-    caption: str | None = Field(None, description="One caption for every picture that has none of its own.")
+    caption: str | None = Field(None, description="One caption for every image that has none of its own.")
     trigger: str | None = Field(None, description="A word put in front of every caption that does not contain it.")
     class_words: list[Annotated[str, Field(min_length=1)]] = Field(
         [],
         description="What there is beside the trigger's subject ('cat', 'red house'): the base's own answers to these "
-        "words are preserved, without further pictures (train.preservation_weight).",
+        "words are preserved, without further images (train.preservation_weight).",
     )
     preservation_folder: str | None = Field(
         None,
-        description="Instead of class words, a folder of pictures and captions of what is preserved (regularisation "
+        description="Instead of class words, a folder of images and captions of what is preserved (regularisation "
         "images); they are trained beside the set (train.preservation_weight).",
     )
     preservation_caption: str | None = Field(
-        None, description="One caption, such as 'a cat', for all pictures of data.preservation_folder without one."
+        None, description="One caption, such as 'a cat', for all images of data.preservation_folder without one."
     )
-    allow_trigger_only: bool = Field(False, description="Pictures without a caption get the trigger alone.")
-    repeats: int = Field(1, ge=1, le=1000, description="How often every picture is seen in an epoch.")
+    allow_trigger_only: bool = Field(False, description="Images without a caption get the trigger alone.")
+    repeats: int = Field(1, ge=1, le=1000, description="How often every image is seen in an epoch.")
     resolution_px: int | None = Field(
         None, ge=16, le=4096, description="Training size, as the edge of a square; the base's own size if unset."
     )
-    buckets: bool = Field(True, description="Keep the shape of wide and tall pictures; otherwise crop to squares.")
+    buckets: bool = Field(True, description="Keep the shape of wide and tall images; otherwise crop to squares.")
     bucket_step_px: int = Field(64, ge=8, le=512, description="Widths and heights of buckets are multiples of this.")
     background: str = Field("white", description="The colour laid under transparent pixels, by name or as #rrggbb.")
     masks: Literal["none", "alpha", "file"] = Field(
         "none",
-        description="What of a picture is trained: all of it, what is not transparent ('alpha'), or what is white in "
+        description="What of an image is trained: all of it, what is not transparent ('alpha'), or what is white in "
         "NAME-mask.png beside it ('file').",
     )
-    shuffle_tags: bool = Field(False, description="Shuffle the comma-separated parts of captions at every visit.")
+    shuffle_tags: bool = Field(False, description="Shuffle the comma-separated parts of captions at every exposure.")
     keep_tags: int = Field(1, ge=0, le=100, description="How many parts stay in front when tags are shuffled.")
     max_token_windows: int = Field(
         1, ge=1, le=8, description="How many windows of 75 tokens are read of a caption; what is longer is cut off."
     )
     caption_dropout: float = Field(
-        0.0, ge=0.0, le=1.0, description="Share of visits without any caption, which keeps guidance working."
+        0.0, ge=0.0, le=1.0, description="Share of exposures without any caption, which keeps guidance working."
     )
 
     def all_sets(self) -> list[SetConfig]:
@@ -118,7 +119,12 @@ class DataConfig(Section):
 
     @model_validator(mode="after")
     def _urls_hold_no_secrets(self) -> DataConfig:
-        for folder in (self.folder, *(one.folder for one in self.sets), self.holdout, self.preservation_folder):
+        for folder in (
+            self.folder,
+            *(one.folder for one in self.sets),
+            self.validation_folder,
+            self.preservation_folder,
+        ):
             if folder and is_url(folder):
                 try:
                     check_url(folder)

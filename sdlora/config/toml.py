@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sdlora.common.bundled import shipped_config, shipped_configs
+from sdlora.config.renamed import current_name, with_current_names
 from sdlora.config.schema import MAX_EPOCHS, RunConfig
 from sdlora.config.schema_data import SetConfig
 from sdlora.errors import ConfigError
@@ -82,13 +83,13 @@ def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[
     Raises:
         ConfigError: Any setting is wrong; all faults are named at once.
     """
-    changed = copy.deepcopy(dict(document))
+    changed = with_current_names(copy.deepcopy(dict(document)))
     for override in overrides:
         _apply(changed, override)
     data = changed.get("data")
     faults = []
     if not isinstance(data, Mapping) or not (data.get("folder") or data.get("sets")):
-        faults.append("data.folder: not set; name the folder of your pictures.")
+        faults.append("data.folder: not set; name the folder of your images.")
     try:
         config = RunConfig.model_validate({"name": name, **changed})
         faults += [f"{key}: {value!r} is no text in UTF-8." for key, value in options(config) if not _is_text(value)]
@@ -110,7 +111,7 @@ def _is_text(value: Any) -> bool:
 
 def _apply(document: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    names = key.strip().split(".")
+    names = current_name(key.strip()).split(".")
     if not separator or not all(names):
         raise ConfigError(f"--set {override!r} is not of the form section.key=value.")
     try:
@@ -136,9 +137,9 @@ def _describe(fault: dict[str, Any]) -> str:
         return f"{key}: there is no such setting." + (f" Did you mean {near[0]}?" if near else "")
     if key == "train.epochs" and isinstance(found, int) and found > MAX_EPOCHS:
         return (
-            f"train.epochs: {found} is above {MAX_EPOCHS}. More passes teach a LoRA its pictures by heart: what it "
+            f"train.epochs: {found} is above {MAX_EPOCHS}. More passes teach a LoRA its images by heart: what it "
             "draws are copies pasted from the training set, without life (copy-paste overfitting). Use 3 to 5, and if "
-            "it learns too little, add pictures, raise data.repeats a little, or raise train.learning_rate."
+            "it learns too little, add images, raise data.repeats a little, or raise train.learning_rate."
         )
     if fault["type"] == "value_error":
         reason = f"{limits['error']}."

@@ -23,7 +23,7 @@ from sdlora.lora.inject import Adapter
 from sdlora.previews.guidance_norm import SamplerWatch
 from sdlora.previews.sampler import PreviewRequest, draw_epoch
 from sdlora.training.data import TrainingData
-from sdlora.training.validation import HeldOut, picture_losses
+from sdlora.training.validation import Validation, image_losses
 
 T = TypeVar("T")
 
@@ -34,8 +34,8 @@ class Subject:
 
     Attributes:
         adapter: On its base.
-        data: The training pictures with their captions as they are, at every visit the same.
-        heldout: Measures held-out pictures; None if there are none.
+        data: The training images with their captions as they are, at every exposure the same.
+        heldout: Measures validation images; None if there are none.
         cache: Where the null is kept; it knows the base.
         identity: A hash of the base's UNet.
         seed: The run's.
@@ -43,7 +43,7 @@ class Subject:
 
     adapter: Adapter
     data: TrainingData
-    heldout: HeldOut | None
+    validation: Validation | None
     cache: Cache
     identity: str
     seed: int
@@ -55,7 +55,7 @@ class Checker:
     Args:
         subject: What is checked.
         request: What to draw.
-        gallery: The pictures that may have been copied, and others of their kind.
+        gallery: The images that may have been copied, and others of their kind.
         arbiters: Networks that are asked as well.
     """
 
@@ -103,18 +103,18 @@ class Checker:
         check.write(folder)
         return check
 
-    def registered_likeness(self, folder: Path) -> Signal:
+    def registered_similarity(self, folder: Path) -> Signal:
         """The sign of warped copies, for previews that lie in a folder."""
-        pictures = [picture for of_prompt in self._pictures(folder) for picture in of_prompt]
-        best = registered(pictures, list(self._gallery.pictures.values())).amax(dim=1)
+        images = [image for of_prompt in self._images(folder) for image in of_prompt]
+        best = registered(images, list(self._gallery.images.values())).amax(dim=1)
         assert self._nulls.registered is not None, "prepare comes first"
-        return signals.registered_likeness(best, self._nulls.registered)
+        return signals.registered_similarity(best, self._nulls.registered)
 
     def _retrieve(self) -> list[bool]:
         return signals.retrieve(self._subject.data, self._probed, self._subject.seed)
 
     def _losses(self) -> Tensor:
-        return picture_losses(self._subject.data, self._compared, self._subject.seed)
+        return image_losses(self._subject.data, self._compared, self._subject.seed)
 
     def _signals(self, folder: Path, base_folder: Path, norms: Sequence[float]) -> list[Signal]:
         base_check = EpochCheck.read(base_folder)
@@ -122,17 +122,17 @@ class Checker:
         base_norms = [m.guidance_norm for m in base_check.previews if m.guidance_norm is not None]
         on, off = self._by_prompt(norms), self._by_prompt(base_norms)
         cut = self._request.num_captions
-        measured = self._subject.heldout
-        heldout = None
+        measured = self._subject.validation
+        validation = None
         if measured is not None:
             assert measured.losses_on is not None and measured.losses_off is not None, "the epoch was measured before"
-            heldout = (measured.losses_on, measured.losses_off)
+            validation = (measured.losses_on, measured.losses_off)
         return [
             signals.self_retrieval(self._retrieve(), self._retrieved_off),
-            signals.train_heldout_gap((self._losses(), self._losses_off), heldout),
-            signals.seed_collapse(self._pictures(folder), self._pictures(base_folder)),
+            signals.train_validation_gap((self._losses(), self._losses_off), validation),
+            signals.seed_collapse(self._images(folder), self._images(base_folder)),
             signals.guidance_norm((on[:cut], off[:cut]), (on[cut:], off[cut:])),
-            self.registered_likeness(folder),
+            self.registered_similarity(folder),
         ]
 
     def _by_prompt(self, values: Sequence[T]) -> list[list[T]]:
@@ -140,14 +140,14 @@ class Checker:
         num_seeds = len(self._request.seeds)
         return [list(values[first : first + num_seeds]) for first in range(0, len(values), num_seeds)]
 
-    def _pictures(self, folder: Path) -> list[list[Image.Image]]:
+    def _images(self, folder: Path) -> list[list[Image.Image]]:
         files = [folder / "previews" / name for name in self._request.file_names()]
         return self._by_prompt([reduced(Image.open(file)) for file in files])
 
 
 def checked(epoch: int, check: EpochCheck, seconds: float) -> CopyChecked:
     """The event that tells of a check."""
-    best = check.most_alike()
+    best = check.most_similar()
     return CopyChecked(
         epoch=epoch,
         verdict=check.verdict,
@@ -155,7 +155,7 @@ def checked(epoch: int, check: EpochCheck, seconds: float) -> CopyChecked:
         share=check.share,
         share_lower_bound=check.share_lower_bound,
         false_alarm_rate=check.false_alarm_rate,
-        most_alike=(best.nearest, best.file),
-        likeness=best.likeness,
+        most_similar=(best.nearest, best.file),
+        similarity=best.similarity,
         seconds=seconds,
     )

@@ -1,8 +1,8 @@
 """Two networks as arbiters, off unless asked for: DINOv2 of how well the concept is met, SSCD of copies.
 
 Neither comes with sdlora: their files are fetched from the hub once, and used only if they are, byte for
-byte, the published ones. DINOv2 finds any two pictures of one subject alike, so it says nothing of copies.
-Shapes: B batch, P pictures, G pictures of the gallery, D numbers of an embedding.
+byte, the published ones. DINOv2 finds any two images of one subject alike, so it says nothing of copies.
+Shapes: B batch, P images, G images of the gallery, D numbers of an embedding.
 """
 
 from __future__ import annotations
@@ -72,11 +72,11 @@ SSCD = Published(
 
 
 class Arbiter:
-    """A frozen network that turns pictures into embeddings; made by `load_dinov2` and `load_sscd`.
+    """A frozen network that turns images into embeddings; made by `load_dinov2` and `load_sscd`.
 
     Args:
         network: (B, 3, H, W) of normalised pixels to (B, D).
-        prepare: A picture in RGB as the network was trained to see it, all of one size.
+        prepare: An image in RGB as the network was trained to see it, all of one size.
         device: Where the network is.
     """
 
@@ -88,46 +88,46 @@ class Arbiter:
         self._device = device
 
     @torch.no_grad()
-    def embed(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """Embeddings of length 1, (P, D) float32 on the CPU, for pictures of any mode and size.
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Embeddings of length 1, (P, D) float32 on the CPU, for images of any mode and size.
 
         Raises:
-            ValueError: There are no pictures.
+            ValueError: There are no images.
         """
-        if not pictures:
-            raise ValueError("An arbiter needs at least one picture.")
-        return torch.cat([self._batch(pictures[i : i + _BATCH]) for i in range(0, len(pictures), _BATCH)])
+        if not images:
+            raise ValueError("An arbiter needs at least one image.")
+        return torch.cat([self._batch(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)])
 
-    def _batch(self, pictures: Sequence[Image.Image]) -> Tensor:
-        pixels = np.stack([np.asarray(self._prepare(p.convert("RGB")), dtype=np.float32) / 255 for p in pictures])
+    def _batch(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels = np.stack([np.asarray(self._prepare(p.convert("RGB")), dtype=np.float32) / 255 for p in images])
         normalised = (torch.from_numpy(pixels) - torch.tensor(MEAN)) / torch.tensor(STD)
         embeddings = self._network(normalised.permute(0, 3, 1, 2).contiguous().to(self._device))
         return F.normalize(embeddings.float().cpu(), dim=1)
 
 
 def concept_fidelity(arbiter: Arbiter, previews: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
-    """How well previews meet a concept: the mean cosine between them and pictures of it, in [-1, 1].
+    """How well previews meet a concept: the mean cosine between them and images of it, in [-1, 1].
 
     Args:
         arbiter: DINOv2.
         previews: At least one.
-        references: Pictures of the concept, at least one.
+        references: Images of the concept, at least one.
 
     Source: Ruiz et al. 2208.12242, section 4.1 (the metric "DINO", with DINOv2 for DINO).
     """
     return float((arbiter.embed(previews) @ arbiter.embed(references).T).mean())
 
 
-def copy_cosines(arbiter: Arbiter, pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
-    """How much every picture looks like a copy of every picture of a gallery, or of its mirror image.
+def copy_cosines(arbiter: Arbiter, images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
+    """How much every image looks like a copy of every image of a gallery, or of its mirror image.
 
-    A cosine means another thing in every set of pictures (0.75 is a copy in nine cases of ten on the authors' own), so
+    A cosine means another thing in every set of images (0.75 is a copy in nine cases of ten on the authors' own), so
     it is to be held against a null: see `sdlora.copycheck.statistics.p_values`.
 
     Args:
         arbiter: SSCD.
-        pictures: P pictures, at least one.
-        gallery: G pictures they may be copies of, at least one.
+        images: P images, at least one.
+        gallery: G images they may be copies of, at least one.
 
     Returns:
         (P, G) float32 in [-1, 1].
@@ -135,7 +135,7 @@ def copy_cosines(arbiter: Arbiter, pictures: Sequence[Image.Image], gallery: Seq
     Source: Pizzi et al. 2202.10261.
     """
     known = arbiter.embed(gallery)
-    seen, mirrored = arbiter.embed(pictures), arbiter.embed([ImageOps.mirror(p) for p in pictures])
+    seen, mirrored = arbiter.embed(images), arbiter.embed([ImageOps.mirror(p) for p in images])
     return torch.maximum(seen @ known.T, mirrored @ known.T)
 
 
@@ -144,7 +144,7 @@ class Arbiters:
     """The networks that were asked for and could be had.
 
     Attributes:
-        sscd: Gives one more score of likeness.
+        sscd: Gives one more score of similarity.
         dinov2: Tells how well the concept is met.
     """
 
@@ -153,14 +153,14 @@ class Arbiters:
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """The scores of likeness, in their order."""
+        """The scores of similarity, in their order."""
         return ("hp_ms", "phash") if self.sscd is None else ("hp_ms", "phash", "sscd")
 
-    def scores(self, pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
-        """Every score of every picture against every picture of a gallery, (P, G, S); 1 is a copy."""
-        scores = [hp_ms(pictures, gallery), phash(pictures, gallery)]
+    def scores(self, images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
+        """Every score of every image against every image of a gallery, (P, G, S); 1 is a copy."""
+        scores = [hp_ms(images, gallery), phash(images, gallery)]
         if self.sscd is not None:
-            scores.append(copy_cosines(self.sscd, pictures, gallery))
+            scores.append(copy_cosines(self.sscd, images, gallery))
         return torch.stack(scores, dim=-1)
 
 
@@ -222,17 +222,17 @@ def load_sscd(published: Published = SSCD, *, device: torch.device) -> Arbiter:
     return Arbiter(model, _as_sscd_sees, device)
 
 
-def _as_dinov2_sees(picture: Image.Image) -> Image.Image:
+def _as_dinov2_sees(image: Image.Image) -> Image.Image:
     """The short edge to 256 px, and 224 x 224 from the middle, as its published processor does."""
-    short = min(picture.size)
-    size = (int(256 * picture.width / short), int(256 * picture.height / short))
+    short = min(image.size)
+    size = (int(256 * image.width / short), int(256 * image.height / short))
     left, top = (size[0] - 224) // 2, (size[1] - 224) // 2
-    return picture.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
+    return image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
 
 
-def _as_sscd_sees(picture: Image.Image) -> Image.Image:
-    """Squeezed into a square, as its authors recommend, so that pictures of any shape go in one batch."""
-    return picture.resize((320, 320), Image.Resampling.BILINEAR)
+def _as_sscd_sees(image: Image.Image) -> Image.Image:
+    """Squeezed into a square, as its authors recommend, so that images of any shape go in one batch."""
+    return image.resize((320, 320), Image.Resampling.BILINEAR)
 
 
 def _fetch(published: Published) -> list[Path]:

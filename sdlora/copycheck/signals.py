@@ -1,7 +1,7 @@
-"""Signs of copying other than a preview that looks like a training picture: what each measures and says.
+"""Signs of copying other than a preview that looks like a training image: what each measures and says.
 
 Every sign is a figure, how likely chance alone gives as much, and one sentence for a person.
-Shapes: P pictures, N previews, C latent channels, h/w latents.
+Shapes: P images, N previews, C latent channels, h/w latents.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from sdlora.diffusion.noise import add_noise, predicted_latents
 from sdlora.training.data import TrainingData
 
 OUTSIDE = 0.05
-# Four calls of the UNet for each caption probed and ten for each picture compared: with so many, a sixth of the calls
+# Four calls of the UNet for each caption probed and ten for each image compared: with so many, a sixth of the calls
 # that seven previews of 25 guided steps take.
 MOST_PROBED = 4
 MOST_COMPARED = 4
@@ -64,21 +64,21 @@ class Signal:
 
 @torch.no_grad()
 def retrieve(data: TrainingData, indices: Sequence[int], seed: int) -> list[bool]:
-    """Whether a caption alone leads from noise straight to its own picture and to no other of the set.
+    """Whether a caption alone leads from noise straight to its own image and to no other of the set.
 
-    The network is asked at the highest noise levels, at noise that holds nothing of any picture: where a real noisy
-    picture is sqrt(a) x + sqrt(1 - a) noise, x is zero. What it takes for the clean latents is compared with the
-    pictures of the same shape: means over 8 x 8 fields, for one step from noise gives no detail; minus the mean of
-    those pictures, for what all have in common tells nothing; by the cosine, for the contrast is not right either.
+    The network is asked at the highest noise levels, at noise that holds nothing of any image: where a real noisy
+    image is sqrt(a) x + sqrt(1 - a) noise, x is zero. What it takes for the clean latents is compared with the
+    images of the same shape: means over 8 x 8 fields, for one step from noise gives no detail; minus the mean of
+    those images, for what all have in common tells nothing; by the cosine, for the contrast is not right either.
 
     Args:
-        data: The training pictures, their captions as they are.
+        data: The training images, their captions as they are.
         indices: Which captions are asked.
         seed: The run's seed, for the noise.
 
     Returns:
-        For each index 4 answers, 2 for each of the timesteps 999 and 800: whether the picture is nearest to its own. A
-        picture that no other shares its shape with is always found.
+        For each index 4 answers, 2 for each of the timesteps 999 and 800: whether the image is nearest to its own. A
+        image that no other shares its shape with is always found.
 
     Source: the clean latents in one step are Ho et al. 2006.11239, equation 15.
     """
@@ -88,14 +88,16 @@ def retrieve(data: TrainingData, indices: Sequence[int], seed: int) -> list[bool
     for index in indices:
         asked.setdefault(means[index].shape, []).append(index)
     # All captions of a shape at once: a network asked for few latents idles.
-    guessed = {i: of for alike in asked.values() for i, of in zip(alike, _guesses(data, alike, seed), strict=True)}
+    guessed = {
+        i: of for similar in asked.values() for i, of in zip(similar, _guesses(data, similar, seed), strict=True)
+    }
     for index in indices:
         gallery = {i: mean for i, mean in means.items() if mean.shape == means[index].shape}
         common = torch.stack(list(gallery.values())).mean(dim=0)
         guesses = _fields(guessed[index].cpu() - common)
-        likeness = {i: F.cosine_similarity(guesses, _fields(mean - common), dim=1) for i, mean in gallery.items()}
-        # A second file of the same picture is no other picture.
-        hits += (likeness[index] >= torch.stack(list(likeness.values())).amax(dim=0)).tolist()
+        similarity = {i: F.cosine_similarity(guesses, _fields(mean - common), dim=1) for i, mean in gallery.items()}
+        # A second file of the same image is no other image.
+        hits += (similarity[index] >= torch.stack(list(similarity.values())).amax(dim=0)).tolist()
     return hits
 
 
@@ -106,7 +108,7 @@ def _fields(latents: Tensor) -> Tensor:
 
 
 def _mean_latents(data: TrainingData, index: int) -> Tensor:
-    """The clean latents of a picture without the VAE's noise, (C, h, w)."""
+    """The clean latents of an image without the VAE's noise, (C, h, w)."""
     moments = data.moments([index])
     return data.cache.base.sample_latents(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))[0]
 
@@ -130,7 +132,7 @@ def _guesses(data: TrainingData, indices: Sequence[int], seed: int) -> Tensor:
 
 
 def self_retrieval(on: Sequence[bool], off: Sequence[bool]) -> Signal:
-    """Whether captions lead straight to their own pictures more often with the adapter than without.
+    """Whether captions lead straight to their own images more often with the adapter than without.
 
     Args:
         on: From `retrieve`.
@@ -142,25 +144,25 @@ def self_retrieval(on: Sequence[bool], off: Sequence[bool]) -> Signal:
         "self_retrieval",
         fmean(on) - fmean(off),
         mcnemar(gained, lost),
-        f"From noise alone, a training caption leads to its own picture in {sum(on)} of {len(on)} tries, without the "
+        f"From noise alone, a training caption leads to its own image in {sum(on)} of {len(on)} tries, without the "
         f"LoRA in {sum(off)}.",
     )
 
 
-# --- The gap between trained and held-out pictures -----------------------------------------------------------------
+# --- The gap between trained and validation images -----------------------------------------------------------------
 
 
-def train_heldout_gap(training: tuple[Tensor, Tensor], heldout: tuple[Tensor, Tensor] | None) -> Signal:
-    """How much more the adapter lowers the error on training pictures than on held-out ones.
+def train_validation_gap(training: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor] | None) -> Signal:
+    """How much more the adapter lowers the error on training images than on validation ones.
 
     Args:
-        training: The losses with the adapter and without, as `picture_losses` gives them, of the same pictures.
-        heldout: The same for held-out pictures, or None if there are none.
+        training: The losses with the adapter and without, as `image_losses` gives them, of the same images.
+        heldout: The same for validation images, or None if there are none.
     """
-    if heldout is None:
-        return Signal("train_heldout_gap", None, None, "Without held-out pictures there is nothing to compare with.")
-    changes = [(on - off).double().cpu() for on, off in (training, heldout)]
-    base = torch.cat([training[1], heldout[1]]).double().cpu().mean(dim=(0, 2))
+    if validation is None:
+        return Signal("train_heldout_gap", None, None, "Without validation images there is nothing to compare with.")
+    changes = [(on - off).double().cpu() for on, off in (training, validation)]
+    base = torch.cat([training[1], validation[1]]).double().cpu().mean(dim=(0, 2))
     trained, kept = (change.mean(dim=(0, 2)) for change in changes)
     widest = int(((kept - trained) / base).argmax())
     gains = [(-change.mean(dim=(1, 2))).tolist() for change in changes]
@@ -169,7 +171,7 @@ def train_heldout_gap(training: tuple[Tensor, Tensor], heldout: tuple[Tensor, Te
         "train_heldout_gap",
         shares[1] - shares[0],
         greater_by_chance(gains[0], gains[1]),
-        f"The LoRA changes the error by {shares[0]:+.0%} on training pictures and by {shares[1]:+.0%} on held-out "
+        f"The LoRA changes the error by {shares[0]:+.0%} on training images and by {shares[1]:+.0%} on validation "
         f"ones; they part most at timesteps {band_names()[widest]}.",
     )
 
@@ -205,11 +207,11 @@ def guidance_norm(training: tuple[ByPrompt, ByPrompt], novel: tuple[ByPrompt, By
 
 # --- Previews that look like one another ----------------------------------------------------------------------------
 
-Pictures = Sequence[Sequence[Image.Image]]
-"""A picture per preview: for every prompt, one per seed."""
+Images = Sequence[Sequence[Image.Image]]
+"""An image per preview: for every prompt, one per seed."""
 
 
-def seed_collapse(on: Pictures, off: Pictures) -> Signal:
+def seed_collapse(on: Images, off: Images) -> Signal:
     """Whether previews of one prompt look more like one another than the base's do, whatever noise they began with.
 
     Args:
@@ -219,15 +221,15 @@ def seed_collapse(on: Pictures, off: Pictures) -> Signal:
     num_prompts, num_seeds = len(on), len(on[0])
     if num_seeds == 1:
         return Signal("seed_collapse", None, None, "With one seed there are no two previews of a prompt to compare.")
-    flat = [picture for pictures in (on, off) for of_prompt in pictures for picture in of_prompt]
-    likeness = hp_ms(flat, flat).double()
-    likeness = (likeness + likeness.T) / 2  # of a pair, the first is mirrored and the second is not
+    flat = [image for images in (on, off) for of_prompt in images for image in of_prompt]
+    similarity = hp_ms(flat, flat).double()
+    similarity = (similarity + similarity.T) / 2  # of a pair, the first is mirrored and the second is not
     prompts = torch.arange(num_prompts).repeat_interleave(num_seeds)
     pairs = (prompts[:, None] == prompts) & ~torch.eye(len(prompts), dtype=torch.bool)
     size = len(prompts)
-    with_it, crossed, without = likeness[:size, :size], likeness[:size, size:], likeness[size:, size:]
-    # If the adapter did nothing, either of a preview's two pictures might be the one with it. Exchanging them changes
-    # the sign of what the preview adds to the difference, and of nothing else: likeness between the ways cancels.
+    with_it, crossed, without = similarity[:size, :size], similarity[:size, size:], similarity[size:, size:]
+    # If the adapter did nothing, either of a preview's two images might be the one with it. Exchanging them changes
+    # the sign of what the preview adds to the difference, and of nothing else: similarity between the ways cancels.
     added = ((with_it + crossed - crossed.T - without) * pairs).sum(dim=1)
     means = [float(values[pairs].mean()) for values in (with_it, without)]
     return Signal(
@@ -239,24 +241,24 @@ def seed_collapse(on: Pictures, off: Pictures) -> Signal:
     )
 
 
-# --- Previews that look like warped training pictures ---------------------------------------------------------------
+# --- Previews that look like warped training images ---------------------------------------------------------------
 
 
-def registered_likeness(previews: Tensor, among: Tensor) -> Signal:
-    """Whether previews, laid onto training pictures, are more like them than the set's pictures are like one another.
+def registered_similarity(previews: Tensor, among: Tensor) -> Signal:
+    """Whether previews, laid onto training images, are more like them than the set's images are like one another.
 
     Args:
         previews: The highest `registration.registered` of each, (N,).
-        among: The same of pictures of the set, from `nulls.registered_null`; empty if none could be compared.
+        among: The same of images of the set, from `nulls.registered_null`; empty if none could be compared.
     """
     if len(among) == 0:
-        return Signal("registered_likeness", None, None, "One picture alone has no other to be compared with.")
+        return Signal("registered_likeness", None, None, "One image alone has no other to be compared with.")
     drawn, real = fisher_z(previews).tolist(), fisher_z(among).tolist()
     means = [float(values.mean()) for values in (previews, among)]
     return Signal(
         "registered_likeness",
         means[0] - means[1],
         greater_by_chance(drawn, real),
-        f"Laid onto their nearest training picture, previews are {means[0]:.2f} of 1 like it; so laid onto one "
-        f"another, pictures of the set are {means[1]:.2f}.",
+        f"Laid onto their nearest training image, previews are {means[0]:.2f} of 1 like it; so laid onto one "
+        f"another, images of the set are {means[1]:.2f}.",
     )

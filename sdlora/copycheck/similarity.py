@@ -1,9 +1,9 @@
-"""How much a picture looks like a copy of another: of all of it, of a part of it, or of its mirror image.
+"""How much an image looks like a copy of another: of all of it, of a part of it, or of its mirror image.
 
-It needs no network. `hp_ms` compares detail (the picture minus its own blur), so that two pictures of one
+It needs no network. `hp_ms` compares detail (the image minus its own blur), so that two images of one
 subject in one place stay apart, and finds parts; `phash` compares the coarse layout, and finds what was pulled out of
 shape. A subject lifted into another place is found by neither.
-Shapes: P pictures, G pictures of the gallery, H/W/n pixels.
+Shapes: P images, G images of the gallery, H/W/n pixels.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 SIZE_PX = 64
-# Pictures large enough for it are looked at more closely: what two photographs of one thing share is coarse.
+# Images large enough for it are looked at more closely: what two photographs of one thing share is coarse.
 FINE_PX = 96
 FINE_BLUR_PX = 0.7
 BOX_PX = 9
@@ -30,28 +30,28 @@ _CHUNK = 8
 _FLAT = 1e-4  # detail weaker than this is none
 
 
-def hp_ms(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
-    """The best correlation of detail between every picture and every picture of a gallery, over crops and mirrors.
+def hp_ms(images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
+    """The best correlation of detail between every image and every image of a gallery, over crops and mirrors.
 
-    Both become 64x64 luma, or 96x96 and blurred a little, if no picture of the gallery is smaller than that. One of the
+    Both become 64x64 luma, or 96x96 and blurred a little, if no image of the gallery is smaller than that. One of the
     two, and then the other, is shrunk to each scale, gets its 9x9 box mean subtracted, and is laid over every place of
     the other; the score is the highest zero-mean normalised cross-correlation found.
 
     Args:
-        pictures: P pictures of any mode and size.
-        gallery: G pictures they may be copies of.
+        images: P images of any mode and size.
+        gallery: G images they may be copies of.
 
     Returns:
-        (P, G) float32 in [-1, 1]; 1 is a copy, a picture without any detail scores 0.
+        (P, G) float32 in [-1, 1]; 1 is a copy, an image without any detail scores 0.
 
     Raises:
         ValueError: One of the two is empty.
 
     Source: zero-mean normalised cross-correlation, Lewis 1995, "Fast normalized cross-correlation", equation 2.
     """
-    check_both(pictures, gallery)
-    size_px = FINE_PX if min(min(picture.size) for picture in gallery) >= FINE_PX else SIZE_PX
-    seen, known = luma(pictures, size_px), luma(gallery, size_px)
+    check_both(images, gallery)
+    size_px = FINE_PX if min(min(image.size) for image in gallery) >= FINE_PX else SIZE_PX
+    seen, known = luma(images, size_px), luma(gallery, size_px)
     if size_px == FINE_PX:
         # A crop comes to lie between two pixels and between two scales, where the finest detail does not match.
         seen, known = (blur(values[:, 0], FINE_BLUR_PX).unsqueeze(1) for values in (seen, known))
@@ -65,14 +65,14 @@ def hp_ms(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Te
     return torch.maximum(best[: len(seen)], best[len(seen) :])
 
 
-def phash(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
-    """The share of equal bits in the perceptual hashes of every picture and every picture of a gallery.
+def phash(images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
+    """The share of equal bits in the perceptual hashes of every image and every image of a gallery.
 
-    The better of two is taken, of the picture and of its mirror image.
+    The better of two is taken, of the image and of its mirror image.
 
     Args:
-        pictures: P pictures of any mode and size.
-        gallery: G pictures they may be copies of.
+        images: P images of any mode and size.
+        gallery: G images they may be copies of.
 
     Returns:
         (P, G) float32 in [0, 1], in steps of 1/64; 1 is a copy, about a half is chance.
@@ -83,48 +83,48 @@ def phash(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Te
     Source: Zauner 2010, "Implementation and benchmarking of perceptual image hash functions", section 3.2.1, in the
     variant of the library imagehash (low waves with the constant one, above their median).
     """
-    check_both(pictures, gallery)
+    check_both(images, gallery)
     known = _hashes(gallery)
-    mirrored = _hashes([ImageOps.mirror(picture) for picture in pictures])
-    equal = torch.maximum(_hashes(pictures) @ known.T, mirrored @ known.T)
+    mirrored = _hashes([ImageOps.mirror(image) for image in images])
+    equal = torch.maximum(_hashes(images) @ known.T, mirrored @ known.T)
     return (equal / HASH_WAVES**2 + 1) / 2
 
 
-def _hashes(pictures: Sequence[Image.Image]) -> Tensor:
+def _hashes(images: Sequence[Image.Image]) -> Tensor:
     """A bit for each of the 8x8 lowest waves in 32x32 luma: 1 above their median, else -1, (P, 64)."""
-    small = [p.convert("L").resize((HASH_PX, HASH_PX), Image.Resampling.LANCZOS) for p in pictures]
+    small = [p.convert("L").resize((HASH_PX, HASH_PX), Image.Resampling.LANCZOS) for p in images]
     luma = torch.stack([torch.from_numpy(np.array(p, dtype=np.float64)) for p in small])
     turns = torch.outer(torch.arange(HASH_WAVES).double(), torch.arange(HASH_PX).double() + 0.5)
     cosines = (turns * (math.pi / HASH_PX)).cos()
     waves = (cosines @ luma @ cosines.T).flatten(1)  # the cosine transform of type II
     ordered = waves.sort(dim=1).values
     middle = (ordered[:, HASH_WAVES**2 // 2 - 1] + ordered[:, HASH_WAVES**2 // 2]) / 2
-    # Waves that a flat picture has from rounding alone count as none.
+    # Waves that a flat image has from rounding alone count as none.
     return torch.where(waves > middle[:, None] + _FLAT, 1.0, -1.0)
 
 
-def check_both(pictures: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> None:
+def check_both(images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> None:
     """See that there is something to compare.
 
     Raises:
         ValueError: There is not.
     """
-    if not pictures or not gallery:
-        raise ValueError(f"Found {len(pictures)} pictures and a gallery of {len(gallery)}; both need at least one.")
+    if not images or not gallery:
+        raise ValueError(f"Found {len(images)} images and a gallery of {len(gallery)}; both need at least one.")
 
 
-def luma(pictures: Sequence[Image.Image], size_px: int = SIZE_PX) -> Tensor:
+def luma(images: Sequence[Image.Image], size_px: int = SIZE_PX) -> Tensor:
     """Brightness in [0, 1] by Rec. 601, (P, 1, size, size)."""
-    small = [p.convert("L").resize((size_px, size_px), Image.Resampling.BOX) for p in pictures]
+    small = [p.convert("L").resize((size_px, size_px), Image.Resampling.BOX) for p in images]
     return torch.stack([torch.from_numpy(np.array(p, dtype=np.float32) / 255) for p in small]).unsqueeze(1)
 
 
-def blur(pictures: Tensor, sigma: float) -> Tensor:
+def blur(images: Tensor, sigma: float) -> Tensor:
     """By a Gaussian, cut off at three deviations, (N, H, W)."""
     reach = int(3 * sigma)
     kernel = torch.exp(-torch.arange(-reach, reach + 1).square() / (2 * sigma**2))
     kernel = kernel / kernel.sum()
-    padded = F.pad(pictures.unsqueeze(1), (reach,) * 4, mode="replicate")
+    padded = F.pad(images.unsqueeze(1), (reach,) * 4, mode="replicate")
     rows = F.conv2d(padded, kernel.view(1, 1, 1, -1))
     return F.conv2d(rows, kernel.view(1, 1, -1, 1))[:, 0]
 
@@ -146,19 +146,19 @@ def _box_sums(values: Tensor, size: int) -> Tensor:
     return (rows[..., size:] - rows[..., :-size]).to(values.dtype)
 
 
-def _laid_over(stamps: Tensor, pictures: Tensor, size: int) -> Tensor:
-    """The best match of each stamp, shrunk to size x size, over all places in each picture, (stamps, pictures)."""
+def _laid_over(stamps: Tensor, images: Tensor, size: int) -> Tensor:
+    """The best match of each stamp, shrunk to size x size, over all places in each image, (stamps, images)."""
     shrunk = F.interpolate(stamps, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
     flat = detail(shrunk).flatten(1)
     flat = flat - flat.mean(dim=1, keepdim=True)
     flat = flat / flat.norm(dim=1, keepdim=True).clamp(min=_FLAT)
-    fine = detail(pictures)
+    fine = detail(images)
     mean, mean_square = (_box_sums(values[:, 0], size) / size**2 for values in (fine, fine.square()))
     deviation = ((mean_square - mean.square()).clamp(min=0).sqrt() * size).clamp(min=_FLAT)
     # A stamp never hangs over an edge where it counts, so the Fourier transform's wrapping round does no harm. Only
     # the places that count are transformed back: first the rows, then of each column.
     spectrum = torch.fft.rfft2(fine[:, 0]).mT.contiguous()
-    edge = pictures.shape[-1]
+    edge = images.shape[-1]
     places = edge - size + 1
     scores = []
     for chunk in flat.view(-1, size, size).split(_CHUNK):

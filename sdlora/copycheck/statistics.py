@@ -15,7 +15,7 @@ from torch import Tensor
 _MOST_SPLITS = 20_000
 _NUM_DRAWN = 9_999
 _FLAT = 1e-9
-_NEARLY_ONE = 1 - 1e-3  # likeness of a picture with itself is finite on Fisher's scale
+_NEARLY_ONE = 1 - 1e-3  # similarity of an image with itself is finite on Fisher's scale
 
 
 def p_values(observed: Tensor, null: Tensor) -> Tensor:

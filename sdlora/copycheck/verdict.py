@@ -1,8 +1,8 @@
-"""The copy check: which training picture each preview is most alike, and whether that is more than chance explains.
+"""The copy check: which training image each preview is most alike, and whether that is more than chance explains.
 
 A verdict needs two things: previews that hardly anything in the null is as alike as, and more of them than a
 test at 2 % gives by chance.
-Shapes: P previews, G pictures of the gallery, K pictures of the null, S scores.
+Shapes: P previews, G images of the gallery, K images of the null, S scores.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sdlora.copycheck.signals import Signal
 from sdlora.copycheck.statistics import binomial_tail, lower_bound, p_values, standing_out
 from sdlora.previews.sampler import Kind, PreviewRequest
 
-# With a null of a hundred, one odd picture in it may be as alike as a copy without blinding the check.
+# With a null of a hundred, one odd image in it may be as alike as a copy without blinding the check.
 ALPHA = 0.02
 CONFIDENCE = 0.999
 SIGNALS_TO_WATCH = 2
@@ -35,16 +35,16 @@ _NONE = Arbiters()
 
 @dataclass(frozen=True)
 class Match:
-    """A preview and the training picture that it is most alike.
+    """A preview and the training image that it is most alike.
 
     Attributes:
         prompt: What was drawn.
         kind: "training" for a caption of the set, "novel" for any other prompt.
         seed: Of the preview's starting noise.
-        nearest: The training picture's name.
-        hp_ms: Their likeness in detail, over crops and mirrors, in [-1, 1].
+        nearest: The training image's name.
+        hp_ms: Their similarity in detail, over crops and mirrors, in [-1, 1].
         phash: The share of equal bits of their perceptual hashes, in [0, 1].
-        p_value: How likely a picture that copies nothing is as alike to some training picture.
+        p_value: How likely an image that copies nothing is as alike to some training image.
         significant: Whether that is at most 2 %.
         file: The preview, seen from the check's folder.
         sscd: The cosine of SSCD's embeddings, in [-1, 1]; None unless it was asked.
@@ -64,8 +64,8 @@ class Match:
     guidance_norm: float | None = None
 
     @property
-    def likeness(self) -> float:
-        """The likeness that a person is told, in [0, 1]; 1 is a copy."""
+    def similarity(self) -> float:
+        """The similarity that a person is told, in [0, 1]; 1 is a copy."""
         return min(1.0, max(0.0, self.hp_ms))
 
 
@@ -92,9 +92,9 @@ class EpochCheck:
     signals: dict[str, dict[str, Any]]
     previews: list[Match]
 
-    def most_alike(self) -> Match:
-        """The preview that is least likely by chance; the highest likeness among equals."""
-        return min(self.previews, key=lambda match: (match.p_value, -match.likeness))
+    def most_similar(self) -> Match:
+        """The preview that is least likely by chance; the highest similarity among equals."""
+        return min(self.previews, key=lambda match: (match.p_value, -match.similarity))
 
     def write(self, folder: Path) -> None:
         """Keep it beside the previews."""
@@ -130,27 +130,27 @@ def check_previews(
     arbiters: Arbiters = _NONE,
     guidance_norms: Sequence[float] = (),
 ) -> EpochCheck:
-    """Compare the previews of an epoch with the training pictures.
+    """Compare the previews of an epoch with the training images.
 
     Args:
         request: What was drawn.
-        folder: The epoch's folder, with the pictures in `previews`.
-        gallery: The pictures that may have been copied.
-        null: Scores of pictures that copy nothing, (K, S).
+        folder: The epoch's folder, with the images in `previews`.
+        gallery: The images that may have been copied.
+        null: Scores of images that copy nothing, (K, S).
         signals: What else was measured.
         arbiters: Networks that are asked as well.
         guidance_norms: One per preview, or none at all.
     """
     files = [f"previews/{name}" for name in request.file_names()]
-    pictures = []
+    images = []
     for file in files:
-        with Image.open(folder / file) as picture:
-            pictures.append(reduced(picture))
-    trained = list(gallery.pictures.values())
-    scores = arbiters.scores(pictures, trained)  # (P, G, S)
+        with Image.open(folder / file) as image:
+            images.append(reduced(image))
+    trained = list(gallery.images.values())
+    scores = arbiters.scores(images, trained)  # (P, G, S)
     chances = p_values(scores.amax(dim=1), null).tolist()
     nearest = standing_out(scores, null).amax(dim=2).argmax(dim=1).tolist()
-    names = list(gallery.pictures)
+    names = list(gallery.images)
     norms: Sequence[float | None] = guidance_norms or [None] * len(files)
     matches = [
         Match(
@@ -163,16 +163,16 @@ def check_previews(
         )
     ]  # fmt: skip
     if arbiters.dinov2 is not None:
-        signals = [*signals, _fidelity(arbiters.dinov2, pictures, gallery)]
+        signals = [*signals, _fidelity(arbiters.dinov2, images, gallery)]
     return judge(matches, signals)
 
 
-def _fidelity(dinov2: Arbiter, pictures: Sequence[Image.Image], gallery: Gallery) -> Signal:
-    # Held-out pictures where there are any: likeness to those cannot be had by copying.
-    references = list((gallery.heldout or gallery.pictures).values())
-    value = concept_fidelity(dinov2, pictures, references)
-    which = "held-out" if gallery.heldout else "training"
-    meaning = f"DINOv2 finds previews and {which} pictures {value:.2f} alike in what they show, of 1."
+def _fidelity(dinov2: Arbiter, images: Sequence[Image.Image], gallery: Gallery) -> Signal:
+    # Validation images where there are any: similarity to those cannot be had by copying.
+    references = list((gallery.validation or gallery.images).values())
+    value = concept_fidelity(dinov2, images, references)
+    which = "held-out" if gallery.validation else "training"
+    meaning = f"DINOv2 finds previews and {which} images {value:.2f} alike in what they show, of 1."
     return Signal(FIDELITY, value, None, meaning)
 
 
@@ -215,10 +215,11 @@ def _reason(
 ) -> str:
     total = len(matches)
     if found:
-        best = max(found, key=lambda match: match.likeness)
+        best = max(found, key=lambda match: match.similarity)
         told = (
-            f"{len(found)} of {total} previews {'is' if len(found) == 1 else 'are'} more like a training picture than "
-            f"{1 - ALPHA:.0%} of what copies nothing; the most alike is {best.nearest} (likeness {best.likeness:.2f})"
+            f"{len(found)} of {total} previews {'is' if len(found) == 1 else 'are'} more like a training image than "
+            f"{1 - ALPHA:.0%} of what copies nothing; the most similar is {best.nearest} "
+            f"(similarity {best.similarity:.2f})"
         )
         novel = sum(match.kind == "novel" for match in found)
         if novel:
@@ -229,7 +230,7 @@ def _reason(
     if verdict == "watch":
         names = ", ".join(signal.name.replace("_", " ") for signal in outside)
         return f"No preview is a copy, but {len(outside)} early signs stand out: {names}."
-    return f"None of {total} previews is more like a training picture than pictures that copy nothing."
+    return f"None of {total} previews is more like a training image than images that copy nothing."
 
 
 def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int) -> tuple[int, str]:
@@ -237,7 +238,7 @@ def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int
 
     Args:
         checks: The check of every epoch from 1 on; empty if nothing was checked.
-        losses: Held-out losses by epoch, which count where DINOv2 was not asked; empty if none were measured.
+        losses: Validation losses by epoch, which count where DINOv2 was not asked; empty if none were measured.
         last: The last epoch.
 
     Returns:
@@ -252,19 +253,19 @@ def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int
     if not allowed:
         best = min(epochs, key=lambda epoch: (checks[epoch].share, epoch))
         return best, (
-            f"Every epoch copies training pictures. Epoch {best} is kept, where the fewest previews are copies. Train "
-            "with more pictures, or lower data.repeats, lora.rank or train.learning_rate, and leave loss.weighting at "
+            f"Every epoch copies training images. Epoch {best} is kept, where the fewest previews are copies. Train "
+            "with more images, or lower data.repeats, lora.rank or train.learning_rate, and leave loss.weighting at "
             "'constant': the others copy sooner (docs/timesteps.md)."
         )
     left_out = f" Left out because {'it copies' if len(copying) == 1 else 'they copy'}: epoch "
     told = f"{left_out}{', '.join(map(str, copying))}." if copying else ""
     if set(allowed) <= fidelities.keys():
         best = max(allowed, key=lambda epoch: fidelities[epoch])
-        fit = f"its likeness to the concept by DINOv2, {fidelities[best]:.3f}, is the highest"
+        fit = f"its similarity to the concept by DINOv2, {fidelities[best]:.3f}, is the highest"
     elif set(allowed) <= losses.keys():
         best = min(allowed, key=lambda epoch: losses[epoch])
-        fit = f"its held-out loss, {losses[best]:.5f}, is the lowest"
+        fit = f"its validation loss, {losses[best]:.5f}, is the lowest"
     else:
         best = allowed[-1]
-        return best, f"Epoch {best} is kept, the last one: without held-out pictures nothing can be compared.{told}"
+        return best, f"Epoch {best} is kept, the last one: without validation images nothing can be compared.{told}"
     return best, f"Epoch {best} is kept: {fit} of {len(allowed)} epochs.{told}"

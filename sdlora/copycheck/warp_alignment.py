@@ -1,9 +1,9 @@
-"""How much a picture looks like another one that was warped: pulled out of shape smoothly, mirrored or not.
+"""How much an image looks like another one that was warped: pulled out of shape smoothly, mirrored or not.
 
-Two pictures are first laid onto one another as well as a smooth displacement can, and then correlated; a copy
-that was warped is again alike in its detail. But so, a little, are two pictures of one subject: only other pictures of
+Two images are first laid onto one another as well as a smooth displacement can, and then correlated; a copy
+that was warped is again alike in its detail. But so, a little, are two images of one subject: only other images of
 that subject tell how much of it means anything.
-Shapes: P pictures, G pictures of the gallery, N pairs, K waves of the displacement, H/W pixels.
+Shapes: P images, G images of the gallery, N pairs, K waves of the displacement, H/W pixels.
 """
 
 from __future__ import annotations
@@ -29,18 +29,16 @@ _CHUNK = 64
 _FLAT = 1e-4  # detail weaker than this is none
 
 
-def registered(
-    pictures: Sequence[Image.Image], gallery: Sequence[Image.Image], excluded: Tensor | None = None
-) -> Tensor:
-    """The correlation of detail between every picture and the gallery's likeliest, once registered.
+def registered(images: Sequence[Image.Image], gallery: Sequence[Image.Image], excluded: Tensor | None = None) -> Tensor:
+    """The correlation of detail between every image and the gallery's likeliest, once registered.
 
-    Both become 64x64 luma. The two pictures of the gallery whose layout correlates best, mirrored or not, are
-    registered to the picture (`register`); the score is the zero-mean normalised cross-correlation of what a 9x9 box
+    Both become 64x64 luma. The two images of the gallery whose layout correlates best, mirrored or not, are
+    registered to the image (`register`); the score is the zero-mean normalised cross-correlation of what a 9x9 box
     mean takes away from both, blurred by 2 px, where they overlap.
 
     Args:
-        pictures: P pictures of any mode and size.
-        gallery: G pictures they may be copies of.
+        images: P images of any mode and size.
+        gallery: G images they may be copies of.
         excluded: Pairs that are not looked at, (P, G), or None.
 
     Returns:
@@ -49,13 +47,13 @@ def registered(
     Raises:
         ValueError: One of the two is empty.
     """
-    check_both(pictures, gallery)
-    seen, known = luma(pictures)[:, 0], luma(gallery)[:, 0]
+    check_both(images, gallery)
+    seen, known = luma(images)[:, 0], luma(gallery)[:, 0]
     both = torch.stack([seen, seen.flip(-1)], dim=1)  # (P, 2, H, W)
-    likeness = _layout(both) @ _layout(known).T  # (P, 2, G)
+    similarity = _layout(both) @ _layout(known).T  # (P, 2, G)
     if excluded is not None:
-        likeness = likeness.masked_fill(excluded.unsqueeze(1), -torch.inf)
-    best, mirrored = likeness.max(dim=1)
+        similarity = similarity.masked_fill(excluded.unsqueeze(1), -torch.inf)
+    best, mirrored = similarity.max(dim=1)
     found = torch.full(best.shape, -1.0)
     number = min(NUM_CANDIDATES, len(known))
     column = best.topk(number, dim=1).indices.flatten()
@@ -68,10 +66,10 @@ def registered(
 
 
 def register(moving: Tensor, still: Tensor) -> Tensor:
-    """The smooth displacement that lays pictures onto others.
+    """The smooth displacement that lays images onto others.
 
     It minimises |still(x) - moving(x + u(x))|^2 + stiffness * sum of (1 + n)^2 c^2, where u is a sum of products of
-    Legendre polynomials (of degree n in all, coefficients c in pixels) and both pictures are brought to mean 0 and
+    Legendre polynomials (of degree n in all, coefficients c in pixels) and both images are brought to mean 0 and
     deviation 1 over what they share, so that brightness and contrast do not matter. Gauss and Newton's steps, from
     coarse to fine.
 
@@ -123,7 +121,7 @@ def _correlation(moving: Tensor, still: Tensor) -> Tensor:
 
 
 def _waves() -> tuple[Tensor, Tensor]:
-    """Products of Legendre polynomials over a picture, (K, 64, 64), and their degrees, (K,)."""
+    """Products of Legendre polynomials over an image, (K, 64, 64), and their degrees, (K,)."""
     x = torch.linspace(-1, 1, SIZE_PX)
     lines = [torch.ones_like(x), x]
     for n in range(1, DEGREE):  # Bonnet's recursion
@@ -138,29 +136,29 @@ def _displacement(coefficients: Tensor, waves: Tensor) -> Tensor:
     return (both @ waves.flatten(1)).clamp(-MOST_PX, MOST_PX).view(-1, 2, SIZE_PX, SIZE_PX)
 
 
-def _move(pictures: Tensor, displacement: Tensor) -> tuple[Tensor, Tensor]:
-    """Pictures read at x + u(x), and 1 where that is inside them, else 0."""
+def _move(images: Tensor, displacement: Tensor) -> tuple[Tensor, Tensor]:
+    """Images read at x + u(x), and 1 where that is inside them, else 0."""
     line = torch.arange(SIZE_PX, dtype=torch.float32)
     x, y = displacement[:, 0] + line, displacement[:, 1] + line.unsqueeze(1)
     last = SIZE_PX - 1
     grid = torch.stack([x, y], dim=-1) * (2 / last) - 1
-    moved = F.grid_sample(pictures.unsqueeze(1), grid, mode="bilinear", padding_mode="border", align_corners=True)
+    moved = F.grid_sample(images.unsqueeze(1), grid, mode="bilinear", padding_mode="border", align_corners=True)
     return moved[:, 0], ((x >= 0) & (x <= last) & (y >= 0) & (y <= last)).float()
 
 
-def _standard(pictures: Tensor, inside: Tensor) -> Tensor:
+def _standard(images: Tensor, inside: Tensor) -> Tensor:
     """Brought to mean 0 and deviation 1 over what is inside."""
     num = inside.sum(dim=(1, 2)).clamp(min=1)
-    centred = pictures - ((pictures * inside).sum(dim=(1, 2)) / num)[:, None, None]
+    centred = images - ((images * inside).sum(dim=(1, 2)) / num)[:, None, None]
     deviation = ((centred.square() * inside).sum(dim=(1, 2)) / num).sqrt().clamp(min=1e-3)
     standard: Tensor = centred / deviation[:, None, None]
     return standard
 
 
-def _layout(pictures: Tensor) -> Tensor:
+def _layout(images: Tensor) -> Tensor:
     """What a blur leaves, as vectors whose products are correlations, (..., H W)."""
-    vectors = blur(pictures.reshape(-1, SIZE_PX, SIZE_PX), LAYOUT_PX).flatten(1)
+    vectors = blur(images.reshape(-1, SIZE_PX, SIZE_PX), LAYOUT_PX).flatten(1)
     vectors = vectors - vectors.mean(dim=1, keepdim=True)
     vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=_FLAT)
-    shaped: Tensor = vectors.view(*pictures.shape[:-2], -1)
+    shaped: Tensor = vectors.view(*images.shape[:-2], -1)
     return shaped

@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: the few sizes that pictures are trained at, so that none is cropped much.
+"""Aspect-ratio buckets: the few sizes that images are trained at, so that none is cropped much.
 
 Pure arithmetic.
 """
@@ -38,10 +38,10 @@ def choose_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
 
 
 def assign_buckets(sizes: Sequence[Bucket], resolution_px: int, step_px: int, *, buckets: bool) -> list[Bucket]:
-    """The bucket of each picture.
+    """The bucket of each image.
 
     Args:
-        sizes: The pictures' own widths and heights in pixels.
+        sizes: The images' own widths and heights in pixels.
         resolution_px: Edge of the square that sets the area of buckets.
         step_px: Step of the buckets' sizes.
         buckets: False crops everything to the square.

@@ -1,4 +1,4 @@
-"""Captions for pictures that have none, written by a model of the user's choice into `.txt` files beside them.
+"""Captions for images that have none, written by a model of the user's choice into `.txt` files beside them.
 
 Any image-to-text model of transformers' own classes will do; code that comes with a model is never run.
 """
@@ -20,7 +20,7 @@ from sdlora.data.images import load_image
 from sdlora.errors import BaseModelError, DataError
 from sdlora.events import Event, Notice, Progress
 
-QUESTION = "Describe this picture in one short sentence."
+QUESTION = "Describe this image in one short sentence."
 
 
 class Captioner:
@@ -56,15 +56,15 @@ class Captioner:
         self._model.eval().to(device)
 
     @torch.no_grad()
-    def caption(self, picture: Image.Image) -> str:
-        """One picture's caption on one line, the same every time; it may be empty.
+    def caption(self, image: Image.Image) -> str:
+        """One image's caption on one line, the same every time; it may be empty.
 
         Raises:
             BaseModelError: The model cannot be asked in this way.
         """
         chats = getattr(self._processor, "chat_template", None) is not None
         try:
-            inputs = self._chat(picture) if chats else self._plain(picture)
+            inputs = self._chat(image) if chats else self._plain(image)
             inputs = inputs.to(self._device, self._model.dtype)
             answer = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
         except (ValueError, TypeError) as error:
@@ -73,12 +73,12 @@ class Captioner:
             answer = answer[:, inputs["input_ids"].shape[1] :]
         return " ".join(self._processor.batch_decode(answer, skip_special_tokens=True)[0].split())
 
-    def _plain(self, picture: Image.Image) -> Any:
+    def _plain(self, image: Image.Image) -> Any:
         text = {} if self._prompt is None else {"text": self._prompt}
-        return self._processor(images=picture, return_tensors="pt", **text)
+        return self._processor(images=image, return_tensors="pt", **text)
 
-    def _chat(self, picture: Image.Image) -> Any:
-        asked = [{"type": "image", "image": picture}, {"type": "text", "text": self._prompt or QUESTION}]
+    def _chat(self, image: Image.Image) -> Any:
+        asked = [{"type": "image", "image": image}, {"type": "text", "text": self._prompt or QUESTION}]
         return self._processor.apply_chat_template(
             [{"role": "user", "content": asked}],
             add_generation_prompt=True,
@@ -92,11 +92,11 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
-def pictures_to_caption(folder: Path, *, overwrite: bool) -> list[Path]:
-    """The pictures that want a caption, by name.
+def images_to_caption(folder: Path, *, overwrite: bool) -> list[Path]:
+    """The images that want a caption, by name.
 
     Args:
-        folder: Of pictures.
+        folder: Of images.
         overwrite: Whether those whose caption is in a `.txt` file want another; one in `metadata.jsonl` stays.
 
     Raises:
@@ -108,21 +108,21 @@ def pictures_to_caption(folder: Path, *, overwrite: bool) -> list[Path]:
         raise DataError(f"The folder {str(folder)!r} has faults:\n" + "\n".join(f"  {fault}" for fault in faults))
     captions, _ = read_captions(folder)
     listed = {name for name in captions if not name.endswith(".txt")}
-    return [p.path for p in checkup.pictures if p.path.name not in listed and (overwrite or p.caption is None)]
+    return [p.path for p in checkup.images if p.path.name not in listed and (overwrite or p.caption is None)]
 
 
-def write_captions(pictures: list[Path], captioner: Captioner, *, overwrite: bool = False) -> Iterator[Event]:
-    """Write NAME.txt beside each picture.
+def write_captions(images: list[Path], captioner: Captioner, *, overwrite: bool = False) -> Iterator[Event]:
+    """Write NAME.txt beside each image.
 
     Args:
-        pictures: From `pictures_to_caption`.
+        images: From `images_to_caption`.
         captioner: Asked once for each.
         overwrite: Whether a caption that someone has written since is replaced.
 
     Yields:
-        Progress, and a notice for each picture that the model has no words for.
+        Progress, and a notice for each image that the model has no words for.
     """
-    for done, path in enumerate(pictures, start=1):
+    for done, path in enumerate(images, start=1):
         caption = captioner.caption(load_image(path, "white"))
         file = path.with_suffix(".txt")
         if not overwrite and file.is_file() and file.read_text(encoding="utf-8").strip():
@@ -131,4 +131,4 @@ def write_captions(pictures: list[Path], captioner: Captioner, *, overwrite: boo
             write_text(file, caption + "\n")
         else:
             yield Notice(f"{path.name}: the model has no words for it; write {path.stem}.txt yourself.")
-        yield Progress("captions", done, len(pictures))
+        yield Progress("captions", done, len(images))

@@ -1,4 +1,4 @@
-"""Captions: where they are read from, and what becomes of one at a given visit."""
+"""Captions: where they are read from, and what becomes of one at a given exposure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ METADATA = "metadata.jsonl"
 
 
 def read_captions(folder: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """All captions of a folder by picture file name (from `metadata.jsonl`) or stem (from `.txt` sidecars).
+    """All captions of a folder by image file name (from `metadata.jsonl`) or stem (from `.txt` sidecars).
 
     Returns:
         The captions: keys are file names for `metadata.jsonl` and "STEM.txt" for sidecars; values are stripped, never
@@ -81,7 +81,7 @@ def with_trigger(caption: str, trigger: str | None) -> str:
     return f"{trigger}, {caption}" if caption else trigger
 
 
-def caption_for_visit(
+def caption_for_exposure(
     caption: str,
     *,
     trigger: str | None,
@@ -90,48 +90,48 @@ def caption_for_visit(
     dropout: float,
     seed: int,
     example: str,
-    visit: int,
+    exposure: int,
 ) -> str:
-    """What is trained at one visit of a picture: a pure function of the arguments.
+    """What is trained at one exposure of an image: a pure function of the arguments.
 
     Args:
-        caption: The picture's own caption.
+        caption: The image's own caption.
         trigger: Put in front where it is missing.
         shuffle_tags: Whether comma-separated parts change places.
         keep_tags: How many parts stay in front.
-        dropout: Share of visits that get no words at all, 0 to 1.
+        dropout: Share of exposures that get no words at all, 0 to 1.
         seed: The run's seed.
-        example: The picture's name.
-        visit: From 1.
+        example: The image's name.
+        exposure: From 1.
     """
-    if seeds.uniform(seed, "caption dropout", example, visit) < dropout:
+    if seeds.uniform(seed, "caption dropout", example, exposure) < dropout:
         return ""
     text = with_trigger(caption, trigger)
     if not shuffle_tags:
         return text
     tags = [tag.strip() for tag in text.split(",") if tag.strip()]
     kept, rest = tags[:keep_tags], tags[keep_tags:]
-    order = seeds.permutation(len(rest), seed, "tag order", example, visit)
+    order = seeds.permutation(len(rest), seed, "tag order", example, exposure)
     return ", ".join(kept + [rest[index] for index in order])
 
 
-def preserved_caption(
-    caption: str, *, trigger: str, class_words: Sequence[str], seed: int, example: str, visit: int
+def prior_caption(
+    caption: str, *, trigger: str, class_words: Sequence[str], seed: int, example: str, exposure: int
 ) -> str:
-    """The caption at which the base's answer is preserved at one visit.
+    """The caption at which the base's answer is preserved at one exposure.
 
-    At half of the visits a class word stands in the trigger's place; at the other half there are no words, since
-    guidance subtracts the answer to those from every picture (Ho & Salimans 2207.12598, equation 6).
+    At half of the exposures a class word stands in the trigger's place; at the other half there are no words, since
+    guidance subtracts the answer to those from every image (Ho & Salimans 2207.12598, equation 6).
 
     Args:
-        caption: From `caption_for_visit`.
+        caption: From `caption_for_exposure`.
         trigger: The word that is replaced.
         class_words: One of them is drawn.
         seed: The run's seed.
-        example: The picture's name.
-        visit: From 1.
+        example: The image's name.
+        exposure: From 1.
     """
-    if seeds.uniform(seed, "preserved caption", example, visit) < 0.5:
+    if seeds.uniform(seed, "preserved caption", example, exposure) < 0.5:
         return ""
-    drawn = class_words[int(seeds.uniform(seed, "class word", example, visit) * len(class_words))]
+    drawn = class_words[int(seeds.uniform(seed, "class word", example, exposure) * len(class_words))]
     return _word(trigger).sub(lambda _: drawn, caption)

@@ -1,4 +1,4 @@
-"""The dataset's doctor: everything that is wrong or doubtful about a folder of pictures, file by file.
+"""The dataset's doctor: everything that is wrong or doubtful about a folder of images, file by file.
 
 `load_dataset` refuses what is an error here and passes warnings on; `sdlora data` shows both.
 """
@@ -48,8 +48,8 @@ class Finding:
 
 
 @dataclass(frozen=True, eq=False)
-class Picture:
-    """A picture that could be read.
+class Image:
+    """An image that could be read.
 
     Attributes:
         path: Where it is.
@@ -57,7 +57,7 @@ class Picture:
         size: Width and height in pixels.
         pixels: The hash of its pixels.
         thumbnail: (n,), see `sdlora.data.duplicates`.
-        mask: Its mask, the picture itself where that is its alpha channel; None if all of it counts.
+        mask: Its mask, the image itself where that is its alpha channel; None if all of it counts.
     """
 
     path: Path
@@ -70,7 +70,7 @@ class Picture:
 
 @dataclass(frozen=True, eq=False)
 class Look:
-    """What decoding a picture gives; the attributes are those of `Picture`."""
+    """What decoding an image gives; the attributes are those of `Image`."""
 
     size: Bucket
     pixels: str
@@ -82,18 +82,18 @@ class Checkup:
     """What was found in a folder.
 
     Attributes:
-        num_files: How many pictures there are, those included that cannot be read.
-        pictures: Those that can be read, by name.
+        num_files: How many images there are, those included that cannot be read.
+        images: Those that can be read, by name.
         findings: What is wrong.
     """
 
     num_files: int
-    pictures: tuple[Picture, ...]
+    images: tuple[Image, ...]
     findings: tuple[Finding, ...]
 
 
 def look_at(path: Path, background: str) -> Look:
-    """Decode a picture.
+    """Decode an image.
 
     Raises:
         DataError: It cannot be read.
@@ -112,27 +112,27 @@ def examine(
     masks: MaskKind = "none",
     look: Callable[[Path, str], Look] = look_at,
 ) -> Checkup:
-    """Look at every picture and caption of a folder, each picture decoded once.
+    """Look at every image and caption of a folder, each image decoded once.
 
     Args:
         folder: Read flat.
         background: Colour under transparent pixels.
-        caption: For pictures that have no caption of their own.
+        caption: For images that have no caption of their own.
         trigger: The word that captions should hold.
-        allow_trigger_only: Whether pictures may do without a caption, where there is a trigger.
+        allow_trigger_only: Whether images may do without a caption, where there is a trigger.
         masks: Where masks are looked for.
-        look: Decodes a picture, or remembers what that gave.
+        look: Decodes an image, or remembers what that gave.
 
     Raises:
-        DataError: The folder is missing or holds no pictures.
+        DataError: The folder is missing or holds no images.
     """
-    files, mask_files, lone = sort_masks(_picture_files(folder), masks)
+    files, mask_files, lone = sort_masks(_image_files(folder), masks)
     if not files:
-        raise DataError(f"The folder {str(folder)!r} holds nothing but masks. Put their pictures beside them.")
+        raise DataError(f"The folder {str(folder)!r} holds nothing but masks. Put their images beside them.")
     captions, faults = read_captions(folder)
     findings = [Finding("caption", "error", (name,), message) for name, message in faults]
     broken = {name for name, _ in faults}
-    pictures: list[Picture] = []
+    images: list[Image] = []
     uncaptioned: list[str] = []
     for path in files:
         shown = path.name.encode("utf-8", errors="backslashreplace").decode("utf-8")
@@ -153,20 +153,20 @@ def examine(
             continue
         mask, faulty = _mask(path, seen.size, mask_files, masks)
         findings += faulty
-        pictures.append(Picture(path, text, seen.size, seen.pixels, seen.thumbnail, mask))
+        images.append(Image(path, text, seen.size, seen.pixels, seen.thumbnail, mask))
     findings += _uncaptioned(uncaptioned, len(files))
     findings += _left_out(folder, files, captions)
-    findings += _copies(pictures)
-    findings += _without_trigger(pictures, trigger)
-    findings += _doubts_about_masks(pictures, mask_files, lone, masks)
-    return Checkup(len(files), tuple(pictures), tuple(findings))
+    findings += _copies(images)
+    findings += _without_trigger(images, trigger)
+    findings += _doubts_about_masks(images, mask_files, lone, masks)
+    return Checkup(len(files), tuple(images), tuple(findings))
 
 
 def examine_sizes(sizes: Mapping[str, Bucket], buckets: Mapping[str, Bucket]) -> list[Finding]:
-    """Look at whether pictures suit the sizes they are trained at.
+    """Look at whether images suit the sizes they are trained at.
 
     Args:
-        sizes: The pictures' own widths and heights in pixels, by name.
+        sizes: The images' own widths and heights in pixels, by name.
         buckets: The same for their buckets.
     """
     small = {
@@ -186,23 +186,22 @@ def examine_sizes(sizes: Mapping[str, Bucket], buckets: Mapping[str, Bucket]) ->
     if alone:
         message = (
             f"{_count(alone)} alone in a bucket, in a batch with no other: {some(list(alone.values()))}. "
-            "Crop to the shape of others, add pictures of that shape, or set data.buckets = false."
+            "Crop to the shape of others, add images of that shape, or set data.buckets = false."
         )
         found.append(Finding("lone bucket", "warning", tuple(alone), message))
     return found
 
 
-def copies_between(sets: Mapping[str, Sequence[Picture]]) -> list[Finding]:
-    """Pictures of one set that are in another, too.
+def copies_between(sets: Mapping[str, Sequence[Image]]) -> list[Finding]:
+    """Images of one set that are in another, too.
 
     Args:
-        sets: Pictures by the name of their set, which is put in front of theirs.
+        sets: Images by the name of their set, which is put in front of theirs.
     """
     renamed = {
-        name: [replace(picture, path=Path(name, picture.path.name)) for picture in pictures]
-        for name, pictures in sets.items()
+        name: [replace(image, path=Path(name, image.path.name)) for image in images] for name, images in sets.items()
     }
-    found = _copies([picture for pictures in renamed.values() for picture in pictures], whole_path=True)
+    found = _copies([image for images in renamed.values() for image in images], whole_path=True)
     return [finding for finding in found if len({Path(file).parent for file in finding.files}) > 1]
 
 
@@ -222,16 +221,16 @@ def some(names: Sequence[str], joint: str = ", ") -> str:
 
 
 def _count(names: Mapping[str, str]) -> str:
-    return "1 picture is" if len(names) == 1 else f"{len(names)} pictures are"
+    return "1 image is" if len(names) == 1 else f"{len(names)} images are"
 
 
-def _picture_files(folder: Path) -> list[Path]:
+def _image_files(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"There is no folder {str(folder)!r}. Check its spelling; it is looked up from where you are.")
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
     if not files:
         kinds = ", ".join(sorted(SUFFIXES))
-        raise DataError(f"The folder {str(folder)!r} holds no pictures ({kinds}).")
+        raise DataError(f"The folder {str(folder)!r} holds no images ({kinds}).")
     return files
 
 
@@ -247,7 +246,7 @@ def _uncaptioned(names: list[str], num_files: int) -> list[Finding]:
     if not names:
         return []
     message = (
-        f"{len(names)} of {num_files} pictures have no caption: {some(names)}. Write one into "
+        f"{len(names)} of {num_files} images have no caption: {some(names)}. Write one into "
         "NAME.txt beside each, or set data.caption for all, or data.trigger with data.allow_trigger_only."
     )
     return [Finding("no caption", "error", tuple(names), message)]
@@ -256,35 +255,35 @@ def _uncaptioned(names: list[str], num_files: int) -> list[Finding]:
 def _left_out(folder: Path, files: list[Path], captions: Mapping[str, str]) -> list[Finding]:
     found: list[Finding] = []
     folders = (path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    # A subfolder of that name is where `data.holdout` keeps its pictures, beside those it must not be trained with.
+    # A subfolder `holdout` holds validation images, which must not be trained on.
     subfolders = sorted(name for name in folders if name != "holdout")
     if subfolders:
-        message = f"Subfolders of {folder.name} are not read: {some(subfolders)}. Move their pictures up to train them."
+        message = f"Subfolders of {folder.name} are not read: {some(subfolders)}. Move their images up to train them."
         found.append(Finding("subfolder", "warning", tuple(subfolders), message))
     used = {path.name for path in files} | {f"{path.stem}.txt" for path in files}
     unused = sorted(set(captions) - used)
     if unused:
-        message = f"Captions without a picture: {some(unused)}. Name them as their pictures, or take them out."
+        message = f"Captions without an image: {some(unused)}. Name them as their images, or take them out."
         found.append(Finding("unused caption", "warning", tuple(unused), message))
     return found
 
 
-def _copies(pictures: list[Picture], *, whole_path: bool = False) -> list[Finding]:
-    same: dict[str, list[Picture]] = {}
-    for picture in pictures:
-        same.setdefault(picture.pixels, []).append(picture)
+def _copies(images: list[Image], *, whole_path: bool = False) -> list[Finding]:
+    same: dict[str, list[Image]] = {}
+    for image in images:
+        same.setdefault(image.pixels, []).append(image)
     groups = [group for group in same.values() if len(group) > 1]
-    found = [_group("duplicate", "the same picture", group, whole_path=whole_path) for group in groups]
+    found = [_group("duplicate", "the same image", group, whole_path=whole_path) for group in groups]
     distinct = [group[0] for group in same.values()]
     if distinct:
-        for indices in near_duplicates(np.stack([picture.thumbnail for picture in distinct])):
-            alike = [distinct[index] for index in indices]
-            found.append(_group("near-duplicate", "near-duplicates", alike, whole_path=whole_path))
+        for indices in near_duplicates(np.stack([image.thumbnail for image in distinct])):
+            similar = [distinct[index] for index in indices]
+            found.append(_group("near-duplicate", "near-duplicates", similar, whole_path=whole_path))
     return found
 
 
-def _group(kind: Kind, what: str, pictures: list[Picture], *, whole_path: bool) -> Finding:
-    names = tuple(picture.path.as_posix() if whole_path else picture.path.name for picture in pictures)
+def _group(kind: Kind, what: str, images: list[Image], *, whole_path: bool) -> Finding:
+    names = tuple(image.path.as_posix() if whole_path else image.path.name for image in images)
     return Finding(kind, "warning", names, f"{some(names, ' and ')} are {what}; keep one of them.")
 
 
@@ -294,8 +293,8 @@ def _many_groups(found: Sequence[Finding]) -> str:
     return f"{len(found)} {found[0].kind} {what}: {groups}; keep one of each."
 
 
-def _without_trigger(pictures: list[Picture], trigger: str | None) -> list[Finding]:
-    captioned = [picture for picture in pictures if picture.caption]
+def _without_trigger(images: list[Image], trigger: str | None) -> list[Finding]:
+    captioned = [image for image in images if image.caption]
     names = [p.path.name for p in captioned if trigger and p.caption and not has_word(p.caption, trigger)]
     if not names:
         return []
@@ -307,7 +306,7 @@ def _without_trigger(pictures: list[Picture], trigger: str | None) -> list[Findi
 
 
 def _mask(path: Path, size: Bucket, files: Mapping[str, Path], kind: MaskKind) -> tuple[Path | None, list[Finding]]:
-    """A picture's mask, and what is wrong with it."""
+    """An image's mask, and what is wrong with it."""
     mask = {"none": None, "alpha": path, "file": files.get(path.stem)}[kind]
     if mask is None:
         return None, []
@@ -320,27 +319,27 @@ def _mask(path: Path, size: Bucket, files: Mapping[str, Path], kind: MaskKind) -
     fault = None
     if image.size != size:
         own, other = (f"{width} x {height}" for width, height in (size, image.size))
-        fault = f"{mask.name} has {other} pixels and its picture {own}; save it in the picture's size."
+        fault = f"{mask.name} has {other} pixels and its image {own}; save it in the image's size."
     elif image.getextrema() == (0, 0):
-        fault = f"The mask of {path.name} hides all of it; mend it, or take the picture out."
+        fault = f"The mask of {path.name} hides all of it; mend it, or take the image out."
     return mask, [] if fault is None else [Finding("mask", "error", (mask.name,), fault)]
 
 
 def _doubts_about_masks(
-    pictures: list[Picture], files: Mapping[str, Path], lone: list[Path], kind: MaskKind
+    images: list[Image], files: Mapping[str, Path], lone: list[Path], kind: MaskKind
 ) -> list[Finding]:
     found: list[Finding] = []
     if lone:
         names = tuple(path.name for path in lone)
-        message = f"Masks without a picture: {some(names)}. A mask is called as its picture, with {END} at the end."
+        message = f"Masks without an image: {some(names)}. A mask is called as its image, with {END} at the end."
         found.append(Finding("lone mask", "warning", names, message))
-    whole = tuple(picture.path.name for picture in pictures if picture.mask is None)
+    whole = tuple(image.path.name for image in images if image.mask is None)
     if kind != "none" and whole:
         what = "no mask" if kind == "file" else "no transparent pixels"
-        message = f"{len(whole)} of {len(pictures)} pictures have {what} and are trained whole: {some(whole)}."
+        message = f"{len(whole)} of {len(images)} images have {what} and are trained whole: {some(whole)}."
         found.append(Finding("no mask", "warning", whole, message))
     if kind != "file" and files:
         names = tuple(path.name for path in files.values())
-        message = f"{some(names)}: masks are no pictures and not trained; data.masks = 'file' makes use of them."
+        message = f"{some(names)}: masks are no images and not trained; data.masks = 'file' makes use of them."
         found.append(Finding("unused mask", "warning", names, message))
     return found

@@ -1,4 +1,4 @@
-"""From a folder to examples: every picture decoded once, every fault named at once."""
+"""From a folder to examples: every image decoded once, every fault named at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from sdlora.errors import DataError
 
 @dataclass(frozen=True)
 class Example:
-    """One picture with its words.
+    """One image with its words.
 
     Attributes:
         name: File name, with its set's name and a slash in front where there are several; unique.
@@ -26,7 +26,7 @@ class Example:
         caption: Its caption as written.
         bucket: Width and height it is trained at, in pixels; its own size until buckets are assigned.
         size_px: Its own width and height, upright.
-        mask: What of it is trained; the picture itself where that is its alpha channel, None for all of it.
+        mask: What of it is trained; the image itself where that is its alpha channel, None for all of it.
         trigger: The word that calls up what it shows, if there is one.
         repeats: How often it is visited in an epoch.
     """
@@ -48,11 +48,11 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Pictures that can be trained on.
+    """Images that can be trained on.
 
     Attributes:
         folder: Where they are; the first one where there are several.
-        examples: The pictures, by name.
+        examples: The images, by name.
         notices: What the user should know of it, one sentence each.
     """
 
@@ -61,7 +61,7 @@ class Dataset:
     notices: tuple[str, ...]
 
     def with_buckets(self, resolution_px: int, bucket_step_px: int, *, buckets: bool) -> Dataset:
-        """The same pictures, each assigned the bucket nearest to its shape.
+        """The same images, each assigned the bucket nearest to its shape.
 
         Args:
             resolution_px: Edge of the square that sets the area of buckets.
@@ -74,19 +74,19 @@ class Dataset:
         return replace(self, examples=assigned)
 
     def without_masks(self) -> Dataset:
-        """The same pictures, all of each counting."""
+        """The same images, all of each counting."""
         return replace(self, examples=tuple(replace(example, mask=None) for example in self.examples))
 
 
 @dataclass(frozen=True)
 class Source:
-    """A folder, and what is said of all its pictures.
+    """A folder, and what is said of all its images.
 
     Attributes:
         folder: Read flat; subfolders are left out with a notice.
-        caption: For pictures that have no caption of their own.
+        caption: For images that have no caption of their own.
         trigger: The trigger word.
-        repeats: How often each picture is visited in an epoch.
+        repeats: How often each image is visited in an epoch.
     """
 
     folder: Path
@@ -105,19 +105,19 @@ def load_dataset(
     masks: MaskKind = "none",
     repeats: int = 1,
 ) -> Dataset:
-    """Read a folder of pictures with `.txt` sidecars or a `metadata.jsonl`.
+    """Read a folder of images with `.txt` sidecars or a `metadata.jsonl`.
 
     Args:
         folder: Read flat; subfolders are left out with a notice.
-        caption: For pictures that have no caption of their own.
+        caption: For images that have no caption of their own.
         trigger: The trigger word.
-        allow_trigger_only: Whether pictures may go with an empty caption, to which the trigger is added.
+        allow_trigger_only: Whether images may go with an empty caption, to which the trigger is added.
         background: Colour under transparent pixels.
         masks: Where masks are looked for.
-        repeats: How often each picture is visited in an epoch.
+        repeats: How often each image is visited in an epoch.
 
     Raises:
-        DataError: The folder is missing or empty, or pictures are broken or lack a caption; each file is named.
+        DataError: The folder is missing or empty, or images are broken or lack a caption; each file is named.
     """
     source = Source(folder, caption, trigger, repeats)
     checkup = _sound(source, allow_trigger_only=allow_trigger_only, background=background, masks=masks)
@@ -127,7 +127,7 @@ def load_dataset(
 def load_sets(
     sources: Mapping[str, Source], *, allow_trigger_only: bool, background: str, masks: MaskKind = "none"
 ) -> Dataset:
-    """Read several folders as one set; a picture's name is its set's name, a slash and its file name.
+    """Read several folders as one set; an image's name is its set's name, a slash and its file name.
 
     Args:
         sources: The folders by name; at least one.
@@ -149,7 +149,7 @@ def load_sets(
         raise DataError("\n".join(faults))
     examples = tuple(e for name, checkup in checkups.items() for e in _examples(sources[name], checkup, f"{name}/"))
     notices = [f"{name}: {told}" for name, checkup in checkups.items() for told in warnings_in_short(checkup.findings)]
-    shared = copies_between({name: checkup.pictures for name, checkup in checkups.items()})
+    shared = copies_between({name: checkup.images for name, checkup in checkups.items()})
     first, *_ = sources.values()
     return Dataset(first.folder, examples, (*notices, *warnings_in_short(shared)))
 
@@ -174,17 +174,17 @@ def _sound(source: Source, *, allow_trigger_only: bool, background: str, masks: 
 def _examples(source: Source, checkup: Checkup, prefix: str = "") -> tuple[Example, ...]:
     return tuple(
         Example(prefix + p.path.name, p.path, p.caption or "", p.size, p.size, p.mask, source.trigger, source.repeats)
-        for p in checkup.pictures
+        for p in checkup.images
     )
 
 
 def load_pixels(example: Example, background: str) -> Image.Image:
-    """An example's picture, cropped to its bucket."""
+    """An example's image, cropped to its bucket."""
     return crop_to_bucket(load_image(example.path, background), *example.bucket)
 
 
 def load_mask_pixels(example: Example) -> Image.Image | None:
-    """An example's mask, cropped as its picture; None if all of it counts.
+    """An example's mask, cropped as its image; None if all of it counts.
 
     Raises:
         DataError: Nothing that the mask shows is left after the crop.
@@ -197,13 +197,13 @@ def load_mask_pixels(example: Example) -> Image.Image | None:
         width, height = example.bucket
         raise DataError(
             f"What the mask of {example.name} shows is cut off in the crop to {width} x {height} pixels. "
-            "Crop the picture yourself, or take it out."
+            "Crop the image yourself, or take it out."
         )
     return cropped
 
 
 class Pixels(Mapping[str, Image.Image]):
-    """A dataset's pictures by name, cropped to their buckets; each is read when it is asked for.
+    """A dataset's images by name, cropped to their buckets; each is read when it is asked for.
 
     Args:
         dataset: Its buckets assigned.

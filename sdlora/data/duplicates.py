@@ -1,6 +1,6 @@
-"""Which pictures of a set are one picture saved twice: resized, compressed, slightly toned or mirrored.
+"""Which images of a set are one image saved twice: resized, compressed, slightly toned or mirrored.
 
-Pure. Shapes: P pictures, n = 16 * 16 * 3 values of a thumbnail.
+Pure. Shapes: P images, n = 16 * 16 * 3 values of a thumbnail.
 """
 
 from __future__ import annotations
@@ -23,18 +23,18 @@ shipped sets' highest are 0.513 (blueprint) and 0.750 (zumi).
 
 A hash of 64 bits (pHash, as of imagehash 4.3.2, on 2,000 scenes) fails here: at a distance of 4 it takes 94 of a
 million pairs for copies and misses 1.7 % of the brighter ones, for it sees no colour, and its bits are noise where a
-picture is flat.
+image is flat.
 """
 
 
 def thumbnail(image: Image.Image) -> NDArray[np.float32]:
-    """A picture's detail in colour: 16x16 pixels minus their own 5x5 mean, so that toning leaves it alone.
+    """An image's detail in colour: 16x16 pixels minus their own 5x5 mean, so that toning leaves it alone.
 
     Args:
-        image: An RGB picture of any size.
+        image: An RGB image of any size.
 
     Returns:
-        (n,), of length 1 and mean 0 in each channel; all zeros for a picture of one colour.
+        (n,), of length 1 and mean 0 in each channel; all zeros for an image of one colour.
     """
     pixels = np.asarray(image.resize((SIZE_PX, SIZE_PX), Image.Resampling.BOX), dtype=np.float64)
     edge = BOX_PX // 2
@@ -47,21 +47,21 @@ def thumbnail(image: Image.Image) -> NDArray[np.float32]:
 
 
 def near_duplicates(thumbnails: NDArray[np.float32]) -> list[tuple[int, ...]]:
-    """Groups of pictures that are near-duplicates of one another, or of one another's mirror image.
+    """Groups of images that are near-duplicates of one another, or of one another's mirror image.
 
     Args:
         thumbnails: (P, n), from `thumbnail`.
 
     Returns:
-        The indices of every group of two or more, ascending; pictures linked by a third are in one group.
+        The indices of every group of two or more, ascending; images linked by a third are in one group.
     """
     mirrored = thumbnails.reshape(-1, SIZE_PX, SIZE_PX, 3)[:, :, ::-1].reshape(thumbnails.shape)
     group = np.arange(len(thumbnails))
-    # In blocks, as products of matrices: one picture at a time, ten thousand would take minutes.
+    # In blocks, as products of matrices: one image at a time, ten thousand would take minutes.
     for first in range(0, len(thumbnails), _BLOCK):
         block, later = thumbnails[first : first + _BLOCK], slice(first, None)
-        alike = np.maximum(block @ thumbnails[later].T, block @ mirrored[later].T) >= ALIKE
-        for one, other in np.argwhere(alike):
+        similar = np.maximum(block @ thumbnails[later].T, block @ mirrored[later].T) >= ALIKE
+        for one, other in np.argwhere(similar):
             if one < other:
                 group[group == group[first + other]] = group[first + one]
     members = (np.flatnonzero(group == number) for number in dict.fromkeys(group.tolist()))

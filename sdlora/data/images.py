@@ -1,4 +1,4 @@
-"""Reading pictures as people see them: upright, opaque, eight bits of RGB.
+"""Reading images as people see them: upright, opaque, eight bits of RGB.
 
 Pillow leaves orientation, transparency and 16 bits to the caller; here each is treated or refused by name.
 Shapes: H/W pixels.
@@ -32,14 +32,14 @@ T = TypeVar("T")
 
 
 def load_image(path: Path, background: str) -> Image.Image:
-    """Decode a picture to RGB.
+    """Decode an image to RGB.
 
     Args:
         path: PNG, JPEG, WebP, BMP or TIFF, at most 100 million pixels.
         background: The colour laid under transparent pixels, as Pillow's ImageColor understands it.
 
     Returns:
-        An RGB picture, its EXIF orientation applied.
+        An RGB image, its EXIF orientation applied.
 
     Raises:
         DataError: The file is broken, animated, too large, or of another format; the message names it.
@@ -48,7 +48,7 @@ def load_image(path: Path, background: str) -> Image.Image:
 
 
 def load_alpha(path: Path) -> Image.Image | None:
-    """How opaque a picture is, in eight bits of grey, upright; None if it is opaque everywhere.
+    """How opaque an image is, in eight bits of grey, upright; None if it is opaque everywhere.
 
     Raises:
         DataError: As `load_image`.
@@ -68,12 +68,12 @@ def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
             if opened.mode == "F":
                 raise DataError(f"{path.name}: floating-point pixels are not read. Save it with 8 or 16 bits.")
             opened.load()
-            ImageOps.exif_transpose(opened, in_place=True)  # a copy of a large picture would take as much again
+            ImageOps.exif_transpose(opened, in_place=True)  # a copy of a large image would take as much again
             return convert(opened)
     except UnidentifiedImageError as error:
         allowed = ", ".join(FORMATS)
         raise DataError(
-            f"{path.name}: not a picture of a format that is read ({allowed}). Save it as one of them."
+            f"{path.name}: not an image of a format that is read ({allowed}). Save it as one of them."
         ) from error
     except _BROKEN as error:
         raise DataError(f"{path.name}: broken or cut off ({error}). Save it anew or take it out.") from error
@@ -105,15 +105,15 @@ def _alpha(image: Image.Image) -> Image.Image | None:
 
 
 def crop_to_bucket(image: Image.Image, width_px: int, height_px: int) -> Image.Image:
-    """Scale a picture until it covers a bucket, then cut the middle out."""
+    """Scale an image until it covers a bucket, then cut the middle out."""
     return ImageOps.fit(image, (width_px, height_px), method=Image.Resampling.LANCZOS, centering=(0.5, 0.5))
 
 
 def crop_origin(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
-    """Where `crop_to_bucket` begins to cut, from left and top in pixels of the scaled picture.
+    """Where `crop_to_bucket` begins to cut, from left and top in pixels of the scaled image.
 
     Args:
-        size: The picture's width and height.
+        size: The image's width and height.
         bucket: Width and height that are cut out.
     """
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
@@ -122,13 +122,13 @@ def crop_origin(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, in
 
 
 def to_tensor(image: Image.Image) -> Tensor:
-    """An RGB picture to (3, H, W) float32 in [-1, 1]."""
+    """An RGB image to (3, H, W) float32 in [-1, 1]."""
     pixels = torch.from_numpy(np.array(image, dtype=np.uint8))
     return pixels.permute(2, 0, 1).float() / 127.5 - 1
 
 
 def pixel_hash(image: Image.Image) -> str:
-    """The SHA-256 of a picture's size and pixels, in hexadecimal."""
+    """The SHA-256 of an image's size and pixels, in hexadecimal."""
     digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height} ".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()

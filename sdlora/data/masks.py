@@ -1,6 +1,6 @@
-"""Masks: which parts of a picture are trained. White counts, black does not.
+"""Masks: which parts of an image are trained. White counts, black does not.
 
-A mask has its picture's size and is cropped with it. Shapes: H/W pixels, h/w latents.
+A mask has its image's size and is cropped with it. Shapes: H/W pixels, h/w latents.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ END = "-mask.png"
 
 
 def sort_masks(files: Sequence[Path], kind: MaskKind) -> tuple[list[Path], dict[str, Path], list[Path]]:
-    """Tell pictures from masks, which are called NAME-mask.png beside a picture called NAME.
+    """Tell images from masks, which are called NAME-mask.png beside an image called NAME.
 
     Args:
-        files: The picture files of a folder.
-        kind: Where masks are looked for. Unless it is "file", a NAME-mask.png without a NAME is a picture.
+        files: The image files of a folder.
+        kind: Where masks are looked for. Unless it is "file", a NAME-mask.png without a NAME is an image.
 
     Returns:
-        The pictures; masks by their picture's stem; and, where masks are files, those that belong to no picture.
+        The images; masks by their image's stem; and, where masks are files, those that belong to no image.
     """
     stems = {path.stem for path in files}
     masks = {_owner(path): path for path in files if _named_as_mask(path) and _owner(path) in stems}
@@ -46,12 +46,12 @@ def _owner(path: Path) -> str:
     return path.name[: -len(END)]
 
 
-def load_mask(path: Path, picture: Path) -> Image.Image | None:
-    """A picture's mask in eight bits of grey, upright, of the file's own size.
+def load_mask(path: Path, image: Path) -> Image.Image | None:
+    """An image's mask in eight bits of grey, upright, of the file's own size.
 
     Args:
-        path: The mask; the picture itself where its alpha channel is the mask.
-        picture: The picture.
+        path: The mask; the image itself where its alpha channel is the mask.
+        image: The image.
 
     Returns:
         The mask; None if the alpha channel hides nothing.
@@ -60,14 +60,14 @@ def load_mask(path: Path, picture: Path) -> Image.Image | None:
         DataError: The file cannot be read.
     """
     # What is transparent in a mask file is hidden, too, whatever colour lies there.
-    return load_alpha(path) if path == picture else load_image(path, "black").convert("L")
+    return load_alpha(path) if path == image else load_image(path, "black").convert("L")
 
 
 def mask_shares(mask: Image.Image, height: int, width: int) -> Tensor:
     """How much of each latent's pixels a mask shows.
 
     Args:
-        mask: Grey, cropped as its picture.
+        mask: Grey, cropped as its image.
         height: Of the latents.
         width: Of the latents.
 

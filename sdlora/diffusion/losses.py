@@ -31,7 +31,7 @@ def mse_per_example(predicted: Tensor, target: Tensor, weights: Tensor | None = 
 
 
 def mean_per_example(errors: Tensor, weights: Tensor | None) -> Tensor:
-    """Means over everything but the batch: sum(w e) / (C sum(w)), so that a picture weighs the same whatever is masked.
+    """Means over everything but the batch: sum(w e) / (C sum(w)), so that an image weighs the same whatever is masked.
 
     Args:
         errors: (B, C, h, w).

@@ -1,7 +1,7 @@
-"""How evenly visits fall over the noise levels: by chance, spread inside a step, or spread over every picture too.
+"""How evenly exposures fall over the noise levels: by chance, spread inside a step, or spread over every image too.
 
-Everything is a function of the seed and of the plan (which picture is visited in which step), so that a
-resumed run, and one on several processes, trains every visit at the same timestep.
+Everything is a function of the seed and of the plan (which image is visited in which step), so that a
+resumed run, and one on several processes, trains every exposure at the same timestep.
 """
 
 from __future__ import annotations
@@ -12,39 +12,39 @@ from collections.abc import Callable, Hashable, Sequence
 from sdlora.common import seeds
 from sdlora.diffusion.timesteps import Draw
 
-Visit = tuple[str, int]
-"""A picture's name, and the how-manieth visit of it in the run, from 1."""
+Exposure = tuple[str, int]
+"""An image's name, and the how-manieth exposure of it in the run, from 1."""
 
 
-def cover(coverage: str, steps: Sequence[Sequence[Visit]], seed: int) -> list[list[Draw]]:
-    """Where every visit of a run falls among the quantiles of a density.
+def cover(coverage: str, steps: Sequence[Sequence[Exposure]], seed: int) -> list[list[Draw]]:
+    """Where every exposure of a run falls among the quantiles of a density.
 
     Args:
         coverage: "none", "batch" or "image".
-        steps: The visits of each optimizer step, in the order of training; each visit occurs once.
+        steps: The exposures of each optimizer step, in the order of training; each exposure occurs once.
         seed: The run's seed.
 
     Returns:
-        A draw per visit, in the same order.
+        A draw per exposure, in the same order.
 
     Raises:
         KeyError: There is no coverage of that name.
     """
-    ways: dict[str, Callable[[Sequence[Sequence[Visit]], int], list[list[Draw]]]] = {
+    ways: dict[str, Callable[[Sequence[Sequence[Exposure]], int], list[list[Draw]]]] = {
         "none": _by_chance,
         "batch": _spread_in_steps,
-        "image": _spread_over_pictures,
+        "image": _spread_over_images,
     }
     return ways[coverage](steps, seed)
 
 
-def _by_chance(steps: Sequence[Sequence[Visit]], seed: int) -> list[list[Draw]]:
+def _by_chance(steps: Sequence[Sequence[Exposure]], seed: int) -> list[list[Draw]]:
     """Independent draws."""
-    return [[Draw(0, 1, seeds.uniform(seed, "timestep", *visit)) for visit in step] for step in steps]
+    return [[Draw(0, 1, seeds.uniform(seed, "timestep", *exposure)) for exposure in step] for step in steps]
 
 
-def _spread_in_steps(steps: Sequence[Sequence[Visit]], seed: int) -> list[list[Draw]]:
-    """u_i = (u_0 + i / B) mod 1 over the B visits of a step.
+def _spread_in_steps(steps: Sequence[Sequence[Exposure]], seed: int) -> list[list[Draw]]:
+    """u_i = (u_0 + i / B) mod 1 over the B exposures of a step.
 
     Source: the low-discrepancy sampler of Kingma et al. 2107.00630.
     """
@@ -55,41 +55,41 @@ def _spread_in_steps(steps: Sequence[Sequence[Visit]], seed: int) -> list[list[D
     return draws
 
 
-def _spread_over_pictures(steps: Sequence[Sequence[Visit]], seed: int) -> list[list[Draw]]:
-    """Each picture's V visits fall into V equal slices, one into each, and each step's visits are spread as well.
+def _spread_over_images(steps: Sequence[Sequence[Exposure]], seed: int) -> list[list[Draw]]:
+    """Each image's V exposures fall into V equal slices, one into each, and each step's exposures are spread as well.
 
-    The visits are the edges of a graph between pictures and steps. Halving them again and again, so that every
-    picture and every step has as many edges in either half (or one more), gives each edge the binary digits of a
-    place in [0, 1). A picture's slices are the ranks of its visits' places; inside its slice a visit stands where
-    its place does, turned by an offset that all visits of a step share.
+    The exposures are the edges of a graph between images and steps. Halving them again and again, so that every
+    image and every step has as many edges in either half (or one more), gives each edge the binary digits of a
+    place in [0, 1). An image's slices are the ranks of its exposures' places; inside its slice an exposure stands where
+    its place does, turned by an offset that all exposures of a step share.
     """
-    edges = [(visit, number) for number, step in enumerate(steps) for visit in step]
-    visits_of: dict[str, list[int]] = {}
+    edges = [(exposure, number) for number, step in enumerate(steps) for exposure in step]
+    exposures_of: dict[str, list[int]] = {}
     for index, ((name, _), _) in enumerate(edges):
-        visits_of.setdefault(name, []).append(index)
-    finest = max([len(step) for step in steps] + [len(indices) for indices in visits_of.values()], default=1)
+        exposures_of.setdefault(name, []).append(index)
+    finest = max([len(step) for step in steps] + [len(indices) for indices in exposures_of.values()], default=1)
     places = _balanced_places([name for (name, _), _ in edges], [n for _, n in edges], (finest - 1).bit_length(), seed)
     slices = [0] * len(edges)
-    for indices in visits_of.values():
+    for indices in exposures_of.values():
         for rank, index in enumerate(sorted(indices, key=lambda i: places[i])):
             slices[index] = rank
     draws: list[list[Draw]] = [[] for _ in steps]
     for index, ((name, _), number) in enumerate(edges):
-        num_slices = len(visits_of[name])
+        num_slices = len(exposures_of[name])
         offset = (places[index] * num_slices + seeds.uniform(seed, "step offset", number)) % 1
         draws[number].append(Draw(slices[index], num_slices, offset))
     return draws
 
 
-def _balanced_places(pictures: Sequence[str], steps: Sequence[int], depth: int, seed: int) -> list[float]:
+def _balanced_places(images: Sequence[str], steps: Sequence[int], depth: int, seed: int) -> list[float]:
     """The binary digits of every edge's place, `depth` of them, as a number in [0, 1)."""
     rng = random.Random(seeds.derive(seed, "coverage"))
-    parts = [list(range(len(pictures)))]
-    places = [0.0] * len(pictures)
+    parts = [list(range(len(images)))]
+    places = [0.0] * len(images)
     for level in range(1, depth + 1):
         halves: list[list[int]] = []
         for part in parts:
-            upper = _halve([pictures[i] for i in part], [steps[i] for i in part], rng)
+            upper = _halve([images[i] for i in part], [steps[i] for i in part], rng)
             halves.append([i for i, up in zip(part, upper, strict=True) if not up])
             halves.append([i for i, up in zip(part, upper, strict=True) if up])
             for index in halves[-1]:
@@ -98,18 +98,18 @@ def _balanced_places(pictures: Sequence[str], steps: Sequence[int], depth: int, 
     return places
 
 
-def _halve(pictures: Sequence[Hashable], steps: Sequence[Hashable], rng: random.Random) -> list[bool]:
-    """Split edges in two so that the edges of every picture and of every step go to both halves alike, within one.
+def _halve(images: Sequence[Hashable], steps: Sequence[Hashable], rng: random.Random) -> list[bool]:
+    """Split edges in two so that the edges of every image and of every step go to both halves alike, within one.
 
-    Edges are paired at their pictures (consecutive visits, the last beside the first, from a start drawn at random so
-    that every visit is as likely as another to be left over) and at their steps (at random), and the two of a pair are
+    Edges are paired at their images (consecutive exposures, the last beside the first, from a start drawn at random so
+    that every exposure is equally likely to be left over) and at their steps (at random), and the two of a pair are
     kept apart. An edge has at most one partner of each kind, so the pairs make up paths and circles of even length,
     and going along them by turns of the two kinds never meets a contradiction.
     """
-    count = len(pictures)
+    count = len(images)
     first = rng.randrange(count) if count else 0
     in_turn = [(first + i) % count for i in range(count)]
-    partners = (_pairs(pictures, in_turn), _pairs(steps, rng.sample(range(count), count)))
+    partners = (_pairs(images, in_turn), _pairs(steps, rng.sample(range(count), count)))
     upper: list[bool | None] = [None] * count
     for start in range(count):
         if upper[start] is not None:

@@ -21,7 +21,7 @@ from sdlora.lora.quantize import Quantization, num_weights
 from sdlora.lora.targets import find_targets
 from sdlora.lora_files.verify import PROOF_LATENTS, PROOF_TIMESTEPS
 from sdlora.models.base import BaseModel
-from sdlora.training.loss import Batch, diffusion_loss, diffusion_loss_preserving
+from sdlora.training.loss import Batch, diffusion_loss, diffusion_loss_with_prior
 from sdlora.training.optimizers import Group
 from sdlora.training.train_step import LeanStep
 
@@ -73,7 +73,7 @@ class Setting:
         form: The adapter's, as the configuration describes it.
         shapes: The base's.
         dtype: The frozen UNet's type.
-        bucket: Width and height in pixels of the largest pictures.
+        bucket: Width and height in pixels of the largest images.
         cached_bytes: What latents and text states hold in the memory that is planned.
         on_cpu: Whether all of a run shares the memory that is planned: VAE and text encoders stay in it, and the base
             is loaded once more to prove every epoch's file. On a device of its own they take turns.
@@ -97,7 +97,7 @@ class Change:
     Attributes:
         change: What to set.
         peak_bytes: The peak with it.
-        time: Arithmetic per picture over that without the change.
+        time: Arithmetic per image over that without the change.
         price: What it costs, in a few words.
     """
 
@@ -118,9 +118,10 @@ def full_training_bytes(base_parameters: int) -> int:
 
 
 def preservation_time(share: float) -> float:
-    """Arithmetic of visits of which a share is compared with the base, over that of the same without any comparison.
+    """Arithmetic of exposures of which a share is compared with the base, over that of the same without any comparison.
 
-    A comparison takes the adapter's answer there and back, as a visit does, and the base's own answer, half as much.
+    A comparison takes the adapter's prediction forward and backward, as an exposure does, and the base model's forward,
+    half as much.
     """
     return 1 + 1.5 * share
 
@@ -194,7 +195,7 @@ def _step_cost(setting: Setting, base: MetaBase, adapter: Adapter, lean: LeanSte
             most = -(-size // config.train.preservation_every)
             with torch.no_grad():
                 kept = base.text(most)
-            plain, distance = diffusion_loss_preserving(
+            plain, distance = diffusion_loss_with_prior(
                 model, adapter, batch, torch.arange(most, device=META), base.text(most), kept
             )
             objective = torch.cat([plain, distance])
@@ -206,7 +207,7 @@ def _step_cost(setting: Setting, base: MetaBase, adapter: Adapter, lean: LeanSte
 
 
 def _preview_bytes(setting: Setting, base: MetaBase) -> int:
-    """What drawing previews holds beside the weights: the UNet's answers, or the pictures as they are decoded."""
+    """What drawing previews holds beside the weights: the UNet's answers, or the images as they are decoded."""
     config, shapes = setting.config, setting.shapes
     if not config.preview.enabled:
         return 0
@@ -232,7 +233,7 @@ def _proof_bytes(setting: Setting, base: MetaBase, count: int) -> int:
 
 
 def _encode_bytes(setting: Setting) -> int:
-    """What turning one picture into latents holds beside the weights."""
+    """What turning one image into latents holds beside the weights."""
     width, height = setting.bucket
     with torch.no_grad(), counted() as cost:
         pixels = torch.empty(1, 3, height, width, device=META)
@@ -257,18 +258,18 @@ def changes(setting: Setting, needed: Need, memory_bytes: int) -> list[Change]:
         Nothing if it fits as it is; otherwise as few as are enough, or all there are.
     """
     found: list[Change] = []
-    first, peak = _flops_per_picture(setting, needed), needed.peak_bytes
+    first, peak = _flops_per_image(setting, needed), needed.peak_bytes
     for change, price, changed in _cheaper(setting):
         if peak <= memory_bytes:
             break
         less = need(changed)
         if less.peak_bytes < peak:
             peak = less.peak_bytes
-            found.append(Change(change, peak, _flops_per_picture(changed, less) / first, price))
+            found.append(Change(change, peak, _flops_per_image(changed, less) / first, price))
     return found
 
 
-def _flops_per_picture(setting: Setting, needed: Need) -> float:
+def _flops_per_image(setting: Setting, needed: Need) -> float:
     return needed.flops / setting.config.train.batch_size
 
 
@@ -302,7 +303,7 @@ def _cheaper(setting: Setting) -> Iterator[tuple[str, str, Setting]]:
         step = setting.config.data.bucket_step_px
         width, height = (max(step, round(edge * share / step) * step) for edge in setting.bucket)
         smaller = replace(setting, bucket=(width, height))
-        yield f"data.resolution_px = {min(width, height)}", "pictures are trained smaller", smaller
+        yield f"data.resolution_px = {min(width, height)}", "images are trained smaller", smaller
 
 
 def _quantized(setting: Setting, kind: Quantization) -> Setting:

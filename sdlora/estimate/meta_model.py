@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdlora.diffusion.noise import PredictionType
 from sdlora.lora.quantize import Quantization, quantize_linears
 from sdlora.models.architectures import ARCHITECTURES, Family
-from sdlora.models.base import BaseModel, TextStates
+from sdlora.models.base import BaseModel, TextEmbeddings
 
 META = torch.device("meta")
 _POOLED_WIDTH = 1280
@@ -123,7 +123,7 @@ class MetaBase:
             quantize_linears(self.unet, quantization)
         self.num_tokens = int(shapes.text_encoders[0]["max_position_embeddings"])
 
-    def text(self, batch_size: int) -> TextStates:
+    def text(self, batch_size: int) -> TextEmbeddings:
         """Text states as the UNet takes them, (B, L, D), through the text encoders where they are trained."""
         config = self.unet.config
         if self.text_encoders:
@@ -141,7 +141,7 @@ class MetaBase:
             found["time_ids"] = torch.empty(batch_size, num_sizes, device=META)
         return found
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
         """The UNet's answer (B, C, h, w) in float32, for latents (B, C, h, w) at timesteps (B,)."""
         dtype = self.unet.dtype
         added = {name: value.to(dtype) for name, value in text.items() if name != "states"}
@@ -152,7 +152,7 @@ class MetaBase:
 
 
 def latents(shapes: Shapes, batch_size: int, size_px: Sequence[int]) -> Tensor:
-    """Empty latents (B, C, h, w) of pictures of a width and a height."""
+    """Empty latents (B, C, h, w) of images of a width and a height."""
     width, height = (edge // shapes.latent_factor for edge in size_px)
     channels = shapes.unet.get("in_channels", 4)
     return torch.empty(batch_size, channels, height, width, device=META)

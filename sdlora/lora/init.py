@@ -43,8 +43,8 @@ def starting_factors(
     matrix = weight.detach().float().cpu().flatten(1)
     if rank > min(matrix.shape):
         raise ConfigError(
-            f"lora.start = {start!r} needs a rank of at most {min(matrix.shape)} on a layer of {matrix.shape[0]} "
-            f"outputs and {matrix.shape[1]} inputs, found {rank}. Lower lora.rank or take lora.start = 'gaussian'."
+            f"lora.init = {start!r} needs a rank of at most {min(matrix.shape)} on a layer of {matrix.shape[0]} "
+            f"outputs and {matrix.shape[1]} inputs, found {rank}. Lower lora.rank or take lora.init = 'gaussian'."
         )
     if start == "orthogonal":
         matrix = torch.randn(matrix.shape, generator=generator) / rank

@@ -177,16 +177,16 @@ class Adapter:
                 layer.enabled = before[path]
 
     @contextmanager
-    def dropping(self, seed: int, visits: Sequence[tuple[str, int]]) -> Iterator[None]:
+    def dropping(self, seed: int, exposures: Sequence[tuple[str, int]]) -> Iterator[None]:
         """Dropout for the length of the block, for batches of these samples; outside of it nothing is dropped.
 
         Args:
             seed: The run's seed.
-            visits: (example, visit) of every sample; a sample's zeros are a function of both and of the module.
+            exposures: (example, exposure) of every sample; a sample's zeros are a function of both and of the module.
         """
         dropped = {path: layer for path, layer in self.layers.items() if layer.dropout > 0}
         for path, layer in dropped.items():
-            layer.dropout_seeds = tuple(seeds.derive(seed, "dropout", path, *visit) for visit in visits)
+            layer.dropout_seeds = tuple(seeds.derive(seed, "dropout", path, *exposure) for exposure in exposures)
         try:
             yield
         finally:

@@ -1,6 +1,6 @@
 """The LoRA file: written atomically with the metadata that other programs read, and read back with care.
 
-Metadata holds captions and folder names only if they are asked for: what a picture shows and where it lay is
+Metadata holds captions and folder names only if they are asked for: what an image shows and where it lay is
 the artist's own.
 """
 

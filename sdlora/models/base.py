@@ -17,12 +17,12 @@ from torch import Tensor, nn
 from sdlora.data.dataset import Example
 from sdlora.diffusion.noise import PredictionType
 
-TextStates = dict[str, Tensor]
-"""What the UNet is told of captions and pictures: named tensors, the batch first."""
+TextEmbeddings = dict[str, Tensor]
+"""What the UNet is told of captions and images: named tensors, the batch first."""
 
 
 class BaseModel(Protocol):
-    """A frozen base: what turns pictures and captions into tensors, and the network that is adapted.
+    """A frozen base: what turns images and captions into tensors, and the network that is adapted.
 
     Attributes:
         architecture: ModelSpec's name of the family, such as "stable-diffusion-v1".
@@ -66,12 +66,12 @@ class BaseModel(Protocol):
         """Moments (B, 2C, h, w) and standard normal noise (B, C, h, w) to scaled latents (B, C, h, w)."""
         ...
 
-    def encode_captions(self, captions: Sequence[str]) -> TextStates:
+    def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
         """Captions to what `predict` takes, the batch first; gradients reach a text encoder's adapter."""
         ...
 
-    def picture_states(self, examples: Sequence[Example]) -> TextStates:
-        """What `predict` takes beside the captions' states: a function of each picture's size and crop alone."""
+    def image_states(self, examples: Sequence[Example]) -> TextEmbeddings:
+        """What `predict` takes beside the captions' states: a function of each image's size and crop alone."""
         ...
 
     def preview_prompts(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
@@ -82,7 +82,7 @@ class BaseModel(Protocol):
         """How many tokens a caption needs, the start and end marks included."""
         ...
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
         """The network's answer (B, C, h, w) in float32, for latents (B, C, h, w) at timesteps (B,)."""
         ...
 

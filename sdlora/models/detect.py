@@ -65,7 +65,7 @@ def recognise(header: Header, name: str) -> Recognised:
     _refuse_refiner(header, name)
     channels = _num_inputs(header, _UNET + "input_blocks.0.0.weight")
     if channels != 4:
-        kinds = {9: "an inpainting", 5: "a depth", 8: "a picture-editing"}
+        kinds = {9: "an inpainting", 5: "a depth", 8: "an image-editing"}
         kind = kinds.get(channels, "no plain")
         raise BaseModelError(
             f"{name} is {kind} checkpoint: its UNet takes {channels} channels instead of 4. Train on the plain model "
@@ -78,7 +78,7 @@ def recognise(header: Header, name: str) -> Recognised:
         )
     family = _family(header)
     if header.has(_UNET + "label_emb.") != (family == "sdxl"):
-        raise BaseModelError(f"{name} takes pictures as prompts (unCLIP), which sdlora does not train.")
+        raise BaseModelError(f"{name} takes images as prompts (unCLIP), which sdlora does not train.")
     _check_whole(header, family, name)
     _check_shapes(header, family, name)
     return Recognised(family, _prediction_type(header, family), "ztsnr" in header.shapes)
@@ -103,7 +103,7 @@ def _refuse_refiner(header: Header, name: str) -> None:
     only_second = header.has("conditioner.embedders.0.model.") and not header.has("conditioner.embedders.1.")
     if only_second or _num_inputs(header, _UNET + "label_emb.0.0.weight") == _REFINER_WIDTH:
         raise BaseModelError(
-            f"{name} is the refiner of Stable Diffusion XL, which only finishes pictures. Train on the base model."
+            f"{name} is the refiner of Stable Diffusion XL, which only finishes images. Train on the base model."
         )
 
 

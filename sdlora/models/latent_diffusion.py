@@ -120,12 +120,12 @@ class LatentDiffusion:
         """Rescale the schedule, for training and for previews, so that the highest level is pure noise.
 
         Raises:
-            ConfigError: The base predicts epsilon, which says nothing of the picture where there is only noise.
+            ConfigError: The base predicts epsilon, which says nothing of the image where there is only noise.
         """
         if self.prediction_type != "v_prediction":
             raise ConfigError(
                 f"loss.zero_terminal_snr needs a v-prediction base, and {self.path!r} predicts {self.prediction_type}. "
-                "Set it to false, or raise loss.noise_offset a little for darker and brighter pictures."
+                "Set it to false, or raise loss.noise_offset a little for darker and brighter images."
             )
         self.alphas_cumprod = zero_terminal_snr(self.alphas_cumprod)
         # Sampling must begin at the last level, too (Lin et al. 2305.08891, section 3.3); DDIM can.
@@ -191,12 +191,12 @@ def refuse_other_inputs(source: Source) -> None:
     """Refuse a UNet that takes more than noisy latents and text.
 
     Raises:
-        BaseModelError: It is for inpainting, depth, edits or pictures as prompts.
+        BaseModelError: It is for inpainting, depth, edits or images as prompts.
     """
     unet, vae = source.pipeline.unet, source.pipeline.vae
     channels, own = unet.config.in_channels, vae.config.latent_channels
     if channels != own:
-        kinds = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits pictures"}
+        kinds = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits images"}
         kind = kinds.get(channels, "no plain text-to-image model")
         raise BaseModelError(
             f"The UNet of {source.path!r} takes {channels} channels and its VAE makes {own}: this is {kind}. "
@@ -204,7 +204,7 @@ def refuse_other_inputs(source: Source) -> None:
         )
     if unet.config.class_embed_type is not None or unet.config.encoder_hid_dim_type is not None:
         raise BaseModelError(
-            f"The UNet of {source.path!r} takes pictures as prompts (unCLIP or the like), which sdlora does not train. "
+            f"The UNet of {source.path!r} takes images as prompts (unCLIP or the like), which sdlora does not train. "
             "Choose a text-to-image base."
         )
 

@@ -38,8 +38,8 @@ _PLAIN = "Train on the plain model it was made from; the LoRA works on both."
 _REFUSED = {
     "Inpaint": f"an inpainting model. {_PLAIN}",
     "Depth2Img": f"a depth model. {_PLAIN}",
-    "InstructPix2Pix": f"a model that edits pictures. {_PLAIN}",
-    "StableDiffusionXLImg2Img": "the refiner of Stable Diffusion XL, which only finishes pictures. Train on the base.",
+    "InstructPix2Pix": f"a model that edits images. {_PLAIN}",
+    "StableDiffusionXLImg2Img": "the refiner of Stable Diffusion XL, which only finishes images. Train on the base.",
 }
 _OTHER = "which is none of Stable Diffusion 1.x, 2.x and XL. sdlora trains these three."
 

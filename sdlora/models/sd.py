@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from sdlora.data.dataset import Example
-from sdlora.models.base import TextStates
+from sdlora.models.base import TextEmbeddings
 from sdlora.models.latent_diffusion import LatentDiffusion, Source, refuse_other_inputs
 from sdlora.models.text import TextOptions, check_clip_skip, layer_states, tokens_in_windows
 
@@ -43,14 +43,14 @@ class StableDiffusion(LatentDiffusion):
         num_layers = source.pipeline.text_encoder.config.num_hidden_layers
         return check_clip_skip(text.clip_skip, num_layers, source.path)
 
-    def encode_captions(self, captions: Sequence[str]) -> TextStates:
+    def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
         """Captions to {"states": (B, N L, D)}; words past the last window are cut off."""
         tokens = tokens_in_windows(self.tokenizers[0], captions, self.text.max_windows)
         states = layer_states(self.bring_text_encoders()[0], tokens.flatten(0, 1).to(self.device), self._layer)
         return {"states": states.reshape(len(captions), -1, states.shape[-1])}
 
-    def picture_states(self, examples: Sequence[Example]) -> TextStates:
-        """Nothing: this family is not told of a picture's size."""
+    def image_states(self, examples: Sequence[Example]) -> TextEmbeddings:
+        """Nothing: this family is not told of an image's size."""
         return {}
 
     def preview_prompts(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class StableDiffusion(LatentDiffusion):
             "negative_prompt_embeds": self.encode_captions(negative_prompts)["states"],
         }
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
         """The UNet's answer (B, C, h, w) in float32."""
         dtype = self.unet.dtype
         answer: Tensor = self.unet(noisy.to(dtype), timesteps, text["states"].to(dtype), return_dict=False)[0]

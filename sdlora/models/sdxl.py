@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders side by side, a pooled text, and the picture's sizes.
+"""Stable Diffusion XL: two text encoders side by side, a pooled text, and the image's sizes.
 
 Shapes: B batch, C latent channels (4), h/w latents, N windows, L tokens (77), D text width (768 + 1280),
 P pooled width (1280).
@@ -15,7 +15,7 @@ from torch import Tensor
 from sdlora.data.dataset import Example
 from sdlora.data.images import crop_origin
 from sdlora.errors import BaseModelError
-from sdlora.models.base import TextStates
+from sdlora.models.base import TextEmbeddings
 from sdlora.models.latent_diffusion import LatentDiffusion, Source, refuse_other_inputs
 from sdlora.models.text import TextOptions, check_no_clip_skip, tokens_in_windows
 
@@ -47,7 +47,7 @@ class StableDiffusionXL(LatentDiffusion):
         check_no_clip_skip(text.clip_skip, "Stable Diffusion XL")
         super().__init__(source, device=device, dtype=dtype, text=text)
 
-    def encode_captions(self, captions: Sequence[str]) -> TextStates:
+    def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
         """Captions to {"states": (B, N L, D), "pooled": (B, P)}; the pooled text is the first window's."""
         states: list[Tensor] = []
         pooled = torch.empty(0)
@@ -62,8 +62,8 @@ class StableDiffusionXL(LatentDiffusion):
             "pooled": pooled.reshape(len(captions), self.text.max_windows, -1)[:, 0],
         }
 
-    def picture_states(self, examples: Sequence[Example]) -> TextStates:
-        """{"sizes": (B, 6)}: height and width of the picture, top and left of the crop, height and width trained."""
+    def image_states(self, examples: Sequence[Example]) -> TextEmbeddings:
+        """{"sizes": (B, 6)}: height and width of the image, top and left of the crop, height and width trained."""
         rows = []
         for example in examples:
             (width, height), (to_width, to_height) = example.size_px, example.bucket
@@ -81,7 +81,7 @@ class StableDiffusionXL(LatentDiffusion):
             "negative_pooled_prompt_embeds": unwanted["pooled"],
         }
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextStates) -> Tensor:
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
         """The UNet's answer (B, C, h, w) in float32."""
         dtype = self.unet.dtype
         conditions = {"text_embeds": text["pooled"].to(dtype), "time_ids": text["sizes"]}
@@ -97,6 +97,6 @@ def _refuse_refiner(source: Source) -> None:
     second = source.pipeline.text_encoder_2
     if source.pipeline.text_encoder is None or second is None or pooled != second.config.projection_dim:
         raise BaseModelError(
-            f"{source.path!r} is the refiner of Stable Diffusion XL, which only finishes pictures. "
+            f"{source.path!r} is the refiner of Stable Diffusion XL, which only finishes images. "
             "Train on the base model."
         )

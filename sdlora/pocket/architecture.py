@@ -70,7 +70,7 @@ def build_tokenizer(folder: Path) -> CLIPTokenizer:
 
 
 def build_vae() -> AutoencoderKL:
-    """The autoencoder: 64x64 pictures to 16x16 latents of four channels."""
+    """The autoencoder: 64x64 images to 16x16 latents of four channels."""
     return AutoencoderKL(
         block_out_channels=(16, 32, 64),
         layers_per_block=1,

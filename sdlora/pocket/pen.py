@@ -35,7 +35,7 @@ def new_canvas(color: Color) -> Image.Image:
 
 
 def shrink(canvas: Image.Image) -> Image.Image:
-    """The finished 64x64 picture: the canvas averaged down, which smooths the edges."""
+    """The finished 64x64 image: the canvas averaged down, which smooths the edges."""
     return canvas.reduce(OVERSAMPLING)
 
 
@@ -44,9 +44,9 @@ class Pen:
     """Draws in local coordinates and remembers where the patterned colour went.
 
     Args:
-        canvas: The oversampled picture, drawn on in place.
-        center: Where the local origin lies, in pixels of the finished picture.
-        radius_px: How long one local unit is, in pixels of the finished picture.
+        canvas: The oversampled image, drawn on in place.
+        center: Where the local origin lies, in pixels of the finished image.
+        radius_px: How long one local unit is, in pixels of the finished image.
         angle: Turn, in radians, clockwise.
         mirrored: Whether left and right are exchanged.
         color: The subject's colour.
@@ -97,7 +97,7 @@ class Pen:
         ImageDraw.Draw(self._mask).polygon(placed, fill=0)
 
     def line(self, points: Sequence[Point], color: Color, width_px: float = 1.0) -> None:
-        """An open stroke, its width in pixels of the finished picture."""
+        """An open stroke, its width in pixels of the finished image."""
         self._stroke(self.place(points), color, width_px)
 
     def _stroke(self, placed: Sequence[Point], color: Color, width_px: float) -> None:

@@ -1,7 +1,7 @@
 """Makes pocket from nothing: `python -m sdlora.pocket.pretrain --work DIR` draws, trains and writes the base.
 
 Three stages, each with checkpoints in the work folder, so that the command can be cut and given again: the
-autoencoder on pictures, text encoder and UNet together on its latents (Rombach et al. 2112.10752), with an
+autoencoder on images, text encoder and UNet together on its latents (Rombach et al. 2112.10752), with an
 exponential moving average and caption dropout for classifier-free guidance (Ho & Salimans 2207.12598), and the
 decoder once more alone.
 
@@ -46,13 +46,13 @@ class Plan:
     vae_steps: int
     decoder_steps: int
     steps: int
-    num_pictures: int
+    num_images: int
     batch_size: int
     learning_rate: float
 
 
 def doodle(seed: int) -> Image.Image:
-    """A picture outside the world (any shapes in any colours), so that the autoencoder can hold new subjects."""
+    """An image outside the world (any shapes in any colours), so that the autoencoder can hold new subjects."""
     rng = random.Random(derive(0, "doodle", seed))
     canvas = world.render_canvas(world.random_scene(seed, unseen=False))
     for _ in range(rng.randint(3, 8)):
@@ -72,10 +72,10 @@ def doodle(seed: int) -> Image.Image:
     return shrink(canvas)
 
 
-def to_tensor(pictures: list[Image.Image]) -> Tensor:
-    """Pictures to a (B, 3, H, W) tensor in [-1, 1]."""
-    data = torch.frombuffer(bytearray(b"".join(p.tobytes() for p in pictures)), dtype=torch.uint8)
-    return data.view(len(pictures), SIZE_PX, SIZE_PX, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
+def to_tensor(images: list[Image.Image]) -> Tensor:
+    """Images to a (B, 3, H, W) tensor in [-1, 1]."""
+    data = torch.frombuffer(bytearray(b"".join(p.tobytes() for p in images)), dtype=torch.uint8)
+    return data.view(len(images), SIZE_PX, SIZE_PX, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def _autocast(device: str) -> torch.autocast:
@@ -206,8 +206,8 @@ def finish_decoder(plan: Plan, vae_file: Path) -> Path:
             group["lr"] = VAE_LEARNING_RATE * learning_rate_scale(step, plan.decoder_steps, decay_share=0.7)
         seeds = [DECODER_SEEDS + step * VAE_BATCH_SIZE + i for i in range(VAE_BATCH_SIZE)]
         quarter = VAE_BATCH_SIZE // 4
-        pictures = [world.render(world.random_scene(s, unseen=False)) for s in seeds[quarter:]]
-        pixels = to_tensor([doodle(s) for s in seeds[:quarter]] + pictures).to(plan.device)
+        images = [world.render(world.random_scene(s, unseen=False)) for s in seeds[quarter:]]
+        pixels = to_tensor([doodle(s) for s in seeds[:quarter]] + images).to(plan.device)
         with _autocast(plan.device):
             with torch.no_grad():
                 latents = vae.encode(pixels).latent_dist.sample(generator(3, "latent", step))
@@ -241,8 +241,8 @@ def encode_world(plan: Plan, vae_file: Path) -> dict[str, Any]:
     vae = architecture.build_vae().to(plan.device).eval()
     vae.load_state_dict(torch.load(vae_file, map_location=plan.device, weights_only=True))
     latents = []
-    for first in range(0, plan.num_pictures, 100):
-        scenes = [world.random_scene(s, unseen=False) for s in range(first, min(first + 100, plan.num_pictures))]
+    for first in range(0, plan.num_images, 100):
+        scenes = [world.random_scene(s, unseen=False) for s in range(first, min(first + 100, plan.num_images))]
         with _autocast(plan.device):
             posterior = vae.encode(to_tensor([world.render(s) for s in scenes]).to(plan.device)).latent_dist
         latents.append(posterior.sample(generator(1, "world", first)).float().cpu())
@@ -367,7 +367,7 @@ def main() -> None:
         vae_steps=arguments.vae_steps,
         decoder_steps=arguments.decoder_steps,
         steps=arguments.steps,
-        num_pictures=arguments.num_pictures,
+        num_images=arguments.num_images,
         batch_size=arguments.batch_size,
         learning_rate=arguments.learning_rate,
     )

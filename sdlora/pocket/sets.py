@@ -18,7 +18,7 @@ from sdlora.common.seeds import derive
 from sdlora.pocket.pen import CANVAS_PX, INK, OVERSAMPLING, Color, Pen, new_canvas, shrink
 from sdlora.pocket.world import KINDS, PLACES, POSITIONS, SIZES, WHITE, Scene, subject_pen
 
-NUM_TRAINING, NUM_HOLDOUT = 24, 8
+NUM_TRAINING, NUM_VALIDATION = 24, 8
 
 TEAL: Color = (30, 164, 160)
 CREAM: Color = (244, 232, 200)
@@ -102,7 +102,7 @@ def _spread(index: int, options: list[str], purpose: str) -> str:
 
 
 def character_scene(index: int) -> tuple[Scene, Pose]:
-    """Where and how the character stands in its picture of that number."""
+    """Where and how the character stands in its image of that number."""
     place = _spread(index, list(PLACES), "character place")
     size = _spread(index, list(SIZES), "character size")
     position = _spread(index, list(POSITIONS), "character position")
@@ -129,7 +129,7 @@ def render_character(scene: Scene, pose: Pose) -> Image.Image:
 
 
 def style_scene(index: int) -> Scene:
-    """What is drawn in the style's picture of that number."""
+    """What is drawn in the style's image of that number."""
     kind = _spread(index, list(KINDS), "style kind")
     size = _spread(index, list(SIZES), "style size")
     position = _spread(index, list(POSITIONS), "style position")
@@ -173,7 +173,7 @@ class BlueprintPen(Pen):
 
 
 def write_sets(folder: Path) -> None:
-    """Write both sets, 24 pictures each and 8 more in `holdout`, with captions and licence."""
+    """Write both sets, 24 images each and 8 more in `holdout`, with captions and licence."""
 
     def character(index: int) -> tuple[Image.Image, str]:
         scene, pose = character_scene(index)
@@ -189,11 +189,11 @@ def write_sets(folder: Path) -> None:
 
 def _write_set(folder: Path, title: str, draw: Callable[[int], tuple[Image.Image, str]]) -> None:
     write_text(folder / "LICENSE.md", LICENSE_TEXT.format(title=title))
-    for index in range(NUM_TRAINING + NUM_HOLDOUT):
-        picture, caption = draw(index)
+    for index in range(NUM_TRAINING + NUM_VALIDATION):
+        image, caption = draw(index)
         part = folder if index < NUM_TRAINING else folder / "holdout"
         with atomic_path(part / f"{folder.name}_{index:02d}.png") as temporary:
-            picture.save(temporary, format="PNG", optimize=True)
+            image.save(temporary, format="PNG", optimize=True)
         write_text(part / f"{folder.name}_{index:02d}.txt", caption + "\n")
 
 

@@ -1,7 +1,7 @@
 """The world that pocket knows: sprites of sixteen kinds in eight colours and eight places, with captions.
 
 Read by `pretrain` (what the base learns) and by the benchmarks (what it is asked for). Everything is
-drawn by code; a scene and its picture are functions of a number.
+drawn by code; a scene and its image are functions of a number.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PATTERNS = ("plain", "striped", "spotted")
 
 @dataclass(frozen=True)
 class Scene:
-    """One picture of the world: what is in it, and the number its details are drawn from."""
+    """One image of the world: what is in it, and the number its details are drawn from."""
 
     kind: str
     color: str
@@ -335,7 +335,7 @@ def render_canvas(scene: Scene, draw: Callable[[Pen], None] | None = None) -> Im
 
 
 def render(scene: Scene) -> Image.Image:
-    """The 64x64 RGB picture of a scene."""
+    """The 64x64 RGB image of a scene."""
     return shrink(render_canvas(scene))
 
 

@@ -15,7 +15,7 @@ _TILE_PX, _GAP_PX, _LABEL_PX, _HEADER_PX = 128, 6, 200, 34
 
 
 def contact_sheet(labels: Sequence[str], columns: Sequence[tuple[str, Sequence[Path]]], target: Path) -> None:
-    """Write a picture of all previews.
+    """Write an image of all previews.
 
     Args:
         labels: One per row.
@@ -34,10 +34,10 @@ def contact_sheet(labels: Sequence[str], columns: Sequence[tuple[str, Sequence[P
         x = _LABEL_PX + column * (_TILE_PX + _GAP_PX)
         draw.text((x + 2, 9), title, fill=_TEXT, font=heading)
         for row, file in enumerate(files):
-            with Image.open(file) as picture:
-                # Whole multiples keep small sprites crisp; larger pictures are reduced smoothly.
-                method = Image.Resampling.NEAREST if picture.width < _TILE_PX else Image.Resampling.LANCZOS
-                tile = picture.convert("RGB").resize((_TILE_PX, _TILE_PX), method)
+            with Image.open(file) as image:
+                # Whole multiples keep small sprites crisp; larger images are reduced smoothly.
+                method = Image.Resampling.NEAREST if image.width < _TILE_PX else Image.Resampling.LANCZOS
+                tile = image.convert("RGB").resize((_TILE_PX, _TILE_PX), method)
             sheet.paste(tile, (x, _HEADER_PX + row * (_TILE_PX + _GAP_PX)))
     with atomic_path(target) as temporary:
         sheet.save(temporary, format="PNG")

@@ -1,4 +1,4 @@
-"""Prompts that no training picture answers: what was learned, in places where it was never seen.
+"""Prompts that no training image answers: what was learned, in places where it was never seen.
 
 Pure.
 """

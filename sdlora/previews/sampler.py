@@ -1,4 +1,4 @@
-"""Pictures of what the adapter has learned so far: the same prompts and seeds after every epoch.
+"""Images of what the adapter has learned so far: the same prompts and seeds after every epoch.
 
 A library's pipeline draws them; noise comes from generators of their own, so training is not disturbed.
 """
@@ -37,7 +37,7 @@ class PreviewRequest:
         negative_prompt: What guidance steers away from.
         num_steps: Denoising steps, at least 1.
         guidance: Classifier-free guidance scale; 1 switches it off.
-        num_captions: So many prompts, the first ones, are captions of training pictures.
+        num_captions: So many prompts, the first ones, are captions of training images.
     """
 
     prompts: tuple[str, ...]
@@ -48,11 +48,11 @@ class PreviewRequest:
     num_captions: int = 0
 
     def wanted(self) -> list[tuple[str, int]]:
-        """Every picture's prompt and seed, prompts first."""
+        """Every image's prompt and seed, prompts first."""
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
     def kinds(self) -> list[Kind]:
-        """Where every picture's prompt comes from."""
+        """Where every image's prompt comes from."""
         return [
             "training" if index < self.num_captions else "novel"
             for index in range(len(self.prompts))
@@ -67,7 +67,7 @@ class PreviewRequest:
 def draw_epoch(
     base: BaseModel, request: PreviewRequest, epoch: int, folder: Path, watch: SamplerWatch | None = None
 ) -> Iterator[Event]:
-    """Draw every prompt with every seed and save the pictures as PNG files.
+    """Draw every prompt with every seed and save the images as PNG files.
 
     Args:
         base: The model, its adapter as it should be seen.
@@ -79,10 +79,10 @@ def draw_epoch(
     start = time.monotonic()
     files = [folder / "previews" / name for name in request.file_names()]
     done = 0
-    for pictures in draw(base, request, request.wanted(), watch):
-        for picture in pictures:
+    for images in draw(base, request, request.wanted(), watch):
+        for image in images:
             with atomic_path(files[done]) as temporary:
-                picture.save(temporary, format="PNG")
+                image.save(temporary, format="PNG")
             done += 1
         yield Progress("previews", done, len(files))
     yield PreviewsDone(epoch, [str(file) for file in files], time.monotonic() - start)
@@ -91,7 +91,7 @@ def draw_epoch(
 def draw(
     base: BaseModel, request: PreviewRequest, wanted: Sequence[tuple[str, int]], watch: SamplerWatch | None = None
 ) -> Iterator[list[Image.Image]]:
-    """Pictures of prompts and seeds, as many at once as fit, in their order.
+    """Images of prompts and seeds, as many at once as fit, in their order.
 
     Args:
         base: The model, its adapter as it should be seen.
@@ -141,5 +141,5 @@ def _draw(
             guidance_scale=request.guidance,
             generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
         )
-    pictures: list[Image.Image] = result.images
-    return pictures
+    images: list[Image.Image] = result.images
+    return images

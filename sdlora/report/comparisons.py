@@ -1,4 +1,4 @@
-"""Previews as pictures: a grid of prompts by epochs, and each preview beside its nearest training picture."""
+"""Previews as images: a grid of prompts by epochs, and each preview beside its nearest training image."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from sdlora.report.images import Album
 _ALARMS = ("copying", "watch", "clean")
 _LAYOUT_PX = 16  # enough to tell left from right
 _HEADINGS = {
-    "training": "Drawn from training captions: some likeness is expected",
+    "training": "Drawn from training captions: some similarity is expected",
     "novel": "Drawn from new prompts: a copy here is the grave case",
 }
 
 
 class Comparisons:
-    """The pictures of all epochs that were checked.
+    """The images of all epochs that were checked.
 
     Args:
         checks: By epoch, at least one.
         epochs: The folder that holds one folder for each epoch.
-        gallery: The training pictures by name, as they are trained.
-        album: Where pictures are embedded.
+        gallery: The training images by name, as they are trained.
+        album: Where images are embedded.
     """
 
     def __init__(self, checks: Checks, epochs: Path, gallery: Mapping[str, Image.Image], album: Album) -> None:
@@ -50,11 +50,11 @@ class Comparisons:
         return "".join(parts)
 
     def pairs(self, epoch: int) -> str:
-        """Every preview of an epoch beside its nearest training picture, those that matter most first."""
+        """Every preview of an epoch beside its nearest training image, those that matter most first."""
         previews = self._checks[epoch].previews
         first = sorted(
             range(len(previews)),
-            key=lambda i: (_ALARMS.index(_tone(previews[i])), previews[i].p_value, -previews[i].likeness),
+            key=lambda i: (_ALARMS.index(_tone(previews[i])), previews[i].p_value, -previews[i].similarity),
         )
         return f"<div class='pairs'>{''.join(self._pair(epoch, index) for index in first)}</div>"
 
@@ -87,7 +87,7 @@ class Comparisons:
         name = html.escape(match.nearest, quote=True)
         preview = self._preview(epoch, match, f"preview: {match.prompt}")
         laid_over = self._training(match, f"{match.nearest}, laid over the preview")
-        beside = self._training(match, f"training picture {match.nearest}")
+        beside = self._training(match, f"training image {match.nearest}")
         mirrored = " checked" if match.significant and self._is_mirrored(epoch, match) else ""
         return (
             f"<figure class='pair' id='pair-{epoch}-{index}'><div class='two'>"
@@ -97,7 +97,7 @@ class Comparisons:
             f"<div class='tools'><input type='range' min='0' max='100' value='0' "
             f"aria-label='Percent of the preview that {name} is laid over'>"
             f"<label class='mirror'><input type='checkbox'{mirrored}> mirror it</label></div>"
-            f"<figcaption>{_alarm(match)} likeness {match.likeness:.2f}, layout {match.phash:.2f}"
+            f"<figcaption>{_alarm(match)} similarity {match.similarity:.2f}, layout {match.phash:.2f}"
             f"<b>{html.escape(match.prompt)}</b>"
             f"{_origin(match)}, seed {match.seed}. Chance gives as much {in_one_of(match.p_value)}."
             "</figcaption></figure>"
@@ -116,13 +116,13 @@ class Comparisons:
 
 
 def _read(file: Path) -> Image.Image:
-    with Image.open(file) as picture:
-        picture.load()
-        return picture
+    with Image.open(file) as image:
+        image.load()
+        return image
 
 
 def _difference(first: Image.Image, second: Image.Image) -> float:
-    small = [picture.convert("L").resize((_LAYOUT_PX, _LAYOUT_PX), Image.Resampling.BOX) for picture in (first, second)]
+    small = [image.convert("L").resize((_LAYOUT_PX, _LAYOUT_PX), Image.Resampling.BOX) for image in (first, second)]
     return ImageStat.Stat(ImageChops.difference(*small)).sum[0]
 
 

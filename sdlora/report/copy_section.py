@@ -1,6 +1,6 @@
 """What the page says of copying: the verdict on top, and how every sign of it went from epoch to epoch.
 
-Pictures are in `comparisons`.
+Images are in `comparisons`.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ Row = Mapping[str, Any]
 _WORDS = {
     "clean": ("✓", "clean", "No copying found"),
     "watch": ("!", "watch", "First signs of copying"),
-    "copying": ("✕", "copying", "Copies training pictures"),
+    "copying": ("✕", "copying", "Copies training images"),
 }
 _SIGNALS = {
-    "self_retrieval": "Finds its way back to its own pictures",
-    "train_heldout_gap": "Better on training pictures than on others",
+    "self_retrieval": "Finds its way back to its own images",
+    "train_heldout_gap": "Better on training images than on others",
     "seed_collapse": "All seeds look alike",
     "guidance_norm": "How hard a prompt pulls",
     "concept_fidelity": "The concept, as DINOv2 sees it",
@@ -38,8 +38,8 @@ def once_in(chance: float) -> str:
 
 
 def in_one_of(chance: float) -> str:
-    """The same for a picture, such as "in 1 of 145 pictures"."""
-    return "in most pictures" if chance > 2 / 3 else f"in 1 of {round(1 / max(chance, 1e-9)):,} pictures"
+    """The same for an image, such as "in 1 of 145 images"."""
+    return "in most images" if chance > 2 / 3 else f"in 1 of {round(1 / max(chance, 1e-9)):,} images"
 
 
 VERDICT_COLORS = {"clean": "#1b6e3c", "watch": "#7a4b00", "copying": "#a3122b"}
@@ -71,14 +71,14 @@ def verdict_banner(checks: Checks, kept: int | None) -> str:
     return (
         f"<div class='verdict {check.verdict}'><strong>{mark} {words}</strong>"
         f"<p><b>{'The base' if epoch == 0 else f'Epoch {epoch}'}, {which}.</b> {html.escape(check.reason)}</p>"
-        "<p class='quiet'>Previews no more like the set than its pictures are like one another are called copying "
+        "<p class='quiet'>Previews no more like the set than its images are like one another are called copying "
         f"about {once_in(check.false_alarm_rate)}.</p>"
         "</div>"
     )
 
 
 def epochs_at_a_glance(checks: Checks, epochs: Sequence[Row], steps: Sequence[Row], kept: int | None) -> str:
-    """A row for every epoch: verdict, previews that match, visits so far, held-out loss.
+    """A row for every epoch: verdict, previews that match, exposures so far, validation loss.
 
     Args:
         checks: By epoch.
@@ -96,25 +96,25 @@ def epochs_at_a_glance(checks: Checks, epochs: Sequence[Row], steps: Sequence[Ro
             share = f"{found} of {len(check.previews)} ({check.share:.0%})"
         name = f"{epoch or 'base'}{', kept' if epoch == kept else ''}"
         rows.append([name, verdict, share, _exposures(steps, epoch), "" if loss is None else f"{loss:.4f}"])
-    shown = table("Epoch by epoch", ["epoch", "verdict", "matches", "seen", "held-out loss"], rows)
+    shown = table("Epoch by epoch", ["epoch", "verdict", "matches", "seen", "validation loss"], rows)
     return (
-        f"<div class='glance'>{shown}</div><p class='quiet'>Matches: previews more like a training picture than chance "
-        "explains. Seen: how often each picture was trained on by then.</p>"
+        f"<div class='glance'>{shown}</div><p class='quiet'>Matches: previews more like a training image than chance "
+        "explains. Seen: how often each image was trained on by then.</p>"
     )
 
 
 def _exposures(steps: Sequence[Row], epoch: int) -> str:
-    visits = {name: 0 for row in steps for name in row["examples"]}
+    exposures = {name: 0 for row in steps for name in row["examples"]}
     for row in steps:
         if row["epoch"] <= epoch:
             for name in row["examples"]:
-                visits[name] += 1
-    fewest, most = min(visits.values(), default=0), max(visits.values(), default=0)
+                exposures[name] += 1
+    fewest, most = min(exposures.values(), default=0), max(exposures.values(), default=0)
     return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 def copy_figures(checks: Checks) -> str:
-    """Charts by epoch: matches, likeness, and every signal with what it means."""
+    """Charts by epoch: matches, similarity, and every signal with what it means."""
     epochs = sorted(checks)
     found = [checks[epoch] for epoch in epochs]
     figures = [
@@ -125,16 +125,16 @@ def copy_figures(checks: Checks) -> str:
                 Line("found", [check.share for check in found], COLORS[1]),
             ],
             epochs, "share of previews",
-            "How many previews are more like a training picture than chance explains, and how many are so at least, "
+            "How many previews are more like a training image than chance explains, and how many are so at least, "
             f"with a confidence of {CONFIDENCE:.1%}. Where that is above {ALPHA:.0%}, an epoch is called copying.",
         ),
         _figure(
-            "The most alike preview", _likeness(found, best=True), epochs, "likeness (1 is a copy)",
-            "The preview most like a training picture: of those drawn from training captions, and from new prompts.",
+            "The most alike preview", _similarity(found, best=True), epochs, "similarity (1 is a copy)",
+            "The preview most like a training image: of those drawn from training captions, and from new prompts.",
         ),
         _figure(
-            "All previews", _likeness(found, best=False), epochs, "mean likeness (1 is a copy)",
-            "The same on average. Likeness grows with learning; where that of new prompts jumps, copying begins.",
+            "All previews", _similarity(found, best=False), epochs, "mean similarity (1 is a copy)",
+            "The same on average. Similarity grows with learning; where that of new prompts jumps, copying begins.",
         ),
     ]  # fmt: skip
     figures += [
@@ -143,9 +143,9 @@ def copy_figures(checks: Checks) -> str:
     return f"<div class='charts'>{''.join(figures)}</div>"
 
 
-def _likeness(found: Sequence[EpochCheck], *, best: bool) -> list[Line]:
+def _similarity(found: Sequence[EpochCheck], *, best: bool) -> list[Line]:
     def of(previews: Sequence[Match], kind: str) -> float | None:
-        values = [match.likeness for match in previews if match.kind == kind]
+        values = [match.similarity for match in previews if match.kind == kind]
         return (max(values) if best else sum(values) / len(values)) if values else None
 
     labels = {"training": "captions", "novel": "new"}

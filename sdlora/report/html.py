@@ -69,7 +69,7 @@ summary { cursor: pointer; font-weight: 600; padding: .7rem 0; }
 .mirror { padding: .5rem 0; }
 """
 
-# A picture stands in the page once; a slider moves the edge of the picture above it; a link opens what is folded.
+# An image stands in the page once; a slider moves the edge of the image above it; a link opens what is folded.
 SCRIPT = """
 for (const image of document.querySelectorAll('img[data-same]'))
   image.src = document.getElementById(image.dataset.same).src;
@@ -117,9 +117,9 @@ def table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str
     return f"{box}<table><caption>{title}</caption><tr>{top}</tr>{body}</table></div>"
 
 
-def figure(title: str, chart: str, sentence: str, picture: str = "") -> str:
-    """A chart under its title, with a sentence (as plain text) and perhaps a small picture below."""
-    caption = f"<figcaption>{picture}{html.escape(sentence)}</figcaption>"
+def figure(title: str, chart: str, sentence: str, image: str = "") -> str:
+    """A chart under its title, with a sentence (as plain text) and perhaps a small image below."""
+    caption = f"<figcaption>{image}{html.escape(sentence)}</figcaption>"
     return f"<figure><h3>{html.escape(title)}</h3>{chart}{caption}</figure>"
 
 

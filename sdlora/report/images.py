@@ -1,6 +1,6 @@
-"""Pictures inside the page: made small, embedded once each, and shown as often as wanted.
+"""Images inside the page: made small, embedded once each, and shown as often as wanted.
 
-The page's script copies the source of a picture that was embedded before; see `page.SCRIPT`.
+The page's script copies the source of an image that was embedded before; see `page.SCRIPT`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 LONGEST_PX = 384
-_CRISP_PX = 128  # up to here a picture is a sprite: kept exactly, and enlarged in squares
+_CRISP_PX = 128  # up to here an image is a sprite: kept exactly, and enlarged in squares
 _JPEG_QUALITY = 85
 
 
@@ -25,33 +25,33 @@ class _Embedded:
 
 
 class Album:
-    """Writes `<img>` elements and remembers which pictures the page already holds."""
+    """Writes `<img>` elements and remembers which images the page already holds."""
 
     def __init__(self) -> None:
         self._known: dict[str, _Embedded] = {}
 
     def show(self, key: str, read: Callable[[], Image.Image], alt: str) -> str:
-        """An `<img>` of a picture.
+        """An `<img>` of an image.
 
         Args:
-            key: The same for the same picture.
-            read: Gives the picture; called only when the page does not hold it yet.
+            key: The same for the same image.
+            read: Gives the image; called only when the page does not hold it yet.
             alt: What is seen, in words.
         """
         words = f"alt='{html.escape(alt, quote=True)}'"
         if (known := self._known.get(key)) is not None:
             return f"<img {words} {known.attributes} data-same='{known.identity}'>"
-        picture = read().convert("RGB")
-        picture.thumbnail((LONGEST_PX, LONGEST_PX), Image.Resampling.LANCZOS)
-        crisp = " class='crisp'" if max(picture.size) <= _CRISP_PX else ""
-        attributes = f"width='{picture.width}' height='{picture.height}'{crisp}"
+        image = read().convert("RGB")
+        image.thumbnail((LONGEST_PX, LONGEST_PX), Image.Resampling.LANCZOS)
+        crisp = " class='crisp'" if max(image.size) <= _CRISP_PX else ""
+        attributes = f"width='{image.width}' height='{image.height}'{crisp}"
         made = _Embedded(f"picture-{len(self._known)}", attributes)
         self._known[key] = made
-        return f"<img {words} {attributes} id='{made.identity}' src='{_data_url(picture)}'>"
+        return f"<img {words} {attributes} id='{made.identity}' src='{_data_url(image)}'>"
 
 
-def _data_url(picture: Image.Image) -> str:
+def _data_url(image: Image.Image) -> str:
     content = io.BytesIO()
-    kind = "png" if max(picture.size) <= _CRISP_PX else "jpeg"
-    picture.save(content, format=kind, optimize=True, **({} if kind == "png" else {"quality": _JPEG_QUALITY}))
+    kind = "png" if max(image.size) <= _CRISP_PX else "jpeg"
+    image.save(content, format=kind, optimize=True, **({} if kind == "png" else {"quality": _JPEG_QUALITY}))
     return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode('ascii')}"

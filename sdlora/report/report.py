@@ -1,6 +1,6 @@
 """The page a person reads during and after a run: one self-contained HTML file.
 
-Everything shown comes from the run's folder; text is escaped, pictures are embedded.
+Everything shown comes from the run's folder; text is escaped, images are embedded.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Report:
         sheet: The contact sheet, shown where no epoch was checked for copies; left out if it does not exist.
         metrics: `metrics.jsonl`, from which every number of the training comes.
         config: `config.toml`, shown as it is.
-        gallery: The training pictures by name, as cropped for training.
+        gallery: The training images by name, as cropped for training.
         kept: The epoch whose file is the run's; None while that is open.
     """
 
@@ -75,10 +75,10 @@ def write_report(target: Path, report: Report) -> None:
         parts.insert(0, verdict_banner(checks, report.kept))
         parts += [epochs_at_a_glance(checks, epochs, steps, report.kept), *_copy_check(checks, report, album)]
     else:
-        parts += ["<p class='quiet'>No preview was compared with the training pictures.</p>", _sheet(report.sheet)]
+        parts += ["<p class='quiet'>No preview was compared with the training images.</p>", _sheet(report.sheet)]
     if steps:
         parts += ["<h2>Loss</h2><div class='charts'>", _step_figure(steps), *_band_figures(epochs), "</div>"]
-        parts += ["<h2>Where the visits went</h2>", _coverage(visited_timesteps(steps), report.gallery, album)]
+        parts += ["<h2>Where the exposures went</h2>", _coverage(exposed_timesteps(steps), report.gallery, album)]
     parts += ["<h2>The same numbers</h2>", _epoch_table(epochs), *_band_tables(epochs)]
     parts += ["<h2>Settings</h2>", f"<pre>{html.escape(report.config.read_text(encoding='utf-8'))}</pre>"]
     write_text(target, frame(report.title, parts))
@@ -102,14 +102,14 @@ def _copy_check(checks: Checks, report: Report, album: Album) -> list[str]:
     ]
     return [
         "<h2>Previews, epoch by epoch</h2>",
-        "<p>Choose a picture to see it beside the training picture that it is most like.</p>",
+        "<p>Choose an image to see it beside the training image that it is most like.</p>",
         shown.grid(),
-        f"<h2>Beside the nearest training picture: {epoch_name(latest)} {verdict_chip(checks[latest])}</h2>",
+        f"<h2>Beside the nearest training image: {epoch_name(latest)} {verdict_chip(checks[latest])}</h2>",
         _reason(checks[latest]),
-        "<p>Move the slider to lay the training picture over the preview. A copy may be mirrored, or only a part. "
-        "What this check cannot find is a subject cut out and set into another picture: have a look yourself.</p>",
-        "<p class='quiet'>Likeness compares details, and layout where it is light and dark. In both 1 is a copy, and "
-        "either can make a match; two unrelated pictures have about half their layout in common.</p>",
+        "<p>Move the slider to lay the training image over the preview. A copy may be mirrored, or only a part. "
+        "What this check cannot find is a subject cut out and set into another image: have a look yourself.</p>",
+        "<p class='quiet'>Similarity compares details, and layout where it is light and dark. In both 1 is a copy, and "
+        "either can make a match; two unrelated images have about half their layout in common.</p>",
         shown.pairs(latest),
         *earlier,
         "<h2>Signs of copying</h2>",
@@ -121,16 +121,16 @@ def _reason(check: EpochCheck) -> str:
     return f"<p>{html.escape(check.reason)}</p>"
 
 
-# --- Where the visits went -----------------------------------------------------------------------------------------
+# --- Where the exposures went -----------------------------------------------------------------------------------------
 
 
-def visited_timesteps(steps: Sequence[Row]) -> dict[str, list[int]]:
-    """Every picture's timesteps in the order of its visits, by name."""
-    visited: dict[str, list[int]] = {}
+def exposed_timesteps(steps: Sequence[Row]) -> dict[str, list[int]]:
+    """Every image's timesteps in the order of its exposures, by name."""
+    exposed: dict[str, list[int]] = {}
     for row in steps:
         for name, timestep in zip(row["examples"], row["timesteps"], strict=True):
-            visited.setdefault(name, []).append(timestep)
-    return dict(sorted(visited.items()))
+            exposed.setdefault(name, []).append(timestep)
+    return dict(sorted(exposed.items()))
 
 
 def largest_gap(timesteps: Sequence[int]) -> tuple[int, int]:
@@ -139,28 +139,28 @@ def largest_gap(timesteps: Sequence[int]) -> tuple[int, int]:
     return max(itertools.pairwise(places), key=lambda pair: pair[1] - pair[0])
 
 
-def _coverage(visited: Mapping[str, Sequence[int]], gallery: Mapping[str, Image.Image], album: Album) -> str:
-    gaps = {name: largest_gap(timesteps) for name, timesteps in visited.items()}
-    name = max(gaps, key=lambda picture: gaps[picture][1] - gaps[picture][0])
-    unseen = sum(max(timesteps) < HIGH_NOISE for timesteps in visited.values())
-    everything = [timestep for timesteps in visited.values() for timestep in timesteps]
+def _coverage(exposed: Mapping[str, Sequence[int]], gallery: Mapping[str, Image.Image], album: Album) -> str:
+    gaps = {name: largest_gap(timesteps) for name, timesteps in exposed.items()}
+    name = max(gaps, key=lambda image: gaps[image][1] - gaps[image][0])
+    unseen = sum(max(timesteps) < HIGH_NOISE for timesteps in exposed.values())
+    everything = [timestep for timesteps in exposed.values() for timestep in timesteps]
     first, last = gaps[name]
     return (
         "<div class='charts'>"
         + "\n".join(
             [
                 figure(
-                    "All pictures",
+                    "All images",
                     _histogram(everything),
-                    f"Each bar counts the visits to {NUM_TIMESTEPS // NUM_BINS} neighbouring noise levels: details are "
-                    "learned on the left, the composition on the right. "
-                    f"{unseen} of {len(visited)} pictures never saw a timestep of {HIGH_NOISE} or more.",
+                    f"Each bar counts the exposures to {NUM_TIMESTEPS // NUM_BINS} neighbouring noise levels: details "
+                    "are learned on the left, the composition on the right. "
+                    f"{unseen} of {len(exposed)} images never saw a timestep of {HIGH_NOISE} or more.",
                 ),
                 figure(
                     f"Least covered: {name}",
-                    _histogram(visited[name]),
-                    f"Of all pictures, this one has the widest stretch without a visit: timesteps {first} to {last}, "
-                    f"after {len(visited[name])} visits.",
+                    _histogram(exposed[name]),
+                    f"Of all images, this one has the widest stretch without an exposure: timesteps {first} to {last}, "
+                    f"after {len(exposed[name])} exposures.",
                     album.show(f"training {name}", lambda: gallery[name], name),
                 ),
             ]
@@ -200,13 +200,13 @@ _BAND_FIGURES = (
         "train_bands",
         "Training, by noise level",
         "training loss",
-        "The loss of the pictures that are trained, from little noise (timesteps 0-199) to the most (800-999).",
+        "The loss of the images that are trained, from little noise (timesteps 0-199) to the most (800-999).",
     ),
     (
         "heldout_bands",
-        "Held-out pictures, by noise level",
-        "held-out loss",
-        "The loss of pictures that are never trained on: where it rises again, the LoRA begins to learn by heart.",
+        "Validation images, by noise level",
+        "validation loss",
+        "The loss of images that are never trained on: where it rises again, the LoRA begins to learn by heart.",
     ),
     (
         "heldout_change",
@@ -223,7 +223,7 @@ def _band_figures(epochs: Sequence[Row]) -> list[str]:
         rows = [row for row in epochs if row.get(key) is not None]
         lines = [Line(name, [row[key][band] for row in rows], COLORS[band]) for band, name in enumerate(band_names())]
         values = [value for line in lines for value in line.values if value is not None]
-        # A weighting may take a band's only visit to exactly 0, which no axis of ratios holds.
+        # A weighting may take a band's only exposure to exactly 0, which no axis of ratios holds.
         log = key != "heldout_change" and min(values, default=0.0) > 0
         name = f"{y_name} (logarithmic)" if log else y_name
         chart = line_chart(lines, [row["epoch"] for row in rows], x_name="epoch", y_name=name, log=log)
@@ -235,8 +235,8 @@ def _band_figures(epochs: Sequence[Row]) -> list[str]:
 def _band_tables(epochs: Sequence[Row]) -> list[str]:
     titles = {
         "train_bands": "Training loss by timesteps",
-        "heldout_bands": "Held-out loss by timesteps",
-        "heldout_change": "Held-out loss, adapter on minus off",
+        "heldout_bands": "Validation loss by timesteps",
+        "heldout_change": "Validation loss, adapter on minus off",
     }
     return [
         table(title, ["epoch", *band_names()], [[_epoch(row), *map(_number, row[key])] for row in rows])
@@ -246,7 +246,7 @@ def _band_tables(epochs: Sequence[Row]) -> list[str]:
 
 
 def _epoch_table(epochs: Sequence[Row]) -> str:
-    head = ["epoch", "training loss", "held-out loss", "seconds"]
+    head = ["epoch", "training loss", "validation loss", "seconds"]
     rows = [
         [_epoch(row), _number(row["train_loss"]), _number(row["heldout_loss"]), f"{row['seconds']:.1f}"]
         for row in epochs

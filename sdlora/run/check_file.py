@@ -1,4 +1,4 @@
-"""The copy check of a finished LoRA file, of any trainer, against the pictures it was trained on.
+"""The copy check of a finished LoRA file, of any trainer, against the images it was trained on.
 
 What a run does after every epoch, for one file: the base is drawn and measured as well, since the signals
 compare with it.
@@ -14,11 +14,11 @@ from sdlora.errors import ConfigError
 from sdlora.events import EpochDone, Event, Notice
 from sdlora.lora_files.attach import attach
 from sdlora.lora_files.read import LoraFile
-from sdlora.run.setup import heldout_measure, load, make_checker, preview_request
+from sdlora.run.setup import load, make_checker, preview_request, validation_measure
 
 
 def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Event]:
-    """Draw previews with a LoRA and compare them with the pictures of a folder.
+    """Draw previews with a LoRA and compare them with the images of a folder.
 
     Args:
         file: The LoRA.
@@ -29,20 +29,20 @@ def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Even
         Progress, notices and at the end a `CopyChecked`.
 
     Raises:
-        SdloraError: The file, the pictures or the base cannot be used, or do not belong together.
+        SdloraError: The file, the images or the base cannot be used, or do not belong together.
     """
     if not (config.preview.enabled and config.copycheck.enabled):
         raise ConfigError("A check draws previews and compares them: leave preview.enabled and copycheck.enabled true.")
     loaded = load(config)
     adapter = attach(loaded.base.unet, file, text_encoders=loaded.base.text_encoders)
-    heldout = heldout_measure(config, loaded, adapter)
-    checker = make_checker(config, loaded, adapter, preview_request(config, loaded.dataset), heldout)
+    validation = validation_measure(config, loaded, adapter)
+    checker = make_checker(config, loaded, adapter, preview_request(config, loaded.dataset), validation)
     for message in loaded.notices:
         yield Notice(message)
     yield from checker.prepare(config.data.background)
-    if heldout is not None:
-        yield from heldout.data.fill(config.data.background)
-        heldout.measure(EpochDone(1, 0, None, None, 0.0))
+    if validation is not None:
+        yield from validation.data.fill(config.data.background)
+        validation.measure(EpochDone(1, 0, None, None, 0.0))
     with adapter.disabled():
         yield from checker.epoch(0, output / "base", output / "base")
     yield from checker.epoch(1, output, output / "base")

@@ -1,4 +1,4 @@
-"""The pictures of a run: those that are trained, held out and preserved, read before the base and fitted to it.
+"""The images of a run: those that are trained, held out and preserved, read before the base and fitted to it.
 
 Used by `parts`.
 """
@@ -20,23 +20,23 @@ from sdlora.models.text import calls_of_other_files
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Images:
     """Everything that is looked at in a run.
 
     Attributes:
         trained: The set.
-        heldout: Pictures that are never trained, or None.
-        preserved: Pictures of what the base is to keep, or None.
+        heldout: Images that are never trained, or None.
+        preserved: Images of what the base is to keep, or None.
         notices: What the user should know of them.
     """
 
     trained: Dataset
-    heldout: Dataset | None
-    preserved: Dataset | None
+    validation: Dataset | None
+    prior: Dataset | None
     notices: tuple[str, ...]
 
 
-def read_pictures(config: RunConfig) -> Pictures:
+def read_images(config: RunConfig) -> Images:
     """Read and check all folders of a configuration.
 
     Raises:
@@ -46,21 +46,21 @@ def read_pictures(config: RunConfig) -> Pictures:
     data, sets = config.data, config.data.all_sets()
     _refuse_one_folder_twice(config, sets)
     trained = _read_sets(config, sets)
-    heldout = preserved = None
-    if data.holdout:
-        heldout = _read(config, SetConfig(folder=data.holdout, caption=data.caption, trigger=data.trigger))
+    validation = prior = None
+    if data.validation_folder:
+        validation = _read(config, SetConfig(folder=data.validation_folder, caption=data.caption, trigger=data.trigger))
     if data.preservation_folder:
-        preserved = _read(config, SetConfig(folder=data.preservation_folder, caption=data.preservation_caption))
-    if heldout is None and data.holdout_split:
-        trained, heldout = split_off(trained, config.seed)
-    _refuse_calls(trained, heldout, preserved)
+        prior = _read(config, SetConfig(folder=data.preservation_folder, caption=data.preservation_caption))
+    if validation is None and data.validation_split:
+        trained, validation = split_off(trained, config.seed)
+    _refuse_calls(trained, validation, prior)
     notices = trained.notices
-    if preserved is not None:
-        # So that no name, and no noise that follows from it, is a trained picture's.
-        named = tuple(replace(example, name=f"preserved: {example.name}") for example in preserved.examples)
-        notices += tuple(f"data.preservation_folder: {told}" for told in preserved.notices)
-        preserved = replace(preserved, examples=named)
-    return Pictures(trained, heldout, preserved, notices)
+    if prior is not None:
+        # So that no name, and no noise that follows from it, is a trained image's.
+        named = tuple(replace(example, name=f"preserved: {example.name}") for example in prior.examples)
+        notices += tuple(f"data.preservation_folder: {told}" for told in prior.notices)
+        prior = replace(prior, examples=named)
+    return Images(trained, validation, prior, notices)
 
 
 def _read_sets(config: RunConfig, sets: Sequence[SetConfig]) -> Dataset:
@@ -87,38 +87,38 @@ def _read(config: RunConfig, one: SetConfig, *, masks: bool = False) -> Dataset:
 
 def _refuse_one_folder_twice(config: RunConfig, sets: Sequence[SetConfig]) -> None:
     trained = [resolve_data_folder(one.folder).resolve() for one in sets]
-    heldout, preserved = (
+    validation, prior = (
         None if folder is None else resolve_data_folder(folder).resolve()
-        for folder in (config.data.holdout, config.data.preservation_folder)
+        for folder in (config.data.validation_folder, config.data.preservation_folder)
     )
     if len(set(trained)) < len(trained):
         raise ConfigError("data.sets names a folder twice. Name each once, and give it more repeats.")
-    if heldout in trained:
+    if validation in trained:
         raise ConfigError(
-            "data.holdout is data.folder: what is trained cannot be held out. Leave data.holdout unset, and a few "
-            "pictures are kept out of training, or name another folder."
+            "data.validation_folder is data.folder: images that are trained on cannot validate. Leave "
+            "data.validation_folder unset to split a few images off, or name another folder."
         )
-    if preserved is not None and preserved in (*trained, heldout):
+    if prior is not None and prior in (*trained, validation):
         raise ConfigError(
-            "data.preservation_folder is trained as the set or held out, too. It takes pictures of what is beside your "
+            "data.preservation_folder is trained as the set or held out, too. It takes images of what is beside your "
             "subject: name another folder."
         )
 
 
-def fit_pictures(config: RunConfig, pictures: Pictures, base: BaseModel) -> Pictures:
-    """The same pictures in the sizes that the base is trained at, with what that brings to light.
+def fit_images(config: RunConfig, images: Images, base: BaseModel) -> Images:
+    """The same images in the sizes that the base is trained at, with what that brings to light.
 
     Raises:
         DataError: A mask's white is cropped away.
     """
-    trained = _with_buckets(config, base, pictures.trained)
+    trained = _with_buckets(config, base, images.trained)
     for example in trained.examples:
         load_mask_pixels(example)  # an error now, rather than in the run's folder
-    # The held-out loss is of whole pictures, as it is unweighted, so that it is one measure for all settings.
-    heldout = None if pictures.heldout is None else _with_buckets(config, base, pictures.heldout.without_masks())
-    preserved = None if pictures.preserved is None else _with_buckets(config, base, pictures.preserved)
-    found = _sizes(config, pictures.trained, trained) + _long_captions(base, trained)
-    return Pictures(trained, heldout, preserved, (*pictures.notices, *found))
+    # The validation loss is of whole images, as it is unweighted, so that it is one measure for all settings.
+    validation = None if images.validation is None else _with_buckets(config, base, images.validation.without_masks())
+    prior = None if images.prior is None else _with_buckets(config, base, images.prior)
+    found = _sizes(config, images.trained, trained) + _long_captions(base, trained)
+    return Images(trained, validation, prior, (*images.notices, *found))
 
 
 def _with_buckets(config: RunConfig, base: BaseModel, dataset: Dataset) -> Dataset:

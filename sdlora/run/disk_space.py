@@ -58,24 +58,24 @@ def run_bytes(parts: Parts) -> int:
     loras = (config.train.epochs + 2) * (adapter + frozen)
     drawn = 0
     if parts.previews is not None:
-        # Single pictures, the sheet twice, and the page, where they stand in text, twice.
-        num_pictures = len(parts.previews.wanted()) * (config.train.epochs + 1)
-        drawn = 6 * num_pictures * 3 * parts.base.resolution_px**2
+        # Single images, the sheet twice, and the page, where they stand in text, twice.
+        num_images = len(parts.previews.wanted()) * (config.train.epochs + 1)
+        drawn = 6 * num_images * 3 * parts.base.resolution_px**2
     return checkpoints + loras + drawn
 
 
 def cache_bytes(parts: Parts) -> int:
     """What a run may add to the cache at most, in bytes."""
-    examples = [*parts.data.dataset.examples, *(parts.heldout.data.dataset.examples if parts.heldout else ())]
+    examples = [*parts.data.dataset.examples, *(parts.validation.data.dataset.examples if parts.validation else ())]
     unet = parts.base.unet.config
     # Mean and log-variance of every latent.
     latents = sum(
         2 * unet.in_channels * (e.bucket[0] // parts.base.latent_factor) * (e.bucket[1] // parts.base.latent_factor)
         for e in examples
     )
-    # A caption may be another at every visit, where tags are shuffled.
-    visits = parts.config.train.epochs * parts.config.data.repeats if parts.config.data.shuffle_tags else 1
-    text = 2 * len(examples) * visits * parts.base.max_tokens * unet.cross_attention_dim
+    # A caption may be another at every exposure, where tags are shuffled.
+    exposures = parts.config.train.epochs * parts.config.data.repeats if parts.config.data.shuffle_tags else 1
+    text = 2 * len(examples) * exposures * parts.base.max_tokens * unet.cross_attention_dim
     drawn = max(FEWEST_OF_BASE, SIZE) * 3 * parts.base.resolution_px**2 if parts.checker is not None else 0
     return int(latents + text) * _FLOAT_BYTES + drawn
 

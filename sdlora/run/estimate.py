@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
@@ -24,6 +24,7 @@ from sdlora.estimate.memory import (
     preservation_time,
 )
 from sdlora.estimate.meta_model import latents, num_bytes, shapes_of_base, shapes_of_family
+from sdlora.events import saved_as, to_json
 from sdlora.lora.quantize import num_weights
 from sdlora.lora.targets import find_targets
 from sdlora.models.architectures import Family
@@ -52,13 +53,13 @@ class Forecast:
         memory_bytes: What there is; None if it is not known.
         fits: Whether it is enough; None if that is not known.
         changes: What to change until it is, each on top of those before.
-        steps: Optimizer steps of the run; None without pictures.
-        exposures_per_picture: How often each picture is seen.
+        steps: Optimizer steps of the run; None without images.
+        exposures_per_picture: How often each image is seen.
         seconds: Of all steps, from measured ones; None without weights.
         flops_per_step: Arithmetic of one batch.
-        pictures: How many are trained; None without any.
-        buckets: Width and height in pixels to how many pictures have them.
-        cache_bytes: What latents and text states take on the disk; None without pictures.
+        images: How many are trained; None without any.
+        buckets: Width and height in pixels to how many images have them.
+        cache_bytes: What latents and text states take on the disk; None without images.
         full_training_bytes: Weights, gradients and optimizer of full fine-tuning, without activations.
         largest_layer: The layer with the largest adapter: its numbers, and the adapter's.
     """
@@ -71,10 +72,10 @@ class Forecast:
     fits: bool | None
     changes: list[Change]
     steps: int | None
-    exposures_per_picture: int
+    exposures_per_image: int = field(metadata=saved_as("exposures_per_picture"))
     seconds: float | None
     flops_per_step: int
-    pictures: int | None
+    images: int | None = field(metadata=saved_as("pictures"))
     buckets: dict[str, int]
     cache_bytes: int | None
     full_training_bytes: int
@@ -82,11 +83,12 @@ class Forecast:
 
     def to_json(self) -> dict[str, Any]:
         """All figures by name."""
-        return asdict(self)
+        document: dict[str, Any] = to_json(self)
+        return document
 
 
 def forecast_family(family: Family, config: RunConfig, memory_bytes: int | None) -> Forecast:
-    """A plan from shapes alone; the picture's size is the configuration's, or the family's own."""
+    """A plan from shapes alone; the image's size is the configuration's, or the family's own."""
     shapes = shapes_of_family(family)
     edge = config.data.resolution_px or shapes.resolution_px
     # Cards that train these families have bf16.
@@ -96,17 +98,17 @@ def forecast_family(family: Family, config: RunConfig, memory_bytes: int | None)
 
 
 def forecast_config(config: RunConfig, memory_bytes: int | None) -> Forecast:
-    """A plan from a configuration, its pictures and its base; two steps are measured.
+    """A plan from a configuration, its images and its base; two steps are measured.
 
     Raises:
-        SdloraError: Anything that is wrong with the settings, the pictures or the base.
+        SdloraError: Anything that is wrong with the settings, the images or the base.
     """
     loaded = load(config)
     setting, cache_bytes = setting_of(config, loaded)
     memory = device_memory(loaded.device) if memory_bytes is None else memory_bytes
     num_batches = sum(len(step) for steps in plan_training(config, loaded.dataset).epochs for step in steps)
-    # Pictures of what is preserved come in as many batches again.
-    num_batches *= 1 if loaded.preserved is None else 2
+    # Images of what is preserved come in as many batches again.
+    num_batches *= 1 if loaded.prior is None else 2
     seconds = num_batches * step_seconds(config, loaded, setting)
     if config.data.class_words:
         seconds *= preservation_time(1 / config.train.preservation_every)
@@ -114,7 +116,7 @@ def forecast_config(config: RunConfig, memory_bytes: int | None) -> Forecast:
 
 
 def setting_of(config: RunConfig, loaded: Loaded) -> tuple[Setting, int]:
-    """What is planned for pictures and a base that are loaded, and the bytes of their cache on the disk."""
+    """What is planned for images and a base that are loaded, and the bytes of their cache on the disk."""
     data = training_data(config, loaded.dataset, loaded.cache)
     return _setting(config, loaded.base, data, loaded.device)
 
@@ -185,7 +187,7 @@ def step_seconds(config: RunConfig, loaded: Loaded, setting: Setting) -> float:
     found = []
     for _ in range(PROBE_STEPS):
         with torch.set_grad_enabled(adapter.adapts_text):
-            text = base.encode_captions([""] * size) | base.picture_states(loaded.dataset.examples[:1] * size)
+            text = base.encode_captions([""] * size) | base.image_states(loaded.dataset.examples[:1] * size)
         begin = time.perf_counter()
         batch = Batch(clean, torch.randn_like(clean), torch.full((size,), 500), text)
         with lean.live():
@@ -220,10 +222,10 @@ def _forecast(
         fits=fits,
         changes=[] if memory_bytes is None else changes(setting, needed, memory_bytes),
         steps=None if dataset is None else sum(map(len, plan_training(config, dataset).epochs)),
-        exposures_per_picture=repeats * config.train.epochs,
+        exposures_per_image=repeats * config.train.epochs,
         seconds=seconds,
         flops_per_step=needed.flops,
-        pictures=len(examples) or None,
+        images=len(examples) or None,
         buckets={f"{width}x{height}": count for (width, height), count in Counter(e.bucket for e in examples).items()},
         cache_bytes=cache_bytes,
         full_training_bytes=full_training_bytes(needed.base_parameters),

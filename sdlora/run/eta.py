@@ -23,7 +23,7 @@ class Timer:
     """Estimates the time left: the steps and ends of epochs that are to come, times what one of them takes.
 
     A step is measured before the first one and then by those that are done, an epoch's end by the last ones. Before
-    there was any, it is taken for its previews, at the speed at which pictures are drawn for the copy check's null.
+    there was any, it is taken for its previews, at the speed at which images are drawn for the copy check's null.
 
     Args:
         clock: Seconds that only grow.
@@ -35,12 +35,12 @@ class Timer:
         self._plan: events.PlanMade | None = None
         self._step = 0
         self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
-        # Previews, held-out loss, copy check, export with its proof, page: all that is done at the end of an epoch.
+        # Previews, validation loss, copy check, export with its proof, page: all that is done at the end of an epoch.
         self._closings: deque[float] = deque([] if closing_seconds is None else [closing_seconds], maxlen=_RECENT_ENDS)
         self._closings_left = 0
         self._closing_since: float | None = None
-        self._pictures: deque[float] = deque(maxlen=_RECENT_ENDS)
-        self._drawn = self._pictures_left = 0
+        self._images: deque[float] = deque(maxlen=_RECENT_ENDS)
+        self._drawn = self._images_left = 0
         self._last = clock()
 
     def see(self, event: Event) -> None:
@@ -56,7 +56,7 @@ class Timer:
             if self._plan is not None:
                 self._closings_left = self._plan.epochs - event.epoch + 1
         elif isinstance(event, events.EpochDone):
-            # It comes when the held-out loss is measured, for which the epoch's checkpoint was saved.
+            # It comes when the validation loss is measured, for which the epoch's checkpoint was saved.
             self._closing_since = self._last
         elif isinstance(event, events.Progress):
             self._see_progress(event, now)
@@ -69,10 +69,10 @@ class Timer:
             self._closing_since = None
         elif event.phase in (PHASE, "previews") and not self._closings:
             before = self._drawn if event.done > self._drawn else 0
-            self._pictures.append((now - self._last) / (event.done - before))
+            self._images.append((now - self._last) / (event.done - before))
             self._drawn = event.done
             # Previews are part of an epoch's end.
-            self._pictures_left = event.total - event.done if event.phase == PHASE else 0
+            self._images_left = event.total - event.done if event.phase == PHASE else 0
 
     @property
     def closing_seconds(self) -> float | None:
@@ -84,13 +84,13 @@ class Timer:
         """Seconds to the end of the run, previews included; None until it is known what a step and a preview take."""
         if self._plan is None or not self._steps:
             return None
-        picture = _usual(self._pictures, _PAUSED_END) if self._pictures else 0.0
-        closing = self._plan.previews * picture if self.closing_seconds is None else self.closing_seconds
+        image = _usual(self._images, _PAUSED_END) if self._images else 0.0
+        closing = self._plan.previews * image if self.closing_seconds is None else self.closing_seconds
         if closing == 0.0 and self._plan.previews:
             return None
         gone = 0.0 if self._closing_since is None else min(closing, self._last - self._closing_since)
         steps = (self._plan.steps - self._step) * _usual(self._steps, _PAUSED_STEP)
-        return steps + self._pictures_left * picture + self._closings_left * closing - gone
+        return steps + self._images_left * image + self._closings_left * closing - gone
 
 
 def _usual(seconds: Collection[float], longest: float) -> float:

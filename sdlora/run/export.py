@@ -1,4 +1,4 @@
-"""A run's LoRA files: what they say of themselves, the proof beside each, and a picture to know them by.
+"""A run's LoRA files: what they say of themselves, the proof beside each, and an image to know them by.
 
 Used by `run`.
 """
@@ -57,7 +57,7 @@ def _metadata(parts: Parts, event: EpochDone) -> LoraMetadata:
         timestep_rank=timestep_rank(config.lora),
         prediction_type=parts.base.prediction_type,
         clip_skip=config.base.clip_skip,
-        private=captions_told(parts.data.dataset.examples) if config.file.tell_captions else {},
+        private=captions_told(parts.data.dataset.examples) if config.file.include_captions else {},
     )
 
 
@@ -82,8 +82,8 @@ def captions_told(examples: Sequence[Example]) -> dict[str, str]:
     num_bytes = sum(len(json.dumps(text)) for text in told.values())
     if num_bytes > MOST_PRIVATE_BYTES:
         raise ConfigError(
-            f"file.tell_captions: the captions make {num_bytes} bytes, and at most {MOST_PRIVATE_BYTES} fit into the "
-            "part of a file that programs read. Set it to false."
+            f"file.include_captions: the captions make {num_bytes} bytes, and at most {MOST_PRIVATE_BYTES} fit into "
+            "the part of a file that programs read. Set it to false."
         )
     return told
 
@@ -99,8 +99,8 @@ def add_thumbnail(file: Path, request: PreviewRequest, folder: Path) -> None:
     shown = presentable(request, folder)
     if not shown:
         return
-    with Image.open(folder / "previews" / shown[0][0]) as picture:
-        small = picture.convert("RGB")
+    with Image.open(folder / "previews" / shown[0][0]) as image:
+        small = image.convert("RGB")
     small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
     small.save(buffer, format="JPEG", quality=80)

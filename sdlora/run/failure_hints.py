@@ -24,7 +24,7 @@ def out_of_memory(config: RunConfig, phase: str, resolution_px: int | None = Non
     """
     told = {
         "load": "The base does not fit into the device's memory.",
-        "cache": "The device ran out of memory while pictures were encoded.",
+        "cache": "The device ran out of memory while images were encoded.",
         "train": "The device ran out of memory in a training step.",
         "preview": "The device ran out of memory while previews were drawn.",
     }[phase]
@@ -45,7 +45,7 @@ def _lower(config: RunConfig, phase: str, resolution_px: int) -> str:
         return f"Close other programs that use it, or set train.device to 'cpu' (now {train.device!r})."
     if phase == "preview":
         return (
-            f"{_GO_ON} --resume --set preview.enabled=false (now true) goes on without pictures. For another run, set "
+            f"{_GO_ON} --resume --set preview.enabled=false (now true) goes on without images. For another run, set "
             f"preview.guidance to 1 (now {config.preview.guidance:g}), which draws with half as much."
         )
     if phase == "train" and train.batch_size > 1 and not train.auto_batch:

@@ -19,13 +19,13 @@ import torch
 from sdlora.cache.tensors import Cache
 from sdlora.common.quiet import quiet_libraries
 from sdlora.config.schema import RunConfig
-from sdlora.data.batches import Visit
+from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Example
 from sdlora.errors import SdloraError
 from sdlora.events import Notice, Progress
 from sdlora.run.setup import Loaded, choose_device, fresh_base, load
-from sdlora.training.data import TrainingData, held_out_data, training_data
-from sdlora.training.schedule import plan_preserved, plan_training
+from sdlora.training.data import TrainingData, training_data, validation_data
+from sdlora.training.schedule import plan_prior, plan_training
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
@@ -42,14 +42,14 @@ class Share:
 
 
 def fill_cache(config: RunConfig, num_workers: int) -> Iterator[Notice | Progress]:
-    """Encode all pictures and captions that a run would ask for.
+    """Encode all images and captions that a run would ask for.
 
     Args:
-        config: Of the run; what it says of pictures, captions, the base and the cache's folder is read.
+        config: Of the run; what it says of images, captions, the base and the cache's folder is read.
         num_workers: Processes, at least 1; each loads the base.
 
     Raises:
-        SdloraError: Anything that is wrong with pictures, base or cache.
+        SdloraError: Anything that is wrong with images, base or cache.
     """
     loaded = load(config)
     for message in loaded.notices:
@@ -89,24 +89,24 @@ def fill_cache(config: RunConfig, num_workers: int) -> Iterator[Notice | Progres
 
 
 def _wanted(config: RunConfig, loaded: Loaded) -> tuple[list[Example], list[str]]:
-    """All pictures that a run meets, and every caption once: those of its visits, and those of the copy check."""
+    """All images that a run meets, and every caption once: those of its exposures, and those of the copy check."""
     data = training_data(config, loaded.dataset, loaded.cache)
     plan = plan_training(config, loaded.dataset)
-    asked: list[tuple[TrainingData, list[Visit] | None]] = [
+    asked: list[tuple[TrainingData, list[Exposure] | None]] = [
         (data, list(plan.timesteps)),
-        (held_out_data(config, loaded.dataset, loaded.cache), None),
+        (validation_data(config, loaded.dataset, loaded.cache), None),
     ]
-    if loaded.preserved is not None:
-        preserved = training_data(config, loaded.preserved, loaded.cache)
-        asked.append((preserved, list(plan_preserved(config, loaded.preserved, plan).timesteps)))
-    if loaded.heldout is not None:
-        asked.append((held_out_data(config, loaded.heldout, loaded.cache), None))
+    if loaded.prior is not None:
+        prior = training_data(config, loaded.prior, loaded.cache)
+        asked.append((prior, list(plan_prior(config, loaded.prior, plan).timesteps)))
+    if loaded.validation is not None:
+        asked.append((validation_data(config, loaded.validation, loaded.cache), None))
     examples: dict[Example, None] = {}
     captions: dict[str, None] = {}
     for one, planned in asked:
-        visits = [Visit(index, 1) for index in range(len(one.dataset.examples))] if planned is None else planned
-        examples |= {one.dataset.examples[visit.example]: None for visit in visits}
-        captions |= dict.fromkeys(one.captions(visits))
+        exposures = [Exposure(index, 1) for index in range(len(one.dataset.examples))] if planned is None else planned
+        examples |= {one.dataset.examples[exposure.example]: None for exposure in exposures}
+        captions |= dict.fromkeys(one.captions(exposures))
     return list(examples), [] if data.text_is_trained else list(captions)
 
 

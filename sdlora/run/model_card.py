@@ -1,6 +1,6 @@
 """The model card: README.md in a run's folder, which the Hub shows beside the files.
 
-Used by `run`. It tells no caption, no folder and no picture's name unless `file.tell_captions` says so.
+Used by `run`. It tells no caption, no folder and no image's name unless `file.include_captions` says so.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ def _shown(parts: Parts, epoch: int) -> list[tuple[str, str]]:
     if parts.previews is None:
         return []
     folder = parts.folder.epoch(epoch)
-    found = presentable(parts.previews, folder, captions=parts.config.file.tell_captions)[:MOST_SHOWN]
+    found = presentable(parts.previews, folder, captions=parts.config.file.include_captions)[:MOST_SHOWN]
     return [((folder / "previews" / file).relative_to(parts.folder.path).as_posix(), prompt) for file, prompt in found]
 
 
@@ -76,7 +76,7 @@ def _body(parts: Parts, plan: PlanMade, epoch: int) -> str:
     if triggers:
         words = " or ".join(f"`{trigger}`" for trigger in dict.fromkeys(triggers))
         lines += [f"Write {words} in the prompt.", ""]
-    lines += ["## Does it copy its training pictures?", "", _verdict(parts, epoch), ""]
+    lines += ["## Does it copy its training images?", "", _verdict(parts, epoch), ""]
     lines += ["## Use", "", "```python", *_code(parts, base), "```", ""]
     lines += ["## Training", "", *_facts(parts, plan, epoch), ""]
     if config.file.licence is None:
@@ -90,8 +90,8 @@ def _verdict(parts: Parts, epoch: int) -> str:
         return "This was not checked."
     found, total = sum(match.significant for match in check.previews), len(check.previews)
     return (
-        f"**{check.verdict}**: {found} of {total} previews are more like a training picture than pictures that copy "
-        "nothing are, judged by sdlora's copy check against every training picture and its mirror image."
+        f"**{check.verdict}**: {found} of {total} previews are more like a training image than images that copy "
+        "nothing are, judged by sdlora's copy check against every training image and its mirror image."
     )
 
 
@@ -107,11 +107,11 @@ def _code(parts: Parts, base: str | None) -> list[str]:
 
 def _facts(parts: Parts, plan: PlanMade, epoch: int) -> list[str]:
     lora = parts.config.lora
-    exposures = plan.exposures_per_picture * epoch // plan.epochs
+    exposures = plan.exposures_per_image * epoch // plan.epochs
     seen = f"at most {exposures}" if len({one.repeats for one in plan.sets}) > 1 else str(exposures)
     resolution_px = parts.config.data.resolution_px or parts.base.resolution_px
     return [
-        f"- {plan.pictures} pictures of {resolution_px} px, each seen {seen} times until epoch {epoch} of "
+        f"- {plan.images} images of {resolution_px} px, each seen {seen} times until epoch {epoch} of "
         f"{plan.epochs}, whose file this is",
         f"- rank {lora.rank}, alpha {lora.alpha:g}, in {', '.join(lora.targets)}",
         f"- {plan.trained_parameters:,} parameters; the base stayed as it is",

@@ -50,18 +50,18 @@ def check_same(config: RunConfig, folder: RunFolder) -> None:
         raise ConfigError(f"The run in {folder.path} was started with other settings:\n" + "\n".join(different))
 
 
-def pictures_of(parts: Parts) -> dict[str, str]:
+def images_of(parts: Parts) -> dict[str, str]:
     """What is trained, preserved and held out, by name: a hash of pixels, caption and networks."""
-    heldout = {} if parts.heldout is None else parts.heldout.data.identities()
-    preserved = {} if parts.preserved is None else parts.preserved.identities()
-    return parts.data.identities() | preserved | {f"held out: {name}": found for name, found in heldout.items()}
+    validation = {} if parts.validation is None else parts.validation.data.identities()
+    prior = {} if parts.prior is None else parts.prior.identities()
+    return parts.data.identities() | prior | {f"held out: {name}": found for name, found in validation.items()}
 
 
 def _check_same_base(before: str | None, parts: Parts) -> None:
     """A run goes on only with the base it was started with.
 
     Raises:
-        OutputError: Its UNet's weights are others. (Those of the other networks are told by the pictures.)
+        OutputError: Its UNet's weights are others. (Those of the other networks are told by the images.)
     """
     if before not in (None, parts.identity):
         raise OutputError(
@@ -71,21 +71,21 @@ def _check_same_base(before: str | None, parts: Parts) -> None:
 
 
 def _check_base_was_judged(parts: Parts) -> None:
-    """Epochs are compared with what the check found in the base's pictures, before training.
+    """Epochs are compared with what the check found in the base's images, before training.
 
     Raises:
-        OutputError: The base's pictures were not checked, since the run was begun by a version without the check.
+        OutputError: The base's images were not checked, since the run was begun by a version without the check.
     """
     if parts.checker is not None and EpochCheck.read(parts.folder.epoch(0)) is None:
         raise OutputError(
-            f"The run in {parts.folder.path} was begun before the copy check existed, so that the base's pictures are "
+            f"The run in {parts.folder.path} was begun before the copy check existed, so that the base's images are "
             f"not judged. Write [copycheck] and enabled = false into {parts.folder.config}, and go on with --set "
             "copycheck.enabled=false; or start a new run."
         )
 
 
-def _check_same_pictures(before: dict[str, str], now: dict[str, str]) -> None:
-    """A run goes on only with the pictures it was started with, for which picture comes when depends on all of them.
+def _check_same_images(before: dict[str, str], now: dict[str, str]) -> None:
+    """A run goes on only with the images it was started with, for which image comes when depends on all of them.
 
     Raises:
         DataError: Any was added, taken away or changed; all are named.
@@ -97,21 +97,21 @@ def _check_same_pictures(before: dict[str, str], now: dict[str, str]) -> None:
     }
     if any(kinds.values()):
         told = "\n".join(f"  {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
-        raise DataError(f"The run was started with other pictures. Put them back, or start a new run:\n{told}")
+        raise DataError(f"The run was started with other images. Put them back, or start a new run:\n{told}")
 
 
 def check_same_content(extra: dict[str, Any], parts: Parts) -> None:
-    """See that base and pictures are those that a checkpoint was made with.
+    """See that base and images are those that a checkpoint was made with.
 
     Args:
         extra: What the run had kept in the checkpoint.
         parts: Of the run as it is now, its cache filled.
 
     Raises:
-        SdloraError: They are not, or the base's pictures were never judged.
+        SdloraError: They are not, or the base's images were never judged.
     """
     _check_same_base(extra.get("base"), parts)
-    _check_same_pictures(extra["pictures"], pictures_of(parts))
+    _check_same_images(extra["pictures"], images_of(parts))
     _check_base_was_judged(parts)
 
 

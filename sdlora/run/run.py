@@ -44,7 +44,7 @@ from sdlora.run.export import add_thumbnail, captions_told, export_epoch
 from sdlora.run.failure_hints import diverged, out_of_memory, phase_of
 from sdlora.run.folder import Recorder, RunFolder
 from sdlora.run.model_card import write_card
-from sdlora.run.resume import as_pinned, check_same, check_same_content, load_newest, pictures_of, pinned
+from sdlora.run.resume import as_pinned, check_same, check_same_content, images_of, load_newest, pinned
 from sdlora.run.setup import BaseSource, Parts, choose_device, fresh_base, prepare
 from sdlora.training.adapter import limits_elsewhere
 from sdlora.training.checkpoint import complete_checkpoints, save_checkpoint, tidy_checkpoints
@@ -103,7 +103,7 @@ def start(
             parts = prepare(config, folder, bases, processes)
         except torch.OutOfMemoryError as error:
             raise OutOfMemoryError(f"{out_of_memory(config, 'load')} {error}") from error
-        if config.file.tell_captions:
+        if config.file.include_captions:
             captions_told(parts.data.dataset.examples)  # an error now, rather than at the end of an epoch
         check_room(parts, resume=resume)
         if not resume:
@@ -164,8 +164,8 @@ def _events(
     for message in parts.notices:
         yield Notice(message)
     yield from _fill_training(parts)
-    if parts.heldout is not None:
-        yield from parts.heldout.data.fill(config.data.background)
+    if parts.validation is not None:
+        yield from parts.validation.data.fill(config.data.background)
     if not resume:
         parts.base.set_aside()
         yield StepRehearsed(trainer.rehearse())
@@ -190,7 +190,7 @@ def _events(
             extra = {
                 "metrics_bytes": recorder.metrics_bytes(),
                 "heldout_losses": losses,
-                "pictures": pictures_of(parts),
+                "pictures": images_of(parts),
                 "base": parts.identity,
             }
             save_checkpoint(folder.checkpoints, trainer, extra)
@@ -198,7 +198,7 @@ def _events(
             yield from _close_epoch(parts, event, losses)
             if processes.agree(config.copycheck.stop and _copies(folder, event.epoch)):
                 last = event.epoch
-                yield Notice(f"Epoch {last} copies training pictures; training ends here, as copycheck.stop asks for.")
+                yield Notice(f"Epoch {last} copies training images; training ends here, as copycheck.stop asks for.")
                 break
         else:
             yield event
@@ -223,8 +223,8 @@ def _events(
 def _fill_training(parts: Parts) -> Iterator[Event]:
     background, trainer = parts.config.data.background, parts.trainer
     yield from parts.data.fill(background, trainer.plan.timesteps)
-    if parts.preserved is not None:
-        yield from parts.preserved.fill(background, trainer.preserved_plan.timesteps)
+    if parts.prior is not None:
+        yield from parts.prior.fill(background, trainer.prior_plan.timesteps)
 
 
 def _follow(config: RunConfig, folder: RunFolder, should_stop: Callable[[], bool], processes: Processes) -> None:
@@ -269,15 +269,15 @@ def _plan(parts: Parts) -> PlanMade:
         if config.data.sets
     ]
     repeats = max(example.repeats for example in examples)
-    heldout = () if parts.heldout is None else parts.heldout.data.dataset.examples
+    validation = () if parts.validation is None else parts.validation.data.dataset.examples
     peak_bytes, memory_bytes = memory_of_run(config, parts.base, parts.data, parts.device)
     return PlanMade(
-        pictures=len(examples),
-        heldout_pictures=len(heldout),
-        split_off=[] if config.data.holdout is not None else [example.name for example in heldout],
+        images=len(examples),
+        validation_images=len(validation),
+        split_off=[] if config.data.validation_folder is not None else [example.name for example in validation],
         repeats=repeats,
         epochs=config.train.epochs,
-        exposures_per_picture=repeats * config.train.epochs,
+        exposures_per_image=repeats * config.train.epochs,
         batch_size=config.train.batch_size,
         gradient_accumulation_steps=config.train.gradient_accumulation_steps,
         steps=parts.trainer.total_steps,
@@ -287,7 +287,7 @@ def _plan(parts: Parts) -> PlanMade:
         device=str(parts.device),
         precision=parts.precision,
         sets=sets,
-        preserved_pictures=0 if parts.preserved is None else len(parts.preserved.dataset.examples),
+        prior_images=0 if parts.prior is None else len(parts.prior.dataset.examples),
         peak_bytes=peak_bytes,
         memory_bytes=memory_bytes,
         previews=0 if parts.previews is None else len(parts.previews.wanted()),
@@ -295,17 +295,17 @@ def _plan(parts: Parts) -> PlanMade:
 
 
 def _close_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
-    """What belongs to an epoch's end: held-out loss, the LoRA file, previews, the contact sheet, the page."""
+    """What belongs to an epoch's end: validation loss, the LoRA file, previews, the contact sheet, the page."""
     with parts.trainer.averaged():
         yield from _judge_epoch(parts, event, losses)
 
 
 def _judge_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
     folder = parts.folder
-    if parts.heldout is not None:
-        event = parts.heldout.measure(event)
-        assert event.heldout_loss is not None, "it was just measured"
-        losses[event.epoch] = event.heldout_loss
+    if parts.validation is not None:
+        event = parts.validation.measure(event)
+        assert event.validation_loss is not None, "it was just measured"
+        losses[event.epoch] = event.validation_loss
     yield event
     if event.epoch > 0:
         export_epoch(parts, event)

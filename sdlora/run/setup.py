@@ -27,13 +27,13 @@ from sdlora.models.load import LoadOptions, load_base
 from sdlora.models.text import TextOptions
 from sdlora.previews.prompts import novel_prompts
 from sdlora.previews.sampler import PreviewRequest
-from sdlora.run.datasets import fit_pictures, read_pictures
+from sdlora.run.datasets import fit_images, read_images
 from sdlora.run.folder import RunFolder
 from sdlora.training.adapter import make_adapter
-from sdlora.training.data import TrainingData, held_out_data, training_data
+from sdlora.training.data import TrainingData, training_data, validation_data
 from sdlora.training.distributed import ALONE, Processes
 from sdlora.training.trainer import Trainer
-from sdlora.training.validation import HeldOut
+from sdlora.training.validation import Validation
 
 BaseSource = Callable[[RunConfig, torch.device, torch.dtype], BaseModel]
 """Where a run's base comes from; it has no adapter in it."""
@@ -52,8 +52,8 @@ class Parts:
     adapter: Adapter
     targets: list[str]
     data: TrainingData
-    preserved: TrainingData | None
-    heldout: HeldOut | None
+    prior: TrainingData | None
+    validation: Validation | None
     trainer: Trainer
     previews: PreviewRequest | None
     checker: Checker | None
@@ -65,14 +65,14 @@ class Parts:
 
 @dataclass
 class Loaded:
-    """The pictures and the base, before there is an adapter.
+    """The images and the base, before there is an adapter.
 
     Attributes:
         base: Its networks, without adapters.
         identity: A hash of its UNet.
-        dataset: The pictures, their buckets assigned.
-        heldout: Pictures that are never trained, or None.
-        preserved: Pictures of what the base is to keep, or None.
+        dataset: The images, their buckets assigned.
+        heldout: Images that are never trained, or None.
+        preserved: Images of what the base is to keep, or None.
         cache: Of latents, text states and what the copy check compares with.
         notices: What the user should know.
         device: Where the networks are.
@@ -82,8 +82,8 @@ class Loaded:
     base: BaseModel
     identity: str
     dataset: Dataset
-    heldout: Dataset | None
-    preserved: Dataset | None
+    validation: Dataset | None
+    prior: Dataset | None
     cache: Cache
     notices: list[str]
     device: torch.device
@@ -111,25 +111,25 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
 
 
 def load(config: RunConfig, bases: BaseSource = fresh_base) -> Loaded:
-    """Check and load pictures and base.
+    """Check and load images and base.
 
     Raises:
         SdloraError: Anything that is wrong with them.
     """
     device, dtype, precision = choose_device(config)
-    # The pictures are looked at before the base is loaded, which may take minutes.
-    pictures = read_pictures(config)
+    # The images are looked at before the base is loaded, which may take minutes.
+    images = read_images(config)
     base = bases(config, device, dtype)
-    pictures = fit_pictures(config, pictures, base)
+    images = fit_images(config, images, base)
     return Loaded(
         base=base,
         # Before adapters change the names of the weights.
         identity=weights_identity(base.unet, base.unet.config),
-        dataset=pictures.trained,
-        heldout=pictures.heldout,
-        preserved=pictures.preserved,
+        dataset=images.trained,
+        validation=images.validation,
+        prior=images.prior,
         cache=Cache(Path(config.cache.dir) if config.cache.dir else None, base),
-        notices=list(pictures.notices),
+        notices=list(images.notices),
         device=device,
         precision=precision,
     )
@@ -147,7 +147,7 @@ def prepare(
         processes: Those that share every batch.
 
     Raises:
-        SdloraError: Anything that is wrong with the settings, the pictures or the base.
+        SdloraError: Anything that is wrong with the settings, the images or the base.
     """
     loaded = load(config, bases)
     base, notices = loaded.base, loaded.notices
@@ -156,15 +156,15 @@ def prepare(
     rank = max(config.lora.ranks())
     if rank > HIGH_RANK:
         notices.append(
-            f"Rank {rank} needs more memory and copies the training pictures more easily than "
+            f"Rank {rank} needs more memory and copies the training images more easily than "
             f"rank 8 to {HIGH_RANK}. Compare a lower rank before you keep it."
         )
     data = training_data(config, loaded.dataset, loaded.cache)
-    measured = heldout_measure(config, loaded, adapter)
+    measured = validation_measure(config, loaded, adapter)
     on_cpu = loaded.device.type == "cpu"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")
-    preserved = None if loaded.preserved is None else training_data(config, loaded.preserved, loaded.cache)
-    trainer = Trainer(config, base, adapter, data, accelerator, preserved, processes)
+    prior = None if loaded.prior is None else training_data(config, loaded.prior, loaded.cache)
+    trainer = Trainer(config, base, adapter, data, accelerator, prior, processes)
     notices += _unmet(trainer) + _keep_text_or_not(config, trainer)
     if config.train.warmup_steps >= trainer.total_steps:
         raise ConfigError(
@@ -182,8 +182,8 @@ def prepare(
         adapter=adapter,
         targets=targets,
         data=data,
-        preserved=preserved,
-        heldout=measured,
+        prior=prior,
+        validation=measured,
         trainer=trainer,
         previews=previews,
         checker=checker,
@@ -195,22 +195,22 @@ def prepare(
 
 
 def _unmet(trainer: Trainer) -> list[str]:
-    """Pictures of what is preserved that the run is too short for."""
-    if trainer.preserved is None:
+    """Images of what is preserved that the run is too short for."""
+    if trainer.prior is None:
         return []
-    known, met = len(trainer.preserved.dataset.examples), len({v.example for v in trainer.preserved_plan.timesteps})
+    known, met = len(trainer.prior.dataset.examples), len({v.example for v in trainer.prior_plan.timesteps})
     if met == known:
         return []
-    return [f"{known - met} of {known} pictures of data.preservation_folder are not reached in a run of this length."]
+    return [f"{known - met} of {known} images of data.preservation_folder are not reached in a run of this length."]
 
 
 def _keep_text_or_not(config: RunConfig, trainer: Trainer) -> list[str]:
-    """Let captions be encoded at every visit where keeping them all would take too much; says so."""
+    """Let captions be encoded at every exposure where keeping them all would take too much; says so."""
     if trainer.data.text_is_trained:
         return []
     captions = set(trainer.data.captions(trainer.plan.timesteps))
-    if trainer.preserved is not None:
-        captions |= set(trainer.preserved.captions(trainer.preserved_plan.timesteps))
+    if trainer.prior is not None:
+        captions |= set(trainer.prior.captions(trainer.prior_plan.timesteps))
     cache, limit_gib = trainer.data.cache, config.cache.max_text_gib
     needed_gib = cache.text_bytes(len(captions)) / 2**30
     cache.keeps_text = needed_gib <= limit_gib
@@ -223,26 +223,26 @@ def _keep_text_or_not(config: RunConfig, trainer: Trainer) -> list[str]:
 
 
 def make_checker(
-    config: RunConfig, loaded: Loaded, adapter: Adapter, previews: PreviewRequest, heldout: HeldOut | None
+    config: RunConfig, loaded: Loaded, adapter: Adapter, previews: PreviewRequest, validation: Validation | None
 ) -> Checker:
-    """The copy check of an adapter on the pictures that were loaded with its base.
+    """The copy check of an adapter on the images that were loaded with its base.
 
     A network that was asked for and cannot be had is told in the notices.
     """
-    gallery = make_gallery(loaded.dataset, loaded.heldout, config.data.background)
+    gallery = make_gallery(loaded.dataset, loaded.validation, config.data.background)
     copycheck = config.copycheck
     arbiters, missing = load_arbiters(sscd=copycheck.sscd, dinov2=copycheck.dinov2, device=loaded.device)
     loaded.notices.extend(missing)
-    data = held_out_data(config, loaded.dataset, loaded.cache)
-    subject = Subject(adapter, data, heldout, loaded.cache, loaded.identity, config.seed)
+    data = validation_data(config, loaded.dataset, loaded.cache)
+    subject = Subject(adapter, data, validation, loaded.cache, loaded.identity, config.seed)
     return Checker(subject, previews, gallery, arbiters)
 
 
-def heldout_measure(config: RunConfig, loaded: Loaded, adapter: Adapter) -> HeldOut | None:
-    """What measures an adapter on the held-out pictures, if there are any."""
-    if loaded.heldout is None:
+def validation_measure(config: RunConfig, loaded: Loaded, adapter: Adapter) -> Validation | None:
+    """What measures an adapter on the validation images, if there are any."""
+    if loaded.validation is None:
         return None
-    return HeldOut(held_out_data(config, loaded.heldout, loaded.cache), adapter, config.seed)
+    return Validation(validation_data(config, loaded.validation, loaded.cache), adapter, config.seed)
 
 
 def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:

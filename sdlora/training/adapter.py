@@ -41,7 +41,7 @@ def form_of(lora: LoraConfig) -> Form:
         rslora=lora.rslora,
         dora=lora.dora,
         dropout=lora.dropout,
-        start=lora.start,
+        start=lora.init,
         timestep_rank=timestep_rank(lora),
     )
 

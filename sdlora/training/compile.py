@@ -1,6 +1,6 @@
 """A UNet's transformer blocks compiled by torch: once for all blocks and inputs of a kind.
 
-Where no gradients are computed (previews, held-out losses, what is preserved) the blocks are as they were.
+Where no gradients are computed (previews, validation losses, what is preserved) the blocks are as they were.
 What is trained is the same to rounding.
 """
 

@@ -1,4 +1,4 @@
-"""What a visit costs: the error of the denoised answer, and the distance from the base where it is to be preserved.
+"""What an exposure costs: the error of the denoised answer, and the distance from the base where it is to be preserved.
 
 Shapes: B batch, K of it preserved, C latent channels, h/w latents.
 """
@@ -14,7 +14,7 @@ from torch import Tensor
 from sdlora.diffusion.losses import mse_per_example
 from sdlora.diffusion.noise import add_noise, prediction_target
 from sdlora.lora.inject import Adapter
-from sdlora.models.base import BaseModel, TextStates
+from sdlora.models.base import BaseModel, TextEmbeddings
 
 Error = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(predicted, target, weights), (B, C, h, w) twice and (B, 1, h, w) or None, to a loss per example, (B,)."""
@@ -35,7 +35,7 @@ class Batch:
     latents: Tensor
     noise: Tensor
     timesteps: Tensor
-    text: TextStates
+    text: TextEmbeddings
     weights: Tensor | None = None
 
 
@@ -56,13 +56,13 @@ def diffusion_loss(base: BaseModel, batch: Batch, error: Error = mse_per_example
     return error(base.predict(noisy, timesteps, _moved(base, batch.text)), target, batch.weights)
 
 
-def diffusion_loss_preserving(
+def diffusion_loss_with_prior(
     base: BaseModel,
     adapter: Adapter,
     batch: Batch,
     chosen: Tensor,
-    class_text: TextStates,
-    kept_text: TextStates,
+    class_text: TextEmbeddings,
+    kept_text: TextEmbeddings,
     error: Error = mse_per_example,
 ) -> tuple[Tensor, Tensor]:
     """The simple loss, and how far the adapter moves the base's answers to other words on the same noisy latents.
@@ -83,7 +83,7 @@ def diffusion_loss_preserving(
         Float32 on the base's device: the loss as in `diffusion_loss`, (B,), and the distance, (K,).
 
     Source: the distance is the prior preservation of Ruiz et al. 2208.12242, equation 2, with the base's own
-    prediction as the target instead of pictures drawn by it.
+    prediction as the target instead of images drawn by it.
     """
     noisy, timesteps, target = _prepared(base, batch)
     chosen = _on_device(base, chosen)
@@ -106,7 +106,7 @@ def _prepared(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     return add_noise(latents, noise, alphas_cumprod), timesteps, target
 
 
-def _moved(base: BaseModel, text: TextStates) -> TextStates:
+def _moved(base: BaseModel, text: TextEmbeddings) -> TextEmbeddings:
     return {name: _on_device(base, value) for name, value in text.items()}
 
 

@@ -1,6 +1,6 @@
-"""The plan of visits: which picture is met in which optimizer step, and at which timestep. All of it is known before.
+"""The plan of exposures: which image is met in which optimizer step, and at which timestep. All of it is known before.
 
-Everything is a function of the configuration and the pictures, so a resumed run goes on in the same plan.
+Everything is a function of the configuration and the images, so a resumed run goes on in the same plan.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from itertools import chain, count, islice
 
 from sdlora.common import seeds
 from sdlora.config.schema import RunConfig, TimestepsConfig
-from sdlora.data.batches import Visit, epoch_batches
+from sdlora.data.batches import Exposure, epoch_batches
 from sdlora.data.dataset import Dataset
 from sdlora.diffusion.stratify import cover
 from sdlora.diffusion.timesteps import Density
 
-Step = list[tuple[Visit, ...]]
+Step = list[tuple[Exposure, ...]]
 """An optimizer step: batches whose gradients are summed."""
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Visits of one set of pictures.
+    """Exposures of one set of images.
 
     Attributes:
-        epochs: The optimizer steps of each epoch; a step without batches meets none of these pictures.
-        timesteps: The timestep of each visit.
-        kept: Visits at which the base's answer to class words is kept as well, where it is kept at all.
+        epochs: The optimizer steps of each epoch; a step without batches meets none of these images.
+        timesteps: The timestep of each exposure.
+        kept: Exposures at which the base's answer to class words is kept as well, where it is kept at all.
     """
 
     epochs: list[list[Step]] = field(default_factory=list)
-    timesteps: dict[Visit, int] = field(default_factory=dict)
-    kept: frozenset[Visit] = frozenset()
+    timesteps: dict[Exposure, int] = field(default_factory=dict)
+    kept: frozenset[Exposure] = frozenset()
 
 
 def plan_training(config: RunConfig, dataset: Dataset) -> Plan:
-    """Every picture as often as its repeats say, in every epoch."""
+    """Every image as often as its repeats say, in every epoch."""
     train = config.train
     buckets = [example.bucket for example in dataset.examples]
     repeats = [example.repeats for example in dataset.examples]
@@ -51,23 +51,23 @@ def plan_training(config: RunConfig, dataset: Dataset) -> Plan:
 
 
 def one_in(
-    every: int, batches: Sequence[Sequence[Visit]], timesteps: Mapping[Visit, int], seed: int
-) -> frozenset[Visit]:
-    """One in so many visits of every batch: each is as likely as another, and they are spread over the noise levels.
+    every: int, batches: Sequence[Sequence[Exposure]], timesteps: Mapping[Exposure, int], seed: int
+) -> frozenset[Exposure]:
+    """One in so many exposures of every batch: each is as likely as another, and they are spread over the noise levels.
 
     Source: systematic sampling with a random start (Madow and Madow 1944).
     """
-    chosen: set[Visit] = set()
+    chosen: set[Exposure] = set()
     for number, batch in enumerate(batches):
         start = seeds.derive(seed, "kept visits", number) % every
         chosen.update(sorted(batch, key=timesteps.__getitem__)[start::every])
     return frozenset(chosen)
 
 
-def plan_preserved(config: RunConfig, dataset: Dataset, training: Plan) -> Plan:
-    """As many batches of pictures of what is preserved as each step has batches that are trained.
+def plan_prior(config: RunConfig, dataset: Dataset, training: Plan) -> Plan:
+    """As many batches of images of what is preserved as each step has batches that are trained.
 
-    The pictures come in rounds, each in an order of its own, and go on from step to step and from epoch to epoch.
+    The images come in rounds, each in an order of its own, and go on from step to step and from epoch to epoch.
     """
     seed = seeds.derive(config.seed, "preserved pictures")
     buckets = [example.bucket for example in dataset.examples]
@@ -79,7 +79,7 @@ def plan_preserved(config: RunConfig, dataset: Dataset, training: Plan) -> Plan:
 
 def _timesteps(
     options: TimestepsConfig, dataset: Dataset, epochs: Sequence[Sequence[Step]], seed: int
-) -> dict[Visit, int]:
+) -> dict[Exposure, int]:
     density = Density(
         options.density,
         mean=options.mean,
@@ -88,11 +88,11 @@ def _timesteps(
         maximum=options.max,
         high_noise_keep=options.high_noise_keep,
     )
-    steps = [[visit for batch in step for visit in batch] for epoch in epochs for step in epoch]
-    named = [[(dataset.examples[visit.example].name, visit.visit) for visit in step] for step in steps]
+    steps = [[exposure for batch in step for exposure in batch] for epoch in epochs for step in epoch]
+    named = [[(dataset.examples[exposure.example].name, exposure.exposure) for exposure in step] for step in steps]
     draws = cover(options.coverage, named, seed)
     return {
-        visit: density.timestep(draw)
+        exposure: density.timestep(draw)
         for step, drawn in zip(steps, draws, strict=True)
-        for visit, draw in zip(step, drawn, strict=True)
+        for exposure, draw in zip(step, drawn, strict=True)
     }

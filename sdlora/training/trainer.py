@@ -1,6 +1,6 @@
 """The training loop: an iterator of events over optimizer steps.
 
-The trainer computes and reports; it writes no file, shows no picture and stops only where it is told to.
+The trainer computes and reports; it writes no file, shows no image and stops only where it is told to.
 Shapes: B batch, C latent channels, h/w latents.
 """
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from sdlora.common import seeds
 from sdlora.config.schema import RunConfig
-from sdlora.data.batches import Visit
+from sdlora.data.batches import Exposure
 from sdlora.diffusion.bands import NUM_BANDS, band_of
 from sdlora.diffusion.losses import huber_per_example, loss_weight, mse_per_example
 from sdlora.events import CheckpointDue, EpochDone, Event, Notice, StepDone
@@ -29,10 +29,10 @@ from sdlora.training.data import TrainingData
 from sdlora.training.distributed import ALONE, Processes
 from sdlora.training.divergence import Watch, check_finite
 from sdlora.training.ema import MovingAverage, evaluation_weights
-from sdlora.training.loss import Batch, diffusion_loss, diffusion_loss_preserving
+from sdlora.training.loss import Batch, diffusion_loss, diffusion_loss_with_prior
 from sdlora.training.lr_schedule import learning_rate
 from sdlora.training.optimizers import adapter_groups, make_optimizer, set_rates
-from sdlora.training.schedule import Plan, Step, plan_preserved, plan_training
+from sdlora.training.schedule import Plan, Step, plan_prior, plan_training
 from sdlora.training.train_step import LeanStep
 
 
@@ -42,11 +42,11 @@ class Position:
 
     Attributes:
         step: Optimizer steps done in the whole run.
-        loss_sum: Sum of the losses of the current epoch's visits so far.
-        loss_count: How many visits that sum covers.
+        loss_sum: Sum of the losses of the current epoch's exposures so far.
+        loss_count: How many exposures that sum covers.
         band_sums: The same sum by band of timesteps.
         band_counts: The same count by band of timesteps.
-        part_size: So many pictures of a batch are computed at once, since memory is too small for all; 0 for all.
+        part_size: So many images of a batch are computed at once, since memory is too small for all; 0 for all.
     """
 
     step: int = 0
@@ -57,7 +57,7 @@ class Position:
     part_size: int = 0
 
     def add(self, timesteps: Sequence[int], losses: Sequence[float]) -> None:
-        """Count the visits of a step."""
+        """Count the exposures of a step."""
         self.loss_sum += sum(losses)
         self.loss_count += len(losses)
         for place, loss in zip(timesteps, losses, strict=True):
@@ -79,7 +79,7 @@ class Position:
 class _Pending:
     """Steps whose losses are still on the device."""
 
-    steps: list[tuple[int, int, float, list[Visit], list[int]]] = field(default_factory=list)
+    steps: list[tuple[int, int, float, list[Exposure], list[int]]] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     since: float = field(default_factory=time.monotonic)
 
@@ -91,9 +91,9 @@ class Trainer:
         config: The whole run's configuration; `train`, `timesteps`, `loss` and `seed` are read.
         base: The frozen model; the adapter is injected into its UNet.
         adapter: What is trained.
-        data: The pictures, their cache filled for every planned visit.
+        data: The images, their cache filled for every planned exposure.
         accelerator: Accelerate's object; it decides device and loss scaling.
-        preserved: Pictures of what the base is to keep, trained beside the set; None for none.
+        preserved: Images of what the base is to keep, trained beside the set; None for none.
         processes: Those that share every batch.
 
     Raises:
@@ -108,7 +108,7 @@ class Trainer:
         adapter: Adapter,
         data: TrainingData,
         accelerator: Accelerator,
-        preserved: TrainingData | None = None,
+        prior: TrainingData | None = None,
         processes: Processes = ALONE,
     ) -> None:
         self.config = config
@@ -116,7 +116,7 @@ class Trainer:
         self.base = base
         self.adapter = adapter
         self.data = data
-        self.preserved = preserved
+        self.prior = prior
         self.accelerator = accelerator
         self.position = Position()
         loss = config.loss
@@ -125,7 +125,7 @@ class Trainer:
         self.lean = LeanStep(
             base.unet,
             adapter,
-            adapter_groups(adapter, train.plus_ratio, self._text_encoder_factor()),
+            adapter_groups(adapter, train.loraplus_lr_ratio, self._text_encoder_factor()),
             optimizer=train.optimizer,
             gradient_checkpointing=train.gradient_checkpointing,
             compiled=train.compile,
@@ -136,8 +136,8 @@ class Trainer:
         )
         self.average = MovingAverage(self.parameters, train.ema_decay) if train.ema_decay > 0 else None
         self.plan = plan_training(config, data.dataset)
-        self.preserved_plan = Plan() if preserved is None else plan_preserved(config, preserved.dataset, self.plan)
-        self._preserved_steps = [step for steps in self.preserved_plan.epochs for step in steps]
+        self.prior_plan = Plan() if prior is None else plan_prior(config, prior.dataset, self.plan)
+        self._prior_steps = [step for steps in self.prior_plan.epochs for step in steps]
         self._watch = Watch()
 
     def _text_encoder_factor(self) -> float:
@@ -162,7 +162,7 @@ class Trainer:
 
         Yields:
             `StepDone` for every step, some steps late, since losses are read back together; `CheckpointDue` when
-            the state between two steps may be saved; `EpochDone` (its held-out loss left to the run).
+            the state between two steps may be saved; `EpochDone` (its validation loss left to the run).
         """
         first_step = 1
         for epoch, groups in enumerate(self.plan.epochs, start=1):
@@ -221,7 +221,7 @@ class Trainer:
             step,
             total_steps=self.total_steps,
             peak=train.learning_rate,
-            schedule=train.schedule,
+            schedule=train.lr_schedule,
             warmup_steps=train.warmup_steps,
         )
         set_rates(self.optimizer, rate)
@@ -238,25 +238,25 @@ class Trainer:
         if self.average is not None:
             self.average.update(step)
         self.position.step = step
-        visits = [visit for batch in group for visit in batch]
-        pending.steps.append((epoch, step, rate, visits, [self.plan.timesteps[visit] for visit in visits]))
+        exposures = [exposure for batch in group for exposure in batch]
+        pending.steps.append((epoch, step, rate, exposures, [self.plan.timesteps[exposure] for exposure in exposures]))
         pending.losses.append(losses)
 
     def _gradients(self, group: Step, step: int) -> Tensor | None:
-        """Gradients of the mean over a step's visits, which are left on the parameters.
+        """Gradients of the mean over a step's exposures, which are left on the parameters.
 
         Returns:
-            The losses (B,) of all visits; None if memory is too small and `train.auto_batch` allows smaller parts.
+            The losses (B,) of all exposures; None if memory is too small and `train.auto_batch` allows smaller parts.
         """
         num_examples = sum(len(batch) for batch in group)
         size = self.position.part_size or self.config.train.batch_size
         try:
             losses = [
-                self._accumulate(self.data, part, [self.plan.timesteps[visit] for visit in part], num_examples)
+                self._accumulate(self.data, part, [self.plan.timesteps[exposure] for exposure in part], num_examples)
                 for part in _parts(group, size)
             ]
-            if self.preserved is not None:
-                self._preserve(self.preserved, self._preserved_steps[step - 1], size)
+            if self.prior is not None:
+                self._preserve(self.prior, self._prior_steps[step - 1], size)
         except torch.OutOfMemoryError:
             if size == 1 or not self.config.train.auto_batch:
                 raise
@@ -264,7 +264,7 @@ class Trainer:
         return torch.cat(losses)
 
     def _halve_parts(self) -> None:
-        """Let go of what an attempt left behind; the next one takes half as many pictures at once."""
+        """Let go of what an attempt left behind; the next one takes half as many images at once."""
         self.position.part_size = (self.position.part_size or self.config.train.batch_size) // 2
         self.optimizer.zero_grad(set_to_none=True)
         if self.base.device.type == "cuda":
@@ -284,19 +284,19 @@ class Trainer:
         )
 
     def _preserve(self, data: TrainingData, step: Step, size: int) -> None:
-        """Add the gradients of pictures of what is preserved: their mean loss, times its weight.
+        """Add the gradients of images of what is preserved: their mean loss, times its weight.
 
         Source: Ruiz et al. 2208.12242, equation 2.
         """
         num_examples, weight = sum(len(batch) for batch in step), self.config.train.preservation_weight
         for part in _parts(step, size):
-            drawn = [self.preserved_plan.timesteps[visit] for visit in part]
+            drawn = [self.prior_plan.timesteps[exposure] for exposure in part]
             self._accumulate(data, part, drawn, num_examples, weight)
 
     def _accumulate(
         self,
         data: TrainingData,
-        batch: Sequence[Visit],
+        batch: Sequence[Exposure],
         timesteps: Sequence[int],
         num_examples: int,
         weight: float = 1.0,
@@ -306,38 +306,38 @@ class Trainer:
         if not own:
             return torch.zeros(len(batch), device=self.base.device)
         # The way back is inside, too: checkpointing computes again there.
-        dropping = self.adapter.dropping(self.config.seed, [(data.name(v.example), v.visit) for v in own])
+        dropping = self.adapter.dropping(self.config.seed, [(data.name(v.example), v.exposure) for v in own])
         with dropping, self.lean.live():
             loss, objective = self.losses_per_example(own, drawn, data)
             self.accelerator.backward(weight * objective.sum() / num_examples)
         return self.processes.placed(loss.detach(), len(batch))
 
     def losses_per_example(
-        self, visits: Sequence[Visit], timesteps: Sequence[int], data: TrainingData | None = None
+        self, exposures: Sequence[Exposure], timesteps: Sequence[int], data: TrainingData | None = None
     ) -> tuple[Tensor, Tensor]:
-        """The loss of a batch at given timesteps; noise is a function of (seed, example, visit).
+        """The loss of a batch at given timesteps; noise is a function of (seed, example, exposure).
 
         Args:
-            visits: B of them, of one size.
+            exposures: B of them, of one size.
             timesteps: As many.
-            data: Whose pictures are visited; those that are trained if None.
+            data: Whose images are visited; those that are trained if None.
 
         Returns:
             The loss before any weighting and what is minimised, each (B,) float32.
         """
         loss, preservation = self.config.loss, self.config.train.preservation_weight
         data = data or self.data
-        latents, noise = self._latents_and_noise(visits, data)
-        pairs = [(visit.example, visit.visit) for visit in visits]
-        text, weights = data.text(pairs), self._weights(visits, latents, data)
+        latents, noise = self._latents_and_noise(exposures, data)
+        pairs = [(exposure.example, exposure.exposure) for exposure in exposures]
+        text, weights = data.text(pairs), self._weights(exposures, latents, data)
         batch = Batch(latents, noise, torch.tensor(list(timesteps)), text, weights)
-        kept = [] if data.preserved_caption is None else [i for i, v in enumerate(visits) if v in self.plan.kept]
+        kept = [] if data.prior_caption is None else [i for i, v in enumerate(exposures) if v in self.plan.kept]
         if kept:
             again, chosen = [pairs[index] for index in kept], torch.tensor(kept)
-            class_text = data.preserved_text(again)
+            class_text = data.prior_text(again)
             with torch.no_grad(), self.adapter.disabled():
-                kept_text = data.preserved_text(again)
-            plain, distances = diffusion_loss_preserving(
+                kept_text = data.prior_text(again)
+            plain, distances = diffusion_loss_with_prior(
                 self.base, self.adapter, batch, chosen, class_text, kept_text, self._error
             )
             # Those that stand for the others count for them, too.
@@ -351,9 +351,9 @@ class Trainer:
         weight = loss_weight(loss.weighting, alphas_cumprod, self.base.prediction_type, loss.gamma)
         return plain, weight * plain + preservation * distance
 
-    def _weights(self, visits: Sequence[Visit], latents: Tensor, data: TrainingData) -> Tensor | None:
-        """How much each place of the pictures counts, (B, 1, h, w), or None where no picture has a mask."""
-        masks = [data.mask(visit.example) for visit in visits]
+    def _weights(self, exposures: Sequence[Exposure], latents: Tensor, data: TrainingData) -> Tensor | None:
+        """How much each place of the images counts, (B, 1, h, w), or None where no image has a mask."""
+        masks = [data.mask(exposure.example) for exposure in exposures]
         if all(mask is None for mask in masks):
             return None
         whole = torch.ones(1, *latents.shape[2:])
@@ -361,15 +361,15 @@ class Trainer:
         floor = self.config.loss.mask_floor
         return floor + (1 - floor) * shares
 
-    def _latents_and_noise(self, batch: Sequence[Visit], data: TrainingData) -> tuple[Tensor, Tensor]:
-        moments = data.moments(visit.example for visit in batch)
-        names = [(data.name(visit.example), visit.visit) for visit in batch]
+    def _latents_and_noise(self, batch: Sequence[Exposure], data: TrainingData) -> tuple[Tensor, Tensor]:
+        moments = data.moments(exposure.example for exposure in batch)
+        names = [(data.name(exposure.example), exposure.exposure) for exposure in batch]
         shape = (moments.shape[1] // 2, *moments.shape[2:])
         seed = self.config.seed
-        jitter = torch.stack([seeds.normal(shape, seed, "latent", name, visit) for name, visit in names])
-        noise = torch.stack([seeds.normal(shape, seed, "noise", name, visit) for name, visit in names])
+        jitter = torch.stack([seeds.normal(shape, seed, "latent", name, exposure) for name, exposure in names])
+        noise = torch.stack([seeds.normal(shape, seed, "noise", name, exposure) for name, exposure in names])
         if (share := self.config.loss.noise_offset) > 0:
-            offset = [seeds.normal((shape[0], 1, 1), seed, "noise offset", name, visit) for name, visit in names]
+            offset = [seeds.normal((shape[0], 1, 1), seed, "noise offset", name, exposure) for name, exposure in names]
             noise = noise + share * torch.stack(offset)
         return self.base.sample_latents(moments, jitter), noise
 
@@ -377,16 +377,16 @@ class Trainer:
         """Bring the losses to the host, the loop's only wait for the device."""
         values: list[float] = self.processes.summed(torch.cat(pending.losses)).tolist()
         seconds = (time.monotonic() - pending.since) / len(pending.steps)
-        for epoch, step, rate, visits, timesteps in pending.steps:
-            losses, values = values[: len(visits)], values[len(visits) :]
+        for epoch, step, rate, exposures, timesteps in pending.steps:
+            losses, values = values[: len(exposures)], values[len(exposures) :]
             self.position.add(timesteps, losses)
             yield StepDone(
                 epoch=epoch,
                 step=step,
                 loss=sum(losses) / len(losses),
                 lr=rate,
-                examples=[self.data.name(visit.example) for visit in visits],
-                visits=[visit.visit for visit in visits],
+                examples=[self.data.name(exposure.example) for exposure in exposures],
+                exposures=[exposure.exposure for exposure in exposures],
                 timesteps=timesteps,
                 losses=losses,
                 seconds=seconds,
@@ -397,6 +397,6 @@ class Trainer:
         return EpochDone(epoch, self.position.step, train_loss, None, seconds, train_bands)
 
 
-def _parts(step: Step, size: int) -> list[tuple[Visit, ...]]:
-    """A step's batches, each cut into parts of at most so many visits."""
+def _parts(step: Step, size: int) -> list[tuple[Exposure, ...]]:
+    """A step's batches, each cut into parts of at most so many exposures."""
     return [batch[first : first + size] for batch in step for first in range(0, len(batch), size)]

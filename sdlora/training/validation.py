@@ -1,4 +1,4 @@
-"""The loss on pictures that are never trained on, at noise levels and noise that never change.
+"""The loss on images that are never trained on, at noise levels and noise that never change.
 
 The same numbers are asked of every epoch, so that two epochs differ by what was learned and by nothing else.
 """
@@ -23,16 +23,16 @@ LEVELS_PER_BAND = 2
 NUM_LEVELS = NUM_BANDS * LEVELS_PER_BAND
 
 
-class HeldOut:
-    """Measures an adapter on held-out pictures.
+class Validation:
+    """Measures an adapter on validation images.
 
     Args:
-        data: The held-out pictures; their own captions are used as they are.
+        data: The validation images; their own captions are used as they are.
         adapter: What is measured; switched off, it gives the losses of the base.
         seed: The run's seed, for the noise.
 
     Attributes:
-        losses_off: Of the base, as `picture_losses` gives them for all pictures; None until measured.
+        losses_off: Of the base, as `image_losses` gives them for all images; None until measured.
         losses_on: The same with the adapter, as last measured.
     """
 
@@ -44,43 +44,43 @@ class HeldOut:
         self.losses_on: Tensor | None = None
 
     def measure(self, event: EpochDone) -> EpochDone:
-        """The event with its held-out losses: their mean, by band, and by band the adapter on minus off."""
+        """The event with its validation losses: their mean, by band, and by band the adapter on minus off."""
         indices = range(len(self.data.dataset.examples))
         if self.losses_off is None:
             # The base never changes, so one look is enough, whether the run begins here or goes on.
             with self._adapter.disabled():
-                self.losses_off = picture_losses(self.data, indices, self._seed)
-        self.losses_on = picture_losses(self.data, indices, self._seed)
+                self.losses_off = image_losses(self.data, indices, self._seed)
+        self.losses_on = image_losses(self.data, indices, self._seed)
         bands, off_bands = _means(self.losses_on), _means(self.losses_off)
         return replace(
             event,
-            heldout_loss=sum(bands) / NUM_BANDS,
-            heldout_bands=bands,
-            heldout_change=[on - off for on, off in zip(bands, off_bands, strict=True)],
+            validation_loss=sum(bands) / NUM_BANDS,
+            validation_bands=bands,
+            validation_change=[on - off for on, off in zip(bands, off_bands, strict=True)],
         )
 
 
-def heldout_bands(data: TrainingData, seed: int) -> list[float]:
-    """Mean squared error over all held-out pictures in five bands of timesteps, unweighted.
+def validation_bands(data: TrainingData, seed: int) -> list[float]:
+    """Mean squared error over all validation images in five bands of timesteps, unweighted.
 
     Args:
-        data: The held-out pictures; their own captions are used as they are.
+        data: The validation images; their own captions are used as they are.
         seed: The run's seed, for the noise.
 
     Returns:
         Five means, each at least 0, from the lowest noise to the highest.
     """
-    return _means(picture_losses(data, range(len(data.dataset.examples)), seed))
+    return _means(image_losses(data, range(len(data.dataset.examples)), seed))
 
 
 @torch.no_grad()
-def picture_losses(data: TrainingData, indices: Sequence[int], seed: int) -> Tensor:
-    """Mean squared error of each picture at fixed noise levels, with noise that depends on nothing but its name.
+def image_losses(data: TrainingData, indices: Sequence[int], seed: int) -> Tensor:
+    """Mean squared error of each image at fixed noise levels, with noise that depends on nothing but its name.
 
-    Every picture is asked at the middles of ten equal slices of the timesteps, two to a band.
+    Every image is asked at the middles of ten equal slices of the timesteps, two to a band.
 
     Args:
-        data: Any pictures, trained or held out.
+        data: Any images, trained or held out.
         indices: Which of them, P in all.
         seed: The run's seed, for the noise.
 

@@ -28,7 +28,7 @@ JOBS = """
 [defaults]
 config = "{folder}/quick.toml"
 [defaults.set]
-"data.folder" = "{pictures}"
+"data.folder" = "{images}"
 "cache.dir" = "{folder}/cache"
 [[jobs]]
 name = "wrong"
@@ -42,12 +42,12 @@ name = "plain"
 """
 
 
-def write_jobs(folder: Path, pictures: Path, base: str, *, rank: int = 999) -> Path:
+def write_jobs(folder: Path, images: Path, base: str, *, rank: int = 999) -> Path:
     quick = folder / "quick.toml"
     quick.write_text(f'{QUICK}\n[base]\npath = "{base}"\n', encoding="utf-8")
     file = folder / "jobs.toml"
     more = "".join(f'[[jobs]]\nname = "j{i}"\nset = {{ "seed" = {i} }}\n' for i in (2, 3, 4))
-    text = JOBS.format(folder=folder, pictures=pictures, rank=rank).replace("[sweep]\n", more)
+    text = JOBS.format(folder=folder, images=images, rank=rank).replace("[sweep]\n", more)
     file.write_text(text, encoding="utf-8")
     return file
 
@@ -64,8 +64,8 @@ def tensors(file: Path) -> str:
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
-def test_a_bad_and_a_killed_job_leave_the_other_four_alone(tmp_path: Path, pictures: Path, tiny_base: Path) -> None:
-    file = write_jobs(tmp_path, pictures, str(tiny_base))
+def test_a_bad_and_a_killed_job_leave_the_other_four_alone(tmp_path: Path, images: Path, tiny_base: Path) -> None:
+    file = write_jobs(tmp_path, images, str(tiny_base))
     seen, killed = [], False
     for message in messages(file):
         seen.append(message)
@@ -82,7 +82,7 @@ def test_a_bad_and_a_killed_job_leave_the_other_four_alone(tmp_path: Path, pictu
     assert "4 of 6 jobs are done" in page and "wrong (failed), killed (cut)" in page
     made = {name: (tmp_path / f"out/{name}/{name}.safetensors").stat().st_mtime_ns for name in others}
 
-    write_jobs(tmp_path, pictures, str(tiny_base), rank=3)
+    write_jobs(tmp_path, images, str(tiny_base), rank=3)
     seen = list(messages(file))
     actions = {m["job"]: m["action"] for m in seen if m["event"] == "planned"}
     assert actions == {"wrong": "start", "killed": "resume"} | dict.fromkeys(others, "skip")
@@ -94,14 +94,14 @@ def test_a_bad_and_a_killed_job_leave_the_other_four_alone(tmp_path: Path, pictu
     # The third call has nothing left to do.
     assert {m["event"] for m in messages(file)} == {"planned", "batch"}
     # The last job was trained on a base that others were trained on before; a fresh one gives the same LoRA.
-    changes = [f"data.folder={pictures}", f"cache.dir={tmp_path}/cache", "seed=4", "name=j4"]
+    changes = [f"data.folder={images}", f"cache.dir={tmp_path}/cache", "seed=4", "name=j4"]
     config = load_config(str(tmp_path / "quick.toml"), changes)
     assert [type(event) for event in start(config, tmp_path / "alone")][-1] is RunDone
     assert tensors(tmp_path / "alone/j4.safetensors") == tensors(tmp_path / "out/j4/j4.safetensors")
 
 
-def test_a_stop_leaves_everything_resumable(tmp_path: Path, pictures: Path, tiny_base: Path) -> None:
-    file = write_jobs(tmp_path, pictures, str(tiny_base), rank=4)
+def test_a_stop_leaves_everything_resumable(tmp_path: Path, images: Path, tiny_base: Path) -> None:
+    file = write_jobs(tmp_path, images, str(tiny_base), rank=4)
     stopping: list[bool] = []
     seen = []
     for message in messages(file, stop=lambda: bool(stopping)):
@@ -115,8 +115,8 @@ def test_a_stop_leaves_everything_resumable(tmp_path: Path, pictures: Path, tiny
     assert actions == ["skip", "resume", "resume", "resume", "resume", "resume"]
 
 
-def test_a_changed_job_starts_anew_and_its_old_run_is_kept(tmp_path: Path, pictures: Path, tiny_base: Path) -> None:
-    file = write_jobs(tmp_path, pictures, str(tiny_base))
+def test_a_changed_job_starts_anew_and_its_old_run_is_kept(tmp_path: Path, images: Path, tiny_base: Path) -> None:
+    file = write_jobs(tmp_path, images, str(tiny_base))
     old = tmp_path / "out/plain"
     old.mkdir(parents=True)
     (old / "notes.txt").write_text("mine")

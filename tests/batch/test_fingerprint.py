@@ -24,11 +24,11 @@ def of(folder: Path, overrides: Sequence[str] = ()) -> str:
     return Fingerprints().of(parse_config({"data": {"folder": str(folder)}}, name="x", overrides=overrides))
 
 
-def test_settings_pictures_captions_and_version_count(
-    tmp_path: Path, pictures: Path, monkeypatch: pytest.MonkeyPatch
+def test_settings_images_captions_and_version_count(
+    tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = tmp_path / "mine"
-    shutil.copytree(pictures, mine)
+    shutil.copytree(images, mine)
     before = of(mine)
     assert of(mine) == before
     assert of(mine, ["lora.rank=3"]) != before
@@ -42,39 +42,39 @@ def test_settings_pictures_captions_and_version_count(
     assert of(mine) not in (before, changed)
     shutil.rmtree(mine)
     assert of(mine) not in (before, changed)
-    shutil.copytree(pictures, mine)
+    shutil.copytree(images, mine)
     assert of(mine) == before
     monkeypatch.setattr(fingerprint, "__version__", "0.0.0")
     assert of(mine) != before
 
 
-def test_held_out_pictures_count(tmp_path: Path, pictures: Path, others: Path) -> None:
+def test_held_out_images_count(tmp_path: Path, images: Path, others: Path) -> None:
     held = tmp_path / "held"
     shutil.copytree(others, held)
-    before = of(pictures, [f"data.holdout={held}"])
+    before = of(images, [f"data.validation_folder={held}"])
     (held / "pink.txt").write_text("another")
-    assert of(pictures, [f"data.holdout={held}"]) != before
+    assert of(images, [f"data.validation_folder={held}"]) != before
 
 
-def test_a_base_counts_by_its_content(tmp_path: Path, pictures: Path, tiny_base: Path) -> None:
+def test_a_base_counts_by_its_content(tmp_path: Path, images: Path, tiny_base: Path) -> None:
     base, unet = tmp_path / "base", tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
     shutil.copytree(tiny_base, base)
     setting = [f"base.path={base}"]
-    before = of(pictures, setting)
+    before = of(images, setting)
     shutil.rmtree(base)
     shutil.copytree(tiny_base, base)
-    assert of(pictures, setting) == before  # whatever the files' times
+    assert of(images, setting) == before  # whatever the files' times
     tensors = load_file(unet)
     save_file({key: tensor + 1e-3 for key, tensor in tensors.items()}, unet)
-    changed = of(pictures, setting)
+    changed = of(images, setting)
     assert changed != before
     # So a batch trains its job anew instead of skipping it.
-    job = Job("a", 0, {}, parse_config({"data": {"folder": str(pictures)}}, name="a", overrides=setting))
+    job = Job("a", 0, {}, parse_config({"data": {"folder": str(images)}}, name="a", overrides=setting))
     assert decide(job, Record("done", before), changed, retry=False)[0] == "start"
     assert decide(job, Record("done", changed), changed, retry=False)[0] == "skip"
     config = base / "scheduler" / "scheduler_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | {"prediction_type": "v_prediction"}))
-    assert of(pictures, setting) not in (before, changed)
+    assert of(images, setting) not in (before, changed)
 
 
 @pytest.mark.parametrize("where", ["first", "last", "middle"])
@@ -92,12 +92,12 @@ def test_a_large_base_is_sampled_from_end_to_end(tmp_path: Path, where: str) -> 
     assert base_content(str(file)) != before
 
 
-def test_a_job_whose_pictures_cannot_be_had_stops_no_other(pictures: Path) -> None:
-    folders = ["memory://there/is/nothing", "builtin:none", "none://is/no/store", str(pictures)]
+def test_a_job_whose_images_cannot_be_had_stops_no_other(images: Path) -> None:
+    folders = ["memory://there/is/nothing", "builtin:none", "none://is/no/store", str(images)]
     configs = [parse_config({"data": {"folder": folder}}, name="x") for folder in folders]
     *missing, whole = _fingerprinted([Job(str(n), 0, {}, config) for n, config in enumerate(configs)])
     assert [found for _, found in missing] == ["no such set"] * 3
-    assert whole[1] == of(pictures)
+    assert whole[1] == of(images)
 
 
 def test_a_store_that_is_away_starts_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,14 +33,14 @@ class Here:
             yield from carry_out(task, fresh_base, should_stop)
 
 
-def jobs_file(folder: Path, pictures: Path, base: Path) -> Path:
-    """Jobs a, b and long, of 3, 3 and 80 steps; their pictures are at a URL, too."""
+def jobs_file(folder: Path, images: Path, base: Path) -> Path:
+    """Jobs a, b and long, of 3, 3 and 80 steps; their images are at a URL, too."""
     settings = f'[base]\npath = "{base}"\n[cache]\ndir = "{folder}/cache"\n'
     (folder / "quick.toml").write_text(QUICK + settings, encoding="utf-8")
     file = folder / "jobs.toml"
     file.write_text(
         f'[defaults]\nconfig = "{folder}/quick.toml"\n'
-        f'[defaults.set]\n"data.folder" = "file://{pictures}"\n"data.repeats" = 1\n"train.epochs" = 1\n'
+        f'[defaults.set]\n"data.folder" = "file://{images}"\n"data.repeats" = 1\n"train.epochs" = 1\n'
         '[[jobs]]\nname = "a"\n[[jobs]]\nname = "b"\nset = { "seed" = 1 }\n'
         '[[jobs]]\nname = "long"\nset = { "data.repeats" = 32 }\n',
         encoding="utf-8",
@@ -68,9 +68,9 @@ def memory() -> Iterator[dict[str, object]]:
 
 
 def test_a_batch_goes_on_from_its_url_on_another_machine(
-    tmp_path: Path, pictures: Path, tiny_base: Path, machine: Callable[[str], Path]
+    tmp_path: Path, images: Path, tiny_base: Path, machine: Callable[[str], Path]
 ) -> None:
-    jobs = read_jobs(jobs_file(tmp_path, pictures, tiny_base))
+    jobs = read_jobs(jobs_file(tmp_path, images, tiny_base))
     bucket = tmp_path / "bucket"
     place = lambda: Place(f"file://{bucket}")  # noqa: E731
     first = machine("first")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from helpers.batch_runs import config, runs_in, write_run
-from helpers.checks import CLEAN, NOVEL, picture
+from helpers.checks import CLEAN, NOVEL, image
 
 from sdlora.batch.jobs import Job
 from sdlora.batch.ledger import Ledger, Record
@@ -37,7 +37,7 @@ def batch(tmp_path: Path) -> Path:
         drawn = ledger.folder / name / "epochs" / "2" / "previews"
         drawn.mkdir()
         for preview in previews:
-            picture("red").save(drawn / Path(preview.file).name)
+            image("red").save(drawn / Path(preview.file).name)
         ledger.put(name, Record("done", "x", epoch=2, seconds=90.0, peak_memory_bytes=2**30))
     jobs.append(Job("wrong", 0, {}, None, "no"))
     ledger.put("wrong", Record(fault="lora.rank: <999>"))
@@ -52,8 +52,8 @@ def test_every_job_is_in_it_with_what_went_wrong(batch: Path) -> None:
     assert "lora.rank: &lt;999&gt;" in page and "<999>" not in page
     assert "<b>friends</b>" not in page
     assert page.count("class=front") == 2
-    assert "<svg" in page and "held-out loss by likeness to training pictures" in page
-    # Two prompts of one seed, by three jobs; the pictures are equal, but they are of different files.
+    assert "<svg" in page and "validation loss by similarity to training images" in page
+    # Two prompts of one seed, by three jobs; the images are equal, but they are of different files.
     assert len(re.findall(r"<a class='tile[^>]*href='zumi-rank\d+/report.html'>", page)) == 6
     assert page.count("tile copying") == 1 and page.count("tile watch") == 1
 

@@ -21,7 +21,7 @@ from sdlora.errors import ConfigError, StoreError
 
 CONFIG = """
 [data]
-folder = "file://{pictures}"
+folder = "file://{images}"
 repeats = 20
 resolution_px = 32
 bucket_step_px = 8
@@ -61,8 +61,8 @@ def home(folder: Path) -> dict[str, str]:
     return {"XDG_CACHE_HOME": str(folder)}
 
 
-def jobs_file(folder: Path, pictures: Path, base: Path) -> Path:
-    text = CONFIG.format(folder=folder, pictures=pictures, base=base)
+def jobs_file(folder: Path, images: Path, base: Path) -> Path:
+    text = CONFIG.format(folder=folder, images=images, base=base)
     (folder / "ray.toml").write_text(text, encoding="utf-8")
     file = folder / "jobs.toml"
     file.write_text(f'[defaults]\nconfig = "{folder}/ray.toml"\n[sweep]\nseed = [1, 2, 3, 4, 5, 6, 7, 8]\n')
@@ -93,7 +93,7 @@ def running_on(raylet: int, bucket: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_lost_node_costs_no_job(tmp_path: Path, pictures: Path, tiny_base: Path, cluster: Any) -> None:
+def test_a_lost_node_costs_no_job(tmp_path: Path, images: Path, tiny_base: Path, cluster: Any) -> None:
     import ray
 
     second = cluster.add_node(num_cpus=1, env_vars=home(tmp_path / "second"))
@@ -110,7 +110,7 @@ def test_a_lost_node_costs_no_job(tmp_path: Path, pictures: Path, tiny_base: Pat
 
     place = Place(f"file://{bucket}")
     engine = RayEngine(place, cluster.address, None)
-    jobs = read_jobs(jobs_file(tmp_path, pictures, tiny_base))
+    jobs = read_jobs(jobs_file(tmp_path, images, tiny_base))
     *_, standing = run_batch(jobs, place, engine, retry=False, should_stop=kill_when_busy)
     assert lost, "no job ran on the second node"
     assert (len(standing["done"]), standing["failed"], standing["open"]) == (8, [], [])

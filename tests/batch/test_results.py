@@ -41,7 +41,7 @@ def test_figures_come_from_the_kept_epoch(tmp_path: Path) -> None:
         ledger.put(name, Record("done", "x", epoch=2, seconds=12.0, peak_memory_bytes=2**30))
     ledger.put("wrong", Record(fault="lora.rank: no"))
     results = collect(jobs, ledger, runs_in(tmp_path))
-    assert [result.heldout_loss for result in results] == [0.5, 0.4, 0.6, None]
+    assert [result.validation_loss for result in results] == [0.5, 0.4, 0.6, None]
     assert [result.settings for result in results] == [{"lora.rank": r} for r in (4, 5, 6)] + [{"lora.rank": None}]
     assert results[1].copying is not None and results[0].copying is not None
     assert results[1].copying > results[0].copying
@@ -57,7 +57,7 @@ def test_figures_come_from_the_kept_epoch(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text())[2]["pareto"] is False
 
 
-def test_jobs_on_other_pictures_are_not_compared(tmp_path: Path) -> None:
+def test_jobs_on_other_images_are_not_compared(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     jobs = []
     for name in ("a", "b"):

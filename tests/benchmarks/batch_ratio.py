@@ -1,6 +1,6 @@
 """One `batch` of N jobs against N calls of `train`: `python tests/benchmarks/batch_ratio.py --jobs 20`.
 
-Both train the same adapters on the same base and pictures, with a cache of their own that is empty at first. Wall time
+Both train the same adapters on the same base and images, with a cache of their own that is empty at first. Wall time
 is told, and the processor's, which a busy machine does not lengthen much.
 """
 

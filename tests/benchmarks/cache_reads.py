@@ -1,6 +1,6 @@
 """What a read from the cache costs the processor: `python tests/benchmarks/cache_reads.py --sizes 500 10000`.
 
-Moments of 512 px pictures (64 KiB each) are put together into batches of 16 in random order, by
+Moments of 512 px images (64 KiB each) are put together into batches of 16 in random order, by
 `sdlora.cache.tensors.Cache`. The same batches from as many tensors of this process's own memory (1000 at most) are what
 no cache can be without; for comparison, reads that open the file each time. Times are of the processor, in one process.
 """
@@ -79,7 +79,7 @@ def main() -> None:
             found[count] = measure(Path(folder), count)
         told = ", ".join(f"{name} {value:.1f} us" for name, value in found[count].items())
         if not options.json:
-            print(f"{count} pictures: {told}", flush=True)
+            print(f"{count} images: {told}", flush=True)
     if options.json:
         print(json.dumps(found))
 

@@ -1,7 +1,7 @@
-"""The judge of generated pictures: a small network trained on renders alone, and never shipped.
+"""The judge of generated images: a small network trained on renders alone, and never shipped.
 
-It names a picture's kind (the world's sixteen, one of the benchmarks' concepts, or nothing it knows), its colour
-and its place. Training pictures are blurred, shifted and noised, so that a soft edge is no reason to refuse one, and
+It names an image's kind (the world's sixteen, one of the benchmarks' concepts, or nothing it knows), its colour
+and its place. Training images are blurred, shifted and noised, so that a soft edge is no reason to refuse one, and
 spoiled ones (empty places, mixtures, torn and melted subjects) are "nothing", so that rubbish is not accepted.
 
     python tests/benchmarks/classifier.py judge.pt     trains one (about three minutes on one core) and tests it
@@ -38,7 +38,7 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the judge sees in a picture."""
+    """What the judge sees in an image."""
 
     kind: str
     color: str
@@ -46,7 +46,7 @@ class Verdict:
 
 
 class Judge(nn.Module):
-    """Five convolutions, a mean over the picture, three linear heads.
+    """Five convolutions, a mean over the image, three linear heads.
 
     Args:
         kinds: What it can name: KINDS or ALL_KINDS.
@@ -94,27 +94,27 @@ def _spoiled(seed: int, concepts: list[str]) -> Image.Image:
     if kind == 1:
         # Two subjects at once, each half there.
         return Image.blend(world.render(world.random_scene(seed)), concept, rng.uniform(0.4, 0.6))
-    picture = concept if rng.random() < 0.5 else world.render(world.random_scene(seed))
+    image = concept if rng.random() < 0.5 else world.render(world.random_scene(seed))
     if kind == 2:
         # Torn: all tiles of eight pixels where subjects are have changed places.
         tiles = [(x, y) for x in range(8, 56, 8) for y in range(16, 64, 8)]
-        pieces = [picture.crop((x, y, x + 8, y + 8)) for x, y in tiles]
+        pieces = [image.crop((x, y, x + 8, y + 8)) for x, y in tiles]
         rng.shuffle(pieces)
         for (x, y), piece in zip(tiles, pieces, strict=True):
-            picture.paste(piece, (x, y))
-        return picture
+            image.paste(piece, (x, y))
+        return image
     # Melted: shrunk to a few pixels and blown up again.
-    return picture.resize((6, 6), Image.Resampling.BOX).resize((64, 64), Image.Resampling.BICUBIC)
+    return image.resize((6, 6), Image.Resampling.BOX).resize((64, 64), Image.Resampling.BICUBIC)
 
 
 def sample(seed: int, kinds: list[str] = KINDS) -> tuple[Image.Image, tuple[int, int, int]]:
-    """A picture and its labels (kind, colour, place); what has none is ignored by the loss."""
+    """An image and its labels (kind, colour, place); what has none is ignored by the loss."""
     concepts = [name for name in ALL_CONCEPTS if name in kinds]
     draw = derive(0, "judge sample", seed) % 100
     if draw < 28:
         name = concepts[draw % len(concepts)]
-        picture, place = _concept(name, seed)
-        return picture, (kinds.index(name), IGNORED, place)
+        image, place = _concept(name, seed)
+        return image, (kinds.index(name), IGNORED, place)
     if draw < 42:
         return _spoiled(seed, concepts), (kinds.index(NOTHING), IGNORED, IGNORED)
     scene = world.random_scene(seed)
@@ -142,7 +142,7 @@ def train_judge(kinds: list[str] = KINDS) -> Judge:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=NUM_STEPS)
     for step in range(NUM_STEPS):
         drawn = [sample(TRAIN_SEEDS + step * BATCH + i, kinds) for i in range(BATCH)]
-        pixels = _soften(pretrain.to_tensor([picture for picture, _ in drawn]), step)
+        pixels = _soften(pretrain.to_tensor([image for image, _ in drawn]), step)
         labels = torch.tensor([label for _, label in drawn])
         answers = judge(pixels)
         loss = sum(F.cross_entropy(answer, labels[:, i], ignore_index=IGNORED) for i, answer in enumerate(answers))
@@ -166,9 +166,9 @@ def load_or_train(path: Path | None, kinds: list[str] = KINDS) -> Judge:
 
 
 @torch.no_grad()
-def look(judge: Judge, pictures: list[Image.Image]) -> list[Verdict]:
-    """What the judge sees in each 64x64 picture."""
-    names, colors, places = (answer.argmax(dim=1).tolist() for answer in judge(pretrain.to_tensor(pictures)))
+def look(judge: Judge, images: list[Image.Image]) -> list[Verdict]:
+    """What the judge sees in each 64x64 image."""
+    names, colors, places = (answer.argmax(dim=1).tolist() for answer in judge(pretrain.to_tensor(images)))
     found = zip(names, colors, places, strict=True)
     return [Verdict(judge.kinds[kind], COLORS[color], PLACES[place]) for kind, color, place in found]
 

@@ -2,7 +2,7 @@
 
 Four of them serve every benchmark, two more those of the copy check.
 
-Each has 24 training and 8 held-out pictures, any number of fresh renders of the same captions, and prompts that are
+Each has 24 training and 8 validation images, any number of fresh renders of the same captions, and prompts that are
 in no caption. Only a drawn world can give these: a fresh render is a true independent sample of the same thing.
 
     python tests/benchmarks/concepts.py FOLDER          writes the sets, in the layout of datasets/zumi
@@ -24,10 +24,10 @@ from sdlora.common.seeds import derive
 from sdlora.pocket import sets, world
 from sdlora.pocket.pen import INK, SIZE_PX, Color, Pen, arc, shade, shrink
 
-NUM_TRAINING, NUM_HOLDOUT = sets.NUM_TRAINING, sets.NUM_HOLDOUT
-FEW = "few"  # beside each set, one of its first pictures alone, which are soon known by heart
+NUM_TRAINING, NUM_VALIDATION = sets.NUM_TRAINING, sets.NUM_VALIDATION
+FEW = "few"  # beside each set, one of its first images alone, which are soon known by heart
 NUM_FEW = 4
-OTHER_SCENES = "other_scenes"  # and one of the held-out pictures that repeat no scene of those
+OTHER_SCENES = "other_scenes"  # and one of the validation images that repeat no scene of those
 # Every place, size, position and pose comes equally often in a set that starts at a multiple of this.
 ROUND = 120
 
@@ -40,21 +40,21 @@ class Concept:
 
     Attributes:
         name: Also its trigger word.
-        draw: (index, take) to a picture and its caption; take 0 is the set's own, others are fresh renders of it.
+        draw: (index, take) to an image and its caption; take 0 is the set's own, others are fresh renders of it.
     """
 
     name: str
     draw: Callable[[int, int], Drawn]
 
     def training_captions(self) -> list[str]:
-        """The captions of the training pictures, in their order."""
+        """The captions of the training images, in their order."""
         return [self.draw(index, 0)[1] for index in range(NUM_TRAINING)]
 
     def prompts(self, count: int) -> list[str]:
-        """Captions of further pictures, none of them in the set."""
-        known = {self.draw(index, 0)[1] for index in range(NUM_TRAINING + NUM_HOLDOUT)}
+        """Captions of further images, none of them in the set."""
+        known = {self.draw(index, 0)[1] for index in range(NUM_TRAINING + NUM_VALIDATION)}
         found: list[str] = []
-        index = NUM_TRAINING + NUM_HOLDOUT
+        index = NUM_TRAINING + NUM_VALIDATION
         while len(found) < count:
             prompt = self.draw(index, 0)[1]
             if prompt not in known:
@@ -63,27 +63,27 @@ class Concept:
         return found
 
     def other_scenes(self) -> list[int]:
-        """The held-out pictures that share neither place (or object) and side, mirrored or not, with the first few."""
+        """The validation images that share neither place (or object) and side, mirrored or not, with the first few."""
         known = {scene_words(self.draw(index, 0)[1]) for index in range(NUM_FEW)}
-        heldout = range(NUM_TRAINING, NUM_TRAINING + NUM_HOLDOUT)
-        return [index for index in heldout if scene_words(self.draw(index, 0)[1]) not in known]
+        validation = range(NUM_TRAINING, NUM_TRAINING + NUM_VALIDATION)
+        return [index for index in validation if scene_words(self.draw(index, 0)[1]) not in known]
 
     def write(self, folder: Path) -> None:
-        """Write pictures and captions: the held-out ones in `holdout`, the first ones in `few` as well."""
+        """Write images and captions: the validation ones in `validation_folder`, the first ones in `few` as well."""
         other = self.other_scenes()
-        for index in range(NUM_TRAINING + NUM_HOLDOUT):
+        for index in range(NUM_TRAINING + NUM_VALIDATION):
             parts = [folder if index < NUM_TRAINING else folder / "holdout"]
             parts += [folder / FEW] if index < NUM_FEW else []
             parts += [folder / OTHER_SCENES] if index in other else []
-            picture, caption = self.draw(index, 0)
+            image, caption = self.draw(index, 0)
             for part in parts:
                 part.mkdir(parents=True, exist_ok=True)
-                picture.save(part / f"{self.name}_{index:02d}.png")
+                image.save(part / f"{self.name}_{index:02d}.png")
                 (part / f"{self.name}_{index:02d}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def scene_words(caption: str) -> str:
-    """A caption without size and pose, its left and its right the same: what a copy shares with its picture."""
+    """A caption without size and pose, its left and its right the same: what a copy shares with its image."""
     passing = {"a", *world.SIZES, *(pose.words for pose in sets.POSES)}
     words = [word for word in caption.split() if word not in passing]
     return " ".join(words).replace("on the left", "at the side").replace("on the right", "at the side")
@@ -211,8 +211,8 @@ def _draw_blueprint(index: int, take: int) -> Drawn:
 
 def _draw_creature(name: str, seed: int, index: int, take: int) -> Drawn:
     scene, pose = sets.character_scene(ROUND * 1000 * seed + index)
-    picture = render_creature(_take(scene, take), pose, CREATURES[name])
-    return picture, sets.character_caption(scene, pose).replace("zumi", name)
+    image = render_creature(_take(scene, take), pose, CREATURES[name])
+    return image, sets.character_caption(scene, pose).replace("zumi", name)
 
 
 SEEDS = {"kolo": 1, "mirba": 7}
@@ -234,7 +234,7 @@ def write_all(folder: Path) -> None:
 
 
 def sheet(concepts: list[Concept], columns: int = 8) -> Image.Image:
-    """A row per concept, each picture twice as large."""
+    """A row per concept, each image twice as large."""
     size = 2 * SIZE_PX
     page = Image.new("RGB", (columns * size, len(concepts) * size))
     for row, concept in enumerate(concepts):

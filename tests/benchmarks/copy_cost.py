@@ -25,7 +25,7 @@ MOST = 0.25  # of the previews' seconds
 
 
 def measure(folder: Path, *changes: str) -> dict[str, Any]:
-    """Pictures of the null that either run draws; seconds that the first epoch's previews and their check take."""
+    """Images of the null that either run draws; seconds that the first epoch's previews and their check take."""
     config = load_config("quickstart", [*SHORT, f"cache.dir={folder / 'cache'}", *changes])
     found: dict[str, list[float]] = {
         "null_pictures": [],
@@ -63,7 +63,7 @@ def main() -> None:
         print(json.dumps(found))
     else:
         print(f"The check of {found['previews']} previews takes {found['share']:.0%} of what drawing them takes "
-              f"(at most {MOST:.0%}); the null's pictures: {found['null_pictures']}.")  # fmt: skip
+              f"(at most {MOST:.0%}); the null's images: {found['null_pictures']}.")  # fmt: skip
 
 
 if __name__ == "__main__":

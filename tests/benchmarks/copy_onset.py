@@ -1,10 +1,10 @@
 """Does the copy check find the epoch at which copying begins, is it silent where nothing is copied, is its epoch best?
 
 Part "oracle" examines the oracle (`copy_oracle.py`), which knows the world and not the check. Part "onset" over-trains
-on four pictures on purpose; the oracle says how many pictures really are copies after each epoch, and the judge
-(`classifier.py`) how many show the concept. The last adapter is then checked against held-out pictures, which it cannot
-have copied: in the previews of its own run, and asked for the held-out captions. Part "tenth" trains the same at a
-tenth of the rate, part "many" on all 24 pictures for as many steps. Everything is the product's own: `sdlora.run.run`,
+on four images on purpose; the oracle says how many images really are copies after each epoch, and the judge
+(`classifier.py`) how many show the concept. The last adapter is then checked against validation images, which it cannot
+have copied: in the previews of its own run, and asked for the validation captions. Part "tenth" trains the same at a
+tenth of the rate, part "many" on all 24 images for as many steps. Everything is the product's own: `sdlora.run.run`,
 its previews and its scores; the report asks it for verdicts and for its choice of an epoch.
 
     python tests/benchmarks/copy_onset.py results.jsonl --judge judge.pt --oracle oracle.pt --json
@@ -60,11 +60,11 @@ class Scale:
 
     Attributes:
         rank: Of the adapter, on every layer of the UNet.
-        repeats: Visits per epoch of each of the four pictures; a sixth of them where there are 24.
+        repeats: Exposures per epoch of each of the four images; a sixth of them where there are 24.
         learning_rate: Constant.
         epochs: How many.
-        num_steps: Denoising steps of every picture.
-        num_truth: Pictures drawn after an epoch for the oracle, beside the previews: half from training captions,
+        num_steps: Denoising steps of every image.
+        num_truth: Images drawn after an epoch for the oracle, beside the previews: half from training captions,
             half from prompts that are in no caption.
     """
 
@@ -126,8 +126,8 @@ class Bench:
                 row |= self._truth(concept, witness, output, row["epoch"])
         figures: dict[str, Any] = {"epochs": epochs}
         if over_trained:
-            figures["own_previews_check"] = self.own_previews_against_heldout(cell, output)
-            figures["heldout_check"] = self._against_heldout(cell, output)
+            figures["own_previews_check"] = self.own_previews_against_validation(cell, output)
+            figures["heldout_check"] = self._against_validation(cell, output)
         if not self.keep:
             shutil.rmtree(output)
         return figures
@@ -145,7 +145,7 @@ class Bench:
             warnings.simplefilter("ignore")
             for event in run.start(self._config(cell), output):
                 if isinstance(event, EpochDone) and event.epoch > 0:
-                    losses = {"train_loss": event.train_loss, "heldout_loss": event.heldout_loss}
+                    losses = {"train_loss": event.train_loss, "heldout_loss": event.validation_loss}
                     rows.append({"epoch": event.epoch, **losses})
         kept.write_text(json.dumps(rows), encoding="utf-8")
         return rows
@@ -160,7 +160,7 @@ class Bench:
                 if name != REGISTERED
             ]
             # It needs nothing but the previews, so a run that was checked before there was this sign gets it, too.
-            checker.compare(folder, [*signals, checker.registered_likeness(folder)] if folder.name != "0" else [])
+            checker.compare(folder, [*signals, checker.registered_similarity(folder)] if folder.name != "0" else [])
 
     def _config(self, cell: Cell) -> RunConfig:
         scale, concept = self.scale, ALL_CONCEPTS[cell["concept"]]
@@ -184,7 +184,7 @@ class Bench:
         })  # fmt: skip
 
     def _truth(self, concept: Concept, witness: Witness, output: Path, epoch: int) -> dict[str, Any]:
-        """Copies among an epoch's pictures, as [copies, pictures] by kind of prompt, and how many show the concept."""
+        """Copies among an epoch's images, as [copies, images] by kind of prompt, and how many show the concept."""
         folder = output / "epochs" / str(epoch)
         previews = json.loads((folder / "copycheck.json").read_text(encoding="utf-8"))["previews"]
         captions = list(dict.fromkeys(preview["prompt"] for preview in previews if preview["kind"] == "training"))
@@ -194,12 +194,12 @@ class Bench:
         pipeline.load_lora_weights(next(folder.glob("*.safetensors")))
         drawn = draw(pipeline, prompts, guidance=GUIDANCE, steps=self.scale.num_steps, seed=7000)
         kinds = ["training"] * half + ["novel"] * half + [preview["kind"] for preview in previews]
-        pictures = [picture.resize((SIZE_PX, SIZE_PX)) for picture in drawn]
+        images = [image.resize((SIZE_PX, SIZE_PX)) for image in drawn]
         for preview in previews:
-            with Image.open(folder / preview["file"]) as picture:
-                pictures.append(picture.convert("RGB").resize((SIZE_PX, SIZE_PX)))
-        copies = witness.copies(pictures)
-        seen = [verdict.kind == concept.name for verdict in look(self.judge, pictures)]
+            with Image.open(folder / preview["file"]) as image:
+                images.append(image.convert("RGB").resize((SIZE_PX, SIZE_PX)))
+        copies = witness.copies(images)
+        seen = [verdict.kind == concept.name for verdict in look(self.judge, images)]
 
         def count(found: list[bool], kind: str) -> list[int]:
             return [sum(f for f, k in zip(found, kinds, strict=True) if k == kind), kinds.count(kind)]
@@ -212,22 +212,22 @@ class Bench:
         }
 
     def _untrained(self, cell: Cell, part: str) -> RunConfig:
-        """A run's settings, but with pictures that were never trained on, in a subfolder of its concept."""
+        """A run's settings, but with images that were never trained on, in a subfolder of its concept."""
         config = self._config(cell)
         folder = str(self.folder / cell["concept"] / part)
-        data = config.data.model_copy(update={"folder": folder, "holdout": None, "holdout_split": False})
+        data = config.data.model_copy(update={"folder": folder, "validation_folder": None, "validation_split": False})
         return config.model_copy(update={"data": data})
 
-    def own_previews_against_heldout(self, cell: Cell, output: Path) -> dict[str, Any]:
-        """The last epoch's previews, compared with pictures whose scenes were never trained."""
+    def own_previews_against_validation(self, cell: Cell, output: Path) -> dict[str, Any]:
+        """The last epoch's previews, compared with images whose scenes were never trained."""
         target = output / "own_previews_check"
         previews = output / "epochs" / str(self.scale.epochs) / "previews"
         shutil.copytree(previews, target / "previews", dirs_exist_ok=True)
         _checker(self._config(cell), self._untrained(cell, OTHER_SCENES)).compare(target, [])
         return read_check(target)
 
-    def _against_heldout(self, cell: Cell, output: Path) -> dict[str, Any]:
-        """What `sdlora check` says of the last adapter and all held-out pictures, drawing their captions."""
+    def _against_validation(self, cell: Cell, output: Path) -> dict[str, Any]:
+        """What `sdlora check` says of the last adapter and all validation images, drawing their captions."""
         file = read_file(next((output / "epochs" / str(self.scale.epochs)).glob("*.safetensors")))
         target = output / "heldout_check"
         deque(check_file(file, self._untrained(cell, "holdout"), target), maxlen=0)
@@ -235,7 +235,7 @@ class Bench:
 
 
 def _checker(drawn: RunConfig, compared: RunConfig) -> Checker:
-    """What compares the previews of one run's settings with the pictures of another's."""
+    """What compares the previews of one run's settings with the images of another's."""
     loaded = setup.load(compared)
     base = loaded.base
     adapter = make_adapter(compared, base, find_targets(base.unet, compared.lora.targets, base.text_encoders))

@@ -19,10 +19,10 @@ Rows = list[dict[str, Any]]
 ONSET_SHARE = 0.05  # copying has begun where the true copy rate is above this, by the lower end of its interval
 NEVER = "never"
 REGISTERED = "registered_likeness"
-TRAINED = {"tenth": "a tenth of the rate", "many": "24 pictures, as many steps"}
+TRAINED = {"tenth": "a tenth of the rate", "many": "24 images, as many steps"}
 CONTROLS = {
-    "own_previews_check": "the over-trained run's previews against held-out pictures of other scenes",
-    "heldout_check": "its file against all held-out pictures, drawing their captions",
+    "own_previews_check": "the over-trained run's previews against validation images of other scenes",
+    "heldout_check": "its file against all validation images, drawing their captions",
 }
 
 
@@ -100,7 +100,7 @@ def oracle_table(rows: Rows) -> list[str]:
 
 
 def true_copies(epoch: dict[str, Any]) -> tuple[int, int]:
-    """(copies, pictures) of an epoch by the oracle, from training captions and from new prompts together."""
+    """(copies, images) of an epoch by the oracle, from training captions and from new prompts together."""
     kinds = epoch["copies"].values()
     return sum(copies for copies, _ in kinds), sum(count for _, count in kinds)
 
@@ -173,9 +173,9 @@ def _called(verdicts: list[list[str]]) -> list[str]:
 
 
 def warped_table(rows: Rows) -> list[str]:
-    """In how many runs of each part the likeness after registration stands out, by epoch, where it was measured."""
+    """In how many runs of each part the similarity after registration stands out, by epoch, where it was measured."""
     body = []
-    for part, words in {"onset": "four pictures, over-trained", **TRAINED}.items():
+    for part, words in {"onset": "four images, over-trained", **TRAINED}.items():
         runs = [run for run in _part(rows, part) if all(REGISTERED in epoch["check"] for epoch in run["epochs"])]
         chances = [[epoch["check"][REGISTERED] for epoch in run["epochs"]] for run in runs]
         if runs:

@@ -1,9 +1,9 @@
-"""The oracle of copies: a small network that tells a picture of the very same scene from a fresh render of its caption.
+"""The oracle of copies: a small network that tells an image of the very same scene from a fresh render of its caption.
 
 It knows the world and nothing of the copy check: trained contrastively on scenes of the world and on creatures that
 are in no concept, it brings a render and its spoiled version together (blurred, smudged, shifted, toned, noised) and
-keeps apart what differs only in details that no caption tells. A copy is a picture that is nearer to a training
-picture than all but one in a hundred fresh renders of the same captions are.
+keeps apart what differs only in details that no caption tells. A copy is an image that is nearer to a training
+image than all but one in a hundred fresh renders of the same captions are.
 
     python tests/benchmarks/copy_oracle.py oracle.pt    trains one (about four minutes on one core) and examines it
 """
@@ -87,7 +87,7 @@ def _on_squared_paper(scene: world.Scene, paper: pen.Color, lines: pen.Color) ->
 
 
 def spoil(pixels: Tensor, seed: int) -> Tensor:
-    """As a diffusion model gives a picture back: soft, smudged, a little displaced, toned and noisy; (B, 3, 64, 64)."""
+    """As a diffusion model gives an image back: soft, smudged, a little displaced, toned and noisy; (B, 3, 64, 64)."""
     draw = generator(0, "oracle spoil", seed)
     size = len(pixels)
 
@@ -128,11 +128,11 @@ def train_oracle(num_steps: int = NUM_STEPS) -> Oracle:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps)
     for step in range(num_steps):
         seeds = range(SCENE_SEEDS + step * NUM_CAPTIONS, SCENE_SEEDS + (step + 1) * NUM_CAPTIONS)
-        pixels = pretrain.to_tensor([picture for seed in seeds for picture in takes(seed)])
+        pixels = pretrain.to_tensor([image for seed in seeds for image in takes(seed)])
         known, spoiled = oracle(torch.cat([pixels, spoil(pixels, step)])).chunk(2)
-        likeness = spoiled @ known.T / TEMPERATURE
+        similarity = spoiled @ known.T / TEMPERATURE
         same = torch.arange(len(pixels))
-        loss = F.cross_entropy(likeness, same) + F.cross_entropy(likeness.T, same)
+        loss = F.cross_entropy(similarity, same) + F.cross_entropy(similarity.T, same)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -156,22 +156,22 @@ def load_or_train(path: Path | None) -> Oracle:
 
 
 @torch.no_grad()
-def look(oracle: Oracle, pictures: Sequence[Image.Image]) -> Tensor:
-    """The directions of P pictures of any size, (P, 128), a few hundred at a time."""
-    small = [picture.resize((pen.SIZE_PX, pen.SIZE_PX)) for picture in pictures]
+def look(oracle: Oracle, images: Sequence[Image.Image]) -> Tensor:
+    """The directions of P images of any size, (P, 128), a few hundred at a time."""
+    small = [image.resize((pen.SIZE_PX, pen.SIZE_PX)) for image in images]
     return torch.cat([oracle(pretrain.to_tensor(small[i : i + 200])) for i in range(0, len(small), 200)])
 
 
 class Witness:
-    """Says which pictures are copies of some of a concept's pictures.
+    """Says which images are copies of some of a concept's images.
 
-    A picture that knows nothing of them beyond their captions is as likely to be nearest to one set of renders of
+    An image that knows nothing of them beyond their captions is as likely to be nearest to one set of renders of
     these captions as to another; so with 99 sets of fresh renders beside the real one it is called a copy one time in
-    a hundred, however good or bad the picture is.
+    a hundred, however good or bad the image is.
 
     Args:
         oracle: Whose eyes it has.
-        concept: Whose pictures.
+        concept: Whose images.
         indices: Which of them may have been copied.
     """
 
@@ -182,67 +182,67 @@ class Witness:
         self._known = look(oracle, renders)
         self._num_sets = num_sets
 
-    def best(self, pictures: Sequence[Image.Image]) -> Tensor:
-        """The highest likeness of every picture, mirrored or not, to each set, (P, sets); the first is the real one."""
-        mirrored = [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in pictures]
-        found = torch.maximum(*(look(self._oracle, seen) @ self._known.T for seen in (pictures, mirrored)))
-        return found.view(len(pictures), self._num_sets, -1).amax(dim=2)
+    def best(self, images: Sequence[Image.Image]) -> Tensor:
+        """The highest similarity of every image, mirrored or not, to each set, (P, sets); the first is the real one."""
+        mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
+        found = torch.maximum(*(look(self._oracle, seen) @ self._known.T for seen in (images, mirrored)))
+        return found.view(len(images), self._num_sets, -1).amax(dim=2)
 
-    def copies(self, pictures: Sequence[Image.Image]) -> list[bool]:
-        """Which pictures are nearer to the real set than to any other."""
-        best = self.best(pictures)
+    def copies(self, images: Sequence[Image.Image]) -> list[bool]:
+        """Which images are nearer to the real set than to any other."""
+        best = self.best(images)
         return (best[:, 0] > best[:, 1:].amax(dim=1)).tolist()
 
 
 # --- Examining it --------------------------------------------------------------------------------------------------
 
 
-def soften(pipeline: Any, pictures: Sequence[Image.Image], seed: int) -> list[Image.Image]:
-    """Pictures through the base's autoencoder, its latents a little noisy, and spoiled besides."""
+def soften(pipeline: Any, images: Sequence[Image.Image], seed: int) -> list[Image.Image]:
+    """Images through the base's autoencoder, its latents a little noisy, and spoiled besides."""
     with torch.no_grad():
-        latents = pipeline.vae.encode(pretrain.to_tensor(list(pictures))).latent_dist.mean
+        latents = pipeline.vae.encode(pretrain.to_tensor(list(images))).latent_dist.mean
         noise = torch.randn(latents.shape, generator=generator(0, "oracle latents", seed))
         pixels = pipeline.vae.decode(latents + 0.15 * float(latents.std()) * noise).sample
-    return to_pictures(spoil(pixels, derive(0, "oracle examination", seed)))
+    return to_images(spoil(pixels, derive(0, "oracle examination", seed)))
 
 
-def to_pictures(pixels: Tensor) -> list[Image.Image]:
-    """(B, 3, H, W) in [-1, 1] to pictures."""
+def to_images(pixels: Tensor) -> list[Image.Image]:
+    """(B, 3, H, W) in [-1, 1] to images."""
     data = ((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1)
-    return [Image.fromarray(picture.numpy()) for picture in data]
+    return [Image.fromarray(image.numpy()) for image in data]
 
 
-def redrawn(pipeline: Any, pictures: Sequence[Image.Image], captions: Sequence[str], strength: float) -> list[Any]:
-    """What the base makes of pictures when it starts from them, `strength` of the way to noise."""
-    generators = [torch.Generator().manual_seed(500 + i) for i in range(len(pictures))]
+def redrawn(pipeline: Any, images: Sequence[Image.Image], captions: Sequence[str], strength: float) -> list[Any]:
+    """What the base makes of images when it starts from them, `strength` of the way to noise."""
+    generators = [torch.Generator().manual_seed(500 + i) for i in range(len(images))]
     made = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     made.set_progress_bar_config(disable=True)
-    answer = made(list(captions), image=list(pictures), strength=strength, num_inference_steps=25, guidance_scale=2.0,
+    answer = made(list(captions), image=list(images), strength=strength, num_inference_steps=25, guidance_scale=2.0,
                   generator=generators)  # fmt: skip
     return list(answer.images)
 
 
 def examine(oracle: Oracle, pipeline: Any, concept: Concept, count: int = 24) -> dict[str, tuple[int, int]]:
-    """How many of how many pictures are called copies, by what they are.
+    """How many of how many images are called copies, by what they are.
 
     Args:
         oracle: The trained oracle.
         pipeline: The base, from `generate.load_pipeline`.
         concept: One that the oracle has not been trained on.
-        count: Pictures of each kind, from as many captions of the set as there are, but at most 24.
+        count: Images of each kind, from as many captions of the set as there are, but at most 24.
     """
     indices = range(min(count, 24))
     witness = Witness(oracle, concept, indices)
     same = [concept.draw(i, 0) for i in indices]
     fresh = [concept.draw(i, 1000)[0] for i in indices]
-    pictures, captions = [picture for picture, _ in same], [caption for _, caption in same]
-    mirrored = [picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in pictures]
+    images, captions = [image for image, _ in same], [caption for _, caption in same]
+    mirrored = [image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in images]
     sets_of = {
-        "same, spoiled": soften(pipeline, pictures, 0),
+        "same, spoiled": soften(pipeline, images, 0),
         "same, mirrored and spoiled": soften(pipeline, mirrored, 1),
         "fresh": fresh,
         "fresh, spoiled": soften(pipeline, fresh, 2),
-        **{f"same, redrawn at {s:g}": redrawn(pipeline, pictures, captions, s) for s in STRENGTHS},
+        **{f"same, redrawn at {s:g}": redrawn(pipeline, images, captions, s) for s in STRENGTHS},
         "fresh, redrawn at 0.3": redrawn(pipeline, fresh, captions, 0.3),
         "the base's": draw(pipeline, captions, guidance=2.0),
     }

@@ -1,8 +1,8 @@
-"""How well copies are told from pictures that are none, where the truth is known by construction.
+"""How well copies are told from images that are none, where the truth is known by construction.
 
-Copies in eight families are made of training pictures, and some by the built-in base (through its VAE, or drawn on
-from a noised training picture). What is none comes in tiers: fresh renders of the same caption, other pictures of the
-same subject, the base's pictures of the same prompt, and unrelated ones. A picture's score is its highest over a
+Copies in eight families are made of training images, and some by the built-in base (through its VAE, or drawn on
+from a noised training image). What is none comes in tiers: fresh renders of the same caption, other images of the
+same subject, the base's images of the same prompt, and unrelated ones. An image's score is its highest over a
 gallery of 24. No threshold is tested on the subject it was set on.
 
     python tests/benchmarks/copy_pairs.py --docs docs                     the built-in world
@@ -47,14 +47,14 @@ BARS = {"exact": 0.95, "flip": 0.95, "crop 80": 0.95, "crop 60": 0.95, "jitter":
 FALSE_ALARMS = 0.01
 
 Scores = dict[str, dict[str, Tensor]]
-"""Kind of picture to subject to (n, S): every score, each the highest over the gallery."""
+"""Kind of image to subject to (n, S): every score, each the highest over the gallery."""
 
 
-# --- Pictures and scores -------------------------------------------------------------------------------------------
+# --- Images and scores -------------------------------------------------------------------------------------------
 
 
 def score(groups: list[Group], num: int, base: Path | None, kept: Path | None = None) -> Scores:
-    """Scores of everything, about `num` pictures of a kind, shared evenly between the groups.
+    """Scores of everything, about `num` images of a kind, shared evenly between the groups.
 
     Args:
         kept: A file that gets the scores, group by group; those that are in it are not made again.
@@ -64,9 +64,9 @@ def score(groups: list[Group], num: int, base: Path | None, kept: Path | None = 
     done: list[dict[str, Tensor]] = torch.load(kept) if kept and kept.exists() else []
     for place, group in list(enumerate(groups))[len(done) :]:
         made = {
-            kind: _compare(pictures, group.gallery).amax(dim=1).double()
-            for kind, pictures in _pictures(group, place, each, pipeline)
-            if pictures
+            kind: _compare(images, group.gallery).amax(dim=1).double()
+            for kind, images in _images(group, place, each, pipeline)
+            if images
         }
         done.append(made)
         if kept:
@@ -78,8 +78,8 @@ def score(groups: list[Group], num: int, base: Path | None, kept: Path | None = 
     return {kind: {subject: torch.cat(parts) for subject, parts in of.items()} for kind, of in found.items()}
 
 
-def _pictures(group: Group, place: int, each: int, pipeline: Any) -> Iterator[tuple[str, list[Image.Image]]]:
-    """Every kind with its pictures."""
+def _images(group: Group, place: int, each: int, pipeline: Any) -> Iterator[tuple[str, list[Image.Image]]]:
+    """Every kind with its images."""
     for family in (*FAMILIES, RECOMPOSED):
         if family != RECOMPOSED or group.recomposed is not None:
             yield family, [group.copy(family, number) for number in range(each)]
@@ -93,9 +93,9 @@ def _pictures(group: Group, place: int, each: int, pipeline: Any) -> Iterator[tu
             yield _drawn_on(strength), _img2img(pipeline, group, strength, math.ceil(each / 3), place)
 
 
-def _compare(pictures: list[Image.Image], gallery: list[Image.Image]) -> Tensor:
+def _compare(images: list[Image.Image], gallery: list[Image.Image]) -> Tensor:
     """(P, G, 3)."""
-    return torch.stack([likeness(pictures, gallery) for likeness in (hp_ms, phash, registered)], dim=-1)
+    return torch.stack([similarity(images, gallery) for similarity in (hp_ms, phash, registered)], dim=-1)
 
 
 def _drawn_on(strength: float) -> str:
@@ -103,26 +103,26 @@ def _drawn_on(strength: float) -> str:
 
 
 def _through_vae(pipeline: Any, group: Group, count: int) -> list[Image.Image]:
-    pictures = [group.gallery[number % group.own] for number in range(count)]
+    images = [group.gallery[number % group.own] for number in range(count)]
     with torch.no_grad():
-        pixels = pipeline.image_processor.preprocess(pictures)
+        pixels = pipeline.image_processor.preprocess(images)
         decoded = pipeline.vae.decode(pipeline.vae.encode(pixels).latent_dist.mode()).sample
     found: list[Image.Image] = pipeline.image_processor.postprocess(decoded)
     return found
 
 
 def _img2img(pipeline: Any, group: Group, strength: float, count: int, place: int) -> list[Image.Image]:
-    """Training pictures, noised to that share of all steps and drawn on from there by the base."""
+    """Training images, noised to that share of all steps and drawn on from there by the base."""
     redraw = StableDiffusionImg2ImgPipeline(**pipeline.components, requires_safety_checker=False)
     redraw.set_progress_bar_config(disable=True)
     numbers = [number % group.own for number in range(count)]
     seeds = [derive(0, "img2img", group.subject, place, _drawn_on(strength), number) for number in range(count)]
-    pictures: list[Image.Image] = redraw(
+    images: list[Image.Image] = redraw(
         [group.captions[number] for number in numbers], image=[group.gallery[number] for number in numbers],
         strength=strength, num_inference_steps=STEPS, guidance_scale=GUIDANCE,
         generator=[torch.Generator().manual_seed(seed) for seed in seeds],
     ).images  # fmt: skip
-    return pictures
+    return images
 
 
 # --- What the scores say -------------------------------------------------------------------------------------------
@@ -146,10 +146,10 @@ STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
 
 @dataclass(frozen=True)
 class Finding:
-    """What one statistic makes of one kind of picture.
+    """What one statistic makes of one kind of image.
 
     Attributes:
-        auc: How often it ranks such a picture above one of the null, ties by half.
+        auc: How often it ranks such an image above one of the null, ties by half.
         at: By rate of false alarms, 1 % and 5 %, the share above the threshold for it.
     """
 
@@ -181,16 +181,16 @@ def find(scores: Scores, kind: str, statistic: str, null: str) -> Finding:
 
 @functools.cache
 def most_above(num: int, rate: float) -> int:
-    """How many of so many pictures of a null may lie above a threshold, so that the rate holds for new subjects too.
+    """How many of so many images of a null may lie above a threshold, so that the rate holds for new subjects too.
 
     The most of which the exact 95 % interval ends at the rate or below. Without that margin half of all thresholds
-    would let more than the rate pass. At 1 %, fewer than 368 pictures allow none, and even that does not suffice.
+    would let more than the rate pass. At 1 %, fewer than 368 images allow none, and even that does not suffice.
     """
     return max(0, bisect.bisect_right(range(num), rate, key=lambda count: clopper_pearson(count, num).high) - 1)
 
 
 def findings(scores: Scores) -> list[Finding]:
-    """Every kind by every statistic; the thresholds are those of other pictures of the same subject."""
+    """Every kind by every statistic; the thresholds are those of other images of the same subject."""
     return [find(scores, kind, statistic, SAME) for kind in scores for statistic in STATISTICS]
 
 
@@ -207,7 +207,7 @@ def by_folder(same: dict[str, Tensor]) -> Scores:
 
 
 def tables(found: list[Finding]) -> list[str]:
-    """Copies by family, pictures drawn on by the base, and false alarms by tier, with a verdict on every bar."""
+    """Copies by family, images drawn on by the base, and false alarms by tier, with a verdict on every bar."""
     by = {(one.kind, one.statistic): one for one in found}
     kinds = list(dict.fromkeys(one.kind for one in found))
     head = [f"{name}: {figure}" for name in STATISTICS for figure in ("AUC", "at 1 %", "at 5 %")]
@@ -261,8 +261,8 @@ def main() -> None:
         "--mixed", action="store_true", help="photographs in turn in the gallery and out, not in halves"
     )
     parser.add_argument("--name", help="of the tables' place on the page: pairs, photos, mixed or packages")
-    parser.add_argument("--num", type=int, default=300, help="pictures of every kind")
-    parser.add_argument("--base", type=Path, default=pocket_folder(), help="draws the base's pictures of the world")
+    parser.add_argument("--num", type=int, default=300, help="images of every kind")
+    parser.add_argument("--base", type=Path, default=pocket_folder(), help="draws the base's images of the world")
     parser.add_argument("--scores", type=Path, help="a file that keeps the scores, to go on from after a break")
     parser.add_argument("--json", action="store_true", help="print the figures as JSON")
     parser.add_argument("--docs", type=Path, help="the folder whose copy-check.md gets the tables")

@@ -1,4 +1,4 @@
-"""Pictures whose truth is known by construction: copies in eight families, and others that are none in tiers.
+"""Images whose truth is known by construction: copies in eight families, and others that are none in tiers.
 
 Used by `copy_pairs`. Every random number comes from a purpose and counters, so that the same call draws the same.
 """
@@ -26,7 +26,7 @@ from sdlora.pocket import sets, world
 
 GALLERY = 24
 PHOTO_PX = 256
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 CREATURE_SEEDS = (2, 3, 4, 5, 6, 8, 9, 10, *range(101, 117))  # beside kolo's 1 and mirba's 7
 RECOMPOSED = "recomposed"
 Painter = Callable[[random.Random], Image.Image]
@@ -34,55 +34,55 @@ Painter = Callable[[random.Random], Image.Image]
 # --- Families of copies --------------------------------------------------------------------------------------------
 
 
-def crop(picture: Image.Image, share: float, draw: random.Random) -> Image.Image:
+def crop(image: Image.Image, share: float, draw: random.Random) -> Image.Image:
     """A square part with that share of the edge, anywhere, at the old size."""
-    edge = round(picture.width * share)
-    left, top = draw.randint(0, picture.width - edge), draw.randint(0, picture.height - edge)
-    return picture.crop((left, top, left + edge, top + edge)).resize(picture.size, Image.Resampling.BICUBIC)
+    edge = round(image.width * share)
+    left, top = draw.randint(0, image.width - edge), draw.randint(0, image.height - edge)
+    return image.crop((left, top, left + edge, top + edge)).resize(image.size, Image.Resampling.BICUBIC)
 
 
-def jitter(picture: Image.Image, draw: random.Random, reach: float = 0.3) -> Image.Image:
+def jitter(image: Image.Image, draw: random.Random, reach: float = 0.3) -> Image.Image:
     """Brightness, contrast and saturation changed by up to that share."""
     for change in (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color):
-        picture = change(picture).enhance(1 + draw.uniform(-reach, reach))
-    return picture
+        image = change(image).enhance(1 + draw.uniform(-reach, reach))
+    return image
 
 
-def warp(picture: Image.Image, draw: random.Random, reach: float = 0.05) -> Image.Image:
+def warp(image: Image.Image, draw: random.Random, reach: float = 0.05) -> Image.Image:
     """Bent smoothly: nine knots, each moved by up to that share of the edge both ways, with a cubic in between."""
     knots = torch.tensor([[[[draw.uniform(-1, 1) for _ in range(3)] for _ in range(3)] for _ in range(2)]])
-    size = (picture.height, picture.width)
+    size = (image.height, image.width)
     moved = 2 * reach * F.interpolate(knots, size=size, mode="bicubic", align_corners=True)  # the edge is -1 .. 1
     still = F.affine_grid(torch.eye(2, 3).unsqueeze(0), [1, 3, *size], align_corners=False)
-    pixels = torch.from_numpy(np.array(picture, dtype=np.float32)).permute(2, 0, 1).unsqueeze(0)
+    pixels = torch.from_numpy(np.array(image, dtype=np.float32)).permute(2, 0, 1).unsqueeze(0)
     bent = F.grid_sample(
         pixels, still + moved.permute(0, 2, 3, 1), mode="bicubic", padding_mode="reflection", align_corners=False
     )
     return Image.fromarray(bent[0].permute(1, 2, 0).round().clamp(0, 255).byte().numpy())
 
 
-def degrade(picture: Image.Image, draw: random.Random) -> Image.Image:
+def degrade(image: Image.Image, draw: random.Random) -> Image.Image:
     """A little blur, noise, JPEG and tone, as a model that draws from memory would add."""
-    picture = jitter(picture, draw, 0.1)
-    picture = picture.filter(ImageFilter.GaussianBlur(draw.uniform(0.004, 0.008) * picture.width))
-    noise = np.random.default_rng(draw.getrandbits(64)).normal(0, draw.uniform(2, 6), (*picture.size[::-1], 3))
-    noisy = Image.fromarray((np.asarray(picture) + noise).round().clip(0, 255).astype(np.uint8))
+    image = jitter(image, draw, 0.1)
+    image = image.filter(ImageFilter.GaussianBlur(draw.uniform(0.004, 0.008) * image.width))
+    noise = np.random.default_rng(draw.getrandbits(64)).normal(0, draw.uniform(2, 6), (*image.size[::-1], 3))
+    noisy = Image.fromarray((np.asarray(image) + noise).round().clip(0, 255).astype(np.uint8))
     file = io.BytesIO()
     noisy.save(file, "JPEG", quality=draw.randint(60, 90))
     return Image.open(file).convert("RGB")
 
 
 FAMILIES: dict[str, Callable[[Image.Image, random.Random], Image.Image]] = {
-    "exact": lambda picture, _: picture,
-    "flip": lambda picture, _: ImageOps.mirror(picture),
-    "crop 80": lambda picture, draw: crop(picture, 0.8, draw),
-    "crop 60": lambda picture, draw: crop(picture, 0.6, draw),
-    "jitter": lambda picture, draw: jitter(picture, draw),
-    "combined": lambda picture, draw: jitter(crop(ImageOps.mirror(picture), 0.7, draw), draw),
-    "warp": lambda picture, draw: warp(picture, draw),
+    "exact": lambda image, _: image,
+    "flip": lambda image, _: ImageOps.mirror(image),
+    "crop 80": lambda image, draw: crop(image, 0.8, draw),
+    "crop 60": lambda image, draw: crop(image, 0.6, draw),
+    "jitter": lambda image, draw: jitter(image, draw),
+    "combined": lambda image, draw: jitter(crop(ImageOps.mirror(image), 0.7, draw), draw),
+    "warp": lambda image, draw: warp(image, draw),
 }
 
-# --- Groups: a gallery, and pictures that are not in it -------------------------------------------------------------
+# --- Groups: a gallery, and images that are not in it -------------------------------------------------------------
 
 SAME, CAPTION, UNRELATED = "same subject", "same caption", "unrelated"
 Many = Callable[[int], list[Image.Image]]
@@ -94,11 +94,11 @@ class Group:
 
     Attributes:
         subject: No threshold is tested on the subject it was set on.
-        gallery: 24 pictures.
+        gallery: 24 images.
         own: The first so many of the gallery are the subject's, and copies are made of these.
         captions: One for each of them; none for photographs.
-        others: By tier, a count to at most so many pictures that are no copies.
-        recomposed: A number below `own`, and one to vary it, to that picture's subject in another place, if possible.
+        others: By tier, a count to at most so many images that are no copies.
+        recomposed: A number below `own`, and one to vary it, to that image's subject in another place, if possible.
     """
 
     subject: str
@@ -119,7 +119,7 @@ class Group:
 
 
 def world_groups() -> list[Group]:
-    """The benchmarks' four concepts and 24 more creatures, each with its own training pictures."""
+    """The benchmarks' four concepts and 24 more creatures, each with its own training images."""
     creatures = [
         Concept(f"creature {seed}", partial(_draw_creature, seed, make_creature(seed))) for seed in CREATURE_SEEDS
     ]
@@ -196,19 +196,19 @@ def photo_groups(folders: Sequence[Path], mixed: bool = False) -> tuple[list[Gro
     found: dict[str, list[Image.Image]] = {}
     files = [(folder, file) for folder in folders for file in sorted(folder.rglob("*"))]
     for folder, file in files:
-        if file.suffix.lower() not in PICTURE_SUFFIXES:
+        if file.suffix.lower() not in IMAGE_SUFFIXES:
             continue
         beside = file.parent == folder
         name = re.split(r"[\d _-]", file.stem, maxsplit=1)[0] if beside else str(file.parent.relative_to(folder))
         with Image.open(file) as opened:
-            picture = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (PHOTO_PX, PHOTO_PX))
-        found.setdefault(f"{folder.name}/{name}", []).append(picture)
+            image = ImageOps.fit(ImageOps.exif_transpose(opened).convert("RGB"), (PHOTO_PX, PHOTO_PX))
+        found.setdefault(f"{folder.name}/{name}", []).append(image)
     num_left_out = 0
-    for pictures in found.values():
-        again = {place for group in near_duplicates(np.stack([thumbnail(p) for p in pictures])) for place in group[1:]}
-        pictures[:] = [picture for place, picture in enumerate(pictures) if place not in again]
+    for images in found.values():
+        again = {place for group in near_duplicates(np.stack([thumbnail(p) for p in images])) for place in group[1:]}
+        images[:] = [image for place, image in enumerate(images) if place not in again]
         num_left_out += len(again)
-    subjects = [name for name, pictures in found.items() if len(pictures) > 1]
+    subjects = [name for name, images in found.items() if len(images) > 1]
     num = sum(map(len, found.values()))
     if len(subjects) < 2 or num <= GALLERY:
         raise ValueError(
@@ -219,11 +219,11 @@ def photo_groups(folders: Sequence[Path], mixed: bool = False) -> tuple[list[Gro
 
 
 def _photo_group(found: dict[str, list[Image.Image]], subject: str, half: int, mixed: bool) -> Group:
-    pictures = found[subject]
-    middle = len(pictures) // 2
-    halves = (pictures[0::2], pictures[1::2]) if mixed else (pictures[:middle], pictures[middle:])
+    images = found[subject]
+    middle = len(images) // 2
+    halves = (images[0::2], images[1::2]) if mixed else (images[:middle], images[middle:])
     own, outside = halves[1 - half][:GALLERY], halves[half]
-    strangers = [picture for name, pictures in found.items() if name != subject for picture in pictures]
+    strangers = [image for name, images in found.items() if name != subject for image in images]
     random.Random(derive(0, "strangers", subject, half)).shuffle(strangers)
     filling, rest = strangers[: GALLERY - len(own)], strangers[GALLERY - len(own) :]
 

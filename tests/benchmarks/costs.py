@@ -1,4 +1,4 @@
-"""What a step costs against resolution, batch and rank, and a run against its pictures: counted by `sdlora plan`.
+"""What a step costs against resolution, batch and rank, and a run against its images: counted by `sdlora plan`.
 
     python tests/benchmarks/costs.py [--folder docs]
 
@@ -31,8 +31,8 @@ SWEEPS: dict[str, dict[Family, tuple[int, ...]]] = {
     "train.batch_size": {"sd1": (1, 2, 4, 8), "sdxl": (1, 2, 4, 8)},
     "lora.rank": {"sd1": (4, 8, 32, 128), "sdxl": (4, 8, 32, 128)},
 }
-PICTURES = (10, 20, 50, 100)
-EXPOSURES = 40  # of each picture: ten repeats in four epochs
+IMAGES = (10, 20, 50, 100)
+EXPOSURES = 40  # of each image: ten repeats in four epochs
 
 
 def plan(family: Family, *changes: str) -> Forecast:
@@ -69,9 +69,9 @@ def draw(folder: Path) -> Path:
     for family, (name, _) in FAMILIES.items():
         found = plan(family)
         each = found.flops_per_step * EXPOSURES / 1e15
-        _line(axes[0][0], name, PICTURES, [count * each for count in PICTURES])
-        _line(axes[1][0], name, PICTURES, [found.peak_bytes / 2**30] * len(PICTURES))
-        print(f"{name}: {each:.3f} PFLOP for every picture of a run of {EXPOSURES} exposures", flush=True)
+        _line(axes[0][0], name, IMAGES, [count * each for count in IMAGES])
+        _line(axes[1][0], name, IMAGES, [found.peak_bytes / 2**30] * len(IMAGES))
+        print(f"{name}: {each:.3f} PFLOP for every image of a run of {EXPOSURES} exposures", flush=True)
     axes[0][0].set_title(f"PFLOP a run, {EXPOSURES} exposures", fontsize=9)
     axes[1][0].set_title("GiB at the peak", fontsize=9)
     axes[1][0].set_xlabel("pictures")

@@ -1,6 +1,6 @@
-"""How far apart near-duplicates and different pictures are: the figures behind `sdlora.data.duplicates.ALIKE`.
+"""How far apart near-duplicates and different images are: the figures behind `sdlora.data.duplicates.ALIKE`.
 
-`python tests/benchmarks/duplicates.py --first 10000 --pictures 4000` takes half a minute.
+`python tests/benchmarks/duplicates.py --first 10000 --images 4000` takes half a minute.
 """
 
 from __future__ import annotations
@@ -58,16 +58,16 @@ def mirrored(thumbnails: NDArray[np.float32]) -> NDArray[np.float32]:
     return thumbnails.reshape(-1, SIZE_PX, SIZE_PX, 3)[:, :, ::-1].reshape(thumbnails.shape)
 
 
-def copies(pictures: list[Image.Image], change: Callable[[Image.Image], Image.Image]) -> NDArray[np.float32]:
-    """The correlation of each picture with its changed copy."""
-    before = np.stack([thumbnail(picture) for picture in pictures])
-    after = np.stack([thumbnail(change(picture)) for picture in pictures])
+def copies(images: list[Image.Image], change: Callable[[Image.Image], Image.Image]) -> NDArray[np.float32]:
+    """The correlation of each image with its changed copy."""
+    before = np.stack([thumbnail(image) for image in images])
+    after = np.stack([thumbnail(change(image)) for image in images])
     return np.maximum((before * after).sum(axis=1), (before * mirrored(after)).sum(axis=1))
 
 
-def pairs(pictures: list[Image.Image]) -> NDArray[np.float32]:
+def pairs(images: list[Image.Image]) -> NDArray[np.float32]:
     """The correlations of all pairs, ascending."""
-    found = np.stack([thumbnail(picture) for picture in pictures])
+    found = np.stack([thumbnail(image) for image in images])
     scores = np.maximum(found @ found.T, mirrored(found) @ found.T)
     return np.sort(scores[np.triu_indices(len(found), 1)])
 
@@ -77,17 +77,17 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=10_000, help="Number of the first scene.")
     parser.add_argument("--pictures", type=int, default=4000, help="How many scenes are drawn.")
     options = parser.parse_args()
-    scenes = [random_scene(number) for number in range(options.first, options.first + options.pictures)]
-    pictures = [render(scene) for scene in scenes]
-    scores = pairs(pictures)
+    scenes = [random_scene(number) for number in range(options.first, options.first + options.images)]
+    images = [render(scene) for scene in scenes]
+    scores = pairs(images)
     print(f"different scenes: {len(scores)} pairs, highest {scores[-3:].round(4)}, {(scores >= ALIKE).sum()} alike")
     for name, change in {**COPIES, **HARD}.items():
-        found = copies(pictures[:1000], change)
+        found = copies(images[:1000], change)
         print(f"{name}: lowest {found.min():.4f}, {np.mean(found >= ALIKE):.1%} alike")
     chosen = random.Random(0)
     others = [replace(s, color=chosen.choice([c for c in COLORS if c != s.color])) for s in scenes[:1000]]
     recoloured = iter(render(scene) for scene in others)
-    found = copies(pictures[:1000], lambda _: next(recoloured))
+    found = copies(images[:1000], lambda _: next(recoloured))
     print(f"the subject in another colour: {np.mean(found >= ALIKE):.1%} alike")
     for name in shipped_sets():
         files = sorted(resolve_data_folder(f"builtin:{name}").glob("*.png"))

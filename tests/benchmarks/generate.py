@@ -1,4 +1,4 @@
-"""Pictures by the hundred from a diffusers pipeline, and how sure a share of them is.
+"""Images by the hundred from a diffusers pipeline, and how sure a share of them is.
 
 Used by the benchmarks; nothing of sdlora's own sampling is in between.
 """
@@ -31,13 +31,13 @@ def load_pipeline(base: Path) -> Any:
 def draw(
     pipeline: Any, prompts: Sequence[str], *, guidance: float, steps: int = 25, seed: int = 0
 ) -> list[Image.Image]:
-    """A 64x64 picture per prompt, each from a seed of its own."""
-    pictures: list[Image.Image] = []
+    """A 64x64 image per prompt, each from a seed of its own."""
+    images: list[Image.Image] = []
     for first in range(0, len(prompts), BATCH):
         group = list(prompts[first : first + BATCH])
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(group))]
-        pictures += pipeline(group, num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
-    return pictures
+        images += pipeline(group, num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
+    return images
 
 
 def wilson(share: float, count: int) -> tuple[float, float]:
@@ -53,7 +53,7 @@ def save_sheet(pipeline: Any, prompts: Sequence[str], target: Path, *, guidance:
     rows = [draw(pipeline, [prompt] * columns, guidance=guidance, seed=1000) for prompt in prompts]
     with tempfile.TemporaryDirectory() as folder:
         files = [[Path(folder) / f"{r}_{c}.png" for r in range(len(rows))] for c in range(columns)]
-        for r, pictures in enumerate(rows):
-            for c, picture in enumerate(pictures):
-                picture.save(files[c][r])
+        for r, images in enumerate(rows):
+            for c, image in enumerate(images):
+                image.save(files[c][r])
         contact_sheet(prompts, [(f"seed {1000 + c}", files[c]) for c in range(columns)], target)

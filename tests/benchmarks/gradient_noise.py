@@ -5,7 +5,7 @@ small to change a float32, and what it is about to step with is caught. 256 grad
 from a random place in each of 32 plans of other seeds, so that pairs from different plans are independent.
 
 256 gradients leave wide intervals, because their lengths differ so much. So the inner products of 1024 gradients of
-single pictures, binned by timestep, are measured too: what coverage changes is which timesteps meet in a batch, and
+single images, binned by timestep, are measured too: what coverage changes is which timesteps meet in a batch, and
 how often they do is known exactly from the plan (`estimates.expected_gain`).
 
     python tests/benchmarks/gradient_noise.py results.jsonl --json
@@ -46,7 +46,7 @@ def plan_gradients(parts: Any, config: RunConfig, num_batches: int) -> tuple[Ten
 
     The adapter is left as it is.
     """
-    frozen = config.train.model_copy(update={"learning_rate": 1e-30, "max_grad_norm": 0.0, "schedule": "constant"})
+    frozen = config.train.model_copy(update={"learning_rate": 1e-30, "max_grad_norm": 0.0, "lr_schedule": "constant"})
     config = config.model_copy(update={"train": frozen})
     examples = tuple(replace(e, repeats=config.data.repeats) for e in parts.data.dataset.examples)
     data = replace(parts.data, dataset=replace(parts.data.dataset, examples=examples))
@@ -71,7 +71,7 @@ def plan_gradients(parts: Any, config: RunConfig, num_batches: int) -> tuple[Ten
 def plan_timesteps(trainer: Trainer) -> list[list[int]]:
     """The timesteps of every step of a trainer's plan."""
     groups = [group for epoch in trainer.plan.epochs for group in epoch]
-    return [[trainer.plan.timesteps[visit] for batch in group for visit in batch] for group in groups]
+    return [[trainer.plan.timesteps[exposure] for batch in group for exposure in batch] for group in groups]
 
 
 def gram(gradients: Sequence[Tensor]) -> Tensor:
@@ -119,7 +119,9 @@ def meetings(coverage: str, batch_size: int, num_seeds: int = 20) -> Tensor:
     density = Density("uniform")
     for seed in range(num_seeds):
         epochs = (epoch_batches([0] * NUM_TRAINING, PLAN_REPEATS, batch_size, e, seed) for e in range(1, 5))
-        steps = [[(str(visit.example), visit.visit) for visit in batch] for epoch in epochs for batch in epoch]
+        steps = [
+            [(str(exposure.example), exposure.exposure) for exposure in batch] for epoch in epochs for batch in epoch
+        ]
         for drawn in cover(coverage, steps, seed):
             present = _one_hot(torch.tensor([density.timestep(draw) for draw in drawn])).sum(dim=0)
             counts += torch.outer(present, present) - present.diag()

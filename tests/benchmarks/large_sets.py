@@ -1,7 +1,7 @@
-"""What a set of N pictures costs to cache and to begin with: `python tests/benchmarks/large_sets.py --sizes 500 10000`.
+"""What a set of N images costs to cache and to begin with: `python tests/benchmarks/large_sets.py --sizes 500 10000`.
 
 Every size is measured in a process of its own, so that its peak memory is its own. Times are of the processor, which a
-busy machine does not lengthen much. Pictures are of 32 px and the base is of random weights: what is measured is
+busy machine does not lengthen much. Images are of 32 px and the base is of random weights: what is measured is
 sdlora's own share, which an encoder of full size would hide.
 """
 
@@ -26,13 +26,13 @@ STEPS = 5
 
 
 def make_set(folder: Path, count: int) -> None:
-    """Pictures of noise, each with a caption of its own."""
+    """Images of noise, each with a caption of its own."""
     folder.mkdir(parents=True)
     noise = np.random.default_rng(0)
     for index in range(count):
         pixels = noise.integers(0, 256, (32, 32, 3), dtype=np.uint8)
         Image.fromarray(pixels).save(folder / f"{index:06d}.png", compress_level=1)
-        (folder / f"{index:06d}.txt").write_text(f"picture number {index}", encoding="utf-8")
+        (folder / f"{index:06d}.txt").write_text(f"image number {index}", encoding="utf-8")
 
 
 def measure(folder: Path, base: Path) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def measure(folder: Path, base: Path) -> dict[str, Any]:
 
     document = {
         "base": {"path": str(base)},
-        "data": {"folder": str(folder), "resolution_px": 32, "bucket_step_px": 8, "holdout_split": False},
+        "data": {"folder": str(folder), "resolution_px": 32, "bucket_step_px": 8, "validation_split": False},
         "train": {"epochs": 2, "batch_size": 256, "device": "cpu", "precision": "fp32", "log_every_steps": 1},
         "lora": {"rank": 2},
         "copycheck": {"enabled": False},

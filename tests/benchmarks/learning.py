@@ -21,7 +21,9 @@ from sdlora.pocket import sets, world
 
 def character_prompts(count: int) -> list[str]:
     """Prompts with the trigger that are no caption of the set: other sizes, positions and places together."""
-    captions = {sets.character_caption(*sets.character_scene(i)) for i in range(sets.NUM_TRAINING + sets.NUM_HOLDOUT)}
+    captions = {
+        sets.character_caption(*sets.character_scene(i)) for i in range(sets.NUM_TRAINING + sets.NUM_VALIDATION)
+    }
     rng = random.Random(0)
     prompts: list[str] = []
     while len(prompts) < count:
@@ -35,25 +37,25 @@ def character_prompts(count: int) -> list[str]:
     return prompts
 
 
-def measure(lora: Path, base: Path, judge: Judge, num_pictures: int, guidance: float) -> dict[str, Any]:
-    """Share of pictures accepted as the character, and the base's own accuracy, without and with the LoRA."""
+def measure(lora: Path, base: Path, judge: Judge, num_images: int, guidance: float) -> dict[str, Any]:
+    """Share of images accepted as the character, and the base's own accuracy, without and with the LoRA."""
     pipeline = load_pipeline(base)
-    prompts, scenes = character_prompts(num_pictures), unseen_scenes(num_pictures)
+    prompts, scenes = character_prompts(num_images), unseen_scenes(num_images)
     shares: list[float] = []
     accuracies: list[dict[str, float]] = []
     for file in (None, lora):
         if file is not None:
             pipeline.load_lora_weights(file.parent, weight_name=file.name)
         seen = look(judge, draw(pipeline, prompts, guidance=guidance))
-        shares.append(sum(verdict.kind == "zumi" for verdict in seen) / num_pictures)
+        shares.append(sum(verdict.kind == "zumi" for verdict in seen) / num_images)
         accuracies.append(attribute_accuracy(pipeline, judge, scenes, guidance))
     before, after = accuracies
     return {
-        "num_pictures": num_pictures,
+        "num_pictures": num_images,
         "guidance": guidance,
         "base_share": shares[0],
         "lora_share": shares[1],
-        "lora_share_interval": wilson(shares[1], num_pictures),
+        "lora_share_interval": wilson(shares[1], num_images),
         "base_accuracy": before,
         "lora_accuracy": after,
         "kept_ratio": {name: after[name] / max(before[name], 1e-9) for name in before},
@@ -71,7 +73,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     arguments = parser.parse_args()
     judge = load_or_train(arguments.judge)
-    result = measure(arguments.lora, arguments.base, judge, arguments.num_pictures, arguments.guidance)
+    result = measure(arguments.lora, arguments.base, judge, arguments.num_images, arguments.guidance)
     if arguments.sheet:
         pipeline = load_pipeline(arguments.base)
         pipeline.load_lora_weights(arguments.lora.parent, weight_name=arguments.lora.name)

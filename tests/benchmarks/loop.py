@@ -2,7 +2,7 @@
 
     python tests/benchmarks/loop.py [--base FOLDER | --full-size] [--precision bf16] [--steps 5] [--json]
 
-The three take turns, step by step, in one process, on the same pictures and the same base: by default one of 27 million
+The three take turns, step by step, in one process, on the same images and the same base: by default one of 27 million
 random weights, with --full-size one of Stable Diffusion 1.5's shapes. (a) is the loop of diffusers'
 `train_text_to_image_lora.py`: PEFT, VAE and text encoder in every step, autocast. (b) is the same with latents and text
 states computed before. sdlora's own caching is timed apart.
@@ -46,13 +46,13 @@ class Script:
 
     Args:
         base: A folder in diffusers' layout.
-        pictures: (N, 3, H, W) in [-1, 1].
+        images: (N, 3, H, W) in [-1, 1].
         captions: One for each.
         dtype: What frozen weights are kept in; adapters are float32 under autocast, as with `--mixed_precision`.
         cached: Whether latents and text states are computed once, before.
     """
 
-    def __init__(self, base: str, pictures: Tensor, captions: list[str], dtype: torch.dtype, cached: bool) -> None:
+    def __init__(self, base: str, images: Tensor, captions: list[str], dtype: torch.dtype, cached: bool) -> None:
         self.pipeline: Any = StableDiffusionPipeline.from_pretrained(base, safety_checker=None)
         for network in (self.pipeline.unet, self.pipeline.vae, self.pipeline.text_encoder):
             network.requires_grad_(False)
@@ -65,13 +65,13 @@ class Script:
             parameter.data = parameter.data.float()
         self.optimizer = torch.optim.AdamW(self.trained, lr=1e-4)
         self.schedule = DDPMScheduler.from_config(self.pipeline.scheduler.config)
-        self.dtype, self.pictures, self.captions = dtype, pictures, captions
+        self.dtype, self.images, self.captions = dtype, images, captions
         self.kept = [self._encode(i) for i in range(len(captions))] if cached else None
 
     @torch.no_grad()
     def _encode(self, index: int) -> tuple[Tensor, Tensor]:
         vae, tokenizer = self.pipeline.vae, self.pipeline.tokenizer
-        latents = vae.encode(self.pictures[index : index + 1].to(self.dtype)).latent_dist.sample()
+        latents = vae.encode(self.images[index : index + 1].to(self.dtype)).latent_dist.sample()
         tokens = tokenizer(
             self.captions[index], padding="max_length", max_length=77, truncation=True, return_tensors="pt"
         )
@@ -94,7 +94,7 @@ class Script:
 
 
 def own_steps(base: str, folder: Path, work: Path, precision: str, edge: int) -> tuple[float, Iterator[StepDone]]:
-    """Seconds that caching a picture took, and sdlora's own steps as they are asked for."""
+    """Seconds that caching an image took, and sdlora's own steps as they are asked for."""
     document = {
         "base": {"path": base},
         "data": {"folder": str(folder), "repeats": 100, "resolution_px": edge},
@@ -131,15 +131,15 @@ def measure(base: str, work: Path, precision: str, steps: int, edge: int) -> dic
     """Seconds of every step of each loop, in turns; the first turn is left out."""
     folder = work / "set"
     folder.mkdir()
-    captions = [f"picture number {index}" for index in range(4)]
+    captions = [f"image number {index}" for index in range(4)]
     images = [Image.effect_noise((edge, edge), 60 + index).convert("RGB") for index in range(4)]
     for index, (image, caption) in enumerate(zip(images, captions, strict=True)):
         image.save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(caption)
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
-    pictures = torch.stack([to_tensor(image) for image in images])
-    script = Script(base, pictures, captions, dtype, cached=False)
-    cached = Script(base, pictures, captions, dtype, cached=True)
+    images = torch.stack([to_tensor(image) for image in images])
+    script = Script(base, images, captions, dtype, cached=False)
+    cached = Script(base, images, captions, dtype, cached=True)
     caching, own = own_steps(base, folder, work, precision, edge)
     found: dict[str, list[float]] = {"script": [], "peft cached": [], "sdlora": []}
     for number in range(steps + 1):
@@ -148,7 +148,7 @@ def measure(base: str, work: Path, precision: str, steps: int, edge: int) -> dic
             step(number)
             if number > 0:
                 found[name].append(time.perf_counter() - begin)
-    return found | {"sdlora's caching of a picture": [caching]}
+    return found | {"sdlora's caching of an image": [caching]}
 
 
 def main() -> None:
@@ -157,7 +157,7 @@ def main() -> None:
     parser.add_argument("--base", help="A folder in diffusers' layout; one of random weights is made if left out.")
     parser.add_argument("--full-size", action="store_true", help="take a base of Stable Diffusion 1.5's shapes")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="bf16")
-    parser.add_argument("--edge", type=int, default=256, help="the pictures' edge in pixels")
+    parser.add_argument("--edge", type=int, default=256, help="the images' edge in pixels")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()

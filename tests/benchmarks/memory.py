@@ -3,7 +3,7 @@
     python tests/benchmarks/memory.py [--json]
 
 Each configuration is a process of its own that runs a tiny base first, so that libraries are loaded, and then a base of
-27 million random weights from its pictures to its proven file. Linux only: it reads /proc.
+27 million random weights from its images to its proven file. Linux only: it reads /proc.
 """
 
 from __future__ import annotations

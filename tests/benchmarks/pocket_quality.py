@@ -26,7 +26,7 @@ def unseen_scenes(count: int) -> list[world.Scene]:
 
 
 def attribute_accuracy(pipeline: Any, judge: Judge, scenes: list[world.Scene], guidance: float) -> dict[str, float]:
-    """Shares of pictures in which kind, colour and place are what was asked for."""
+    """Shares of images in which kind, colour and place are what was asked for."""
     seen = look(judge, draw(pipeline, [world.caption(scene) for scene in scenes], guidance=guidance))
     pairs = list(zip(scenes, seen, strict=True))
     return {

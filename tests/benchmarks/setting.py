@@ -1,4 +1,4 @@
-"""What the timestep benchmarks share: the recipe, a run that is watched while it trains, pictures drawn from it.
+"""What the timestep benchmarks share: the recipe, a run that is watched while it trains, images drawn from it.
 
 The run is put together by `sdlora.run.run` and trained by its trainer, so that every option takes effect as it does for
 a user; nothing is exported.
@@ -23,7 +23,7 @@ from sdlora.events import CheckpointDue, EpochDone
 from sdlora.models.base import BaseModel
 from sdlora.run import setup
 from sdlora.run.folder import RunFolder
-from sdlora.training.validation import heldout_bands
+from sdlora.training.validation import validation_bands
 
 
 def recipe(rank: int, repeats: int, epochs: int = 4) -> Recipe:
@@ -41,7 +41,11 @@ def make_config(base: str, sets: Path, concept: str, seed: int, *parts: Recipe) 
     document: dict[str, Any] = {
         "seed": seed,
         "base": {"path": base},
-        "data": {"folder": str(sets / concept), "holdout": str(sets / concept / "holdout"), "trigger": concept},
+        "data": {
+            "folder": str(sets / concept),
+            "validation_folder": str(sets / concept / "holdout"),
+            "trigger": concept,
+        },
         "cache": {"dir": str(sets / "cache")},
     }
     for part in parts:
@@ -57,14 +61,14 @@ def prepare(config: RunConfig, folder: Path) -> Any:
         made = setup.prepare(config, RunFolder(folder, "benchmark"))
     for _ in made.data.fill(config.data.background, made.trainer.plan.timesteps):
         pass
-    for _ in made.heldout.data.fill(config.data.background):
+    for _ in made.validation.data.fill(config.data.background):
         pass
     return made
 
 
-def heldout(made: Any) -> list[float]:
-    """The unweighted held-out loss in five bands of timesteps, on the same noise whatever the run's seed."""
-    return heldout_bands(made.heldout.data, 0)
+def validation(made: Any) -> list[float]:
+    """The unweighted validation loss in five bands of timesteps, on the same noise whatever the run's seed."""
+    return validation_bands(made.validation.data, 0)
 
 
 def watch(
@@ -88,9 +92,9 @@ def watch(
             seconds.append(event.seconds)
 
 
-def draw_pictures(base: BaseModel, prompts: Sequence[str], *, guidance: float, steps: int) -> list[Image.Image]:
-    """A picture per prompt, the adapter as it is, every starting noise another."""
-    pictures: list[Image.Image] = []
+def draw_images(base: BaseModel, prompts: Sequence[str], *, guidance: float, steps: int) -> list[Image.Image]:
+    """An image per prompt, the adapter as it is, every starting noise another."""
+    images: list[Image.Image] = []
     for first in range(0, len(prompts), 16):
         group = list(prompts[first : first + 16])
         generators = [torch.Generator().manual_seed(1000 + first + i) for i in range(len(group))]
@@ -99,8 +103,8 @@ def draw_pictures(base: BaseModel, prompts: Sequence[str], *, guidance: float, s
             with base.pipeline() as pipeline:
                 pipeline.set_progress_bar_config(disable=True)
                 made = pipeline(**encoded, num_inference_steps=steps, guidance_scale=guidance, generator=generators)
-        pictures += made.images
-    return pictures
+        images += made.images
+    return images
 
 
 def silence() -> None:

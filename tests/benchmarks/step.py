@@ -96,7 +96,7 @@ class Network:
                     module._parameters[name] = torch.nn.Parameter(fake, requires_grad=p.requires_grad)
 
     def forward(self, latent: tuple[int, int], device: str) -> Tensor:
-        """A forward pass of one picture to its loss."""
+        """A forward pass of one image to its loss."""
         config, dtype = self.unet.config, next(self.unet.parameters()).dtype
         with torch.device(device):
             x = torch.randn(1, 4, *latent).to(dtype).requires_grad_(self.grads_of_input)

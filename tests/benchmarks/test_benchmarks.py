@@ -38,7 +38,7 @@ def test_prompts_are_new() -> None:
     assert all(world.is_unseen(s.kind, s.color, s.place) for s in pocket_quality.unseen_scenes(50))
 
 
-def test_labels_of_the_judges_pictures() -> None:
+def test_labels_of_the_judges_images() -> None:
     kinds = [classifier.KINDS[classifier.sample(seed)[1][0]] for seed in range(300)]
     assert set(kinds) == set(classifier.KINDS)
     assert all(10 < kinds.count(name) < 50 for name in CONCEPTS)
@@ -73,8 +73,8 @@ def test_the_quickstart_teaches_the_character(judge: classifier.Judge, tmp_path:
         for _ in start(load_config("quickstart", ["preview.enabled=false"]), folder):
             pass
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    heldout = [row["heldout_loss"] for row in rows if row["event"] == "epoch"]
-    assert min(heldout[1:]) < heldout[0], heldout
+    validation = [row["heldout_loss"] for row in rows if row["event"] == "epoch"]
+    assert min(validation[1:]) < validation[0], validation
     found = learning.measure(folder / "quickstart.safetensors", pocket_folder(), judge, 64, generate.GUIDANCE)
     assert found["base_share"] <= 0.05, found
     assert found["lora_share"] >= 0.75, found

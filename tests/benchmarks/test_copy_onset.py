@@ -46,10 +46,10 @@ def test_there_are_six_concepts() -> None:
     assert len(firsts) == 6
 
 
-def test_held_out_pictures_of_other_scenes_repeat_none() -> None:
+def test_held_out_images_of_other_scenes_repeat_none() -> None:
     # By hand, from the captions: snow at the side and forest at the side were trained; the sea was at a side.
     assert ALL_CONCEPTS["tavi"].other_scenes() == [25, 26, 27, 28, 30, 31]
-    # A heart on the right was trained, a key in the middle was: the key on the right is another picture.
+    # A heart on the right was trained, a key in the middle was: the key on the right is another image.
     assert ALL_CONCEPTS["blueprint"].other_scenes() == [24, 25, 26, 28, 29, 30, 31]
 
 
@@ -64,13 +64,13 @@ def test_the_larger_judge_learns_all_concepts() -> None:
 
 def test_takes_differ_in_what_no_caption_tells() -> None:
     for seed in range(12):
-        pictures = copy_oracle.takes(seed)
-        assert len({picture.tobytes() for picture in pictures}) == copy_oracle.NUM_TAKES
-        assert [picture.tobytes() for picture in copy_oracle.takes(seed)] == [p.tobytes() for p in pictures]
+        images = copy_oracle.takes(seed)
+        assert len({image.tobytes() for image in images}) == copy_oracle.NUM_TAKES
+        assert [image.tobytes() for image in copy_oracle.takes(seed)] == [p.tobytes() for p in images]
 
 
-def test_spoiled_pictures_are_still_nearest_to_their_own() -> None:
-    pixels = pretrain.to_tensor([picture for seed in range(8) for picture in copy_oracle.takes(seed, 2)])
+def test_spoiled_images_are_still_nearest_to_their_own() -> None:
+    pixels = pretrain.to_tensor([image for seed in range(8) for image in copy_oracle.takes(seed, 2)])
     spoiled = copy_oracle.spoil(pixels, 0)
     assert spoiled.shape == pixels.shape
     assert float(spoiled.abs().amax()) <= 1
@@ -86,8 +86,8 @@ def test_training_repeats_and_is_kept(tmp_path: Path) -> None:
         assert torch.equal(one, other)
     torch.save(first.state_dict(), tmp_path / "oracle.pt")
     kept = copy_oracle.load_or_train(tmp_path / "oracle.pt")
-    picture = ALL_CONCEPTS["zumi"].draw(0, 0)[0]
-    assert torch.equal(copy_oracle.look(kept, [picture]), copy_oracle.look(first.eval(), [picture]))
+    image = ALL_CONCEPTS["zumi"].draw(0, 0)[0]
+    assert torch.equal(copy_oracle.look(kept, [image]), copy_oracle.look(first.eval(), [image]))
 
 
 def test_the_witness_sees_copies_mirrored_or_not_and_few_others() -> None:
@@ -95,7 +95,7 @@ def test_the_witness_sees_copies_mirrored_or_not_and_few_others() -> None:
     witness = copy_oracle.Witness(Plain(), concept, range(4))
     own = [concept.draw(index, 0)[0] for index in range(4)]
     assert witness.copies(own) == [True] * 4
-    assert witness.copies([picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for picture in own]) == [True] * 4
+    assert witness.copies([image.transpose(Image.Transpose.FLIP_LEFT_RIGHT) for image in own]) == [True] * 4
     # Renders that took no part: one in a hundred is nearest to the real set, whatever the network sees.
     fresh = [concept.draw(index, take)[0] for index in range(4) for take in range(200, 250)]
     assert sum(witness.copies(fresh)) <= 8
@@ -159,7 +159,7 @@ def test_verdicts_and_the_recommended_epoch_are_the_products() -> None:
     zumi, kolo, tavi = _rows()[:3]
     assert [epoch["check"]["verdict"] for epoch in zumi["epochs"]] == ["clean", "copying", "copying"]
     assert [epoch["check"]["verdict"] for epoch in kolo["epochs"]] == ["clean", "watch", "copying"]
-    # The held-out losses rise, so the first epoch is best wherever it does not copy.
+    # The validation losses rise, so the first epoch is best wherever it does not copy.
     assert [run["recommended"] for run in (zumi, kolo, tavi)] == [1, 1, 1]
     assert tavi["heldout_check"]["verdict"] == "watch"
 
@@ -179,16 +179,16 @@ def test_gaps_and_misses_are_counted() -> None:
 
 
 def test_controls_are_counted_by_run() -> None:
-    many, own, heldout = copy_onset_report.silence_table(_rows())[2:]
-    assert many == "| 24 pictures, as many steps | 2 | 1 | 0 | 0% (0 to 5) |"
+    many, own, validation = copy_onset_report.silence_table(_rows())[2:]
+    assert many == "| 24 images, as many steps | 2 | 1 | 0 | 0% (0 to 5) |"
     assert own == f"| {copy_onset_report.CONTROLS['own_previews_check']} | 3 | 0 | 0 |  |"
-    assert heldout == f"| {copy_onset_report.CONTROLS['heldout_check']} | 3 | 0 | 1 |  |"
+    assert validation == f"| {copy_onset_report.CONTROLS['heldout_check']} | 3 | 0 | 1 |  |"
 
 
 def test_the_sign_of_warped_copies_is_counted_by_epoch() -> None:
     over_trained, many = copy_onset_report.warped_table(_rows())[2:]
-    assert over_trained == "| four pictures, over-trained | 3 | 0 | 1 | 2 |"
-    assert many == "| 24 pictures, as many steps | 2 | 1 | 0 |"
+    assert over_trained == "| four images, over-trained | 3 | 0 | 1 | 2 |"
+    assert many == "| 24 images, as many steps | 2 | 1 | 0 |"
 
 
 def test_choices_are_compared_by_fidelity_and_copies() -> None:

@@ -30,16 +30,16 @@ def photos(tmp_path: Path) -> Path:
     """Six subjects with five photographs each, one of them twice, mirrored the second time; one lies beside."""
     folder = tmp_path / "photos"
     for number in range(30):
-        picture = render(random_scene(number)).resize((120, 90))
+        image = render(random_scene(number)).resize((120, 90))
         (folder / f"subject{number % 6}").mkdir(parents=True, exist_ok=True)
-        picture.save(folder / f"subject{number % 6}" / f"{number:02d}.png")
-    ImageOps.mirror(picture).save(folder / "subject5" / "99.png")
-    picture.rotate(90).save(folder / "tower_01.png")
+        image.save(folder / f"subject{number % 6}" / f"{number:02d}.png")
+    ImageOps.mirror(image).save(folder / "subject5" / "99.png")
+    image.rotate(90).save(folder / "tower_01.png")
     return folder
 
 
-def _pixels(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture, dtype=float)
+def _pixels(image: Image.Image) -> np.ndarray:
+    return np.asarray(image, dtype=float)
 
 
 def test_intervals_are_clopper_and_pearsons() -> None:
@@ -51,13 +51,13 @@ def test_intervals_are_clopper_and_pearsons() -> None:
 
 
 def test_copies_differ_as_their_family_says(groups: list[Group]) -> None:
-    picture = groups[0].gallery[0]
-    assert FAMILIES["exact"](picture, random.Random(0)) is picture
-    assert FAMILIES["flip"](picture, random.Random(0)).tobytes() == ImageOps.mirror(picture).tobytes()
-    bent = FAMILIES["warp"](picture, random.Random(0))
-    assert 2 < np.abs(_pixels(bent) - _pixels(picture)).mean() < 30
-    still = copy_sets.warp(picture, random.Random(0), reach=0.0)
-    assert np.abs(_pixels(still) - _pixels(picture)).max() <= 1
+    image = groups[0].gallery[0]
+    assert FAMILIES["exact"](image, random.Random(0)) is image
+    assert FAMILIES["flip"](image, random.Random(0)).tobytes() == ImageOps.mirror(image).tobytes()
+    bent = FAMILIES["warp"](image, random.Random(0))
+    assert 2 < np.abs(_pixels(bent) - _pixels(image)).mean() < 30
+    still = copy_sets.warp(image, random.Random(0), reach=0.0)
+    assert np.abs(_pixels(still) - _pixels(image)).max() <= 1
     for group in groups:
         assert group.copy("crop 60", 5).tobytes() == group.copy("crop 60", 5).tobytes()
         assert group.copy("crop 60", 5).tobytes() != group.copy("crop 60", 5 + group.own).tobytes()
@@ -76,9 +76,9 @@ def test_a_recomposed_subject_stays_as_it_was(groups: list[Group]) -> None:
 
 def test_what_is_no_copy_is_not_in_the_gallery(groups: list[Group]) -> None:
     for group in groups:
-        known = {picture.tobytes() for picture in group.gallery}
+        known = {image.tobytes() for image in group.gallery}
         for tier in (CAPTION, SAME, UNRELATED):
-            drawn = [picture.tobytes() for picture in group.others[tier](30)]
+            drawn = [image.tobytes() for image in group.others[tier](30)]
             assert len(set(drawn)) == 30
             assert not known & set(drawn)
 
@@ -96,7 +96,7 @@ def test_photographs_are_halved_and_their_duplicates_left_out(photos: Path, tmp_
         assert len(group.gallery) == copy_sets.GALLERY
         others = [p.tobytes() for tier in (SAME, UNRELATED) for p in group.others[tier](99)]
         assert len(group.gallery) + len(others) == 31
-        assert not {picture.tobytes() for picture in group.gallery} & set(others)
+        assert not {image.tobytes() for image in group.gallery} & set(others)
         assert group.copy(RECOMPOSED, 0).size == (copy_sets.PHOTO_PX, copy_sets.PHOTO_PX)
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="at least 25 and two"):

@@ -15,7 +15,7 @@ import timesteps
 import timesteps_report
 import torch
 from classifier import Judge
-from concepts import CONCEPTS, FEW, NUM_FEW, NUM_HOLDOUT, NUM_TRAINING, write_all
+from concepts import CONCEPTS, FEW, NUM_FEW, NUM_TRAINING, NUM_VALIDATION, write_all
 from estimates import (
     Estimate,
     copies_at_fidelity,
@@ -108,7 +108,7 @@ def test_meetings_are_those_of_the_plan() -> None:
         return gradient_noise.meetings(coverage, 4, num_seeds=20).view(4, 5, 4, 5).sum(dim=(1, 3))
 
     assert (quarters("none") - 1 / 16).abs().max() < 0.008
-    # Four visits of a step have a quarter each, or nearly.
+    # Four exposures of a step have a quarter each, or nearly.
     assert quarters("image").diagonal().sum() < 0.05
 
 
@@ -138,7 +138,7 @@ def test_concepts_are_written_like_the_sample_sets(name: str, sets: Path) -> Non
     concept = CONCEPTS[name]
     assert len(list((sets / name).glob("*.png"))) == NUM_TRAINING
     assert len(list((sets / name / FEW).glob("*.png"))) == NUM_FEW
-    assert len(list((sets / name / "holdout").glob("*.txt"))) == NUM_HOLDOUT
+    assert len(list((sets / name / "holdout").glob("*.txt"))) == NUM_VALIDATION
     captions = concept.training_captions()
     assert all(name in caption for caption in captions)
     assert not set(concept.prompts(30)) & set(captions)
@@ -182,7 +182,7 @@ def test_processes_share_all_cells() -> None:
 # --- Miniature runs ------------------------------------------------------------------------------------------------
 
 SMALL = timesteps.Scale(
-    rank=2, repeats=1, point_steps=5, copy_rank=4, copy_repeats=1, num_pictures=3, num_steps=2, strangers=2
+    rank=2, repeats=1, point_steps=5, copy_rank=4, copy_repeats=1, num_images=3, num_steps=2, strangers=2
 )
 
 
@@ -215,7 +215,7 @@ def test_bands_are_of_the_base_and_not_of_the_seed(tiny_base: Path, sets: Path, 
         setting.prepare(setting.make_config(str(tiny_base), sets, "kolo", seed, setting.recipe(2, 1)), tmp_path / "run")
         for seed in (0, 1)
     ]
-    first, second = (setting.heldout(parts) for parts in made)
+    first, second = (setting.validation(parts) for parts in made)
     assert first == second
     assert len(first) == 5
 

@@ -1,9 +1,9 @@
 """Which noise levels to train, how evenly and with what weight: equal steps, paired by concept and seed.
 
-Part "loss" trains every variant at a constant rate and follows the unweighted held-out loss in five bands. Part
-"copy" over-trains six of them on purpose (few pictures, high rank, many visits) and draws after every epoch: fidelity
-is the share of pictures from new prompts that the judge accepts. A copy is a picture drawn from a training caption
-that looks more like the training pictures than like any of 19 other sets of fresh renders of the same captions; one
+Part "loss" trains every variant at a constant rate and follows the unweighted validation loss in five bands. Part
+"copy" over-trains six of them on purpose (few images, high rank, many exposures) and draws after every epoch: fidelity
+is the share of images from new prompts that the judge accepts. A copy is an image drawn from a training caption
+that looks more like the training images than like any of 19 other sets of fresh renders of the same captions; one
 that has only learned what the captions say would be called a copy one time in twenty.
 
     python tests/benchmarks/timesteps.py results.jsonl --judge judge.pt --json
@@ -29,7 +29,7 @@ from concepts import CONCEPTS, FEW, NUM_FEW, Concept, write_all
 from generate import GUIDANCE
 from PIL import Image
 from results import Cell, run_missing, share
-from setting import draw_pictures, heldout, make_config, prepare, recipe, silence, watch
+from setting import draw_images, make_config, prepare, recipe, silence, validation, watch
 from variants import COPY_VARIANTS, Recipe, variants
 
 from sdlora.copycheck.similarity import hp_ms
@@ -45,12 +45,12 @@ class Scale:
 
     Attributes:
         rank: Of the adapter, in part "loss"; `copy_rank` in part "copy".
-        repeats: Visits of every picture per epoch, four epochs long; `copy_repeats` in part "copy".
+        repeats: Exposures of every image per epoch, four epochs long; `copy_repeats` in part "copy".
         copy_learning_rate: Of part "copy", twice as high as in part "loss".
-        point_steps: The held-out loss is measured this often.
+        point_steps: The validation loss is measured this often.
         num_pictures: Drawn after an epoch from new prompts, and as many from training captions.
         num_steps: Denoising steps of each.
-        strangers: Sets of fresh renders that a picture's likeness to the training pictures is compared with.
+        strangers: Sets of fresh renders that an image's similarity to the training images is compared with.
     """
 
     rank: int = 16
@@ -59,7 +59,7 @@ class Scale:
     copy_rank: int = 64
     copy_repeats: int = 60
     copy_learning_rate: float = 2e-3
-    num_pictures: int = 16
+    num_images: int = 16
     num_steps: int = 10
     strangers: int = 19
 
@@ -101,7 +101,7 @@ class Bench:
         seconds: list[float] = []
 
         def at_point(step: int) -> None:
-            curve[step] = heldout(parts)
+            curve[step] = validation(parts)
 
         planning = seconds_to_plan(parts)
         watch(parts, at_point=at_point, at_epoch=lambda epoch: None, seconds=seconds)
@@ -112,18 +112,18 @@ class Bench:
         }
 
     def copy(self, cell: Cell) -> dict[str, Any]:
-        """Fidelity, copy scores and held-out bands after every epoch of an over-trained run."""
+        """Fidelity, copy scores and validation bands after every epoch of an over-trained run."""
         scale, concept = self.scale, CONCEPTS[cell["concept"]]
         few = {
             "data": {"folder": str(self.folder / concept.name / FEW)},
             "train": {"learning_rate": scale.copy_learning_rate},
         }
         parts = self._prepare(cell, scale.copy_rank, scale.copy_repeats, few)
-        captions = [concept.training_captions()[i % NUM_FEW] for i in range(scale.num_pictures)]
+        captions = [concept.training_captions()[i % NUM_FEW] for i in range(scale.num_images)]
         epochs: list[dict[str, Any]] = []
 
         def at_epoch(epoch: int) -> None:
-            drawn = self._draw(parts, concept.prompts(scale.num_pictures))
+            drawn = self._draw(parts, concept.prompts(scale.num_images))
             assert self.judge is not None, "part copy needs the judge"
             accepted = sum(verdict.kind == concept.name for verdict in look(self.judge, drawn))
             taught = self._draw(parts, captions)
@@ -135,7 +135,7 @@ class Bench:
                 "scores": [round(score, 4) for score in scores.tolist()],
                 "stranger_scores": [round(score, 4) for score in strangers.amax(dim=0).tolist()],
                 "excess": round(float((scores - strangers.mean(dim=0)).mean()), 4),
-                "bands": heldout(parts),
+                "bands": validation(parts),
             })  # fmt: skip
 
         watch(parts, at_point=lambda step: None, at_epoch=at_epoch)
@@ -149,20 +149,20 @@ class Bench:
         return prepare(config, self.folder / "run")
 
     def _draw(self, parts: Any, prompts: list[str]) -> list[Image.Image]:
-        drawn = draw_pictures(parts.base, prompts, guidance=GUIDANCE, steps=self.scale.num_steps)
-        return [picture.resize((SIZE_PX, SIZE_PX)) for picture in drawn]
+        drawn = draw_images(parts.base, prompts, guidance=GUIDANCE, steps=self.scale.num_steps)
+        return [image.resize((SIZE_PX, SIZE_PX)) for image in drawn]
 
 
-def best_scores(concept: Concept, pictures: list[Image.Image], take: int = 0) -> torch.Tensor:
-    """How much each picture looks like the picture of the set that it is most like, (P,).
+def best_scores(concept: Concept, images: list[Image.Image], take: int = 0) -> torch.Tensor:
+    """How much each image looks like the image of the set that it is most like, (P,).
 
     Args:
         concept: Whose training captions.
-        pictures: P of them.
-        take: 0 compares with the training pictures; another with fresh renders, which nobody can have copied.
+        images: P of them.
+        take: 0 compares with the training images; another with fresh renders, which nobody can have copied.
     """
     gallery = [concept.draw(index, take)[0] for index in range(NUM_FEW)]
-    return hp_ms(pictures, gallery).amax(dim=1)
+    return hp_ms(images, gallery).amax(dim=1)
 
 
 def seconds_to_plan(parts: Any) -> float:

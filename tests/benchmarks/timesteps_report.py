@@ -40,7 +40,7 @@ def write(results: Path, docs: Path) -> None:
     }  # fmt: skip
     plots = {
         "levels": (plot_noise, "Times less gradient noise, by batch size"),
-        "loss": (plot_loss, "Change of the held-out loss, by variant"),
+        "loss": (plot_loss, "Change of the validation loss, by variant"),
         "copies": (plot_copies, "Copy rate over fidelity, a point per epoch"),
     }
     for name, make in tables.items():
@@ -158,16 +158,16 @@ def _kept(figure: Any, drawn: bool) -> Any:
     return None
 
 
-# --- Held-out loss -------------------------------------------------------------------------------------------------
+# --- Validation loss -------------------------------------------------------------------------------------------------
 
 
 def mean_curve(run: dict[str, Any]) -> list[tuple[int, float]]:
-    """(step, held-out loss over all bands) of a run."""
+    """(step, validation loss over all bands) of a run."""
     return [(step, sum(bands) / len(bands)) for step, bands in run["curve"]]
 
 
 def loss_changes(found: Runs, variant: str) -> list[Estimate]:
-    """Percent by which the last held-out loss differs from the reference: over all bands, then band by band."""
+    """Percent by which the last validation loss differs from the reference: over all bands, then band by band."""
     pairs = shared_pairs(found, variant)
     before = [found[REFERENCE][pair]["curve"][-1][1] for pair in pairs]
     after = [found[variant][pair]["curve"][-1][1] for pair in pairs]
@@ -198,7 +198,7 @@ def _compared(found: Runs) -> list[str]:
 
 
 def loss_table(rows: Rows) -> list[str]:
-    """The last held-out loss and the steps to the reference's best, for every variant."""
+    """The last validation loss and the steps to the reference's best, for every variant."""
     found = runs(rows, "loss")
     body = []
     for variant in _compared(found):
@@ -208,11 +208,11 @@ def loss_table(rows: Rows) -> list[str]:
             f"`{variant}`", str(len(shared_pairs(found, variant))), _signed(loss_changes(found, variant)[0], 2),
             steps, str(missed),
         ])  # fmt: skip
-    return _table(["Variant", "Pairs", "held-out loss, %", "steps to its best, of 1", "never reached"], body)
+    return _table(["Variant", "Pairs", "validation loss, %", "steps to its best, of 1", "never reached"], body)
 
 
 def bands_table(rows: Rows) -> list[str]:
-    """The last held-out loss band by band; bold where the interval leaves out zero."""
+    """The last validation loss band by band; bold where the interval leaves out zero."""
     found = runs(rows, "loss")
     body = []
     for variant in _compared(found):
@@ -225,7 +225,7 @@ def bands_table(rows: Rows) -> list[str]:
 
 
 def plot_loss(rows: Rows) -> Any:
-    """The change of the last held-out loss with its interval, a line per variant."""
+    """The change of the last validation loss with its interval, a line per variant."""
     found = runs(rows, "loss")
     names = _compared(found)[::-1]
     changes = [loss_changes(found, name)[0] for name in names]
@@ -235,7 +235,7 @@ def plot_loss(rows: Rows) -> Any:
         xerr=[[c.value - c.low for c in changes], [c.high - c.value for c in changes]], fmt="o", capsize=2,
     )  # fmt: skip
     axis.axvline(0.0, color="grey", linewidth=0.8)
-    axis.set(yticks=range(len(names)), yticklabels=names, xlabel="held-out loss against uniform by chance, %")
+    axis.set(yticks=range(len(names)), yticklabels=names, xlabel="validation loss against uniform by chance, %")
     return _kept(figure, bool(names))
 
 

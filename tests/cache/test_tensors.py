@@ -30,8 +30,8 @@ def written(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 
-def test_values_are_those_of_the_networks(base: BaseModel, pictures: Path, tmp_path: Path) -> None:
-    cache, data = Cache(tmp_path, base), dataset(pictures)
+def test_values_are_those_of_the_networks(base: BaseModel, images: Path, tmp_path: Path) -> None:
+    cache, data = Cache(tmp_path, base), dataset(images)
     fill(cache, data, ["a cat", "a dog"])
     again = Cache(tmp_path, base)
     fill(again, data, ["a dog", "a cat"])
@@ -43,11 +43,11 @@ def test_values_are_those_of_the_networks(base: BaseModel, pictures: Path, tmp_p
 
 
 def test_a_changed_caption_recomputes_that_caption_and_nothing_else(
-    base: BaseModel, pictures: Path, tmp_path: Path
+    base: BaseModel, images: Path, tmp_path: Path
 ) -> None:
-    fill(Cache(tmp_path, base), dataset(pictures), ["a cat", "a dog"])
+    fill(Cache(tmp_path, base), dataset(images), ["a cat", "a dog"])
     before = written(tmp_path)
-    fill(Cache(tmp_path, base), dataset(pictures), ["a cat", "a big dog"])
+    fill(Cache(tmp_path, base), dataset(images), ["a cat", "a big dog"])
     after = written(tmp_path)
     assert len(after) == len(before) + 1
     assert before.items() <= after.items()
@@ -63,12 +63,12 @@ def test_changed_pixels_under_the_same_name_are_noticed(base: BaseModel, tmp_pat
     assert not torch.equal(*found)
 
 
-def test_another_network_has_other_keys(base: BaseModel, pictures: Path, tmp_path: Path, tiny_base: Path) -> None:
-    fill(Cache(tmp_path, base), dataset(pictures), ["a cat"])
+def test_another_network_has_other_keys(base: BaseModel, images: Path, tmp_path: Path, tiny_base: Path) -> None:
+    fill(Cache(tmp_path, base), dataset(images), ["a cat"])
     before = written(tmp_path)
     other = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     other.vae_identity = other.text_identity = "another"
-    fill(Cache(tmp_path, other), dataset(pictures), ["a cat"])
+    fill(Cache(tmp_path, other), dataset(images), ["a cat"])
     assert len(written(tmp_path)) == 2 * len(before)
 
 
@@ -86,21 +86,21 @@ def test_text_that_is_not_kept_is_the_same_text(base: BaseModel, tmp_path: Path)
         cache.text(["never filled"])
 
 
-def test_a_torn_file_is_made_anew(base: BaseModel, pictures: Path, tmp_path: Path) -> None:
-    fill(Cache(tmp_path, base), dataset(pictures), ["a cat"])
+def test_a_torn_file_is_made_anew(base: BaseModel, images: Path, tmp_path: Path) -> None:
+    fill(Cache(tmp_path, base), dataset(images), ["a cat"])
     (torn,) = (tmp_path / "text").rglob("*.safetensors")
     torn.write_bytes(torn.read_bytes()[:20])
     cache = Cache(tmp_path, base)
-    fill(cache, dataset(pictures), ["a cat"])
+    fill(cache, dataset(images), ["a cat"])
     torch.testing.assert_close(
         cache.text(["a cat"])["states"], base.encode_captions(["a cat"])["states"], rtol=5e-4, atol=1e-6
     )
 
 
 def test_what_a_run_reads_is_mapped_whether_it_was_there_or_not(
-    base: BaseModel, pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    data = dataset(pictures)
+    data = dataset(images)
     for _ in ("made", "found"):
         cache = Cache(tmp_path, base)
         fill(cache, data, ["a cat"])
@@ -115,8 +115,8 @@ def test_what_a_run_reads_is_mapped_whether_it_was_there_or_not(
         assert all(moments.isfinite().all() for moments in found.values())
 
 
-def test_numbers_that_are_mapped_outlive_their_file(base: BaseModel, pictures: Path, tmp_path: Path) -> None:
-    cache, data = Cache(tmp_path, base), dataset(pictures)
+def test_numbers_that_are_mapped_outlive_their_file(base: BaseModel, images: Path, tmp_path: Path) -> None:
+    cache, data = Cache(tmp_path, base), dataset(images)
     fill(cache, data, [])
     before = cache.moments(data.examples[:1]).clone()
     for path in tmp_path.rglob("*.safetensors"):

@@ -55,7 +55,7 @@ def test_a_plan_tries_a_step_and_writes_nothing(
     code, out, err = call(capsys, "batch", str(file), "--output", str(tmp_path / "out"), "--dry-run", "--json")
     assert code == 0, err
     a, b, c = (json.loads(line) for line in out.splitlines())
-    # 5 pictures, 2 epochs, 2 buckets of 3 and 2 pictures in batches of 2: 3 steps an epoch.
+    # 5 images, 2 epochs, 2 buckets of 3 and 2 images in batches of 2: 3 steps an epoch.
     assert (a["pictures"], a["exposures"], a["steps"], a["fault"]) == (5, 2, 6, None)
     assert a["training_seconds"] > 0 and a["preview_seconds"] > 0
     assert "There is no folder 'nowhere'" in b["fault"]

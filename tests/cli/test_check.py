@@ -75,8 +75,8 @@ def test_settings_come_from_the_call_and_the_file(lora: Path, tmp_path: Path, as
     call(lora, tmp_path, "--prompts", str(tmp_path / "prompts.txt"), "--set", "preview.num_steps=3", "--holdout", "h")
     (config,) = asked
     assert config.preview.prompts == ["zumi on a horse", "zumi asleep"]
-    assert (config.preview.num_steps, config.data.trigger, config.data.holdout) == (3, "zumi", "h")
-    assert config.data.holdout_split is False
+    assert (config.preview.num_steps, config.data.trigger, config.data.validation_folder) == (3, "zumi", "h")
+    assert config.data.validation_split is False
 
 
 @pytest.mark.parametrize("asked", [0], indirect=True)

@@ -95,11 +95,11 @@ def test_both_names_are_the_same_lora_to_diffusers(
         assert described[0][key] == described[1][key] == described[2][key], key
 
 
-def test_a_picture_in_the_metadata_is_told_and_not_printed(fresh: Any, tmp_path: Path, capsys: Capture) -> None:
+def test_a_image_in_the_metadata_is_told_and_not_printed(fresh: Any, tmp_path: Path, capsys: Capture) -> None:
     file = made(tmp_path, fresh, "ours")
     add_metadata(file, {"modelspec.thumbnail": "data:image/jpeg;base64," + "A" * 4000})
     out = run(capsys, "info", file)
-    assert "modelspec.thumbnail: a picture of 3017 bytes" in out
+    assert "modelspec.thumbnail: an image of 3017 bytes" in out
     assert "AAAA" not in out
     assert "A" * 4000 in run(capsys, "info", file, "--json")
 

@@ -37,7 +37,7 @@ def folder_with(path: Path, **files: bytes) -> Path:
     return path
 
 
-def test_bad_input_has_a_message_and_a_code_and_writes_nothing(train, tmp_path: Path, pictures: Path) -> None:  # type: ignore[no-untyped-def]
+def test_bad_input_has_a_message_and_a_code_and_writes_nothing(train, tmp_path: Path, images: Path) -> None:  # type: ignore[no-untyped-def]
     Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
     png = (tmp_path / "x.png").read_bytes()
     empty = folder_with(tmp_path / "empty")
@@ -45,8 +45,8 @@ def test_bad_input_has_a_message_and_a_code_and_writes_nothing(train, tmp_path: 
     torn = folder_with(tmp_path / "torn", a_png=png[:50], a_txt=b"a ball")
     cases: list[tuple[list[str], int, str]] = [
         (["data.folder=nowhere"], 3, "There is no folder 'nowhere'"),
-        ([f"data.folder={empty}"], 3, "holds no pictures"),
-        ([f"data.folder={bare}"], 3, "1 of 1 pictures have no caption: a.png"),
+        ([f"data.folder={empty}"], 3, "holds no images"),
+        ([f"data.folder={bare}"], 3, "1 of 1 images have no caption: a.png"),
         ([f"data.folder={torn}"], 3, "a.png: broken or cut off"),
         (["lora.rnak=4"], 2, "Did you mean lora.rank?"),
         (["train.epochs=9"], 2, "copy-paste overfitting"),
@@ -56,7 +56,7 @@ def test_bad_input_has_a_message_and_a_code_and_writes_nothing(train, tmp_path: 
         (["train.device=tpu9"], 2, "train.device"),
         (["train.precision=fp16"], 2, "fp16"),
         (["train.warmup_steps=1000"], 2, "never ends in"),
-        ([f"data.holdout={pictures}"], 2, "data.holdout is data.folder"),
+        ([f"data.validation_folder={images}"], 2, "data.validation_folder is data.folder"),
         ([f"cache.dir={tmp_path / 'x.png' / 'cache'}"], 2, "cache.dir"),
     ]
     for changes, code, reason in cases:
@@ -92,7 +92,7 @@ def test_json_events_are_the_metrics(train, tmp_path: Path) -> None:  # type: ig
 def test_progress_says_what_will_happen(train) -> None:  # type: ignore[no-untyped-def]
     code, out, err = train("data.repeats=2")
     assert (code, out) == (0, "")
-    assert "every picture is seen 4 times" in err
+    assert "every image is seen 4 times" in err
     assert "max error 0" in err
     assert "previews.png" in err
 
@@ -120,19 +120,19 @@ def test_info_shows_what_a_file_holds(train, tmp_path: Path, capsys: pytest.Capt
 
 def test_data_says_what_to_mend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "data", "builtin:zumi", "--trigger", "zumi", "--resolution-px", "64")
-    assert (code, out, err) == (0, "24 pictures, 24 captions, 1 bucket: nothing to mend.\n", "")
+    assert (code, out, err) == (0, "24 images, 24 captions, 1 bucket: nothing to mend.\n", "")
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("a ball")
     code, out, _ = call(capsys, "data", str(tmp_path))
-    told = "Warnings:\n  a.png and b.png are the same picture; keep one of them.\n2 pictures, 2 captions: 1 warning.\n"
+    told = "Warnings:\n  a.png and b.png are the same image; keep one of them.\n2 images, 2 captions: 1 warning.\n"
     assert (code, out) == (0, told)
     (tmp_path / "c.png").write_bytes(b"")
     code, out, _ = call(capsys, "data", str(tmp_path), "--trigger", "zumi", "--resolution-px", "64")
     assert code == 3
-    assert out.startswith("Errors:\n  c.png: not a picture")
-    assert out.endswith("3 pictures, 2 captions, 1 bucket: 2 errors, 3 warnings.\n")
+    assert out.startswith("Errors:\n  c.png: not an image")
+    assert out.endswith("3 images, 2 captions, 1 bucket: 2 errors, 3 warnings.\n")
     assert "a.png (32 x 32 for 64 x 64)" in out
     assert "All:" not in out
     for name in "defg":
@@ -145,9 +145,9 @@ def test_data_looks_at_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     (tmp_path / "a.txt").write_text("a thing")
     Image.new("L", (8, 8), 255).save(tmp_path / "a-mask.png")
     code, out, _ = call(capsys, "data", str(tmp_path))
-    assert (code, "masks are no pictures" in out) == (0, True)
+    assert (code, "masks are no images" in out) == (0, True)
     code, out, _ = call(capsys, "data", str(tmp_path), "--masks", "file")
-    assert (code, "a-mask.png has 8 x 8 pixels and its picture 64 x 64" in out) == (3, True)
+    assert (code, "a-mask.png has 8 x 8 pixels and its image 64 x 64" in out) == (3, True)
 
 
 def test_data_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -160,7 +160,7 @@ def test_data_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     (finding,) = report["findings"]
     assert (code, report["folder"], report["pictures"]) == (3, str(tmp_path), 1)
     assert (finding["kind"], finding["severity"], finding["files"]) == ("no caption", "error", ["a.png"])
-    assert finding["message"].startswith("1 of 1 pictures have no caption: a.png.")
+    assert finding["message"].startswith("1 of 1 images have no caption: a.png.")
     code, out, err = call(capsys, "data", str(tmp_path / "nowhere"), "--json")
     assert (code, out, "There is no folder" in err) == (3, "", True)
     assert call(capsys, "data", "builtin:zumy")[0] == 2

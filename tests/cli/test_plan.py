@@ -40,7 +40,7 @@ def test_a_family_needs_no_weights() -> None:
     assert "train.batch_size = 1" in told
 
 
-def test_a_configuration_is_planned_with_its_pictures(tmp_path: Path, overrides: list[str]) -> None:
+def test_a_configuration_is_planned_with_its_images(tmp_path: Path, overrides: list[str]) -> None:
     source = tmp_path / "mine.toml"
     source.write_text("[data]\ntrigger = 'zumi'\nrepeats = 4\n")
     changes = [part for override in overrides for part in ("--set", override)]
@@ -51,7 +51,7 @@ def test_a_configuration_is_planned_with_its_pictures(tmp_path: Path, overrides:
     # In two bytes each: eight latents channels of 8 x 8 and 10 x 6, and five captions of 77 states of 16 numbers.
     assert found["cache_bytes"] == 2 * (8 * (3 * 64 + 2 * 60) + 5 * 77 * 16)
     assert not list((tmp_path / "cache").glob("moments/*"))
-    assert "5 pictures (3 of 32x32, 2 of 40x24), each seen 8 times: 20 steps." in plan(str(source), *changes)
+    assert "5 images (3 of 32x32, 2 of 40x24), each seen 8 times: 20 steps." in plan(str(source), *changes)
 
 
 @pytest.mark.parametrize(

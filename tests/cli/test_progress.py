@@ -30,7 +30,7 @@ from sdlora.events import (
 from sdlora.run.eta import Timer
 
 PLAN = PlanMade(
-    pictures=24, heldout_pictures=8, split_off=[], repeats=10, epochs=4, exposures_per_picture=40, batch_size=4,
+    images=24, validation_images=8, split_off=[], repeats=10, epochs=4, exposures_per_image=40, batch_size=4,
     gradient_accumulation_steps=2, steps=120, trained_parameters=50_000, base_parameters=5_000_000,
     targets=["cross_attention", "mlp"], device="cpu", precision="fp32",
 )  # fmt: skip
@@ -145,12 +145,12 @@ def test_a_run_that_goes_on_knows_what_the_ends_of_its_epochs_took() -> None:
     assert not again.wrong()
 
 
-def test_nothing_is_guessed_before_steps_and_pictures_were_timed() -> None:
+def test_nothing_is_guessed_before_steps_and_images_were_timed() -> None:
     run = Replay()
     run.after(1.0, replace(PLAN, previews=8))
     run.after(2.0, StepRehearsed(0.5))
     assert run.timer.eta_seconds is None
-    run.after(6.0, Progress("the base's pictures", 4, 68))
+    run.after(6.0, Progress("the base's images", 4, 68))
     assert run.timer.eta_seconds == pytest.approx(120 * 0.5 + 64 * 1.5 + 5 * 8 * 1.5)
 
 
@@ -171,9 +171,9 @@ def test_people_read_the_plan_the_losses_and_where_the_file_is() -> None:
             bar.show(event)
     told = stream.getvalue()
     for part in (
-        "24 pictures x 10 repeats x 4 epochs: every picture is seen 40 times, 120 steps of 8 pictures on cpu (fp32).",
+        "24 images x 10 repeats x 4 epochs: every image is seen 40 times, 120 steps of 8 images on cpu (fp32).",
         "Training 50,000 parameters in cross_attention, mlp, 1.00% of the base's 5,000,000", "A sentence.",
-        "epoch 1: training loss 0.25000, held-out loss 0.12500", "16 modules, max error 0", "Done in 1 min 30 s",
+        "epoch 1: training loss 0.25000, validation loss 0.12500", "16 modules, max error 0", "Done in 1 min 30 s",
         "run/previews.png",
     ):  # fmt: skip
         assert part in told, part
@@ -181,11 +181,11 @@ def test_people_read_the_plan_the_losses_and_where_the_file_is() -> None:
 
 
 def test_the_plan_says_what_is_held_out_and_how_to_train_on_it() -> None:
-    assert "on 8 pictures of data.holdout" in describe_plan(PLAN)
-    told = describe_plan(replace(PLAN, heldout_pictures=2, split_off=["a.png", "b.png"]))
-    assert "2 more pictures (a.png, b.png) are not trained on" in told
-    assert "data.holdout_split = false" in told
-    assert "held-out" not in describe_plan(replace(PLAN, heldout_pictures=0))
+    assert "on 8 images of data.validation_folder" in describe_plan(PLAN)
+    told = describe_plan(replace(PLAN, validation_images=2, split_off=["a.png", "b.png"]))
+    assert "2 more images (a.png, b.png) are not trained on" in told
+    assert "data.validation_split = false" in told
+    assert "held-out" not in describe_plan(replace(PLAN, validation_images=0))
 
 
 def test_programs_read_one_object_a_line() -> None:
@@ -227,9 +227,9 @@ def test_copy_checks_are_a_line_an_epoch_and_names_are_no_styles() -> None:
 
 def test_the_plan_tells_sets_apart_and_what_is_trained_beside_them() -> None:
     sets = [PlannedSet("hero", 20, 10, 40), PlannedSet("town", 4, 3, 12)]
-    told = describe_plan(replace(PLAN, sets=sets, preserved_pictures=50))
-    assert "hero: 20 pictures x 10 repeats x 4 epochs: every picture is seen 40 times." in told
-    assert "town: 4 pictures x 3 repeats x 4 epochs: every picture is seen 12 times." in told
-    assert "24 pictures x 10" not in told
-    assert "Beside them 50 pictures of data.preservation_folder are trained" in told
+    told = describe_plan(replace(PLAN, sets=sets, prior_images=50))
+    assert "hero: 20 images x 10 repeats x 4 epochs: every image is seen 40 times." in told
+    assert "town: 4 images x 3 repeats x 4 epochs: every image is seen 12 times." in told
+    assert "24 images x 10" not in told
+    assert "Beside them 50 images of data.preservation_folder are trained" in told
     assert "Beside them" not in describe_plan(PLAN)

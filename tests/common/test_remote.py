@@ -1,4 +1,4 @@
-"""Pictures and runs in stores: fsspec's own, and one that fails on demand."""
+"""Images and runs in stores: fsspec's own, and one that fails on demand."""
 
 from __future__ import annotations
 
@@ -89,20 +89,20 @@ def local(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() if f.suffix != ".lock"}
 
 
-def test_a_set_is_brought_once_and_only_what_changed_again(pictures: Path, home: Path, tmp_path: Path) -> None:
+def test_a_set_is_brought_once_and_only_what_changed_again(images: Path, home: Path, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
-    for file in pictures.iterdir():
+    for file in images.iterdir():
         memory.pipe_file(f"/bucket/set/{file.name}", file.read_bytes())
     first = resolve_data_folder("memory://bucket/set")
-    assert local(first) == local(pictures)
+    assert local(first) == local(images)
     assert resolve_data_folder("memory://bucket/set/") == first
     inodes = {file.name: file.stat().st_ino for file in first.iterdir()}
     memory.pipe_file("/bucket/set/red.txt", b"a red ball!")
     second = resolve_data_folder("memory://bucket/set")
-    assert local(second) == local(pictures) | {"red.txt": b"a red ball!"}
+    assert local(second) == local(images) | {"red.txt": b"a red ball!"}
     assert {file.name for file in second.iterdir() if file.stat().st_ino != inodes[file.name]} == {"red.txt"}
-    assert local(first) == local(pictures)
-    assert local(resolve_data_folder(f"file://{pictures}")) == local(pictures)
+    assert local(first) == local(images)
+    assert local(resolve_data_folder(f"file://{images}")) == local(images)
     assert not [path for path in home.rglob("*") if "partial" in path.name]
     with pytest.raises(DataError, match="nothing at memory://bucket/none"):
         resolve_data_folder("memory://bucket/none")
@@ -124,7 +124,7 @@ def test_names_that_lead_out_of_the_folder_are_refused(
 
 
 def test_secrets_and_stores_without_a_driver_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("data.folder", "data.holdout", "data.preservation_folder"):
+    for name in ("data.folder", "data.validation_folder", "data.preservation_folder"):
         for url in ("s3://me:hunter2@bucket/set", "s3://bucket/set?signature=hunter2"):
             with pytest.raises(ConfigError, match="holds a password, a signature") as caught:
                 parse_config({"data": {"folder": "x"}}, name="a", overrides=[f"{name}={url}"])
@@ -145,11 +145,11 @@ def test_secrets_and_stores_without_a_driver_are_refused(monkeypatch: pytest.Mon
 
 
 def test_the_command_line_trains_from_one_url_into_another(
-    tmp_path: Path, overrides: list[str], pictures: Path, home: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, overrides: list[str], images: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, url = tmp_path / "hero.toml", f"file://{tmp_path}/bucket/run"
     source.write_text("[data]\ntrigger = 'zumi'\n")
-    changes = [*overrides, *QUICK, f"data.folder=file://{pictures}"]
+    changes = [*overrides, *QUICK, f"data.folder=file://{images}"]
     arguments = ["train", str(source), "--output", url, *(part for one in changes for part in ("--set", one))]
     code, _, err = call(capsys, *arguments)
     assert code == 0, err
@@ -157,7 +157,7 @@ def test_the_command_line_trains_from_one_url_into_another(
     there = local(tmp_path / "bucket/run")
     assert json.loads(there.pop("mirror.json"))["run"] == folder.name
     assert there == local(folder) and {"hero.safetensors", "state.json", "report.html"} <= there.keys()
-    assert f'folder = "file://{pictures}"' in there["config.toml"].decode()
+    assert f'folder = "file://{images}"' in there["config.toml"].decode()
     code, _, err = call(capsys, *arguments)
     assert code == OutputError.exit_code and "already holds a run" in err
     code, _, err = call(capsys, *arguments[:3], f"{url}2", *arguments[4:], "--resume")

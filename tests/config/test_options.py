@@ -25,7 +25,7 @@ from sdlora.training.trainer import Trainer
 
 @pytest.fixture(scope="module")
 def scene(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str, str]:
-    """Folders for the runs below; pictures with transparency and tags, wide and square."""
+    """Folders for the runs below; images with transparency and tags, wide and square."""
     root = tmp_path_factory.mktemp("options")
     folder = root / "set"
     folder.mkdir()
@@ -143,7 +143,7 @@ CHANGES: dict[str, list[str]] = {
     "lora.rslora": ["lora.rslora=true"],
     "lora.dora": ["lora.dora=true"],
     "lora.dropout": ["lora.dropout=0.5"],
-    "lora.start": ["lora.start=pissa"],
+    "lora.init": ["lora.init=pissa"],
     "lora.timestep_rank_min": ["lora.timestep_rank_min=1"],
     "lora.timestep_rank_alpha": ["lora.rank=8", "lora.timestep_rank_min=1", "lora.timestep_rank_alpha=0.2"],
     "train.epochs": ["train.epochs=1"],
@@ -152,11 +152,11 @@ CHANGES: dict[str, list[str]] = {
     "base.quantization": ["base.quantization=int8"],
     "train.learning_rate": ["train.learning_rate=5e-3"],
     "train.text_encoder_learning_rate": ['lora.targets=["text_encoder"]', "train.text_encoder_learning_rate=1e-3"],
-    "train.schedule": ["train.schedule=cosine"],
+    "train.lr_schedule": ["train.lr_schedule=cosine"],
     "train.warmup_steps": ["train.warmup_steps=3"],
     "train.weight_decay": ["train.weight_decay=0.5"],
     "train.optimizer": ["train.optimizer=lion"],
-    "train.plus_ratio": ["train.plus_ratio=4"],
+    "train.loraplus_lr_ratio": ["train.loraplus_lr_ratio=4"],
     "train.ema_decay": ["train.ema_decay=0.5"],
     "train.max_grad_norm": ["train.max_grad_norm=1e-7"],
     "train.preservation_weight": ['data.class_words=["cat"]', "train.preservation_weight=1"],
@@ -194,11 +194,12 @@ CHANGES: dict[str, list[str]] = {
 }
 REFUSED_HERE = {"base.variant", "train.device"}
 TESTED_BELOW = {
-    "base.revision", "data.holdout", "data.holdout_split", "data.keep_tags", "train.log_every_steps", "cache.dir",
+    "base.revision", "data.validation_folder", "data.validation_split", "data.keep_tags", "train.log_every_steps",
+    "cache.dir",
     "cache.max_text_gib",
     "file.thumbnail",
     "file.licence",
-    "file.tell_captions",
+    "file.include_captions",
     "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "train.gradient_checkpointing",
     "train.auto_batch", "train.compile",
 }  # fmt: skip
@@ -246,14 +247,14 @@ def test_captions_for_all_and_trigger_only_work(outcome: Callable[..., str], sce
     assert outcome(bare, "data.allow_trigger_only=true").startswith("common.safetensors")
 
 
-def test_pictures_are_split_off_only_if_they_may_be(outcome: Callable[..., str], scene: dict[str, str]) -> None:
+def test_images_are_split_off_only_if_they_may_be(outcome: Callable[..., str], scene: dict[str, str]) -> None:
     zumi = ["data.folder=builtin:zumi", "preview.enabled=false"]
     split = outcome(*zumi)
     assert split.startswith("common.safetensors")
-    assert outcome(*zumi, "data.holdout_split=false") != split
-    # With pictures of the user's own to measure on, every picture of the set is trained.
-    held = f"data.holdout={scene['set']}"
-    assert outcome(*zumi, held) == outcome(*zumi, held, "data.holdout_split=false") != split
+    assert outcome(*zumi, "data.validation_split=false") != split
+    # With images of the user's own to measure on, every image of the set is trained.
+    held = f"data.validation_folder={scene['set']}"
+    assert outcome(*zumi, held) == outcome(*zumi, held, "data.validation_split=false") != split
 
 
 def test_kept_tags_change_what_is_shuffled(outcome: Callable[..., str]) -> None:
@@ -303,7 +304,7 @@ def test_bad_values_name_the_allowed_ones(outcome: Callable[..., str]) -> None:
         ("timesteps.coverage", "'none', 'batch' or 'image'"),
         ("loss.weighting", "'constant', 'min_snr', 'soft_min_snr', 'p2' or 'debiased'"),
         ("loss.kind", "'mse' or 'huber'"),
-        ("lora.start", "'gaussian', 'orthogonal' or 'pissa'"),
+        ("lora.init", "'gaussian', 'orthogonal' or 'pissa'"),
         ("train.optimizer", "'adamw', 'adamw8bit', 'prodigy', 'adafactor', 'lion' or 'schedule_free'"),
     ]:
         found = outcome(f"{option}=somethingelse")
@@ -349,10 +350,10 @@ def test_memory_that_is_too_small_ends_a_run_or_makes_it_compute_in_parts(
 ) -> None:
     original = Trainer.losses_per_example
 
-    def small(self: Trainer, visits: Any, *others: Any) -> Any:
-        if len(visits) > 1:
+    def small(self: Trainer, exposures: Any, *others: Any) -> Any:
+        if len(exposures) > 1:
             raise torch.OutOfMemoryError
-        return original(self, visits, *others)
+        return original(self, exposures, *others)
 
     monkeypatch.setattr(Trainer, "losses_per_example", small)
     with pytest.raises(OutOfMemoryError, match=r"train\.batch_size to 1 \(now 2\)"):
@@ -435,7 +436,7 @@ def test_captions_that_are_not_kept_train_the_same(
 def test_the_speed_of_a_timestep_rank_and_the_kind_of_start_count(outcome: Callable[..., str]) -> None:
     masked = ["lora.rank=8", "lora.timestep_rank_min=1"]
     found = [outcome(*masked, f"lora.timestep_rank_alpha={speed}") for speed in (1.0, 0.2)]
-    found += [outcome(f"lora.start={start}") for start in ("orthogonal", "pissa")]
+    found += [outcome(f"lora.init={start}") for start in ("orthogonal", "pissa")]
     assert all(result.startswith("common.safetensors") for result in found)
     assert len(set(found)) == 4
 

@@ -16,18 +16,18 @@ def faults(**document: object) -> str:
 def test_the_list_of_options_is_a_decision() -> None:
     assert option_names() == [
         "name", "seed", "base.path", "base.revision", "base.variant", "base.prediction_type",
-        "base.clip_skip", "base.quantization", "data.folder", "data.sets", "data.holdout",
-        "data.holdout_split", "data.caption",
+        "base.clip_skip", "base.quantization", "data.folder", "data.sets", "data.validation_folder",
+        "data.validation_split", "data.caption",
         "data.trigger", "data.class_words", "data.preservation_folder", "data.preservation_caption",
         "data.allow_trigger_only", "data.repeats", "data.resolution_px",
         "data.buckets",
         "data.bucket_step_px", "data.background", "data.masks", "data.shuffle_tags", "data.keep_tags",
         "data.max_token_windows", "data.caption_dropout",
         "lora.rank", "lora.alpha", "lora.targets", "lora.target_ranks", "lora.target_alphas", "lora.rslora",
-        "lora.dora", "lora.dropout", "lora.start", "lora.timestep_rank_min", "lora.timestep_rank_alpha", "train.epochs",
+        "lora.dora", "lora.dropout", "lora.init", "lora.timestep_rank_min", "lora.timestep_rank_alpha", "train.epochs",
         "train.batch_size", "train.gradient_accumulation_steps", "train.auto_batch", "train.optimizer",
         "train.learning_rate",
-        "train.plus_ratio", "train.text_encoder_learning_rate", "train.schedule", "train.warmup_steps",
+        "train.loraplus_lr_ratio", "train.text_encoder_learning_rate", "train.lr_schedule", "train.warmup_steps",
         "train.weight_decay", "train.ema_decay", "train.max_grad_norm", "train.preservation_weight",
         "train.preservation_every",
         "train.precision", "train.gradient_checkpointing", "train.compile", "train.device", "train.log_every_steps",
@@ -37,7 +37,7 @@ def test_the_list_of_options_is_a_decision() -> None:
         "preview.enabled",
         "preview.prompts", "preview.num_captions", "preview.seeds", "preview.negative_prompt", "preview.num_steps",
         "preview.guidance", "copycheck.enabled", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2",
-        "file.format", "file.precision", "file.thumbnail", "file.licence", "file.tell_captions", "cache.dir",
+        "file.format", "file.precision", "file.thumbnail", "file.licence", "file.include_captions", "cache.dir",
         "cache.max_text_gib",
     ]  # fmt: skip
 
@@ -50,7 +50,7 @@ def test_defaults_are_the_stated_ones() -> None:
 
 def test_preservation_needs_all_its_parts() -> None:
     weight = {"preservation_weight": 1.0}
-    assert "either data.class_words (no pictures needed) or data.preservation_folder" in faults(train=weight)
+    assert "either data.class_words (no images needed) or data.preservation_folder" in faults(train=weight)
     both = {"folder": "x", "trigger": "zumi", "class_words": ["cat"], "preservation_folder": "cats"}
     assert "either data.class_words" in faults(data=both, train=weight)
     assert "set data.trigger" in faults(data={"folder": "x", "class_words": ["cat"]}, train=weight)
@@ -68,12 +68,12 @@ def test_preservation_needs_all_its_parts() -> None:
 
 
 def test_all_faults_at_once_with_the_nearest_name() -> None:
-    message = faults(data={}, lora={"rnak": 4, "rank": 0}, train={"batchsize": 2, "schedule": "linear"}, sed=1)
+    message = faults(data={}, lora={"rnak": 4, "rank": 0}, train={"batchsize": 2, "lr_schedule": "linear"}, sed=1)
     assert "data.folder: not set" in message
     assert "lora.rnak: there is no such setting. Did you mean lora.rank?" in message
     assert "train.batchsize: there is no such setting. Did you mean train.batch_size?" in message
     assert "lora.rank: found 0; input should be greater than or equal to 1." in message
-    assert "train.schedule: found 'linear'; input should be 'constant' or 'cosine'." in message
+    assert "train.lr_schedule: found 'linear'; input should be 'constant' or 'cosine'." in message
     assert "sed: there is no such setting. Did you mean seed?" in message
 
 
@@ -108,7 +108,7 @@ def test_impossible_pairs_and_values() -> None:
     assert "loss.mask_floor does nothing unless data.masks is" in faults(loss={"mask_floor": 0.5})
     assert "gives pure noise" in faults(loss={"zero_terminal_snr": True, "weighting": "min_snr"})
     assert "does nothing unless lora.timestep_rank_min" in faults(lora={"timestep_rank_alpha": 2.0})
-    assert "lora.dora goes with" in faults(lora={"dora": True, "start": "pissa"})
+    assert "lora.dora goes with" in faults(lora={"dora": True, "init": "pissa"})
     assert "belong to timesteps.density" in faults(timesteps={"mean": 1.0})
     assert "belongs to loss.kind" in faults(loss={"huber_delta": 1.0})
     assert "loss.gamma belongs to" in faults(loss={"gamma": 1.0, "weighting": "debiased"})

@@ -46,7 +46,7 @@ def test_what_is_written_reads_back_as_the_same() -> None:
     )
     document = tomllib.loads(dump_toml(config))
     assert parse_config(document, name="other") == config
-    assert "# holdout =" in dump_toml(config)
+    assert "# validation_folder =" in dump_toml(config)
 
 
 def test_shipped_configurations_are_valid_and_hold_only_what_differs() -> None:

@@ -20,11 +20,11 @@ from sdlora.models.load import load_base
 from sdlora.pocket.world import random_scene, render
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.training.data import TrainingData
-from sdlora.training.validation import HeldOut
+from sdlora.training.validation import Validation
 
 
 @pytest.fixture
-def parts(tiny_base: Path, tmp_path: Path) -> tuple[Adapter, Checker, HeldOut]:
+def parts(tiny_base: Path, tmp_path: Path) -> tuple[Adapter, Checker, Validation]:
     folder = tmp_path / "set"
     folder.mkdir()
     for index in range(5):
@@ -36,14 +36,14 @@ def parts(tiny_base: Path, tmp_path: Path) -> tuple[Adapter, Checker, HeldOut]:
     trained, held = replace(whole, examples=whole.examples[:3]), replace(whole, examples=whole.examples[3:])
     cache = Cache(tmp_path / "cache", base)
     data, kept = (TrainingData(d, cache, lambda i, _, d=d: d.examples[i].caption) for d in (trained, held))
-    heldout = HeldOut(kept, adapter, 0)
+    validation = Validation(kept, adapter, 0)
     list(kept.fill("white"))
     request = PreviewRequest(("scene 0", "a dog"), (0, 1), "", 2, 5.0, num_captions=1)
-    subject = Subject(adapter, data, heldout, cache, "unet", 0)
-    return adapter, Checker(subject, request, make_gallery(trained, held, "white"), Arbiters()), heldout
+    subject = Subject(adapter, data, validation, cache, "unet", 0)
+    return adapter, Checker(subject, request, make_gallery(trained, held, "white"), Arbiters()), validation
 
 
-def test_an_epoch_is_drawn_checked_and_kept(parts: tuple[Adapter, Checker, HeldOut], tmp_path: Path) -> None:
+def test_an_epoch_is_drawn_checked_and_kept(parts: tuple[Adapter, Checker, Validation], tmp_path: Path) -> None:
     _, checker, _ = parts
     list(checker.prepare("white"))
     *_, drawn, event = checker.epoch(0, tmp_path / "0", tmp_path / "0")
@@ -57,17 +57,17 @@ def test_an_epoch_is_drawn_checked_and_kept(parts: tuple[Adapter, Checker, HeldO
     assert [preview["kind"] for preview in kept["previews"]] == ["training", "training", "novel", "novel"]
     assert all((tmp_path / "0" / preview["file"]).exists() for preview in kept["previews"])
     assert all(preview["guidance_norm"] > 0 for preview in kept["previews"])
-    assert event.most_alike[0] in ("0.png", "1.png", "2.png")
+    assert event.most_similar[0] in ("0.png", "1.png", "2.png")
     assert kept["signals"] == {}
 
 
-def test_the_signals_compare_with_the_base(parts: tuple[Adapter, Checker, HeldOut], tmp_path: Path) -> None:
-    adapter, checker, heldout = parts
+def test_the_signals_compare_with_the_base(parts: tuple[Adapter, Checker, Validation], tmp_path: Path) -> None:
+    adapter, checker, validation = parts
     list(checker.prepare("white"))
     list(checker.epoch(0, tmp_path / "0", tmp_path / "0"))
 
     def signals_of(epoch: int) -> dict[str, Any]:
-        heldout.measure(EpochDone(epoch, 1, None, None, 0.0))
+        validation.measure(EpochDone(epoch, 1, None, None, 0.0))
         list(checker.epoch(epoch, tmp_path / str(epoch), tmp_path / "0"))
         found: dict[str, Any] = json.loads((tmp_path / str(epoch) / "copycheck.json").read_text())["signals"]
         return found

@@ -81,40 +81,40 @@ def tiny_sscd(tmp_path_factory: pytest.TempPathFactory, sscd_network: TinySscd) 
     return published_in(folder, SSCD)
 
 
-def test_dinov2_is_given_pictures_as_its_own_processor_gives_them(tiny_dinov2: Published) -> None:
+def test_dinov2_is_given_images_as_its_own_processor_gives_them(tiny_dinov2: Published) -> None:
     processor = BitImageProcessorPil(
         size={"shortest_edge": 256}, crop_size={"height": 224, "width": 224}, image_mean=MEAN, image_std=STD
     )
-    pictures = [noisy(seed, size, mode) for seed, size in enumerate(SHAPES) for mode in ("RGB", "L")]
+    images = [noisy(seed, size, mode) for seed, size in enumerate(SHAPES) for mode in ("RGB", "L")]
     model = Dinov2Model.from_pretrained(tiny_dinov2.source).eval()
     with torch.no_grad():
-        theirs = model(processor(pictures, return_tensors="pt")["pixel_values"]).last_hidden_state[:, 0]
-    found = load_dinov2(tiny_dinov2, device=CPU).embed(pictures)
+        theirs = model(processor(images, return_tensors="pt")["pixel_values"]).last_hidden_state[:, 0]
+    found = load_dinov2(tiny_dinov2, device=CPU).embed(images)
     torch.testing.assert_close(found, theirs / theirs.norm(dim=1, keepdim=True), atol=1e-5, rtol=0)
 
 
-def test_the_concept_is_met_as_far_as_previews_and_pictures_are_alike(tiny_dinov2: Published) -> None:
+def test_the_concept_is_met_as_far_as_previews_and_images_are_similar(tiny_dinov2: Published) -> None:
     dinov2 = load_dinov2(tiny_dinov2, device=CPU)
-    previews, pictures = [noisy(seed) for seed in range(3)], [noisy(seed) for seed in range(10, 15)]
-    one, other = (dinov2.embed(each).double().numpy() for each in (previews, pictures))
+    previews, images = [noisy(seed) for seed in range(3)], [noisy(seed) for seed in range(10, 15)]
+    one, other = (dinov2.embed(each).double().numpy() for each in (previews, images))
     expected = sum(float(a @ b) for a in one for b in other) / 15
-    assert concept_fidelity(dinov2, previews, pictures) == pytest.approx(expected, abs=1e-6)
+    assert concept_fidelity(dinov2, previews, images) == pytest.approx(expected, abs=1e-6)
     assert concept_fidelity(dinov2, previews[:1], previews[:1]) == pytest.approx(1.0, abs=1e-6)
 
 
 def test_sscd_sees_squares_in_imagenets_colours(tiny_sscd: Published, sscd_network: TinySscd) -> None:
-    pictures = [Image.new("RGB", size, (200, 100, 50)) for size in SHAPES]
+    images = [Image.new("RGB", size, (200, 100, 50)) for size in SHAPES]
     colour = [(value / 255 - mean) / std for value, mean, std in zip((200, 100, 50), MEAN, STD, strict=True)]
     square = torch.tensor(colour).view(1, 3, 1, 1).expand(1, 3, 320, 320)
     with torch.no_grad():
         expected = sscd_network(square).expand(len(SHAPES), -1)
-    torch.testing.assert_close(load_sscd(tiny_sscd, device=CPU).embed(pictures), expected, atol=1e-6, rtol=0)
+    torch.testing.assert_close(load_sscd(tiny_sscd, device=CPU).embed(images), expected, atol=1e-6, rtol=0)
 
 
 def test_a_copy_is_found_in_its_mirror_image_too(tiny_sscd: Published, sscd_network: TinySscd) -> None:
     gallery = [noisy(seed) for seed in range(9)]
-    pictures = [gallery[4], ImageOps.mirror(gallery[7]), noisy(50)]
-    scores = copy_cosines(load_sscd(tiny_sscd, device=CPU), pictures, gallery)
+    images = [gallery[4], ImageOps.mirror(gallery[7]), noisy(50)]
+    scores = copy_cosines(load_sscd(tiny_sscd, device=CPU), images, gallery)
     assert scores.shape == (3, 9)
     assert scores.dtype == torch.float32
     assert scores[:2].argmax(dim=1).tolist() == [4, 7]
@@ -122,13 +122,13 @@ def test_a_copy_is_found_in_its_mirror_image_too(tiny_sscd: Published, sscd_netw
     with torch.no_grad():
         pixels = [
             torch.tensor(np.asarray(p.resize((320, 320), Image.Resampling.BILINEAR))).double() / 255
-            for p in (pictures[2], ImageOps.mirror(pictures[2]), *gallery)
+            for p in (images[2], ImageOps.mirror(images[2]), *gallery)
         ]
         rows = torch.stack([(p - torch.tensor(MEAN)) / torch.tensor(STD) for p in pixels]).permute(0, 3, 1, 2)
         plain, mirrored, *known = sscd_network(rows.float()).double()
     expected = [max(float(plain @ each), float(mirrored @ each)) for each in known]
     assert scores[2].tolist() == pytest.approx(expected, abs=1e-5)
-    with pytest.raises(ValueError, match="at least one picture"):
+    with pytest.raises(ValueError, match="at least one image"):
         copy_cosines(load_sscd(tiny_sscd, device=CPU), [], gallery)
 
 
@@ -266,10 +266,10 @@ def test_arbiters_are_loaded_as_asked_and_missing_ones_are_told(
     both, missing = load_arbiters(sscd=True, dinov2=True, device=CPU)
     assert both.sscd is not None and both.dinov2 is not None and missing == []
     assert both.score_names == ("hp_ms", "phash", "sscd")
-    pictures, gallery = [noisy(1), noisy(2)], [noisy(2), noisy(3), noisy(4)]
-    scores = both.scores(pictures, gallery)
-    torch.testing.assert_close(scores[..., :2], none.scores(pictures, gallery))
-    torch.testing.assert_close(scores[..., 2], copy_cosines(both.sscd, pictures, gallery))
+    images, gallery = [noisy(1), noisy(2)], [noisy(2), noisy(3), noisy(4)]
+    scores = both.scores(images, gallery)
+    torch.testing.assert_close(scores[..., :2], none.scores(images, gallery))
+    torch.testing.assert_close(scores[..., 2], copy_cosines(both.sscd, images, gallery))
 
     def absent(*, device: torch.device) -> Any:
         return load_sscd(replace(tiny_sscd, source="nobody/nothing"), device=device)

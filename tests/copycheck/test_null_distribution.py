@@ -32,42 +32,42 @@ def scenes(*numbers: int) -> dict[str, Image.Image]:
     return {f"{number}.png": render(random_scene(number)) for number in numbers}
 
 
-def test_every_picture_is_compared_with_the_others_only() -> None:
-    trained, heldout = scenes(0, 1, 2, 3), scenes(10, 11)
+def test_every_image_is_compared_with_the_others_only() -> None:
+    trained, validation = scenes(0, 1, 2, 3), scenes(10, 11)
     drawn = list(scenes(20).values())
-    found = null_scores(Gallery(trained, heldout), drawn, Arbiters())
+    found = null_scores(Gallery(trained, validation), drawn, Arbiters())
     assert found.shape == (4 + 2 + 1, 2)
-    pictures = list(trained.values())
+    images = list(trained.values())
     for index in range(4):
-        others = pictures[:index] + pictures[index + 1 :]
-        assert torch.allclose(found[index], Arbiters().scores([pictures[index]], others).amax(dim=1)[0], atol=1e-5)
-    assert torch.allclose(found[4:6], Arbiters().scores(list(heldout.values()), pictures).amax(dim=1), atol=1e-5)
-    assert torch.allclose(found[6:], Arbiters().scores(drawn, pictures).amax(dim=1), atol=1e-5)
+        others = images[:index] + images[index + 1 :]
+        assert torch.allclose(found[index], Arbiters().scores([images[index]], others).amax(dim=1)[0], atol=1e-5)
+    assert torch.allclose(found[4:6], Arbiters().scores(list(validation.values()), images).amax(dim=1), atol=1e-5)
+    assert torch.allclose(found[6:], Arbiters().scores(drawn, images).amax(dim=1), atol=1e-5)
 
 
-def test_near_duplicates_in_the_set_are_no_measure_of_likeness() -> None:
+def test_near_duplicates_in_the_set_are_no_measure_of_similarity() -> None:
     trained = scenes(0, 1, 2)
     twin = {"twin.png": ImageOps.mirror(trained["0.png"])}
     found = null_scores(Gallery(trained | twin, {}), [], Arbiters())
     assert float(found.max()) < 0.99
     plain = null_scores(Gallery(trained, {}), [], Arbiters())
-    # A hash is not quite the same seen in a mirror, so the third picture may be nearer to the twin.
+    # A hash is not quite the same seen in a mirror, so the third image may be nearer to the twin.
     assert torch.allclose(found[:2], plain[:2], atol=1e-5) and torch.allclose(found[:, 0][:3], plain[:, 0], atol=1e-5)
 
 
-def test_one_picture_alone_has_no_others_to_be_compared_with() -> None:
+def test_one_image_alone_has_no_others_to_be_compared_with() -> None:
     drawn = list(scenes(5, 6).values())
     assert null_scores(Gallery(scenes(0), {}), drawn, Arbiters()).shape == (2, 2)
 
 
-def test_the_sets_pictures_are_registered_to_one_another_but_not_to_their_twins() -> None:
-    trained, heldout = scenes(0, 1, 2), scenes(10)
-    pictures = list(trained.values())
-    found = registered_null(Gallery(trained | {"twin.png": ImageOps.mirror(pictures[0])}, heldout), 24)
+def test_the_sets_images_are_registered_to_one_another_but_not_to_their_twins() -> None:
+    trained, validation = scenes(0, 1, 2), scenes(10)
+    images = list(trained.values())
+    found = registered_null(Gallery(trained | {"twin.png": ImageOps.mirror(images[0])}, validation), 24)
     assert found.shape == (5,)
-    assert torch.allclose(found[0], registered([pictures[0]], pictures[1:]).amax(), atol=1e-5)
-    assert torch.allclose(found[4], registered(list(heldout.values()), pictures).amax(), atol=1e-2)
-    assert registered_null(Gallery(trained, heldout), 2).shape == (3,)
+    assert torch.allclose(found[0], registered([images[0]], images[1:]).amax(), atol=1e-5)
+    assert torch.allclose(found[4], registered(list(validation.values()), images).amax(), atol=1e-2)
+    assert registered_null(Gallery(trained, validation), 2).shape == (3,)
     assert registered_null(Gallery(scenes(0), {}), 24).shape == (0,)
 
 
@@ -78,7 +78,7 @@ def test_what_is_asked_is_spread_over_the_set() -> None:
     assert spread_over(0, 4) == []
 
 
-def test_large_pictures_are_reduced_and_small_ones_left_alone() -> None:
+def test_large_images_are_reduced_and_small_ones_left_alone() -> None:
     large, small = Image.new("L", (1000, 500)), render(random_scene(0))
     assert reduced(large).size == (384, 192)
     assert reduced(large).mode == "RGB"

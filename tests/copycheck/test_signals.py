@@ -17,11 +17,11 @@ from sdlora.copycheck import signals
 from sdlora.copycheck.signals import (
     Signal,
     guidance_norm,
-    registered_likeness,
+    registered_similarity,
     retrieve,
     seed_collapse,
     self_retrieval,
-    train_heldout_gap,
+    train_validation_gap,
 )
 from sdlora.copycheck.similarity import hp_ms
 from sdlora.data.dataset import load_dataset
@@ -72,7 +72,7 @@ def stub_data(base: Guesser, means: list[Tensor]) -> Any:
         dataset=SimpleNamespace(examples=list(range(len(means)))),
         name=lambda index: f"{index}.png",
         moments=lambda indices: torch.stack([torch.cat([means[i] * 2, torch.zeros_like(means[i])]) for i in indices]),
-        text=lambda visits: {"states": torch.tensor([float(index) for index, _ in visits])},
+        text=lambda exposures: {"states": torch.tensor([float(index) for index, _ in exposures])},
     )
 
 
@@ -81,15 +81,15 @@ def drawn_means(count: int, *shape: int) -> list[Tensor]:
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_a_caption_is_found_where_the_guess_is_its_picture(prediction_type: PredictionType) -> None:
+def test_a_caption_is_found_where_the_guess_is_its_image(prediction_type: PredictionType) -> None:
     means = [*drawn_means(5, 4, 3, 3), *drawn_means(2, 4, 2, 3)]
     leads_to = [0, 1, 4, 3, 2, 5, 5]  # 2 and 4 are exchanged, and 6 leads to another of its shape
     common = torch.stack(means[:5]).mean(dim=0)
 
     def guess(number: int, timestep: int, noise: Tensor) -> Tensor:
-        picture = means[leads_to[number]]
+        image = means[leads_to[number]]
         # Neither a contrast of one fifth nor what all have in common may tell.
-        return common + 0.2 * (picture - common) if number < 5 else picture
+        return common + 0.2 * (image - common) if number < 5 else image
 
     data = stub_data(Guesser(prediction_type, guess), means)
     found = torch.tensor(retrieve(data, range(7), 0)).view(7, 4)
@@ -122,16 +122,16 @@ def test_guesses_are_compared_as_the_formula_says() -> None:
     assert retrieve(data, [4], 7) == expected[4:]
 
 
-def test_one_picture_in_two_files_is_found_in_either() -> None:
+def test_one_image_in_two_files_is_found_in_either() -> None:
     first, second = drawn_means(2, 4, 3, 3)
     data = stub_data(Guesser("epsilon", lambda *_: first), [first, second, first.clone()])
     assert all(retrieve(data, [0, 2], 0))
     assert not any(retrieve(data, [1], 0))
 
 
-def test_probing_disturbs_nothing(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_probing_disturbs_nothing(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
-    dataset = load_dataset(pictures, caption=None, trigger=None, allow_trigger_only=False, background="white")
+    dataset = load_dataset(images, caption=None, trigger=None, allow_trigger_only=False, background="white")
     dataset = dataset.with_buckets(32, 8, buckets=True)
     data = TrainingData(dataset, Cache(tmp_path, base), lambda index, _: dataset.examples[index].caption)
     list(data.fill("white"))
@@ -169,28 +169,28 @@ def test_more_found_with_than_without_is_an_exact_test_of_pairs() -> None:
 
 def test_the_gap_is_the_difference_of_changes() -> None:
     generator = torch.Generator().manual_seed(0)
-    training_off, heldout_off = (
+    training_off, validation_off = (
         1 + torch.rand(4, 5, 2, generator=generator),
         1 + torch.rand(3, 5, 2, generator=generator),
     )
-    training_on, heldout_on = training_off - 0.2, heldout_off + 0.05
+    training_on, validation_on = training_off - 0.2, validation_off + 0.05
     training_on[:, 3] -= 0.3
-    signal = train_heldout_gap((training_on, training_off), (heldout_on, heldout_off))
-    everything = torch.cat([training_off, heldout_off]).double()
+    signal = train_validation_gap((training_on, training_off), (validation_on, validation_off))
+    everything = torch.cat([training_off, validation_off]).double()
     assert signal.value == pytest.approx((0.2 + 0.3 / 5 + 0.05) / float(everything.mean()), rel=1e-5)
-    # All four training pictures gain more than all three others: one split of 35.
+    # All four training images gain more than all three others: one split of 35.
     assert signal.p_value == pytest.approx(1 / 35)
     assert "timesteps 600-799" in signal.meaning
     share = 100 * 0.26 / float(everything.mean())
-    assert f"{-share:+.0f}% on training pictures" in signal.meaning
-    back = train_heldout_gap((heldout_on, heldout_off), (training_on, training_off))
+    assert f"{-share:+.0f}% on training images" in signal.meaning
+    back = train_validation_gap((validation_on, validation_off), (training_on, training_off))
     assert back.value == pytest.approx(-signal.value)
     assert back.p_value == 1.0
 
 
-def test_without_held_out_pictures_there_is_no_gap() -> None:
+def test_without_held_out_images_there_is_no_gap() -> None:
     losses = torch.rand(4, 5, 2)
-    signal = train_heldout_gap((losses, losses), None)
+    signal = train_validation_gap((losses, losses), None)
     assert (signal.value, signal.p_value) == (None, None)
     assert "held-out" in signal.meaning
 
@@ -212,22 +212,22 @@ def test_guidance_is_compared_with_its_own_without_the_adapter() -> None:
 # --- Collapse ------------------------------------------------------------------------------------------------------
 
 
-def random_pictures(count: int, seed: int) -> list[Image.Image]:
+def random_images(count: int, seed: int) -> list[Image.Image]:
     values = torch.rand(count, 16, 16, generator=torch.Generator().manual_seed(seed)) * 255
     return [Image.fromarray(value.byte().numpy()).resize((64, 64)) for value in values]
 
 
-def grid(pictures: list[Image.Image], num_seeds: int) -> list[list[Image.Image]]:
-    return [pictures[first : first + num_seeds] for first in range(0, len(pictures), num_seeds)]
+def grid(images: list[Image.Image], num_seeds: int) -> list[list[Image.Image]]:
+    return [images[first : first + num_seeds] for first in range(0, len(images), num_seeds)]
 
 
-def by_hand(pictures: list[Image.Image], pairs: list[tuple[int, int]]) -> float:
-    likeness = hp_ms(pictures, pictures)
-    return sum(float(likeness[pair]) for pair in pairs) / len(pairs)
+def by_hand(images: list[Image.Image], pairs: list[tuple[int, int]]) -> float:
+    similarity = hp_ms(images, images)
+    return sum(float(similarity[pair]) for pair in pairs) / len(pairs)
 
 
 def test_collapse_is_every_exchange_of_with_and_without_tried() -> None:
-    on, off = random_pictures(6, 1), random_pictures(6, 2)
+    on, off = random_images(6, 1), random_images(6, 2)
     on[1] = on[0].rotate(1)  # two seeds of the first prompt
     pairs = [(a, b) for a, b in itertools.permutations(range(6), 2) if a // 2 == b // 2]
     differences = []
@@ -242,14 +242,14 @@ def test_collapse_is_every_exchange_of_with_and_without_tried() -> None:
 
 
 def test_one_seed_leaves_nothing_to_compare() -> None:
-    pictures = grid(random_pictures(3, 1), 1)
-    signal = seed_collapse(pictures, pictures)
+    images = grid(random_images(3, 1), 1)
+    signal = seed_collapse(images, images)
     assert (signal.value, signal.p_value) == (None, None)
     assert "one seed" in signal.meaning
 
 
-def test_collapse_keeps_its_level_where_with_and_without_are_alike(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Likeness of prompts, of seeds and of the two ways is built in; only what the adapter is said to do is not."""
+def test_collapse_keeps_its_level_where_with_and_without_are_similar(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Similarity of prompts, of seeds and of the two ways is built in; only what the adapter is said to do is not."""
     generator = torch.Generator().manual_seed(0)
     made: dict[str, Tensor] = {}
     monkeypatch.setattr(signals, "hp_ms", lambda *_: made["vectors"] @ made["vectors"].T)
@@ -269,15 +269,15 @@ def test_collapse_keeps_its_level_where_with_and_without_are_alike(monkeypatch: 
     assert alarms / num_tries <= 0.05 + 2 * (0.05 * 0.95 / num_tries) ** 0.5
 
 
-# --- Previews that look like warped training pictures ---------------------------------------------------------------
+# --- Previews that look like warped training images ---------------------------------------------------------------
 
 
-def test_previews_are_held_against_the_sets_own_likeness() -> None:
+def test_previews_are_held_against_the_sets_own_similarity() -> None:
     among = torch.tensor([0.5, 0.6, 0.7, 0.55])
-    copies = registered_likeness(torch.tensor([0.9, 0.95, 0.92, 0.97]), among)
+    copies = registered_similarity(torch.tensor([0.9, 0.95, 0.92, 0.97]), among)
     assert copies.value == pytest.approx(0.935 - 0.5875)
     assert copies.p_value == pytest.approx(1 / 70)  # one of the 8 over 4 ways to share them out
     assert "0.94 of 1" in copies.meaning and "0.59" in copies.meaning
-    assert not registered_likeness(among, among).outside
-    alone = registered_likeness(among, torch.empty(0))
+    assert not registered_similarity(among, among).outside
+    alone = registered_similarity(among, torch.empty(0))
     assert alone.value is None and alone.p_value is None

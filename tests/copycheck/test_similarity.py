@@ -16,28 +16,28 @@ from sdlora.copycheck.similarity import hp_ms, phash
 
 
 def _crop(share: float) -> Callable[[Image.Image], Image.Image]:
-    def cropped(picture: Image.Image) -> Image.Image:
-        edge = round(picture.width * share)
-        left, top = (picture.width - edge) // 3, (picture.height - edge) * 2 // 3
-        return picture.crop((left, top, left + edge, top + edge)).resize(picture.size, Image.Resampling.BICUBIC)
+    def cropped(image: Image.Image) -> Image.Image:
+        edge = round(image.width * share)
+        left, top = (image.width - edge) // 3, (image.height - edge) * 2 // 3
+        return image.crop((left, top, left + edge, top + edge)).resize(image.size, Image.Resampling.BICUBIC)
 
     return cropped
 
 
-def _jitter(picture: Image.Image) -> Image.Image:
-    toned = ImageEnhance.Brightness(ImageEnhance.Contrast(picture).enhance(0.8)).enhance(1.15)
-    noise = np.random.default_rng(0).normal(0, 6, (picture.height, picture.width, 3))
+def _jitter(image: Image.Image) -> Image.Image:
+    toned = ImageEnhance.Brightness(ImageEnhance.Contrast(image).enhance(0.8)).enhance(1.15)
+    noise = np.random.default_rng(0).normal(0, 6, (image.height, image.width, 3))
     noisy = np.asarray(toned.filter(ImageFilter.GaussianBlur(0.5)), dtype=float) + noise
     return Image.fromarray(noisy.clip(0, 255).astype(np.uint8))
 
 
 COPIES: dict[str, Callable[[Image.Image], Image.Image]] = {
-    "exact": lambda picture: picture,
+    "exact": lambda image: image,
     "flip": ImageOps.mirror,
     "crop 80": _crop(0.8),
     "crop 60": _crop(0.6),
     "jitter": _jitter,
-    "all at once": lambda picture: _jitter(_crop(0.7)(ImageOps.mirror(picture))),
+    "all at once": lambda image: _jitter(_crop(0.7)(ImageOps.mirror(image))),
 }
 
 
@@ -48,21 +48,21 @@ def gallery() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def independent(gallery: list[Image.Image]) -> Tensor:
-    """Best scores of fresh renders of the same captions, the hardest pictures that are no copies."""
+    """Best scores of fresh renders of the same captions, the hardest images that are no copies."""
     return hp_ms([CONCEPTS["kolo"].draw(index, 1)[0] for index in range(12)], gallery).amax(dim=1)
 
 
 @pytest.mark.parametrize("name", COPIES)
 def test_copies_score_above_fresh_renders(name: str, gallery: list[Image.Image], independent: Tensor) -> None:
-    scores = hp_ms([COPIES[name](picture) for picture in gallery], gallery)
+    scores = hp_ms([COPIES[name](image) for image in gallery], gallery)
     own = scores.diagonal()
     area_under_curve = float((own.unsqueeze(1) > independent).float().mean())
     assert area_under_curve >= 0.99, (own, independent)
     assert scores.argmax(dim=1).tolist() == list(range(len(gallery)))
 
 
-def test_a_picture_that_holds_the_whole_of_another_is_found(gallery: list[Image.Image]) -> None:
-    parts = [_crop(0.7)(picture) for picture in gallery[:4]]
+def test_a_image_that_holds_the_whole_of_another_is_found(gallery: list[Image.Image]) -> None:
+    parts = [_crop(0.7)(image) for image in gallery[:4]]
     assert hp_ms(gallery[:4], parts).diagonal().min() > 0.85
 
 
@@ -70,10 +70,10 @@ def test_a_picture_that_holds_the_whole_of_another_is_found(gallery: list[Image.
 def test_the_score_is_the_formulas(edge: int) -> None:
     """At full size alone it is one correlation coefficient, here by numpy in float64."""
     draw = np.random.default_rng(1)
-    pictures = [Image.fromarray(draw.integers(0, 256, (edge, edge), dtype=np.uint8)) for _ in range(2)]
+    images = [Image.fromarray(draw.integers(0, 256, (edge, edge), dtype=np.uint8)) for _ in range(2)]
 
-    def detail(picture: Image.Image) -> np.ndarray:
-        luma = np.asarray(picture, dtype=np.float64) / 255
+    def detail(image: Image.Image) -> np.ndarray:
+        luma = np.asarray(image, dtype=np.float64) / 255
         if edge == 96:
             weights = np.exp(-(np.arange(-2, 3) ** 2) / (2 * 0.7**2))
             padded = np.pad(luma, 2, mode="edge")
@@ -84,34 +84,34 @@ def test_the_score_is_the_formulas(edge: int) -> None:
             [[luma[y, x] - luma[max(0, y - 4) : y + 5, max(0, x - 4) : x + 5].mean() for x in rows] for y in rows]
         )
 
-    mixed = Image.blend(*pictures, 0.3)
-    expected = np.corrcoef(detail(mixed).ravel(), detail(pictures[0]).ravel())[0, 1]
-    assert float(hp_ms([mixed], [pictures[0]])) == pytest.approx(expected, abs=1e-5)
+    mixed = Image.blend(*images, 0.3)
+    expected = np.corrcoef(detail(mixed).ravel(), detail(images[0]).ravel())[0, 1]
+    assert float(hp_ms([mixed], [images[0]])) == pytest.approx(expected, abs=1e-5)
 
 
-def test_one_small_picture_in_the_gallery_keeps_the_others_small() -> None:
+def test_one_small_image_in_the_gallery_keeps_the_others_small() -> None:
     draw = np.random.default_rng(2)
-    pictures = [Image.fromarray(draw.integers(0, 256, (192, 192), dtype=np.uint8)) for _ in range(2)]
-    small = [picture.resize((64, 64), Image.Resampling.BOX) for picture in pictures]
-    coarse, fine = hp_ms(small, small), hp_ms(pictures, pictures)
-    assert torch.equal(hp_ms(pictures, [*pictures, small[0].resize((300, 95))])[:, :2], coarse)
+    images = [Image.fromarray(draw.integers(0, 256, (192, 192), dtype=np.uint8)) for _ in range(2)]
+    small = [image.resize((64, 64), Image.Resampling.BOX) for image in images]
+    coarse, fine = hp_ms(small, small), hp_ms(images, images)
+    assert torch.equal(hp_ms(images, [*images, small[0].resize((300, 95))])[:, :2], coarse)
     assert (fine - coarse)[0, 1].abs() > 1e-3
     assert fine.diagonal().tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
 def test_the_hash_is_imagehashs(gallery: list[Image.Image]) -> None:
-    """Bit for bit, for pictures of other modes and shapes too."""
+    """Bit for bit, for images of other modes and shapes too."""
     others = [gallery[0].convert("L"), gallery[1].resize((96, 50)), gallery[2].resize((300, 300)), _jitter(gallery[3])]
     found = phash([*gallery, *others], gallery)
-    for row, picture in enumerate([*gallery, *others]):
-        both = [imagehash.phash(picture), imagehash.phash(ImageOps.mirror(picture))]
+    for row, image in enumerate([*gallery, *others]):
+        both = [imagehash.phash(image), imagehash.phash(ImageOps.mirror(image))]
         expected = [1 - min(own - imagehash.phash(known) for own in both) / 64 for known in gallery]
         assert found[row].tolist() == expected
 
 
 @pytest.mark.parametrize("name", ["exact", "flip", "jitter"])
 def test_copies_of_the_whole_have_nearly_the_same_hash(name: str, gallery: list[Image.Image]) -> None:
-    scores = phash([COPIES[name](picture) for picture in gallery], gallery)
+    scores = phash([COPIES[name](image) for image in gallery], gallery)
     assert scores.diagonal().min() >= (1.0 if name == "exact" else 0.8)
     assert scores.argmax(dim=1).tolist() == list(range(len(gallery)))
 

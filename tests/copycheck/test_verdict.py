@@ -1,4 +1,4 @@
-"""Verdicts on made-up previews, whose likeness is known."""
+"""Verdicts on made-up previews, whose similarity is known."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -41,10 +41,10 @@ def null(gallery: Gallery) -> torch.Tensor:
     return null_scores(gallery, [scene(i) for i in range(100, 190)], Arbiters())
 
 
-def checked(folder: Path, pictures: list[Image.Image], gallery: Gallery, null: torch.Tensor) -> EpochCheck:
+def checked(folder: Path, images: list[Image.Image], gallery: Gallery, null: torch.Tensor) -> EpochCheck:
     (folder / "previews").mkdir()
-    for name, picture in zip(REQUEST.file_names(), pictures, strict=True):
-        picture.save(folder / "previews" / name)
+    for name, image in zip(REQUEST.file_names(), images, strict=True):
+        image.save(folder / "previews" / name)
     return check_previews(REQUEST, folder, gallery, null)
 
 
@@ -55,13 +55,13 @@ def test_copies_are_found_and_named(tmp_path: Path, gallery: Gallery, null: torc
     assert [match.nearest for match in check.previews[:3]] == ["3.png", "5.png", "7.png"]
     assert [match.significant for match in check.previews] == [True] * 3 + [False] * 5
     assert check.share == 3 / 8
-    assert "3 of 8 previews are more like a training picture" in check.reason
+    assert "3 of 8 previews are more like a training image" in check.reason
     assert [match.kind for match in check.previews] == ["training"] * 4 + ["novel"] * 4
     assert check.previews[1].file == "previews/prompt00_seed1.png"
     assert min(match.p_value for match in check.previews) == pytest.approx(1 / (len(null) + 1))
 
 
-def test_other_pictures_of_the_same_world_are_clean(tmp_path: Path, gallery: Gallery, null: torch.Tensor) -> None:
+def test_other_images_of_the_same_world_are_clean(tmp_path: Path, gallery: Gallery, null: torch.Tensor) -> None:
     check = checked(tmp_path, [scene(i) for i in range(400, 408)], gallery, null)
     assert check.verdict == "clean"
     assert check.share == check.share_lower_bound == 0.0
@@ -109,7 +109,7 @@ def test_the_best_epoch_that_does_not_copy_is_kept() -> None:
     checks = {1: check_of(0), 2: check_of(1), 3: check_of(4)}
     epoch, reason = recommend(checks, {0: 0.9, 1: 0.5, 2: 0.4, 3: 0.3}, 3)
     assert epoch == 2
-    assert "held-out loss, 0.40000, is the lowest of 2 epochs. Left out because it copies: epoch 3." in reason
+    assert "validation loss, 0.40000, is the lowest of 2 epochs. Left out because it copies: epoch 3." in reason
 
 
 def test_dinov2_decides_where_it_was_asked() -> None:
@@ -129,11 +129,11 @@ def test_without_a_fit_the_last_epoch_that_does_not_copy_is_kept() -> None:
 def test_where_every_epoch_copies_it_says_what_to_change() -> None:
     epoch, reason = recommend({1: check_of(5), 2: check_of(3), 3: check_of(3)}, {1: 0.1}, 3)
     assert epoch == 2
-    for word in ("Every epoch copies", "more pictures", "data.repeats", "lora.rank", "train.learning_rate"):
+    for word in ("Every epoch copies", "more images", "data.repeats", "lora.rank", "train.learning_rate"):
         assert word in reason
 
 
-def test_the_most_alike_is_the_least_likely() -> None:
+def test_the_most_similar_is_the_least_likely() -> None:
     plain = matches(0, 3)
-    assert judge([plain[0], replace(plain[1], p_value=0.1), plain[2]], []).most_alike().nearest == "1.png"
-    assert judge([plain[0], plain[1], replace(plain[2], hp_ms=0.9)], []).most_alike().nearest == "2.png"
+    assert judge([plain[0], replace(plain[1], p_value=0.1), plain[2]], []).most_similar().nearest == "1.png"
+    assert judge([plain[0], plain[1], replace(plain[2], hp_ms=0.9)], []).most_similar().nearest == "2.png"

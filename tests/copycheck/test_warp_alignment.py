@@ -1,4 +1,4 @@
-"""Pictures that were bent are laid onto one another again; pictures that only show the same are not."""
+"""Images that were bent are laid onto one another again; images that only show the same are not."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def gallery() -> list[Image.Image]:
     return [CONCEPTS["kolo"].draw(index, 0)[0] for index in range(12)]
 
 
-def _bent(pictures: list[Image.Image]) -> list[Image.Image]:
-    return [degrade(warp(picture, random.Random(i)), random.Random(100 + i)) for i, picture in enumerate(pictures)]
+def _bent(images: list[Image.Image]) -> list[Image.Image]:
+    return [degrade(warp(image, random.Random(i)), random.Random(100 + i)) for i, image in enumerate(images)]
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
 def test_bent_copies_score_above_fresh_renders(gallery: list[Image.Image], mirrored: bool) -> None:
-    copies = [ImageOps.mirror(picture) for picture in _bent(gallery)] if mirrored else _bent(gallery)
+    copies = [ImageOps.mirror(image) for image in _bent(gallery)] if mirrored else _bent(gallery)
     scores = registered(copies, gallery)
     fresh = registered([CONCEPTS["kolo"].draw(index, 1)[0] for index in range(12)], gallery).amax(dim=1)
     assert scores.argmax(dim=1).tolist() == list(range(12))
@@ -42,19 +42,19 @@ def test_a_known_displacement_is_found() -> None:
     """By scipy's interpolation, within a fraction of a pixel wherever there is something to see."""
     draw = np.random.default_rng(0)
     coarse = Image.fromarray(draw.integers(0, 256, (16, 16), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
-    picture = np.asarray(coarse, dtype=np.float64) / 255
+    image = np.asarray(coarse, dtype=np.float64) / 255
     y, x = np.meshgrid(np.linspace(-1, 1, SIZE_PX), np.linspace(-1, 1, SIZE_PX), indexing="ij")
     right, down = 2.5 * x * y + 1.0, 2.0 * np.square(x) - 1.5 * y
     rows, columns = np.mgrid[0:SIZE_PX, 0:SIZE_PX]
-    moved = map_coordinates(picture, [rows + down, columns + right], order=3, mode="nearest")
-    pair = [torch.from_numpy(values).float().unsqueeze(0) for values in (picture, 0.6 * moved + 0.2)]
+    moved = map_coordinates(image, [rows + down, columns + right], order=3, mode="nearest")
+    pair = [torch.from_numpy(values).float().unsqueeze(0) for values in (image, 0.6 * moved + 0.2)]
     found = register(*pair)[0]
     inside = (slice(8, -8), slice(8, -8))
     assert np.abs(found[0].numpy() - right)[inside].mean() < 0.2
     assert np.abs(found[1].numpy() - down)[inside].mean() < 0.2
 
 
-def test_a_picture_that_is_there_already_stays_where_it_is(gallery: list[Image.Image]) -> None:
+def test_a_image_that_is_there_already_stays_where_it_is(gallery: list[Image.Image]) -> None:
     same = luma(gallery[:3])[:, 0]
     assert register(same, same).abs().max() < 1e-3
     torch.testing.assert_close(registered(gallery, gallery).diagonal(), torch.ones(12), atol=1e-4, rtol=0)

@@ -20,7 +20,7 @@ from transformers import (
 
 from sdlora.common import device_lock
 from sdlora.common.locks import hold, holder
-from sdlora.data.captioner import Captioner, pictures_to_caption, write_captions
+from sdlora.data.captioner import Captioner, images_to_caption, write_captions
 from sdlora.errors import BaseModelError, DataError
 from sdlora.events import Notice
 
@@ -32,7 +32,7 @@ def blip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """Three pictures and a mask; b has a caption, c one in the list."""
+    """Three images and a mask; b has a caption, c one in the list."""
     found = tmp_path / "pictures"
     found.mkdir()
     draw = torch.Generator().manual_seed(1)
@@ -45,18 +45,18 @@ def folder(tmp_path: Path) -> Path:
     return found
 
 
-def by_hand(kind: str, model: Path, picture: Path) -> str:
+def by_hand(kind: str, model: Path, image: Path) -> str:
     """The caption by the model's own class."""
     network = {"blip": BlipForConditionalGeneration, "git": GitForCausalLM}[kind].from_pretrained(model).eval()
     processor = AutoProcessor.from_pretrained(model)
-    pixels = processor(images=Image.open(picture).convert("RGB"), return_tensors="pt")["pixel_values"]
+    pixels = processor(images=Image.open(image).convert("RGB"), return_tensors="pt")["pixel_values"]
     with torch.no_grad():
         answer = network.generate(pixel_values=pixels, max_new_tokens=60, do_sample=False)
     return str(processor.decode(answer[0], skip_special_tokens=True))
 
 
 @pytest.mark.parametrize("kind", ["blip", "git"])
-def test_captions_are_the_models_and_stand_beside_the_pictures(
+def test_captions_are_the_models_and_stand_beside_the_images(
     kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make(kind, tmp_path / kind)
@@ -72,9 +72,9 @@ def test_captions_are_the_models_and_stand_beside_the_pictures(
 def test_what_is_written_is_kept_unless_told(folder: Path, blip: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (folder / "a.txt").write_text("mine, too")
     code, out, _ = call(capsys, "caption", str(folder), "--model", str(blip))
-    assert (code, "Every picture in" in out) == (0, True)
+    assert (code, "Every image in" in out) == (0, True)
     assert (folder / "a.txt").read_text() == "mine, too"
-    assert [path.name for path in pictures_to_caption(folder, overwrite=True)] == ["a.png", "b.png"]
+    assert [path.name for path in images_to_caption(folder, overwrite=True)] == ["a.png", "b.png"]
     code, _, err = call(capsys, "caption", str(folder), "--model", str(blip), "--overwrite", "--max-tokens", "5")
     assert code == 0, err
     assert (folder / "a.txt").read_text() == by_hand_of(blip, folder / "a.png", 5)
@@ -82,9 +82,9 @@ def test_what_is_written_is_kept_unless_told(folder: Path, blip: Path, capsys: p
     assert json.loads((folder / "metadata.jsonl").read_text())["text"] == "listed"
 
 
-def by_hand_of(model: Path, picture: Path, max_tokens: int) -> str:
+def by_hand_of(model: Path, image: Path, max_tokens: int) -> str:
     captioner = Captioner(str(model), device=torch.device("cpu"), max_tokens=max_tokens)
-    found = captioner.caption(Image.open(picture).convert("RGB"))
+    found = captioner.caption(Image.open(image).convert("RGB"))
     assert len(found.split()) <= max_tokens
     return found + "\n"
 
@@ -111,10 +111,10 @@ def test_a_chat_model_is_asked_and_only_its_answer_kept(
     monkeypatch.setattr(captioner._processor, "chat_template", "a template", raising=False)
     monkeypatch.setattr(captioner._processor, "apply_chat_template", template, raising=False)
     monkeypatch.setattr(captioner._model, "generate", lambda **_: torch.tensor([[2, 11, 12, 5, 8, 9, 3]]))
-    picture = Image.open(folder / "a.png")
-    assert captioner.caption(picture) == "a red ball"
+    image = Image.open(folder / "a.png")
+    assert captioner.caption(image) == "a red ball"
     ((message,), options), *_ = asked
-    assert message["content"] == [{"type": "image", "image": picture}, {"type": "text", "text": "What is this?"}]
+    assert message["content"] == [{"type": "image", "image": image}, {"type": "text", "text": "What is this?"}]
     assert options["add_generation_prompt"] is True
 
 
@@ -182,6 +182,6 @@ def test_a_model_that_cannot_be_had_is_told_and_its_code_never_run(
 
 
 def test_a_faulty_folder_is_refused(folder: Path) -> None:
-    (folder / "d.png").write_bytes(b"no picture")
+    (folder / "d.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"d\.png"):
-        pictures_to_caption(folder, overwrite=False)
+        images_to_caption(folder, overwrite=False)

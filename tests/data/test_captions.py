@@ -3,14 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from sdlora.data.captions import caption_for_visit, preserved_caption, read_captions, with_trigger
+from sdlora.data.captions import caption_for_exposure, prior_caption, read_captions, with_trigger
 
 
-def visit(number: int, caption: str = "a, b, c, d, e", **changes: object) -> str:
+def exposure(number: int, caption: str = "a, b, c, d, e", **changes: object) -> str:
     options = {
         "trigger": None, "shuffle_tags": False, "keep_tags": 1, "dropout": 0.0, "seed": 0, "example": "x.png",
     }  # fmt: skip
-    return caption_for_visit(caption, visit=number, **{**options, **changes})  # type: ignore[arg-type]
+    return caption_for_exposure(caption, exposure=number, **{**options, **changes})  # type: ignore[arg-type]
 
 
 def test_sidecars_and_metadata(tmp_path: Path) -> None:
@@ -48,26 +48,26 @@ def test_the_trigger_stands_in_front_once() -> None:
     assert with_trigger("a cat", None) == "a cat"
 
 
-def test_tags_are_shuffled_by_visit_and_kept_tags_stay() -> None:
-    found = [visit(number, shuffle_tags=True, keep_tags=2) for number in range(30)]
+def test_tags_are_shuffled_by_exposure_and_kept_tags_stay() -> None:
+    found = [exposure(number, shuffle_tags=True, keep_tags=2) for number in range(30)]
     assert all(text.startswith("a, b, ") for text in found)
     assert all(sorted(text.split(", ")) == list("abcde") for text in found)
     assert len(set(found)) == 6
-    assert found == [visit(number, shuffle_tags=True, keep_tags=2) for number in range(30)]
-    assert visit(1, shuffle_tags=True, keep_tags=1, trigger="zumi").startswith("zumi, ")
+    assert found == [exposure(number, shuffle_tags=True, keep_tags=2) for number in range(30)]
+    assert exposure(1, shuffle_tags=True, keep_tags=1, trigger="zumi").startswith("zumi, ")
 
 
-def test_dropout_is_a_share_of_visits() -> None:
-    dropped = sum(visit(number, dropout=0.3) == "" for number in range(2000))
+def test_dropout_is_a_share_of_exposures() -> None:
+    dropped = sum(exposure(number, dropout=0.3) == "" for number in range(2000))
     assert 520 < dropped < 680
-    assert visit(1, dropout=1.0, trigger="zumi") == ""
-    assert all(visit(number) == "a, b, c, d, e" for number in range(100))
+    assert exposure(1, dropout=1.0, trigger="zumi") == ""
+    assert all(exposure(number) == "a, b, c, d, e" for number in range(100))
 
 
 def test_a_class_word_takes_the_place_of_the_trigger() -> None:
     def drawn(caption: str, number: int) -> str:
-        return preserved_caption(
-            caption, trigger="zumi", class_words=["cat", "red \\1 dog"], seed=0, example="x.png", visit=number
+        return prior_caption(
+            caption, trigger="zumi", class_words=["cat", "red \\1 dog"], seed=0, example="x.png", exposure=number
         )
 
     found = [drawn("a big Zumi, zumis", number) for number in range(100)]

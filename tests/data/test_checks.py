@@ -14,11 +14,11 @@ from sdlora.pocket.world import random_scene, render
 
 @pytest.fixture
 def put(tmp_path: Path) -> Callable[..., None]:
-    """Write a picture of the world, captioned unless told otherwise."""
+    """Write an image of the world, captioned unless told otherwise."""
 
     def write(name: str, scene: int = 0, caption: str | None = "a zumi", mirrored: bool = False) -> None:
-        picture = render(random_scene(scene))
-        (ImageOps.mirror(picture) if mirrored else picture).save(tmp_path / name)
+        image = render(random_scene(scene))
+        (ImageOps.mirror(image) if mirrored else image).save(tmp_path / name)
         if caption is not None:
             (tmp_path / name).with_suffix(".txt").write_text(caption, encoding="utf-8")
 
@@ -41,7 +41,7 @@ def test_a_sound_folder_has_no_findings(tmp_path: Path, put: Callable[..., None]
     put("b.png", 2)
     checkup = look(tmp_path, trigger="zumi")
     assert (checkup.num_files, checkup.findings) == (2, ())
-    assert [(p.path.name, p.caption, p.size) for p in checkup.pictures] == [
+    assert [(p.path.name, p.caption, p.size) for p in checkup.images] == [
         ("a.png", "a zumi", (64, 64)), ("b.png", "a zumi", (64, 64)),
     ]  # fmt: skip
 
@@ -60,7 +60,7 @@ def test_unreadable_files(tmp_path: Path, put: Callable[..., None]) -> None:
     assert "cut.png: broken or cut off" in found.message
     assert "Save it anew or take it out." in found.message
     assert look(tmp_path).num_files == 1
-    assert look(tmp_path).pictures == ()
+    assert look(tmp_path).images == ()
 
 
 def test_refused_files(tmp_path: Path, put: Callable[..., None]) -> None:
@@ -75,7 +75,7 @@ def test_missing_captions(tmp_path: Path, put: Callable[..., None]) -> None:
     put("c.png", 3, caption=" ")
     found = only(tmp_path, "no caption")
     assert (found.severity, found.files) == ("error", ("b.png", "c.png"))
-    assert "2 of 3 pictures have no caption: b.png, c.png. Write one into NAME.txt" in found.message
+    assert "2 of 3 images have no caption: b.png, c.png. Write one into NAME.txt" in found.message
 
 
 def test_captions_that_cannot_be_read_are_not_missing_too(tmp_path: Path, put: Callable[..., None]) -> None:
@@ -107,7 +107,7 @@ def test_duplicates_and_near_duplicates(tmp_path: Path, put: Callable[..., None]
     put("d.png", 1, mirrored=True)
     same, near = look(tmp_path).findings
     assert (same.kind, same.severity, same.files) == ("duplicate", "warning", ("a.png", "b.bmp"))
-    assert same.message == "a.png and b.bmp are the same picture; keep one of them."
+    assert same.message == "a.png and b.bmp are the same image; keep one of them."
     assert (near.kind, near.severity, near.files) == ("near-duplicate", "warning", ("a.png", "d.png"))
     assert near.message == "a.png and d.png are near-duplicates; keep one of them."
 
@@ -136,11 +136,11 @@ def test_sizes() -> None:
     assert examine_sizes({"a.png": (64, 64)}, {"a.png": (64, 64)}) == []
     (alone,) = examine_sizes(sizes, buckets)
     assert (alone.kind, alone.severity, alone.files) == ("lone bucket", "warning", ("c.png",))
-    assert "1 picture is alone in a bucket, in a batch with no other: c.png (64 x 72)." in alone.message
+    assert "1 image is alone in a bucket, in a batch with no other: c.png (64 x 72)." in alone.message
     sizes["a.png"] = (64, 63)
     small, _ = examine_sizes(sizes, buckets)
     assert (small.kind, small.severity, small.files) == ("too small", "warning", ("a.png",))
-    assert "1 picture is smaller than the training size and will be enlarged: a.png (64 x 63 for 64 x 64)." in (
+    assert "1 image is smaller than the training size and will be enlarged: a.png (64 x 63 for 64 x 64)." in (
         small.message
     )
 

@@ -15,12 +15,12 @@ def load(folder: Path, **changes: object) -> Dataset:
     return load_dataset(folder, **{**options, **changes})  # type: ignore[arg-type]
 
 
-def test_examples_have_captions_and_buckets(pictures: Path) -> None:
-    data = load(pictures).with_buckets(32, 8, buckets=True)
+def test_examples_have_captions_and_buckets(images: Path) -> None:
+    data = load(images).with_buckets(32, 8, buckets=True)
     found = {e.name: (e.caption, e.bucket) for e in data.examples}
     assert found["red.png"] == ("a red ball", (32, 32))
     assert found["purple.png"] == ("a purple ball", (40, 24))
-    assert {e.bucket for e in load(pictures).with_buckets(32, 8, buckets=False).examples} == {(32, 32)}
+    assert {e.bucket for e in load(images).with_buckets(32, 8, buckets=False).examples} == {(32, 32)}
     wide = next(e for e in data.examples if e.name == "purple.png")
     assert load_pixels(wide, "white").size == (40, 24)
 
@@ -34,7 +34,7 @@ def test_all_faulty_files_are_named_at_once(tmp_path: Path) -> None:
     with pytest.raises(DataError) as caught:
         load(tmp_path)
     assert "cut.png" in str(caught.value)
-    assert "2 of 4 pictures have no caption: a.png, b.png" in str(caught.value)
+    assert "2 of 4 images have no caption: a.png, b.png" in str(caught.value)
     assert "good" not in str(caught.value)
 
 
@@ -50,7 +50,7 @@ def test_captions_for_those_without(tmp_path: Path) -> None:
         load(tmp_path, allow_trigger_only=True)
 
 
-def test_two_different_captions_for_one_picture(tmp_path: Path) -> None:
+def test_two_different_captions_for_one_image(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "two"}))
@@ -63,7 +63,7 @@ def test_two_different_captions_for_one_picture(tmp_path: Path) -> None:
 def test_missing_and_empty_folders(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="There is no folder"):
         load(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="holds no images"):
         load(tmp_path)
 
 
@@ -78,8 +78,8 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     assert "lonely.txt" in second
 
 
-def test_pixels_are_read_by_name_when_they_are_asked_for(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = load(pictures).with_buckets(32, 8, buckets=True)
+def test_pixels_are_read_by_name_when_they_are_asked_for(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = load(images).with_buckets(32, 8, buckets=True)
     read: list[str] = []
 
     def noted(example: Example, background: str) -> Image.Image:

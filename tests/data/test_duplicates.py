@@ -24,7 +24,7 @@ def test_a_thumbnail_is_detail_in_colour() -> None:
     np.testing.assert_allclose(thumbnail(SCENES[0]), expected.numpy(), atol=1e-6)
 
 
-def test_a_flat_picture_has_no_likeness() -> None:
+def test_a_flat_image_has_no_similarity() -> None:
     flat = [thumbnail(Image.new("RGB", (40, 40), color)) for color in ("red", "blue", "black")]
     assert not np.any(flat)
     assert near_duplicates(np.stack(flat)) == []

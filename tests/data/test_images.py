@@ -33,10 +33,10 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
 def test_transparency_shows_the_stated_colour(tmp_path: Path, mode: str) -> None:
-    picture = Image.new("RGBA", (2, 1), (200, 200, 200, 255))
-    picture.putpixel((1, 0), (0, 0, 0, 0))
+    image = Image.new("RGBA", (2, 1), (200, 200, 200, 255))
+    image.putpixel((1, 0), (0, 0, 0, 0))
     path = tmp_path / "clear.png"
-    picture.convert(mode).save(path)
+    image.convert(mode).save(path)
     found = pixels(load_image(path, "#0a141e"))[0]
     assert found[0] == (200, 200, 200)
     assert found[1] == (10, 20, 30)
@@ -75,8 +75,8 @@ def test_animated_and_unreadable_files_are_refused_by_name(tmp_path: Path) -> No
     (tmp_path / "empty.png").write_bytes(b"")
     Image.new("F", (4, 4)).save(tmp_path / "deep.tif")
     for name, reason in {
-        "film.webp": "animated", "film.png": "animated", "still.gif": "not a picture", "cut.png": "cut off",
-        "page.jpg": "not a picture", "empty.png": "not a picture", "deep.tif": "floating-point",
+        "film.webp": "animated", "film.png": "animated", "still.gif": "not an image", "cut.png": "cut off",
+        "page.jpg": "not an image", "empty.png": "not an image", "deep.tif": "floating-point",
     }.items():  # fmt: skip
         with pytest.raises(DataError, match=rf"^{name}.*{reason}"):
             load_image(tmp_path / name, "white")
@@ -105,11 +105,11 @@ def test_tensor_range_and_hash() -> None:
 @pytest.mark.parametrize(("size", "bucket"), [((60, 30), (30, 30)), ((200, 400), (32, 48)), ((50, 70), (80, 64))])
 def test_a_crop_begins_where_it_is_said_to(size: tuple[int, int], bucket: tuple[int, int]) -> None:
     ramp = np.add.outer(np.linspace(0, 120, size[1]), np.linspace(0, 130, size[0])).astype(np.uint8)
-    picture = Image.fromarray(ramp).convert("RGB")
+    image = Image.fromarray(ramp).convert("RGB")
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
-    scaled = picture.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.LANCZOS)
+    scaled = image.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.LANCZOS)
     left, top = crop_origin(size, bucket)
     expected = np.asarray(scaled.crop((left, top, left + bucket[0], top + bucket[1]))).astype(int)
-    found = np.asarray(crop_to_bucket(picture, *bucket)).astype(int)
+    found = np.asarray(crop_to_bucket(image, *bucket)).astype(int)
     # Half a pixel of the ramp is at most 4 grey levels here; a wrong side or axis is dozens.
     assert abs(found - expected).max() <= 4

@@ -12,7 +12,7 @@ from sdlora.errors import DataError
 
 
 def put(folder: Path, name: str, size: tuple[int, int] = (48, 32), caption: bool = True) -> None:
-    # Each picture has details of its own, or they would be taken for one picture saved twice.
+    # Each image has details of its own, or they would be taken for one image saved twice.
     noise = np.random.default_rng(sum(map(ord, name))).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise).save(folder / name)
     if caption:
@@ -29,15 +29,15 @@ def look(folder: Path, masks: MaskKind) -> Checkup:
     return examine(folder, background="white", masks=masks)
 
 
-def test_masks_belong_to_the_picture_of_their_name() -> None:
+def test_masks_belong_to_the_image_of_their_name() -> None:
     files = [Path(name) for name in ("a.jpg", "a-mask.png", "b.png", "carnival-mask.png", "c-MASK.PNG", "c.png")]
-    pictures, masks, lone = sort_masks(files, "file")
-    assert [path.name for path in pictures] == ["a.jpg", "b.png", "c.png"]
+    images, masks, lone = sort_masks(files, "file")
+    assert [path.name for path in images] == ["a.jpg", "b.png", "c.png"]
     assert {stem: path.name for stem, path in masks.items()} == {"a": "a-mask.png", "c": "c-MASK.PNG"}
     assert [path.name for path in lone] == ["carnival-mask.png"]
-    # A picture that is only called so is one, as long as nobody asks for mask files.
-    pictures, _, lone = sort_masks(files, "alpha")
-    assert ("carnival-mask.png" in [path.name for path in pictures], lone) == (True, [])
+    # An image that is only called so is one, as long as nobody asks for mask files.
+    images, _, lone = sort_masks(files, "alpha")
+    assert ("carnival-mask.png" in [path.name for path in images], lone) == (True, [])
 
 
 def test_shares_are_means_over_each_latents_pixels() -> None:
@@ -48,9 +48,9 @@ def test_shares_are_means_over_each_latents_pixels() -> None:
     assert mask_shares(mask, 1, 2).tolist() == [[[0.5, 0.25]]]
 
 
-def test_a_mask_is_cropped_as_its_picture(tmp_path: Path) -> None:
+def test_a_mask_is_cropped_as_its_image(tmp_path: Path) -> None:
     put(tmp_path, "a.png", (64, 32))
-    # What is white in the picture is white in the mask, so both crops must show the same.
+    # What is white in the image is white in the mask, so both crops must show the same.
     put_mask(tmp_path, "a-mask.png", (64, 32), (20, 8, 44, 31))
     Image.open(tmp_path / "a-mask.png").convert("RGB").save(tmp_path / "a.png")
     data = load_dataset(
@@ -66,40 +66,40 @@ def test_a_mask_is_cropped_as_its_picture(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "PA"])
 def test_the_alpha_channel_is_a_mask_if_it_hides_anything(tmp_path: Path, mode: str) -> None:
     for name, hidden in {"a.png": True, "b.png": False}.items():
-        picture = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
+        image = Image.new("RGBA", (8, 8), (255, 0, 0, 255))
         if hidden:
-            ImageDraw.Draw(picture).rectangle((0, 0, 3, 7), fill=(0, 0, 0, 0))
-        picture.convert(mode).save(tmp_path / name, format="TIFF" if mode == "PA" else None)
+            ImageDraw.Draw(image).rectangle((0, 0, 3, 7), fill=(0, 0, 0, 0))
+        image.convert(mode).save(tmp_path / name, format="TIFF" if mode == "PA" else None)
     for name, expected in {"a.png": [0.0, 1.0], "b.png": None}.items():
         path = tmp_path / name
         mask = load_mask_pixels(Example(name, path, "x", (8, 8), (8, 8), path))
         assert (mask if mask is None else mask_shares(mask, 1, 2).flatten().tolist()) == expected
 
 
-def test_an_alpha_channel_turns_with_its_picture(tmp_path: Path) -> None:
+def test_an_alpha_channel_turns_with_its_image(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # shown turned by 90 degrees
-    picture = Image.new("RGBA", (8, 4), (255, 0, 0, 255))
-    ImageDraw.Draw(picture).rectangle((0, 0, 3, 3), fill=(0, 0, 0, 0))
-    picture.save(tmp_path / "a.png", exif=exif)
+    image = Image.new("RGBA", (8, 4), (255, 0, 0, 255))
+    ImageDraw.Draw(image).rectangle((0, 0, 3, 3), fill=(0, 0, 0, 0))
+    image.save(tmp_path / "a.png", exif=exif)
     mask = load_mask_pixels(Example("a.png", tmp_path / "a.png", "x", (4, 8), (4, 8), tmp_path / "a.png"))
     assert mask is not None
     assert mask.size == (4, 8)
     assert mask_shares(mask, 2, 1).flatten().tolist() == [0.0, 1.0]
 
 
-def test_the_doctor_knows_masks_from_pictures(tmp_path: Path) -> None:
+def test_the_doctor_knows_masks_from_images(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         put(tmp_path, name)
     put_mask(tmp_path, "a-mask.png")
     put_mask(tmp_path, "c-mask.png")
     checkup = look(tmp_path, "file")
     assert checkup.num_files == 2
-    assert [picture.mask and picture.mask.name for picture in checkup.pictures] == ["a-mask.png", None]
+    assert [image.mask and image.mask.name for image in checkup.images] == ["a-mask.png", None]
     assert [(f.kind, f.severity, f.files) for f in checkup.findings] == [
         ("lone mask", "warning", ("c-mask.png",)), ("no mask", "warning", ("b.png",)),
     ]  # fmt: skip
-    # Not asked for, a mask is told, and a file that only sounds like one is a picture (without a caption).
+    # Not asked for, a mask is told, and a file that only sounds like one is an image (without a caption).
     (tmp_path / "c-mask.txt").write_text("a carnival")
     checkup = look(tmp_path, "none")
     assert checkup.num_files == 3
@@ -111,11 +111,11 @@ def test_masks_that_cannot_be_used_are_errors(tmp_path: Path) -> None:
         put(tmp_path, name)
     put_mask(tmp_path, "a-mask.png", (32, 48))
     put_mask(tmp_path, "c-mask.png", box=(-2, -2, -1, -1))
-    (tmp_path / "b-mask.png").write_bytes(b"no picture")
+    (tmp_path / "b-mask.png").write_bytes(b"no image")
     found = {f.files[0]: f.message for f in look(tmp_path, "file").findings if f.severity == "error"}
     assert found.keys() == {"a-mask.png", "b-mask.png", "c-mask.png"}
-    assert "a-mask.png has 32 x 48 pixels and its picture 48 x 32" in found["a-mask.png"]
-    assert "not a picture of a format" in found["b-mask.png"]
+    assert "a-mask.png has 32 x 48 pixels and its image 48 x 32" in found["a-mask.png"]
+    assert "not an image of a format" in found["b-mask.png"]
     assert "The mask of c.png hides all of it" in found["c-mask.png"]
 
 
@@ -127,7 +127,7 @@ def test_a_mask_whose_white_is_cropped_away_is_refused(tmp_path: Path) -> None:
         load_mask_pixels(example)
 
 
-def test_a_folder_of_masks_holds_no_pictures(tmp_path: Path) -> None:
+def test_a_folder_of_masks_holds_no_images(tmp_path: Path) -> None:
     put_mask(tmp_path, "a-mask.png")
     with pytest.raises(DataError, match="nothing but masks"):
         look(tmp_path, "file")

@@ -16,13 +16,13 @@ def names(data: Dataset) -> list[str]:
 
 
 @pytest.mark.parametrize(("count", "held"), [(20, 2), (29, 2), (30, 3), (40, 4), (400, 4)])
-def test_two_to_four_pictures_are_held_out(count: int, held: int) -> None:
+def test_two_to_four_images_are_held_out(count: int, held: int) -> None:
     whole = dataset(count)
-    trained, heldout = split_off(whole, 0)
-    assert heldout is not None
-    assert len(heldout.examples) == held
-    assert sorted(names(trained) + names(heldout)) == names(whole)
-    assert (trained.notices, heldout.notices) == (("a notice",), ())
+    trained, validation = split_off(whole, 0)
+    assert validation is not None
+    assert len(validation.examples) == held
+    assert sorted(names(trained) + names(validation)) == names(whole)
+    assert (trained.notices, validation.notices) == (("a notice",), ())
 
 
 def test_small_sets_stay_whole() -> None:

@@ -1,4 +1,4 @@
-"""Coverage as seen from outside: what every picture and every step gets."""
+"""Coverage as seen from outside: what every image and every step gets."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from sdlora.data.batches import epoch_batches
-from sdlora.diffusion.stratify import Visit, cover
+from sdlora.diffusion.stratify import Exposure, cover
 from sdlora.diffusion.timesteps import Draw
 
 
-def plan(num_pictures: int, repeats: int, epochs: int, batch_size: int, buckets: int = 1) -> list[list[Visit]]:
+def plan(num_images: int, repeats: int, epochs: int, batch_size: int, buckets: int = 1) -> list[list[Exposure]]:
     """The steps of a real run."""
-    shapes = [index % buckets for index in range(num_pictures)]
+    shapes = [index % buckets for index in range(num_images)]
     batches = [b for epoch in range(1, epochs + 1) for b in epoch_batches(shapes, repeats, batch_size, epoch, 0)]
-    return [[(f"{visit.example}.png", visit.visit) for visit in batch] for batch in batches]
+    return [[(f"{exposure.example}.png", exposure.exposure) for exposure in batch] for batch in batches]
 
 
 def places(draws: list[list[Draw]]) -> list[torch.Tensor]:
@@ -25,14 +25,14 @@ def places(draws: list[list[Draw]]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("visits", range(1, 51))
-def test_every_picture_is_drawn_once_in_each_of_its_slices(visits: int) -> None:
-    steps = plan(7, visits, 1, 3, buckets=2)
+def test_every_image_is_drawn_once_in_each_of_its_slices(exposures: int) -> None:
+    steps = plan(7, exposures, 1, 3, buckets=2)
     slices: dict[str, list[int]] = {}
     for step, drawn in zip(steps, cover("image", steps, 5), strict=True):
         for (name, _), draw in zip(step, drawn, strict=True):
-            assert draw.num_slices == visits
+            assert draw.num_slices == exposures
             slices.setdefault(name, []).append(draw.slice)
-    assert all(sorted(found) == list(range(visits)) for found in slices.values())
+    assert all(sorted(found) == list(range(exposures)) for found in slices.values())
     assert len(slices) == 7
 
 
@@ -52,13 +52,13 @@ def test_every_coverage_is_uniform(coverage: str) -> None:
     assert ((counts - expected) ** 2 / expected).sum() < 27.9
 
 
-def test_each_single_visit_is_uniform_under_image_coverage() -> None:
+def test_each_single_exposure_is_uniform_under_image_coverage() -> None:
     steps = plan(5, 3, 1, 2)
     drawn = torch.stack([torch.cat(places(cover("image", steps, seed))) for seed in range(2000)])
-    for visit in range(drawn.shape[1]):
-        counts = torch.histc(drawn[:, visit], bins=10, min=0, max=1)
-        # One in 50 visits may exceed the .999 bound; this one is exceeded once in a million.
-        assert ((counts - 200) ** 2 / 200).sum() < 45, visit
+    for exposure in range(drawn.shape[1]):
+        counts = torch.histc(drawn[:, exposure], bins=10, min=0, max=1)
+        # One in 50 exposures may exceed the .999 bound; this one is exceeded once in a million.
+        assert ((counts - 200) ** 2 / 200).sum() < 45, exposure
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
@@ -69,25 +69,25 @@ def test_batches_are_spread(size: int) -> None:
         assert gaps.max() - gaps.min() < 1e-9, "all are one grid, shifted"
 
 
-def variance_of_step_means(coverage: str, size: int, visits: int) -> float:
+def variance_of_step_means(coverage: str, size: int, exposures: int) -> float:
     """The variance over steps of the mean of a loss that falls from 1 to .002 over the timesteps."""
-    steps = plan(24, visits, 1, size)
+    steps = plan(24, exposures, 1, size)
     found = [(0.002**step).mean() for seed in range(40) for step in places(cover(coverage, steps, seed))]
     return torch.stack(found).var().item()
 
 
 @pytest.mark.parametrize("visits", [5, 40])
-def test_image_coverage_steadies_the_loss_as_well_as_batch_coverage(visits: int) -> None:
+def test_image_coverage_steadies_the_loss_as_well_as_batch_coverage(exposures: int) -> None:
     for size in (4, 8):
-        chance, batch, image = (variance_of_step_means(c, size, visits) for c in ("none", "batch", "image"))
+        chance, batch, image = (variance_of_step_means(c, size, exposures) for c in ("none", "batch", "image"))
         assert chance / batch > 2
-        # With few visits a slice is wide, and being one slice off costs a part of the gain.
+        # With few exposures a slice is wide, and being one slice off costs a part of the gain.
         assert chance / image > 2
-        assert visits < 40 or image < batch
+        assert exposures < 40 or image < batch
 
 
 def test_high_noise_is_never_missed() -> None:
-    # Drawn by chance, a picture misses the upper fifth with probability .33 at five visits.
+    # Drawn by chance, an image misses the upper fifth with probability .33 at five exposures.
     steps = plan(50, 5, 1, 4)
     for coverage in ("none", "image"):
         seen: Counter[str] = Counter()

@@ -169,7 +169,7 @@ def test_what_is_offered_is_taken_together() -> None:
     assert (found.base.quantization, found.train.compile) != ("none", True)
 
 
-def test_what_is_preserved_costs_the_visits_that_are_kept() -> None:
+def test_what_is_prior_costs_the_exposures_that_are_kept() -> None:
     words = {"trigger": "zumi", "class_words": ["cat"]}
     asked = setting(batch_size=4)
 

@@ -38,7 +38,7 @@ def test_memory_is_given_back_when_its_last_user_is_gone() -> None:
         assert cost.held_bytes == 0
 
 
-def test_real_and_meta_tensors_count_alike() -> None:
+def test_real_and_meta_tensors_count_similar() -> None:
     def step(device: str) -> tuple[int, int, int]:
         torch.manual_seed(0)
         net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 3)).to(device)

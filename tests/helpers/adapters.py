@@ -15,7 +15,7 @@ UNET_TARGETS = [*LINEAR_TARGETS, "projection", "conv"]
 
 
 def small_unet(**changes: Any) -> Any:
-    """A UNet of random weights, with transformer blocks at its widest pictures only."""
+    """A UNet of random weights, with transformer blocks at its widest images only."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,

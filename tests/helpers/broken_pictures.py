@@ -1,4 +1,4 @@
-"""Pictures that are none, or that would take too much: each is to be refused by name."""
+"""Images that are none, or that would take too much: each is to be refused by name."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def noise(size: tuple[int, int] = SIZE, channels: int = 3) -> Image.Image:
     return Image.fromarray(rng.integers(0, 256, (size[1], size[0], channels), dtype=np.uint8))
 
 
-def encoded(kind: str, picture: Image.Image | None = None, **options: object) -> bytes:
+def encoded(kind: str, image: Image.Image | None = None, **options: object) -> bytes:
     content = io.BytesIO()
-    (picture or noise()).save(content, format=kind, **options)
+    (image or noise()).save(content, format=kind, **options)
     return content.getvalue()
 
 
@@ -62,7 +62,7 @@ def jpeg(width: int, height: int) -> bytes:
 
 
 def corrupt() -> dict[str, bytes]:
-    """Files by name; none of them is a picture that may be trained."""
+    """Files by name; none of them is an image that may be trained."""
     whole = {suffix: encoded(kind) for suffix, kind in KINDS.items()}
     files = {f"half.{suffix}": content[: len(content) // 2] for suffix, content in whole.items()}
     files |= {f"head.{suffix}": content[:24] for suffix, content in whole.items()}
@@ -75,7 +75,7 @@ def corrupt() -> dict[str, bytes]:
     return files | {
         "empty.png": b"",
         "page.jpg": b"<!doctype html><html><body><script>alert(1)</script></body></html>",
-        "words.png": b"not a picture at all\n" * 100,
+        "words.png": b"not an image at all\n" * 100,
         "nothing.bmp": bytes(1_000_000),
         "drawing.png": b"<svg xmlns='http://www.w3.org/2000/svg'><script>alert(1)</script></svg>",
         "print.png": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n(x) run\nshowpage\n%%EOF\n",

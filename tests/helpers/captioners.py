@@ -47,7 +47,7 @@ def make(kind: str, folder: Path) -> Path:
         processor = GitProcessor(images, tokenizer)
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(8)  # or every picture is told the same
+            parameter.mul_(8)  # or every image is told the same
         # No marks, not even the one that ends a caption, so that there are always words.
         head = model.get_output_embeddings() if kind == "git" else model.text_decoder.get_output_embeddings()
         head.bias[:5] = -1e4

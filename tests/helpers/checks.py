@@ -26,13 +26,13 @@ def check(verdict: Any = "clean", *previews: Match, **signals: dict[str, Any]) -
     return EpochCheck(verdict, f"Because it is <{verdict}>.", share, share / 4, 0.0027, signals, shown)
 
 
-def picture(color: str, size: tuple[int, int] = (32, 32)) -> Image.Image:
+def image(color: str, size: tuple[int, int] = (32, 32)) -> Image.Image:
     made = Image.new("RGB", size, color)
     ImageDraw.Draw(made).rectangle((4, 4, 12, 12), fill="black")
     return made
 
 
-GALLERY = {"a.png": picture("red"), "b.png": picture("lime"), "<a>.png": picture("blue")}
+GALLERY = {"a.png": image("red"), "b.png": image("lime"), "<a>.png": image("blue")}
 
 
 def write_epochs(folder: Path, checks: dict[int, EpochCheck], color: str = "yellow") -> None:
@@ -40,5 +40,5 @@ def write_epochs(folder: Path, checks: dict[int, EpochCheck], color: str = "yell
     for epoch, found in checks.items():
         (folder / str(epoch) / "previews").mkdir(parents=True)
         for match in found.previews:
-            picture(color).save(folder / str(epoch) / match.file)
+            image(color).save(folder / str(epoch) / match.file)
         found.write(folder / str(epoch))

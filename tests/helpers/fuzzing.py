@@ -26,7 +26,7 @@ with atheris.instrument_imports(include=["sdlora"]):
 
 
 def captions(folder: Path, content: bytes) -> None:
-    """A list of captions, and one beside its picture."""
+    """A list of captions, and one beside its image."""
     (folder / "metadata.jsonl").write_bytes(content)
     (folder / "a.txt").write_bytes(content)
     read_captions(folder)
@@ -45,7 +45,7 @@ def lora(folder: Path, content: bytes) -> None:
 
 
 def upload(folder: Path, content: bytes) -> None:
-    """An archive of pictures and captions; what it writes lies in the set's folder."""
+    """An archive of images and captions; what it writes lies in the set's folder."""
     (folder / "x.zip").write_bytes(content)
     try:
         take_in([("x.zip", folder / "x.zip")], folder / "set")

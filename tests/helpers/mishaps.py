@@ -42,7 +42,7 @@ def broken_optimizer(args: tuple[Any, ...], result: Any) -> Any:
 
 
 def too_large_for_two(args: tuple[Any, ...], result: Any) -> Any:
-    """Before `diffusion_loss`: memory for one picture at once."""
+    """Before `diffusion_loss`: memory for one image at once."""
     if len(args[1].latents) > 1:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     return result

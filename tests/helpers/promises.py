@@ -83,7 +83,7 @@ PROMISES = [
     ),
     Promise(
         "Stop",
-        "Ctrl-C and SIGTERM end a run within a step, or between two pictures, so that it can be gone on with.",
+        "Ctrl-C and SIGTERM end a run within a step, or between two images, so that it can be gone on with.",
         "reliability/test_failures.py::test_a_signal_stops_a_run_that_can_go_on",
     ),
     Promise(
@@ -93,12 +93,12 @@ PROMISES = [
         "Turns on a GPU are tested with a lock file alone.",
     ),
     Promise(
-        "Broken pictures",
-        "What is no picture, or too large a one, is refused by name in bounded memory.",
+        "Broken images",
+        "What is no image, or too large a one, is refused by name in bounded memory.",
         "reliability/test_picture_files.py::test_broken_pictures_are_refused_by_name_in_bounded_memory",
     ),
     Promise(
-        "Odd pictures",
+        "Odd images",
         "Orientation, transparency, 16 bits, palettes and CMYK are read as people see them, or refused in words.",
         "reliability/test_picture_files.py::test_odd_pictures_are_read_as_people_see_them_or_refused_in_words",
         "Colours are taken as they are stored: a profile other than sRGB is not applied.",
@@ -162,7 +162,7 @@ PROMISES = [
     ),
     Promise(
         "Files over HTTP",
-        "Only pictures that sdlora encoded itself are served.",
+        "Only images that sdlora encoded itself are served.",
         "ui/server/test_server.py::test_hostile_addresses_give_nothing",
     ),
     Promise(

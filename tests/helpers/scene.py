@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw
 
 @dataclass
 class Scene:
-    """A base, pictures and a configuration, and a command line to train them on.
+    """A base, images and a configuration, and a command line to train them on.
 
     Attributes:
         root: The folder of everything.
@@ -54,14 +54,14 @@ def make_scene(root: Path, command: CommandLine) -> Scene:
     folder = root / "set"
     folder.mkdir()
     for index, color in enumerate(("red", "green", "blue")):
-        picture = Image.new("RGB", (32, 32), "white")
-        ImageDraw.Draw(picture).ellipse((4 + index, 4, 24, 26), fill=color)
-        picture.save(folder / f"{color}.png")
+        image = Image.new("RGB", (32, 32), "white")
+        ImageDraw.Draw(image).ellipse((4 + index, 4, 24, 26), fill=color)
+        image.save(folder / f"{color}.png")
         (folder / f"{color}.txt").write_text(f"a {color} ball", encoding="utf-8")
-    heldout = root / "heldout"
-    heldout.mkdir()
-    Image.new("RGB", (32, 32), "orange").save(heldout / "orange.png")
-    (heldout / "orange.txt").write_text("an orange wall", encoding="utf-8")
+    validation = root / "heldout"
+    validation.mkdir()
+    Image.new("RGB", (32, 32), "orange").save(validation / "orange.png")
+    (validation / "orange.txt").write_text("an orange wall", encoding="utf-8")
     scene = Scene(root, command, root / "cache")
     scene.config.write_text(
         f"""
@@ -70,7 +70,7 @@ def make_scene(root: Path, command: CommandLine) -> Scene:
         preview = {{ num_steps = 1, num_captions = 1, prompts = ["a red ball"], seeds = [0] }}
         [data]
         folder = "{folder}"
-        holdout = "{heldout}"
+        validation_folder = "{validation}"
         trigger = "zumi"
         resolution_px = 32
         bucket_step_px = 8

@@ -1,4 +1,4 @@
-"""Runs and pictures as a trainer and an artist leave them."""
+"""Runs and images as a trainer and an artist leave them."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def write_state(studio: Studio, config: RunConfig, **state: Any) -> Path:
     return folder
 
 
-def write_picture(path: Path, color: str = "red", size: tuple[int, int] = (48, 32)) -> Path:
+def write_image(path: Path, color: str = "red", size: tuple[int, int] = (48, 32)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    picture = Image.new("RGB", size, color)
-    picture.putpixel((3, 3), (1, 2, 3))
-    picture.save(path)
+    image = Image.new("RGB", size, color)
+    image.putpixel((3, 3), (1, 2, 3))
+    image.save(path)
     return path

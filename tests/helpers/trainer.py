@@ -20,7 +20,7 @@ from sdlora.training.trainer import Trainer
 
 def make_trainer(
     base_folder: Path,
-    pictures: Path,
+    images: Path,
     cache: Path,
     dtype: torch.dtype = torch.float32,
     *,
@@ -46,7 +46,7 @@ def make_trainer(
     paths = find_targets(base.unet, targets, base.text_encoders)
     adapter = inject(base.unet, paths, 2, 2.0, 0, form=form, text_encoders=base.text_encoders)
     dataset = load_dataset(
-        pictures, caption=None, trigger=None, allow_trigger_only=False, background="white", masks=masks, repeats=2
+        images, caption=None, trigger=None, allow_trigger_only=False, background="white", masks=masks, repeats=2
     )
     dataset = dataset.with_buckets(32, 8, buckets=False)
     data = TrainingData(

@@ -73,7 +73,7 @@ def test_captions_and_answers_equal_those_of_diffusers(family: Family, folders: 
         Example("a", Path("a"), "", bucket=(32, 48), size_px=(200, 400)),
         Example("b", Path("b"), "", bucket=(32, 32), size_px=(96, 64)),
     ]
-    more = base.picture_states(examples)
+    more = base.image_states(examples)
     added = {}
     if family == "sdxl":
         # 200 x 400 is scaled to 32 x 64, and 8 rows are cut off above; 96 x 64 to 48 x 32, and 8 columns at the left.
@@ -97,7 +97,7 @@ def test_sizes_matter_to_sdxl(folders: dict[Family, Path]) -> None:
         base.predict(
             noise,
             torch.tensor([500]),
-            text | base.picture_states([Example("a", Path("a"), "", sizes[0], size_px=sizes[1])]),
+            text | base.image_states([Example("a", Path("a"), "", sizes[0], size_px=sizes[1])]),
         )
         for sizes in (((32, 32), (32, 32)), ((32, 32), (900, 500)))
     ]
@@ -138,7 +138,7 @@ def test_sizes_stay_exact_where_the_unet_computes_in_bf16(folders: dict[Family, 
     with base.pipeline() as pipeline, torch.no_grad():
         pipeline(**prompts, num_inference_steps=1, original_size=(1023, 1025), output_type="latent")
     example = Example("a", Path("a"), "", (32, 32), size_px=(1023, 1025))
-    text = base.encode_captions(["a cat"]) | base.picture_states([example])
+    text = base.encode_captions(["a cat"]) | base.image_states([example])
     base.predict(torch.zeros(1, 4, 8, 8), torch.tensor([5]), text)
     assert [tensor[0, :2].tolist() for tensor in seen] == [[1023.0, 1025.0], [1025.0, 1023.0]]
 

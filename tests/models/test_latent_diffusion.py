@@ -60,7 +60,7 @@ class Waiting:
 
 
 def outcome(folder: Path, overrides: list[str], *changes: str) -> str:
-    """A digest of a run's LoRA and of its pictures."""
+    """A digest of a run's LoRA and of its images."""
     source = folder.with_suffix(".toml")
     source.write_text("[data]\ntrigger = 'zumi'\n")
     config = load_config(str(source), [*overrides, f"cache.dir={folder}-cache", "preview.seeds=[0,1]", *changes])
@@ -69,7 +69,7 @@ def outcome(folder: Path, overrides: list[str], *changes: str) -> str:
     (file,), drawn = folder.glob("*.safetensors"), sorted(folder.glob("epochs/*/previews/*.png"))
     assert len(drawn) == 3 * 2
     tensors = [tensor.numpy().tobytes() for _, tensor in sorted(load_file(file).items())]
-    return hashlib.sha256(b"".join([*tensors, *(picture.read_bytes() for picture in drawn)])).hexdigest()
+    return hashlib.sha256(b"".join([*tensors, *(image.read_bytes() for image in drawn)])).hexdigest()
 
 
 @pytest.mark.parametrize(

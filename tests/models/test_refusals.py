@@ -46,7 +46,7 @@ def test_a_folder_that_is_no_base(tmp_path: Path, tiny_base: Path) -> None:
     assert "StableDiffusion3Pipeline, which is none of" in as_kind("StableDiffusion3Pipeline")
     assert "an inpainting model" in as_kind("StableDiffusionInpaintPipeline")
     assert "a depth model" in as_kind("StableDiffusionDepth2ImgPipeline")
-    assert "edits pictures" in as_kind("StableDiffusionInstructPix2PixPipeline")
+    assert "edits images" in as_kind("StableDiffusionInstructPix2PixPipeline")
     assert "the refiner" in as_kind("StableDiffusionXLImg2ImgPipeline")
     (copy / "model_index.json").write_text("{")
     assert "not readable as JSON" in refused(copy)
@@ -70,7 +70,7 @@ def test_a_folder_that_is_not_whole(tmp_path: Path, tiny_base: Path) -> None:
     assert "lacks its text_encoder" in refused(copy)
 
 
-@pytest.mark.parametrize(("channels", "reason"), [(9, "an inpainting model"), (5, "a depth"), (8, "edits pictures")])
+@pytest.mark.parametrize(("channels", "reason"), [(9, "an inpainting model"), (5, "a depth"), (8, "edits images")])
 def test_a_unet_with_other_inputs(tmp_path: Path, channels: int, reason: str) -> None:
     make_tiny_pipeline(tmp_path / "base", in_channels=channels)
     assert reason in refused(tmp_path / "base")
@@ -157,14 +157,14 @@ def test_checkpoints_that_are_not_trained(tmp_path: Path, layouts: Layouts, smal
         return refused(file)
 
     sd1, sd2, sdxl = (layouts[family] for family in ("sd1", "sd2", "sdxl"))
-    for channels, reason in ((9, "an inpainting check"), (5, "a depth check"), (8, "a picture-editing check")):
+    for channels, reason in ((9, "an inpainting check"), (5, "a depth check"), (8, "an image-editing check")):
         wide = {f"{UNET}input_blocks.0.0.weight": torch.zeros(16, channels, 3, 3)}
         assert reason in found(sd1 | wide)
         assert reason in found(sdxl | wide)
     refiner = without(sdxl, "conditioner.") | {"conditioner.embedders.0.model.ln_final.weight": torch.ones(2)}
     assert "refiner of Stable Diffusion XL" in found(refiner)
     assert "refiner of Stable Diffusion XL" in found(sdxl | {f"{UNET}label_emb.0.0.weight": torch.zeros(64, 2560)})
-    assert "pictures as prompts" in found(sd2 | {f"{UNET}label_emb.0.0.weight": torch.zeros(64, 8)})
+    assert "images as prompts" in found(sd2 | {f"{UNET}label_emb.0.0.weight": torch.zeros(64, 8)})
     assert "without its text encoder (no cond_stage_model.transformer." in found(without(sd1, "cond_stage_model."))
     assert "without its text encoder (no cond_stage_model.model." in found(without(sd2, "cond_stage_model."))
     assert "without its text encoders (no conditioner.embedders.0" in found(without(sdxl, "conditioner."))

@@ -13,7 +13,7 @@ from sdlora.pocket import pretrain
 
 def plan(folder: Path, steps: int) -> pretrain.Plan:
     return pretrain.Plan(
-        work=folder, device="cpu", vae_steps=2, decoder_steps=2, steps=steps, num_pictures=8, batch_size=2,
+        work=folder, device="cpu", vae_steps=2, decoder_steps=2, steps=steps, num_images=8, batch_size=2,
         learning_rate=1e-3,
     )  # fmt: skip
 

@@ -14,14 +14,14 @@ def test_the_committed_sets_are_what_the_code_draws(tmp_path: Path) -> None:
         assert sum(path.suffix == ".png" for path in kept) == 24 + 8
 
 
-def test_every_caption_has_its_trigger_and_every_holdout_picture_is_new() -> None:
+def test_every_caption_has_its_trigger_and_every_validation_image_is_new() -> None:
     for name in ("zumi", "blueprint"):
         folder = DATASETS / name
         assert all(name in path.read_text() for path in folder.rglob("*.txt"))
         training = {path.read_bytes() for path in folder.glob("*.png")}
-        holdout = {path.read_bytes() for path in (folder / "holdout").glob("*.png")}
-        assert (len(training), len(holdout)) == (24, 8)
-        assert not training & holdout
+        validation_folder = {path.read_bytes() for path in (folder / "holdout").glob("*.png")}
+        assert (len(training), len(validation_folder)) == (24, 8)
+        assert not training & validation_folder
 
 
 def test_the_character_is_everywhere_in_every_pose() -> None:

@@ -17,17 +17,17 @@ def test_a_scene_is_a_function_of_its_number() -> None:
     assert world.render(scene).size == (64, 64)
 
 
-def test_pictures_are_those_that_pocket_was_trained_on() -> None:
+def test_images_are_those_that_pocket_was_trained_on() -> None:
     digest = hashlib.sha256(b"".join(world.render(world.random_scene(seed)).tobytes() for seed in range(40)))
     assert digest.hexdigest() == GOLDEN, "the world changed: pocket must be trained anew, then change this hash"
 
 
 def test_every_kind_colour_and_place_shows() -> None:
     base = world.Scene("ball", "red", "plain", "big", "", "night", 3)
-    pictures = [world.render(world.Scene(kind, "red", "plain", "big", "", "night", 3)) for kind in world.KINDS]
-    pictures += [world.render(world.Scene("ball", color, "plain", "big", "", "night", 3)) for color in world.COLORS]
-    pictures += [world.render(world.Scene("ball", "red", "plain", "big", "", place, 3)) for place in world.PLACES]
-    distinct = {picture.tobytes() for picture in pictures}
+    images = [world.render(world.Scene(kind, "red", "plain", "big", "", "night", 3)) for kind in world.KINDS]
+    images += [world.render(world.Scene("ball", color, "plain", "big", "", "night", 3)) for color in world.COLORS]
+    images += [world.render(world.Scene("ball", "red", "plain", "big", "", place, 3)) for place in world.PLACES]
+    distinct = {image.tobytes() for image in images}
     assert len(distinct) == 16 + 8 + 8 - 2  # the red ball at night is in all three lists
     assert world.render(base).tobytes() in distinct
 

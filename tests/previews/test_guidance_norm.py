@@ -104,7 +104,7 @@ def test_a_base_in_half_precision_is_watched_in_full(tiny_base: Path, tmp_path: 
     assert half.guidance_norms == pytest.approx(full.guidance_norms, rel=0.3)
 
 
-def test_watching_changes_no_picture_and_leaves_everything_as_it_was(tiny_base: Path, tmp_path: Path) -> None:
+def test_watching_changes_no_image_and_leaves_everything_as_it_was(tiny_base: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     adapter = trained(base.unet)
     first = next(iter(adapter.layers.values()))

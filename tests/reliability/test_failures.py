@@ -75,7 +75,7 @@ def test_no_number_stops_a_run_within_a_step(
     figure("NaN, infinity", f"{len(NUMBERS)} of {len(NUMBERS)} sites")
 
 
-def test_a_vae_without_numbers_is_told_with_the_picture(scene: Scene, tmp_path: Path) -> None:
+def test_a_vae_without_numbers_is_told_with_the_image(scene: Scene, tmp_path: Path) -> None:
     point = Point("sdlora.models.sd:StableDiffusion.encode_pixels", 2, "after", mishaps.no_numbers)
     outcome = scene.train(tmp_path / "run", points=[point], cache=tmp_path / "cache")
     assert outcome.code == 5

@@ -36,10 +36,10 @@ def lora() -> bytes:
 
 
 def archive() -> bytes:
-    picture, whole = io.BytesIO(), io.BytesIO()
-    Image.new("RGB", (2, 2)).save(picture, "PNG")
+    image, whole = io.BytesIO(), io.BytesIO()
+    Image.new("RGB", (2, 2)).save(image, "PNG")
     with zipfile.ZipFile(whole, "w") as file:
-        file.writestr("a.png", picture.getvalue())
+        file.writestr("a.png", image.getvalue())
         file.writestr("b/a.txt", "zumi")
     return whole.getvalue()
 

@@ -60,18 +60,18 @@ def files_of(folder: Path) -> dict[str, int]:
 
 def test_names_prompts_and_captions_stay_what_they_are(scene: Scene, tmp_path: Path, figure: Figure) -> None:
     around = tmp_path / "around"
-    pictures = around / "pictures"
-    pictures.mkdir(parents=True)
+    images = around / "pictures"
+    images.mkdir(parents=True)
     captions = [*WORDS, *NAMES]
     for index, name in enumerate(NAMES):
-        Image.new("RGB", (32, 32), (index * 19, 255 - index * 9, 90)).save(pictures / f"{name}.png")
-        (pictures / f"{name}.txt").write_text(captions[index], encoding="utf-8")
+        Image.new("RGB", (32, 32), (index * 19, 255 - index * 9, 90)).save(images / f"{name}.png")
+        (images / f"{name}.txt").write_text(captions[index], encoding="utf-8")
     for index, words in enumerate(captions[len(NAMES) :]):
-        Image.new("RGB", (32, 32), (9, index * 13, 255 - index * 7)).save(pictures / f"p{index}.png")
-        (pictures / f"p{index}.txt").write_text(words, encoding="utf-8")
+        Image.new("RGB", (32, 32), (9, index * 13, 255 - index * 7)).save(images / f"p{index}.png")
+        (images / f"p{index}.txt").write_text(words, encoding="utf-8")
     before, run = files_of(tmp_path), around / "run"
     changes = [
-        f"data.folder={json.dumps(str(pictures))}", f"preview.prompts={json.dumps(WORDS, ensure_ascii=False)}",
+        f"data.folder={json.dumps(str(images))}", f"preview.prompts={json.dumps(WORDS, ensure_ascii=False)}",
         "data.trigger=<b>zumi</b>", "train.epochs=1", "data.repeats=1", "preview.num_captions=8", "train.batch_size=8",
     ]  # fmt: skip
     outcome = scene.train(run, changes=changes)

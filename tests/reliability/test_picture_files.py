@@ -1,4 +1,4 @@
-"""Pictures from anywhere: broken ones are refused by name in bounded memory, odd ones are read as people see them."""
+"""Images from anywhere: broken ones are refused by name in bounded memory, odd ones are read as people see them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.broken_pictures import corrupt, decode_all, encoded, noise
+from helpers.broken_images import corrupt, decode_all, encoded, noise
 from helpers.commandline import CommandLine
 from helpers.promises import Figure
 from PIL import Image, ImageCms
@@ -17,7 +17,7 @@ from sdlora.data.images import load_image
 from sdlora.errors import DataError
 
 
-def test_broken_pictures_are_refused_by_name_in_bounded_memory(
+def test_broken_images_are_refused_by_name_in_bounded_memory(
     command: CommandLine, tmp_path: Path, figure: Figure
 ) -> None:
     files = corrupt()
@@ -40,14 +40,14 @@ def test_broken_pictures_are_refused_by_name_in_bounded_memory(
     with pytest.raises(DataError) as caught:
         load_dataset(folder, caption="x", trigger=None, allow_trigger_only=False, background="white")
     assert all(f"  {name}: " in str(caught.value) for name in files), "all are named at once"
-    figure("Broken pictures", f"{len(files)} of {len(files)} refused by name; memory rose by {rise} MB")
+    figure("Broken images", f"{len(files)} of {len(files)} refused by name; memory rose by {rise} MB")
 
 
 Expected = Callable[[], np.ndarray] | str
 
 
-def rgb(picture: Image.Image) -> np.ndarray:
-    return np.asarray(picture.convert("RGB"))
+def rgb(image: Image.Image) -> np.ndarray:
+    return np.asarray(image.convert("RGB"))
 
 
 def turned(orientation: int) -> bytes:
@@ -63,9 +63,9 @@ def turned(orientation: int) -> bytes:
 
 
 def palette_with_alpha() -> Image.Image:
-    picture = noise().quantize(8)
-    picture.info["transparency"] = 3
-    return picture
+    image = noise().quantize(8)
+    image.info["transparency"] = 3
+    return image
 
 
 def tricky() -> dict[str, tuple[bytes, Expected]]:
@@ -104,12 +104,12 @@ def tricky() -> dict[str, tuple[bytes, Expected]]:
         "profile.png": (encoded("PNG", icc_profile=profile), seen),
         "a-line.png": (encoded("PNG", noise((20_000, 1))), lambda: np.asarray(noise((20_000, 1)))),
         "trailing.png": (encoded("PNG") + b"<script>alert(1)</script>", seen),
-        "gif.gif": (encoded("GIF"), "not a picture of a format that is read"),
+        "gif.gif": (encoded("GIF"), "not an image of a format that is read"),
         "floats.tif": (encoded("TIFF", Image.new("F", (4, 4))), "floating-point pixels are not read"),
     }  # fmt: skip
 
 
-def test_odd_pictures_are_read_as_people_see_them_or_refused_in_words(tmp_path: Path, figure: Figure) -> None:
+def test_odd_images_are_read_as_people_see_them_or_refused_in_words(tmp_path: Path, figure: Figure) -> None:
     files = tricky()
     assert len(files) >= 20
     for name, (content, expected) in files.items():
@@ -119,8 +119,8 @@ def test_odd_pictures_are_read_as_people_see_them_or_refused_in_words(tmp_path: 
                 load_image(tmp_path / name, "white")
             continue
         found = np.asarray(load_image(tmp_path / name, "white")).astype(float)
-        # JPEG rounds, and so does laying one picture over another.
+        # JPEG rounds, and so does laying one image over another.
         allowed = 3 if name.endswith(".jpg") else 1 if "half" in name else 0
         assert found.shape == expected().shape, name
         assert np.abs(found - expected()).max() <= allowed, name
-    figure("Odd pictures", f"{len(files)} of {len(files)}: pixels as seen, or refused in words")
+    figure("Odd images", f"{len(files)} of {len(files)}: pixels as seen, or refused in words")

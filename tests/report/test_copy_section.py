@@ -13,14 +13,14 @@ CHECKS = {0: check(), 1: check("watch"), 2: check("copying", CLEAN, COPY)}
 def test_chances_in_words() -> None:
     assert once_in(0.0027) == "once in 370"
     assert once_in(0.9) == "almost always"
-    assert in_one_of(1 / 145) == "in 1 of 145 pictures"
-    assert in_one_of(1.0) == "in most pictures"
+    assert in_one_of(1 / 145) == "in 1 of 145 images"
+    assert in_one_of(1.0) == "in most images"
 
 
 @pytest.mark.parametrize(
     ("kept", "tone", "words"),
     [
-        (None, "copying", "✕ Copies training pictures</strong><p><b>Epoch 2, the latest."),
+        (None, "copying", "✕ Copies training images</strong><p><b>Epoch 2, the latest."),
         (1, "watch", "! First signs of copying</strong><p><b>Epoch 1, the one that is kept."),
     ],
 )
@@ -29,7 +29,7 @@ def test_the_banner_speaks_of_the_epoch_that_counts(kept: int | None, tone: str,
     assert f"class='verdict {tone}'" in found and words in found
     assert f"Because it is &lt;{tone}&gt;." in found
     assert (
-        "Previews no more like the set than its pictures are like one another are called copying about once in 370."
+        "Previews no more like the set than its images are like one another are called copying about once in 370."
         in found
     )
 
@@ -68,7 +68,7 @@ def test_every_signal_is_drawn_with_its_meaning() -> None:
         2: check("clean", self_retrieval=signal(0.31, 0.02), guidance_norm=signal(None, None)),
     }
     found = copy_figures(checks)
-    assert "Finds its way back to its own pictures" in found and ">0.31<" in found
+    assert "Finds its way back to its own images" in found and ">0.31<" in found
     assert "What &lt;it&gt; means. Chance gives as much once in 50: it stands out." in found
     # The one that was never measured says why and has no axes.
     unmeasured = found.split("How hard a prompt pulls")[1]
@@ -76,7 +76,7 @@ def test_every_signal_is_drawn_with_its_meaning() -> None:
     assert "a new one" in copy_figures({1: check("clean", a_new_one=signal(1.0, 0.5))})
 
 
-def test_likeness_of_both_kinds_and_never_below_zero() -> None:
+def test_similarity_of_both_kinds_and_never_below_zero() -> None:
     both = copy_figures(CHECKS)
     assert both.count("<polyline") == 2 + 2 + 2
     below = copy_figures({1: check("clean", replace(NOVEL, hp_ms=-0.4))})

@@ -13,7 +13,7 @@ def decoded(element: str) -> Image.Image:
     return Image.open(io.BytesIO(base64.b64decode(data)))
 
 
-def test_a_picture_is_embedded_once_and_read_once() -> None:
+def test_a_image_is_embedded_once_and_read_once() -> None:
     album, read = Album(), []
 
     def sprite() -> Image.Image:
@@ -29,7 +29,7 @@ def test_a_picture_is_embedded_once_and_read_once() -> None:
     assert "alt='&lt;x&gt;&#x27;s'" in first
 
 
-def test_sprites_stay_exact_and_large_pictures_become_small() -> None:
+def test_sprites_stay_exact_and_large_images_become_small() -> None:
     sprite = Image.effect_noise((64, 48), 90).convert("RGB")
     shown = Album().show("s", lambda: sprite, "s")
     assert decoded(shown).convert("RGB").tobytes() == sprite.tobytes()
@@ -44,7 +44,7 @@ def test_any_mode_is_shown(mode: str) -> None:
     assert decoded(Album().show("m", lambda: Image.new(mode, (8, 8)), "m")).mode == "RGB"
 
 
-def test_the_picture_given_is_left_as_it_was() -> None:
+def test_the_image_given_is_left_as_it_was() -> None:
     large = Image.new("RGB", (1024, 512))
     Album().show("l", lambda: large, "l")
     assert large.size == (1024, 512)

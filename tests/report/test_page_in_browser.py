@@ -75,13 +75,13 @@ def test_prompts_can_be_read_however_far_the_grid_is_scrolled(page: Any) -> None
         assert box["width"] >= 100
 
 
-def test_every_picture_is_there(page: Any) -> None:
+def test_every_image_is_there(page: Any) -> None:
     page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true })")
     page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     assert page.locator("img").count() == 3 * 6 * 4
 
 
-def test_the_slider_reveals_the_training_picture(page: Any) -> None:
+def test_the_slider_reveals_the_training_image(page: Any) -> None:
     pair = page.locator(".pair").first
     slider, wipe = pair.locator("input[type=range]"), pair.locator(".wipe")
     wipe.scroll_into_view_if_needed()

@@ -8,7 +8,7 @@ from typing import Any
 from helpers.checks import CLEAN, COPY, GALLERY, check, write_epochs
 from PIL import Image
 
-from sdlora.report.report import Report, largest_gap, visited_timesteps, write_report
+from sdlora.report.report import Report, exposed_timesteps, largest_gap, write_report
 
 
 def step(number: int, examples: Sequence[str], timesteps: Sequence[int]) -> dict[str, Any]:
@@ -28,12 +28,12 @@ def epoch(number: int, **values: Any) -> dict[str, Any]:
 
 
 ROWS = [
-    epoch(0, heldout_loss=0.3, heldout_bands=[0.5, 0.4, 0.3, 0.2, 0.1], heldout_change=[0.0] * 5),
+    epoch(0, validation_loss=0.3, validation_bands=[0.5, 0.4, 0.3, 0.2, 0.1], validation_change=[0.0] * 5),
     step(1, ["<a>.png", "b.png"], [10, 480]),
     step(2, ["b.png", "<a>.png"], [990, 60]),
     epoch(
-        1, train_loss=0.4, train_bands=[0.61, None, 0.41, None, 0.21], heldout_loss=0.25,
-        heldout_bands=[0.41, 0.31, 0.21, 0.11, 0.05], heldout_change=[-0.09, -0.09, -0.09, -0.09, -0.05],
+        1, train_loss=0.4, train_bands=[0.61, None, 0.41, None, 0.21], validation_loss=0.25,
+        validation_bands=[0.41, 0.31, 0.21, 0.11, 0.05], validation_change=[-0.09, -0.09, -0.09, -0.09, -0.05],
     ),
 ]  # fmt: skip
 
@@ -63,7 +63,7 @@ def test_the_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
     assert "http://" not in found and "https://" not in found
 
 
-def test_visits_are_counted_in_all_and_for_the_least_covered_picture(tmp_path: Path) -> None:
+def test_exposures_are_counted_in_all_and_for_the_least_covered_image(tmp_path: Path) -> None:
     found = page(tmp_path, ROWS)
     everything, least = found.split("Least covered: &lt;a&gt;.png")
     expected = [0] * 20
@@ -71,12 +71,12 @@ def test_visits_are_counted_in_all_and_for_the_least_covered_picture(tmp_path: P
         expected[timestep // 50] += 1
     assert bars(everything) == expected
     assert bars(least) == [1, 1] + [0] * 18
-    assert "1 of 2 pictures never saw a timestep of 800 or more" in found
-    assert "timesteps 60 to 999, after 2 visits" in found
+    assert "1 of 2 images never saw a timestep of 800 or more" in found
+    assert "timesteps 60 to 999, after 2 exposures" in found
 
 
 def test_gaps_count_the_edges() -> None:
-    assert visited_timesteps([row for row in ROWS if row["event"] == "step"]) == {
+    assert exposed_timesteps([row for row in ROWS if row["event"] == "step"]) == {
         "<a>.png": [10, 60], "b.png": [480, 990],
     }  # fmt: skip
     assert largest_gap([480, 990]) == (480, 990)
@@ -93,16 +93,16 @@ def test_losses_stand_in_charts_and_tables(tmp_path: Path) -> None:
         ["1", "-0.09000", "-0.09000", "-0.09000", "-0.09000", "-0.05000"],
     ):
         assert "<tr>" + "".join(f"<td>{cell}</td>" for cell in cells) + "</tr>" in found
-    # Two lines of steps, three bands of training, and twice five held-out bands.
+    # Two lines of steps, three bands of training, and twice five validation bands.
     assert found.count("<polyline") == 2 + 3 + 5 + 5
 
 
-def test_before_training_and_without_held_out_pictures(tmp_path: Path) -> None:
+def test_before_training_and_without_held_out_images(tmp_path: Path) -> None:
     first = page(tmp_path, ROWS[:1])
     assert "Least covered" not in first and "No preview was compared" in first
     bare = page(tmp_path, [step(1, ["x.png"], [900]), epoch(1, train_loss=0.4, train_bands=[None] * 4 + [0.4])])
-    assert "Held-out pictures" not in bare and "never trained on" not in bare
-    assert "0 of 1 pictures never saw" in bare
+    assert "Validation images" not in bare and "never trained on" not in bare
+    assert "0 of 1 images never saw" in bare
 
 
 def test_a_loss_of_zero_is_drawn_too(tmp_path: Path) -> None:
@@ -117,8 +117,8 @@ def test_the_verdict_comes_first_and_the_grid_replaces_the_sheet(tmp_path: Path)
     write_epochs(tmp_path / "epochs", {0: check(), 1: check("copying", CLEAN, COPY)})
     found = page(tmp_path, ROWS)
     order = [
-        "✕ Copies training pictures", "Epoch 1 &amp; more.", "Epoch by epoch", "Previews, epoch by epoch",
-        "Beside the nearest training picture: epoch 1", "<summary>Base", "Signs of copying", "Training, step by step",
+        "✕ Copies training images", "Epoch 1 &amp; more.", "Epoch by epoch", "Previews, epoch by epoch",
+        "Beside the nearest training image: epoch 1", "<summary>Base", "Signs of copying", "Training, step by step",
         "Settings",
     ]  # fmt: skip
     places = [found.index(part) for part in order]
@@ -130,7 +130,7 @@ def test_the_verdict_comes_first_and_the_grid_replaces_the_sheet(tmp_path: Path)
 
 def test_epochs_that_the_metrics_do_not_know_are_left_out(tmp_path: Path) -> None:
     write_epochs(tmp_path / "epochs", {0: check(), 1: check(), 2: check("copying", COPY)})
-    assert "Copies training pictures" not in page(tmp_path, ROWS)
+    assert "Copies training images" not in page(tmp_path, ROWS)
 
 
 def test_the_kept_epoch_is_the_one_that_is_judged(tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_the_kept_epoch_is_the_one_that_is_judged(tmp_path: Path) -> None:
     assert "<td>1, kept</td>" in found
 
 
-def test_a_long_run_of_large_pictures_stays_light(tmp_path: Path) -> None:
+def test_a_long_run_of_large_images_stays_light(tmp_path: Path) -> None:
     rough = Image.effect_noise((1024, 1024), 60).convert("RGB")  # noise is the hardest to compress
     previews = [replace(CLEAN, seed=seed, file=f"previews/{seed}.png") for seed in range(4)]
     write_epochs(tmp_path / "epochs", {0: check("clean", *previews)})

@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 FORMS = [
     ['lora.targets=["cross_attention", "self_attention", "mlp", "projection", "conv", "text_encoder"]'],
     ["lora.dora=true"],
-    ["lora.start=pissa", "lora.timestep_rank_min=1"],
+    ["lora.init=pissa", "lora.timestep_rank_min=1"],
 ]
 
 

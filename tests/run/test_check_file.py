@@ -19,10 +19,10 @@ from sdlora.run.check_file import check_file
 from sdlora.run.run import start
 
 
-def document(tiny_base: Path, pictures: Path, folder: Path) -> dict[str, object]:
+def document(tiny_base: Path, images: Path, folder: Path) -> dict[str, object]:
     return {
         "base": {"path": str(tiny_base)},
-        "data": {"folder": str(pictures), "resolution_px": 32, "bucket_step_px": 8},
+        "data": {"folder": str(images), "resolution_px": 32, "bucket_step_px": 8},
         "lora": {"rank": 2},
         "train": {"epochs": 1, "device": "cpu", "precision": "fp32", "learning_rate": 0.1},
         "preview": {"prompts": ["a red box"], "num_captions": 1, "num_steps": 2},
@@ -30,8 +30,8 @@ def document(tiny_base: Path, pictures: Path, folder: Path) -> dict[str, object]
     }
 
 
-def test_a_file_is_checked_as_its_run_was(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    config = parse_config(document(tiny_base, pictures, tmp_path), name="n")
+def test_a_file_is_checked_as_its_run_was(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    config = parse_config(document(tiny_base, images, tmp_path), name="n")
     list(start(config, tmp_path / "run"))
     *_, event = check_file(read_file(tmp_path / "run" / "n.safetensors"), config, tmp_path / "check")
     assert isinstance(event, CopyChecked)
@@ -46,14 +46,14 @@ def test_a_file_is_checked_as_its_run_was(tiny_base: Path, pictures: Path, tmp_p
         assert ours.hp_ms == pytest.approx(theirs.hp_ms, abs=0.02)
 
 
-def test_what_cannot_be_checked_is_refused(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    config = parse_config(document(tiny_base, pictures, tmp_path), name="n")
+def test_what_cannot_be_checked_is_refused(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    config = parse_config(document(tiny_base, images, tmp_path), name="n")
     list(start(config, tmp_path / "run"))
     file = read_file(tmp_path / "run" / "n.safetensors")
-    off = parse_config({**document(tiny_base, pictures, tmp_path), "copycheck": {"enabled": False}}, name="n")
+    off = parse_config({**document(tiny_base, images, tmp_path), "copycheck": {"enabled": False}}, name="n")
     with pytest.raises(ConfigError, match="leave preview"):
         list(check_file(file, off, tmp_path / "off"))
-    other = parse_config({**document(tiny_base, pictures, tmp_path), "base": {"path": "pocket"}}, name="n")
+    other = parse_config({**document(tiny_base, images, tmp_path), "base": {"path": "pocket"}}, name="n")
     with pytest.raises(DataError):
         list(check_file(file, other, tmp_path / "other"))
     assert not (tmp_path / "off").exists() and not (tmp_path / "other").exists()
@@ -61,7 +61,7 @@ def test_what_cannot_be_checked_is_refused(tiny_base: Path, pictures: Path, tmp_
 
 @pytest.mark.parametrize("trainer", ["diffusers script", "diffusers script, older names", "kohya"])
 def test_files_of_other_trainers_are_checked_in_what_diffusers_draws_with_them(
-    tiny_base: Path, pictures: Path, tmp_path: Path, trainer: str
+    tiny_base: Path, images: Path, tmp_path: Path, trainer: str
 ) -> None:
     def fresh() -> Any:
         return StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
@@ -75,7 +75,7 @@ def test_files_of_other_trainers_are_checked_in_what_diffusers_draws_with_them(
         diffusers_script(file, fresh(), text=not older, old_names=older)
     source = read_file(file)
     write_file(peft, source.state, metadata={}, paths=paths_for(source.state, tiny_base))
-    config = parse_config(document(tiny_base, pictures, tmp_path), name="n")
+    config = parse_config(document(tiny_base, images, tmp_path), name="n")
     expected = fresh()
     expected.load_lora_weights(file.parent, weight_name=file.name)
     drawn = expected(

@@ -1,4 +1,4 @@
-"""Several sets, and pictures of what is preserved, in whole runs on a tiny base."""
+"""Several sets, and images of what is preserved, in whole runs on a tiny base."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from sdlora.run.run import Stopped
 
 
 @pytest.fixture
-def sets(overrides: list[str], pictures: Path, others: Path) -> list[str]:
+def sets(overrides: list[str], images: Path, others: Path) -> list[str]:
     """Two folders in one run."""
-    two = f'data.sets=[{{folder="{pictures}", repeats=2}}, {{folder="{others}", trigger="mizu", name="more"}}]'
+    two = f'data.sets=[{{folder="{images}", repeats=2}}, {{folder="{others}", trigger="mizu", name="more"}}]'
     return [*overrides, "data.folder=", two]
 
 
@@ -34,8 +34,8 @@ def test_an_example_knows_its_own_trigger() -> None:
 def test_several_sets_have_their_own_repeats_triggers_and_names(tmp_path: Path, sets: list[str]) -> None:
     events = run(tmp_path / "run", [*sets, "preview.num_captions=8", "preview.prompts=[]"])
     (plan,) = (event for event in events if isinstance(event, PlanMade))
-    assert (plan.pictures, plan.repeats, plan.exposures_per_picture) == (8, 2, 4)
-    assert [(s.name, s.pictures, s.repeats, s.exposures_per_picture) for s in plan.sets] == [
+    assert (plan.images, plan.repeats, plan.exposures_per_image) == (8, 2, 4)
+    assert [(s.name, s.images, s.repeats, s.exposures_per_image) for s in plan.sets] == [
         ("set", 5, 2, 4), ("more", 3, 1, 2),
     ]  # fmt: skip
     seen = Counter(name for event in events if isinstance(event, StepDone) for name in event.examples)
@@ -52,15 +52,15 @@ def test_several_sets_have_their_own_repeats_triggers_and_names(tmp_path: Path, 
     assert len(prompts) == 8 + 4
 
 
-def test_sets_resume_in_the_same_bytes_with_everything_on(tmp_path: Path, sets: list[str], pictures: Path) -> None:
+def test_sets_resume_in_the_same_bytes_with_everything_on(tmp_path: Path, sets: list[str], images: Path) -> None:
     mask = Image.new("L", (32, 32))
     mask.paste(255, (0, 0, 16, 12))
-    shutil.copytree(pictures, tmp_path / "masked")
+    shutil.copytree(images, tmp_path / "masked")
     mask.save(tmp_path / "masked" / "blue-mask.png")
     options = [
-        *(option.replace(str(pictures), str(tmp_path / "masked")) for option in sets),
+        *(option.replace(str(images), str(tmp_path / "masked")) for option in sets),
         "data.masks=file", "data.shuffle_tags=true", "data.caption_dropout=0.2", "train.preservation_weight=0.5",
-        f"data.preservation_folder={pictures}", "data.preservation_caption=a ball",
+        f"data.preservation_folder={images}", "data.preservation_caption=a ball",
         f"cache.dir={tmp_path / 'shared'}",
     ]  # fmt: skip
     whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
@@ -75,18 +75,18 @@ def test_sets_resume_in_the_same_bytes_with_everything_on(tmp_path: Path, sets: 
     assert without_times(metrics(cut)) == without_times(metrics(whole))
 
 
-def test_held_out_pictures_are_split_off_all_sets(tmp_path: Path, overrides: list[str], pictures: Path) -> None:
-    sets = f'data.sets=[{{folder="builtin:zumi"}}, {{folder="{pictures}"}}]'
+def test_held_out_images_are_split_off_all_sets(tmp_path: Path, overrides: list[str], images: Path) -> None:
+    sets = f'data.sets=[{{folder="builtin:zumi"}}, {{folder="{images}"}}]'
     events = run(tmp_path / "run", [*overrides, "data.folder=", sets, "preview.enabled=false", "train.epochs=1"])
     (plan,) = (event for event in events if isinstance(event, PlanMade))
-    # 24 and 5 pictures, of which 2 are held out.
-    assert (plan.pictures, plan.heldout_pictures, len(plan.split_off)) == (27, 2, 2)
+    # 24 and 5 images, of which 2 are held out.
+    assert (plan.images, plan.validation_images, len(plan.split_off)) == (27, 2, 2)
     assert all("/" in name for name in plan.split_off)
-    assert sum(one.pictures for one in plan.sets) == 27
-    assert [event.heldout_loss is not None for event in events if isinstance(event, EpochDone)] == [True, True]
+    assert sum(one.images for one in plan.sets) == 27
+    assert [event.validation_loss is not None for event in events if isinstance(event, EpochDone)] == [True, True]
 
 
-def test_preserved_pictures_change_the_result_and_are_no_part_of_the_set(
+def test_prior_images_change_the_result_and_are_no_part_of_the_set(
     tmp_path: Path, overrides: list[str], others: Path
 ) -> None:
     changed = ["copycheck.enabled=true", "train.learning_rate=1e-2", "train.epochs=1"]
@@ -95,24 +95,24 @@ def test_preserved_pictures_change_the_result_and_are_no_part_of_the_set(
     events = run(tmp_path / "run", [*overrides, *changed, *kept])
     assert digests(tmp_path / "plain") != digests(tmp_path / "run")
     (plan,) = (event for event in events if isinstance(event, PlanMade))
-    assert (plan.pictures, plan.preserved_pictures, plan.exposures_per_picture) == (5, 3, 1)
+    assert (plan.images, plan.prior_images, plan.exposures_per_image) == (5, 3, 1)
     steps, plain_steps = ([e for e in found if isinstance(e, StepDone)] for found in (events, plain))
-    assert [(s.examples, s.visits, s.timesteps) for s in steps] == [
-        (s.examples, s.visits, s.timesteps) for s in plain_steps
+    assert [(s.examples, s.exposures, s.timesteps) for s in steps] == [
+        (s.examples, s.exposures, s.timesteps) for s in plain_steps
     ]
     check = json.loads((tmp_path / "run/epochs/1/copycheck.json").read_text())
     assert not any("preserved" in preview["nearest"] for preview in check["previews"])
 
 
-def test_preserved_pictures_that_are_never_reached_are_told(tmp_path: Path, overrides: list[str]) -> None:
+def test_prior_images_that_are_never_reached_are_told(tmp_path: Path, overrides: list[str]) -> None:
     kept = ["data.preservation_folder=builtin:zumi", "train.preservation_weight=1", "train.epochs=1"]
     events = run(tmp_path / "run", [*overrides, *kept, "preview.enabled=false"])
     told = [event.message for event in events if isinstance(event, Notice)]
-    # 5 pictures in batches of 2 make 3 steps, with as many batches of preserved pictures.
-    assert "18 of 24 pictures of data.preservation_folder are not reached in a run of this length." in told
+    # 5 images in batches of 2 make 3 steps, with as many batches of preserved images.
+    assert "18 of 24 images of data.preservation_folder are not reached in a run of this length." in told
 
 
-def test_a_preserved_picture_that_changes_is_noticed(tmp_path: Path, overrides: list[str], others: Path) -> None:
+def test_a_prior_image_that_changes_is_noticed(tmp_path: Path, overrides: list[str], others: Path) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(others, mine)
     options = [*overrides, f"data.preservation_folder={mine}", "train.preservation_weight=1", "preview.enabled=false"]
@@ -129,15 +129,15 @@ def test_a_preserved_picture_that_changes_is_noticed(tmp_path: Path, overrides: 
 
 
 def test_folders_that_cannot_go_together_are_refused(
-    tmp_path: Path, overrides: list[str], pictures: Path, others: Path
+    tmp_path: Path, overrides: list[str], images: Path, others: Path
 ) -> None:
-    twice = f'data.sets=[{{folder="{pictures}"}}, {{folder="{pictures}", name="b"}}]'
+    twice = f'data.sets=[{{folder="{images}"}}, {{folder="{images}", name="b"}}]'
     cases = [
         (["data.folder=", twice], "names a folder twice"),
-        ([f"data.holdout={pictures}"], "what is trained cannot be held out"),
-        ([f"data.preservation_folder={pictures}", "train.preservation_weight=1"], "is trained as the set or held out"),
+        ([f"data.validation_folder={images}"], "data.validation_folder is data.folder"),
+        ([f"data.preservation_folder={images}", "train.preservation_weight=1"], "is trained as the set or held out"),
         (
-            [f"data.preservation_folder={others}", f"data.holdout={others}", "train.preservation_weight=1"],
+            [f"data.preservation_folder={others}", f"data.validation_folder={others}", "train.preservation_weight=1"],
             "is trained as the set or held out",
         ),
     ]
@@ -153,13 +153,13 @@ def test_folders_that_cannot_go_together_are_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_picture_in_two_sets_is_told(tmp_path: Path, overrides: list[str], pictures: Path) -> None:
+def test_a_image_in_two_sets_is_told(tmp_path: Path, overrides: list[str], images: Path) -> None:
     copied = tmp_path / "copied"
-    shutil.copytree(pictures, copied)
+    shutil.copytree(images, copied)
     for name in ("green", "blue", "orange", "purple"):
         (copied / f"{name}.png").unlink()
         (copied / f"{name}.txt").unlink()
-    sets = f'data.sets=[{{folder="{pictures}"}}, {{folder="{copied}"}}]'
+    sets = f'data.sets=[{{folder="{images}"}}, {{folder="{copied}"}}]'
     events = run(tmp_path / "run", [*overrides, "data.folder=", sets, "preview.enabled=false", "train.epochs=1"])
     told = [event.message for event in events if isinstance(event, Notice)]
-    assert "set/red.png and copied/red.png are the same picture; keep one of them." in told
+    assert "set/red.png and copied/red.png are the same image; keep one of them." in told

@@ -27,7 +27,7 @@ CHECKED = ["copycheck.enabled=true", "preview.num_captions=1"]
 
 
 def thumbnail(file: Path) -> Image.Image | None:
-    """The picture in a file's metadata."""
+    """The image in a file's metadata."""
     text = read_file(file).metadata.get("modelspec.thumbnail")
     if text is None:
         return None
@@ -38,9 +38,9 @@ def thumbnail(file: Path) -> Image.Image | None:
 
 def test_the_file_shows_a_preview_of_a_new_prompt(tmp_path: Path, overrides: list[str]) -> None:
     run(tmp_path / "run", [*overrides, "preview.num_captions=1", "data.resolution_px=32"])
-    picture = thumbnail(tmp_path / "run" / "hero.safetensors")
-    assert picture is not None
-    assert (picture.format, max(picture.size) <= 256) == ("JPEG", True)
+    image = thumbnail(tmp_path / "run" / "hero.safetensors")
+    assert image is not None
+    assert (image.format, max(image.size) <= 256) == ("JPEG", True)
     # Prompt 0 is a caption of the set; the first new one is prompt 1.
     shown, other = (
         Image.open(tmp_path / f"run/epochs/2/previews/prompt0{index}_seed0.png").convert("RGB") for index in (1, 0)
@@ -51,7 +51,7 @@ def test_the_file_shows_a_preview_of_a_new_prompt(tmp_path: Path, overrides: lis
         preview.save(buffer, format="JPEG", quality=80)
         return Image.open(buffer).tobytes()
 
-    assert picture.tobytes() == compressed(shown) != compressed(other)
+    assert image.tobytes() == compressed(shown) != compressed(other)
     run(tmp_path / "without", [*overrides, "file.thumbnail=false"])
     assert thumbnail(tmp_path / "without" / "hero.safetensors") is None
     one, two = (load_file(tmp_path / name / "epochs/1/adapter.safetensors") for name in ("run", "without"))
@@ -76,7 +76,7 @@ def test_captions_and_folders_are_told_only_on_request(tmp_path: Path, overrides
     run(tmp_path / "silent", [*overrides, *fast])
     said = json.dumps(read_file(tmp_path / "silent" / "hero.safetensors").metadata)
     assert "red ball" not in said and "ss_tag_frequency" not in said and "ss_dataset_dirs" not in said
-    run(tmp_path / "open", [*overrides, *fast, "file.tell_captions=true"])
+    run(tmp_path / "open", [*overrides, *fast, "file.include_captions=true"])
     metadata = read_file(tmp_path / "open" / "hero.safetensors").metadata
     tags = json.loads(metadata["ss_tag_frequency"])
     assert tags.keys() == {"set"}
@@ -85,7 +85,7 @@ def test_captions_and_folders_are_told_only_on_request(tmp_path: Path, overrides
 
 
 def test_captions_too_long_to_tell_are_refused_before_the_run(
-    tmp_path: Path, overrides: list[str], pictures: Path
+    tmp_path: Path, overrides: list[str], images: Path
 ) -> None:
     example = Example("a", tmp_path / "a", "word, " * 10, (8, 8), (8, 8))
     assert json.loads(captions_told([example])["ss_tag_frequency"]) == {tmp_path.name: {"word": 10}}

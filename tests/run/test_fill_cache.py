@@ -13,14 +13,20 @@ import pytest
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import parse_config
 from sdlora.events import Progress
-from sdlora.models.base import TextStates
+from sdlora.models.base import TextEmbeddings
 from sdlora.models.sd import StableDiffusion
 from sdlora.run.fill_cache import fill_cache
 from sdlora.run.run import start
 
 
 def settings(overrides: Sequence[str], others: Path, *changes: str) -> RunConfig:
-    more = [f"data.holdout={others}", "data.caption_dropout=0.5", "data.repeats=3", "data.trigger=zumi", *changes]
+    more = [
+        f"data.validation_folder={others}",
+        "data.caption_dropout=0.5",
+        "data.repeats=3",
+        "data.trigger=zumi",
+        *changes,
+    ]
     return parse_config({"data": {"folder": "x"}}, name="x", overrides=[*overrides, "preview.enabled=false", *more])
 
 
@@ -35,13 +41,13 @@ def test_a_run_afterwards_encodes_nothing(
 ) -> None:
     config = settings(overrides, others)
     progress = [event for event in fill_cache(config, 1) if isinstance(event, Progress)]
-    # 5 pictures and 3 held-out ones, their captions, and the empty one.
+    # 5 images and 3 validation ones, their captions, and the empty one.
     assert (progress[-1].done, progress[-1].total) == (17, 17)
     made = files(config)
     assert len(made) == 17
     real = StableDiffusion.encode_captions
 
-    def only_the_empty_one(base: StableDiffusion, captions: Sequence[str]) -> TextStates:
+    def only_the_empty_one(base: StableDiffusion, captions: Sequence[str]) -> TextEmbeddings:
         assert list(captions) == [""], "a run encodes that one to see how large they are"
         return real(base, captions)
 

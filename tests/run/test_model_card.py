@@ -14,7 +14,7 @@ CHECKED = ["copycheck.enabled=true", "preview.num_captions=1", 'preview.prompts=
 
 
 def test_a_run_leaves_a_card_that_the_hub_reads(tmp_path: Path, overrides: list[str], others: Path) -> None:
-    options = [*CHECKED, "file.licence=cc-by-4.0", "data.repeats=2", f"data.holdout={others}"]
+    options = [*CHECKED, "file.licence=cc-by-4.0", "data.repeats=2", f"data.validation_folder={others}"]
     run(tmp_path / "run", [*overrides, *options])
     text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     card = ModelCard(text).data.to_dict()
@@ -28,15 +28,15 @@ def test_a_run_leaves_a_card_that_the_hub_reads(tmp_path: Path, overrides: list[
         assert (tmp_path / "run" / entry["output"]["url"]).is_file()
     assert "**clean**: 0 of 3 previews" in text
     assert 'weight_name="hero.safetensors"' in text
-    assert "5 pictures of 32 px" in text
-    # Whose pictures they were, and what they show, stays the artist's.
+    assert "5 images of 32 px" in text
+    # Whose images they were, and what they show, stays the artist's.
     for secret in ("purple", "a green ball", str(tmp_path), "data0", "others"):
         assert secret not in text
 
 
 def test_a_copy_is_told_and_not_shown(tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     copying_from(1, monkeypatch)
-    run(tmp_path / "run", [*overrides, *CHECKED, "train.epochs=1", "file.tell_captions=true"])
+    run(tmp_path / "run", [*overrides, *CHECKED, "train.epochs=1", "file.include_captions=true"])
     text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     assert "**copying**: 3 of 3 previews" in text
     assert "widget" not in ModelCard(text).data.to_dict()
@@ -44,7 +44,7 @@ def test_a_copy_is_told_and_not_shown(tmp_path: Path, overrides: list[str], monk
 
 
 def test_captions_are_in_the_card_on_request(tmp_path: Path, overrides: list[str]) -> None:
-    run(tmp_path / "run", [*overrides, *CHECKED, "train.epochs=1", "file.tell_captions=true"])
+    run(tmp_path / "run", [*overrides, *CHECKED, "train.epochs=1", "file.include_captions=true"])
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert [entry["text"] for entry in card.data.to_dict()["widget"]][-1].startswith("zumi, a ")
     run(tmp_path / "bare", [*overrides, "train.epochs=1", "preview.enabled=false"])

@@ -58,10 +58,10 @@ StopAfter = Callable[[int], Callable[[], bool]]
 
 def test_a_run_leaves_everything_a_person_needs(tmp_path: Path, overrides: list[str], others: Path) -> None:
     folder = tmp_path / "run"
-    events = run(folder, [*overrides, f"data.holdout={others}", "data.repeats=2"])
+    events = run(folder, [*overrides, f"data.validation_folder={others}", "data.repeats=2"])
     plan = next(event for event in events if isinstance(event, PlanMade))
-    assert (plan.pictures, plan.exposures_per_picture) == (5, 4)
-    # Two buckets of 3 and 2 pictures, two rounds of each in batches of 2: 3 + 2 steps an epoch.
+    assert (plan.images, plan.exposures_per_image) == (5, 4)
+    # Two buckets of 3 and 2 images, two rounds of each in batches of 2: 3 + 2 steps an epoch.
     assert plan.steps == 10 == len([event for event in events if isinstance(event, StepDone)])
     # A step is timed before anything that takes long, so that the time left can be told.
     (rehearsal,) = [event for event in events if isinstance(event, StepRehearsed)]
@@ -84,7 +84,7 @@ def test_a_run_leaves_everything_a_person_needs(tmp_path: Path, overrides: list[
     assert not list(folder.rglob("*.sdlora-partial-*"))
 
 
-def test_metrics_have_the_promised_keys_and_every_visit_once(tmp_path: Path, overrides: list[str]) -> None:
+def test_metrics_have_the_promised_keys_and_every_exposure_once(tmp_path: Path, overrides: list[str]) -> None:
     run(tmp_path / "run", [*overrides, "data.repeats=2", "preview.enabled=false"])
     rows = metrics(tmp_path / "run")
     steps = [row for row in rows if row["event"] == "step"]
@@ -93,7 +93,7 @@ def test_metrics_have_the_promised_keys_and_every_visit_once(tmp_path: Path, ove
     }  # fmt: skip
     seen = [pair for row in steps for pair in zip(row["examples"], row["visits"], strict=True)]  # type: ignore[call-overload]
     names = [f"{color}.png" for color in ("blue", "green", "orange", "purple", "red")]
-    assert sorted(seen) == [(name, visit) for name in names for visit in range(1, 5)]
+    assert sorted(seen) == [(name, exposure) for name in names for exposure in range(1, 5)]
     epochs = [row for row in rows if row["event"] == "epoch"]
     assert [row["epoch"] for row in epochs] == [0, 1, 2]
     losses = [loss for row in steps if row["epoch"] == 1 for loss in row["losses"]]  # type: ignore[attr-defined]
@@ -108,7 +108,7 @@ def test_metrics_have_the_promised_keys_and_every_visit_once(tmp_path: Path, ove
 def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(
     tmp_path: Path, overrides: list[str], others: Path, stop_after: StopAfter
 ) -> None:
-    options = [*overrides, "data.repeats=3", "train.log_every_steps=2", f"data.holdout={others}"]
+    options = [*overrides, "data.repeats=3", "train.log_every_steps=2", f"data.validation_folder={others}"]
     options += [f"cache.dir={tmp_path / 'shared'}"]
     whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
     whole.parent.mkdir()
@@ -134,19 +134,19 @@ def test_the_page_is_there_after_every_epoch(tmp_path: Path, overrides: list[str
     assert "Epoch 2 of 2" not in (tmp_path / "run" / "report.html").read_text(encoding="utf-8")
 
 
-def test_split_off_pictures_are_never_trained(tmp_path: Path, overrides: list[str]) -> None:
+def test_split_off_images_are_never_trained(tmp_path: Path, overrides: list[str]) -> None:
     options = [*overrides, "data.folder=builtin:zumi", "preview.enabled=false", "train.epochs=1"]
     events = run(tmp_path / "run", options)
     plan = next(event for event in events if isinstance(event, PlanMade))
-    assert (plan.pictures, plan.heldout_pictures, len(plan.split_off)) == (22, 2, 2)
+    assert (plan.images, plan.validation_images, len(plan.split_off)) == (22, 2, 2)
     trained = {name for event in events if isinstance(event, StepDone) for name in event.examples}
     assert len(trained) == 22 and not trained & set(plan.split_off)
-    assert all(event.heldout_loss for event in events if isinstance(event, EpochDone))
+    assert all(event.validation_loss for event in events if isinstance(event, EpochDone))
 
 
 FORMS = [
     ['lora.targets=["cross_attention", "text_encoder", "conv"]', "lora.dropout=0.2", "lora.rslora=true"],
-    ["lora.start=pissa", "lora.timestep_rank_min=1"],
+    ["lora.init=pissa", "lora.timestep_rank_min=1"],
     ["lora.dora=true"],
     ["base.quantization=int8"],
 ]
@@ -156,7 +156,7 @@ FORMS = [
 def test_every_form_of_adapter_resumes_in_the_same_bytes(
     tmp_path: Path, overrides: list[str], form: list[str], others: Path, stop_after: StopAfter
 ) -> None:
-    options = [*overrides, *form, f"data.holdout={others}", f"cache.dir={tmp_path / 'shared'}"]
+    options = [*overrides, *form, f"data.validation_folder={others}", f"cache.dir={tmp_path / 'shared'}"]
     whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
     whole.parent.mkdir()
     cut.parent.mkdir()
@@ -242,24 +242,24 @@ def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path, overrides: lis
     run(folder, [*overrides, "preview.enabled=false", "train.log_every_steps=3"], resume=True)
 
 
-def test_a_run_goes_on_only_with_its_own_pictures(
-    tmp_path: Path, overrides: list[str], pictures: Path, stop_after: StopAfter
+def test_a_run_goes_on_only_with_its_own_images(
+    tmp_path: Path, overrides: list[str], images: Path, stop_after: StopAfter
 ) -> None:
     mine = tmp_path / "mine"
-    shutil.copytree(pictures, mine)
+    shutil.copytree(images, mine)
     options = [*overrides, "preview.enabled=false", f"data.folder={mine}"]
     with pytest.raises(Stopped):
         run(tmp_path / "run", options, should_stop=stop_after(1))
     (mine / "red.txt").write_text("another caption")
     (mine / "blue.png").rename(mine / "navy.png")
     (mine / "blue.txt").rename(mine / "navy.txt")
-    with pytest.raises(DataError, match="started with other pictures") as caught:
+    with pytest.raises(DataError, match="started with other images") as caught:
         run(tmp_path / "run", options, resume=True)
     assert "added: navy.png" in str(caught.value)
     assert "no longer there: blue.png" in str(caught.value)
     assert "changed, or its caption: red.png" in str(caught.value)
     shutil.rmtree(mine)
-    shutil.copytree(pictures, mine)
+    shutil.copytree(images, mine)
     assert isinstance(run(tmp_path / "run", options, resume=True)[-1], RunDone)
 
 
@@ -279,12 +279,12 @@ def test_what_a_person_should_know_is_said(tmp_path: Path, overrides: list[str])
     options = [*overrides, "preview.enabled=false", "lora.rank=33", "train.epochs=1"]
     events = run(tmp_path / "run", options)
     told = " ".join(event.message for event in events if isinstance(event, Notice))
-    assert "Rank 33 needs more memory and copies the training pictures more easily" in told
+    assert "Rank 33 needs more memory and copies the training images more easily" in told
 
 
-def test_captions_too_many_to_keep_are_told(tmp_path: Path, overrides: list[str], pictures: Path) -> None:
+def test_captions_too_many_to_keep_are_told(tmp_path: Path, overrides: list[str], images: Path) -> None:
     mine = tmp_path / "mine"
-    shutil.copytree(pictures, mine)
+    shutil.copytree(images, mine)
     (mine / "red.txt").write_text("a red ball, one, two, three, four")
     options = [*overrides, f"data.folder={mine}", "data.shuffle_tags=true", "data.repeats=3"]
     assert not any("different captions" in str(event) for event in run(tmp_path / "kept", options))
@@ -294,12 +294,12 @@ def test_captions_too_many_to_keep_are_told(tmp_path: Path, overrides: list[str]
     assert digests(tmp_path / "kept") == digests(tmp_path / "live")
 
 
-def test_doubts_about_the_pictures_are_said_before_training(tmp_path: Path, overrides: list[str]) -> None:
+def test_doubts_about_the_images_are_said_before_training(tmp_path: Path, overrides: list[str]) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     scene, other = render(random_scene(0)), render(random_scene(1))
-    for name, picture in {"a": scene, "b": ImageOps.mirror(scene), "c": other.resize((24, 48))}.items():
-        picture.save(folder / f"{name}.png")
+    for name, image in {"a": scene, "b": ImageOps.mirror(scene), "c": other.resize((24, 48))}.items():
+        image.save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text("a thing")
     changes = [f"data.folder={folder}", "preview.enabled=false", "train.epochs=1"]
     events = run(tmp_path / "run", [*overrides, *changes])
@@ -314,9 +314,9 @@ def test_doubts_about_the_pictures_are_said_before_training(tmp_path: Path, over
     assert not any("alone in a bucket" in message for message in told)
 
 
-def test_heldout_loss_chooses_the_epoch(tmp_path: Path, overrides: list[str], others: Path) -> None:
-    events = run(tmp_path / "run", [*overrides, f"data.holdout={others}", "preview.enabled=false"])
-    losses = {event.epoch: event.heldout_loss for event in events if isinstance(event, EpochDone)}
+def test_validation_loss_chooses_the_epoch(tmp_path: Path, overrides: list[str], others: Path) -> None:
+    events = run(tmp_path / "run", [*overrides, f"data.validation_folder={others}", "preview.enabled=false"])
+    losses = {event.epoch: event.validation_loss for event in events if isinstance(event, EpochDone)}
     best = min((1, 2), key=lambda epoch: losses[epoch] or 0.0)
     assert next(event for event in events if isinstance(event, Exported)).epoch == best
 
@@ -328,7 +328,9 @@ def test_every_epoch_is_checked_and_one_that_copies_is_not_kept(
     tmp_path: Path, overrides: list[str], others: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copying_from(2, monkeypatch)
-    events = run(tmp_path / "run", [*overrides, *CHECKED, f"data.holdout={others}", "train.learning_rate=1e-2"])
+    events = run(
+        tmp_path / "run", [*overrides, *CHECKED, f"data.validation_folder={others}", "train.learning_rate=1e-2"]
+    )
     assert [event.verdict for event in events if isinstance(event, CopyChecked)] == [
         "clean", "clean", "copying", "copying",
     ]  # fmt: skip

@@ -36,21 +36,21 @@ TEXT: dict[Family, set[str]] = {"sd1": {"lora_te_"}, "sd2": {"lora_te_"}, "sdxl"
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
 def test_a_run_ends_with_its_proof(
-    family: Family, tmp_path: Path, overrides: list[str], others: Path, pictures: Path
+    family: Family, tmp_path: Path, overrides: list[str], others: Path, images: Path
 ) -> None:
     make_tiny(family, tmp_path / "base")
     source = tmp_path / "hero.toml"
     source.write_text('[data]\ntrigger = "zumi"\nclass_words = ["cat"]\n[train]\npreservation_weight = 1.0\n')
     options = [
         *overrides, f"base.path={tmp_path / 'base'}", f"lora.targets={json.dumps(TARGETS)}", "train.epochs=1",
-        f"data.holdout={others}", "data.max_token_windows=2", "copycheck.enabled=true", "lora.alpha=2",
+        f"data.validation_folder={others}", "data.max_token_windows=2", "copycheck.enabled=true", "lora.alpha=2",
         "preview.num_captions=1", "preview.guidance=2",
     ]  # fmt: skip
     events = list(start(load_config(str(source), options), tmp_path / "run"))
     exported = next(event for event in events if isinstance(event, Exported))
     assert exported.max_error == 0.0
     epochs = [event for event in events if isinstance(event, EpochDone)]
-    assert all(event.heldout_loss is not None and event.heldout_loss > 0 for event in epochs)
+    assert all(event.validation_loss is not None and event.validation_loss > 0 for event in epochs)
     assert (tmp_path / "run" / "epochs" / "1" / "copycheck.json").exists()
     file = tmp_path / "run" / "hero.safetensors"
     with safe_open(file, framework="pt") as opened:
@@ -69,8 +69,8 @@ def losses(base: Path, folder: Path, overrides: list[str], *more: str) -> list[E
     return [event for event in start(load_config(str(source), options), folder) if isinstance(event, EpochDone)]
 
 
-def test_sdxl_is_told_each_picture_s_own_size(tmp_path: Path, overrides: list[str], others: Path) -> None:
-    """The same pixels from a larger original are another condition, in training and in the held-out loss."""
+def test_sdxl_is_told_each_image_s_own_size(tmp_path: Path, overrides: list[str], others: Path) -> None:
+    """The same pixels from a larger original are another condition, in training and in the validation loss."""
     from PIL import Image
 
     make_tiny("sdxl", tmp_path / "base")
@@ -80,13 +80,13 @@ def test_sdxl_is_told_each_picture_s_own_size(tmp_path: Path, overrides: list[st
         folder.mkdir()
         Image.new("RGB", (32 * scale, 32 * scale), "red").save(folder / "a.png")
         (folder / "a.txt").write_text("a red square")
-        options = [*overrides, f"data.folder={folder}", f"data.holdout={folder.parent / 'others'}"]
+        options = [*overrides, f"data.folder={folder}", f"data.validation_folder={folder.parent / 'others'}"]
         (folder.parent / "others").mkdir(exist_ok=True)
         Image.new("RGB", (32 * scale, 32 * scale), "blue").save(folder.parent / "others" / "b.png")
         (folder.parent / "others" / "b.txt").write_text("a blue square")
         found.append(losses(tmp_path / "base", tmp_path / f"run{scale}", options)[-1])
     assert found[0].train_loss != found[1].train_loss
-    assert found[0].heldout_loss != found[1].heldout_loss
+    assert found[0].validation_loss != found[1].validation_loss
 
 
 def test_text_states_of_both_encoders_are_trained_or_read_from_the_cache(tmp_path: Path, overrides: list[str]) -> None:

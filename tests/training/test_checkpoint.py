@@ -19,12 +19,12 @@ def train_and_save(trainer: Trainer, folder: Path) -> list[Path]:
     ]
 
 
-def test_a_checkpoint_brings_everything_back(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_base, pictures, tmp_path, checkpoint_every_steps=1)
+def test_a_checkpoint_brings_everything_back(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path, checkpoint_every_steps=1)
     saved = train_and_save(trainer, tmp_path / "c")
     assert len(saved) == 5
     assert complete_checkpoints(tmp_path / "c") == saved[-2:]
-    other = make_trainer(tiny_base, pictures, tmp_path)
+    other = make_trainer(tiny_base, images, tmp_path)
     assert load_checkpoint(saved[-1], other) == {"note": 5}
     # Saved before the epoch's end was reported, so the epoch's sum is still there.
     assert (other.position.step, other.position.loss_count) == (trainer.position.step, 10) == (5, 10)
@@ -37,10 +37,10 @@ def test_a_checkpoint_brings_everything_back(tiny_base: Path, pictures: Path, tm
         assert all(torch.equal(value, states[1][index][name]) for name, value in values.items())
 
 
-def test_frozen_starts_are_those_of_the_run_that_saved_them(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_base, pictures, tmp_path, form=Form(start="pissa"))
+def test_frozen_starts_are_those_of_the_run_that_saved_them(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path, form=Form(start="pissa"))
     saved = save_checkpoint(tmp_path / "c", trainer, {})
-    other = make_trainer(tiny_base, pictures, tmp_path, form=Form(start="pissa"))
+    other = make_trainer(tiny_base, images, tmp_path, form=Form(start="pissa"))
     for start in other.adapter.starts():
         start.neg_()  # as another machine's singular vectors may come out
     load_checkpoint(saved, other)
@@ -49,16 +49,16 @@ def test_frozen_starts_are_those_of_the_run_that_saved_them(tiny_base: Path, pic
         assert torch.equal(ours, theirs)
 
 
-def test_half_a_checkpoint_is_none(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_base, pictures, tmp_path, checkpoint_every_steps=2)
+def test_half_a_checkpoint_is_none(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path, checkpoint_every_steps=2)
     saved = train_and_save(trainer, tmp_path / "c")
     (saved[-1] / "complete.json").unlink()
     assert complete_checkpoints(tmp_path / "c") == [saved[-2]]
     assert complete_checkpoints(tmp_path / "nowhere") == []
 
 
-def test_another_adapter_is_refused(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_base, pictures, tmp_path)
+def test_another_adapter_is_refused(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path)
     saved = save_checkpoint(tmp_path / "c", trainer, {})
     trainer.adapter.layers.popitem()
     with pytest.raises(OutputError, match="another adapter"):

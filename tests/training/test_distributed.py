@@ -26,7 +26,7 @@ SEVERAL = Path(__file__).parents[1] / "helpers" / "several.py"
 
 
 def config_file(folder: Path, overrides: Sequence[str], *changes: str) -> Path:
-    """A file of settings: 5 pictures x 16 repeats in batches of 4 are 20 steps."""
+    """A file of settings: 5 images x 16 repeats in batches of 4 are 20 steps."""
     settings = ["data.repeats=16", "train.epochs=1", "train.batch_size=4", "preview.enabled=false", *changes]
     config = parse_config({"data": {"folder": "x"}}, name="hero", overrides=[*overrides, *settings])
     file = folder / "hero.toml"
@@ -41,11 +41,11 @@ def run(file: Path, *runs: Run) -> None:
 
 
 def test_one_two_and_four_processes_train_the_same_adapter(
-    tmp_path: Path, overrides: list[str], pictures: Path
+    tmp_path: Path, overrides: list[str], images: Path
 ) -> None:  # fmt: skip
-    # In buckets of 3 and 2 pictures no batch is divided evenly: of 4 processes some have nothing to compute.
+    # In buckets of 3 and 2 images no batch is divided evenly: of 4 processes some have nothing to compute.
     own_caches = [setting for setting in overrides if not setting.startswith("cache.dir=")]
-    changes = ["train.weight_decay=0.1", "train.log_every_steps=1", f"data.folder=file://{pictures}"]
+    changes = ["train.weight_decay=0.1", "train.log_every_steps=1", f"data.folder=file://{images}"]
     file = config_file(tmp_path, own_caches, *changes)
     url, homes = f"file://{tmp_path}/bucket", [str(tmp_path / name) for name in "abcd"]
     together = [Run(count, str(tmp_path / str(count)), homes[:1]) for count in (1, 2, 4)]
@@ -69,7 +69,7 @@ def test_one_two_and_four_processes_train_the_same_adapter(
     assert [(one / "runs").is_dir() for one in stores] == [True, False, True, False], "the main process alone writes"
 
 
-def test_what_is_preserved_weighs_the_same_on_two_processes(tmp_path: Path, overrides: list[str]) -> None:
+def test_what_is_prior_weighs_the_same_on_two_processes(tmp_path: Path, overrides: list[str]) -> None:
     # Of two processes that share a batch, one may have all that is kept of it.
     words = ["data.trigger=a", 'data.class_words=["cat"]', "train.preservation_weight=2", "train.preservation_every=3"]
     file = config_file(tmp_path, overrides, *words, "data.repeats=8")

@@ -24,11 +24,9 @@ def test_the_average_is_the_formula() -> None:
         torch.testing.assert_close(average.values[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_average_is_judged_and_training_goes_on_from_its_own(
-    tiny_base: Path, pictures: Path, tmp_path: Path
-) -> None:
-    plain = make_trainer(tiny_base, pictures, tmp_path, learning_rate=1e-2)
-    trainer = make_trainer(tiny_base, pictures, tmp_path, learning_rate=1e-2, ema_decay=0.9)
+def test_the_average_is_judged_and_training_goes_on_from_its_own(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    plain = make_trainer(tiny_base, images, tmp_path, learning_rate=1e-2)
+    trainer = make_trainer(tiny_base, images, tmp_path, learning_rate=1e-2, ema_decay=0.9)
     for each in (plain, trainer):
         list(each.events())
     assert trainer.average is not None
@@ -40,8 +38,8 @@ def test_the_average_is_judged_and_training_goes_on_from_its_own(
     assert all(torch.equal(p, b) for p, b in zip(plain.parameters, before, strict=True))
 
 
-def test_schedule_free_is_judged_at_x_and_trained_at_y(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_base, pictures, tmp_path, learning_rate=1e-2, optimizer="schedule_free")
+def test_schedule_free_is_judged_at_x_and_trained_at_y(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path, learning_rate=1e-2, optimizer="schedule_free")
     list(trainer.events())
     before = [p.detach().clone() for p in trainer.parameters]
     with trainer.averaged():

@@ -10,7 +10,7 @@ import torch
 from sdlora.lora.inject import inject
 from sdlora.lora.targets import find_targets
 from sdlora.models.load import load_base
-from sdlora.training.loss import Batch, diffusion_loss, diffusion_loss_preserving
+from sdlora.training.loss import Batch, diffusion_loss, diffusion_loss_with_prior
 
 
 def test_one_pass_gives_the_loss_and_the_distance_from_the_base(tiny_base: Path) -> None:
@@ -22,14 +22,14 @@ def test_one_pass_gives_the_loss_and_the_distance_from_the_base(tiny_base: Path)
     class_text = base.encode_captions(["cat", "", "dog"])
     with torch.no_grad():
         everyone = torch.arange(3)
-        unmoved = diffusion_loss_preserving(base, adapter, batch, everyone, class_text, class_text)[1]
+        unmoved = diffusion_loss_with_prior(base, adapter, batch, everyone, class_text, class_text)[1]
         assert unmoved.max() < 1e-12, "B is zero, and twice the batch rounds a little differently"
         for parameter in adapter.up_parameters():
             parameter.normal_(generator=draw)
-        loss, distance = diffusion_loss_preserving(base, adapter, batch, everyone, class_text, class_text)
+        loss, distance = diffusion_loss_with_prior(base, adapter, batch, everyone, class_text, class_text)
         some = torch.tensor([2, 0])
         their_text = {name: states[some] for name, states in class_text.items()}
-        fewer = diffusion_loss_preserving(base, adapter, batch, some, their_text, their_text)
+        fewer = diffusion_loss_with_prior(base, adapter, batch, some, their_text, their_text)
         alpha = base.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         moved = base.unet(noisy, batch.timesteps, class_text["states"]).sample

@@ -89,9 +89,9 @@ def test_prodigy_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_every_part_moves_at_its_own_rate(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_every_part_moves_at_its_own_rate(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
-        tiny_base, pictures, tmp_path, targets=("cross_attention", "text_encoder"), form=Form(dora=True)
+        tiny_base, images, tmp_path, targets=("cross_attention", "text_encoder"), form=Form(dora=True)
     )
     adapter = trainer.adapter
     optimizer = make_optimizer("adamw", adapter_groups(adapter, 16.0, 0.5), rate=1e-3, weight_decay=0.0)
@@ -110,8 +110,8 @@ def test_every_part_moves_at_its_own_rate(tiny_base: Path, pictures: Path, tmp_p
 
 
 @pytest.mark.parametrize("form", [Form(dora=True), Form(start="pissa"), Form()])
-def test_decay_pulls_towards_the_base_alone(tiny_base: Path, pictures: Path, tmp_path: Path, form: Form) -> None:
-    trainer = make_trainer(tiny_base, pictures, tmp_path, form=form)
+def test_decay_pulls_towards_the_base_alone(tiny_base: Path, images: Path, tmp_path: Path, form: Form) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path, form=form)
     adapter = trainer.adapter
     optimizer = make_optimizer("adamw", adapter_groups(adapter, 1.0, 1.0), rate=0.1, weight_decay=0.5)
     before = {parameter: parameter.detach().clone() for parameter in adapter.parameters()}
@@ -125,11 +125,17 @@ def test_decay_pulls_towards_the_base_alone(tiny_base: Path, pictures: Path, tmp
             assert torch.equal(layer.magnitude, before[layer.magnitude])
 
 
-def test_the_trainer_gives_b_its_ratio(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
+def test_the_trainer_gives_b_its_ratio(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     moved = []
     for ratio in (1.0, 8.0):
         trainer = make_trainer(
-            tiny_base, pictures, tmp_path, learning_rate=1e-4, plus_ratio=ratio, weight_decay=0.0, log_every_steps=1
+            tiny_base,
+            images,
+            tmp_path,
+            learning_rate=1e-4,
+            loraplus_lr_ratio=ratio,
+            weight_decay=0.0,
+            log_every_steps=1,
         )
         first = next(event for event in trainer.events() if isinstance(event, StepDone))
         assert first.lr == 1e-4
@@ -139,12 +145,12 @@ def test_the_trainer_gives_b_its_ratio(tiny_base: Path, pictures: Path, tmp_path
 
 @pytest.mark.parametrize(("name", "ema_decay"), [*((name, 0.0) for name in RATES), ("adamw", 0.9), ("lion", 0.9)])
 def test_a_resumed_run_is_the_uninterrupted_one(
-    name: str, ema_decay: float, tiny_base: Path, pictures: Path, tmp_path: Path
+    name: str, ema_decay: float, tiny_base: Path, images: Path, tmp_path: Path
 ) -> None:
     options = {"optimizer": name, "learning_rate": RATES[name], "ema_decay": ema_decay, "warmup_steps": 2}
-    whole = make_trainer(tiny_base, pictures, tmp_path, **options, checkpoint_every_steps=1)
-    stopped = make_trainer(tiny_base, pictures, tmp_path, **options)
-    resumed = make_trainer(tiny_base, pictures, tmp_path, **options)
+    whole = make_trainer(tiny_base, images, tmp_path, **options, checkpoint_every_steps=1)
+    stopped = make_trainer(tiny_base, images, tmp_path, **options)
+    resumed = make_trainer(tiny_base, images, tmp_path, **options)
     for event in whole.events():
         if isinstance(event, CheckpointDue):
             with whole.averaged():
@@ -188,10 +194,10 @@ def test_eight_bits_need_a_gpu() -> None:
 @pytest.mark.parametrize(
     ("train", "message"),
     [
-        ({"optimizer": "schedule_free", "schedule": "cosine"}, "constant"),
+        ({"optimizer": "schedule_free", "lr_schedule": "cosine"}, "constant"),
         ({"optimizer": "schedule_free", "ema_decay": 0.9}, "averages by itself"),
         ({"optimizer": "prodigy"}, "set it to 1"),
-        ({"optimizer": "prodigy", "learning_rate": 1, "plus_ratio": 4}, "one learning rate for everything"),
+        ({"optimizer": "prodigy", "learning_rate": 1, "loraplus_lr_ratio": 4}, "one learning rate for everything"),
     ],
 )
 def test_impossible_pairs_are_refused(train: dict[str, Any], message: str) -> None:

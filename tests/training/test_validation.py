@@ -6,11 +6,11 @@ from helpers.trainer import make_trainer
 
 from sdlora.common import seeds
 from sdlora.events import EpochDone
-from sdlora.training.validation import HeldOut, heldout_bands, picture_losses
+from sdlora.training.validation import Validation, image_losses, validation_bands
 
 
-def test_bands_are_means_over_fixed_levels_and_fixed_noise(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_base, pictures, tmp_path)
+def test_bands_are_means_over_fixed_levels_and_fixed_noise(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path)
     data, base = trainer.data, trainer.base
     expected: list[list[float]] = [[] for _ in range(5)]
     for index, example in enumerate(data.dataset.examples):
@@ -23,46 +23,44 @@ def test_bands_are_means_over_fixed_levels_and_fixed_noise(tiny_base: Path, pict
                 states = base.encode_captions([example.caption])["states"]
                 answer = base.unet(noisy, torch.tensor([level]), states).sample
             expected[level // 200].append(float((answer - noise).pow(2).mean()))
-    found = heldout_bands(data, 3)
+    found = validation_bands(data, 3)
     assert found == pytest.approx([sum(losses) / 10 for losses in expected], abs=1e-5)
-    assert heldout_bands(data, 3) == found != heldout_bands(data, 4)
+    assert validation_bands(data, 3) == found != validation_bands(data, 4)
 
 
-def test_the_change_is_the_adapter_on_minus_off(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_base, pictures, tmp_path)
-    fresh = HeldOut(trainer.data, trainer.adapter, 3)
+def test_the_change_is_the_adapter_on_minus_off(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path)
+    fresh = Validation(trainer.data, trainer.adapter, 3)
     base = fresh.measure(EpochDone(0, 0, None, None, 0.0))
-    assert base.heldout_bands == heldout_bands(trainer.data, 3)
-    assert base.heldout_loss == pytest.approx(sum(base.heldout_bands or []) / 5)
-    assert base.heldout_change == [0.0] * 5, "B is zero: nothing has moved"
+    assert base.validation_bands == validation_bands(trainer.data, 3)
+    assert base.validation_loss == pytest.approx(sum(base.validation_bands or []) / 5)
+    assert base.validation_change == [0.0] * 5, "B is zero: nothing has moved"
     with torch.no_grad():
         for parameter in trainer.adapter.up_parameters():
             parameter.normal_(generator=torch.Generator().manual_seed(0))
     event = EpochDone(1, 5, 0.5, None, 2.0, [0.5] * 5)
     moved = fresh.measure(event)
-    on, off = moved.heldout_bands or [], base.heldout_bands or []
-    assert moved.heldout_change == [a - b for a, b in zip(on, off, strict=True)]
-    assert all(abs(change) > 1e-6 for change in moved.heldout_change)
+    on, off = moved.validation_bands or [], base.validation_bands or []
+    assert moved.validation_change == [a - b for a, b in zip(on, off, strict=True)]
+    assert all(abs(change) > 1e-6 for change in moved.validation_change)
     assert (moved.train_loss, moved.train_bands, moved.seconds) == (0.5, [0.5] * 5, 2.0)
     # As in a resumed run, which first measures in the middle.
-    assert HeldOut(trainer.data, trainer.adapter, 3).measure(event) == moved
+    assert Validation(trainer.data, trainer.adapter, 3).measure(event) == moved
 
 
-def test_a_pictures_losses_are_its_own_whatever_others_are_asked(
-    tiny_base: Path, pictures: Path, tmp_path: Path
-) -> None:
-    data = make_trainer(tiny_base, pictures, tmp_path).data
-    everything = picture_losses(data, range(5), 3)
+def test_a_images_losses_are_its_own_whatever_others_are_asked(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    data = make_trainer(tiny_base, images, tmp_path).data
+    everything = image_losses(data, range(5), 3)
     assert everything.shape == (5, 5, 2)
-    assert torch.equal(picture_losses(data, [3, 1], 3), everything[[3, 1]])
-    # Ten levels of five pictures in float64, by hand.
+    assert torch.equal(image_losses(data, [3, 1], 3), everything[[3, 1]])
+    # Ten levels of five images in float64, by hand.
     by_hand = everything.double().sum(dim=(0, 2)) / 10
-    assert heldout_bands(data, 3) == pytest.approx(by_hand.tolist(), abs=1e-6)
+    assert validation_bands(data, 3) == pytest.approx(by_hand.tolist(), abs=1e-6)
 
 
-def test_what_was_measured_of_every_picture_is_kept(tiny_base: Path, pictures: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_base, pictures, tmp_path)
-    measured = HeldOut(trainer.data, trainer.adapter, 3)
+def test_what_was_measured_of_every_image_is_kept(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path)
+    measured = Validation(trainer.data, trainer.adapter, 3)
     assert measured.losses_off is None
     assert measured.losses_on is None
     event = EpochDone(0, 0, None, None, 0.0)
@@ -76,5 +74,5 @@ def test_what_was_measured_of_every_picture_is_kept(tiny_base: Path, pictures: P
             parameter.normal_(generator=torch.Generator().manual_seed(0))
     measured.measure(event)
     assert torch.equal(measured.losses_off, base)
-    assert torch.equal(measured.losses_on, picture_losses(trainer.data, range(5), 3))
+    assert torch.equal(measured.losses_on, image_losses(trainer.data, range(5), 3))
     assert not torch.equal(measured.losses_on, base)

@@ -34,11 +34,11 @@ def context(studio: Studio) -> Context:
 
 
 @pytest.fixture
-def make_config(studio: Studio, pictures: Path) -> Callable[..., RunConfig]:
+def make_config(studio: Studio, images: Path) -> Callable[..., RunConfig]:
     """Settings that are valid, by name."""
 
     def made(name: str, **train: Any) -> RunConfig:
-        return parse_config({"data": {"folder": str(pictures)}, "train": train}, name=name)
+        return parse_config({"data": {"folder": str(images)}, "train": train}, name=name)
 
     return made
 

@@ -1,4 +1,4 @@
-"""Pictures for the browser: decoded and encoded anew by sdlora, into the one folder that is served.
+"""Images for the browser: decoded and encoded anew by sdlora, into the one folder that is served.
 
 A file's name there is the hash of what it was made of, so that it never changes and can be kept for good.
 """
@@ -20,28 +20,28 @@ from sdlora.report.images import Album
 NAME = re.compile(r"[0-9a-f]{40}\.(png|jpg)")
 ROUTE = "/studio/picture"
 THUMBNAIL_PX, LARGE_PX = 320, 768
-_CRISP_PX = 128  # up to here a picture is a sprite: kept exactly, and enlarged in squares
+_CRISP_PX = 128  # up to here an image is a sprite: kept exactly, and enlarged in squares
 
 
-def shown_url(folder: Path, picture: Path, *, longest_px: int = THUMBNAIL_PX, background: str = "white") -> str:
-    """The address of a picture file's copy, which is made if it is not there yet.
+def shown_url(folder: Path, image: Path, *, longest_px: int = THUMBNAIL_PX, background: str = "white") -> str:
+    """The address of an image file's copy, which is made if it is not there yet.
 
     Args:
         folder: What is served.
-        picture: Any picture that sdlora reads.
+        image: Any image that sdlora reads.
         longest_px: Its longer edge is made as short as this.
         background: Colour under transparent pixels.
 
     Raises:
-        DataError: It cannot be read as a picture.
+        DataError: It cannot be read as an image.
     """
-    facts = picture.stat()
-    key = f"{picture.resolve()} {facts.st_mtime_ns} {facts.st_size} {longest_px} {background}"
-    return _url(folder, key, lambda: load_image(picture, background), longest_px)
+    facts = image.stat()
+    key = f"{image.resolve()} {facts.st_mtime_ns} {facts.st_size} {longest_px} {background}"
+    return _url(folder, key, lambda: load_image(image, background), longest_px)
 
 
 def shown_image(folder: Path, key: str, read: Callable[[], Image.Image], *, longest_px: int = THUMBNAIL_PX) -> str:
-    """The same for a picture that is no file; `key` is the same for the same pixels alone."""
+    """The same for an image that is no file; `key` is the same for the same pixels alone."""
     return _url(folder, f"{key} {longest_px}", read, longest_px)
 
 
@@ -50,10 +50,10 @@ def _url(folder: Path, key: str, read: Callable[[], Image.Image], longest_px: in
     for suffix in ("png", "jpg"):
         if (folder / f"{digest}.{suffix}").is_file():
             return f"{ROUTE}/{digest}.{suffix}"
-    picture = read().convert("RGB")
-    picture.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
+    image = read().convert("RGB")
+    image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
     # Without any of the file's own metadata.
-    clean = Image.frombytes("RGB", picture.size, picture.tobytes())
+    clean = Image.frombytes("RGB", image.size, image.tobytes())
     suffix = "png" if max(clean.size) <= _CRISP_PX else "jpg"
     with atomic_path(folder / f"{digest}.{suffix}") as temporary:
         clean.save(temporary, format="PNG" if suffix == "png" else "JPEG", quality=88)
@@ -61,7 +61,7 @@ def _url(folder: Path, key: str, read: Callable[[], Image.Image], longest_px: in
 
 
 class LinkedAlbum(Album):
-    """Writes `<img>` elements whose pictures are fetched from the studio, instead of embedding them.
+    """Writes `<img>` elements whose images are fetched from the studio, instead of embedding them.
 
     Args:
         folder: What is served.
@@ -73,7 +73,7 @@ class LinkedAlbum(Album):
         self._folder, self._run = folder, run
 
     def show(self, key: str, read: Callable[[], Image.Image], alt: str) -> str:
-        """An `<img>` of a picture; `key` is the same for the same picture of the run."""
+        """An `<img>` of an image; `key` is the same for the same image of the run."""
         url = shown_image(self._folder, f"{self._run} {key}", read)
         crisp = " class='crisp'" if url.endswith(".png") else ""
         return f"<img src='{url}' alt='{html.escape(alt, quote=True)}' loading='lazy'{crisp}>"

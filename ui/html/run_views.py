@@ -62,26 +62,26 @@ def _way_on(status: Status) -> str:
 
 
 def training_charts(run: RunView) -> str:
-    """The smoothed loss with the held-out loss beside it, and the noise levels that were visited."""
+    """The smoothed loss with the validation loss beside it, and the noise levels that were visited."""
     if not run.steps:
         return box("<p class='quiet'>Charts appear with the first steps.</p>")
     steps = [row["step"] for row in run.steps]
     smooth = _smoothed([row["loss"] for row in run.steps])
-    heldout = {row["step"]: row["heldout_loss"] for row in run.epochs if row["heldout_loss"] is not None}
-    x = sorted({*steps[:: max(1, len(steps) // _MOST_POINTS)], steps[-1], *heldout})
+    validation = {row["step"]: row["heldout_loss"] for row in run.epochs if row["heldout_loss"] is not None}
+    x = sorted({*steps[:: max(1, len(steps) // _MOST_POINTS)], steps[-1], *validation})
     by_step = dict(zip(steps, smooth, strict=True))
     lines = [Line("training", [by_step.get(step) for step in x], COLORS[3])]
-    if heldout:
-        lines.append(Line("held out", [heldout.get(step) for step in x], COLORS[1]))
+    if validation:
+        lines.append(Line("held out", [validation.get(step) for step in x], COLORS[1]))
     loss = line_chart(lines, x, x_name="step", y_name="loss, smoothed")
-    visited = [level for row in run.steps for level in row["timesteps"]]
+    exposed = [level for row in run.steps for level in row["timesteps"]]
     counts = [0] * _BINS
-    for level in visited:
+    for level in exposed:
         counts[min(_BINS - 1, level * _BINS // 1000)] += 1
     levels = bar_chart(counts, [0, 200, 400, 600, 800, 1000], x_name="noise level", y_name="visits")
     return box(
         "<div class='charts'>"
-        + figure("Loss", loss, "Where the held-out loss rises while the other falls, it learns by heart.")
+        + figure("Loss", loss, "Where the validation loss rises while the other falls, it learns by heart.")
         + figure(
             "Noise levels covered", levels, "Every level should be visited: low ones are detail, high ones layout."
         )
@@ -98,17 +98,15 @@ def _smoothed(values: Sequence[float]) -> list[float]:
 
 
 def epoch_grid(run: RunView, shown: Path) -> str:
-    """All previews, a column for each epoch, the base first; those that match a training picture are marked."""
+    """All previews, a column for each epoch, the base first; those that match a training image are marked."""
     if run.checks:
-        comparisons = Comparisons(
-            run.checks, run.folder / "epochs", run.training_pictures(), LinkedAlbum(shown, run.key)
-        )
+        comparisons = Comparisons(run.checks, run.folder / "epochs", run.training_images(), LinkedAlbum(shown, run.key))
         return box(comparisons.grid().replace("href='#pair-", "href='#' data-pair='pair-"))
     if not run.previews:
         return box("<p class='quiet'>The first previews come before training: what the base draws by itself.</p>")
     columns = "".join(
         f"<figure><figcaption>{'base' if epoch == 0 else f'epoch {epoch}'}</figcaption>"
-        + "".join(_picture(shown, file, f"epoch {epoch}") for file in files)
+        + "".join(_image(shown, file, f"epoch {epoch}") for file in files)
         + "</figure>"
         for epoch, files in run.previews.items()
     )
@@ -128,14 +126,14 @@ def copy_banner(run: RunView, status: Status) -> str:
     if not copying:
         return banner
     advice = "Stop here: later epochs copy more." if status.alive else "Keep an earlier epoch; Result says which."
-    return message(advice, "copying", title=f"Epoch {copying[0]} copies training pictures") + banner
+    return message(advice, "copying", title=f"Epoch {copying[0]} copies training images") + banner
 
 
 def copy_pairs(run: RunView, epoch: int, shown: Path) -> str:
-    """Every preview of an epoch beside the training picture that it is most like."""
+    """Every preview of an epoch beside the training image that it is most like."""
     if epoch not in run.checks:
         return box("")
-    comparisons = Comparisons(run.checks, run.folder / "epochs", run.training_pictures(), LinkedAlbum(shown, run.key))
+    comparisons = Comparisons(run.checks, run.folder / "epochs", run.training_images(), LinkedAlbum(shown, run.key))
     check = run.checks[epoch]
     return box(f"<p class='row'>{verdict_chip(check)} {text(check.reason)}</p>{comparisons.pairs(epoch)}")
 
@@ -178,17 +176,17 @@ def _downloads(run: RunView, kept: int, final: bool) -> str:
     )
 
 
-def tried(shown: Path, pictures: Mapping[str, Image.Image], key: str) -> str:
-    """Pictures that were drawn on demand, side by side with what each is.
+def tried(shown: Path, images: Mapping[str, Image.Image], key: str) -> str:
+    """Images that were drawn on demand, side by side with what each is.
 
     Args:
-        shown: The folder that pictures are served from.
-        pictures: By what is written below each.
-        key: The same for the same pictures alone.
+        shown: The folder that images are served from.
+        images: By what is written below each.
+        key: The same for the same images alone.
     """
     figures = []
-    for label, picture in pictures.items():
-        url = shown_image(shown, f"{key} {label}", picture.copy, longest_px=768)
+    for label, image in images.items():
+        url = shown_image(shown, f"{key} {label}", image.copy, longest_px=768)
         crisp = " class='crisp'" if url.endswith(".png") else ""
         figures.append(
             f"<figure><img src='{url}' alt='{text(label)}'{crisp}><figcaption>{text(label)}</figcaption></figure>"
@@ -199,16 +197,16 @@ def tried(shown: Path, pictures: Mapping[str, Image.Image], key: str) -> str:
 def run_cards(runs: Sequence[tuple[Status, RunView | None]], shown: Path) -> str:
     """Every run with its last previews, its verdict and what was set."""
     if not runs:
-        return message("They gather here, with their pictures and settings.", title="No runs yet")
+        return message("They gather here, with their images and settings.", title="No runs yet")
     return box(f"<div class='runs'>{''.join(_run_card(status, run, shown) for status, run in runs)}</div>")
 
 
 def _run_card(status: Status, run: RunView | None, shown: Path) -> str:
-    pictures = facts = verdict = ""
+    images = facts = verdict = ""
     if run is not None:
         last = max(run.previews, default=None)
         files = [] if last is None else run.previews[last][:3]
-        pictures = "".join(_picture(shown, file, f"{run.name}, epoch {last}") for file in files)
+        images = "".join(_image(shown, file, f"{run.name}, epoch {last}") for file in files)
         config = run.config
         facts = (
             f"{config.train.epochs} epochs × {config.data.repeats} repeats, rank {config.lora.rank}, "
@@ -219,7 +217,7 @@ def _run_card(status: Status, run: RunView | None, shown: Path) -> str:
             verdict = verdict_chip(run.checks[found[0]])
     return (
         f"<article class='run'><div class='row'><b>{text(status.name)}</b>{state_chip(status)}{verdict}</div>"
-        f"<div class='thumbs'>{pictures}</div><p class='quiet'>{text(facts)}</p></article>"
+        f"<div class='thumbs'>{images}</div><p class='quiet'>{text(facts)}</p></article>"
     )
 
 
@@ -238,7 +236,7 @@ def settings_table(first: str, second: str, rows: Sequence[tuple[str, object, ob
     )
 
 
-def _picture(shown: Path, file: Path, alt: str) -> str:
+def _image(shown: Path, file: Path, alt: str) -> str:
     url = shown_url(shown, file)
     crisp = " class='crisp'" if url.endswith(".png") else ""
     return f"<img src='{url}' alt='{text(alt)}' loading='lazy'{crisp}>"

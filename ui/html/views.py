@@ -1,6 +1,6 @@
-"""What is shown of pictures, plans and the queue, as HTML; everything that a person wrote is escaped.
+"""What is shown of images, plans and the queue, as HTML; everything that a person wrote is escaped.
 
-Pure but for the small pictures that it has made.
+Pure but for the small images that it has made.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from sdlora.common.text import format_seconds
 from sdlora.errors import DataError, SdloraError
 
-from ..state.background_tasks import Errand, Errands
+from ..state.background_tasks import BackgroundTask, BackgroundTasks
 from ..state.image_set import Card, SetView
 from ..state.run_status import Status
 from .image_urls import shown_url
@@ -21,8 +21,8 @@ _MOST_TWINS = 12  # groups that are shown side by side
 _MARKS = {"fine": ("✓", "fine"), "warning": ("!", "look again"), "error": ("✕", "to mend")}
 PHASES = {
     "start": "getting ready", "train": "training", "previews": "drawing previews", "cache captions": "reading captions",
-    "cache pictures": "reading pictures", "heldout": "measuring held-out pictures",
-    "page": "writing the report", "the base's pictures": "learning what the base draws by itself",
+    "cache pictures": "reading images", "heldout": "measuring validation images",
+    "page": "writing the report", "the base's images": "learning what the base draws by itself",
 }  # fmt: skip
 WORDS = {
     "waiting": "waiting in the queue", "starting": "starting: loading the base", "running": "at work",
@@ -58,19 +58,19 @@ def failure(error: SdloraError) -> str:
     return message(str(error), "copying")
 
 
-# --- Pictures ---------------------------------------------------------------------------------------------------------
+# --- Images ---------------------------------------------------------------------------------------------------------
 
 
 def set_summary(view: SetView) -> str:
     """What the doctor says of the whole set."""
     if not view.cards:
         return message(
-            "Drop 10 to 40 pictures of one thing above: a character, a style, an object.", title="No pictures yet"
+            "Drop 10 to 40 images of one thing above: a character, a style, an object.", title="No images yet"
         )
     captioned = sum(bool(card.caption) for card in view.cards)
     errors = [finding.message for finding in view.findings if finding.severity == "error"]
     warnings = [finding.message for finding in view.findings if finding.severity == "warning"]
-    title = f"{len(view.cards)} pictures, {captioned} with a caption"
+    title = f"{len(view.cards)} images, {captioned} with a caption"
     if errors:
         return message("\n".join(errors + warnings), "copying", title=f"{title}: {len(errors)} to mend before training")
     if warnings:
@@ -78,34 +78,34 @@ def set_summary(view: SetView) -> str:
     return message("Ready to train.", "clean", title=f"{title}: nothing to mend")
 
 
-def set_cards(cards: Sequence[Card], folder: Path, shown: Path, pictures: str) -> str:
-    """A card for each picture: thumbnail with its crop, verdict with reasons, and its caption to write on.
+def set_cards(cards: Sequence[Card], folder: Path, shown: Path, images: str) -> str:
+    """A card for each image: thumbnail with its crop, verdict with reasons, and its caption to write on.
 
     Args:
         cards: Of a set.
         folder: The set's.
-        shown: The folder that pictures are served from.
-        pictures: The set as the page calls it, to be sent with captions.
+        shown: The folder that images are served from.
+        images: The set as the page calls it, to be sent with captions.
     """
     drawn = "".join(_card(folder, card, shown) for card in cards)
-    return box(f"<div class='cards' data-set='{text(pictures)}'>{drawn}</div>" if drawn else "")
+    return box(f"<div class='cards' data-set='{text(images)}'>{drawn}</div>" if drawn else "")
 
 
 def _card(folder: Path, card: Card, shown: Path) -> str:
     name = text(card.name)
     return (
-        f"<article class='card' data-picture='{name}'><div class='photo'>{_photo(folder, card, shown)}</div>"
+        f"<article class='card' data-image='{name}'><div class='photo'>{_photo(folder, card, shown)}</div>"
         f"<div class='about'><div class='row'><span class='name'>{name}</span>"
         f"<button type='button' class='remove' aria-label='Take {name} out of the set'>Take out</button></div>"
         f"{verdict(card)}"
-        f"<textarea rows='3' aria-label='Caption of {name}' placeholder='What is in the picture?' "
+        f"<textarea rows='3' aria-label='Caption of {name}' placeholder='What is in the image?' "
         f"spellcheck='true'>{text(card.caption)}</textarea>"
         "<div class='saved' role='status'></div></div></article>"
     )
 
 
 def verdict(card: Card) -> str:
-    """The doctor's verdict on one picture, with its reasons."""
+    """The doctor's verdict on one image, with its reasons."""
     mark, word = _MARKS[card.severity]
     tone = {"fine": "clean", "warning": "watch", "error": "copying"}[card.severity]
     reasons = "".join(f"<li>{text(reason)}</li>" for reason in card.findings)
@@ -132,7 +132,7 @@ def _photo(folder: Path, card: Card, shown: Path) -> str:
 
 
 def _crop(card: Card) -> str:
-    """The part of a picture that is trained, as a frame over it; nothing where that is all of it."""
+    """The part of an image that is trained, as a frame over it; nothing where that is all of it."""
     if card.size is None or card.bucket is None:
         return ""
     (width, height), (across, down) = card.size, card.bucket
@@ -148,7 +148,7 @@ def twins(view: SetView, shown: Path) -> str:
     if not view.twins:
         return ""
     more = len(view.twins) - _MOST_TWINS
-    rest = f"<p>And {more} more groups; the cards of their pictures say so.</p>" if more > 0 else ""
+    rest = f"<p>And {more} more groups; the cards of their images say so.</p>" if more > 0 else ""
     cards = {card.name: card for card in view.cards}
     groups = "".join(
         "<div class='twins'>"
@@ -159,7 +159,7 @@ def twins(view: SetView, shown: Path) -> str:
         for names in view.twins[:_MOST_TWINS]
     )
     return box(
-        f"<h3>The same picture twice</h3><p>What is there twice is copied first. Keep one of each.</p>{groups}{rest}"
+        f"<h3>The same image twice</h3><p>What is there twice is copied first. Keep one of each.</p>{groups}{rest}"
     )
 
 
@@ -222,13 +222,13 @@ def queue(statuses: Sequence[Status]) -> str:
 # --- Errands ----------------------------------------------------------------------------------------------------------
 
 
-def caption_errand(errands: Errands) -> str:
+def caption_task(tasks: BackgroundTasks) -> str:
     """How the captions by a model stand."""
-    errand = errands.find("caption")
-    if errand is None:
+    task = tasks.find("caption")
+    if task is None:
         return ""
-    stage, written, total = errands.stage(errand), errands.written(errand), len(errand.files)
-    title = f"Captions for {errand.subject}"
+    stage, written, total = tasks.stage(task), tasks.written(task), len(task.files)
+    title = f"Captions for {task.subject}"
     if stage == "running":
         told = f"{written} of {total} written." if written else "Getting the model; the first time it is downloaded."
         share = written / total if total else 0.0
@@ -236,24 +236,24 @@ def caption_errand(errands: Errands) -> str:
             f"<div class='verdict busy' role='status'><strong>{text(title)}</strong><div class='bar'>"
             f"<span style='width: {share:.1%}'></span></div><p>{text(told)}</p></div>"
         )
-    return _ended(errands, errand, stage, title, f"{written} of {total} were written; they stay.")
+    return _ended(tasks, task, stage, title, f"{written} of {total} were written; they stay.")
 
 
-def publish_errand(errands: Errands) -> str:
+def publish_task(tasks: BackgroundTasks) -> str:
     """How a run's upload stands."""
-    errand = errands.find("publish")
-    if errand is None:
+    task = tasks.find("publish")
+    if task is None:
         return ""
-    stage, title = errands.stage(errand), f"Upload of {errand.subject}"
+    stage, title = tasks.stage(task), f"Upload of {task.subject}"
     if stage == "running":
         return message("It goes on if you leave this page.", "busy", title=f"{title} is under way")
-    return _ended(errands, errand, stage, title, "What had arrived stays on the Hub.")
+    return _ended(tasks, task, stage, title, "What had arrived stays on the Hub.")
 
 
-def _ended(errands: Errands, errand: Errand, stage: str, title: str, left: str) -> str:
+def _ended(tasks: BackgroundTasks, task: BackgroundTask, stage: str, title: str, left: str) -> str:
     if stage == "done":
-        return message(f"{errands.said(errand)}\n{errands.complaint(errand)}", "clean", title=f"{title}: done")
+        return message(f"{tasks.said(task)}\n{tasks.complaint(task)}", "clean", title=f"{title}: done")
     if stage == "stopped":
         return message(left, "watch", title=f"{title}: stopped")
-    why = errands.complaint(errand) or "Its process is gone without a word: it was killed, or the machine was off."
+    why = tasks.complaint(task) or "Its process is gone without a word: it was killed, or the machine was off."
     return message(f"{why}\n{left}", "copying", title=f"{title}: failed")

@@ -18,9 +18,9 @@ from ..settings.draft import write_draft
 from ..state.background_tasks import Kind
 from . import images as images_tab
 from . import recipe as recipe_form
-from .background_tasks import ErrandPart
+from .background_tasks import TaskPart
 from .context import Context
-from .images import pictures_page
+from .images import images_page
 from .recipe import recipe_page
 from .result import clone_into_draft, result_page, runs_page
 from .snapshot import SLOTS, snapshot
@@ -70,7 +70,7 @@ def build(context: Context) -> Any:
             run = gr.Dropdown(label="Run", min_width=180, scale=1, elem_id="run")
         with gr.Tabs(elem_id="steps") as tabs:
             with gr.Tab("Pictures", id="pictures"):
-                pictures = pictures_page(context)
+                images = images_page(context)
             with gr.Tab("Recipe", id="recipe") as recipe_tab:
                 recipe = recipe_page(context)
             with gr.Tab("Training", id="training"):
@@ -84,13 +84,13 @@ def build(context: Context) -> Any:
         # What this page shows already, by slot; a gr.State would cost every tab a connection that stays open, and a
         # browser has six of them for all its tabs.
         seen = gr.Textbox("{}", visible=False)
-        errands: dict[Kind, ErrandPart] = {"caption": pictures.captions, "publish": result.upload}
+        tasks: dict[Kind, TaskPart] = {"caption": images.captions, "publish": result.upload}
         slots = {"strip": strip, **training.slots, **copy.slots, **result.slots, **all_runs.slots}
-        slots |= {kind: errand.told for kind, errand in errands.items()}
+        slots |= {kind: task.told for kind, task in tasks.items()}
         buttons = training.buttons
         outputs = [
             *(slots[slot] for slot in SLOTS), run, copy.epoch, copy.stop, training.waiting, result.prompt,
-            *result.epochs, all_runs.other, *buttons.values(), *(errand.end for errand in errands.values()), seen,
+            *result.epochs, all_runs.other, *buttons.values(), *(task.end for task in tasks.values()), seen,
         ]  # fmt: skip
 
         def look(name: str | None, epoch: Any, known: str) -> list[Any]:
@@ -121,7 +121,7 @@ def build(context: Context) -> Any:
                 ),
                 change("other", choices=now.names),
                 *(change(wish, visible=can[wish]) for wish in buttons),
-                *(change(f"end {k}", value=now.ends[k] or "", visible=now.ends[k] is not None) for k in errands),
+                *(change(f"end {k}", value=now.ends[k] or "", visible=now.ends[k] is not None) for k in tasks),
             ]
             return [*values, json.dumps(change.seen)]
 
@@ -141,14 +141,14 @@ def build(context: Context) -> Any:
         def begin() -> list[Any]:
             draft = context.draft()
             return [
-                gr.update(choices=context.sets(), value=draft.pictures or None),
+                gr.update(choices=context.sets(), value=draft.images or None),
                 *images_tab.show(context, draft),
                 *recipe_form.fill(context, draft),
                 recipe_form.plan_html(context, draft),
             ]
 
         def arrive(name: str) -> list[Any]:
-            """What depends on the pictures; all else stays as it is being written."""
+            """What depends on the images; all else stays as it is being written."""
             draft = context.draft()
             named = gr.skip() if name else recipe_form.proposed_name(context, draft)
             return [named, recipe_form.plan_html(context, draft)]
@@ -175,20 +175,20 @@ def build(context: Context) -> Any:
             told = clone_into_draft(context, name)
             return [told, gr.Tabs(selected="recipe"), *begin()]
 
-        whole_draft = [pictures.choice, *pictures.parts, *recipe.controls, recipe.plan]
+        whole_draft = [images.choice, *images.parts, *recipe.controls, recipe.plan]
         blocks.load(begin, None, whole_draft, show_progress="hidden", queue=False)
         blocks.load(look_safely, inputs, outputs, show_progress="hidden", queue=False)
         gr.Timer(EVERY_SECONDS).tick(look_safely, inputs, outputs, show_progress="hidden", queue=False)
         run.input(look_safely, inputs, outputs, show_progress="hidden", queue=False)
         copy.epoch.input(look_safely, inputs, outputs, show_progress="hidden", queue=False)
-        pictures.next.click(lambda: gr.Tabs(selected="recipe"), None, tabs, show_progress="hidden")
+        images.next.click(lambda: gr.Tabs(selected="recipe"), None, tabs, show_progress="hidden")
         arrived = [recipe.name, recipe.plan]
         recipe_tab.select(arrive, recipe.name, arrived, show_progress="hidden", **recipe_form.IN_TURN)
         follow(
             recipe.start.click(start, recipe.controls, [recipe.note, tabs, run, recipe.name], show_progress="hidden")
         )
         all_runs.clone.click(clone, run, [all_runs.note, tabs, *whole_draft], show_progress="hidden")
-        for move in (*training.moves, *copy.moves, *all_runs.moves, *(m for e in errands.values() for m in e.moves)):
+        for move in (*training.moves, *copy.moves, *all_runs.moves, *(m for e in tasks.values() for m in e.moves)):
             follow(move)
     return blocks
 

@@ -14,7 +14,7 @@ from huggingface_hub import get_token
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from sdlora.data.captioner import pictures_to_caption
+from sdlora.data.captioner import images_to_caption
 from sdlora.errors import SdloraError
 from sdlora.run.folder import RunFolder
 from sdlora.run.push import files_to_push
@@ -27,11 +27,11 @@ from .context import Context, need
 
 
 @dataclass(frozen=True)
-class ErrandPart:
+class TaskPart:
     """The parts that are filled from a snapshot.
 
     Attributes:
-        told: How the errand stands.
+        told: How the background task stands.
         end: Stops it, or puts away what is told.
         moves: The clicks that change what there is to see.
     """
@@ -41,7 +41,7 @@ class ErrandPart:
     moves: list[Any]
 
 
-def caption_part(context: Context) -> ErrandPart:
+def caption_part(context: Context) -> TaskPart:
     """Lay out what asks a model for captions."""
     with gr.Row(elem_classes="ends"):
         model = gr.Textbox(
@@ -52,16 +52,16 @@ def caption_part(context: Context) -> ErrandPart:
         ask = gr.Button("Let the model caption the rest", min_width=160, elem_id="ask-captions")
     note, part = _told_of(context, "caption")
     moved = ask.click(lambda words: context.attempt(lambda: send_for_captions(context, words)), model, note)
-    return ErrandPart(part.told, part.end, [moved, *part.moves])
+    return TaskPart(part.told, part.end, [moved, *part.moves])
 
 
 def send_for_captions(context: Context, model: str | None) -> str:
-    """Let a model caption every picture of the draft's set that has no caption.
+    """Let a model caption every image of the draft's set that has no caption.
 
     Raises:
-        SdloraError: There is no such set or folder, its pictures have faults, or captions are being written already.
+        SdloraError: There is no such set or folder, its images have faults, or captions are being written already.
     """
-    pictures, wanted = context.draft().pictures, (model or "").strip()
+    images, wanted = context.draft().images, (model or "").strip()
     if not wanted:
         raise StudioError(
             "Say which model is to write the captions: a hub id such as Salesforce/blip-image-captioning-base, or a "
@@ -72,16 +72,16 @@ def send_for_captions(context: Context, model: str | None) -> str:
         wanted = str(context.studio.allowed(place).absolute())
     elif place.is_absolute() or wanted.startswith((".", "~")):
         raise StudioError(f"There is no folder {wanted!r}. Check its spelling, or give a hub id such as owner/name.")
-    folder = context.own_folder(pictures).absolute()
-    rest = pictures_to_caption(folder, overwrite=False)
+    folder = context.own_folder(images).absolute()
+    rest = images_to_caption(folder, overwrite=False)
     if not rest:
-        return "Every picture has a caption already. Clear one to have it written anew."
-    files = [picture.with_suffix(".txt") for picture in rest]
-    context.errands.start("caption", pictures, ["caption", str(folder), f"--model={wanted}"], files)
+        return "Every image has a caption already. Clear one to have it written anew."
+    files = [image.with_suffix(".txt") for image in rest]
+    context.tasks.start("caption", images, ["caption", str(folder), f"--model={wanted}"], files)
     return ""
 
 
-def publish_part(context: Context, run: gr.Dropdown) -> ErrandPart:
+def publish_part(context: Context, run: gr.Dropdown) -> TaskPart:
     """Lay out what uploads the chosen run, which asks once more before it does."""
     repo = gr.Textbox(
         label="Publish on the Hugging Face Hub as", placeholder="your-name/zumi-lora", max_lines=1, elem_id="repo"
@@ -108,7 +108,7 @@ def publish_part(context: Context, run: gr.Dropdown) -> ErrandPart:
             files_of(context, name)
             folder, repository = context.studio.run(name).absolute(), _repository(words)
             command = ["push", str(folder), f"--repo={repository}", *([] if alone else ["--public"])]
-            context.errands.start("publish", name, command)
+            context.tasks.start("publish", name, command)
             return ""
 
         return [context.attempt(sent), gr.update(visible=False)]
@@ -119,7 +119,7 @@ def publish_part(context: Context, run: gr.Dropdown) -> ErrandPart:
     # What was agreed to is what is seen: another name or another run is asked for anew.
     gr.on([repo.input, private.input, run.input], away, None, [note, sure], show_progress="hidden")
     moved = really.click(go, [asked, repo, private], [note, sure])
-    return ErrandPart(part.told, part.end, [moved, *part.moves])
+    return TaskPart(part.told, part.end, [moved, *part.moves])
 
 
 def files_of(context: Context, name: Any) -> list[str]:
@@ -155,14 +155,14 @@ def _address(words: str) -> str:
     return f"It becomes https://huggingface.co/{_repository(words)}"
 
 
-def _told_of(context: Context, kind: Kind) -> tuple[gr.HTML, ErrandPart]:
+def _told_of(context: Context, kind: Kind) -> tuple[gr.HTML, TaskPart]:
     note = gr.HTML(elem_id=f"{kind}-note")
     told = gr.HTML(elem_id=f"{kind}-told")
     end = gr.Button("Stop", min_width=110, elem_id=f"{kind}-end", visible=False)
 
     def ended() -> str:
-        context.errands.end(kind)
+        context.tasks.end(kind)
         return ""
 
     over = lambda: context.attempt(ended)  # noqa: E731
-    return note, ErrandPart(told, end, [end.click(over, None, note)])
+    return note, TaskPart(told, end, [end.click(over, None, note)])

@@ -18,7 +18,7 @@ from sdlora.errors import ConfigError, SdloraError
 from ..html import views
 from ..settings.draft import Draft, read_draft
 from ..settings.plan import base_resolution_px
-from ..state.background_tasks import Errands
+from ..state.background_tasks import BackgroundTasks
 from ..state.folders import Studio, StudioError
 from ..state.image_set import SetView, view
 from ..state.queue import Jobs
@@ -35,21 +35,21 @@ class Context:
     easel: Easel
 
     @property
-    def errands(self) -> Errands:
+    def tasks(self) -> BackgroundTasks:
         """What was sent for."""
-        return Errands(self.studio)
+        return BackgroundTasks(self.studio)
 
     def draft(self) -> Draft:
         """The recipe as it was left."""
         return read_draft(self.studio)
 
     def sets(self) -> list[str]:
-        """What may be chosen as pictures: sets of the studio, then shipped ones."""
+        """What may be chosen as images: sets of the studio, then shipped ones."""
         own = sorted(path.name for path in self.studio.sets.iterdir() if path.is_dir() and path.name[0] != ".")
         return [*own, *(BUILTIN + name for name in shipped_sets())]
 
     def view_set(self, draft: Draft) -> SetView:
-        """The draft's pictures as the doctor sees them; empty if none are chosen.
+        """The draft's images as the doctor sees them; empty if none are chosen.
 
         Raises:
             ConfigError: They are no set, or outside of what may be read.
@@ -60,17 +60,17 @@ class Context:
         resolution_px = draft.value("data.resolution_px") or base_resolution_px(draft.base)
         return view(folder, trigger=draft.trigger or None, resolution_px=resolution_px)
 
-    def own_folder(self, pictures: str) -> Path:
+    def own_folder(self, images: str) -> Path:
         """The folder of a set that may be changed.
 
         Raises:
             StudioError: It is a shipped one, or there is none.
         """
-        if pictures.startswith(BUILTIN):
-            raise StudioError("The shipped sets stay as they are. Upload your own pictures to change them.")
-        folder = Draft(pictures=pictures).folder(self.studio)
+        if images.startswith(BUILTIN):
+            raise StudioError("The shipped sets stay as they are. Upload your own images to change them.")
+        folder = Draft(images=images).folder(self.studio)
         if folder is None:
-            raise StudioError("There are no pictures yet. Add some first.")
+            raise StudioError("There are no images yet. Add some first.")
         return folder
 
     def free_name(self, wanted: str) -> str:

@@ -1,4 +1,4 @@
-"""The page of pictures: taken in, looked at by the doctor, captioned."""
+"""The page of images: taken in, looked at by the doctor, captioned."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from ..settings.draft import Draft, write_draft
 from ..state import image_set
 from ..state.image_set import Card, SetView
 from ..state.uploads import take_in
-from .background_tasks import ErrandPart, caption_part
+from .background_tasks import TaskPart, caption_part
 from .context import Context
 
 MOST_CARDS = 48
-_NEW_SET = "my pictures"
+_NEW_SET = "my images"
 _KINDS = ["image", ".txt", ".jsonl", ".zip"]
 
 
 @dataclass(frozen=True)
-class PicturesPage:
+class ImagesPage:
     """The parts of the page that others fill.
 
     Attributes:
@@ -37,7 +37,7 @@ class PicturesPage:
 
     choice: gr.Dropdown
     parts: list[gr.components.Component]
-    captions: ErrandPart
+    captions: TaskPart
     next: gr.Button
 
 
@@ -46,7 +46,7 @@ def show(context: Context, draft: Draft, wanted: str | None = None) -> list[Any]
 
     Args:
         context: The studio.
-        draft: Whose pictures.
+        draft: Whose images.
         wanted: What to show of a large set, as the choice has it; the beginning if it has no such part.
     """
     try:
@@ -55,7 +55,7 @@ def show(context: Context, draft: Draft, wanted: str | None = None) -> list[Any]
         return [views.failure(error), "", gr.update(visible=False), ""]
     shown, pages = context.studio.shown, cards_by_page(view)
     page = wanted if wanted in pages else next(iter(pages))
-    cards = views.set_cards(pages[page], view.folder, shown, draft.pictures)
+    cards = views.set_cards(pages[page], view.folder, shown, draft.images)
     chosen = gr.update(choices=list(pages), value=page, visible=len(pages) > 1)
     return [views.set_summary(view), views.twins(view, shown), chosen, cards]
 
@@ -74,17 +74,17 @@ def cards_by_page(view: SetView) -> dict[str, tuple[Card, ...]]:
     return pages
 
 
-def pictures_page(context: Context) -> PicturesPage:
+def images_page(context: Context) -> ImagesPage:
     """Lay the page out and say what its controls do."""
     with gr.Row(equal_height=True):
         drop = gr.File(
-            label="Drop pictures, captions (.txt) or a zip of both here", file_count="multiple", file_types=_KINDS,
+            label="Drop images, captions (.txt) or a zip of both here", file_count="multiple", file_types=_KINDS,
             height=150, scale=3, elem_id="drop",
         )  # fmt: skip
         with gr.Column(scale=2, min_width=260):
             choice = gr.Dropdown(
-                label="Set of pictures", allow_custom_value=True, elem_id="set",
-                info="Pick one, type a new name before you add pictures, or name a folder of this machine.",
+                label="Set of images", allow_custom_value=True, elem_id="set",
+                info="Pick one, type a new name before you add images, or name a folder of this machine.",
             )  # fmt: skip
             whole = gr.UploadButton("Add a whole folder", file_count="directory", size="md")
     note = gr.HTML(elem_id="pictures-note")
@@ -97,41 +97,41 @@ def pictures_page(context: Context) -> PicturesPage:
             replacement = gr.Textbox(label="Replace with", min_width=160)
             exchange = gr.Button("Replace in all captions", min_width=160)
         with gr.Row(elem_classes="ends"):
-            rest = gr.Textbox(label="Caption for pictures that have none", min_width=260)
+            rest = gr.Textbox(label="Caption for images that have none", min_width=260)
             fill = gr.Button("Give it to all of them", min_width=200)
             trigger = gr.Button("Put the trigger into all captions", min_width=200)
         captions = caption_part(context)
-    page = gr.Dropdown([], label="Pictures shown", visible=False, elem_id="cards-page")
+    page = gr.Dropdown([], label="Images shown", visible=False, elem_id="cards-page")
     cards = gr.HTML(elem_id="cards")
     refresh = gr.Button(elem_id="refresh-set", visible="hidden")
     parts = [summary, doubles, page, cards]
 
-    def add(files: list[str] | None, pictures: str | None) -> list[Any]:
+    def add(files: list[str] | None, images: str | None) -> list[Any]:
         draft = context.draft()
-        draft = replace(draft, pictures=pictures or draft.pictures or _NEW_SET)
+        draft = replace(draft, images=images or draft.images or _NEW_SET)
 
         def taken() -> str:
             sent = [Path(file) for file in files or []]
             try:
-                intake = take_in([(file.name, file) for file in sent], context.own_folder(draft.pictures))
+                intake = take_in([(file.name, file) for file in sent], context.own_folder(draft.images))
             finally:
                 for file in sent:
                     file.unlink(missing_ok=True)
             write_draft(context.studio, draft)
-            told = f"{len(intake.pictures)} pictures and {intake.num_captions} captions were added."
+            told = f"{len(intake.images)} images and {intake.num_captions} captions were added."
             return "\n".join([told, *(f"Left out: {reason}" for reason in intake.refused)])
 
         told = context.attempt(taken)
-        return [told, gr.update(choices=context.sets(), value=draft.pictures), None, *show(context, draft)]
+        return [told, gr.update(choices=context.sets(), value=draft.images), None, *show(context, draft)]
 
-    def choose(pictures: str | None) -> list[Any]:
-        draft = replace(context.draft(), pictures=(pictures or "").strip())
+    def choose(images: str | None) -> list[Any]:
+        draft = replace(context.draft(), images=(images or "").strip())
         write_draft(context.studio, draft)
         return ["", *show(context, draft)]
 
     def change_all(part: str | None, action: Callable[[Path, Draft], str]) -> list[Any]:
         draft = context.draft()
-        told = context.attempt(lambda: action(context.own_folder(draft.pictures), draft))
+        told = context.attempt(lambda: action(context.own_folder(draft.images), draft))
         return [told, *show(context, draft, part)]
 
     def exchange_words(part: str | None, old: str, new: str) -> list[Any]:
@@ -144,15 +144,15 @@ def pictures_page(context: Context) -> PicturesPage:
 
     def fill_rest(part: str | None, words: str) -> list[Any]:
         return change_all(
-            part, lambda folder, _: f"{image_set.caption_the_rest(folder, words)} pictures got this caption."
+            part, lambda folder, _: f"{image_set.caption_the_rest(folder, words)} images got this caption."
         )
 
     def look_again(part: str | None) -> list[Any]:
         return show(context, context.draft(), part)
 
     def look_when_captioned(part: str | None) -> list[Any]:
-        errand = context.errands.find("caption")
-        ended = errand is not None and context.errands.stage(errand) != "running"
+        task = context.tasks.find("caption")
+        ended = task is not None and context.tasks.stage(task) != "running"
         # While the model writes, so may a person: their words are not taken from under the cursor.
         return look_again(part) if ended else [gr.skip() for _ in parts]
 
@@ -166,4 +166,4 @@ def pictures_page(context: Context) -> PicturesPage:
     # Outside of the queue, whose stream would be cut off by every reload.
     captions.told.change(look_when_captioned, page, parts, show_progress="hidden", queue=False)
     refresh.click(lambda part: look_again(part)[:2], page, [summary, doubles], show_progress="hidden")
-    return PicturesPage(choice, parts, captions, onward)
+    return ImagesPage(choice, parts, captions, onward)

@@ -60,8 +60,8 @@ def fill(context: Context, draft: Draft) -> list[Any]:
 
 
 def proposed_name(context: Context, draft: Draft) -> str:
-    """A name for the next run that none has yet; empty while there are no pictures."""
-    return context.free_name(draft.run_name()) if draft.pictures else ""
+    """A name for the next run that none has yet; empty while there are no images."""
+    return context.free_name(draft.run_name()) if draft.images else ""
 
 
 def read(context: Context, values: Sequence[Any]) -> Draft:
@@ -74,14 +74,14 @@ def read(context: Context, values: Sequence[Any]) -> Draft:
     found = {field.name: form.entered(field, value) for field, value in zip(more_fields(), rest, strict=True)}
     found |= {"data.trigger": (trigger or "").strip() or None, "base.path": (base or "pocket").strip()}
     before = context.draft()
-    kept = Draft(before.pictures, (name or "").strip(), subject, length, before.fitted, {})
+    kept = Draft(before.images, (name or "").strip(), subject, length, before.fitted, {})
     return kept.with_values(found)
 
 
 def plan_html(context: Context, draft: Draft) -> str:
     """The plan of a draft, or what is wrong with it."""
-    if not draft.pictures:
-        return views.message("Add pictures first, under Pictures.", title="No plan yet")
+    if not draft.images:
+        return views.message("Add images first, under Images.", title="No plan yet")
     try:
         config = draft.config(context.studio)
         return views.plan_card([*plan.in_words(config, plan.count(config)), *plan.memory_in_words(draft)])
@@ -157,7 +157,7 @@ def recipe_page(context: Context) -> RecipePage:
             loaded.config(context.studio)
             loaded = replace(loaded, name=context.free_name(loaded.run_name()))
             write_draft(context.studio, loaded)
-            return "The settings were loaded; their pictures are chosen, too."
+            return "The settings were loaded; their images are chosen, too."
 
         told = context.attempt(taken)
         return [told, plan_html(context, loaded), None, *fill(context, loaded)]

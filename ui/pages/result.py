@@ -19,7 +19,7 @@ from ..state import run_view
 from ..state.folders import StudioError
 from ..state.run_view import RunView, read_run
 from ..state.try_lora import Wish
-from .background_tasks import ErrandPart, publish_part
+from .background_tasks import TaskPart, publish_part
 from .context import Context, need
 
 _STRIP = (0.0, 0.5, 1.0)
@@ -39,7 +39,7 @@ class ResultPage:
     slots: dict[str, gr.HTML]
     prompt: gr.Textbox
     epochs: list[gr.Dropdown]
-    upload: ErrandPart
+    upload: TaskPart
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def draw(context: Context, run: RunView, epochs: Sequence[int], wish: Wish) -> s
     Args:
         context: The studio.
         run: Whose files and base.
-        epochs: Of each, a picture for every strength.
+        epochs: Of each, an image for every strength.
         wish: What to draw.
 
     Raises:
@@ -75,20 +75,20 @@ def draw(context: Context, run: RunView, epochs: Sequence[int], wish: Wish) -> s
     """
     if not wish.prompt.strip():
         raise ConfigError("There is no prompt. Write what to draw, with the trigger in it.")
-    pictures: dict[str, Image.Image] = {}
+    images: dict[str, Image.Image] = {}
     files: list[Path] = []
     for epoch in epochs:
         if epoch not in run.loras:
             raise StudioError(f"Epoch {epoch} has no file yet. Choose one that is complete.")
         files.append(run.loras[epoch])
         drawn = context.easel.draw(run.config, files[-1], wish)
-        pictures |= {
-            f"epoch {epoch}, strength {strength:g}{' (the base)' if strength == 0 else ''}": picture
-            for strength, picture in zip(wish.strengths, drawn, strict=True)
+        images |= {
+            f"epoch {epoch}, strength {strength:g}{' (the base)' if strength == 0 else ''}": image
+            for strength, image in zip(wish.strengths, drawn, strict=True)
         }
     state = [(str(file), file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((run.key, state, wish)).encode()).hexdigest()
-    return run_views.tried(context.studio.shown, pictures, key)
+    return run_views.tried(context.studio.shown, images, key)
 
 
 def result_page(context: Context, run: gr.Dropdown) -> ResultPage:
@@ -159,7 +159,7 @@ def runs_page(context: Context, run: gr.Dropdown) -> RunsPage:
         if not name:
             told = "No run is chosen. Choose one at the top of the page."
             return [views.message(told, "copying"), gr.update(visible=False), ""]
-        told = f"{name!r} and everything in its folder will be gone: epochs, previews, LoRA files. Its pictures stay."
+        told = f"{name!r} and everything in its folder will be gone: epochs, previews, LoRA files. Its images stay."
         return [views.message(told, "watch", title="Delete this run?"), gr.update(visible=True), name]
 
     def gone(name: Any) -> list[Any]:

@@ -32,7 +32,7 @@ class Snapshot:
         kept: The epoch to keep so far; None before there is one.
         prompt: Something to try the run with.
         can: What may be done: "pause", "proceed", "stop", "resume".
-        ends: By errand, what its button does; None where there is no errand.
+        ends: By background task, what its button does; None where there is no background task.
     """
 
     html: dict[str, str]
@@ -64,7 +64,7 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
         "queue": views.queue(statuses),
         "status": run_views.status_panel(status),
         "cards": run_views.run_cards([(other, views_of[other.name]) for other in statuses], shown),
-        "caption": views.caption_errand(context.errands), "publish": views.publish_errand(context.errands),
+        "caption": views.caption_task(context.tasks), "publish": views.publish_task(context.tasks),
         "charts": "", "grid": "", "banner": "", "pairs": "", "signs": "", "result": "",
     }  # fmt: skip
     if run is None:
@@ -104,10 +104,10 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
 
 
 def _end(context: Context, kind: Kind) -> str | None:
-    errand = context.errands.find(kind)
-    if errand is None:
+    task = context.tasks.find(kind)
+    if task is None:
         return None
-    return "Stop" if context.errands.stage(errand) == "running" else "Hide this"
+    return "Stop" if context.tasks.stage(task) == "running" else "Hide this"
 
 
 # A run's view is one object for as long as none of its files change.

@@ -126,7 +126,7 @@ class Logins:
     def __init__(self, app: ASGIApp, account: Account, clock: Callable[[], float] = time.monotonic) -> None:
         self._app, self._account, self._clock = app, account, clock
         self._wrong: dict[str, deque[float]] = {}
-        # Hashing a password takes a tenth of a second, and every picture of a page brings it along.
+        # Hashing a password takes a tenth of a second, and every image of a page brings it along.
         self._accepted = secrets.token_bytes(32)
         self._known: set[bytes] = set()
 
@@ -212,7 +212,7 @@ def _refusal(scope: Scope) -> tuple[int, str] | None:
         return 403, "This was sent by a page that is not the studio's."
     length = headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > MOST_BYTES_IN_ALL:
-        return 413, f"More than {MOST_BYTES_IN_ALL >> 30} GB at once. Upload fewer pictures."
+        return 413, f"More than {MOST_BYTES_IN_ALL >> 30} GB at once. Upload fewer images."
     return None
 
 

@@ -78,10 +78,10 @@ def _add_routes(app: FastAPI, context: Context) -> None:
         return JSONResponse({"error": str(error)}, 400)
 
     @app.get(ROUTE + "/{name}")
-    def _picture(name: str) -> Response:
+    def _image(name: str) -> Response:
         file = studio.shown / name
         if not NAME.fullmatch(name) or file.is_symlink() or not file.is_file():
-            return PlainTextResponse("There is no such picture.", 404)
+            return PlainTextResponse("There is no such image.", 404)
         kind = "image/png" if name.endswith(".png") else "image/jpeg"
         return FileResponse(file, media_type=kind, headers={"cache-control": "private, max-age=31536000, immutable"})
 
@@ -233,7 +233,7 @@ def serve(
     """Open the studio until it is interrupted; trainings go on without it.
 
     Args:
-        runs: Where runs and pictures are kept.
+        runs: Where runs and images are kept.
         host: Where to listen.
         port: The port; 0 takes any that is free.
         auth_file: NAME:PASSWORD; None lets everyone in who reaches it.

@@ -34,7 +34,7 @@ from ..state.subprocesses import device_name
 
 _USABLE = 0.9  # of a GPU: the rest is its driver's and the screen's
 _OF_MEMORY = ("base", "lora", "train", "preview", "loss")
-_OF_PICTURES = ("resolution_px", "class_words", "preservation_folder", "masks")  # what those sections go with
+_OF_IMAGES = ("resolution_px", "class_words", "preservation_folder", "masks")  # what those sections go with
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def fit(config: RunConfig) -> Fit | None:
     document = tomllib.loads(dump_toml(config))
     kept = {section: document[section] for section in _OF_MEMORY if section in document}
     # A trigger is nothing to memory, but class words need one.
-    data = {name: document["data"][name] for name in _OF_PICTURES if name in document["data"]}
+    data = {name: document["data"][name] for name in _OF_IMAGES if name in document["data"]}
     data |= {"folder": "none", "trigger": "trigger"}
     return _fit(json.dumps(kept | {"data": data}), device == "cpu", memory_bytes)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ from sdlora.common.bundled import BUILTIN, resolve_data_folder
 from sdlora.common.files import write_json
 from sdlora.config.schema import RunConfig
 from sdlora.errors import ConfigError
+from sdlora.events import fields_from_json, saved_as, to_json
 
 from ..state.folders import Studio, safe_name
 from . import form
@@ -25,7 +26,7 @@ class Draft:
     """A recipe on its way.
 
     Attributes:
-        pictures: The set: a name in the studio, a folder, or "builtin:NAME"; empty until one is chosen.
+        images: The set: a name in the studio, a folder, or "builtin:NAME"; empty until one is chosen.
         name: The run's; empty takes the set's.
         subject: A key of `recipes.SUBJECTS`.
         length: A key of `recipes.LENGTHS`.
@@ -33,7 +34,7 @@ class Draft:
         values: Every option that is not at its default, by its dotted name, apart from name and folder.
     """
 
-    pictures: str = ""
+    images: str = field(default="", metadata=saved_as("pictures"))
     name: str = ""
     subject: str = "character"
     length: str = "as usual"
@@ -77,39 +78,39 @@ class Draft:
         return fit(self._alone())
 
     def _alone(self) -> RunConfig:
-        """Its configuration, whichever pictures are chosen."""
+        """Its configuration, whichever images are chosen."""
         return form.make_config(self.values | {"data.folder": "none"}, "plan")
 
     def folder(self, studio: Studio) -> Path | None:
-        """Where its pictures lie, or None until they are chosen.
+        """Where its images lie, or None until they are chosen.
 
         Raises:
             ConfigError: That is no shipped set, or outside of what may be read.
         """
-        if not self.pictures:
+        if not self.images:
             return None
-        if self.pictures.startswith(BUILTIN):
-            return resolve_data_folder(self.pictures)
-        if self.pictures == safe_name(self.pictures):
-            return studio.picture_set(self.pictures).resolve()
-        return studio.allowed(Path(self.pictures).expanduser())
+        if self.images.startswith(BUILTIN):
+            return resolve_data_folder(self.images)
+        if self.images == safe_name(self.images):
+            return studio.image_set(self.images).resolve()
+        return studio.allowed(Path(self.images).expanduser())
 
     def run_name(self) -> str:
         """The name that the run gets."""
-        return self.name.strip() or safe_name(self.pictures.removeprefix(BUILTIN), "lora")
+        return self.name.strip() or safe_name(self.images.removeprefix(BUILTIN), "lora")
 
     def config(self, studio: Studio) -> RunConfig:
         """The whole configuration.
 
         Raises:
-            ConfigError: There are no pictures yet, or anything is wrong; all faults are named at once.
+            ConfigError: There are no images yet, or anything is wrong; all faults are named at once.
         """
         folder = self.folder(studio)
         if folder is None:
-            raise ConfigError("There are no pictures yet. Add some under Pictures.")
+            raise ConfigError("There are no images yet. Add some under Images.")
         if self.base != "pocket" and "/" in self.base and Path(self.base).expanduser().exists():
             studio.allowed(Path(self.base).expanduser())
-        where = self.pictures if self.pictures.startswith(BUILTIN) else str(folder.absolute())
+        where = self.images if self.images.startswith(BUILTIN) else str(folder.absolute())
         return form.make_config(self.values | {"data.folder": where, "name": self.run_name()}, self.run_name())
 
 
@@ -125,21 +126,21 @@ def _changed(values: dict[str, Any]) -> dict[str, Any]:
 def from_config(config: RunConfig, studio: Studio) -> Draft:
     """A configuration, from a file or from another run, as a draft."""
     values = form.to_values(config)
-    pictures = config.data.folder
-    if not pictures.startswith(BUILTIN) and Path(pictures).resolve().parent == studio.sets.resolve():
-        pictures = Path(pictures).name
-    return Draft(pictures=pictures, name=config.name or "", values=_changed(values))
+    images = config.data.folder
+    if not images.startswith(BUILTIN) and Path(images).resolve().parent == studio.sets.resolve():
+        images = Path(images).name
+    return Draft(images=images, name=config.name or "", values=_changed(values))
 
 
 def read_draft(studio: Studio) -> Draft:
     """The draft as it was left, or a fresh one."""
     if not studio.draft.is_file():
         return Draft()
-    found = Draft(**json.loads(studio.draft.read_text(encoding="utf-8")))
+    found = Draft(**fields_from_json(Draft, json.loads(studio.draft.read_text(encoding="utf-8"))))
     known = found.subject in SUBJECTS and found.length in LENGTHS and found.values.keys() <= _defaults().keys()
-    return found if known else Draft(pictures=found.pictures, name=found.name)
+    return found if known else Draft(images=found.images, name=found.name)
 
 
 def write_draft(studio: Studio, draft: Draft) -> None:
     """Keep a draft."""
-    write_json(studio.draft, asdict(draft))
+    write_json(studio.draft, to_json(draft))

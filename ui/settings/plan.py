@@ -17,7 +17,7 @@ from typing import Any
 from sdlora.common.text import format_seconds
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml
-from sdlora.run.datasets import read_pictures
+from sdlora.run.datasets import read_images
 from sdlora.training.schedule import plan_training
 
 from ..state.folders import StudioError
@@ -33,15 +33,15 @@ class Counts:
     """What is trained, in numbers.
 
     Attributes:
-        pictures: How many are trained on.
+        images: How many are trained on.
         heldout: How many are kept out, to judge by.
-        exposures: How often each picture is seen in all.
+        exposures: How often each image is seen in all.
         steps: Optimizer steps of the whole run.
         resolution_px: The training size, as the edge of a square.
     """
 
-    pictures: int
-    heldout: int
+    images: int
+    validation: int
     exposures: int
     steps: int
     resolution_px: int
@@ -51,17 +51,17 @@ def count(config: RunConfig) -> Counts:
     """Count what a configuration does, without loading its base.
 
     Raises:
-        SdloraError: The pictures cannot be trained on.
+        SdloraError: The images cannot be trained on.
     """
     data = config.data
-    pictures = read_pictures(config)
-    split_off = pictures.heldout if data.holdout is None else None
-    heldout = len(split_off.examples) if split_off else 0
+    images = read_images(config)
+    split_off = images.validation if data.validation_folder is None else None
+    validation = len(split_off.examples) if split_off else 0
     resolution_px = data.resolution_px or base_resolution_px(config.base.path)
-    dataset = pictures.trained.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
+    dataset = images.trained.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
     steps = sum(map(len, plan_training(config, dataset).epochs))
     exposures = max(example.repeats for example in dataset.examples) * config.train.epochs
-    return Counts(len(dataset.examples), heldout, exposures, steps, resolution_px)
+    return Counts(len(dataset.examples), validation, exposures, steps, resolution_px)
 
 
 def base_resolution_px(path: str) -> int:
@@ -74,19 +74,17 @@ def in_words(config: RunConfig, counts: Counts) -> list[str]:
     """The plan as sentences."""
     train = config.train
     told = [
-        f"{counts.pictures} pictures at {counts.resolution_px} px, each seen {counts.exposures} times: "
+        f"{counts.images} images at {counts.resolution_px} px, each seen {counts.exposures} times: "
         f"{config.data.repeats} times in each of {train.epochs} epochs.",
         f"That is {counts.steps:,} steps of {train.batch_size * train.gradient_accumulation_steps} "
         f"{'picture' if train.batch_size * train.gradient_accumulation_steps == 1 else 'pictures'}.",
     ]
-    if counts.heldout:
-        told.append(f"{counts.heldout} pictures are kept out of training; the epochs are judged by them.")
-    elif config.data.holdout is None:
-        told.append(
-            "No picture is held out, so that the last epoch is kept: with 20 pictures or more, the best one is."
-        )
+    if counts.validation:
+        told.append(f"{counts.validation} images are kept out of training; the epochs are judged by them.")
+    elif config.data.validation_folder is None:
+        told.append("No image is held out, so that the last epoch is kept: with 20 images or more, the best one is.")
     if config.copycheck.enabled and config.preview.enabled:
-        told.append("After every epoch, previews are drawn and compared with all of your pictures.")
+        told.append("After every epoch, previews are drawn and compared with all of your images.")
     return told
 
 

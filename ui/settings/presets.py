@@ -29,7 +29,7 @@ FITTED: dict[str, Any] = {
 """What is changed where memory is short, beside the batch size, as it is where there is enough."""
 
 _OF_POCKET = (
-    "lora.rank", "lora.alpha", "lora.targets", "train.batch_size", "train.learning_rate", "train.schedule",
+    "lora.rank", "lora.alpha", "lora.targets", "train.batch_size", "train.learning_rate", "train.lr_schedule",
     "preview.guidance",
 )  # fmt: skip
 

@@ -25,12 +25,12 @@ _WHAT = {"caption": "Captions are being written", "publish": "A run is being pub
 
 
 @dataclass(frozen=True)
-class Errand:
+class BackgroundTask:
     """Something that was asked for.
 
     Attributes:
         kind: What.
-        subject: For which set of pictures or which run, as the page calls it.
+        subject: For which set of images or which run, as the page calls it.
         pid: Its process's number.
         began: When that process began, in seconds since 1970.
         files: What it is to write, one after the other; empty where that is not known.
@@ -46,8 +46,8 @@ class Errand:
 
 
 @dataclass(frozen=True)
-class Errands:
-    """The errands of a studio.
+class BackgroundTasks:
+    """The background tasks of a studio.
 
     Args:
         studio: Its folders exist.
@@ -55,35 +55,35 @@ class Errands:
 
     studio: Studio
 
-    def find(self, kind: Kind) -> Errand | None:
-        """The last errand of a kind, if it was not put away."""
+    def find(self, kind: Kind) -> BackgroundTask | None:
+        """The last background task of a kind, if it was not put away."""
         file = self._file(kind, ".json")
         if not file.is_file():
             return None
         found = json.loads(file.read_text(encoding="utf-8"))
-        return Errand(**found | {"files": tuple(found["files"])})
+        return BackgroundTask(**found | {"files": tuple(found["files"])})
 
-    def stage(self, errand: Errand) -> Stage:
-        """How an errand stands."""
-        if subprocesses.find(Identity(errand.pid, errand.began)) is not None:
+    def stage(self, task: BackgroundTask) -> Stage:
+        """How an background task stands."""
+        if subprocesses.find(Identity(task.pid, task.began)) is not None:
             return "running"
         # The commands say what they did on stdout, and why they did not on stderr.
-        if self.said(errand):
+        if self.said(task):
             return "done"
-        return "stopped" if errand.stopping else "failed"
+        return "stopped" if task.stopping else "failed"
 
-    def said(self, errand: Errand) -> str:
+    def said(self, task: BackgroundTask) -> str:
         """What its command said it had done."""
-        return last_lines(self._file(errand.kind, ".out"))
+        return last_lines(self._file(task.kind, ".out"))
 
-    def complaint(self, errand: Errand) -> str:
+    def complaint(self, task: BackgroundTask) -> str:
         """Why it failed, or what it had to tell by the way."""
-        told = last_lines(self._file(errand.kind, ".log"))
+        told = last_lines(self._file(task.kind, ".log"))
         return told[told.rfind("Error: ") :].removeprefix("Error: ") if "Error: " in told else told
 
-    def written(self, errand: Errand) -> int:
+    def written(self, task: BackgroundTask) -> int:
         """How many of its files are there."""
-        return sum(Path(file).is_file() and Path(file).stat().st_size > 0 for file in errand.files)
+        return sum(Path(file).is_file() and Path(file).stat().st_size > 0 for file in task.files)
 
     def start(self, kind: Kind, subject: str, arguments: Sequence[str], files: Sequence[Path] = ()) -> None:
         """Start one.
@@ -103,18 +103,18 @@ class Errands:
                 raise StudioError(f"{_WHAT[kind]} already, for {before.subject!r}. Wait for the end, or stop that.")
             self._put_away(kind)
             _, identity = subprocesses.start(arguments, self._file(kind, ".log"), said=self._file(kind, ".out"))
-            errand = Errand(kind, subject, identity.pid, identity.began, tuple(map(str, files)))
-            write_json(self._file(kind, ".json"), asdict(errand))
+            task = BackgroundTask(kind, subject, identity.pid, identity.began, tuple(map(str, files)))
+            write_json(self._file(kind, ".json"), asdict(task))
 
     def end(self, kind: Kind) -> None:
-        """Stop the last errand of a kind; one that has ended is put away."""
+        """Stop the last background task of a kind; one that has ended is put away."""
         with self.studio.lock():
-            errand = self.find(kind)
-            process = None if errand is None else subprocesses.find(Identity(errand.pid, errand.began))
-            if errand is None or process is None:
+            task = self.find(kind)
+            process = None if task is None else subprocesses.find(Identity(task.pid, task.began))
+            if task is None or process is None:
                 self._put_away(kind)
             else:
-                write_json(self._file(kind, ".json"), asdict(replace(errand, stopping=True)))
+                write_json(self._file(kind, ".json"), asdict(replace(task, stopping=True)))
                 process.terminate()
 
     def _put_away(self, kind: Kind) -> None:

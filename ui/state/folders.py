@@ -1,4 +1,4 @@
-"""Where the studio keeps what: runs, picture sets, jobs and the pictures that a browser may see.
+"""Where the studio keeps what: runs, image sets, jobs and the images that a browser may see.
 
 Everything that the studio writes lies below one folder.
 """
@@ -30,8 +30,8 @@ class Studio:
     """The studio's folder.
 
     Args:
-        runs: Holds a folder for every run, `pictures` with a folder for every set, and `.studio` with all else.
-        any_folder: Whether pictures and bases may lie elsewhere on this machine: only where nobody but its user can
+        runs: Holds a folder for every run, `images` with a folder for every set, and `.studio` with all else.
+        any_folder: Whether images and bases may lie elsewhere on this machine: only where nobody but its user can
             reach the page.
     """
 
@@ -40,7 +40,7 @@ class Studio:
 
     @property
     def sets(self) -> Path:
-        """Picture sets that came through the browser."""
+        """Image sets that came through the browser."""
         return self.runs / "pictures"
 
     @property
@@ -55,7 +55,7 @@ class Studio:
 
     @property
     def shown(self) -> Path:
-        """The only folder that pictures are served from; sdlora encoded every file in it."""
+        """The only folder that images are served from; sdlora encoded every file in it."""
         return self.runs / ".studio" / "shown"
 
     @property
@@ -92,14 +92,14 @@ class Studio:
         """What a run's process wrote to stderr."""
         return self.logs / f"{run_name(name)}.log"
 
-    def picture_set(self, name: str) -> Path:
-        """The folder of a picture set.
+    def image_set(self, name: str) -> Path:
+        """The folder of an image set.
 
         Raises:
             StudioError: It is no name of a set.
         """
         if name != safe_name(name):
-            raise StudioError(f"{name!r} is no name for a set of pictures. Use letters, digits, spaces, '-' and '_'.")
+            raise StudioError(f"{name!r} is no name for a set of images. Use letters, digits, spaces, '-' and '_'.")
         return self.sets / name
 
     def allowed(self, folder: Path) -> Path:
@@ -111,7 +111,7 @@ class Studio:
         if not self.any_folder and not folder.resolve().is_relative_to(self.runs.resolve()):
             raise ConfigError(
                 f"{str(folder)!r} is outside of the studio's folder, which is all that can be used over the network. "
-                "Upload the pictures, or open the studio on the machine itself."
+                "Upload the images, or open the studio on the machine itself."
             )
         return folder
 
@@ -125,7 +125,7 @@ def run_name(name: str) -> str:
     if not _RUN_NAME.fullmatch(name) or name != name.rstrip(". ") or _is_reserved(name) or name.lower() in _TAKEN:
         raise StudioError(
             f"{name!r} cannot be a run's name. Use up to 100 letters, digits, spaces, '.', '-' and '_', beginning with "
-            "a letter or digit; 'pictures' and names of devices, such as 'con', are taken."
+            "a letter or digit; 'images' and names of devices, such as 'con', are taken."
         )
     return name
 

@@ -1,6 +1,6 @@
-"""A set of pictures as an artist works on it: what the doctor says of each, and captions that are saved at once.
+"""A set of images as an artist works on it: what the doctor says of each, and captions that are saved at once.
 
-Captions are written to `.txt` files beside the pictures, as training reads them.
+Captions are written to `.txt` files beside the images, as training reads them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from .uploads import MOST_CAPTION_BYTES
 
 @dataclass(frozen=True)
 class Card:
-    """A picture of a set.
+    """An image of a set.
 
     Attributes:
         name: Its file name.
@@ -48,9 +48,9 @@ class SetView:
 
     Attributes:
         folder: Where it is.
-        cards: Its pictures, by name.
+        cards: Its images, by name.
         findings: All that the doctor found.
-        twins: Groups of pictures that are one picture saved twice.
+        twins: Groups of images that are one image saved twice.
     """
 
     folder: Path
@@ -85,22 +85,22 @@ def view(folder: Path, *, trigger: str | None = None, resolution_px: int = 512, 
     """Look at a set.
 
     Args:
-        folder: Where it is; one without pictures gives an empty view.
+        folder: Where it is; one without images gives an empty view.
         trigger: The word that captions should hold.
         resolution_px: Training size, for buckets and for what is too small.
         background: Colour under transparent pixels.
     """
-    if not folder.is_dir() or not any(picture_files(folder)):
+    if not folder.is_dir() or not any(image_files(folder)):
         return SetView(folder, (), (), ())
     checkup = examine(folder, background=background, trigger=trigger, look=_look_once)
-    sizes = {picture.path.name: picture.size for picture in checkup.pictures}
+    sizes = {image.path.name: image.size for image in checkup.images}
     assigned = assign_buckets(list(sizes.values()), resolution_px, 64, buckets=True)
     buckets = dict(zip(sizes, assigned, strict=True))
     small = [finding for finding in examine_sizes(sizes, buckets) if finding.kind == "too small"]
     findings = (*checkup.findings, *small)
     captions, _ = read_captions(folder)
     cards = []
-    for path in picture_files(folder):
+    for path in image_files(folder):
         about = [finding for finding in findings if path.name in finding.files]
         cards.append(
             Card(
@@ -116,21 +116,21 @@ def view(folder: Path, *, trigger: str | None = None, resolution_px: int = 512, 
     return SetView(folder, tuple(cards), findings, twins)
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """The pictures of a folder, by name."""
+def image_files(folder: Path) -> list[Path]:
+    """The images of a folder, by name."""
     return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
 
 
 def _about(name: str, finding: Finding) -> str:
-    """A finding as it concerns one picture."""
+    """A finding as it concerns one image."""
     if finding.kind in ("duplicate", "near-duplicate"):
         others = ", ".join(other for other in finding.files if other != name)
-        same = "The same picture as" if finding.kind == "duplicate" else "Nearly the same picture as"
+        same = "The same image as" if finding.kind == "duplicate" else "Nearly the same image as"
         return f"{same} {others}. Keep one of them: what is there twice is copied first."
     if len(finding.files) == 1:
         return finding.message
     return {
-        "no caption": "It has no caption. Say what is in the picture.",
+        "no caption": "It has no caption. Say what is in the image.",
         "no trigger": "Its caption does not hold the trigger, which is then put in front.",
         "too small": "It is smaller than the training size and will be enlarged.",
     }.get(finding.kind, finding.message)
@@ -139,16 +139,16 @@ def _about(name: str, finding: Finding) -> str:
 # --- Captions ---------------------------------------------------------------------------------------------------------
 
 
-def write_caption(folder: Path, picture: str, text: str) -> None:
-    """Save a picture's caption beside it.
+def write_caption(folder: Path, image: str, text: str) -> None:
+    """Save an image's caption beside it.
 
     Raises:
-        StudioError: There is no such picture in the set, or the caption is too long.
+        StudioError: There is no such image in the set, or the caption is too long.
     """
-    path = _picture(folder, picture)
+    path = _image(folder, image)
     caption = " ".join(text.replace("\0", " ").split())
     if len(caption.encode("utf-8", errors="replace")) > MOST_CAPTION_BYTES:
-        raise StudioError(f"The caption of {picture} is longer than {MOST_CAPTION_BYTES >> 10} KB. Make it shorter.")
+        raise StudioError(f"The caption of {image} is longer than {MOST_CAPTION_BYTES >> 10} KB. Make it shorter.")
     _own_files(folder)
     write_text(path.with_suffix(".txt"), caption.encode("utf-8", errors="replace").decode("utf-8"))
 
@@ -168,18 +168,18 @@ def put_trigger_in(folder: Path, trigger: str) -> int:
 
 
 def caption_the_rest(folder: Path, text: str) -> int:
-    """Give every picture that has no caption the same one; returns how many."""
+    """Give every image that has no caption the same one; returns how many."""
     bare = [card.name for card in view(folder).cards if not card.caption]
     for name in bare:
         write_caption(folder, name, text)
     return len(bare)
 
 
-def take_out(folder: Path, picture: str) -> None:
-    """Remove a picture and its caption from a set."""
-    path = _picture(folder, picture)
+def take_out(folder: Path, image: str) -> None:
+    """Remove an image and its caption from a set."""
+    path = _image(folder, image)
     path.unlink()
-    if not any(other.stem == path.stem for other in picture_files(folder)):
+    if not any(other.stem == path.stem for other in image_files(folder)):
         path.with_suffix(".txt").unlink(missing_ok=True)
 
 
@@ -190,19 +190,19 @@ def _rewrite(folder: Path, change: Callable[[str], str]) -> int:
     return len(changed)
 
 
-def _picture(folder: Path, name: str) -> Path:
-    found = next((path for path in picture_files(folder) if path.name == name), None) if folder.is_dir() else None
+def _image(folder: Path, name: str) -> Path:
+    found = next((path for path in image_files(folder) if path.name == name), None) if folder.is_dir() else None
     if found is None:
-        raise StudioError(f"There is no picture {name!r} in this set. Load the page anew; it may have been taken out.")
+        raise StudioError(f"There is no image {name!r} in this set. Load the page anew; it may have been taken out.")
     return found
 
 
 def _own_files(folder: Path) -> None:
-    """Give every picture the caption that `metadata.jsonl` has for it as a file, for two sources would contradict."""
+    """Give every image the caption that `metadata.jsonl` has for it as a file, for two sources would contradict."""
     if not (folder / METADATA).is_file():
         return
     captions, _ = read_captions(folder)
-    for path in picture_files(folder):
+    for path in image_files(folder):
         if path.name in captions and f"{path.stem}.txt" not in captions:
             write_text(path.with_suffix(".txt"), captions[path.name])
     (folder / METADATA).rename(folder / f"{METADATA}.before")

@@ -61,16 +61,16 @@ class RunView:
         losses = {row["epoch"]: row["heldout_loss"] for row in self.epochs if row["heldout_loss"] is not None}
         return recommend(self.checks, losses, max(judged))
 
-    def training_pictures(self) -> Mapping[str, Image.Image]:
-        """What it trained on, by name and cropped as it was trained; grey where a picture is no longer there."""
+    def training_images(self) -> Mapping[str, Image.Image]:
+        """What it trained on, by name and cropped as it was trained; grey where an image is no longer there."""
         return _Gallery(self.config, self._preview_px())
 
     def _preview_px(self) -> int:
         first = next((files[0] for files in self.previews.values() if files), None)
         if first is None:
             return 512
-        with Image.open(first) as picture:
-            return max(picture.size)
+        with Image.open(first) as image:
+            return max(image.size)
 
 
 def read_run(studio: Studio, name: str) -> RunView | None:
@@ -122,21 +122,21 @@ def _rows(metrics: Path) -> list[dict[str, Any]]:
 
 
 class _Gallery(Mapping[str, Image.Image]):
-    """Training pictures by name, read when asked for."""
+    """Training images by name, read when asked for."""
 
     def __init__(self, config: RunConfig, preview_px: int) -> None:
         data = config.data
-        folders = [resolve_data_folder(folder) for folder in (data.folder, data.holdout) if folder]
+        folders = [resolve_data_folder(folder) for folder in (data.folder, data.validation_folder) if folder]
         self._files = {path.name: path for folder in reversed(folders) if folder.is_dir() for path in folder.iterdir()}
         self._data, self._px = data, data.resolution_px or preview_px
 
     def __getitem__(self, name: str) -> Image.Image:
         try:
-            picture = load_image(self._files[name], self._data.background)
+            image = load_image(self._files[name], self._data.background)
         except (KeyError, OSError, DataError):
             return Image.new("RGB", (self._px, self._px), "#888888")
         step, buckets = self._data.bucket_step_px, self._data.buckets
-        return crop_to_bucket(picture, *assign_buckets([picture.size], self._px, step, buckets=buckets)[0])
+        return crop_to_bucket(image, *assign_buckets([image.size], self._px, step, buckets=buckets)[0])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
@@ -170,7 +170,7 @@ def settings_of(studio: Studio, name: str) -> RunConfig:
 
 
 def delete_run(studio: Studio, name: str) -> None:
-    """Delete a run's folder with everything in it; its pictures, which lie elsewhere, stay.
+    """Delete a run's folder with everything in it; its images, which lie elsewhere, stay.
 
     Raises:
         StudioError: There is no such run.

@@ -1,6 +1,6 @@
-"""Trying a LoRA: pictures of a prompt with any epoch at any strength, on a base that stays loaded.
+"""Trying a LoRA: images of a prompt with any epoch at any strength, on a base that stays loaded.
 
-One picture is drawn at a time, whoever asks.
+One image is drawn at a time, whoever asks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Wish:
     Attributes:
         prompt: In words.
         seed: Of the starting noise.
-        strengths: How much of the LoRA, 0 is the base and 1 what was trained; a picture for each.
+        strengths: How much of the LoRA, 0 is the base and 1 what was trained; an image for each.
     """
 
     prompt: str
@@ -63,11 +63,11 @@ class Easel:
                 return [_one(base, request) for _ in wish.strengths]
             adapter = attach(base.unet, read_file(lora), text_encoders=base.text_encoders)
             try:
-                pictures = []
+                images = []
                 for strength in wish.strengths:
                     adapter.set_strength(strength)
-                    pictures.append(_one(base, request))
-                return pictures
+                    images.append(_one(base, request))
+                return images
             finally:
                 adapter.remove()
 
@@ -81,5 +81,5 @@ class Easel:
 
 
 def _one(base: BaseModel, request: PreviewRequest) -> Image.Image:
-    (pictures,) = draw(base, request, request.wanted())
-    return pictures[0]
+    (images,) = draw(base, request, request.wanted())
+    return images[0]

@@ -1,4 +1,4 @@
-"""What comes in through the browser: pictures, captions and zips of both, counted, measured and given safe names.
+"""What comes in through the browser: images, captions and zips of both, counted, measured and given safe names.
 
 Nothing of a zip is written before all of its list was looked at.
 """
@@ -29,11 +29,11 @@ MOST_FILES = 2000
 MOST_BYTES = 64 * 2**20
 MOST_BYTES_IN_ALL = 4 * 2**30
 MOST_CAPTION_BYTES = 64 * 2**10
-_MOST_UNPACKING = 200  # what a zip may grow by; pictures hardly shrink in one
+_MOST_UNPACKING = 200  # what a zip may grow by; images hardly shrink in one
 _DRIVE = re.compile(r"[A-Za-z]:")
 # Python's own reader lets all of these out, for a zip that lies.
 _BROKEN = (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
-_NOTHING = "not a picture, a caption (.txt) or a zip"
+_NOTHING = "not an image, a caption (.txt) or a zip"
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,12 @@ class Intake:
     """What became of an upload.
 
     Attributes:
-        pictures: The names that the pictures got.
+        images: The names that the images got.
         num_captions: How many captions came along.
         refused: A sentence for every file that was left out.
     """
 
-    pictures: tuple[str, ...]
+    images: tuple[str, ...]
     num_captions: int
     refused: tuple[str, ...]
 
@@ -65,7 +65,7 @@ class _Entry:
 
 
 def take_in(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
-    """Copy an upload's pictures and captions into a set; zips are opened.
+    """Copy an upload's images and captions into a set; zips are opened.
 
     Args:
         files: The name that each was sent with, and where it lies now.
@@ -76,20 +76,20 @@ def take_in(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
     """
     entries = [entry for name, path in files for entry in _entries(name, path)]
     if len(entries) > MOST_FILES:
-        raise DataError(f"{len(entries)} files are more than {MOST_FILES}. Train on fewer pictures, or make two sets.")
+        raise DataError(f"{len(entries)} files are more than {MOST_FILES}. Train on fewer images, or make two sets.")
     if (total := sum(entry.size for entry in entries)) > MOST_BYTES_IN_ALL:
         raise DataError(f"The files are {total / 2**30:.1f} GB in all; at most {MOST_BYTES_IN_ALL >> 30} GB are taken.")
     folder.mkdir(parents=True, exist_ok=True)
     stems = _stems(entries, folder)
-    pictures: list[str] = []
+    images: list[str] = []
     num_captions = 0
     refused: list[str] = []
     for entry in entries:
         try:
             if entry.suffix in SUFFIXES:
                 name = f"{stems[_key(entry)]}{entry.suffix}"
-                _store(entry, folder / name, MOST_BYTES, _check_picture)
-                pictures.append(name)
+                _store(entry, folder / name, MOST_BYTES, _check_image)
+                images.append(name)
             elif entry.suffix == ".txt":
                 _store(entry, folder / f"{stems[_key(entry)]}.txt", MOST_CAPTION_BYTES, _check_text)
                 num_captions += 1
@@ -99,20 +99,20 @@ def take_in(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
                 raise DataError(f"{entry.name}: {_NOTHING}.")
         except DataError as error:
             refused.append(str(error))
-    return Intake(tuple(pictures), num_captions, tuple(refused))
+    return Intake(tuple(images), num_captions, tuple(refused))
 
 
 # --- Names ------------------------------------------------------------------------------------------------------------
 
 
 def _key(entry: _Entry) -> tuple[str, str]:
-    """What a picture and its caption have in common."""
+    """What an image and its caption have in common."""
     path = PurePosixPath(entry.name)
     return str(path.parent), path.stem
 
 
 def _stems(entries: Sequence[_Entry], folder: Path) -> dict[tuple[str, str], str]:
-    """A new name without its suffix for every picture and its caption, none of them taken by another picture."""
+    """A new name without its suffix for every image and its caption, none of them taken by another image."""
     taken = {path.stem.lower() for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
     found: dict[tuple[str, str], str] = {}
     for key in dict.fromkeys(_key(entry) for entry in entries if entry.suffix in SUFFIXES):
@@ -123,7 +123,7 @@ def _stems(entries: Sequence[_Entry], folder: Path) -> dict[tuple[str, str], str
         taken.add(stem.lower())
         found[key] = stem
     for entry in entries:
-        # A caption that comes alone belongs to a picture that is there.
+        # A caption that comes alone belongs to an image that is there.
         found.setdefault(_key(entry), safe_name(_key(entry)[1]))
     return found
 
@@ -161,7 +161,7 @@ def _copy(chunks: Iterator[bytes], sink: IO[bytes], name: str, most_bytes: int) 
         sink.write(chunk)
 
 
-def _check_picture(path: Path) -> None:
+def _check_image(path: Path) -> None:
     load_image(path, "white")
 
 
@@ -173,7 +173,7 @@ def _check_text(path: Path) -> None:
 
 
 def _take_in_list(entry: _Entry, folder: Path, stems: dict[tuple[str, str], str]) -> int:
-    """Turn a `metadata.jsonl` into a caption file for each of its pictures."""
+    """Turn a `metadata.jsonl` into a caption file for each of its images."""
     with tempfile.TemporaryDirectory() as scratch:
         _store(entry, Path(scratch) / METADATA, MOST_BYTES, _check_text)
         captions, faults = read_captions(Path(scratch))
@@ -203,7 +203,7 @@ def _entries(name: str, path: Path) -> Iterator[_Entry]:
     for info in infos:
         if (reason := _danger(info)) is not None:
             raise DataError(
-                f"{safe_name(name)} was not opened: {info.orig_filename!r} {reason}. Pack pictures and captions alone."
+                f"{safe_name(name)} was not opened: {info.orig_filename!r} {reason}. Pack images and captions alone."
             )
     for info in infos:
         hidden = any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(info.filename).parts)
@@ -212,7 +212,7 @@ def _entries(name: str, path: Path) -> Iterator[_Entry]:
 
 
 def _danger(info: zipfile.ZipInfo) -> str | None:
-    """Why an entry has no place in a zip of pictures, or None."""
+    """Why an entry has no place in a zip of images, or None."""
     name = info.orig_filename
     parts = name.split("/")
     if not info.filename:

@@ -1,4 +1,4 @@
-"""From a folder of pictures to a LoRA that loads, in a browser; left out where there is no Chromium."""
+"""From a folder of images to a LoRA that loads, in a browser; left out where there is no Chromium."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def load_settings(page: Any, file: Path) -> None:
 
 
 def drawn(page: Any, studio: Open, label: str) -> np.ndarray[Any, Any]:
-    """The picture that was drawn last, once it is there."""
+    """The image that was drawn last, once it is there."""
     image = page.locator("#tried figure", has_text=label).locator("img")
     image.wait_for()
     with urllib.request.urlopen(studio.url + image.get_attribute("src")) as answer:
@@ -91,7 +91,7 @@ def drawn(page: Any, studio: Open, label: str) -> np.ndarray[Any, Any]:
 
 
 def reference(prompt: str, lora: Path | None) -> np.ndarray[Any, Any]:
-    """The same picture by diffusers alone."""
+    """The same image by diffusers alone."""
     from diffusers import StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(pocket_folder(), safety_checker=None)
@@ -105,25 +105,25 @@ def reference(prompt: str, lora: Path | None) -> np.ndarray[Any, Any]:
     return np.asarray(result.images[0]).astype(int)
 
 
-def test_from_pictures_to_a_lora(browser: Any, tmp_path: Path) -> None:
+def test_from_images_to_a_lora(browser: Any, tmp_path: Path) -> None:
     runs = tmp_path / "runs"
-    pictures = sorted(resolve_data_folder("builtin:zumi").glob("zumi_*"))
+    images = sorted(resolve_data_folder("builtin:zumi").glob("zumi_*"))
     with open_studio(runs) as studio, browser_page(browser, studio) as page:
-        page.set_input_files("#drop input[type=file]", pictures)
+        page.set_input_files("#drop input[type=file]", images)
         page.locator("#cards .card").nth(23).wait_for()
         assert page.locator("#cards .card").count() == 24
         assert "nothing to mend" in page.inner_text("#set-summary")
         area = page.get_by_label("Caption of zumi_00.png")
         area.fill("zumi waving, edited in the browser")
         page.locator(".card", has=area).locator(".saved", has_text="Saved").wait_for()
-        folder = runs / "pictures" / "my pictures"
+        folder = runs / "pictures" / "my images"
         assert (folder / "zumi_00.txt").read_text(encoding="utf-8") == "zumi waving, edited in the browser"
 
         file = tmp_path / "quick.toml"
         file.write_text(QUICK.format(folder=folder, cache=tmp_path / "cache"), encoding="utf-8")
         load_settings(page, file)
         page.locator("#plan", has_text="18 times").wait_for()
-        assert "22 pictures" in page.inner_text("#plan")
+        assert "22 images" in page.inner_text("#plan")
         page.dblclick("#start")
         page.locator("#status h2", has_text="zumi").wait_for()
         page.locator("#grid", has_text="base").locator(".tile").first.wait_for()
@@ -167,8 +167,8 @@ def test_from_pictures_to_a_lora(browser: Any, tmp_path: Path) -> None:
         page.keyboard.press("Tab")
         page.click("#try")
         without = drawn(page, studio, "the base")
-        assert np.array_equal(without, reference(prompt, None)), "at strength 0 it is the base's picture"
-        assert np.abs(with_lora - reference(prompt, lora)).max() <= 2, "the file gives the same picture in diffusers"
+        assert np.array_equal(without, reference(prompt, None)), "at strength 0 it is the base's image"
+        assert np.abs(with_lora - reference(prompt, lora)).max() <= 2, "the file gives the same image in diffusers"
         assert np.abs(with_lora - without).max() > 20
 
 

@@ -12,7 +12,7 @@ import pytest
 from helpers.browsing import CHROMIUM, Open, browser_page, open_studio, tab
 from helpers.checks import CLEAN, COPY, check, signal, write_epochs
 from helpers.hostile import CAPTIONS
-from helpers.studios import write_picture, write_state
+from helpers.studios import write_image, write_state
 
 from sdlora.common.bundled import resolve_data_folder
 from sdlora.config.toml import parse_config
@@ -37,12 +37,12 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
     """A studio with hostile captions, a run that copies and one that failed."""
     studio = Studio(tmp_path_factory.mktemp("filled") / "runs")
     studio.create()
-    folder = studio.picture_set("set")
+    folder = studio.image_set("set")
     for number, caption in enumerate(CAPTIONS[:12]):
-        path = write_picture(folder / f"p{number:02d} <b onclick=x>.png", (number * 20, 90, 200), (300, 200 + number))
+        path = write_image(folder / f"p{number:02d} <b onclick=x>.png", (number * 20, 90, 200), (300, 200 + number))
         path.with_suffix(".txt").write_text(caption, encoding="utf-8")
-    write_picture(folder / "uncaptioned.png", "green")
-    write_draft(studio, Draft(pictures="set").with_values({"data.trigger": "zumi"}))
+    write_image(folder / "uncaptioned.png", "green")
+    write_draft(studio, Draft(images="set").with_values({"data.trigger": "zumi"}))
     for name, status in (("copies", "done"), ("fails", "failed")):
         config = parse_config({"data": {"folder": str(folder)}}, name=name)
         run = write_state(studio, config, status=status, error="<b>The loss became NaN.</b> Lower it." * 3)
@@ -63,7 +63,7 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
 
 
 def settled(page: Any, name: str) -> None:
-    """Go to a page and wait until its pictures are there."""
+    """Go to a page and wait until its images are there."""
     tab(page, name)
     page.wait_for_function("[...document.images].every(one => one.complete || one.loading === 'lazy')")
 
@@ -118,13 +118,13 @@ def test_hostile_names_and_captions_are_words(browser: Any, filled: Open) -> Non
         assert page.locator(".sd script, .sd [onclick], .sd [onerror], .sd [onload]").count() == 0
 
 
-def test_a_copying_epoch_is_told_with_its_pictures(browser: Any, filled: Open) -> None:
+def test_a_copying_epoch_is_told_with_its_images(browser: Any, filled: Open) -> None:
     with browser_page(browser, filled) as page:
         choose_run(page, "copies")
         page.locator("#grid .tile.copying").first.click()
         pair = page.locator(".pair.wanted")
         pair.wait_for()
-        assert "Copies training pictures" in page.inner_text("#banner")
+        assert "Copies training images" in page.inner_text("#banner")
         slider = pair.locator("input[type=range]")
         slider.fill("60")
         assert pair.evaluate("one => one.style.getPropertyValue('--shown')") == "60%"
@@ -156,9 +156,9 @@ def test_a_large_set_stays_light(browser: Any, tmp_path: Path) -> None:
     studio.create()
     for number in range(200):
         shade = (number, 255 - number, (number * 7) % 256)
-        path = write_picture(studio.picture_set("many") / f"p{number:03}.png", shade, (64, 64 + number % 3))
+        path = write_image(studio.image_set("many") / f"p{number:03}.png", shade, (64, 64 + number % 3))
         path.with_suffix(".txt").write_text(f"number {number}", encoding="utf-8")
-    write_draft(studio, Draft(pictures="many"))
+    write_draft(studio, Draft(images="many"))
     with open_studio(studio.runs) as opened, browser_page(browser, opened) as page:
         page.locator("#cards .card").nth(47).wait_for()
         assert page.locator("#cards .card").count() == 48
@@ -193,12 +193,12 @@ def choose_run(page: Any, name: str) -> None:
 
 
 def test_a_first_run_takes_five_decisions_and_eight_clicks(browser: Any, tmp_path: Path) -> None:
-    pictures = sorted(resolve_data_folder("builtin:zumi").glob("zumi_*"))
+    images = sorted(resolve_data_folder("builtin:zumi").glob("zumi_*"))
     with open_studio(tmp_path / "runs") as studio, browser_page(browser, studio) as page:
         page.evaluate("window.clicks = 0; addEventListener('click', e => { window.clicks += e.isTrusted }, true)")
         with page.expect_file_chooser() as chooser:
             page.locator("#drop button").first.click()
-        chooser.value.set_files(pictures)
+        chooser.value.set_files(images)
         page.locator("#cards .card").nth(23).wait_for()
         page.click("#to-recipe")
         page.locator("#plan .plan").wait_for()
@@ -209,7 +209,7 @@ def test_a_first_run_takes_five_decisions_and_eight_clicks(browser: Any, tmp_pat
         page.locator("#trigger input, #trigger textarea").click()
         page.keyboard.type("zumi")
         page.click("#start")
-        page.locator("#status h2", has_text="my pictures").wait_for()
+        page.locator("#status h2", has_text="my images").wait_for()
         assert page.evaluate("window.clicks") <= 8
         (worker,) = studio.workers()
         worker.kill()

@@ -22,7 +22,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.config.toml import parse_config
 from sdlora.run.run import start
 from sdlora.ui.settings.draft import Draft, read_draft, write_draft
-from sdlora.ui.state.background_tasks import Errands
+from sdlora.ui.state.background_tasks import BackgroundTasks
 from sdlora.ui.state.folders import Studio
 from sdlora.ui.state.queue import Job, Jobs
 
@@ -51,14 +51,14 @@ def settings(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> Calla
 
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory, settings: Callable[..., RunConfig]) -> Iterator[Open]:
-    """A studio with a set of pictures, a finished run and another one's settings, which differ in name and seed."""
+    """A studio with a set of images, a finished run and another one's settings, which differ in name and seed."""
     studio = Studio(tmp_path_factory.mktemp("work") / "runs")
     studio.create()
-    folder = studio.picture_set("set")
+    folder = studio.image_set("set")
     folder.mkdir()
     for file in sorted(resolve_data_folder("builtin:zumi").glob("zumi_0[0-3].*")):
         shutil.copy(file, folder)
-    write_draft(studio, Draft(pictures="set").with_values({"data.trigger": "glimmer"}))
+    write_draft(studio, Draft(images="set").with_values({"data.trigger": "glimmer"}))
     for _ in start(settings("first").model_copy(update={"seed": 1}), studio.run("first")):
         pass
     write_state(studio, settings("second").model_copy(update={"seed": 2}), status="done")
@@ -104,13 +104,13 @@ def captions(opened: Open) -> list[str]:
 
 
 def drawn(page: Any, *labels: str) -> list[str]:
-    """Where the pictures are that were drawn last, once there are those with these labels and no others."""
+    """Where the images are that were drawn last, once there are those with these labels and no others."""
     page.wait_for_function(
         "wanted => [...document.querySelectorAll('#tried figcaption')].map(c => c.innerText).join() === wanted",
         arg=",".join(labels),
     )
     page.wait_for_function("[...document.querySelectorAll('#tried img')].every(one => one.complete)")
-    # What a picture shows, not what it is called.
+    # What an image shows, not what it is called.
     return page.locator("#tried img").evaluate_all("""all => all.map(one => {
         const size = { width: one.naturalWidth, height: one.naturalHeight };
         const canvas = Object.assign(document.createElement('canvas'), size);
@@ -173,7 +173,7 @@ def test_a_run_is_compared_and_cloned(page: Any, opened: Open) -> None:
     page.locator("#name").wait_for()
     assert page.locator("#name input, #name textarea").input_value() == "first-2"
     draft = read_draft(Studio(opened.runs))
-    assert (draft.name, draft.pictures, draft.value("seed")) == ("first-2", "builtin:zumi", 1)
+    assert (draft.name, draft.images, draft.value("seed")) == ("first-2", "builtin:zumi", 1)
     assert draft.value("train.learning_rate") == 0.02
     page.locator("#plan", has_text="each seen 2 times").wait_for()
 
@@ -235,7 +235,9 @@ def test_what_was_asked_about_is_what_is_published(page: Any, opened: Open) -> N
     page.wait_for_function("document.querySelector('#run input').value === 'second'")
     page.click("#really-publish")
     page.locator("#publish-note", has_text="'first'").wait_for()
-    assert Errands(Studio(opened.runs)).find("publish") is None, "nothing was sent for the run that is looked at now"
+    assert BackgroundTasks(Studio(opened.runs)).find("publish") is None, (
+        "nothing was sent for the run that is looked at now"
+    )
     away.rename(first)
     choose(page, "#run", "first")
     page.click("#publish")

@@ -14,7 +14,7 @@ import pytest
 from helpers.hostile import ADDRESSES, CAPTIONS
 from helpers.live import Live, live
 from helpers.promises import Figure
-from helpers.studios import write_picture, write_state
+from helpers.studios import write_image, write_state
 from PIL import Image
 
 from sdlora.config.toml import dump_toml, load_config, parse_config
@@ -33,8 +33,8 @@ from sdlora.ui.state.try_lora import Easel
 def open_(tmp_path_factory: pytest.TempPathFactory) -> Context:
     studio = Studio(tmp_path_factory.mktemp("studio") / "runs")
     studio.create()
-    folder = studio.picture_set("set")
-    write_picture(folder / "a.png")
+    folder = studio.image_set("set")
+    write_image(folder / "a.png")
     (folder / "a.txt").write_text("a red thing", encoding="utf-8")
     # Things that must stay where they are, beside those that are given out.
     for name in (".hidden.png", "0" * 40 + ".html", "0" * 40 + ".svg", "secret.png"):
@@ -68,7 +68,7 @@ def test_hostile_addresses_give_nothing(server: Live, figure: Figure) -> None:
     figure("Files over HTTP", f"{len(ADDRESSES)} of {len(ADDRESSES)} hostile addresses refused")
 
 
-def test_pictures_are_those_that_were_encoded_anew(server: Live, open_: Context, tmp_path: Path) -> None:
+def test_images_are_those_that_were_encoded_anew(server: Live, open_: Context, tmp_path: Path) -> None:
     source = tmp_path / "a.jpg"
     exif = Image.Exif()
     exif[0x010E] = "a secret place"
@@ -76,8 +76,8 @@ def test_pictures_are_those_that_were_encoded_anew(server: Live, open_: Context,
     answer = server.ask(shown_url(open_.studio.shown, source))
     assert (answer.status, answer.headers["content-type"]) == (200, "image/jpeg")
     assert answer.headers["x-content-type-options"] == "nosniff"
-    with Image.open(io.BytesIO(answer.body)) as picture:
-        assert picture.size == (320, 240) and not picture.getexif()
+    with Image.open(io.BytesIO(answer.body)) as image:
+        assert image.size == (320, 240) and not image.getexif()
 
 
 def test_the_page_asks_nothing_of_anyone(server: Live) -> None:
@@ -101,17 +101,17 @@ def test_other_pages_cannot_send_anything(server: Live, open_: Context, headers:
     wish = {"set": "set", "picture": "a.png", "caption": "changed"}
     assert server.send("PUT", "/studio/caption", wish, **headers).status == 403
     assert server.send("POST", "/gradio_api/queue/join", {}, **headers).status == 403
-    assert (open_.studio.picture_set("set") / "a.txt").read_text(encoding="utf-8") != "changed"
+    assert (open_.studio.image_set("set") / "a.txt").read_text(encoding="utf-8") != "changed"
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_hostile_captions_are_words(server: Live, open_: Context, caption: str) -> None:
-    write_draft(open_.studio, Draft(pictures="set"))
+    write_draft(open_.studio, Draft(images="set"))
     before = {path for path in open_.studio.runs.rglob("*") if "pycache" not in str(path)}
     answer = server.send("PUT", "/studio/caption", {"set": "set", "picture": "a.png", "caption": caption})
     assert answer.status == 200 and "<script" not in answer.json()["doctor"]
     assert {path for path in open_.studio.runs.rglob("*") if "pycache" not in str(path)} == before
-    written = (open_.studio.picture_set("set") / "a.txt").read_text(encoding="utf-8")
+    written = (open_.studio.image_set("set") / "a.txt").read_text(encoding="utf-8")
     assert written == " ".join(caption.replace("\0", " ").split())
 
 
@@ -146,7 +146,7 @@ def test_files_are_downloads(server: Live, open_: Context, tmp_path: Path) -> No
 
 
 def test_the_draft_is_a_file_that_the_command_line_takes(server: Live, open_: Context) -> None:
-    write_draft(open_.studio, Draft(pictures="set", name="mine").with_values({"data.trigger": "zumi", "seed": 3}))
+    write_draft(open_.studio, Draft(images="set", name="mine").with_values({"data.trigger": "zumi", "seed": 3}))
     found = tomllib.loads(server.ask("/studio/draft.toml").body.decode())
     assert (found["name"], found["seed"], found["data"]["trigger"]) == ("mine", 3, "zumi")
     assert parse_config(found, name="x") == open_.draft().config(open_.studio)

@@ -106,7 +106,7 @@ def test_a_recipe_fits_into_the_memory_there_is(
         {"data.class_words": [], "data.preservation_folder": "others", "train.preservation_every": 1},
     ],
 )
-def test_settings_that_go_with_the_pictures_are_no_faults_of_the_plan(
+def test_settings_that_go_with_the_images_are_no_faults_of_the_plan(
     changes: dict[str, Any], on_a_gpu: Callable[[int], None]
 ) -> None:
     on_a_gpu(2**33)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from helpers.studios import write_picture
+from helpers.studios import write_image
 
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, load_config
@@ -18,24 +18,24 @@ from sdlora.ui.state.folders import Studio
 
 def test_a_draft_is_found_again_as_it_was_left(studio: Studio) -> None:
     assert read_draft(studio) == Draft()
-    draft = Draft(pictures="set", name="mine").with_answers("style", "thorough", "owner/name")
+    draft = Draft(images="set", name="mine").with_answers("style", "thorough", "owner/name")
     draft = draft.with_values({"data.trigger": "zumi", "seed": 2**60})
     write_draft(studio, draft)
     assert read_draft(studio) == draft
-    studio.draft.write_text('{"pictures": "set", "values": {"gone.option": 1}}', encoding="utf-8")
-    assert read_draft(studio) == Draft(pictures="set")
+    studio.draft.write_text('{"images": "set", "values": {"gone.option": 1}}', encoding="utf-8")
+    assert read_draft(studio) == Draft(images="set")
 
 
 def test_its_configuration_is_the_command_lines(studio: Studio, tmp_path: Path) -> None:
-    write_picture(studio.picture_set("my set") / "a.png")
-    draft = Draft(pictures="my set").with_values({"data.trigger": "zumi", "lora.rank": 3})
+    write_image(studio.image_set("my set") / "a.png")
+    draft = Draft(images="my set").with_values({"data.trigger": "zumi", "lora.rank": 3})
     config = draft.config(studio)
     assert (config.name, config.lora.rank, config.data.trigger) == ("my set", 3, "zumi")
-    assert config.data.folder == str(studio.picture_set("my set").resolve())
+    assert config.data.folder == str(studio.image_set("my set").resolve())
     file = tmp_path / "any.toml"
     file.write_text(dump_toml(config), encoding="utf-8")
     again = from_config(load_config(str(file)), studio)
-    assert again.pictures == "my set" and again.config(studio) == config
+    assert again.images == "my set" and again.config(studio) == config
 
 
 def test_answers_set_the_options_and_keep_the_rest() -> None:
@@ -50,14 +50,14 @@ def test_answers_set_the_options_and_keep_the_rest() -> None:
 
 
 @pytest.mark.parametrize("pictures", ["", "builtin:nothing", "nowhere/at all"])
-def test_what_is_missing_is_told(studio: Studio, pictures: str) -> None:
+def test_what_is_missing_is_told(studio: Studio, images: str) -> None:
     closed = Studio(studio.runs, any_folder=False)
     with pytest.raises(ConfigError):
-        Draft(pictures=pictures).config(closed)
+        Draft(images=images).config(closed)
 
 
 def test_a_base_elsewhere_is_not_read_over_the_network(studio: Studio, tmp_path: Path) -> None:
-    draft = Draft(pictures="builtin:zumi").with_values({"base.path": str(tmp_path)})
+    draft = Draft(images="builtin:zumi").with_values({"base.path": str(tmp_path)})
     assert isinstance(draft.config(studio), RunConfig)
     with pytest.raises(ConfigError, match="over the network"):
         draft.config(Studio(studio.runs, any_folder=False))
@@ -70,10 +70,10 @@ def test_a_free_name_has_a_number(context: Context) -> None:
 
 
 def test_shipped_sets_are_not_changed(context: Context) -> None:
-    for pictures in ("builtin:zumi", ""):
+    for images in ("builtin:zumi", ""):
         with pytest.raises(SdloraError):
-            context.own_folder(pictures)
-    assert context.own_folder("mine") == context.studio.picture_set("mine").resolve()
+            context.own_folder(images)
+    assert context.own_folder("mine") == context.studio.image_set("mine").resolve()
     assert context.sets() == ["builtin:blueprint", "builtin:zumi"]
 
 

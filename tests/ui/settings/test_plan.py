@@ -22,15 +22,15 @@ def test_the_counts_are_the_runs_own(tmp_path: Path, overrides: list[str], chang
     config = load_config(str(file), [*overrides, *changes])
     made = next(event for event in start(config, tmp_path / "run") if isinstance(event, PlanMade))
     found = plan.count(config)
-    assert (found.pictures, found.exposures, found.steps) == (made.pictures, made.exposures_per_picture, made.steps)
+    assert (found.images, found.exposures, found.steps) == (made.images, made.exposures_per_image, made.steps)
 
 
-def test_held_out_pictures_are_counted_and_told() -> None:
+def test_held_out_images_are_counted_and_told() -> None:
     config = parse_config({"data": {"folder": "builtin:zumi", "repeats": 5}}, name="a")
     found = plan.count(config)
-    assert (found.pictures, found.heldout, found.exposures, found.resolution_px) == (22, 2, 20, 64)
+    assert (found.images, found.validation, found.exposures, found.resolution_px) == (22, 2, 20, 64)
     told = " ".join(plan.in_words(config, found))
-    for words in ("22 pictures", "20 times", "4 epochs", f"{found.steps} steps", "2 pictures are kept out"):
+    for words in ("22 images", "20 times", "4 epochs", f"{found.steps} steps", "2 images are kept out"):
         assert words in told
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import psutil
 import pytest
 from helpers.captioners import make
-from helpers.studios import write_picture, write_state
+from helpers.studios import write_image, write_state
 
 from sdlora.config.schema import RunConfig
 from sdlora.errors import SdloraError
@@ -28,20 +28,20 @@ TOKEN = "hf_averysecrettoken"
 
 @pytest.fixture
 def folder(context: Context) -> Path:
-    """A set of three pictures, of which one has a caption."""
-    made = context.studio.picture_set("set")
+    """A set of three images, of which one has a caption."""
+    made = context.studio.image_set("set")
     for name, color in (("a", "red"), ("b", "blue"), ("c", "green")):
-        write_picture(made / f"{name}.png", color)
+        write_image(made / f"{name}.png", color)
     (made / "b.txt").write_text("my own words", encoding="utf-8")
-    write_draft(context.studio, Draft(pictures="set"))
+    write_draft(context.studio, Draft(images="set"))
     return made
 
 
 def ended(context: Context, kind: Any) -> str:
-    """Wait for an errand's process; what is told of it then."""
-    errand = context.errands.find(kind)
-    assert errand is not None
-    if (process := subprocesses.find(subprocesses.Identity(errand.pid, errand.began))) is not None:
+    """Wait for an background task's process; what is told of it then."""
+    task = context.tasks.find(kind)
+    assert task is not None
+    if (process := subprocesses.find(subprocesses.Identity(task.pid, task.began))) is not None:
         psutil.wait_procs([process], timeout=120)
     return snapshot(context, None, None).html[kind]
 
@@ -58,7 +58,7 @@ def test_a_model_captions_the_rest_and_keeps_what_is_there(context: Context, fol
     assert all((folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in "ac")
     assert "caption already" in send_for_captions(context, str(model))
     assert snapshot(context, None, None).ends["caption"] == "Hide this"
-    context.errands.end("caption")
+    context.tasks.end("caption")
     assert snapshot(context, None, None).html["caption"] == ""
 
 
@@ -76,7 +76,7 @@ def test_a_model_that_cannot_be_had_is_a_sentence(context: Context, folder: Path
 def test_no_model_is_asked_for_at_once(context: Context, folder: Path, model: str, told: str) -> None:
     with pytest.raises(SdloraError, match=told):
         send_for_captions(context, model)
-    assert context.errands.find("caption") is None
+    assert context.tasks.find("caption") is None
 
 
 def test_over_the_network_no_folder_elsewhere_is_read(context: Context, folder: Path, tmp_path: Path) -> None:
@@ -91,10 +91,10 @@ def test_it_can_be_stopped_and_what_was_written_stays(
     send_for_captions(context, "owner/model")
     said = context.studio.logs / ".caption.log"
     assert said.read_text(encoding="utf-8") == f"started with caption {folder.absolute()} --model=owner/model\n"
-    assert "Getting the model" in views.caption_errand(context.errands)
+    assert "Getting the model" in views.caption_task(context.tasks)
     (folder / "a.txt").write_text("a red thing", encoding="utf-8")
-    assert "1 of 2 written" in views.caption_errand(context.errands)
-    context.errands.end("caption")
+    assert "1 of 2 written" in views.caption_task(context.tasks)
+    context.tasks.end("caption")
     assert "1 of 2 were written; they stay" in ended(context, "caption")
     assert len(sleepers) == 1
 
@@ -151,7 +151,7 @@ def test_the_upload_reads_the_token_itself_and_nothing_shows_it(
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    context.errands.start("publish", "hero", ["push", str(done), "--repo=me/hero"])
+    context.tasks.start("publish", "hero", ["push", str(done), "--repo=me/hero"])
     told = ended(context, "publish")
     assert "The Hub cannot be reached" in told and "verdict copying" in told
     shown = "".join(snapshot(context, "hero", None).html.values())

@@ -35,7 +35,7 @@ def test_no_run_gets_a_hostile_name(name: str, studio: Studio) -> None:
 @pytest.mark.parametrize("name", ["zumi", "zumi 2", "My-LoRA_v1.5", "ズミ"])
 def test_usual_names_stay(name: str, studio: Studio) -> None:
     assert safe_name(name) == run_name(name) == name
-    assert studio.picture_set(name).parent == studio.sets
+    assert studio.image_set(name).parent == studio.sets
 
 
 @pytest.mark.parametrize("name", ["..", "a/b", "", "pictures", "CON", "con.txt", "a.", ".hidden", "x" * 101])

@@ -1,4 +1,4 @@
-"""Captions are saved where training reads them, and the doctor's word is told for each picture."""
+"""Captions are saved where training reads them, and the doctor's word is told for each image."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from helpers.hostile import CAPTIONS
-from helpers.studios import write_picture
+from helpers.studios import write_image
 from PIL import Image
 
 from sdlora.common.bundled import resolve_data_folder
@@ -21,12 +21,12 @@ from sdlora.ui.state import image_set
 def folder(tmp_path: Path) -> Path:
     made = tmp_path / "set"
     for name, color in (("a", "red"), ("b", "blue"), ("c", "green")):
-        write_picture(made / f"{name}.png", color, (600, 520))
+        write_image(made / f"{name}.png", color, (600, 520))
         (made / f"{name}.txt").write_text(f"a {color} thing", encoding="utf-8")
     return made
 
 
-def test_every_picture_has_its_verdict_and_reason(tmp_path: Path) -> None:
+def test_every_image_has_its_verdict_and_reason(tmp_path: Path) -> None:
     source = resolve_data_folder("builtin:zumi")
     with Image.open(source / "zumi_00.png") as first, Image.open(source / "zumi_01.png") as second:
         one, two = first.convert("RGB").resize((600, 600)), second.convert("RGB").resize((600, 600))
@@ -34,7 +34,7 @@ def test_every_picture_has_its_verdict_and_reason(tmp_path: Path) -> None:
     one.transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(tmp_path / "mirrored.png")
     two.save(tmp_path / "two.png")
     two.rotate(90).resize((100, 100)).save(tmp_path / "small.png")
-    (tmp_path / "broken.png").write_bytes(b"no picture")
+    (tmp_path / "broken.png").write_bytes(b"no image")
     for name in ("one", "mirrored", "small", "broken"):
         (tmp_path / f"{name}.txt").write_text("zumi waving" if name != "one" else "somebody", encoding="utf-8")
     view = image_set.view(tmp_path, trigger="zumi")
@@ -63,9 +63,9 @@ def test_a_caption_is_what_training_reads(caption: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x.png", "nothing.png", "a.txt", "/etc/passwd", ""])
-def test_only_pictures_of_the_set_are_written_to(name: str, folder: Path) -> None:
+def test_only_images_of_the_set_are_written_to(name: str, folder: Path) -> None:
     for action in (lambda: image_set.write_caption(folder, name, "x"), lambda: image_set.take_out(folder, name)):
-        with pytest.raises(SdloraError, match="no picture"):
+        with pytest.raises(SdloraError, match="no image"):
             action()
 
 
@@ -87,8 +87,8 @@ def test_all_captions_can_be_changed(folder: Path) -> None:
             action()
 
 
-def test_a_picture_is_taken_out_with_its_caption(folder: Path) -> None:
-    write_picture(folder / "a.jpg", "yellow")
+def test_a_image_is_taken_out_with_its_caption(folder: Path) -> None:
+    write_image(folder / "a.jpg", "yellow")
     image_set.take_out(folder, "a.jpg")
     assert (folder / "a.txt").exists(), "a.png has it still"
     image_set.take_out(folder, "a.png")
@@ -122,7 +122,7 @@ def test_a_large_set_is_shown_in_parts(folder: Path) -> None:
     assert list(cards_by_page(image_set.SetView(folder, (), (), ())).values()) == [()]
 
 
-def test_a_picture_is_decoded_once_while_it_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_image_is_decoded_once_while_it_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image_set.view(folder)
     monkeypatch.setattr(image_set, "look_at", lambda *_: pytest.fail("decoded again"))
     image_set.write_caption(folder, "a.png", "new words")

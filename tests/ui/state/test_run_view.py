@@ -27,9 +27,7 @@ from sdlora.ui.state.try_lora import Easel, Wish
 
 
 @pytest.fixture(scope="module")
-def trained(
-    tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, pictures: Path, others: Path
-) -> Iterator[Context]:
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, images: Path, others: Path) -> Iterator[Context]:
     """A studio with one whole run on a base of random weights, and what it looked like on the way."""
     root = tmp_path_factory.mktemp("trained")
     studio = Studio(root / "runs")
@@ -41,8 +39,8 @@ def trained(
         [base]
         path = "{tiny_base}"
         [data]
-        folder = "{pictures}"
-        holdout = "{others}"
+        folder = "{images}"
+        validation_folder = "{others}"
         resolution_px = 32
         bucket_step_px = 8
         trigger = "ball"
@@ -119,15 +117,15 @@ def test_its_pages_show_it(trained: Context) -> None:
     assert html["grid"].count("class='tile") == 6 and "/studio/picture/" in html["grid"]
     assert "held out" in html["charts"] and "noise level" in html["charts"]
     assert "is the one to keep" in html["result"] and "/studio/run/small/epoch/1" in html["result"]
-    assert "base64" not in "".join(html.values()), "pictures are fetched once, not sent with every page"
+    assert "base64" not in "".join(html.values()), "images are fetched once, not sent with every page"
     nothing = snapshot(trained, None, None)
     assert "No run is chosen" in nothing.html["status"] and "Nothing to see yet" in nothing.html["result"]
 
 
-def test_training_pictures_are_cropped_as_trained_or_grey(trained: Context) -> None:
+def test_training_images_are_cropped_as_trained_or_grey(trained: Context) -> None:
     run = read_run(trained.studio, "small")
     assert run is not None
-    gallery = run.training_pictures()
+    gallery = run.training_images()
     assert gallery["red.png"].size == (32, 32) and gallery["orange.png"].size == (40, 24)
     assert gallery["gone.png"].getcolors() == [(32 * 32, (0x88, 0x88, 0x88))]
 
@@ -141,9 +139,9 @@ def test_strength_zero_is_the_base_and_one_the_preview(trained: Context) -> None
     match = next(match for match in run.checks[2].previews if match.prompt == "a red ball")
     assert zero.tobytes() == base.tobytes()
     # Previews are drawn several at once, which may round otherwise.
-    for epoch, picture in ((0, zero), (2, one)):
+    for epoch, image in ((0, zero), (2, one)):
         with Image.open(run.folder / "epochs" / str(epoch) / match.file) as preview:
-            assert max(high for _, high in ImageChops.difference(picture, preview.convert("RGB")).getextrema()) <= 1
+            assert max(high for _, high in ImageChops.difference(image, preview.convert("RGB")).getextrema()) <= 1
     assert len({zero.tobytes(), one.tobytes(), two.tobytes()}) == 3
 
 
@@ -171,7 +169,7 @@ def test_settings_can_be_compared_and_cloned(trained: Context) -> None:
     assert "No run is chosen" in clone_into_draft(trained, None)
 
 
-def test_a_deleted_run_is_gone_and_its_pictures_stay(trained: Context, tmp_path: Path, pictures: Path) -> None:
+def test_a_deleted_run_is_gone_and_its_images_stay(trained: Context, tmp_path: Path, images: Path) -> None:
     studio = Studio(tmp_path / "runs")
     studio.create()
     folder = studio.run("old")
@@ -179,12 +177,12 @@ def test_a_deleted_run_is_gone_and_its_pictures_stay(trained: Context, tmp_path:
     (folder / "config.toml").write_text((trained.studio.run("small") / "config.toml").read_text())
     delete_run(studio, "old")
     assert not folder.exists() and sorted(path.name for path in studio.runs.iterdir()) == [".studio", "pictures"]
-    assert len(list(pictures.glob("*.png"))) == 5
-    (studio.runs / "link").symlink_to(pictures)
+    assert len(list(images.glob("*.png"))) == 5
+    (studio.runs / "link").symlink_to(images)
     for name in ("old", "link", "../x", "pictures"):
         with pytest.raises(SdloraError):
             delete_run(studio, name)
-    assert len(list(pictures.glob("*.png"))) == 5
+    assert len(list(images.glob("*.png"))) == 5
 
 
 def test_messages_escape_what_people_wrote() -> None:

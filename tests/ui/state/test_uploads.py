@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from helpers.hostile import NAMES
 from helpers.promises import Figure
-from helpers.studios import write_picture
+from helpers.studios import write_image
 
 from sdlora.data.checks import examine
 from sdlora.errors import DataError
@@ -38,14 +38,14 @@ def packed(path: Path, *entries: tuple[str, bytes], mode: int = 0) -> Path:
     return path
 
 
-def test_pictures_and_captions_come_in_together(tmp_path: Path) -> None:
-    sent = [write_picture(tmp_path / "in" / f"p {n}.png", color) for n, color in enumerate(("red", "blue"))]
+def test_images_and_captions_come_in_together(tmp_path: Path) -> None:
+    sent = [write_image(tmp_path / "in" / f"p {n}.png", color) for n, color in enumerate(("red", "blue"))]
     caption = tmp_path / "in" / "p 0.txt"
     caption.write_text("a red thing", encoding="utf-8")
     intake = take_in([(file.name, file) for file in (*sent, caption)], tmp_path / "set")
-    assert (intake.pictures, intake.num_captions, intake.refused) == (("p 0.png", "p 1.png"), 1, ())
-    found = examine(tmp_path / "set", background="white").pictures
-    assert [(picture.path.name, picture.caption) for picture in found] == [
+    assert (intake.images, intake.num_captions, intake.refused) == (("p 0.png", "p 1.png"), 1, ())
+    found = examine(tmp_path / "set", background="white").images
+    assert [(image.path.name, image.caption) for image in found] == [
         ("p 0.png", "a red thing"),
         ("p 1.png", None),
     ]
@@ -54,7 +54,7 @@ def test_pictures_and_captions_come_in_together(tmp_path: Path) -> None:
 
 def test_a_name_that_is_taken_gets_a_number_and_its_caption_with_it(tmp_path: Path) -> None:
     folder = tmp_path / "set"
-    write_picture(folder / "a.png", "red")
+    write_image(folder / "a.png", "red")
     (folder / "a.txt").write_text("old", encoding="utf-8")
     file = packed(
         tmp_path / "z.zip",
@@ -63,7 +63,7 @@ def test_a_name_that_is_taken_gets_a_number_and_its_caption_with_it(tmp_path: Pa
         ("y/a.png", png("green")),
         ("y/a.txt", b"green"),
     )
-    assert take_in([("z.zip", file)], folder).pictures == ("a-2.png", "a-3.png")
+    assert take_in([("z.zip", file)], folder).images == ("a-2.png", "a-3.png")
     texts = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.txt")}
     assert texts == {"a.txt": "old", "a-2.txt": "blue", "a-3.txt": "green"}
     late = tmp_path / "a-3.txt"
@@ -87,21 +87,21 @@ def test_a_list_of_captions_becomes_files(tmp_path: Path) -> None:
         ("a.html", b"<p>"), ("a.exe", b"MZ"), ("a.txt", b"\xff\xfe\x00"), (".bashrc", b"x"), ("a.gif", b"GIF89a"),
     ],
 )  # fmt: skip
-def test_what_is_no_picture_is_left_out_by_name(name: str, content: bytes, tmp_path: Path) -> None:
+def test_what_is_no_image_is_left_out_by_name(name: str, content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "sent"
     file.write_bytes(content)
     intake = take_in([(name, file)], tmp_path / "set")
-    assert intake.pictures == () and len(intake.refused) == 1
+    assert intake.images == () and len(intake.refused) == 1
     assert name.lstrip(".") in intake.refused[0] and "partial" not in intake.refused[0]
     assert list((tmp_path / "set").iterdir()) == []
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hostile_names_stay_inside_of_the_set(name: str, tmp_path: Path) -> None:
-    file = write_picture(tmp_path / "sent.png")
+    file = write_image(tmp_path / "sent.png")
     intake = take_in([(f"{name}.png", file)], tmp_path / "root" / "set")
-    assert len(intake.pictures) == 1
-    assert [path.name for path in (tmp_path / "root").rglob("*") if path.is_file()] == list(intake.pictures)
+    assert len(intake.images) == 1
+    assert [path.name for path in (tmp_path / "root").rglob("*") if path.is_file()] == list(intake.images)
 
 
 def bomb(path: Path) -> Path:
@@ -144,11 +144,11 @@ def test_a_zip_that_lies_about_its_size_is_found_out(tmp_path: Path) -> None:
     content[at + 24 : at + 28] = (10).to_bytes(4, "little")
     file.write_bytes(bytes(content))
     intake = take_in([("z.zip", file)], tmp_path / "set")
-    assert intake.pictures == () and len(intake.refused) == 1
+    assert intake.images == () and len(intake.refused) == 1
 
 
 def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = write_picture(tmp_path / "a.png")
+    file = write_image(tmp_path / "a.png")
     monkeypatch.setattr(uploads, "MOST_BYTES_IN_ALL", 10)
     with pytest.raises(DataError, match="GB"):
         take_in([("a.png", file)], tmp_path / "set")
