@@ -1,6 +1,15 @@
-"""Quantities as people read them."""
+"""Quantities as people read them, and sizes as they write them.
+
+Used by messages, tables and pages in every room above.
+"""
 
 from __future__ import annotations
+
+import re
+
+from sdlora.errors import ConfigError
+
+_UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
 def format_seconds(seconds: float) -> str:
@@ -11,3 +20,20 @@ def format_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def format_bytes(num_bytes: float) -> str:
+    """Sizes of memory and files as 7.25 GiB, or as 12.3 MiB below a tenth of a GiB."""
+    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"
+
+
+def parse_bytes(text: str) -> int:
+    """Bytes of a size such as 8GiB, 7.5 GB or 8589934592.
+
+    Raises:
+        ConfigError: The text is not a size above zero.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text.lower())
+    if match is None or match[2] not in _UNITS or float(match[1]) == 0:
+        raise ConfigError(f"cannot parse {text!r} as a size; use 8GiB, 12GB or a number of bytes")
+    return round(float(match[1]) * _UNITS[match[2]])
