@@ -66,7 +66,7 @@ def limits_elsewhere(config: RunConfig, proof: Mapping[str, Any]) -> list[str]:
         sentences.append(
             "Programs that ignore the timestep rank draw with all ranks: their answers differ by "
             f"{proof['rank_mask_difference']:.0%} of what the LoRA changes (root mean square at noise {levels}). "
-            "In diffusers, sdlora.lora_files.pipelines.apply_timestep_rank uses the right ranks."
+            "In diffusers, sdlora.apply_timestep_rank uses the right ranks."
         )
     if lora.dora or config.file.format == "peft":
         what = "DoRA" if lora.dora else "file"
