@@ -13,6 +13,7 @@ from typing import Any
 from sdlora.batch.jobs import Job
 from sdlora.batch.ledger import Ledger
 from sdlora.common.files import write_json, write_text
+from sdlora.common.metrics import read_metrics
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import options
 from sdlora.copycheck.verdict import FIDELITY, EpochCheck
@@ -118,9 +119,9 @@ def _group(config: RunConfig | None) -> str:
 
 
 def _with_figures(result: Result, folder: Path) -> Result:
-    metrics = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    rows = [row for row in map(json.loads, metrics) if row["event"] == "epoch" and row["epoch"] == result.epoch]
-    result = replace(result, validation_loss=rows[-1]["heldout_loss"])
+    assert result.epoch is not None, "a finished job keeps an epoch"
+    losses = read_metrics(folder / "metrics.jsonl").validation_losses()
+    result = replace(result, validation_loss=losses.get(result.epoch))
     check = EpochCheck.read(folder / "epochs" / str(result.epoch))
     if check is None:
         return result

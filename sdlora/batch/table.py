@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdlora.batch.messages import Message
+from sdlora.common.metrics import LossSmoother
 from sdlora.common.text import format_seconds
 
 _STYLES = {"done": "green", "failed": "bold red", "cut": "bold red", "stopped": "yellow", "running": "cyan"}
@@ -23,6 +24,7 @@ class _Row:
     status: str = "waiting"
     doing: str = ""
     loss: float | None = None
+    smoother: LossSmoother = field(default_factory=LossSmoother)
     verdict: str = ""
     seconds: float | None = None
     steps: int = 0
@@ -68,7 +70,7 @@ class BatchTable:
             case "progress":
                 row.doing = f"{message['phase']} {message['done']}/{message['total']}"
             case "step":
-                row.loss = message["loss"] if row.loss is None else 0.95 * row.loss + 0.05 * message["loss"]
+                row.loss = row.smoother.add(message["loss"])
                 row.per_step = message["seconds"]
                 left = format_seconds((row.steps - message["step"]) * message["seconds"])
                 row.doing = f"step {message['step']}/{row.steps}, {left} left"

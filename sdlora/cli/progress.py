@@ -16,6 +16,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdlora import events
+from sdlora.common.metrics import LossSmoother
 from sdlora.common.text import format_seconds
 from sdlora.copycheck.verdict import EpochCheck
 from sdlora.events import Event
@@ -53,7 +54,7 @@ class ProgressBar:
         )  # fmt: skip
         self._task = self._bar.add_task("loading", total=None, detail="")
         self._plan: events.PlanMade | None = None
-        self._loss: float | None = None
+        self._smoother = LossSmoother()
         self._timer = Timer()
 
     def __enter__(self) -> Self:
@@ -76,9 +77,9 @@ class ProgressBar:
         elif isinstance(event, events.Progress):
             self._update(event.phase, event.done, event.total, self._eta())
         elif isinstance(event, events.StepDone):
-            self._loss = event.loss if self._loss is None else 0.95 * self._loss + 0.05 * event.loss
+            loss = self._smoother.add(event.loss)
             rate = len(event.examples) / event.seconds if event.seconds else 0.0
-            detail = f"epoch {event.epoch} step {event.step} loss {self._loss:.4f} {rate:.1f} images/s {self._eta()}"
+            detail = f"epoch {event.epoch} step {event.step} loss {loss:.4f} {rate:.1f} images/s {self._eta()}"
             self._update("training", event.step, self._plan.steps if self._plan else event.step, detail)
         elif isinstance(event, events.EpochDone):
             name = f"epoch {event.epoch}" if event.epoch else "the base"

@@ -25,7 +25,7 @@ def read_captions(folder: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
     metadata = folder / METADATA
     if metadata.is_file():
         try:
-            lines = _read(metadata).splitlines()
+            lines = _read(metadata).split("\n")  # not `splitlines`: captions may hold U+2028
         except DataError as error:
             lines = []
             faults.append((METADATA, str(error)))

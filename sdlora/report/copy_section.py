@@ -7,14 +7,13 @@ from __future__ import annotations
 
 import html
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from sdlora.copycheck.verdict import ALPHA, CONFIDENCE, EpochCheck, Match
+from sdlora.events import EpochDone, StepDone
 from sdlora.report.charts import COLORS, Line, line_chart
 from sdlora.report.html import figure, table
 
 Checks = Mapping[int, EpochCheck]
-Row = Mapping[str, Any]
 
 # Each with a mark of its own: the colour alone would say nothing to many eyes.
 _WORDS = {
@@ -77,18 +76,18 @@ def verdict_banner(checks: Checks, kept: int | None) -> str:
     )
 
 
-def epochs_at_a_glance(checks: Checks, epochs: Sequence[Row], steps: Sequence[Row], kept: int | None) -> str:
+def epochs_at_a_glance(checks: Checks, epochs: Sequence[EpochDone], steps: Sequence[StepDone], kept: int | None) -> str:
     """A row for every epoch: verdict, previews that match, exposures so far, validation loss.
 
     Args:
         checks: By epoch.
-        epochs: The epochs' rows of the metrics.
-        steps: The steps' rows.
+        epochs: The epochs of the metrics.
+        steps: Their steps.
         kept: The epoch whose file is the run's.
     """
     rows = []
-    for row in epochs:
-        epoch, loss, check = row["epoch"], row["heldout_loss"], checks.get(row["epoch"])
+    for event in epochs:
+        epoch, loss, check = event.epoch, event.validation_loss, checks.get(event.epoch)
         verdict = share = ""
         if check is not None:
             verdict = verdict_chip(check)
@@ -103,11 +102,11 @@ def epochs_at_a_glance(checks: Checks, epochs: Sequence[Row], steps: Sequence[Ro
     )
 
 
-def _exposures(steps: Sequence[Row], epoch: int) -> str:
-    exposures = {name: 0 for row in steps for name in row["examples"]}
-    for row in steps:
-        if row["epoch"] <= epoch:
-            for name in row["examples"]:
+def _exposures(steps: Sequence[StepDone], epoch: int) -> str:
+    exposures = {name: 0 for event in steps for name in event.examples}
+    for event in steps:
+        if event.epoch <= epoch:
+            for name in event.examples:
                 exposures[name] += 1
     fewest, most = min(exposures.values(), default=0), max(exposures.values(), default=0)
     return str(most) if fewest == most else f"{fewest} to {most}"

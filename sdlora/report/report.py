@@ -8,18 +8,19 @@ from __future__ import annotations
 import base64
 import html
 import itertools
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from PIL import Image
 
 from sdlora.common.files import write_text
+from sdlora.common.metrics import LossSmoother, read_metrics
 from sdlora.copycheck.verdict import EpochCheck
 from sdlora.diffusion.bands import NUM_BANDS, band_names
 from sdlora.diffusion.timesteps import HIGH_NOISE, NUM_TIMESTEPS
+from sdlora.events import EpochDone, StepDone
 from sdlora.report.charts import COLORS, Line, bar_chart, line_chart
 from sdlora.report.comparisons import Comparisons
 from sdlora.report.copy_section import Checks, copy_figures, epochs_at_a_glance, verdict_banner, verdict_chip
@@ -27,8 +28,6 @@ from sdlora.report.html import epoch_name, figure, frame, table
 from sdlora.report.images import Album
 
 NUM_BINS = 20
-
-Row = Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -63,11 +62,10 @@ def write_report(target: Path, report: Report) -> None:
         target: The HTML file.
         report: What is shown.
     """
-    rows = [json.loads(line) for line in report.metrics.read_text(encoding="utf-8").splitlines()]
-    steps = [row for row in rows if row["event"] == "step"]
-    epochs = [row for row in rows if row["event"] == "epoch"]
+    metrics = read_metrics(report.metrics)
+    steps, epochs = metrics.steps, metrics.epochs
     # Only epochs of the metrics: a run resumed from an earlier checkpoint leaves newer folders behind.
-    found = {row["epoch"]: EpochCheck.read(report.epochs / str(row["epoch"])) for row in epochs}
+    found = {event.epoch: EpochCheck.read(report.epochs / str(event.epoch)) for event in epochs}
     checks = {epoch: check for epoch, check in found.items() if check is not None}
     album = Album()
     parts = [f"<p>{html.escape(sentence)}</p>" for sentence in report.sentences]
@@ -124,11 +122,11 @@ def _reason(check: EpochCheck) -> str:
 # --- Where the exposures went -----------------------------------------------------------------------------------------
 
 
-def exposed_timesteps(steps: Sequence[Row]) -> dict[str, list[int]]:
+def exposed_timesteps(steps: Sequence[StepDone]) -> dict[str, list[int]]:
     """Every image's timesteps in the order of its exposures, by name."""
     exposed: dict[str, list[int]] = {}
-    for row in steps:
-        for name, timestep in zip(row["examples"], row["timesteps"], strict=True):
+    for event in steps:
+        for name, timestep in zip(event.examples, event.timesteps, strict=True):
             exposed.setdefault(name, []).append(timestep)
     return dict(sorted(exposed.items()))
 
@@ -180,14 +178,10 @@ def _histogram(timesteps: Sequence[int]) -> str:
 # --- Losses --------------------------------------------------------------------------------------------------------
 
 
-def _step_figure(steps: Sequence[Row]) -> str:
-    losses = [row["loss"] for row in steps]
-    smooth, mean = [], losses[0]
-    for loss in losses:
-        mean += 0.05 * (loss - mean)
-        smooth.append(mean)
-    lines = [Line("step", losses, "#767676", width=0.7), Line("mean", smooth, COLORS[1])]
-    chart = line_chart(lines, [row["step"] for row in steps], x_name="step", y_name="training loss")
+def _step_figure(steps: Sequence[StepDone]) -> str:
+    losses = [event.loss for event in steps]
+    lines = [Line("step", losses, "#767676", width=0.7), Line("mean", list(map(LossSmoother().add, losses)), COLORS[1])]
+    chart = line_chart(lines, [event.step for event in steps], x_name="step", y_name="training loss")
     return figure(
         "Training, step by step",
         chart,
@@ -195,61 +189,79 @@ def _step_figure(steps: Sequence[Row]) -> str:
     )
 
 
-_BAND_FIGURES = (
-    (
-        "train_bands",
+class _Bands(NamedTuple):
+    """A loss by bands of timesteps: where it stands in an event, and what is written beside its chart and table."""
+
+    of: Callable[[EpochDone], Sequence[float | None] | None]
+    title: str
+    y_name: str
+    sentence: str
+    table_title: str
+    is_change: bool = False
+
+
+_BANDS = (
+    _Bands(
+        lambda event: event.train_bands,
         "Training, by noise level",
         "training loss",
         "The loss of the images that are trained, from little noise (timesteps 0-199) to the most (800-999).",
+        "Training loss by timesteps",
     ),
-    (
-        "heldout_bands",
+    _Bands(
+        lambda event: event.validation_bands,
         "Validation images, by noise level",
         "validation loss",
         "The loss of images that are never trained on: where it rises again, the LoRA begins to learn by heart.",
+        "Validation loss by timesteps",
     ),
-    (
-        "heldout_change",
+    _Bands(
+        lambda event: event.validation_change,
         "What the LoRA changes on them",
         "adapter on minus off",
         "The same with the adapter on minus off: below 0 the LoRA is better than the base, above 0 it is worse.",
+        "Validation loss, adapter on minus off",
+        is_change=True,
     ),
 )
 
 
-def _band_figures(epochs: Sequence[Row]) -> list[str]:
+def _by_epoch(bands: _Bands, epochs: Sequence[EpochDone]) -> dict[int, Sequence[float | None]]:
+    return {event.epoch: found for event in epochs if (found := bands.of(event)) is not None}
+
+
+def _band_figures(epochs: Sequence[EpochDone]) -> list[str]:
     figures = []
-    for key, title, y_name, sentence in _BAND_FIGURES:
-        rows = [row for row in epochs if row.get(key) is not None]
-        lines = [Line(name, [row[key][band] for row in rows], COLORS[band]) for band, name in enumerate(band_names())]
+    for bands in _BANDS:
+        rows = _by_epoch(bands, epochs)
+        lines = [Line(name, [row[b] for row in rows.values()], COLORS[b]) for b, name in enumerate(band_names())]
         values = [value for line in lines for value in line.values if value is not None]
         # A weighting may take a band's only exposure to exactly 0, which no axis of ratios holds.
-        log = key != "heldout_change" and min(values, default=0.0) > 0
-        name = f"{y_name} (logarithmic)" if log else y_name
-        chart = line_chart(lines, [row["epoch"] for row in rows], x_name="epoch", y_name=name, log=log)
+        log = not bands.is_change and min(values, default=0.0) > 0
+        name = f"{bands.y_name} (logarithmic)" if log else bands.y_name
+        chart = line_chart(lines, list(rows), x_name="epoch", y_name=name, log=log)
         if chart:
-            figures.append(figure(title, chart, sentence))
+            figures.append(figure(bands.title, chart, bands.sentence))
     return figures
 
 
-def _band_tables(epochs: Sequence[Row]) -> list[str]:
-    titles = {
-        "train_bands": "Training loss by timesteps",
-        "heldout_bands": "Validation loss by timesteps",
-        "heldout_change": "Validation loss, adapter on minus off",
-    }
+def _band_tables(epochs: Sequence[EpochDone]) -> list[str]:
     return [
-        table(title, ["epoch", *band_names()], [[_epoch(row), *map(_number, row[key])] for row in rows])
-        for key, title in titles.items()
-        if (rows := [row for row in epochs if row.get(key) is not None])
+        table(
+            bands.table_title,
+            ["epoch", *band_names()],
+            [[_epoch(epoch), *map(_number, row)] for epoch, row in rows.items()],
+        )
+        for bands in _BANDS
+        if (rows := _by_epoch(bands, epochs))
     ]
 
 
-def _epoch_table(epochs: Sequence[Row]) -> str:
+def _epoch_table(epochs: Sequence[EpochDone]) -> str:
     head = ["epoch", "training loss", "validation loss", "seconds"]
     rows = [
-        [_epoch(row), _number(row["train_loss"]), _number(row["heldout_loss"]), f"{row['seconds']:.1f}"]
-        for row in epochs
+        [_epoch(event.epoch), _number(event.train_loss), _number(event.validation_loss), f"{event.seconds:.1f}"]
+        for event in epochs
     ]
     return table("All timesteps together", head, rows)
 
@@ -257,8 +269,8 @@ def _epoch_table(epochs: Sequence[Row]) -> str:
 # --- Parts of the page ---------------------------------------------------------------------------------------------
 
 
-def _epoch(row: Row) -> str:
-    return str(row["epoch"] or "base")
+def _epoch(epoch: int) -> str:
+    return str(epoch or "base")
 
 
 def _number(value: float | None) -> str:

@@ -11,14 +11,14 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from sdlora.common.files import is_partial, naming_a_full_disk, write_json, write_text
 from sdlora.common.locks import Holder, hold, holder
+from sdlora.common.run_state import RunState, RunStatus, read_state
 from sdlora.errors import BusyError, DiskFullError, OutputError
-from sdlora.events import EpochDone, Event, Notice, PlanMade, Progress, StepDone
+from sdlora.events import EpochDone, Event, Notice, PlanMade, Progress, StepDone, to_json
 from sdlora.run.eta import Timer
 
 _RECORDED = (StepDone, EpochDone)
@@ -171,12 +171,13 @@ class Recorder:
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
-        self._state: dict[str, Any] = {
-            "status": "running", "phase": "start", "epoch": 0, "step": 0, "total_steps": None, "done": 0, "total": 0,
-            "eta_seconds": None, "pid": os.getpid(), "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "error": None,
-            "closing_seconds": _closing_seconds(folder.state),
-        }  # fmt: skip
-        self._timer = Timer(closing_seconds=self._state["closing_seconds"])
+        before = read_state(folder.state)  # of the part of the run that is resumed
+        self._state = RunState(
+            pid=os.getpid(),
+            started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            closing_seconds=before.closing_seconds if before else None,
+        )
+        self._timer = Timer(closing_seconds=self._state.closing_seconds)
         self._written = 0.0
 
     def record(self, event: Event) -> None:
@@ -184,25 +185,30 @@ class Recorder:
         state = self._state
         self._timer.see(event)
         if isinstance(event, PlanMade):
-            state["total_steps"] = event.steps
+            state = replace(state, total_steps=event.steps)
         elif isinstance(event, Progress):
-            state.update(phase=event.phase, done=event.done, total=event.total)
+            state = replace(state, phase=event.phase, done=event.done, total=event.total)
         elif isinstance(event, StepDone):
-            state.update(phase="train", epoch=event.epoch, step=event.step, done=event.step, total=state["total_steps"])
+            state = replace(
+                state, phase="train", epoch=event.epoch, step=event.step, done=event.step, total=state.total_steps or 0
+            )
         elif isinstance(event, EpochDone):
-            state["epoch"] = event.epoch
+            state = replace(state, epoch=event.epoch)
+        self._state = state
         if isinstance(event, _RECORDED):
             _append(self.folder.metrics, json.dumps(event.to_json(), ensure_ascii=False))
         elif not isinstance(event, Progress):
             self.log(event.message if isinstance(event, Notice) else json.dumps(event.to_json(), ensure_ascii=False))
         seldom = not isinstance(event, (Progress, StepDone))
         if seldom or time.monotonic() - self._written > _STATE_EVERY_SECONDS:
-            state.update(eta_seconds=self._timer.eta_seconds, closing_seconds=self._timer.closing_seconds)
+            self._state = replace(
+                state, eta_seconds=self._timer.eta_seconds, closing_seconds=self._timer.closing_seconds
+            )
             self._write_state()
 
-    def finish(self, status: str, error: str | None = None) -> None:
-        """Say how the run ended: "done", "stopped" or "failed"."""
-        self._state.update(status=status, error=error, eta_seconds=0.0 if status == "done" else None)
+    def finish(self, status: RunStatus, error: str | None = None) -> None:
+        """Record how the run ended: "done", "stopped" or "failed"."""
+        self._state = replace(self._state, status=status, error=error, eta_seconds=0.0 if status == "done" else None)
         # What ended a run, a full disk or a folder that is gone, may keep this from being written down as well; the
         # caller raises the error itself.
         with suppress(DiskFullError, OSError) if status == "failed" else nullcontext():
@@ -224,17 +230,8 @@ class Recorder:
             os.truncate(self.folder.metrics, num_bytes)
 
     def _write_state(self) -> None:
-        write_json(self.folder.state, self._state)
+        write_json(self.folder.state, to_json(self._state))
         self._written = time.monotonic()
-
-
-def _closing_seconds(state: Path) -> float | None:
-    """What the ends of epochs took in the part of a run that is gone on with."""
-    try:
-        found = json.loads(state.read_text(encoding="utf-8")).get("closing_seconds")
-    except (OSError, ValueError):  # a fresh run, or one of before
-        return None
-    return float(found) if isinstance(found, (int, float)) else None
 
 
 def _append(path: Path, line: str) -> None:

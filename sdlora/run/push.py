@@ -5,7 +5,6 @@ The token is huggingface_hub's own affair: it is read from its store, and never 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from huggingface_hub import HfApi, ModelCard
@@ -17,6 +16,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
     OfflineModeIsEnabled,
 )
 
+from sdlora.common.run_state import read_state
 from sdlora.errors import HubError, OutputError
 from sdlora.run.folder import RunFolder
 
@@ -72,12 +72,13 @@ def files_to_push(folder: RunFolder) -> list[str]:
     Raises:
         OutputError: It is no folder of a run, or the run is not done.
     """
-    try:
-        status = json.loads(folder.state.read_text(encoding="utf-8"))["status"]
-    except (OSError, ValueError, KeyError) as error:
-        raise OutputError(f"{folder.path} is no run's folder: it holds no readable state.json.") from error
-    if status != "done" or not folder.lora.is_file() or not folder.card.is_file():
-        raise OutputError(f"The run in {folder.path} is not done (its status is {status!r}). Finish it with --resume.")
+    state = read_state(folder.state)
+    if state is None:
+        raise OutputError(f"{folder.path} is not a run folder: it holds no readable state.json.")
+    if state.status != "done" or not folder.lora.is_file() or not folder.card.is_file():
+        raise OutputError(
+            f"The run in {folder.path} is not done (its status is {state.status!r}). Finish it with --resume."
+        )
     card = ModelCard.load(folder.card)
     shown = [entry["output"]["url"] for entry in card.data.to_dict().get("widget") or []]
     inside = [url for url in shown if (folder.path / url).resolve().is_relative_to(folder.path.resolve())]

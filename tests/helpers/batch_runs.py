@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from helpers.checks import check
+from helpers.metrics import epoch, write_metrics
 
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import parse_config
@@ -18,11 +18,10 @@ def config(**lora: Any) -> RunConfig:
 
 def write_run(folder: Path, loss: float, *previews: Any, **signals: Any) -> None:
     """What a run leaves of its kept epoch 2."""
-    epoch = folder / "epochs" / "2"
-    epoch.mkdir(parents=True)
-    check("clean", *previews, **signals).write(epoch)
-    rows = [{"event": "epoch", "epoch": number, "heldout_loss": loss if number == 2 else 9.0} for number in (1, 2)]
-    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    kept = folder / "epochs" / "2"
+    kept.mkdir(parents=True)
+    check("clean", *previews, **signals).write(kept)
+    write_metrics(folder / "metrics.jsonl", [epoch(1, validation_loss=9.0), epoch(2, validation_loss=loss)])
 
 
 def runs_in(folder: Path) -> dict[str, Path]:

@@ -29,7 +29,7 @@ def run(folder: Path, overrides: Sequence[str], **options: object) -> list[Event
 
 
 def metrics(folder: Path) -> list[dict[str, object]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_bytes().splitlines()]
 
 
 def without_times(rows: Sequence[dict[str, object]]) -> list[dict[str, object]]:

@@ -1,9 +1,9 @@
 import re
 from dataclasses import replace
-from typing import Any
 
 import pytest
 from helpers.checks import CLEAN, COPY, NOVEL, check, signal
+from helpers.metrics import epoch, step
 
 from sdlora.report.copy_section import copy_figures, epochs_at_a_glance, in_one_of, once_in, verdict_banner
 
@@ -44,11 +44,11 @@ def cells(found: str) -> list[list[str]]:
 
 
 def test_a_row_for_every_epoch() -> None:
-    epochs = [{"epoch": epoch, "heldout_loss": loss} for epoch, loss in enumerate((0.3, 0.2, None))]
-    steps: list[dict[str, Any]] = [
-        {"epoch": 1, "examples": ["a", "b"]},
-        {"epoch": 2, "examples": ["a", "b"]},
-        {"epoch": 2, "examples": ["a"]},
+    epochs = [epoch(number, validation_loss=loss) for number, loss in enumerate((0.3, 0.2, None))]
+    steps = [
+        step(1, ["a", "b"], [1, 2]),
+        step(2, ["a", "b"], [1, 2], epoch=2),
+        step(3, ["a"], [1], epoch=2),
     ]
     assert cells(epochs_at_a_glance(CHECKS, epochs, steps, 1)) == [
         ["base", "✓ clean", "0 of 2 (0%)", "0", "0.3000"],
@@ -58,7 +58,7 @@ def test_a_row_for_every_epoch() -> None:
 
 
 def test_an_epoch_without_a_check_keeps_its_row() -> None:
-    epochs = [{"epoch": epoch, "heldout_loss": None} for epoch in (0, 1)]
+    epochs = [epoch(0), epoch(1)]
     assert cells(epochs_at_a_glance({0: check()}, epochs, [], None))[1] == ["1", "", "", "0", ""]
 
 

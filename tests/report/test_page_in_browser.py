@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.checks import CLEAN, COPY, GALLERY, check, signal, write_epochs
+from helpers.metrics import epoch, write_metrics
 from PIL import Image
 
 from sdlora.report.report import Report, write_report
@@ -29,9 +29,9 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     previews = [CLEAN, COPY, replace(CLEAN, prompt=LONG, seed=1, nearest="b.png", file="previews/p2.png")]
     checks = {epoch: check("copying", *previews, seed_collapse=signal(0.1, 0.2)) for epoch in range(6)}
     write_epochs(folder / "epochs", checks)
-    row: dict[str, Any] = {"event": "epoch", "train_loss": 0.4, "heldout_loss": 0.3, "seconds": 1.0}
-    bands = {"train_bands": [0.1] * 5, "heldout_bands": [0.1] * 5, "heldout_change": [0.0] * 5}
-    (folder / "m.jsonl").write_text("\n".join(json.dumps({**row, **bands, "epoch": epoch}) for epoch in checks))
+    losses = {"train_loss": 0.4, "validation_loss": 0.3}
+    bands = {"train_bands": [0.1] * 5, "validation_bands": [0.1] * 5, "validation_change": [0.0] * 5}
+    write_metrics(folder / "m.jsonl", [epoch(number, **losses, **bands) for number in checks])
     (folder / "c.toml").write_text("[data]")
     metrics, config = folder / "m.jsonl", folder / "c.toml"
     report = Report("run", ["Kept. " * 40], folder / "epochs", folder / "none.png", metrics, config, GALLERY)

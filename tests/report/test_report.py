@@ -1,36 +1,19 @@
-import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from helpers.checks import CLEAN, COPY, GALLERY, check, write_epochs
+from helpers.metrics import epoch, step, write_metrics
 from PIL import Image
 
+from sdlora.events import EpochDone, StepDone
 from sdlora.report.report import Report, exposed_timesteps, largest_gap, write_report
-
-
-def step(number: int, examples: Sequence[str], timesteps: Sequence[int]) -> dict[str, Any]:
-    return {
-        "event": "step",
-        "epoch": 1,
-        "step": number,
-        "loss": 0.5 / number,
-        "examples": examples,
-        "timesteps": timesteps,
-    }
-
-
-def epoch(number: int, **values: Any) -> dict[str, Any]:
-    empty = {"train_loss": None, "heldout_loss": None, "train_bands": None, "heldout_bands": None}
-    return {"event": "epoch", "epoch": number, **empty, "heldout_change": None, "seconds": 2.0, **values}
-
 
 ROWS = [
     epoch(0, validation_loss=0.3, validation_bands=[0.5, 0.4, 0.3, 0.2, 0.1], validation_change=[0.0] * 5),
-    step(1, ["<a>.png", "b.png"], [10, 480]),
-    step(2, ["b.png", "<a>.png"], [990, 60]),
+    step(1, ["<a>.png", "b.png"], [10, 480], loss=0.5),
+    step(2, ["b.png", "<a>.png"], [990, 60], loss=0.25),
     epoch(
         1, train_loss=0.4, train_bands=[0.61, None, 0.41, None, 0.21], validation_loss=0.25,
         validation_bands=[0.41, 0.31, 0.21, 0.11, 0.05], validation_change=[-0.09, -0.09, -0.09, -0.09, -0.05],
@@ -38,8 +21,8 @@ ROWS = [
 ]  # fmt: skip
 
 
-def page(folder: Path, rows: Sequence[Mapping[str, Any]], title: str = "run", kept: int | None = None) -> str:
-    (folder / "m.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
+def page(folder: Path, rows: Sequence[StepDone | EpochDone], title: str = "run", kept: int | None = None) -> str:
+    write_metrics(folder / "m.jsonl", rows)
     (folder / "c.toml").write_text('caption = "<script>alert(1)</script>"')
     report = Report(
         title, ["Epoch 1 & more."], folder / "epochs", folder / "sheet.png", folder / "m.jsonl", folder / "c.toml",
@@ -76,7 +59,7 @@ def test_exposures_are_counted_in_all_and_for_the_least_covered_image(tmp_path: 
 
 
 def test_gaps_count_the_edges() -> None:
-    assert exposed_timesteps([row for row in ROWS if row["event"] == "step"]) == {
+    assert exposed_timesteps([row for row in ROWS if isinstance(row, StepDone)]) == {
         "<a>.png": [10, 60], "b.png": [480, 990],
     }  # fmt: skip
     assert largest_gap([480, 990]) == (480, 990)

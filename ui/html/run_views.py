@@ -11,6 +11,7 @@ from pathlib import Path
 
 from PIL import Image
 
+from sdlora.common.metrics import LossSmoother
 from sdlora.report.charts import COLORS, Line, bar_chart, line_chart
 from sdlora.report.comparisons import Comparisons
 from sdlora.report.copy_section import copy_figures, epochs_at_a_glance, verdict_banner, verdict_chip
@@ -21,7 +22,6 @@ from ..state.run_view import RunView
 from .image_urls import LinkedAlbum, shown_image, shown_url
 from .views import box, message, progress_words, state_chip, text
 
-_SMOOTHING = 0.9
 _MOST_POINTS = 300
 _BINS = 20
 
@@ -33,8 +33,8 @@ def status_panel(status: Status) -> str:
     share = 0.0
     if status.word == "done":
         share = 1.0
-    elif status.total_steps:
-        share = status.step / status.total_steps
+    elif status.state is not None and status.state.total_steps:
+        share = status.state.step / status.state.total_steps
     bar = (
         f"<div class='bar' role='progressbar' aria-label='Steps done' aria-valuemin='0' aria-valuemax='100' "
         f"aria-valuenow='{round(100 * share)}'><span style='width: {share:.1%}'></span></div>"
@@ -63,18 +63,18 @@ def _way_on(status: Status) -> str:
 
 def training_charts(run: RunView) -> str:
     """The smoothed loss with the validation loss beside it, and the noise levels that were visited."""
-    if not run.steps:
+    if not run.metrics.steps:
         return box("<p class='quiet'>Charts appear with the first steps.</p>")
-    steps = [row["step"] for row in run.steps]
-    smooth = _smoothed([row["loss"] for row in run.steps])
-    validation = {row["step"]: row["heldout_loss"] for row in run.epochs if row["heldout_loss"] is not None}
+    smoother = LossSmoother()
+    smooth = {event.step: smoother.add(event.loss) for event in run.metrics.steps}
+    steps = list(smooth)
+    validation = {one.step: one.validation_loss for one in run.metrics.epochs if one.validation_loss is not None}
     x = sorted({*steps[:: max(1, len(steps) // _MOST_POINTS)], steps[-1], *validation})
-    by_step = dict(zip(steps, smooth, strict=True))
-    lines = [Line("training", [by_step.get(step) for step in x], COLORS[3])]
+    lines = [Line("training", [smooth.get(step) for step in x], COLORS[3])]
     if validation:
         lines.append(Line("held out", [validation.get(step) for step in x], COLORS[1]))
     loss = line_chart(lines, x, x_name="step", y_name="loss, smoothed")
-    exposed = [level for row in run.steps for level in row["timesteps"]]
+    exposed = [level for event in run.metrics.steps for level in event.timesteps]
     counts = [0] * _BINS
     for level in exposed:
         counts[min(_BINS - 1, level * _BINS // 1000)] += 1
@@ -87,14 +87,6 @@ def training_charts(run: RunView) -> str:
         )
         + "</div>"
     )
-
-
-def _smoothed(values: Sequence[float]) -> list[float]:
-    mean, found = 0.0, []
-    for index, value in enumerate(values, start=1):
-        mean = _SMOOTHING * mean + (1 - _SMOOTHING) * value
-        found.append(mean / (1 - _SMOOTHING**index))
-    return found
 
 
 def epoch_grid(run: RunView, shown: Path) -> str:
@@ -151,7 +143,8 @@ def result_panel(run: RunView, status: Status) -> str:
     epoch, reason = found
     final = status.word == "done"
     title = f"Epoch {epoch} is the one to keep" if final else f"So far, epoch {epoch} is the one to keep"
-    glance = epochs_at_a_glance(run.checks, run.epochs, run.steps, epoch) if run.epochs else ""
+    metrics = run.metrics
+    glance = epochs_at_a_glance(run.checks, metrics.epochs, metrics.steps, epoch) if metrics.epochs else ""
     return message(reason, "clean", title=title) + box(glance) + box(_downloads(run, epoch, final))
 
 

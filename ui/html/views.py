@@ -192,22 +192,23 @@ def strip(statuses: Sequence[Status]) -> str:
 
 def progress_words(status: Status) -> str:
     """Phase, step and time left, in words."""
-    if status.word in ("starting", "none"):
+    state = status.state
+    if state is None:
         return ""
     if status.word == "done":
         return "Every epoch is complete."
     if status.can_resume:
-        return f"It got to step {status.step} of {status.total_steps}." if status.total_steps else ""
-    # The report is the last of an epoch's end; of the steps that follow it nothing is heard until some are done.
-    phase = "train" if status.phase == "page" and status.step < (status.total_steps or 0) else status.phase
-    told = [PHASES.get(phase, phase)]
-    if phase == "train" and status.total_steps:
-        told.append(f"step {status.step} of {status.total_steps}")
-    elif status.total > 1:
-        told.append(f"{status.done} of {status.total}")
-    if status.eta_seconds is not None and status.word in ("running", "paused"):
-        told.append(f"about {format_seconds(status.eta_seconds)} left")
-    return ", ".join(part for part in told if part)
+        return f"It got to step {state.step} of {state.total_steps}." if state.total_steps else ""
+    # The report ends an epoch; no event comes between it and the next epoch's first steps.
+    phase = "train" if state.phase == "page" and state.step < (state.total_steps or 0) else state.phase
+    words = [PHASES.get(phase, phase)]
+    if phase == "train" and state.total_steps:
+        words.append(f"step {state.step} of {state.total_steps}")
+    elif state.total > 1:
+        words.append(f"{state.done} of {state.total}")
+    if state.eta_seconds is not None and status.word in ("running", "paused"):
+        words.append(f"about {format_seconds(state.eta_seconds)} left")
+    return ", ".join(words)
 
 
 def queue(statuses: Sequence[Status]) -> str:

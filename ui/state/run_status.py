@@ -5,14 +5,15 @@ A process that is gone without a word has failed, whatever its last state says.
 
 from __future__ import annotations
 
-import json
 import re
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import psutil
+
+from sdlora.common.run_state import RunState, read_state
 
 from . import subprocesses
 from .folders import Studio
@@ -29,13 +30,7 @@ class Status:
     Attributes:
         name: The run's.
         word: In a word; "none" if there is no such run.
-        phase: What it does: "start", "cache", "heldout", "previews", "train", ...
-        epoch: The epoch it is in.
-        step: The last step it did.
-        total_steps: Of the whole run; None until it is known.
-        done: How far the phase is, of `total`.
-        total: The phase's length.
-        eta_seconds: To the end, previews included; None while unknown.
+        state: How far it is; None before it has written that.
         error: What went wrong, in words; None if nothing did.
         log: The last lines of what its process said.
         place: In the queue, from 1; None if it does not wait.
@@ -44,13 +39,7 @@ class Status:
 
     name: str
     word: Word
-    phase: str = ""
-    epoch: int = 0
-    step: int = 0
-    total_steps: int | None = None
-    done: int = 0
-    total: int = 0
-    eta_seconds: float | None = None
+    state: RunState | None = None
     error: str | None = None
     log: str = ""
     place: int | None = None
@@ -83,60 +72,44 @@ def read_status(
     folder = studio.run(name)
     if place is not None:
         return Status(name, "waiting", place=place)
-    state = _read_state(folder / "state.json")
-    started = datetime.fromisoformat(state["started"]).timestamp() if state else 0.0
-    # A state from before this process is an earlier attempt's. Its times are whole seconds.
-    if state and started < began - 1:
-        state = {}
-    if process is None and state.get("status") == "running":
-        process = subprocesses.find_by_number(state["pid"], started + 1)
-    if not state and process is None and not began:
+    state = read_state(folder / "state.json")
+    if state is not None:
+        started = datetime.fromisoformat(state.started).timestamp()
+        # A state from before this process is an earlier attempt's. Its times are whole seconds.
+        if started < began - 1:
+            state = None
+        elif process is None and state.status == "running":
+            process = subprocesses.find_by_number(state.pid, started + 1)
+    if state is None and process is None and not began:
         return Status(name, "none")
     word, error = _word(state, process, stopping)
     return Status(
         name,
         word,
-        phase=state.get("phase", ""),
-        epoch=state.get("epoch", 0),
-        step=state.get("step", 0),
-        total_steps=state.get("total_steps"),
-        done=state.get("done", 0),
-        total=state.get("total", 0),
-        eta_seconds=state.get("eta_seconds"),
-        error=error,
+        state,
+        error,
         log=last_lines(studio.log(name), folder / "log.txt") if word == "failed" else "",
         process=process,
     )
 
 
-def _word(state: dict[str, Any], process: psutil.Process | None, stopping: bool) -> tuple[Word, str | None]:
-    said = state.get("status", "")
+def _word(state: RunState | None, process: psutil.Process | None, stopping: bool) -> tuple[Word, str | None]:
     if process is not None:
         if subprocesses.is_paused(process):
             return "paused", None
         if stopping:
             return "stopping", None
         return ("running" if state else "starting"), None
-    if said == "done" or said == "stopped":
-        return said, None
-    if said == "failed":
-        return "failed", state["error"]
+    if state is not None and state.status != "running":
+        return state.status, state.error
     if stopping:
         return "stopped", None
-    if state:
+    if state is not None:
         return "failed", (
-            "The training process is gone without a word: it was killed, or the machine ran out of memory or was "
-            "switched off."
+            "The training process died unexpectedly: it was killed, or the machine ran out of memory or was switched "
+            "off."
         )
     return "failed", "The training process ended before it began to train."
-
-
-def _read_state(file: Path) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    return found
 
 
 def last_lines(*files: Path) -> str:

@@ -6,7 +6,6 @@ Everything is read from the run's folder and remembered until a file changes, si
 from __future__ import annotations
 
 import functools
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from sdlora.common.bundled import resolve_data_folder
+from sdlora.common.metrics import Metrics, read_metrics
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config, options
 from sdlora.copycheck.verdict import EpochCheck, read_checks, recommend
@@ -34,8 +34,7 @@ class RunView:
         name: The run's.
         folder: Where it lies.
         config: Its settings.
-        epochs: The epochs' rows of the metrics, epoch 0 first.
-        steps: The steps' rows.
+        metrics: Its steps and epochs so far.
         checks: The copy checks by epoch.
         previews: The previews by epoch, in the order of their names.
         loras: The LoRA files by epoch.
@@ -45,8 +44,7 @@ class RunView:
     name: str
     folder: Path
     config: RunConfig
-    epochs: list[dict[str, Any]]
-    steps: list[dict[str, Any]]
+    metrics: Metrics
     checks: dict[int, EpochCheck]
     previews: dict[int, list[Path]]
     loras: dict[int, Path]
@@ -58,8 +56,7 @@ class RunView:
         judged = [epoch for epoch in self.loras if epoch in self.checks or not is_checked]
         if not judged:
             return None
-        losses = {row["epoch"]: row["heldout_loss"] for row in self.epochs if row["heldout_loss"] is not None}
-        return recommend(self.checks, losses, max(judged))
+        return recommend(self.checks, self.metrics.validation_losses(), max(judged))
 
     def training_images(self) -> Mapping[str, Image.Image]:
         """What it trained on, by name and cropped as it was trained; grey where an image is no longer there."""
@@ -94,7 +91,6 @@ def _marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
 
 @functools.lru_cache(maxsize=64)
 def _read(folder: Path, name: str, _marks: tuple[tuple[str, int, int], ...]) -> RunView:
-    rows = _rows(folder / "metrics.jsonl")
     epochs = folder / "epochs"
     numbers = sorted(int(path.name) for path in epochs.glob("*") if path.name.isdecimal())
     loras = {number: epochs / str(number) / "adapter.safetensors" for number in numbers}
@@ -103,22 +99,13 @@ def _read(folder: Path, name: str, _marks: tuple[tuple[str, int, int], ...]) -> 
         name,
         folder,
         load_config(str(folder / "config.toml")),
-        [row for row in rows if row["event"] == "epoch"],
-        [row for row in rows if row["event"] == "step"],
+        read_metrics(folder / "metrics.jsonl"),
         read_checks(epochs),
         {number: files for number, files in previews.items() if files},
         # The proof is written last: until it is there the file may be half of one.
         {number: file for number, file in loras.items() if file.with_name("proof.json").is_file()},
         f"{folder.resolve()} {(folder / 'config.toml').stat().st_mtime_ns}",
     )
-
-
-def _rows(metrics: Path) -> list[dict[str, Any]]:
-    if not metrics.is_file():
-        return []
-    lines = metrics.read_text(encoding="utf-8").splitlines()
-    # The last line may be on its way.
-    return [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
 
 
 class _Gallery(Mapping[str, Image.Image]):

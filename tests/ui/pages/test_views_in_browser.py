@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,6 +11,7 @@ import pytest
 from helpers.browsing import CHROMIUM, Open, browser_page, open_studio, tab
 from helpers.checks import CLEAN, COPY, check, signal, write_epochs
 from helpers.hostile import CAPTIONS
+from helpers.metrics import epoch, step, write_metrics
 from helpers.studios import write_image, write_state
 
 from sdlora.common.bundled import resolve_data_folder
@@ -50,14 +50,12 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
         previews = [CLEAN, COPY]
         write_epochs(run / "epochs", {e: check("copying" if e else "clean", *previews, seed_collapse=signal(0.1, 0.2))
                                       for e in range(4)})  # fmt: skip
-        row = {"event": "epoch", "train_loss": 0.4, "heldout_loss": 0.3, "seconds": 1.0}
-        step = {"event": "step", "loss": 0.1, "timesteps": [1, 999], "examples": ["p00.png"]}
-        rows = [{**row, "epoch": e, "step": 9 * e} for e in range(4)]
-        rows += [{**step, "epoch": s // 9 + 1, "step": s} for s in range(1, 27)]
-        (run / "metrics.jsonl").write_text("\n".join(json.dumps(row) for row in rows) + "\n", encoding="utf-8")
-        for epoch in (1, 2, 3):
-            (run / "epochs" / str(epoch) / "adapter.safetensors").write_bytes(b"x")
-            (run / "epochs" / str(epoch) / "proof.json").write_text("{}", encoding="utf-8")
+        events = [epoch(e, step=9 * e, train_loss=0.4, validation_loss=0.3) for e in range(4)]
+        steps = [step(s, ["p00.png", "p01.png"], [1, 999], epoch=s // 9 + 1) for s in range(1, 27)]
+        write_metrics(run / "metrics.jsonl", [*events, *steps])
+        for number in (1, 2, 3):
+            (run / "epochs" / str(number) / "adapter.safetensors").write_bytes(b"x")
+            (run / "epochs" / str(number) / "proof.json").write_text("{}", encoding="utf-8")
     with open_studio(studio.runs) as opened:
         yield opened
 

@@ -11,6 +11,7 @@ import psutil
 import pytest
 from helpers.studios import write_state
 
+from sdlora.common.run_state import RunState
 from sdlora.config.schema import RunConfig
 from sdlora.ui.html.views import progress_words
 from sdlora.ui.pages.context import Context
@@ -98,5 +99,7 @@ def test_only_the_end_of_a_log_is_read(studio: Studio) -> None:
     ],
 )
 def test_what_a_run_does_is_told_with_the_time_left(phase: str, step: int, done: int, total: int, told: str) -> None:
-    status = Status("a", "running", phase, step=step, total_steps=40, done=done, total=total, eta_seconds=90.0)
-    assert progress_words(status) == told
+    state = RunState(
+        phase=phase, step=step, total_steps=40, done=done, total=total, eta_seconds=90.0, pid=1, started=""
+    )
+    assert progress_words(Status("a", "running", state)) == told

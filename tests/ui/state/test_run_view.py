@@ -15,7 +15,8 @@ from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config
 from sdlora.copycheck.verdict import read_checks
 from sdlora.errors import SdloraError
-from sdlora.run.run import start
+from sdlora.events import EpochDone, Event, RunDone
+from sdlora.run.run import Stopped, start
 from sdlora.ui.html import run_views, views
 from sdlora.ui.pages.context import Context
 from sdlora.ui.pages.result import clone_into_draft, draw
@@ -74,7 +75,7 @@ def config_of(context: Context) -> RunConfig:
 def test_it_is_what_the_trainer_left(trained: Context) -> None:
     run = read_run(trained.studio, "small")
     assert run is not None
-    assert [row["epoch"] for row in run.epochs] == [0, 1, 2] and len(run.steps) == 10
+    assert [event.epoch for event in run.metrics.epochs] == [0, 1, 2] and len(run.metrics.steps) == 10
     assert run.checks == read_checks(run.folder / "epochs")
     assert sorted(run.loras) == [1, 2] and [len(files) for files in run.previews.values()] == [2, 2, 2]
     kept = run.recommended()
@@ -105,7 +106,31 @@ def test_a_half_written_line_and_a_file_without_its_proof_do_not_count(trained: 
         handle.write('{"event": "step", "epo')
     (studio.run("half") / "epochs" / "2" / "proof.json").unlink()
     run = read_run(studio, "half")
-    assert run is not None and len(run.steps) == 10 and sorted(run.loras) == [1]
+    assert run is not None and len(run.metrics.steps) == 10 and sorted(run.loras) == [1]
+
+
+def test_run_with_a_line_separator_in_an_image_name_is_resumed_reported_and_shown(
+    tmp_path: Path, overrides: list[str], images: Path
+) -> None:
+    folder, name = tmp_path / "set", "re\u2028d.png"
+    shutil.copytree(images, folder)
+    for suffix in (".png", ".txt"):
+        (folder / f"red{suffix}").rename((folder / name).with_suffix(suffix))
+    studio = Studio(tmp_path / "runs")
+    studio.create()
+    (tmp_path / "a.toml").write_text("[data]\ntrigger = 'zumi'\n", encoding="utf-8")
+    config = load_config(str(tmp_path / "a.toml"), [*overrides, f"data.folder={folder}", "data.repeats=2"])
+    seen: list[Event] = []
+    with pytest.raises(Stopped):
+        for event in start(
+            config, studio.run("a"), should_stop=lambda: any(isinstance(e, EpochDone) and e.epoch for e in seen)
+        ):
+            seen.append(event)
+    seen.clear()
+    assert isinstance(list(start(config, studio.run("a"), resume=True))[-1], RunDone)
+    run = read_run(studio, "a")
+    assert run is not None and sum(event.examples.count(name) for event in run.metrics.steps) == 4
+    assert name in (studio.run("a") / "report.html").read_text(encoding="utf-8")
 
 
 def test_its_pages_show_it(trained: Context) -> None:

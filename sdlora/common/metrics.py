@@ -1,0 +1,76 @@
+"""The course of a run: `metrics.jsonl` as events, and the running mean of its losses.
+
+Written by `run`, a line for every step and epoch; read by the report, the batch and the studio.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sdlora.errors import OutputError
+from sdlora.events import EpochDone, StepDone, fields_from_json
+
+LOSS_DECAY = 0.95
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What was recorded of a run, in its order.
+
+    Attributes:
+        steps: The optimizer steps.
+        epochs: The ends of epochs, epoch 0 (the base model) first.
+    """
+
+    steps: list[StepDone] = field(default_factory=list)
+    epochs: list[EpochDone] = field(default_factory=list)
+
+    def validation_losses(self) -> dict[int, float]:
+        """The validation loss of every epoch that has one."""
+        return {event.epoch: event.validation_loss for event in self.epochs if event.validation_loss is not None}
+
+
+def read_metrics(file: Path) -> Metrics:
+    """The metrics of a run; empty if it has recorded none.
+
+    A last line without its line feed is being written, or was cut off by a crash, and is left out.
+
+    Args:
+        file: `metrics.jsonl`.
+
+    Raises:
+        OutputError: Another line is not a recorded event.
+    """
+    found = Metrics()
+    # Lines end in a line feed alone: `splitlines` would also split at U+2028, which JSON strings may hold.
+    lines = file.read_bytes().split(b"\n")[:-1] if file.is_file() else []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row: dict[str, Any] = json.loads(line)
+            if row["event"] == StepDone.name:
+                found.steps.append(StepDone(**fields_from_json(StepDone, row)))
+            elif row["event"] == EpochDone.name:
+                found.epochs.append(EpochDone(**fields_from_json(EpochDone, row)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise OutputError(f"{file}, line {number} is not an event of a run ({error}).") from error
+    return found
+
+
+class LossSmoother:
+    """Exponential moving average without the bias towards its first values.
+
+    Source: Kingma and Ba 2015, "Adam", section 3: m_t = d m_(t-1) + (1 - d) x_t, shown as m_t / (1 - d^t).
+    """
+
+    def __init__(self) -> None:
+        self._mean = 0.0
+        self._weight = 0.0
+
+    def add(self, loss: float) -> float:
+        """The mean with one more loss in it."""
+        self._mean = LOSS_DECAY * self._mean + (1 - LOSS_DECAY) * loss
+        self._weight = LOSS_DECAY * self._weight + (1 - LOSS_DECAY)
+        return self._mean / self._weight
