@@ -29,6 +29,14 @@ def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
     assert "metadata.jsonl, line 2: " in message
 
 
+def test_line_separators_in_captions_do_not_end_a_line(tmp_path: Path) -> None:
+    lines = [{"file_name": f"{name}\u2028.png", "text": "one\u2028two\x85three"} for name in "ab"]
+    text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
+    (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8")
+    captions, faults = read_captions(tmp_path)
+    assert captions == {line["file_name"]: line["text"] for line in lines} and not faults
+
+
 def test_other_encodings_are_named(tmp_path: Path) -> None:
     for name in ("latin.txt", "metadata.jsonl"):
         (tmp_path / name).write_bytes("café".encode("latin-1"))
