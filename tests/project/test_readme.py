@@ -3,27 +3,29 @@
 from __future__ import annotations
 
 import re
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
 from diffusers import StableDiffusionPipeline
 
-from sdlora.common.bundled import pocket_folder
+from sdlora import pocket_folder
 from sdlora.lora.inject import inject
 from sdlora.lora.targets import find_targets
 from sdlora.lora_files.write import LoraMetadata, save_lora
 
-README = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def test_the_first_two_commands() -> None:
+def test_first_two_commands_install_train_and_test() -> None:
     commands = re.findall(r"```bash\n(.*?)\n```", README, flags=re.DOTALL)
     assert commands[0] == "pip install . && sdlora train quickstart"
     assert commands[1] == 'pip install -e ".[dev]" && pytest'
 
 
-def test_the_five_lines_that_load_a_lora(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_five_lines_of_diffusers_load_a_lora_and_draw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (code,) = re.findall(r"```python\n(.*?)\n```", README, flags=re.DOTALL)
     assert len(code.splitlines()) == 5
     base = StableDiffusionPipeline.from_pretrained(pocket_folder())
@@ -34,3 +36,9 @@ def test_the_five_lines_that_load_a_lora(tmp_path: Path, monkeypatch: pytest.Mon
     names: dict[str, Any] = {}
     exec(code, names)  # the README's own five lines
     assert (tmp_path / "zumi.png").stat().st_size > 0
+
+
+def test_badges_say_what_the_package_says() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["license"] == "Apache-2.0" and "Apache 2.0" in (ROOT / "docs/images/licence.svg").read_text()
+    assert project["requires-python"] == ">=3.11" and "3.11+" in (ROOT / "docs/images/python.svg").read_text()
