@@ -123,4 +123,4 @@ def test_odd_images_are_read_as_people_see_them_or_refused_in_words(tmp_path: Pa
         allowed = 3 if name.endswith(".jpg") else 1 if "half" in name else 0
         assert found.shape == expected().shape, name
         assert np.abs(found - expected()).max() <= allowed, name
-    figure("Odd images", f"{len(files)} of {len(files)}: pixels as seen, or refused in words")
+    figure("Unusual images", f"{len(files)} of {len(files)}: pixels as seen, or refused in words")
