@@ -6,6 +6,7 @@ written to a folder for as long as that takes.
 
 from __future__ import annotations
 
+import inspect
 import json
 import tempfile
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import DiffusionPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
@@ -76,10 +77,10 @@ def _components(family: Family, prediction_type: PredictionType, ends_in_noise: 
 
 def _write_configs(folder: Path, family: Family, prediction_type: PredictionType) -> None:
     architecture = ARCHITECTURES[family]
-    unet = dict(architecture.unet)
+    unet = _complete(UNet2DConditionModel, architecture.unet)
     if family == "sd2" and prediction_type == "epsilon":
         unet["sample_size"] = _SD2_512_LATENTS
-    configs = {"unet": unet, "vae": architecture.vae}
+    configs = {"unet": unet, "vae": _complete(AutoencoderKL, architecture.vae)}
     index: dict[str, Any] = {
         "_class_name": architecture.pipeline,
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -100,6 +101,12 @@ def _write_configs(folder: Path, family: Family, prediction_type: PredictionType
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _complete(kind: type, config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the class's own defaults, since diffusers' converter reads keys that may be left out."""
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty} | config
 
 
 def _check_loaded(pipeline: DiffusionPipeline, path: str) -> None:
