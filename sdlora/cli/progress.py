@@ -17,7 +17,7 @@ from rich.text import Text
 
 from sdlora import events
 from sdlora.common.metrics import LossSmoother
-from sdlora.common.text import format_seconds
+from sdlora.common.text import format_bytes, format_seconds
 from sdlora.copycheck.verdict import EpochCheck
 from sdlora.events import Event
 from sdlora.run.eta import Timer
@@ -143,10 +143,10 @@ def describe_plan(plan: events.PlanMade) -> str:
 def _memory(plan: events.PlanMade) -> str:
     if plan.peak_bytes is None or plan.memory_bytes is None:
         return ""
-    told = f"\nIt needs {plan.peak_bytes / 2**30:.1f} GiB of memory at the most; {plan.memory_bytes / 2**30:.1f} GiB "
+    need = f"\nPeak memory: {format_bytes(plan.peak_bytes)} of {format_bytes(plan.memory_bytes)} free"
     if plan.peak_bytes <= plan.memory_bytes:
-        return f"{told}are free."
-    return f"{told}are free, so it will probably stop. 'sdlora plan' says what to change first."
+        return f"{need}."
+    return f"{need}, so it will probably run out. `sdlora plan` says what to change first."
 
 
 def describe_check(event: events.CopyChecked) -> str:

@@ -23,8 +23,10 @@ def format_seconds(seconds: float) -> str:
 
 
 def format_bytes(num_bytes: float) -> str:
-    """Sizes of memory and files as 7.25 GiB, or as 12.3 MiB below a tenth of a GiB."""
-    return f"{num_bytes / 2**30:,.2f} GiB" if num_bytes >= 2**30 / 10 else f"{num_bytes / 2**20:.1f} MiB"
+    """Sizes of memory and files as 7.25 GiB, 12.3 MiB or 64 KiB, in the largest unit of which they make a tenth."""
+    if num_bytes >= 2**30 / 10:
+        return f"{num_bytes / 2**30:,.2f} GiB"
+    return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 / 10 else f"{num_bytes / 2**10:.0f} KiB"
 
 
 def parse_bytes(text: str) -> int:

@@ -150,7 +150,7 @@ def test_nothing_is_guessed_before_steps_and_images_were_timed() -> None:
     run.after(1.0, replace(PLAN, previews=8))
     run.after(2.0, StepRehearsed(0.5))
     assert run.timer.eta_seconds is None
-    run.after(6.0, Progress("the base's images", 4, 68))
+    run.after(6.0, Progress("the base's pictures", 4, 68))
     assert run.timer.eta_seconds == pytest.approx(120 * 0.5 + 64 * 1.5 + 5 * 8 * 1.5)
 
 

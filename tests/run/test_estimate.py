@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sdlora.cli.progress import describe_plan
+from sdlora.common.text import format_bytes
 from sdlora.config.toml import load_config
 from sdlora.estimate.meta_model import num_bytes
 from sdlora.events import PlanMade
@@ -49,7 +50,7 @@ def test_a_run_tells_its_memory_unless_the_base_is_small(
     monkeypatch.setattr(estimate, "_SMALL_BASE", 0)
     (plan,) = [e for e in start(config, tmp_path / "run") if isinstance(e, PlanMade)]
     assert plan.peak_bytes == estimate.forecast_config(config, None).peak_bytes
-    assert "are free." in describe_plan(plan)
+    assert format_bytes(plan.memory_bytes or 0) in describe_plan(plan)
     short = replace(plan, memory_bytes=plan.peak_bytes - 1)
     assert "sdlora plan" in describe_plan(short)
 

@@ -22,7 +22,7 @@ _MARKS = {"fine": ("âœ“", "fine"), "warning": ("!", "look again"), "error": ("âœ
 PHASES = {
     "start": "getting ready", "train": "training", "previews": "drawing previews", "cache captions": "reading captions",
     "cache pictures": "reading images", "heldout": "measuring validation images",
-    "page": "writing the report", "the base's images": "learning what the base draws by itself",
+    "page": "writing the report", "the base's pictures": "learning what the base draws by itself",
 }  # fmt: skip
 WORDS = {
     "waiting": "waiting in the queue", "starting": "starting: loading the base", "running": "at work",

@@ -23,6 +23,7 @@ from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from sdlora.common.text import format_bytes
 from sdlora.errors import ConfigError
 
 from ..state.uploads import MOST_BYTES_IN_ALL
@@ -212,7 +213,7 @@ def _refusal(scope: Scope) -> tuple[int, str] | None:
         return 403, "This was sent by a page that is not the studio's."
     length = headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > MOST_BYTES_IN_ALL:
-        return 413, f"More than {MOST_BYTES_IN_ALL >> 30} GB at once. Upload fewer images."
+        return 413, f"An upload may be up to {format_bytes(MOST_BYTES_IN_ALL)}. Upload fewer images at a time."
     return None
 
 

@@ -22,6 +22,7 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
+from sdlora.common.text import format_bytes
 from sdlora.config.toml import dump_toml
 from sdlora.errors import SdloraError
 
@@ -175,7 +176,7 @@ async def _json(request: Request, *names: str) -> dict[str, str]:
     async for chunk in request.stream():
         body += chunk
         if len(body) > 2 * MOST_CAPTION_BYTES:
-            raise StudioError(f"A caption may have {MOST_CAPTION_BYTES >> 10} KB. Make it shorter.")
+            raise StudioError(f"A caption may be up to {format_bytes(MOST_CAPTION_BYTES)} long. Shorten it.")
     try:
         content = json.loads(body)
         found = {name: content[name] for name in names}

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from sdlora.common.files import write_text
+from sdlora.common.text import format_bytes
 from sdlora.data.buckets import assign_buckets
 from sdlora.data.captions import METADATA, read_captions, with_trigger
 from sdlora.data.checks import Finding, Look, examine, examine_sizes, look_at
@@ -148,7 +149,7 @@ def write_caption(folder: Path, image: str, text: str) -> None:
     path = _image(folder, image)
     caption = " ".join(text.replace("\0", " ").split())
     if len(caption.encode("utf-8", errors="replace")) > MOST_CAPTION_BYTES:
-        raise StudioError(f"The caption of {image} is longer than {MOST_CAPTION_BYTES >> 10} KB. Make it shorter.")
+        raise StudioError(f"The caption of {image} is longer than {format_bytes(MOST_CAPTION_BYTES)}. Shorten it.")
     _own_files(folder)
     write_text(path.with_suffix(".txt"), caption.encode("utf-8", errors="replace").decode("utf-8"))
 

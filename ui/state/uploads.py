@@ -19,6 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO
 
 from sdlora.common.files import atomic_path, write_text
+from sdlora.common.text import format_bytes
 from sdlora.data.captions import METADATA, read_captions
 from sdlora.data.images import SUFFIXES, load_image
 from sdlora.errors import DataError
@@ -78,7 +79,8 @@ def take_in(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
     if len(entries) > MOST_FILES:
         raise DataError(f"{len(entries)} files are more than {MOST_FILES}. Train on fewer images, or make two sets.")
     if (total := sum(entry.size for entry in entries)) > MOST_BYTES_IN_ALL:
-        raise DataError(f"The files are {total / 2**30:.1f} GB in all; at most {MOST_BYTES_IN_ALL >> 30} GB are taken.")
+        limit = format_bytes(MOST_BYTES_IN_ALL)
+        raise DataError(f"The files are {format_bytes(total)} together; the limit is {limit}. Upload fewer images.")
     folder.mkdir(parents=True, exist_ok=True)
     stems = _stems(entries, folder)
     images: list[str] = []
@@ -133,7 +135,7 @@ def _stems(entries: Sequence[_Entry], folder: Path) -> dict[tuple[str, str], str
 
 def _store(entry: _Entry, target: Path, most_bytes: int, check: Callable[[Path], None]) -> None:
     if entry.size > most_bytes:
-        raise DataError(f"{entry.name}: larger than {most_bytes >> 10} KB.")
+        raise DataError(f"{entry.name}: larger than {format_bytes(most_bytes)}.")
     with atomic_path(target) as temporary:
         with temporary.open("wb") as sink:
             _copy(_chunks(entry), sink, entry.name, most_bytes)
@@ -157,7 +159,7 @@ def _copy(chunks: Iterator[bytes], sink: IO[bytes], name: str, most_bytes: int) 
     for chunk in chunks:
         written += len(chunk)
         if written > most_bytes:
-            raise DataError(f"{name}: larger than {most_bytes >> 10} KB, and than it said.")
+            raise DataError(f"{name}: larger than {format_bytes(most_bytes)}, and than its declared size.")
         sink.write(chunk)
 
 
@@ -232,7 +234,7 @@ def _danger(info: zipfile.ZipInfo) -> str | None:
     if any(safe_name(part) == f"_{part.strip('. ')}" for part in parts if part):
         return "is named as a device is"
     if info.file_size > MOST_BYTES:
-        return f"is larger than {MOST_BYTES >> 20} MB"
+        return f"is larger than {format_bytes(MOST_BYTES)}"
     if info.file_size > 2**20 and info.file_size > _MOST_UNPACKING * max(1, info.compress_size):
         return f"unpacks to more than {_MOST_UNPACKING} times its size"
     return None
