@@ -87,7 +87,7 @@ def _try(name: str, config: RunConfig, folder: Path, bases: KeptBase) -> Forecas
             job=name,
             fault=None,
             images=len(parts.data.dataset.examples),
-            exposures=config.data.repeats * config.train.epochs,
+            exposures=config.data.repeats_range[1] * config.train.epochs,
             steps=parts.trainer.total_steps,
             training_seconds=batches * _batch_seconds(parts),
             preview_seconds=(config.train.epochs + 1) * _preview_seconds(parts),

@@ -29,9 +29,7 @@ class Fingerprints:
     def of(self, config: RunConfig) -> str:
         """The fingerprint of a job; what a base counts by is told at `base_content`."""
         settings = [(name, value) for name, value in options(config) if name not in FREE_WHEN_RESUMING]
-        data = config.data
-        named = [*(one.folder for one in data.all_sets()), data.validation_folder, data.preservation_folder]
-        folders = [self._content(folder) for folder in named if folder]
+        folders = [self._content(folder) for folder in config.data.folders]
         text = json.dumps([__version__, settings, folders, self._base(config.base.path)], sort_keys=True)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 

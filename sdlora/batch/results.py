@@ -109,7 +109,7 @@ def _group(config: RunConfig | None) -> str:
     data = config.data
     parts = [
         config.base.model_dump(),
-        data.folder,
+        ", ".join(one.folder for one in data.sets),
         data.validation_folder,
         data.validation_split,
         data.resolution_px,

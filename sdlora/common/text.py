@@ -22,6 +22,11 @@ def format_seconds(seconds: float) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
+def format_range(lowest: int, highest: int) -> str:
+    """A number, or two as 2 to 5 where they differ."""
+    return f"{lowest}" if lowest == highest else f"{lowest} to {highest}"
+
+
 def format_bytes(num_bytes: float) -> str:
     """Sizes of memory and files as 7.25 GiB, 12.3 MiB or 64 KiB, in the largest unit of which they make a tenth."""
     if num_bytes >= 2**30 / 10:

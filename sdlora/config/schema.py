@@ -398,7 +398,7 @@ class RunConfig(_Section):
             )
         if ways and weight == 0:
             raise ValueError(f"data.{ways[0]} does nothing unless train.preservation_weight is above 0")
-        if data.class_words and not all(one.trigger for one in data.all_sets()):
+        if data.class_words and not all(one.trigger for one in data.sets):
             raise ValueError("data.class_words stand in the trigger's place: set data.trigger, or one in every set")
         if self.train.preservation_every > 1 and not data.class_words:
             raise ValueError("train.preservation_every does nothing unless data.class_words says what is preserved")

@@ -1,139 +1,226 @@
-"""The schema's largest section: which images are trained, and with which words.
+"""The data section of the schema: which images a run trains on, and with which captions.
 
-A part of `config`.
+Part of `schema`; every room below reads the resolved `DataConfig.sets`, never the options it is made from.
 """
 
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
 
 from PIL import ImageColor
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from sdlora.common.remote import check_url, is_url
 from sdlora.errors import ConfigError
 
 
 class Section(BaseModel):
-    """What all sections are: closed to unknown keys, and not changed once they are made."""
+    """The base of all sections: unknown keys are refused, and values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, serialize_by_alias=True)
 
 
-class SetConfig(Section):
-    """One of several folders; what it does not say is taken from `data`."""
+@dataclass(frozen=True)
+class TrainingSet:
+    """One folder of training images with everything that applies to it.
 
-    folder: str = Field(min_length=1, description="As data.folder.")
+    Attributes:
+        name: Prefix of its images' names; None for the only folder of a run, whose images keep their file names.
+        folder: Path, 'builtin:NAME' or URL.
+        repeats: Exposures of each image per epoch, at least 1.
+        trigger: The trigger word, or None.
+        caption: The caption of images that have none, or None.
+    """
+
+    name: str | None
+    folder: str
+    repeats: int = 1
+    trigger: str | None = None
+    caption: str | None = None
+
+    @property
+    def prefix(self) -> str:
+        """What its images' names begin with."""
+        return "" if self.name is None else f"{self.name}/"
+
+
+class SetOptions(Section):
+    """One entry of data.sets; options left out are taken from `data`."""
+
+    folder: str = Field(min_length=1, description="Like data.folder.")
     name: str | None = Field(
-        None, pattern=r"^[\w][\w. -]{0,99}$", description="What its images' names begin with; the folder's if unset."
+        None,
+        pattern=r"^[\w][\w. -]{0,99}$",
+        description="Prefix of its images' names; the last part of the folder if unset.",
     )
-    repeats: int | None = Field(None, ge=1, le=1000, description="As data.repeats.")
-    trigger: str | None = Field(None, description="As data.trigger.")
-    caption: str | None = Field(None, description="As data.caption.")
+    repeats: int | None = Field(None, ge=1, le=1000, description="Like data.repeats.")
+    trigger: str | None = Field(None, description="Like data.trigger.")
+    caption: str | None = Field(None, description="Like data.caption.")
+
+    @model_serializer(mode="wrap")
+    def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        return {key: value for key, value in serialize(self).items() if value is not None}
 
     @property
     def title(self) -> str:
-        """Its name, or the last part of its folder."""
+        """The set's name, or the last part of its folder."""
         return self.name or re.split(r"[/\\:]", self.folder.rstrip("/\\"))[-1]
 
 
 class DataConfig(Section):
-    """Which images are trained, and with which words."""
+    """Which images are trained on, and with which captions."""
 
-    folder: str = Field(
+    raw_folder: str = Field(
         "",
-        description="Folder of images with captions, seen from where you are; 'builtin:NAME' is a shipped set, and a "
-        "URL such as 's3://BUCKET/FOLDER' is fetched.",
+        alias="folder",
+        description="Folder of images with captions, relative to the working directory; 'builtin:NAME' is a bundled "
+        "set, and a URL such as 's3://BUCKET/FOLDER' is downloaded.",
     )
-    sets: list[SetConfig] = Field(
+    raw_sets: list[SetOptions] = Field(
         [],
-        description="Several folders in one run, instead of data.folder: a table each with folder and, where it "
-        "differs from data, repeats, trigger, caption and a name.",
+        alias="sets",
+        description="Several folders in one run, instead of data.folder: one table per set with its folder and, where "
+        "they differ from [data], its repeats, trigger, caption and name.",
     )
     validation_folder: str | None = Field(
         None, description="Folder of images that are never trained on; the validation loss is measured on them."
     )
     validation_split: bool = Field(
         True,
-        description="Without data.validation_folder, keep 2 to 4 of 20 or more images out of training for that loss.",
+        description="Without data.validation_folder, and with 20 images or more, keep 2 to 4 of them out of training "
+        "to measure the validation loss.",
     )
-    caption: str | None = Field(None, description="One caption for every image that has none of its own.")
-    trigger: str | None = Field(None, description="A word put in front of every caption that does not contain it.")
+    raw_caption: str | None = Field(
+        None, alias="caption", description="Caption of every image that has none of its own."
+    )
+    raw_trigger: str | None = Field(
+        None, alias="trigger", description="Trigger word, put in front of every caption that does not contain it."
+    )
     class_words: list[Annotated[str, Field(min_length=1)]] = Field(
         [],
-        description="What there is beside the trigger's subject ('cat', 'red house'): the base's own answers to these "
-        "words are preserved, without further images (train.preservation_weight).",
+        description="Words for the kind of thing the trigger stands for ('cat', 'red house'). The base model's own "
+        "predictions for them are preserved, without further images; see train.preservation_weight.",
     )
     preservation_folder: str | None = Field(
         None,
-        description="Instead of class words, a folder of images and captions of what is preserved (regularisation "
-        "images); they are trained beside the set (train.preservation_weight).",
+        description="Folder of images and captions to preserve (regularisation images), instead of class words. They "
+        "are trained alongside the training images; see train.preservation_weight.",
     )
     preservation_caption: str | None = Field(
-        None, description="One caption, such as 'a cat', for all images of data.preservation_folder without one."
+        None, description="Caption of images in data.preservation_folder that have none, such as 'a cat'."
     )
-    allow_trigger_only: bool = Field(False, description="Images without a caption get the trigger alone.")
-    repeats: int = Field(1, ge=1, le=1000, description="How often every image is seen in an epoch.")
+    allow_trigger_only: bool = Field(
+        False, description="Train images without a caption on the trigger word alone, instead of refusing them."
+    )
+    raw_repeats: int = Field(1, alias="repeats", ge=1, le=1000, description="Exposures of each image per epoch.")
     resolution_px: int | None = Field(
-        None, ge=16, le=4096, description="Training size, as the edge of a square; the base's own size if unset."
+        None, ge=16, le=4096, description="Training resolution: the edge of a square; the base model's own if unset."
     )
-    buckets: bool = Field(True, description="Keep the shape of wide and tall images; otherwise crop to squares.")
+    buckets: bool = Field(
+        True, description="Keep the aspect ratio of wide and tall images (bucketing); false crops all to squares."
+    )
     bucket_step_px: int = Field(64, ge=8, le=512, description="Widths and heights of buckets are multiples of this.")
-    background: str = Field("white", description="The colour laid under transparent pixels, by name or as #rrggbb.")
+    background: str = Field(
+        "white", description="Colour that transparent pixels are blended onto, by name or as #rrggbb."
+    )
     masks: Literal["none", "alpha", "file"] = Field(
         "none",
-        description="What of an image is trained: all of it, what is not transparent ('alpha'), or what is white in "
-        "NAME-mask.png beside it ('file').",
+        description="Which part of each image is trained: all of it ('none'), the opaque part ('alpha'), or the white "
+        "part of NAME-mask.png beside it ('file').",
     )
-    shuffle_tags: bool = Field(False, description="Shuffle the comma-separated parts of captions at every exposure.")
-    keep_tags: int = Field(1, ge=0, le=100, description="How many parts stay in front when tags are shuffled.")
+    shuffle_tags: bool = Field(False, description="Shuffle the comma-separated tags of captions at every exposure.")
+    keep_tags: int = Field(1, ge=0, le=100, description="Number of tags that stay in front when tags are shuffled.")
     max_token_windows: int = Field(
-        1, ge=1, le=8, description="How many windows of 75 tokens are read of a caption; what is longer is cut off."
+        1, ge=1, le=8, description="Windows of 75 tokens that are read of each caption; the rest is cut off."
     )
     caption_dropout: float = Field(
-        0.0, ge=0.0, le=1.0, description="Share of exposures without any caption, which keeps guidance working."
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="Share of exposures with an empty caption, so that classifier-free guidance keeps working.",
     )
 
-    def all_sets(self) -> list[SetConfig]:
-        """The folders that are trained, one or more, each with everything that is said of it."""
-        common = {"repeats": self.repeats, "trigger": self.trigger, "caption": self.caption}
-        if not self.sets:
-            return [SetConfig.model_validate({"folder": self.folder, **common})]
-        own = ({key: value for key, value in one.model_dump().items() if value is not None} for one in self.sets)
-        return [SetConfig.model_validate({**common, **settings}) for settings in own]
+    @property
+    def sets(self) -> list[TrainingSet]:
+        """The folders that are trained on, one or more, each with everything that applies to it resolved."""
+        if not self.raw_sets:
+            return [TrainingSet(None, self.raw_folder, self.raw_repeats, self.raw_trigger, self.raw_caption)]
+        return [
+            TrainingSet(
+                one.title,
+                one.folder,
+                self.raw_repeats if one.repeats is None else one.repeats,
+                self.raw_trigger if one.trigger is None else one.trigger,
+                self.raw_caption if one.caption is None else one.caption,
+            )
+            for one in self.raw_sets
+        ]
 
-    def all_triggers(self) -> str | None:
-        """Every trigger, with commas between them; None if there is none."""
-        return ", ".join(dict.fromkeys(one.trigger for one in self.all_sets() if one.trigger)) or None
+    @property
+    def validation_set(self) -> TrainingSet | None:
+        """The folder of validation images, with the trigger and caption that [data] gives; None if it is unset."""
+        if not self.validation_folder:
+            return None
+        return TrainingSet(None, self.validation_folder, trigger=self.raw_trigger, caption=self.raw_caption)
+
+    @property
+    def prior_set(self) -> TrainingSet | None:
+        """The folder of images to preserve, with their caption; None if it is unset."""
+        if not self.preservation_folder:
+            return None
+        return TrainingSet(None, self.preservation_folder, caption=self.preservation_caption)
+
+    @property
+    def folders(self) -> list[str]:
+        """Every folder the run reads: training sets first, then validation and preservation."""
+        others = (self.validation_set, self.prior_set)
+        return [one.folder for one in (*self.sets, *others) if one is not None and one.folder]
+
+    @property
+    def triggers(self) -> list[str]:
+        """Every trigger word once, in the order of the sets."""
+        return list(dict.fromkeys(one.trigger for one in self.sets if one.trigger))
+
+    @property
+    def repeats_range(self) -> tuple[int, int]:
+        """Fewest and most exposures of an image per epoch, over all sets."""
+        repeats = [one.repeats for one in self.sets]
+        return min(repeats), max(repeats)
 
     @model_validator(mode="after")
-    def _sets_have_names(self) -> DataConfig:
-        if self.sets and self.folder:
-            raise ValueError("data.folder and data.sets are two ways to say it; name every folder in data.sets")
-        names = [one.title for one in self.sets]
-        twice = sorted({name or "''" for name in names if names.count(name) > 1 or name in ("", ".", "..")})
-        if twice:
-            raise ValueError(f"data.sets: give a name of its own to each set called {', '.join(twice)}")
+    def _check_set_names(self) -> DataConfig:
+        if self.raw_sets and self.raw_folder:
+            raise ValueError("data.folder and data.sets exclude each other; list every folder in data.sets")
+        names = [one.title for one in self.raw_sets]
+        duplicates = sorted({name or "''" for name in names if names.count(name) > 1 or name in ("", ".", "..")})
+        if duplicates:
+            raise ValueError(
+                f"data.sets: set names must be unique and not empty, found {', '.join(duplicates)}; give each of those "
+                "sets a different name"
+            )
         return self
 
     @model_validator(mode="after")
-    def _urls_hold_no_secrets(self) -> DataConfig:
-        for folder in (
-            self.folder,
-            *(one.folder for one in self.sets),
-            self.validation_folder,
-            self.preservation_folder,
-        ):
-            if folder and is_url(folder):
-                try:
-                    check_url(folder)
-                except ConfigError as error:
-                    raise ValueError(str(error).removesuffix(".")) from error
+    def _check_urls(self) -> DataConfig:
+        for folder in filter(is_url, self.folders):
+            try:
+                check_url(folder)
+            except ConfigError as error:
+                raise ValueError(str(error).removesuffix(".")) from error
         return self
 
     @field_validator("background")
     @classmethod
-    def _known_color(cls, value: str) -> str:
+    def _check_color(cls, value: str) -> str:
         ImageColor.getrgb(value)
         return value

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import difflib
-import json
-import re
+import functools
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+import tomlkit
+from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from sdlora.common.bundled import shipped_config, shipped_configs
 from sdlora.config.renamed import current_name, with_current_names
 from sdlora.config.schema import MAX_EPOCHS, RunConfig
-from sdlora.config.schema_data import SetConfig
+from sdlora.config.schema_data import Section, SetOptions
 from sdlora.errors import ConfigError
 
 FREE_WHEN_RESUMING = {
@@ -131,7 +132,7 @@ def _describe(fault: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     found, limits = fault["input"], fault.get("ctx", {})
     if fault["type"] == "extra_forbidden":
-        known = [f"data.sets.{name}" for name in SetConfig.model_fields] if "sets" in fault["loc"] else option_names()
+        known = [f"data.sets.{name}" for name in SetOptions.model_fields] if "sets" in fault["loc"] else option_names()
         key = ".".join(str(part) for part in fault["loc"] if not isinstance(part, int))
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         return f"{key}: there is no such setting." + (f" Did you mean {near[0]}?" if near else "")
@@ -150,17 +151,29 @@ def _describe(fault: dict[str, Any]) -> str:
     return f"{key}: found {found!r}; {message}."
 
 
+@functools.cache
+def option_fields() -> dict[str, FieldInfo]:
+    """Every option by its dotted name with its description, limits and default, in the schema's order."""
+    fields: dict[str, FieldInfo] = {}
+    for name, field in RunConfig.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, Section):
+            section = field.annotation.model_fields.items()
+            fields |= {f"{name}.{option.alias or attribute}": option for attribute, option in section}
+        else:
+            fields[name] = field
+    return fields
+
+
 def option_names() -> list[str]:
     """Every option by its dotted name, in the schema's order."""
-    return [name for name, _ in options(RunConfig())]
+    return list(option_fields())
 
 
 def options(config: RunConfig) -> Iterator[tuple[str, Any]]:
-    """Every option by its dotted name with its value, in the schema's order."""
-    for name in RunConfig.model_fields:
-        value = getattr(config, name)
-        if isinstance(value, BaseModel):
-            yield from ((f"{name}.{key}", getattr(value, key)) for key in type(value).model_fields)
+    """Every option by its dotted name with its value as plain Python data, in the schema's order."""
+    for name, value in config.model_dump().items():
+        if isinstance(getattr(config, name), Section):
+            yield from ((f"{name}.{key}", entry) for key, entry in value.items())
         else:
             yield name, value
 
@@ -174,23 +187,16 @@ def dump_toml(config: RunConfig) -> str:
         if head != section:
             section = head
             lines += ["", f"[{section}]"]
-        model = type(getattr(config, head)) if head else RunConfig
-        lines.append(f"# {model.model_fields[key].description}")
-        lines.append(f"# {key} =" if value is None else f"{key} = {_toml(value)}")
+        lines.append(f"# {option_fields()[name].description}")
+        lines.append(f"# {key} =" if value is None else f"{key} = {toml_value(value)}")
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, list):
-        return "[" + ", ".join(_toml(entry) for entry in value) + "]"
-    if isinstance(value, BaseModel):
-        return _toml({key: entry for key, entry in value.model_dump().items() if entry is not None})
-    if isinstance(value, dict):
-        return "{" + ", ".join(f"{key} = {_toml(entry)}" for key, entry in value.items()) + "}"
-    if isinstance(value, str):
-        # JSON's escapes are TOML's, but for the delete character, which TOML wants escaped.
-        return re.sub("\x7f", r"\\u007F", json.dumps(value, ensure_ascii=False))
-    return json.dumps(value)
+def toml_value(value: Any) -> str:
+    """A value in TOML, on one line."""
+    array = tomlkit.array()
+    array.append(value)  # tables inside an array are written inline
+    return array.as_string()[1:-1]
 
 
 def json_schema() -> dict[str, Any]:

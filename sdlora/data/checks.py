@@ -198,6 +198,8 @@ def copies_between(sets: Mapping[str, Sequence[Image]]) -> list[Finding]:
     Args:
         sets: Images by the name of their set, which is put in front of theirs.
     """
+    if len(sets) < 2:
+        return []
     renamed = {
         name: [replace(image, path=Path(name, image.path.name)) for image in images] for name, images in sets.items()
     }

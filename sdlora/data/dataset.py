@@ -80,78 +80,55 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Source:
-    """A folder, and what is said of all its images.
+    """A folder of images, and what applies to all of them.
 
     Attributes:
-        folder: Read flat; subfolders are left out with a notice.
-        caption: For images that have no caption of their own.
+        folder: Only its own files are read; subfolders are skipped with a notice.
+        name: Prefix of the images' names, followed by a slash; None for no prefix.
+        caption: Caption of images that have none of their own.
         trigger: The trigger word.
-        repeats: How often each image is visited in an epoch.
+        repeats: Exposures of each image per epoch.
     """
 
     folder: Path
+    name: str | None = None
     caption: str | None = None
     trigger: str | None = None
     repeats: int = 1
 
 
 def load_dataset(
-    folder: Path,
-    *,
-    caption: str | None,
-    trigger: str | None,
-    allow_trigger_only: bool,
-    background: str,
-    masks: MaskKind = "none",
-    repeats: int = 1,
+    *sources: Source, allow_trigger_only: bool = False, background: str = "white", masks: MaskKind = "none"
 ) -> Dataset:
-    """Read a folder of images with `.txt` sidecars or a `metadata.jsonl`.
+    """Read folders of images, with captions in `.txt` sidecars or a `metadata.jsonl`, as one dataset.
 
     Args:
-        folder: Read flat; subfolders are left out with a notice.
-        caption: For images that have no caption of their own.
-        trigger: The trigger word.
-        allow_trigger_only: Whether images may go with an empty caption, to which the trigger is added.
-        background: Colour under transparent pixels.
+        sources: At least one; where there are several, each has a name of its own.
+        allow_trigger_only: Whether images may have an empty caption, to which the trigger is added.
+        background: Colour that transparent pixels are blended onto.
         masks: Where masks are looked for.
-        repeats: How often each image is visited in an epoch.
 
     Raises:
-        DataError: The folder is missing or empty, or images are broken or lack a caption; each file is named.
-    """
-    source = Source(folder, caption, trigger, repeats)
-    checkup = _sound(source, allow_trigger_only=allow_trigger_only, background=background, masks=masks)
-    return Dataset(folder, _examples(source, checkup), tuple(warnings_in_short(checkup.findings)))
-
-
-def load_sets(
-    sources: Mapping[str, Source], *, allow_trigger_only: bool, background: str, masks: MaskKind = "none"
-) -> Dataset:
-    """Read several folders as one set; an image's name is its set's name, a slash and its file name.
-
-    Args:
-        sources: The folders by name; at least one.
-        allow_trigger_only: As in `load_dataset`.
-        background: As in `load_dataset`.
-        masks: As in `load_dataset`.
-
-    Raises:
-        DataError: As in `load_dataset`; the faults of all folders are named.
+        DataError: A folder is missing or empty, or images are broken or have no caption; every file is named.
     """
     checkups: dict[str, Checkup] = {}
     faults: list[str] = []
-    for name, source in sources.items():
+    for source in sources:
         try:
-            checkups[name] = _sound(source, allow_trigger_only=allow_trigger_only, background=background, masks=masks)
+            checkups[source.name or ""] = _sound(
+                source, allow_trigger_only=allow_trigger_only, background=background, masks=masks
+            )
         except DataError as error:
             faults.append(str(error))
     if faults:
         raise DataError("\n".join(faults))
-    examples = tuple(e for name, checkup in checkups.items() for e in _examples(sources[name], checkup, f"{name}/"))
-    notices = [f"{name}: {told}" for name, checkup in checkups.items() for told in warnings_in_short(checkup.findings)]
+    examples: list[Example] = []
+    notices: list[str] = []
+    for source, (name, checkup) in zip(sources, checkups.items(), strict=True):
+        examples += _examples(source, checkup)
+        notices += [f"{name}: {told}" if name else told for told in warnings_in_short(checkup.findings)]
     shared = copies_between({name: checkup.images for name, checkup in checkups.items()})
-    first, *_ = sources.values()
-    return Dataset(first.folder, examples, (*notices, *warnings_in_short(shared)))
+    return Dataset(sources[0].folder, tuple(examples), (*notices, *warnings_in_short(shared)))
 
 
 def _sound(source: Source, *, allow_trigger_only: bool, background: str, masks: MaskKind) -> Checkup:
@@ -171,11 +148,12 @@ def _sound(source: Source, *, allow_trigger_only: bool, background: str, masks: 
     return checkup
 
 
-def _examples(source: Source, checkup: Checkup, prefix: str = "") -> tuple[Example, ...]:
-    return tuple(
+def _examples(source: Source, checkup: Checkup) -> list[Example]:
+    prefix = "" if source.name is None else f"{source.name}/"
+    return [
         Example(prefix + p.path.name, p.path, p.caption or "", p.size, p.size, p.mask, source.trigger, source.repeats)
         for p in checkup.images
-    )
+    ]
 
 
 def load_pixels(example: Example, background: str) -> Image.Image:

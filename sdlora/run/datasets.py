@@ -5,14 +5,14 @@ Used by `parts`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from sdlora.common.bundled import resolve_data_folder
 from sdlora.config.schema import RunConfig
-from sdlora.config.schema_data import SetConfig
+from sdlora.config.schema_data import TrainingSet
 from sdlora.data.checks import examine_sizes, warnings_in_short
-from sdlora.data.dataset import Dataset, Source, load_dataset, load_mask_pixels, load_sets
+from sdlora.data.dataset import Dataset, Source, load_dataset, load_mask_pixels
+from sdlora.data.masks import MaskKind
 from sdlora.data.split import split_off
 from sdlora.errors import ConfigError, DataError
 from sdlora.models.base import BaseModel
@@ -43,14 +43,11 @@ def read_images(config: RunConfig) -> Images:
         DataError: Any folder has faults.
         ConfigError: A folder is named for two things.
     """
-    data, sets = config.data, config.data.all_sets()
-    _refuse_one_folder_twice(config, sets)
-    trained = _read_sets(config, sets)
-    validation = prior = None
-    if data.validation_folder:
-        validation = _read(config, SetConfig(folder=data.validation_folder, caption=data.caption, trigger=data.trigger))
-    if data.preservation_folder:
-        prior = _read(config, SetConfig(folder=data.preservation_folder, caption=data.preservation_caption))
+    data = config.data
+    _refuse_one_folder_twice(config)
+    trained = _read(config, *data.sets, masks=data.masks)
+    validation = None if data.validation_set is None else _read(config, data.validation_set)
+    prior = None if data.prior_set is None else _read(config, data.prior_set)
     if validation is None and data.validation_split:
         trained, validation = split_off(trained, config.seed)
     _refuse_calls(trained, validation, prior)
@@ -63,30 +60,17 @@ def read_images(config: RunConfig) -> Images:
     return Images(trained, validation, prior, notices)
 
 
-def _read_sets(config: RunConfig, sets: Sequence[SetConfig]) -> Dataset:
-    data = config.data
-    if not data.sets:
-        return _read(config, sets[0], masks=True)
-    sources = {
-        one.title: Source(resolve_data_folder(one.folder), one.caption, one.trigger, one.repeats or 1) for one in sets
-    }
-    return load_sets(sources, allow_trigger_only=data.allow_trigger_only, background=data.background, masks=data.masks)
-
-
-def _read(config: RunConfig, one: SetConfig, *, masks: bool = False) -> Dataset:
+def _read(config: RunConfig, *sets: TrainingSet, masks: MaskKind = "none") -> Dataset:
     return load_dataset(
-        resolve_data_folder(one.folder),
-        caption=one.caption,
-        trigger=one.trigger,
+        *(Source(resolve_data_folder(one.folder), one.name, one.caption, one.trigger, one.repeats) for one in sets),
         allow_trigger_only=config.data.allow_trigger_only,
         background=config.data.background,
-        masks=config.data.masks if masks else "none",
-        repeats=one.repeats or 1,
+        masks=masks,
     )
 
 
-def _refuse_one_folder_twice(config: RunConfig, sets: Sequence[SetConfig]) -> None:
-    trained = [resolve_data_folder(one.folder).resolve() for one in sets]
+def _refuse_one_folder_twice(config: RunConfig) -> None:
+    trained = [resolve_data_folder(one.folder).resolve() for one in config.data.sets]
     validation, prior = (
         None if folder is None else resolve_data_folder(folder).resolve()
         for folder in (config.data.validation_folder, config.data.preservation_folder)

@@ -73,9 +73,10 @@ def cache_bytes(parts: Parts) -> int:
         2 * unet.in_channels * (e.bucket[0] // parts.base.latent_factor) * (e.bucket[1] // parts.base.latent_factor)
         for e in examples
     )
-    # A caption may be another at every exposure, where tags are shuffled.
-    exposures = parts.config.train.epochs * parts.config.data.repeats if parts.config.data.shuffle_tags else 1
-    text = 2 * len(examples) * exposures * parts.base.max_tokens * unet.cross_attention_dim
+    # Shuffled tags may make another caption at every exposure.
+    epochs, shuffled = parts.config.train.epochs, parts.config.data.shuffle_tags
+    num_captions = sum(epochs * e.repeats if shuffled else 1 for e in examples)
+    text = 2 * num_captions * parts.base.max_tokens * unet.cross_attention_dim
     drawn = max(FEWEST_OF_BASE, SIZE) * 3 * parts.base.resolution_px**2 if parts.checker is not None else 0
     return int(latents + text) * _FLOAT_BYTES + drawn
 

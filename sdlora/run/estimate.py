@@ -210,7 +210,7 @@ def _forecast(
 ) -> Forecast:
     config, needed = setting.config, need(setting)
     examples = () if dataset is None else dataset.examples
-    repeats = max((example.repeats for example in examples), default=config.data.repeats)
+    repeats = max((example.repeats for example in examples), default=config.data.repeats_range[1])
     fits = None if memory_bytes is None else needed.peak_bytes <= memory_bytes
     inputs, outputs, rank, kernel = needed.largest_layer
     return Forecast(

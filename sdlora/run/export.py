@@ -48,7 +48,7 @@ def _metadata(parts: Parts, event: EpochDone) -> LoraMetadata:
         base=parts.base.path,
         architecture=parts.base.architecture,
         resolution_px=config.data.resolution_px or parts.base.resolution_px,
-        trigger=config.data.all_triggers(),
+        trigger=", ".join(config.data.triggers) or None,
         epoch=event.epoch,
         step=event.step,
         started=parts.folder.config.stat().st_mtime,

@@ -46,7 +46,7 @@ def _front_matter(parts: Parts, epoch: int) -> str:
         library_name="diffusers",
         pipeline_tag="text-to-image",
         tags=[*tags, *([_FAMILY_TAGS[architecture]] if architecture in _FAMILY_TAGS else [])],
-        instance_prompt=config.data.all_triggers(),
+        instance_prompt=", ".join(config.data.triggers) or None,
         widget=[{"text": prompt, "output": {"url": file}} for file, prompt in _shown(parts, epoch)] or None,
     )
     return str(data.to_yaml()) + "\n"
@@ -68,13 +68,12 @@ def _shown(parts: Parts, epoch: int) -> list[tuple[str, str]]:
 
 def _body(parts: Parts, plan: PlanMade, epoch: int) -> str:
     config, name = parts.config, parts.folder.name
-    triggers = [one.trigger for one in config.data.all_sets() if one.trigger]
     base = _hub_id(config.base.path)
     lines = [f"# {name}", ""]
     known = f"[{base}](https://huggingface.co/{base})" if base else f"a base of the family {parts.base.architecture}"
     lines += [f"A LoRA for {known}, trained with sdlora {sdlora.__version__}.", ""]
-    if triggers:
-        words = " or ".join(f"`{trigger}`" for trigger in dict.fromkeys(triggers))
+    if triggers := config.data.triggers:
+        words = " or ".join(f"`{trigger}`" for trigger in triggers)
         lines += [f"Write {words} in the prompt.", ""]
     lines += ["## Does it copy its training images?", "", _verdict(parts, epoch), ""]
     lines += ["## Use", "", "```python", *_code(parts, base), "```", ""]
@@ -96,7 +95,7 @@ def _verdict(parts: Parts, epoch: int) -> str:
 
 
 def _code(parts: Parts, base: str | None) -> list[str]:
-    prompt = parts.previews.prompts[-1] if parts.previews is not None else parts.config.data.all_triggers() or ""
+    prompt = parts.previews.prompts[-1] if parts.previews is not None else ", ".join(parts.config.data.triggers)
     return [
         "from diffusers import AutoPipelineForText2Image",
         f"pipe = AutoPipelineForText2Image.from_pretrained({json.dumps(base or 'path/to/the/base')})",

@@ -260,13 +260,13 @@ def _plan(parts: Parts) -> PlanMade:
     examples = parts.data.dataset.examples
     sets = [
         PlannedSet(
-            one.title,
-            sum(example.name.startswith(f"{one.title}/") for example in examples),
-            one.repeats or 1,
-            (one.repeats or 1) * config.train.epochs,
+            one.name,
+            sum(example.name.startswith(one.prefix) for example in examples),
+            one.repeats,
+            one.repeats * config.train.epochs,
         )
-        for one in config.data.all_sets()
-        if config.data.sets
+        for one in config.data.sets
+        if one.name is not None
     ]
     repeats = max(example.repeats for example in examples)
     validation = () if parts.validation is None else parts.validation.data.dataset.examples

@@ -107,3 +107,13 @@ def test_a_store_that_is_away_starts_nothing_anew(monkeypatch: pytest.MonkeyPatc
     action, record = decide(job, Record("done", "as before", epoch=2), found, retry=True)
     assert (action, record.status, record.outcome[0]) == ("fault", "done", "failed")
     assert record.fault is not None and "memory://bucket/set does not answer" in record.fault
+
+
+def test_every_set_counts(tmp_path: Path, images: Path, others: Path) -> None:
+    changing = tmp_path / "changing"
+    shutil.copytree(others, changing)
+    config = parse_config({"data": {"sets": [{"folder": str(images)}, {"folder": str(changing)}]}}, name="x")
+    before = Fingerprints().of(config)
+    assert Fingerprints().of(config) == before
+    (changing / "pink.txt").write_text("another")
+    assert Fingerprints().of(config) != before

@@ -41,8 +41,8 @@ def test_defaults_jobs_and_the_grid_of_a_sweep(tmp_path: Path) -> None:
     ]  # fmt: skip
     first, last = found[0].config, found[-1].config
     assert first is not None and last is not None
-    assert (first.data.folder, first.lora.alpha, first.lora.rank, first.train.epochs) == ("sets/dog", 4.0, 4, 3)
-    assert (last.data.folder, last.lora.alpha, last.lora.rank) == ("builtin:zumi", 2.0, 8)
+    assert (first.data.sets[0].folder, first.lora.alpha, first.lora.rank, first.train.epochs) == ("sets/dog", 4.0, 4, 3)
+    assert (last.data.sets[0].folder, last.lora.alpha, last.lora.rank) == ("builtin:zumi", 2.0, 8)
     assert last.train.learning_rate == 2e-4
     # What the configuration itself holds stays: quickstart's targets.
     assert last.lora.targets == ["cross_attention", "self_attention", "mlp"]

@@ -6,6 +6,7 @@ import csv
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 from helpers.batch_runs import config, runs_in, write_run
@@ -57,11 +58,14 @@ def test_figures_come_from_the_kept_epoch(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "results.json").read_text())[2]["pareto"] is False
 
 
-def test_jobs_on_other_images_are_not_compared(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "data", [{"folder": "a"}, {"sets": [{"folder": "a"}, {"folder": "c"}]}], ids=["one folder", "several sets"]
+)
+def test_jobs_on_different_images_are_not_comparable(tmp_path: Path, data: dict[str, Any]) -> None:
     ledger = Ledger(tmp_path)
     jobs = []
-    for name in ("a", "b"):
-        jobs.append(Job(name, 0, {}, parse_config({"data": {"folder": name}}, name=name)))
+    for name, images in (("a", data), ("b", {"sets": [{"folder": "b"}, {"folder": "c"}]})):
+        jobs.append(Job(name, 0, {}, parse_config({"data": images}, name=name)))
         write_run(tmp_path / name, 0.5, CLEAN)
         ledger.put(name, Record("done", "x", epoch=2))
     assert comparable(collect(jobs, ledger, runs_in(tmp_path))) == []

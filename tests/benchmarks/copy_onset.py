@@ -215,7 +215,9 @@ class Bench:
         """A run's settings, but with images that were never trained on, in a subfolder of its concept."""
         config = self._config(cell)
         folder = str(self.folder / cell["concept"] / part)
-        data = config.data.model_copy(update={"folder": folder, "validation_folder": None, "validation_split": False})
+        data = config.data.model_copy(
+            update={"raw_folder": folder, "validation_folder": None, "validation_split": False}
+        )
         return config.model_copy(update={"data": data})
 
     def own_previews_against_validation(self, cell: Cell, output: Path) -> dict[str, Any]:

@@ -48,7 +48,7 @@ def plan_gradients(parts: Any, config: RunConfig, num_batches: int) -> tuple[Ten
     """
     frozen = config.train.model_copy(update={"learning_rate": 1e-30, "max_grad_norm": 0.0, "lr_schedule": "constant"})
     config = config.model_copy(update={"train": frozen})
-    examples = tuple(replace(e, repeats=config.data.repeats) for e in parts.data.dataset.examples)
+    examples = tuple(replace(e, repeats=config.data.sets[0].repeats) for e in parts.data.dataset.examples)
     data = replace(parts.data, dataset=replace(parts.data.dataset, examples=examples))
     trainer = Trainer(config, parts.base, parts.adapter, data, Accelerator(cpu=True))
     for _ in data.fill(config.data.background, trainer.plan.timesteps):
@@ -94,7 +94,7 @@ def warm_parts(base: str, sets: Path, concept: str, folder: Path, *, repeats: in
 
 def plan_config(parts: Any, plan: int, batch_size: int, coverage: str) -> RunConfig:
     """The configuration of a plan of its own."""
-    data = parts.config.data.model_copy(update={"repeats": PLAN_REPEATS})
+    data = parts.config.data.model_copy(update={"raw_repeats": PLAN_REPEATS})
     train = parts.config.train.model_copy(update={"batch_size": batch_size, "epochs": 4})
     timesteps = parts.config.timesteps.model_copy(update={"coverage": coverage})
     changes = {"seed": 1000 + plan, "data": data, "train": train, "timesteps": timesteps}

@@ -256,7 +256,8 @@ def test_a_small_control(part: str, bench: copy_onset.Bench) -> None:
     config = bench._config({"part": part, "concept": "pelu", "seed": 1})
     assert config.train.learning_rate == pytest.approx(2e-4 if part == "tenth" else 2e-3)
     steps = {"tenth": (4, 6), "many": (24, 1)}[part]
-    assert (len(list(Path(config.data.folder).glob("*.png"))), config.data.repeats) == steps
+    (images,) = config.data.sets
+    assert (len(list(Path(images.folder).glob("*.png"))), images.repeats) == steps
 
 
 def test_cells_come_seed_by_seed() -> None:

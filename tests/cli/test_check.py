@@ -75,7 +75,7 @@ def test_settings_come_from_the_call_and_the_file(lora: Path, tmp_path: Path, as
     call(lora, tmp_path, "--prompts", str(tmp_path / "prompts.txt"), "--set", "preview.num_steps=3", "--holdout", "h")
     (config,) = asked
     assert config.preview.prompts == ["zumi on a horse", "zumi asleep"]
-    assert (config.preview.num_steps, config.data.trigger, config.data.validation_folder) == (3, "zumi", "h")
+    assert (config.preview.num_steps, config.data.triggers, config.data.validation_folder) == (3, ["zumi"], "h")
     assert config.data.validation_split is False
 
 
@@ -84,7 +84,7 @@ def test_of_several_triggers_none_is_put_before_captions(lora: Path, tmp_path: P
     add_metadata(lora, {"modelspec.trigger_phrase": "zumi, mizu"})
     call(lora, tmp_path)
     (config,) = asked
-    assert config.data.trigger is None
+    assert config.data.triggers == []
 
 
 @pytest.mark.parametrize("asked", [0], indirect=True)

@@ -2,8 +2,7 @@ import json
 
 import pytest
 
-from sdlora.config.schema import RunConfig
-from sdlora.config.toml import json_schema, option_names, parse_config
+from sdlora.config.toml import json_schema, option_fields, option_names, parse_config
 from sdlora.errors import ConfigError
 
 
@@ -87,15 +86,15 @@ def test_too_many_epochs_explain_copying(epochs: int) -> None:
 def test_sets_fill_in_what_they_do_not_say_and_have_names_of_their_own() -> None:
     sets = [{"folder": "a/x", "trigger": "mizu"}, {"folder": "b/x", "name": "other", "repeats": 3}]
     config = parse_config({"data": {"sets": sets, "trigger": "zumi", "repeats": 5}}, name="n")
-    assert [(s.title, s.trigger, s.repeats, s.caption) for s in config.data.all_sets()] == [
+    assert [(s.name, s.trigger, s.repeats, s.caption) for s in config.data.sets] == [
         ("x", "mizu", 5, None), ("other", "zumi", 3, None),
     ]  # fmt: skip
-    single = parse_config({"data": {"folder": "a", "repeats": 2}}, name="n").data.all_sets()
-    assert [(s.folder, s.repeats) for s in single] == [("a", 2)]
-    assert parse_config({"data": {"sets": [{"folder": "builtin:zumi"}]}}, name="n").data.all_sets()[0].title == "zumi"
-    assert "name of its own to each set called x" in faults(data={"sets": [{"folder": "a/x"}, {"folder": "b/x/"}]})
-    assert "name of its own to each set called ." in faults(data={"sets": [{"folder": "."}]})
-    assert "two ways to say it" in faults(data={"folder": "x", "sets": sets})
+    single = parse_config({"data": {"folder": "a", "repeats": 2}}, name="n").data.sets
+    assert [(s.name, s.folder, s.repeats) for s in single] == [(None, "a", 2)]
+    assert parse_config({"data": {"sets": [{"folder": "builtin:zumi"}]}}, name="n").data.sets[0].name == "zumi"
+    assert "must be unique and not empty, found x;" in faults(data={"sets": [{"folder": "a/x"}, {"folder": "b/x/"}]})
+    assert "must be unique and not empty, found .;" in faults(data={"sets": [{"folder": "."}]})
+    assert "data.folder and data.sets exclude each other" in faults(data={"folder": "x", "sets": sets})
     assert "Did you mean data.sets.repeats?" in faults(data={"sets": [{"folder": "a", "repeat": 2}]})
 
 
@@ -122,8 +121,6 @@ def test_impossible_pairs_and_values() -> None:
 
 def test_every_option_is_described_and_in_the_schema() -> None:
     schema = json.dumps(json_schema())
-    for name in option_names():
-        head, _, key = name.rpartition(".")
-        model = type(getattr(RunConfig(), head)) if head else RunConfig
-        assert (model.model_fields[key].description or "").endswith("."), name
-        assert f'"{key}"' in schema
+    for name, field in option_fields().items():
+        assert (field.description or "").endswith("."), name
+        assert f'"{name.rpartition(".")[2]}"' in schema

@@ -24,7 +24,7 @@ from sdlora.copycheck.signals import (
     train_validation_gap,
 )
 from sdlora.copycheck.similarity import hp_ms
-from sdlora.data.dataset import load_dataset
+from sdlora.data.dataset import Source, load_dataset
 from sdlora.diffusion.noise import PredictionType
 from sdlora.models.load import load_base
 from sdlora.pocket.architecture import build_scheduler
@@ -131,7 +131,7 @@ def test_one_image_in_two_files_is_found_in_either() -> None:
 
 def test_probing_disturbs_nothing(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
-    dataset = load_dataset(images, caption=None, trigger=None, allow_trigger_only=False, background="white")
+    dataset = load_dataset(Source(images))
     dataset = dataset.with_buckets(32, 8, buckets=True)
     data = TrainingData(dataset, Cache(tmp_path, base), lambda index, _: dataset.examples[index].caption)
     list(data.fill("white"))

@@ -7,7 +7,7 @@ from PIL import Image, ImageOps
 
 from sdlora.common.bundled import resolve_data_folder
 from sdlora.data.checks import Checkup, Finding, examine, examine_sizes, warnings_in_short
-from sdlora.data.dataset import load_dataset
+from sdlora.data.dataset import Source, load_dataset
 from sdlora.errors import DataError
 from sdlora.pocket.world import random_scene, render
 
@@ -165,5 +165,5 @@ def test_training_refuses_what_is_an_error_in_the_same_words(tmp_path: Path, put
     errors = [finding.message for finding in look(tmp_path).findings]
     assert len(errors) == 2
     with pytest.raises(DataError) as caught:
-        load_dataset(tmp_path, caption=None, trigger=None, allow_trigger_only=False, background="white")
+        load_dataset(Source(tmp_path))
     assert str(caught.value).splitlines()[1:] == [f"  {message}" for message in errors]

@@ -4,15 +4,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdlora.data.dataset import Dataset, Example, Pixels, load_dataset, load_pixels
+from sdlora.data.dataset import Dataset, Example, Pixels, Source, load_dataset, load_pixels
 from sdlora.errors import DataError
 
 
-def load(folder: Path, **changes: object) -> Dataset:
-    options: dict[str, object] = {
-        "caption": None, "trigger": None, "allow_trigger_only": False, "background": "white",
-    }  # fmt: skip
-    return load_dataset(folder, **{**options, **changes})  # type: ignore[arg-type]
+def load(folder: Path, *, allow_trigger_only: bool = False, **source: str) -> Dataset:
+    return load_dataset(Source(folder, **source), allow_trigger_only=allow_trigger_only)
 
 
 def test_examples_have_captions_and_buckets(images: Path) -> None:

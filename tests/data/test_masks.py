@@ -6,7 +6,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from sdlora.data.checks import Checkup, examine
-from sdlora.data.dataset import Example, load_dataset, load_mask_pixels, load_pixels
+from sdlora.data.dataset import Example, Source, load_dataset, load_mask_pixels, load_pixels
 from sdlora.data.masks import MaskKind, mask_shares, sort_masks
 from sdlora.errors import DataError
 
@@ -53,9 +53,7 @@ def test_a_mask_is_cropped_as_its_image(tmp_path: Path) -> None:
     # What is white in the image is white in the mask, so both crops must show the same.
     put_mask(tmp_path, "a-mask.png", (64, 32), (20, 8, 44, 31))
     Image.open(tmp_path / "a-mask.png").convert("RGB").save(tmp_path / "a.png")
-    data = load_dataset(
-        tmp_path, caption=None, trigger=None, allow_trigger_only=False, background="white", masks="file"
-    )
+    data = load_dataset(Source(tmp_path), masks="file")
     for buckets in (True, False):
         (example,) = data.with_buckets(32, 8, buckets=buckets).examples
         mask = load_mask_pixels(example)

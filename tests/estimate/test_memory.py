@@ -170,7 +170,7 @@ def test_what_is_offered_is_taken_together() -> None:
 
 
 def test_what_is_prior_costs_the_exposures_that_are_kept() -> None:
-    words = {"trigger": "zumi", "class_words": ["cat"]}
+    words = {"raw_trigger": "zumi", "class_words": ["cat"]}
     asked = setting(batch_size=4)
 
     def asked_with(every: int) -> RunConfig:

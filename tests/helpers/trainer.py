@@ -9,7 +9,7 @@ from accelerate import Accelerator
 
 from sdlora.cache.tensors import Cache
 from sdlora.config.toml import parse_config
-from sdlora.data.dataset import load_dataset
+from sdlora.data.dataset import Source, load_dataset
 from sdlora.data.masks import MaskKind
 from sdlora.lora.inject import Form, inject
 from sdlora.lora.targets import find_targets
@@ -45,9 +45,7 @@ def make_trainer(
     base = load_base(str(base_folder), device=torch.device("cpu"), dtype=dtype)
     paths = find_targets(base.unet, targets, base.text_encoders)
     adapter = inject(base.unet, paths, 2, 2.0, 0, form=form, text_encoders=base.text_encoders)
-    dataset = load_dataset(
-        images, caption=None, trigger=None, allow_trigger_only=False, background="white", masks=masks, repeats=2
-    )
+    dataset = load_dataset(Source(images, repeats=2), masks=masks)
     dataset = dataset.with_buckets(32, 8, buckets=False)
     data = TrainingData(
         dataset,

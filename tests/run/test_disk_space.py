@@ -39,3 +39,18 @@ def test_the_estimate_is_above_what_is_taken(
     list(start(config, folder.path))
     assert taken(folder.path) < needed + 2_000_000 and needed < 20 * taken(folder.path)
     assert taken(tmp_path / "cache") < cached + 2_000_000
+
+
+def test_cache_estimate_counts_the_repeats_of_each_set(
+    tmp_path: Path, overrides: list[str], images: Path, others: Path
+) -> None:
+    source = tmp_path / "mine.toml"
+    source.write_text("", encoding="utf-8")
+
+    def estimated(first: int, second: int) -> int:
+        sets = f'data.sets=[{{folder="{images}", repeats={first}}}, {{folder="{others}", repeats={second}}}]'
+        config = load_config(str(source), [*overrides, "data.folder=", sets, "data.shuffle_tags=true"])
+        return cache_bytes(prepare(config, RunFolder(tmp_path / "run", "mine")))
+
+    one, more = estimated(1, 1), estimated(4, 1)
+    assert one < more < estimated(4, 4)

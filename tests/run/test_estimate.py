@@ -11,7 +11,7 @@ import torch
 
 from sdlora.cli.progress import describe_plan
 from sdlora.common.text import format_bytes
-from sdlora.config.toml import load_config
+from sdlora.config.toml import load_config, parse_config
 from sdlora.estimate.meta_model import num_bytes
 from sdlora.events import PlanMade
 from sdlora.run import estimate
@@ -84,3 +84,9 @@ def test_text_encoders_that_wait_elsewhere_are_not_counted_as_free_memory(
         found.append(estimate.memory_of_run(config, parts.base, parts.data, torch.device("cpu"))[1])
     assert found[0] is not None and found[1] is not None
     assert found[0] - found[1] == num_bytes(*parts.base.text_encoders) > 0
+
+
+def test_forecast_of_a_family_uses_the_most_repeated_set() -> None:
+    sets = [{"folder": "a", "repeats": 2}, {"folder": "b", "repeats": 7}]
+    config = parse_config({"data": {"sets": sets}, "train": {"epochs": 3}}, name="mine")
+    assert estimate.forecast_family("sd1", config, None).exposures_per_image == 21

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sdlora.common import seeds
 from sdlora.data.batches import Exposure
-from sdlora.data.dataset import load_dataset
+from sdlora.data.dataset import Source, load_dataset
 from sdlora.diffusion.stratify import cover
 from sdlora.diffusion.timesteps import Density
 from sdlora.errors import DivergedError
@@ -194,7 +194,7 @@ def test_prior_images_add_the_gradient_of_their_mean_loss(
     tiny_base: Path, images: Path, others: Path, tmp_path: Path
 ) -> None:
     plain = make_trainer(tiny_base, images, tmp_path, max_grad_norm=0.0)
-    kept = load_dataset(others, caption=None, trigger=None, allow_trigger_only=False, background="white")
+    kept = load_dataset(Source(others))
     kept = kept.with_buckets(32, 8, buckets=True)
     prior = replace(plain.data, dataset=kept, caption=lambda index, _: kept.examples[index].caption)
     train = plain.config.train.model_copy(update={"preservation_weight": 3.0})

@@ -12,6 +12,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdlora.common.metrics import LossSmoother
+from sdlora.common.text import format_range
 from sdlora.report.charts import COLORS, Line, bar_chart, line_chart
 from sdlora.report.comparisons import Comparisons
 from sdlora.report.copy_section import copy_figures, epochs_at_a_glance, verdict_banner, verdict_chip
@@ -150,13 +151,13 @@ def result_panel(run: RunView, status: Status) -> str:
 
 def _downloads(run: RunView, kept: int, final: bool) -> str:
     name, base = html.escape(run.name, quote=True), f"/studio/run/{html.escape(run.name, quote=True)}"
-    trigger = run.config.data.trigger
+    triggers = " or ".join(f"<b>{html.escape(trigger)}</b>" for trigger in run.config.data.triggers)
     links = "".join(
         f"<a class='button{' primary' if epoch == kept else ''}' download href='{base}/epoch/{epoch}'>"
         f"Epoch {epoch}{', the one to keep' if epoch == kept else ''}</a>"
         for epoch in run.loras
     )
-    told = f"Write <b>{html.escape(trigger)}</b> into the prompt." if trigger else "It has no trigger word."
+    told = f"Write {triggers} into the prompt." if triggers else "It has no trigger word."
     finished = "It was loaded back through diffusers before you see it here." if final else ""
     return (
         f"<h3>Download</h3><p class='links'>{links}<a class='button' download href='{base}/all.zip'>All epochs</a>"
@@ -202,8 +203,8 @@ def _run_card(status: Status, run: RunView | None, shown: Path) -> str:
         images = "".join(_image(shown, file, f"{run.name}, epoch {last}") for file in files)
         config = run.config
         facts = (
-            f"{config.train.epochs} epochs × {config.data.repeats} repeats, rank {config.lora.rank}, "
-            f"base {config.base.path}"
+            f"{config.train.epochs} epochs × {format_range(*config.data.repeats_range)} repeats, "
+            f"rank {config.lora.rank}, base {config.base.path}"
         )
         found = run.recommended()
         if found is not None and found[0] in run.checks:

@@ -61,7 +61,7 @@ def fill(context: Context, draft: Draft) -> list[Any]:
 
 def proposed_name(context: Context, draft: Draft) -> str:
     """A name for the next run that none has yet; empty while there are no images."""
-    return context.free_name(draft.run_name()) if draft.images else ""
+    return context.free_name(draft.run_name()) if draft.has_images else ""
 
 
 def read(context: Context, values: Sequence[Any]) -> Draft:
@@ -80,7 +80,7 @@ def read(context: Context, values: Sequence[Any]) -> Draft:
 
 def plan_html(context: Context, draft: Draft) -> str:
     """The plan of a draft, or what is wrong with it."""
-    if not draft.images:
+    if not draft.has_images:
         return views.message("Add images first, under Images.", title="No plan yet")
     try:
         config = draft.config(context.studio)

@@ -26,7 +26,8 @@ class Draft:
     """A recipe on its way.
 
     Attributes:
-        images: The set: a name in the studio, a folder, or "builtin:NAME"; empty until one is chosen.
+        images: A set's name in the studio, a folder, or "builtin:NAME"; empty until one is chosen, or where
+            data.sets names several.
         name: The run's; empty takes the set's.
         subject: A key of `recipes.SUBJECTS`.
         length: A key of `recipes.LENGTHS`.
@@ -79,7 +80,12 @@ class Draft:
 
     def _alone(self) -> RunConfig:
         """Its configuration, whichever images are chosen."""
-        return form.make_config(self.values | {"data.folder": "none"}, "plan")
+        return form.make_config(self.values | {"data.folder": "none", "data.sets": []}, "plan")
+
+    @property
+    def has_images(self) -> bool:
+        """Whether images are chosen: one set, or several in data.sets."""
+        return bool(self.images or self.value("data.sets"))
 
     def folder(self, studio: Studio) -> Path | None:
         """Where its images lie, or None until they are chosen.
@@ -105,13 +111,17 @@ class Draft:
         Raises:
             ConfigError: There are no images yet, or anything is wrong; all faults are named at once.
         """
-        folder = self.folder(studio)
-        if folder is None:
+        if not self.has_images:
             raise ConfigError("There are no images yet. Add some under Images.")
         if self.base != "pocket" and "/" in self.base and Path(self.base).expanduser().exists():
             studio.allowed(Path(self.base).expanduser())
-        where = self.images if self.images.startswith(BUILTIN) else str(folder.absolute())
-        return form.make_config(self.values | {"data.folder": where, "name": self.run_name()}, self.run_name())
+        folder = self.folder(studio)
+        where = self.images if folder is None or self.images.startswith(BUILTIN) else str(folder.absolute())
+        config = form.make_config(self.values | {"data.folder": where, "name": self.run_name()}, self.run_name())
+        for one in config.data.folders:
+            if not one.startswith(BUILTIN):
+                studio.allowed(Path(one).expanduser())
+        return config
 
 
 def _defaults() -> dict[str, Any]:
@@ -126,8 +136,8 @@ def _changed(values: dict[str, Any]) -> dict[str, Any]:
 def from_config(config: RunConfig, studio: Studio) -> Draft:
     """A configuration, from a file or from another run, as a draft."""
     values = form.to_values(config)
-    images = config.data.folder
-    if not images.startswith(BUILTIN) and Path(images).resolve().parent == studio.sets.resolve():
+    images = values["data.folder"]
+    if images and not images.startswith(BUILTIN) and Path(images).resolve().parent == studio.sets.resolve():
         images = Path(images).name
     return Draft(images=images, name=config.name or "", values=_changed(values))
 

@@ -6,7 +6,6 @@ cannot differ.
 
 from __future__ import annotations
 
-import json
 import tomllib
 import types
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 
 from sdlora.config.schema import RunConfig
-from sdlora.config.toml import options, parse_config
+from sdlora.config.toml import option_fields, options, parse_config, toml_value
 from sdlora.errors import ConfigError
 
 Kind = Literal["switch", "choice", "choices", "whole", "number", "text", "lines", "toml"]
@@ -130,9 +129,7 @@ def make_config(values: Mapping[str, Any], name: str) -> RunConfig:
 
 
 def _field(name: str, default: Any) -> Field:
-    section, _, key = name.rpartition(".")
-    model = type(getattr(RunConfig(), section)) if section else RunConfig
-    info = model.model_fields[key]
+    info = option_fields()[name]
     annotation, optional = _without_none(info.annotation)
     limits = {type(limit): limit for limit in info.metadata}
     low = limits[Ge].ge if Ge in limits else limits[Gt].gt if Gt in limits else None
@@ -167,11 +164,8 @@ def _kind(annotation: Any, high: Any) -> tuple[Kind, tuple[str, ...]]:
 
 
 def _toml(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} = {json.dumps(entry)}" for key, entry in value.items())
-    if isinstance(value, list):
-        return ", ".join(json.dumps(entry) for entry in value)
-    return json.dumps(value)
+    text = toml_value(value)
+    return text[1:-1] if isinstance(value, (dict, list)) else text
 
 
 def _from_toml(field: Field, text: str) -> Any:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from sdlora.common.text import format_seconds
+from sdlora.common.text import format_range, format_seconds
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml
 from sdlora.run.datasets import read_images
@@ -72,10 +72,11 @@ def base_resolution_px(path: str) -> int:
 
 def in_words(config: RunConfig, counts: Counts) -> list[str]:
     """The plan as sentences."""
-    train = config.train
+    train, repeats = config.train, config.data.repeats_range
+    exposures = format_range(*(train.epochs * each for each in repeats))
     told = [
-        f"{counts.images} images at {counts.resolution_px} px, each seen {counts.exposures} times: "
-        f"{config.data.repeats} times in each of {train.epochs} epochs.",
+        f"{counts.images} images at {counts.resolution_px} px, each seen {exposures} times: "
+        f"{format_range(*repeats)} times in each of {train.epochs} epochs.",
         f"That is {counts.steps:,} steps of {train.batch_size * train.gradient_accumulation_steps} "
         f"{'picture' if train.batch_size * train.gradient_accumulation_steps == 1 else 'pictures'}.",
     ]

@@ -113,8 +113,10 @@ class _Gallery(Mapping[str, Image.Image]):
 
     def __init__(self, config: RunConfig, preview_px: int) -> None:
         data = config.data
-        folders = [resolve_data_folder(folder) for folder in (data.folder, data.validation_folder) if folder]
-        self._files = {path.name: path for folder in reversed(folders) if folder.is_dir() for path in folder.iterdir()}
+        self._files: dict[str, Path] = {}
+        for one in filter(None, (data.validation_set, *data.sets)):
+            folder = resolve_data_folder(one.folder)
+            self._files |= {one.prefix + path.name: path for path in (folder.iterdir() if folder.is_dir() else ())}
         self._data, self._px = data, data.resolution_px or preview_px
 
     def __getitem__(self, name: str) -> Image.Image:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from helpers.studios import write_image
 
 from sdlora.config.schema import RunConfig
-from sdlora.config.toml import dump_toml, load_config
+from sdlora.config.toml import dump_toml, load_config, parse_config
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.ui.pages.context import Context
+from sdlora.ui.settings import form
 from sdlora.ui.settings.draft import Draft, from_config, read_draft, write_draft
 from sdlora.ui.settings.presets import recipe
 from sdlora.ui.state.folders import Studio
+
+SETS = next(field for field in form.fields() if field.name == "data.sets")
 
 
 def test_a_draft_is_found_again_as_it_was_left(studio: Studio) -> None:
@@ -22,7 +26,7 @@ def test_a_draft_is_found_again_as_it_was_left(studio: Studio) -> None:
     draft = draft.with_values({"data.trigger": "zumi", "seed": 2**60})
     write_draft(studio, draft)
     assert read_draft(studio) == draft
-    studio.draft.write_text('{"images": "set", "values": {"gone.option": 1}}', encoding="utf-8")
+    studio.draft.write_text('{"pictures": "set", "values": {"gone.option": 1}}', encoding="utf-8")
     assert read_draft(studio) == Draft(images="set")
 
 
@@ -30,8 +34,8 @@ def test_its_configuration_is_the_command_lines(studio: Studio, tmp_path: Path) 
     write_image(studio.image_set("my set") / "a.png")
     draft = Draft(images="my set").with_values({"data.trigger": "zumi", "lora.rank": 3})
     config = draft.config(studio)
-    assert (config.name, config.lora.rank, config.data.trigger) == ("my set", 3, "zumi")
-    assert config.data.folder == str(studio.image_set("my set").resolve())
+    assert (config.name, config.lora.rank, config.data.triggers) == ("my set", 3, ["zumi"])
+    assert [one.folder for one in config.data.sets] == [str(studio.image_set("my set").resolve())]
     file = tmp_path / "any.toml"
     file.write_text(dump_toml(config), encoding="utf-8")
     again = from_config(load_config(str(file)), studio)
@@ -49,7 +53,7 @@ def test_answers_set_the_options_and_keep_the_rest() -> None:
     }
 
 
-@pytest.mark.parametrize("pictures", ["", "builtin:nothing", "nowhere/at all"])
+@pytest.mark.parametrize("images", ["", "builtin:nothing", "nowhere/at all"])
 def test_what_is_missing_is_told(studio: Studio, images: str) -> None:
     closed = Studio(studio.runs, any_folder=False)
     with pytest.raises(ConfigError):
@@ -85,3 +89,18 @@ def test_a_fault_of_the_studio_is_a_message_and_in_its_log(context: Context) -> 
     assert "ZeroDivisionError: no" in told and "studio.log" in told
     assert "Traceback" in (context.studio.runs / ".studio" / "studio.log").read_text(encoding="utf-8")
     assert "it worked" in context.attempt(lambda: "it worked")
+
+
+def test_several_sets_are_kept_by_a_draft(studio: Studio, images: Path, others: Path) -> None:
+    sets = [{"folder": str(images), "repeats": 2}, {"folder": str(others), "trigger": "mizu", "name": "more"}]
+    config = parse_config({"data": {"sets": sets}}, name="both")
+    write_draft(studio, from_config(config, studio))
+    draft = read_draft(studio)
+    assert (draft.images, draft.has_images, draft.config(studio)) == ("", True, config)
+    assert draft.needs() is not None, "what it needs of memory depends on no image"
+    shown = {field.name: form.shown(field, draft.value(field.name)) for field in form.fields()}
+    assert form.entered(SETS, shown["data.sets"]) == draft.value("data.sets")
+    with pytest.raises(ConfigError, match=r"data\.folder and data\.sets"):
+        replace(draft, images="set").config(studio)
+    with pytest.raises(ConfigError, match=str(images)):
+        draft.config(Studio(studio.runs, any_folder=False))

@@ -81,7 +81,7 @@ def test_a_blank_field_is_the_default_or_none() -> None:
 def test_every_recipe_is_valid_and_shown_under_more(subject: str, length: str, base: str) -> None:
     values = recipe(subject, length, base)
     config = form.make_config({"data.folder": "x", **values}, "a")
-    assert config.train.epochs * config.data.repeats == LENGTHS[length][0] * LENGTHS[length][1]
+    assert config.train.epochs * config.data.sets[0].repeats == LENGTHS[length][0] * LENGTHS[length][1]
     assert values.keys() - {"base.path"} <= {field.name for field in more_fields()}
 
 

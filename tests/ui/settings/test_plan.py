@@ -47,3 +47,10 @@ def test_time_and_memory_are_told_in_words() -> None:
     told = plan.measured_in_words({"seconds": 125.0, "peak_bytes": 3 * 2**30, "fits": False})
     assert "2 min 05 s" in told[0] and "3.0 GB" in told[1] and "does not fit" in told[1]
     assert plan.measured_in_words({}) == []
+
+
+def test_plan_of_several_sets_uses_repeats_of_each_set(images: Path, others: Path) -> None:
+    sets = [{"folder": str(images), "repeats": 2}, {"folder": str(others), "repeats": 5}]
+    config = parse_config({"data": {"sets": sets}, "train": {"epochs": 3}}, name="a")
+    told = " ".join(plan.in_words(config, plan.count(config)))
+    assert "8 images" in told and "6 to 15 times" in told and "2 to 5 times" in told

@@ -6,14 +6,17 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image, ImageChops
 
+from sdlora.common.metrics import Metrics
 from sdlora.config.schema import RunConfig
-from sdlora.config.toml import load_config
+from sdlora.config.toml import load_config, parse_config
 from sdlora.copycheck.verdict import read_checks
+from sdlora.data.images import crop_to_bucket, load_image
 from sdlora.errors import SdloraError
 from sdlora.events import EpochDone, Event, RunDone
 from sdlora.run.run import Stopped, start
@@ -153,6 +156,37 @@ def test_training_images_are_cropped_as_trained_or_grey(trained: Context) -> Non
     gallery = run.training_images()
     assert gallery["red.png"].size == (32, 32) and gallery["orange.png"].size == (40, 24)
     assert gallery["gone.png"].getcolors() == [(32 * 32, (0x88, 0x88, 0x88))]
+
+
+def run_of(tmp_path: Path, data: dict[str, Any]) -> RunView:
+    """A run of some images that has written nothing yet."""
+    config = parse_config({"data": data | {"resolution_px": 32, "bucket_step_px": 8}}, name="mine")
+    return RunView("mine", tmp_path / "mine", config, Metrics(), {}, {}, {}, "key")
+
+
+def test_training_images_of_several_sets_are_found_by_their_names(tmp_path: Path, images: Path, others: Path) -> None:
+    sets = [{"folder": str(images)}, {"folder": str(others), "name": "more"}]
+    gallery = run_of(tmp_path, {"sets": sets}).training_images()
+    for name, folder in (("set/red.png", images), ("more/pink.png", others)):
+        expected = crop_to_bucket(load_image(folder / Path(name).name, "white"), *gallery[name].size)
+        assert gallery[name].tobytes() == expected.tobytes()
+    grey = run_of(tmp_path, {"sets": sets}).training_images()["pink.png"]
+    assert grey.getcolors() == [(32 * 32, (0x88, 0x88, 0x88))]
+
+
+@pytest.mark.parametrize(
+    ("triggers", "told"),
+    [((None, None), ["no trigger word"]), (("mizu", "<b>"), ["<b>mizu</b>", "<b>&lt;b&gt;</b>"])],
+    ids=["none", "one per set"],
+)
+def test_result_names_the_trigger_of_every_set(
+    tmp_path: Path, triggers: tuple[str | None, str | None], told: list[str]
+) -> None:
+    sets = [{"folder": f"set{number}", "trigger": trigger} for number, trigger in enumerate(triggers)]
+    run = replace(run_of(tmp_path, {"sets": sets}), loras={1: tmp_path / "a.safetensors"})
+    html = run_views._downloads(run, 1, final=True)
+    assert all(words in html for words in told)
+    assert ("no trigger word" in html) == (told == ["no trigger word"])
 
 
 def test_strength_zero_is_the_base_and_one_the_preview(trained: Context) -> None:
