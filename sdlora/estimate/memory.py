@@ -31,7 +31,7 @@ FULL_BYTES_PER_PARAMETER = 16
 # Bytes of an optimizer's state per trained number; Adafactor keeps rows and columns of a matrix alone.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 1, "lion": 4, "schedule_free": 8}
 _PREVIEW_PIXELS = 8 * 128 * 128
-# Kernels' work buffers and a run's own objects, as whole runs were measured to hold (docs/performance.md).
+# Kernels' work buffers and a run's own objects, as whole runs were measured to hold (docs/measurements/performance.md).
 _OVERHEAD_BYTES = 12 * 2**20
 # What a second base's objects hold beside its weights, found the same way.
 _SECOND_BASE_BYTES = 6 * 2**20

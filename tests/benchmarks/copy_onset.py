@@ -8,7 +8,7 @@ tenth of the rate, part "many" on all 24 images for as many steps. Everything is
 its previews and its scores; the report asks it for verdicts and for its choice of an epoch.
 
     python tests/benchmarks/copy_onset.py results.jsonl --judge judge.pt --oracle oracle.pt --json
-    python tests/benchmarks/copy_onset.py --report results.jsonl --page docs/copy-check.md
+    python tests/benchmarks/copy_onset.py --report results.jsonl --page docs/measurements/copy-check.md
 
 Every finished cell is kept; a second process may work on the rest with --share 0/2 and --share 1/2. Runs that are kept
 in --work are not trained again; --recheck compares their previews anew, after a change of the check.
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--recheck", action="store_true", help="compare the previews of kept runs anew")
     parser.add_argument("--json", action="store_true", help="print every finished cell")
     parser.add_argument("--report", type=Path, help="write the tables of these results instead")
-    parser.add_argument("--page", type=Path, default=Path("docs/copy-check.md"))
+    parser.add_argument("--page", type=Path, default=Path("docs/measurements/copy-check.md"))
     arguments = parser.parse_args()
     if arguments.report:
         copy_onset_report.write(arguments.report, arguments.page)

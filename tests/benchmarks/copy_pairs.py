@@ -5,8 +5,8 @@ from a noised training image). What is none comes in tiers: fresh renders of the
 same subject, the base's images of the same prompt, and unrelated ones. An image's score is its highest over a
 gallery of 24. No threshold is tested on the subject it was set on.
 
-    python tests/benchmarks/copy_pairs.py --docs docs                     the built-in world
-    python tests/benchmarks/copy_pairs.py --photos FOLDER... --docs docs  photographs
+    python tests/benchmarks/copy_pairs.py --docs docs/measurements                     the built-in world
+    python tests/benchmarks/copy_pairs.py --photos FOLDER... --docs docs/measurements  photographs
 """
 
 from __future__ import annotations

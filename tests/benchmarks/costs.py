@@ -92,7 +92,7 @@ def _line(axis: Any, name: str, x: Any, y: Any) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=Path, default=Path("docs"))
+    parser.add_argument("--folder", type=Path, default=Path("docs/measurements"))
     print(draw(parser.parse_args().folder))
 
 

@@ -155,7 +155,7 @@ def test_a_small_run_with_a_base(groups: list[Group], tiny_base: Path, tmp_path:
 def test_the_program_fills_its_page(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = Path(__file__).parents[2] / "docs" / "copy-check.md"
+    page = Path(__file__).parents[2] / "docs" / "measurements" / "copy-check.md"
     (tmp_path / "copy-check.md").write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
     monkeypatch.setattr(copy_sets, "PHOTO_PX", 64)
     more = tmp_path / "more"

@@ -278,7 +278,7 @@ def test_tables_say_what_the_results_do() -> None:
 
 @pytest.mark.parametrize("make", [_rows, list], ids=["with results", "without"])
 def test_the_page_is_filled(make: Callable[[], list[dict[str, Any]]], tmp_path: Path) -> None:
-    page = Path(__file__).parents[2] / "docs" / "timesteps.md"
+    page = Path(__file__).parents[2] / "docs" / "measurements" / "timesteps.md"
     (tmp_path / "timesteps.md").write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
     file = tmp_path / "results.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in make()), encoding="utf-8")

@@ -7,7 +7,7 @@ that looks more like the training images than like any of 19 other sets of fresh
 that has only learned what the captions say would be called a copy one time in twenty.
 
     python tests/benchmarks/timesteps.py results.jsonl --judge judge.pt --json
-    python tests/benchmarks/timesteps.py --report results.jsonl --docs docs
+    python tests/benchmarks/timesteps.py --report results.jsonl --docs docs/measurements
 
 Every finished cell is kept; a second process may work on the rest with --share 0/2 and --share 1/2.
 """
@@ -182,7 +182,7 @@ def main() -> None:
     parser.add_argument("--judge", type=Path, help="where the judge is kept between calls")
     parser.add_argument("--json", action="store_true", help="print every finished cell")
     parser.add_argument("--report", type=Path, help="make tables and plots of these results instead")
-    parser.add_argument("--docs", type=Path, default=Path("docs"))
+    parser.add_argument("--docs", type=Path, default=Path("docs/measurements"))
     arguments = parser.parse_args()
     if arguments.report:
         timesteps_report.write(arguments.report, arguments.docs)

@@ -1,4 +1,4 @@
-"""Tables and plots of docs/timesteps.md from finished cells; the words around them are written by hand.
+"""Tables and plots of docs/measurements/timesteps.md from finished cells; the words around them are written by hand.
 
 Every table stands between two marks in the page, and what is between them is replaced. Cells that are not there yet
 are left out, and each table says how many pairs of runs it is made of.
@@ -30,7 +30,7 @@ Runs = dict[str, dict[Pair, dict[str, Any]]]
 
 
 def write(results: Path, docs: Path) -> None:
-    """Fill the tables of docs/timesteps.md and draw its plots."""
+    """Fill the tables of docs/measurements/timesteps.md and draw its plots."""
     rows = read(results)
     page = docs / "timesteps.md"
     text = page.read_text(encoding="utf-8")
