@@ -16,10 +16,10 @@ from diffusers import AutoencoderKL
 from sdlora.config.schema import RunConfig
 from sdlora.estimate.meta_model import META, MetaBase, Shapes, latents, num_bytes
 from sdlora.estimate.trace import Cost, counted
-from sdlora.lora.inject import Adapter, Form, inject
+from sdlora.lora.inject import Adapter, AdapterSpec, inject
 from sdlora.lora.quantize import Quantization, num_weights
 from sdlora.lora.targets import find_targets
-from sdlora.lora_files.verify import PROOF_LATENTS, PROOF_TIMESTEPS
+from sdlora.lora_files.verify import VERIFY_LATENT_EDGE, VERIFY_TIMESTEPS
 from sdlora.models.base import BaseModel
 from sdlora.training.loss import Batch, diffusion_loss, diffusion_loss_with_prior
 from sdlora.training.optimizers import Group
@@ -70,7 +70,7 @@ class Setting:
 
     Attributes:
         config: The run's configuration.
-        form: The adapter's, as the configuration describes it.
+        spec: The adapter's, as the configuration describes it.
         shapes: The base's.
         dtype: The frozen UNet's type.
         bucket: Width and height in pixels of the largest images.
@@ -81,7 +81,7 @@ class Setting:
     """
 
     config: RunConfig
-    form: Form
+    spec: AdapterSpec
     shapes: Shapes
     dtype: torch.dtype
     bucket: tuple[int, int]
@@ -141,9 +141,9 @@ def need(setting: Setting) -> Need:
     num_parameters = num_weights(base.unet)
     paths = find_targets(base.unet, config.lora.targets, base.text_encoders)
     # Where singular vectors start makes no difference to what is held, and meta tensors have none.
-    gaussian = replace(setting.form, start="gaussian")
+    gaussian = replace(setting.spec, init="gaussian")
     adapter = inject(
-        base.unet, paths, config.lora.rank, config.lora.alpha, 0, form=gaussian, text_encoders=base.text_encoders
+        base.unet, paths, config.lora.rank, config.lora.alpha, 0, spec=gaussian, text_encoders=base.text_encoders
     )
     count = adapter.num_parameters()
     lean = LeanStep(
@@ -155,13 +155,13 @@ def need(setting: Setting) -> Need:
     )
     step = _step_cost(setting, base, adapter, lean)
     state = OPTIMIZER_BYTES[config.train.optimizer] + 4 * (config.train.ema_decay > 0)
-    start = 4 * (setting.form.start != "gaussian")
+    start = 4 * (setting.spec.init != "gaussian")
     # The first of several batches finds no gradients yet, and the others find those of the first.
     gradients = 4 * count * (config.train.gradient_accumulation_steps > 1)
     activations = step.peak_bytes + gradients - 4 * count
     beside = max(_preview_bytes(setting, base), _encode_bytes(setting))
     if setting.on_cpu:
-        beside = max(beside, 4 * num_parameters + shapes.frozen_bytes + _proof_bytes(setting, base, count))
+        beside = max(beside, 4 * num_parameters + shapes.frozen_bytes + _verification_bytes(setting, base, count))
     else:
         drawing = beside + shapes.vae_bytes + shapes.text_bytes * text_is_trained
         beside = max(drawing, shapes.text_bytes) - in_a_step
@@ -222,10 +222,10 @@ def _preview_bytes(setting: Setting, base: MetaBase) -> int:
     return max(drawing.peak_bytes, decoding.peak_bytes)
 
 
-def _proof_bytes(setting: Setting, base: MetaBase, count: int) -> int:
+def _verification_bytes(setting: Setting, base: MetaBase, count: int) -> int:
     """What proving a file holds beside a second base's float32 weights: answers, and the adapter put in and read."""
-    edge = PROOF_LATENTS * setting.shapes.latent_factor
-    number = len(PROOF_TIMESTEPS)
+    edge = VERIFY_LATENT_EDGE * setting.shapes.latent_factor
+    number = len(VERIFY_TIMESTEPS)
     with torch.no_grad(), counted() as answering:
         noisy = latents(setting.shapes, number, (edge, edge))
         base.predict(noisy, torch.zeros(number, dtype=torch.long, device=META), base.text(number))

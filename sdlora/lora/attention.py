@@ -1,6 +1,6 @@
-"""Attention for training: projections of one input computed as one, and nothing divided by one.
+"""Attention for training: projections of one input computed as one, and no division by one.
 
-Shapes: B batch, T tokens, d width.
+Put into a UNet by `sdlora.training.train_step`. Shapes: B batch, T tokens, d width.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sdlora.lora.layers import LoraLinear
 
 
 class TrainingAttention:
-    """Stands in for diffusers' AttnProcessor2_0, to the same answers.
+    """A replacement for diffusers' AttnProcessor2_0 with the same outputs.
 
     Source: Vaswani et al. 1706.03762, section 3.2.
     """
@@ -30,7 +30,7 @@ class TrainingAttention:
         temb: Tensor | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """(B, T, d) to the same shape."""
+        """Hidden states (B, T, d) to the same shape."""
         if attention_mask is not None:
             plain: Tensor = AttnProcessor2_0()(
                 attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs
@@ -44,20 +44,20 @@ class TrainingAttention:
         query, key, value = (
             x.view(*x.shape[:-1], attn.heads, x.shape[-1] // attn.heads).transpose(1, 2) for x in (query, key, value)
         )
-        found = F.scaled_dot_product_attention(query, key, value)
-        answer: Tensor = attn.to_out[1](attn.to_out[0](found.transpose(1, 2).flatten(2)))
-        return answer
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        output: Tensor = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
+        return output
 
 
 def use_training_attention(unet: nn.Module) -> None:
-    """Put it in place of diffusers' own wherever it does the same."""
+    """Replace diffusers' attention processors wherever `TrainingAttention` computes the same."""
     for module in unet.modules():
         if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and _is_plain(module):
             module.set_processor(TrainingAttention())
 
 
 def _is_plain(attn: Attention) -> bool:
-    """Whether an attention is of the kind that the blocks of Stable Diffusion's UNets have."""
+    """Whether an attention has none of the options that Stable Diffusion's UNets do not use."""
     others = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
     return not any(others) and not attn.residual_connection and attn.rescale_output_factor == 1.0
 

@@ -1,6 +1,7 @@
-"""An adapter's numbers in a few long tensors, so that clipping, the optimizer and averages act on those alone.
+"""An adapter's parameters in a few long tensors, so that clipping, optimizer and averages handle those instead.
 
-Every A and B stays a parameter of its layer, as a view. Shapes: J layers on one input, i in, o out, r rank.
+Made by `sdlora.training.train_step`; every A and B stays a parameter of its layer, as a view.
+Shapes: J layers on one input, i in, o out, r rank.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from sdlora.lora.dora import DoraLayer
+from sdlora.lora.fused import SharedInput
 from sdlora.lora.inject import Adapter
-from sdlora.lora.layers import LoraLayer, LoraLinear, Shared
+from sdlora.lora.layers import LoraLayer, LoraLinear
 from sdlora.lora.quantize import frozen_weight
 
 _ON_ONE_INPUT = {"attn1": ("to_q", "to_k", "to_v"), "attn2": ("to_k", "to_v")}
@@ -22,7 +25,7 @@ _ON_ONE_INPUT = {"attn1": ("to_q", "to_k", "to_v"), "attn2": ("to_k", "to_v")}
 
 @dataclass(frozen=True)
 class _Leaf:
-    """One long tensor: where each of its parameters begins, and the type that layers compute in."""
+    """One long tensor, the parameters that are its parts, and the dtype that their layers compute in."""
 
     values: nn.Parameter
     parameters: tuple[nn.Parameter, ...]
@@ -30,16 +33,13 @@ class _Leaf:
 
 
 class FlatWeights:
-    """Lays an adapter's parameters end to end and gives them back to the layers as views.
+    """An adapter's parameters laid end to end, with its layers' parameters as views.
 
     Layers of one attention that take the same input are computed as one.
 
     Args:
         adapter: Its parameters become views; their values stay.
         groups: Its parameters, as an optimizer groups them.
-
-    Attributes:
-        leaves: For each group its long tensors, one for each type that layers compute in.
     """
 
     def __init__(self, adapter: Adapter, groups: Sequence[Sequence[nn.Parameter]]) -> None:
@@ -58,11 +58,11 @@ class FlatWeights:
 
     @property
     def leaves(self) -> list[list[nn.Parameter]]:
-        """What an optimizer trains, by group."""
+        """The long tensors that an optimizer trains: for each group one per dtype that layers compute in."""
         return [[leaf.values for leaf in leaves] for leaves in self._groups]
 
     def parts(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Views of tensors as long as the leaves, in their order, as `Adapter.parameters` has them."""
+        """Split tensors of the leaves' lengths into views with the shapes and order of `Adapter.parameters`."""
         found: dict[int, Tensor] = {}
         for leaf, tensor in zip(self._all(), tensors, strict=True):
             pieces = torch.split(tensor, [p.numel() for p in leaf.parameters])
@@ -71,43 +71,36 @@ class FlatWeights:
 
     @contextmanager
     def live(self) -> Iterator[None]:
-        """Layers compute with what they are made of now, and gradients reach the leaves.
-
-        Forward and backward pass belong inside.
-        """
+        """Let layers compute with the leaves, so that gradients reach those; for a forward and a backward pass."""
         pieces: dict[int, Tensor] = {}
-        stacked = {id(s.members[0].down): s.members for s in self._shared}
-        stacked |= {id(s.members[0].up): s.members for s in self._shared}
+        joint = {id(p): len(s.members) for s in self._shared for p in s.members[0].trained()}
         for leaf in self._all():
-            # One conversion for all, whose gradient comes back as one tensor, too.
-            whole, sizes, owners = leaf.values.to(leaf.dtype), [], []
+            firsts, sizes = [], []
             rest = iter(leaf.parameters)
             for parameter in rest:
-                count = len(stacked.get(id(parameter), (0,)))
+                count = joint.get(id(parameter), 1)
                 for _ in range(count - 1):
                     next(rest)
+                firsts.append(parameter)
                 sizes.append(count * parameter.numel())
-                owners.append(parameter)
-            for parameter, piece in zip(owners, torch.split(whole, sizes), strict=True):
-                pieces[id(parameter)] = piece
+            # One conversion for all, so that its gradient comes back as one tensor, too.
+            parts = torch.split(leaf.values.to(leaf.dtype), sizes)
+            pieces |= {id(parameter): piece for parameter, piece in zip(firsts, parts, strict=True)}
         for shared in self._shared:
-            first = shared.members[0]
-            shared.downs = pieces[id(first.down)].view(-1, first.down.shape[1])
-            shared.ups = pieces[id(first.up)].view(len(shared.members), *first.up.shape)
-        alone = [layer for layer in self._adapter.layers.values() if layer.shared is None]
-        for layer in alone:
-            magnitude = layer.magnitude
-            layer.live = (
-                pieces[id(layer.down)].view_as(layer.down),
-                pieces[id(layer.up)].view_as(layer.up),
-                None if magnitude is None else pieces[id(magnitude)].view_as(magnitude),
+            down, up = shared.members[0].trained()
+            shared.set_live(
+                pieces[id(down)].view(-1, down.shape[1]), pieces[id(up)].view(len(shared.members), *up.shape)
             )
+        layers = self._adapter.layers.values()
+        for layer in layers:
+            if layer.live is None:
+                layer.live = tuple(pieces[id(p)].view_as(p) for p in layer.trained())
         try:
             yield
         finally:
             for shared in self._shared:
-                shared.downs = shared.ups = None
-            for layer in alone:
+                shared.live = None
+            for layer in layers:
                 layer.live = None
 
     def _all(self) -> list[_Leaf]:
@@ -115,8 +108,8 @@ class FlatWeights:
 
 
 def _dtype(layer: LoraLayer) -> torch.dtype:
-    """What a layer's A and B are turned into; norms of weights need them as they are."""
-    return frozen_weight(layer.base).dtype if layer.magnitude is None else torch.float32
+    """The dtype that a layer's A and B are converted to; DoRA's norms need them as they are."""
+    return torch.float32 if isinstance(layer, DoraLayer) else frozen_weight(layer.base).dtype
 
 
 def _join(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> _Leaf:
@@ -128,20 +121,20 @@ def _join(parameters: Sequence[nn.Parameter], dtype: torch.dtype) -> _Leaf:
     return _Leaf(values, tuple(parameters), dtype)
 
 
-def _share_inputs(layers: dict[str, LoraLayer]) -> list[Shared]:
-    """Find layers of one attention on the same input, and put their frozen weights on top of each other."""
+def _share_inputs(layers: dict[str, LoraLayer]) -> list[SharedInput]:
+    """Find the layers of each attention that take the same input and can be computed as one."""
     found = []
     for parent, paths in groupby(layers, key=lambda path: path.rpartition(".")[0]):
         members = {path.rpartition(".")[2]: layers[path] for path in paths}
         names = _ON_ONE_INPUT.get(parent.rpartition(".")[2], ())
         chosen = [member for name in names if isinstance(member := members.get(name), LoraLinear)]
         if names and len(chosen) == len(names) and len({_kind(layer) for layer in chosen}) == 1:
-            found.append(Shared(chosen))
+            found.append(SharedInput(chosen))
     return found
 
 
 def _kind(layer: LoraLayer) -> tuple[object, ...]:
-    """Layers may be computed together where all of this is the same; what has a slower path is of its own kind."""
+    """Layers of the same kind can be computed as one; a layer that is not plain is the only one of its kind."""
     weight = frozen_weight(layer.base)
     plain = layer.is_plain and layer.base.bias is None
     return (type(weight), weight.shape, weight.dtype, layer.rank, layer.scale, None if plain else id(layer))

@@ -1,34 +1,39 @@
-"""A frozen linear layer and its low-rank update as one operation, for one layer or several on the same input.
+"""The fused path of training: a frozen linear layer and its LoRA as one operation that keeps only its input.
 
+`LoraLinear` takes it for one layer, attention for several layers on one input (`SharedInput`).
 Shapes: N samples times tokens, J layers on one input, i in, o out (of each), r rank.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from sdlora.lora.quantize import Packed
+from sdlora.lora.quantize import Packed, QuantizedLinear, stack, unstack
+
+if TYPE_CHECKING:
+    from sdlora.lora.layers import LoraLinear
 
 
-def low_rank(
+def fused_lora(
     x: Tensor, weight: Tensor | Packed, bias: Tensor | None, downs: Tensor, ups: Tensor, scale: float
 ) -> Tensor:
-    """W_j x + b_j + s B_j A_j x for every j, in one tensor.
+    """W_j x + b_j + s B_j A_j x for every layer j, in one tensor.
 
-    It keeps x alone, once; what is of rank r, and a packed W, is computed again on the way back. No gradient is
-    computed for an x that needs none.
+    Only x is kept for the backward pass; A x, and the dense form of a packed W, are computed again. An x that needs
+    no gradient gets none.
 
     Args:
-        x: (..., i), of the weight's type.
+        x: (..., i), of the weight's dtype.
         weight: The frozen W_j on top of each other, (J o, i), packed or not.
         bias: (J o,), or None.
-        downs: A_j on top of each other, (J r, i), of the weight's type.
-        ups: B_j, (J, o, r), of the weight's type.
+        downs: A_j on top of each other, (J r, i), of the weight's dtype.
+        ups: B_j, (J, o, r), of the weight's dtype.
         scale: s.
 
     Returns:
@@ -39,11 +44,59 @@ def low_rank(
     flat = x.reshape(-1, x.shape[-1])
     if torch.compiler.is_compiling():
         return _traced(flat, weight, bias, downs, ups, scale).view(*x.shape[:-1], -1)
-    answer: Tensor = _LowRank.apply(flat, weight, bias, downs, ups, scale)  # type: ignore[no-untyped-call]
-    return answer.view(*x.shape[:-1], -1)
+    output: Tensor = _FusedLora.apply(flat, weight, bias, downs, ups, scale)  # type: ignore[no-untyped-call]
+    return output.view(*x.shape[:-1], -1)
 
 
-class _LowRank(Function):
+class SharedInput:
+    """Plain LoRA layers on the same input, computed as one during a training step.
+
+    Args:
+        members: Layers of one shape, rank and scale, plain and without biases; their frozen weights become views of
+            one tensor.
+
+    Attributes:
+        live: Every A on top of each other, (J r, i), and every B, (J, o, r); None outside a training step.
+    """
+
+    def __init__(self, members: Sequence[LoraLinear]) -> None:
+        self.members = tuple(members)
+        self.weight = _stacked(members)
+        self.live: tuple[Tensor, Tensor] | None = None
+        for member in members:
+            member.shared = self
+
+    def set_live(self, downs: Tensor, ups: Tensor) -> None:
+        """Compute with these tensors from now on; the members get views of them."""
+        self.live = downs, ups
+        for member, down, up in zip(self.members, downs.view(len(ups), -1, downs.shape[1]), ups, strict=True):
+            member.live = down, up
+
+    def __call__(self, x: Tensor) -> tuple[Tensor, ...]:
+        """Every member's output for x."""
+        first, members = self.members[0], self.members
+        alike = all(m.enabled and m.rank_mask is None and m.strength == first.strength for m in members)
+        if self.live is None or not alike:
+            return tuple(member(x) for member in members)
+        return fused_lora(x, self.weight, None, *self.live, first.scale * first.strength).chunk(len(members), dim=-1)
+
+
+def _stacked(members: Sequence[LoraLinear]) -> Tensor | Packed:
+    """The frozen weights on top of each other; those of the layers become views of the result."""
+    bases = [member.base for member in members]
+    packed = [base for base in bases if isinstance(base, QuantizedLinear)]
+    if len(packed) == len(bases):
+        whole = stack([base.packed for base in packed])
+        for layer, part in zip(packed, unstack(whole, len(packed)), strict=True):
+            layer.codes, layer.scales = part.codes, part.scales
+        return whole
+    weight = torch.cat([base.weight for base in bases]).detach()
+    for base, rows in zip(bases, weight.chunk(len(bases)), strict=True):
+        base.weight.data = rows
+    return weight
+
+
+class _FusedLora(Function):
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, weight: Tensor | Packed, bias: Tensor | None, downs: Tensor, ups: Tensor, scale: float
@@ -52,12 +105,12 @@ class _LowRank(Function):
         ctx.weight, ctx.scale = weight, scale
         weight = _dense(weight)
         num_layers = len(ups)
-        answer = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
+        output = torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
         inner = torch.mm(x, downs.t())
         if num_layers == 1:
-            return answer.addmm_(inner, ups[0].t(), alpha=scale)
-        _by_layer(answer, num_layers).baddbmm_(_by_layer(inner, num_layers), ups.transpose(1, 2), alpha=scale)
-        return answer
+            return output.addmm_(inner, ups[0].t(), alpha=scale)
+        _by_layer(output, num_layers).baddbmm_(_by_layer(inner, num_layers), ups.transpose(1, 2), alpha=scale)
+        return output
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -86,9 +139,9 @@ def _dense(weight: Tensor | Packed) -> Tensor:
 def _traced(
     x: Tensor, weight: Tensor | Packed, bias: Tensor | None, downs: Tensor, ups: Tensor, scale: float
 ) -> Tensor:
-    """The same for a compiler, which chooses itself what is kept and cannot write into parts of a tensor."""
-    answer, inner = (_by_layer(F.linear(x, *layer), len(ups)) for layer in ((_dense(weight), bias), (downs, None)))
-    return torch.baddbmm(answer, inner, ups.transpose(1, 2), alpha=scale).transpose(0, 1).flatten(1)
+    """The same operation for a compiler, which chooses what to keep itself and cannot write into parts of a tensor."""
+    output, inner = (_by_layer(F.linear(x, *layer), len(ups)) for layer in ((_dense(weight), bias), (downs, None)))
+    return torch.baddbmm(output, inner, ups.transpose(1, 2), alpha=scale).transpose(0, 1).flatten(1)
 
 
 def _by_layer(stacked: Tensor, num_layers: int) -> Tensor:

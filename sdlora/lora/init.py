@@ -1,6 +1,6 @@
-"""Where A and B start when not at a random A and a zero B: singular triplets whose product is then subtracted.
+"""Initial A and B other than a random A and a zero B: singular triplets whose product is then subtracted.
 
-Shapes: i in, o out, r rank, k kernel.
+`inject` sets them where `lora.init` asks for them. Shapes: i in, o out, r rank, k kernel.
 """
 
 from __future__ import annotations
@@ -12,27 +12,27 @@ from torch import Tensor
 
 from sdlora.errors import ConfigError
 
-Start = Literal["gaussian", "orthogonal", "pissa"]
+Init = Literal["gaussian", "orthogonal", "pissa"]
 
 
-def starting_factors(
-    start: Start, weight: Tensor, rank: int, scale: float, *, generator: torch.Generator
+def initial_factors(
+    init: Init, weight: Tensor, rank: int, scale: float, *, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """A0 and B0 of a layer, float32 on the CPU.
 
-    "orthogonal" takes the last r triplets of a random matrix of the layer's shape, so that ranks start apart from
-    each other and small; "pissa" takes the first r triplets of the layer's own weights, divided by the scale, so that
-    s B0 A0 is their best approximation of rank r.
+    "orthogonal" takes the last r triplets of a random matrix of the layer's shape, so that ranks start small and
+    orthogonal to each other. "pissa" takes the first r triplets of the layer's own weights, divided by the scale, so
+    that s B0 A0 is their best approximation of rank r.
 
     Args:
-        start: "orthogonal" or "pissa".
+        init: "orthogonal" or "pissa".
         weight: W0, (o, i) or (o, i, k, k).
         rank: r, at most min(i k k, o).
         scale: s = alpha / r.
-        generator: Where the random matrix is drawn from, N(0, 1/r^2).
+        generator: Source of the random matrix, N(0, 1/r^2).
 
     Returns:
-        A0, (r, i) or (r, i, k, k), and B0, (o, r) or (o, r, 1, 1), each with the root of the singular values.
+        A0, (r, i) or (r, i, k, k), and B0, (o, r) or (o, r, 1, 1), each scaled by the root of the singular values.
 
     Raises:
         ConfigError: The layer has fewer than r triplets.
@@ -43,13 +43,13 @@ def starting_factors(
     matrix = weight.detach().float().cpu().flatten(1)
     if rank > min(matrix.shape):
         raise ConfigError(
-            f"lora.init = {start!r} needs a rank of at most {min(matrix.shape)} on a layer of {matrix.shape[0]} "
-            f"outputs and {matrix.shape[1]} inputs, found {rank}. Lower lora.rank or take lora.init = 'gaussian'."
+            f"lora.init = {init!r} needs a rank of at most {min(matrix.shape)} on a layer of {matrix.shape[0]} "
+            f"outputs and {matrix.shape[1]} inputs, found {rank}. Lower lora.rank or set lora.init = 'gaussian'."
         )
-    if start == "orthogonal":
+    if init == "orthogonal":
         matrix = torch.randn(matrix.shape, generator=generator) / rank
     u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    if start == "orthogonal":
+    if init == "orthogonal":
         u, s, v = u[:, -rank:], s[-rank:], v[-rank:]
     else:
         u, s, v = u[:, :rank], s[:rank] / scale, v[:rank]

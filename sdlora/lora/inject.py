@@ -1,5 +1,6 @@
-"""Putting adapters into a base's networks, and taking them out again.
+"""Injection: put an adapter's layers into a base model's networks, and take them out again.
 
+The trainer trains an `Adapter`, `lora_files` writes and reads its `LoraState`.
 Shapes: B batch, i in, o out, r rank, k kernel.
 """
 
@@ -16,7 +17,8 @@ from torch.utils.hooks import RemovableHandle
 
 from sdlora.common import seeds
 from sdlora.errors import ConfigError
-from sdlora.lora.init import Start, starting_factors
+from sdlora.lora.dora import DoraConv2d, DoraLayer, DoraLinear
+from sdlora.lora.init import Init, initial_factors
 from sdlora.lora.layers import LoraConv2d, LoraLayer, LoraLinear
 from sdlora.lora.quantize import QuantizedLinear, num_weights
 from sdlora.lora.targets import TEXT_ENCODER, by_prefix, network_of, target_of
@@ -25,21 +27,21 @@ from sdlora.lora.timestep_rank import TimestepRank, rank_mask, watch_timesteps
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """One module's trained numbers, all float32.
+    """One module's weights, all float32.
 
     Attributes:
         down: A, (r, i) or (r, i, k, k).
         up: B, (o, r) or (o, r, 1, 1).
         alpha: Numerator of the scale alpha / r.
         magnitude: DoRA's magnitudes, (o,) or (1, o, 1, 1), or None.
-        start: The frozen A0 and B0 whose product is subtracted, or None.
+        initial: The frozen A0 and B0 whose product is subtracted, of the shapes of A and B, or None.
     """
 
     down: Tensor
     up: Tensor
     alpha: float
     magnitude: Tensor | None = None
-    start: tuple[Tensor, Tensor] | None = None
+    initial: tuple[Tensor, Tensor] | None = None
 
 
 LoraState = dict[str, LoraWeights]
@@ -47,16 +49,16 @@ LoraState = dict[str, LoraWeights]
 
 
 @dataclass(frozen=True)
-class Form:
-    """What kind of adapter it is, apart from rank and alpha.
+class AdapterSpec:
+    """The kind of an adapter, apart from rank and alpha.
 
     Attributes:
-        target_ranks: Another rank for the layers of some targets.
-        target_alphas: Another alpha for the layers of some targets.
+        target_ranks: Ranks of targets that differ from the adapter's, by target name.
+        target_alphas: Alphas of targets that differ from the adapter's, by target name.
         rslora: Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2312.03732, equation 3).
-        dora: Train magnitudes too.
-        dropout: The share of inputs set to zero inside `Adapter.dropping`, in [0, 1).
-        start: Where A and B start.
+        dora: Train magnitudes as well.
+        dropout: Share of inputs that is zeroed inside `Adapter.dropping`, in [0, 1).
+        init: How A and B are initialised.
         timestep_rank: Fewer ranks of the UNet's layers at high noise, or None.
     """
 
@@ -65,7 +67,7 @@ class Form:
     rslora: bool = False
     dora: bool = False
     dropout: float = 0.0
-    start: Start = "gaussian"
+    init: Init = "gaussian"
     timestep_rank: TimestepRank | None = None
 
 
@@ -73,9 +75,9 @@ class Adapter:
     """All adapter layers of a base; made by `inject`.
 
     Args:
-        networks: By what their paths begin with; the UNet's calls set the ranks in use if there is a `timestep_rank`.
-        layers: The layers by path.
-        timestep_rank: Fewer ranks of the UNet's layers at high noise, or None.
+        networks: Networks by the prefix of their module paths, "" for the UNet.
+        layers: Adapter layers by module path.
+        timestep_rank: Fewer ranks of the UNet's layers at high noise, or None; every call of the UNet sets them.
     """
 
     def __init__(
@@ -100,29 +102,28 @@ class Adapter:
 
     def magnitude_parameters(self) -> list[nn.Parameter]:
         """Every magnitude of DoRA, in the networks' order."""
-        return [layer.magnitude for layer in self.layers.values() if layer.magnitude is not None]
+        return [layer.magnitude for layer in self.layers.values() if isinstance(layer, DoraLayer)]
 
     def parameters(self) -> list[nn.Parameter]:
         """Every A, then every B, then every magnitude."""
         return self.down_parameters() + self.up_parameters() + self.magnitude_parameters()
 
     def num_parameters(self) -> int:
-        """How many numbers are trained."""
+        """Number of trained parameters."""
         return sum(parameter.numel() for parameter in self.parameters())
 
     def num_base_parameters(self) -> int:
-        """How many numbers the adapted networks have themselves; text encoders count where they are adapted."""
+        """Number of parameters of the adapted networks themselves; text encoders count if any is adapted."""
         networks = [network for prefix, network in self._networks.items() if not prefix or self.adapts_text]
         return sum(map(num_weights, networks)) - self.num_parameters()
 
-    def starts(self) -> list[Tensor]:
-        """Every frozen A0 and B0, in the networks' order; they are as they were drawn, to be saved with a run."""
-        pairs = [(layer.down_start, layer.up_start) for layer in self.layers.values()]
-        return [tensor for pair in pairs for tensor in pair if tensor is not None]
+    def initial_factors(self) -> list[Tensor]:
+        """Every frozen A0 and B0, in the networks' order; a run's checkpoint saves them."""
+        return [tensor for layer in self.layers.values() for tensor in layer.initial or ()]
 
     @property
     def adapts_text(self) -> bool:
-        """Whether any layer is in a text encoder, so that captions have no fixed states."""
+        """Whether any layer is in a text encoder, so that text embeddings change during training."""
         return any(path.startswith(TEXT_ENCODER) for path in self.layers)
 
     def state(self) -> LoraState:
@@ -133,40 +134,41 @@ class Adapter:
 
         state: LoraState = {}
         for path, layer in self.layers.items():
-            magnitude, start = layer.magnitude, None
-            if layer.down_start is not None and layer.up_start is not None:
-                start = (copy(layer.down_start), copy(layer.up_start))
-            kept = None if magnitude is None else copy(magnitude)
-            state[path] = LoraWeights(copy(layer.down), copy(layer.up), layer.alpha, kept, start)
+            magnitude = copy(layer.magnitude) if isinstance(layer, DoraLayer) else None
+            initial = None if layer.initial is None else (copy(layer.initial[0]), copy(layer.initial[1]))
+            state[path] = LoraWeights(copy(layer.down), copy(layer.up), layer.alpha, magnitude, initial)
         return state
 
     @torch.no_grad()
     def load(self, state: LoraState) -> None:
-        """Take over weights of the same modules, ranks and kind.
+        """Load weights of the same modules, ranks and kind.
 
         Raises:
             ConfigError: The modules, their shapes or their kind differ.
         """
         if _shapes(self.state()) != _shapes(state):
-            raise ConfigError("These LoRA weights belong to other modules, or have another rank, than this adapter.")
+            raise ConfigError(
+                "The LoRA weights do not fit this adapter: modules, ranks or kind differ. Set lora.targets, lora.rank, "
+                "lora.init and lora.dora as in the run that trained them."
+            )
         for path, layer in self.layers.items():
             weights = state[path]
-            if weights.start is not None:
-                layer.start_from(*weights.start)
+            if weights.initial is not None:
+                layer.set_initial(*weights.initial)
             layer.down.copy_(weights.down)
             layer.up.copy_(weights.up)
-            if layer.magnitude is not None and weights.magnitude is not None:
+            if isinstance(layer, DoraLayer) and weights.magnitude is not None:
                 layer.magnitude.copy_(weights.magnitude)
             layer.alpha = weights.alpha
 
     def set_strength(self, strength: float) -> None:
-        """Scale what the adapter adds: 0 is the base, 1 what was trained."""
+        """Scale the adapter's update: 0 is the plain base, 1 the trained strength."""
         for layer in self.layers.values():
             layer.strength = strength
 
     @contextmanager
     def disabled(self) -> Iterator[None]:
-        """The plain base for the length of the block; afterwards every layer is as it was before."""
+        """Switch the adapter off inside the block; afterwards every layer is as it was before."""
         before = {path: layer.enabled for path, layer in self.layers.items()}
         for layer in self.layers.values():
             layer.enabled = False
@@ -178,11 +180,11 @@ class Adapter:
 
     @contextmanager
     def dropping(self, seed: int, exposures: Sequence[tuple[str, int]]) -> Iterator[None]:
-        """Dropout for the length of the block, for batches of these samples; outside of it nothing is dropped.
+        """Switch dropout on inside the block, for batches of these samples.
 
         Args:
             seed: The run's seed.
-            exposures: (example, exposure) of every sample; a sample's zeros are a function of both and of the module.
+            exposures: (example, exposure) of every sample; a sample's zeros depend on seed, module path and these.
         """
         dropped = {path: layer for path, layer in self.layers.items() if layer.dropout > 0}
         for path, layer in dropped.items():
@@ -194,7 +196,7 @@ class Adapter:
                 layer.dropout_seeds = ()
 
     def remove(self) -> None:
-        """Put the original modules back into the networks."""
+        """Restore the networks' original modules."""
         if self._watch is not None:
             self._watch.remove()
         for path, layer in self.layers.items():
@@ -214,42 +216,38 @@ def inject(
     alpha: float,
     seed: int,
     *,
-    form: Form | None = None,
+    spec: AdapterSpec | None = None,
     text_encoders: Sequence[nn.Module] = (),
 ) -> Adapter:
-    """Freeze a base's networks and put a fresh adapter on some of their layers.
+    """Freeze a base's networks and put a new adapter on some of their layers.
 
     Args:
         unet: Changed in place.
-        paths: Module paths, as `find_targets` gives them.
-        rank: r of every layer whose target has no other.
-        alpha: alpha of every layer whose target has no other.
-        seed: The run's seed; each start is a function of it and of the module's path.
-        form: What kind of adapter; plain LoRA if None.
+        paths: Module paths, as `find_targets` returns them.
+        rank: r of every layer whose target is not in `spec.target_ranks`.
+        alpha: alpha of every layer whose target is not in `spec.target_alphas`.
+        seed: The run's seed; a layer's initial weights depend on it and on the module path alone.
+        spec: Kind of adapter; plain LoRA if None.
         text_encoders: Changed in place where paths name their modules.
 
     Raises:
-        ConfigError: The start needs more singular values than a layer has.
+        ConfigError: `spec.init` needs more singular values than a layer has.
     """
-    form = form or Form()
+    spec = spec or AdapterSpec()
     networks = _frozen(unet, text_encoders)
     layers: dict[str, LoraLayer] = {}
     for path in paths:
         target = target_of(path) or ""
-        r, numerator = form.target_ranks.get(target, rank), form.target_alphas.get(target, alpha)
-        # Files know alpha / r alone, so that rsLoRA is an alpha larger by sqrt(r).
-        numerator = numerator * math.sqrt(r) if form.rslora else numerator
+        r, numerator = spec.target_ranks.get(target, rank), spec.target_alphas.get(target, alpha)
+        # Files store alpha and r alone, so rsLoRA is an alpha larger by sqrt(r).
+        numerator = numerator * math.sqrt(r) if spec.rslora else numerator
         generator = seeds.generator(seed, "lora down", path)
-        layer = _wrap(_module(networks, path), r, numerator, generator)
-        if form.start != "gaussian":
+        layer = layers[path] = _adapt(networks, path, r, numerator, dora=spec.dora, generator=generator)
+        if spec.init != "gaussian":
             drawn = seeds.generator(seed, "lora start", path)
-            layer.start_from(*starting_factors(form.start, layer.base.weight, r, layer.scale, generator=drawn))
-        if form.dora:
-            layer.add_magnitude()
-        layer.dropout = form.dropout
-        _replace(networks, path, layer)
-        layers[path] = layer
-    return Adapter(networks, layers, form.timestep_rank)
+            layer.set_initial(*initial_factors(spec.init, layer.base.weight, r, layer.scale, generator=drawn))
+        layer.dropout = spec.dropout
+    return Adapter(networks, layers, spec.timestep_rank)
 
 
 def inject_state(
@@ -259,17 +257,14 @@ def inject_state(
     text_encoders: Sequence[nn.Module] = (),
     timestep_rank: TimestepRank | None = None,
 ) -> Adapter:
-    """Put existing weights on a base; ranks and alphas may differ from module to module."""
+    """Put existing weights on a base; ranks and alphas may differ between modules."""
     networks = _frozen(unet, text_encoders)
     layers: dict[str, LoraLayer] = {}
     for path, weights in state.items():
-        layer = _wrap(_module(networks, path), weights.down.shape[0], weights.alpha)
-        if weights.start is not None:
-            layer.start_from(*weights.start)
-        if weights.magnitude is not None:
-            layer.add_magnitude()
-        _replace(networks, path, layer)
-        layers[path] = layer
+        dora = weights.magnitude is not None
+        layers[path] = _adapt(networks, path, weights.down.shape[0], weights.alpha, dora=dora)
+        if weights.initial is not None:
+            layers[path].set_initial(*weights.initial)
     adapter = Adapter(networks, layers, timestep_rank)
     adapter.load(state)
     return adapter
@@ -277,29 +272,39 @@ def inject_state(
 
 def _shapes(state: LoraState) -> dict[str, tuple[object, ...]]:
     return {
-        path: (w.down.shape, w.up.shape, w.magnitude is None, w.start is None) for path, w in state.items()
+        path: (w.down.shape, w.up.shape, w.magnitude is None, w.initial is None) for path, w in state.items()
     }  # fmt: skip
 
 
 def _frozen(unet: nn.Module, text_encoders: Sequence[nn.Module]) -> dict[str, nn.Module]:
-    """The networks by prefix, none of their own weights trained."""
+    """The networks by prefix, with all of their own weights frozen."""
     networks = by_prefix(unet, text_encoders)
     for network in networks.values():
         network.requires_grad_(False)
     return networks
 
 
-def _wrap(module: nn.Module, rank: int, alpha: float, generator: torch.Generator | None = None) -> LoraLayer:
+def _adapt(
+    networks: Mapping[str, nn.Module],
+    path: str,
+    rank: int,
+    alpha: float,
+    *,
+    dora: bool,
+    generator: torch.Generator | None = None,
+) -> LoraLayer:
+    """Replace the module at a path by its adapter layer."""
+    prefix = _prefix(path)
+    module = networks[prefix].get_submodule(path.removeprefix(prefix))
+    layer: LoraLayer
     if isinstance(module, nn.Conv2d):
         assert module.groups == 1, "no convolution among the targets has groups"
-        return LoraConv2d(module, rank, alpha, generator=generator)
-    assert isinstance(module, nn.Linear | QuantizedLinear), f"{type(module).__name__} cannot be adapted"
-    return LoraLinear(module, rank, alpha, generator=generator)
-
-
-def _module(networks: Mapping[str, nn.Module], path: str) -> nn.Module:
-    prefix = _prefix(path)
-    return networks[prefix].get_submodule(path.removeprefix(prefix))
+        layer = (DoraConv2d if dora else LoraConv2d)(module, rank, alpha, generator=generator)
+    else:
+        assert isinstance(module, nn.Linear | QuantizedLinear), f"{type(module).__name__} cannot be adapted"
+        layer = (DoraLinear if dora else LoraLinear)(module, rank, alpha, generator=generator)
+    _replace(networks, path, layer)
+    return layer
 
 
 def _replace(networks: Mapping[str, nn.Module], path: str, module: nn.Module) -> None:

@@ -95,8 +95,8 @@ def _with_start(file: LoraFile, name: str, weights: LoraWeights) -> LoraWeights:
             "Was the file changed? Export it anew."
         )
     down, up = weights.down, weights.up
-    start = (down[rank:], -up[:, rank:])
-    return replace(weights, down=down[:rank], up=up[:, :rank], alpha=weights.alpha / 2, start=start)
+    initial = (down[rank:], -up[:, rank:])
+    return replace(weights, down=down[:rank], up=up[:, :rank], alpha=weights.alpha / 2, initial=initial)
 
 
 def _check_ranks(file: str, state: LoraState, setting: TimestepRank | None) -> None:

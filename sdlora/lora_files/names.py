@@ -47,9 +47,9 @@ def file_form(state: LoraState) -> LoraState:
 
 
 def _without_start(weights: LoraWeights) -> LoraWeights:
-    if weights.start is None:
+    if weights.initial is None:
         return weights
-    down, up = weights.start
+    down, up = weights.initial
     return LoraWeights(torch.cat([weights.down, down]), torch.cat([weights.up, -up], dim=1), 2 * weights.alpha)
 
 
@@ -116,7 +116,7 @@ def kohya_tensors(state: LoraState, *, authors_blocks: bool = False) -> dict[str
     tensors: dict[str, Tensor] = {}
     for known, weights in state.items():
         name = authors_name(known) if authors_blocks else known
-        assert weights.start is None and weights.magnitude is None, "kohya's names hold plain LoRA alone"
+        assert weights.initial is None and weights.magnitude is None, "kohya's names hold plain LoRA alone"
         tensors[f"{name}.lora_down.weight"] = weights.down.contiguous()
         tensors[f"{name}.lora_up.weight"] = weights.up.contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(weights.alpha, dtype=torch.float32)

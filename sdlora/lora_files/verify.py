@@ -23,13 +23,13 @@ from sdlora.lora.targets import NETWORKS, by_prefix
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora_files.names import file_form, rounded
 
-PROOF_TIMESTEPS = (20, 400, 950)
-PROOF_LATENTS = 16
+VERIFY_TIMESTEPS = (20, 400, 950)
+VERIFY_LATENT_EDGE = 16
 """The edge of the latents, unless the base is smaller."""
 
 
 @dataclass(frozen=True)
-class Proof:
+class Verification:
     """What was measured.
 
     Attributes:
@@ -50,13 +50,13 @@ class Proof:
 
 
 @torch.no_grad()
-def prove_lora(
+def verify_lora(
     path: Path,
     state: LoraState,
     pipeline: DiffusionPipeline,
     timestep_rank: TimestepRank | None = None,
     dtype: torch.dtype = torch.float32,
-) -> Proof:
+) -> Verification:
     """Load a file through diffusers and compare it with the weights it was written from.
 
     Args:
@@ -87,7 +87,7 @@ def prove_lora(
     if found != set(state):
         missing = sorted(set(state) ^ found)
         raise ExportError(f"{path}: diffusers loaded other modules than were trained, among them {missing[0]}.")
-    proof = Proof(
+    proof = Verification(
         max_error=_distance(written, loaded),
         max_effect=_distance(trained, plain),
         num_modules=len(found),
@@ -102,12 +102,12 @@ def prove_lora(
 def _answers(pipeline: DiffusionPipeline) -> list[Tensor]:
     """Answers to fixed inputs: the UNet's at three noise levels, (3, C, h, w), then each text encoder's, (2, L, D)."""
     unet = pipeline.unet
-    size = min(PROOF_LATENTS, unet.config.sample_size)
-    batch = len(PROOF_TIMESTEPS)
+    size = min(VERIFY_LATENT_EDGE, unet.config.sample_size)
+    batch = len(VERIFY_TIMESTEPS)
     latents = seeds.normal((batch, unet.config.in_channels, size, size), 0, "proof latents")
     text = seeds.normal((batch, 77, unet.config.cross_attention_dim), 0, "proof text")
     more = _added_conditions(unet, batch)
-    answers: list[Tensor] = [unet(latents, torch.tensor(PROOF_TIMESTEPS), text, return_dict=False, **more)[0]]
+    answers: list[Tensor] = [unet(latents, torch.tensor(VERIFY_TIMESTEPS), text, return_dict=False, **more)[0]]
     for encoder in _text_encoders(pipeline):
         length = encoder.config.max_position_embeddings
         tokens = torch.arange(2 * length).reshape(2, length) % encoder.config.vocab_size

@@ -112,7 +112,7 @@ def save_lora(
     if metadata.timestep_rank is not None:
         extra["sdlora.timestep_rank_min"] = str(metadata.timestep_rank.rank_min)
         extra["sdlora.timestep_rank_alpha"] = str(metadata.timestep_rank.alpha)
-    if any(weights.start is not None for weights in state.values()):
+    if any(weights.initial is not None for weights in state.values()):
         extra["sdlora.frozen_start"] = "the second half of the ranks"
     tensors = in_type(tensors, dtype)
     with atomic_path(path) as temporary:

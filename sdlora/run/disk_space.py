@@ -51,7 +51,7 @@ def run_bytes(parts: Parts) -> int:
     """What a run's folder will hold at most, in bytes."""
     config = parts.config
     adapter = parts.adapter.num_parameters() * _FLOAT_BYTES
-    frozen = sum(start.numel() for start in parts.adapter.starts()) * _FLOAT_BYTES
+    frozen = sum(start.numel() for start in parts.adapter.initial_factors()) * _FLOAT_BYTES
     copies = 1 + _STATES.get(config.train.optimizer, _OTHER_STATES) + (1 if config.train.ema_decay > 0 else 0)
     # A new checkpoint, LoRA or page is whole before an old one goes.
     checkpoints = (KEPT + 1) * (copies * adapter + frozen)

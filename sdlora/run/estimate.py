@@ -30,7 +30,7 @@ from sdlora.lora.targets import find_targets
 from sdlora.models.architectures import Family
 from sdlora.models.base import BaseModel
 from sdlora.run.setup import Loaded, load
-from sdlora.training.adapter import form_of, make_adapter
+from sdlora.training.adapter import adapter_spec, make_adapter
 from sdlora.training.data import TrainingData, training_data
 from sdlora.training.loss import Batch, diffusion_loss
 from sdlora.training.optimizers import Group
@@ -93,7 +93,7 @@ def forecast_family(family: Family, config: RunConfig, memory_bytes: int | None)
     edge = config.data.resolution_px or shapes.resolution_px
     # Cards that train these families have bf16.
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    setting = Setting(config, form_of(config.lora), shapes, dtype, (edge, edge))
+    setting = Setting(config, adapter_spec(config.lora), shapes, dtype, (edge, edge))
     return _forecast(setting, memory_bytes, None, None, None)
 
 
@@ -149,7 +149,7 @@ def _setting(config: RunConfig, base: BaseModel, data: TrainingData, device: tor
     held = moments + states if on_cpu else 0
     setting = Setting(
         config,
-        form_of(config.lora),
+        adapter_spec(config.lora),
         shapes,
         base.unet.dtype,
         largest,

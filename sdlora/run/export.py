@@ -21,7 +21,7 @@ from sdlora.data.dataset import Example
 from sdlora.errors import ConfigError
 from sdlora.events import EpochDone
 from sdlora.lora_files.read import DTYPES_BY_NAME
-from sdlora.lora_files.verify import prove_lora
+from sdlora.lora_files.verify import verify_lora
 from sdlora.lora_files.write import LoraMetadata, add_metadata, save_lora
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.setup import Parts
@@ -37,7 +37,7 @@ def export_epoch(parts: Parts, event: EpochDone) -> None:
     file, state, config = parts.folder.epoch_lora(event.epoch), parts.adapter.state(), parts.config
     dtype = DTYPES_BY_NAME[config.file.precision]
     save_lora(file, state, metadata=_metadata(parts, event), spelling=config.file.format, dtype=dtype)
-    proof = prove_lora(file, state, parts.base.fresh_pipeline(), timestep_rank(config.lora), dtype)
+    proof = verify_lora(file, state, parts.base.fresh_pipeline(), timestep_rank(config.lora), dtype)
     write_json(file.with_name("proof.json"), asdict(proof))
 
 

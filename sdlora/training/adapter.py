@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from sdlora.config.schema import LoraConfig, RunConfig
-from sdlora.lora.inject import Adapter, Form, inject
+from sdlora.lora.inject import Adapter, AdapterSpec, inject
 from sdlora.lora.targets import TEXT_ENCODER
 from sdlora.lora.timestep_rank import TimestepRank
-from sdlora.lora_files.verify import PROOF_TIMESTEPS
+from sdlora.lora_files.verify import VERIFY_TIMESTEPS
 from sdlora.models.base import BaseModel
 
 
@@ -30,18 +30,18 @@ def make_adapter(config: RunConfig, base: BaseModel, paths: Sequence[str]) -> Ad
     lora = config.lora
     text_is_trained = any(path.startswith(TEXT_ENCODER) for path in paths)
     texts = base.bring_text_encoders() if text_is_trained else base.text_encoders
-    return inject(base.unet, paths, lora.rank, lora.alpha, config.seed, form=form_of(lora), text_encoders=texts)
+    return inject(base.unet, paths, lora.rank, lora.alpha, config.seed, spec=adapter_spec(lora), text_encoders=texts)
 
 
-def form_of(lora: LoraConfig) -> Form:
+def adapter_spec(lora: LoraConfig) -> AdapterSpec:
     """What kind of adapter is configured."""
-    return Form(
+    return AdapterSpec(
         target_ranks={str(target): rank for target, rank in lora.target_ranks.items()},
         target_alphas={str(target): alpha for target, alpha in lora.target_alphas.items()},
         rslora=lora.rslora,
         dora=lora.dora,
         dropout=lora.dropout,
-        start=lora.init,
+        init=lora.init,
         timestep_rank=timestep_rank(lora),
     )
 
@@ -58,11 +58,11 @@ def limits_elsewhere(config: RunConfig, proof: Mapping[str, Any]) -> list[str]:
 
     Args:
         config: `lora`, `file` and `loss` are read.
-        proof: The figures of `sdlora.lora_files.verify.Proof`, by name.
+        proof: The figures of `sdlora.lora_files.verify.Verification`, by name.
     """
     lora, sentences = config.lora, []
     if lora.timestep_rank_min is not None:
-        levels = ", ".join(map(str, PROOF_TIMESTEPS))
+        levels = ", ".join(map(str, VERIFY_TIMESTEPS))
         sentences.append(
             "Programs that ignore the timestep rank draw with all ranks: their answers differ by "
             f"{proof['rank_mask_difference']:.0%} of what the LoRA changes (root mean square at noise {levels}). "

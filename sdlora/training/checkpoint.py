@@ -45,7 +45,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Pa
         averages = trainer.lean.by_layer(trainer.average.values)
         tensors |= {f"average.{i}": value.cpu().contiguous() for i, value in enumerate(averages)}
     # Singular vectors may come out otherwise on another machine, so those of the start are kept as well.
-    tensors |= {f"start.{i}": t.cpu().contiguous() for i, t in enumerate(trainer.adapter.starts())}
+    tensors |= {f"start.{i}": t.cpu().contiguous() for i, t in enumerate(trainer.adapter.initial_factors())}
     optimizer_tensors, scalars = _split(trainer.optimizer.state_dict())
     tensors |= optimizer_tensors
     with atomic_path(target / "state.safetensors") as temporary:
@@ -105,7 +105,7 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
     with torch.no_grad():
         for index, parameter in enumerate(trainer.adapter.parameters()):
             parameter.copy_(tensors[f"parameter.{index}"])
-        for index, start in enumerate(trainer.adapter.starts()):
+        for index, start in enumerate(trainer.adapter.initial_factors()):
             start.copy_(tensors[f"start.{index}"])
     if trainer.average is not None:
         for index, value in enumerate(trainer.lean.by_layer(trainer.average.values)):

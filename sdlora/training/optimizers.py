@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from sdlora.errors import ConfigError
+from sdlora.lora.dora import DoraLayer
 from sdlora.lora.inject import Adapter
 from sdlora.lora.targets import TEXT_ENCODER
 
@@ -47,10 +48,10 @@ def adapter_groups(adapter: Adapter, plus_ratio: float, text_encoder_factor: flo
     groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
     for path, layer in adapter.layers.items():
         factor = text_encoder_factor if path.startswith(TEXT_ENCODER) else 1.0
-        decays = layer.down_start is None
+        decays = layer.initial is None
         groups.setdefault((factor, decays), []).append(layer.down)
         groups.setdefault((factor * plus_ratio, decays), []).append(layer.up)
-        if layer.magnitude is not None:
+        if isinstance(layer, DoraLayer):
             groups.setdefault((factor, False), []).append(layer.magnitude)
     return [Group(parameters, factor, decays) for (factor, decays), parameters in groups.items()]
 

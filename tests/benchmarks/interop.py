@@ -31,7 +31,7 @@ from helpers.tiny import TINY, make_tiny, random_networks, small_tokenizer
 from sdlora.lora.inject import LoraState, LoraWeights
 from sdlora.lora.targets import by_prefix, find_targets
 from sdlora.lora_files.names import to_kohya
-from sdlora.lora_files.verify import Proof, prove_lora
+from sdlora.lora_files.verify import Verification, verify_lora
 from sdlora.lora_files.write import LoraMetadata, save_lora
 from sdlora.models.architectures import ARCHITECTURES, Architecture, Family
 
@@ -90,13 +90,13 @@ def random_state(unet: nn.Module, text_encoders: Sequence[nn.Module], cell: Cell
     return state
 
 
-def save_and_prove(pipeline: Any, family: Family, cell: Cell, file: Path) -> tuple[Proof, int]:
+def save_and_verify(pipeline: Any, family: Family, cell: Cell, file: Path) -> tuple[Verification, int]:
     """Write a cell's file, load it back through diffusers, and leave the pipeline as it was."""
     encoders = [pipeline.text_encoder, *([pipeline.text_encoder_2] if family == "sdxl" else [])]
     state = random_state(pipeline.unet, encoders, cell)
     metadata = LoraMetadata("hero", "base", _name(family), 64, None, 1, 1, 1.7e9, {})
     save_lora(file, state, metadata=metadata)
-    proof = prove_lora(file, state, pipeline)
+    proof = verify_lora(file, state, pipeline)
     pipeline.unload_lora_weights()
     return proof, len(state)
 
@@ -155,7 +155,7 @@ def _small_pipeline(family: Family, folder: Path) -> Any:
 
 
 def _error(pipeline: Any, family: Family, cell: Cell, folder: Path) -> str:
-    return f"{save_and_prove(pipeline, family, cell, folder / 'hero.safetensors')[0].max_error:g}"
+    return f"{save_and_verify(pipeline, family, cell, folder / 'hero.safetensors')[0].max_error:g}"
 
 
 if __name__ == "__main__":

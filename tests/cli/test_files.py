@@ -11,12 +11,12 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from helpers.adapters import UNET_TARGETS, formed
+from helpers.adapters import UNET_TARGETS, injected
 from helpers.command import call
 from helpers.trainers import diffusers_script, kohya_trainer
 from safetensors.torch import load_file, save_file
 
-from sdlora.lora.inject import Form
+from sdlora.lora.inject import AdapterSpec
 from sdlora.lora_files.write import LoraMetadata, add_metadata, save_lora
 
 Capture = pytest.CaptureFixture[str]
@@ -51,7 +51,7 @@ def made(tmp_path: Path, fresh: Any, kind: str) -> Path:
     """A LoRA file of some trainer."""
     file = tmp_path / f"{kind}.safetensors"
     if kind == "ours":
-        state = formed(fresh(), [*UNET_TARGETS, "text_encoder"], Form()).state()
+        state = injected(fresh(), [*UNET_TARGETS, "text_encoder"], AdapterSpec()).state()
         save_lora(file, state, metadata=METADATA)
     elif kind.startswith("script"):
         # diffusers drops parts of the text encoder from its own older names since transformers 5.

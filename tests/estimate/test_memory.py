@@ -15,7 +15,7 @@ from sdlora.config.toml import parse_config
 from sdlora.estimate import memory
 from sdlora.estimate.memory import Need, Setting, need
 from sdlora.estimate.meta_model import MetaBase, Shapes, num_bytes, shapes_of_family
-from sdlora.lora.inject import Form, inject
+from sdlora.lora.inject import AdapterSpec, inject
 from sdlora.lora.layers import LoraLinear
 from sdlora.lora.targets import find_targets
 from sdlora.training.optimizers import Group, make_optimizer
@@ -52,7 +52,7 @@ SMALL = Shapes(
 
 
 def setting(dtype: torch.dtype = torch.float32, **train: Any) -> Setting:
-    return Setting(config(**train), Form(), SMALL, dtype, (64, 64))
+    return Setting(config(**train), AdapterSpec(), SMALL, dtype, (64, 64))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_a_step_of_stable_diffusion_costs_what_the_formula_says() -> None:
     """F + (F_conv + F_linear + 2 F_attention - what lies below the first adapter) + 6 n r (i + o)."""
     shapes = shapes_of_family("sd1")
     asked = parse_config({"data": {"folder": "x"}, "lora": {"targets": BOTH}, "preview": {"enabled": False}}, name="x")
-    found = need(Setting(asked, Form(), shapes, torch.bfloat16, (512, 512)))
+    found = need(Setting(asked, AdapterSpec(), shapes, torch.bfloat16, (512, 512)))
     assert found.trainable_parameters == 1_594_368
     assert found.base_parameters == 859_520_964
     assert found.flops == pytest.approx(1718e9, rel=0.005)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from sdlora.lora.inject import Adapter, Form, inject
+from sdlora.lora.inject import Adapter, AdapterSpec, inject
 from sdlora.lora.targets import find_targets
 
 LINEAR_TARGETS = ["cross_attention", "self_attention", "mlp"]
@@ -32,10 +32,10 @@ def trained(unet: Any, rank: int = 4, alpha: float = 2.0) -> Adapter:
     return adapter
 
 
-def formed(pipeline: Any, targets: list[str], form: Form, rank: int = 4, alpha: float = 2.0) -> Adapter:
+def injected(pipeline: Any, targets: list[str], spec: AdapterSpec, rank: int = 4, alpha: float = 2.0) -> Adapter:
     """An adapter of any kind in a pipeline, with weights that are not where they started."""
     paths = find_targets(pipeline.unet, targets, [pipeline.text_encoder])
-    adapter = inject(pipeline.unet, paths, rank, alpha, seed=1, form=form, text_encoders=[pipeline.text_encoder])
+    adapter = inject(pipeline.unet, paths, rank, alpha, seed=1, spec=spec, text_encoders=[pipeline.text_encoder])
     move(adapter)
     return adapter
 

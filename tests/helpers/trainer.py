@@ -11,7 +11,7 @@ from sdlora.cache.tensors import Cache
 from sdlora.config.toml import parse_config
 from sdlora.data.dataset import Source, load_dataset
 from sdlora.data.masks import MaskKind
-from sdlora.lora.inject import Form, inject
+from sdlora.lora.inject import AdapterSpec, inject
 from sdlora.lora.targets import find_targets
 from sdlora.models.load import load_base
 from sdlora.training.data import TrainingData
@@ -25,7 +25,7 @@ def make_trainer(
     dtype: torch.dtype = torch.float32,
     *,
     targets: tuple[str, ...] = ("cross_attention",),
-    form: Form | None = None,
+    spec: AdapterSpec | None = None,
     loss: dict[str, object] | None = None,
     timesteps: dict[str, object] | None = None,
     **train: object,
@@ -44,7 +44,7 @@ def make_trainer(
     )
     base = load_base(str(base_folder), device=torch.device("cpu"), dtype=dtype)
     paths = find_targets(base.unet, targets, base.text_encoders)
-    adapter = inject(base.unet, paths, 2, 2.0, 0, form=form, text_encoders=base.text_encoders)
+    adapter = inject(base.unet, paths, 2, 2.0, 0, spec=spec, text_encoders=base.text_encoders)
     dataset = load_dataset(Source(images, repeats=2), masks=masks)
     dataset = dataset.with_buckets(32, 8, buckets=False)
     data = TrainingData(

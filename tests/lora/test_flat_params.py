@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import torch
 from diffusers import StableDiffusionPipeline
-from helpers.adapters import answers, formed
+from helpers.adapters import answers, injected
 
 from sdlora.lora.flat_params import FlatWeights
-from sdlora.lora.inject import Form
+from sdlora.lora.inject import AdapterSpec
 
 
-def make(pipeline: StableDiffusionPipeline, form: Form | None = None) -> tuple[FlatWeights, object]:
+def make(pipeline: StableDiffusionPipeline, spec: AdapterSpec | None = None) -> tuple[FlatWeights, object]:
     targets = ["cross_attention", "self_attention", "text_encoder"]
-    adapter = formed(pipeline, targets, form or Form())
+    adapter = injected(pipeline, targets, spec or AdapterSpec())
     groups = [adapter.down_parameters(), adapter.up_parameters() + adapter.magnitude_parameters()]
     return FlatWeights(adapter, groups), adapter
 
 
 def test_values_stay_and_are_shared_both_ways(pipeline: StableDiffusionPipeline) -> None:
-    adapter = formed(pipeline, ["cross_attention", "self_attention", "text_encoder"], Form())
+    adapter = injected(pipeline, ["cross_attention", "self_attention", "text_encoder"], AdapterSpec())
     before = [p.detach().clone() for p in adapter.parameters()]
     flat = FlatWeights(adapter, [adapter.down_parameters(), adapter.up_parameters()])
     assert [len(leaves) for leaves in flat.leaves] == [1, 1]

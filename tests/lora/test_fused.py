@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from sdlora.estimate.trace import saved_for_backward
-from sdlora.lora.fused import low_rank
+from sdlora.lora.fused import fused_lora
 
 
 def tensors(num_layers: int, bias: bool) -> list[Tensor | None]:
@@ -30,16 +30,16 @@ def tensors(num_layers: int, bias: bool) -> list[Tensor | None]:
 def test_answer_and_derivatives(num_layers: int, bias: bool, scale: float) -> None:
     x, weight, b, downs, ups = tensors(num_layers, bias)
     assert x is not None and weight is not None and downs is not None and ups is not None
-    found = low_rank(x, weight, b, downs, ups, scale)
+    found = fused_lora(x, weight, b, downs, ups, scale)
     parts = []
     for j in range(num_layers):
         rows = slice(4 * j, 4 * j + 4)
         product = weight[rows] + scale * ups[j] @ downs[3 * j : 3 * j + 3]
         parts.append(x @ product.T + (0 if b is None else b[rows]))
     torch.testing.assert_close(found, torch.cat(parts, dim=-1))
-    assert torch.autograd.gradcheck(lambda *given: low_rank(given[0], weight, b, *given[1:], scale), (x, downs, ups))
+    assert torch.autograd.gradcheck(lambda *given: fused_lora(given[0], weight, b, *given[1:], scale), (x, downs, ups))
     # A compiler is given another form of it.
-    traced = torch.compile(low_rank, backend="aot_eager", fullgraph=True, dynamic=False)(
+    traced = torch.compile(fused_lora, backend="aot_eager", fullgraph=True, dynamic=False)(
         x, weight, b, downs, ups, scale
     )
     torch.testing.assert_close(traced, found)
@@ -54,7 +54,7 @@ def test_no_gradient_for_an_input_that_needs_none_and_nothing_but_the_input_kept
     frozen = x.detach()
     holder = torch.nn.ParameterList([weight, downs, ups])
     with saved_for_backward(holder) as saved:
-        found = low_rank(frozen, weight, None, downs, ups, 1.0)
+        found = fused_lora(frozen, weight, None, downs, ups, 1.0)
     assert saved.held_bytes <= frozen.nbytes + weight.nbytes + downs.nbytes + ups.nbytes
     found.sum().backward()
     assert frozen.grad is None

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sdlora.errors import ConfigError
-from sdlora.lora.init import starting_factors
+from sdlora.lora.init import initial_factors
 
 
 def generator() -> torch.Generator:
@@ -12,7 +12,7 @@ def generator() -> torch.Generator:
 @pytest.mark.parametrize("shape", [(12, 20), (20, 12), (12, 4, 3, 3), (30, 4, 1, 1)])
 def test_pissa_is_the_best_approximation_of_rank_r(shape: tuple[int, ...]) -> None:
     weight = torch.randn(shape, generator=generator())
-    down, up = starting_factors("pissa", weight, 3, 0.5, generator=generator())
+    down, up = initial_factors("pissa", weight, 3, 0.5, generator=generator())
     assert down.shape == (3, *shape[1:])
     assert up.shape == (shape[0], 3, *(1 for _ in shape[2:]))
     product = 0.5 * up.flatten(1).double() @ down.flatten(1).double()
@@ -24,7 +24,7 @@ def test_pissa_is_the_best_approximation_of_rank_r(shape: tuple[int, ...]) -> No
 
 @pytest.mark.parametrize("shape", [(12, 20), (12, 4, 3, 3)])
 def test_orthogonal_is_the_last_triplets_of_a_random_matrix(shape: tuple[int, ...]) -> None:
-    down, up = starting_factors("orthogonal", torch.zeros(shape), 3, 1.0, generator=generator())
+    down, up = initial_factors("orthogonal", torch.zeros(shape), 3, 1.0, generator=generator())
     rows, columns = shape[0], torch.zeros(shape).flatten(1).shape[1]
     matrix = torch.randn(rows, columns, generator=generator()).double() / 3
     # The matrix without its first triplets, whose squares are the largest eigenvalues of M M^T.
@@ -37,4 +37,4 @@ def test_orthogonal_is_the_last_triplets_of_a_random_matrix(shape: tuple[int, ..
 
 def test_a_rank_above_the_layers_own_is_an_error() -> None:
     with pytest.raises(ConfigError, match=r"at most 4 .* found 5"):
-        starting_factors("pissa", torch.zeros(4, 9), 5, 1.0, generator=generator())
+        initial_factors("pissa", torch.zeros(4, 9), 5, 1.0, generator=generator())

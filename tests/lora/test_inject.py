@@ -2,10 +2,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, answers, formed, trained
+from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, answers, injected, trained
 
 from sdlora.errors import ConfigError
-from sdlora.lora.inject import Form, inject, inject_state
+from sdlora.lora.inject import AdapterSpec, inject, inject_state
 from sdlora.lora.targets import find_targets, target_of
 
 
@@ -38,8 +38,8 @@ def test_other_targets(pipeline: Any, name: str, count: int, example: str) -> No
 
 
 def test_ranks_and_alphas_by_target(pipeline: Any) -> None:
-    form = Form(target_ranks={"mlp": 3}, target_alphas={"conv": 6.0}, rslora=True)
-    adapter = formed(pipeline, [*UNET_TARGETS, "text_encoder"], form, rank=4, alpha=2.0)
+    spec = AdapterSpec(target_ranks={"mlp": 3}, target_alphas={"conv": 6.0}, rslora=True)
+    adapter = injected(pipeline, [*UNET_TARGETS, "text_encoder"], spec, rank=4, alpha=2.0)
     for path, layer in adapter.layers.items():
         rank = 3 if target_of(path) == "mlp" else 4
         assert layer.rank == rank
@@ -49,7 +49,7 @@ def test_ranks_and_alphas_by_target(pipeline: Any) -> None:
 def test_disabled_covers_the_text_encoder(pipeline: Any) -> None:
     tokens = torch.arange(77)[None]
     before = pipeline.text_encoder(tokens).last_hidden_state
-    adapter = formed(pipeline, ["cross_attention", "text_encoder"], Form())
+    adapter = injected(pipeline, ["cross_attention", "text_encoder"], AdapterSpec())
     assert adapter.adapts_text
     assert not torch.equal(pipeline.text_encoder(tokens).last_hidden_state, before)
     with adapter.disabled():
@@ -58,9 +58,9 @@ def test_disabled_covers_the_text_encoder(pipeline: Any) -> None:
     assert torch.equal(pipeline.text_encoder(tokens).last_hidden_state, before)
 
 
-@pytest.mark.parametrize("form", [Form(start="pissa"), Form(start="orthogonal"), Form(dora=True)])
-def test_every_form_loads_back(pipeline: Any, form: Form) -> None:
-    adapter = formed(pipeline, UNET_TARGETS, form)
+@pytest.mark.parametrize("spec", [AdapterSpec(init="pissa"), AdapterSpec(init="orthogonal"), AdapterSpec(dora=True)])
+def test_every_form_loads_back(pipeline: Any, spec: AdapterSpec) -> None:
+    adapter = injected(pipeline, UNET_TARGETS, spec)
     kept, expected = adapter.state(), answers(pipeline.unet)
     adapter.remove()
     inject_state(pipeline.unet, kept)
@@ -68,7 +68,7 @@ def test_every_form_loads_back(pipeline: Any, form: Form) -> None:
 
 
 def test_dropping_ends_with_its_block(pipeline: Any) -> None:
-    adapter = formed(pipeline, ["cross_attention"], Form(dropout=0.5))
+    adapter = injected(pipeline, ["cross_attention"], AdapterSpec(dropout=0.5))
     before = answers(pipeline.unet)
     with pytest.raises(RuntimeError), adapter.dropping(0, [("a", 1), ("b", 1)]):
         inside = answers(pipeline.unet)

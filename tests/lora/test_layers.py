@@ -3,12 +3,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, answers, formed, move, trained
+from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, answers, injected, move, trained
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from sdlora.lora.inject import Form, inject
-from sdlora.lora.layers import LoraLayer, LoraLinear
+from sdlora.lora.dora import DoraLayer
+from sdlora.lora.inject import AdapterSpec, inject
+from sdlora.lora.layers import LoraLayer, LoraLinear, seeded_dropout
 from sdlora.lora.targets import find_targets
 
 
@@ -49,7 +50,7 @@ def in_peft(network: Any, layers: dict[str, LoraLayer], **options: Any) -> dict[
             layer.double()
             theirs[path].lora_A["default"].weight.copy_(layer.down)
             theirs[path].lora_B["default"].weight.copy_(layer.up)
-            if layer.magnitude is not None:
+            if isinstance(layer, DoraLayer):
                 theirs[path].lora_magnitude_vector["default"].weight.copy_(layer.magnitude)
     return theirs
 
@@ -57,28 +58,28 @@ def in_peft(network: Any, layers: dict[str, LoraLayer], **options: Any) -> dict[
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
 def test_every_target_of_the_unet_equals_pefts_in_float64(pipeline: Any, options: dict[str, bool]) -> None:
     reference, unet = copy.deepcopy(pipeline.unet).double(), pipeline.unet.double()
-    form = Form(rslora="use_rslora" in options, dora="use_dora" in options)
-    adapter = formed(pipeline, UNET_TARGETS, form)
+    spec = AdapterSpec(rslora="use_rslora" in options, dora="use_dora" in options)
+    adapter = injected(pipeline, UNET_TARGETS, spec)
     theirs = in_peft(reference, adapter.layers, **options)
     ours, other = answers(unet, torch.float64), answers(reference, torch.float64)
-    assert (ours - other).abs().max() <= (1e-7 if form.rslora else 1e-10) * other.abs().max()  # alpha is a float32
+    assert (ours - other).abs().max() <= (1e-7 if spec.rslora else 1e-10) * other.abs().max()  # alpha is a float32
     ours.pow(2).sum().backward()
     other.pow(2).sum().backward()
     for path, layer in adapter.layers.items():
         pairs = [(layer.down, theirs[path].lora_A), (layer.up, theirs[path].lora_B)]
-        if layer.magnitude is not None:
+        if isinstance(layer, DoraLayer):
             pairs.append((layer.magnitude, theirs[path].lora_magnitude_vector))
         for mine, peft in pairs:
             expected = peft["default"].weight.grad
             assert mine.grad is not None and expected.abs().max() > 0
-            assert (mine.grad - expected).abs().max() <= (1e-6 if form.rslora else 1e-10) * expected.abs().max()
+            assert (mine.grad - expected).abs().max() <= (1e-6 if spec.rslora else 1e-10) * expected.abs().max()
 
 
 @pytest.mark.parametrize("dora", [False, True])
 def test_the_text_encoder_equals_pefts_in_float64(pipeline: Any, dora: bool) -> None:
     text_encoder = pipeline.text_encoder.double()
     reference = copy.deepcopy(text_encoder)
-    adapter = formed(pipeline, ["text_encoder"], Form(dora=dora))
+    adapter = injected(pipeline, ["text_encoder"], AdapterSpec(dora=dora))
     layers = {path.removeprefix("text_encoder."): layer for path, layer in adapter.layers.items()}
     theirs = in_peft(reference, layers, use_dora=dora)
     tokens = torch.arange(77)[None]
@@ -95,7 +96,7 @@ def test_the_text_encoder_equals_pefts_in_float64(pipeline: Any, dora: bool) -> 
 def test_a_pissa_start_is_pefts(pipeline: Any) -> None:
     reference = copy.deepcopy(pipeline.unet)
     adapter = inject(
-        pipeline.unet, find_targets(pipeline.unet, LINEAR_TARGETS), 4, 2.0, seed=1, form=Form(start="pissa")
+        pipeline.unet, find_targets(pipeline.unet, LINEAR_TARGETS), 4, 2.0, seed=1, spec=AdapterSpec(init="pissa")
     )
     config = LoraConfig(r=4, lora_alpha=2.0, target_modules=list(adapter.layers), init_lora_weights="pissa")
     inject_adapter_in_model(config, reference)
@@ -113,30 +114,17 @@ def test_a_pissa_start_is_pefts(pipeline: Any) -> None:
         torch.testing.assert_close(answers(pipeline.unet), answers(reference), atol=1e-4, rtol=1e-4)
 
 
-def test_a_magnitude_is_the_papers_equation() -> None:
-    layer = LoraLinear(nn.Linear(6, 5), 2, 3.0, generator=torch.Generator().manual_seed(0)).double()
-    layer.add_magnitude()
-    assert layer.magnitude is not None
-    with torch.no_grad():
-        layer.up.normal_(generator=torch.Generator().manual_seed(1))
-        layer.magnitude.mul_(1.5)
-        x = torch.randn(7, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
-        directed = layer.base.weight + 1.5 * layer.up @ layer.down
-        weight = layer.magnitude[:, None] * directed / directed.pow(2).sum(1, keepdim=True).sqrt()
-        torch.testing.assert_close(layer(x), x @ weight.T + layer.base.bias)
-
-
-STARTED = [Form(start="orthogonal"), Form(start="pissa"), Form(dora=True), Form(rslora=True)]
+STARTED = [AdapterSpec(init="orthogonal"), AdapterSpec(init="pissa"), AdapterSpec(dora=True), AdapterSpec(rslora=True)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("form", STARTED)
-def test_every_form_starts_at_the_base_and_gives_it_back(pipeline: Any, form: Form, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("spec", STARTED)
+def test_every_form_starts_at_the_base_and_gives_it_back(pipeline: Any, spec: AdapterSpec, dtype: torch.dtype) -> None:
     unet = pipeline.unet.to(dtype)
     paths = find_targets(unet, UNET_TARGETS)
     with torch.no_grad():
         before = answers(unet, dtype)
-        adapter = inject(unet, paths, 4, 3.0, seed=0, form=form)
+        adapter = inject(unet, paths, 4, 3.0, seed=0, spec=spec)
         assert torch.equal(answers(unet, dtype), before)
         move(adapter)
         assert not torch.equal(answers(unet, dtype), before)
@@ -162,7 +150,7 @@ def test_dropout_is_a_function_of_the_sample_alone() -> None:
         torch.testing.assert_close(layer(x[1:]), both[1:])
         layer.dropout_seeds = (13,)
         assert not torch.equal(layer(x[1:]), both[1:])
-        dropped = layer._drop(torch.ones(1, 1000, 64))
+        dropped = seeded_dropout(torch.ones(1, 1000, 64), 0.25, [13])
         assert dropped.unique().tolist() == pytest.approx([0.0, 1 / 0.75])
         assert float((dropped == 0).float().mean()) == pytest.approx(0.25, abs=0.01)
         layer.dropout_seeds = ()

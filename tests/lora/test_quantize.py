@@ -11,7 +11,7 @@ from helpers.adapters import UNET_TARGETS, move, small_unet
 from torch import Tensor, nn
 
 from sdlora.estimate.trace import counted, saved_for_backward
-from sdlora.lora.inject import Adapter, Form, inject
+from sdlora.lora.inject import Adapter, AdapterSpec, inject
 from sdlora.lora.quantize import Packed, Quantization, QuantizedLinear, num_weights, quantize_linears, stack, unstack
 from sdlora.lora.targets import find_targets
 from sdlora.training.optimizers import Group
@@ -148,8 +148,10 @@ def both(unet: Any, kind: Quantization) -> tuple[Any, Any]:
     return packed, plain
 
 
-def gradients(unet: Any, targets: list[str], form: Form | None, checkpointing: bool) -> tuple[Adapter, list[Tensor]]:
-    adapter = inject(unet, find_targets(unet, targets), 4, 6.0, 0, form=form)
+def gradients(
+    unet: Any, targets: list[str], spec: AdapterSpec | None, checkpointing: bool
+) -> tuple[Adapter, list[Tensor]]:
+    adapter = inject(unet, find_targets(unet, targets), 4, 6.0, 0, spec=spec)
     move(adapter)
     step = LeanStep(
         unet, adapter, [Group(adapter.parameters(), 1.0)], optimizer="adamw", gradient_checkpointing=checkpointing
@@ -164,21 +166,21 @@ def gradients(unet: Any, targets: list[str], form: Form | None, checkpointing: b
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
-    ("targets", "form", "checkpointing"),
+    ("targets", "spec", "checkpointing"),
     [
         (["cross_attention"], None, False),
         (["cross_attention", "self_attention"], None, True),
         (UNET_TARGETS, None, False),
-        (["cross_attention", "self_attention"], Form(dora=True), False),
-        (["cross_attention", "self_attention"], Form(start="pissa"), False),
+        (["cross_attention", "self_attention"], AdapterSpec(dora=True), False),
+        (["cross_attention", "self_attention"], AdapterSpec(init="pissa"), False),
     ],
 )
 def test_training_is_that_of_a_base_with_these_numbers(
-    unet: Any, kind: Quantization, targets: list[str], form: Form | None, checkpointing: bool
+    unet: Any, kind: Quantization, targets: list[str], spec: AdapterSpec | None, checkpointing: bool
 ) -> None:
     packed, plain = both(unet, kind)
-    adapter, found = gradients(packed, targets, form, checkpointing)
-    reference, expected = gradients(plain, targets, form, checkpointing)
+    adapter, found = gradients(packed, targets, spec, checkpointing)
+    reference, expected = gradients(plain, targets, spec, checkpointing)
     assert list(adapter.layers) == list(reference.layers)
     assert adapter.num_base_parameters() == reference.num_base_parameters()
     for own, other in zip(found, expected, strict=True):

@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, formed
+from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, injected
 
-from sdlora.lora.inject import Form
+from sdlora.lora.inject import AdapterSpec
 from sdlora.lora.timestep_rank import TimestepRank, active_ranks, rank_mask
 
 SETTING = TimestepRank(2, 1.5)
@@ -34,11 +34,9 @@ def answer(pipeline: Any, timesteps: list[int], samples: list[int]) -> torch.Ten
 
 @torch.no_grad()
 @pytest.mark.parametrize("targets", [LINEAR_TARGETS, UNET_TARGETS])
-@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
-def test_every_sample_of_a_batch_has_the_mask_of_its_own_timestep(
-    pipeline: Any, targets: list[str], start: Any
-) -> None:
-    adapter = formed(pipeline, targets, Form(timestep_rank=SETTING, start=start), rank=8)
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
+def test_every_sample_of_a_batch_has_the_mask_of_its_own_timestep(pipeline: Any, targets: list[str], init: Any) -> None:
+    adapter = injected(pipeline, targets, AdapterSpec(timestep_rank=SETTING, init=init), rank=8)
     together = answer(pipeline, [0, 480, 990], [0, 1, 2])
     alone = torch.cat([answer(pipeline, [t], [i]) for i, t in enumerate([0, 480, 990])])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
@@ -52,10 +50,10 @@ def test_every_sample_of_a_batch_has_the_mask_of_its_own_timestep(
 @torch.no_grad()
 def test_the_mask_is_the_same_as_cutting_ranks_off(pipeline: Any) -> None:
     timestep = 480
-    adapter = formed(pipeline, LINEAR_TARGETS, Form(timestep_rank=SETTING), rank=8)
+    adapter = injected(pipeline, LINEAR_TARGETS, AdapterSpec(timestep_rank=SETTING), rank=8)
     masked = answer(pipeline, [timestep], [0])
     adapter.remove()
-    adapter = formed(pipeline, LINEAR_TARGETS, Form(), rank=8)
+    adapter = injected(pipeline, LINEAR_TARGETS, AdapterSpec(), rank=8)
     assert not torch.allclose(answer(pipeline, [timestep], [0]), masked, atol=1e-4)
     kept = math.floor(0.52**1.5 * 6) + 2
     for layer in adapter.layers.values():
@@ -65,7 +63,7 @@ def test_the_mask_is_the_same_as_cutting_ranks_off(pipeline: Any) -> None:
 
 @torch.no_grad()
 def test_the_text_encoder_has_no_timestep_and_no_mask(pipeline: Any) -> None:
-    adapter = formed(pipeline, ["text_encoder", "cross_attention"], Form(timestep_rank=SETTING), rank=8)
+    adapter = injected(pipeline, ["text_encoder", "cross_attention"], AdapterSpec(timestep_rank=SETTING), rank=8)
     tokens = torch.arange(77)[None]
     before = pipeline.text_encoder(tokens).last_hidden_state
     answer(pipeline, [990], [0])
@@ -75,7 +73,7 @@ def test_the_text_encoder_has_no_timestep_and_no_mask(pipeline: Any) -> None:
 
 @torch.no_grad()
 def test_a_removed_adapter_no_longer_watches(pipeline: Any) -> None:
-    adapter = formed(pipeline, ["cross_attention"], Form(timestep_rank=SETTING), rank=8)
+    adapter = injected(pipeline, ["cross_attention"], AdapterSpec(timestep_rank=SETTING), rank=8)
     adapter.remove()
     answer(pipeline, [990], [0])
     assert all(layer.rank_mask is None for layer in adapter.layers.values())

@@ -7,13 +7,13 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from helpers.adapters import UNET_TARGETS, formed
+from helpers.adapters import UNET_TARGETS, injected
 from helpers.tiny import make_tiny_pipeline
 from helpers.trainers import diffusers_script, kohya_trainer
 from safetensors.torch import load_file, save_file
 
 from sdlora.errors import DataError
-from sdlora.lora.inject import Adapter, Form, LoraWeights
+from sdlora.lora.inject import Adapter, AdapterSpec, LoraWeights
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora_files.attach import attach
 from sdlora.lora_files.pipelines import apply_timestep_rank
@@ -135,13 +135,13 @@ def test_magnitudes_count_whatever_shape_they_are_written_in(pipeline: Any, tiny
     assert torch.equal(answers(other), answers(pipeline))
 
 
-@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
 def test_sdlora_s_own_file_uses_its_ranks_by_noise_level(
-    pipeline: Any, tiny_base: Path, tmp_path: Path, start: Any
+    pipeline: Any, tiny_base: Path, tmp_path: Path, init: Any
 ) -> None:
     file = tmp_path / "hero.safetensors"
-    form = Form(timestep_rank=SETTING, start=start, target_ranks={"conv": 4})
-    trained = formed(pipeline, [*UNET_TARGETS, "text_encoder"], form, rank=8)
+    spec = AdapterSpec(timestep_rank=SETTING, init=init, target_ranks={"conv": 4})
+    trained = injected(pipeline, [*UNET_TARGETS, "text_encoder"], spec, rank=8)
     expected = answers(pipeline)
     save_lora(file, trained.state(), metadata=replace(METADATA, timestep_rank=SETTING))
     unmasked = as_in_diffusers(file, tiny_base)
@@ -151,19 +151,19 @@ def test_sdlora_s_own_file_uses_its_ranks_by_noise_level(
     found = answers(other)
     assert (found - unmasked).abs().max() > 1e-3
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
-    assert len(adapter.starts()) == (0 if start == "gaussian" else 2 * len(adapter.layers))
+    assert len(adapter.initial_factors()) == (0 if init == "gaussian" else 2 * len(adapter.layers))
     theirs = fresh(tiny_base)
     theirs.load_lora_weights(file)
     apply_timestep_rank(theirs, file)
     torch.testing.assert_close(found, answers(theirs), atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("form", [Form(dora=True), Form(start="orthogonal"), Form(rslora=True)])
+@pytest.mark.parametrize("spec", [AdapterSpec(dora=True), AdapterSpec(init="orthogonal"), AdapterSpec(rslora=True)])
 def test_sdlora_s_own_file_is_the_adapter_that_was_trained(
-    pipeline: Any, tiny_base: Path, tmp_path: Path, form: Form
+    pipeline: Any, tiny_base: Path, tmp_path: Path, spec: AdapterSpec
 ) -> None:
     file = tmp_path / "hero.safetensors"
-    trained = formed(pipeline, [*UNET_TARGETS, "text_encoder"], form, rank=4)
+    trained = injected(pipeline, [*UNET_TARGETS, "text_encoder"], spec, rank=4)
     save_lora(file, trained.state(), metadata=METADATA)
     other = fresh(tiny_base)
     attached(other, file)

@@ -13,7 +13,7 @@ import pytest
 from helpers.promises import Figure
 from helpers.readers import a1111_reads, comfyui, unet_names
 from helpers.tiny import TINY, make_tiny
-from interop import CELLS, FAMILIES, UNET_TARGETS, Cell, on_meta, random_state, save_and_prove
+from interop import CELLS, FAMILIES, UNET_TARGETS, Cell, on_meta, random_state, save_and_verify
 from torch import nn
 
 from sdlora.lora.targets import TARGETS, adaptable, find_targets
@@ -83,7 +83,7 @@ LOADED = [pytest.param(cell, marks=[] if cell in QUICK else [pytest.mark.slow]) 
 def test_diffusers_loads_every_cell_without_any_error(
     family: Family, cell: Cell, pipelines: dict[Family, Any], tmp_path: Path, figure: Figure
 ) -> None:
-    proof, num_modules = save_and_prove(pipelines[family], family, cell, tmp_path / "hero.safetensors")
+    proof, num_modules = save_and_verify(pipelines[family], family, cell, tmp_path / "hero.safetensors")
     assert proof.max_error == 0.0
     assert proof.max_effect > 1e-4
     assert proof.num_modules == num_modules

@@ -3,9 +3,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import UNET_TARGETS, formed
+from helpers.adapters import UNET_TARGETS, injected
 
-from sdlora.lora.inject import Form, LoraState, LoraWeights
+from sdlora.lora.inject import AdapterSpec, LoraState, LoraWeights
 from sdlora.lora_files.names import file_form, kohya_name, to_kohya, to_peft
 
 
@@ -16,25 +16,25 @@ def update(weights: LoraWeights) -> torch.Tensor:
         return up.double().flatten(1) @ down.double().flatten(1)
 
     whole = product(weights.down, weights.up)
-    if weights.start is not None:
-        whole = whole - product(*weights.start)
+    if weights.initial is not None:
+        whole = whole - product(*weights.initial)
     return whole * weights.alpha / weights.down.shape[0]
 
 
-FORMS = [
-    Form(start="pissa", target_ranks={"mlp": 3}),
-    Form(target_alphas={"conv": 5.0, "text_encoder": 7.0}, target_ranks={"mlp": 3}, rslora=True),
-    Form(start="orthogonal", target_alphas={"self_attention": 3.0}),
+SPECS = [
+    AdapterSpec(init="pissa", target_ranks={"mlp": 3}),
+    AdapterSpec(target_alphas={"conv": 5.0, "text_encoder": 7.0}, target_ranks={"mlp": 3}, rslora=True),
+    AdapterSpec(init="orthogonal", target_alphas={"self_attention": 3.0}),
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_what_is_written_is_the_same_update_with_one_alpha_per_network(pipeline: Any, form: Form) -> None:
-    state = formed(pipeline, [*UNET_TARGETS, "text_encoder"], form).state()
+@pytest.mark.parametrize("spec", SPECS)
+def test_what_is_written_is_the_same_update_with_one_alpha_per_network(pipeline: Any, spec: AdapterSpec) -> None:
+    state = injected(pipeline, [*UNET_TARGETS, "text_encoder"], spec).state()
     written = file_form(state)
     for path, weights in state.items():
         torch.testing.assert_close(update(written[path]), update(weights), atol=1e-6, rtol=1e-5)
-        assert written[path].down.shape[0] == weights.down.shape[0] * (1 if weights.start is None else 2)
+        assert written[path].down.shape[0] == weights.down.shape[0] * (1 if weights.initial is None else 2)
     for text in (True, False):
         assert len({w.alpha for path, w in written.items() if path.startswith("text_encoder.") == text}) == 1
 
@@ -47,7 +47,7 @@ def test_names_are_kohyas() -> None:
 
 
 def test_a_convolution_has_locons_shapes(pipeline: Any) -> None:
-    tensors = to_kohya(formed(pipeline, ["conv"], Form()).state())
+    tensors = to_kohya(injected(pipeline, ["conv"], AdapterSpec()).state())
     name = "lora_unet_down_blocks_0_downsamplers_0_conv"
     assert tensors[f"{name}.lora_down.weight"].shape == (4, 16, 3, 3)
     assert tensors[f"{name}.lora_up.weight"].shape == (16, 4, 1, 1)

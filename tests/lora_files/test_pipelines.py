@@ -6,10 +6,10 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from helpers.adapters import UNET_TARGETS, formed
+from helpers.adapters import UNET_TARGETS, injected
 
 from sdlora.errors import DataError
-from sdlora.lora.inject import Form
+from sdlora.lora.inject import AdapterSpec
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora_files.pipelines import apply_timestep_rank
 from sdlora.lora_files.write import LoraMetadata, save_lora
@@ -31,11 +31,11 @@ def answer(pipeline: Any, timesteps: list[int]) -> torch.Tensor:
     return found
 
 
-@pytest.mark.parametrize("start", ["gaussian", "orthogonal"])
-def test_a_pipeline_answers_as_in_training(pipeline: Any, tiny_base: Path, tmp_path: Path, start: Any) -> None:
+@pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
+def test_a_pipeline_answers_as_in_training(pipeline: Any, tiny_base: Path, tmp_path: Path, init: Any) -> None:
     targets = [*UNET_TARGETS, "text_encoder"]
-    form = Form(timestep_rank=SETTING, start=start, target_ranks={"conv": 4})
-    adapter = formed(pipeline, targets, form, rank=8)
+    spec = AdapterSpec(timestep_rank=SETTING, init=init, target_ranks={"conv": 4})
+    adapter = injected(pipeline, targets, spec, rank=8)
     cases = [[0, 500, 999], [999, 20, 340], [700]]
     expected = [answer(pipeline, case) for case in cases]
     prompt = {"num_inference_steps": 3, "output_type": "latent", "height": 32, "width": 32}
@@ -51,11 +51,11 @@ def test_a_pipeline_answers_as_in_training(pipeline: Any, tiny_base: Path, tmp_p
         torch.testing.assert_close(answer(other, case), wanted, atol=2e-5, rtol=1e-5)
     found = other("a red ball", generator=torch.Generator().manual_seed(0), **prompt).images
     torch.testing.assert_close(found, drawn, atol=1e-3, rtol=1e-3)
-    print(json.dumps({"start": start, "difference": float((answer(other, cases[0]) - expected[0]).abs().max())}))
+    print(json.dumps({"init": init, "difference": float((answer(other, cases[0]) - expected[0]).abs().max())}))
 
 
 def test_what_cannot_be_applied_is_said(pipeline: Any, tmp_path: Path) -> None:
-    adapter = formed(pipeline, ["cross_attention"], Form(timestep_rank=SETTING), rank=4)
+    adapter = injected(pipeline, ["cross_attention"], AdapterSpec(timestep_rank=SETTING), rank=4)
     adapter.remove()
     file, plain = tmp_path / "hero.safetensors", tmp_path / "plain.safetensors"
     save_lora(file, adapter.state(), metadata=replace(METADATA, timestep_rank=SETTING))

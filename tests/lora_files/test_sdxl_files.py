@@ -16,12 +16,12 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from sdlora.cli.main import app
-from sdlora.lora.inject import Form, inject
+from sdlora.lora.inject import AdapterSpec, inject
 from sdlora.lora.targets import adaptable, find_targets
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora_files.attach import attach
 from sdlora.lora_files.read import read_file
-from sdlora.lora_files.verify import prove_lora
+from sdlora.lora_files.verify import verify_lora
 from sdlora.lora_files.write import LoraMetadata, describe_lora, save_lora
 
 METADATA = LoraMetadata("hero", "base", "stable-diffusion-xl-v1-base", 64, None, 1, 1, 1.7e9, {})
@@ -53,26 +53,26 @@ def answers(pipeline: Any) -> list[torch.Tensor]:
     return [unet, *(encoder(tokens, output_hidden_states=True).hidden_states[-2] for encoder in encoders(pipeline))]
 
 
-FORMS = [
-    Form(),
-    Form(dora=True),
-    Form(start="pissa", target_alphas={"conv": 5.0, "text_encoder": 3.0}),
-    Form(timestep_rank=TimestepRank(1, 1.0), start="orthogonal"),
+SPECS = [
+    AdapterSpec(),
+    AdapterSpec(dora=True),
+    AdapterSpec(init="pissa", target_alphas={"conv": 5.0, "text_encoder": 3.0}),
+    AdapterSpec(timestep_rank=TimestepRank(1, 1.0), init="orthogonal"),
 ]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_loads_without_any_error(pipeline: Any, tmp_path: Path, form: Form) -> None:
+@pytest.mark.parametrize("spec", SPECS)
+def test_every_form_loads_without_any_error(pipeline: Any, tmp_path: Path, spec: AdapterSpec) -> None:
     text = encoders(pipeline)
     targets = find_targets(pipeline.unet, [*UNET_TARGETS, "text_encoder"], text)
-    adapter = inject(pipeline.unet, targets, 4, 2.0, seed=1, form=form, text_encoders=text)
+    adapter = inject(pipeline.unet, targets, 4, 2.0, seed=1, spec=spec, text_encoders=text)
     move(adapter)
     adapter.remove()
     save_lora(tmp_path / "hero.safetensors", adapter.state(), metadata=METADATA)
-    proof = prove_lora(tmp_path / "hero.safetensors", adapter.state(), pipeline, form.timestep_rank)
+    proof = verify_lora(tmp_path / "hero.safetensors", adapter.state(), pipeline, spec.timestep_rank)
     assert proof.max_error == 0.0
     assert proof.num_modules == len(targets)
-    assert describe_lora(tmp_path / "hero.safetensors")["dora"] == form.dora
+    assert describe_lora(tmp_path / "hero.safetensors")["dora"] == spec.dora
 
 
 def sd_scripts(file: Path, pipeline: Any) -> None:

@@ -7,18 +7,18 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import UNET_TARGETS, formed, trained
+from helpers.adapters import UNET_TARGETS, injected, trained
 from peft import LoraConfig, get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdlora.errors import DataError, ExportError
-from sdlora.lora.inject import Form, LoraState, inject
+from sdlora.lora.inject import AdapterSpec, LoraState, inject
 from sdlora.lora.targets import find_targets
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora_files.names import file_form, kohya_name
 from sdlora.lora_files.read import read_file
-from sdlora.lora_files.verify import prove_lora
+from sdlora.lora_files.verify import verify_lora
 from sdlora.lora_files.write import LoraMetadata, add_metadata, describe_lora, save_lora
 
 METADATA = LoraMetadata(
@@ -39,43 +39,45 @@ def test_diffusers_loads_it_without_any_error(pipeline: Any, tmp_path: Path, ran
     adapter = trained(pipeline.unet, rank, {"one": 1.0, "half": rank / 2, "rank": float(rank)}[alpha])
     adapter.remove()
     save_lora(tmp_path / "hero.safetensors", adapter.state(), metadata=METADATA)
-    proof = prove_lora(tmp_path / "hero.safetensors", adapter.state(), pipeline)
+    proof = verify_lora(tmp_path / "hero.safetensors", adapter.state(), pipeline)
     assert proof.max_error == 0.0
     assert proof.max_effect > 1e-3
     assert proof.num_modules == 40
 
 
-FORMS = {
-    "plain": Form(),
-    "rslora": Form(rslora=True),
-    "ranks and alphas by target": Form(target_ranks={"mlp": 3, "conv": 2}, target_alphas={"self_attention": 3.3}),
-    "rslora with other ranks": Form(rslora=True, target_ranks={"mlp": 3}),
-    "dora": Form(dora=True),
-    "dora with other ranks": Form(dora=True, target_ranks={"conv": 2}, target_alphas={"conv": 5.0}),
-    "orthogonal": Form(start="orthogonal"),
-    "pissa": Form(start="pissa", target_ranks={"mlp": 3}),
-    "timestep rank": Form(timestep_rank=TimestepRank(1, 1.0), start="orthogonal"),
+SPECS = {
+    "plain": AdapterSpec(),
+    "rslora": AdapterSpec(rslora=True),
+    "ranks and alphas by target": AdapterSpec(
+        target_ranks={"mlp": 3, "conv": 2}, target_alphas={"self_attention": 3.3}
+    ),
+    "rslora with other ranks": AdapterSpec(rslora=True, target_ranks={"mlp": 3}),
+    "dora": AdapterSpec(dora=True),
+    "dora with other ranks": AdapterSpec(dora=True, target_ranks={"conv": 2}, target_alphas={"conv": 5.0}),
+    "orthogonal": AdapterSpec(init="orthogonal"),
+    "pissa": AdapterSpec(init="pissa", target_ranks={"mlp": 3}),
+    "timestep rank": AdapterSpec(timestep_rank=TimestepRank(1, 1.0), init="orthogonal"),
 }
 
 
 @pytest.mark.parametrize("targets", [UNET_TARGETS, ["text_encoder"], [*UNET_TARGETS, "text_encoder"], ["projection"]])
-@pytest.mark.parametrize("name", list(FORMS))
+@pytest.mark.parametrize("name", list(SPECS))
 def test_every_form_on_every_target_loads_without_any_error(
     pipeline: Any, tmp_path: Path, name: str, targets: list[str]
 ) -> None:
-    form = FORMS[name]
-    adapter = formed(pipeline, targets, form)
+    spec = SPECS[name]
+    adapter = injected(pipeline, targets, spec)
     adapter.remove()
     file, state = tmp_path / "hero.safetensors", adapter.state()
-    save_lora(file, state, metadata=replace(METADATA, timestep_rank=form.timestep_rank))
-    proof = prove_lora(file, state, pipeline, form.timestep_rank)
+    save_lora(file, state, metadata=replace(METADATA, timestep_rank=spec.timestep_rank))
+    proof = verify_lora(file, state, pipeline, spec.timestep_rank)
     assert proof.max_error == 0.0
     assert proof.max_effect > 1e-3
     assert proof.num_modules == len(state)
     assert proof.max_rewriting_error < 1e-4 * max(1.0, proof.max_effect)
-    rewritten = form.start != "gaussian" or bool({*form.target_alphas, "rslora with other ranks"} & {*targets, name})
+    rewritten = spec.init != "gaussian" or bool({*spec.target_alphas, "rslora with other ranks"} & {*targets, name})
     assert rewritten or proof.max_rewriting_error == 0.0
-    assert (proof.rank_mask_difference is None) == (form.timestep_rank is None)
+    assert (proof.rank_mask_difference is None) == (spec.timestep_rank is None)
     found = by_path(file, adapter.layers)
     for path, weights in file_form(state).items():
         assert torch.equal(found[path].down, weights.down)
@@ -86,7 +88,7 @@ def test_every_form_on_every_target_loads_without_any_error(
         assert kept is None or torch.equal(kept, weights.magnitude)
     described = describe_lora(file)
     assert set(described["modules"]) == set(targets)
-    assert described["dora"] == form.dora
+    assert described["dora"] == spec.dora
 
 
 def spoil(path: Path, change: str) -> None:
@@ -108,7 +110,7 @@ def test_the_proof_fails_on_a_spoiled_file(pipeline: Any, state: LoraState, tmp_
     save_lora(file, state, metadata=METADATA)
     spoil(file, change)
     with pytest.raises(ExportError):
-        prove_lora(file, state, pipeline)
+        verify_lora(file, state, pipeline)
 
 
 def test_metadata_is_what_other_programs_read_and_no_more(state: LoraState, tmp_path: Path) -> None:
@@ -196,30 +198,30 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
         read_file(huge)
 
 
-@pytest.mark.parametrize("form", [Form(), Form(dora=True), Form(start="pissa")])
-def test_a_description_counts_what_was_trained(unet: Any, tmp_path: Path, form: Form) -> None:
-    adapter = inject(unet, find_targets(unet, ["cross_attention"]), 4, 2.0, seed=1, form=form)
+@pytest.mark.parametrize("spec", [AdapterSpec(), AdapterSpec(dora=True), AdapterSpec(init="pissa")])
+def test_a_description_counts_what_was_trained(unet: Any, tmp_path: Path, spec: AdapterSpec) -> None:
+    adapter = inject(unet, find_targets(unet, ["cross_attention"]), 4, 2.0, seed=1, spec=spec)
     save_lora(tmp_path / "hero.safetensors", adapter.state(), metadata=METADATA)
     found = describe_lora(tmp_path / "hero.safetensors")
     assert found["parameters"] == adapter.num_parameters()
-    assert (found["update_norm"] is None) == form.dora
-    assert (found["dora"], found["frozen_start"]) == (form.dora, form.start == "pissa")
+    assert (found["update_norm"] is None) == spec.dora
+    assert (found["dora"], found["frozen_start"]) == (spec.dora, spec.init == "pissa")
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("spelling", ["kohya", "peft"])
-@pytest.mark.parametrize("form", ["plain", "ranks and alphas by target", "pissa", "dora"])
+@pytest.mark.parametrize("spec", ["plain", "ranks and alphas by target", "pissa", "dora"])
 def test_every_spelling_and_type_is_proven(
-    pipeline: Any, tmp_path: Path, spelling: Any, dtype: torch.dtype, form: str
+    pipeline: Any, tmp_path: Path, spelling: Any, dtype: torch.dtype, spec: str
 ) -> None:
-    adapter = formed(pipeline, [*UNET_TARGETS, "text_encoder"], FORMS[form])
+    adapter = injected(pipeline, [*UNET_TARGETS, "text_encoder"], SPECS[spec])
     adapter.remove()
     file, state = tmp_path / "hero.safetensors", adapter.state()
     save_lora(file, state, metadata=METADATA, spelling=spelling, dtype=dtype)
     tensors = load_file(file)
     assert {t.dtype for key, t in tensors.items() if not key.endswith(".alpha")} == {dtype}
-    assert describe_lora(file)["names"] == ("peft" if form == "dora" else spelling)
-    proof = prove_lora(file, state, pipeline, dtype=dtype)
+    assert describe_lora(file)["names"] == ("peft" if spec == "dora" else spelling)
+    proof = verify_lora(file, state, pipeline, dtype=dtype)
     assert proof.max_error == 0.0
     # Rounding moves the answers, and by little.
     assert 0.0 < proof.max_rewriting_error < 0.05 * proof.max_effect

@@ -60,7 +60,7 @@ WARM = [
     Place("check", "sdlora.copycheck.checker:check_previews", ("before", "after"), 2),
     Place("export", "sdlora.run.export:save_lora", ("before", "after"), 2),
     Place("export", "sdlora.lora_files.write:save_file", ("torn",), 2),
-    Place("export", "sdlora.run.export:prove_lora", ("before", "after"), 2),
+    Place("export", "sdlora.run.export:verify_lora", ("before", "after"), 2),
     Place("export", "sdlora.run.run:shutil.copyfile", ("torn", "after")),
     Place("report", "sdlora.run.run:write_report", ("before", "after"), 2),
     Place("report", "sdlora.run.run:contact_sheet", ("before",), 2),

@@ -160,7 +160,7 @@ SIGNALS: list[tuple[str, Side, int]] = [
     ("sdlora.training.checkpoint:save_file", "after", 1),
     ("sdlora.training.checkpoint:write_json", "after", 3),
     ("sdlora.previews.sampler:_draw", "after", 2),
-    ("sdlora.run.export:prove_lora", "before", 1),
+    ("sdlora.run.export:verify_lora", "before", 1),
 ]
 
 

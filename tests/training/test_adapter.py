@@ -21,7 +21,7 @@ def test_every_setting_reaches_the_layers(tiny_base: Path) -> None:
         assert layer.rank == (3 if target_of(path) == "mlp" else 4)
         assert abs(layer.scale - (6 if target_of(path) == "conv" else 2) / layer.rank**0.5) < 1e-6
         assert layer.dropout == 0.25
-        assert layer.down_start is not None
+        assert layer.initial is not None
     base.predict(torch.zeros(2, 4, 8, 8), torch.tensor([0, 999]), {"states": torch.zeros(2, 77, 16)})
     masks = [layer.rank_mask for path, layer in adapter.layers.items() if target_of(path) != "text_encoder"]
     assert {tuple(mask.sum(1).tolist()) for mask in masks if mask is not None} == {(4.0, 2.0), (3.0, 2.0)}

@@ -6,7 +6,7 @@ from helpers.trainer import make_trainer
 
 from sdlora.errors import OutputError
 from sdlora.events import CheckpointDue
-from sdlora.lora.inject import Form
+from sdlora.lora.inject import AdapterSpec
 from sdlora.training.checkpoint import complete_checkpoints, load_checkpoint, save_checkpoint
 from sdlora.training.trainer import Trainer
 
@@ -38,14 +38,14 @@ def test_a_checkpoint_brings_everything_back(tiny_base: Path, images: Path, tmp_
 
 
 def test_frozen_starts_are_those_of_the_run_that_saved_them(tiny_base: Path, images: Path, tmp_path: Path) -> None:
-    trainer = make_trainer(tiny_base, images, tmp_path, form=Form(start="pissa"))
+    trainer = make_trainer(tiny_base, images, tmp_path, spec=AdapterSpec(init="pissa"))
     saved = save_checkpoint(tmp_path / "c", trainer, {})
-    other = make_trainer(tiny_base, images, tmp_path, form=Form(start="pissa"))
-    for start in other.adapter.starts():
+    other = make_trainer(tiny_base, images, tmp_path, spec=AdapterSpec(init="pissa"))
+    for start in other.adapter.initial_factors():
         start.neg_()  # as another machine's singular vectors may come out
     load_checkpoint(saved, other)
-    assert len(other.adapter.starts()) == 2 * len(other.adapter.layers)
-    for ours, theirs in zip(trainer.adapter.starts(), other.adapter.starts(), strict=True):
+    assert len(other.adapter.initial_factors()) == 2 * len(other.adapter.layers)
+    for ours, theirs in zip(trainer.adapter.initial_factors(), other.adapter.initial_factors(), strict=True):
         assert torch.equal(ours, theirs)
 
 

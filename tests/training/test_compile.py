@@ -16,7 +16,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from sdlora.errors import ConfigError
-from sdlora.lora.inject import Adapter, Form, inject
+from sdlora.lora.inject import Adapter, AdapterSpec, inject
 from sdlora.lora.targets import find_targets
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.training import compile
@@ -43,9 +43,9 @@ def traced() -> Iterator[None]:
 class Side:
     """A UNet with an adapter, and the step made of them."""
 
-    def __init__(self, unet: Any, targets: list[str], form: Form | None = None, **options: Any) -> None:
+    def __init__(self, unet: Any, targets: list[str], spec: AdapterSpec | None = None, **options: Any) -> None:
         self.unet = copy.deepcopy(unet)
-        self.adapter: Adapter = inject(self.unet, find_targets(self.unet, targets), 4, 6.0, 0, form=form)
+        self.adapter: Adapter = inject(self.unet, find_targets(self.unet, targets), 4, 6.0, 0, spec=spec)
         move(self.adapter)
         settings = {"optimizer": "adamw", "gradient_checkpointing": False} | options
         groups = [Group(self.adapter.parameters(), 1.0)]
@@ -112,23 +112,23 @@ def test_several_steps_train_the_same_and_blocks_share_what_is_compiled(unet: An
 
 
 @pytest.mark.parametrize(
-    ("targets", "form", "options"),
+    ("targets", "spec", "options"),
     [
         (["cross_attention"], None, {}),
         (ATTENTION, None, {"gradient_checkpointing": True}),
         (UNET_TARGETS, None, {"gradient_checkpointing": True}),
         pytest.param(ATTENTION, None, {"optimizer": "adafactor"}, marks=pytest.mark.slow),
-        (ATTENTION, Form(target_ranks={"self_attention": 2}, rslora=True), {}),
-        pytest.param(ATTENTION, Form(start="orthogonal"), {}, marks=pytest.mark.slow),
-        pytest.param(ATTENTION, Form(timestep_rank=TimestepRank(1, 1.0)), {}, marks=pytest.mark.slow),
-        pytest.param(["cross_attention", "mlp"], Form(dora=True), {}, marks=pytest.mark.slow),
+        (ATTENTION, AdapterSpec(target_ranks={"self_attention": 2}, rslora=True), {}),
+        pytest.param(ATTENTION, AdapterSpec(init="orthogonal"), {}, marks=pytest.mark.slow),
+        pytest.param(ATTENTION, AdapterSpec(timestep_rank=TimestepRank(1, 1.0)), {}, marks=pytest.mark.slow),
+        pytest.param(["cross_attention", "mlp"], AdapterSpec(dora=True), {}, marks=pytest.mark.slow),
     ],
 )
 def test_every_kind_of_adapter_has_the_same_gradients_in_one_graph(
-    unet: Any, targets: list[str], form: Form | None, options: dict[str, Any], traced: None
+    unet: Any, targets: list[str], spec: AdapterSpec | None, options: dict[str, Any], traced: None
 ) -> None:
     exact = copy.deepcopy(unet).double()
-    plain, own = Side(exact, targets, form, **options), Side(exact, targets, form, compiled=True, **options)
+    plain, own = Side(exact, targets, spec, **options), Side(exact, targets, spec, compiled=True, **options)
     counters.clear()
     assert worst(own.gradients(), plain.gradients()) <= 1e-5
     assert counters["stats"]["unique_graphs"] > 0

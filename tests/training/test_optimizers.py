@@ -19,7 +19,8 @@ from transformers.optimization import Adafactor
 from sdlora.config.toml import parse_config
 from sdlora.errors import ConfigError
 from sdlora.events import CheckpointDue, StepDone
-from sdlora.lora.inject import Form
+from sdlora.lora.dora import DoraLayer
+from sdlora.lora.inject import AdapterSpec
 from sdlora.training.checkpoint import load_checkpoint, save_checkpoint
 from sdlora.training.optimizers import Group, adapter_groups, make_optimizer, set_rates
 
@@ -91,7 +92,7 @@ def test_prodigy_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_every_part_moves_at_its_own_rate(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
-        tiny_base, images, tmp_path, targets=("cross_attention", "text_encoder"), form=Form(dora=True)
+        tiny_base, images, tmp_path, targets=("cross_attention", "text_encoder"), spec=AdapterSpec(dora=True)
     )
     adapter = trainer.adapter
     optimizer = make_optimizer("adamw", adapter_groups(adapter, 16.0, 0.5), rate=1e-3, weight_decay=0.0)
@@ -103,15 +104,15 @@ def test_every_part_moves_at_its_own_rate(tiny_base: Path, images: Path, tmp_pat
     # AdamW's first step is the learning rate itself, whatever the gradient's size.
     for path, layer in adapter.layers.items():
         factor = 0.5 if path.startswith("text_encoder.") else 1.0
-        assert layer.magnitude is not None
+        assert isinstance(layer, DoraLayer)
         for parameter, rate in ((layer.down, 1e-2), (layer.up, 16e-2), (layer.magnitude, 1e-2)):
             expected = torch.full_like(parameter, -rate * factor)
             torch.testing.assert_close(parameter.detach() - before[parameter], expected, rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("form", [Form(dora=True), Form(start="pissa"), Form()])
-def test_decay_pulls_towards_the_base_alone(tiny_base: Path, images: Path, tmp_path: Path, form: Form) -> None:
-    trainer = make_trainer(tiny_base, images, tmp_path, form=form)
+@pytest.mark.parametrize("spec", [AdapterSpec(dora=True), AdapterSpec(init="pissa"), AdapterSpec()])
+def test_decay_pulls_towards_the_base_alone(tiny_base: Path, images: Path, tmp_path: Path, spec: AdapterSpec) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path, spec=spec)
     adapter = trainer.adapter
     optimizer = make_optimizer("adamw", adapter_groups(adapter, 1.0, 1.0), rate=0.1, weight_decay=0.5)
     before = {parameter: parameter.detach().clone() for parameter in adapter.parameters()}
@@ -119,9 +120,9 @@ def test_decay_pulls_towards_the_base_alone(tiny_base: Path, images: Path, tmp_p
         parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     for layer in adapter.layers.values():
-        shrunk = 1.0 if form.start == "pissa" else 0.95
+        shrunk = 1.0 if spec.init == "pissa" else 0.95
         torch.testing.assert_close(layer.down.detach(), shrunk * before[layer.down])
-        if layer.magnitude is not None:
+        if isinstance(layer, DoraLayer):
             assert torch.equal(layer.magnitude, before[layer.magnitude])
 
 

@@ -12,7 +12,7 @@ from helpers.peft_twin import peft_twin
 from torch import nn
 
 from sdlora.estimate.trace import saved_for_backward
-from sdlora.lora.inject import Adapter, Form, inject
+from sdlora.lora.inject import Adapter, AdapterSpec, inject
 from sdlora.lora.targets import find_targets
 from sdlora.training.optimizers import Group, make_optimizer
 from sdlora.training.train_step import LeanStep
@@ -23,8 +23,8 @@ def unet() -> Any:
     return small_unet()
 
 
-def adapted(unet: Any, targets: list[str], form: Form | None = None, moved: bool = True) -> Adapter:
-    adapter = inject(unet, find_targets(unet, targets), 4, 6.0, 0, form=form)
+def adapted(unet: Any, targets: list[str], spec: AdapterSpec | None = None, moved: bool = True) -> Adapter:
+    adapter = inject(unet, find_targets(unet, targets), 4, 6.0, 0, spec=spec)
     if moved:
         move(adapter)
     return adapter
@@ -73,12 +73,18 @@ def test_gradients_are_pefts(unet: Any, targets: list[str], checkpointing: bool)
 
 
 @pytest.mark.parametrize(
-    "form", [Form(dora=True), Form(start="orthogonal"), Form(target_ranks={"self_attention": 2}), Form(rslora=True)]
+    "spec",
+    [
+        AdapterSpec(dora=True),
+        AdapterSpec(init="orthogonal"),
+        AdapterSpec(target_ranks={"self_attention": 2}),
+        AdapterSpec(rslora=True),
+    ],
 )
-def test_other_kinds_of_adapter_train_as_before(unet: Any, form: Form) -> None:
+def test_other_kinds_of_adapter_train_as_before(unet: Any, spec: AdapterSpec) -> None:
     own, other = copy.deepcopy(unet).double(), copy.deepcopy(unet).double()
     targets = ["self_attention", "cross_attention"]
-    adapter, plain = adapted(own, targets, form), adapted(other, targets, form)
+    adapter, plain = adapted(own, targets, spec), adapted(other, targets, spec)
     loss(other).backward()
     expected = [p.grad for p in plain.parameters() if p.grad is not None]
     assert worst(gradients(lean(own, adapter), own), expected) <= 1e-5

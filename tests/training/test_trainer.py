@@ -21,7 +21,7 @@ from sdlora.diffusion.stratify import cover
 from sdlora.diffusion.timesteps import Density
 from sdlora.errors import DivergedError
 from sdlora.events import CheckpointDue, StepDone
-from sdlora.lora.inject import Form
+from sdlora.lora.inject import AdapterSpec
 from sdlora.training.checkpoint import load_checkpoint, save_checkpoint
 from sdlora.training.loss import Batch, diffusion_loss_with_prior
 from sdlora.training.trainer import Trainer
@@ -82,7 +82,7 @@ def test_what_is_prior_is_the_answer_to_the_bases_own_text(tiny_base: Path, imag
 def test_dropout_acts_in_training_alone(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     kept: list[torch.Tensor] = []
     for dropout in (0.0, 0.5, 0.5):
-        trainer = make_trainer(tiny_base, images, tmp_path, form=Form(dropout=dropout), learning_rate=1e-2)
+        trainer = make_trainer(tiny_base, images, tmp_path, spec=AdapterSpec(dropout=dropout), learning_rate=1e-2)
         list(trainer.events())
         kept.append(torch.cat([parameter.flatten() for parameter in trainer.parameters]))
         with torch.no_grad():
@@ -96,7 +96,7 @@ def test_a_rehearsal_leaves_nothing_behind(tiny_base: Path, images: Path, tmp_pa
     ends: list[torch.Tensor] = []
     for rehearsed in (False, True):
         trainer = make_trainer(
-            tiny_base, images, tmp_path, form=Form(dropout=0.5), learning_rate=1e-2, preservation_weight=1.0
+            tiny_base, images, tmp_path, spec=AdapterSpec(dropout=0.5), learning_rate=1e-2, preservation_weight=1.0
         )
         if rehearsed:
             assert trainer.rehearse() > 0.0
