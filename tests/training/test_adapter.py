@@ -14,7 +14,7 @@ def test_every_setting_reaches_the_layers(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     lora = LoraConfig(
         rank=4, alpha=2.0, targets=[*UNET_TARGETS, "text_encoder"], target_ranks={"mlp": 3}, target_alphas={"conv": 6},
-        rslora=True, dropout=0.25, start="pissa", timestep_rank_min=2,
+        rslora=True, dropout=0.25, init="pissa", timestep_rank_min=2,
     )  # fmt: skip
     adapter = make_adapter(RunConfig(lora=lora), base, find_targets(base.unet, lora.targets, base.text_encoders))
     for path, layer in adapter.layers.items():
