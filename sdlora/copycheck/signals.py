@@ -18,7 +18,7 @@ from torch import Tensor
 
 from sdlora.common import seeds
 from sdlora.copycheck.similarity import hp_ms
-from sdlora.copycheck.statistics import above_zero_by_chance, fisher_z, greater_by_chance, mcnemar
+from sdlora.copycheck.statistics import fisher_z, mcnemar, permutation_test, sign_flip_test
 from sdlora.diffusion.bands import band_names
 from sdlora.diffusion.noise import add_noise, predicted_latents
 from sdlora.training.data import TrainingData
@@ -170,7 +170,7 @@ def train_validation_gap(training: tuple[Tensor, Tensor], validation: tuple[Tens
     return Signal(
         "train_heldout_gap",
         shares[1] - shares[0],
-        greater_by_chance(gains[0], gains[1]),
+        permutation_test(gains[0], gains[1]),
         f"The LoRA changes the error by {shares[0]:+.0%} on training images and by {shares[1]:+.0%} on validation "
         f"ones; they part most at timesteps {band_names()[widest]}.",
     )
@@ -199,7 +199,7 @@ def guidance_norm(training: tuple[ByPrompt, ByPrompt], novel: tuple[ByPrompt, By
     return Signal(
         "guidance_norm",
         fmean(own) / fmean(other),
-        greater_by_chance(own, other),
+        permutation_test(own, other),
         f"Training captions pull on a preview {fmean(own):.2f} times as hard as without the LoRA, new prompts "
         f"{fmean(other):.2f} times.",
     )
@@ -235,7 +235,7 @@ def seed_collapse(on: Images, off: Images) -> Signal:
     return Signal(
         "seed_collapse",
         means[0] - means[1],
-        above_zero_by_chance(added.tolist()),
+        sign_flip_test(added.tolist()),
         f"Previews of one prompt with other seeds resemble one another by {means[0]:.2f} of 1, without the LoRA by "
         f"{means[1]:.2f}.",
     )
@@ -258,7 +258,7 @@ def registered_similarity(previews: Tensor, among: Tensor) -> Signal:
     return Signal(
         "registered_likeness",
         means[0] - means[1],
-        greater_by_chance(drawn, real),
+        permutation_test(drawn, real),
         f"Laid onto their nearest training image, previews are {means[0]:.2f} of 1 like it; so laid onto one "
         f"another, images of the set are {means[1]:.2f}.",
     )

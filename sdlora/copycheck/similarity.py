@@ -8,9 +8,9 @@ Shapes: P images, G images of the gallery, H/W/n pixels.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
+import imagehash
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -24,8 +24,6 @@ FINE_BLUR_PX = 0.7
 BOX_PX = 9
 # Eleven scales: with five, a crop between two of them is missed.
 SCALES = tuple(1.0 - 0.05 * index for index in range(11))
-HASH_PX = 32
-HASH_WAVES = 8
 _CHUNK = 8
 _FLAT = 1e-4  # detail weaker than this is none
 
@@ -87,20 +85,13 @@ def phash(images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tens
     known = _hashes(gallery)
     mirrored = _hashes([ImageOps.mirror(image) for image in images])
     equal = torch.maximum(_hashes(images) @ known.T, mirrored @ known.T)
-    return (equal / HASH_WAVES**2 + 1) / 2
+    return (equal / known.shape[1] + 1) / 2
 
 
 def _hashes(images: Sequence[Image.Image]) -> Tensor:
-    """A bit for each of the 8x8 lowest waves in 32x32 luma: 1 above their median, else -1, (P, 64)."""
-    small = [p.convert("L").resize((HASH_PX, HASH_PX), Image.Resampling.LANCZOS) for p in images]
-    luma = torch.stack([torch.from_numpy(np.array(p, dtype=np.float64)) for p in small])
-    turns = torch.outer(torch.arange(HASH_WAVES).double(), torch.arange(HASH_PX).double() + 0.5)
-    cosines = (turns * (math.pi / HASH_PX)).cos()
-    waves = (cosines @ luma @ cosines.T).flatten(1)  # the cosine transform of type II
-    ordered = waves.sort(dim=1).values
-    middle = (ordered[:, HASH_WAVES**2 // 2 - 1] + ordered[:, HASH_WAVES**2 // 2]) / 2
-    # Waves that a flat image has from rounding alone count as none.
-    return torch.where(waves > middle[:, None] + _FLAT, 1.0, -1.0)
+    """The 64 bits of each image's perceptual hash as 1 and -1, (P, 64)."""
+    bits = np.stack([imagehash.phash(image).hash.flatten() for image in images])
+    return torch.from_numpy(bits).float() * 2 - 1
 
 
 def check_both(images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> None:

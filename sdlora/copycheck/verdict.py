@@ -20,7 +20,7 @@ from sdlora.common.files import write_json
 from sdlora.copycheck.embedders import Arbiter, Arbiters, concept_fidelity
 from sdlora.copycheck.null_distribution import Gallery, reduced
 from sdlora.copycheck.signals import Signal
-from sdlora.copycheck.statistics import binomial_tail, lower_bound, p_values, standing_out
+from sdlora.copycheck.statistics import binomial_p_value, lower_bound, p_values, standardize
 from sdlora.previews.sampler import Kind, PreviewRequest
 
 # With a null of a hundred, one odd image in it may be as alike as a copy without blinding the check.
@@ -149,7 +149,7 @@ def check_previews(
     trained = list(gallery.images.values())
     scores = arbiters.scores(images, trained)  # (P, G, S)
     chances = p_values(scores.amax(dim=1), null).tolist()
-    nearest = standing_out(scores, null).amax(dim=2).argmax(dim=1).tolist()
+    nearest = standardize(scores, null).amax(dim=2).argmax(dim=1).tolist()
     names = list(gallery.images)
     norms: Sequence[float | None] = guidance_norms or [None] * len(files)
     matches = [
@@ -207,7 +207,7 @@ def false_alarm_rate(num_previews: int) -> float:
     fewest = next(
         (k for k in range(1, num_previews + 1) if lower_bound(k, num_previews, CONFIDENCE) > ALPHA), num_previews + 1
     )
-    return binomial_tail(fewest, num_previews, ALPHA)
+    return binomial_p_value(fewest, num_previews, ALPHA)
 
 
 def _reason(

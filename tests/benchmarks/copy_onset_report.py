@@ -93,7 +93,7 @@ def oracle_table(rows: Rows) -> list[str]:
         ordered = sorted(counts, key=lambda concept: counts[concept][0] / counts[concept][1])
         ends = [f"{concept} {counts[concept][0] / counts[concept][1]:.0%}" for concept in (ordered[0], ordered[-1])]
         body.append([name, str(size), _share(total, size), *ends])
-    return _table(["Pictures", "How many", "called copies", "fewest", "most"], body)
+    return _table(["Images", "How many", "called copies", "fewest", "most"], body)
 
 
 # --- The right epoch -----------------------------------------------------------------------------------------------

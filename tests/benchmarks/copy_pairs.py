@@ -34,7 +34,7 @@ from torch import Tensor
 from sdlora.common.bundled import pocket_folder
 from sdlora.common.seeds import derive
 from sdlora.copycheck.similarity import hp_ms, phash
-from sdlora.copycheck.statistics import fisher_z, standing_out
+from sdlora.copycheck.statistics import fisher_z, standardize
 from sdlora.copycheck.warp_alignment import registered
 
 STEPS = 10
@@ -137,8 +137,8 @@ STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "phash": _single(1),
     "registered": _single(2),
     # What `sdlora.copycheck.verdict.check_previews` compares.
-    "hp_ms or phash": lambda scores, null: standing_out(scores[:, :2], null[:, :2]).amax(dim=1),
-    "hp_ms or registered": lambda scores, null: standing_out(
+    "hp_ms or phash": lambda scores, null: standardize(scores[:, :2], null[:, :2]).amax(dim=1),
+    "hp_ms or registered": lambda scores, null: standardize(
         fisher_z(scores[:, [0, 2]]), fisher_z(null[:, [0, 2]])
     ).amax(dim=1),
 }

@@ -5,19 +5,14 @@ Shapes: n gradients, d numbers in each, k gradients per plan.
 
 from __future__ import annotations
 
-import math
 import random
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import scipy.stats
 import torch
 from torch import Tensor
-
-# The 97.5 % points of Student's t for 1 to 30 degrees of freedom.
-_T = (
-    12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228, 2.201, 2.179, 2.160, 2.145, 2.131,
-    2.120, 2.110, 2.101, 2.093, 2.086, 2.080, 2.074, 2.069, 2.064, 2.060, 2.056, 2.052, 2.048, 2.045, 2.042,
-)  # fmt: skip
 
 
 class Estimate(NamedTuple):
@@ -37,9 +32,8 @@ def paired_interval(differences: Sequence[float]) -> Estimate:
     count = len(differences)
     if count < 2:
         raise ValueError(f"Found {count} pairs; an interval needs at least two.")
-    mean = sum(differences) / count
-    variance = sum((value - mean) ** 2 for value in differences) / (count - 1)
-    reach = (_T[count - 2] if count <= len(_T) + 1 else 1.96) * math.sqrt(variance / count)
+    mean = statistics.fmean(differences)
+    reach = float(scipy.stats.t.ppf(0.975, count - 1) * scipy.stats.sem(differences))
     return Estimate(mean, mean - reach, mean + reach)
 
 
@@ -48,26 +42,8 @@ def clopper_pearson(successes: int, trials: int) -> Estimate:
 
     Source: Clopper & Pearson 1934.
     """
-
-    def tail(least: int, chance: float) -> float:
-        """How likely at least so many succeed; in logarithms, because there may be thousands of trials."""
-        ways = math.lgamma(trials + 1)
-        return math.fsum(
-            math.exp(
-                ways - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
-                + k * math.log(chance) + (trials - k) * math.log1p(-chance)
-            )
-            for k in range(least, trials + 1)
-        )  # fmt: skip
-
-    def lower(count: int) -> float:
-        low, high = 0.0, 1.0
-        for _ in range(40):
-            middle = (low + high) / 2
-            low, high = (middle, high) if tail(count, middle) < 0.025 else (low, middle)
-        return low if count > 0 else 0.0
-
-    return Estimate(successes / trials, lower(successes), 1.0 - lower(trials - successes))
+    interval = scipy.stats.binomtest(successes, trials).proportion_ci(0.95, method="exact")
+    return Estimate(successes / trials, float(interval.low), float(interval.high))
 
 
 def steps_to_reach(curve: Sequence[tuple[int, float]], target: float) -> float | None:

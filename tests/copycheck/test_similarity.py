@@ -99,8 +99,7 @@ def test_one_small_image_in_the_gallery_keeps_the_others_small() -> None:
     assert fine.diagonal().tolist() == pytest.approx([1.0, 1.0], abs=1e-5)
 
 
-def test_the_hash_is_imagehashs(gallery: list[Image.Image]) -> None:
-    """Bit for bit, for images of other modes and shapes too."""
+def test_phash_is_the_share_of_equal_bits_mirrored_or_not(gallery: list[Image.Image]) -> None:
     others = [gallery[0].convert("L"), gallery[1].resize((96, 50)), gallery[2].resize((300, 300)), _jitter(gallery[3])]
     found = phash([*gallery, *others], gallery)
     for row, image in enumerate([*gallery, *others]):

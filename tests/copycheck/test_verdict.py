@@ -1,5 +1,6 @@
 """Verdicts on made-up previews, whose similarity is known."""
 
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from PIL import Image, ImageOps
 from sdlora.copycheck.embedders import Arbiters
 from sdlora.copycheck.null_distribution import Gallery, null_scores
 from sdlora.copycheck.signals import Signal
-from sdlora.copycheck.statistics import binomial_tail
 from sdlora.copycheck.verdict import FIDELITY, EpochCheck, Match, check_previews, false_alarm_rate, judge, recommend
 from sdlora.pocket.world import random_scene, render
 from sdlora.previews.sampler import PreviewRequest
@@ -94,10 +94,10 @@ def test_copies_from_new_prompts_are_told_apart() -> None:
 
 
 @pytest.mark.parametrize("total", [2, 4, 6, 7, 12, 40])
-def test_the_false_alarm_rate_is_what_chance_does(total: int) -> None:
-    # The verdict itself says how many it takes; that many by chance is the rate.
+def test_false_alarm_rate_is_the_binomial_tail_of_the_fewest_copying(total: int) -> None:
     fewest = next(k for k in range(1, total + 1) if judge(matches(k, total), []).verdict == "copying")
-    assert false_alarm_rate(total) == pytest.approx(binomial_tail(fewest, total, 0.02))
+    tail = sum(math.comb(total, k) * 0.02**k * 0.98 ** (total - k) for k in range(fewest, total + 1))
+    assert false_alarm_rate(total) == pytest.approx(tail)
     assert false_alarm_rate(total) < 0.001
 
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "gradio", "matplotlib")
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "peft", "numpy", "scipy", "gradio", "matplotlib")
 ASK = """
 import sys
 from sdlora.cli.main import app
