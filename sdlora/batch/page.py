@@ -165,7 +165,7 @@ def _columns(results: Sequence[Result]) -> list[tuple[str, Any]]:
         ("copies?", lambda one: (order.get(one.verdict), word_chip(one.verdict) if one.verdict else "")),
         ("matches", number("matches", ".0%")),
         ("likeness", number("copying", ".3f")),
-        ("validation loss", number("heldout_loss", ".4f")),
+        ("validation loss", number("validation_loss", ".4f")),
         ("fidelity", number("fidelity", ".3f")),
         ("front", lambda one: (int(not one.pareto), "yes" if one.pareto else "")),
         ("epoch kept", number("epoch", "d")),

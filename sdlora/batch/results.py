@@ -37,7 +37,7 @@ class Result:
         verdict: Of the copy check on the kept epoch.
         matches: The share of its previews that match a training image.
         copying: How like training images its previews are on average, in [0, 1].
-        heldout_loss: Of the kept epoch.
+        validation_loss: Of the kept epoch.
         fidelity: How much DINOv2 finds the concept in its previews, in [-1, 1].
         epoch: The recommended one, which was kept.
         seconds: All attempts together.

@@ -149,7 +149,7 @@ def data(
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         num_captions = sum(image.caption is not None for image in checkup.images)
-        _tell_findings(findings, {"picture": checkup.num_files, "caption": num_captions, "bucket": num_buckets})
+        _tell_findings(findings, {"image": checkup.num_files, "caption": num_captions, "bucket": num_buckets})
     if any(finding.severity == "error" for finding in findings):
         raise typer.Exit(DataError.exit_code)
 

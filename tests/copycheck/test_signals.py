@@ -192,7 +192,7 @@ def test_without_held_out_images_there_is_no_gap() -> None:
     losses = torch.rand(4, 5, 2)
     signal = train_validation_gap((losses, losses), None)
     assert (signal.value, signal.p_value) == (None, None)
-    assert "held-out" in signal.meaning
+    assert "validation images" in signal.meaning
 
 
 # --- While previews are drawn --------------------------------------------------------------------------------------

@@ -24,7 +24,7 @@ def places(draws: list[list[Draw]]) -> list[torch.Tensor]:
     return [torch.tensor([(d.slice + d.offset) / d.num_slices for d in step], dtype=torch.float64) for step in draws]
 
 
-@pytest.mark.parametrize("visits", range(1, 51))
+@pytest.mark.parametrize("exposures", range(1, 51))
 def test_every_image_is_drawn_once_in_each_of_its_slices(exposures: int) -> None:
     steps = plan(7, exposures, 1, 3, buckets=2)
     slices: dict[str, list[int]] = {}
@@ -76,7 +76,7 @@ def variance_of_step_means(coverage: str, size: int, exposures: int) -> float:
     return torch.stack(found).var().item()
 
 
-@pytest.mark.parametrize("visits", [5, 40])
+@pytest.mark.parametrize("exposures", [5, 40])
 def test_image_coverage_steadies_the_loss_as_well_as_batch_coverage(exposures: int) -> None:
     for size in (4, 8):
         chance, batch, image = (variance_of_step_means(c, size, exposures) for c in ("none", "batch", "image"))

@@ -11,7 +11,7 @@ def test_places_that_captions_know_come_last() -> None:
 
 def test_without_a_trigger_the_common_beginning_stands_in_its_place() -> None:
     assert all(prompt.startswith("a photo of a lamp ") for prompt in novel_prompts(CAPTIONS, None, 3))
-    assert novel_prompts(["a red cat", "the dog"], None, 1)[0].startswith("an image ")
-    assert novel_prompts(["an image of it", "an image of a dog"], None, 1)[0].startswith("an image ")
-    assert novel_prompts(["only one caption"], None, 1)[0].startswith("an image ")
+    assert novel_prompts(["a red cat", "the dog"], None, 1)[0].startswith("a picture ")
+    assert novel_prompts(["a picture of it", "a picture of a dog"], None, 1)[0].startswith("a picture ")
+    assert novel_prompts(["only one caption"], None, 1)[0].startswith("a picture ")
     assert len(novel_prompts([], "zumi", 2)) == 2

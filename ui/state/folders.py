@@ -130,7 +130,7 @@ def run_name(name: str) -> str:
     return name
 
 
-def safe_name(text: str, fallback: str = "picture") -> str:
+def safe_name(text: str, fallback: str = "image") -> str:
     """A file name without folders, controls or meaning to any system, as near to `text` as can be.
 
     Args:
