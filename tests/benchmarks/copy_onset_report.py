@@ -1,4 +1,4 @@
-"""Tables of docs/measurements/copy-check.md from finished cells of `copy_onset.py`; the words around them are written by hand."""
+"""Tables of docs/measurements/copy-check.md from finished cells of `copy_onset.py`; its prose is written by hand."""
 
 from __future__ import annotations
 
