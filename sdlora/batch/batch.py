@@ -10,7 +10,7 @@ from sdlora.batch.engine import Engine
 from sdlora.batch.fingerprint import Fingerprints
 from sdlora.batch.jobs import Job
 from sdlora.batch.ledger import Ledger, Record, locked
-from sdlora.batch.location import LEDGER, Place
+from sdlora.batch.location import LEDGER, Location
 from sdlora.batch.messages import Message, Task
 from sdlora.errors import SdloraError, StoreError
 
@@ -18,13 +18,13 @@ Action = Literal["skip", "resume", "start", "fault"]
 
 
 def run_batch(
-    jobs: Sequence[Job], place: Place, engine: Engine, *, retry: bool, should_stop: Callable[[], bool]
+    jobs: Sequence[Job], location: Location, engine: Engine, *, retry: bool, should_stop: Callable[[], bool]
 ) -> Iterator[Message]:
     """Carry out what is left to do of a batch.
 
     Args:
         jobs: In the order of their turn.
-        place: The batch's; each job's run is in it.
+        location: The batch's; each job's run is in it.
         engine: Who carries them out.
         retry: Whether jobs that failed before are tried again.
         should_stop: True lets what runs save itself; the same call later goes on.
@@ -37,27 +37,27 @@ def run_batch(
         OutputError: The folder cannot be used, or another process works in it.
         StoreError: The batch's URL does not answer at the beginning or in the end.
     """
-    with locked(place.folder):
-        place.fetch()
-        ledger = Ledger.read(place.folder)
+    with locked(location.folder):
+        location.fetch()
+        ledger = Ledger.read(location.folder)
         tasks = []
         for job, fingerprint in _fingerprinted(jobs):
             action, record = decide(job, ledger.records.get(job.name), fingerprint, retry=retry)
             message: Message = {"job": job.name, "event": "planned", "action": action, "status": record.outcome[0]}
-            if action == "start" and (moved := place.move_aside(job.name)):
+            if action == "start" and (moved := location.move_aside(job.name)):
                 message["moved"] = moved
             ledger.put(job.name, record)
             yield message | {"error": record.outcome[1]}
             if action in ("start", "resume") and job.config is not None:
-                tasks.append(Task(job.name, job.config.model_dump(mode="json"), place.run(job.name)))
-        place.keep(LEDGER)
+                tasks.append(Task(job.name, job.config.model_dump(mode="json"), location.run(job.name)))
+        location.keep(LEDGER)
         for message in engine.run(tasks, should_stop):
             _record(ledger, message)
             yield message
             if message["event"] == "ended":
-                yield from _kept(place, message["job"])
-        _write_report(jobs, ledger, place)
-        yield {"event": "batch", "folder": place.output, **_standing(ledger, jobs)}
+                yield from _kept(location, message["job"])
+        _write_report(jobs, ledger, location)
+        yield {"event": "batch", "folder": location.output, **_standing(ledger, jobs)}
 
 
 def decide(job: Job, record: Record | None, fingerprint: str, *, retry: bool) -> tuple[Action, Record]:
@@ -92,9 +92,9 @@ def _fingerprinted(jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
             yield job, "no such set"  # the run itself says so, and is that job's failure
 
 
-def _kept(place: Place, job: str) -> Iterator[Message]:
+def _kept(location: Location, job: str) -> Iterator[Message]:
     try:
-        place.keep(LEDGER)
+        location.keep(LEDGER)
     except StoreError as error:
         yield {"job": job, "event": "notice", "message": f"{error} The batch goes on; its record is put there later."}
 
@@ -114,20 +114,20 @@ def _record(ledger: Ledger, message: Message) -> None:
         ledger.put(message["job"], after)
 
 
-def _write_report(jobs: Sequence[Job], ledger: Ledger, place: Place) -> None:
+def _write_report(jobs: Sequence[Job], ledger: Ledger, location: Location) -> None:
     # Only now: what reads the runs loads torch and diffusers, which takes seconds.
     from sdlora.batch.page import write_page
     from sdlora.batch.results import TABLES, collect, write_tables
 
     runs = {
-        job.name: place.run_here(job.name, record.epoch)
+        job.name: location.run_here(job.name, record.epoch)
         for job in jobs
         if (record := ledger.records[job.name]).outcome[0] == "done" and record.epoch is not None
     }
     results = collect(jobs, ledger, runs)
     write_tables(ledger.folder, results)
-    write_page(ledger.folder / "report.html", place.name, results, runs)
-    place.keep(LEDGER, *TABLES, "report.html")
+    write_page(ledger.folder / "report.html", location.name, results, runs)
+    location.keep(LEDGER, *TABLES, "report.html")
 
 
 def _standing(ledger: Ledger, jobs: Sequence[Job]) -> dict[str, list[str]]:

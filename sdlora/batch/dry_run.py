@@ -26,7 +26,7 @@ from sdlora.errors import SdloraError
 from sdlora.estimate.memory import preservation_time
 from sdlora.events import saved_as, to_json
 from sdlora.previews.sampler import draw
-from sdlora.run.base_pool import KeptBase, forget_accelerator
+from sdlora.run.base_pool import BasePool, forget_accelerator
 from sdlora.run.folder import RunFolder
 from sdlora.run.setup import Parts, prepare
 
@@ -63,7 +63,7 @@ def forecast(jobs: Sequence[Job], folder: Path) -> list[Forecast]:
         jobs: In the order of their turn.
         folder: The batch's, which is not touched.
     """
-    bases, found = KeptBase(), []
+    bases, found = BasePool(), []
     for job in jobs:
         if job.config is None:
             found.append(Forecast(job.name, job.fault))
@@ -77,7 +77,7 @@ def forecast(jobs: Sequence[Job], folder: Path) -> list[Forecast]:
     return found
 
 
-def _try(name: str, config: RunConfig, folder: Path, bases: KeptBase) -> Forecast:
+def _try(name: str, config: RunConfig, folder: Path, bases: BasePool) -> Forecast:
     forget_accelerator()
     peak = PeakMemory()
     parts = prepare(config, RunFolder(folder, name), bases)

@@ -64,10 +64,10 @@ def base_content(path: str) -> str:
     changes all of them; a change to single weights between them is not seen. A hub id counts by its name and revision
     alone, and hidden files do not count.
     """
-    place = pocket_folder() if path == "pocket" else Path(path).expanduser()
+    location = pocket_folder() if path == "pocket" else Path(path).expanduser()
     digest = hashlib.blake2b(digest_size=16)
-    for file in [place] if place.is_file() else sorted(place.rglob("*")):
-        name = file.relative_to(place)
+    for file in [location] if location.is_file() else sorted(location.rglob("*")):
+        name = file.relative_to(location)
         if not file.is_file() or any(part.startswith(".") for part in name.parts):
             continue
         size = file.stat().st_size

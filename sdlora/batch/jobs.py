@@ -176,7 +176,7 @@ def _merged(document: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
 
 
 def _label(combinations: Sequence[Mapping[str, Any]], key: str, value: Any) -> str:
-    """A swept value in a name: "rank8"; one that is long, or not a word, by its place among the values."""
+    """A swept value in a name: "rank8"; one that is long, or not a word, by its position among the values."""
     short = key.rpartition(".")[2]
     text = f"{value:g}" if isinstance(value, float) else str(value)
     if len(text) <= _LONGEST_VALUE and re.fullmatch(r"[\w.+-]+", text):

@@ -6,15 +6,15 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import IO, Literal
+from typing import Literal
 
 from sdlora.common.files import write_json
-from sdlora.errors import OutputError
+from sdlora.common.locks import hold
+from sdlora.errors import BusyError, OutputError
 
 Status = Literal["waiting", "running", "done", "failed", "cut", "stopped"]
 
@@ -90,28 +90,14 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         OutputError: Another process works on it, or the folder cannot be made.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = (folder / "batch.lock").open("a")
-    except OSError as error:
-        raise OutputError(f"{folder} cannot be written: {error.strerror}. Choose another --output.") from error
-    with handle:
-        if not _lock(handle):
-            raise OutputError(f"Another process works on the batch in {folder}. Wait for it, or choose --output.")
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold(folder / "batch.lock", "sdlora batch"))
+        except BusyError as error:
+            raise OutputError(
+                f"Another process works on the batch in {folder}. Wait until it ends, or choose another --output."
+            ) from error
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be written: {error.strerror}. Choose another --output.") from error
         yield
-
-
-def _lock(handle: IO[str]) -> bool:
-    """Take the file's lock, which the system gives back when the process ends, however it ends."""
-    try:
-        if os.name == "nt":
-            import msvcrt
-
-            msvcrt.locking(handle.fileno(), msvcrt.LK_NBLCK, 1)  # type: ignore[attr-defined,unused-ignore]
-        else:
-            import fcntl
-
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True

@@ -15,7 +15,7 @@ LEDGER = "batch.json"
 _STOP = ".stop"  # no job can be named so
 
 
-class Place:
+class Location:
     """Where a batch lies.
 
     Args:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.batch.engine import started
-from sdlora.batch.location import Place
+from sdlora.batch.location import Location
 from sdlora.batch.messages import Message, Task
 from sdlora.common.remote import is_url
 from sdlora.errors import ConfigError, StoreError
@@ -28,7 +28,7 @@ class RayEngine:
     """A Ray cluster, as one more `sdlora.batch.engine.Engine`.
 
     Args:
-        place: The batch's, at a URL or on a path that all machines share.
+        location: The batch's, at a URL or on a path that all machines share.
         address: Of the cluster; None starts one on this machine, or joins the one that RAY_ADDRESS names.
         num_gpus: Each task's share of a GPU; None gives it one where the cluster has any.
 
@@ -36,12 +36,12 @@ class RayEngine:
         ConfigError: Ray is not installed.
     """
 
-    def __init__(self, place: Place, address: str | None, num_gpus: float | None) -> None:
+    def __init__(self, location: Location, address: str | None, num_gpus: float | None) -> None:
         try:
             self._ray = importlib.import_module("ray")
         except ModuleNotFoundError as error:
             raise ConfigError("--engine ray needs Ray. Run: pip install 'sdlora[ray]'.") from error
-        self._place, self._address, self._num_gpus = place, address, num_gpus
+        self._location, self._address, self._num_gpus = location, address, num_gpus
 
     def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> Iterator[Message]:
         """See `sdlora.batch.engine.Engine.run`; messages are the first and the last of each task."""
@@ -49,7 +49,7 @@ class RayEngine:
         stopping = False
         if not ray.is_initialized():
             ray.init(address=self._address, log_to_driver=False)
-        self._place.ask_to_stop(False)
+        self._location.ask_to_stop(False)
         num_gpus = self._num_gpus
         if num_gpus is None:
             num_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
@@ -57,13 +57,13 @@ class RayEngine:
         remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=-1)(carry_out_remotely)
         waiting: dict[Any, Task] = {}
         for task in tasks:
-            waiting[remote.remote(vars(task), self._place.output, str(Path.cwd()))] = task
+            waiting[remote.remote(vars(task), self._location.output, str(Path.cwd()))] = task
             yield started(task)
         try:
             while waiting:
                 if should_stop() and not stopping:
                     with contextlib.suppress(StoreError):  # if it does not answer, it is asked again
-                        self._place.ask_to_stop(True)
+                        self._location.ask_to_stop(True)
                         stopping = True
                 done, _ = ray.wait(list(waiting), num_returns=1, timeout=_PATIENCE_SECONDS)
                 for reference in done:
@@ -72,7 +72,7 @@ class RayEngine:
             for reference in waiting:
                 ray.cancel(reference, force=True)
             with contextlib.suppress(StoreError):  # the next batch takes it back as well
-                self._place.ask_to_stop(False)
+                self._location.ask_to_stop(False)
 
     def _ending(self, reference: Any, task: Task) -> Message:
         try:
@@ -102,11 +102,11 @@ def carry_out_remotely(task: dict[str, Any], output: str, here: str) -> Message:
     from sdlora.batch.task import carry_out
     from sdlora.run.setup import fresh_base
 
-    *_, last = carry_out(Task(**task), fresh_base, _wish_to_stop(Place(output)))
+    *_, last = carry_out(Task(**task), fresh_base, _wish_to_stop(Location(output)))
     return last
 
 
-def _wish_to_stop(place: Place) -> Callable[[], bool]:
+def _wish_to_stop(location: Location) -> Callable[[], bool]:
     """Whether the batch is to end; asked between steps, which may be shorter than a store's answer takes."""
     asked, wish = -_ASK_EVERY_SECONDS, False
 
@@ -115,7 +115,7 @@ def _wish_to_stop(place: Place) -> Callable[[], bool]:
         if not wish and time.monotonic() - asked >= _ASK_EVERY_SECONDS:
             # A store that does not answer stops no training; the run itself tells of it.
             with contextlib.suppress(StoreError):
-                wish = place.asked_to_stop()
+                wish = location.asked_to_stop()
             asked = time.monotonic()
         return wish
 

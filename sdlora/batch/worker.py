@@ -26,7 +26,7 @@ def main() -> None:
     quiet_libraries()
     from sdlora.batch.messages import Task
     from sdlora.batch.task import carry_out
-    from sdlora.run.base_pool import KeptBase
+    from sdlora.run.base_pool import BasePool
 
     tasks: queue.Queue[Task | None] = queue.Queue()
     stopping = threading.Event()
@@ -38,7 +38,7 @@ def main() -> None:
         tasks.put(None)
 
     threading.Thread(target=listen, daemon=True).start()
-    bases = KeptBase()
+    bases = BasePool()
     for task in iter(tasks.get, None):
         for message in carry_out(task, bases, stopping.is_set):
             try:

@@ -47,29 +47,29 @@ def batch(
     planned = read_jobs(jobs)
     from sdlora.batch.batch import run_batch
     from sdlora.batch.engine import Engine, LocalEngine, environments
-    from sdlora.batch.location import Place
+    from sdlora.batch.location import Location
     from sdlora.batch.table import BatchTable
     from sdlora.cli.progress import JsonLines
 
-    place = Place(output or str(Path("runs") / jobs.stem))
+    location = Location(output or str(Path("runs") / jobs.stem))
     console = Console(stderr=True, highlight=False)
     if dry_run:
         quiet_libraries()
         from sdlora.batch.dry_run import tell_forecast
 
-        tell_forecast(planned, place.folder, json_=json_)
+        tell_forecast(planned, location.folder, json_=json_)
         return
     view = JsonLines(sys.stdout) if json_ else BatchTable(console)
     carrier: Engine
     if engine == "ray":
         from sdlora.batch.ray_engine import RayEngine
 
-        carrier = RayEngine(place, address, gpus)
+        carrier = RayEngine(location, address, gpus)
     else:
-        carrier = LocalEngine(place.folder / "workers", environments())
+        carrier = LocalEngine(location.folder / "workers", environments())
     standing: dict[str, Any] = {}
     with stop_signals(lambda text: _say(console, text)) as stop_signal, view:
-        messages = run_batch(planned, place, carrier, retry=retry, should_stop=lambda: stop_signal() is not None)
+        messages = run_batch(planned, location, carrier, retry=retry, should_stop=lambda: stop_signal() is not None)
         for message in messages:
             view.show(message)
             standing = message

@@ -17,7 +17,7 @@ from sdlora.batch.batch import decide, run_batch
 from sdlora.batch.engine import LocalEngine
 from sdlora.batch.jobs import Job, read_jobs
 from sdlora.batch.ledger import Ledger, Record
-from sdlora.batch.location import Place
+from sdlora.batch.location import Location
 from sdlora.batch.messages import Message
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config
@@ -55,7 +55,7 @@ def write_jobs(folder: Path, images: Path, base: str, *, rank: int = 999) -> Pat
 def messages(file: Path, *, retry: bool = False, stop: Callable[[], bool] = lambda: False) -> Iterator[Message]:
     output = file.parent / "out"
     engine = LocalEngine(output / "workers", [{}])
-    return run_batch(read_jobs(file), Place(str(output)), engine, retry=retry, should_stop=stop)
+    return run_batch(read_jobs(file), Location(str(output)), engine, retry=retry, should_stop=stop)
 
 
 def tensors(file: Path) -> str:

@@ -15,7 +15,7 @@ from helpers.batches import QUICK
 from sdlora.batch.batch import run_batch
 from sdlora.batch.engine import LocalEngine, started
 from sdlora.batch.jobs import Job, read_jobs
-from sdlora.batch.location import Place
+from sdlora.batch.location import Location
 from sdlora.batch.messages import Message, Task
 from sdlora.batch.task import carry_out
 from sdlora.common.remote import Store
@@ -72,11 +72,11 @@ def test_a_batch_goes_on_from_its_url_on_another_machine(
 ) -> None:
     jobs = read_jobs(jobs_file(tmp_path, images, tiny_base))
     bucket = tmp_path / "bucket"
-    place = lambda: Place(f"file://{bucket}")  # noqa: E731
+    location = lambda: Location(f"file://{bucket}")  # noqa: E731
     first = machine("first")
     seen, killed = [], False
     engine = LocalEngine(first / "workers", [{}])
-    for message in run_batch(jobs, place(), engine, retry=False, should_stop=lambda: False):
+    for message in run_batch(jobs, location(), engine, retry=False, should_stop=lambda: False):
         seen.append(message)
         if not killed and message.get("job") == "long" and message["event"] == "step" and message["step"] >= 6:
             (lock,) = [file for file in (first / "runs").glob("*/run.lock") if file.stat().st_size]
@@ -88,7 +88,7 @@ def test_a_batch_goes_on_from_its_url_on_another_machine(
     assert "2 of 3 jobs are done" in (bucket / "report.html").read_text(encoding="utf-8")
 
     second = machine("second")
-    seen = list(run_batch(jobs, place(), Here(), retry=False, should_stop=lambda: False))
+    seen = list(run_batch(jobs, location(), Here(), retry=False, should_stop=lambda: False))
     assert [m["action"] for m in seen if m["event"] == "planned"] == ["skip", "skip", "resume"]
     steps = [m["step"] for m in seen if m["event"] == "step"]
     assert steps == list(range(steps[0], 81)) and steps[0] > 4, "it went on from its checkpoint"
@@ -106,7 +106,7 @@ def test_a_batch_goes_on_from_its_url_on_another_machine(
     assert (bucket / "results.csv").read_text().count("\n") == 4
 
     machine("third")
-    last = run_batch(jobs, place(), Here(), retry=True, should_stop=lambda: False)
+    last = run_batch(jobs, location(), Here(), retry=True, should_stop=lambda: False)
     assert {message["event"] for message in last} == {"planned", "batch"}
     assert not [file for file in bucket.rglob("*") if "partial" in file.name]
 
@@ -117,21 +117,21 @@ def test_every_kind_of_place_moves_runs_aside_and_carries_wishes(
 ) -> None:
     machine("here")
     output = kind.format(tmp_path)
-    place, store = Place(output), Store(output)
-    assert place.name == "jobs" and place.move_aside("a job") is None
+    location, store = Location(output), Store(output)
+    assert location.name == "jobs" and location.move_aside("a job") is None
     for number in (b"1", b"2"):
-        Store(place.run("a job")).write("config.toml", number)
-        Store(f"{place.run('a job')}/epochs/1").write("copycheck.json", number)
-        assert place.move_aside("a job") == f"{output}/a job.{number.decode()}"
+        Store(location.run("a job")).write("config.toml", number)
+        Store(f"{location.run('a job')}/epochs/1").write("copycheck.json", number)
+        assert location.move_aside("a job") == f"{output}/a job.{number.decode()}"
         assert not store.has("a job")
     assert store.read("a job.1/epochs/1/copycheck.json") == b"1"
     assert store.read("a job.2/config.toml") == b"2"
-    assert not place.asked_to_stop()
-    place.ask_to_stop(True)
-    assert Place(output).asked_to_stop()
+    assert not location.asked_to_stop()
+    location.ask_to_stop(True)
+    assert Location(output).asked_to_stop()
     for _ in range(2):
-        place.ask_to_stop(False)
-        assert not Place(output).asked_to_stop()
+        location.ask_to_stop(False)
+        assert not Location(output).asked_to_stop()
 
 
 class Failing:
@@ -163,7 +163,7 @@ def test_what_a_store_did_not_take_is_told_and_tried_again(
     monkeypatch.setattr(MemoryFileSystem, "put_file", put_file)
     home, url, seen = machine("here"), "memory://bucket/jobs", list[Message]()
     jobs = [Job("a", 0, {}, parse_config({"data": {"folder": "x"}}, name="a"))]
-    batch = lambda: run_batch(jobs, Place(url), Failing(broken), retry=False, should_stop=lambda: False)  # noqa: E731
+    batch = lambda: run_batch(jobs, Location(url), Failing(broken), retry=False, should_stop=lambda: False)  # noqa: E731
     with pytest.raises(StoreError, match="on fire"):
         seen.extend(batch())
     assert [message["event"] for message in seen] == ["planned", "started", "ended", "notice"]

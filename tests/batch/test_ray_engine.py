@@ -13,7 +13,7 @@ import pytest
 
 from sdlora.batch.batch import run_batch
 from sdlora.batch.jobs import read_jobs
-from sdlora.batch.location import Place
+from sdlora.batch.location import Location
 from sdlora.batch.messages import Task
 from sdlora.batch.ray_engine import RayEngine, _wish_to_stop
 from sdlora.config.toml import parse_config
@@ -108,10 +108,10 @@ def test_a_lost_node_costs_no_job(tmp_path: Path, images: Path, tiny_base: Path,
             cluster.remove_node(second, allow_graceful=False)
         return False
 
-    place = Place(f"file://{bucket}")
-    engine = RayEngine(place, cluster.address, None)
+    location = Location(f"file://{bucket}")
+    engine = RayEngine(location, cluster.address, None)
     jobs = read_jobs(jobs_file(tmp_path, images, tiny_base))
-    *_, standing = run_batch(jobs, place, engine, retry=False, should_stop=kill_when_busy)
+    *_, standing = run_batch(jobs, location, engine, retry=False, should_stop=kill_when_busy)
     assert lost, "no job ran on the second node"
     assert (len(standing["done"]), standing["failed"], standing["open"]) == (8, [], [])
     for name in lost:
@@ -152,22 +152,22 @@ def test_jobs_go_to_a_folder_that_all_machines_share_and_end_when_asked(
     tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", Ray())
-    place = Place(str(tmp_path / "jobs"))
+    location = Location(str(tmp_path / "jobs"))
     settings = [*overrides, "preview.enabled=false", "train.epochs=1"]
     config = parse_config({"data": {"folder": "x"}}, name="a", overrides=settings)
-    tasks = [Task(name, config.model_dump(mode="json"), place.run(name)) for name in ("one", "two")]
-    engine = RayEngine(place, None, None)
+    tasks = [Task(name, config.model_dump(mode="json"), location.run(name)) for name in ("one", "two")]
+    engine = RayEngine(location, None, None)
     found = list(engine.run(tasks[:1], lambda: False))
     assert [message.get("status") for message in found] == [None, "done"]
     assert (tmp_path / "jobs/one/a.safetensors").is_file()
     # A wish to stop is asked for by whoever carries a task out, wherever that is.
     found = list(engine.run(tasks[1:], lambda: True))
     assert [message.get("status") for message in found] == [None, "stopped"]
-    assert not place.asked_to_stop()
+    assert not location.asked_to_stop()
 
 
 def test_a_store_that_is_away_stops_no_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    place, answers = Place(str(tmp_path)), [StoreError("away"), False, True]
+    location, answers = Location(str(tmp_path)), [StoreError("away"), False, True]
 
     def asked() -> bool:
         answer = answers.pop(0)
@@ -175,17 +175,17 @@ def test_a_store_that_is_away_stops_no_job(monkeypatch: pytest.MonkeyPatch, tmp_
             raise answer
         return answer
 
-    monkeypatch.setattr(place, "asked_to_stop", asked)
+    monkeypatch.setattr(location, "asked_to_stop", asked)
     monkeypatch.setattr("sdlora.batch.ray_engine._ASK_EVERY_SECONDS", 0.0)
-    wish = _wish_to_stop(place)
+    wish = _wish_to_stop(location)
     assert [wish() for _ in range(5)] == [False, False, True, True, True]
     monkeypatch.setattr("sdlora.batch.ray_engine._ASK_EVERY_SECONDS", 3600.0)
     answers[:] = [False]
-    wish = _wish_to_stop(place)
+    wish = _wish_to_stop(location)
     assert [wish() for _ in range(5)] == [False] * 5, "it is not asked at every step"
 
 
 def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="pip install"):
-        RayEngine(Place(str(tmp_path)), None, None)
+        RayEngine(Location(str(tmp_path)), None, None)

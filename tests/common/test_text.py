@@ -17,7 +17,14 @@ def test_seconds_are_formatted_in_the_largest_unit_that_fits(seconds: float, tex
 
 @pytest.mark.parametrize(
     ("num_bytes", "text"),
-    [(0, "0 KiB"), (2**16, "64 KiB"), (3 * 2**19, "1.5 MiB"), (2**29, "0.50 GiB"), (5 * 2**29, "2.50 GiB"), (2**41, "2,048.00 GiB")],
+    [
+        (0, "0 KiB"),
+        (2**16, "64 KiB"),
+        (3 * 2**19, "1.5 MiB"),
+        (2**29, "0.50 GiB"),
+        (5 * 2**29, "2.50 GiB"),
+        (2**41, "2,048.00 GiB"),
+    ],
 )
 def test_sizes_are_formatted_in_the_largest_unit_that_fits(num_bytes: int, text: str) -> None:
     assert format_bytes(num_bytes) == text

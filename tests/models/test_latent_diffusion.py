@@ -18,7 +18,7 @@ from sdlora.estimate.meta_model import shapes_of_base
 from sdlora.lora.targets import find_targets
 from sdlora.models import latent_diffusion
 from sdlora.models.load import load_base
-from sdlora.run.base_pool import KeptBase
+from sdlora.run.base_pool import BasePool
 from sdlora.run.run import start
 from sdlora.training.adapter import make_adapter
 
@@ -106,15 +106,14 @@ def test_never_both_of_them_and_none_in_the_end(tiny_base: Path, monkeypatch: py
 
 def test_counting_and_naming_move_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waiting = Waiting(monkeypatch)
-    bases = KeptBase()
+    bases = BasePool()
     base = bases(RunConfig(base=BaseConfig(path=str(tiny_base))), torch.device("cpu"), torch.float32)
     base.set_aside()
     assert waiting.known and waiting.present() == set()
     targets: list[Target] = ["cross_attention", "text_encoder"]
     paths = find_targets(base.unet, targets, base.text_encoders)
     assert shapes_of_base(base).text_bytes > 0
-    bases(RunConfig(base=BaseConfig(path=str(tiny_base))), torch.device("cpu"), torch.float32)
-    assert bases.num_loads == 1
+    assert bases(RunConfig(base=BaseConfig(path=str(tiny_base))), torch.device("cpu"), torch.float32) is base
     make_adapter(RunConfig(), base, [path for path in paths if not path.startswith("text_encoder")]).remove()
     assert waiting.present() == set()
     # What is trained must be where it stays, before an optimizer knows it.

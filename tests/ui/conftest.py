@@ -18,7 +18,7 @@ from sdlora.ui.state import subprocesses
 from sdlora.ui.state.folders import Studio
 from sdlora.ui.state.queue import Jobs
 from sdlora.ui.state.subprocesses import Identity
-from sdlora.ui.state.try_lora import Easel
+from sdlora.ui.state.try_lora import LoraSampler
 
 
 @pytest.fixture
@@ -30,7 +30,7 @@ def studio(tmp_path: Path) -> Studio:
 
 @pytest.fixture
 def context(studio: Studio) -> Context:
-    return Context(studio, Jobs(studio), Easel())
+    return Context(studio, Jobs(studio), LoraSampler())
 
 
 @pytest.fixture

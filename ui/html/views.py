@@ -174,7 +174,7 @@ def plan_card(sentences: Sequence[str]) -> str:
 
 def state_chip(status: Status) -> str:
     """How a run stands, in a word or two."""
-    words = WORDS[status.word] if status.place is None else f"number {status.place} in the queue"
+    words = WORDS[status.word] if status.position is None else f"number {status.position} in the queue"
     return f"<span class='chip {_TONES[status.word]}'>{text(words)}</span>"
 
 
@@ -213,10 +213,12 @@ def progress_words(status: Status) -> str:
 
 def queue(statuses: Sequence[Status]) -> str:
     """What waits, in its order."""
-    waiting = [status for status in statuses if status.place is not None]
+    waiting = [status for status in statuses if status.position is not None]
     if not waiting:
         return box("<p class='quiet'>Nothing waits. A run that is started while another trains gets in line here.</p>")
-    items = "".join(f"<li>{text(status.name)}</li>" for status in sorted(waiting, key=lambda status: status.place or 0))
+    items = "".join(
+        f"<li>{text(status.name)}</li>" for status in sorted(waiting, key=lambda status: status.position or 0)
+    )
     return box(f"<ol class='queue'>{items}</ol>")
 
 

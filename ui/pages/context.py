@@ -1,4 +1,4 @@
-"""What all pages of the studio share: its folder, its queue, its easel, and how a handler fails.
+"""What all pages of the studio share: its folder, its queue, its sampler, and how a handler fails.
 
 This is the boundary at which anything unexpected becomes a message; the traceback goes to the studio's log.
 """
@@ -23,7 +23,7 @@ from ..state.folders import Studio, StudioError
 from ..state.image_set import SetView, view
 from ..state.queue import Jobs
 from ..state.run_status import Status
-from ..state.try_lora import Easel
+from ..state.try_lora import LoraSampler
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Context:
 
     studio: Studio
     jobs: Jobs
-    easel: Easel
+    sampler: LoraSampler
 
     @property
     def tasks(self) -> BackgroundTasks:

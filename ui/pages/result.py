@@ -18,7 +18,7 @@ from ..settings.draft import from_config, write_draft
 from ..state import run_view
 from ..state.folders import StudioError
 from ..state.run_view import RunView, read_run
-from ..state.try_lora import Wish
+from ..state.try_lora import SampleRequest
 from .background_tasks import TaskPart, publish_part
 from .context import Context, need
 
@@ -61,7 +61,7 @@ class RunsPage:
     moves: list[Any]
 
 
-def draw(context: Context, run: RunView, epochs: Sequence[int], wish: Wish) -> str:
+def draw(context: Context, run: RunView, epochs: Sequence[int], wish: SampleRequest) -> str:
     """Draw a prompt with epochs at strengths, as HTML.
 
     Args:
@@ -81,7 +81,7 @@ def draw(context: Context, run: RunView, epochs: Sequence[int], wish: Wish) -> s
         if epoch not in run.loras:
             raise StudioError(f"Epoch {epoch} has no file yet. Choose one that is complete.")
         files.append(run.loras[epoch])
-        drawn = context.easel.draw(run.config, files[-1], wish)
+        drawn = context.sampler.draw(run.config, files[-1], wish)
         images |= {
             f"epoch {epoch}, strength {strength:g}{' (the base)' if strength == 0 else ''}": image
             for strength, image in zip(wish.strengths, drawn, strict=True)
@@ -117,7 +117,7 @@ def result_page(context: Context, run: gr.Dropdown) -> ResultPage:
             if view is None or any(one is None for one in epochs):
                 raise StudioError("There is no epoch to draw with yet. Wait for the first one, and choose it.")
             chosen = [int(one) for one in epochs]
-            found = draw(context, view, chosen, Wish(words, int(number or 0), tuple(strengths)))
+            found = draw(context, view, chosen, SampleRequest(words, int(number or 0), tuple(strengths)))
             return ""
 
         return context.attempt(drawn) or found

@@ -93,7 +93,7 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
     return Snapshot(
         html,
         [other.name for other in statuses],
-        [other.name for other in statuses if other.place is not None],
+        [other.name for other in statuses if other.position is not None],
         sorted(run.checks) if run else [],
         sorted(run.loras) if run else [],
         recommended[0] if recommended else None,

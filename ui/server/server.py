@@ -34,7 +34,7 @@ from ..state import image_set
 from ..state.folders import Studio, StudioError
 from ..state.queue import Jobs
 from ..state.run_view import read_run
-from ..state.try_lora import Easel
+from ..state.try_lora import LoraSampler
 from ..state.uploads import MOST_BYTES, MOST_CAPTION_BYTES
 from .access import Account, Fence, Logins, check_host
 
@@ -247,7 +247,7 @@ def serve(
     account = None if auth_file is None else Account.read(auth_file)
     studio = Studio(runs, any_folder=account is None)
     studio.create()
-    context = Context(studio, Jobs(studio), Easel())
+    context = Context(studio, Jobs(studio), LoraSampler())
     app = make_app(context, host=host, account=account)
     clock = Clock(context)
     clock.start()

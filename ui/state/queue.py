@@ -10,7 +10,7 @@ import json
 import signal
 import subprocess
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,6 +19,7 @@ import psutil
 from sdlora.common.files import write_json, write_text
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, load_config
+from sdlora.events import fields_from_json, saved_as, to_json
 
 from . import subprocesses
 from .folders import Studio, StudioError
@@ -35,7 +36,7 @@ class Job:
     Attributes:
         name: The run's.
         device: Where it trains, as `processes.device_name` calls it.
-        place: The queue is in this order.
+        position: The queue is in this order.
         stage: Whether its process was started.
         resume: Whether it goes on from the run's newest checkpoint.
         pid: Its process's number, once it was started.
@@ -45,7 +46,7 @@ class Job:
 
     name: str
     device: str
-    place: float
+    position: float = field(metadata=saved_as("place"))
     stage: Stage = "waiting"
     resume: bool = False
     pid: int = 0
@@ -71,12 +72,14 @@ class Jobs:
     def find(self, name: str) -> Job | None:
         """A job by its run's name."""
         file = self._record(name)
-        return Job(**json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else None
+        if not file.is_file():
+            return None
+        return Job(**fields_from_json(Job, json.loads(file.read_text(encoding="utf-8"))))
 
     def all(self) -> list[Job]:
         """Every job, in the queue's order."""
         found = (self.find(file.stem) for file in self.studio.jobs.glob("*.json") if not file.name.startswith("."))
-        return sorted((job for job in found if job is not None), key=lambda job: (job.place, job.name))
+        return sorted((job for job in found if job is not None), key=lambda job: (job.position, job.name))
 
     def waiting(self) -> list[Job]:
         """What has not been started yet, the next one first."""
@@ -85,10 +88,10 @@ class Jobs:
     def status(self, name: str) -> Status:
         """How a run stands."""
         job, waiting = self.find(name), [other.name for other in self.waiting()]
-        place = waiting.index(name) + 1 if name in waiting else None
+        position = waiting.index(name) + 1 if name in waiting else None
         process = job.process() if job else None
         return read_status(
-            self.studio, name, place=place, process=process,
+            self.studio, name, position=position, process=process,
             began=job.began if job else 0.0, stopping=job.stopping if job else False,
         )  # fmt: skip
 
@@ -119,7 +122,7 @@ class Jobs:
             if self._record(name).is_file() or (folder.exists() and any(folder.iterdir())):
                 raise StudioError(f"There is a run called {name!r} already. Give this one another name.")
             write_text(file, wanted)
-            self._write(Job(name, subprocesses.device_name(config.train.device), self._last_place() + 1))
+            self._write(Job(name, subprocesses.device_name(config.train.device), self._last_position() + 1))
         self.dispatch()
         return self._told(name)
 
@@ -141,7 +144,7 @@ class Jobs:
                 raise StudioError(f"There is no run called {name!r}.")
             config = load_config(str(source))
             device = subprocesses.device_name(config.train.device)
-            self._write(Job(name, device, self._last_place() + 1, resume=started))
+            self._write(Job(name, device, self._last_position() + 1, resume=started))
         self.dispatch()
         return self._told(name)
 
@@ -208,11 +211,11 @@ class Jobs:
             order = [job.name for job in queue]
             if name not in order:
                 raise StudioError(f"{name!r} does not wait any more.")
-            places = [job.place for job in queue]
+            positions = [job.position for job in queue]
             index = order.index(name)
             queue.insert(max(0, index + by), queue.pop(index))
-            for place, job in zip(places, queue, strict=True):
-                self._write(replace(job, place=place))
+            for position, job in zip(positions, queue, strict=True):
+                self._write(replace(job, position=position))
         return f"The queue is now: {', '.join(job.name for job in queue)}."
 
     def forget(self, name: str) -> None:
@@ -276,11 +279,11 @@ class Jobs:
         return self.studio.job_record(name)
 
     def _write(self, job: Job) -> None:
-        write_json(self._record(job.name), asdict(job))
+        write_json(self._record(job.name), to_json(job))
 
     def _forget(self, job: Job) -> None:
         self._record(job.name).unlink(missing_ok=True)
         self.studio.job_config(job.name).unlink(missing_ok=True)
 
-    def _last_place(self) -> float:
-        return max((job.place for job in self.all()), default=time.time())
+    def _last_position(self) -> float:
+        return max((job.position for job in self.all()), default=time.time())

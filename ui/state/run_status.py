@@ -33,7 +33,7 @@ class Status:
         state: How far it is; None before it has written that.
         error: What went wrong, in words; None if nothing did.
         log: The last lines of what its process said.
-        place: In the queue, from 1; None if it does not wait.
+        position: In the queue, from 1; None if it does not wait.
         process: Its process while it lives.
     """
 
@@ -42,7 +42,7 @@ class Status:
     state: RunState | None = None
     error: str | None = None
     log: str = ""
-    place: int | None = None
+    position: int | None = None
     process: psutil.Process | None = field(default=None, compare=False)
 
     @property
@@ -57,21 +57,21 @@ class Status:
 
 
 def read_status(
-    studio: Studio, name: str, *, place: int | None, process: psutil.Process | None, began: float, stopping: bool
+    studio: Studio, name: str, *, position: int | None, process: psutil.Process | None, began: float, stopping: bool
 ) -> Status:
     """How a run stands.
 
     Args:
         studio: Where it lies.
         name: Which.
-        place: In the queue, from 1; None if it does not wait.
+        position: In the queue, from 1; None if it does not wait.
         process: The process that the studio started for it, while that lives.
         began: When that process began; 0 if there was none.
         stopping: Whether it was asked to stop.
     """
     folder = studio.run(name)
-    if place is not None:
-        return Status(name, "waiting", place=place)
+    if position is not None:
+        return Status(name, "waiting", position=position)
     state = read_state(folder / "state.json")
     if state is not None:
         started = datetime.fromisoformat(state.started).timestamp()

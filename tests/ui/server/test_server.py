@@ -26,7 +26,7 @@ from sdlora.ui.server.server import make_app
 from sdlora.ui.settings.draft import Draft, write_draft
 from sdlora.ui.state.folders import Studio
 from sdlora.ui.state.queue import Jobs
-from sdlora.ui.state.try_lora import Easel
+from sdlora.ui.state.try_lora import LoraSampler
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ def open_(tmp_path_factory: pytest.TempPathFactory) -> Context:
         (run / "epochs" / str(epoch)).mkdir(parents=True)
         (run / "epochs" / str(epoch) / "adapter.safetensors").write_bytes(b"lora %d" % epoch)
         (run / "epochs" / str(epoch) / "proof.json").write_text("{}")
-    return Context(studio, Jobs(studio), Easel())
+    return Context(studio, Jobs(studio), LoraSampler())
 
 
 @pytest.fixture(scope="module")

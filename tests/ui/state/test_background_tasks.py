@@ -80,7 +80,7 @@ def test_no_model_is_asked_for_at_once(context: Context, folder: Path, model: st
 
 
 def test_over_the_network_no_folder_elsewhere_is_read(context: Context, folder: Path, tmp_path: Path) -> None:
-    closed = Context(Studio(context.studio.runs, any_folder=False), context.jobs, context.easel)
+    closed = Context(Studio(context.studio.runs, any_folder=False), context.jobs, context.sampler)
     with pytest.raises(SdloraError, match="over the network"):
         send_for_captions(closed, str(tmp_path))
 

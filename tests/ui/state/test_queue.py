@@ -55,7 +55,7 @@ def test_the_rest_waits_and_goes_on_after_it(
 ) -> None:
     for name in "abc":
         context.jobs.add(make_config(name))
-    assert [context.jobs.status(name).place for name in "abc"] == [None, 1, 2]
+    assert [context.jobs.status(name).position for name in "abc"] == [None, 1, 2]
     context.jobs.dispatch()
     assert len(sleepers) == 1
     end(sleepers[0])

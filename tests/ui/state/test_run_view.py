@@ -19,7 +19,9 @@ from sdlora.copycheck.verdict import read_checks
 from sdlora.data.images import crop_to_bucket, load_image
 from sdlora.errors import SdloraError
 from sdlora.events import EpochDone, Event, RunDone
+from sdlora.run import base_pool
 from sdlora.run.run import Stopped, start
+from sdlora.run.setup import fresh_base
 from sdlora.ui.html import run_views, views
 from sdlora.ui.pages.context import Context
 from sdlora.ui.pages.result import clone_into_draft, draw
@@ -27,7 +29,7 @@ from sdlora.ui.pages.snapshot import SLOTS, snapshot
 from sdlora.ui.state.folders import Studio
 from sdlora.ui.state.queue import Jobs
 from sdlora.ui.state.run_view import RunView, delete_run, differences, read_run, settings_of
-from sdlora.ui.state.try_lora import Easel, Wish
+from sdlora.ui.state.try_lora import LoraSampler, SampleRequest
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +38,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, images: P
     root = tmp_path_factory.mktemp("trained")
     studio = Studio(root / "runs")
     studio.create()
-    context = Context(studio, Jobs(studio), Easel())
+    context = Context(studio, Jobs(studio), LoraSampler())
     file = root / "small.toml"
     file.write_text(
         f"""
@@ -189,12 +191,15 @@ def test_result_names_the_trigger_of_every_set(
     assert ("no trigger word" in html) == (told == ["no trigger word"])
 
 
-def test_strength_zero_is_the_base_and_one_the_preview(trained: Context) -> None:
+def test_strength_zero_is_the_base_and_one_the_preview(trained: Context, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads: list[str] = []
+    monkeypatch.setattr(base_pool, "fresh_base", lambda *args: loads.append("base") or fresh_base(*args))
     run = read_run(trained.studio, "small")
     assert run is not None
-    wish = Wish("a red ball", 0, (0.0, 1.0, 2.0))
-    zero, one, two = trained.easel.draw(run.config, run.loras[2], wish)
-    (base,) = trained.easel.draw(run.config, None, Wish("a red ball", 0))
+    wish = SampleRequest("a red ball", 0, (0.0, 1.0, 2.0))
+    zero, one, two = trained.sampler.draw(run.config, run.loras[2], wish)
+    (base,) = trained.sampler.draw(run.config, None, SampleRequest("a red ball", 0))
+    assert loads == ["base"], "it stays loaded, and drawing leaves nothing in it"
     match = next(match for match in run.checks[2].previews if match.prompt == "a red ball")
     assert zero.tobytes() == base.tobytes()
     # Previews are drawn several at once, which may round otherwise.
@@ -207,11 +212,11 @@ def test_strength_zero_is_the_base_and_one_the_preview(trained: Context) -> None
 def test_epochs_are_drawn_side_by_side(trained: Context) -> None:
     run = read_run(trained.studio, "small")
     assert run is not None
-    html = draw(trained, run, [1, 2], Wish("a ball", 3, (1.0,)))
+    html = draw(trained, run, [1, 2], SampleRequest("a ball", 3, (1.0,)))
     assert html.count("<img") == 2 and "epoch 1, strength 1" in html and "epoch 2, strength 1" in html
     for epochs, words in (([7], "a ball"), ([1], " ")):
         with pytest.raises(SdloraError):
-            draw(trained, run, epochs, Wish(words, 0))
+            draw(trained, run, epochs, SampleRequest(words, 0))
     assert torch.is_grad_enabled()
 
 
