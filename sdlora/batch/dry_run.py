@@ -29,6 +29,7 @@ from sdlora.previews.sampler import draw
 from sdlora.run.base_pool import BasePool, forget_accelerator
 from sdlora.run.folder import RunFolder
 from sdlora.run.setup import Parts, prepare
+from sdlora.training.prior_preservation import ClassWords
 
 
 @dataclass(frozen=True)
@@ -111,16 +112,18 @@ def _batch_seconds(parts: Parts) -> float:
     size, every = parts.config.train.batch_size, parts.config.train.preservation_every
     exposures = [Exposure(largest, number) for number in range(1, size + 1)]
     # As many are preserved as ever are in a batch, since memory is measured as well.
-    parts.trainer.plan = replace(parts.trainer.plan, kept=frozenset(exposures[::every]))
+    loss = parts.trainer.terms[0].loss
+    if isinstance(loss.extra, ClassWords):
+        loss.extra.compared = frozenset(exposures[::every])
     for _ in parts.data.cache.fill_text(parts.data.captions(exposures)):
         pass
     seconds = 0.0
     for _ in range(2):
         start = time.monotonic()
-        _, objective = parts.trainer.losses_per_example(exposures, [500] * len(exposures))
+        _, objective = loss(exposures, [500] * len(exposures))
         objective.sum().backward()  # type: ignore[no-untyped-call]
         seconds = _elapsed(start)
-    parts.trainer.optimizer.zero_grad(set_to_none=True)
+    parts.trainer.step.optimizer.zero_grad(set_to_none=True)
     if parts.data.prior_caption is not None:
         seconds *= preservation_time(1 / every) / preservation_time(len(exposures[::every]) / size)
     return seconds

@@ -21,9 +21,10 @@ from sdlora.lora.quantize import Quantization, num_weights
 from sdlora.lora.targets import find_targets
 from sdlora.lora_files.verify import VERIFY_LATENT_EDGE, VERIFY_TIMESTEPS
 from sdlora.models.base import BaseModel
-from sdlora.training.loss import Batch, diffusion_loss, diffusion_loss_with_prior
+from sdlora.training.loss import Batch, diffusion_loss
+from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group
-from sdlora.training.train_step import LeanStep
+from sdlora.training.prior_preservation import diffusion_loss_with_prior
 
 FULL_BYTES_PER_PARAMETER = 16
 """Mixed precision with Adam: weight and gradient in 16 bits, weight, mean and variance in 32 (1910.02054, 3.1)."""
@@ -146,7 +147,7 @@ def need(setting: Setting) -> Need:
         base.unet, paths, config.lora.rank, config.lora.alpha, 0, spec=gaussian, text_encoders=base.text_encoders
     )
     count = adapter.num_parameters()
-    lean = LeanStep(
+    lean = TrainingModel(
         base.unet,
         adapter,
         [Group(adapter.parameters(), 1.0)],
@@ -182,14 +183,14 @@ def need(setting: Setting) -> Need:
     )
 
 
-def _step_cost(setting: Setting, base: MetaBase, adapter: Adapter, lean: LeanStep) -> Cost:
+def _step_cost(setting: Setting, base: MetaBase, adapter: Adapter, lean: TrainingModel) -> Cost:
     """Forward and backward pass of the largest batch, by the code that trains."""
     config, size = setting.config, setting.config.train.batch_size
     # It is no whole model, but answers as one.
     model = cast(BaseModel, base)
     clean = latents(setting.shapes, size, setting.bucket)
     timesteps = torch.zeros(size, dtype=torch.long, device=META)
-    with lean.live(), counted() as cost:
+    with lean.forward_backward(), counted() as cost:
         batch = Batch(clean, torch.empty_like(clean), timesteps, base.text(size))
         if config.data.class_words:
             most = -(-size // config.train.preservation_every)

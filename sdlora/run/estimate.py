@@ -26,16 +26,16 @@ from sdlora.estimate.memory import (
 from sdlora.estimate.meta_model import latents, num_bytes, shapes_of_base, shapes_of_family
 from sdlora.events import saved_as, to_json
 from sdlora.lora.quantize import num_weights
-from sdlora.lora.targets import find_targets
 from sdlora.models.architectures import Family
 from sdlora.models.base import BaseModel
+from sdlora.run.arguments import Arguments
 from sdlora.run.setup import Loaded, load
-from sdlora.training.adapter import adapter_spec, make_adapter
+from sdlora.training.adapter import make_adapter
 from sdlora.training.data import TrainingData, training_data
 from sdlora.training.loss import Batch, diffusion_loss
+from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group
-from sdlora.training.schedule import plan_training
-from sdlora.training.train_step import LeanStep
+from sdlora.training.schedule import make_schedule
 
 PROBE_STEPS = 2
 _SMALL_BASE = 100_000_000
@@ -93,7 +93,7 @@ def forecast_family(family: Family, config: RunConfig, memory_bytes: int | None)
     edge = config.data.resolution_px or shapes.resolution_px
     # Cards that train these families have bf16.
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
-    setting = Setting(config, adapter_spec(config.lora), shapes, dtype, (edge, edge))
+    setting = Setting(config, Arguments(config).adapter.spec, shapes, dtype, (edge, edge))
     return _forecast(setting, memory_bytes, None, None, None)
 
 
@@ -106,7 +106,7 @@ def forecast_config(config: RunConfig, memory_bytes: int | None) -> Forecast:
     loaded = load(config)
     setting, cache_bytes = setting_of(config, loaded)
     memory = device_memory(loaded.device) if memory_bytes is None else memory_bytes
-    num_batches = sum(len(step) for steps in plan_training(config, loaded.dataset).epochs for step in steps)
+    num_batches = sum(map(len, make_schedule(Arguments(config).schedule, loaded.dataset).steps))
     # Images of what is preserved come in as many batches again.
     num_batches *= 1 if loaded.prior is None else 2
     seconds = num_batches * step_seconds(config, loaded, setting)
@@ -117,7 +117,7 @@ def forecast_config(config: RunConfig, memory_bytes: int | None) -> Forecast:
 
 def setting_of(config: RunConfig, loaded: Loaded) -> tuple[Setting, int]:
     """What is planned for images and a base that are loaded, and the bytes of their cache on the disk."""
-    data = training_data(config, loaded.dataset, loaded.cache)
+    data = training_data(Arguments(config).captions, loaded.dataset, loaded.cache)
     return _setting(config, loaded.base, data, loaded.device)
 
 
@@ -139,7 +139,7 @@ def _setting(config: RunConfig, base: BaseModel, data: TrainingData, device: tor
     # In float16, as the cache keeps them.
     per_place = 2 * int(shapes.vae["latent_channels"]) * 2
     moments = sum(per_place * prod(edge // shapes.latent_factor for edge in e.bucket) for e in examples)
-    captions = set(data.captions(plan_training(config, data.dataset).timesteps))
+    captions = set(data.captions(make_schedule(Arguments(config).schedule, data.dataset).timesteps))
     states = 0 if data.text_is_trained else data.cache.text_bytes(len(captions))
     text_is_live = states > config.cache.max_text_gib * 2**30
     states = 0 if text_is_live else states
@@ -149,7 +149,7 @@ def _setting(config: RunConfig, base: BaseModel, data: TrainingData, device: tor
     held = moments + states if on_cpu else 0
     setting = Setting(
         config,
-        adapter_spec(config.lora),
+        Arguments(config).adapter.spec,
         shapes,
         base.unet.dtype,
         largest,
@@ -173,16 +173,15 @@ def step_seconds(config: RunConfig, loaded: Loaded, setting: Setting) -> float:
     The base keeps its adapter afterwards.
     """
     base, size = loaded.base, config.train.batch_size
-    paths = find_targets(base.unet, config.lora.targets, base.text_encoders)
-    adapter = make_adapter(config, base, paths)
-    lean = LeanStep(
+    adapter = make_adapter(Arguments(config).adapter, base)
+    model = TrainingModel(
         base.unet,
         adapter,
         [Group(adapter.parameters(), 1.0)],
         optimizer="adamw",
         gradient_checkpointing=config.train.gradient_checkpointing,
     )
-    optimizer = torch.optim.AdamW(lean.parameters())
+    optimizer = torch.optim.AdamW(model.parameters())
     clean = torch.zeros_like(latents(setting.shapes, size, setting.bucket), device="cpu")
     found = []
     for _ in range(PROBE_STEPS):
@@ -190,10 +189,10 @@ def step_seconds(config: RunConfig, loaded: Loaded, setting: Setting) -> float:
             text = base.encode_captions([""] * size) | base.image_states(loaded.dataset.examples[:1] * size)
         begin = time.perf_counter()
         batch = Batch(clean, torch.randn_like(clean), torch.full((size,), 500), text)
-        with lean.live():
+        with model.forward_backward():
             loss = diffusion_loss(base, batch).mean()
             torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(lean.parameters(), 1.0)
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         loss.item()  # waits for the device
@@ -221,7 +220,7 @@ def _forecast(
         memory_bytes=memory_bytes,
         fits=fits,
         changes=[] if memory_bytes is None else changes(setting, needed, memory_bytes),
-        steps=None if dataset is None else sum(map(len, plan_training(config, dataset).epochs)),
+        steps=None if dataset is None else len(make_schedule(Arguments(config).schedule, dataset).steps),
         exposures_per_image=repeats * config.train.epochs,
         seconds=seconds,
         flops_per_step=needed.flops,

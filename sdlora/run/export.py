@@ -24,8 +24,8 @@ from sdlora.lora_files.read import DTYPES_BY_NAME
 from sdlora.lora_files.verify import verify_lora
 from sdlora.lora_files.write import LoraMetadata, add_metadata, save_lora
 from sdlora.previews.sampler import PreviewRequest
+from sdlora.run.arguments import Arguments
 from sdlora.run.setup import Parts
-from sdlora.training.adapter import timestep_rank
 
 THUMBNAIL_PX = 256
 # A quarter of what ComfyUI reads: names and shapes of all of SDXL take another third.
@@ -37,7 +37,7 @@ def export_epoch(parts: Parts, event: EpochDone) -> None:
     file, state, config = parts.folder.epoch_lora(event.epoch), parts.adapter.state(), parts.config
     dtype = DTYPES_BY_NAME[config.file.precision]
     save_lora(file, state, metadata=_metadata(parts, event), spelling=config.file.format, dtype=dtype)
-    proof = verify_lora(file, state, parts.base.fresh_pipeline(), timestep_rank(config.lora), dtype)
+    proof = verify_lora(file, state, parts.base.fresh_pipeline(), Arguments(config).timestep_rank, dtype)
     write_json(file.with_name("proof.json"), asdict(proof))
 
 
@@ -54,7 +54,7 @@ def _metadata(parts: Parts, event: EpochDone) -> LoraMetadata:
         started=parts.folder.config.stat().st_mtime,
         settings={"seed": config.seed}
         | {name: getattr(config, name).model_dump() for name in ("lora", "train", "timesteps", "loss")},
-        timestep_rank=timestep_rank(config.lora),
+        timestep_rank=Arguments(config).timestep_rank,
         prediction_type=parts.base.prediction_type,
         clip_skip=config.base.clip_skip,
         private=captions_told(parts.data.dataset.examples) if config.file.include_captions else {},

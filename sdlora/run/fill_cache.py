@@ -23,9 +23,11 @@ from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Example
 from sdlora.errors import SdloraError
 from sdlora.events import Notice, Progress
+from sdlora.run.arguments import Arguments
 from sdlora.run.setup import Loaded, choose_device, fresh_base, load
-from sdlora.training.data import TrainingData, training_data, validation_data
-from sdlora.training.schedule import plan_prior, plan_training
+from sdlora.training.data import TrainingData, evaluation_data, training_data
+from sdlora.training.prior_preservation import schedule_prior_images
+from sdlora.training.schedule import make_schedule
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
@@ -90,24 +92,25 @@ def fill_cache(config: RunConfig, num_workers: int) -> Iterator[Notice | Progres
 
 def _wanted(config: RunConfig, loaded: Loaded) -> tuple[list[Example], list[str]]:
     """All images that a run meets, and every caption once: those of its exposures, and those of the copy check."""
-    data = training_data(config, loaded.dataset, loaded.cache)
-    plan = plan_training(config, loaded.dataset)
+    arguments, cache = Arguments(config), loaded.cache
+    text_is_trained = arguments.text_is_trained
+    schedule = make_schedule(arguments.schedule, loaded.dataset)
     asked: list[tuple[TrainingData, list[Exposure] | None]] = [
-        (data, list(plan.timesteps)),
-        (validation_data(config, loaded.dataset, loaded.cache), None),
+        (training_data(arguments.captions, loaded.dataset, cache), list(schedule.timesteps)),
+        (evaluation_data(loaded.dataset, cache, text_is_trained=text_is_trained), None),
     ]
     if loaded.prior is not None:
-        prior = training_data(config, loaded.prior, loaded.cache)
-        asked.append((prior, list(plan_prior(config, loaded.prior, plan).timesteps)))
+        beside = schedule_prior_images(arguments.schedule, loaded.prior, schedule)
+        asked.append((training_data(arguments.captions, loaded.prior, cache), list(beside.timesteps)))
     if loaded.validation is not None:
-        asked.append((validation_data(config, loaded.validation, loaded.cache), None))
+        asked.append((evaluation_data(loaded.validation, cache, text_is_trained=text_is_trained), None))
     examples: dict[Example, None] = {}
     captions: dict[str, None] = {}
     for one, planned in asked:
         exposures = [Exposure(index, 1) for index in range(len(one.dataset.examples))] if planned is None else planned
         examples |= {one.dataset.examples[exposure.example]: None for exposure in exposures}
         captions |= dict.fromkeys(one.captions(exposures))
-    return list(examples), [] if data.text_is_trained else list(captions)
+    return list(examples), [] if text_is_trained else list(captions)
 
 
 def _fill(cache: Cache, share: Share, background: str) -> Iterator[Progress]:

@@ -38,6 +38,7 @@ from sdlora.events import (
 from sdlora.previews.contact_sheet import contact_sheet
 from sdlora.previews.sampler import PreviewRequest, draw_epoch
 from sdlora.report.report import Report, write_report
+from sdlora.run.compatibility import limits_elsewhere
 from sdlora.run.disk_space import check_room
 from sdlora.run.estimate import memory_of_run
 from sdlora.run.export import add_thumbnail, captions_told, export_epoch
@@ -46,7 +47,6 @@ from sdlora.run.folder import Recorder, RunFolder
 from sdlora.run.model_card import write_card
 from sdlora.run.resume import as_pinned, check_same, check_same_content, images_of, load_newest, pinned
 from sdlora.run.setup import BaseSource, Parts, choose_device, fresh_base, prepare
-from sdlora.training.adapter import limits_elsewhere
 from sdlora.training.checkpoint import complete_checkpoints, save_checkpoint, tidy_checkpoints
 from sdlora.training.distributed import Processes, join
 
@@ -221,10 +221,8 @@ def _events(
 
 
 def _fill_training(parts: Parts) -> Iterator[Event]:
-    background, trainer = parts.config.data.background, parts.trainer
-    yield from parts.data.fill(background, trainer.plan.timesteps)
-    if parts.prior is not None:
-        yield from parts.prior.fill(background, trainer.prior_plan.timesteps)
+    for term in parts.trainer.terms:
+        yield from term.loss.data.fill(parts.config.data.background, term.schedule.timesteps)
 
 
 def _follow(config: RunConfig, folder: RunFolder, should_stop: Callable[[], bool], processes: Processes) -> None:

@@ -20,17 +20,16 @@ from sdlora.copycheck.null_distribution import make_gallery
 from sdlora.data.dataset import Dataset
 from sdlora.errors import ConfigError
 from sdlora.lora.inject import Adapter
-from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
 from sdlora.models.latent_diffusion import weights_identity
-from sdlora.models.load import LoadOptions, load_base
-from sdlora.models.text import TextOptions
+from sdlora.models.load import load_base
 from sdlora.previews.prompts import novel_prompts
 from sdlora.previews.sampler import PreviewRequest
+from sdlora.run.arguments import Arguments
 from sdlora.run.datasets import fit_images, read_images
 from sdlora.run.folder import RunFolder
 from sdlora.training.adapter import make_adapter
-from sdlora.training.data import TrainingData, training_data, validation_data
+from sdlora.training.data import TrainingData, evaluation_data, training_data
 from sdlora.training.distributed import ALONE, Processes
 from sdlora.training.trainer import Trainer
 from sdlora.training.validation import Validation
@@ -50,7 +49,6 @@ class Parts:
     folder: RunFolder
     base: BaseModel
     adapter: Adapter
-    targets: list[str]
     data: TrainingData
     prior: TrainingData | None
     validation: Validation | None
@@ -104,7 +102,7 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
     if device.type == "cuda":
         # VAE and text encoders stay in float32; beside a UNet of 16 bits their products need not be finer than TF32.
         torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
-    base = load_base(config.base.path, device=device, dtype=dtype, options=_load_options(config))
+    base = load_base(config.base.path, device=device, dtype=dtype, options=Arguments(config).load_options)
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
     return base
@@ -149,23 +147,23 @@ def prepare(
     Raises:
         SdloraError: Anything that is wrong with the settings, the images or the base.
     """
+    arguments = Arguments(config)
     loaded = load(config, bases)
     base, notices = loaded.base, loaded.notices
-    targets = find_targets(base.unet, config.lora.targets, base.text_encoders)
-    adapter = make_adapter(config, base, targets)
+    adapter = make_adapter(arguments.adapter, base)
     rank = max(config.lora.ranks())
     if rank > HIGH_RANK:
         notices.append(
             f"Rank {rank} needs more memory and copies the training images more easily than "
             f"rank 8 to {HIGH_RANK}. Compare a lower rank before you keep it."
         )
-    data = training_data(config, loaded.dataset, loaded.cache)
+    data = training_data(arguments.captions, loaded.dataset, loaded.cache)
     measured = validation_measure(config, loaded, adapter)
     on_cpu = loaded.device.type == "cpu"
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")
-    prior = None if loaded.prior is None else training_data(config, loaded.prior, loaded.cache)
-    trainer = Trainer(config, base, adapter, data, accelerator, prior, processes)
-    notices += _unmet(trainer) + _keep_text_or_not(config, trainer)
+    prior = None if loaded.prior is None else training_data(arguments.captions, loaded.prior, loaded.cache)
+    trainer = Trainer(arguments.training, base, adapter, data, accelerator, prior, processes)
+    notices += _unreached(trainer) + _limit_text_cache(trainer, loaded.cache, config.cache.max_text_gib)
     if config.train.warmup_steps >= trainer.total_steps:
         raise ConfigError(
             f"train.warmup_steps = {config.train.warmup_steps} never ends in {trainer.total_steps} steps. "
@@ -180,7 +178,6 @@ def prepare(
         folder=folder,
         base=base,
         adapter=adapter,
-        targets=targets,
         data=data,
         prior=prior,
         validation=measured,
@@ -194,31 +191,31 @@ def prepare(
     )
 
 
-def _unmet(trainer: Trainer) -> list[str]:
-    """Images of what is preserved that the run is too short for."""
-    if trainer.prior is None:
-        return []
-    known, met = len(trainer.prior.dataset.examples), len({v.example for v in trainer.prior_plan.timesteps})
-    if met == known:
-        return []
-    return [f"{known - met} of {known} images of data.preservation_folder are not reached in a run of this length."]
+def _unreached(trainer: Trainer) -> list[str]:
+    """Says how many images for prior preservation the run is too short for."""
+    for term in trainer.terms[1:]:
+        known, reached = len(term.loss.data.dataset.examples), len({e.example for e in term.schedule.timesteps})
+        if reached < known:
+            return [
+                f"{known - reached} of {known} images of data.preservation_folder are not reached in a run of this "
+                "length."
+            ]
+    return []
 
 
-def _keep_text_or_not(config: RunConfig, trainer: Trainer) -> list[str]:
-    """Let captions be encoded at every exposure where keeping them all would take too much; says so."""
+def _limit_text_cache(trainer: Trainer, cache: Cache, max_text_gib: float) -> list[str]:
+    """Encode captions at every exposure if keeping all of them would take too much space; says so."""
     if trainer.data.text_is_trained:
         return []
-    captions = set(trainer.data.captions(trainer.plan.timesteps))
-    if trainer.prior is not None:
-        captions |= set(trainer.prior.captions(trainer.prior_plan.timesteps))
-    cache, limit_gib = trainer.data.cache, config.cache.max_text_gib
+    captions = {caption for term in trainer.terms for caption in term.loss.data.captions(term.schedule.timesteps)}
     needed_gib = cache.text_bytes(len(captions)) / 2**30
-    cache.keeps_text = needed_gib <= limit_gib
+    cache.keeps_text = needed_gib <= max_text_gib
     if cache.keeps_text:
         return []
     return [
-        f"{len(captions):,} different captions would take {needed_gib:.2g} GiB (cache.max_text_gib = {limit_gib:g}), "
-        "so each is encoded when it is visited: a step takes a little longer and learns the same."
+        f"{len(captions):,} different captions would take {needed_gib:.2g} GiB (cache.max_text_gib = "
+        f"{max_text_gib:g}), so each is encoded at its exposure: a step takes a little longer, and the result is the "
+        "same."
     ]
 
 
@@ -233,7 +230,7 @@ def make_checker(
     copycheck = config.copycheck
     arbiters, missing = load_arbiters(sscd=copycheck.sscd, dinov2=copycheck.dinov2, device=loaded.device)
     loaded.notices.extend(missing)
-    data = validation_data(config, loaded.dataset, loaded.cache)
+    data = evaluation_data(loaded.dataset, loaded.cache, text_is_trained=Arguments(config).text_is_trained)
     subject = Subject(adapter, data, validation, loaded.cache, loaded.identity, config.seed)
     return Checker(subject, previews, gallery, arbiters)
 
@@ -242,7 +239,8 @@ def validation_measure(config: RunConfig, loaded: Loaded, adapter: Adapter) -> V
     """What measures an adapter on the validation images, if there are any."""
     if loaded.validation is None:
         return None
-    return Validation(validation_data(config, loaded.validation, loaded.cache), adapter, config.seed)
+    data = evaluation_data(loaded.validation, loaded.cache, text_is_trained=Arguments(config).text_is_trained)
+    return Validation(data, adapter, config.seed)
 
 
 def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
@@ -267,12 +265,6 @@ def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
         raise ConfigError("train.precision = 'fp16' needs a GPU. On a CPU choose 'bf16' or 'fp32'.")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return device, dtype, precision
-
-
-def _load_options(config: RunConfig) -> LoadOptions:
-    base = config.base
-    text = TextOptions(base.clip_skip, config.data.max_token_windows)
-    return LoadOptions(base.revision, base.variant, base.prediction_type, text, base.quantization)
 
 
 def preview_request(config: RunConfig, dataset: Dataset) -> PreviewRequest:

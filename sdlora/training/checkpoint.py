@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from torch import Tensor
 from sdlora import __version__
 from sdlora.common.files import atomic_path, write_json
 from sdlora.errors import OutputError
+from sdlora.events import fields_from_json, to_json
 from sdlora.training.trainer import Position, Trainer
 
 KEPT = 2
@@ -41,17 +41,17 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Pa
     target = folder / f"step-{trainer.position.step:08d}"
     shutil.rmtree(target, ignore_errors=True)
     tensors = {f"parameter.{i}": p.detach().cpu().contiguous() for i, p in enumerate(trainer.adapter.parameters())}
-    if trainer.average is not None:
-        averages = trainer.lean.by_layer(trainer.average.values)
+    if trainer.step.average is not None:
+        averages = trainer.step.model.by_layer(trainer.step.average.values)
         tensors |= {f"average.{i}": value.cpu().contiguous() for i, value in enumerate(averages)}
     # Singular vectors may come out otherwise on another machine, so those of the start are kept as well.
     tensors |= {f"start.{i}": t.cpu().contiguous() for i, t in enumerate(trainer.adapter.initial_factors())}
-    optimizer_tensors, scalars = _split(trainer.optimizer.state_dict())
+    optimizer_tensors, scalars = _split(trainer.step.optimizer.state_dict())
     tensors |= optimizer_tensors
     with atomic_path(target / "state.safetensors") as temporary:
         save_file(tensors, temporary)
     written_by = {"format": FORMAT, "version": __version__}
-    counters = {"position": asdict(trainer.position), "optimizer": scalars, "extra": extra}
+    counters = {"position": to_json(trainer.position), "optimizer": scalars, "extra": extra}
     write_json(target / _LAST_FILE, written_by | counters)
     tidy_checkpoints(folder)
     return target
@@ -98,7 +98,7 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
     expected = {f"parameter.{i}": tuple(p.shape) for i, p in enumerate(trainer.adapter.parameters())}
     found = {name: tuple(value.shape) for name, value in tensors.items() if name.startswith("parameter.")}
     # torch would take the states of other parameters in silence.
-    num_trained = sum(len(group["params"]) for group in trainer.optimizer.param_groups)
+    num_trained = sum(len(group["params"]) for group in trainer.step.optimizer.param_groups)
     num_states = len(content["optimizer"]["state"])
     if expected != found or num_states not in (0, num_trained):
         raise OutputError(f"The checkpoint {checkpoint} holds another adapter than this configuration asks for.")
@@ -107,11 +107,11 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
             parameter.copy_(tensors[f"parameter.{index}"])
         for index, start in enumerate(trainer.adapter.initial_factors()):
             start.copy_(tensors[f"start.{index}"])
-    if trainer.average is not None:
-        for index, value in enumerate(trainer.lean.by_layer(trainer.average.values)):
+    if trainer.step.average is not None:
+        for index, value in enumerate(trainer.step.model.by_layer(trainer.step.average.values)):
             value.copy_(tensors[f"average.{index}"])
-    trainer.optimizer.load_state_dict(_join(trainer.optimizer.state_dict(), tensors, content["optimizer"]))
-    trainer.position = Position(**content["position"])
+    trainer.step.optimizer.load_state_dict(_join(trainer.step.optimizer.state_dict(), tensors, content["optimizer"]))
+    trainer.position = Position(**fields_from_json(Position, content["position"]))
     extra: dict[str, Any] = content["extra"]
     return extra
 

@@ -1,7 +1,7 @@
-"""A UNet's transformer blocks compiled by torch: once for all blocks and inputs of a kind.
+"""Compiles a UNet's transformer blocks with torch, once for all blocks and inputs of a kind.
 
-Where no gradients are computed (previews, validation losses, what is preserved) the blocks are as they were.
-What is trained is the same to rounding.
+Used by the training model. Without gradients (previews, validation, prior predictions) the blocks run as they were;
+training results are the same up to rounding.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from torch import Tensor, nn
 from sdlora.errors import ConfigError
 
 MAX_KINDS = 256
-"""So many kinds of block and input are compiled (torch allows no more); any other is computed without."""
+"""At most this many kinds of block and input are compiled, torch's limit; others run uncompiled."""
 
 
 def compile_blocks(unet: nn.Module) -> None:
     """Compile a UNet's transformer blocks, each kind at its first use.
 
     Args:
-        unet: Changed in place, after `sdlora.training.recompute.keep_little`; `leave_blocks` takes it back.
+        unet: Changed in place, after `sdlora.training.recompute.keep_little`; `uncompile_blocks` undoes it.
 
     Raises:
-        ConfigError: torch finds no compiler that works here.
+        ConfigError: torch finds no working compiler.
     """
-    torch.compiler.reset()  # what earlier runs of this process compiled would count against the limit
+    torch.compiler.reset()  # earlier runs of this process would count against the limit
     _check_compiler(next(unet.parameters()).device)
-    # A function of the block, not a method of one: so that the blocks share what is compiled.
+    # The class's function, not a block's bound method, so that all blocks share what is compiled.
     compiled = torch.compile(  # type: ignore[call-overload]
         BasicTransformerBlock.forward, fullgraph=True, dynamic=False, recompile_limit=MAX_KINDS
     )
@@ -41,19 +41,19 @@ def compile_blocks(unet: nn.Module) -> None:
         block.forward = partial(_forward, block, compiled)
         for module in block.modules():
             if isinstance(module, GEGLU):
-                # The compiler keeps as little by itself, and would compile each block anew for its own object here.
+                # The compiler keeps as little by itself, and a patched object would make it compile every block again.
                 vars(module).pop("forward", None)
 
 
-def leave_blocks(unet: nn.Module) -> None:
-    """Compute the blocks without compiling, as a base that is kept from run to run may not have been left."""
+def uncompile_blocks(unet: nn.Module) -> None:
+    """Undo `compile_blocks`, as a base model kept from run to run may still be compiled."""
     for block in _blocks(unet):
         vars(block).pop("forward", None)
 
 
 @contextmanager
-def told_plainly() -> Iterator[None]:
-    """Turn the compiler's failures inside the block into what to do about them.
+def explained_compiler_errors() -> Iterator[None]:
+    """Turn the compiler's errors inside the block into one that says what to do.
 
     Raises:
         ConfigError: A block could not be compiled.
@@ -65,7 +65,7 @@ def told_plainly() -> Iterator[None]:
     except TorchDynamoException as error:
         raise ConfigError(
             f"torch could not compile a block of the UNet: {_first_line(error)}. Leave train.compile at false, which "
-            "trains the same; a run that was begun goes on with --resume --set train.compile=false."
+            "trains the same; to resume a run, add --resume --set train.compile=false."
         ) from error
 
 
@@ -91,7 +91,7 @@ def _check_compiler(device: torch.device) -> None:
     except RuntimeError as error:
         tool = "Triton and a C compiler" if device.type == "cuda" else "a C++ compiler such as g++"
         raise ConfigError(
-            f"train.compile needs {tool}, and torch could compile nothing here: {_first_line(error)}. Install "
+            f"train.compile needs {tool}, and torch could not compile a test function: {_first_line(error)}. Install "
             "what is missing, or leave train.compile at false: the result is the same."
         ) from error
 

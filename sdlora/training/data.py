@@ -1,18 +1,17 @@
-"""What the trainer reads: cached tensors by example and exposure.
+"""Training data: a dataset's cached tensors, by example and exposure.
 
-Captions of all planned exposures are known before training, because they are a function of counters; so the
-text encoder runs once per distinct caption and never in the loop, unless it is trained itself.
+Read by the loss. Captions are a function of counters, so all are known before training, and the text encoder runs once
+per distinct caption and never in the loop, unless it is trained itself.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from sdlora.cache.tensors import Cache
-from sdlora.config.schema import RunConfig
 from sdlora.data.batches import Exposure
 from sdlora.data.captions import caption_for_exposure, prior_caption
 from sdlora.data.dataset import Dataset
@@ -24,14 +23,14 @@ CaptionForExposure = Callable[[int, int], str]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """A dataset with its tensors at hand.
+    """A dataset and its cached tensors.
 
     Args:
         dataset: The images.
-        cache: Filled with the moments and captions that the run will ask for.
-        caption: (index of the example, exposure) to the caption trained at that exposure.
-        preserved_caption: The same to the caption at which the base is preserved; None if it is not asked for.
-        text_is_trained: Captions are encoded whenever they are asked for, through the adapter as it then is.
+        cache: Filled with the moments and captions of the exposures that are read.
+        caption: (index of the example, exposure) to the caption of that exposure.
+        prior_caption: The same to the caption with a class word, for prior preservation; None without class words.
+        text_is_trained: Captions are encoded whenever they are read, by the text encoder with its adapter.
     """
 
     dataset: Dataset
@@ -41,7 +40,7 @@ class TrainingData:
     text_is_trained: bool = False
 
     def fill(self, background: str, exposures: Iterable[Exposure] | None = None) -> Iterator[Progress]:
-        """Compute what is missing for exposures that are planned; for the first of every image if none are named."""
+        """Fill the cache for exposures; for the first exposure of every image if none are given."""
         planned = [Exposure(i, 1) for i in range(len(self.dataset.examples))] if exposures is None else list(exposures)
         met = sorted({exposure.example for exposure in planned})
         yield from self.cache.fill_moments([self.dataset.examples[index] for index in met], background)
@@ -49,13 +48,13 @@ class TrainingData:
             yield from self.cache.fill_text(self.captions(planned))
 
     def captions(self, exposures: Iterable[Exposure]) -> list[str]:
-        """Every caption that exposures ask for, each once."""
+        """The distinct captions of exposures."""
         kinds = [self.caption] if self.prior_caption is None else [self.caption, self.prior_caption]
         asked = sorted((exposure.example, exposure.exposure) for exposure in exposures)
         return list(dict.fromkeys(caption(*exposure) for caption in kinds for exposure in asked))
 
     def identities(self) -> dict[str, str]:
-        """What every filled image is, by name: a hash of its pixels, mask, caption, and the networks."""
+        """A hash of pixels, mask, caption and networks, by name, of every image in the cache."""
         return {e.name: self.cache.identity(e) for e in self.dataset.examples if self.cache.knows(e)}
 
     def name(self, index: int) -> str:
@@ -67,59 +66,78 @@ class TrainingData:
         return self.cache.moments([self.dataset.examples[index] for index in indices])
 
     def mask(self, index: int) -> Tensor | None:
-        """What counts of an example, (1, h, w) in [0, 1]; None if all of it does."""
+        """The mask of an example, (1, h, w) in [0, 1]; None without one."""
         return self.cache.mask(self.dataset.examples[index])
 
     def text(self, exposures: list[tuple[int, int]]) -> TextEmbeddings:
-        """Text states of (example, exposure) pairs, the batch first."""
+        """Text embeddings of (example, exposure) pairs, the batch first."""
         return self._encoded([self.caption(index, exposure) for index, exposure in exposures], exposures)
 
     def prior_text(self, exposures: list[tuple[int, int]]) -> TextEmbeddings:
-        """Text states with a class word in the trigger's place, the batch first."""
-        assert self.prior_caption is not None, "class words are set wherever preservation is asked for"
+        """Text embeddings with a class word in the trigger's place, the batch first."""
+        assert self.prior_caption is not None, "only called with class words"
         return self._encoded([self.prior_caption(index, exposure) for index, exposure in exposures], exposures)
 
     def _encoded(self, captions: list[str], exposures: list[tuple[int, int]]) -> TextEmbeddings:
         base = self.cache.base
-        states = base.encode_captions(captions) if self.text_is_trained else self.cache.text(captions)
-        return states | base.image_states([self.dataset.examples[index] for index, _ in exposures])
+        text = base.encode_captions(captions) if self.text_is_trained else self.cache.text(captions)
+        return text | base.image_states([self.dataset.examples[index] for index, _ in exposures])
 
 
-def training_data(config: RunConfig, dataset: Dataset, cache: Cache) -> TrainingData:
-    """The images of a run, with the captions that its configuration asks for at every exposure."""
-    data = config.data
+@dataclass(frozen=True)
+class CaptionSettings:
+    """What becomes of captions at an exposure.
+
+    Attributes:
+        shuffle_tags: Shuffle their comma-separated parts.
+        keep_tags: How many parts stay in front, at least 0.
+        dropout: Share of exposures without a caption, in [0, 1].
+        class_words: Words in the trigger's place, for prior preservation; none if empty.
+        text_is_trained: The adapter is on the text encoder, too.
+        seed: The run's seed.
+    """
+
+    shuffle_tags: bool
+    keep_tags: int
+    dropout: float
+    class_words: Sequence[str]
+    text_is_trained: bool
+    seed: int
+
+
+def training_data(settings: CaptionSettings, dataset: Dataset, cache: Cache) -> TrainingData:
+    """A dataset with a caption for every exposure."""
 
     def caption(index: int, exposure: int) -> str:
         example = dataset.examples[index]
         return caption_for_exposure(
             example.caption,
             trigger=example.trigger,
-            shuffle_tags=data.shuffle_tags,
-            keep_tags=data.keep_tags,
-            dropout=data.caption_dropout,
-            seed=config.seed,
+            shuffle_tags=settings.shuffle_tags,
+            keep_tags=settings.keep_tags,
+            dropout=settings.dropout,
+            seed=settings.seed,
             example=example.name,
             exposure=exposure,
         )
 
-    def prior(index: int, exposure: int) -> str:
+    def with_class_word(index: int, exposure: int) -> str:
         example = dataset.examples[index]
-        assert example.trigger is not None, "the schema asks for triggers where class words are preserved"
+        assert example.trigger is not None, "the schema requires triggers with class words"
         return prior_caption(
             caption(index, exposure),
             trigger=example.trigger,
-            class_words=data.class_words,
-            seed=config.seed,
+            class_words=settings.class_words,
+            seed=settings.seed,
             example=example.name,
             exposure=exposure,
         )
 
-    kept = prior if data.class_words else None
-    return TrainingData(dataset, cache, caption, kept, "text_encoder" in config.lora.targets)
+    prior = with_class_word if settings.class_words else None
+    return TrainingData(dataset, cache, caption, prior, settings.text_is_trained)
 
 
-def validation_data(config: RunConfig, dataset: Dataset, cache: Cache) -> TrainingData:
-    """The validation images, with their own captions as they are at every exposure."""
+def evaluation_data(dataset: Dataset, cache: Cache, *, text_is_trained: bool) -> TrainingData:
+    """A dataset with its own captions at every exposure, as validation and the copy check need it."""
     captions = [example.prompt for example in dataset.examples]
-    text_is_trained = "text_encoder" in config.lora.targets
     return TrainingData(dataset, cache, lambda index, _: captions[index], text_is_trained=text_is_trained)

@@ -1,10 +1,12 @@
-"""Stops training when numbers are no longer finite, before they are saved anywhere.
+"""Stops training as soon as a value is NaN or infinite, before it is saved anywhere.
 
-Waiting for a GPU at every step would slow it down, so its answer to one step is read after the next.
+Called by the training step. Waiting for a GPU at every step would slow training down, so a step's values are checked
+after the next step.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -15,75 +17,75 @@ from sdlora.errors import DivergedError
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Observed:
     step: int
-    rate: float
+    learning_rate: float
     values: Tensor
     copied: torch.cuda.Event | None
 
 
-class Watch:
-    """Looks at a loss and a gradient's norm after every step."""
+class DivergenceCheck:
+    """Checks the loss and the gradient norm of every step."""
 
     def __init__(self) -> None:
-        self._seen: _Seen | None = None
+        self._pending: _Observed | None = None
 
-    def see(self, step: int, rate: float, loss: Tensor, gradient_norm: Tensor | None) -> None:
-        """Take in a step; on a CPU it is judged at once, on a GPU when the next one comes or `judge` is called.
+    def observe(self, step: int, learning_rate: float, losses: Tensor, gradient_norm: Tensor | None) -> None:
+        """Take the values of a step; checked at once on a CPU, on a GPU with the next step or `check_pending`.
 
         Args:
             step: From 1.
-            rate: Its learning rate, for the message.
-            loss: Any shape.
-            gradient_norm: A scalar; None where infinite gradients are part of the plan, as under loss scaling.
+            learning_rate: The step's, for the message.
+            losses: Any shape.
+            gradient_norm: A scalar; None where infinite gradients are expected, as under loss scaling.
 
         Raises:
-            DivergedError: This step's numbers, or the step's before, are not finite.
+            DivergedError: A value of this step, or of the one before it, is not finite.
         """
-        self.judge()
-        values = torch.stack([loss.detach().sum(), loss.new_zeros(()) if gradient_norm is None else gradient_norm])
+        self.check_pending()
+        values = torch.stack([losses.detach().sum(), losses.new_zeros(()) if gradient_norm is None else gradient_norm])
         if values.device.type != "cuda":
-            self._seen = _Seen(step, rate, values, None)
-            self.judge()
+            self._pending = _Observed(step, learning_rate, values, None)
+            self.check_pending()
             return
         host = torch.empty(2, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
-        self._seen = _Seen(step, rate, host, copied)
+        self._pending = _Observed(step, learning_rate, host, copied)
 
-    def judge(self) -> None:
-        """Judge the step that was seen last.
+    def check_pending(self) -> None:
+        """Check the last step, if that was not done yet.
 
         Raises:
-            DivergedError: Its numbers are not finite.
+            DivergedError: A value is not finite.
         """
-        seen, self._seen = self._seen, None
+        seen, self._pending = self._pending, None
         if seen is None:
             return
         if seen.copied is not None:
             seen.copied.synchronize()
         for what, value in zip(("loss", "gradient"), seen.values.tolist(), strict=True):
-            if not torch.isfinite(torch.tensor(value)):
+            if not math.isfinite(value):
                 raise DivergedError(
-                    f"The {what} became {value} at step {seen.step} (learning rate {seen.rate:g}). Lower "
+                    f"The {what} became {value} at step {seen.step} (learning rate {seen.learning_rate:g}). Lower "
                     "train.learning_rate, or set train.precision to 'fp32'."
                 )
 
 
 def check_finite(named: Mapping[str, Iterable[Tensor]], step: int) -> None:
-    """Look at everything that a checkpoint or a file would hold.
+    """Check everything that a checkpoint or a file would hold.
 
     Args:
-        named: What is looked at, such as "adapter".
-        step: After which.
+        named: Tensors by a name for the message, such as "adapter".
+        step: The last step done, for the message.
 
     Raises:
-        DivergedError: Any number is NaN or infinite.
+        DivergedError: Any value is NaN or infinite.
     """
     for name, tensors in named.items():
         found = [tensor.isfinite().all() for tensor in tensors]
         if found and not bool(torch.stack(found).all()):
             raise DivergedError(
-                f"The {name} holds NaN or infinite numbers after step {step}. Nothing of it is saved. Lower "
+                f"The {name} holds NaN or infinite values after step {step}. Nothing of it is saved. Lower "
                 "train.learning_rate."
             )

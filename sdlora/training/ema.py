@@ -1,4 +1,7 @@
-"""The weights that are judged and kept, where they are not the ones that are trained."""
+"""The weights that are evaluated and exported, where they differ from those being trained: averages.
+
+Updated after every training step, swapped in at the end of every epoch.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ class MovingAverage:
     """An exponential moving average of parameters.
 
     Args:
-        parameters: What is averaged; the average starts at their values.
-        decay: The most that is kept of the old average, in (0, 1).
+        parameters: The parameters to average; the average starts at their values.
+        decay: The largest share of the old average that is kept, in (0, 1).
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
@@ -24,10 +27,10 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Take in the parameters after an optimizer step: average = d * average + (1 - d) * parameter.
+        """Update after an optimizer step: average = d * average + (1 - d) * parameter.
 
         Args:
-            step: From 1; d = min(decay, (1 + step) / (10 + step)), so that the first steps do not cling to the start.
+            step: From 1; d = min(decay, (1 + step) / (10 + step)), so that the start is soon forgotten.
 
         Source: Polyak & Juditsky 1992; the warm-up is that of TensorFlow's ExponentialMovingAverage (`num_updates`).
         """
@@ -40,14 +43,14 @@ class MovingAverage:
 def evaluation_weights(
     parameters: Sequence[nn.Parameter], optimizer: torch.optim.Optimizer, average: MovingAverage | None
 ) -> Iterator[None]:
-    """Put the weights that are judged into the parameters for the length of the block.
+    """Put the weights to evaluate into the parameters for the length of the block.
 
     Args:
-        parameters: Get back exactly the values they had.
-        optimizer: Goes into evaluation mode and back where it has one, as schedule-free optimizers do.
-        average: Its values are used; None leaves it to the optimizer.
+        parameters: Restored exactly at the end.
+        optimizer: Switched to evaluation mode and back if it has one, as schedule-free optimizers do.
+        average: Its values are used; None leaves them to the optimizer.
 
-    Source: of schedule-free optimizers, Defazio et al. 2405.15682: gradients are taken at y, x is what is judged.
+    Source: schedule-free optimizers, Defazio et al. 2405.15682: gradients are taken at y, and x is evaluated.
     """
     before = [parameter.detach().clone() for parameter in parameters]
     has_modes = any("train_mode" in options for options in optimizer.param_groups)
@@ -60,7 +63,7 @@ def evaluation_weights(
     finally:
         if has_modes:
             optimizer.train()  # type: ignore[attr-defined]
-        # Going back by the optimizer's own arithmetic would round, and a resumed run would differ.
+        # The optimizer's own way back rounds, and a resumed run would differ.
         _copy(before, parameters)
 
 

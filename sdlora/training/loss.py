@@ -1,35 +1,69 @@
-"""What an exposure costs: the error of the denoised answer, and the distance from the base where it is to be preserved.
+"""The loss of exposures: batches of latents, noise and text, and how far the model's predictions are from the target.
 
-Shapes: B batch, K of it preserved, C latent channels, h/w latents.
+Each step of training sums terms of this kind; validation and the copy check measure with the same function.
+Shapes: B batch, C latent channels, h/w latents.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from sdlora.diffusion.losses import mse_per_example
+from sdlora.common import seeds
+from sdlora.data.batches import Exposure
+from sdlora.diffusion.losses import huber_per_example, loss_weight, mse_per_example
 from sdlora.diffusion.noise import add_noise, prediction_target
-from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel, TextEmbeddings
+from sdlora.training.data import TrainingData
+from sdlora.training.schedule import ExposureSchedule
 
 Error = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(predicted, target, weights), (B, C, h, w) twice and (B, 1, h, w) or None, to a loss per example, (B,)."""
 
 
 @dataclass(frozen=True)
+class LossSettings:
+    """How predictions are compared with the target.
+
+    Attributes:
+        kind: Squared error, or Huber's.
+        huber_delta: Errors above this count linearly, above 0.
+        weighting: The weighting's name, as `loss_weight` takes it.
+        gamma: The weighting's parameter; its default if None.
+        mask_floor: Weight of masked places, in [0, 1).
+        noise_offset: Strength of noise that shifts whole channels, in [0, 1].
+        seed: The run's seed, for the noise.
+    """
+
+    kind: Literal["mse", "huber"]
+    huber_delta: float
+    weighting: str
+    gamma: float | None
+    mask_floor: float
+    noise_offset: float
+    seed: int
+
+    @property
+    def error(self) -> Error:
+        """The loss per example that `kind` names."""
+        return mse_per_example if self.kind == "mse" else partial(huber_per_example, delta=self.huber_delta)
+
+
+@dataclass(frozen=True)
 class Batch:
-    """What the network is asked at.
+    """The network's inputs, and how its errors are weighted.
 
     Attributes:
         latents: Clean scaled latents, (B, C, h, w).
         noise: Standard normal noise, (B, C, h, w).
         timesteps: Integers in [0, 999], (B,).
-        text: Text states, the batch first.
-        weights: How much each place counts in the loss, (B, 1, h, w); None for all alike.
+        text: Text embeddings, the batch first.
+        weights: Weight of each place in the loss, (B, 1, h, w); None for equal weights.
     """
 
     latents: Tensor
@@ -39,79 +73,122 @@ class Batch:
     weights: Tensor | None = None
 
 
+ExtraLoss = Callable[[Batch, Sequence[Exposure], Error], tuple[Tensor, Tensor]]
+"""Batch, its exposures and an error to the loss (B,) and what is added to the weighted loss, (B,)."""
+
+
+class ExposureLoss:
+    """The loss of exposures of one set of images; noise is a function of (seed, image, exposure).
+
+    Args:
+        base: The model, with the adapter in it.
+        data: The images, their cache filled for every exposure that is asked for.
+        settings: How predictions are compared with the target.
+        extra: Computes the loss together with what is added to it; None adds nothing.
+    """
+
+    def __init__(
+        self, base: BaseModel, data: TrainingData, settings: LossSettings, extra: ExtraLoss | None = None
+    ) -> None:
+        self.base, self.data, self.settings, self.extra = base, data, settings, extra
+
+    def __call__(self, exposures: Sequence[Exposure], timesteps: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """The loss of a batch at given timesteps.
+
+        Args:
+            exposures: B of them, of images of one size.
+            timesteps: One for each.
+
+        Returns:
+            The loss before any weighting, and the objective that is minimised, each (B,) float32.
+        """
+        batch = self.batch(exposures, timesteps)
+        if self.extra is None:
+            loss, extra = diffusion_loss(self.base, batch, self.settings.error), None
+        else:
+            loss, extra = self.extra(batch, exposures, self.settings.error)
+        alphas_cumprod = self.base.alphas_cumprod[batch.timesteps.to(self.base.device)]
+        weight = loss_weight(self.settings.weighting, alphas_cumprod, self.base.prediction_type, self.settings.gamma)
+        return loss, weight * loss if extra is None else weight * loss + extra
+
+    def batch(self, exposures: Sequence[Exposure], timesteps: Sequence[int]) -> Batch:
+        """The tensors of exposures, on the CPU."""
+        latents, noise = self.latents_and_noise(exposures)
+        text = self.data.text([(exposure.example, exposure.exposure) for exposure in exposures])
+        return Batch(latents, noise, torch.tensor(list(timesteps)), text, self._mask_weights(exposures, latents))
+
+    def latents_and_noise(self, exposures: Sequence[Exposure]) -> tuple[Tensor, Tensor]:
+        """Latents drawn from the VAE's posterior, and the noise that is added to them, each (B, C, h, w)."""
+        moments = self.data.moments(exposure.example for exposure in exposures)
+        names = [(self.data.name(exposure.example), exposure.exposure) for exposure in exposures]
+        num_channels, height, width = moments.shape[1] // 2, *moments.shape[2:]
+
+        def draw(purpose: str, *shape: int) -> Tensor:
+            return torch.stack([seeds.normal(shape, self.settings.seed, purpose, *name) for name in names])
+
+        latents = self.base.sample_latents(moments, draw("latent", num_channels, height, width))
+        noise = draw("noise", num_channels, height, width)
+        if self.settings.noise_offset > 0:
+            noise = noise + self.settings.noise_offset * draw("noise offset", num_channels, 1, 1)
+        return latents, noise
+
+    def _mask_weights(self, exposures: Sequence[Exposure], latents: Tensor) -> Tensor | None:
+        """The weight of each place, (B, 1, h, w); None if no image has a mask."""
+        masks = [self.data.mask(exposure.example) for exposure in exposures]
+        if all(mask is None for mask in masks):
+            return None
+        whole = torch.ones(1, *latents.shape[2:])
+        shares = torch.stack([whole if mask is None else mask for mask in masks])
+        return self.settings.mask_floor + (1 - self.settings.mask_floor) * shares
+
+
+@dataclass(frozen=True)
+class Term:
+    """One term of the objective: in every step, the mean over its exposures times its weight.
+
+    Attributes:
+        loss: The loss of its images.
+        schedule: Their exposures, by optimizer step.
+        weight: What its mean is multiplied by, above 0.
+    """
+
+    loss: ExposureLoss
+    schedule: ExposureSchedule
+    weight: float = 1.0
+
+
 def diffusion_loss(base: BaseModel, batch: Batch, error: Error = mse_per_example) -> Tensor:
     """The simple loss of each example at its timestep.
 
     Args:
         base: The model, its adapter in whatever state it is.
         batch: On any device.
-        error: How answer and target are compared.
+        error: Compares prediction and target.
 
     Returns:
-        (B,) float32 on the base's device.
+        (B,) float32 on the base model's device.
 
     Source: Ho et al. 2006.11239, equation 14; for v, Salimans & Ho 2202.00512, section 4.
     """
-    noisy, timesteps, target = _prepared(base, batch)
-    return error(base.predict(noisy, timesteps, _moved(base, batch.text)), target, batch.weights)
+    noisy, timesteps, target = noised(base, batch)
+    return error(base.predict(noisy, timesteps, text_on_device(base, batch.text)), target, batch.weights)
 
 
-def diffusion_loss_with_prior(
-    base: BaseModel,
-    adapter: Adapter,
-    batch: Batch,
-    chosen: Tensor,
-    class_text: TextEmbeddings,
-    kept_text: TextEmbeddings,
-    error: Error = mse_per_example,
-) -> tuple[Tensor, Tensor]:
-    """The simple loss, and how far the adapter moves the base's answers to other words on the same noisy latents.
-
-    Both come from one pass over the batch and those chosen of it, which costs less than two passes.
-
-    Args:
-        base: The model with the adapter in it.
-        adapter: Switched off for the answers that are to be kept.
-        batch: On any device.
-        chosen: Which examples the distance is asked of, (K,) distinct indices into the batch, K at least 1.
-        class_text: Their text states of captions without the trigger, K first.
-        kept_text: The same from the base's own text encoder, for the answers that are to be kept.
-        error: How answer and target are compared; the distance from the base is always the mean square, and over
-            all places alike.
-
-    Returns:
-        Float32 on the base's device: the loss as in `diffusion_loss`, (B,), and the distance, (K,).
-
-    Source: the distance is the prior preservation of Ruiz et al. 2208.12242, equation 2, with the base's own
-    prediction as the target instead of images drawn by it.
-    """
-    noisy, timesteps, target = _prepared(base, batch)
-    chosen = _on_device(base, chosen)
-    again, when = noisy[chosen], timesteps[chosen]
-    text, class_text = _moved(base, batch.text), _moved(base, class_text)
-    with torch.no_grad(), adapter.disabled():
-        kept = base.predict(again, when, _moved(base, kept_text))
-    both = {name: torch.cat([text[name], class_text[name]]) for name in text}
-    answers = base.predict(torch.cat([noisy, again]), torch.cat([timesteps, when]), both)
-    predicted, moved = answers[: len(noisy)], answers[len(noisy) :]
-    return error(predicted, target, batch.weights), mse_per_example(moved, kept)
-
-
-def _prepared(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy latents, timesteps and the target, on the base's device."""
-    tensors = (batch.latents, batch.noise, batch.timesteps)
-    latents, noise, timesteps = (_on_device(base, x) for x in tensors)
+def noised(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Noisy latents, timesteps and the target, on the base model's device."""
+    latents, noise, timesteps = (on_device(base, x) for x in (batch.latents, batch.noise, batch.timesteps))
     alphas_cumprod = base.alphas_cumprod[timesteps]
     target = prediction_target(base.prediction_type, latents, noise, alphas_cumprod)
     return add_noise(latents, noise, alphas_cumprod), timesteps, target
 
 
-def _moved(base: BaseModel, text: TextEmbeddings) -> TextEmbeddings:
-    return {name: _on_device(base, value) for name, value in text.items()}
+def text_on_device(base: BaseModel, text: TextEmbeddings) -> TextEmbeddings:
+    """Text embeddings on the base model's device."""
+    return {name: on_device(base, value) for name, value in text.items()}
 
 
-def _on_device(base: BaseModel, tensor: Tensor) -> Tensor:
-    """A tensor on the base's device; a GPU fetches it by itself, from memory that stays where it is."""
+def on_device(base: BaseModel, tensor: Tensor) -> Tensor:
+    """A tensor on the base model's device; from pinned memory, so that the copy to a GPU does not block."""
     if base.device.type == "cuda" and tensor.device.type == "cpu":
         tensor = tensor.pin_memory()
     return tensor.to(base.device, non_blocking=True)

@@ -1,4 +1,7 @@
-"""Learning rates as a function of the step."""
+"""The learning rate as a function of the step.
+
+Called by the training step.
+"""
 
 from __future__ import annotations
 

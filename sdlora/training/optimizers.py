@@ -1,4 +1,7 @@
-"""Optimizers by name, each from its own library, and groups of parameters with rates of their own."""
+"""Optimizers by name, each from its own library, and parameter groups with their own learning rates.
+
+Made by the training step; the groups come from the adapter.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -18,13 +21,38 @@ from sdlora.lora.targets import TEXT_ENCODER
 
 
 @dataclass(frozen=True)
+class OptimizerSettings:
+    """Which optimizer, and its learning rates.
+
+    Attributes:
+        name: "adamw", "adamw8bit", "prodigy", "adafactor", "lion" or "schedule_free".
+        learning_rate: The highest learning rate, above 0.
+        lr_schedule: The learning rate after the warm-up.
+        warmup_steps: Steps over which it rises from zero.
+        loraplus_lr_ratio: The learning rate of B over that of A, at least 1.
+        text_encoder_factor: The text encoder's learning rate over the UNet's, above 0.
+        weight_decay: Decay towards zero of the groups that decay, at least 0.
+        ema_decay: Decay of the moving average of the parameters, in [0, 1); 0 is off.
+    """
+
+    name: str
+    learning_rate: float
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    warmup_steps: int = 0
+    loraplus_lr_ratio: float = 1.0
+    text_encoder_factor: float = 1.0
+    weight_decay: float = 0.0
+    ema_decay: float = 0.0
+
+
+@dataclass(frozen=True)
 class Group:
     """Parameters that share a learning rate.
 
     Attributes:
         parameters: At least one.
         rate_factor: Their learning rate over the run's, above 0.
-        decays: Whether weight decay acts on them: it pulls towards zero, which must be the base.
+        decays: Whether weight decay acts on them: it pulls towards zero, which must be the base model.
     """
 
     parameters: Sequence[nn.Parameter]
@@ -32,16 +60,16 @@ class Group:
     decays: bool = True
 
 
-def adapter_groups(adapter: Adapter, plus_ratio: float, text_encoder_factor: float) -> list[Group]:
-    """An adapter's parameters by the rate they are trained at.
+def adapter_groups(adapter: Adapter, loraplus_lr_ratio: float, text_encoder_factor: float) -> list[Group]:
+    """An adapter's parameters by learning rate.
 
     Args:
         adapter: On a UNet, a text encoder, or both.
-        plus_ratio: The rate of every B over that of A, at least 1; DoRA's magnitudes have the rate of A.
-        text_encoder_factor: The rate of the text encoder's A over that of the UNet's, above 0.
+        loraplus_lr_ratio: The learning rate of every B over that of A, at least 1; DoRA's magnitudes have that of A.
+        text_encoder_factor: The learning rate of the text encoder's A over that of the UNet's, above 0.
 
-    Magnitudes, and layers whose start is subtracted, are at the base where they began and not at zero; they do not
-    decay.
+    Magnitudes, and layers whose start is subtracted, equal the base model at their start and not at zero, so they do
+    not decay.
 
     Source: LoRA+, Hayou et al. 2402.12354, section 4.
     """
@@ -50,45 +78,43 @@ def adapter_groups(adapter: Adapter, plus_ratio: float, text_encoder_factor: flo
         factor = text_encoder_factor if path.startswith(TEXT_ENCODER) else 1.0
         decays = layer.initial is None
         groups.setdefault((factor, decays), []).append(layer.down)
-        groups.setdefault((factor * plus_ratio, decays), []).append(layer.up)
+        groups.setdefault((factor * loraplus_lr_ratio, decays), []).append(layer.up)
         if isinstance(layer, DoraLayer):
             groups.setdefault((factor, False), []).append(layer.magnitude)
     return [Group(parameters, factor, decays) for (factor, decays), parameters in groups.items()]
 
 
-def set_rates(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group of an optimizer made here its part of the run's learning rate."""
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Set the learning rate of every group of an optimizer made here."""
     for options in optimizer.param_groups:
         options["lr"] = rate * options["rate_factor"]
 
 
-def make_optimizer(name: str, groups: Sequence[Group], *, rate: float, weight_decay: float) -> torch.optim.Optimizer:
-    """An optimizer, ready to train.
+def make_optimizer(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
+    """An optimizer in training mode.
 
     Args:
-        name: A value of `train.optimizer`.
-        groups: What it trains, all on one device.
-        rate: The run's learning rate, above 0.
-        weight_decay: Decay towards zero of the groups that decay, at least 0.
+        settings: Which optimizer.
+        groups: The parameters it trains, all on one device.
 
     Raises:
         ConfigError: The optimizer's package, or the GPU it needs, is missing.
 
-    Source: AdamW 1711.05101, AdamW in 8 bits 2110.02861, Prodigy 2306.06101, Adafactor 1804.04235, Lion 2302.06675,
+    Source: AdamW 1711.05101, 8-bit AdamW 2110.02861, Prodigy 2306.06101, Adafactor 1804.04235, Lion 2302.06675,
     schedule-free AdamW 2405.15682.
     """
-    # The decay is an entry of every group, since Prodigy prints a line where it is an argument.
+    # The decay is set per group, because Prodigy prints a line if it is an argument.
     options: list[dict[str, Any]] = [
         {
             "params": list(group.parameters),
-            "lr": rate * group.rate_factor,
-            "weight_decay": weight_decay if group.decays else 0.0,
+            "lr": settings.learning_rate * group.rate_factor,
+            "weight_decay": settings.weight_decay if group.decays else 0.0,
             "rate_factor": group.rate_factor,
         }
         for group in groups
     ]
-    made = _construct(name, options, groups[0].parameters[0].device)
-    if name == "schedule_free":
+    made = _construct(settings.name, options, groups[0].parameters[0].device)
+    if settings.name == "schedule_free":
         made.train()  # type: ignore[attr-defined]
     return made
 
@@ -98,12 +124,12 @@ def _construct(name: str, options: list[dict[str, Any]], device: torch.device) -
     if name == "adamw":
         made = torch.optim.AdamW(options)
     elif name == "adamw8bit":
-        made = _eight_bits(options, device)
+        made = _eight_bit_adamw(options, device)
     elif name == "prodigy":
-        # What its authors advise for diffusion models.
+        # As its authors advise for diffusion models.
         made = _library("prodigyopt", name).Prodigy(options, use_bias_correction=True, safeguard_warmup=True)
     elif name == "adafactor":
-        # Not torch's: there the rate is multiplied by the parameter's size, which is zero for B at the start.
+        # Not torch's, which multiplies the rate by the parameter's size: zero for B at the start.
         adafactor = importlib.import_module("transformers.optimization").Adafactor
         made = adafactor(options, scale_parameter=False, relative_step=False)
     elif name == "lion":
@@ -115,11 +141,11 @@ def _construct(name: str, options: list[dict[str, Any]], device: torch.device) -
     return made
 
 
-def _eight_bits(options: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
+def _eight_bit_adamw(options: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
     if device.type != "cuda":
         raise ConfigError(
             f"train.optimizer = 'adamw8bit' needs a GPU, and this run is on {device.type}. "
-            "Choose 'adamw', which does the same in 32 bits."
+            "Choose 'adamw', the same in 32 bits."
         )
     made: torch.optim.Optimizer = _library("bitsandbytes", "adamw8bit").optim.AdamW8bit(options)
     return made

@@ -1,88 +1,204 @@
-"""A step that computes and keeps no more than it must, made of a base and its adapter.
+"""One optimizer step: learning rate, gradients, clipping, optimizer, average.
 
-What is trained is the same to rounding.
+Called by the trainer's loop for every step of the schedule.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
-from diffusers import UNet2DConditionModel
+import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
-from sdlora.lora.attention import use_training_attention
-from sdlora.lora.flat_params import FlatWeights
+from sdlora.data.batches import Exposure
 from sdlora.lora.inject import Adapter
-from sdlora.training.compile import compile_blocks, leave_blocks, told_plainly
-from sdlora.training.optimizers import Group
-from sdlora.training.recompute import keep_little
+from sdlora.models.base import BaseModel
+from sdlora.training.distributed import Processes
+from sdlora.training.divergence import DivergenceCheck, check_finite
+from sdlora.training.ema import MovingAverage
+from sdlora.training.loss import Term
+from sdlora.training.lr_schedule import learning_rate
+from sdlora.training.model import TrainingModel
+from sdlora.training.optimizers import OptimizerSettings, adapter_groups, make_optimizer, set_learning_rate
+from sdlora.training.schedule import Step
 
-# Adafactor's second moments are a matrix's rows and columns, so that matrices must stay matrices.
-_BY_MATRIX = ("adafactor",)
 
-
-class LeanStep:
-    """Prepares a UNet and its adapter for training, in place.
-
-    Args:
-        unet: With the adapter in it.
-        adapter: What is trained.
-        groups: Its parameters, by learning rate.
-        optimizer: The optimizer's name, for some need matrices.
-        gradient_checkpointing: Compute blocks again on the way back instead of keeping what is inside of them.
-        compiled: Let torch compile the transformer blocks.
-
-    Raises:
-        ConfigError: It is to be compiled, and torch finds no compiler here.
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step is computed.
 
     Attributes:
-        groups: What the optimizer trains: a long tensor or two for each of the groups.
+        seed: The run's seed, for dropout.
+        batch_size: Images per batch, at least 1.
+        auto_batch: Whether batches are split into micro-batches when memory is full.
+        max_grad_norm: The gradient norm is clipped to this; 0 is off.
+        gradient_checkpointing: Recompute blocks in the backward pass.
+        compile: Let torch compile the UNet's transformer blocks.
+    """
+
+    seed: int
+    batch_size: int
+    auto_batch: bool
+    max_grad_norm: float
+    gradient_checkpointing: bool
+    compile: bool
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step leaves.
+
+    Attributes:
+        learning_rate: The one it was taken with.
+        losses: Unweighted loss of each exposure of the first term, (B,), still on the device.
+        micro_batch_size: The size that fitted into memory; 0 if whole batches do.
+    """
+
+    learning_rate: float
+    losses: Tensor
+    micro_batch_size: int
+
+
+class TrainStep:
+    """Takes optimizer steps on the sum of a few terms.
+
+    Args:
+        settings: How a step is computed.
+        optimizer: Which optimizer, and its learning rate over time.
+        base: The frozen model.
+        adapter: The adapter in it.
+        terms: What is minimised; the first one's losses are reported.
+        accelerator: Places the optimizer and scales the loss.
+        processes: Those that share every batch.
+
+    Raises:
+        ConfigError: The optimizer's package, the GPU it needs, or the compiler is missing.
     """
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
+        settings: StepSettings,
+        optimizer: OptimizerSettings,
+        base: BaseModel,
         adapter: Adapter,
-        groups: Sequence[Group],
-        *,
-        optimizer: str,
-        gradient_checkpointing: bool,
-        compiled: bool = False,
+        terms: Sequence[Term],
+        accelerator: Accelerator,
+        processes: Processes,
     ) -> None:
-        keep_little(unet)
-        use_training_attention(unet)
-        # A base that is kept from run to run comes as the last one left it.
-        if gradient_checkpointing:
-            unet.enable_gradient_checkpointing()
-        else:
-            unet.disable_gradient_checkpointing()
-        leave_blocks(unet)
-        if compiled:
-            compile_blocks(unet)
-        self._compiled = compiled
-        self._flat: FlatWeights | None = None
-        self.groups = list(groups)
-        if optimizer not in _BY_MATRIX:
-            self._flat = FlatWeights(adapter, [group.parameters for group in groups])
-            self.groups = [
-                replace(group, parameters=leaves) for group, leaves in zip(groups, self._flat.leaves, strict=True)
-            ]
-        self._adapter = adapter
+        self.settings, self.optimizer_settings = settings, optimizer
+        self.base, self.adapter, self.terms = base, adapter, terms
+        self.accelerator, self.processes = accelerator, processes
+        self.model = TrainingModel(
+            base.unet,
+            adapter,
+            adapter_groups(adapter, optimizer.loraplus_lr_ratio, optimizer.text_encoder_factor),
+            optimizer=optimizer.name,
+            gradient_checkpointing=settings.gradient_checkpointing,
+            compiled=settings.compile,
+        )
+        self.parameters = self.model.parameters()
+        self.optimizer = accelerator.prepare(make_optimizer(optimizer, self.model.groups))
+        self.average = MovingAverage(self.parameters, optimizer.ema_decay) if optimizer.ema_decay > 0 else None
+        self.divergence = DivergenceCheck()
 
-    def parameters(self) -> list[nn.Parameter]:
-        """Everything that is trained, as the optimizer sees it."""
-        if self._flat is None:
-            return list(self._adapter.parameters())
-        return [parameter for group in self.groups for parameter in group.parameters]
+    def run(self, step: int, micro_batch_size: int) -> StepResult:
+        """Take one step.
 
-    def by_layer(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Tensors shaped like `parameters`, as views shaped and ordered like the adapter's own."""
-        return list(tensors) if self._flat is None else self._flat.parts(tensors)
+        Args:
+            step: From 1.
+            micro_batch_size: So many images at most are computed at once; 0 for whole batches.
 
-    @contextmanager
-    def live(self) -> Iterator[None]:
-        """A forward pass and its backward pass."""
-        with self._flat.live() if self._flat else nullcontext(), told_plainly() if self._compiled else nullcontext():
-            yield
+        Raises:
+            DivergedError: Loss or gradient of this step, or of the one before it, is not finite.
+            OutOfMemoryError: Torch's own, if memory is full and `auto_batch` is off or one image is too many.
+        """
+        rate = self.learning_rate(step)
+        set_learning_rate(self.optimizer, rate)
+        while (losses := self.gradients(step, micro_batch_size)) is None:
+            micro_batch_size = self._halve(micro_batch_size)
+        norm = self._gradient_norm()
+        # Under loss scaling an infinite gradient only skips the step.
+        self.divergence.observe(step, rate, losses, norm if self.accelerator.scaler is None else None)
+        if self.settings.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.average is not None:
+            self.average.update(step)
+        return StepResult(rate, losses, micro_batch_size)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step."""
+        optimizer = self.optimizer_settings
+        return learning_rate(
+            step,
+            total_steps=len(self.terms[0].schedule.steps),
+            peak=optimizer.learning_rate,
+            schedule=optimizer.lr_schedule,
+            warmup_steps=optimizer.warmup_steps,
+        )
+
+    def gradients(self, step: int, micro_batch_size: int) -> Tensor | None:
+        """Leave the gradient of all terms on the parameters.
+
+        Returns:
+            The first term's losses, (B,); None if memory is full and a smaller micro-batch may be tried.
+        """
+        size = micro_batch_size or self.settings.batch_size
+        try:
+            losses = [self._term_gradient(term, term.schedule.steps[step - 1], size) for term in self.terms]
+        except torch.OutOfMemoryError:
+            if size == 1 or not self.settings.auto_batch:
+                raise
+            return None
+        return losses[0]
+
+    def check_finite(self, step: int) -> None:
+        """See that everything a checkpoint or a file would hold is finite.
+
+        Raises:
+            DivergedError: It is not.
+        """
+        self.divergence.check_pending()
+        states = [value for state in self.optimizer.state.values() for value in state.values()]
+        check_finite(
+            {
+                "adapter": self.parameters,
+                "optimizer": [value for value in states if isinstance(value, Tensor)],
+                "average of the adapter": self.average.values if self.average is not None else [],
+            },
+            step,
+        )
+
+    def _term_gradient(self, term: Term, batches: Step, size: int) -> Tensor:
+        """Add the gradient of a term's mean over a step, one micro-batch after the other; its losses, (B,)."""
+        num_examples = sum(len(batch) for batch in batches)
+        micro_batches = [batch[first : first + size] for batch in batches for first in range(0, len(batch), size)]
+        return torch.cat([self._accumulate(term, micro_batch, num_examples) for micro_batch in micro_batches])
+
+    def _accumulate(self, term: Term, exposures: Sequence[Exposure], num_examples: int) -> Tensor:
+        """Add a micro-batch's gradient; its losses, (B,), zero where another process computes them."""
+        own = self.processes.share(exposures)
+        if not own:
+            return torch.zeros(len(exposures), device=self.base.device)
+        named = [(term.loss.data.name(exposure.example), exposure.exposure) for exposure in own]
+        # The backward pass is inside as well, because checkpointing computes blocks again there.
+        with self.adapter.dropping(self.settings.seed, named), self.model.forward_backward():
+            loss, objective = term.loss(own, [term.schedule.timesteps[exposure] for exposure in own])
+            self.accelerator.backward(term.weight * objective.sum() / num_examples)
+        return self.processes.placed(loss.detach(), len(exposures))
+
+    def _gradient_norm(self) -> Tensor:
+        """The norm of the whole batch's gradient, which is then on the parameters of every process, unscaled."""
+        self.processes.sum_gradients(self.parameters)
+        self.accelerator.unscale_gradients(self.optimizer)
+        return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+
+    def _halve(self, micro_batch_size: int) -> int:
+        """Discard what an attempt left behind; the next one computes half as many images at once."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.base.device.type == "cuda":
+            torch.cuda.empty_cache()
+        return (micro_batch_size or self.settings.batch_size) // 2

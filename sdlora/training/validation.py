@@ -60,19 +60,6 @@ class Validation:
         )
 
 
-def validation_bands(data: TrainingData, seed: int) -> list[float]:
-    """Mean squared error over all validation images in five bands of timesteps, unweighted.
-
-    Args:
-        data: The validation images; their own captions are used as they are.
-        seed: The run's seed, for the noise.
-
-    Returns:
-        Five means, each at least 0, from the lowest noise to the highest.
-    """
-    return _means(image_losses(data, range(len(data.dataset.examples)), seed))
-
-
 @torch.no_grad()
 def image_losses(data: TrainingData, indices: Sequence[int], seed: int) -> Tensor:
     """Mean squared error of each image at fixed noise levels, with noise that depends on nothing but its name.

@@ -16,7 +16,7 @@ from sdlora.config.toml import parse_config
 from sdlora.run import base_pool
 from sdlora.run.base_pool import BasePool, forget_accelerator
 from sdlora.run.setup import fresh_base
-from sdlora.training.trainer import Trainer
+from sdlora.training.loss import ExposureLoss
 
 
 def task(folder: Path, overrides: Sequence[str], *changes: str) -> Task:
@@ -56,10 +56,10 @@ def test_failures_are_told_and_the_base_survives_them(
         return bad, bad
 
     with monkeypatch.context() as patched:
-        patched.setattr(Trainer, "losses_per_example", diverge)
+        patched.setattr(ExposureLoss, "__call__", diverge)
         diverged = last(task(tmp_path / "diverged", overrides), bases)
         assert (diverged["status"], diverged["exit_code"]) == ("failed", 5)
-        patched.setattr(Trainer, "losses_per_example", None)
+        patched.setattr(ExposureLoss, "__call__", None)
         broken = last(task(tmp_path / "broken", overrides), bases)
         assert (broken["status"], broken["exit_code"]) == ("failed", 1)
         assert "TypeError" in broken["error"]

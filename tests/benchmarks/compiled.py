@@ -20,8 +20,8 @@ from torch._dynamo.utils import counters
 from sdlora.estimate.trace import saved_for_backward
 from sdlora.lora.inject import inject
 from sdlora.lora.targets import find_targets
+from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group
-from sdlora.training.train_step import LeanStep
 
 
 class Side:
@@ -39,7 +39,7 @@ class Side:
             for up in adapter.up_parameters():
                 up.normal_(std=0.02)
         groups = [Group(adapter.parameters(), 1.0)]
-        self.step = LeanStep(
+        self.step = TrainingModel(
             self.unet, adapter, groups, optimizer="adamw", gradient_checkpointing=False, compiled=compiled
         )
         self.given = (torch.randn(1, 4, 32, 32).to(dtype), torch.tensor([500]), torch.randn(1, 77, 768).to(dtype))
@@ -51,12 +51,12 @@ class Side:
     def gradient(self) -> Tensor:
         for parameter in self.step.parameters():
             parameter.grad = None
-        with self.step.live():
+        with self.step.forward_backward():
             self.loss().backward()  # type: ignore[no-untyped-call]
         return torch.cat([p.grad.flatten() for p in self.step.parameters() if p.grad is not None])
 
     def kept_bytes(self) -> int:
-        with self.step.live(), saved_for_backward(self.unet) as saved:
+        with self.step.forward_backward(), saved_for_backward(self.unet) as saved:
             loss = self.loss()
         del loss
         return saved.held_bytes
@@ -68,7 +68,7 @@ class Side:
         """Graphs and breaks of the second block by torch's report."""
         block = self.blocks()[1]
         x = torch.randn(1, 32 * 32, block.dim, dtype=self.unet.dtype, requires_grad=True)
-        with self.step.live():
+        with self.step.forward_backward():
             told = torch._dynamo.explain(BasicTransformerBlock.forward)(block, x, encoder_hidden_states=self.given[2])
         return told.graph_count, told.graph_break_count
 

@@ -43,10 +43,10 @@ from sdlora.config.schema import RunConfig
 from sdlora.copycheck.checker import Checker
 from sdlora.copycheck.signals import Signal
 from sdlora.events import EpochDone
-from sdlora.lora.targets import find_targets
 from sdlora.lora_files.read import read_file
 from sdlora.pocket.pen import SIZE_PX
 from sdlora.run import run, setup
+from sdlora.run.arguments import Arguments
 from sdlora.run.check_file import check_file
 from sdlora.training.adapter import make_adapter
 
@@ -240,7 +240,7 @@ def _checker(drawn: RunConfig, compared: RunConfig) -> Checker:
     """What compares the previews of one run's settings with the images of another's."""
     loaded = setup.load(compared)
     base = loaded.base
-    adapter = make_adapter(compared, base, find_targets(base.unet, compared.lora.targets, base.text_encoders))
+    adapter = make_adapter(Arguments(compared).adapter, base)
     request = setup.preview_request(drawn, setup.load(drawn).dataset)
     checker = setup.make_checker(compared, loaded, adapter, request, None)
     deque(checker.prepare(compared.data.background), maxlen=0)

@@ -33,6 +33,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.data.batches import epoch_batches
 from sdlora.diffusion.stratify import cover
 from sdlora.diffusion.timesteps import Density
+from sdlora.run.arguments import Arguments
 from sdlora.training.trainer import Trainer
 
 NUM_PLANS, BATCHES_PER_PLAN = 32, 8
@@ -50,18 +51,18 @@ def plan_gradients(parts: Any, config: RunConfig, num_batches: int) -> tuple[Ten
     config = config.model_copy(update={"train": frozen})
     examples = tuple(replace(e, repeats=config.data.sets[0].repeats) for e in parts.data.dataset.examples)
     data = replace(parts.data, dataset=replace(parts.data.dataset, examples=examples))
-    trainer = Trainer(config, parts.base, parts.adapter, data, Accelerator(cpu=True))
-    for _ in data.fill(config.data.background, trainer.plan.timesteps):
+    trainer = Trainer(Arguments(config).training, parts.base, parts.adapter, data, Accelerator(cpu=True))
+    for _ in data.fill(config.data.background, trainer.schedule.timesteps):
         pass
     first = seeds.derive(config.seed, "benchmark place") % (trainer.total_steps - num_batches + 1)
     trainer.position.step = first
     caught: list[Tensor] = []
 
     def catch(*_: Any) -> None:
-        found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trainer.parameters]
+        found = [p.grad if p.grad is not None else torch.zeros_like(p) for p in trainer.step.parameters]
         caught.append(torch.cat([gradient.flatten() for gradient in found]))
 
-    trainer.optimizer.optimizer.register_step_pre_hook(catch)
+    trainer.step.optimizer.optimizer.register_step_pre_hook(catch)
     for _ in trainer.events(lambda: len(caught) >= num_batches):
         if len(caught) >= num_batches:
             break
@@ -70,8 +71,8 @@ def plan_gradients(parts: Any, config: RunConfig, num_batches: int) -> tuple[Ten
 
 def plan_timesteps(trainer: Trainer) -> list[list[int]]:
     """The timesteps of every step of a trainer's plan."""
-    groups = [group for epoch in trainer.plan.epochs for group in epoch]
-    return [[trainer.plan.timesteps[exposure] for batch in group for exposure in batch] for group in groups]
+    groups = [group for epoch in trainer.schedule.epochs for group in epoch]
+    return [[trainer.schedule.timesteps[exposure] for batch in group for exposure in batch] for group in groups]
 
 
 def gram(gradients: Sequence[Tensor]) -> Tensor:

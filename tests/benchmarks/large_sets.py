@@ -41,12 +41,12 @@ def measure(folder: Path, base: Path) -> dict[str, Any]:
 
     from sdlora.config.toml import parse_config
     from sdlora.events import EpochDone, StepDone
-    from sdlora.lora.targets import find_targets
+    from sdlora.run.arguments import Arguments
     from sdlora.run.fill_cache import fill_cache
     from sdlora.run.setup import load
     from sdlora.training.adapter import make_adapter
     from sdlora.training.data import training_data
-    from sdlora.training.schedule import plan_training
+    from sdlora.training.schedule import make_schedule
     from sdlora.training.trainer import Trainer
 
     document = {
@@ -65,14 +65,14 @@ def measure(folder: Path, base: Path) -> dict[str, Any]:
             pass
         figures[f"{name}_cache_seconds"] = time.process_time() - start
     start = time.process_time()
-    loaded = load(config)
-    data = training_data(config, loaded.dataset, loaded.cache)
-    for _ in data.fill(config.data.background, plan_training(config, loaded.dataset).timesteps):
+    arguments, loaded = Arguments(config), load(config)
+    data = training_data(arguments.captions, loaded.dataset, loaded.cache)
+    for _ in data.fill(config.data.background, make_schedule(arguments.schedule, loaded.dataset).timesteps):
         pass
     figures["load_seconds"] = time.process_time() - start
     start = time.process_time()
-    adapter = make_adapter(config, loaded.base, find_targets(loaded.base.unet, ["cross_attention"]))
-    trainer = Trainer(config, loaded.base, adapter, data, Accelerator(cpu=True))
+    adapter = make_adapter(arguments.adapter, loaded.base)
+    trainer = Trainer(arguments.training, loaded.base, adapter, data, Accelerator(cpu=True))
     figures["plan_seconds"] = time.process_time() - start
     # The first step of the second epoch, against those after it: what is left is the epoch's own beginning.
     events, steps = trainer.events(), list[float]()

@@ -107,7 +107,7 @@ def own_steps(base: str, folder: Path, work: Path, precision: str, edge: int) ->
     begin = time.perf_counter()
     list(parts.data.fill("white"))
     seconds = (time.perf_counter() - begin) / len(parts.data.dataset.examples)
-    list(parts.data.fill("white", parts.trainer.plan.timesteps))
+    list(parts.data.fill("white", parts.trainer.schedule.timesteps))
     return seconds, (event for event in parts.trainer.events() if isinstance(event, StepDone))
 
 

@@ -23,7 +23,7 @@ from sdlora.events import CheckpointDue, EpochDone
 from sdlora.models.base import BaseModel
 from sdlora.run import setup
 from sdlora.run.folder import RunFolder
-from sdlora.training.validation import validation_bands
+from sdlora.training.validation import image_losses
 
 
 def recipe(rank: int, repeats: int, epochs: int = 4) -> Recipe:
@@ -59,7 +59,7 @@ def prepare(config: RunConfig, folder: Path) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         made = setup.prepare(config, RunFolder(folder, "benchmark"))
-    for _ in made.data.fill(config.data.background, made.trainer.plan.timesteps):
+    for _ in made.data.fill(config.data.background, made.trainer.schedule.timesteps):
         pass
     for _ in made.validation.data.fill(config.data.background):
         pass
@@ -68,7 +68,9 @@ def prepare(config: RunConfig, folder: Path) -> Any:
 
 def validation(made: Any) -> list[float]:
     """The unweighted validation loss in five bands of timesteps, on the same noise whatever the run's seed."""
-    return validation_bands(made.validation.data, 0)
+    data = made.validation.data
+    bands: list[float] = image_losses(data, range(len(data.dataset.examples)), 0).mean(dim=(0, 2)).tolist()
+    return bands
 
 
 def watch(

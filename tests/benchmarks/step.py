@@ -31,8 +31,8 @@ from sdlora.estimate.trace import counted, saved_for_backward
 from sdlora.lora.inject import inject
 from sdlora.lora.targets import find_targets
 from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group
-from sdlora.training.train_step import LeanStep
 
 ATTENTION = ("cross_attention", "self_attention")
 VARIANTS = ("floor", "peft bf16", "peft fp32 + autocast", "sdlora")
@@ -75,7 +75,7 @@ def network(name: str, config: dict[str, Any], dtype: torch.dtype, device: str, 
     elif name == "sdlora":
         adapter = inject(unet, paths, rank, float(rank), 0)
         groups = [Group(adapter.parameters(), 1.0)]
-        inside = LeanStep(unet, adapter, groups, optimizer="adamw", gradient_checkpointing=False).live
+        inside = TrainingModel(unet, adapter, groups, optimizer="adamw", gradient_checkpointing=False).forward_backward
     return Network(unet, inside, grads_of_input=name == "floor")
 
 

@@ -20,6 +20,7 @@ from sdlora.estimate.trace import saved_for_backward
 from sdlora.models import load
 from sdlora.run import setup
 from sdlora.run.run import start
+from sdlora.training.loss import ExposureLoss
 from sdlora.training.trainer import Trainer
 
 
@@ -333,9 +334,9 @@ def test_losses_are_read_back_as_seldom_as_asked(monkeypatch: pytest.MonkeyPatch
     sizes: list[int] = []
     original = Trainer._read_back
 
-    def count(self: Trainer, pending: Any) -> Any:
-        sizes.append(len(pending.steps))
-        return original(self, pending)
+    def count(self: Trainer, epoch: int, unread: Any) -> Any:
+        sizes.append(len(unread.steps))
+        return original(self, epoch, unread)
 
     monkeypatch.setattr(Trainer, "_read_back", count)
     outcome("train.log_every_steps=1")
@@ -348,14 +349,14 @@ def test_losses_are_read_back_as_seldom_as_asked(monkeypatch: pytest.MonkeyPatch
 def test_memory_that_is_too_small_ends_a_run_or_makes_it_compute_in_parts(
     monkeypatch: pytest.MonkeyPatch, outcome: Callable[..., str]
 ) -> None:
-    original = Trainer.losses_per_example
+    original = ExposureLoss.__call__
 
-    def small(self: Trainer, exposures: Any, *others: Any) -> Any:
+    def small(self: ExposureLoss, exposures: Any, *others: Any) -> Any:
         if len(exposures) > 1:
             raise torch.OutOfMemoryError
         return original(self, exposures, *others)
 
-    monkeypatch.setattr(Trainer, "losses_per_example", small)
+    monkeypatch.setattr(ExposureLoss, "__call__", small)
     with pytest.raises(OutOfMemoryError, match=r"train\.batch_size to 1 \(now 2\)"):
         outcome("preview.enabled=false")
     assert outcome("preview.enabled=false", "train.auto_batch=true").startswith("common.safetensors")
@@ -365,15 +366,15 @@ def test_checkpointing_trains_the_same_and_keeps_less(
     common: str, outcome: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kept: list[int] = []
-    original = Trainer.losses_per_example
+    original = ExposureLoss.__call__
 
-    def count(self: Trainer, *arguments: Any) -> Any:
+    def count(self: ExposureLoss, *arguments: Any) -> Any:
         with saved_for_backward(self.base.unet) as saved:
             losses = original(self, *arguments)
         kept.append(saved.held_bytes)
         return losses
 
-    monkeypatch.setattr(Trainer, "losses_per_example", count)
+    monkeypatch.setattr(ExposureLoss, "__call__", count)
     assert outcome() == common
     most = max(kept)
     kept.clear()

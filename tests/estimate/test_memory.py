@@ -18,7 +18,7 @@ from sdlora.estimate.meta_model import MetaBase, Shapes, num_bytes, shapes_of_fa
 from sdlora.lora.inject import AdapterSpec, inject
 from sdlora.lora.layers import LoraLinear
 from sdlora.lora.targets import find_targets
-from sdlora.training.optimizers import Group, make_optimizer
+from sdlora.training.optimizers import Group, OptimizerSettings, make_optimizer
 
 CROSS = ["cross_attention"]
 BOTH = ["cross_attention", "self_attention"]
@@ -89,7 +89,7 @@ def test_a_step_of_stable_diffusion_costs_what_the_formula_says() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "prodigy", "lion", "schedule_free", "adafactor"])
 def test_an_optimizers_state_is_as_large_as_planned(optimizer: str) -> None:
     parameter = nn.Parameter(torch.randn(64, 64))
-    made = make_optimizer(optimizer, [Group([parameter], 1.0)], rate=0.5, weight_decay=0.0)
+    made = make_optimizer(OptimizerSettings(optimizer, 0.5), [Group([parameter], 1.0)])
     parameter.grad = torch.randn(64, 64)
     made.step()
     values = [v for state in made.state.values() for v in state.values() if isinstance(v, torch.Tensor)]

@@ -24,19 +24,19 @@ def no_latents(_: tuple[Any, ...], result: tuple[torch.Tensor, torch.Tensor]) ->
 
 
 def infinite_gradient(args: tuple[Any, ...], result: Any) -> Any:
-    """After `Trainer._gradients`."""
+    """After `TrainStep.gradients`."""
     args[0].parameters[0].grad.view(-1)[0] = float("inf")
     return result
 
 
 def infinite_weight(args: tuple[Any, ...], result: Any) -> Any:
-    """After `Trainer._step`."""
+    """After `TrainStep.run`."""
     args[0].parameters[0].data.view(-1)[0] = float("inf")
     return result
 
 
 def broken_optimizer(args: tuple[Any, ...], result: Any) -> Any:
-    """After `Trainer._step`."""
+    """After `TrainStep.run`."""
     next(iter(args[0].optimizer.state.values()))["exp_avg"].view(-1)[0] = float("nan")
     return result
 
@@ -49,7 +49,7 @@ def too_large_for_two(args: tuple[Any, ...], result: Any) -> Any:
 
 
 def base_vanishes(args: tuple[Any, ...], result: Any) -> Any:
-    """In a method of the trainer."""
+    """In a method of the training step."""
     folder = Path(args[0].base.path)
     folder.rename(folder.with_name("away"))
     return result

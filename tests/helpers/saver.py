@@ -24,10 +24,9 @@ def trainer_at(step: int) -> Trainer:
         for parameter in parameters:
             parameter.fill_(float(step))
             optimizer.state[parameter]["exp_avg"].fill_(float(step))
-    parts = {"parameters": parameters, "optimizer": optimizer, "average": None, "position": Position(step)}
-    return cast(
-        Trainer, SimpleNamespace(**parts, adapter=SimpleNamespace(starts=lambda: [], parameters=lambda: parameters))
-    )
+    adapter = SimpleNamespace(starts=lambda: [], parameters=lambda: parameters)
+    step_ = SimpleNamespace(parameters=parameters, optimizer=optimizer, average=None)
+    return cast(Trainer, SimpleNamespace(adapter=adapter, step=step_, position=Position(step)))
 
 
 def save_from(folder: Path, first: int, last: int) -> None:
@@ -42,7 +41,7 @@ def loaded_step(checkpoint: Path) -> int:
     extra = load_checkpoint(checkpoint, trainer)
     step = trainer.position.step
     assert extra == {"step": step} and checkpoint.name == f"step-{step:08d}"
-    for parameter in trainer.parameters:
+    for parameter in trainer.step.parameters:
         assert bool((parameter == step).all())
-        assert bool((trainer.optimizer.state[parameter]["exp_avg"] == step).all())
+        assert bool((trainer.step.optimizer.state[parameter]["exp_avg"] == step).all())
     return step

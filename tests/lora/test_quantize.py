@@ -14,8 +14,8 @@ from sdlora.estimate.trace import counted, saved_for_backward
 from sdlora.lora.inject import Adapter, AdapterSpec, inject
 from sdlora.lora.quantize import Packed, Quantization, QuantizedLinear, num_weights, quantize_linears, stack, unstack
 from sdlora.lora.targets import find_targets
+from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group
-from sdlora.training.train_step import LeanStep
 
 KINDS: list[Quantization] = ["int8", "nf4"]
 # Table of the paper's appendix E.
@@ -79,10 +79,10 @@ def test_nothing_is_made_anew_to_put_an_adapter_in(
     packed, _ = both(unet, kind)
     monkeypatch.setattr(Packed, "dense", None)
     adapter = inject(packed, find_targets(packed, ["self_attention", "cross_attention"]), 4, 6.0, 0)
-    step = LeanStep(
+    step = TrainingModel(
         packed, adapter, [Group(adapter.parameters(), 1.0)], optimizer="adamw", gradient_checkpointing=False
     )
-    with step.live():
+    with step.forward_backward():
         assert {len(layer.shared.members) for layer in adapter.layers.values() if layer.shared} >= {3}
 
 
@@ -153,13 +153,13 @@ def gradients(
 ) -> tuple[Adapter, list[Tensor]]:
     adapter = inject(unet, find_targets(unet, targets), 4, 6.0, 0, spec=spec)
     move(adapter)
-    step = LeanStep(
+    step = TrainingModel(
         unet, adapter, [Group(adapter.parameters(), 1.0)], optimizer="adamw", gradient_checkpointing=checkpointing
     )
     draw = torch.Generator().manual_seed(1)
     x, text = torch.randn(2, 4, 8, 8, generator=draw), torch.randn(2, 7, 48, generator=draw)
     unet.train()  # diffusers computes blocks again in training alone
-    with step.live():
+    with step.forward_backward():
         unet(x, torch.tensor([20, 900]), text).sample.square().mean().backward()
     return adapter, step.by_layer([p.grad for p in step.parameters() if p.grad is not None])
 

@@ -15,9 +15,9 @@ from torch import nn
 from sdlora.config.schema import BaseConfig, LoraConfig, RunConfig, Target
 from sdlora.config.toml import load_config
 from sdlora.estimate.meta_model import shapes_of_base
-from sdlora.lora.targets import find_targets
 from sdlora.models import latent_diffusion
 from sdlora.models.load import load_base
+from sdlora.run.arguments import Arguments
 from sdlora.run.base_pool import BasePool
 from sdlora.run.run import start
 from sdlora.training.adapter import make_adapter
@@ -111,13 +111,12 @@ def test_counting_and_naming_move_nothing(tiny_base: Path, monkeypatch: pytest.M
     base.set_aside()
     assert waiting.known and waiting.present() == set()
     targets: list[Target] = ["cross_attention", "text_encoder"]
-    paths = find_targets(base.unet, targets, base.text_encoders)
     assert shapes_of_base(base).text_bytes > 0
     assert bases(RunConfig(base=BaseConfig(path=str(tiny_base))), torch.device("cpu"), torch.float32) is base
-    make_adapter(RunConfig(), base, [path for path in paths if not path.startswith("text_encoder")]).remove()
+    make_adapter(Arguments(RunConfig()).adapter, base).remove()
     assert waiting.present() == set()
     # What is trained must be where it stays, before an optimizer knows it.
-    adapter = make_adapter(RunConfig(lora=LoraConfig(targets=targets)), base, paths)
+    adapter = make_adapter(Arguments(RunConfig(lora=LoraConfig(targets=targets))).adapter, base)
     assert waiting.present() == {"CLIPTextModel"}
     base.set_aside()
     assert waiting.present() == {"CLIPTextModel"}

@@ -46,8 +46,8 @@ COLD = [
     Place("null", "sdlora.copycheck.null_distribution:null_scores", ("before", "after")),
 ]
 WARM = [
-    Place("step", "sdlora.training.trainer:Trainer._step", ("before", "after"), 3),
-    Place("step", "sdlora.training.trainer:diffusion_loss", ("after",), 3),
+    Place("step", "sdlora.training.train_step:TrainStep.run", ("before", "after"), 3),
+    Place("step", "sdlora.training.loss:diffusion_loss", ("after",), 3),
     Place("step", "torch.optim.adamw:AdamW.step", ("before", "after"), 2),
     Place("step", "sdlora.training.ema:MovingAverage.update", ("before",), 2),
     Place("save", "sdlora.training.checkpoint:save_file", ("torn", "after"), 3),

@@ -46,11 +46,18 @@ REHEARSED = 3  # steps before the first
 # The loss's, the gradient's and the latents' step is the point's own; what is broken between two steps shows in the
 # next, or when it is to be saved.
 NUMBERS: list[tuple[str, str, int, Side, Change, int]] = [
-    ("loss", "sdlora.training.trainer:diffusion_loss", REHEARSED + 7, "after", mishaps.no_numbers, 7),
-    ("latents", "sdlora.training.trainer:Trainer._latents_and_noise", REHEARSED + 7, "after", mishaps.no_latents, 7),
-    ("gradient", "sdlora.training.trainer:Trainer._gradients", REHEARSED + 7, "after", mishaps.infinite_gradient, 7),
-    ("weight", "sdlora.training.trainer:Trainer._step", 7, "after", mishaps.infinite_weight, 8),
-    ("optimizer", "sdlora.training.trainer:Trainer._step", 7, "after", mishaps.broken_optimizer, 8),
+    ("loss", "sdlora.training.loss:diffusion_loss", REHEARSED + 7, "after", mishaps.no_numbers, 7),
+    ("latents", "sdlora.training.loss:ExposureLoss.latents_and_noise", REHEARSED + 7, "after", mishaps.no_latents, 7),
+    (
+        "gradient",
+        "sdlora.training.train_step:TrainStep.gradients",
+        REHEARSED + 7,
+        "after",
+        mishaps.infinite_gradient,
+        7,
+    ),
+    ("weight", "sdlora.training.train_step:TrainStep.run", 7, "after", mishaps.infinite_weight, 8),
+    ("optimizer", "sdlora.training.train_step:TrainStep.run", 7, "after", mishaps.broken_optimizer, 8),
 ]
 
 
@@ -93,7 +100,7 @@ def test_full_memory_names_the_setting_to_lower(
             "data.resolution_px = 24 (now 32)",
         ),
         "step": (
-            Point("sdlora.training.trainer:diffusion_loss", REHEARSED + 4, action="out of memory"),
+            Point("sdlora.training.loss:diffusion_loss", REHEARSED + 4, action="out of memory"),
             "train.batch_size to 1 (now 2) and train.gradient_accumulation_steps to 2 (now 1)",
         ),
         "preview": (
@@ -114,7 +121,7 @@ def test_full_memory_names_the_setting_to_lower(
 
 @pytest.mark.slow
 def test_a_run_goes_on_with_what_the_advice_says(scene: Scene, tmp_path: Path) -> None:
-    step = Point("sdlora.training.trainer:diffusion_loss", 4, "before", mishaps.too_large_for_two, every=True)
+    step = Point("sdlora.training.loss:diffusion_loss", 4, "before", mishaps.too_large_for_two, every=True)
     assert scene.train(tmp_path / "step", points=[step]).code == 4
     outcome = scene.go_on(tmp_path / "step", points=[step], changes=["train.auto_batch=true"])
     assert outcome.code == 0, outcome.err
@@ -126,9 +133,7 @@ def test_a_run_goes_on_with_what_the_advice_says(scene: Scene, tmp_path: Path) -
 
 def test_batches_in_parts_give_the_same_result(scene: Scene, tmp_path: Path, figure: Figure) -> None:
     changes = ["train.auto_batch=true", "preview.enabled=false", "train.max_grad_norm=1e-3"]
-    full = Point(
-        "sdlora.training.trainer:diffusion_loss", REHEARSED + 3, "before", mishaps.too_large_for_two, every=True
-    )
+    full = Point("sdlora.training.loss:diffusion_loss", REHEARSED + 3, "before", mishaps.too_large_for_two, every=True)
     assert scene.train(tmp_path / "whole", changes=changes).code == 0
     outcome = scene.train(tmp_path / "parts", points=[full], changes=changes)
     assert outcome.code == 0, outcome.err
@@ -153,9 +158,9 @@ def test_batches_in_parts_give_the_same_result(scene: Scene, tmp_path: Path, fig
 SIGNALS: list[tuple[str, Side, int]] = [
     ("sdlora.cache.tensors:Cache.fetch", "after", 1),
     ("sdlora.cache.tensors:Cache.fetch", "before", 4),
-    ("sdlora.training.trainer:diffusion_loss", "before", 1),
-    ("sdlora.training.trainer:Trainer._step", "after", 3),
-    ("sdlora.training.trainer:Trainer._step", "after", 5),
+    ("sdlora.training.loss:diffusion_loss", "before", 1),
+    ("sdlora.training.train_step:TrainStep.run", "after", 3),
+    ("sdlora.training.train_step:TrainStep.run", "after", 5),
     ("sdlora.training.checkpoint:save_file", "before", 2),
     ("sdlora.training.checkpoint:save_file", "after", 1),
     ("sdlora.training.checkpoint:write_json", "after", 3),
@@ -172,7 +177,7 @@ def stopped_and_gone_on(scene: Scene, expected: dict[str, str], trial: tuple[str
     if outcome.code != code or "--resume" not in outcome.err or "Traceback" in outcome.err:
         return f"{trial}: exit code {outcome.code}: {outcome.err}"
     state = json.loads((run / "state.json").read_text())
-    begun = call if function.endswith("_step") else None
+    begun = call if function.endswith(".run") else None
     saved = max((int(path.name.removeprefix("step-")) for path in run.glob("checkpoints/*")), default=0)
     if state["status"] != "stopped" or (begun is not None and saved != begun):
         return f"{trial}: {state}, saved at {saved}"
@@ -237,7 +242,7 @@ def test_a_base_that_vanishes_stops_the_run_and_it_goes_on_when_the_base_is_back
     base = tmp_path / "base"
     shutil.copytree(scene.root / "tiny", base)
     changes = [f"base.path={base}"]
-    point = Point("sdlora.training.trainer:Trainer._step", 2, "after", mishaps.base_vanishes)
+    point = Point("sdlora.training.train_step:TrainStep.run", 2, "after", mishaps.base_vanishes)
     outcome = scene.train(tmp_path / "run", points=[point], changes=changes)
     assert outcome.code == 2 and "base" in outcome.err, outcome.err
     everything_is_whole(tmp_path / "run")
@@ -266,7 +271,7 @@ def test_a_clock_that_jumps_changes_nothing(scene: Scene, expected: dict[str, st
 
 def test_a_run_begun_before_the_copy_check_is_refused_in_words(scene: Scene, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    assert scene.train(run, points=[Point("sdlora.training.trainer:Trainer._step", 4)]).code == -signal.SIGKILL
+    assert scene.train(run, points=[Point("sdlora.training.train_step:TrainStep.run", 4)]).code == -signal.SIGKILL
     (run / "epochs" / "0" / "copycheck.json").unlink()
     outcome = scene.go_on(run)
     assert outcome.code == 2

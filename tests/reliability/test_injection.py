@@ -106,7 +106,7 @@ def test_secrets_are_written_nowhere(scene: Scene, tmp_path: Path, figure: Figur
     changes = ["train.epochs=1", "data.repeats=1"]
     for name, points in {
         "good": [],
-        "bad": [Point("sdlora.training.trainer:Trainer._step", 2, action=mishaps.fails_inside)],
+        "bad": [Point("sdlora.training.train_step:TrainStep.run", 2, action=mishaps.fails_inside)],
     }.items():
         arguments = scene.arguments(tmp_path / name, changes=changes)
         outcome = scene.command.start(arguments, points=points, environment=environment).wait()

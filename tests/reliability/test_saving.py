@@ -163,7 +163,7 @@ def test_a_disk_that_is_too_small_is_told_beforehand_and_one_that_fills_ends_the
     assert "left, and the run needs up to" in outcome.err
     assert not (small_disk / "run").exists()
     filler.unlink()
-    point = Point("sdlora.training.trainer:Trainer._step", 6, "after", action=mishaps.disk_fills)
+    point = Point("sdlora.training.train_step:TrainStep.run", 6, "after", action=mishaps.disk_fills)
     started = scene.command.start(
         scene.arguments(small_disk / "run"), points=[point], environment={"FILLED": str(filler)}
     )

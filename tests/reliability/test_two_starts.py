@@ -53,7 +53,7 @@ def test_on_one_device_a_run_waits_and_begins_when_the_other_is_killed(scene: Sc
     # The first run stays where it is until it is killed.
     first = scene.command.start(
         scene.arguments(tmp_path / "first", changes=SHORT),
-        points=[Point("sdlora.training.trainer:Trainer._step", 1, "before", mishaps.wait_for_two)],
+        points=[Point("sdlora.training.train_step:TrainStep.run", 1, "before", mishaps.wait_for_two)],
         **options,  # type: ignore[arg-type]
     )
     while not list(gate.iterdir()):

@@ -9,9 +9,9 @@ import torch
 
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import parse_config
-from sdlora.lora.targets import find_targets
 from sdlora.models.base import BaseModel
 from sdlora.models.load import load_base
+from sdlora.run.arguments import Arguments
 from sdlora.run.base_pool import BasePool
 from sdlora.training.adapter import make_adapter
 
@@ -39,7 +39,7 @@ def answers(base: BaseModel) -> list[torch.Tensor]:
 def test_after_an_adapter_it_is_bitwise_the_untouched_base(tiny_base: Path, form: list[str]) -> None:
     bases, config = BasePool(), settings(tiny_base, "lora.rank=4", *form)
     base = bases(config, CPU, torch.float32)
-    adapter = make_adapter(config, base, find_targets(base.unet, config.lora.targets, base.text_encoders))
+    adapter = make_adapter(Arguments(config).adapter, base)
     changed = answers(base)  # makes the hooks run
     optimizer = torch.optim.SGD(adapter.parameters(), lr=10.0)
     text = base.encode_captions(["a red ball"])
@@ -61,7 +61,7 @@ def test_after_an_adapter_it_is_bitwise_the_untouched_base(tiny_base: Path, form
 def test_what_an_adapter_left_behind_makes_it_load_anew(tiny_base: Path) -> None:
     bases, config = BasePool(), settings(tiny_base)
     base = bases(config, CPU, torch.float32)
-    make_adapter(config, base, find_targets(base.unet, config.lora.targets, base.text_encoders))
+    make_adapter(Arguments(config).adapter, base)
     assert bases(config, CPU, torch.float32) is not base
     second = bases(config, CPU, torch.float32)
     second.unet.register_forward_hook(lambda *_: None)

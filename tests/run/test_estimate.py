@@ -32,7 +32,7 @@ def test_a_forecast_counts_what_the_run_then_does(tmp_path: Path, overrides: lis
     assert found.fits is True
     assert found.memory_bytes is not None
     assert found.memory_bytes <= psutil.virtual_memory().total
-    list(parts.data.fill("white", parts.trainer.plan.timesteps))
+    list(parts.data.fill("white", parts.trainer.schedule.timesteps))
     kept = sum(p.stat().st_size for p in (tmp_path / "cache").rglob("*.safetensors"))
     assert found.cache_bytes is not None
     assert found.cache_bytes <= kept < found.cache_bytes + 10 * 300  # names and shapes in ten files

@@ -31,20 +31,21 @@ from sdlora.pocket.world import random_scene, render
 from sdlora.run.folder import RunFolder
 from sdlora.run.run import Stopped, start
 from sdlora.run.setup import prepare
-from sdlora.training.trainer import Trainer
+from sdlora.training.train_step import StepResult, TrainStep
 
 
 @pytest.fixture
 def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Callable[[], bool]]:
     """Makes a wish to stop that comes true after so many further steps."""
     done = [0]
-    original = Trainer._step
+    original = TrainStep.run
 
-    def count(self: Trainer, *arguments: object) -> None:
-        original(self, *arguments)  # type: ignore[arg-type]
+    def count(self: TrainStep, step: int, micro_batch_size: int) -> StepResult:
+        result = original(self, step, micro_batch_size)
         done[0] += 1
+        return result
 
-    monkeypatch.setattr(Trainer, "_step", count)
+    monkeypatch.setattr(TrainStep, "run", count)
 
     def make(steps: int) -> Callable[[], bool]:
         last = done[0] + steps

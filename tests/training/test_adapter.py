@@ -3,11 +3,11 @@ from pathlib import Path
 import torch
 from helpers.adapters import UNET_TARGETS
 
-from sdlora.config.schema import LoraConfig, LossConfig, RunConfig
-from sdlora.lora.targets import find_targets, target_of
-from sdlora.lora.timestep_rank import TimestepRank
+from sdlora.config.schema import LoraConfig, RunConfig
+from sdlora.lora.targets import target_of
 from sdlora.models.load import load_base
-from sdlora.training.adapter import limits_elsewhere, make_adapter, timestep_rank
+from sdlora.run.arguments import Arguments
+from sdlora.training.adapter import make_adapter
 
 
 def test_every_setting_reaches_the_layers(tiny_base: Path) -> None:
@@ -16,7 +16,7 @@ def test_every_setting_reaches_the_layers(tiny_base: Path) -> None:
         rank=4, alpha=2.0, targets=[*UNET_TARGETS, "text_encoder"], target_ranks={"mlp": 3}, target_alphas={"conv": 6},
         rslora=True, dropout=0.25, init="pissa", timestep_rank_min=2,
     )  # fmt: skip
-    adapter = make_adapter(RunConfig(lora=lora), base, find_targets(base.unet, lora.targets, base.text_encoders))
+    adapter = make_adapter(Arguments(RunConfig(lora=lora)).adapter, base)
     for path, layer in adapter.layers.items():
         assert layer.rank == (3 if target_of(path) == "mlp" else 4)
         assert abs(layer.scale - (6 if target_of(path) == "conv" else 2) / layer.rank**0.5) < 1e-6
@@ -25,15 +25,3 @@ def test_every_setting_reaches_the_layers(tiny_base: Path) -> None:
     base.predict(torch.zeros(2, 4, 8, 8), torch.tensor([0, 999]), {"states": torch.zeros(2, 77, 16)})
     masks = [layer.rank_mask for path, layer in adapter.layers.items() if target_of(path) != "text_encoder"]
     assert {tuple(mask.sum(1).tolist()) for mask in masks if mask is not None} == {(4.0, 2.0), (3.0, 2.0)}
-
-
-def test_what_other_programs_do_is_said_with_the_measured_figure() -> None:
-    plain, masked = LoraConfig(), LoraConfig(timestep_rank_min=2, timestep_rank_alpha=2.0)
-    assert (timestep_rank(plain), timestep_rank(masked)) == (None, TimestepRank(2, 2.0))
-    assert limits_elsewhere(RunConfig(lora=plain), {"rank_mask_difference": None}) == []
-    (sentence,) = limits_elsewhere(RunConfig(lora=masked), {"rank_mask_difference": 0.1234})
-    assert "differ by 12% of what the LoRA changes" in sentence
-    (sentence,) = limits_elsewhere(RunConfig(lora=LoraConfig(dora=True)), {"rank_mask_difference": None})
-    assert "DoRA" in sentence
-    (sentence,) = limits_elsewhere(RunConfig(loss=LossConfig(zero_terminal_snr=True)), {})
-    assert "rescale_betas_zero_snr=True" in sentence

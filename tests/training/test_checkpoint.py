@@ -28,9 +28,9 @@ def test_a_checkpoint_brings_everything_back(tiny_base: Path, images: Path, tmp_
     assert load_checkpoint(saved[-1], other) == {"note": 5}
     # Saved before the epoch's end was reported, so the epoch's sum is still there.
     assert (other.position.step, other.position.loss_count) == (trainer.position.step, 10) == (5, 10)
-    for ours, theirs in zip(trainer.parameters, other.parameters, strict=True):
+    for ours, theirs in zip(trainer.step.parameters, other.step.parameters, strict=True):
         assert torch.equal(ours, theirs)
-    states = [t.optimizer.state_dict()["state"] for t in (trainer, other)]
+    states = [t.step.optimizer.state_dict()["state"] for t in (trainer, other)]
     assert states[0].keys() == states[1].keys()
     for index, values in states[0].items():
         assert values.keys() == {"step", "exp_avg", "exp_avg_sq"}

@@ -20,8 +20,8 @@ from sdlora.lora.inject import Adapter, AdapterSpec, inject
 from sdlora.lora.targets import find_targets
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.training import compile
-from sdlora.training.optimizers import Group, make_optimizer
-from sdlora.training.train_step import LeanStep
+from sdlora.training.model import TrainingModel
+from sdlora.training.optimizers import Group, OptimizerSettings, make_optimizer
 
 ATTENTION = ["self_attention", "cross_attention"]
 
@@ -49,8 +49,8 @@ class Side:
         move(self.adapter)
         settings = {"optimizer": "adamw", "gradient_checkpointing": False} | options
         groups = [Group(self.adapter.parameters(), 1.0)]
-        self.step = LeanStep(self.unet, self.adapter, groups, **settings)
-        self.optimizer = make_optimizer("adamw", self.step.groups, rate=1e-4, weight_decay=1e-2)
+        self.step = TrainingModel(self.unet, self.adapter, groups, **settings)
+        self.optimizer = make_optimizer(OptimizerSettings("adamw", 1e-4, weight_decay=1e-2), self.step.groups)
 
     def answer(self, seed: int = 0, size: int = 8, text_is_trained: bool = False) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)
@@ -63,7 +63,7 @@ class Side:
     def gradients(self, **given: Any) -> list[torch.Tensor]:
         for parameter in self.step.parameters():
             parameter.grad = None
-        with self.step.live():
+        with self.step.forward_backward():
             self.answer(**given).float().pow(2).mean().backward()
         return self.step.by_layer([p.grad for p in self.step.parameters() if p.grad is not None])
 
@@ -153,7 +153,7 @@ def test_the_next_step_on_a_kept_base_is_as_it_asks(unet: Any, traced: None) -> 
     assert num == [2]
     groups = [Group(side.adapter.parameters(), 1.0)]
     for choice, expected in ((False, 0), (True, 2)):
-        side.step = LeanStep(
+        side.step = TrainingModel(
             side.unet, side.adapter, groups, optimizer="adamw", gradient_checkpointing=False, compiled=choice
         )
         with compilations() as num:

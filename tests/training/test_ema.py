@@ -29,25 +29,25 @@ def test_the_average_is_judged_and_training_goes_on_from_its_own(tiny_base: Path
     trainer = make_trainer(tiny_base, images, tmp_path, learning_rate=1e-2, ema_decay=0.9)
     for each in (plain, trainer):
         list(each.events())
-    assert trainer.average is not None
-    before = [p.detach().clone() for p in trainer.parameters]
+    assert trainer.step.average is not None
+    before = [p.detach().clone() for p in trainer.step.parameters]
     with trainer.averaged():
-        assert all(torch.equal(p, v) for p, v in zip(trainer.parameters, trainer.average.values, strict=True))
-        assert not torch.equal(trainer.parameters[0], before[0])
-    assert all(torch.equal(p, b) for p, b in zip(trainer.parameters, before, strict=True))
-    assert all(torch.equal(p, b) for p, b in zip(plain.parameters, before, strict=True))
+        assert all(torch.equal(p, v) for p, v in zip(trainer.step.parameters, trainer.step.average.values, strict=True))
+        assert not torch.equal(trainer.step.parameters[0], before[0])
+    assert all(torch.equal(p, b) for p, b in zip(trainer.step.parameters, before, strict=True))
+    assert all(torch.equal(p, b) for p, b in zip(plain.step.parameters, before, strict=True))
 
 
 def test_schedule_free_is_judged_at_x_and_trained_at_y(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_base, images, tmp_path, learning_rate=1e-2, optimizer="schedule_free")
     list(trainer.events())
-    before = [p.detach().clone() for p in trainer.parameters]
+    before = [p.detach().clone() for p in trainer.step.parameters]
     with trainer.averaged():
-        for parameter, y in zip(trainer.parameters, before, strict=True):
-            z = trainer.optimizer.state[parameter]["z"].double()
+        for parameter, y in zip(trainer.step.parameters, before, strict=True):
+            z = trainer.step.optimizer.state[parameter]["z"].double()
             torch.testing.assert_close(parameter.double(), (y.double() - 0.1 * z) / 0.9, rtol=1e-5, atol=1e-7)
-    assert all(torch.equal(p, b) for p, b in zip(trainer.parameters, before, strict=True))
-    assert all(options["train_mode"] for options in trainer.optimizer.param_groups)
+    assert all(torch.equal(p, b) for p, b in zip(trainer.step.parameters, before, strict=True))
+    assert all(options["train_mode"] for options in trainer.step.optimizer.param_groups)
 
 
 def test_a_failure_inside_brings_the_weights_back() -> None:

@@ -1,48 +1,103 @@
-"""The objective against what is written out by hand."""
+"""The loss of exposures against formulas written out by hand."""
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
+from helpers.trainer import make_trainer
+from PIL import Image
 
-from sdlora.lora.inject import inject
-from sdlora.lora.targets import find_targets
+from sdlora.common import seeds
+from sdlora.data.batches import Exposure
 from sdlora.models.load import load_base
-from sdlora.training.loss import Batch, diffusion_loss, diffusion_loss_with_prior
+from sdlora.training.loss import Batch, diffusion_loss
 
 
-def test_one_pass_gives_the_loss_and_the_distance_from_the_base(tiny_base: Path) -> None:
-    base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
-    adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"]), 2, 2.0, 0)
-    draw = torch.Generator().manual_seed(0)
-    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=draw)
-    batch = Batch(latents, noise, torch.tensor([10, 400, 950]), base.encode_captions(["a", "b", "c"]))
-    class_text = base.encode_captions(["cat", "", "dog"])
+def test_loss_of_an_exposure_equals_the_formula(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path)
+    base, example = trainer.base, trainer.data.dataset.examples[3]
+    mean, log_variance = trainer.data.moments([3]).float().chunk(2, dim=1)
+    jitter = seeds.normal((4, 8, 8), 0, "latent", example.name, 2)
+    noise = seeds.normal((4, 8, 8), 0, "noise", example.name, 2)
+    latents = (mean + torch.exp(log_variance / 2) * jitter) * base.vae.config.scaling_factor  # type: ignore[attr-defined]
+    alpha = base.alphas_cumprod[600]
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     with torch.no_grad():
-        everyone = torch.arange(3)
-        unmoved = diffusion_loss_with_prior(base, adapter, batch, everyone, class_text, class_text)[1]
-        assert unmoved.max() < 1e-12, "B is zero, and twice the batch rounds a little differently"
-        for parameter in adapter.up_parameters():
-            parameter.normal_(generator=draw)
-        loss, distance = diffusion_loss_with_prior(base, adapter, batch, everyone, class_text, class_text)
-        some = torch.tensor([2, 0])
-        their_text = {name: states[some] for name, states in class_text.items()}
-        fewer = diffusion_loss_with_prior(base, adapter, batch, some, their_text, their_text)
-        alpha = base.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
-        noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        moved = base.unet(noisy, batch.timesteps, class_text["states"]).sample
-        adapter.set_strength(0.0)
-        kept = base.unet(noisy, batch.timesteps, class_text["states"]).sample
-        adapter.set_strength(1.0)
-    torch.testing.assert_close(distance, (moved - kept).pow(2).mean(dim=(1, 2, 3)))
-    torch.testing.assert_close(loss, diffusion_loss(base, batch))
-    torch.testing.assert_close(fewer, (loss, distance[some]))
-    assert loss.min() > 0
+        states = base.encode_captions([example.caption])["states"]
+        answer = base.unet(noisy, torch.tensor([600]), states).sample
+        found = trainer.terms[0].loss([Exposure(3, 2)], [600])[0]
+    torch.testing.assert_close(found, (answer - noise).pow(2).mean().unsqueeze(0))
 
 
-def test_another_error_is_used(tiny_base: Path) -> None:
+def test_gradient_reaches_a_trained_text_encoder(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path, targets=("text_encoder",))
+    parameter = trainer.adapter.layers["text_encoder.encoder.layers.0.mlp.fc1"].up
+
+    def loss() -> torch.Tensor:
+        return trainer.terms[0].loss([Exposure(3, 2)], [600])[0].sum()
+
+    loss().backward()
+    assert parameter.grad is not None
+    gradient, step = parameter.grad.clone(), 1e-2 / parameter.grad.norm()
+    with torch.no_grad():
+        parameter.add_(gradient * step)
+        above = loss()
+        parameter.sub_(2 * gradient * step)
+        below = loss()
+    slope = float((above - below) / (2 * step))
+    assert slope == pytest.approx(float(gradient.square().sum()), rel=0.05)
+
+
+def test_objective_is_the_weighted_loss(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path, loss={"weighting": "min_snr", "gamma": 2.0})
+    with torch.no_grad():
+        loss, objective = trainer.terms[0].loss([Exposure(3, 2), Exposure(2, 1)], [20, 600])
+    alphas_cumprod = trainer.base.alphas_cumprod[[20, 600]].double()
+    snr = alphas_cumprod / (1 - alphas_cumprod)
+    torch.testing.assert_close(objective, (snr.clamp(max=2.0) / snr).float() * loss)
+
+
+def test_masked_places_are_weighted_by_the_floor(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(images, folder)
+    mask = Image.new("L", (32, 32))
+    mask.paste(255, (0, 0, 16, 12))
+    mask.save(folder / "blue-mask.png")
+    trainer = make_trainer(tiny_base, folder, tmp_path / "cache", loss={"mask_floor": 0.25})
+    plain = make_trainer(tiny_base, images, tmp_path / "cache")
+    # Latents of 4 x 4 pixels: the mask covers 4 columns of 3 rows.
+    weights = torch.full((8, 8), 0.25)
+    weights[:3, :4] = 1.0
+    base, exposures = trainer.base, [Exposure(0, 1), Exposure(1, 1)]
+    assert [trainer.data.name(exposure.example) for exposure in exposures] == ["blue.png", "green.png"]
+    with torch.no_grad():
+        found = trainer.terms[0].loss(exposures, [600, 600])[0]
+        latents, noise = trainer.terms[0].loss.latents_and_noise(exposures)
+        alpha = base.alphas_cumprod[600]
+        text = trainer.data.text([(0, 1), (1, 1)])
+        answer = base.predict(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, torch.tensor([600, 600]), text)
+        whole = plain.terms[0].loss(exposures, [600, 600])[0]
+    errors = (answer - noise).pow(2)
+    expected = (errors[0] * weights).sum() / (4 * weights.sum())
+    torch.testing.assert_close(found, torch.stack([expected, errors[1].mean()]))
+    torch.testing.assert_close(whole, errors.mean(dim=(1, 2, 3)))
+
+
+def test_noise_offset_shifts_whole_channels(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    plain, shifted = (
+        trainer.terms[0].loss.latents_and_noise([Exposure(3, 2)])
+        for trainer in (make_trainer(tiny_base, images, tmp_path, loss=loss) for loss in ({}, {"noise_offset": 0.1}))
+    )
+    assert torch.equal(plain[0], shifted[0])
+    name = "purple.png"
+    expected = 0.1 * seeds.normal((4, 1, 1), 0, "noise offset", name, 2)
+    torch.testing.assert_close(shifted[1][0] - plain[1][0], expected.expand(4, 8, 8), atol=1e-6, rtol=0)
+
+
+def test_loss_uses_the_given_error(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     batch = Batch(torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8), torch.tensor([5, 6]), base.encode_captions(["", ""]))
     with torch.no_grad():

@@ -22,7 +22,7 @@ from sdlora.events import CheckpointDue, StepDone
 from sdlora.lora.dora import DoraLayer
 from sdlora.lora.inject import AdapterSpec
 from sdlora.training.checkpoint import load_checkpoint, save_checkpoint
-from sdlora.training.optimizers import Group, adapter_groups, make_optimizer, set_rates
+from sdlora.training.optimizers import Group, OptimizerSettings, adapter_groups, make_optimizer, set_learning_rate
 
 RATES = {"adamw": 1e-2, "prodigy": 1.0, "adafactor": 1e-2, "lion": 1e-3, "schedule_free": 1e-2}
 
@@ -45,7 +45,9 @@ def gradients() -> list[Tensor]:
 
 
 def ours(name: str, rate: float) -> list[Tensor]:
-    return steps(lambda parameters: make_optimizer(name, [Group(parameters, 1.0)], rate=rate, weight_decay=0.1))
+    return steps(
+        lambda parameters: make_optimizer(OptimizerSettings(name, rate, weight_decay=0.1), [Group(parameters, 1.0)])
+    )
 
 
 def test_adamw_is_the_formula() -> None:
@@ -95,8 +97,8 @@ def test_every_part_moves_at_its_own_rate(tiny_base: Path, images: Path, tmp_pat
         tiny_base, images, tmp_path, targets=("cross_attention", "text_encoder"), spec=AdapterSpec(dora=True)
     )
     adapter = trainer.adapter
-    optimizer = make_optimizer("adamw", adapter_groups(adapter, 16.0, 0.5), rate=1e-3, weight_decay=0.0)
-    set_rates(optimizer, 1e-2)
+    optimizer = make_optimizer(OptimizerSettings("adamw", 1e-3), adapter_groups(adapter, 16.0, 0.5))
+    set_learning_rate(optimizer, 1e-2)
     before = {parameter: parameter.detach().clone() for parameter in adapter.parameters()}
     for parameter in before:
         parameter.grad = torch.ones_like(parameter)
@@ -114,7 +116,7 @@ def test_every_part_moves_at_its_own_rate(tiny_base: Path, images: Path, tmp_pat
 def test_decay_pulls_towards_the_base_alone(tiny_base: Path, images: Path, tmp_path: Path, spec: AdapterSpec) -> None:
     trainer = make_trainer(tiny_base, images, tmp_path, spec=spec)
     adapter = trainer.adapter
-    optimizer = make_optimizer("adamw", adapter_groups(adapter, 1.0, 1.0), rate=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(OptimizerSettings("adamw", 0.1, weight_decay=0.5), adapter_groups(adapter, 1.0, 1.0))
     before = {parameter: parameter.detach().clone() for parameter in adapter.parameters()}
     for parameter in before:
         parameter.grad = torch.zeros_like(parameter)
@@ -167,10 +169,10 @@ def test_a_resumed_run_is_the_uninterrupted_one(
     for inside in (False, True):
         if inside:
             with whole.averaged(), resumed.averaged():
-                compare(whole.parameters, resumed.parameters)
+                compare(whole.step.parameters, resumed.step.parameters)
         else:
-            compare(whole.parameters, resumed.parameters)
-    assert whole.optimizer.state_dict()["param_groups"] == resumed.optimizer.state_dict()["param_groups"]
+            compare(whole.step.parameters, resumed.step.parameters)
+    assert whole.step.optimizer.state_dict()["param_groups"] == resumed.step.optimizer.state_dict()["param_groups"]
 
 
 def compare(left: list[nn.Parameter], right: list[nn.Parameter]) -> None:

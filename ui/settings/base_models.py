@@ -27,7 +27,7 @@ from sdlora.estimate.memory import Setting, changes, need
 from sdlora.estimate.meta_model import Shapes, shapes_of_configs, shapes_of_family
 from sdlora.models.detect import recognise
 from sdlora.models.safetensors_header import read_header
-from sdlora.training.adapter import adapter_spec
+from sdlora.run.arguments import Arguments
 
 from ..state.folders import Studio
 from ..state.subprocesses import device_name
@@ -116,7 +116,7 @@ def _fit(document: str, on_cpu: bool, memory_bytes: int) -> Fit | None:
     half = precision in ("bf16", "fp16") or (precision == "auto" and not on_cpu)
     edge = config.data.resolution_px or shapes.resolution_px
     dtype = torch.bfloat16 if half else torch.float32
-    setting = Setting(config, adapter_spec(config.lora), shapes, dtype, (edge, edge), on_cpu=on_cpu)
+    setting = Setting(config, Arguments(config).adapter.spec, shapes, dtype, (edge, edge), on_cpu=on_cpu)
     needed = need(setting)
     found = changes(setting, needed, memory_bytes)
     values: dict[str, Any] = {}

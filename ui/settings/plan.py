@@ -17,8 +17,9 @@ from typing import Any
 from sdlora.common.text import format_range, format_seconds
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml
+from sdlora.run.arguments import Arguments
 from sdlora.run.datasets import read_images
-from sdlora.training.schedule import plan_training
+from sdlora.training.schedule import make_schedule
 
 from ..state.folders import StudioError
 from .base_models import shapes_of
@@ -59,7 +60,7 @@ def count(config: RunConfig) -> Counts:
     validation = len(split_off.examples) if split_off else 0
     resolution_px = data.resolution_px or base_resolution_px(config.base.path)
     dataset = images.trained.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
-    steps = sum(map(len, plan_training(config, dataset).epochs))
+    steps = len(make_schedule(Arguments(config).schedule, dataset).steps)
     exposures = max(example.repeats for example in dataset.examples) * config.train.epochs
     return Counts(len(dataset.examples), validation, exposures, steps, resolution_px)
 
