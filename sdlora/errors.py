@@ -88,3 +88,7 @@ class ArbiterError(SdloraError):
     """An optional network that was asked for is not to be had; the run goes on without it and says so."""
 
     exit_code = 1
+
+
+class RenamedOptionWarning(UserWarning):
+    """An option was given under its earlier name."""

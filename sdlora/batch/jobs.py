@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sdlora.config.renamed import RENAMED, with_current_names
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import option_names, parse_config, read_config
 from sdlora.errors import ConfigError
@@ -112,7 +113,7 @@ def _read(path: Path) -> _File:
 
 def _check_keys(path: Path, where: str, keys: Mapping[str, Any]) -> None:
     """A setting that no run has would be every job's fault; it is told once."""
-    known = option_names()
+    known = (*option_names(), *RENAMED)
     for key in keys:
         if not any(key == name or key.startswith(f"{name}.") for name in known):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
@@ -129,12 +130,14 @@ def _swept(file: _File, entry: _Job, stem: str) -> Iterator[Job]:
     name = entry.name or Path(source).stem
     if not _NAME.fullmatch(name):
         raise ConfigError(f"The job name {name!r} cannot name a folder: take letters, digits, '.', '_' and '-'.")
-    settings = _flat(file.defaults.set) | _flat(entry.set)
+    settings = with_current_names(_flat(file.defaults.set)) | with_current_names(_flat(entry.set))
     combinations = _combinations(file.sweep)
     for combination in combinations:
+        # A label keeps the name that was written, so that a batch of an earlier version finds its runs.
         full = "-".join([name, *(_label(combinations, key, value) for key, value in combination.items())])
-        config, fault = _checked(source, settings | combination, full)
-        yield Job(full, entry.priority, combination, config, fault)
+        swept = with_current_names(combination)
+        config, fault = _checked(source, settings | swept, full)
+        yield Job(full, entry.priority, swept, config, fault)
 
 
 def _checked(source: str, settings: Mapping[str, Any], name: str) -> tuple[RunConfig | None, str | None]:
@@ -163,7 +166,7 @@ def _flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _merged(document: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
-    merged = copy.deepcopy(dict(document))
+    merged = with_current_names(copy.deepcopy(dict(document)))
     for name, value in settings.items():
         *sections, key = name.split(".")
         table = merged

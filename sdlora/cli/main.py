@@ -9,11 +9,13 @@ import json
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -32,7 +34,7 @@ from sdlora.common.remote import open_run
 from sdlora.common.signals import EXIT_INTERRUPTED, exit_code_of, stop_signals
 from sdlora.config.schema_data import DataConfig
 from sdlora.config.toml import dump_toml, json_schema, load_config
-from sdlora.errors import DataError, SdloraError
+from sdlora.errors import DataError, RenamedOptionWarning, SdloraError
 
 if TYPE_CHECKING:
     from sdlora.data.checks import Finding
@@ -191,10 +193,30 @@ def _say(message: str) -> None:
     Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
 
 
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Print each warning about a renamed option once, as one line without its place in the code."""
+    said: set[str] = set()
+    with warnings.catch_warnings():
+        show_others = warnings.showwarning
+
+        def show(message: Warning | str, category: type[Warning], *place: Any, **rest: Any) -> None:
+            if not issubclass(category, RenamedOptionWarning):
+                show_others(message, category, *place, **rest)
+            elif str(message) not in said and is_main_process():
+                said.add(str(message))
+                _say(f"Warning: {message}")
+
+        warnings.simplefilter("always", RenamedOptionWarning)
+        warnings.showwarning = show
+        yield
+
+
 def main() -> None:
     """Run the command line; errors become one message and an exit code, never a traceback."""
     try:
-        app()
+        with _plain_warnings():
+            app()
     except SdloraError as error:
         _say(f"Error: {error}")
         sys.exit(error.exit_code)

@@ -9,12 +9,15 @@ import logging
 import os
 import warnings
 
+from sdlora.errors import RenamedOptionWarning
+
 
 def quiet_libraries() -> None:
     """Silence warnings and progress bars; errors still arrive as exceptions."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
-    warnings.filterwarnings("ignore")
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", RenamedOptionWarning)
     for name in ("accelerate", "torch", "huggingface_hub", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
     import diffusers.utils.logging

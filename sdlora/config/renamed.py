@@ -1,14 +1,15 @@
-"""Options under their earlier names: read as what they are called now, with a warning.
+"""Earlier names of options: read under their current name, with a warning.
 
-Used wherever option names come in: TOML files, `--set`, run folders, jobs and the studio's drafts.
+Used wherever option names come in: TOML files, `--set`, run folders, batch jobs and the studio's drafts.
 """
 
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
 from typing import Any
 
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, RenamedOptionWarning
 
 RENAMED = {
     "data.holdout": "data.validation_folder",
@@ -18,39 +19,45 @@ RENAMED = {
     "train.plus_ratio": "train.loraplus_lr_ratio",
     "file.tell_captions": "file.include_captions",
 }
-"""The current name of every option that had another one, both dotted."""
+"""The current name of every renamed option, both dotted."""
 
 
-class RenamedOptionWarning(UserWarning):
-    """An option was given by its earlier name."""
+def renaming_note(name: str) -> str:
+    """The warning about an earlier name of an option."""
+    return f"{name} is now called {RENAMED[name]}; the old name still works."
+
+
+def renaming_notes(document: Mapping[str, Any]) -> list[str]:
+    """One warning per earlier name that is used in a configuration's nested tables."""
+    sections = {section: table for section, table in document.items() if isinstance(table, Mapping)}
+    given = {f"{section}.{key}" for section, table in sections.items() for key in table}
+    return [renaming_note(name) for name in RENAMED if name in given]
 
 
 def current_name(name: str) -> str:
-    """The option's current dotted name; warns if it was given by an earlier one."""
+    """The current dotted name of an option; warns about an earlier one."""
     if name not in RENAMED:
         return name
-    warnings.warn(
-        f"{name} is now called {RENAMED[name]}; the old name still works.", RenamedOptionWarning, stacklevel=2
-    )
+    warnings.warn(renaming_note(name), RenamedOptionWarning, stacklevel=2)
     return RENAMED[name]
 
 
-def with_current_names(document: dict[str, Any]) -> dict[str, Any]:
-    """A configuration's tables with every option by its current name.
+def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under their current names.
 
     Args:
-        document: Nested tables, as TOML has them; left as they are.
+        settings: Values by dotted name, or nested tables as in TOML; not modified.
 
     Raises:
-        ConfigError: An option is given by both of its names.
+        ConfigError: An option is given under both of its names.
     """
-    renamed = {section: dict(table) if isinstance(table, dict) else table for section, table in document.items()}
-    for old in RENAMED:
-        section, _, key = old.partition(".")
-        table = renamed.get(section)
-        if isinstance(table, dict) and key in table:
-            new = current_name(old)
-            if (new_key := new.partition(".")[2]) in table:
-                raise ConfigError(f"{old} and {new} are one option; remove {old}.")
-            table[new_key] = table.pop(key)
+    renamed: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            table = with_current_names({f"{key}.{inner}": entry for inner, entry in value.items()})
+            renamed[key] = {name.removeprefix(f"{key}."): entry for name, entry in table.items()}
+        elif (name := current_name(key)) != key and name in settings:
+            raise ConfigError(f"{key} and {name} are the same option; remove {key}.")
+        else:
+            renamed[name] = value
     return renamed

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -13,6 +15,8 @@ from helpers.promises import Figure
 from helpers.scene import Scene
 from safetensors.torch import load_file
 
+from sdlora.common.metrics import read_metrics
+from sdlora.config.renamed import RENAMED, renaming_note
 from sdlora.config.toml import load_config
 from sdlora.errors import OutputError
 from sdlora.lora_files.read import read_tensors, tensors_sha256
@@ -39,6 +43,21 @@ def test_files_of_every_version_are_read(scene: Scene, tmp_path: Path, figure: F
         assert (told["trigger"], told["ranks"], told["alphas"]) == ("zumi", [2], [2.0])
         assert metadata["sdlora.version"] == version
     figure("Upgrade", f"files of {', '.join(VERSIONS)} read; later ones refused by name")
+
+
+def test_run_with_earlier_option_names_resumes_to_the_end_with_warnings(scene: Scene, tmp_path: Path) -> None:
+    run = shutil.copytree(FIXTURES / "0.1.0" / "run", tmp_path / "run")
+    arguments = ["train", str(run / "config.toml"), "--output", str(run), "--set", f"cache.dir={scene.cache}"]
+    outcome = scene.command.run(*arguments, "--resume", prepare=functools.partial(os.chdir, scene.root))
+    assert outcome.code == 0, outcome.err
+    for name in RENAMED:
+        assert outcome.err.count(renaming_note(name)) == 1
+    metrics = read_metrics(run / "metrics.jsonl")
+    assert [step.step for step in metrics.steps] == list(range(1, 11))
+    assert [epoch.epoch for epoch in metrics.epochs] == [0, 1, 2]
+    # The uninterrupted run of the version that wrote it ended in these tensors.
+    _, metadata = read_tensors(run / "hero.safetensors")
+    assert metadata["sshs_model_hash"] == "9c151c3817b7e2816ae698f893fbbe23e45adc579374ba00de5a07f842fd6099"
 
 
 def test_a_checkpoint_of_a_later_version_is_refused_with_its_name(scene: Scene, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import gradio as gr
 
 from ..html import views
-from ..settings.draft import write_draft
+from ..settings.draft import update_draft, write_draft
 from ..state.background_tasks import Kind
 from . import images as images_tab
 from . import recipe as recipe_form
@@ -139,12 +139,14 @@ def build(context: Context) -> Any:
             event.then(look_safely, inputs, outputs, show_progress="hidden", queue=False)
 
         def begin() -> list[Any]:
+            notes = update_draft(context.studio)
             draft = context.draft()
             return [
                 gr.update(choices=context.sets(), value=draft.images or None),
                 *images_tab.show(context, draft),
                 *recipe_form.fill(context, draft),
                 recipe_form.plan_html(context, draft),
+                views.message(" ".join(notes), "busy") if notes else "",
             ]
 
         def arrive(name: str) -> list[Any]:
@@ -175,7 +177,7 @@ def build(context: Context) -> Any:
             told = clone_into_draft(context, name)
             return [told, gr.Tabs(selected="recipe"), *begin()]
 
-        whole_draft = [images.choice, *images.parts, *recipe.controls, recipe.plan]
+        whole_draft = [images.choice, *images.parts, *recipe.controls, recipe.plan, recipe.note]
         blocks.load(begin, None, whole_draft, show_progress="hidden", queue=False)
         blocks.load(look_safely, inputs, outputs, show_progress="hidden", queue=False)
         gr.Timer(EVERY_SECONDS).tick(look_safely, inputs, outputs, show_progress="hidden", queue=False)

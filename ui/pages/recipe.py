@@ -12,7 +12,8 @@ from typing import Any
 
 import gradio as gr
 
-from sdlora.config.toml import load_config
+from sdlora.config.renamed import renaming_notes
+from sdlora.config.toml import parse_config, read_config
 from sdlora.errors import ConfigError, SdloraError
 
 from ..html import views
@@ -89,6 +90,22 @@ def plan_html(context: Context, draft: Draft) -> str:
         return views.failure(error)
 
 
+def load_settings(context: Context, file: str) -> str:
+    """Make the settings of an uploaded file the draft, and delete the file; returns the message to show."""
+
+    def action() -> str:
+        try:
+            document, stem = read_config(file)
+        finally:
+            Path(file).unlink(missing_ok=True)
+        draft = from_config(parse_config(document, name=stem), context.studio)
+        draft.config(context.studio)
+        write_draft(context.studio, replace(draft, name=context.free_name(draft.run_name())))
+        return " ".join(["The settings were loaded; their images are chosen, too.", *renaming_notes(document)])
+
+    return context.attempt(action)
+
+
 def recipe_page(context: Context) -> RecipePage:
     """Lay the page out and say what its controls do, but for the start, which leads to another page."""
     with gr.Row(equal_height=False):
@@ -146,21 +163,9 @@ def recipe_page(context: Context) -> RecipePage:
             return views.failure(error)
 
     def load(file: str) -> list[Any]:
-        loaded = context.draft()
-
-        def taken() -> str:
-            nonlocal loaded
-            try:
-                loaded = from_config(load_config(file), context.studio)
-            finally:
-                Path(file).unlink(missing_ok=True)
-            loaded.config(context.studio)
-            loaded = replace(loaded, name=context.free_name(loaded.run_name()))
-            write_draft(context.studio, loaded)
-            return "The settings were loaded; their images are chosen, too."
-
-        told = context.attempt(taken)
-        return [told, plan_html(context, loaded), None, *fill(context, loaded)]
+        told = load_settings(context, file)
+        draft = context.draft()
+        return [told, plan_html(context, draft), None, *fill(context, draft)]
 
     for radio in (subject, length):
         radio.input(answer, everything, [planned, *controls], show_progress="hidden", **IN_TURN)

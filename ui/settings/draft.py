@@ -9,6 +9,7 @@ from typing import Any
 
 from sdlora.common.bundled import BUILTIN, resolve_data_folder
 from sdlora.common.files import write_json
+from sdlora.config.renamed import RENAMED, renaming_note
 from sdlora.config.schema import RunConfig
 from sdlora.errors import ConfigError
 from sdlora.events import fields_from_json, saved_as, to_json
@@ -147,8 +148,20 @@ def read_draft(studio: Studio) -> Draft:
     if not studio.draft.is_file():
         return Draft()
     found = Draft(**fields_from_json(Draft, json.loads(studio.draft.read_text(encoding="utf-8"))))
+    found = replace(found, values={RENAMED.get(name, name): value for name, value in found.values.items()})
     known = found.subject in SUBJECTS and found.length in LENGTHS and found.values.keys() <= _defaults().keys()
     return found if known else Draft(images=found.images, name=found.name)
+
+
+def update_draft(studio: Studio) -> list[str]:
+    """Write the draft again if it holds earlier names of options; returns a warning about each."""
+    if not studio.draft.is_file():
+        return []
+    values = json.loads(studio.draft.read_text(encoding="utf-8")).get("values", {})
+    notes = [renaming_note(name) for name in values if name in RENAMED]
+    if notes:
+        write_draft(studio, read_draft(studio))
+    return notes
 
 
 def write_draft(studio: Studio, draft: Draft) -> None:
