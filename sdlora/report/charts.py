@@ -1,22 +1,28 @@
 """Small charts as inline SVG, drawn for a column as narrow as a phone.
 
-A chart is one string; it needs no script, no font and no file beside it. Colours are dark enough to be read
-as text on white, since lines are named where they end and not in a legend.
+The report, a batch's page and the studio show them; a chart needs no script, no font and no file beside it. Colours
+are dark enough to be read as text on white, since lines are named where they end and not in a legend.
 """
 
 from __future__ import annotations
 
-import html
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from markupsafe import Markup
+
 WIDTH, HEIGHT = 340, 220
 _LEFT, _RIGHT, _TOP, _BOTTOM = 58, 62, 24, 38
+_FLOOR = HEIGHT - _BOTTOM
 _LABEL_GAP = 13
-_MOST_MARKED = 6  # as many values as this get a dot and a number on the x axis each
+_MAX_MARKED = 6  # up to this many values get a dot and a number on the x axis each
 _INK, _GRID = "#333", "#e4e4e0"
 COLORS = ("#9a4d00", "#b3155f", "#6d35c9", "#1d5fd0", "#0b6b61")
+GREY = "#767676"
+
+Scale = Callable[[float], float]
+"""From a value to a coordinate."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +33,7 @@ class Line:
         label: Written where the line ends.
         values: One per place on the x axis; the line passes over None.
         color: Of the line and of its label.
-        width: How thick it is drawn.
+        width: Of the stroke, in px.
     """
 
     label: str
@@ -42,10 +48,10 @@ class Point:
 
     Attributes:
         label: Written beside it.
-        x: Where it stands.
-        y: How high.
+        x: Its value on the x axis.
+        y: Its value on the y axis.
         color: Of the dot and its label.
-        joined: Whether the line through the best points goes through it.
+        joined: Whether it is filled and the dashed line goes through it.
     """
 
     label: str
@@ -55,52 +61,42 @@ class Point:
     joined: bool = False
 
 
-def line_chart(lines: Sequence[Line], x: Sequence[int], *, x_name: str, y_name: str, log: bool = False) -> str:
+def line_chart(lines: Sequence[Line], x: Sequence[int], *, x_name: str, y_name: str, log: bool = False) -> Markup:
     """Lines over whole numbers such as steps or epochs.
 
     Args:
         lines: Drawn in order, the last on top.
-        x: Where the values stand, ascending.
+        x: Positions of the values, ascending.
         x_name: Written below the x axis.
         y_name: Written above the y axis.
-        log: Equal distances for equal ratios; all values must then be above 0. Otherwise the axis holds 0.
+        log: Whether the y axis is logarithmic; all values must then be above 0. Otherwise the axis includes 0.
 
     Returns:
-        The chart, or an empty string if there is no value at all.
+        The chart, or an empty string if there is no value.
     """
     values = [value for line in lines for value in line.values if value is not None]
     if not values:
-        return ""
+        return Markup("")
     low, high = _limits(values, log=log)
-    span = math.log(high / low) if log else high - low
-
-    def at_x(value: float) -> float:
-        return _LEFT + (value - x[0]) / max(1, x[-1] - x[0]) * (WIDTH - _LEFT - _RIGHT)
-
-    def at_y(value: float) -> float:
-        share = math.log(value / low) / span if log else (value - low) / span
-        return HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM)
-
-    parts = [_y_axis(log_ticks(low, high) if log else ticks(low, high), at_y, y_name, WIDTH - _RIGHT)]
-    marks = (
-        list(x)
-        if len(x) <= _MOST_MARKED
-        else [mark for mark in ticks(x[0], x[-1]) if mark >= x[0] and mark == int(mark)]
-    )
-    parts += [_text(at_x(mark), HEIGHT - _BOTTOM + 16, f"{mark:g}", anchor="middle") for mark in marks]
-    parts.append(_text((_LEFT + WIDTH - _RIGHT) / 2, HEIGHT - 5, x_name, anchor="middle"))
-    ends: list[tuple[float, float, Line]] = []
+    right = WIDTH - _RIGHT
+    at_x, at_y = _scale(x[0], max(x[-1], x[0] + 1), _LEFT, right), _scale(low, high, _FLOOR, _TOP, log=log)
+    marks = x if len(x) <= _MAX_MARKED else [mark for mark in ticks(x[0], x[-1]) if mark >= x[0] and mark == int(mark)]
+    parts = _y_axis(log_ticks(low, high) if log else ticks(low, high), at_y, y_name, right)
+    parts += _x_axis([(at_x(mark), f"{mark:g}") for mark in marks], x_name, right)
+    ends: list[tuple[float, Line]] = []
     for line in lines:
         points = [(at_x(at), at_y(value)) for at, value in zip(x, line.values, strict=True) if value is not None]
         if points:
-            parts.append(_path(points, line))
-            ends.append((*points[-1], line))
-    for y, (_, _, line) in zip(spread([end[1] for end in ends]), ends, strict=True):
-        parts.append(_text(WIDTH - _RIGHT + 7, y + 4, line.label, color=line.color))
-    return _svg(parts, f"{y_name} by {x_name}")
+            parts.append(_polyline(points, stroke=line.color, stroke_width=line.width))
+            if len(points) <= _MAX_MARKED:
+                parts += [_element("circle", cx=x, cy=y, r=2.6, fill=line.color) for x, y in points]
+            ends.append((points[-1][1], line))
+    for y, (_, line) in zip(spread([end[0] for end in ends]), ends, strict=True):
+        parts.append(_text(right + 7, y + 4, line.label, color=line.color))
+    return _svg(parts, x_name, y_name)
 
 
-def bar_chart(counts: Sequence[int], marks: Sequence[int], *, x_name: str, y_name: str) -> str:
+def bar_chart(counts: Sequence[int], marks: Sequence[int], *, x_name: str, y_name: str) -> Markup:
     """A histogram over an axis of equal bins.
 
     Args:
@@ -109,28 +105,19 @@ def bar_chart(counts: Sequence[int], marks: Sequence[int], *, x_name: str, y_nam
         x_name: Written below the x axis.
         y_name: Written above the y axis.
     """
-    right = WIDTH - 16
-    high = max([*counts, 1])
+    right, high = WIDTH - 16, max([*counts, 1])
     width = (right - _LEFT) / len(counts)
-
-    def at_y(value: float) -> float:
-        return HEIGHT - _BOTTOM - value / high * (HEIGHT - _TOP - _BOTTOM)
-
-    parts = [_y_axis([tick for tick in ticks(0, high) if tick == int(tick)], at_y, y_name, right)]
+    at_y, at_mark = _scale(0, high, _FLOOR, _TOP), _scale(0, len(marks) - 1, _LEFT, right)
+    parts = _y_axis([tick for tick in ticks(0, high) if tick == int(tick)], at_y, y_name, right)
     for index, count in enumerate(counts):
-        x, y = _LEFT + index * width, at_y(count)
-        parts.append(
-            f"<rect x='{x + 0.75:.1f}' y='{y:.1f}' width='{width - 1.5:.1f}' height='{HEIGHT - _BOTTOM - y:.1f}' "
-            f"fill='{COLORS[3]}'><title>{count}</title></rect>"
-        )
-    for index, mark in enumerate(marks):
-        x = _LEFT + index / (len(marks) - 1) * (right - _LEFT)
-        parts.append(_text(x, HEIGHT - _BOTTOM + 16, str(mark), anchor="middle"))
-    parts.append(_text((_LEFT + right) / 2, HEIGHT - 5, x_name, anchor="middle"))
-    return _svg(parts, f"{y_name} by {x_name}")
+        x, y = _LEFT + index * width + 0.75, at_y(count)
+        tooltip = _element("title", str(count))
+        parts.append(_element("rect", tooltip, x=x, y=y, width=width - 1.5, height=_FLOOR - y, fill=COLORS[3]))
+    parts += _x_axis([(at_mark(index), str(mark)) for index, mark in enumerate(marks)], x_name, right)
+    return _svg(parts, x_name, y_name)
 
 
-def scatter_chart(points: Sequence[Point], *, x_name: str, y_name: str) -> str:
+def scatter_chart(points: Sequence[Point], *, x_name: str, y_name: str) -> Markup:
     """Points with their labels, and a line through those that are joined, from left to right.
 
     Args:
@@ -138,37 +125,27 @@ def scatter_chart(points: Sequence[Point], *, x_name: str, y_name: str) -> str:
         x_name: Written below the x axis.
         y_name: Written above the y axis.
     """
-    left, right = _around([point.x for point in points])
-    low, high = _around([point.y for point in points])
-
-    def at_x(value: float) -> float:
-        return _LEFT + (value - left) / (right - left) * (WIDTH - _LEFT - 24)
-
-    def at_y(value: float) -> float:
-        return HEIGHT - _BOTTOM - (value - low) / (high - low) * (HEIGHT - _TOP - _BOTTOM)
-
-    parts = [_y_axis(ticks(low, high), at_y, y_name, WIDTH - 24)]
-    marks = ticks(left, right)
-    parts += [_text(at_x(m), HEIGHT - _BOTTOM + 16, f"{m:g}", anchor="middle") for m in marks[:: 1 + len(marks) // 6]]
-    parts.append(_text((_LEFT + WIDTH - 24) / 2, HEIGHT - 5, x_name, anchor="middle"))
-    line = [(at_x(p.x), at_y(p.y)) for p in sorted(points, key=lambda p: (p.x, -p.y)) if p.joined]
-    if len(line) > 1:
-        joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in line)
-        parts.append(f"<polyline points='{joined}' fill='none' stroke='#767676' stroke-dasharray='4 3'/>")
-    for point in points:
-        x, y = at_x(point.x), at_y(point.y)
+    right = WIDTH - 24
+    left_value, right_value = _padded([point.x for point in points])
+    low, high = _padded([point.y for point in points])
+    at_x, at_y = _scale(left_value, right_value, _LEFT, right), _scale(low, high, _FLOOR, _TOP)
+    marks = ticks(left_value, right_value)
+    parts = _y_axis(ticks(low, high), at_y, y_name, right)
+    parts += _x_axis([(at_x(mark), f"{mark:g}") for mark in marks[:: 1 + len(marks) // 6]], x_name, right)
+    joined = [(at_x(p.x), at_y(p.y)) for p in sorted(points, key=lambda p: (p.x, -p.y)) if p.joined]
+    if len(joined) > 1:
+        parts.append(_polyline(joined, stroke=GREY, stroke_dasharray="4 3"))
+    dots = [(at_x(point.x), at_y(point.y)) for point in points]
+    for point, (x, y) in zip(points, dots, strict=True):
         fill = point.color if point.joined else "#fff"
-        parts.append(
-            f"<circle cx='{x:.1f}' cy='{y:.1f}' r='4.5' fill='{fill}' stroke='{point.color}' stroke-width='2'/>"
-        )
-    places = _beside([(at_x(point.x), at_y(point.y)) for point in points])
-    for point, (x, y) in zip(points, places, strict=True):
+        parts.append(_element("circle", cx=x, cy=y, r=4.5, fill=fill, stroke=point.color, stroke_width=2))
+    for point, (x, y) in zip(points, _beside(dots), strict=True):
         parts.append(_text(x, y, point.label, anchor="middle", color=point.color))
-    return _svg(parts, f"{y_name} by {x_name}")
+    return _svg(parts, x_name, y_name)
 
 
 def _beside(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Where labels stand: at the first corner of their point that no label has taken."""
+    """Places for labels: the first corner of each point that no label has taken."""
     taken: list[tuple[float, float]] = []
     for x, y in points:
         corners = [(x + 11, y - 6), (x - 11, y - 6), (x + 11, y + 14), (x - 11, y + 14)]
@@ -177,11 +154,11 @@ def _beside(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
     return taken
 
 
-def _around(values: Sequence[float]) -> tuple[float, float]:
-    """Limits with some room beyond the lowest and the highest value."""
+def _padded(values: Sequence[float]) -> tuple[float, float]:
+    """Limits of an axis with a margin beyond the lowest and the highest value."""
     low, high = min(values), max(values)
-    room = 0.12 * (high - low) or 0.1 * abs(high) or 1.0
-    return low - room, high + room
+    margin = 0.12 * (high - low) or 0.1 * abs(high) or 1.0
+    return low - margin, high + margin
 
 
 def ticks(low: float, high: float) -> list[float]:
@@ -194,7 +171,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def log_ticks(low: float, high: float) -> list[float]:
-    """Round numbers in [low, high] for an axis of ratios; at most 7, and evenly spaced ones if the axis is short."""
+    """Round numbers in [low, high] for a logarithmic axis: at most 7, evenly spaced if the axis is short."""
     powers = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
     for factors in ((1, 2, 5), (1,)):
         found = [float(f"{f * 10.0**p:.10g}") for p in powers for f in factors if low <= f * 10.0**p <= high]
@@ -204,13 +181,13 @@ def log_ticks(low: float, high: float) -> list[float]:
 
 
 def spread(wanted: Sequence[float]) -> list[float]:
-    """Heights of labels near those wanted, at least a line of text apart and inside the chart."""
+    """Heights of labels near the wanted ones, at least a line of text apart and inside the chart."""
     order = sorted(range(len(wanted)), key=lambda index: wanted[index])
     placed = list(wanted)
     floor = -math.inf
     for index in order:
         placed[index] = floor = max(wanted[index], floor + _LABEL_GAP)
-    ceiling = float(HEIGHT - _BOTTOM)
+    ceiling = float(_FLOOR)
     for index in reversed(order):
         placed[index] = min(placed[index], ceiling)
         ceiling = placed[index] - _LABEL_GAP
@@ -225,30 +202,49 @@ def _limits(values: Sequence[float], *, log: bool) -> tuple[float, float]:
     return (low, high) if high > low else (0.0, 1.0)
 
 
-def _y_axis(marks: Sequence[float], at_y: Callable[[float], float], name: str, right: float) -> str:
+def _scale(low: float, high: float, start: float, end: float, *, log: bool = False) -> Scale:
+    """Maps [low, high] to [start, end]."""
+
+    def at(value: float) -> float:
+        share = math.log(value / low) / math.log(high / low) if log else (value - low) / (high - low)
+        return start + share * (end - start)
+
+    return at
+
+
+def _y_axis(marks: Sequence[float], at_y: Scale, name: str, right: float) -> list[Markup]:
     parts = [_text(4, 12, name)]
     for mark in marks:
         y = at_y(mark)
-        color = "#999" if mark == 0 else _GRID
-        parts.append(f"<line x1='{_LEFT}' x2='{right}' y1='{y:.1f}' y2='{y:.1f}' stroke='{color}'/>")
+        parts.append(_element("line", x1=_LEFT, x2=right, y1=y, y2=y, stroke="#999" if mark == 0 else _GRID))
         parts.append(_text(_LEFT - 6, y + 4, f"{mark:g}", anchor="end"))
-    return "".join(parts)
+    return parts
 
 
-def _path(points: Sequence[tuple[float, float]], line: Line) -> str:
-    joined = " ".join(f"{x:.1f},{y:.1f}" for x, y in points)
-    drawn = f"<polyline points='{joined}' fill='none' stroke='{line.color}' stroke-width='{line.width}'/>"
-    if len(points) > _MOST_MARKED:
-        return drawn
-    return drawn + "".join(f"<circle cx='{x:.1f}' cy='{y:.1f}' r='2.6' fill='{line.color}'/>" for x, y in points)
+def _x_axis(marks: Sequence[tuple[float, str]], name: str, right: float) -> list[Markup]:
+    labels = [_text(x, _FLOOR + 16, label, anchor="middle") for x, label in marks]
+    return [*labels, _text((_LEFT + right) / 2, HEIGHT - 5, name, anchor="middle")]
 
 
-def _text(x: float, y: float, text: str, *, anchor: str = "start", color: str = _INK) -> str:
-    return f"<text x='{x:.1f}' y='{y:.1f}' text-anchor='{anchor}' fill='{color}'>{html.escape(text)}</text>"
+def _polyline(points: Sequence[tuple[float, float]], **attributes: float | str) -> Markup:
+    return _element("polyline", points=" ".join(f"{x:.1f},{y:.1f}" for x, y in points), fill="none", **attributes)
 
 
-def _svg(parts: Sequence[str], label: str) -> str:
-    return (
-        f"<svg viewBox='0 0 {WIDTH} {HEIGHT}' role='img' aria-label='{html.escape(label, quote=True)}' "
-        f"font-family='system-ui, sans-serif' font-size='12'>{''.join(parts)}</svg>"
+def _text(x: float, y: float, text: str, *, anchor: str = "start", color: str = _INK) -> Markup:
+    return _element("text", text, x=x, y=y, text_anchor=anchor, fill=color)
+
+
+def _svg(parts: Sequence[Markup], x_name: str, y_name: str) -> Markup:
+    return _element(
+        "svg", *parts, viewBox=f"0 0 {WIDTH} {HEIGHT}", role="img", aria_label=f"{y_name} by {x_name}",
+        font_family="system-ui, sans-serif", font_size=12,
+    )  # fmt: skip
+
+
+def _element(name: str, *children: str, **attributes: float | str) -> Markup:
+    """An SVG element; whatever is not markup already is escaped, here and nowhere else."""
+    written = Markup("").join(
+        Markup(' {}="{}"').format(key.replace("_", "-"), f"{value:.1f}" if isinstance(value, float) else value)
+        for key, value in attributes.items()
     )
+    return Markup("<{0}{1}>{2}</{0}>").format(name, written, Markup("").join(children))

@@ -1,24 +1,91 @@
-"""Previews as images: a grid of prompts by epochs, and each preview beside its nearest training image."""
+"""Previews as images: a grid of prompts by epochs, and each preview beside its nearest training image.
+
+The macros `epoch_grids` and `pairs` of `templates/parts.html` write what is gathered here.
+"""
 
 from __future__ import annotations
 
-import html
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageChops, ImageOps, ImageStat
 
 from sdlora.copycheck.verdict import Match
-from sdlora.report.copy_section import Checks, in_one_of
-from sdlora.report.html import epoch_name
-from sdlora.report.images import Album
+from sdlora.report.copy_section import Checks
+from sdlora.report.html import Attributes, epoch_name
+from sdlora.report.images import Album, read_image
 
-_ALARMS = ("copying", "watch", "clean")
+_TONES = ("copying", "watch", "clean")
 _LAYOUT_PX = 16  # enough to tell left from right
 _HEADINGS = {
-    "training": "Drawn from training captions: some similarity is expected",
-    "novel": "Drawn from new prompts: a copy here is the grave case",
+    "training": "Training captions: some similarity is expected",
+    "novel": "New prompts: a copy here is serious",
 }
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A preview in a grid.
+
+    Attributes:
+        href: Where it leads.
+        image: The attributes of its `<img>`.
+        tone: As in `tone`.
+    """
+
+    href: str
+    image: Attributes
+    tone: str
+
+
+Prompts = Sequence[tuple[str, Sequence[Sequence[Tile | None]]]]
+"""Every prompt with its tiles: a row for each seed, a column for each epoch or job."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The previews of one kind of prompt.
+
+    Attributes:
+        heading: What kind that is.
+        heads: What each column shows, and a detail that may be empty.
+        prompts: The rows.
+    """
+
+    heading: str
+    heads: Sequence[tuple[str, str]]
+    prompts: Prompts
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A preview beside its nearest training image.
+
+    Attributes:
+        id: Of the element.
+        match: What the copy check found.
+        tone: As in `tone`.
+        preview: The attributes of the preview's `<img>`.
+        overlay: Those of the training image that is laid over it.
+        training: Those of the training image beside it.
+        is_mirrored: Whether the training image is more like the preview when it is mirrored.
+    """
+
+    id: str
+    match: Match
+    tone: str
+    preview: Attributes
+    overlay: Attributes
+    training: Attributes
+    is_mirrored: bool
+
+
+def tone(match: Match) -> str:
+    """How serious a match is: "copying" for one that no training caption asked for, else "watch"; or "clean"."""
+    if not match.significant:
+        return "clean"
+    return "watch" if match.kind == "training" else "copying"
 
 
 class Comparisons:
@@ -32,112 +99,61 @@ class Comparisons:
     """
 
     def __init__(self, checks: Checks, epochs: Path, gallery: Mapping[str, Image.Image], album: Album) -> None:
-        self._checks, self._epochs, self._gallery, self._album = checks, epochs, gallery, album
+        self._checks = dict(sorted(checks.items()))
+        self._epochs, self._gallery, self._album = epochs, gallery, album
 
-    def grid(self) -> str:
-        """All previews, a column for each epoch; each leads to its comparison, and those that match are marked."""
+    def grids(self) -> list[Grid]:
+        """All previews, a column for each epoch; each leads to its comparison."""
         latest = self._checks[max(self._checks)].previews
-        parts = []
+        heads = [(epoch_name(epoch), "") for epoch in self._checks]
+        grids = []
         for kind, heading in _HEADINGS.items():
             prompts = dict.fromkeys(match.prompt for match in latest if match.kind == kind)
             if prompts:
-                rows = "".join(self._rows(kind, prompt) for prompt in prompts)
-                names = "".join(f"<b>{epoch_name(epoch)}</b>" for epoch in sorted(self._checks))
-                parts.append(
-                    f"<h3>{heading}</h3><div class='wide' tabindex='0' role='region' aria-label='{heading}'>"
-                    f"<div class='grid' style='--epochs: {len(self._checks)}'><span></span>{names}{rows}</div></div>"
-                )
-        return "".join(parts)
+                grids.append(Grid(heading, heads, [(prompt, self._rows(kind, prompt)) for prompt in prompts]))
+        return grids
 
-    def pairs(self, epoch: int) -> str:
-        """Every preview of an epoch beside its nearest training image, those that matter most first."""
-        previews = self._checks[epoch].previews
-        first = sorted(
-            range(len(previews)),
-            key=lambda i: (_ALARMS.index(_tone(previews[i])), previews[i].p_value, -previews[i].similarity),
-        )
-        return f"<div class='pairs'>{''.join(self._pair(epoch, index) for index in first)}</div>"
+    def _rows(self, kind: str, prompt: str) -> list[list[Tile | None]]:
+        tiles = {
+            (match.seed, epoch): self._tile(epoch, index, match)
+            for epoch, check in self._checks.items()
+            for index, match in enumerate(check.previews)
+            if (match.kind, match.prompt) == (kind, prompt)
+        }
+        return [[tiles.get((seed, epoch)) for epoch in self._checks] for seed in sorted({seed for seed, _ in tiles})]
 
-    def _rows(self, kind: str, prompt: str) -> str:
-        """The tiles of a prompt: a row for each seed."""
-        columns = [
-            {match.seed: (index, match) for index, match in enumerate(self._checks[epoch].previews)
-             if (match.kind, match.prompt) == (kind, prompt)}
-            for epoch in sorted(self._checks)
-        ]  # fmt: skip
-        seeds = sorted({seed for column in columns for seed in column})
-        tiles = [
-            self._tile(epoch, *column[seed]) if seed in column else "<span></span>"
-            for seed in seeds
-            for epoch, column in zip(sorted(self._checks), columns, strict=True)
-        ]
-        return f"<div class='prompt' style='--seeds: {len(seeds)}'>{html.escape(prompt)}</div>{''.join(tiles)}"
+    def _tile(self, epoch: int, index: int, match: Match) -> Tile:
+        image = self._preview(epoch, match, f"{match.prompt}, {epoch_name(epoch)}, seed {match.seed}")
+        return Tile(f"#pair-{epoch}-{index}", image, tone(match))
 
-    def _tile(self, epoch: int, index: int, match: Match) -> str:
-        tone = _tone(match)
-        badge = f"<span class='chip {tone}'>{'✕' if tone == 'copying' else '!'} match</span>"
-        shown = self._preview(epoch, match, f"{match.prompt}, {epoch_name(epoch)}, seed {match.seed}")
-        return (
-            f"<a class='tile {tone if match.significant else ''}' href='#pair-{epoch}-{index}'>{shown}"
-            f"{badge if match.significant else ''}</a>"
-        )
+    def pairs(self, epoch: int) -> list[Pair]:
+        """Every preview of an epoch beside its nearest training image, the most serious matches first."""
+        pairs = [self._pair(epoch, index, match) for index, match in enumerate(self._checks[epoch].previews)]
+        return sorted(pairs, key=lambda p: (_TONES.index(p.tone), p.match.p_value, -p.match.similarity))
 
-    def _pair(self, epoch: int, index: int) -> str:
-        match = self._checks[epoch].previews[index]
-        name = html.escape(match.nearest, quote=True)
-        preview = self._preview(epoch, match, f"preview: {match.prompt}")
-        laid_over = self._training(match, f"{match.nearest}, laid over the preview")
-        beside = self._training(match, f"training image {match.nearest}")
-        mirrored = " checked" if match.significant and self._is_mirrored(epoch, match) else ""
-        return (
-            f"<figure class='pair' id='pair-{epoch}-{index}'><div class='two'>"
-            f"<div><small>preview</small><div class='wipe'>{preview}<div class='over training'>{laid_over}</div>"
-            f"<div class='edge'></div></div></div>"
-            f"<div class='training'><small>{name}</small>{beside}</div></div>"
-            f"<div class='tools'><input type='range' min='0' max='100' value='0' "
-            f"aria-label='Percent of the preview that {name} is laid over'>"
-            f"<label class='mirror'><input type='checkbox'{mirrored}> mirror it</label></div>"
-            f"<figcaption>{_alarm(match)} similarity {match.similarity:.2f}, layout {match.phash:.2f}"
-            f"<b>{html.escape(match.prompt)}</b>"
-            f"{_origin(match)}, seed {match.seed}. Chance gives as much {in_one_of(match.p_value)}."
-            "</figcaption></figure>"
+    def _pair(self, epoch: int, index: int, match: Match) -> Pair:
+        return Pair(
+            f"pair-{epoch}-{index}",
+            match,
+            tone(match),
+            self._preview(epoch, match, f"preview: {match.prompt}"),
+            self._training(match, f"{match.nearest}, laid over the preview"),
+            self._training(match, f"training image {match.nearest}"),
+            match.significant and self._is_mirrored(epoch, match),
         )
 
     def _is_mirrored(self, epoch: int, match: Match) -> bool:
-        preview, training = _read(self._epochs / str(epoch) / match.file), self._gallery[match.nearest]
+        preview, training = read_image(self._epochs / str(epoch) / match.file), self._gallery[match.nearest]
         return _difference(preview, ImageOps.mirror(training)) < _difference(preview, training)
 
-    def _preview(self, epoch: int, match: Match, alt: str) -> str:
+    def _preview(self, epoch: int, match: Match, alt: str) -> Attributes:
         file = self._epochs / str(epoch) / match.file
-        return self._album.show(str(file), lambda: _read(file), alt)
+        return self._album.show(str(file), lambda: read_image(file), alt)
 
-    def _training(self, match: Match, alt: str) -> str:
+    def _training(self, match: Match, alt: str) -> Attributes:
         return self._album.show(f"training {match.nearest}", lambda: self._gallery[match.nearest], alt)
-
-
-def _read(file: Path) -> Image.Image:
-    with Image.open(file) as image:
-        image.load()
-        return image
 
 
 def _difference(first: Image.Image, second: Image.Image) -> float:
     small = [image.convert("L").resize((_LAYOUT_PX, _LAYOUT_PX), Image.Resampling.BOX) for image in (first, second)]
     return ImageStat.Stat(ImageChops.difference(*small)).sum[0]
-
-
-def _tone(match: Match) -> str:
-    """The alarm: the grave one is a match that no training caption asked for."""
-    if not match.significant:
-        return "clean"
-    return "watch" if match.kind == "training" else "copying"
-
-
-def _alarm(match: Match) -> str:
-    words = {"clean": "✓ no match", "watch": "! match", "copying": "✕ match on a new prompt"}
-    tone = _tone(match)
-    return f"<span class='chip {tone}'>{words[tone]}</span>"
-
-
-def _origin(match: Match) -> str:
-    return "A training caption" if match.kind == "training" else "A new prompt"

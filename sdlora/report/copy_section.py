@@ -1,145 +1,122 @@
-"""What the page says of copying: the verdict on top, and how every sign of it went from epoch to epoch.
+"""What a page says of copying: the epoch that is judged, a row for every epoch, and how every sign developed.
 
-Images are in `comparisons`.
+Images are in `comparisons`; the words of the verdicts are in `templates/parts.html`.
 """
 
 from __future__ import annotations
 
-import html
+from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
+from sdlora.common.metrics import Metrics
 from sdlora.copycheck.verdict import ALPHA, CONFIDENCE, EpochCheck, Match
-from sdlora.events import EpochDone, StepDone
-from sdlora.report.charts import COLORS, Line, line_chart
-from sdlora.report.html import figure, table
+from sdlora.events import StepDone
+from sdlora.report.charts import COLORS, GREY, Line, line_chart
+from sdlora.report.html import Figure
 
 Checks = Mapping[int, EpochCheck]
-
-# Each with a mark of its own: the colour alone would say nothing to many eyes.
-_WORDS = {
-    "clean": ("✓", "clean", "No copying found"),
-    "watch": ("!", "watch", "First signs of copying"),
-    "copying": ("✕", "copying", "Copies training images"),
-}
-_SIGNALS = {
-    "self_retrieval": "Finds its way back to its own images",
-    "train_heldout_gap": "Better on training images than on others",
-    "seed_collapse": "All seeds look alike",
-    "guidance_norm": "How hard a prompt pulls",
-    "concept_fidelity": "The concept, as DINOv2 sees it",
-}
-_KINDS = (("training captions", "training", COLORS[3]), ("new prompts", "novel", COLORS[1]))
-
-
-def once_in(chance: float) -> str:
-    """A probability in words, such as "once in 370"."""
-    return "almost always" if chance > 2 / 3 else f"once in {round(1 / max(chance, 1e-9)):,}"
-
-
-def in_one_of(chance: float) -> str:
-    """The same for an image, such as "in 1 of 145 images"."""
-    return "in most images" if chance > 2 / 3 else f"in 1 of {round(1 / max(chance, 1e-9)):,} images"
-
 
 VERDICT_COLORS = {"clean": "#1b6e3c", "watch": "#7a4b00", "copying": "#a3122b"}
 """The page's own colours of the verdicts, for charts."""
 
+_SIGNALS = {
+    "self_retrieval": ("Captions lead back to their own images", "self-retrieval"),
+    "train_heldout_gap": ("Better on training than on validation images", "training-validation gap"),
+    "seed_collapse": ("Similarity between seeds", "seed collapse"),
+    "guidance_norm": ("Strength of the prompt's guidance", "guidance norm"),
+    "concept_fidelity": ("Concept fidelity, as DINOv2 sees it", "concept fidelity"),
+    "registered_likeness": ("Similarity after alignment", "aligned similarity"),
+}
+_KINDS = (("training", "captions", COLORS[3]), ("novel", "new", COLORS[1]))
 
-def word_chip(verdict: str) -> str:
-    """A verdict in a word with its mark."""
-    mark, word, _ = _WORDS[verdict]
-    return f"<span class='chip {verdict}'>{mark} {word}</span>"
+
+@dataclass(frozen=True)
+class EpochRow:
+    """An epoch in a row of a table.
+
+    Attributes:
+        epoch: 0 is the base model.
+        check: Its copy check, if there was one.
+        exposures: Of each image by then: a number or a range.
+        validation_loss: None if it was not measured.
+        is_kept: Whether its file is the run's.
+    """
+
+    epoch: int
+    check: EpochCheck | None
+    exposures: str
+    validation_loss: float | None
+    is_kept: bool
+
+    @property
+    def num_matches(self) -> int:
+        """How many previews match a training image."""
+        return 0 if self.check is None else sum(match.significant for match in self.check.previews)
 
 
-def verdict_chip(check: EpochCheck) -> str:
-    """The verdict of a check in a word with its mark."""
-    return word_chip(check.verdict)
-
-
-def verdict_banner(checks: Checks, kept: int | None) -> str:
-    """The verdict in words and colour, with its reason and what it is worth.
+def judged_epoch(checks: Checks, kept: int | None) -> int:
+    """The epoch whose verdict stands on top: the one that is kept, or the latest while that is open.
 
     Args:
         checks: By epoch, at least one.
-        kept: The epoch whose file is the run's; None while that is open, and the latest one is judged.
+        kept: The epoch whose file is the run's; None while that is open.
     """
-    epoch = max(checks) if kept is None or kept not in checks else kept
-    check = checks[epoch]
-    mark, _, words = _WORDS[check.verdict]
-    which = "the one that is kept" if epoch == kept else "before training" if epoch == 0 else "the latest"
-    return (
-        f"<div class='verdict {check.verdict}'><strong>{mark} {words}</strong>"
-        f"<p><b>{'The base' if epoch == 0 else f'Epoch {epoch}'}, {which}.</b> {html.escape(check.reason)}</p>"
-        "<p class='quiet'>Previews no more like the set than its images are like one another are called copying "
-        f"about {once_in(check.false_alarm_rate)}.</p>"
-        "</div>"
-    )
+    return kept if kept in checks and kept is not None else max(checks)
 
 
-def epochs_at_a_glance(checks: Checks, epochs: Sequence[EpochDone], steps: Sequence[StepDone], kept: int | None) -> str:
-    """A row for every epoch: verdict, previews that match, exposures so far, validation loss.
+def epoch_rows(checks: Checks, metrics: Metrics, kept: int | None) -> list[EpochRow]:
+    """A row for every epoch.
 
     Args:
         checks: By epoch.
-        epochs: The epochs of the metrics.
-        steps: Their steps.
+        metrics: The run's steps and epochs.
         kept: The epoch whose file is the run's.
     """
-    rows = []
-    for event in epochs:
-        epoch, loss, check = event.epoch, event.validation_loss, checks.get(event.epoch)
-        verdict = share = ""
-        if check is not None:
-            verdict = verdict_chip(check)
-            found = sum(match.significant for match in check.previews)
-            share = f"{found} of {len(check.previews)} ({check.share:.0%})"
-        name = f"{epoch or 'base'}{', kept' if epoch == kept else ''}"
-        rows.append([name, verdict, share, _exposures(steps, epoch), "" if loss is None else f"{loss:.4f}"])
-    shown = table("Epoch by epoch", ["epoch", "verdict", "matches", "seen", "validation loss"], rows)
-    return (
-        f"<div class='glance'>{shown}</div><p class='quiet'>Matches: previews more like a training image than chance "
-        "explains. Seen: how often each image was trained on by then.</p>"
-    )
+    return [
+        EpochRow(
+            event.epoch,
+            checks.get(event.epoch),
+            _exposures(metrics.steps, event.epoch),
+            event.validation_loss,
+            event.epoch == kept,
+        )
+        for event in metrics.epochs
+    ]
 
 
 def _exposures(steps: Sequence[StepDone], epoch: int) -> str:
-    exposures = {name: 0 for event in steps for name in event.examples}
-    for event in steps:
-        if event.epoch <= epoch:
-            for name in event.examples:
-                exposures[name] += 1
-    fewest, most = min(exposures.values(), default=0), max(exposures.values(), default=0)
+    names = {name for event in steps for name in event.examples}
+    counts = Counter(name for event in steps if event.epoch <= epoch for name in event.examples)
+    fewest, most = min((counts[name] for name in names), default=0), max(counts.values(), default=0)
     return str(most) if fewest == most else f"{fewest} to {most}"
 
 
-def copy_figures(checks: Checks) -> str:
-    """Charts by epoch: matches, similarity, and every signal with what it means."""
+def copy_figures(checks: Checks) -> list[Figure]:
+    """Charts by epoch: matches, similarity, and every signal with its meaning."""
     epochs = sorted(checks)
     found = [checks[epoch] for epoch in epochs]
-    figures = [
-        _figure(
-            "Previews that match",
-            [
-                Line("at least", [check.share_lower_bound for check in found], "#767676"),
-                Line("found", [check.share for check in found], COLORS[1]),
-            ],
-            epochs, "share of previews",
-            "How many previews are more like a training image than chance explains, and how many are so at least, "
-            f"with a confidence of {CONFIDENCE:.1%}. Where that is above {ALPHA:.0%}, an epoch is called copying.",
-        ),
-        _figure(
-            "The most alike preview", _similarity(found, best=True), epochs, "similarity (1 is a copy)",
-            "The preview most like a training image: of those drawn from training captions, and from new prompts.",
-        ),
-        _figure(
-            "All previews", _similarity(found, best=False), epochs, "mean similarity (1 is a copy)",
-            "The same on average. Similarity grows with learning; where that of new prompts jumps, copying begins.",
-        ),
-    ]  # fmt: skip
-    figures += [
-        _signal_figure(name, found, epochs) for name in dict.fromkeys(n for check in found for n in check.signals)
+    matches = [
+        Line("at least", [check.share_lower_bound for check in found], GREY),
+        Line("found", [check.share for check in found], COLORS[1]),
     ]
-    return f"<div class='charts'>{''.join(figures)}</div>"
+    signals = dict.fromkeys(name for check in found for name in check.signals)
+    return [
+        _figure(
+            "Previews that match", matches, epochs, "share of previews",
+            f"The share of previews that match a training image, and its lower bound with {CONFIDENCE:.1%} confidence. "
+            f"An epoch is called copying where the bound is above {ALPHA:.0%}.",
+        ),
+        _figure(
+            "Most similar preview", _similarity(found, best=True), epochs, "similarity (1 = copy)",
+            "The preview most similar to a training image, for training captions and for new prompts.",
+        ),
+        _figure(
+            "Mean over all previews", _similarity(found, best=False), epochs, "mean similarity (1 = copy)",
+            "Similarity grows with learning; where it jumps for new prompts, copying begins.",
+        ),
+        *(_signal_figure(name, found, epochs) for name in signals),
+    ]  # fmt: skip
 
 
 def _similarity(found: Sequence[EpochCheck], *, best: bool) -> list[Line]:
@@ -147,21 +124,19 @@ def _similarity(found: Sequence[EpochCheck], *, best: bool) -> list[Line]:
         values = [match.similarity for match in previews if match.kind == kind]
         return (max(values) if best else sum(values) / len(values)) if values else None
 
-    labels = {"training": "captions", "novel": "new"}
-    return [Line(labels[kind], [of(check.previews, kind) for check in found], color) for _, kind, color in _KINDS]
+    return [Line(label, [of(check.previews, kind) for check in found], color) for kind, label, color in _KINDS]
 
 
-def _signal_figure(name: str, found: Sequence[EpochCheck], epochs: Sequence[int]) -> str:
+def _signal_figure(name: str, found: Sequence[EpochCheck], epochs: Sequence[int]) -> Figure:
     values = [check.signals[name]["value"] if name in check.signals else None for check in found]
     latest = next(check.signals[name] for check in reversed(found) if name in check.signals)
     label = "" if latest["value"] is None else f"{latest['value']:.3g}"
-    sentence = latest["meaning"]
+    note = latest["meaning"]
     if latest["p_value"] is not None:
-        sentence += f" Chance gives as much {once_in(latest['p_value'])}: "
-        sentence += "it stands out." if latest["outside"] else "nothing unusual."
-    title = _SIGNALS.get(name, name.replace("_", " "))
-    return _figure(title, [Line(label, values, COLORS[2])], epochs, name.replace("_", " "), sentence)
+        note += f" p-value {latest['p_value']:.2g}: {'' if latest['outside'] else 'not '}significant."
+    title, y_name = _SIGNALS.get(name, (name.replace("_", " "), name.replace("_", " ")))
+    return _figure(title, [Line(label, values, COLORS[2])], epochs, y_name, note)
 
 
-def _figure(title: str, lines: Sequence[Line], epochs: Sequence[int], y_name: str, sentence: str) -> str:
-    return figure(title, line_chart(lines, epochs, x_name="epoch", y_name=y_name), sentence)
+def _figure(title: str, lines: Sequence[Line], epochs: Sequence[int], y_name: str, note: str) -> Figure:
+    return Figure(title, line_chart(lines, epochs, x_name="epoch", y_name=y_name), note)

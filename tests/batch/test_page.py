@@ -45,20 +45,20 @@ def batch(tmp_path: Path) -> Path:
     return ledger.folder
 
 
-def test_every_job_is_in_it_with_what_went_wrong(batch: Path) -> None:
+def test_page_has_every_job_and_its_error(batch: Path) -> None:
     page = (batch / "report.html").read_text(encoding="utf-8")
     assert "3 of 4 jobs are done" in page
     assert "Look first at 2, zumi-rank16" in page
     assert "lora.rank: &lt;999&gt;" in page and "<999>" not in page
     assert "<b>friends</b>" not in page
-    assert page.count("class=front") == 2
+    assert page.count('class="front"') == 2
     assert "<svg" in page and "validation loss by similarity to training images" in page
     # Two prompts of one seed, by three jobs; the images are equal, but they are of different files.
-    assert len(re.findall(r"<a class='tile[^>]*href='zumi-rank\d+/report.html'>", page)) == 6
+    assert len(re.findall(r'<a class="tile[^>]*href="zumi-rank\d+/report.html">', page)) == 6
     assert page.count("tile copying") == 1 and page.count("tile watch") == 1
 
 
-def test_jobs_that_drew_other_prompts_have_a_grid_of_their_own(batch: Path) -> None:
+def test_jobs_with_other_prompts_get_a_separate_grid(batch: Path) -> None:
     check = batch / "zumi-rank4" / "epochs" / "2" / "copycheck.json"
     values = json.loads(check.read_text())
     values["previews"][0]["prompt"] = "something else"
@@ -66,11 +66,11 @@ def test_jobs_that_drew_other_prompts_have_a_grid_of_their_own(batch: Path) -> N
     ledger = Ledger.read(batch)
     jobs = [Job(name, 0, {}, None if name == "wrong" else config()) for name in ledger.records]
     write(jobs, ledger)
-    assert (batch / "report.html").read_text(encoding="utf-8").count("class='grid'") == 2
+    assert (batch / "report.html").read_text(encoding="utf-8").count('class="grid"') == 2
 
 
 @pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-def test_headings_sort_in_a_browser_and_nothing_is_wider_than_a_phone(batch: Path) -> None:
+def test_headings_sort_in_a_browser_and_page_fits_a_phone(batch: Path) -> None:
     sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     with sync_api.sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])

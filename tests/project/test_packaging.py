@@ -43,7 +43,8 @@ def test_the_wheel_brings_everything_and_claims_one_name(wheel: Path) -> None:
     for needed in (
         "sdlora/configs/quickstart.toml", "sdlora/datasets/zumi/zumi_00.png", "sdlora/datasets/zumi/zumi_00.txt",
         "sdlora/datasets/zumi/holdout/zumi_24.png", "sdlora/datasets/blueprint/LICENSE.md", "sdlora/ui/__init__.py",
-        "sdlora/ui/pages/studio.css", "sdlora/ui/pages/studio.js",
+        "sdlora/ui/pages/studio.css", "sdlora/ui/pages/studio.js", "sdlora/report/templates/report.html",
+        "sdlora/report/templates/page.css", "sdlora/ui/html/templates/message.html", "sdlora/report/templates/page.js",
         "sdlora/py.typed", "sdlora/pocket/weights/model_index.json",
         "sdlora/pocket/weights/unet/diffusion_pytorch_model.safetensors", "sdlora/pocket/weights/tokenizer/vocab.json",
     ):  # fmt: skip

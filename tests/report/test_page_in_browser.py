@@ -61,27 +61,27 @@ def page(browser: Any, page_file: Path, request: pytest.FixtureRequest) -> Itera
     assert faults == [page_file.as_uri()], "the page asked for something, or complained"
 
 
-def test_it_is_as_wide_as_the_window(page: Any) -> None:
+def test_page_is_as_wide_as_the_window(page: Any) -> None:
     assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]
     grid = page.locator(".wide:has(.grid)").first
     scrolls = grid.evaluate("box => box.scrollWidth > box.clientWidth")
     assert scrolls == (page.viewport_size["width"] == 390)
 
 
-def test_prompts_can_be_read_however_far_the_grid_is_scrolled(page: Any) -> None:
+def test_prompts_stay_in_sight_when_the_grid_is_scrolled(page: Any) -> None:
     page.locator(".wide:has(.grid)").first.evaluate("box => { box.scrollLeft = 9999 }")
     for box in (page.locator(".prompt").nth(index).bounding_box() for index in range(2)):
         assert box["x"] >= 0 and box["x"] + box["width"] <= page.viewport_size["width"]
         assert box["width"] >= 100
 
 
-def test_every_image_is_there(page: Any) -> None:
+def test_every_image_loads(page: Any) -> None:
     page.locator("details").evaluate_all("all => all.forEach(one => { one.open = true })")
     page.wait_for_function("[...document.images].every(image => image.complete && image.naturalWidth > 0)")
     assert page.locator("img").count() == 3 * 6 * 4
 
 
-def test_the_slider_reveals_the_training_image(page: Any) -> None:
+def test_slider_reveals_the_training_image(page: Any) -> None:
     pair = page.locator(".pair").first
     slider, wipe = pair.locator("input[type=range]"), pair.locator(".wipe")
     wipe.scroll_into_view_if_needed()
@@ -97,7 +97,7 @@ def test_the_slider_reveals_the_training_image(page: Any) -> None:
     assert (pixel(wipe, 0.25, 0.8), pixel(wipe, 0.75, 0.8)) == (blue, blue)
 
 
-def test_a_mirrored_copy_can_be_turned(page: Any) -> None:
+def test_training_image_can_be_mirrored(page: Any) -> None:
     pair = page.locator(".pair").first
     beside = pair.locator(".two > .training img")
     assert pixel(beside, 0.2, 0.2) == (0, 0, 0)
@@ -105,7 +105,7 @@ def test_a_mirrored_copy_can_be_turned(page: Any) -> None:
     assert (pixel(beside, 0.2, 0.2), pixel(beside, 0.8, 0.2)) == ((0, 0, 255), (0, 0, 0))
 
 
-def test_a_tile_opens_its_comparison(page: Any) -> None:
+def test_tile_opens_its_comparison(page: Any) -> None:
     page.locator(".tile").first.click()
     assert page.locator("#pair-0-0").is_visible()
     page.wait_for_function("document.querySelector('#pair-0-0').getBoundingClientRect().top < innerHeight")

@@ -20,6 +20,7 @@ from sdlora.run.folder import RunFolder
 from sdlora.run.push import files_to_push
 
 from ..html import views
+from ..html.words import WORDS
 from ..state import run_view
 from ..state.background_tasks import Kind
 from ..state.folders import StudioError
@@ -130,7 +131,7 @@ def files_of(context: Context, name: Any) -> list[str]:
     """
     word = context.jobs.status(need(name)).word
     if word != "done":
-        raise StudioError(f"{name!r} is not done ({views.WORDS[word]}). Let it finish first; then it can be published.")
+        raise StudioError(f"{name!r} is not done ({WORDS[word]}). Let it finish first; then it can be published.")
     # It is only seen whether there is one: the upload reads it from where `hf auth login` put it.
     if get_token() is None:
         raise StudioError(

@@ -57,7 +57,7 @@ def show(context: Context, draft: Draft, wanted: str | None = None) -> list[Any]
     page = wanted if wanted in pages else next(iter(pages))
     cards = views.set_cards(pages[page], view.folder, shown, draft.images)
     chosen = gr.update(choices=list(pages), value=page, visible=len(pages) > 1)
-    return [views.set_summary(view), views.twins(view, shown), chosen, cards]
+    return [views.set_summary(view), views.duplicates(view, shown), chosen, cards]
 
 
 def cards_by_page(view: SetView) -> dict[str, tuple[Card, ...]]:

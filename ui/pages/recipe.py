@@ -17,6 +17,7 @@ from sdlora.config.toml import parse_config, read_config
 from sdlora.errors import ConfigError, SdloraError
 
 from ..html import views
+from ..html.render import render
 from ..settings import form, plan
 from ..settings.base_models import known_bases
 from ..settings.draft import Draft, from_config, write_draft
@@ -132,8 +133,7 @@ def recipe_page(context: Context) -> RecipePage:
     with gr.Row():
         upload = gr.UploadButton("Load settings from a file (.toml)", file_types=[".toml"], min_width=220)
         with gr.Column(min_width=220):
-            link = "<a class='button whole' download href='/studio/draft.toml'>Download these settings</a>"
-            gr.HTML(views.box(link))
+            gr.HTML(render("settings_link.html"))
     decided: list[gr.components.Component] = [subject, trigger, base, length, name]
     everything = [*decided, *controls]
     page = RecipePage(everything, name, planned, note, start)

@@ -14,6 +14,7 @@ from PIL import Image
 from sdlora.errors import ConfigError, SdloraError
 
 from ..html import run_views, views
+from ..html.render import render
 from ..settings.draft import from_config, write_draft
 from ..state import run_view
 from ..state.folders import StudioError
@@ -94,7 +95,7 @@ def draw(context: Context, run: RunView, epochs: Sequence[int], wish: SampleRequ
 def result_page(context: Context, run: gr.Dropdown) -> ResultPage:
     """Lay the result's page out and say what its controls do."""
     result = gr.HTML(elem_id="result")
-    gr.HTML(views.box("<h2>Try it</h2>"))
+    gr.HTML(render("heading.html", title="Try it"))
     with gr.Row(elem_classes="ends"):
         prompt = gr.Textbox(label="Prompt", scale=3, min_width=260, elem_id="try-prompt")
         epoch = gr.Dropdown(label="Epoch", min_width=110, elem_id="try-epoch")
@@ -134,7 +135,7 @@ def result_page(context: Context, run: gr.Dropdown) -> ResultPage:
 
 def runs_page(context: Context, run: gr.Dropdown) -> RunsPage:
     """Lay out the page of all runs and say what its controls do, but for clone, which leads to another page."""
-    gr.HTML(views.box("<p>The run chosen at the top of the page is the one that the buttons mean.</p>"))
+    gr.HTML(render("quiet.html", words="The buttons act on the run chosen at the top of the page."))
     with gr.Row(elem_classes="ends"):
         other = gr.Dropdown(label="Compare its settings with", min_width=200, elem_id="compare-with")
         compare = gr.Button("Compare settings", min_width=200)

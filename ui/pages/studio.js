@@ -1,4 +1,4 @@
-// The little that Gradio does not do: captions saved as they are written, pictures wiped over one another, and the
+// The little that Gradio does not do: captions saved as they are written, images laid over one another, and the
 // way from a preview to its comparison. Everything listens on the document, since Gradio replaces what is shown.
 (() => {
   const waiting = new Map();
@@ -22,11 +22,11 @@
     tell(card, 'Saving …');
     try {
       const answer = await send('PUT', '/studio/caption', {
-        set: card.closest('.cards').dataset.set, picture: card.dataset.picture, caption,
+        set: card.closest('.cards').dataset.set, picture: card.dataset.image, caption,
       });
       const found = await answer.json();
       if (!answer.ok) throw new Error(found.error);
-      card.querySelector('.doctor').outerHTML = found.doctor;
+      if (found.doctor) card.querySelector('.doctor').outerHTML = found.doctor;
       if (area.value === caption) tell(card, 'Saved');
       refresh();
     } catch (error) {
@@ -56,7 +56,7 @@
       fetch('/studio/caption', {
         method: 'PUT', keepalive: true, headers: { 'Content-Type': 'application/json' },
         body: JSON.stringify({
-          set: card.closest('.cards').dataset.set, picture: card.dataset.picture, caption: area.value,
+          set: card.closest('.cards').dataset.set, picture: card.dataset.image, caption: area.value,
         }),
       });
     }
@@ -64,9 +64,9 @@
 
   const takeOut = async (button) => {
     const card = button.closest('.card');
-    if (!confirm(`Take ${card.dataset.picture} out of the set, with its caption?`)) return;
+    if (!confirm(`Take ${card.dataset.image} out of the set, with its caption?`)) return;
     const answer = await send('DELETE', '/studio/picture', {
-      set: card.closest('.cards').dataset.set, picture: card.dataset.picture,
+      set: card.closest('.cards').dataset.set, picture: card.dataset.image,
     });
     if (answer.ok) {
       card.remove();
@@ -101,10 +101,10 @@
   document.addEventListener('click', (event) => {
     const remove = event.target.closest?.('.sd button.remove');
     if (remove) takeOut(remove);
-    const tile = event.target.closest?.('.sd .tile[data-pair]');
+    const tile = event.target.closest?.('.sd .tile[href^="#pair-"]');
     if (tile) {
       event.preventDefault();
-      compare(tile.dataset.pair);
+      compare(tile.hash.slice(1));
     }
   });
 })();

@@ -100,7 +100,7 @@ def _add_routes(app: FastAPI, context: Context) -> None:
         image_set.write_caption(context.own_folder(wish["set"]), wish["picture"], wish["caption"])
         view = context.view_set(context.draft())
         card = next((card for card in view.cards if card.name == wish["picture"]), None)
-        return JSONResponse({"doctor": "<div class='doctor'></div>" if card is None else views.verdict(card)})
+        return JSONResponse({"doctor": "" if card is None else views.doctor(card)})
 
     @app.delete("/studio/picture")
     async def _take_out(request: Request) -> Response:

@@ -112,7 +112,7 @@ def test_from_images_to_a_lora(browser: Any, tmp_path: Path) -> None:
         page.set_input_files("#drop input[type=file]", images)
         page.locator("#cards .card").nth(23).wait_for()
         assert page.locator("#cards .card").count() == 24
-        assert "nothing to mend" in page.inner_text("#set-summary")
+        assert "no problems found" in page.inner_text("#set-summary")
         area = page.get_by_label("Caption of zumi_00.png")
         area.fill("zumi waving, edited in the browser")
         page.locator(".card", has=area).locator(".saved", has_text="Saved").wait_for()
@@ -150,7 +150,7 @@ def test_from_images_to_a_lora(browser: Any, tmp_path: Path) -> None:
 
         tab(page, "Result")
         page.locator("#result a.primary").wait_for()
-        assert "is the one to keep" in page.inner_text("#result")
+        assert "is recommended" in page.inner_text("#result")
         with page.expect_download() as waiting:
             page.click("#result a.primary")
         lora = tmp_path / waiting.value.suggested_filename
@@ -228,7 +228,7 @@ def test_a_killed_worker_is_told_and_resumed(browser: Any, tmp_path: Path, tiny_
             page.click("#pause")
             page.locator("#status .chip", has_text="paused").wait_for()
             page.click("#continue")
-            page.locator("#status .chip", has_text="at work").wait_for()
+            page.locator("#status .chip", has_text="running").wait_for()
             page.click("#stop")
             page.locator("#status", has_text="Its state is saved").wait_for()
     figure("Dead worker", f"told {told:.1f} s after SIGKILL; resumed from its checkpoint")

@@ -19,7 +19,7 @@ from PIL import Image
 
 from sdlora.config.toml import dump_toml, load_config, parse_config
 from sdlora.errors import ConfigError
-from sdlora.ui.html.image_urls import shown_url
+from sdlora.ui.html.image_urls import file_url
 from sdlora.ui.pages.context import Context
 from sdlora.ui.server.access import MOST_WRONG_LOGINS, Account, Logins, check_host
 from sdlora.ui.server.server import make_app
@@ -73,7 +73,7 @@ def test_images_are_those_that_were_encoded_anew(server: Live, open_: Context, t
     exif = Image.Exif()
     exif[0x010E] = "a secret place"
     Image.new("RGB", (400, 300), "red").save(source, exif=exif)
-    answer = server.ask(shown_url(open_.studio.shown, source))
+    answer = server.ask(file_url(open_.studio.shown, source))
     assert (answer.status, answer.headers["content-type"]) == (200, "image/jpeg")
     assert answer.headers["x-content-type-options"] == "nosniff"
     with Image.open(io.BytesIO(answer.body)) as image:

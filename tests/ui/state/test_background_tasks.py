@@ -91,11 +91,11 @@ def test_it_can_be_stopped_and_what_was_written_stays(
     send_for_captions(context, "owner/model")
     said = context.studio.logs / ".caption.log"
     assert said.read_text(encoding="utf-8") == f"started with caption {folder.absolute()} --model=owner/model\n"
-    assert "Getting the model" in views.caption_task(context.tasks)
+    assert "Loading the model" in views.caption_task(context.tasks)
     (folder / "a.txt").write_text("a red thing", encoding="utf-8")
     assert "1 of 2 written" in views.caption_task(context.tasks)
     context.tasks.end("caption")
-    assert "1 of 2 were written; they stay" in ended(context, "caption")
+    assert "1 of 2 were written" in ended(context, "caption")
     assert len(sleepers) == 1
 
 
@@ -103,7 +103,7 @@ def test_a_killed_one_is_told(context: Context, folder: Path, sleepers: list[psu
     send_for_captions(context, "owner/model")
     (context.studio.logs / ".caption.log").write_text("")
     sleepers[0].kill()
-    assert "gone without a word" in ended(context, "caption")
+    assert "died unexpectedly" in ended(context, "caption")
 
 
 # --- A run on the Hub -------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from helpers.studios import write_state
 
 from sdlora.common.run_state import RunState
 from sdlora.config.schema import RunConfig
-from sdlora.ui.html.views import progress_words
+from sdlora.ui.html.words import progress_words
 from sdlora.ui.pages.context import Context
 from sdlora.ui.state.folders import Studio
 from sdlora.ui.state.queue import Job
@@ -92,7 +92,7 @@ def test_only_the_end_of_a_log_is_read(studio: Studio) -> None:
 @pytest.mark.parametrize(
     ("phase", "step", "done", "total", "told"),
     [
-        ("the base's pictures", 0, 32, 68, "learning what the base draws by itself, 32 of 68, about 1 min 30 s left"),
+        ("the base's pictures", 0, 32, 68, "generating images with the base model, 32 of 68, about 1 min 30 s left"),
         ("page", 0, 1, 1, "training, step 0 of 40, about 1 min 30 s left"),
         ("train", 9, 9, 40, "training, step 9 of 40, about 1 min 30 s left"),
         ("page", 40, 1, 1, "writing the report, about 1 min 30 s left"),

@@ -28,6 +28,7 @@ from sdlora.ui.pages.result import clone_into_draft, draw
 from sdlora.ui.pages.snapshot import SLOTS, snapshot
 from sdlora.ui.state.folders import Studio
 from sdlora.ui.state.queue import Jobs
+from sdlora.ui.state.run_status import Status
 from sdlora.ui.state.run_view import RunView, delete_run, differences, read_run, settings_of
 from sdlora.ui.state.try_lora import LoraSampler, SampleRequest
 
@@ -144,9 +145,9 @@ def test_its_pages_show_it(trained: Context) -> None:
     assert not any(found.can.values()), "it is done"
     html = found.html
     assert "pair-1-0" in html["pairs"] and "pair-2-0" not in html["pairs"]
-    assert html["grid"].count("class='tile") == 6 and "/studio/picture/" in html["grid"]
-    assert "held out" in html["charts"] and "noise level" in html["charts"]
-    assert "is the one to keep" in html["result"] and "/studio/run/small/epoch/1" in html["result"]
+    assert html["grid"].count('class="tile') == 6 and "/studio/picture/" in html["grid"]
+    assert ">validation<" in html["charts"] and "Timestep coverage" in html["charts"]
+    assert "is recommended" in html["result"] and "/studio/run/small/epoch/1" in html["result"]
     assert "base64" not in "".join(html.values()), "images are fetched once, not sent with every page"
     nothing = snapshot(trained, None, None)
     assert "No run is chosen" in nothing.html["status"] and "Nothing to see yet" in nothing.html["result"]
@@ -185,8 +186,10 @@ def test_result_names_the_trigger_of_every_set(
     tmp_path: Path, triggers: tuple[str | None, str | None], told: list[str]
 ) -> None:
     sets = [{"folder": f"set{number}", "trigger": trigger} for number, trigger in enumerate(triggers)]
-    run = replace(run_of(tmp_path, {"sets": sets}), loras={1: tmp_path / "a.safetensors"})
-    html = run_views._downloads(run, 1, final=True)
+    run = run_of(tmp_path, {"sets": sets})
+    unchecked = run.config.model_copy(update={"copycheck": run.config.copycheck.model_copy(update={"enabled": False})})
+    run = replace(run, config=unchecked, loras={1: tmp_path / "a.safetensors"})
+    html = run_views.result_panel(run, Status("mine", "done"))
     assert all(words in html for words in told)
     assert ("no trigger word" in html) == (told == ["no trigger word"])
 
