@@ -60,7 +60,7 @@ def info(
 ) -> None:
     """Show what a LoRA file holds."""
     quiet_libraries()
-    from sdlora.lora_files.write import describe_lora
+    from sdlora.lora_files.read import describe_lora
 
     description = describe_lora(file)
     if json_:
@@ -98,7 +98,8 @@ def convert(
 
     from sdlora.lora_files.algebra import refuse_dora
     from sdlora.lora_files.base_folder import paths_for
-    from sdlora.lora_files.read import DTYPES_BY_NAME, read_file, write_file
+    from sdlora.lora_files.read import DTYPES_BY_NAME, read_file
+    from sdlora.lora_files.write import write_file
 
     source = read_file(file, missing_alpha)
     if to == Spelling.KOHYA:
@@ -149,7 +150,8 @@ def merge(
     from sdlora.lora_files import algebra
     from sdlora.lora_files.base_file import base_weights
     from sdlora.lora_files.merge import merge_into
-    from sdlora.lora_files.read import metadata_of_new_ranks, read_file, write_file
+    from sdlora.lora_files.read import read_file
+    from sdlora.lora_files.write import metadata_of_new_ranks, write_file
 
     sources = [read_file(file, missing_alpha) for file in files]
     for source in sources:
@@ -182,7 +184,8 @@ def resize(
     _check_output(out)
     quiet_libraries()
     from sdlora.lora_files import algebra
-    from sdlora.lora_files.read import metadata_of_new_ranks, read_file, write_file
+    from sdlora.lora_files.read import read_file
+    from sdlora.lora_files.write import metadata_of_new_ranks, write_file
 
     source = read_file(file, missing_alpha)
     algebra.refuse_dora(source.state, file.name)
@@ -205,7 +208,7 @@ def extract(
     from sdlora.lora_files import algebra
     from sdlora.lora_files.base_file import base_weights
     from sdlora.lora_files.merge import differences
-    from sdlora.lora_files.read import write_file
+    from sdlora.lora_files.write import write_file
 
     found, others = differences(base_weights(fine_tuned), base_weights(base))
     state, cost = algebra.extract(found, rank)

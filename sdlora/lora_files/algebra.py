@@ -1,7 +1,7 @@
-"""Sums, truncations and differences of LoRAs, as mathematics of their updates.
+"""Sums, truncations and differences of LoRAs: the mathematics behind `sdlora merge`, `resize` and `extract`.
 
-The update of a module is Delta = (alpha / r) B A. Everything computed here is in float64, and given back in
-float32 with one alpha for the whole LoRA: diffusers reads only one for all attention layers of a file.
+A module's update is Delta = (alpha / r) B A. Computed in float64 and returned in float32 with one alpha for the whole
+LoRA, because diffusers reads only one for all attention layers of a file.
 Shapes: i in (with kernels: i k k), o out, r rank, k kernel.
 """
 
@@ -19,14 +19,14 @@ from sdlora.lora.inject import LoraState, LoraWeights
 
 @dataclass
 class Cost:
-    """How much of the updates was lost by giving them fewer ranks.
+    """What lowering the ranks of a LoRA costs.
 
     Attributes:
-        total: Sum of the squared singular values of every module.
-        lost: Those of them that were cut off.
-        worst: The largest relative error of a module, sqrt(lost / total) of its own.
-        worst_module: Which module that is.
-        ranks: How many ranks each module has now.
+        total: Sum of all modules' squared singular values.
+        lost: Sum of those that were cut off.
+        worst: Largest relative error of a module, sqrt(its lost / its total), in [0, 1].
+        worst_module: The module with that error.
+        ranks: New rank of each module.
     """
 
     total: float = 0.0
@@ -36,7 +36,7 @@ class Cost:
     ranks: dict[str, int] = field(default_factory=dict)
 
     def add(self, module: str, energies: Tensor, rank: int) -> None:
-        """Count a module's squared singular values (r,), largest first, of which the first `rank` were kept."""
+        """Add a module's squared singular values (r,), largest first, of which the first `rank` are kept."""
         total, lost = float(energies.sum()), float(energies[rank:].sum())
         error = (lost / total) ** 0.5 if total > 0 else 0.0
         self.total, self.lost = self.total + total, self.lost + lost
@@ -46,48 +46,51 @@ class Cost:
 
     @property
     def relative_error(self) -> float:
-        """The norm of what was cut off from all modules, as a share of the whole norm."""
+        """Frobenius norm of what was cut off, as a share of the whole, in [0, 1]."""
         return float((self.lost / self.total) ** 0.5) if self.total > 0 else 0.0
 
     @property
     def kept_energy(self) -> float:
-        """The share of the squared singular values that was kept."""
+        """Share of the squared singular values that is kept, in [0, 1]."""
         return 1.0 - self.lost / self.total if self.total > 0 else 1.0
 
 
 def update(weights: LoraWeights) -> Tensor:
-    """Delta = (alpha / r) B A, in float64, (o, i)."""
+    """Delta = (alpha / r) B A, (o, i) float64.
+
+    Source: Hu et al. 2106.09685, equation 3.
+    """
     scale = weights.alpha / weights.down.shape[0]
     return scale * (weights.up.double().flatten(1) @ weights.down.double().flatten(1))
 
 
 def refuse_dora(state: LoraState, name: str) -> None:
-    """Refuse what is no sum of updates.
+    """Refuse a DoRA where a sum of updates is needed.
 
     Raises:
-        DataError: The LoRA has magnitudes.
+        DataError: A module has magnitudes.
     """
     dora = [module for module, weights in state.items() if weights.magnitude is not None]
     if dora:
         raise DataError(
-            f"{name} is DoRA, among others in {dora[0]!r}: its update depends on the base's weights and is no product "
-            "B A. It can be converted to PEFT's names, and nothing else."
+            f"{name} is DoRA (its first such module is {dora[0]!r}), whose update depends on the base model's weights. "
+            "It can be converted to PEFT's names, but not merged, resized or converted to kohya's."
         )
 
 
 def merge(states: Sequence[LoraState], weights: Sequence[float], rank: int | None = None) -> tuple[LoraState, Cost]:
-    """The weighted sum of LoRAs: exact by laying ranks side by side, or cut to a rank.
+    """The weighted sum of LoRAs: exact, by concatenating their ranks, or cut to a rank.
 
     Args:
         states: LoRAs by kohya module name, without magnitudes.
         weights: One factor per LoRA.
-        rank: At most this many ranks per module; None for all of them.
+        rank: Largest rank per module; None keeps all ranks.
 
     Returns:
-        The sum; one LoRA of weight 1 and no `rank` comes back as it is. And what the rank cost.
+        The sum, and what the rank cost. A single LoRA of weight 1 without `rank` is returned as it is.
 
     Raises:
-        DataError: A module has another shape in one LoRA than in another.
+        DataError: A module has different shapes in two LoRAs.
     """
     if len(states) == 1 and weights[0] == 1.0 and rank is None:
         return states[0], Cost()
@@ -104,8 +107,8 @@ def _sum(module: str, terms: Sequence[tuple[LoraWeights, float]]) -> LoraWeights
     shapes = [(tuple(w.down.shape[1:]), w.up.shape[0]) for w, _ in terms]
     if len(set(shapes)) > 1:
         raise DataError(
-            f"These LoRAs are of different families: {module!r} takes {shapes[0][0]} and gives {shapes[0][1]} in one, "
-            f"and {shapes[1][0]} and {shapes[1][1]} in another."
+            f"cannot add LoRAs of different families: {module!r} has the inputs {shapes[0][0]} and {shapes[0][1]} "
+            f"outputs in one, {shapes[1][0]} and {shapes[1][1]} in another"
         )
     down = torch.cat([w.down.double() for w, _ in terms])
     up = torch.cat([w.up.double() * (w.alpha / w.down.shape[0] * factor) for w, factor in terms], dim=1)
@@ -113,7 +116,7 @@ def _sum(module: str, terms: Sequence[tuple[LoraWeights, float]]) -> LoraWeights
 
 
 def _with_one_alpha(state: LoraState) -> LoraState:
-    """The same updates in float32, with the largest rank as everyone's alpha; B takes the difference in."""
+    """The same updates in float32, with the largest rank as alpha of every module; B absorbs the difference."""
     alpha = float(max(weights.down.shape[0] for weights in state.values()))
     found: LoraState = {}
     for module, weights in state.items():
@@ -127,17 +130,16 @@ def resize(state: LoraState, *, rank: int | None = None, energy: float | None = 
 
     Args:
         state: A LoRA without magnitudes.
-        rank: At most this many ranks per module.
-        energy: Or as few as keep this share of a module's squared singular values, in (0, 1].
+        rank: Largest rank per module.
+        energy: Instead of `rank`, keep as few ranks as hold this share of the squared singular values, in (0, 1].
 
     Returns:
-        The smaller LoRA and what was lost.
+        The smaller LoRA, and what that cost.
 
     Raises:
         ConfigError: Not exactly one of `rank` and `energy` is given, or it is out of its range.
 
-    Source:
-        Eckart and Young 1936: no matrix of rank n is nearer in Frobenius' norm.
+    Source: Eckart and Young 1936: no matrix of that rank is nearer in the Frobenius norm.
     """
     _check_measure(rank, energy)
     cost, found = Cost(), {}
@@ -155,21 +157,21 @@ def resize(state: LoraState, *, rank: int | None = None, energy: float | None = 
 
 def _check_measure(rank: int | None, energy: float | None) -> None:
     if (rank is None) == (energy is None):
-        raise ConfigError("Say either --rank N or --energy SHARE, and not both.")
+        raise ConfigError("Give either --rank N or --energy SHARE, not both.")
     if rank is not None and rank < 1:
-        raise ConfigError(f"--rank is {rank}: it takes 1 and more.")
+        raise ConfigError(f"--rank must be at least 1, found {rank}")
     if energy is not None and not 0 < energy <= 1:
-        raise ConfigError(f"--energy is {energy}: it takes a share above 0 and up to 1, such as 0.99.")
+        raise ConfigError(f"--energy must be above 0 and at most 1, such as 0.99, found {energy}")
 
 
 def _rank_of(energies: Tensor, share: float) -> int:
-    """How many of the energies, largest first, make the share."""
+    """Number of energies, largest first, whose sum reaches the share."""
     sums = energies.cumsum(0)
     return min(int((sums < share * sums[-1]).sum()) + 1, len(energies))
 
 
 def _factors(left: Tensor, values: Tensor, right: Tensor, rank: int, inputs: Sequence[int]) -> LoraWeights:
-    """The first ranks of left diag(values) right as A and B, each with the root of the singular values."""
+    """The first ranks of left diag(values) right as A and B, each scaled by the root of the singular values."""
     root = values[:rank].sqrt()
     up, down = left[:, :rank] * root, root[:, None] * right[:rank]
     kernel = (1,) * (len(inputs) - 1)
@@ -177,14 +179,14 @@ def _factors(left: Tensor, values: Tensor, right: Tensor, rank: int, inputs: Seq
 
 
 def extract(differences: Iterable[tuple[str, Tensor]], rank: int) -> tuple[LoraState, Cost]:
-    """The nearest LoRA to differences of weights.
+    """The LoRA that is nearest to differences of weights.
 
     Args:
         differences: Kohya module names with fine-tuned minus base, (o, i) or (o, i, k, k).
-        rank: At most this many ranks per module.
+        rank: Largest rank per module.
 
     Returns:
-        The LoRA, without modules that do not differ, and what of the differences it lacks.
+        The LoRA, without modules that do not differ, and what the rank cost.
 
     Raises:
         ConfigError: The rank is below 1.
@@ -200,12 +202,12 @@ def extract(differences: Iterable[tuple[str, Tensor]], rank: int) -> tuple[LoraS
         cost.add(module, values.double().square(), kept)
         found[module] = _factors(left, values, right, kept, difference.shape[1:])
     if not found:
-        raise DataError("The two bases have the same weights in every layer that a LoRA can change.")
+        raise DataError("The two base models have the same weights in every layer that a LoRA can change.")
     return _with_one_alpha(found), cost
 
 
 def _svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The thin SVD of a whole matrix, in its own precision: float64 would take minutes for a base's largest layers."""
+    """The thin SVD of a matrix, in its own precision: float64 would take minutes for a base's largest layers."""
     if matrix.shape[0] > matrix.shape[1]:
         left, values, right = _svd(matrix.T)
         return right.T, values, left.T

@@ -1,7 +1,7 @@
-"""Which tensors of a checkpoint in one file (LDM, sgm) are which weights of diffusers' networks.
+"""Where the weights of a single-file checkpoint (LDM, sgm) lie: which of its tensors are which of diffusers' weights.
 
-Diffusers' own conversion tells: it is given, for every tensor, one column of numbers that name the tensor's
-rows, and where those come out is the map. Nothing of it is written down here, and no weights are read.
+The map comes from diffusers' own conversion: it is given, for every tensor, one column of numbers that identify the
+tensor's rows, and where those come out is the map. No weights are read.
 """
 
 from __future__ import annotations
@@ -18,42 +18,41 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor, nn
 
 from sdlora.errors import BaseModelError
-from sdlora.lora_files.base_folder import empty_networks, folder_weights, lora_layers
-from sdlora.lora_files.merge import BaseWeights, Place
+from sdlora.lora_files.base_folder import BaseWeights, Place, empty_networks, folder_weights, weight_names
 from sdlora.models.architectures import ARCHITECTURES, Family
 from sdlora.models.detect import TEXT_ENCODERS, recognise
 from sdlora.models.safetensors_header import Header, read_header
 
-# No tensor has as many rows.
+# More than any tensor has rows.
 _ROWS = 1 << 32
 
 
 def base_weights(path: Path) -> BaseWeights:
-    """Where the weights of a base lie: a folder in diffusers' layout, or a checkpoint in one file.
+    """Where the weights of a base lie: a folder in diffusers' layout, or a single-file checkpoint.
 
     Raises:
-        BaseModelError: It is neither, or not whole.
+        BaseModelError: It is neither, or incomplete.
     """
     if path.is_dir():
         return folder_weights(path)
     if not path.is_file():
         raise BaseModelError(
-            f"There is no base {path}. Give a folder in diffusers' layout or a .safetensors checkpoint in one file."
+            f"The base model {path} does not exist. Give a folder in diffusers' layout or a .safetensors checkpoint."
         )
     header = read_header(path)
     return file_weights(path, header, recognise(header, path.name).family)
 
 
 def file_weights(file: Path, header: Header, family: Family) -> BaseWeights:
-    """Where the weights of a base in one file lie.
+    """Where the weights of a single-file checkpoint lie.
 
     Args:
         file: The checkpoint.
         header: Its header.
-        family: What it is.
+        family: Its family.
 
     Raises:
-        BaseModelError: It lacks weights of its family's networks, or has them in other shapes.
+        BaseModelError: Weights of its family's networks are missing or have other shapes.
     """
     networks = empty_networks(None, ARCHITECTURES[family])
     converted = _converted(header, family, networks)
@@ -65,21 +64,21 @@ def file_weights(file: Path, header: Header, family: Family) -> BaseWeights:
             rows = converted[network].get(path)
             if rows is None:
                 raise BaseModelError(
-                    f"{file.name} lacks the weight {path!r} of the {network} of {ARCHITECTURES[family].title}. A "
-                    "smaller variant of its family has to be a folder in diffusers' layout, with its own configs."
+                    f"{file.name} has no weight {path!r}, which the {network} of {ARCHITECTURES[family].title} needs. "
+                    "If it is a smaller variant of its family, give a folder in diffusers' layout, with its configs."
                 )
             place = _place(file, header, keys, rows)
             if place.shape != tuple(weight.shape):
                 raise BaseModelError(
-                    f"{file.name} has {place.key!r} in the shape {header.shapes[place.key]}, which gives "
-                    f"{place.shape}, and {ARCHITECTURES[family].title} takes {tuple(weight.shape)}."
+                    f"{file.name}: {place.key!r} has the shape {header.shapes[place.key]}, which makes a weight of "
+                    f"{place.shape}; {ARCHITECTURES[family].title} needs {tuple(weight.shape)}."
                 )
             places[f"{network}.{path}"] = [place]
-    return BaseWeights(file, places, lora_layers(networks))
+    return BaseWeights(file, places, weight_names(networks))
 
 
 def _converted(header: Header, family: Family, networks: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
-    """What diffusers makes of numbered rows, by network and path."""
+    """Where diffusers' conversion puts the numbered rows, by network and path."""
     numbered = {key: _numbered(index, shape) for index, (key, shape) in enumerate(header.shapes.items())}
     unet: Any = networks["unet"]
     found = {"unet": convert_ldm_unet_checkpoint(numbered, config=dict(unet.config))}
@@ -95,7 +94,7 @@ def _converted(header: Header, family: Family, networks: dict[str, nn.Module]) -
 
 
 def _numbered(index: int, shape: tuple[int, ...]) -> Tensor:
-    """A tensor's rows by number: (rows, 1), or (rows,) of a vector."""
+    """The numbers of a tensor's rows: (rows, 1), or (rows,) for a vector."""
     rows = index * _ROWS + torch.arange(shape[0] if shape else 1)
     return rows[:, None] if len(shape) > 1 else rows
 
@@ -103,7 +102,7 @@ def _numbered(index: int, shape: tuple[int, ...]) -> Tensor:
 def _place(file: Path, header: Header, keys: list[str], rows: Tensor) -> Place:
     first, last = int(rows.flatten()[0]), int(rows.flatten()[-1])
     key, start, stop = keys[first // _ROWS], first % _ROWS, last % _ROWS + 1
-    assert torch.equal(rows.flatten(), torch.arange(first, last + 1)), "diffusers gave rows in another order"
+    assert torch.equal(rows.flatten(), torch.arange(first, last + 1)), "diffusers' conversion changed the order of rows"
     shape = header.shapes[key]
     whole = stop - start == shape[0]
     transposed = rows.dim() == 2 and rows.shape[1] > 1

@@ -1,8 +1,6 @@
-"""LoRAs in and out of a base's own weights, one tensor at a time: nothing is computed with the networks.
+"""Merge LoRAs into a base model's weights, and find what differs between two: one tensor at a time.
 
-Only the UNet and the text encoders are looked at, for no LoRA changes anything else. Where their weights lie
-`folders.py` tells of a folder, and `models/layout.py` of a checkpoint in one file.
-Shapes: i in, o out, r rank, k kernel.
+`sdlora merge --into` and `sdlora extract` call it; `base_folder` and `base_file` say where weights lie on the disk.
 """
 
 from __future__ import annotations
@@ -10,9 +8,8 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,74 +21,36 @@ from sdlora.common.files import atomic_folder, atomic_path
 from sdlora.errors import BaseModelError, DataError, ExportError, OutputError
 from sdlora.lora.inject import LoraState, LoraWeights
 from sdlora.lora_files.algebra import update
+from sdlora.lora_files.base_folder import BaseWeights, Place, check_fit
 from sdlora.models.safetensors_header import read_header
 
 _SUMMED = ("F32", "F16", "BF16")
-# ModelSpec's hash of all numbers in a file.
+# ModelSpec's hash of all tensors in a file.
 _HASH = re.compile(rb'"modelspec\.hash_sha256"\s*:\s*"0x([0-9a-fA-F]{64})"')
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a weight of a network lies on the disk.
-
-    Attributes:
-        file: The safetensors file.
-        key: The tensor in it.
-        shape: The weight's own, as diffusers has it.
-        rows: The tensor's first row that is the weight's and the first after it; None for all of them.
-        transposed: Whether the weight lies there transposed.
-    """
-
-    file: Path
-    key: str
-    shape: tuple[int, ...]
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The weight as a view of the tensor."""
-        own = tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
-        return own.T if self.transposed else own
-
-
-@dataclass(frozen=True)
-class BaseWeights:
-    """Where all weights of a base's UNet and text encoders lie.
-
-    Attributes:
-        path: The folder or the file.
-        places: By NETWORK.PATH.weight or .bias; several if a folder holds several variants.
-        layers: The layers that a LoRA can be on: kohya module name to name in `places`.
-    """
-
-    path: Path
-    places: Mapping[str, Sequence[Place]]
-    layers: Mapping[str, str]
-
-
 def merge_into(base: BaseWeights, output: Path, state: LoraState) -> int:
-    """Write a copy of a base in which a LoRA is part of the weights.
+    """Write a copy of a base with a LoRA merged into the weights.
 
-    Everything else of it stays as it is, byte for byte: other tensors, their order and types, metadata but for a hash
-    of the numbers, other files.
+    Everything else stays as it is, byte for byte: other tensors, their order and dtypes, metadata except a hash of the
+    tensors, other files.
 
     Args:
-        base: Of a folder or a file.
-        output: What to write; it must not be there yet.
-        state: A LoRA by kohya module name, without magnitudes. W + Delta is summed in float32 and rounded to W's type.
+        base: A folder or a file.
+        output: The folder or file to write; it must not exist.
+        state: A LoRA by kohya module name, without magnitudes. W + Delta is summed in float32 and rounded to W's dtype.
 
     Returns:
-        How many layers were changed.
+        Number of layers changed.
 
     Raises:
-        BaseModelError: The base cannot be read, or stores a layer in a type that is not summed.
-        DataError: A module is not in the base, or of another shape there.
-        ExportError: A sum is too large for the base's type.
-        OutputError: `output` is there already, or inside the base.
+        BaseModelError: The base cannot be read, or stores a layer in too coarse a dtype.
+        DataError: A module is not in the base, or has another shape there.
+        ExportError: A sum is outside the range of the base's dtype.
+        OutputError: `output` exists, or is inside the base.
     """
     if base.path.is_dir() and output.resolve().is_relative_to(base.path.resolve()):
-        raise OutputError(f"{output} is inside the base. Give an --output beside it.")
+        raise OutputError(f"{output} is inside the base model's folder {base.path}. Give an --output outside it.")
     terms = _terms(base, state)
     with _copy(base.path, output) as copy:
         for file, by_key in terms.items():
@@ -99,30 +58,24 @@ def merge_into(base: BaseWeights, output: Path, state: LoraState) -> int:
     return len(state)
 
 
-# What is added to a file's tensors: by key, with the place in the tensor.
+# What to add to a file's tensors: by key, with the place in the tensor.
 _Terms = dict[str, list[tuple[Place, LoraWeights]]]
 
 
 def _terms(base: BaseWeights, state: LoraState) -> dict[Path, _Terms]:
-    """What is added where. Headers alone are read, so that what does not fit is refused before anything is written."""
-    missing = [name for name in state if name not in base.layers]
-    if missing:
-        raise DataError(f"{len(missing)} modules are not in {base.path.name}, among them {min(missing)!r}.")
+    """What to add where; reads headers alone, so that a misfit is refused before anything is written."""
+    places = {layer: base.places[name] for layer, name in base.layers.items()}
+    check_fit(state, [(layer, place.shape) for layer, own in places.items() for place in own], base=base.path.name)
     found: dict[Path, _Terms] = {}
     for name, weights in state.items():
-        for place in base.places[base.layers[name]]:
-            own = (weights.up.shape[0], *weights.down.shape[1:])
-            if own != place.shape:
-                raise DataError(
-                    f"{name!r} makes an update of {own}, and the layer of {base.path.name} has {place.shape}."
-                )
+        for place in places[name]:
             found.setdefault(place.file, {}).setdefault(place.key, []).append((place, weights))
     for file, terms in found.items():
         dtypes = read_header(file).dtypes
-        if odd := [key for key in terms if dtypes[key] not in _SUMMED]:
+        if coarse := [key for key in terms if dtypes[key] not in _SUMMED]:
             raise BaseModelError(
-                f"{file.name} stores {odd[0]!r} as {dtypes[odd[0]]}, which is too coarse to hold a LoRA's update. Take "
-                "the base in float16, bfloat16 or float32."
+                f"{file.name} stores {coarse[0]!r} as {dtypes[coarse[0]]}, which is too coarse for a LoRA's update. "
+                "Use the base model in float16, bfloat16 or float32."
             )
     return found
 
@@ -132,7 +85,7 @@ def _copy(base: Path, output: Path) -> Iterator[Path]:
     """Yield a copy of a folder or a file; it becomes `output` when the block ends without an error."""
     if base.is_file():
         if output.exists():
-            raise OutputError(f"{output} exists already. Give another name, or move it away.")
+            raise OutputError(f"{output} already exists. Give another --output, or move it away.")
         with atomic_path(output) as temporary:
             shutil.copyfile(base, temporary)
             yield temporary
@@ -159,14 +112,14 @@ def _add(source: Path, copy: Path, terms: _Terms) -> None:
             rounded = total.to(weight.dtype)
             if not bool(torch.isfinite(rounded).all()):
                 dtype = str(weight.dtype).removeprefix("torch.")
-                raise ExportError(f"The sum for {key!r} is too large for {dtype}. Give a lower --weights.")
+                raise ExportError(f"The merged weight {key!r} is outside the range of {dtype}. Give lower --weights.")
             handle.seek(starts[key])
             handle.write(rounded.contiguous().view(-1).view(torch.uint8).numpy().data)
     _renew_hash(copy)
 
 
 def _renew_hash(file: Path) -> None:
-    """Make ModelSpec's hash of a file's numbers true again, if it has one."""
+    """Update ModelSpec's hash of a file's tensors, if it has one."""
     with file.open("r+b") as handle:
         length = int.from_bytes(handle.read(8), "little")
         match = _HASH.search(handle.read(length))
@@ -181,21 +134,25 @@ def differences(fine_tuned: BaseWeights, base: BaseWeights) -> tuple[Iterator[tu
     """Fine-tuned minus base, in float32.
 
     Returns:
-        Kohya module names and differences, one at a time, of the layers that a LoRA can be on and that differ; and the
-        names of all other weights of the UNet and the text encoders that differ, which no LoRA holds.
+        Kohya module names and differences, one at a time, of the layers that differ and that a LoRA can be on; and the
+        names of all other weights of the UNet and the text encoders that differ.
 
     Raises:
         BaseModelError: One of them cannot be read.
-        DataError: The two have different weights by name or shape.
+        DataError: The names or shapes of their weights differ.
     """
     ours, theirs = _single(fine_tuned), _single(base)
     tuned_name, base_name = fine_tuned.path.name, base.path.name
-    if odd := sorted(set(ours) ^ set(theirs)):
-        raise DataError(f"{tuned_name} and {base_name} are not of one kind: only one has {odd[0]!r}.")
+    if only_one := sorted(set(ours) ^ set(theirs)):
+        raise DataError(
+            f"{tuned_name} and {base_name} have different architectures: only one of them has {only_one[0]!r}. Give "
+            "the base model that the other was fine-tuned from."
+        )
     for name, place in ours.items():
         if place.shape != theirs[name].shape:
             raise DataError(
-                f"{name!r} has the shapes {place.shape} and {theirs[name].shape} in {tuned_name} and {base_name}."
+                f"{tuned_name} and {base_name} have different architectures: {name!r} has the shape {place.shape} in "
+                f"one and {theirs[name].shape} in the other."
             )
     with _reading() as read:
         changed = [name for name in ours if not _same(read(ours[name]), read(theirs[name]))]
@@ -215,15 +172,15 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _single(base: BaseWeights) -> dict[str, Place]:
-    """The one place of every weight."""
+    """The only place of every weight."""
     if twice := [name for name, places in base.places.items() if len(places) > 1]:
-        raise BaseModelError(f"{base.path} holds {twice[0]!r} twice: keep one variant of its weights.")
+        raise BaseModelError(f"{base.path} contains {twice[0]!r} twice. Keep only one variant of its weights.")
     return {name: place for name, (place,) in base.places.items()}
 
 
 @contextmanager
 def _reading() -> Iterator[Callable[[Place], Tensor]]:
-    """Yield what reads weights, with every file opened once."""
+    """Yield a function that reads a weight and opens every file once."""
     with ExitStack() as stack:
         files: dict[Path, Any] = {}
 
@@ -240,6 +197,6 @@ def _opened(file: Path) -> Iterator[Any]:
     try:
         opened = safe_open(file, framework="pt")
     except SafetensorError as error:
-        raise BaseModelError(f"{file} is not a readable safetensors file: {error}.") from error
+        raise BaseModelError(f"cannot read {file} as safetensors: {error}. Download or copy it again.") from error
     with opened as handle:
         yield handle

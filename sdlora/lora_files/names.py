@@ -1,7 +1,7 @@
-"""Names of LoRA tensors in files.
+"""Names of LoRA tensors in files: kohya's and PEFT's, and the form of the weights that every program reads alike.
 
-Kohya's names are the only ones that diffusers, ComfyUI, A1111 and Forge all read, provided that every module
-brings its alpha. DoRA has PEFT's names, since diffusers drops the magnitudes under kohya's.
+Used by the reader and the writer. Kohya's names are the only ones that diffusers, ComfyUI, A1111 and Forge all read,
+provided that every module has its alpha. DoRA has PEFT's names, since diffusers drops the magnitudes under kohya's.
 Shapes: i in, o out, r rank, k kernel.
 """
 
@@ -24,90 +24,89 @@ PEFT_METADATA = "lora_adapter_metadata"
 _PEFT_KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight")
 
 
-def file_form(state: LoraState) -> LoraState:
+def portable_state(state: LoraState) -> LoraState:
     """The same update as plain LoRA that every program computes alike.
 
-    A frozen start becomes r more ranks: A = [A; A0], B = [B, -B0], at the same scale. Where alphas differ inside one
-    network, B takes the difference in, because diffusers reads only one alpha for all attention layers.
+    Frozen initial factors become r more ranks: A = [A; A0], B = [B, -B0], at the same scale. Where alphas differ
+    inside one network, B absorbs the difference, because diffusers reads only one alpha for all attention layers.
 
     Returns:
-        Weights without a start, with one alpha per network.
+        Weights without initial factors, with one alpha per network.
     """
-    plain = {path: _without_start(weights) for path, weights in state.items()}
-    common: dict[str, float] = {}
+    plain = {path: _without_initial(weights) for path, weights in state.items()}
+    portable: LoraState = {}
     for network in NETWORKS:
-        alphas = Counter(w.alpha for path, w in plain.items() if network_of(path) == network)
-        common[network] = alphas.most_common(1)[0][0] if alphas else 0.0
-    form: LoraState = {}
-    for path, weights in plain.items():
-        alpha = common[network_of(path)]
-        same = weights.alpha == alpha
-        form[path] = weights if same else replace(weights, up=weights.up * (weights.alpha / alpha), alpha=alpha)
-    return form
+        own = {path: weights for path, weights in plain.items() if network_of(path) == network}
+        if own:
+            alpha = Counter(weights.alpha for weights in own.values()).most_common(1)[0][0]
+            portable |= {path: w if w.alpha == alpha else _with_alpha(w, alpha) for path, w in own.items()}
+    return {path: portable[path] for path in state}
 
 
-def _without_start(weights: LoraWeights) -> LoraWeights:
+def _without_initial(weights: LoraWeights) -> LoraWeights:
     if weights.initial is None:
         return weights
     down, up = weights.initial
     return LoraWeights(torch.cat([weights.down, down]), torch.cat([weights.up, -up], dim=1), 2 * weights.alpha)
 
 
+def _with_alpha(weights: LoraWeights, alpha: float) -> LoraWeights:
+    return replace(weights, up=weights.up * (weights.alpha / alpha), alpha=alpha)
+
+
 def rounded(state: LoraState, dtype: torch.dtype) -> LoraState:
-    """Weights as they come back from a file that stores them in a type; alphas stay as they are."""
-    if dtype == torch.float32:
-        return state
+    """Weights as they come back from a file that stores them in a dtype; alphas stay as they are."""
 
-    form: LoraState = {}
-    for path, weights in state.items():
-        magnitude = None if weights.magnitude is None else weights.magnitude.to(dtype).float()
-        down, up = (tensor.to(dtype).float() for tensor in (weights.down, weights.up))
-        form[path] = replace(weights, down=down, up=up, magnitude=magnitude)
-    return form
+    def through(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype).float()
+
+    return {
+        path: replace(
+            weights,
+            down=through(weights.down),
+            up=through(weights.up),
+            magnitude=None if weights.magnitude is None else through(weights.magnitude),
+        )
+        for path, weights in state.items()
+    }
 
 
-def first_text_encoder(*, two: bool) -> str:
-    """Kohya's mark for the first text encoder of a family that has one or two."""
-    return "lora_te1_" if two else "lora_te_"
-
-
-def kohya_name(path: str, *, first_text_encoder: str = "lora_te_") -> str:
-    """A module path in kohya's spelling: dots become underscores.
+def kohya_name(path: str, *, two_text_encoders: bool = False) -> str:
+    """The kohya name of a module: its path with underscores for dots, behind its network's prefix.
 
     Args:
-        path: A module's name in the UNet, or in a text encoder with "text_encoder." or "text_encoder_2." in front.
-        first_text_encoder: "lora_te1_" where the family has two text encoders.
+        path: A module's name in the UNet, or in a text encoder behind "text_encoder." or "text_encoder_2.".
+        two_text_encoders: Whether the family has two, which makes the first one's prefix "lora_te1_".
     """
-    for prefix, mark in (("text_encoder.", first_text_encoder), ("text_encoder_2.", "lora_te2_")):
-        if path.startswith(prefix):
-            name = path.removeprefix(prefix).removeprefix("text_model.")
+    for network, prefix in (
+        ("text_encoder.", "lora_te1_" if two_text_encoders else "lora_te_"),
+        ("text_encoder_2.", "lora_te2_"),
+    ):
+        if path.startswith(network):
+            name = path.removeprefix(network).removeprefix("text_model.")
             # From transformers 5 on, CLIP's modules are no longer inside one named text_model; in files they still are.
             inside = "" if name == "text_projection" else "text_model_"
-            return mark + inside + name.replace(".", "_")
+            return prefix + inside + name.replace(".", "_")
     return UNET_PREFIX + path.replace(".", "_")
 
 
 def to_kohya(state: LoraState, *, two_text_encoders: bool = False) -> dict[str, Tensor]:
-    """Weights under kohya's names.
+    """Weights by module path as the tensors of a file under kohya's names; see `kohya_tensors`.
 
     Args:
         state: Weights by module path.
         two_text_encoders: Whether the family is Stable Diffusion XL.
-
-    Returns:
-        What `kohya_tensors` gives.
     """
-    first = first_text_encoder(two=two_text_encoders)
-    named = {kohya_name(path, first_text_encoder=first): weights for path, weights in state.items()}
+    named = {kohya_name(path, two_text_encoders=two_text_encoders): weights for path, weights in state.items()}
     return kohya_tensors(named, authors_blocks=two_text_encoders)
 
 
 def kohya_tensors(state: LoraState, *, authors_blocks: bool = False) -> dict[str, Tensor]:
-    """Weights that have kohya's names already, as the tensors of a file.
+    """Weights by kohya module name as the tensors of a file.
 
     Args:
-        state: Weights by kohya module name.
-        authors_blocks: Whether the UNet's layers are named by its authors' blocks, as for Stable Diffusion XL.
+        state: Plain LoRA by kohya module name.
+        authors_blocks: Name the UNet's layers by its authors' blocks, as for Stable Diffusion XL.
 
     Returns:
         NAME.lora_down.weight (r, i) or (r, i, k, k), NAME.lora_up.weight (o, r) or (o, r, 1, 1) and NAME.alpha (a
@@ -124,7 +123,7 @@ def kohya_tensors(state: LoraState, *, authors_blocks: bool = False) -> dict[str
 
 
 def to_peft(state: LoraState) -> tuple[dict[str, Tensor], str]:
-    """Weights under PEFT's names, and the JSON that diffusers needs beside them.
+    """Weights by module path as the tensors of a file under PEFT's names, and the JSON that diffusers needs with them.
 
     Returns:
         unet.PATH.lora_A.weight, .lora_B.weight and .lora_magnitude_vector per module, likewise for the text encoders;

@@ -1,8 +1,8 @@
-"""Two names of a UNet's layer: by its authors' blocks (`input_blocks_4_1_…`) and by diffusers' (`down_blocks_1_…`).
+"""The two names of a UNet's layer: by its authors' blocks (`input_blocks_4_1_…`) and by diffusers' (`down_blocks_1_…`).
 
-Files for Stable Diffusion XL have the first, as sd-scripts writes them: A1111 turns the second into the first
-by a rule for 1.x, in which the first upsampler stands elsewhere. All families have two resnets per level going down
-and three going up, so that a block's number tells its level.
+The reader turns the first into the second; the writer uses the first for Stable Diffusion XL, as sd-scripts does,
+because A1111 converts the second by a rule for 1.x, whose first upsampler has another place. All families have two
+resnets per level on the way down and three on the way up, so that a block's number gives its level.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _MIDDLE = re.compile(r"middle_block_([012])_(.+)")
 
 
 def diffusers_name(name: str) -> str:
-    """A kohya module name with the UNet's original blocks under diffusers' blocks; any other name as it is."""
+    """A kohya module name by diffusers' blocks; a name without the UNet's original blocks stays as it is."""
     inside = name.removeprefix(_UNET)
     if inside == name:
         return name
@@ -61,7 +61,7 @@ def _in_a_level(down: bool, number: int, place: int, rest: str) -> str:
 
 
 def authors_name(name: str) -> str:
-    """The reverse of `diffusers_name`, for Stable Diffusion XL; text encoders' names as they are."""
+    """The reverse of `diffusers_name`, for Stable Diffusion XL; text encoders' names stay as they are."""
     inside = name.removeprefix(_UNET)
     if inside == name:
         return name
@@ -78,7 +78,7 @@ def authors_name(name: str) -> str:
     if kind == "downsamplers":
         return f"{_UNET}input_blocks_{3 * (level + 1)}_0_op"
     if kind == "upsamplers":
-        # Both levels that are scaled up have attention, behind which the upsampler stands.
+        # Both levels that are upsampled have attention, and the upsampler comes after it.
         return f"{_UNET}output_blocks_{3 * level + 2}_2_conv"
     block = f"input_blocks_{3 * level + layer + 1}" if way == "down_blocks" else f"output_blocks_{3 * level + layer}"
     return f"{_UNET}{block}_{int(kind == 'attentions')}_{rest}"

@@ -1,6 +1,6 @@
-"""Help for diffusers pipelines that load sdlora's files.
+"""Timestep-dependent ranks in diffusers pipelines that load sdlora's files.
 
-A LoRA's weights cannot tell which ranks belong to which noise level; its metadata does.
+For users of diffusers: a LoRA's weights cannot tell which ranks belong to which timestep, but its metadata does.
 """
 
 from __future__ import annotations
@@ -18,16 +18,18 @@ from sdlora.lora.timestep_rank import TimestepRank, rank_mask, timestep_rank_in,
 
 
 def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name: str | None = None) -> None:
-    """Use the ranks that a LoRA was trained with at every noise level, in a pipeline that has loaded it.
+    """Make a pipeline use a LoRA's ranks by timestep, as in training.
 
     Args:
         pipe: A diffusers pipeline after `pipe.load_lora_weights(file)`.
         file: The same LoRA file.
-        adapter_name: The name it was loaded under; may be left out where the pipeline has one LoRA.
+        adapter_name: The name it was loaded under; optional if the pipeline has only one LoRA.
 
     Raises:
-        DataError: The file cannot be read or was trained without a timestep rank, or the pipeline's UNet holds no
-            such LoRA.
+        DataError: The file cannot be read or was trained without a timestep rank, or the pipeline's UNet has no such
+            LoRA.
+
+    Source: Soboleva et al. 2507.05964, equation 5.
     """
     setting, copies = _read_setting(Path(file))
     unet = pipe.unet
@@ -36,21 +38,21 @@ def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name:
     if name is None or name not in adapters:
         raise DataError(
             f"The pipeline's UNet has no LoRA {name!r}; it has: {', '.join(adapters) or 'none'}. "
-            "Call load_lora_weights first, and give adapter_name where there are several."
+            "Call load_lora_weights first, and give adapter_name if there are several."
         )
-    now: list[Tensor] = []
+    current: list[Tensor] = []
 
-    def tell(timesteps: Tensor) -> None:
-        now[:] = [timesteps]
+    def remember(timesteps: Tensor) -> None:
+        current[:] = [timesteps]
 
     def hook(rank: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
         def mask_inner(_: nn.Module, __: Any, inner: Tensor) -> Tensor:
-            mask = rank_mask(now[0], rank // copies, setting).to(inner).repeat(1, copies)
+            mask = rank_mask(current[0], rank // copies, setting).to(inner).repeat(1, copies)
             return inner * (mask[:, None] if inner.dim() == 3 else mask[:, :, None, None])
 
         return mask_inner
 
-    watch_timesteps(unet, tell)
+    watch_timesteps(unet, remember)
     for module in unet.modules():
         downs = getattr(module, "lora_A", None)
         down = downs[name] if isinstance(downs, nn.ModuleDict) and name in downs else None
@@ -59,13 +61,13 @@ def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name:
 
 
 def _read_setting(file: Path) -> tuple[TimestepRank, int]:
-    """The setting, and how many copies of the ranks the file holds one after the other."""
+    """The setting, and how many copies of the ranks the file contains one after the other."""
     try:
         with safe_open(file, framework="pt") as opened:
             metadata: dict[str, str] = dict(opened.metadata() or {})
     except (OSError, SafetensorError) as error:
-        raise DataError(f"{file} is not a readable safetensors file: {error}.") from error
+        raise DataError(f"cannot read {file} as safetensors: {error}. Check the path, or download it again.") from error
     setting = timestep_rank_in(metadata, file.name)
     if setting is None:
-        raise DataError(f"{file} was trained without a timestep rank; use it as it is.")
+        raise DataError(f"{file} was trained without a timestep rank. Use it as it is, without this call.")
     return setting, 2 if "sdlora.frozen_start" in metadata else 1

@@ -1,11 +1,12 @@
-"""The proof that a written file is the trained adapter: diffusers loads it, and both answer the same.
+"""Verification of a written LoRA file: diffusers loads it, and its predictions must equal the trained adapter's.
 
-Shapes: B batch, C latent channels, h/w latents, L tokens, D text width, P pooled width.
+Run after every epoch's export. Shapes: B batch, C latent channels, h/w latents, L tokens, D text width, P pooled width.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,25 +22,25 @@ from sdlora.errors import ExportError
 from sdlora.lora.inject import LoraState, inject_state
 from sdlora.lora.targets import NETWORKS, by_prefix
 from sdlora.lora.timestep_rank import TimestepRank
-from sdlora.lora_files.names import file_form, rounded
+from sdlora.lora_files.names import portable_state, rounded
 
 VERIFY_TIMESTEPS = (20, 400, 950)
 VERIFY_LATENT_EDGE = 16
-"""The edge of the latents, unless the base is smaller."""
+"""Edge of the latents, unless the base is smaller."""
 
 
 @dataclass(frozen=True)
 class Verification:
-    """What was measured.
+    """Differences measured between a trained adapter and its file.
 
     Attributes:
-        max_error: Greatest difference between the answers of the weights that were written and of the loaded file.
-        max_effect: Greatest difference that the adapter makes to the base's answers.
-        num_modules: How many modules diffusers put an adapter on.
-        max_rewriting_error: Greatest difference between the adapter as trained and as written, where a frozen start or
-            different alphas had to be written as other numbers, or numbers were rounded; 0 elsewhere.
-        rank_mask_difference: How far answers without the timestep rank's mask are from those with it, as a share of
-            what the adapter changes (root mean squares); None if there is no timestep rank.
+        max_error: Largest difference between predictions with the weights as written and with the loaded file.
+        max_effect: Largest difference that the adapter makes to the base's predictions.
+        num_modules: Number of modules that diffusers put an adapter on.
+        max_rewriting_error: Largest difference between predictions with the weights as trained and as written: above
+            0 where frozen initial factors or different alphas are rewritten, or weights are rounded.
+        rank_mask_difference: Difference between predictions without and with the timestep rank's mask, as a share of
+            the adapter's effect (root mean squares); None without a timestep rank.
     """
 
     max_error: float
@@ -57,66 +58,67 @@ def verify_lora(
     timestep_rank: TimestepRank | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Verification:
-    """Load a file through diffusers and compare it with the weights it was written from.
+    """Load a file through diffusers and compare its predictions with those of the weights it was written from.
 
     Args:
         path: The LoRA file.
         state: The trained weights, by module path.
-        pipeline: A freshly loaded base in float32; its networks are used up (they keep diffusers' adapter).
-        timestep_rank: The ranks used at each noise level in training; what they change is measured.
-        dtype: What the file stores; rounding to it counts as rewriting.
+        pipeline: A freshly loaded base in float32; its networks keep diffusers' adapter.
+        timestep_rank: Ranks by timestep in training; their effect is measured.
+        dtype: Dtype that the file stores; rounding to it counts as rewriting.
 
     Returns:
-        The figures; `max_error` is 0.
+        The measured differences; `max_error` is 0.
 
     Raises:
-        ExportError: diffusers cannot load the file, puts adapters on other modules, or any answer differs.
+        ExportError: diffusers cannot load the file, puts adapters on other modules, or any prediction differs.
     """
-    plain = _answers(pipeline)
-    trained = _answers_with(pipeline, state)
-    written = _answers_with(pipeline, rounded(file_form(state), dtype))
-    masked = None if timestep_rank is None else _answers_with(pipeline, state, timestep_rank)
+    plain = _predictions(pipeline)
+    trained = _predictions_with(pipeline, state)
+    written = _predictions_with(pipeline, rounded(portable_state(state), dtype))
+    masked = None if timestep_rank is None else _predictions_with(pipeline, state, timestep_rank)
     try:
-        with _quiet():
+        with _errors_alone():
             pipeline.load_lora_weights(path.parent, weight_name=path.name)
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         raise ExportError(f"diffusers cannot load {path}: {error}") from error
     _align(pipeline)
-    loaded = _answers(pipeline)
+    loaded = _predictions(pipeline)
     found = _adapted(pipeline)
-    if found != set(state):
-        missing = sorted(set(state) ^ found)
-        raise ExportError(f"{path}: diffusers loaded other modules than were trained, among them {missing[0]}.")
-    proof = Verification(
+    if different := sorted(set(state) ^ found):
+        raise ExportError(f"{path}: diffusers loaded other modules than were trained, the first is {different[0]!r}.")
+    verification = Verification(
         max_error=_distance(written, loaded),
         max_effect=_distance(trained, plain),
         num_modules=len(found),
         max_rewriting_error=_distance(trained, written),
         rank_mask_difference=None if masked is None else _share(trained[0], masked[0], plain[0]),
     )
-    if proof.max_error != 0.0:
-        raise ExportError(f"{path} does not reproduce the trained model: it differs by up to {proof.max_error:g}.")
-    return proof
+    if verification.max_error != 0.0:
+        raise ExportError(
+            f"{path} does not reproduce the trained model: predictions differ by up to {verification.max_error:g}."
+        )
+    return verification
 
 
-def _answers(pipeline: DiffusionPipeline) -> list[Tensor]:
-    """Answers to fixed inputs: the UNet's at three noise levels, (3, C, h, w), then each text encoder's, (2, L, D)."""
+def _predictions(pipeline: DiffusionPipeline) -> list[Tensor]:
+    """Outputs for fixed inputs: the UNet's at three timesteps, (3, C, h, w), then each text encoder's, (2, L, D)."""
     unet = pipeline.unet
     size = min(VERIFY_LATENT_EDGE, unet.config.sample_size)
     batch = len(VERIFY_TIMESTEPS)
     latents = seeds.normal((batch, unet.config.in_channels, size, size), 0, "proof latents")
     text = seeds.normal((batch, 77, unet.config.cross_attention_dim), 0, "proof text")
     more = _added_conditions(unet, batch)
-    answers: list[Tensor] = [unet(latents, torch.tensor(VERIFY_TIMESTEPS), text, return_dict=False, **more)[0]]
+    predictions: list[Tensor] = [unet(latents, torch.tensor(VERIFY_TIMESTEPS), text, return_dict=False, **more)[0]]
     for encoder in _text_encoders(pipeline):
         length = encoder.config.max_position_embeddings
         tokens = torch.arange(2 * length).reshape(2, length) % encoder.config.vocab_size
-        answers.append(encoder(tokens).last_hidden_state)
-    return answers
+        predictions.append(encoder(tokens).last_hidden_state)
+    return predictions
 
 
 def _added_conditions(unet: UNet2DConditionModel, batch: int) -> dict[str, Any]:
-    """What Stable Diffusion XL's UNet takes as well: a pooled text (B, P) and sizes (B, 6)."""
+    """Additional inputs of Stable Diffusion XL's UNet: pooled text embeddings (B, P) and sizes (B, 6)."""
     if unet.config.addition_embed_type != "text_time":
         return {}
     sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]).repeat(batch, 1)
@@ -130,20 +132,20 @@ def _text_encoders(pipeline: DiffusionPipeline) -> list[Any]:
     return [encoder for encoder in encoders if encoder is not None]
 
 
-def _answers_with(
+def _predictions_with(
     pipeline: DiffusionPipeline, state: LoraState, timestep_rank: TimestepRank | None = None
 ) -> list[Tensor]:
     text_encoders = _text_encoders(pipeline)
     adapter = inject_state(pipeline.unet, state, text_encoders=text_encoders, timestep_rank=timestep_rank)
-    answers = _answers(pipeline)
+    predictions = _predictions(pipeline)
     adapter.remove()
-    return answers
+    return predictions
 
 
 def _distance(one: list[Tensor], other: list[Tensor]) -> float:
-    """The greatest difference between answers; infinite where any is not finite, so that it cannot pass for none."""
-    found = max(float((a - b).abs().max()) for a, b in zip(one, other, strict=True))
-    return found if found == found else float("inf")
+    """The largest difference between predictions; infinite if any is NaN, so that it cannot pass for 0."""
+    largest = [float((a - b).abs().max()) for a, b in zip(one, other, strict=True)]
+    return math.inf if any(map(math.isnan, largest)) else max(largest)
 
 
 def _share(unmasked: Tensor, masked: Tensor, plain: Tensor) -> float:
@@ -164,8 +166,8 @@ def _adapted(pipeline: DiffusionPipeline) -> set[str]:
 def _align(pipeline: DiffusionPipeline) -> None:
     """Move the loaded weights out of the file's memory map.
 
-    There they stand at any address, and products with unaligned numbers are summed in another order: the same
-    weights would give answers that differ in the last bit.
+    There they may be unaligned, and products of unaligned tensors are summed in another order, so that the same
+    weights would give predictions that differ in the last bit.
     """
     for network in (pipeline.unet, *_text_encoders(pipeline)):
         for name, parameter in network.named_parameters():
@@ -174,8 +176,8 @@ def _align(pipeline: DiffusionPipeline) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
-    """diffusers warns of the text encoder's missing part in a UNet-only file; that is what was trained."""
+def _errors_alone() -> Iterator[None]:
+    """Silence diffusers' warning that a LoRA of the UNet alone has nothing for the text encoder."""
     logger = logging.getLogger("diffusers")
     before = logger.level
     logger.setLevel(logging.ERROR)

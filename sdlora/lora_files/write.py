@@ -1,14 +1,13 @@
-"""The LoRA file: written atomically with the metadata that other programs read, and read back with care.
+"""The writer of LoRA files: atomic, with metadata that other programs read and a header no larger than they accept.
 
-Metadata holds captions and folder names only if they are asked for: what an image shows and where it lay is
-the artist's own.
+`sdlora.run.export` saves trained adapters with it, the command line's tools save what they make of other files.
+Captions and folder names get into a file only on request: they are the artist's own.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import math
-import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -22,47 +21,52 @@ from torch import Tensor
 
 import sdlora
 from sdlora.common.files import atomic_path
-from sdlora.errors import ExportError
+from sdlora.errors import DataError, ExportError, SdloraError
 from sdlora.lora.inject import LoraState
 from sdlora.lora.timestep_rank import TimestepRank
-from sdlora.lora_files.algebra import update
-from sdlora.lora_files.names import PEFT_METADATA, UNET_PREFIX, file_form, to_kohya, to_peft
+from sdlora.lora_files.names import PEFT_METADATA, kohya_tensors, portable_state, to_kohya, to_peft
 from sdlora.lora_files.read import (
+    BY_TEXT_WIDTH,
     MAX_HEADER_BYTES,
+    LoraFile,
     Spelling,
-    family_of,
-    in_type,
-    parse_lora,
-    read_tensors,
-    tensors_sha256,
+    header_bytes,
+    is_sdxl,
+    text_width,
 )
 from sdlora.models.architectures import family_named
 
-_KINDS = {
-    "cross_attention": r"_attn2_",
-    "self_attention": r"_attn1_",
-    "mlp": r"_ff_net_",
-    "projection": r"_proj_(in|out)$",
-    "conv": r"_(resnets|downsamplers|upsamplers)_",
+_SPEC = {
+    "modelspec.sai_model_spec": "1.0.1",
+    "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+}
+# Hashes of a file's tensors, which another name or dtype makes wrong; those of the base stay.
+_HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+_OF_SINGLE_RANKS = ("sdlora.timestep_rank", "sdlora.frozen_start")
+_OF_THE_BASE = {
+    *(f"modelspec.{key}" for key in ("sai_model_spec", "architecture", "implementation", "resolution")),
+    *(f"modelspec.{key}" for key in ("prediction_type", "trigger_phrase", "usage_hint")),
+    *(f"ss_{key}" for key in ("base_model_version", "v2", "sd_model_name", "sd_model_hash", "new_sd_model_hash")),
+    *(f"ss_{key}" for key in ("network_module", "clip_skip", "resolution")),
 }
 
 
 @dataclass(frozen=True)
 class LoraMetadata:
-    """What a file says of itself.
+    """What the file of a trained adapter says of itself.
 
     Attributes:
         name: The LoRA's title.
-        base: What it was trained on, as the user called it; only the last part of a path is written.
+        base: The base model, as the user named it; only the last part of a path is written.
         architecture: ModelSpec's name of the family, such as "stable-diffusion-v1".
-        resolution_px: The size it was trained at.
-        trigger: The word that calls it up.
-        epoch: How many epochs were trained.
-        step: How many optimizer steps were trained.
+        resolution_px: Edge of the training images in pixels.
+        trigger: The trigger word, or None.
+        epoch: Number of epochs trained.
+        step: Number of optimizer steps trained.
         started: When training began, in seconds since 1970.
-        settings: The settings worth knowing later, JSON values.
-        timestep_rank: The ranks to use at each noise level, which the file's weights alone cannot tell.
-        private: What only the artist may decide to tell: captions and folders, as other trainers name them.
+        settings: The settings worth knowing later, as JSON values.
+        timestep_rank: Ranks by timestep, which the weights alone do not tell.
+        private: Captions and folder names under other trainers' keys, if the artist wants them in the file.
         prediction_type: What the base predicts.
         clip_skip: Which of the text encoder's layers was read, counted from the last; None for the family's own.
     """
@@ -90,87 +94,162 @@ def save_lora(
     spelling: Spelling = "kohya",
     dtype: torch.dtype = torch.float32,
 ) -> None:
-    """Write a LoRA, atomically.
+    """Write a trained adapter, atomically.
 
     Args:
         path: The .safetensors file.
-        state: The weights; they are written as `file_form` gives them.
+        state: Weights by module path; they are written as `portable_state` returns them.
         metadata: What the file says of itself.
-        spelling: Whose names; PEFT's whatever it says if there are magnitudes (DoRA), since kohya's lose them.
-        dtype: What the numbers are stored in; alphas are always float32.
+        spelling: Naming scheme; DoRA always has PEFT's, since kohya's lose the magnitudes.
+        dtype: Dtype of the stored weights; alphas are always float32.
 
     Raises:
-        ExportError: A number is too large for the type, or the header for the programs that read it.
+        ExportError: A value is too large for the dtype, or the header is larger than other programs read.
     """
-    form = file_form(state)
+    portable = portable_state(state)
     extra = dict(metadata.private)
-    if spelling == "peft" or any(weights.magnitude is not None for weights in form.values()):
-        tensors, extra[PEFT_METADATA] = to_peft(form)
+    if spelling == "peft" or any(weights.magnitude is not None for weights in portable.values()):
+        tensors, extra[PEFT_METADATA] = to_peft(portable)
     else:
         two = len(family_named(metadata.architecture).text_encoders) > 1
-        tensors = to_kohya(form, two_text_encoders=two)
+        tensors = to_kohya(portable, two_text_encoders=two)
     if metadata.timestep_rank is not None:
         extra["sdlora.timestep_rank_min"] = str(metadata.timestep_rank.rank_min)
         extra["sdlora.timestep_rank_alpha"] = str(metadata.timestep_rank.alpha)
     if any(weights.initial is not None for weights in state.values()):
         extra["sdlora.frozen_start"] = "the second half of the ranks"
-    tensors = in_type(tensors, dtype)
+    _save(path, tensors, _training_header(portable, metadata) | extra, dtype, ExportError)
+
+
+def write_file(
+    path: Path,
+    state: LoraState,
+    *,
+    metadata: Mapping[str, str],
+    dtype: torch.dtype = torch.float32,
+    paths: Mapping[str, str] | None = None,
+) -> None:
+    """Write a LoRA made of other files, atomically: under kohya's names, or under PEFT's where `paths` are given.
+
+    Args:
+        path: The .safetensors file.
+        state: Weights by kohya module name.
+        metadata: Metadata of the source; hashes, rank and alpha are replaced by true ones.
+        dtype: Dtype of the stored weights; alphas are always float32.
+        paths: Kohya module name to module path.
+
+    Raises:
+        DataError: The header is larger than other programs read.
+        ExportError: A value is too large for the dtype.
+    """
+    header = _SPEC | {"modelspec.title": path.stem, "ss_output_name": path.stem}
+    if (architecture := BY_TEXT_WIDTH.get(text_width(state))) is not None:
+        header["modelspec.architecture"] = f"{architecture.modelspec}/lora"
+        header["ss_base_model_version"] = architecture.base_version
+    header |= {key: value for key, value in metadata.items() if key not in (*_HASHES, PEFT_METADATA, "format")}
+    header |= _rank_and_alpha(state)
+    if paths is None:
+        tensors = kohya_tensors(state, authors_blocks=is_sdxl(state))
+    else:
+        tensors, header[PEFT_METADATA] = to_peft({paths[name]: weights for name, weights in state.items()})
+    _save(path, tensors, header, dtype, DataError)
+
+
+def _save(
+    path: Path, tensors: dict[str, Tensor], header: dict[str, str], dtype: torch.dtype, too_large: type[SdloraError]
+) -> None:
+    """Write tensors in a dtype, alphas in float32, with the hashes of what is written."""
+    tensors = {key: tensor if key.endswith(".alpha") else tensor.to(dtype) for key, tensor in tensors.items()}
+    if infinite := [key for key, tensor in tensors.items() if not bool(torch.isfinite(tensor).all())]:
+        name = str(dtype).removeprefix("torch.")
+        raise ExportError(
+            f"{path.name}: {infinite[0]!r} has values outside the range of {name}. Store it as bfloat16 or float32."
+        )
+    digest = tensors_sha256(tensors)
+    header = header | {"sshs_model_hash": digest, "modelspec.hash_sha256": f"0x{digest}"}
     with atomic_path(path) as temporary:
-        save_file(tensors, temporary, metadata=_header(form, tensors, metadata) | extra)
-        _check_header(temporary, path)
+        save_file(tensors, temporary, metadata=header)
+        _check_header(temporary, path, too_large)
 
 
 def add_metadata(path: Path, entries: Mapping[str, str]) -> None:
-    """Add to what a file says of itself; its tensors stay where they are, byte for byte.
+    """Add entries to a file's metadata, atomically; its tensors stay where they are, byte for byte.
 
     Raises:
-        ExportError: The header would be too large for the programs that read it.
+        ExportError: The header would be larger than other programs read.
     """
     content = path.read_bytes()
     end = 8 + int.from_bytes(content[:8], "little")
     header = json.loads(content[8:end])
     header["__metadata__"] = {**header.get("__metadata__", {}), **entries}
     text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode("utf-8")
-    # Tensors begin at multiples of eight, as the format's own writer lays them.
+    # The format's own writer aligns tensors to multiples of eight bytes.
     text += b" " * (-len(text) % 8)
     with atomic_path(path) as temporary:
         temporary.write_bytes(len(text).to_bytes(8, "little") + text + content[end:])
-        _check_header(temporary, path)
+        _check_header(temporary, path, ExportError)
 
 
-def _check_header(file: Path, path: Path) -> None:
-    with file.open("rb") as handle:
-        header_bytes = int.from_bytes(handle.read(8), "little")
-    if header_bytes > MAX_HEADER_BYTES:
-        raise ExportError(
-            f"{path.name} would have a header of {header_bytes} bytes, and programs read 1 MiB. Train fewer targets."
+def _check_header(file: Path, path: Path, too_large: type[SdloraError]) -> None:
+    num_bytes = header_bytes(file)
+    if num_bytes > MAX_HEADER_BYTES:
+        raise too_large(
+            f"{path.name} would have a header of {num_bytes} bytes, but other programs read at most {MAX_HEADER_BYTES} "
+            "(1 MiB). Use less metadata or fewer lora.targets."
         )
 
 
-def _header(state: LoraState, tensors: dict[str, Tensor], metadata: LoraMetadata) -> dict[str, str]:
+def tensors_sha256(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of all tensors' names and bytes in the order of their names, in hexadecimal."""
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        digest.update(name.encode("utf-8"))
+        digest.update(tensors[name].detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def metadata_of_new_ranks(files: list[LoraFile]) -> dict[str, str]:
+    """The metadata that stays true of a LoRA whose ranks were computed from these files.
+
+    Returns:
+        Of one file everything but what describes single ranks. Of several files the entries on base and trigger that
+        are the same in all of them; their training figures describe no sum.
+    """
+    first, *others = (file.metadata for file in files)
+    if not others:
+        return {key: value for key, value in first.items() if not key.startswith(_OF_SINGLE_RANKS)}
+    return {
+        key: value
+        for key, value in first.items()
+        if key in _OF_THE_BASE and all(other.get(key) == value for other in others)
+    }
+
+
+def _rank_and_alpha(state: LoraState) -> dict[str, str]:
+    """The most common rank and alpha, under kohya's keys."""
     ranks = Counter(weights.down.shape[0] for weights in state.values())
     alphas = Counter(weights.alpha for weights in state.values())
-    family = family_named(metadata.architecture)
-    base_name = Path(metadata.base).name
-    size = f"{metadata.resolution_px}x{metadata.resolution_px}"
-    header = {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": f"{metadata.architecture}/lora",
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
-        "modelspec.prediction_type": "v" if metadata.prediction_type == "v_prediction" else "epsilon",
-        "modelspec.title": metadata.name,
-        "modelspec.resolution": size,
-        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
-        "modelspec.hash_sha256": "0x" + tensors_sha256(tensors),
-        "ss_output_name": metadata.name,
-        "sshs_model_hash": tensors_sha256(tensors),
-        "ss_base_model_version": family.base_version + ("_v" if metadata.architecture.endswith("-v") else ""),
-        "ss_v2": str(family.base_version == "sd_v2"),
-        "ss_sd_model_name": base_name,
-        "ss_network_module": "networks.lora",
+    return {
         "ss_network_dim": str(ranks.most_common(1)[0][0]),
         "ss_network_alpha": str(alphas.most_common(1)[0][0]),
-        "ss_resolution": f"({metadata.resolution_px}, {metadata.resolution_px})",
+    }
+
+
+def _training_header(state: LoraState, metadata: LoraMetadata) -> dict[str, str]:
+    family = family_named(metadata.architecture)
+    size = metadata.resolution_px
+    header = _SPEC | {
+        "modelspec.architecture": f"{metadata.architecture}/lora",
+        "modelspec.prediction_type": "v" if metadata.prediction_type == "v_prediction" else "epsilon",
+        "modelspec.title": metadata.name,
+        "modelspec.resolution": f"{size}x{size}",
+        "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
+        "ss_output_name": metadata.name,
+        "ss_base_model_version": family.base_version + ("_v" if metadata.architecture.endswith("-v") else ""),
+        "ss_v2": str(family.base_version == "sd_v2"),
+        "ss_sd_model_name": Path(metadata.base).name,
+        "ss_network_module": "networks.lora",
+        "ss_resolution": f"({size}, {size})",
         "ss_epoch": str(metadata.epoch),
         "ss_steps": str(metadata.step),
         "ss_training_started_at": str(metadata.started),
@@ -182,46 +261,4 @@ def _header(state: LoraState, tensors: dict[str, Tensor], metadata: LoraMetadata
     if metadata.trigger:
         header["modelspec.trigger_phrase"] = metadata.trigger
         header["modelspec.usage_hint"] = f"Write {metadata.trigger} in the prompt."
-    return header
-
-
-def describe_lora(path: Path) -> dict[str, Any]:
-    """What a LoRA file of any trainer holds, for people and programs.
-
-    Raises:
-        DataError: It cannot be read; see `sdlora.lora_files.read.parse_lora`.
-    """
-    file = parse_lora(*read_tensors(path), name=path.name)
-    state, metadata = file.state, file.metadata
-    modules: Counter[str] = Counter()
-    for name in state:
-        kind = next((kind for kind, mark in _KINDS.items() if re.search(mark, name)), "other")
-        modules[kind if name.startswith(UNET_PREFIX) else "text_encoder"] += 1
-    unknown = any(math.isnan(weights.alpha) for weights in state.values())
-    dora, frozen_start = any(w.magnitude is not None for w in state.values()), "sdlora.frozen_start" in metadata
-    numbers = sum(
-        w.down.numel() + w.up.numel() + (0 if w.magnitude is None else w.magnitude.numel()) for w in state.values()
-    )
-    norm = math.sqrt(sum(float(torch.linalg.matrix_norm(update(weights))) ** 2 for weights in state.values()))
-    return {
-        "file": path.name,
-        "bytes": path.stat().st_size,
-        "names": file.spelling,
-        "family": family_of(state),
-        "dtype": str(file.dtype).removeprefix("torch."),
-        "title": metadata.get("modelspec.title"),
-        "architecture": metadata.get("modelspec.architecture"),
-        "base": metadata.get("ss_sd_model_name"),
-        "trigger": metadata.get("modelspec.trigger_phrase"),
-        "ranks": sorted({weights.down.shape[0] for weights in state.values()}),
-        "alphas": "not in the file" if unknown else sorted({weights.alpha for weights in state.values()}),
-        "modules": dict(modules),
-        "dora": dora,
-        "frozen_start": frozen_start,
-        "timestep_rank_min": metadata.get("sdlora.timestep_rank_min"),
-        # Half of the ranks of such a file are the start, which was not trained.
-        "parameters": numbers // 2 if frozen_start else numbers,
-        # How long the update of a DoRA is depends on the base.
-        "update_norm": None if unknown or dora else round(norm, 6),
-        "metadata": metadata,
-    }
+    return header | _rank_and_alpha(state)

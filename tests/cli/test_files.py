@@ -185,7 +185,7 @@ def test_dora_is_converted_to_peft_and_refused_elsewhere(
         ["resize", file, out, "--rank", "2"],
     ):
         code, err = refused(capsys, *arguments)
-        assert (code, "is DoRA" in err) == (3, True), err
+        assert (code, "DoRA" in err) == (3, True), err
     run(capsys, "convert", file, out, "--to", "peft", "--base", tiny_base)
     assert distance(answers(fresh(), file), answers(fresh(), out)) < 1e-6
 
@@ -203,7 +203,7 @@ def test_bad_input_has_a_message_and_a_code_and_writes_nothing(
     before = sorted(tmp_path.iterdir())
     cases: list[tuple[list[object], int, str]] = [
         (["convert", untold, out, "--to", "kohya"], 3, "--missing-alpha rank"),
-        (["convert", torn, out, "--to", "kohya"], 3, "not a readable safetensors"),
+        (["convert", torn, out, "--to", "kohya"], 3, "torn.safetensors"),
         (["convert", hero, out, "--to", "peft"], 3, "--base FOLDER"),
         (["convert", hero, hero, "--to", "kohya"], 2, "exists already"),
         (["convert", hero, tmp_path / "out.ckpt", "--to", "kohya"], 2, "does not end in .safetensors"),
@@ -214,9 +214,9 @@ def test_bad_input_has_a_message_and_a_code_and_writes_nothing(
         (["merge", hero, "--weights", "much", "--output", out], 2, "it takes numbers"),
         (["merge", hero, "--weights", "1e999", "--output", out], 2, "finite"),
         (["merge", hero, "--into", tiny_base, "--rank", "2", "--output", tmp_path / "x"], 2, "no use with --into"),
-        (["merge", wide, "--into", tiny_base, "--output", tmp_path / "x"], 3, "makes an update of"),
+        (["merge", wide, "--into", tiny_base, "--output", tmp_path / "x"], 3, "has the shape"),
         (["resize", hero, out], 2, "either --rank N or --energy"),
-        (["resize", hero, out, "--energy", "2"], 2, "--energy is 2"),
+        (["resize", hero, out, "--energy", "2"], 2, "found 2"),
         (["extract", tiny_base, tiny_base, out, "--rank", "4"], 3, "same weights"),
         (["extract", tmp_path, tiny_base, out, "--rank", "4"], 2, "model_index.json"),
     ]

@@ -115,22 +115,23 @@ def test_differences_are_extracted_and_what_does_not_differ_is_left_out() -> Non
         assert found[name].down.shape == state[name].down.shape
     with pytest.raises(DataError, match="same weights"):
         extract([("still", torch.zeros(3, 3))], 4)
-    with pytest.raises(ConfigError, match="--rank is 0"):
+    with pytest.raises(ConfigError, match=r"--rank .*0"):
         extract(differences.items(), 0)
 
 
 def test_what_has_no_sum_is_refused() -> None:
     other = {"linear": LoraWeights(torch.ones(2, 11), torch.ones(12, 2), 1.0)}
-    with pytest.raises(DataError, match=r"different families.*'linear'"):
+    with pytest.raises(DataError, match="'linear'"):
         merge([made(1), other], [1.0, 1.0])
-    with pytest.raises(DataError, match="hero is DoRA"):
+    with pytest.raises(DataError, match=r"hero.*'x'"):
         refuse_dora({"x": LoraWeights(torch.ones(2, 3), torch.ones(4, 2), 1.0, torch.ones(4))}, "hero")
 
 
 @pytest.mark.parametrize(
     ("arguments", "reason"),
-    [({}, "either"), ({"rank": 2, "energy": 0.5}, "either"), ({"rank": 0}, "1 and more"), ({"energy": 0.0}, "share"),
-     ({"energy": 1.5}, "share"), ({"energy": float("nan")}, "share")],
+    [({}, "either"), ({"rank": 2, "energy": 0.5}, "either"), ({"rank": 0}, "--rank .*found 0"),
+     ({"energy": 0.0}, "--energy .*found 0"), ({"energy": 1.5}, "--energy .*found 1.5"),
+     ({"energy": float("nan")}, "--energy .*found nan")],
 )  # fmt: skip
 def test_a_measure_out_of_range_is_refused(arguments: dict[str, float], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):

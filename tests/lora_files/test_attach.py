@@ -176,14 +176,14 @@ def test_a_lora_of_another_family_is_refused_and_the_base_left_alone(pipeline: A
     kohya_trainer(tmp_path / "wide.safetensors", fresh(tmp_path / "wide"))
     file = read_file(tmp_path / "wide.safetensors")
     plain = answers(pipeline)
-    with pytest.raises(DataError, match=r"wide.safetensors has .*attn2_to_k.* another family .*text of width 32"):
+    with pytest.raises(DataError, match=r"wide\.safetensors.*attn2_to_k.*text of width 32"):
         attach(pipeline.unet, file)
     second = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
     more = replace(file, state={second: LoraWeights(torch.ones(2, 3), torch.ones(4, 2), 1.0)})
-    with pytest.raises(DataError, match=rf"adapts '{second}'.*1 of the file's 1 modules.*stable-diffusion-xl"):
+    with pytest.raises(DataError, match=rf"1 of its 1 modules.*'{second}'.*stable-diffusion-xl"):
         attach(pipeline.unet, more, text_encoders=[pipeline.text_encoder])
     kohya_trainer(tmp_path / "text.safetensors", pipeline, text=True)
-    with pytest.raises(DataError, match="adapts 'lora_te_text_model_encoder"):
+    with pytest.raises(DataError, match=r"text\.safetensors.*'lora_te_text_model_encoder"):
         attach(pipeline.unet, read_file(tmp_path / "text.safetensors"))
     assert torch.equal(answers(pipeline), plain)
 
@@ -197,14 +197,14 @@ def one_module(pipeline: Any, metadata: dict[str, str], *, rank: int = 3, alpha:
 @pytest.mark.parametrize(
     ("metadata", "alpha", "reason"),
     [
-        ({}, math.nan, "strength is unknown"),
+        ({}, math.nan, "odd: 'lora_unet_time.*no alpha"),
         ({"sdlora.timestep_rank_min": "2"}, 1.0, "alpha None"),
         ({"sdlora.timestep_rank_alpha": "1"}, 1.0, "minimum None"),
         ({"sdlora.timestep_rank_min": "0", "sdlora.timestep_rank_alpha": "1"}, 1.0, "minimum '0'"),
         ({"sdlora.timestep_rank_min": "few", "sdlora.timestep_rank_alpha": "1"}, 1.0, "minimum 'few'"),
         ({"sdlora.timestep_rank_min": "1", "sdlora.timestep_rank_alpha": "nan"}, 1.0, "alpha 'nan'"),
         ({"sdlora.timestep_rank_min": "4", "sdlora.timestep_rank_alpha": "1"}, 1.0, "at least 4 ranks"),
-        ({"sdlora.frozen_start": "half"}, 1.0, "frozen start, but it has 3"),
+        ({"sdlora.frozen_start": "half"}, 1.0, "frozen, but it has 3"),
     ],
 )
 def test_what_a_file_does_not_tell_truly_is_an_error(

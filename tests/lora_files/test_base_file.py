@@ -248,22 +248,20 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(checkpoint: Any, tmp
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"
     good = {name: LoraWeights(torch.ones(2, 16), torch.ones(16, 2), 1.0)}
     wide = {name: LoraWeights(torch.ones(2, 40), torch.ones(16, 2), 1.0)}
-    with pytest.raises(
-        DataError, match=r"makes an update of \(16, 40\), and the layer of sd1\.safetensors has \(16, 16"
-    ):
+    with pytest.raises(DataError, match=r"sd1\.safetensors.*\(16, 40\).*\(16, 16"):
         merge_into(base_weights(base), out, wide)
-    with pytest.raises(DataError, match=r"1 modules are not in sd1\.safetensors"):
+    with pytest.raises(DataError, match=r"sd1\.safetensors: 1 of its 1 modules"):
         merge_into(base_weights(base), out, {"lora_te_text_model_encoder_layers_7_mlp_fc1": good[name]})
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match=r"sd1\.safetensors"):
         merge_into(base_weights(base), base, good)
     tensors = load_file(base)
     for change, reason in (
         ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(16, 9, 3, 3)}, "an inpainting checkpoint"),
         (
             {"model.diffusion_model.middle_block.0.in_layers.0.weight": None},
-            "lacks the weight 'mid_block.resnets.0.norm1",
+            "'mid_block.resnets.0.norm1",
         ),
-        ({"model.diffusion_model.middle_block.0.in_layers.0.weight": torch.ones(5)}, "which gives (5,), and Stable"),
+        ({"model.diffusion_model.middle_block.0.in_layers.0.weight": torch.ones(5)}, "makes a weight of (5,)"),
     ):
         other = tmp_path / "other.safetensors"
         write_checkpoint(other, {key: t for key, t in {**tensors, **change}.items() if t is not None})
@@ -274,8 +272,8 @@ def test_what_cannot_be_done_is_refused_and_nothing_is_left(checkpoint: Any, tmp
     torn.write_bytes(base.read_bytes()[:-100])
     with pytest.raises(BaseModelError, match="is cut off"):
         base_weights(torn)
-    with pytest.raises(BaseModelError, match="There is no base"):
+    with pytest.raises(BaseModelError, match="nowhere"):
         base_weights(tmp_path / "nowhere.safetensors")
-    with pytest.raises(DataError, match="not of one kind"):
+    with pytest.raises(DataError, match=r"sd1.*sdxl"):
         differences(base_weights(base), base_weights(checkpoint("sdxl")))
     assert {path.name for path in tmp_path.iterdir()} == {"sd1.safetensors", "sdxl.safetensors", "torn.safetensors"}

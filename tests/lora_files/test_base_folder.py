@@ -7,7 +7,7 @@ from helpers.trainers import kohya_trainer
 
 from sdlora.errors import BaseModelError, DataError
 from sdlora.lora.inject import LoraState, LoraWeights
-from sdlora.lora_files.base_folder import module_paths, paths_for
+from sdlora.lora_files.base_folder import empty_networks, layers_by_name, paths_for
 from sdlora.lora_files.read import read_file
 
 
@@ -18,7 +18,7 @@ def theirs(pipeline: Any, tmp_path: Path) -> LoraState:
 
 
 def test_stable_diffusion_15_has_the_layers_that_kohya_trains() -> None:
-    found = module_paths(None)
+    found = layers_by_name(empty_networks(None))
     blocks = [name for name in found if name.startswith("lora_unet_") and "_attentions_" in name]
     text = [name for name in found if name.startswith("lora_te_text_model_encoder_layers_")]
     assert (len(blocks), len(text)) == (192, 72)
@@ -29,9 +29,9 @@ def test_stable_diffusion_15_has_the_layers_that_kohya_trains() -> None:
 
 def test_modules_that_a_base_does_not_have_are_refused_by_name(theirs: LoraState, tiny_base: Path) -> None:
     assert paths_for(theirs, tiny_base).keys() == theirs.keys()
-    with pytest.raises(DataError, match=r"makes an update of .*--base FOLDER"):
+    with pytest.raises(DataError, match=r"has the shape .*--base FOLDER"):
         paths_for(theirs, None)
-    with pytest.raises(DataError, match=r"1 modules are not in tiny.*lora_unet_input_blocks"):
+    with pytest.raises(DataError, match=r"tiny: 1 of its 1 modules.*lora_unet_input_blocks"):
         paths_for({"lora_unet_input_blocks_1_1": next(iter(theirs.values()))}, tiny_base)
     with pytest.raises(BaseModelError, match=r"unet/config\.json"):
         paths_for(theirs, tiny_base / "unet")
@@ -52,5 +52,5 @@ def test_without_a_base_a_file_s_own_family_is_taken() -> None:
         if width == 2048:
             assert paths_for(more, None)["lora_te1_text_model_encoder_layers_11_mlp_fc1"].startswith("text_encoder.")
         else:
-            with pytest.raises(DataError, match=r"not in Stable Diffusion [12]\.x, the first is 'lora_te1_"):
+            with pytest.raises(DataError, match=r"Stable Diffusion [12]\.x: 1 of its 2.*'lora_te1_"):
                 paths_for(more, None)

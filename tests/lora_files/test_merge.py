@@ -69,8 +69,8 @@ def test_a_base_takes_a_lora_in_and_gives_it_back(
 def test_what_does_not_fit_leaves_nothing_behind(theirs: LoraState, tiny_base: Path, tmp_path: Path) -> None:
     name = next(iter(theirs))
     cases: list[tuple[LoraState, str]] = [
-        ({**theirs, "lora_unet_nowhere": theirs[name]}, "1 modules are not in tiny, among them 'lora_unet_nowhere'"),
-        ({**theirs, name: LoraWeights(torch.ones(2, 5), torch.ones(4, 2), 1.0)}, "makes an update of"),
+        ({**theirs, "lora_unet_nowhere": theirs[name]}, "tiny: 1 of its .*'lora_unet_nowhere'"),
+        ({**theirs, name: LoraWeights(torch.ones(2, 5), torch.ones(4, 2), 1.0)}, "has the shape"),
     ]
     for state, reason in cases:
         with pytest.raises(DataError, match=reason):
@@ -85,9 +85,9 @@ def test_what_does_not_fit_leaves_nothing_behind(theirs: LoraState, tiny_base: P
         merge(torn, tmp_path / "merged", theirs)
     with pytest.raises(BaseModelError, match=r"model_index\.json"):
         merge(tiny_base / "unet", tmp_path / "merged", theirs)
-    with pytest.raises(OutputError, match="exists already"):
+    with pytest.raises(OutputError, match="torn"):
         merge(tiny_base, torn, theirs)
-    with pytest.raises(OutputError, match="inside the base"):
+    with pytest.raises(OutputError, match="merged is inside"):
         merge(tiny_base, tiny_base / "merged", theirs)
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
@@ -104,10 +104,10 @@ def test_what_no_lora_holds_is_named_and_other_bases_are_refused(tiny_base: Path
     assert list(found) == ["lora_unet_conv_in"]
     assert set(others) == {"unet.conv_norm_out.weight", "unet.conv_in.bias"}
     save_file(tensors | {"conv_in.weight": torch.ones(3, 3)}, tuned / UNET)
-    with pytest.raises(DataError, match="has the shapes"):
+    with pytest.raises(DataError, match=r"conv_in\.weight.*\(3, 3\)"):
         differ(tuned, tiny_base)
     save_file(tensors | {"more.weight": torch.ones(3, 3)}, tuned / UNET)
-    with pytest.raises(DataError, match=r"not of one kind.*more\.weight"):
+    with pytest.raises(DataError, match=r"more\.weight"):
         differ(tuned, tiny_base)
 
 
@@ -123,14 +123,14 @@ def test_every_variant_of_a_folder_takes_it_in_and_only_one_is_compared(
     assert any(not torch.equal(before[key], full[key]) for key in full)
     for key, tensor in full.items():
         torch.testing.assert_close(rounded[key].float(), tensor, atol=2e-3, rtol=2e-3)
-    with pytest.raises(BaseModelError, match="twice: keep one variant"):
+    with pytest.raises(BaseModelError, match="twice"):
         differ(base, output)
 
 
 def test_a_sum_that_the_type_cannot_hold_is_refused(pipeline: Any, theirs: LoraState, tmp_path: Path) -> None:
     pipeline.to(torch.float16).save_pretrained(tmp_path / "base")
     large = {name: LoraWeights(w.down, w.up * 1e7, w.alpha) for name, w in theirs.items()}
-    with pytest.raises(ExportError, match=r"too large for float16.*--weights"):
+    with pytest.raises(ExportError, match=r"float16.*--weights"):
         merge(tmp_path / "base", tmp_path / "merged", large)
     assert not (tmp_path / "merged").exists()
 
@@ -138,7 +138,7 @@ def test_a_sum_that_the_type_cannot_hold_is_refused(pipeline: Any, theirs: LoraS
 def test_a_type_too_coarse_for_a_sum_is_refused(theirs: LoraState, tiny_base: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_base, tmp_path / "base")
     save_file({k: t.to(torch.float8_e4m3fn) for k, t in load_file(tiny_base / UNET).items()}, tmp_path / "base" / UNET)
-    with pytest.raises(BaseModelError, match=r"as F8_E4M3, which is too coarse"):
+    with pytest.raises(BaseModelError, match="F8_E4M3"):
         merge(tmp_path / "base", tmp_path / "merged", theirs)
 
 

@@ -6,7 +6,7 @@ import torch
 from helpers.adapters import UNET_TARGETS, injected
 
 from sdlora.lora.inject import AdapterSpec, LoraState, LoraWeights
-from sdlora.lora_files.names import file_form, kohya_name, to_kohya, to_peft
+from sdlora.lora_files.names import kohya_name, portable_state, to_kohya, to_peft
 
 
 def update(weights: LoraWeights) -> torch.Tensor:
@@ -31,7 +31,7 @@ SPECS = [
 @pytest.mark.parametrize("spec", SPECS)
 def test_what_is_written_is_the_same_update_with_one_alpha_per_network(pipeline: Any, spec: AdapterSpec) -> None:
     state = injected(pipeline, [*UNET_TARGETS, "text_encoder"], spec).state()
-    written = file_form(state)
+    written = portable_state(state)
     for path, weights in state.items():
         torch.testing.assert_close(update(written[path]), update(weights), atol=1e-6, rtol=1e-5)
         assert written[path].down.shape[0] == weights.down.shape[0] * (1 if weights.initial is None else 2)
@@ -66,7 +66,7 @@ def test_pefts_metadata_is_no_more_than_diffusers_takes() -> None:
 
 
 def test_names_of_two_text_encoders_are_kept_apart() -> None:
-    first = kohya_name("text_encoder.encoder.layers.0.mlp.fc1", first_text_encoder="lora_te1_")
+    first = kohya_name("text_encoder.encoder.layers.0.mlp.fc1", two_text_encoders=True)
     assert first == "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     assert kohya_name("text_encoder_2.text_model.encoder.layers.0.mlp.fc1") == first.replace("te1", "te2")
     assert kohya_name("text_encoder_2.text_projection") == "lora_te2_text_projection"

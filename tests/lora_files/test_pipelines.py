@@ -66,8 +66,8 @@ def test_what_cannot_be_applied_is_said(pipeline: Any, tmp_path: Path) -> None:
     pipeline.load_lora_weights(plain, adapter_name="two")
     with pytest.raises(DataError, match="one, two"):
         apply_timestep_rank(pipeline, file)
-    with pytest.raises(DataError, match="without a timestep rank"):
+    with pytest.raises(DataError, match=r"plain\.safetensors"):
         apply_timestep_rank(pipeline, plain, "one")
-    with pytest.raises(DataError, match="not a readable"):
+    with pytest.raises(DataError, match=r"none\.safetensors"):
         apply_timestep_rank(pipeline, tmp_path / "none.safetensors")
     apply_timestep_rank(pipeline, file, "one")

@@ -20,9 +20,9 @@ from sdlora.lora.inject import AdapterSpec, inject
 from sdlora.lora.targets import adaptable, find_targets
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora_files.attach import attach
-from sdlora.lora_files.read import read_file
+from sdlora.lora_files.read import describe_lora, read_file
 from sdlora.lora_files.verify import verify_lora
-from sdlora.lora_files.write import LoraMetadata, describe_lora, save_lora
+from sdlora.lora_files.write import LoraMetadata, save_lora
 
 METADATA = LoraMetadata("hero", "base", "stable-diffusion-xl-v1-base", 64, None, 1, 1, 1.7e9, {})
 

@@ -16,10 +16,10 @@ from sdlora.errors import DataError, ExportError
 from sdlora.lora.inject import AdapterSpec, LoraState, inject
 from sdlora.lora.targets import find_targets
 from sdlora.lora.timestep_rank import TimestepRank
-from sdlora.lora_files.names import file_form, kohya_name
-from sdlora.lora_files.read import read_file
+from sdlora.lora_files.names import kohya_name, portable_state
+from sdlora.lora_files.read import describe_lora, read_file
 from sdlora.lora_files.verify import verify_lora
-from sdlora.lora_files.write import LoraMetadata, add_metadata, describe_lora, save_lora
+from sdlora.lora_files.write import LoraMetadata, add_metadata, save_lora
 
 METADATA = LoraMetadata(
     name="hero", base="/home/someone/models/base", architecture="stable-diffusion-v1", resolution_px=64,
@@ -79,7 +79,7 @@ def test_every_form_on_every_target_loads_without_any_error(
     assert rewritten or proof.max_rewriting_error == 0.0
     assert (proof.rank_mask_difference is None) == (spec.timestep_rank is None)
     found = by_path(file, adapter.layers)
-    for path, weights in file_form(state).items():
+    for path, weights in portable_state(state).items():
         assert torch.equal(found[path].down, weights.down)
         assert torch.equal(found[path].up, weights.up)
         assert found[path].alpha == weights.alpha
@@ -161,12 +161,12 @@ NAME = "lora_unet_x"
 @pytest.mark.parametrize(
     ("tensors", "reason"),
     [
-        ({}, "no LoRA tensors"),
-        ({"unet.x.lora_C.weight": torch.ones(2, 3)}, "not one of PEFT's"),
-        ({f"{NAME}.lora_down.weight": torch.ones(2, 3)}, "lacks a lora_up"),
+        ({}, "no tensors"),
+        ({"unet.x.lora_C.weight": torch.ones(2, 3)}, "lora_C"),
+        ({f"{NAME}.lora_down.weight": torch.ones(2, 3)}, "no lora_up"),
         (
             {f"{NAME}.lora_down.weight": torch.ones(2, 3), f"{NAME}.lora_up.weight": torch.ones(4, 5),
-             f"{NAME}.alpha": torch.tensor(1.0)}, "do not pair",
+             f"{NAME}.alpha": torch.tensor(1.0)}, "do not match",
         ),
         (
             {f"{NAME}.lora_down.weight": torch.full((2, 3), float("nan")), f"{NAME}.lora_up.weight": torch.ones(4, 2),
@@ -190,7 +190,7 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
         file.write_bytes(content)
         with pytest.raises(DataError):
             read_file(file)
-    with pytest.raises(DataError, match="There is no file"):
+    with pytest.raises(DataError, match="nowhere"):
         read_file(tmp_path / "nowhere.safetensors")
     huge = tmp_path / "huge.safetensors"
     save_file({"a": torch.ones(1)}, huge, metadata={"x": "y" * (2 << 20)})
@@ -226,7 +226,7 @@ def test_every_spelling_and_type_is_proven(
     # Rounding moves the answers, and by little.
     assert 0.0 < proof.max_rewriting_error < 0.05 * proof.max_effect
     reread = read_file(file).state
-    for path, weights in file_form(state).items():
+    for path, weights in portable_state(state).items():
         found = reread[kohya_name(path)]
         assert torch.equal(found.down, weights.down.to(dtype).float())
         assert found.alpha == weights.alpha
@@ -235,7 +235,7 @@ def test_every_spelling_and_type_is_proven(
 def test_numbers_that_a_type_cannot_hold_are_refused(state: LoraState, tmp_path: Path) -> None:
     path = next(iter(state))
     large = {**state, path: replace(state[path], up=state[path].up + 1e6)}
-    with pytest.raises(ExportError, match="float16 cannot"):
+    with pytest.raises(ExportError, match=r"lora_up.weight.*float16"):
         save_lora(tmp_path / "hero.safetensors", large, metadata=METADATA, dtype=torch.float16)
     assert not list(tmp_path.iterdir())
 
@@ -271,12 +271,12 @@ def test_what_is_added_to_the_header_moves_no_tensor(state: LoraState, tmp_path:
     assert all(torch.equal(after[key], before[key]) for key in before)
     assert file.read_bytes().endswith(body)
     assert int.from_bytes(file.read_bytes()[:8], "little") % 8 == 0
-    with pytest.raises(ExportError, match="programs read 1 MiB"):
+    with pytest.raises(ExportError, match="1048576"):
         add_metadata(file, {"modelspec.thumbnail": "x" * (1 << 20)})
     assert all(torch.equal(load_file(file)[key], before[key]) for key in before)
 
 
 def test_a_header_that_programs_refuse_is_not_written(state: LoraState, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="programs read 1 MiB"):
+    with pytest.raises(ExportError, match="1048576"):
         save_lora(tmp_path / "x.safetensors", state, metadata=replace(METADATA, private={"a": "x" * (1 << 20)}))
     assert not list(tmp_path.iterdir())

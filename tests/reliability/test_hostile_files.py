@@ -22,7 +22,7 @@ from safetensors.torch import save
 from sdlora.config.toml import load_config, parse_config
 from sdlora.data.captions import read_captions
 from sdlora.errors import BaseModelError, ConfigError, DataError, SdloraError
-from sdlora.lora_files.write import describe_lora
+from sdlora.lora_files.read import describe_lora
 from sdlora.models.load import load_base
 
 PACKAGE = Path(__file__).parents[2] / "sdlora"

@@ -19,8 +19,8 @@ from sdlora.common.metrics import read_metrics
 from sdlora.config.renamed import RENAMED, renaming_note
 from sdlora.config.toml import load_config
 from sdlora.errors import OutputError
-from sdlora.lora_files.read import read_tensors, tensors_sha256
-from sdlora.lora_files.write import describe_lora
+from sdlora.lora_files.read import describe_lora, read_tensors
+from sdlora.lora_files.write import tensors_sha256
 from sdlora.run.folder import RunFolder
 from sdlora.run.setup import prepare
 from sdlora.training.checkpoint import load_checkpoint

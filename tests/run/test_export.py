@@ -18,8 +18,7 @@ from sdlora.copycheck.verdict import EpochCheck
 from sdlora.data.dataset import Example
 from sdlora.errors import ConfigError
 from sdlora.events import Exported, Notice
-from sdlora.lora_files.read import read_file
-from sdlora.lora_files.write import describe_lora
+from sdlora.lora_files.read import describe_lora, read_file
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.export import captions_told, presentable
 

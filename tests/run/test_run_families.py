@@ -12,7 +12,7 @@ from safetensors import safe_open
 from sdlora.config.toml import load_config
 from sdlora.errors import DataError
 from sdlora.events import EpochDone, Exported, Notice
-from sdlora.lora_files.write import describe_lora
+from sdlora.lora_files.read import describe_lora
 from sdlora.models.architectures import Family
 from sdlora.run.run import start
 
