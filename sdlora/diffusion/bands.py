@@ -1,4 +1,7 @@
-"""Five equal bands of timesteps, in which losses are told apart: what is hard differs with the noise."""
+"""Five equal bands of timesteps, in which losses are averaged separately: how hard prediction is depends on the noise.
+
+The trainer fills them in, the report and the copy check read them.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,6 @@ def band_of(timestep: int) -> int:
 
 
 def band_names() -> list[str]:
-    """The bands' first and last timesteps, such as "200-399"."""
+    """The bands' names: first and last timestep, such as "200-399"."""
     width = NUM_TIMESTEPS // NUM_BANDS
     return [f"{band * width}-{(band + 1) * width - 1}" for band in range(NUM_BANDS)]

@@ -1,5 +1,6 @@
-"""The training loss per example, and how much it weighs at each noise level.
+"""The training loss of each example, and its weight at each timestep.
 
+The trainer chooses them by `loss.kind` and `loss.weighting`.
 Shapes: B batch, C channels, h/w latents. SNR is alphas_cumprod / (1 - alphas_cumprod).
 """
 
@@ -18,9 +19,9 @@ def mse_per_example(predicted: Tensor, target: Tensor, weights: Tensor | None = 
     """Mean squared error over everything but the batch, in float32.
 
     Args:
-        predicted: The network's answer, (B, C, h, w), any float type.
-        target: What it should have been, (B, C, h, w).
-        weights: How much each place counts, (B, 1, h, w), see `mean_per_example`.
+        predicted: The network's prediction, (B, C, h, w), any float dtype.
+        target: Its target, (B, C, h, w).
+        weights: Weight of each latent pixel, (B, 1, h, w), see `mean_per_example`.
 
     Returns:
         (B,) float32.
@@ -31,11 +32,12 @@ def mse_per_example(predicted: Tensor, target: Tensor, weights: Tensor | None = 
 
 
 def mean_per_example(errors: Tensor, weights: Tensor | None) -> Tensor:
-    """Means over everything but the batch: sum(w e) / (C sum(w)), so that an image weighs the same whatever is masked.
+    """Weighted mean per example, sum(w e) / (C sum(w)): an image weighs the same however much of it is masked.
 
     Args:
         errors: (B, C, h, w).
-        weights: How much each place counts, (B, 1, h, w), at least 0 and not all 0 in any example; None for all alike.
+        weights: Weight of each latent pixel, (B, 1, h, w), at least 0 and not all 0 in any example; None for equal
+            weights.
 
     Returns:
         (B,).
@@ -47,15 +49,15 @@ def mean_per_example(errors: Tensor, weights: Tensor | None) -> Tensor:
 
 
 def huber_per_example(predicted: Tensor, target: Tensor, weights: Tensor | None = None, *, delta: float) -> Tensor:
-    """Huber's loss, mean over everything but the batch, in float32.
+    """Huber loss, mean over everything but the batch, in float32.
 
     Twice the usual one, so that errors below `delta` count as in `mse_per_example`.
 
     Args:
-        predicted: The network's answer, (B, C, h, w), any float type.
-        target: What it should have been, (B, C, h, w).
-        weights: How much each place counts, (B, 1, h, w), see `mean_per_example`.
-        delta: From this error on the loss is linear, above 0.
+        predicted: The network's prediction, (B, C, h, w), any float dtype.
+        target: Its target, (B, C, h, w).
+        weights: Weight of each latent pixel, (B, 1, h, w), see `mean_per_example`.
+        delta: The error above which the loss is linear, above 0.
 
     Returns:
         (B,) float32.
@@ -86,7 +88,7 @@ def _debiased(snr: Tensor, _: float) -> Tensor:
     return snr.sqrt()
 
 
-# Each as the weight of the squared error of the clean latents, from which the one for any prediction follows.
+# Weight of the squared error of the clean latents, and its default gamma; weights for predictions follow from it.
 _WEIGHTS: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
     "min_snr": (_min_snr, 5.0),
     "soft_min_snr": (_soft_min_snr, 5.0),
@@ -98,25 +100,25 @@ _WEIGHTS: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
 def loss_weight(
     weighting: str, alphas_cumprod: Tensor, prediction_type: PredictionType, gamma: float | None = None
 ) -> Tensor:
-    """The weight of each example's loss at its noise level.
+    """The weight of each example's loss at its timestep.
 
     The squared error of epsilon is SNR times that of the clean latents, and that of v is SNR + 1 times (Salimans &
-    Ho 2202.00512, appendix D); so a weight on the latter is divided by these.
+    Ho 2202.00512, appendix D), so a weight of the latter is divided by these.
 
     Args:
         weighting: "constant", "min_snr", "soft_min_snr", "p2" or "debiased".
         alphas_cumprod: At each example's timestep, (B,), in (0, 1) for epsilon and [0, 1) for v.
         prediction_type: What the network predicts.
-        gamma: Of min_snr, soft_min_snr (5 if None) and p2 (1 if None).
+        gamma: Parameter of min_snr and soft_min_snr (5 if None) and of p2 (1 if None), above 0.
 
     Returns:
         (B,), at least 0.
 
     Raises:
-        KeyError: There is no weighting of that name.
+        KeyError: The weighting is unknown.
     """
     if weighting == "constant":
         return torch.ones_like(alphas_cumprod)
-    weight, usual = _WEIGHTS[weighting]
+    weight, default_gamma = _WEIGHTS[weighting]
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return weight(snr, usual if gamma is None else gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    return weight(snr, default_gamma if gamma is None else gamma) / (snr if prediction_type == "epsilon" else snr + 1)

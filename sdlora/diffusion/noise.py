@@ -1,6 +1,7 @@
-"""The forward process and what the network is asked to predict.
+"""The forward process, and what a network is trained to predict.
 
-Shapes: B batch, C channels, h/w latents, T noise levels (1000).
+The training loss calls it with a base model's schedule; the copy check inverts predictions with it.
+Shapes: B batch, C channels, h/w latents, T timesteps (1000).
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ PredictionType = Literal["epsilon", "v_prediction"]
 
 
 def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Move latents along the forward process to their noise levels.
+    """Move latents along the forward process to their timesteps.
 
     Args:
         latents: Clean latents, (B, C, h, w).
@@ -32,13 +33,13 @@ def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
 
 
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """Rescale a schedule so that its last noise level holds no signal.
+    """Rescale a schedule so that its last timestep has no signal.
 
     Args:
         alphas_cumprod: The schedule, (T,), falling, in (0, 1).
 
     Returns:
-        (T,): sqrt(alphas_cumprod) shifted so that it ends in 0 and scaled so that it begins as before, squared.
+        (T,): sqrt(alphas_cumprod) shifted to end at 0 and scaled to begin where it did, squared.
 
     Source: Lin et al. 2305.08891, algorithm 1.
     """
@@ -58,30 +59,34 @@ def velocity(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
 def prediction_target(
     prediction_type: PredictionType, latents: Tensor, noise: Tensor, alphas_cumprod: Tensor
 ) -> Tensor:
-    """What the network should answer: the noise for "epsilon", the velocity for "v_prediction"; (B, C, h, w)."""
-    if prediction_type == "epsilon":
-        return noise
-    return velocity(latents, noise, alphas_cumprod)
+    """What the network is to predict: the noise for "epsilon", the velocity for "v_prediction"; (B, C, h, w)."""
+    return noise if prediction_type == "epsilon" else velocity(latents, noise, alphas_cumprod)
 
 
-def predicted_latents(prediction_type: PredictionType, noisy: Tensor, answer: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """The clean latents that the network's answer amounts to, in one step.
+def latents_from_noise(noisy: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Clean latents by predicted noise; alphas_cumprod (B,) in (0, 1], all else (B, C, h, w).
 
-    Args:
-        prediction_type: What the network answers.
-        noisy: What it was asked at, (B, C, h, w).
-        answer: Its answer, (B, C, h, w).
-        alphas_cumprod: At each example's timestep, (B,), in (0, 1] for epsilon and [0, 1] for v.
-
-    Returns:
-        (B, C, h, w).
-
-    Source: Ho et al. 2006.11239, equation 15; for v, Salimans & Ho 2202.00512, section 4.
+    Source: Ho et al. 2006.11239, equation 15.
     """
     alpha = alphas_cumprod.view(-1, 1, 1, 1)
-    if prediction_type == "epsilon":
-        return (noisy - (1 - alpha).sqrt() * answer) / alpha.sqrt()
-    return alpha.sqrt() * noisy - (1 - alpha).sqrt() * answer
+    return (noisy - (1 - alpha).sqrt() * noise) / alpha.sqrt()
+
+
+def latents_from_velocity(noisy: Tensor, v: Tensor, alphas_cumprod: Tensor) -> Tensor:
+    """Clean latents by a predicted velocity; alphas_cumprod (B,) in [0, 1], all else (B, C, h, w).
+
+    Source: Salimans & Ho 2202.00512, section 4.
+    """
+    alpha = alphas_cumprod.view(-1, 1, 1, 1)
+    return alpha.sqrt() * noisy - (1 - alpha).sqrt() * v
+
+
+def predicted_latents(
+    prediction_type: PredictionType, noisy: Tensor, prediction: Tensor, alphas_cumprod: Tensor
+) -> Tensor:
+    """The clean latents that a network's prediction implies in one step, (B, C, h, w)."""
+    invert = latents_from_noise if prediction_type == "epsilon" else latents_from_velocity
+    return invert(noisy, prediction, alphas_cumprod)
 
 
 def check_prediction_type(name: str) -> PredictionType:
@@ -95,6 +100,6 @@ def check_prediction_type(name: str) -> PredictionType:
     if name == "v_prediction":
         return "v_prediction"
     raise BaseModelError(
-        f"The base's scheduler predicts {name!r}. sdlora trains 'epsilon' and 'v_prediction' models: "
-        "choose such a base, or correct prediction_type in its scheduler_config.json."
+        f"The base model's scheduler has prediction_type {name!r}; sdlora trains 'epsilon' and 'v_prediction'. Choose "
+        "such a base model, or correct prediction_type in its scheduler_config.json."
     )

@@ -1,7 +1,7 @@
-"""How evenly exposures fall over the noise levels: by chance, spread inside a step, or spread over every image too.
+"""How evenly exposures are spread over the timesteps: independently, within each step, or over each image as well.
 
-Everything is a function of the seed and of the plan (which image is visited in which step), so that a
-resumed run, and one on several processes, trains every exposure at the same timestep.
+All draws depend on the seed and on the schedule of exposures alone, so that a resumed run, and a run on several
+processes, trains every exposure at the same timestep.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from sdlora.common import seeds
 from sdlora.diffusion.timesteps import Draw
 
 Exposure = tuple[str, int]
-"""An image's name, and the how-manieth exposure of it in the run, from 1."""
+"""An image's name, and the number of this exposure of it in the run, from 1."""
 
 
 def cover(coverage: str, steps: Sequence[Sequence[Exposure]], seed: int) -> list[list[Draw]]:
-    """Where every exposure of a run falls among the quantiles of a density.
+    """The quantile of a density at which every exposure of a run is trained.
 
     Args:
-        coverage: "none", "batch" or "image".
+        coverage: "none" draws independently, "batch" spreads each step's exposures, "image" each image's as well.
         steps: The exposures of each optimizer step, in the order of training; each exposure occurs once.
         seed: The run's seed.
 
@@ -28,17 +28,17 @@ def cover(coverage: str, steps: Sequence[Sequence[Exposure]], seed: int) -> list
         A draw per exposure, in the same order.
 
     Raises:
-        KeyError: There is no coverage of that name.
+        KeyError: The coverage is unknown.
     """
-    ways: dict[str, Callable[[Sequence[Sequence[Exposure]], int], list[list[Draw]]]] = {
-        "none": _by_chance,
+    methods: dict[str, Callable[[Sequence[Sequence[Exposure]], int], list[list[Draw]]]] = {
+        "none": _independent,
         "batch": _spread_in_steps,
         "image": _spread_over_images,
     }
-    return ways[coverage](steps, seed)
+    return methods[coverage](steps, seed)
 
 
-def _by_chance(steps: Sequence[Sequence[Exposure]], seed: int) -> list[list[Draw]]:
+def _independent(steps: Sequence[Sequence[Exposure]], seed: int) -> list[list[Draw]]:
     """Independent draws."""
     return [[Draw(0, 1, seeds.uniform(seed, "timestep", *exposure)) for exposure in step] for step in steps]
 
@@ -56,12 +56,12 @@ def _spread_in_steps(steps: Sequence[Sequence[Exposure]], seed: int) -> list[lis
 
 
 def _spread_over_images(steps: Sequence[Sequence[Exposure]], seed: int) -> list[list[Draw]]:
-    """Each image's V exposures fall into V equal slices, one into each, and each step's exposures are spread as well.
+    """Put each image's V exposures into V equal slices, one into each, and spread each step's exposures as well.
 
-    The exposures are the edges of a graph between images and steps. Halving them again and again, so that every
-    image and every step has as many edges in either half (or one more), gives each edge the binary digits of a
-    place in [0, 1). An image's slices are the ranks of its exposures' places; inside its slice an exposure stands where
-    its place does, turned by an offset that all exposures of a step share.
+    The exposures are the edges of a graph between images and steps. Repeated halving, such that the edges of every
+    image and of every step are split evenly (or differ by one), gives each edge the binary digits of a place in [0, 1).
+    An image's slices are the ranks of its exposures' places; the offset inside a slice is the exposure's place, rotated
+    by a number that all exposures of a step share.
     """
     edges = [(exposure, number) for number, step in enumerate(steps) for exposure in step]
     exposures_of: dict[str, list[int]] = {}
@@ -82,7 +82,7 @@ def _spread_over_images(steps: Sequence[Sequence[Exposure]], seed: int) -> list[
 
 
 def _balanced_places(images: Sequence[str], steps: Sequence[int], depth: int, seed: int) -> list[float]:
-    """The binary digits of every edge's place, `depth` of them, as a number in [0, 1)."""
+    """The place of every edge in [0, 1), to `depth` binary digits."""
     rng = random.Random(seeds.derive(seed, "coverage"))
     parts = [list(range(len(images)))]
     places = [0.0] * len(images)
@@ -99,12 +99,12 @@ def _balanced_places(images: Sequence[str], steps: Sequence[int], depth: int, se
 
 
 def _halve(images: Sequence[Hashable], steps: Sequence[Hashable], rng: random.Random) -> list[bool]:
-    """Split edges in two so that the edges of every image and of every step go to both halves alike, within one.
+    """Split edges into two halves such that the edges of every image and of every step are split evenly, within one.
 
-    Edges are paired at their images (consecutive exposures, the last beside the first, from a start drawn at random so
-    that every exposure is equally likely to be left over) and at their steps (at random), and the two of a pair are
-    kept apart. An edge has at most one partner of each kind, so the pairs make up paths and circles of even length,
-    and going along them by turns of the two kinds never meets a contradiction.
+    Edges are paired at their images (consecutive exposures, cyclically, from a random first one, so that every exposure
+    is equally likely to be left over) and at their steps (at random), and the two of a pair go to different halves. An
+    edge has at most one partner of each kind, so the pairs form paths and cycles of even length, and following them
+    with alternating kinds never leads to a contradiction.
     """
     count = len(images)
     first = rng.randrange(count) if count else 0
@@ -124,7 +124,7 @@ def _halve(images: Sequence[Hashable], steps: Sequence[Hashable], rng: random.Ra
 
 
 def _pairs(nodes: Sequence[Hashable], order: Sequence[int]) -> dict[int, int]:
-    """Partners of edges that share a node, taken two by two in an order; the last one of an odd number has none."""
+    """Pair the edges of each node in an order; the last edge of an odd number has no partner."""
     waiting: dict[Hashable, int] = {}
     partner: dict[int, int] = {}
     for edge in order:

@@ -1,6 +1,6 @@
-"""How much each noise level is trained: a density over the timesteps, drawn from through its inverse CDF.
+"""How often each timestep is trained: densities over the timesteps, sampled through their inverse CDF.
 
-How evenly the draws fall is another question, which `coverage` answers. Shapes: T noise levels (1000).
+The schedule maps the draws of `stratify`, which decide how evenly they fall, to timesteps. Shapes: T timesteps (1000).
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from sdlora.errors import ConfigError
 
 NUM_TIMESTEPS = 1000
 HIGH_NOISE = 800
-# SpeeD's own choice: timesteps below 700 are drawn five times as often as each of the others.
+# SpeeD's defaults: each timestep below 700 is drawn five times as often as each of the others.
 _SPEED_LIMIT, _SPEED_RATIO = 700, 5
 
 
 @dataclass(frozen=True)
 class Draw:
-    """Where a draw falls among the quantiles of a density: at `offset` within one of `num_slices` equal slices.
+    """A quantile of a density: `offset` within one of `num_slices` equal slices of [0, 1).
 
     Attributes:
         slice: Index of the slice, 0 to `num_slices` - 1.
-        num_slices: How many slices there are, at least 1.
+        num_slices: Number of slices, at least 1.
         offset: Position inside the slice, in [0, 1).
     """
 
@@ -34,18 +34,21 @@ class Draw:
 
 
 class Density:
-    """Probabilities of the T timesteps.
+    """A probability distribution over the T timesteps.
 
     Args:
         name: "uniform", "logit_normal", "cubic_high", "cubic_low" or "speed".
-        mean: Of logit_normal.
-        std: Of logit_normal, above 0.
+        mean: Mean of logit_normal's normal distribution.
+        std: Its standard deviation, above 0.
         minimum: Lowest timestep, inclusive, 0 to 999.
         maximum: Highest timestep, inclusive, `minimum` to 999.
-        high_noise_keep: Factor on the timesteps from 800 up, in (0, 1].
+        high_noise_keep: Factor on the probability of timesteps from 800 up, in (0, 1].
+
+    Attributes:
+        edges: The CDF at the edges of the timesteps, T + 1 numbers from 0 to 1.
 
     Raises:
-        KeyError: There is no density of that name.
+        KeyError: The density is unknown.
         ConfigError: The density is zero between the limits.
 
     Source: logit_normal is Esser et al. 2403.03206, equation 19, on t / T; speed is the asymmetric sampling of Wang
@@ -71,32 +74,28 @@ class Density:
         total = list(accumulate(kept, initial=0.0))
         if total[-1] <= 0.0:
             raise ConfigError(
-                f"timesteps.density = {name!r} with mean {mean:g} and std {std:g} has nothing between timesteps.min "
-                f"({minimum}) and timesteps.max ({maximum}). Widen std, or move mean or the limits."
+                f"timesteps.density = {name!r} with mean {mean:g} and std {std:g} is zero between timesteps.min "
+                f"({minimum}) and timesteps.max ({maximum}). Raise std, or move mean or the limits."
             )
-        self._edges = [edge / total[-1] for edge in total]
-
-    def probabilities(self) -> list[float]:
-        """The probability of each timestep, T numbers that sum to 1."""
-        return [high - low for low, high in pairwise(self._edges)]
+        self.edges = [edge / total[-1] for edge in total]
 
     def timestep(self, draw: Draw) -> int:
         """The timestep at a draw's quantile.
 
-        A timestep that straddles two slices belongs to the lower one, so that draws in different slices are
-        different timesteps as long as slices are wider than one.
+        A timestep that straddles two slices belongs to the lower one, so that draws in different slices give
+        different timesteps as long as slices are wider than a timestep.
         """
         low, high = draw.slice / draw.num_slices, (draw.slice + 1) / draw.num_slices
         # Rounding must not carry an offset of almost 1 into the next slice.
         quantile = min((draw.slice + draw.offset) / draw.num_slices, nextafter(high, 0.0))
-        found = bisect_right(self._edges, quantile) - 1
-        if self._edges[found] < low and self._edges[found + 1] < high:
-            found = bisect_right(self._edges, self._edges[found + 1]) - 1
+        found = bisect_right(self.edges, quantile) - 1
+        if self.edges[found] < low and self.edges[found + 1] < high:
+            found = bisect_right(self.edges, self.edges[found + 1]) - 1
         return found
 
 
 def _masses(name: str, mean: float, std: float) -> list[float]:
-    """Numbers in proportion to the probabilities of the T timesteps."""
+    """Unnormalized probabilities of the T timesteps."""
     if name == "logit_normal":
         return _logit_normal_masses(mean, std)
     return {
@@ -114,7 +113,7 @@ def _cubic_masses() -> list[float]:
 
 
 def _logit_normal_masses(mean: float, std: float) -> list[float]:
-    """P(t) where t / T is the logistic function of a normal number: differences of the CDF."""
+    """P(t) where t / T is the logistic function of a normal variable: differences of the CDF."""
 
     def cdf(x: float) -> float:
         logit = -inf if x <= 0 else inf if x >= 1 else log(x / (1 - x))

@@ -18,7 +18,7 @@ from sdlora.lora.targets import find_targets
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora_files.names import kohya_name, portable_state
 from sdlora.lora_files.read import describe_lora, read_file
-from sdlora.lora_files.verify import verify_lora
+from sdlora.lora_files.verify import _distance, verify_lora
 from sdlora.lora_files.write import LoraMetadata, add_metadata, save_lora
 
 METADATA = LoraMetadata(
@@ -208,10 +208,16 @@ def test_a_description_counts_what_was_trained(unet: Any, tmp_path: Path, spec: 
     assert (found["dora"], found["frozen_start"]) == (spec.dora, spec.init == "pissa")
 
 
+def test_nan_counts_as_an_infinite_difference() -> None:
+    zeros, nan = torch.zeros(2), torch.full((2,), float("nan"))
+    assert _distance([zeros, nan], [zeros, zeros]) == _distance([nan, zeros], [zeros, zeros]) == float("inf")
+    assert _distance([zeros, zeros], [zeros, zeros + 2]) == 2.0
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("spelling", ["kohya", "peft"])
 @pytest.mark.parametrize("spec", ["plain", "ranks and alphas by target", "pissa", "dora"])
-def test_every_spelling_and_type_is_proven(
+def test_every_spelling_and_type_is_verified(
     pipeline: Any, tmp_path: Path, spelling: Any, dtype: torch.dtype, spec: str
 ) -> None:
     adapter = injected(pipeline, [*UNET_TARGETS, "text_encoder"], SPECS[spec])
