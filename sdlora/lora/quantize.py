@@ -1,7 +1,7 @@
-"""Frozen linear layers that are kept in 8 or 4 bits and turned back into numbers whenever they are used.
+"""Frozen linear layers whose weights are packed in 8 or 4 bits and unpacked for every use.
 
-A weight is never kept beside its codes, on the way back neither, so that memory falls by what the codes save.
-Shapes: i in, o out, n = i o numbers of a weight.
+A base model is packed when it is loaded, before injection. The unpacked weight is never kept, in the backward pass
+neither, so that memory falls by what packing saves. Shapes: i in, o out.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class Packed:
     """A weight in few bits.
 
     Attributes:
-        kind: "int8": each row's numbers as whole multiples, up to 127, of a step of its own. "nf4": every 64 numbers in
-            units of their largest, each as the nearest of 16 levels.
-        codes: (o, i) int8, or (o, i / 2) uint8, two to a byte.
-        scales: Steps (o, 1), or the largest of every 64 (o, i / 64); float32.
-        dtype: What it is turned back into.
+        kind: "int8" rounds each row to multiples, -127 to 127, of the row's own step. "nf4" divides each block of 64
+            elements by its largest and rounds to 16 levels.
+        codes: (o, i) int8, or (o, i / 2) uint8, two elements a byte.
+        scales: Steps (o, 1), or the largest element of each block (o, i / 64); float32.
+        dtype: Dtype of the unpacked weight.
 
     Source: Jacob et al. 1712.05877, section 2.1, without a zero point (int8); Dettmers et al. 2305.14314, section 3,
     without double quantization (NF4).
@@ -50,18 +50,18 @@ class Packed:
 
     @property
     def device(self) -> torch.device:
-        """Where it is."""
+        """The device of its codes."""
         return self.codes.device
 
     @classmethod
     def of(cls, weight: Tensor, kind: Quantization) -> Packed:
-        """The nearest packed weight.
+        """Pack a weight.
 
         Args:
             weight: (o, i); i is a multiple of 64 for "nf4".
-            kind: How it is kept.
+            kind: The format.
         """
-        smallest = torch.finfo(torch.float32).tiny  # nothing is divided by zero where there is nothing but zeros
+        smallest = torch.finfo(torch.float32).tiny  # so that a row of zeros is not divided by zero
         if kind == "int8":
             values = weight.detach().float()
             scales = (values.abs().amax(dim=1, keepdim=True) / _INT8_MAX).clamp(min=smallest)
@@ -76,23 +76,23 @@ class Packed:
         return cls(kind, codes, scales, weight.dtype)
 
     def dense(self) -> Tensor:
-        """The weight, (o, i), in a tensor of its own."""
+        """The unpacked weight, (o, i)."""
         if self.kind == "int8":
             return torch.mul(self.codes, self.scales, out=torch.empty_like(self.codes, dtype=self.dtype))
-        # Two numbers a byte, by a table of all bytes: nothing has to be unpacked.
+        # Both elements of a byte at once, from a table of all bytes.
         pairs = F.embedding(self.codes.int(), _nf4_pairs(self.codes.device))
         blocks = pairs.view(len(pairs), -1, _NF4_BLOCK)
         return torch.mul(blocks, self.scales.unsqueeze(2), out=torch.empty_like(blocks, dtype=self.dtype)).flatten(1)
 
 
 def stack(parts: Sequence[Packed]) -> Packed:
-    """Weights of one kind and width on top of each other."""
+    """Put weights of one kind and width on top of each other."""
     codes, scales = ([getattr(part, name) for part in parts] for name in ("codes", "scales"))
     return replace(parts[0], codes=torch.cat(codes), scales=torch.cat(scales))
 
 
 def unstack(whole: Packed, count: int) -> list[Packed]:
-    """So many weights of one height that lie on top of each other, as views."""
+    """Split a stack of `count` weights of the same height into views."""
     pairs = zip(whole.codes.chunk(count), whole.scales.chunk(count), strict=True)
     return [replace(whole, codes=codes, scales=scales) for codes, scales in pairs]
 
@@ -101,8 +101,8 @@ class QuantizedLinear(nn.Module):
     """A frozen linear layer whose weight is packed.
 
     Args:
-        linear: The layer that it stands for; its bias is kept as it is.
-        kind: How its weight is kept.
+        linear: The layer to replace; its bias is not packed.
+        kind: The format.
     """
 
     codes: Tensor
@@ -120,16 +120,16 @@ class QuantizedLinear(nn.Module):
 
     @property
     def packed(self) -> Packed:
-        """The weight as it is kept."""
+        """The packed weight."""
         return Packed(self.kind, self.codes, self.scales, self.dtype)
 
     @property
     def weight(self) -> Tensor:
-        """The weight, (o, i), made anew whenever it is asked for."""
+        """The weight, (o, i), unpacked on every access."""
         return self.packed.dense()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> QuantizedLinear:
-        """What moves a network, or turns it into another type, changes what a weight is turned back into alone."""
+        """Move codes and scales with the network; a change of dtype affects the unpacked weight alone."""
         scales = self.scales
         probe = fn(torch.empty(0, dtype=self.dtype, device=scales.device))
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -138,12 +138,12 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """W x + b, (..., i) to (..., o)."""
-        answer: Tensor = _Frozen.apply(x, self.packed, self.bias)  # type: ignore[no-untyped-call]
-        return answer
+        output: Tensor = _Frozen.apply(x, self.packed, self.bias)  # type: ignore[no-untyped-call]
+        return output
 
 
 class _Frozen(Function):
-    """W x + b that keeps the packed weight alone."""
+    """W x + b that keeps only the packed weight for the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, packed: Packed, bias: Tensor | None) -> Tensor:
@@ -156,11 +156,11 @@ class _Frozen(Function):
 
 
 def quantize_linears(unet: nn.Module, kind: Quantization) -> None:
-    """Pack the linear layers of a UNet's attention blocks, which are most of it; the others are left as they are.
+    """Pack the linear layers of a UNet's attention blocks, which have most of its parameters.
 
     Args:
-        unet: Changed in place; it has no adapter.
-        kind: How weights are kept; of "nf4" those that are no multiple of 64 wide are left as they are.
+        unet: Changed in place; it has no adapter yet.
+        kind: The format; "nf4" leaves layers whose width is not a multiple of 64 unpacked.
     """
     found = [
         (path, module)
@@ -174,19 +174,19 @@ def quantize_linears(unet: nn.Module, kind: Quantization) -> None:
 
 
 def frozen_weight(layer: nn.Module) -> Tensor | Packed:
-    """A layer's weight as it is kept; shape, type and device are told without making a packed one anew."""
+    """A layer's weight, packed or not; its shape, dtype and device are known without unpacking."""
     return layer.packed if isinstance(layer, QuantizedLinear) else layer.weight  # type: ignore[return-value]
 
 
 def num_weights(network: nn.Module) -> int:
-    """How many numbers a network has, packed ones included."""
+    """Number of parameters of a network, packed ones included."""
     packed = [m.in_features * m.out_features for m in network.modules() if isinstance(m, QuantizedLinear)]
     return sum(parameter.numel() for parameter in network.parameters()) + sum(packed)
 
 
 @cache
 def _nf4_levels() -> Tensor:
-    """The 16 levels, (16,) from -1 to 1: quantiles of the normal distribution, eight of them above zero."""
+    """The 16 levels of NF4, (16,) from -1 to 1: quantiles of the normal distribution, eight of them above zero."""
     exact: Any = {"dtype": torch.float64, "device": "cpu"}
     outermost = 1 - (1 / 32 + 1 / 30) / 2
     above, below = (torch.special.ndtri(torch.linspace(outermost, 0.5, count, **exact)[:-1]) for count in (9, 8))
@@ -196,6 +196,6 @@ def _nf4_levels() -> Tensor:
 
 @cache
 def _nf4_pairs(device: torch.device) -> Tensor:
-    """What the two halves of every byte stand for, (256, 2)."""
+    """The two levels of every byte, (256, 2)."""
     levels = _nf4_levels()
     return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).to(device)

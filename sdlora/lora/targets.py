@@ -1,6 +1,7 @@
-"""Which modules of a base an adapter may sit on, by the names that users know.
+"""Targets: the layers of a base model that get an adapter, by the names that users know.
 
-A path is a module's name in the UNet, or in a text encoder with "text_encoder." or "text_encoder_2." in front.
+`inject` takes the paths found here. A path is a module's name in the UNet, or in a text encoder behind "text_encoder."
+or "text_encoder_2.".
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from sdlora.errors import ConfigError
 from sdlora.lora.quantize import QuantizedLinear
 
 NETWORKS = ("unet", "text_encoder", "text_encoder_2")
-TEXT_ENCODER = "text_encoder"  # what the paths of all text encoders begin with, and none of a UNet
+TEXT_ENCODER = "text_encoder"  # prefix of all text encoders' paths, and of none in a UNet
 _ATTENTION = r"(to_q|to_k|to_v|to_out\.0)"
 TARGETS: dict[str, re.Pattern[str]] = {
     "cross_attention": re.compile(rf".*\.attn2\.{_ATTENTION}"),
@@ -27,17 +28,17 @@ TARGETS: dict[str, re.Pattern[str]] = {
 
 
 def target_of(path: str) -> str | None:
-    """The target's name that a module path belongs to, or None."""
+    """The name of the target that a module path belongs to, or None."""
     return next((name for name, pattern in TARGETS.items() if pattern.fullmatch(path)), None)
 
 
 def network_of(path: str) -> str:
-    """Which of `NETWORKS` a module path is in."""
+    """The network of a module path, one of `NETWORKS`."""
     return next((name for name in NETWORKS[1:] if path.startswith(f"{name}.")), "unet")
 
 
 def by_prefix(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> dict[str, nn.Module]:
-    """Networks by what their modules' paths begin with, nothing for the UNet."""
+    """Networks by the prefix of their modules' paths, "" for the UNet."""
     return {"": unet} | {f"{name}.": encoder for name, encoder in zip(NETWORKS[1:], text_encoders, strict=False)}
 
 
@@ -52,12 +53,12 @@ def adaptable(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> list[
 
 
 def find_targets(unet: nn.Module, names: Sequence[str], text_encoders: Sequence[nn.Module] = ()) -> list[str]:
-    """The paths of the layers that the named targets stand for, in the networks' order.
+    """The paths of all layers of the named targets, in the networks' order.
 
     Args:
-        unet: The network.
+        unet: The UNet.
         names: Names in `TARGETS`.
-        text_encoders: Where the target "text_encoder" is looked for.
+        text_encoders: The networks of the target "text_encoder".
 
     Raises:
         ConfigError: A name matches no layer of this base.
@@ -68,8 +69,8 @@ def find_targets(unet: nn.Module, names: Sequence[str], text_encoders: Sequence[
     if empty:
         present = [name for name in TARGETS if any(TARGETS[name].fullmatch(path) for path in layers)]
         raise ConfigError(
-            f"lora.targets: {', '.join(map(repr, empty))} matches no layer of this base. "
-            f"It has: {', '.join(present) or 'none of the known targets'}."
+            f"lora.targets: {', '.join(map(repr, empty))} matches no layer of this base model; "
+            f"its targets are: {', '.join(present) or 'none'}."
         )
     wanted = {path for paths in found.values() for path in paths}
     return [path for path in layers if path in wanted]

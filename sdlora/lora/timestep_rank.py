@@ -1,6 +1,6 @@
-"""How many ranks are used at each noise level (T-LoRA): all where there is little noise, few where there is much.
+"""Timestep-dependent ranks (T-LoRA): all ranks at low noise, fewer at high noise.
 
-Shapes: B batch, r rank.
+An `Adapter` masks its layers' ranks with it at every call of the UNet. Shapes: B batch, r rank, T timesteps.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from sdlora.errors import DataError
 
 @dataclass(frozen=True)
 class TimestepRank:
-    """The settings of timestep-dependent ranks.
+    """Settings of timestep-dependent ranks.
 
     Attributes:
-        rank_min: r_min, the ranks used at the highest noise, at least 1 and at most r.
-        alpha: How fast ranks fall away with noise, above 0; 1 is linear.
+        rank_min: r_min, the number of ranks at the highest noise, at least 1 and at most r.
+        alpha: Exponent of the fall of ranks with noise, above 0; 1 is linear.
     """
 
     rank_min: int
@@ -31,14 +31,14 @@ class TimestepRank:
 
 
 def timestep_rank_in(metadata: Mapping[str, str], file: str) -> TimestepRank | None:
-    """The setting that a LoRA file was trained with, or None for all ranks everywhere.
+    """The setting that a LoRA file was trained with, or None for all ranks at every timestep.
 
     Args:
         metadata: The file's metadata.
         file: Its name, for messages.
 
     Raises:
-        DataError: The metadata is not what sdlora writes.
+        DataError: The metadata is not as sdlora writes it.
     """
     written = [metadata.get(f"sdlora.timestep_rank_{key}") for key in ("min", "alpha")]
     if written == [None, None]:
@@ -49,14 +49,14 @@ def timestep_rank_in(metadata: Mapping[str, str], file: str) -> TimestepRank | N
         setting = TimestepRank(0, 0.0)
     if setting.rank_min < 1 or not 0 < setting.alpha < math.inf:
         raise DataError(
-            f"{file}: its timestep rank has the minimum {written[0]!r} and the alpha {written[1]!r} in the metadata; "
-            "a whole number from 1 and a number above 0 are allowed. Was the file changed? Export it anew."
+            f"{file}: the metadata has the timestep rank minimum {written[0]!r} and alpha {written[1]!r}; they must be "
+            "an integer of at least 1 and a number above 0. The file was changed after training; export it again."
         )
     return setting
 
 
 def active_ranks(timesteps: Tensor, rank: int, rank_min: int, alpha: float, num_timesteps: int = 1000) -> Tensor:
-    """How many ranks each sample uses: floor(((T - t) / T)^alpha (r - r_min)) + r_min.
+    """Number of ranks of each sample: floor(((T - t) / T)^alpha (r - r_min)) + r_min.
 
     Args:
         timesteps: t in [0, T - 1], (B,).
@@ -75,25 +75,25 @@ def active_ranks(timesteps: Tensor, rank: int, rank_min: int, alpha: float, num_
 
 
 def rank_mask(timesteps: Tensor, rank: int, setting: TimestepRank) -> Tensor:
-    """Ones for the ranks that each sample uses, the first ones, and zeros for the others, (B, r) float32."""
+    """The mask of each sample's first ranks that are in use, (B, r) float32 of ones and zeros."""
     active = active_ranks(timesteps, rank, setting.rank_min, setting.alpha)
     return (torch.arange(rank, device=timesteps.device) < active[:, None]).float()
 
 
-def watch_timesteps(unet: nn.Module, tell: Callable[[Tensor], None]) -> RemovableHandle:
-    """Tell of every forward pass's timesteps before it begins, whoever calls the UNet.
+def watch_timesteps(unet: nn.Module, callback: Callable[[Tensor], None]) -> RemovableHandle:
+    """Call back with the timesteps of every forward pass of a UNet before it begins.
 
     Args:
         unet: Called as unet(sample, timestep, ...), as in diffusers.
-        tell: Receives the timesteps of all samples, (B,), also where one timestep is given for all.
+        callback: Receives the timesteps of all samples, (B,), even if one timestep is given for all.
 
     Returns:
-        What takes this away again.
+        The handle that removes the callback.
     """
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample = args[0] if args else kwargs["sample"]
         timesteps = torch.as_tensor(args[1] if len(args) > 1 else kwargs["timestep"], device=sample.device)
-        tell(timesteps.reshape(-1).expand(len(sample)))
+        callback(timesteps.reshape(-1).expand(len(sample)))
 
     return unet.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)

@@ -96,9 +96,9 @@ def save_and_verify(pipeline: Any, family: Family, cell: Cell, file: Path) -> tu
     state = random_state(pipeline.unet, encoders, cell)
     metadata = LoraMetadata("hero", "base", _name(family), 64, None, 1, 1, 1.7e9, {})
     save_lora(file, state, metadata=metadata)
-    proof = verify_lora(file, state, pipeline)
+    verification = verify_lora(file, state, pipeline)
     pipeline.unload_lora_weights()
-    return proof, len(state)
+    return verification, len(state)
 
 
 def _name(family: Family) -> str:

@@ -11,7 +11,7 @@ from sdlora.diffusion.losses import huber_per_example, loss_weight, mean_per_exa
 from sdlora.pocket.architecture import build_scheduler
 
 
-def test_one_loss_per_example_in_float32() -> None:
+def test_mse_is_per_example_in_float32() -> None:
     target = torch.zeros(2, 4, 3, 3)
     predicted = torch.stack([torch.full((4, 3, 3), 0.5), torch.full((4, 3, 3), -2.0)]).bfloat16()
     losses = mse_per_example(predicted, target)
@@ -28,7 +28,7 @@ def test_huber_is_squared_below_delta_and_linear_above() -> None:
     torch.testing.assert_close(huber_per_example(predicted, target, delta=10.0), mse_per_example(predicted, target))
 
 
-def test_a_weighted_loss_is_a_mean_over_what_counts() -> None:
+def test_weighted_loss_is_a_weighted_mean() -> None:
     draw = torch.Generator().manual_seed(0)
     predicted, target = torch.randn(2, 2, 4, 3, 5, generator=draw).double()
     weights = torch.rand(2, 1, 3, 5, generator=draw).double()
@@ -60,7 +60,7 @@ FORMULAS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 
 @pytest.mark.parametrize("name", list(FORMULAS))
 @pytest.mark.parametrize("gamma", [None, 0.5, 3.0])
-def test_weights_are_the_papers(name: str, gamma: float | None) -> None:
+def test_weights_equal_the_papers_formulas(name: str, gamma: float | None) -> None:
     alphas_cumprod = build_scheduler().alphas_cumprod.double()
     snr = alphas_cumprod / (1 - alphas_cumprod)
     usual = {"p2": 1.0}.get(name, 5.0)
@@ -71,13 +71,13 @@ def test_weights_are_the_papers(name: str, gamma: float | None) -> None:
         torch.testing.assert_close(loss_weight(name, alphas_cumprod, "v_prediction", gamma), expected * snr / (snr + 1))
 
 
-def test_min_snr_for_v_is_the_papers_own() -> None:
+def test_min_snr_for_v_equals_the_papers_formula() -> None:
     snr = torch.tensor([0.1, 4.0, 50.0], dtype=torch.float64)
     expected = torch.tensor([0.1, 4.0, 5.0], dtype=torch.float64) / (snr + 1)
     torch.testing.assert_close(loss_weight("min_snr", snr / (1 + snr), "v_prediction"), expected)
 
 
-def test_known_values() -> None:
+def test_weights_have_known_values_on_the_schedule() -> None:
     alphas_cumprod = build_scheduler().alphas_cumprod.double()
     found = loss_weight("min_snr", alphas_cumprod, "epsilon")
     assert found.mean().item() == pytest.approx(0.917, abs=5e-4)
@@ -90,12 +90,12 @@ def test_known_values() -> None:
     )
 
 
-def test_pure_noise_has_finite_weights_for_v() -> None:
+def test_weights_of_pure_noise_are_finite_for_v() -> None:
     zero = torch.zeros(1)
     for name in FORMULAS:
         assert torch.isfinite(loss_weight(name, zero, "v_prediction")).all()
 
 
-def test_unknown_names_are_errors() -> None:
+def test_unknown_weighting_is_refused() -> None:
     with pytest.raises(KeyError):
         loss_weight("minsnr", torch.ones(1) / 2, "epsilon")

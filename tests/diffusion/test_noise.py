@@ -22,7 +22,7 @@ def drawn() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     return latents, noise, torch.tensor([0, 1, 147, 354, 800, 999])
 
 
-def test_forward_process_and_velocity_agree_with_diffusers(
+def test_forward_process_and_velocity_equal_diffusers(
     drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
     latents, noise, timesteps = drawn
@@ -39,7 +39,7 @@ def test_forward_process_and_velocity_agree_with_diffusers(
     )
 
 
-def test_the_schedule_is_that_of_stable_diffusion() -> None:
+def test_schedule_is_that_of_stable_diffusion() -> None:
     # SD's scaled-linear betas: SNR falls below 5 at t = 147, passes 1 near 354 and ends at .0047.
     alphas_cumprod = build_scheduler().alphas_cumprod.double()
     snr = alphas_cumprod / (1 - alphas_cumprod)
@@ -48,7 +48,7 @@ def test_the_schedule_is_that_of_stable_diffusion() -> None:
     assert snr[999].item() == pytest.approx(0.0047, abs=5e-5)
 
 
-def test_zero_terminal_snr_agrees_with_diffusers() -> None:
+def test_zero_terminal_snr_equals_diffusers() -> None:
     reference = DDPMScheduler.from_config(build_scheduler().config, rescale_betas_zero_snr=True)
     found = zero_terminal_snr(build_scheduler().alphas_cumprod.double())
     torch.testing.assert_close(found.float(), reference.alphas_cumprod, rtol=1e-4, atol=1e-6)
@@ -56,7 +56,7 @@ def test_zero_terminal_snr_agrees_with_diffusers() -> None:
     assert found[0] == pytest.approx(build_scheduler().alphas_cumprod[0].item())
 
 
-def test_latents_come_back_from_noise_and_velocity(drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
+def test_velocity_target_inverts_to_the_latents(drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     latents, noise, timesteps = drawn
     alphas_cumprod = build_scheduler().alphas_cumprod.double()[timesteps]
     noisy = add_noise(latents, noise, alphas_cumprod)
@@ -66,14 +66,14 @@ def test_latents_come_back_from_noise_and_velocity(drawn: tuple[torch.Tensor, to
     assert prediction_target("epsilon", latents, noise, alphas_cumprod) is noise
 
 
-def test_unknown_prediction_types_are_refused_by_name() -> None:
+def test_unknown_prediction_type_is_refused_by_name() -> None:
     assert check_prediction_type("v_prediction") == "v_prediction"
     with pytest.raises(BaseModelError, match="'sample'"):
         check_prediction_type("sample")
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
-def test_the_true_answer_amounts_to_the_clean_latents_and_any_to_what_diffusers_says(
+def test_predicted_latents_equal_diffusers(
     drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor], prediction_type: PredictionType
 ) -> None:
     latents, noise, timesteps = drawn
@@ -85,15 +85,15 @@ def test_the_true_answer_amounts_to_the_clean_latents_and_any_to_what_diffusers_
     right = prediction_target(prediction_type, latents, noise, alphas_cumprod)
     torch.testing.assert_close(predicted_latents(prediction_type, noisy, right, alphas_cumprod), latents)
     reference.set_timesteps(1000)
-    answer = noise.flip(0)
+    output = noise.flip(0)
     expected = [
-        reference.step(answer[i : i + 1], t, noisy[i : i + 1]).pred_original_sample for i, t in enumerate(timesteps)
+        reference.step(output[i : i + 1], t, noisy[i : i + 1]).pred_original_sample for i, t in enumerate(timesteps)
     ]
-    found = predicted_latents(prediction_type, noisy, answer, alphas_cumprod)
+    found = predicted_latents(prediction_type, noisy, output, alphas_cumprod)
     torch.testing.assert_close(found, torch.cat(expected), rtol=1e-5, atol=1e-5)
 
 
-def test_where_there_is_only_noise_v_still_tells_of_the_latents(
+def test_velocity_of_pure_noise_gives_the_latents(
     drawn: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
 ) -> None:
     _, noise, _ = drawn

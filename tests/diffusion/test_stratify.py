@@ -1,4 +1,4 @@
-"""Coverage as seen from outside: what every image and every step gets."""
+"""Coverage: the timesteps that every image and every step gets."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def places(draws: list[list[Draw]]) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("exposures", range(1, 51))
-def test_every_image_is_drawn_once_in_each_of_its_slices(exposures: int) -> None:
+def test_each_image_is_drawn_once_in_each_slice(exposures: int) -> None:
     steps = plan(7, exposures, 1, 3, buckets=2)
     slices: dict[str, list[int]] = {}
     for step, drawn in zip(steps, cover("image", steps, 5), strict=True):
@@ -37,13 +37,13 @@ def test_every_image_is_drawn_once_in_each_of_its_slices(exposures: int) -> None
 
 
 @pytest.mark.parametrize("coverage", ["none", "batch", "image"])
-def test_draws_are_a_function_of_seed_and_plan(coverage: str) -> None:
+def test_draws_depend_on_seed_and_schedule_alone(coverage: str) -> None:
     steps = plan(6, 2, 2, 4)
     assert cover(coverage, steps, 1) == cover(coverage, steps, 1) != cover(coverage, steps, 2)
 
 
 @pytest.mark.parametrize("coverage", ["none", "batch", "image"])
-def test_every_coverage_is_uniform(coverage: str) -> None:
+def test_draws_of_every_coverage_are_uniform(coverage: str) -> None:
     steps = plan(6, 2, 2, 4)
     drawn = torch.cat([torch.cat(places(cover(coverage, steps, seed))) for seed in range(400)])
     counts = torch.histc(drawn, bins=10, min=0, max=1)
@@ -52,7 +52,7 @@ def test_every_coverage_is_uniform(coverage: str) -> None:
     assert ((counts - expected) ** 2 / expected).sum() < 27.9
 
 
-def test_each_single_exposure_is_uniform_under_image_coverage() -> None:
+def test_single_exposure_is_uniform_under_image_coverage() -> None:
     steps = plan(5, 3, 1, 2)
     drawn = torch.stack([torch.cat(places(cover("image", steps, seed))) for seed in range(2000)])
     for exposure in range(drawn.shape[1]):
@@ -62,7 +62,7 @@ def test_each_single_exposure_is_uniform_under_image_coverage() -> None:
 
 
 @pytest.mark.parametrize("size", [2, 3, 4, 8])
-def test_batches_are_spread(size: int) -> None:
+def test_batch_coverage_spreads_each_step_evenly(size: int) -> None:
     steps = plan(24, 5, 2, size)
     for found in places(cover("batch", steps, 0)):
         gaps = found.sort().values - torch.arange(size, dtype=torch.float64) / size
@@ -77,7 +77,7 @@ def variance_of_step_means(coverage: str, size: int, exposures: int) -> float:
 
 
 @pytest.mark.parametrize("exposures", [5, 40])
-def test_image_coverage_steadies_the_loss_as_well_as_batch_coverage(exposures: int) -> None:
+def test_image_coverage_lowers_the_variance_like_batch_coverage(exposures: int) -> None:
     for size in (4, 8):
         chance, batch, image = (variance_of_step_means(c, size, exposures) for c in ("none", "batch", "image"))
         assert chance / batch > 2
@@ -86,7 +86,7 @@ def test_image_coverage_steadies_the_loss_as_well_as_batch_coverage(exposures: i
         assert exposures < 40 or image < batch
 
 
-def test_high_noise_is_never_missed() -> None:
+def test_image_coverage_never_misses_high_noise() -> None:
     # Drawn by chance, an image misses the upper fifth with probability .33 at five exposures.
     steps = plan(50, 5, 1, 4)
     for coverage in ("none", "image"):
@@ -98,6 +98,6 @@ def test_high_noise_is_never_missed() -> None:
         assert missed == 0 if coverage == "image" else 8 <= missed <= 26
 
 
-def test_unknown_names_are_errors() -> None:
+def test_unknown_coverage_is_refused() -> None:
     with pytest.raises(KeyError):
         cover("images", plan(2, 1, 1, 1), 0)

@@ -41,7 +41,7 @@ def integrated(density: Callable[[torch.Tensor], torch.Tensor], points: int = 40
 
 
 @pytest.mark.parametrize("name", list(DENSITIES))
-def test_probabilities_are_the_formulas(name: str) -> None:
+def test_probabilities_equal_the_formulas(name: str) -> None:
     found = torch.tensor(probabilities(Density(name)), dtype=torch.float64)
     assert found.sum().item() == pytest.approx(1)
     expected = integrated(DENSITIES[name])
@@ -49,20 +49,20 @@ def test_probabilities_are_the_formulas(name: str) -> None:
     torch.testing.assert_close(found[inner], expected[inner], rtol=2e-3, atol=1e-9)
 
 
-def test_mean_and_std_move_the_logit_normal() -> None:
+def test_logit_normal_follows_mean_and_std() -> None:
     found = torch.tensor(probabilities(Density("logit_normal", mean=0.7, std=0.5)), dtype=torch.float64)
     expected = integrated(lambda x: logit_normal(x, 0.7, 0.5))
     torch.testing.assert_close(found[5:995], expected[5:995], rtol=1e-4, atol=1e-12)
 
 
-def test_limits_cut_and_rescale() -> None:
+def test_limits_truncate_and_rescale() -> None:
     whole, cut = probabilities(Density("cubic_low")), probabilities(Density("cubic_low", minimum=100, maximum=299))
     inside = sum(whole[100:300])
     assert cut[100:300] == pytest.approx([p / inside for p in whole[100:300]])
     assert sum(cut[:100]) == sum(cut[300:]) == 0
 
 
-def test_high_noise_is_kept_in_part() -> None:
+def test_high_noise_keep_lowers_high_noise() -> None:
     found = probabilities(Density("uniform", high_noise_keep=0.25))
     assert found[800] / found[799] == pytest.approx(0.25)
     assert sum(found[800:]) == pytest.approx(0.05 / 0.85)
@@ -79,20 +79,20 @@ def test_draws_follow_the_probabilities(name: str) -> None:
 
 @pytest.mark.parametrize("num_slices", range(1, 51))
 @pytest.mark.parametrize("offset", [0.0, 0.3, 1 - 2**-53])
-def test_every_slice_has_timesteps_of_its_own(num_slices: int, offset: float) -> None:
+def test_slices_have_different_timesteps(num_slices: int, offset: float) -> None:
     density = Density("uniform")
     drawn = [density.timestep(Draw(i, num_slices, offset)) for i in range(num_slices)]
     assert [t * num_slices // 1000 for t in drawn] == list(range(num_slices))
 
 
-def test_the_edges_of_a_density_are_reached_and_not_passed() -> None:
+def test_draws_reach_the_limits_and_stay_inside() -> None:
     density = Density("uniform", minimum=10, maximum=13)
     assert [density.timestep(Draw(0, 1, offset)) for offset in (0.0, 0.26, 1 - 2**-53)] == [10, 11, 13]
     assert Density("speed", minimum=7, maximum=7).timestep(Draw(3, 5, 0.9)) == 7
     assert Density("uniform").timestep(Draw(0, 1, 1 - 2**-53)) == 999
 
 
-def test_what_cannot_be_drawn_is_refused() -> None:
+def test_empty_and_unknown_densities_are_refused() -> None:
     with pytest.raises(ConfigError, match="nothing between"):
         Density("logit_normal", mean=-10.0, std=0.01, minimum=900)
     with pytest.raises(KeyError):

@@ -1,4 +1,4 @@
-"""Adapters with weights that are not zero, and a network's answers to fixed inputs."""
+"""Adapters with weights that are not zero, and a network's outputs for fixed inputs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ UNET_TARGETS = [*LINEAR_TARGETS, "projection", "conv"]
 
 
 def small_unet(**changes: Any) -> Any:
-    """A UNet of random weights, with transformer blocks at its widest images only."""
+    """A UNet of random weights, with transformer blocks at its highest resolution only."""
     torch.manual_seed(0)
     shape: dict[str, Any] = {
         "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
@@ -28,27 +28,27 @@ def small_unet(**changes: Any) -> Any:
 def trained(unet: Any, rank: int = 4, alpha: float = 2.0) -> Adapter:
     """An adapter on every linear layer of the transformer blocks with weights that are not zero."""
     adapter = inject(unet, find_targets(unet, LINEAR_TARGETS), rank, alpha, seed=1)
-    move(adapter)
+    perturb(adapter)
     return adapter
 
 
 def injected(pipeline: Any, targets: list[str], spec: AdapterSpec, rank: int = 4, alpha: float = 2.0) -> Adapter:
-    """An adapter of any kind in a pipeline, with weights that are not where they started."""
+    """An adapter of any kind in a pipeline, with perturbed weights."""
     paths = find_targets(pipeline.unet, targets, [pipeline.text_encoder])
     adapter = inject(pipeline.unet, paths, rank, alpha, seed=1, spec=spec, text_encoders=[pipeline.text_encoder])
-    move(adapter)
+    perturb(adapter)
     return adapter
 
 
-def move(adapter: Adapter) -> None:
-    """Add random numbers to B, and to the magnitudes if there are any."""
+def perturb(adapter: Adapter) -> None:
+    """Add random numbers to B and to DoRA's magnitudes."""
     generator = torch.Generator().manual_seed(2)
     with torch.no_grad():
         for parameter in [*adapter.up_parameters(), *adapter.magnitude_parameters()]:
             parameter.add_(torch.randn(parameter.shape, generator=generator) * 0.2)
 
 
-def answers(unet: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+def outputs(unet: Any, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     generator = torch.Generator().manual_seed(4)
     latents = torch.randn(2, 4, 8, 8, generator=generator, dtype=torch.float64).to(dtype)
     text = torch.randn(2, 77, 16, generator=generator, dtype=torch.float64).to(dtype)

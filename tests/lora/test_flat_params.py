@@ -1,10 +1,10 @@
-"""Flat weights: the same numbers, laid end to end."""
+"""Flat parameters: the same values, laid end to end."""
 
 from __future__ import annotations
 
 import torch
 from diffusers import StableDiffusionPipeline
-from helpers.adapters import answers, injected
+from helpers.adapters import injected, outputs
 
 from sdlora.lora.flat_params import FlatWeights
 from sdlora.lora.inject import AdapterSpec
@@ -17,7 +17,7 @@ def make(pipeline: StableDiffusionPipeline, spec: AdapterSpec | None = None) -> 
     return FlatWeights(adapter, groups), adapter
 
 
-def test_values_stay_and_are_shared_both_ways(pipeline: StableDiffusionPipeline) -> None:
+def test_leaves_and_parameters_share_memory(pipeline: StableDiffusionPipeline) -> None:
     adapter = injected(pipeline, ["cross_attention", "self_attention", "text_encoder"], AdapterSpec())
     before = [p.detach().clone() for p in adapter.parameters()]
     flat = FlatWeights(adapter, [adapter.down_parameters(), adapter.up_parameters()])
@@ -36,20 +36,20 @@ def test_values_stay_and_are_shared_both_ways(pipeline: StableDiffusionPipeline)
     assert all(torch.equal(p, e) for p, e in zip(adapter.parameters(), expected, strict=True))
 
 
-def test_answers_are_the_same_with_gradients_and_the_base_is_untouched(pipeline: StableDiffusionPipeline) -> None:
+def test_outputs_inside_live_equal_those_outside(pipeline: StableDiffusionPipeline) -> None:
     flat, adapter = make(pipeline)
     with torch.no_grad():
-        before = answers(pipeline.unet)
+        before = outputs(pipeline.unet)
         with adapter.disabled():  # type: ignore[attr-defined]
-            base = answers(pipeline.unet)
+            base = outputs(pipeline.unet)
     with flat.live():
-        torch.testing.assert_close(answers(pipeline.unet), before, rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(outputs(pipeline.unet), before, rtol=1e-5, atol=1e-6)
         with adapter.disabled():  # type: ignore[attr-defined]
-            torch.testing.assert_close(answers(pipeline.unet), base, rtol=1e-5, atol=1e-6)
+            torch.testing.assert_close(outputs(pipeline.unet), base, rtol=1e-5, atol=1e-6)
     assert all(layer.live is None for layer in adapter.layers.values())  # type: ignore[attr-defined]
 
 
-def test_a_leaf_for_every_type_that_layers_compute_in(pipeline: StableDiffusionPipeline) -> None:
+def test_each_group_has_one_leaf_per_dtype(pipeline: StableDiffusionPipeline) -> None:
     pipeline.unet.to(torch.bfloat16)
     flat, _ = make(pipeline)
     assert [len(leaves) for leaves in flat.leaves] == [2, 2]

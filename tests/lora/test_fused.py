@@ -1,4 +1,4 @@
-"""The operation against the formula in float64, by torch's own derivatives."""
+"""The fused operation against the formula in float64, by torch's own derivatives."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tensors(num_layers: int, bias: bool) -> list[Tensor | None]:
 
 @pytest.mark.parametrize(("num_layers", "bias"), [(1, True), (1, False), (3, False), (3, True)])
 @pytest.mark.parametrize("scale", [1.0, 0.3])
-def test_answer_and_derivatives(num_layers: int, bias: bool, scale: float) -> None:
+def test_output_and_gradients_equal_the_formula(num_layers: int, bias: bool, scale: float) -> None:
     x, weight, b, downs, ups = tensors(num_layers, bias)
     assert x is not None and weight is not None and downs is not None and ups is not None
     found = fused_lora(x, weight, b, downs, ups, scale)
@@ -48,7 +48,7 @@ def test_answer_and_derivatives(num_layers: int, bias: bool, scale: float) -> No
     torch.testing.assert_close(torch.autograd.grad(traced, (x, downs, ups), given), expected)
 
 
-def test_no_gradient_for_an_input_that_needs_none_and_nothing_but_the_input_kept() -> None:
+def test_only_the_input_is_kept_and_a_frozen_input_gets_no_gradient() -> None:
     x, weight, _, downs, ups = tensors(3, False)
     assert x is not None and weight is not None and downs is not None and ups is not None
     frozen = x.detach()

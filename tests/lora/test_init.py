@@ -23,7 +23,7 @@ def test_pissa_is_the_best_approximation_of_rank_r(shape: tuple[int, ...]) -> No
 
 
 @pytest.mark.parametrize("shape", [(12, 20), (12, 4, 3, 3)])
-def test_orthogonal_is_the_last_triplets_of_a_random_matrix(shape: tuple[int, ...]) -> None:
+def test_orthogonal_takes_the_last_triplets_of_a_random_matrix(shape: tuple[int, ...]) -> None:
     down, up = initial_factors("orthogonal", torch.zeros(shape), 3, 1.0, generator=generator())
     rows, columns = shape[0], torch.zeros(shape).flatten(1).shape[1]
     matrix = torch.randn(rows, columns, generator=generator()).double() / 3
@@ -35,6 +35,6 @@ def test_orthogonal_is_the_last_triplets_of_a_random_matrix(shape: tuple[int, ..
     assert (across - torch.diag(across.diag())).abs().max() < 1e-4 * across.max()
 
 
-def test_a_rank_above_the_layers_own_is_an_error() -> None:
+def test_rank_above_the_layers_own_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"at most 4 .* found 5"):
         initial_factors("pissa", torch.zeros(4, 9), 5, 1.0, generator=generator())

@@ -2,14 +2,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, answers, injected, trained
+from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, injected, outputs, trained
 
 from sdlora.errors import ConfigError
 from sdlora.lora.inject import AdapterSpec, inject, inject_state
 from sdlora.lora.targets import find_targets, target_of
 
 
-def test_named_targets_are_the_layers_users_mean(unet: Any) -> None:
+def test_linear_targets_find_their_layers(unet: Any) -> None:
     cross = find_targets(unet, ["cross_attention"])
     assert len(cross) == 4 * 4  # four projections in one down, one mid and two up blocks
     assert all(".attn2." in path for path in cross)
@@ -29,7 +29,7 @@ def test_named_targets_are_the_layers_users_mean(unet: Any) -> None:
         ("text_encoder", 6, "text_encoder.encoder.layers.0.self_attn.q_proj"),
     ],
 )
-def test_other_targets(pipeline: Any, name: str, count: int, example: str) -> None:
+def test_other_targets_find_their_layers(pipeline: Any, name: str, count: int, example: str) -> None:
     paths = find_targets(pipeline.unet, [name], [pipeline.text_encoder])
     assert len(paths) == count
     assert example in paths
@@ -37,7 +37,7 @@ def test_other_targets(pipeline: Any, name: str, count: int, example: str) -> No
     assert {target_of(path) for path in paths} == {name}
 
 
-def test_ranks_and_alphas_by_target(pipeline: Any) -> None:
+def test_ranks_and_alphas_differ_by_target(pipeline: Any) -> None:
     spec = AdapterSpec(target_ranks={"mlp": 3}, target_alphas={"conv": 6.0}, rslora=True)
     adapter = injected(pipeline, [*UNET_TARGETS, "text_encoder"], spec, rank=4, alpha=2.0)
     for path, layer in adapter.layers.items():
@@ -46,7 +46,7 @@ def test_ranks_and_alphas_by_target(pipeline: Any) -> None:
         assert layer.scale == pytest.approx((6.0 if target_of(path) == "conv" else 2.0) / rank**0.5, rel=1e-6)
 
 
-def test_disabled_covers_the_text_encoder(pipeline: Any) -> None:
+def test_disabled_adapter_leaves_the_text_encoder_plain(pipeline: Any) -> None:
     tokens = torch.arange(77)[None]
     before = pipeline.text_encoder(tokens).last_hidden_state
     adapter = injected(pipeline, ["cross_attention", "text_encoder"], AdapterSpec())
@@ -59,60 +59,60 @@ def test_disabled_covers_the_text_encoder(pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize("spec", [AdapterSpec(init="pissa"), AdapterSpec(init="orthogonal"), AdapterSpec(dora=True)])
-def test_every_form_loads_back(pipeline: Any, spec: AdapterSpec) -> None:
+def test_state_of_every_kind_injects_back(pipeline: Any, spec: AdapterSpec) -> None:
     adapter = injected(pipeline, UNET_TARGETS, spec)
-    kept, expected = adapter.state(), answers(pipeline.unet)
+    kept, expected = adapter.state(), outputs(pipeline.unet)
     adapter.remove()
     inject_state(pipeline.unet, kept)
-    assert torch.equal(answers(pipeline.unet), expected)
+    assert torch.equal(outputs(pipeline.unet), expected)
 
 
-def test_dropping_ends_with_its_block(pipeline: Any) -> None:
+def test_dropout_ends_with_its_block(pipeline: Any) -> None:
     adapter = injected(pipeline, ["cross_attention"], AdapterSpec(dropout=0.5))
-    before = answers(pipeline.unet)
+    before = outputs(pipeline.unet)
     with pytest.raises(RuntimeError), adapter.dropping(0, [("a", 1), ("b", 1)]):
-        inside = answers(pipeline.unet)
+        inside = outputs(pipeline.unet)
         raise RuntimeError
     assert not torch.equal(inside, before)
-    assert torch.equal(answers(pipeline.unet), before)
+    assert torch.equal(outputs(pipeline.unet), before)
     with adapter.dropping(0, [("a", 1), ("b", 1)]):
-        assert torch.equal(answers(pipeline.unet), inside)
+        assert torch.equal(outputs(pipeline.unet), inside)
     with adapter.dropping(0, [("a", 2), ("b", 1)]):
-        again = answers(pipeline.unet)
+        again = outputs(pipeline.unet)
     assert not torch.equal(again[0], inside[0])
     torch.testing.assert_close(again[1], inside[1])
 
 
-def test_a_target_that_matches_nothing_is_an_error() -> None:
+def test_target_without_layers_is_refused() -> None:
     with pytest.raises(ConfigError, match="'mlp' matches no layer"):
         find_targets(torch.nn.Sequential(torch.nn.Linear(2, 2)), ["mlp"])
 
 
-def test_removing_puts_the_very_modules_back(unet: Any) -> None:
-    modules, before = dict(unet.named_modules()), answers(unet)
+def test_remove_restores_the_same_modules(unet: Any) -> None:
+    modules, before = dict(unet.named_modules()), outputs(unet)
     adapter = trained(unet)
-    assert not torch.equal(answers(unet), before)
+    assert not torch.equal(outputs(unet), before)
     adapter.remove()
     assert {name: id(module) for name, module in unet.named_modules()} == {n: id(m) for n, m in modules.items()}
-    assert torch.equal(answers(unet), before)
+    assert torch.equal(outputs(unet), before)
 
 
-def test_disabled_restores_what_it_found(unet: Any) -> None:
-    before = answers(unet)
+def test_disabled_restores_each_layers_state(unet: Any) -> None:
+    before = outputs(unet)
     adapter = trained(unet)
     first = next(iter(adapter.layers.values()))
     first.enabled = False
-    changed = answers(unet)
+    changed = outputs(unet)
     with pytest.raises(RuntimeError), adapter.disabled():
-        assert torch.equal(answers(unet), before)
+        assert torch.equal(outputs(unet), before)
         raise RuntimeError
-    assert torch.equal(answers(unet), changed)
+    assert torch.equal(outputs(unet), changed)
     assert not first.enabled
     adapter.set_strength(0.0)
-    assert torch.equal(answers(unet), before)
+    assert torch.equal(outputs(unet), before)
 
 
-def test_a_start_is_a_function_of_seed_and_path(unet: Any) -> None:
+def test_initial_weights_depend_on_seed_and_path_alone(unet: Any) -> None:
     paths = find_targets(unet, ["cross_attention"])
     starts = []
     for seed, chosen in ((0, paths), (0, paths[5:]), (1, paths)):
@@ -126,15 +126,15 @@ def test_a_start_is_a_function_of_seed_and_path(unet: Any) -> None:
 
 def test_state_is_a_copy_and_loads_back(unet: Any) -> None:
     adapter = trained(unet)
-    kept, expected = adapter.state(), answers(unet)
+    kept, expected = adapter.state(), outputs(unet)
     with torch.no_grad():
         for parameter in adapter.parameters():
             parameter.add_(1.0)
-    assert not torch.equal(answers(unet), expected)
+    assert not torch.equal(outputs(unet), expected)
     adapter.load(kept)
-    assert torch.equal(answers(unet), expected)
+    assert torch.equal(outputs(unet), expected)
     adapter.remove()
     inject_state(unet, kept)
-    assert torch.equal(answers(unet), expected)
+    assert torch.equal(outputs(unet), expected)
     with pytest.raises(ConfigError):
         adapter.load(dict(list(kept.items())[1:]))

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, answers, injected, move, trained
+from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, injected, outputs, perturb, trained
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
@@ -13,7 +13,7 @@ from sdlora.lora.layers import LoraLayer, LoraLinear, seeded_dropout
 from sdlora.lora.targets import find_targets
 
 
-def test_outputs_and_gradients_equal_pefts_in_float64(unet: Any) -> None:
+def test_linear_outputs_and_gradients_equal_peft_in_float64(unet: Any) -> None:
     reference = copy.deepcopy(unet).double()
     unet.double()
     adapter = trained(unet, rank=4, alpha=2.0)
@@ -27,7 +27,7 @@ def test_outputs_and_gradients_equal_pefts_in_float64(unet: Any) -> None:
         for path, layer in adapter.layers.items():
             theirs[path].lora_A["default"].weight.copy_(layer.down)
             theirs[path].lora_B["default"].weight.copy_(layer.up)
-    ours, other = answers(unet, torch.float64), answers(reference, torch.float64)
+    ours, other = outputs(unet, torch.float64), outputs(reference, torch.float64)
     assert (ours - other).abs().max() <= 1e-10 * other.abs().max()
     ours.pow(2).sum().backward()
     other.pow(2).sum().backward()
@@ -56,12 +56,12 @@ def in_peft(network: Any, layers: dict[str, LoraLayer], **options: Any) -> dict[
 
 
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True}, {"use_dora": True}])
-def test_every_target_of_the_unet_equals_pefts_in_float64(pipeline: Any, options: dict[str, bool]) -> None:
+def test_every_unet_target_equals_peft_in_float64(pipeline: Any, options: dict[str, bool]) -> None:
     reference, unet = copy.deepcopy(pipeline.unet).double(), pipeline.unet.double()
     spec = AdapterSpec(rslora="use_rslora" in options, dora="use_dora" in options)
     adapter = injected(pipeline, UNET_TARGETS, spec)
     theirs = in_peft(reference, adapter.layers, **options)
-    ours, other = answers(unet, torch.float64), answers(reference, torch.float64)
+    ours, other = outputs(unet, torch.float64), outputs(reference, torch.float64)
     assert (ours - other).abs().max() <= (1e-7 if spec.rslora else 1e-10) * other.abs().max()  # alpha is a float32
     ours.pow(2).sum().backward()
     other.pow(2).sum().backward()
@@ -76,7 +76,7 @@ def test_every_target_of_the_unet_equals_pefts_in_float64(pipeline: Any, options
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_the_text_encoder_equals_pefts_in_float64(pipeline: Any, dora: bool) -> None:
+def test_text_encoder_equals_peft_in_float64(pipeline: Any, dora: bool) -> None:
     text_encoder = pipeline.text_encoder.double()
     reference = copy.deepcopy(text_encoder)
     adapter = injected(pipeline, ["text_encoder"], AdapterSpec(dora=dora))
@@ -93,7 +93,7 @@ def test_the_text_encoder_equals_pefts_in_float64(pipeline: Any, dora: bool) -> 
         assert (layer.down.grad - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
-def test_a_pissa_start_is_pefts(pipeline: Any) -> None:
+def test_pissa_init_equals_peft(pipeline: Any) -> None:
     reference = copy.deepcopy(pipeline.unet)
     adapter = inject(
         pipeline.unet, find_targets(pipeline.unet, LINEAR_TARGETS), 4, 2.0, seed=1, spec=AdapterSpec(init="pissa")
@@ -106,12 +106,12 @@ def test_a_pissa_start_is_pefts(pipeline: Any) -> None:
             torch.testing.assert_close(
                 layer.up @ layer.down, theirs.lora_B["default"].weight @ theirs.lora_A["default"].weight
             )
-        move(adapter)
+        perturb(adapter)
         for path, layer in adapter.layers.items():
             theirs = reference.get_submodule(path)
             theirs.lora_A["default"].weight.copy_(layer.down)
             theirs.lora_B["default"].weight.copy_(layer.up)
-        torch.testing.assert_close(answers(pipeline.unet), answers(reference), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(outputs(pipeline.unet), outputs(reference), atol=1e-4, rtol=1e-4)
 
 
 STARTED = [AdapterSpec(init="orthogonal"), AdapterSpec(init="pissa"), AdapterSpec(dora=True), AdapterSpec(rslora=True)]
@@ -119,22 +119,22 @@ STARTED = [AdapterSpec(init="orthogonal"), AdapterSpec(init="pissa"), AdapterSpe
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("spec", STARTED)
-def test_every_form_starts_at_the_base_and_gives_it_back(pipeline: Any, spec: AdapterSpec, dtype: torch.dtype) -> None:
+def test_every_kind_starts_at_the_base_and_restores_it(pipeline: Any, spec: AdapterSpec, dtype: torch.dtype) -> None:
     unet = pipeline.unet.to(dtype)
     paths = find_targets(unet, UNET_TARGETS)
     with torch.no_grad():
-        before = answers(unet, dtype)
+        before = outputs(unet, dtype)
         adapter = inject(unet, paths, 4, 3.0, seed=0, spec=spec)
-        assert torch.equal(answers(unet, dtype), before)
-        move(adapter)
-        assert not torch.equal(answers(unet, dtype), before)
+        assert torch.equal(outputs(unet, dtype), before)
+        perturb(adapter)
+        assert not torch.equal(outputs(unet, dtype), before)
         with adapter.disabled():
-            assert torch.equal(answers(unet, dtype), before)
+            assert torch.equal(outputs(unet, dtype), before)
         adapter.remove()
-        assert torch.equal(answers(unet, dtype), before)
+        assert torch.equal(outputs(unet, dtype), before)
 
 
-def test_dropout_is_a_function_of_the_sample_alone() -> None:
+def test_dropout_depends_on_the_samples_seed_alone() -> None:
     layer = LoraLinear(nn.Linear(64, 5), 4, 4.0, generator=torch.Generator().manual_seed(0))
     layer.dropout = 0.25
     with torch.no_grad():
@@ -158,17 +158,17 @@ def test_dropout_is_a_function_of_the_sample_alone() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_step_zero_is_the_base_bit_for_bit(unet: Any, dtype: torch.dtype) -> None:
+def test_untrained_adapter_equals_the_base_bit_for_bit(unet: Any, dtype: torch.dtype) -> None:
     unet.to(dtype)
     with torch.no_grad():
-        before = answers(unet, dtype)
+        before = outputs(unet, dtype)
         adapter = inject(unet, find_targets(unet, LINEAR_TARGETS), 8, 8.0, seed=0)
-        after = answers(unet, dtype)
+        after = outputs(unet, dtype)
     assert torch.equal(before, after)
     assert all(parameter.dtype == torch.float32 for parameter in adapter.parameters())
 
 
-def test_only_the_adapter_learns(unet: Any) -> None:
+def test_only_adapter_parameters_require_gradients(unet: Any) -> None:
     adapter = trained(unet)
     learning = {id(p) for p in unet.parameters() if p.requires_grad}
     assert learning == {id(p) for p in adapter.parameters()}
@@ -181,7 +181,7 @@ def test_down_is_gaussian_with_deviation_one_over_r() -> None:
     assert not layer.up.any()
 
 
-def test_the_update_is_alpha_over_r_times_the_product() -> None:
+def test_update_is_alpha_over_r_times_the_product() -> None:
     layer = LoraLinear(nn.Linear(6, 5, bias=False), 2, 3.0, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         layer.up.normal_(generator=torch.Generator().manual_seed(1))

@@ -1,4 +1,4 @@
-"""Packed weights against their formulas, and layers made of them against torch's own on the same numbers."""
+"""Packed weights against their formulas, and packed layers against torch's own with the same weights."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import UNET_TARGETS, move, small_unet
+from helpers.adapters import UNET_TARGETS, perturb, small_unet
 from torch import Tensor, nn
 
 from sdlora.estimate.trace import counted, saved_for_backward
@@ -55,7 +55,7 @@ def test_nf4_is_the_nearest_of_16_levels_of_each_64(weight: Tensor) -> None:
     assert packed.codes.nbytes == weight.numel() // 2
 
 
-def test_nf4_is_that_of_bitsandbytes(weight: Tensor) -> None:
+def test_nf4_equals_bitsandbytes(weight: Tensor) -> None:
     library: Any = pytest.importorskip("bitsandbytes.functional")
     codes, state = library.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     packed = Packed.of(weight, "nf4")
@@ -65,7 +65,7 @@ def test_nf4_is_that_of_bitsandbytes(weight: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_weights_come_back_in_their_type(weight: Tensor, kind: Quantization, dtype: torch.dtype) -> None:
+def test_unpacked_weight_has_its_dtype(weight: Tensor, kind: Quantization, dtype: torch.dtype) -> None:
     exact = Packed.of(weight.to(dtype).float(), kind).dense()
     found = Packed.of(weight.to(dtype), kind).dense()
     assert found.dtype == dtype
@@ -73,9 +73,7 @@ def test_weights_come_back_in_their_type(weight: Tensor, kind: Quantization, dty
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_nothing_is_made_anew_to_put_an_adapter_in(
-    unet: Any, kind: Quantization, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_injection_unpacks_no_weight(unet: Any, kind: Quantization, monkeypatch: pytest.MonkeyPatch) -> None:
     packed, _ = both(unet, kind)
     monkeypatch.setattr(Packed, "dense", None)
     adapter = inject(packed, find_targets(packed, ["self_attention", "cross_attention"]), 4, 6.0, 0)
@@ -87,7 +85,7 @@ def test_nothing_is_made_anew_to_put_an_adapter_in(
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stacked_weights_are_stacked(weight: Tensor, kind: Quantization) -> None:
+def test_stack_of_weights_unstacks_to_the_same(weight: Tensor, kind: Quantization) -> None:
     parts = [Packed.of(weight, kind), Packed.of(weight.flip(0), kind)]
     whole = stack(parts)
     assert torch.equal(whole.dense(), torch.cat([part.dense() for part in parts]))
@@ -96,7 +94,7 @@ def test_stacked_weights_are_stacked(weight: Tensor, kind: Quantization) -> None
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_layer_is_torchs_and_keeps_no_weight(weight: Tensor, kind: Quantization) -> None:
+def test_layer_equals_torchs_and_keeps_no_unpacked_weight(weight: Tensor, kind: Quantization) -> None:
     layer = nn.Linear(128, 48).requires_grad_(False)
     layer.weight.copy_(weight)
     packed = QuantizedLinear(layer, kind)
@@ -104,18 +102,18 @@ def test_a_layer_is_torchs_and_keeps_no_weight(weight: Tensor, kind: Quantizatio
     x = torch.randn(3, 5, 128)
     own, other = x.clone().requires_grad_(), x.clone().requires_grad_()
     with saved_for_backward(packed) as kept, counted() as cost:
-        answer = packed(own)
+        output = packed(own)
     assert kept.held_bytes == 0
-    assert cost.held_bytes == answer.nbytes
+    assert cost.held_bytes == output.nbytes
     expected = layer(other)
-    assert torch.equal(answer, expected)
-    answer.sin().sum().backward()
+    assert torch.equal(output, expected)
+    output.sin().sum().backward()
     expected.sin().sum().backward()
     torch.testing.assert_close(own.grad, other.grad)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_another_type_is_that_of_the_weight_and_not_of_its_scales(weight: Tensor, kind: Quantization) -> None:
+def test_dtype_change_leaves_scales_in_float32(weight: Tensor, kind: Quantization) -> None:
     layer = nn.Linear(128, 48)
     layer.weight.data = weight
     packed = QuantizedLinear(layer, kind)
@@ -139,7 +137,7 @@ def unet() -> Any:
 
 
 def both(unet: Any, kind: Quantization) -> tuple[Any, Any]:
-    """The UNet with packed weights, and one of torch's own layers with the same numbers."""
+    """The UNet with packed weights, and one of torch's own layers with the same weights."""
     packed, plain = copy.deepcopy(unet), copy.deepcopy(unet)
     quantize_linears(packed, kind)
     for path, module in packed.named_modules():
@@ -152,7 +150,7 @@ def gradients(
     unet: Any, targets: list[str], spec: AdapterSpec | None, checkpointing: bool
 ) -> tuple[Adapter, list[Tensor]]:
     adapter = inject(unet, find_targets(unet, targets), 4, 6.0, 0, spec=spec)
-    move(adapter)
+    perturb(adapter)
     step = TrainingModel(
         unet, adapter, [Group(adapter.parameters(), 1.0)], optimizer="adamw", gradient_checkpointing=checkpointing
     )
@@ -175,7 +173,7 @@ def gradients(
         (["cross_attention", "self_attention"], AdapterSpec(init="pissa"), False),
     ],
 )
-def test_training_is_that_of_a_base_with_these_numbers(
+def test_training_equals_that_on_the_unpacked_base(
     unet: Any, kind: Quantization, targets: list[str], spec: AdapterSpec | None, checkpointing: bool
 ) -> None:
     packed, plain = both(unet, kind)
@@ -187,7 +185,7 @@ def test_training_is_that_of_a_base_with_these_numbers(
         assert ((own - other).norm() / other.norm()).item() <= 1e-5
 
 
-def test_a_base_serves_another_run_afterwards(unet: Any) -> None:
+def test_packed_base_serves_another_run_afterwards(unet: Any) -> None:
     packed, _ = both(unet, "int8")
     before = {name: value.clone() for name, value in packed.state_dict().items()}
     adapter, first = gradients(packed, ["self_attention", "cross_attention"], None, False)
@@ -200,7 +198,7 @@ def test_a_base_serves_another_run_afterwards(unet: Any) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_attention_blocks_alone_are_packed(unet: Any, kind: Quantization) -> None:
+def test_only_attention_blocks_are_packed(unet: Any, kind: Quantization) -> None:
     packed, plain = both(unet, kind)
     linear = {path: m for path, m in plain.named_modules() if isinstance(m, nn.Linear)}
     found = {path for path, module in packed.named_modules() if isinstance(module, QuantizedLinear)}

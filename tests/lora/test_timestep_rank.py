@@ -12,19 +12,19 @@ SETTING = TimestepRank(2, 1.5)
 
 
 @pytest.mark.parametrize(("rank", "lowest", "alpha"), [(8, 1, 1.0), (64, 32, 1.0), (16, 4, 0.5), (5, 5, 2.0)])
-def test_active_ranks_are_the_papers(rank: int, lowest: int, alpha: float) -> None:
+def test_active_ranks_equal_equation_5(rank: int, lowest: int, alpha: float) -> None:
     found = active_ranks(torch.arange(1000), rank, lowest, alpha)
     expected = [math.floor(((1000 - t) / 1000) ** alpha * (rank - lowest)) + lowest for t in range(1000)]
     assert found.tolist() == expected
     assert (found[0].item(), found[999].item()) == (rank, lowest)
 
 
-def test_the_mask_keeps_the_first_ranks() -> None:
+def test_mask_keeps_the_first_ranks() -> None:
     mask = rank_mask(torch.tensor([0, 500, 999]), 4, TimestepRank(1, 1.0))
     assert mask.tolist() == [[1, 1, 1, 1], [1, 1, 0, 0], [1, 0, 0, 0]]
 
 
-def answer(pipeline: Any, timesteps: list[int], samples: list[int]) -> torch.Tensor:
+def output(pipeline: Any, timesteps: list[int], samples: list[int]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     latents = torch.randn(3, 4, 8, 8, generator=generator)[samples]
     text = torch.randn(3, 77, 16, generator=generator)[samples]
@@ -35,45 +35,45 @@ def answer(pipeline: Any, timesteps: list[int], samples: list[int]) -> torch.Ten
 @torch.no_grad()
 @pytest.mark.parametrize("targets", [LINEAR_TARGETS, UNET_TARGETS])
 @pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
-def test_every_sample_of_a_batch_has_the_mask_of_its_own_timestep(pipeline: Any, targets: list[str], init: Any) -> None:
+def test_each_sample_has_the_mask_of_its_timestep(pipeline: Any, targets: list[str], init: Any) -> None:
     adapter = injected(pipeline, targets, AdapterSpec(timestep_rank=SETTING, init=init), rank=8)
-    together = answer(pipeline, [0, 480, 990], [0, 1, 2])
-    alone = torch.cat([answer(pipeline, [t], [i]) for i, t in enumerate([0, 480, 990])])
+    together = output(pipeline, [0, 480, 990], [0, 1, 2])
+    alone = torch.cat([output(pipeline, [t], [i]) for i, t in enumerate([0, 480, 990])])
     torch.testing.assert_close(together, alone, atol=1e-5, rtol=1e-5)
-    one_for_all = answer(pipeline, [480], [0, 1, 2])
+    one_for_all = output(pipeline, [480], [0, 1, 2])
     torch.testing.assert_close(one_for_all[1], together[1], atol=1e-5, rtol=1e-5)
     adapter.remove()
-    plain = answer(pipeline, [0, 480, 990], [0, 1, 2])
+    plain = output(pipeline, [0, 480, 990], [0, 1, 2])
     assert (together - plain).abs().flatten(1).amax(1).min() > 1e-3
 
 
 @torch.no_grad()
-def test_the_mask_is_the_same_as_cutting_ranks_off(pipeline: Any) -> None:
+def test_mask_equals_cutting_ranks_off(pipeline: Any) -> None:
     timestep = 480
     adapter = injected(pipeline, LINEAR_TARGETS, AdapterSpec(timestep_rank=SETTING), rank=8)
-    masked = answer(pipeline, [timestep], [0])
+    masked = output(pipeline, [timestep], [0])
     adapter.remove()
     adapter = injected(pipeline, LINEAR_TARGETS, AdapterSpec(), rank=8)
-    assert not torch.allclose(answer(pipeline, [timestep], [0]), masked, atol=1e-4)
+    assert not torch.allclose(output(pipeline, [timestep], [0]), masked, atol=1e-4)
     kept = math.floor(0.52**1.5 * 6) + 2
     for layer in adapter.layers.values():
         layer.up[:, kept:] = 0
-    torch.testing.assert_close(answer(pipeline, [timestep], [0]), masked, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(output(pipeline, [timestep], [0]), masked, atol=1e-5, rtol=1e-5)
 
 
 @torch.no_grad()
-def test_the_text_encoder_has_no_timestep_and_no_mask(pipeline: Any) -> None:
+def test_text_encoder_has_no_mask(pipeline: Any) -> None:
     adapter = injected(pipeline, ["text_encoder", "cross_attention"], AdapterSpec(timestep_rank=SETTING), rank=8)
     tokens = torch.arange(77)[None]
     before = pipeline.text_encoder(tokens).last_hidden_state
-    answer(pipeline, [990], [0])
+    output(pipeline, [990], [0])
     assert torch.equal(pipeline.text_encoder(tokens).last_hidden_state, before)
     adapter.remove()
 
 
 @torch.no_grad()
-def test_a_removed_adapter_no_longer_watches(pipeline: Any) -> None:
+def test_removed_adapter_no_longer_sets_masks(pipeline: Any) -> None:
     adapter = injected(pipeline, ["cross_attention"], AdapterSpec(timestep_rank=SETTING), rank=8)
     adapter.remove()
-    answer(pipeline, [990], [0])
+    output(pipeline, [990], [0])
     assert all(layer.rank_mask is None for layer in adapter.layers.values())

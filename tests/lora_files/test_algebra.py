@@ -32,13 +32,13 @@ def dense(state: LoraState, name: str) -> torch.Tensor:
     return columns * weights.alpha / down.shape[0]
 
 
-def test_one_lora_of_weight_1_comes_back_as_it_is() -> None:
+def test_merge_of_one_lora_with_weight_1_returns_it() -> None:
     state = made(1)
     assert merge([state], [1.0])[0] is state
 
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0), (0.7, -0.3), (0.0, 2.0)])
-def test_a_sum_is_exact_whatever_the_ranks_alphas_and_modules(weights: tuple[float, float]) -> None:
+def test_sum_is_exact_for_any_ranks_alphas_and_modules(weights: tuple[float, float]) -> None:
     one, other = made(1), made(2, rank=3, alpha=1.7, modules=("linear", "conv"))
     found, cost = merge([one, other], weights)
     assert cost.ranks == {}
@@ -49,7 +49,7 @@ def test_a_sum_is_exact_whatever_the_ranks_alphas_and_modules(weights: tuple[flo
     assert len({w.alpha for w in found.values()}) == 1
 
 
-def test_a_sum_cut_to_a_rank_is_the_nearest_and_says_what_it_costs() -> None:
+def test_sum_cut_to_a_rank_is_the_nearest_with_its_cost() -> None:
     one, other = made(1), made(2)
     found, cost = merge([one, other], [1.0, 0.5], rank=3)
     squared = {}
@@ -66,7 +66,7 @@ def test_a_sum_cut_to_a_rank_is_the_nearest_and_says_what_it_costs() -> None:
 
 
 @pytest.mark.parametrize("rank", [4, 64])
-def test_full_rank_is_the_same_update(rank: int) -> None:
+def test_resize_to_full_rank_keeps_the_update(rank: int) -> None:
     state = made(3)
     found, cost = resize(state, rank=rank)
     assert cost.kept_energy == 1.0
@@ -76,7 +76,7 @@ def test_full_rank_is_the_same_update(rank: int) -> None:
 
 
 @pytest.mark.parametrize("energy", [0.5, 0.9, 0.99, 1.0])
-def test_the_fewest_ranks_that_keep_an_energy(energy: float) -> None:
+def test_resize_by_energy_keeps_the_fewest_ranks(energy: float) -> None:
     state = made(4)
     found, cost = resize(state, energy=energy)
     for name in SHAPES:
@@ -90,21 +90,21 @@ def test_the_fewest_ranks_that_keep_an_energy(energy: float) -> None:
     assert len({w.alpha for w in found.values()}) == 1
 
 
-def test_an_update_of_zero_keeps_one_rank() -> None:
+def test_zero_update_keeps_one_rank() -> None:
     state = {"linear": LoraWeights(torch.ones(4, 10), torch.zeros(12, 4), 1.0)}
     found, cost = resize(state, energy=0.9)
     assert (found["linear"].down.shape[0], cost.kept_energy, cost.relative_error) == (1, 1.0, 0.0)
     assert not dense(found, "linear").any()
 
 
-def test_a_rank_above_a_matrix_s_own_is_cut_to_it() -> None:
+def test_rank_above_the_matrix_rank_is_lowered_to_it() -> None:
     found, cost = resize(made(5, rank=32), rank=64)
     assert cost.ranks == {"linear": 10, "conv": 8, "point": 7}
     for name in SHAPES:
         torch.testing.assert_close(dense(found, name), dense(made(5, rank=32), name), rtol=0, atol=3e-6)
 
 
-def test_differences_are_extracted_and_what_does_not_differ_is_left_out() -> None:
+def test_extract_finds_differences_and_skips_equal_modules() -> None:
     state = made(6)
     differences = {name: dense(state, name).float().reshape(SHAPES[name]) for name in SHAPES}
     found, cost = extract((differences | {"still": torch.zeros(3, 3)}).items(), 4)
@@ -119,7 +119,7 @@ def test_differences_are_extracted_and_what_does_not_differ_is_left_out() -> Non
         extract(differences.items(), 0)
 
 
-def test_what_has_no_sum_is_refused() -> None:
+def test_shape_mismatch_and_dora_are_refused() -> None:
     other = {"linear": LoraWeights(torch.ones(2, 11), torch.ones(12, 2), 1.0)}
     with pytest.raises(DataError, match="'linear'"):
         merge([made(1), other], [1.0, 1.0])
@@ -133,6 +133,6 @@ def test_what_has_no_sum_is_refused() -> None:
      ({"energy": 0.0}, "--energy .*found 0"), ({"energy": 1.5}, "--energy .*found 1.5"),
      ({"energy": float("nan")}, "--energy .*found nan")],
 )  # fmt: skip
-def test_a_measure_out_of_range_is_refused(arguments: dict[str, float], reason: str) -> None:
+def test_rank_or_energy_out_of_range_is_refused(arguments: dict[str, float], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         resize(made(1), **arguments)  # type: ignore[arg-type]

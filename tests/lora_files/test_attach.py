@@ -44,8 +44,8 @@ def fresh(base: Path) -> Any:
 
 
 @torch.no_grad()
-def answers(pipeline: Any) -> torch.Tensor:
-    """The UNet's and the text encoder's answers to fixed inputs, one after the other."""
+def outputs(pipeline: Any) -> torch.Tensor:
+    """The UNet's and the text encoder's outputs to fixed inputs, one after the other."""
     generator = torch.Generator().manual_seed(4)
     latents, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 77, 16, generator=generator)
     noise: torch.Tensor = pipeline.unet(latents, torch.tensor([10, 500, 950]), text, return_dict=False)[0]
@@ -60,7 +60,7 @@ def attached(pipeline: Any, file: Path) -> Adapter:
 def as_in_diffusers(file: Path, base: Path) -> torch.Tensor:
     pipeline = fresh(base)
     pipeline.load_lora_weights(file.parent, weight_name=file.name)
-    return answers(pipeline)
+    return outputs(pipeline)
 
 
 WRITERS: dict[str, Callable[[Path, Any], None]] = {
@@ -81,24 +81,22 @@ WRITERS: dict[str, Callable[[Path, Any], None]] = {
 
 
 @pytest.mark.parametrize("trainer", WRITERS)
-def test_the_base_answers_as_with_the_file_loaded_by_diffusers(
-    pipeline: Any, tiny_base: Path, tmp_path: Path, trainer: str
-) -> None:
+def test_attached_file_predicts_as_in_diffusers(pipeline: Any, tiny_base: Path, tmp_path: Path, trainer: str) -> None:
     file = tmp_path / "lora.safetensors"
     WRITERS[trainer](file, fresh(tiny_base))
-    plain = answers(pipeline)
+    plain = outputs(pipeline)
     adapter = attached(pipeline, file)
-    found, expected = answers(pipeline), as_in_diffusers(file, tiny_base)
+    found, expected = outputs(pipeline), as_in_diffusers(file, tiny_base)
     assert (expected - plain).abs().max() > 1e-2
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     with adapter.disabled():
-        torch.testing.assert_close(answers(pipeline), plain, atol=0, rtol=0)
-    assert torch.equal(answers(pipeline), found)
+        torch.testing.assert_close(outputs(pipeline), plain, atol=0, rtol=0)
+    assert torch.equal(outputs(pipeline), found)
     adapter.remove()
-    assert torch.equal(answers(pipeline), plain)
+    assert torch.equal(outputs(pipeline), plain)
 
 
-def test_every_rank_and_alpha_of_a_kohya_file_counts(pipeline: Any, tiny_base: Path, tmp_path: Path) -> None:
+def test_each_module_has_its_own_rank_and_alpha(pipeline: Any, tiny_base: Path, tmp_path: Path) -> None:
     """Against the definition, W + alpha / r B A: diffusers itself takes one alpha for all attention layers."""
     file = tmp_path / "lora.safetensors"
     kohya_trainer(file, pipeline, text=True, conv=True, dtype=torch.float32)
@@ -119,10 +117,10 @@ def test_every_rank_and_alpha_of_a_kohya_file_counts(pipeline: Any, tiny_base: P
                 module.weight.data += (float(tensors[f"{name}.alpha"]) / len(down) * update).float()
     adapter = attached(pipeline, file)
     assert len(adapter.layers) == len(tensors) // 3
-    torch.testing.assert_close(answers(pipeline), answers(merged), atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs(pipeline), outputs(merged), atol=1e-5, rtol=0)
 
 
-def test_magnitudes_count_whatever_shape_they_are_written_in(pipeline: Any, tiny_base: Path, tmp_path: Path) -> None:
+def test_magnitudes_are_read_in_any_shape(pipeline: Any, tiny_base: Path, tmp_path: Path) -> None:
     WRITERS["PEFT, DoRA, convolutions"](tmp_path / "lora.safetensors", fresh(tiny_base))
     file = read_file(tmp_path / "lora.safetensors")
     flat = {
@@ -132,50 +130,46 @@ def test_magnitudes_count_whatever_shape_they_are_written_in(pipeline: Any, tiny
     attach(pipeline.unet, file)
     other = fresh(tiny_base)
     attach(other.unet, replace(file, state=flat))
-    assert torch.equal(answers(other), answers(pipeline))
+    assert torch.equal(outputs(other), outputs(pipeline))
 
 
 @pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
-def test_sdlora_s_own_file_uses_its_ranks_by_noise_level(
-    pipeline: Any, tiny_base: Path, tmp_path: Path, init: Any
-) -> None:
+def test_own_file_uses_its_timestep_ranks(pipeline: Any, tiny_base: Path, tmp_path: Path, init: Any) -> None:
     file = tmp_path / "hero.safetensors"
     spec = AdapterSpec(timestep_rank=SETTING, init=init, target_ranks={"conv": 4})
     trained = injected(pipeline, [*UNET_TARGETS, "text_encoder"], spec, rank=8)
-    expected = answers(pipeline)
+    expected = outputs(pipeline)
     save_lora(file, trained.state(), metadata=replace(METADATA, timestep_rank=SETTING))
     unmasked = as_in_diffusers(file, tiny_base)
 
     other = fresh(tiny_base)
     adapter = attached(other, file)
-    found = answers(other)
+    found = outputs(other)
     assert (found - unmasked).abs().max() > 1e-3
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
     assert len(adapter.initial_factors()) == (0 if init == "gaussian" else 2 * len(adapter.layers))
     theirs = fresh(tiny_base)
     theirs.load_lora_weights(file)
     apply_timestep_rank(theirs, file)
-    torch.testing.assert_close(found, answers(theirs), atol=1e-5, rtol=0)
+    torch.testing.assert_close(found, outputs(theirs), atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("spec", [AdapterSpec(dora=True), AdapterSpec(init="orthogonal"), AdapterSpec(rslora=True)])
-def test_sdlora_s_own_file_is_the_adapter_that_was_trained(
-    pipeline: Any, tiny_base: Path, tmp_path: Path, spec: AdapterSpec
-) -> None:
+def test_own_file_equals_the_trained_adapter(pipeline: Any, tiny_base: Path, tmp_path: Path, spec: AdapterSpec) -> None:
     file = tmp_path / "hero.safetensors"
     trained = injected(pipeline, [*UNET_TARGETS, "text_encoder"], spec, rank=4)
     save_lora(file, trained.state(), metadata=METADATA)
     other = fresh(tiny_base)
     attached(other, file)
-    torch.testing.assert_close(answers(other), answers(pipeline), atol=1e-5, rtol=0)
-    torch.testing.assert_close(answers(other), as_in_diffusers(file, tiny_base), atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs(other), outputs(pipeline), atol=1e-5, rtol=0)
+    torch.testing.assert_close(outputs(other), as_in_diffusers(file, tiny_base), atol=1e-5, rtol=0)
 
 
-def test_a_lora_of_another_family_is_refused_and_the_base_left_alone(pipeline: Any, tmp_path: Path) -> None:
+def test_lora_of_another_family_is_refused_and_the_base_unchanged(pipeline: Any, tmp_path: Path) -> None:
     make_tiny_pipeline(tmp_path / "wide", text_width=32)
     kohya_trainer(tmp_path / "wide.safetensors", fresh(tmp_path / "wide"))
     file = read_file(tmp_path / "wide.safetensors")
-    plain = answers(pipeline)
+    plain = outputs(pipeline)
     with pytest.raises(DataError, match=r"wide\.safetensors.*attn2_to_k.*text of width 32"):
         attach(pipeline.unet, file)
     second = "lora_te2_text_model_encoder_layers_0_mlp_fc1"
@@ -185,7 +179,7 @@ def test_a_lora_of_another_family_is_refused_and_the_base_left_alone(pipeline: A
     kohya_trainer(tmp_path / "text.safetensors", pipeline, text=True)
     with pytest.raises(DataError, match=r"text\.safetensors.*'lora_te_text_model_encoder"):
         attach(pipeline.unet, read_file(tmp_path / "text.safetensors"))
-    assert torch.equal(answers(pipeline), plain)
+    assert torch.equal(outputs(pipeline), plain)
 
 
 def one_module(pipeline: Any, metadata: dict[str, str], *, rank: int = 3, alpha: float = 1.0) -> LoraFile:
@@ -207,14 +201,12 @@ def one_module(pipeline: Any, metadata: dict[str, str], *, rank: int = 3, alpha:
         ({"sdlora.frozen_start": "half"}, 1.0, "frozen, but it has 3"),
     ],
 )
-def test_what_a_file_does_not_tell_truly_is_an_error(
-    pipeline: Any, metadata: dict[str, str], alpha: float, reason: str
-) -> None:
+def test_inconsistent_metadata_is_refused(pipeline: Any, metadata: dict[str, str], alpha: float, reason: str) -> None:
     with pytest.raises(DataError, match=reason):
         attach(pipeline.unet, one_module(pipeline, metadata, alpha=alpha))
 
 
-def test_any_layer_may_be_adapted_but_only_once(pipeline: Any) -> None:
+def test_second_adapter_on_a_base_is_refused(pipeline: Any) -> None:
     file = one_module(pipeline, {})
     adapter = attach(pipeline.unet, file)
     assert list(adapter.layers) == ["time_embedding.linear_1"]

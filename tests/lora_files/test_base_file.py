@@ -1,4 +1,4 @@
-"""Merging into a checkpoint in one file and extracting from it, against what diffusers makes of the same."""
+"""Merging into a single-file checkpoint and extracting from it, against diffusers' own fusing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from helpers.adapters import UNET_TARGETS, move
+from helpers.adapters import UNET_TARGETS, perturb
 from helpers.command import call
 from helpers.ldm import Tensors, authors_layout, write_checkpoint
 from helpers.tiny import TINY, tiny_networks
@@ -49,8 +49,8 @@ def header_of(tensors: Tensors) -> Header:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_weight_at_true_shapes_has_its_place_and_no_other(family: Family) -> None:
-    """Counted against diffusers' networks, and against the layout's reverse, which the tests write down by hand."""
+def test_every_weight_at_true_shapes_has_exactly_one_place(family: Family) -> None:
+    """Counted against diffusers' networks, and against the reverse of the layout, written by hand in the tests."""
     unet, text = on_meta(ARCHITECTURES[family])
     networks = dict(zip(("unet", "text_encoder", "text_encoder_2"), (unet, *text), strict=False))
     with torch.device("meta"):
@@ -79,7 +79,7 @@ def test_every_weight_at_true_shapes_has_its_place_and_no_other(family: Family) 
 
 @pytest.fixture
 def checkpoint(tmp_path: Path, small: None) -> Any:
-    """Writes a family's checkpoint in one file."""
+    """Writes a family's single-file checkpoint."""
 
     def write(family: Family, dtype: torch.dtype = torch.float32, **more: torch.Tensor) -> Path:
         tensors = authors_layout(family, tiny_networks(family))
@@ -104,7 +104,7 @@ def lora_for(family: Family, pipeline: Any, file: Path) -> Path:
     unet, *text = networks_of(pipeline).values()
     targets = find_targets(unet, [*UNET_TARGETS, "text_encoder"], text)
     adapter = inject(unet, targets, 4, 2.0, seed=1, text_encoders=text)
-    move(adapter)
+    perturb(adapter)
     adapter.remove()
     save_lora(file, adapter.state(), metadata=LoraMetadata("hero", "base", SPEC[family], 64, None, 1, 1, 1.7e9, {}))
     return file
@@ -127,7 +127,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> str:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_merged_file_is_the_folder_with_the_lora_fused_by_diffusers(
+def test_merged_file_equals_diffusers_fuse_lora(
     family: Family, dtype: torch.dtype, checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, merged = checkpoint(family, dtype), tmp_path / "merged.safetensors"
@@ -161,7 +161,7 @@ def _copied(network: nn.Module) -> Tensors:
 
 
 def _check_file(base: Path, merged: Path, num_changed: int) -> None:
-    """Keys, their order, types, places and metadata are the base's own, and so is everything that no layer is."""
+    """Keys, their order, dtypes, places and metadata are the base's, and so are all tensors that are not layers."""
     length = 8 + int.from_bytes(base.read_bytes()[:8], "little")
     assert merged.read_bytes()[:length] == base.read_bytes()[:length]
     assert json.loads(merged.read_bytes()[8:length])["__metadata__"] == METADATA
@@ -174,7 +174,7 @@ def _check_file(base: Path, merged: Path, num_changed: int) -> None:
     assert all(before[key].dtype == after[key].dtype for key in before)
 
 
-def test_the_projection_of_the_pooled_text_lies_transposed(checkpoint: Any, tmp_path: Path) -> None:
+def test_transposed_text_projection_is_merged(checkpoint: Any, tmp_path: Path) -> None:
     base, merged = checkpoint("sdxl"), tmp_path / "merged.safetensors"
     generator = torch.Generator().manual_seed(0)
     names = ("text_projection", "text_model_encoder_layers_1_self_attn_k_proj")
@@ -194,7 +194,7 @@ def test_the_projection_of_the_pooled_text_lies_transposed(checkpoint: Any, tmp_
 
 
 @torch.no_grad()
-def answers(pipeline: Any) -> list[torch.Tensor]:
+def outputs(pipeline: Any) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(4)
     width = pipeline.unet.config.cross_attention_dim
     latents, text, pooled = (torch.randn(2, *shape, generator=generator) for shape in ((4, 8, 8), (77, width), (24,)))
@@ -206,24 +206,24 @@ def answers(pipeline: Any) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_what_was_merged_into_a_file_is_extracted(
+def test_extract_recovers_the_merged_lora(
     family: Family, checkpoint: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     base, merged, out = checkpoint(family), tmp_path / "merged.safetensors", tmp_path / "out.safetensors"
     pipelines = [own_pipeline(family, torch.float32) for _ in range(2)]
-    before = answers(pipelines[0])
+    before = outputs(pipelines[0])
     hero = lora_for(family, pipelines[0], tmp_path / "hero.safetensors")
     run(capsys, "merge", hero, "--into", base, "--output", merged)
     assert "Left out" not in run(capsys, "extract", merged, base, out, "--rank", "4")
     for pipeline, file in zip(pipelines, (hero, out), strict=True):
         pipeline.load_lora_weights(file.parent, weight_name=file.name)
-    for plain, one, other in zip(before, *(answers(pipeline) for pipeline in pipelines), strict=True):
+    for plain, one, other in zip(before, *(outputs(pipeline) for pipeline in pipelines), strict=True):
         assert (plain - one).abs().max() > 1e-2
         assert (one - other).abs().max() < 1e-3
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_file_and_its_folder_are_one_base(family: Family, checkpoint: Any, tmp_path: Path) -> None:
+def test_file_and_folder_of_one_base_compare(family: Family, checkpoint: Any, tmp_path: Path) -> None:
     base = checkpoint(family)
     pipeline = own_pipeline(family, torch.float32)
     *_, last = networks_of(pipeline).values()
@@ -242,7 +242,7 @@ def test_a_file_and_its_folder_are_one_base(family: Family, checkpoint: Any, tmp
     assert others == ["unet.conv_in.bias"]
 
 
-def test_what_cannot_be_done_is_refused_and_nothing_is_left(checkpoint: Any, tmp_path: Path) -> None:
+def test_refused_merge_leaves_no_file(checkpoint: Any, tmp_path: Path) -> None:
     base = checkpoint("sd1")
     out = tmp_path / "out.safetensors"
     name = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_k"

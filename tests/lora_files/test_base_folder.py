@@ -17,7 +17,7 @@ def theirs(pipeline: Any, tmp_path: Path) -> LoraState:
     return read_file(tmp_path / "theirs.safetensors").state
 
 
-def test_stable_diffusion_15_has_the_layers_that_kohya_trains() -> None:
+def test_stable_diffusion_1_has_the_layers_that_kohya_trains() -> None:
     found = layers_by_name(empty_networks(None))
     blocks = [name for name in found if name.startswith("lora_unet_") and "_attentions_" in name]
     text = [name for name in found if name.startswith("lora_te_text_model_encoder_layers_")]
@@ -27,7 +27,7 @@ def test_stable_diffusion_15_has_the_layers_that_kohya_trains() -> None:
     assert found["lora_unet_mid_block_attentions_0_proj_in"][1] == (1280, 1280, 1, 1)
 
 
-def test_modules_that_a_base_does_not_have_are_refused_by_name(theirs: LoraState, tiny_base: Path) -> None:
+def test_module_missing_in_the_base_is_refused_by_name(theirs: LoraState, tiny_base: Path) -> None:
     assert paths_for(theirs, tiny_base).keys() == theirs.keys()
     with pytest.raises(DataError, match=r"has the shape .*--base FOLDER"):
         paths_for(theirs, None)
@@ -37,7 +37,7 @@ def test_modules_that_a_base_does_not_have_are_refused_by_name(theirs: LoraState
         paths_for(theirs, tiny_base / "unet")
 
 
-def test_without_a_base_a_file_s_own_family_is_taken() -> None:
+def test_paths_without_a_base_are_those_of_the_files_family() -> None:
     inside = "attentions_0_transformer_blocks_0_attn2_to_k"
     for width, name, path in (
         (768, f"lora_unet_down_blocks_0_{inside}", "down_blocks.0"),

@@ -31,10 +31,10 @@ def networks() -> dict[Family, tuple[nn.Module, list[nn.Module]]]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_the_readers_know_every_layer_of_the_blocks(
+def test_reader_maps_hold_every_layer_of_the_blocks(
     family: Family, networks: dict[Family, tuple[nn.Module, list[nn.Module]]]
 ) -> None:
-    """The maps of the readers hold the network's own layers, no more and no less, under both names."""
+    """The maps of the readers contain exactly the network's layers, under both names."""
     own = {path for path in adaptable(networks[family][0]) if path.startswith(("down_", "mid_", "up_"))}
     known = unet_names(family)
     assert {path.replace(".", "_") for path in own} == set(known.values())
@@ -74,7 +74,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[Family, Any]:
 
 
 QUICK = [Cell(1, 0.5, True), Cell(8, 8.0, False), Cell(64, 32.0, True)]
-PROVEN: set[tuple[Family, Cell]] = set()
+VERIFIED: set[tuple[Family, Cell]] = set()
 LOADED = [pytest.param(cell, marks=[] if cell in QUICK else [pytest.mark.slow]) for cell in CELLS]
 
 
@@ -83,13 +83,13 @@ LOADED = [pytest.param(cell, marks=[] if cell in QUICK else [pytest.mark.slow]) 
 def test_diffusers_loads_every_cell_without_any_error(
     family: Family, cell: Cell, pipelines: dict[Family, Any], tmp_path: Path, figure: Figure
 ) -> None:
-    proof, num_modules = save_and_verify(pipelines[family], family, cell, tmp_path / "hero.safetensors")
-    assert proof.max_error == 0.0
-    assert proof.max_effect > 1e-4
-    assert proof.num_modules == num_modules
-    PROVEN.add((family, cell))
+    verification, num_modules = save_and_verify(pipelines[family], family, cell, tmp_path / "hero.safetensors")
+    assert verification.max_error == 0.0
+    assert verification.max_effect > 1e-4
+    assert verification.num_modules == num_modules
+    VERIFIED.add((family, cell))
     figure(
-        "Interoperation", f"{len(PROVEN)} of {len(FAMILIES) * len(set(CELLS))} different cells: greatest difference 0"
+        "Interoperation", f"{len(VERIFIED)} of {len(FAMILIES) * len(set(CELLS))} different cells: greatest difference 0"
     )
 
 
@@ -99,7 +99,7 @@ def test_a1111_misses_a_layer_of_sdxl_by_diffusers_blocks() -> None:
     assert missed == ["up_blocks_0_upsamplers_0_conv"]
 
 
-def test_all_targets_are_in_the_matrix() -> None:
+def test_matrix_covers_all_targets() -> None:
     assert {*UNET_TARGETS, "text_encoder"} == set(TARGETS)
     assert len(CELLS) == 18
     unet, text = on_meta(TINY["sdxl"])

@@ -40,7 +40,7 @@ def differ(tuned: Path, base: Path) -> tuple[dict[str, torch.Tensor], list[str]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_a_base_takes_a_lora_in_and_gives_it_back(
+def test_merged_lora_is_the_difference_of_the_bases(
     pipeline: Any, theirs: LoraState, tmp_path: Path, dtype: torch.dtype
 ) -> None:
     base, output = tmp_path / "base", tmp_path / "merged"
@@ -66,7 +66,7 @@ def test_a_base_takes_a_lora_in_and_gives_it_back(
         assert error < (1e-5 if dtype == torch.float32 else 0.02)
 
 
-def test_what_does_not_fit_leaves_nothing_behind(theirs: LoraState, tiny_base: Path, tmp_path: Path) -> None:
+def test_refused_merge_leaves_no_folder(theirs: LoraState, tiny_base: Path, tmp_path: Path) -> None:
     name = next(iter(theirs))
     cases: list[tuple[LoraState, str]] = [
         ({**theirs, "lora_unet_nowhere": theirs[name]}, "tiny: 1 of its .*'lora_unet_nowhere'"),
@@ -92,7 +92,7 @@ def test_what_does_not_fit_leaves_nothing_behind(theirs: LoraState, tiny_base: P
     assert not [path for path in tmp_path.iterdir() if "merged" in path.name]
 
 
-def test_what_no_lora_holds_is_named_and_other_bases_are_refused(tiny_base: Path, tmp_path: Path) -> None:
+def test_differences_name_other_weights_and_refuse_other_architectures(tiny_base: Path, tmp_path: Path) -> None:
     tuned = tmp_path / "tuned"
     shutil.copytree(tiny_base, tuned)
     tensors = load_file(tuned / UNET)
@@ -111,9 +111,7 @@ def test_what_no_lora_holds_is_named_and_other_bases_are_refused(tiny_base: Path
         differ(tuned, tiny_base)
 
 
-def test_every_variant_of_a_folder_takes_it_in_and_only_one_is_compared(
-    pipeline: Any, theirs: LoraState, tmp_path: Path
-) -> None:
+def test_merge_changes_every_variant_and_differences_need_one(pipeline: Any, theirs: LoraState, tmp_path: Path) -> None:
     base, output = tmp_path / "base", tmp_path / "merged"
     pipeline.save_pretrained(base)
     half = UNET.replace(".safetensors", ".fp16.safetensors")
@@ -127,7 +125,7 @@ def test_every_variant_of_a_folder_takes_it_in_and_only_one_is_compared(
         differ(base, output)
 
 
-def test_a_sum_that_the_type_cannot_hold_is_refused(pipeline: Any, theirs: LoraState, tmp_path: Path) -> None:
+def test_merge_overflow_is_refused(pipeline: Any, theirs: LoraState, tmp_path: Path) -> None:
     pipeline.to(torch.float16).save_pretrained(tmp_path / "base")
     large = {name: LoraWeights(w.down, w.up * 1e7, w.alpha) for name, w in theirs.items()}
     with pytest.raises(ExportError, match=r"float16.*--weights"):
@@ -135,14 +133,14 @@ def test_a_sum_that_the_type_cannot_hold_is_refused(pipeline: Any, theirs: LoraS
     assert not (tmp_path / "merged").exists()
 
 
-def test_a_type_too_coarse_for_a_sum_is_refused(theirs: LoraState, tiny_base: Path, tmp_path: Path) -> None:
+def test_merge_into_float8_is_refused(theirs: LoraState, tiny_base: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_base, tmp_path / "base")
     save_file({k: t.to(torch.float8_e4m3fn) for k, t in load_file(tiny_base / UNET).items()}, tmp_path / "base" / UNET)
     with pytest.raises(BaseModelError, match="F8_E4M3"):
         merge(tmp_path / "base", tmp_path / "merged", theirs)
 
 
-def test_a_hash_of_the_numbers_is_true_again(theirs: LoraState, tiny_base: Path, tmp_path: Path) -> None:
+def test_merge_updates_the_hash_of_the_tensors(theirs: LoraState, tiny_base: Path, tmp_path: Path) -> None:
     shutil.copytree(tiny_base, tmp_path / "base")
     metadata = {"modelspec.hash_sha256": "0x" + "0" * 64, "modelspec.title": "a base"}
     save_file(load_file(tiny_base / UNET), tmp_path / "base" / UNET, metadata=metadata)

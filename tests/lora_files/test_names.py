@@ -29,7 +29,7 @@ SPECS = [
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_what_is_written_is_the_same_update_with_one_alpha_per_network(pipeline: Any, spec: AdapterSpec) -> None:
+def test_portable_state_has_the_same_update_and_one_alpha_per_network(pipeline: Any, spec: AdapterSpec) -> None:
     state = injected(pipeline, [*UNET_TARGETS, "text_encoder"], spec).state()
     written = portable_state(state)
     for path, weights in state.items():
@@ -39,14 +39,14 @@ def test_what_is_written_is_the_same_update_with_one_alpha_per_network(pipeline:
         assert len({w.alpha for path, w in written.items() if path.startswith("text_encoder.") == text}) == 1
 
 
-def test_names_are_kohyas() -> None:
+def test_kohya_name_of_unet_and_text_encoder_paths() -> None:
     assert kohya_name("down_blocks.0.resnets.1.conv_shortcut") == "lora_unet_down_blocks_0_resnets_1_conv_shortcut"
     expected = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     assert kohya_name("text_encoder.encoder.layers.0.self_attn.q_proj") == expected
     assert kohya_name("text_encoder.text_model.encoder.layers.0.self_attn.q_proj") == expected
 
 
-def test_a_convolution_has_locons_shapes(pipeline: Any) -> None:
+def test_convolution_tensors_have_locon_shapes(pipeline: Any) -> None:
     tensors = to_kohya(injected(pipeline, ["conv"], AdapterSpec()).state())
     name = "lora_unet_down_blocks_0_downsamplers_0_conv"
     assert tensors[f"{name}.lora_down.weight"].shape == (4, 16, 3, 3)
@@ -57,7 +57,7 @@ def one_module() -> LoraState:
     return {"conv1": LoraWeights(torch.ones(2, 3), torch.ones(4, 2), 3.0, torch.ones(4))}
 
 
-def test_pefts_metadata_is_no_more_than_diffusers_takes() -> None:
+def test_peft_metadata_has_only_keys_that_diffusers_accepts() -> None:
     _, metadata = to_peft(one_module())
     assert json.loads(metadata) == {
         "unet.r": 2, "unet.lora_alpha": 3.0, "unet.target_modules": ["conv1"], "unet.use_dora": True,
@@ -65,7 +65,7 @@ def test_pefts_metadata_is_no_more_than_diffusers_takes() -> None:
     }  # fmt: skip
 
 
-def test_names_of_two_text_encoders_are_kept_apart() -> None:
+def test_two_text_encoders_have_different_names() -> None:
     first = kohya_name("text_encoder.encoder.layers.0.mlp.fc1", two_text_encoders=True)
     assert first == "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     assert kohya_name("text_encoder_2.text_model.encoder.layers.0.mlp.fc1") == first.replace("te1", "te2")

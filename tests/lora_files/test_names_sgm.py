@@ -12,7 +12,7 @@ SINGLE = {
 
 
 @pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
-def test_every_layer_is_found_under_its_other_name(family: Family) -> None:
+def test_every_layer_converts_between_both_names(family: Family) -> None:
     names = unet_names(family) | SINGLE
     assert {diffusers_name(f"lora_unet_{authors}") for authors in names} == {f"lora_unet_{n}" for n in names.values()}
     for authors, diffusers in names.items():
@@ -22,5 +22,5 @@ def test_every_layer_is_found_under_its_other_name(family: Family) -> None:
 
 
 @pytest.mark.parametrize("name", ["lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_unet_mid_block", "x"])
-def test_other_names_stay(name: str) -> None:
+def test_other_names_are_unchanged(name: str) -> None:
     assert diffusers_name(name) == authors_name(name) == name

@@ -23,7 +23,7 @@ def pipeline(tiny_base: Path) -> Any:
     return StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
 
 
-def answer(pipeline: Any, timesteps: list[int]) -> torch.Tensor:
+def output(pipeline: Any, timesteps: list[int]) -> torch.Tensor:
     generator = torch.Generator().manual_seed(3)
     latents, text = torch.randn(3, 4, 8, 8, generator=generator), torch.randn(3, 77, 16, generator=generator)
     with torch.no_grad():
@@ -32,12 +32,14 @@ def answer(pipeline: Any, timesteps: list[int]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("init", ["gaussian", "orthogonal"])
-def test_a_pipeline_answers_as_in_training(pipeline: Any, tiny_base: Path, tmp_path: Path, init: Any) -> None:
+def test_pipeline_with_timestep_rank_predicts_as_in_training(
+    pipeline: Any, tiny_base: Path, tmp_path: Path, init: Any
+) -> None:
     targets = [*UNET_TARGETS, "text_encoder"]
     spec = AdapterSpec(timestep_rank=SETTING, init=init, target_ranks={"conv": 4})
     adapter = injected(pipeline, targets, spec, rank=8)
     cases = [[0, 500, 999], [999, 20, 340], [700]]
-    expected = [answer(pipeline, case) for case in cases]
+    expected = [output(pipeline, case) for case in cases]
     prompt = {"num_inference_steps": 3, "output_type": "latent", "height": 32, "width": 32}
     drawn = pipeline("a red ball", generator=torch.Generator().manual_seed(0), **prompt).images
     file = tmp_path / "hero.safetensors"
@@ -45,16 +47,16 @@ def test_a_pipeline_answers_as_in_training(pipeline: Any, tiny_base: Path, tmp_p
 
     other = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
     other.load_lora_weights(file)
-    assert (answer(other, cases[0]) - expected[0]).abs().max() > 1e-3
+    assert (output(other, cases[0]) - expected[0]).abs().max() > 1e-3
     apply_timestep_rank(other, file)
     for case, wanted in zip(cases, expected, strict=True):
-        torch.testing.assert_close(answer(other, case), wanted, atol=2e-5, rtol=1e-5)
+        torch.testing.assert_close(output(other, case), wanted, atol=2e-5, rtol=1e-5)
     found = other("a red ball", generator=torch.Generator().manual_seed(0), **prompt).images
     torch.testing.assert_close(found, drawn, atol=1e-3, rtol=1e-3)
-    print(json.dumps({"init": init, "difference": float((answer(other, cases[0]) - expected[0]).abs().max())}))
+    print(json.dumps({"init": init, "difference": float((output(other, cases[0]) - expected[0]).abs().max())}))
 
 
-def test_what_cannot_be_applied_is_said(pipeline: Any, tmp_path: Path) -> None:
+def test_missing_or_plain_lora_is_refused(pipeline: Any, tmp_path: Path) -> None:
     adapter = injected(pipeline, ["cross_attention"], AdapterSpec(timestep_rank=SETTING), rank=4)
     adapter.remove()
     file, plain = tmp_path / "hero.safetensors", tmp_path / "plain.safetensors"

@@ -48,9 +48,7 @@ def test_kohya_to_peft_and_back_is_bitwise_equal(
     assert metadata_in(tmp_path / "back.safetensors").get(PEFT_METADATA) is None
 
 
-def test_alphas_and_ranks_of_every_module_reach_diffusers_under_pefts_names(
-    pipeline: Any, tiny_base: Path, tmp_path: Path
-) -> None:
+def test_ranks_and_alphas_under_peft_names_reach_diffusers(pipeline: Any, tiny_base: Path, tmp_path: Path) -> None:
     kohya_trainer(tmp_path / "kohya.safetensors", pipeline, text=True, conv=True)
     plain = read_file(tmp_path / "kohya.safetensors").state
     state = {
@@ -73,7 +71,7 @@ def test_alphas_and_ranks_of_every_module_reach_diffusers_under_pefts_names(
     "config", [{}, {"alpha_pattern": {"to_q": 3}}, {"use_rslora": True}, {"rank_pattern": {"to_k": 2, "q_proj": 3}}]
 )
 @pytest.mark.parametrize("old_names", [True, False])
-def test_a_diffusers_script_s_file_is_the_adapter_that_peft_had(
+def test_diffusers_script_file_equals_its_peft_adapter(
     pipeline: Any, tmp_path: Path, config: dict[str, Any], old_names: bool
 ) -> None:
     file = tmp_path / "script.safetensors"
@@ -93,7 +91,7 @@ def test_a_diffusers_script_s_file_is_the_adapter_that_peft_had(
         assert torch.equal(weights.up, layer.lora_B["default"].weight)
 
 
-def test_the_oldest_names_of_diffusers_are_the_same_modules() -> None:
+def test_oldest_diffusers_names_map_to_the_same_modules() -> None:
     block = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     down, up = torch.ones(2, 3), torch.ones(4, 2)
     tensors = {
@@ -111,7 +109,7 @@ def test_the_oldest_names_of_diffusers_are_the_same_modules() -> None:
     ]  # fmt: skip
 
 
-def test_two_text_encoders_are_kept_apart(tmp_path: Path) -> None:
+def test_two_text_encoders_read_and_write_back(tmp_path: Path) -> None:
     paths = [f"{network}.encoder.layers.0.mlp.fc1" for network in ("text_encoder", "text_encoder_2")]
     tensors, metadata = to_peft({path: LoraWeights(torch.ones(2, 3), torch.ones(4, 2), 2.0) for path in paths})
     state = parse_lora(tensors, {PEFT_METADATA: metadata}, name="xl").state
@@ -122,7 +120,7 @@ def test_two_text_encoders_are_kept_apart(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("width", "version"), [(768, "sd_v1"), (1024, "sd_v2"), (2048, "sdxl_base_v1-0")])
-def test_the_family_is_read_from_the_weights_and_written_for_programs(tmp_path: Path, width: int, version: str) -> None:
+def test_family_is_found_from_weights_and_written(tmp_path: Path, width: int, version: str) -> None:
     key = "unet.mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
     tensors = {f"{key}.lora_A.weight": torch.ones(2, width), f"{key}.lora_B.weight": torch.ones(4, 2)}
     save_file(tensors, tmp_path / "in.safetensors")
@@ -134,9 +132,7 @@ def test_the_family_is_read_from_the_weights_and_written_for_programs(tmp_path: 
 
 
 @pytest.mark.parametrize(("missing", "alpha"), [("rank", 4.0), ("2.5", 2.5)])
-def test_an_alpha_that_is_not_in_the_file_must_be_said(
-    pipeline: Any, tmp_path: Path, missing: str, alpha: float
-) -> None:
+def test_missing_alpha_must_be_given(pipeline: Any, tmp_path: Path, missing: str, alpha: float) -> None:
     diffusers_script(tmp_path / "peft.safetensors", pipeline, told=False)
     kohya_trainer(tmp_path / "kohya.safetensors", pipeline, alpha=None)
     for file in tmp_path.iterdir():
@@ -149,7 +145,7 @@ def test_an_alpha_that_is_not_in_the_file_must_be_said(
         assert (described["alphas"], described["update_norm"]) == ("not in the file", None)
 
 
-def test_what_stays_true_is_kept_and_hashes_are_computed_anew(pipeline: Any, tmp_path: Path) -> None:
+def test_metadata_is_kept_and_hashes_are_updated(pipeline: Any, tmp_path: Path) -> None:
     kohya_trainer(tmp_path / "in.safetensors", pipeline)
     file = read_file(tmp_path / "in.safetensors")
     write_file(tmp_path / "out.safetensors", file.state, metadata=file.metadata, dtype=file.dtype)
@@ -166,7 +162,7 @@ def test_what_stays_true_is_kept_and_hashes_are_computed_anew(pipeline: Any, tmp
     }  # fmt: skip
 
 
-def test_a_header_that_programs_refuse_is_not_written(tmp_path: Path) -> None:
+def test_converted_file_with_too_large_header_is_not_written(tmp_path: Path) -> None:
     state = {"lora_unet_x": LoraWeights(torch.ones(2, 3), torch.ones(4, 2), 2.0)}
     with pytest.raises(DataError, match="header"):
         write_file(tmp_path / "out.safetensors", state, metadata={"ss_x": "y" * (1 << 20)})
@@ -197,12 +193,14 @@ KOHYA = {"lora_unet_x.lora_down.weight": torch.ones(2, 3), "lora_unet_x.lora_up.
         (KOHYA | {"lora_unet_x.hada_w1_a": torch.ones(4, 1)}, {}, "hada_w1_a"),
     ],
 )  # fmt: skip
-def test_what_is_no_plain_lora_is_refused(tensors: dict[str, torch.Tensor], settings: Any, reason: str) -> None:
+def test_tensors_that_are_not_plain_lora_are_refused(
+    tensors: dict[str, torch.Tensor], settings: Any, reason: str
+) -> None:
     with pytest.raises(DataError, match=reason):
         parse_lora(tensors, {PEFT_METADATA: json.dumps(settings)} if settings else {}, name="odd")
 
 
-def test_other_number_types_are_refused(tmp_path: Path) -> None:
+def test_float64_is_refused(tmp_path: Path) -> None:
     save_file({key: tensor.double() for key, tensor in KOHYA.items()}, tmp_path / "double.safetensors")
     with pytest.raises(DataError, match="float64"):
         read_tensors(tmp_path / "double.safetensors")

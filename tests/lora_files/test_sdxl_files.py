@@ -1,4 +1,4 @@
-"""Files for Stable Diffusion XL, every form of ours and of other trainers, against what diffusers makes of them."""
+"""Files for Stable Diffusion XL, of sdlora and of other trainers, against diffusers' outputs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionXLPipeline
-from helpers.adapters import UNET_TARGETS, move
+from helpers.adapters import UNET_TARGETS, perturb
 from helpers.ldm import unet_layer
 from helpers.tiny import make_tiny
 from helpers.trainers import diffusers_script
@@ -44,7 +44,7 @@ def encoders(pipeline: Any) -> list[Any]:
 
 
 @torch.no_grad()
-def answers(pipeline: Any) -> list[torch.Tensor]:
+def outputs(pipeline: Any) -> list[torch.Tensor]:
     generator = torch.Generator().manual_seed(4)
     latents, text, pooled = (torch.randn(2, *shape, generator=generator) for shape in ((4, 8, 8), (77, 40), (24,)))
     more = {"text_embeds": pooled, "time_ids": torch.full((2, 6), 64.0)}
@@ -62,21 +62,21 @@ SPECS = [
 
 
 @pytest.mark.parametrize("spec", SPECS)
-def test_every_form_loads_without_any_error(pipeline: Any, tmp_path: Path, spec: AdapterSpec) -> None:
+def test_file_of_every_kind_loads_exactly(pipeline: Any, tmp_path: Path, spec: AdapterSpec) -> None:
     text = encoders(pipeline)
     targets = find_targets(pipeline.unet, [*UNET_TARGETS, "text_encoder"], text)
     adapter = inject(pipeline.unet, targets, 4, 2.0, seed=1, spec=spec, text_encoders=text)
-    move(adapter)
+    perturb(adapter)
     adapter.remove()
     save_lora(tmp_path / "hero.safetensors", adapter.state(), metadata=METADATA)
-    proof = verify_lora(tmp_path / "hero.safetensors", adapter.state(), pipeline, spec.timestep_rank)
-    assert proof.max_error == 0.0
-    assert proof.num_modules == len(targets)
+    verification = verify_lora(tmp_path / "hero.safetensors", adapter.state(), pipeline, spec.timestep_rank)
+    assert verification.max_error == 0.0
+    assert verification.num_modules == len(targets)
     assert describe_lora(tmp_path / "hero.safetensors")["dora"] == spec.dora
 
 
 def sd_scripts(file: Path, pipeline: Any) -> None:
-    """What sd-scripts leaves for Stable Diffusion XL: the UNet by its authors' blocks, two text encoders."""
+    """A file as sd-scripts writes it for Stable Diffusion XL: the UNet by its authors' blocks, two text encoders."""
     generator, tensors = torch.Generator().manual_seed(5), {}
     attentive = {0, 1}
     for prefix, network in (("lora_unet_", pipeline.unet), ("lora_te1_", pipeline.text_encoder),
@@ -99,7 +99,7 @@ def sd_scripts(file: Path, pipeline: Any) -> None:
 
 
 @pytest.mark.parametrize("trainer", ["sd-scripts", "diffusers"])
-def test_a_file_of_another_trainer_is_what_diffusers_makes_of_it(
+def test_file_of_another_trainer_predicts_as_in_diffusers(
     pipeline: Any, folder: Path, tmp_path: Path, trainer: str
 ) -> None:
     file = tmp_path / "theirs.safetensors"
@@ -107,19 +107,19 @@ def test_a_file_of_another_trainer_is_what_diffusers_makes_of_it(
         sd_scripts(file, StableDiffusionXLPipeline.from_pretrained(folder))
     else:
         diffusers_script(file, StableDiffusionXLPipeline.from_pretrained(folder), text=True)
-    before = answers(pipeline)
+    before = outputs(pipeline)
     adapter = attach(pipeline.unet, read_file(file), text_encoders=encoders(pipeline))
-    ours = answers(pipeline)
+    ours = outputs(pipeline)
     adapter.remove()
     pipeline.load_lora_weights(file.parent, weight_name=file.name)
-    theirs = answers(pipeline)
+    theirs = outputs(pipeline)
     for found, expected in zip(ours, theirs, strict=True):
         torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
     changed = [not torch.equal(*pair) for pair in zip(theirs, before, strict=True)]
     assert changed == [True, True, trainer == "sd-scripts"]
 
 
-def test_a_file_goes_to_peft_and_back(folder: Path, tmp_path: Path) -> None:
+def test_conversion_to_peft_and_back_is_exact(folder: Path, tmp_path: Path) -> None:
     sd_scripts(tmp_path / "theirs.safetensors", StableDiffusionXLPipeline.from_pretrained(folder))
     first, second, third = (tmp_path / f"{name}.safetensors" for name in ("theirs", "peft", "back"))
     for source, target, names in ((first, second, "peft"), (second, third, "kohya")):
@@ -134,5 +134,5 @@ def test_a_file_goes_to_peft_and_back(folder: Path, tmp_path: Path) -> None:
     pipelines = [StableDiffusionXLPipeline.from_pretrained(folder) for _ in range(2)]
     for pipeline, file in zip(pipelines, (first, second), strict=True):
         pipeline.load_lora_weights(file.parent, weight_name=file.name)
-    for one, other in zip(answers(pipelines[0]), answers(pipelines[1]), strict=True):
+    for one, other in zip(outputs(pipelines[0]), outputs(pipelines[1]), strict=True):
         torch.testing.assert_close(one, other, atol=1e-6, rtol=1e-6)

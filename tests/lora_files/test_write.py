@@ -35,14 +35,14 @@ def by_path(file: Path, paths: Iterable[str]) -> LoraState:
 
 @pytest.mark.parametrize("rank", [1, 8, 64])
 @pytest.mark.parametrize("alpha", ["one", "half", "rank"])
-def test_diffusers_loads_it_without_any_error(pipeline: Any, tmp_path: Path, rank: int, alpha: str) -> None:
+def test_diffusers_loads_any_rank_and_alpha_exactly(pipeline: Any, tmp_path: Path, rank: int, alpha: str) -> None:
     adapter = trained(pipeline.unet, rank, {"one": 1.0, "half": rank / 2, "rank": float(rank)}[alpha])
     adapter.remove()
     save_lora(tmp_path / "hero.safetensors", adapter.state(), metadata=METADATA)
-    proof = verify_lora(tmp_path / "hero.safetensors", adapter.state(), pipeline)
-    assert proof.max_error == 0.0
-    assert proof.max_effect > 1e-3
-    assert proof.num_modules == 40
+    verification = verify_lora(tmp_path / "hero.safetensors", adapter.state(), pipeline)
+    assert verification.max_error == 0.0
+    assert verification.max_effect > 1e-3
+    assert verification.num_modules == 40
 
 
 SPECS = {
@@ -62,7 +62,7 @@ SPECS = {
 
 @pytest.mark.parametrize("targets", [UNET_TARGETS, ["text_encoder"], [*UNET_TARGETS, "text_encoder"], ["projection"]])
 @pytest.mark.parametrize("name", list(SPECS))
-def test_every_form_on_every_target_loads_without_any_error(
+def test_diffusers_loads_every_kind_on_every_target_exactly(
     pipeline: Any, tmp_path: Path, name: str, targets: list[str]
 ) -> None:
     spec = SPECS[name]
@@ -70,14 +70,14 @@ def test_every_form_on_every_target_loads_without_any_error(
     adapter.remove()
     file, state = tmp_path / "hero.safetensors", adapter.state()
     save_lora(file, state, metadata=replace(METADATA, timestep_rank=spec.timestep_rank))
-    proof = verify_lora(file, state, pipeline, spec.timestep_rank)
-    assert proof.max_error == 0.0
-    assert proof.max_effect > 1e-3
-    assert proof.num_modules == len(state)
-    assert proof.max_rewriting_error < 1e-4 * max(1.0, proof.max_effect)
+    verification = verify_lora(file, state, pipeline, spec.timestep_rank)
+    assert verification.max_error == 0.0
+    assert verification.max_effect > 1e-3
+    assert verification.num_modules == len(state)
+    assert verification.max_rewriting_error < 1e-4 * max(1.0, verification.max_effect)
     rewritten = spec.init != "gaussian" or bool({*spec.target_alphas, "rslora with other ranks"} & {*targets, name})
-    assert rewritten or proof.max_rewriting_error == 0.0
-    assert (proof.rank_mask_difference is None) == (spec.timestep_rank is None)
+    assert rewritten or verification.max_rewriting_error == 0.0
+    assert (verification.rank_mask_difference is None) == (spec.timestep_rank is None)
     found = by_path(file, adapter.layers)
     for path, weights in portable_state(state).items():
         assert torch.equal(found[path].down, weights.down)
@@ -105,7 +105,7 @@ def spoil(path: Path, change: str) -> None:
 
 
 @pytest.mark.parametrize("change", ["no alpha", "one module less", "one number off"])
-def test_the_proof_fails_on_a_spoiled_file(pipeline: Any, state: LoraState, tmp_path: Path, change: str) -> None:
+def test_verification_fails_on_a_damaged_file(pipeline: Any, state: LoraState, tmp_path: Path, change: str) -> None:
     file = tmp_path / "hero.safetensors"
     save_lora(file, state, metadata=METADATA)
     spoil(file, change)
@@ -113,7 +113,7 @@ def test_the_proof_fails_on_a_spoiled_file(pipeline: Any, state: LoraState, tmp_
         verify_lora(file, state, pipeline)
 
 
-def test_metadata_is_what_other_programs_read_and_no_more(state: LoraState, tmp_path: Path) -> None:
+def test_metadata_has_what_other_programs_read_and_no_paths(state: LoraState, tmp_path: Path) -> None:
     file = tmp_path / "hero.safetensors"
     save_lora(file, state, metadata=METADATA)
     with safe_open(file, framework="pt") as opened:
@@ -132,7 +132,7 @@ def test_metadata_is_what_other_programs_read_and_no_more(state: LoraState, tmp_
     assert "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0_attn2_to_q.lora_down.weight" in keys
 
 
-def test_what_is_read_is_what_was_written(unet: Any, state: LoraState, tmp_path: Path) -> None:
+def test_read_returns_what_was_written(unet: Any, state: LoraState, tmp_path: Path) -> None:
     file = tmp_path / "hero.safetensors"
     save_lora(file, state, metadata=METADATA)
     found = by_path(file, [name for name, _ in unet.named_modules()])
@@ -145,7 +145,7 @@ def test_what_is_read_is_what_was_written(unet: Any, state: LoraState, tmp_path:
         by_path(file, ["conv_in"])
 
 
-def test_a_description_for_people(state: LoraState, tmp_path: Path) -> None:
+def test_description_counts_modules_and_norm(state: LoraState, tmp_path: Path) -> None:
     file = tmp_path / "hero.safetensors"
     save_lora(file, state, metadata=METADATA)
     found = describe_lora(file)
@@ -175,14 +175,14 @@ NAME = "lora_unet_x"
         ({f"{NAME}.lora_down.weight": torch.ones(2, 3, dtype=torch.int64)}, "finite"),
     ],
 )  # fmt: skip
-def test_tensors_that_are_no_lora_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], reason: str) -> None:
+def test_tensors_that_are_not_lora_are_refused(tmp_path: Path, tensors: dict[str, torch.Tensor], reason: str) -> None:
     file = tmp_path / "odd.safetensors"
     save_file(tensors, file)
     with pytest.raises(DataError, match=reason):
         read_file(file)
 
 
-def test_files_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
+def test_files_that_are_not_safetensors_are_refused(tmp_path: Path) -> None:
     for index, content in enumerate(
         [b"", b"PK\x03\x04" * 9, struct.pack("<Q", 1 << 62) + b"{}", struct.pack("<Q", 2) + b"{", b"\x80\x04pickle" * 3]
     ):
@@ -199,7 +199,7 @@ def test_files_that_are_no_safetensors_are_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("spec", [AdapterSpec(), AdapterSpec(dora=True), AdapterSpec(init="pissa")])
-def test_a_description_counts_what_was_trained(unet: Any, tmp_path: Path, spec: AdapterSpec) -> None:
+def test_description_counts_trained_parameters(unet: Any, tmp_path: Path, spec: AdapterSpec) -> None:
     adapter = inject(unet, find_targets(unet, ["cross_attention"]), 4, 2.0, seed=1, spec=spec)
     save_lora(tmp_path / "hero.safetensors", adapter.state(), metadata=METADATA)
     found = describe_lora(tmp_path / "hero.safetensors")
@@ -227,10 +227,10 @@ def test_every_spelling_and_type_is_verified(
     tensors = load_file(file)
     assert {t.dtype for key, t in tensors.items() if not key.endswith(".alpha")} == {dtype}
     assert describe_lora(file)["names"] == ("peft" if spec == "dora" else spelling)
-    proof = verify_lora(file, state, pipeline, dtype=dtype)
-    assert proof.max_error == 0.0
-    # Rounding moves the answers, and by little.
-    assert 0.0 < proof.max_rewriting_error < 0.05 * proof.max_effect
+    verification = verify_lora(file, state, pipeline, dtype=dtype)
+    assert verification.max_error == 0.0
+    # Rounding moves the outputs, and by little.
+    assert 0.0 < verification.max_rewriting_error < 0.05 * verification.max_effect
     reread = read_file(file).state
     for path, weights in portable_state(state).items():
         found = reread[kohya_name(path)]
@@ -238,7 +238,7 @@ def test_every_spelling_and_type_is_verified(
         assert found.alpha == weights.alpha
 
 
-def test_numbers_that_a_type_cannot_hold_are_refused(state: LoraState, tmp_path: Path) -> None:
+def test_float16_overflow_is_refused(state: LoraState, tmp_path: Path) -> None:
     path = next(iter(state))
     large = {**state, path: replace(state[path], up=state[path].up + 1e6)}
     with pytest.raises(ExportError, match=r"lora_up.weight.*float16"):
@@ -246,7 +246,7 @@ def test_numbers_that_a_type_cannot_hold_are_refused(state: LoraState, tmp_path:
     assert not list(tmp_path.iterdir())
 
 
-def test_peft_names_and_their_settings_are_peft_s_own(pipeline: Any, tmp_path: Path) -> None:
+def test_peft_names_and_settings_equal_pefts(pipeline: Any, tmp_path: Path) -> None:
     adapter = trained(pipeline.unet, 4, 2.0)
     adapter.remove()
     file = tmp_path / "hero.safetensors"
@@ -262,7 +262,7 @@ def test_peft_names_and_their_settings_are_peft_s_own(pipeline: Any, tmp_path: P
     assert all(found[key].shape == expected[key].shape for key in found)
 
 
-def test_what_is_added_to_the_header_moves_no_tensor(state: LoraState, tmp_path: Path) -> None:
+def test_added_metadata_moves_no_tensor(state: LoraState, tmp_path: Path) -> None:
     file = tmp_path / "hero.safetensors"
     save_lora(file, state, metadata=METADATA)
     content, before = file.read_bytes(), load_file(file)
@@ -282,7 +282,7 @@ def test_what_is_added_to_the_header_moves_no_tensor(state: LoraState, tmp_path:
     assert all(torch.equal(load_file(file)[key], before[key]) for key in before)
 
 
-def test_a_header_that_programs_refuse_is_not_written(state: LoraState, tmp_path: Path) -> None:
+def test_file_with_too_large_header_is_not_written(state: LoraState, tmp_path: Path) -> None:
     with pytest.raises(ExportError, match="1048576"):
         save_lora(tmp_path / "x.safetensors", state, metadata=replace(METADATA, private={"a": "x" * (1 << 20)}))
     assert not list(tmp_path.iterdir())

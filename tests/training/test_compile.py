@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention import BasicTransformerBlock
-from helpers.adapters import UNET_TARGETS, move, small_unet
+from helpers.adapters import UNET_TARGETS, perturb, small_unet
 from torch import nn
 from torch._dynamo.utils import counters
 
@@ -46,7 +46,7 @@ class Side:
     def __init__(self, unet: Any, targets: list[str], spec: AdapterSpec | None = None, **options: Any) -> None:
         self.unet = copy.deepcopy(unet)
         self.adapter: Adapter = inject(self.unet, find_targets(self.unet, targets), 4, 6.0, 0, spec=spec)
-        move(self.adapter)
+        perturb(self.adapter)
         settings = {"optimizer": "adamw", "gradient_checkpointing": False} | options
         groups = [Group(self.adapter.parameters(), 1.0)]
         self.step = TrainingModel(self.unet, self.adapter, groups, **settings)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers.adapters import UNET_TARGETS, move, small_unet
+from helpers.adapters import UNET_TARGETS, perturb, small_unet
 from helpers.peft_twin import peft_twin
 from torch import nn
 
@@ -26,7 +26,7 @@ def unet() -> Any:
 def adapted(unet: Any, targets: list[str], spec: AdapterSpec | None = None, moved: bool = True) -> Adapter:
     adapter = inject(unet, find_targets(unet, targets), 4, 6.0, 0, spec=spec)
     if moved:
-        move(adapter)
+        perturb(adapter)
     return adapter
 
 
