@@ -7,13 +7,13 @@ Shapes: i in, o out, r rank, k kernel; m is (o,) for a linear layer and (1, o, 1
 from __future__ import annotations
 
 from abc import abstractmethod
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sdlora.lora.layers import LoraConv2d, LoraLayer, LoraLinear
-from sdlora.lora.quantize import QuantizedLinear
 
 
 class DoraLayer(LoraLayer):
@@ -29,15 +29,8 @@ class DoraLayer(LoraLayer):
     Source: Liu et al. 2402.09353, equation 5; section 4.3 for the norm without a gradient.
     """
 
-    def __init__(
-        self,
-        base: nn.Linear | QuantizedLinear | nn.Conv2d,
-        rank: int,
-        alpha: float,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> None:
-        super().__init__(base, rank, alpha, generator=generator)
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.magnitude = nn.Parameter(self._norm().detach())
 
     @property
