@@ -1,4 +1,7 @@
-"""Configurations as files: read from TOML with overrides, checked whole, and written back with every default."""
+"""Configurations as files: read from TOML with overrides, validated as a whole, written with every default.
+
+All ways in (command line, batches, studio) and run folders go through here.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +27,7 @@ FREE_WHEN_RESUMING = {
     "cache.dir",
     "cache.max_text_gib",
     "file.licence",
-    # What is computed at once leaves the result as it is, and previews are looked at, not trained on.
+    # How a step is computed does not change its result, and nothing is trained on previews.
     "preview.enabled",
     "train.auto_batch",
     "train.checkpoint_every_steps",
@@ -32,39 +35,41 @@ FREE_WHEN_RESUMING = {
     "train.gradient_checkpointing",
     "train.log_every_steps",
 }
-"""Options that leave the result as it is, so that a run may go on with others."""
+"""Options that do not change the result, so that a run may resume with other values."""
 
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read a configuration and check all of it.
+    """Read and validate a configuration.
 
     Args:
-        source: A TOML file's path, or the name of a shipped configuration.
-        overrides: "section.key=value" each; the value is TOML, or a plain string where it is not.
+        source: A TOML file's path, or the name of a bundled configuration.
+        overrides: Of the form "section.key=value"; a value that is not TOML is taken as a string.
 
     Raises:
-        ConfigError: There is no such file, it is not TOML, or any setting is wrong; all faults are named at once.
+        ConfigError: The file does not exist or is not TOML, or options are invalid; all of them are reported at once.
     """
     document, name = read_config(source)
     return parse_config(document, name=name, overrides=overrides)
 
 
 def read_config(source: str) -> tuple[dict[str, Any], str]:
-    """A configuration as it is written, unchecked, and the name it has from its file.
+    """A configuration as written, not validated, and the name of its file without the suffix.
 
     Args:
-        source: A TOML file's path, or the name of a shipped configuration.
+        source: A TOML file's path, or the name of a bundled configuration.
 
     Raises:
-        ConfigError: There is no such file, or it is not TOML.
+        ConfigError: The file does not exist or is not TOML.
     """
     path = Path(source)
     if not path.is_file():
         shipped = shipped_config(source)
         if shipped is None:
             near = difflib.get_close_matches(source, shipped_configs(), n=1)
-            hint = f" Did you mean {near[0]!r}?" if near else f" Shipped ones: {', '.join(shipped_configs())}."
-            raise ConfigError(f"There is no configuration {source!r}.{hint}")
+            hint = (
+                f" Did you mean {near[0]!r}?" if near else f" Bundled configurations: {', '.join(shipped_configs())}."
+            )
+            raise ConfigError(f"No configuration file or bundled configuration {source!r}.{hint}")
         path = shipped
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -74,15 +79,15 @@ def read_config(source: str) -> tuple[dict[str, Any], str]:
 
 
 def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Check a configuration that was read already.
+    """Validate a configuration.
 
     Args:
         document: Nested tables.
-        name: The run's name where the document gives none.
+        name: The run's name if the document has none.
         overrides: As in `load_config`.
 
     Raises:
-        ConfigError: Any setting is wrong; all faults are named at once.
+        ConfigError: Options are invalid; all of them are reported at once.
     """
     changed = with_current_names(copy.deepcopy(dict(document)))
     for override in overrides:
@@ -90,19 +95,19 @@ def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[
     data = changed.get("data")
     faults = []
     if not isinstance(data, Mapping) or not (data.get("folder") or data.get("sets")):
-        faults.append("data.folder: not set; name the folder of your images.")
+        faults.append("data.folder: not set; give the folder with your images.")
     try:
         config = RunConfig.model_validate({"name": name, **changed})
-        faults += [f"{key}: {value!r} is no text in UTF-8." for key, value in options(config) if not _is_text(value)]
+        faults += [f"{key}: {value!r} is not valid UTF-8." for key, value in options(config) if not _is_utf8(value)]
     except ValidationError as error:
         faults = [_describe(dict(fault)) for fault in error.errors()] + faults
     if faults:
-        raise ConfigError("The configuration has faults:\n" + "\n".join(f"  {fault}" for fault in faults))
+        raise ConfigError("The configuration is invalid:\n" + "\n".join(f"  {fault}" for fault in faults))
     return config
 
 
-def _is_text(value: Any) -> bool:
-    """Whether a value can be written: what a command line hands over may hold bytes that are no characters."""
+def _is_utf8(value: Any) -> bool:
+    """Whether a value can be written to a file: command-line arguments may contain undecodable bytes."""
     try:
         str(value).encode("utf-8")
     except UnicodeEncodeError:
@@ -114,7 +119,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
     names = current_name(key.strip()).split(".")
     if not separator or not all(names):
-        raise ConfigError(f"--set {override!r} is not of the form section.key=value.")
+        raise ConfigError(f"--set {override!r}: expected section.key=value.")
     try:
         value: Any = tomllib.loads(f"value = {text}")["value"]
     except (tomllib.TOMLDecodeError, KeyError, RecursionError):
@@ -123,30 +128,30 @@ def _apply(document: dict[str, Any], override: str) -> None:
     for name in names[:-1]:
         table = table.setdefault(name, {})
         if not isinstance(table, dict):
-            raise ConfigError(f"--set {override!r}: {name!r} is a setting, not a section.")
+            raise ConfigError(f"--set {override!r}: {name!r} is an option, not a section.")
     table[names[-1]] = value
 
 
 def _describe(fault: dict[str, Any]) -> str:
-    """One fault in words: the key, the value found, what is allowed."""
+    """One validation error as a sentence: the option, the value found, what is allowed."""
     key = ".".join(str(part) for part in fault["loc"])
     found, limits = fault["input"], fault.get("ctx", {})
     if fault["type"] == "extra_forbidden":
         known = [f"data.sets.{name}" for name in SetOptions.model_fields] if "sets" in fault["loc"] else option_names()
         key = ".".join(str(part) for part in fault["loc"] if not isinstance(part, int))
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-        return f"{key}: there is no such setting." + (f" Did you mean {near[0]}?" if near else "")
+        return f"{key}: unknown option." + (f" Did you mean {near[0]}?" if near else "")
     if key == "train.epochs" and isinstance(found, int) and found > MAX_EPOCHS:
         return (
-            f"train.epochs: {found} is above {MAX_EPOCHS}. More passes teach a LoRA its images by heart: what it "
-            "draws are copies pasted from the training set, without life (copy-paste overfitting). Use 3 to 5, and if "
-            "it learns too little, add images, raise data.repeats a little, or raise train.learning_rate."
+            f"train.epochs: found {found}; the maximum is {MAX_EPOCHS}. With more epochs a LoRA memorises its training "
+            "images and reproduces them (copy-paste overfitting). Use 3 to 5 epochs; if the LoRA learns too little, "
+            "add images, or raise data.repeats or train.learning_rate."
         )
     if fault["type"] == "value_error":
         reason = f"{limits['error']}."
         if not key or reason.startswith(key):
             return reason
-        return f"{key}: {reason}" if isinstance(found, Mapping) else f"{key}: {found!r} is wrong: {reason}"
+        return f"{key}: {reason}" if isinstance(found, Mapping) else f"{key}: found {found!r}; {reason}"
     message = fault["msg"][0].lower() + fault["msg"][1:]
     return f"{key}: found {found!r}; {message}."
 
@@ -179,7 +184,7 @@ def options(config: RunConfig) -> Iterator[tuple[str, Any]]:
 
 
 def dump_toml(config: RunConfig) -> str:
-    """The complete configuration as TOML, each option with its description; reading it gives the same again."""
+    """The complete configuration as TOML with every option's description; it reads back as the same configuration."""
     lines: list[str] = []
     section = ""
     for name, value in options(config):

@@ -97,7 +97,7 @@ def test_faults_are_told(lora: Path, tmp_path: Path, asked: list[Any]) -> None:
     (tmp_path / "empty.txt").write_text("\n")
     assert "holds no prompt" in message("--prompts", str(tmp_path / "empty.txt"))
     assert "cannot be read" in message("--prompts", str(tmp_path / "none.txt"))
-    assert "there is no such setting" in message("--set", "preview.steps=3")
+    assert "preview.steps: unknown option" in message("--set", "preview.steps=3")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()
     assert "is there already" in message()

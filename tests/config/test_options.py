@@ -387,7 +387,7 @@ def test_checkpointing_trains_the_same_and_keeps_less(
 def test_compiled_blocks_learn_the_same(tmp_path: Path, outcome: Callable[..., str], scene: dict[str, str]) -> None:
     for other, said in {"lora.dropout=0.5": "lora.dropout = 0", "base.quantization=int8": "'none'"}.items():
         found = outcome("train.compile=true", other)
-        assert found.startswith("ConfigError") and "train.compile goes with" in found and said in found
+        assert found.startswith("ConfigError") and "train.compile requires" in found and said in found
     files = []
     # Traced as by the real compiler, which takes a minute; `tests/run/test_run.py` has a run with that.
     torch.compiler.set_default_backend("aot_eager")
