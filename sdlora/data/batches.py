@@ -1,4 +1,7 @@
-"""Which images meet in which batch: the order of exposures as a function of (seed, epoch)."""
+"""The order of exposures and the batches of an epoch, as a function of (seed, epoch).
+
+The schedule of a run in `training` is made of these batches.
+"""
 
 from __future__ import annotations
 
@@ -14,26 +17,26 @@ class Exposure:
 
     Attributes:
         example: Index of the image.
-        exposure: The how-manieth look at it in the whole run, from 1.
+        number: Counts the exposures of this image over the whole run, from 1.
     """
 
     example: int
-    exposure: int
+    number: int
 
 
 def epoch_batches(
     buckets: Sequence[Hashable], repeats: int | Sequence[int], batch_size: int, epoch: int, seed: int
 ) -> list[tuple[Exposure, ...]]:
-    """The batches of an epoch.
+    """The batches of an epoch, in which every image has exactly as many exposures as its repeats.
 
-    Every image is visited exactly as often as its repeats say. A batch holds one bucket; all exposures of a round come
-    before those of the next, so that an image meets itself in a batch only at the seam of two rounds. There are as
-    many rounds as the most repeated image has exposures; those of the others are spread evenly over them.
+    All images of a batch are in one bucket. Exposures come in rounds, as many as the most repeated image has
+    exposures; those of the other images are spread evenly over the rounds. A round ends before the next begins, so an
+    image can be in a batch twice only where two rounds meet.
 
     Args:
-        buckets: Each image's bucket, by index.
-        repeats: Exposures of each image per epoch: one number for all, or one for each.
-        batch_size: Images in a batch; what is left over makes a smaller one.
+        buckets: Bucket of each image, by index.
+        repeats: Exposures of each image per epoch: one number for all images, or one for each.
+        batch_size: Images in a batch; the last batch of a bucket may be smaller.
         epoch: From 1.
         seed: The run's seed.
 
@@ -42,7 +45,7 @@ def epoch_batches(
     """
     each = [repeats] * len(buckets) if isinstance(repeats, int) else list(repeats)
     num_rounds = max(each, default=0)
-    # Images of few repeats begin in different rounds, or all of them would crowd into the same ones.
+    # Images with few repeats start in different rounds, or they would all fall into the same ones.
     starts = [seeds.derive(seed, "first round", epoch, index) % num_rounds for index in range(len(each))]
 
     def exposures_before(index: int, round_: int) -> int:

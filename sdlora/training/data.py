@@ -50,7 +50,7 @@ class TrainingData:
     def captions(self, exposures: Iterable[Exposure]) -> list[str]:
         """The distinct captions of exposures."""
         kinds = [self.caption] if self.prior_caption is None else [self.caption, self.prior_caption]
-        asked = sorted((exposure.example, exposure.exposure) for exposure in exposures)
+        asked = sorted((exposure.example, exposure.number) for exposure in exposures)
         return list(dict.fromkeys(caption(*exposure) for caption in kinds for exposure in asked))
 
     def identities(self) -> dict[str, str]:

@@ -114,13 +114,13 @@ class ExposureLoss:
     def batch(self, exposures: Sequence[Exposure], timesteps: Sequence[int]) -> Batch:
         """The tensors of exposures, on the CPU."""
         latents, noise = self.latents_and_noise(exposures)
-        text = self.data.text([(exposure.example, exposure.exposure) for exposure in exposures])
+        text = self.data.text([(exposure.example, exposure.number) for exposure in exposures])
         return Batch(latents, noise, torch.tensor(list(timesteps)), text, self._mask_weights(exposures, latents))
 
     def latents_and_noise(self, exposures: Sequence[Exposure]) -> tuple[Tensor, Tensor]:
         """Latents drawn from the VAE's posterior, and the noise that is added to them, each (B, C, h, w)."""
         moments = self.data.moments(exposure.example for exposure in exposures)
-        names = [(self.data.name(exposure.example), exposure.exposure) for exposure in exposures]
+        names = [(self.data.name(exposure.example), exposure.number) for exposure in exposures]
         num_channels, height, width = moments.shape[1] // 2, *moments.shape[2:]
 
         def draw(purpose: str, *shape: int) -> Tensor:

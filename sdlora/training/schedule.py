@@ -73,7 +73,7 @@ def with_timesteps(
 ) -> ExposureSchedule:
     """Draw the timestep of every exposure, which completes a schedule."""
     steps = [[exposure for batch in step for exposure in batch] for epoch in epochs for step in epoch]
-    named = [[(dataset.examples[exposure.example].name, exposure.exposure) for exposure in step] for step in steps]
+    named = [[(dataset.examples[exposure.example].name, exposure.number) for exposure in step] for step in steps]
     draws = cover(settings.coverage, named, seed)
     timesteps = {
         exposure: settings.density.timestep(draw)

@@ -183,7 +183,7 @@ class TrainStep:
         own = self.processes.share(exposures)
         if not own:
             return torch.zeros(len(exposures), device=self.base.device)
-        named = [(term.loss.data.name(exposure.example), exposure.exposure) for exposure in own]
+        named = [(term.loss.data.name(exposure.example), exposure.number) for exposure in own]
         # The backward pass is inside as well, because checkpointing computes blocks again there.
         with self.adapter.dropping(self.settings.seed, named), self.model.forward_backward():
             loss, objective = term.loss(own, [term.schedule.timesteps[exposure] for exposure in own])

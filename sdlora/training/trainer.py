@@ -231,7 +231,7 @@ class Trainer:
                 loss=sum(losses) / len(losses),
                 lr=result.learning_rate,
                 examples=[self.data.name(exposure.example) for exposure in exposures],
-                exposures=[exposure.exposure for exposure in exposures],
+                exposures=[exposure.number for exposure in exposures],
                 timesteps=timesteps,
                 losses=losses,
                 seconds=seconds,

@@ -121,7 +121,7 @@ def meetings(coverage: str, batch_size: int, num_seeds: int = 20) -> Tensor:
     for seed in range(num_seeds):
         epochs = (epoch_batches([0] * NUM_TRAINING, PLAN_REPEATS, batch_size, e, seed) for e in range(1, 5))
         steps = [
-            [(str(exposure.example), exposure.exposure) for exposure in batch] for epoch in epochs for batch in epoch
+            [(str(exposure.example), exposure.number) for exposure in batch] for epoch in epochs for batch in epoch
         ]
         for drawn in cover(coverage, steps, seed):
             present = _one_hot(torch.tensor([density.timestep(draw) for draw in drawn])).sum(dim=0)

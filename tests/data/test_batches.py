@@ -13,7 +13,7 @@ BUCKETS = ["s", "s", "w", "s", "w", "s", "s"]
 @pytest.mark.parametrize("epoch", [1, 3])
 def test_every_exposure_exactly_once_in_batches_of_one_bucket(batch_size: int, repeats: int, epoch: int) -> None:
     batches = epoch_batches(BUCKETS, repeats, batch_size, epoch, seed=1)
-    seen = Counter((exposure.example, exposure.exposure) for batch in batches for exposure in batch)
+    seen = Counter((exposure.example, exposure.number) for batch in batches for exposure in batch)
     numbers = range((epoch - 1) * repeats + 1, epoch * repeats + 1)
     assert seen == Counter((example, number) for example in range(len(BUCKETS)) for number in numbers)
     for batch in batches:
@@ -28,7 +28,7 @@ def test_every_image_has_repeats_of_its_own_spread_over_the_epoch(batch_size: in
     order = [exposure for batch in batches for exposure in batch]
     for index, times in enumerate(repeats):
         places = [place for place, exposure in enumerate(order) if exposure.example == index]
-        assert [order[place].exposure for place in places] == list(range(times + 1, 2 * times + 1))
+        assert [order[place].number for place in places] == list(range(times + 1, 2 * times + 1))
         gaps = [late - early for early, late in pairwise(places)]
         assert not gaps or max(gaps) < 2 * len(order) / times
     assert epoch_batches(BUCKETS, [4] * 7, 2, 1, 0) == epoch_batches(BUCKETS, 4, 2, 1, 0)

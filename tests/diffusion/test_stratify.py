@@ -16,7 +16,7 @@ def plan(num_images: int, repeats: int, epochs: int, batch_size: int, buckets: i
     """The steps of a real run."""
     shapes = [index % buckets for index in range(num_images)]
     batches = [b for epoch in range(1, epochs + 1) for b in epoch_batches(shapes, repeats, batch_size, epoch, 0)]
-    return [[(f"{exposure.example}.png", exposure.exposure) for exposure in batch] for batch in batches]
+    return [[(f"{exposure.example}.png", exposure.number) for exposure in batch] for batch in batches]
 
 
 def places(draws: list[list[Draw]]) -> list[torch.Tensor]:

@@ -212,7 +212,7 @@ def test_prior_images_add_the_gradient_of_their_mean_loss(
 def test_compared_exposures_are_equally_likely_and_spread_over_the_timesteps(every: int, size: int) -> None:
     batches = [tuple(Exposure(place, number) for place in range(size)) for number in range(3000)]
     # The order of timesteps differs from batch to batch.
-    timesteps = {v: 200 * ((v.example + v.exposure) % size) + v.exposure % 200 for batch in batches for v in batch}
+    timesteps = {v: 200 * ((v.example + v.number) % size) + v.number % 200 for batch in batches for v in batch}
     kept = one_in(every, batches, timesteps, 0)
     for place in range(size):
         share = sum(Exposure(place, number) in kept for number in range(3000)) / 3000
@@ -240,7 +240,7 @@ def test_prior_images_come_in_rounds_beside_every_batch(accumulation: int) -> No
     # Round by round: no image comes again before all others came.
     assert max(counts.values()) - min(counts.values()) <= 1
     for place, exposure in enumerate(exposures):
-        assert exposure.exposure == Counter(v.example for v in exposures[: place + 1])[exposure.example]
+        assert exposure.number == Counter(v.example for v in exposures[: place + 1])[exposure.example]
     for epoch in schedule.epochs:
         for batch in (batch for step in epoch for batch in step):
             assert len({kept.examples[exposure.example].bucket for exposure in batch}) == 1

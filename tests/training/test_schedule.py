@@ -17,7 +17,7 @@ def test_every_image_is_exposed_as_often_as_its_repeats() -> None:
         for step in epoch:
             assert 1 <= len(step) <= 2
             for exposure in (exposure for batch in step for exposure in batch):
-                met[exposure.example].append(exposure.exposure)
+                met[exposure.example].append(exposure.number)
         for index, times in enumerate(repeats):
             assert sorted(met[index]) == list(range((number - 1) * times + 1, number * times + 1))
     assert len(schedule.timesteps) == 3 * sum(repeats)
