@@ -1,4 +1,4 @@
-"""The commands that work with models of others and with the Hub: `sdlora caption` and `sdlora push`."""
+"""The commands that use the Hugging Face Hub: `sdlora caption` and `sdlora push`."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ from sdlora.common.quiet import quiet_libraries
 from sdlora.config.toml import load_config
 from sdlora.errors import OutputError
 
-hub_app = typer.Typer()
 
-
-@hub_app.command()
 def push(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
-    repo: Annotated[str, typer.Option(help="Where on the Hub, as owner/name; made if it is not there.")],
-    public: Annotated[
-        bool, typer.Option("--public", help="Make a new repository public; private if left out.")
-    ] = False,
+    repo: Annotated[str, typer.Option(help="Repository on the Hub, as owner/name; created if it does not exist.")],
+    public: Annotated[bool, typer.Option("--public", help="Make a new repository public instead of private.")] = False,
 ) -> None:
-    """Upload a run's LoRA, its model card and the card's previews to the Hugging Face Hub."""
+    """Upload a finished run to the Hugging Face Hub.
+
+    The LoRA file, the model card and the previews in it are uploaded, and nothing else.
+    """
     if not (run / "config.toml").is_file():
-        raise OutputError(f"{run} is no run's folder: it holds no config.toml.")
+        raise OutputError(
+            f"{run} is not a run folder: it has no config.toml. Give a finished run, such as runs/quickstart."
+        )
     quiet_libraries()
     from sdlora.run.folder import RunFolder
     from sdlora.run.push import files_to_push, push_run
@@ -37,20 +37,19 @@ def push(
     typer.echo(f"{url}: {', '.join(files)}.")
 
 
-@hub_app.command()
 def caption(
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of images.")],
     model: Annotated[str, typer.Option(metavar="ID", help="An image-to-text model: a hub id, or a folder.")],
     prompt: Annotated[
         str | None,
-        typer.Option(metavar="TEXT", help="What a chat model is asked, or what other models' captions begin with."),
+        typer.Option(metavar="TEXT", help="The question for a chat model, or the beginning of other models' captions."),
     ] = None,
-    max_tokens: Annotated[int, typer.Option("--max-tokens", min=1, max=500, help="The longest caption.")] = 60,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write anew what is in .txt files already; they are kept if left out.")
-    ] = False,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, max=500, help="Maximum length of a caption in tokens.")
+    ] = 60,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace captions in existing .txt files.")] = False,
 ) -> None:
-    """Write a caption beside every image that has none, by a model of your choice."""
+    """Caption the images that have no caption, with a model."""
     quiet_libraries()
     import torch
 
@@ -59,21 +58,21 @@ def caption(
     from sdlora.data.captioner import Captioner, images_to_caption, write_captions
     from sdlora.events import Notice
 
-    # Looked at first: a model may take minutes to load.
+    # Before the model is loaded, which may take minutes.
     images = images_to_caption(folder, overwrite=overwrite)
     if not images:
-        typer.echo(f"Every image in {folder} has a caption. Write them anew with --overwrite.")
+        typer.echo(f"Every image in {folder} has a caption. Use --overwrite to replace them.")
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    passed_over = 0
+    skipped = 0
     with ExitStack() as held, ProgressBar(Console(stderr=True)) as view:
         if (lock := device_lock(device)) is not None:
             for notice in take_turns(lock, "sdlora caption", held, wait=True, should_stop=lambda: False):
                 view.show(notice)
         captioner = Captioner(model, device=device, prompt=prompt, max_tokens=max_tokens)
         for event in write_captions(images, captioner, overwrite=overwrite):
-            passed_over += isinstance(event, Notice)
+            skipped += isinstance(event, Notice)
             view.show(event)
-    written = len(images) - passed_over
-    told = "1 caption" if written == 1 else f"{written} captions"
-    typer.echo(f"{told} written. Read them before you train: a model sees what it expects.")
+    written = len(images) - skipped
+    captions = "1 caption" if written == 1 else f"{written} captions"
+    typer.echo(f"{captions} written. Read them before you train: models make mistakes.")

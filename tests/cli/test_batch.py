@@ -1,4 +1,4 @@
-"""`sdlora batch` as a user meets it: exit codes, names of what failed, a plan that writes nothing."""
+"""`sdlora batch` on the command line: exit codes, names of failed jobs, a dry run that writes nothing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def jobs_file(folder: Path, text: str) -> Path:
 
 
 @pytest.mark.parametrize("kind", ["{}/out", "file://{}/out"])
-def test_every_job_is_wrong(
+def test_batch_of_invalid_jobs_exits_with_8_and_writes_results(
     kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
@@ -35,14 +35,14 @@ def test_every_job_is_wrong(
     assert (tmp_path / "out" / "results.csv").exists() and (tmp_path / "out" / "report.html").exists()
 
 
-def test_a_file_that_is_wrong_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_file_of_jobs_writes_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = jobs_file(tmp_path, "[[jobs]]\nname = 'a'\n")
     code, _, err = call(capsys, "batch", str(file), "--output", str(tmp_path / "out"))
     assert (code, (tmp_path / "out").exists()) == (2, False)
     assert "no config" in err
 
 
-def test_a_plan_tries_a_step_and_writes_nothing(
+def test_dry_run_estimates_every_job_and_writes_nothing(
     tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = parse_config({"data": {"folder": "x"}}, name="quick", overrides=overrides)

@@ -9,7 +9,7 @@ import pytest
 from helpers.command import call
 
 
-def test_it_fills_the_cache_and_trains_nothing(
+def test_cache_is_filled_and_nothing_is_trained(
     tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -56,21 +56,21 @@ def call(lora: Path, tmp_path: Path, *more: str) -> Any:
 
 
 @pytest.mark.parametrize(("asked", "code"), [(0, 0), (1, 0), (5, EXIT_COPYING)], indirect=["asked"])
-def test_the_exit_code_and_the_json(lora: Path, tmp_path: Path, asked: list[Any], code: int) -> None:
+def test_exit_code_says_copying_and_json_has_all_keys(lora: Path, tmp_path: Path, asked: list[Any], code: int) -> None:
     result = call(lora, tmp_path, "--json")
     assert result.exit_code == code
     assert set(json.loads(result.stdout)) == KEYS
 
 
 @pytest.mark.parametrize("asked", [5], indirect=True)
-def test_a_person_reads_the_verdict_and_the_evidence(lora: Path, tmp_path: Path, asked: list[Any]) -> None:
+def test_output_has_verdict_and_evidence(lora: Path, tmp_path: Path, asked: list[Any]) -> None:
     result = call(lora, tmp_path)
     for told in ("copying: 5 of 8 previews", "a [b] prompt", "x.png", "0.90", "! A sign.", "previews"):
         assert told in result.stdout
 
 
 @pytest.mark.parametrize("asked", [0], indirect=True)
-def test_settings_come_from_the_call_and_the_file(lora: Path, tmp_path: Path, asked: list[Any]) -> None:
+def test_settings_come_from_options_and_the_file(lora: Path, tmp_path: Path, asked: list[Any]) -> None:
     (tmp_path / "prompts.txt").write_text("zumi on a horse\n\n  zumi asleep \n")
     call(lora, tmp_path, "--prompts", str(tmp_path / "prompts.txt"), "--set", "preview.num_steps=3", "--holdout", "h")
     (config,) = asked
@@ -80,7 +80,7 @@ def test_settings_come_from_the_call_and_the_file(lora: Path, tmp_path: Path, as
 
 
 @pytest.mark.parametrize("asked", [0], indirect=True)
-def test_of_several_triggers_none_is_put_before_captions(lora: Path, tmp_path: Path, asked: list[Any]) -> None:
+def test_several_triggers_are_not_used_as_a_trigger(lora: Path, tmp_path: Path, asked: list[Any]) -> None:
     add_metadata(lora, {"modelspec.trigger_phrase": "zumi, mizu"})
     call(lora, tmp_path)
     (config,) = asked
@@ -88,17 +88,17 @@ def test_of_several_triggers_none_is_put_before_captions(lora: Path, tmp_path: P
 
 
 @pytest.mark.parametrize("asked", [0], indirect=True)
-def test_faults_are_told(lora: Path, tmp_path: Path, asked: list[Any]) -> None:
+def test_wrong_options_are_refused_before_drawing(lora: Path, tmp_path: Path, asked: list[Any]) -> None:
     def message(*more: str) -> str:
         result = call(lora, tmp_path, *more)
         assert isinstance(result.exception, SdloraError)
         return str(result.exception)
 
     (tmp_path / "empty.txt").write_text("\n")
-    assert "holds no prompt" in message("--prompts", str(tmp_path / "empty.txt"))
-    assert "cannot be read" in message("--prompts", str(tmp_path / "none.txt"))
-    assert "preview.steps: unknown option" in message("--set", "preview.steps=3")
+    assert "contains no prompt" in message("--prompts", str(tmp_path / "empty.txt"))
+    assert "none.txt" in message("--prompts", str(tmp_path / "none.txt"))
+    assert "preview.steps" in message("--set", "preview.steps=3")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()
-    assert "is there already" in message()
+    assert "already exists" in message()
     assert asked == []

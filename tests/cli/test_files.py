@@ -1,4 +1,4 @@
-"""The tools for files through the real command line, held against what diffusers and PEFT compute."""
+"""The tools for LoRA files through the real command line, compared with what diffusers and PEFT compute."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ METADATA = LoraMetadata("hero", "base", "stable-diffusion-v1", 64, "zumi", 3, 12
 
 @pytest.fixture
 def fresh(tiny_base: Path) -> Any:
-    """Makes a base as any diffusers user loads it."""
+    """Makes a pipeline as any diffusers user loads it."""
     return lambda folder=tiny_base: StableDiffusionPipeline.from_pretrained(folder, safety_checker=None)
 
 
 @torch.no_grad()
-def answers(pipeline: Any, *files: Path, weights: tuple[float, ...] = (1.0,)) -> tuple[torch.Tensor, torch.Tensor]:
-    """The UNet's and the text encoder's answers with LoRA files loaded through diffusers."""
+def predictions(pipeline: Any, *files: Path, weights: tuple[float, ...] = (1.0,)) -> tuple[torch.Tensor, torch.Tensor]:
+    """The predictions of UNet and text encoder with LoRA files loaded through diffusers."""
     for index, file in enumerate(files):
         pipeline.load_lora_weights(file.parent, weight_name=file.name, adapter_name=f"lora{index}")
     if files:
@@ -79,23 +79,23 @@ def refused(capsys: Capture, *arguments: object) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_names_are_the_same_lora_to_diffusers(
+def test_converted_files_predict_the_same_in_diffusers(
     kind: str, fresh: Any, tiny_base: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     file, peft, back = made(tmp_path, fresh, kind), tmp_path / "peft.safetensors", tmp_path / "back.safetensors"
     run(capsys, "convert", file, peft, "--to", "peft", "--base", tiny_base)
     run(capsys, "convert", peft, back, "--to", "kohya")
-    expected = answers(fresh(), file)
-    assert distance(expected, answers(fresh())) > 1e-2
-    assert distance(expected, answers(fresh(), peft)) < 1e-6
-    assert distance(expected, answers(fresh(), back)) < 1e-6
+    expected = predictions(fresh(), file)
+    assert distance(expected, predictions(fresh())) > 1e-2
+    assert distance(expected, predictions(fresh(), peft)) < 1e-6
+    assert distance(expected, predictions(fresh(), back)) < 1e-6
     described = [json.loads(run(capsys, "info", f, "--json")) for f in (file, peft, back)]
     assert [d["names"] for d in described] == ["peft" if "script" in kind else "kohya", "peft", "kohya"]
     for key in ("ranks", "alphas", "modules", "dtype", "update_norm"):
         assert described[0][key] == described[1][key] == described[2][key], key
 
 
-def test_a_image_in_the_metadata_is_told_and_not_printed(fresh: Any, tmp_path: Path, capsys: Capture) -> None:
+def test_info_shows_only_the_size_of_a_thumbnail(fresh: Any, tmp_path: Path, capsys: Capture) -> None:
     file = made(tmp_path, fresh, "ours")
     add_metadata(file, {"modelspec.thumbnail": "data:image/jpeg;base64," + "A" * 4000})
     out = run(capsys, "info", file)
@@ -104,7 +104,7 @@ def test_a_image_in_the_metadata_is_told_and_not_printed(fresh: Any, tmp_path: P
     assert "A" * 4000 in run(capsys, "info", file, "--json")
 
 
-def test_a_file_is_stored_in_another_type(fresh: Any, tmp_path: Path, capsys: Capture) -> None:
+def test_convert_rounds_to_the_given_precision(fresh: Any, tmp_path: Path, capsys: Capture) -> None:
     file, half, back = made(tmp_path, fresh, "ours"), tmp_path / "half.safetensors", tmp_path / "back.safetensors"
     assert "weights rounded to float16" in run(capsys, "convert", file, half, "--to", "kohya", "--precision", "fp16")
     assert "unchanged" in run(capsys, "convert", half, back, "--to", "kohya", "--precision", "fp32")
@@ -121,7 +121,9 @@ def test_a_file_is_stored_in_another_type(fresh: Any, tmp_path: Path, capsys: Ca
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_one_lora_of_weight_1_is_bitwise_equal(kind: str, fresh: Any, tmp_path: Path, capsys: Capture) -> None:
+def test_merge_of_one_lora_with_weight_1_is_bitwise_equal(
+    kind: str, fresh: Any, tmp_path: Path, capsys: Capture
+) -> None:
     file, merged, plain = made(tmp_path, fresh, kind), tmp_path / "merged.safetensors", tmp_path / "plain.safetensors"
     run(capsys, "merge", file, "--weights", "1", "--output", merged)
     run(capsys, "convert", file, plain, "--to", "kohya")
@@ -135,45 +137,45 @@ def test_one_lora_of_weight_1_is_bitwise_equal(kind: str, fresh: Any, tmp_path: 
 
 
 @pytest.mark.parametrize("other", ["script", "script-old", "kohya-text"])
-def test_a_sum_is_what_diffusers_adapters_add_up_to(
+def test_merge_predicts_what_diffusers_adapters_add_up_to(
     other: str, fresh: Any, tiny_base: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     files = [made(tmp_path, fresh, "ours"), made(tmp_path, fresh, other)]
     merged, cut, folder = tmp_path / "sum.safetensors", tmp_path / "cut.safetensors", tmp_path / "folder"
     out = run(capsys, "merge", *files, "--weights", "1", "-0.5", "--output", merged)
-    assert "Exact but for rounding" in out
-    expected = answers(fresh(), *files, weights=(1.0, -0.5))
-    assert distance(expected, answers(fresh(), merged)) < 2e-5
+    assert "Exact" in out and "float32" in out
+    expected = predictions(fresh(), *files, weights=(1.0, -0.5))
+    assert distance(expected, predictions(fresh(), merged)) < 2e-5
     out = run(capsys, "merge", *files, "--weights", "1,-0.5", "--rank", "2", "--output", cut)
     assert "relative error" in out
     assert json.loads(run(capsys, "info", cut, "--json"))["ranks"] == [2]
     run(capsys, "merge", *files, "--weights", "1", "-0.5", "--into", tiny_base, "--output", folder)
-    assert distance(expected, answers(fresh(folder))) < 2e-5
+    assert distance(expected, predictions(fresh(folder))) < 2e-5
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_full_rank_gives_the_same_answers(kind: str, fresh: Any, tmp_path: Path, capsys: Capture) -> None:
+def test_resize_to_full_rank_predicts_the_same(kind: str, fresh: Any, tmp_path: Path, capsys: Capture) -> None:
     file, full, half = (made(tmp_path, fresh, kind), tmp_path / "full.safetensors", tmp_path / "half.safetensors")
     assert "100.0000%" in run(capsys, "resize", file, full, "--rank", "4")
-    expected = answers(fresh(), file)
-    scale = max(float(answer.abs().max()) for answer in expected)
-    assert distance(expected, answers(fresh(), full)) < 1e-6 * scale
+    expected = predictions(fresh(), file)
+    scale = max(float(prediction.abs().max()) for prediction in expected)
+    assert distance(expected, predictions(fresh(), full)) < 1e-6 * scale
     assert "energy" in run(capsys, "resize", file, half, "--energy", "0.5")
     assert max(json.loads(run(capsys, "info", half, "--json"))["ranks"]) < 4
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_was_merged_into_a_base_is_extracted(
+def test_extract_recovers_a_lora_merged_into_a_base(
     kind: str, fresh: Any, tiny_base: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     file, folder, out = made(tmp_path, fresh, kind), tmp_path / "folder", tmp_path / "out.safetensors"
     run(capsys, "merge", file, "--into", tiny_base, "--output", folder)
     said = run(capsys, "extract", folder, tiny_base, out, "--rank", "4")
     assert "Left out" not in said
-    assert distance(answers(fresh(), file), answers(fresh(), out)) < 1e-3
+    assert distance(predictions(fresh(), file), predictions(fresh(), out)) < 1e-3
 
 
-def test_dora_is_converted_to_peft_and_refused_elsewhere(
+def test_dora_converts_to_peft_and_is_refused_elsewhere(
     fresh: Any, tiny_base: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     file, out = tmp_path / "dora.safetensors", tmp_path / "out.safetensors"
@@ -187,10 +189,10 @@ def test_dora_is_converted_to_peft_and_refused_elsewhere(
         code, err = refused(capsys, *arguments)
         assert (code, "DoRA" in err) == (3, True), err
     run(capsys, "convert", file, out, "--to", "peft", "--base", tiny_base)
-    assert distance(answers(fresh(), file), answers(fresh(), out)) < 1e-6
+    assert distance(predictions(fresh(), file), predictions(fresh(), out)) < 1e-6
 
 
-def test_bad_input_has_a_message_and_a_code_and_writes_nothing(
+def test_bad_input_has_a_message_and_an_exit_code_and_writes_nothing(
     fresh: Any, tiny_base: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     hero, out = made(tmp_path, fresh, "kohya"), tmp_path / "out.safetensors"
@@ -205,15 +207,15 @@ def test_bad_input_has_a_message_and_a_code_and_writes_nothing(
         (["convert", untold, out, "--to", "kohya"], 3, "--missing-alpha rank"),
         (["convert", torn, out, "--to", "kohya"], 3, "torn.safetensors"),
         (["convert", hero, out, "--to", "peft"], 3, "--base FOLDER"),
-        (["convert", hero, hero, "--to", "kohya"], 2, "exists already"),
-        (["convert", hero, tmp_path / "out.ckpt", "--to", "kohya"], 2, "does not end in .safetensors"),
+        (["convert", hero, hero, "--to", "kohya"], 2, "already exists"),
+        (["convert", hero, tmp_path / "out.ckpt", "--to", "kohya"], 2, ".safetensors"),
         (["convert", hero, out, "--to", "kohya", "--base", tmp_path], 2, "unet/config.json"),
-        (["merge", hero, wide, "--output", out], 3, "LoRAs of different families have no sum"),
-        (["merge", hero, "--weights", "1", "2", "--output", out], 2, "gives 2 numbers for 1 files"),
-        (["merge", hero, "--weights", "--output", out], 2, "gives 0 numbers"),
-        (["merge", hero, "--weights", "much", "--output", out], 2, "it takes numbers"),
+        (["merge", hero, wide, "--output", out], 3, "different families"),
+        (["merge", hero, "--weights", "1", "2", "--output", out], 2, "2 numbers for 1 files"),
+        (["merge", hero, "--weights", "--output", out], 2, "0 numbers"),
+        (["merge", hero, "--weights", "much", "--output", out], 2, "'much'"),
         (["merge", hero, "--weights", "1e999", "--output", out], 2, "finite"),
-        (["merge", hero, "--into", tiny_base, "--rank", "2", "--output", tmp_path / "x"], 2, "no use with --into"),
+        (["merge", hero, "--into", tiny_base, "--rank", "2", "--output", tmp_path / "x"], 2, "--into"),
         (["merge", wide, "--into", tiny_base, "--output", tmp_path / "x"], 3, "has the shape"),
         (["resize", hero, out], 2, "either --rank N or --energy"),
         (["resize", hero, out, "--energy", "2"], 2, "found 2"),
@@ -226,15 +228,15 @@ def test_bad_input_has_a_message_and_a_code_and_writes_nothing(
         assert sorted(tmp_path.iterdir()) == before, arguments
 
 
-def test_an_alpha_that_was_said_is_what_diffusers_takes(fresh: Any, tmp_path: Path, capsys: Capture) -> None:
+def test_missing_alpha_rank_is_what_diffusers_assumes(fresh: Any, tmp_path: Path, capsys: Capture) -> None:
     untold, out = tmp_path / "untold.safetensors", tmp_path / "out.safetensors"
     diffusers_script(untold, fresh(), told=False, lora_alpha=4)
     run(capsys, "convert", untold, out, "--to", "kohya", "--missing-alpha", "rank")
-    assert distance(answers(fresh(), untold), answers(fresh(), out)) < 1e-6
+    assert distance(predictions(fresh(), untold), predictions(fresh(), out)) < 1e-6
     assert "not in the file" in run(capsys, "info", untold)
 
 
-def test_help_costs_no_import_of_torch() -> None:
+def test_help_does_not_import_torch() -> None:
     script = (
         "import sys; from sdlora.cli import main as cli; sys.argv = ['sdlora', '--help']\n"
         "try: cli.main()\n"

@@ -1,4 +1,4 @@
-"""Bad input through the real command line: a message, an exit code, and nothing half-written."""
+"""Bad input through the real command line: a message, an exit code, and nothing partially written."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from helpers.command import call
 from PIL import Image
 
 from sdlora import __version__
-from sdlora.cli import main
+from sdlora.cli import config
 from sdlora.config.toml import load_config, parse_config
 
 
@@ -37,7 +37,7 @@ def folder_with(path: Path, **files: bytes) -> Path:
     return path
 
 
-def test_bad_input_has_a_message_and_a_code_and_writes_nothing(train, tmp_path: Path, images: Path) -> None:  # type: ignore[no-untyped-def]
+def test_bad_input_has_a_message_and_an_exit_code_and_writes_nothing(train, tmp_path: Path, images: Path) -> None:  # type: ignore[no-untyped-def]
     Image.new("RGB", (32, 32)).save(tmp_path / "x.png")
     png = (tmp_path / "x.png").read_bytes()
     empty = folder_with(tmp_path / "empty")
@@ -67,7 +67,7 @@ def test_bad_input_has_a_message_and_a_code_and_writes_nothing(train, tmp_path: 
         assert not (tmp_path / "run").exists(), changes
 
 
-def test_an_output_with_another_run_is_refused(train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_output_with_another_run_is_refused(train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.toml").write_text("seed = 1")
     code, _, err = train()
@@ -79,7 +79,7 @@ def test_an_output_with_another_run_is_refused(train, tmp_path: Path) -> None:  
     assert "no run to resume" in err
 
 
-def test_json_events_are_the_metrics(train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
+def test_json_events_equal_the_metrics_file(train, tmp_path: Path) -> None:  # type: ignore[no-untyped-def]
     code, out, _ = train("preview.enabled=false", flags=("--json",))
     assert code == 0
     events = [json.loads(line) for line in out.splitlines()]
@@ -89,10 +89,10 @@ def test_json_events_are_the_metrics(train, tmp_path: Path) -> None:  # type: ig
     assert [event for event in events if event["event"] in ("step", "epoch")] == recorded
 
 
-def test_progress_says_what_will_happen(train) -> None:  # type: ignore[no-untyped-def]
+def test_progress_shows_exposures_verification_and_previews(train) -> None:  # type: ignore[no-untyped-def]
     code, out, err = train("data.repeats=2")
     assert (code, out) == (0, "")
-    assert "every image is seen 4 times" in err
+    assert "seen 4 times" in err
     assert "max error 0" in err
     assert "previews.png" in err
 
@@ -107,7 +107,7 @@ def test_config_show_is_complete_and_valid(capsys: pytest.CaptureFixture[str], t
     assert parse_config({"data": {"folder": "x"}}, name="x").lora.rank == 8
 
 
-def test_info_shows_what_a_file_holds(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
+def test_info_shows_what_a_file_contains(train, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:  # type: ignore[no-untyped-def]
     train("preview.enabled=false")
     code, out, _ = call(capsys, "info", str(tmp_path / "run" / "hero.safetensors"), "--json")
     assert code == 0
@@ -118,9 +118,9 @@ def test_info_shows_what_a_file_holds(train, tmp_path: Path, capsys: pytest.Capt
     assert (code, "There is no file" in err) == (3, True)
 
 
-def test_data_says_what_to_mend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_lists_errors_and_warnings_with_their_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "data", "builtin:zumi", "--trigger", "zumi", "--resolution-px", "64")
-    assert (code, out, err) == (0, "24 images, 24 captions, 1 bucket: nothing to mend.\n", "")
+    assert (code, out, err) == (0, "24 images, 24 captions, 1 bucket: no problems found.\n", "")
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
     for name in "ab":
@@ -140,7 +140,7 @@ def test_data_says_what_to_mend(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert "    All: a.png, b.png, d.png, e.png, f.png, g.png\n" in call(capsys, "data", str(tmp_path))[1]
 
 
-def test_data_looks_at_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_checks_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.new("RGB", (64, 64), "red").save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("a thing")
     Image.new("L", (8, 8), 255).save(tmp_path / "a-mask.png")
@@ -150,7 +150,7 @@ def test_data_looks_at_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert (code, "a-mask.png has 8 x 8 pixels and its image 64 x 64" in out) == (3, True)
 
 
-def test_data_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_data_json_has_every_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = call(capsys, "data", "builtin:blueprint", "--json")
     report = json.loads(out)
     assert (code, report["pictures"], report["findings"]) == (0, 24, [])
@@ -166,7 +166,7 @@ def test_data_as_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert call(capsys, "data", "builtin:zumy")[0] == 2
 
 
-def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
+def test_version_and_help_exit_with_0_and_unknown_commands_with_2(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, "--version") == (0, f"sdlora {__version__}\n", "")
     code, out, _ = call(capsys, "--help")
     assert code == 0
@@ -174,13 +174,13 @@ def test_version_and_help(capsys: pytest.CaptureFixture[str]) -> None:
     assert call(capsys, "trian")[0] == 2
 
 
-def test_an_internal_error_shows_no_traceback(
+def test_internal_error_names_a_file_with_the_traceback(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken(*_: object) -> None:
         raise ZeroDivisionError("oops")
 
-    monkeypatch.setattr(main, "load_config", broken)
+    monkeypatch.setattr(config, "load_config", broken)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     code, _, err = call(capsys, "config", "show", "quickstart")
     assert code == 1
@@ -191,7 +191,7 @@ def test_an_internal_error_shows_no_traceback(
     assert "Traceback" not in err
 
 
-def test_a_misspelt_key_costs_no_import_of_torch() -> None:
+def test_command_line_does_not_import_torch() -> None:
     script = (
         "import sys; import sdlora.config.schema, sdlora.cli.main; assert not {'diffusers', 'torch'} & set(sys.modules)"
     )
@@ -199,7 +199,9 @@ def test_a_misspelt_key_costs_no_import_of_torch() -> None:
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_signal_saves_and_the_run_can_go_on(tmp_path: Path, overrides: list[str], number: int, code: int) -> None:
+def test_signal_saves_a_checkpoint_and_names_resume(
+    tmp_path: Path, overrides: list[str], number: int, code: int
+) -> None:
     source = tmp_path / "hero.toml"
     source.write_text("[data]\ntrigger = 'zumi'\nrepeats = 300\n")
     changes = [part for change in [*overrides, "preview.enabled=false"] for part in ("--set", change)]

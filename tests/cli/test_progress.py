@@ -1,3 +1,7 @@
+"""The progress bar, JSON lines, and the time left that they show."""
+
+from __future__ import annotations
+
 import io
 import json
 import random
@@ -7,12 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from helpers.checks import CLEAN, COPY, check
 from rich.console import Console
 from time_left import judged, replayed
 
-from sdlora.cli.progress import JsonLines, ProgressBar, copy_table, describe_check, describe_plan
-from sdlora.common.text import format_seconds
+from sdlora.cli.describe import describe_plan
+from sdlora.cli.progress import JsonLines, ProgressBar
 from sdlora.events import (
     CopyChecked,
     EpochDone,
@@ -20,7 +23,6 @@ from sdlora.events import (
     Exported,
     Notice,
     PlanMade,
-    PlannedSet,
     PreviewsDone,
     Progress,
     RunDone,
@@ -118,24 +120,24 @@ def replay(
         {"preview_seconds": 18.0, "pauses": {(31, "step"): 60.0, (3, "preview"): 3600.0}},
     ],
 )
-def test_time_left_includes_previews_and_is_right_within_a_fifth_from_a_tenth_on(case: dict[str, Any]) -> None:
+def test_time_left_is_within_a_fifth_after_a_tenth_of_the_run(case: dict[str, Any]) -> None:
     assert not replay(step_seconds=1.0, **case).wrong()
 
 
 @pytest.mark.parametrize("cache", ["cold", "warm"])
-def test_what_real_runs_tell_is_right_within_a_fifth_from_a_tenth_on(cache: str) -> None:
+def test_time_left_of_recorded_runs_is_within_a_fifth_after_a_tenth_of_the_run(cache: str) -> None:
     file = Path(__file__).parents[1] / "run" / "timelines" / f"quickstart_{cache}.json"
     found = judged(replayed(json.loads(file.read_text(encoding="utf-8"))))
     assert len(found) > 90
     assert not [str(one) for one in found if not one.right]
 
 
-def test_previews_are_four_tenths_of_the_run_that_says_so() -> None:
+def test_previews_of_18_seconds_are_four_tenths_of_the_run() -> None:
     without, with_ = (replay(step_seconds=1.0, preview_seconds=seconds) for seconds in (0.0, 18.0))
     assert 1 - without.told[-1][0] / with_.told[-1][0] == pytest.approx(0.4, abs=0.06)
 
 
-def test_a_run_that_goes_on_knows_what_the_ends_of_its_epochs_took() -> None:
+def test_resumed_run_knows_the_seconds_of_epoch_ends() -> None:
     before = replay(step_seconds=1.0, preview_seconds=18.0).timer.closing_seconds
     assert before == pytest.approx(18.0 + 1.8 + 0.5 + 0.3 + 0.4, rel=0.05)
     again = replay(
@@ -145,7 +147,7 @@ def test_a_run_that_goes_on_knows_what_the_ends_of_its_epochs_took() -> None:
     assert not again.wrong()
 
 
-def test_nothing_is_guessed_before_steps_and_images_were_timed() -> None:
+def test_time_left_is_unknown_until_steps_and_images_are_timed() -> None:
     run = Replay()
     run.after(1.0, replace(PLAN, previews=8))
     run.after(2.0, StepRehearsed(0.5))
@@ -154,7 +156,7 @@ def test_nothing_is_guessed_before_steps_and_images_were_timed() -> None:
     assert run.timer.eta_seconds == pytest.approx(120 * 0.5 + 64 * 1.5 + 5 * 8 * 1.5)
 
 
-def test_without_a_rehearsal_nothing_is_told_before_the_first_step() -> None:
+def test_time_left_without_rehearsal_is_unknown_before_the_first_step() -> None:
     run = Replay()
     run.after(1.0, PLAN)
     run.after(8.0, EpochDone(0, 0, None, None, 0.0))
@@ -164,31 +166,20 @@ def test_without_a_rehearsal_nothing_is_told_before_the_first_step() -> None:
     assert run.timer.eta_seconds == pytest.approx(119 * 0.5 + 4 * 9.0)
 
 
-def test_people_read_the_plan_the_losses_and_where_the_file_is() -> None:
+def test_progress_bar_prints_plan_notices_losses_and_files() -> None:
     stream = io.StringIO()
     with ProgressBar(Console(file=stream, width=200)) as bar:
         for event in EVENTS:
             bar.show(event)
-    told = stream.getvalue()
-    for part in (
-        "24 images x 10 repeats x 4 epochs: every image is seen 40 times, 120 steps of 8 images on cpu (fp32).",
-        "Training 50,000 parameters in cross_attention, mlp, 1.00% of the base's 5,000,000", "A sentence.",
-        "epoch 1: training loss 0.25000, validation loss 0.12500", "16 modules, max error 0", "Done in 1 min 30 s",
-        "run/previews.png",
+    shown = stream.getvalue()
+    for fact in (
+        describe_plan(PLAN), "A sentence.", "epoch 1: training loss 0.25000, validation loss 0.12500",
+        "16 modules, max error 0", "1 min 30 s", "f.safetensors", "run/report.html", "run/previews.png",
     ):  # fmt: skip
-        assert part in told, part
-    assert describe_plan(PLAN) in told
+        assert fact in shown, fact
 
 
-def test_the_plan_says_what_is_held_out_and_how_to_train_on_it() -> None:
-    assert "on 8 images of data.validation_folder" in describe_plan(PLAN)
-    told = describe_plan(replace(PLAN, validation_images=2, split_off=["a.png", "b.png"]))
-    assert "2 more images (a.png, b.png) are not trained on" in told
-    assert "data.validation_split = false" in told
-    assert "held-out" not in describe_plan(replace(PLAN, validation_images=0))
-
-
-def test_programs_read_one_object_a_line() -> None:
+def test_json_lines_are_one_object_per_line() -> None:
     stream = io.StringIO()
     with JsonLines(stream) as lines:
         for event in EVENTS:
@@ -200,36 +191,3 @@ def test_programs_read_one_object_a_line() -> None:
     ]  # fmt: skip
     assert found[-1]["job"] == "é"
     assert found[3]["losses"] == [0.25] * 4
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0 s"), (59.4, "59 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")])
-def test_durations(seconds: float, text: str) -> None:
-    assert format_seconds(seconds) == text
-
-
-def test_a_copy_check_is_told_in_one_line() -> None:
-    event = CopyChecked(3, "copying", "Because.", 0.25, 0.07, 0.0027, ("a.png", "previews/p0.png"), 0.974, 9.0)
-    expected = (
-        "epoch 3: copying, 25% of previews match (at least 7%). Most alike: previews/p0.png and a.png, 0.97. Because."
-    )
-    assert describe_check(event) == expected
-    assert describe_check(replace(event, epoch=0)).startswith("the base: copying")
-
-
-def test_copy_checks_are_a_line_an_epoch_and_names_are_no_styles() -> None:
-    stream = io.StringIO()
-    odd = replace(COPY, nearest="a[red].png")
-    Console(file=stream, width=200).print(copy_table({1: check("copying", CLEAN, odd), 0: check()}))
-    lines = [line.split() for line in stream.getvalue().splitlines()]
-    assert " ".join(lines[1]) == "base clean 0 of 2, at least 0% p0.png is 0.41 like a.png"
-    assert " ".join(lines[2]).startswith("1 copying 1 of 2, at least 12% p1.png is 0.97 like a[red].png Because")
-
-
-def test_the_plan_tells_sets_apart_and_what_is_trained_beside_them() -> None:
-    sets = [PlannedSet("hero", 20, 10, 40), PlannedSet("town", 4, 3, 12)]
-    told = describe_plan(replace(PLAN, sets=sets, prior_images=50))
-    assert "hero: 20 images x 10 repeats x 4 epochs: every image is seen 40 times." in told
-    assert "town: 4 images x 3 repeats x 4 epochs: every image is seen 12 times." in told
-    assert "24 images x 10" not in told
-    assert "Beside them 50 images of data.preservation_folder are trained" in told
-    assert "Beside them" not in describe_plan(PLAN)
