@@ -1,6 +1,6 @@
 """One run on a GPU at a time: a second one waits for the first, or is refused.
 
-CPUs are shared: runs there slow one another down, and nothing else.
+Used by training and captioning. CPUs are shared: runs on them only slow one another down.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from pathlib import Path
 import torch
 from platformdirs import user_state_path
 
-from sdlora.common.locks import Holder, hold, holder
+from sdlora.common.locks import hold, holder
 from sdlora.errors import BusyError
 from sdlora.events import Notice
 
-_LOOK_EVERY_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 
 
 def device_lock(device: torch.device) -> Path | None:
-    """The file whose lock a run holds while it works on a device; None for devices that are shared.
+    """The lock file of a device; None for devices that are shared.
 
     Args:
-        device: Of type "cuda", a GPU; its file carries the hardware's own number, for CUDA_VISIBLE_DEVICES counts anew.
+        device: A GPU has type "cuda"; its file is named by the hardware's UUID, since CUDA_VISIBLE_DEVICES renumbers.
     """
     if device.type != "cuda":
         return None
-    number = torch.cuda.get_device_properties(device).uuid
-    return user_state_path("sdlora", ensure_exists=True) / f"cuda-{number}.lock"
+    uuid = torch.cuda.get_device_properties(device).uuid
+    return user_state_path("sdlora", ensure_exists=True) / f"cuda-{uuid}.lock"
 
 
 def take_turns(
@@ -39,14 +39,14 @@ def take_turns(
 
     Args:
         path: From `device_lock`.
-        purpose: What is done on it, for those who wait.
-        held: Lets go of it.
-        wait: Whether to wait for another run's end.
-        should_stop: Asked while waiting.
+        purpose: What this run does, for those who wait.
+        held: Releases the device.
+        wait: Whether to wait for the run that holds it.
+        should_stop: Called while waiting; true ends the wait.
 
     Yields:
-        One notice, if there is another run to wait for. The device is held when the iteration has ended, unless
-        `should_stop` said so.
+        One notice if another run holds the device. When the iteration ends, the device is held, unless `should_stop`
+        ended the wait.
 
     Raises:
         BusyError: Another run holds the device, and `wait` is False.
@@ -55,20 +55,16 @@ def take_turns(
     if other is not None:
         if not wait:
             raise BusyError(
-                f"The GPU is in use by {other}. Leave --no-wait out to wait for it, or choose another train.device."
+                f"The GPU is in use by {other}. Omit --no-wait to wait for it, or choose another train.device."
             )
-        yield Notice(f"Waiting for the GPU, which is in use by {other}. Ctrl-C gives up.")
-
-    def pause(_: Holder | None) -> None:
+        yield Notice(f"Waiting for the GPU, which is in use by {other}. Press Ctrl-C to stop waiting.")
+    while True:
+        try:
+            held.enter_context(hold(path, purpose))
+            return
+        except BusyError:
+            if not wait:
+                raise
         if should_stop():
-            raise _GaveUp
-        time.sleep(_LOOK_EVERY_SECONDS)
-
-    try:
-        held.enter_context(hold(path, purpose, pause if wait else None))
-    except _GaveUp:
-        return
-
-
-class _GaveUp(Exception):
-    """Nobody waits any longer."""
+            return
+        time.sleep(_POLL_SECONDS)

@@ -1,29 +1,24 @@
-"""Who works where: one run in a folder, one run on a GPU.
+"""Locks between processes: one run in a folder, one run on a GPU.
 
-The operating system holds a lock and lets go of it when its process ends, however that ends, so no lock
-outlives its run. Who holds it is written into the file, for people and for programs that only want to look.
+The operating system releases a lock when its process ends, however it ends, so no lock outlives its run. The holder is
+written into the lock file, for messages and for programs that only look.
 """
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import psutil
+from filelock import lock_descriptor, unlock_descriptor
 
 from sdlora.errors import BusyError
 
-if sys.platform == "win32":
-    import msvcrt
-
-    _LOCKED_BYTE = 1 << 30  # far behind the text, which others may then read
-else:
-    import fcntl
+_LOCKED_BYTES = 1  # Windows locks the first byte against reading, so the text starts behind it.
 
 
 @dataclass(frozen=True)
@@ -31,8 +26,8 @@ class Holder:
     """The process that holds a lock.
 
     Attributes:
-        pid: Its number.
-        birth: When it began, by a clock that nobody sets: numbers are given again, but not with the same birth.
+        pid: Its process ID.
+        birth: When it started, by a clock that nobody sets: process IDs are reused, but not with the same birth.
         purpose: What it does, in a few words.
     """
 
@@ -45,41 +40,40 @@ class Holder:
 
 
 @contextmanager
-def hold(path: Path, purpose: str, wait: Callable[[Holder | None], None] | None = None) -> Iterator[None]:
+def hold(path: Path, purpose: str) -> Iterator[None]:
     """Hold a lock for the length of the block.
 
     Args:
-        path: The lock's file; it stays when the lock is let go.
-        purpose: What is done meanwhile, for those who find it held.
-        wait: Called with the holder, if it is known, again and again while another process holds it; it sleeps, or
-            raises to give up.
+        path: The lock file; it stays when the lock is released.
+        purpose: What the block does, for those who find the lock held.
 
     Raises:
-        BusyError: Another process holds it, and there is no `wait`.
+        BusyError: Another process holds it.
     """
     with path.open("a+b") as file:
-        while not _take(file.fileno()):
-            if wait is None:
-                raise BusyError(f"{path} is held by {holder(path) or 'another process'}.")
-            wait(holder(path))
+        if not lock_descriptor(file.fileno(), blocking=False):
+            raise BusyError(f"{path} is held by {holder(path) or 'another process'}.")
         try:
             file.truncate(0)
-            file.write(json.dumps(asdict(Holder(os.getpid(), _birth(os.getpid()), purpose))).encode("utf-8"))
+            content = json.dumps(asdict(Holder(os.getpid(), _birth(os.getpid()), purpose)))
+            file.write(b" " * _LOCKED_BYTES + content.encode("utf-8"))
             file.flush()
             yield
         finally:
             file.truncate(0)
-            _release(file.fileno())
+            unlock_descriptor(file.fileno())
 
 
 def holder(path: Path) -> Holder | None:
-    """Who holds a lock, without touching it; None if it is free. A process that was killed holds nothing.
+    """The process that holds a lock, found without touching it; None if it is free or the process was killed.
 
     Args:
-        path: The lock's file, which need not be there.
+        path: The lock file, which need not exist.
     """
     try:
-        found = Holder(**json.loads(path.read_text(encoding="utf-8")))
+        with path.open("rb") as file:
+            file.seek(_LOCKED_BYTES)
+            found = Holder(**json.loads(file.read()))
         return found if _birth(found.pid) == found.birth else None
     except (OSError, ValueError, TypeError, psutil.NoSuchProcess):
         return None
@@ -88,27 +82,7 @@ def holder(path: Path) -> Holder | None:
 def _birth(pid: int) -> str:
     stat = Path(f"/proc/{pid}/stat")
     if stat.exists():
-        # Clock ticks since the machine was started, the 22nd field (man 5 proc); the second one, a name, may hold
-        # anything. psutil turns them into a date, which moves when the clock is set.
+        # Clock ticks since the machine booted, the 22nd field (man 5 proc); the second one, a name, may hold anything.
+        # psutil turns them into a date, which moves when the clock is set.
         return stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     return repr(psutil.Process(pid).create_time())
-
-
-def _take(file: int) -> bool:
-    try:
-        if sys.platform == "win32":
-            os.lseek(file, _LOCKED_BYTE, os.SEEK_SET)
-            msvcrt.locking(file, msvcrt.LK_NBLCK, 1)
-        else:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _release(file: int) -> None:
-    if sys.platform == "win32":
-        os.lseek(file, _LOCKED_BYTE, os.SEEK_SET)
-        msvcrt.locking(file, msvcrt.LK_UNLCK, 1)
-    else:
-        fcntl.flock(file, fcntl.LOCK_UN)
