@@ -1,6 +1,6 @@
-"""Every error that sdlora raises on purpose, with the exit code the command line ends in.
+"""Every error that sdlora raises on purpose, with the exit code of the command line.
 
-Imports nothing of sdlora. A user's mistake is always an `SdloraError`; anything else is a bug of ours.
+Imports nothing of sdlora. A user's mistake is always an `SdloraError`; any other exception is a bug.
 """
 
 from __future__ import annotations
@@ -13,25 +13,25 @@ class SdloraError(Exception):
 
 
 class ConfigError(SdloraError):
-    """The configuration is wrong; the message lists every fault at once."""
+    """The configuration is invalid; the message lists every error at once."""
 
     exit_code = 2
 
 
 class BaseModelError(SdloraError):
-    """The base model does not exist, cannot be read, or is of a kind that sdlora does not train."""
+    """The base model does not exist, cannot be read, or is not of a supported family."""
 
     exit_code = 2
 
 
 class OutputError(SdloraError):
-    """The output folder cannot be used: it holds another run, or cannot be written."""
+    """The output folder cannot be used: it holds another run, or is not writable."""
 
     exit_code = 2
 
 
 class BusyError(SdloraError):
-    """Another run works in this folder or on this device."""
+    """Another run is using this folder or device."""
 
     exit_code = 2
 
@@ -43,13 +43,13 @@ class DataError(SdloraError):
 
 
 class HubError(SdloraError):
-    """The Hugging Face Hub cannot be reached, or refuses."""
+    """The Hugging Face Hub cannot be reached, or denies the request."""
 
     exit_code = 2
 
 
 class StoreError(SdloraError):
-    """A store at a URL cannot be reached, refuses, or has no driver here."""
+    """A store at a URL cannot be reached, denies the request, or needs a driver that is not installed."""
 
     exit_code = 2
 
@@ -67,25 +67,25 @@ class DivergedError(SdloraError):
 
 
 class DiskFullError(SdloraError):
-    """There is not enough room on the disk."""
+    """There is not enough disk space."""
 
     exit_code = 6
 
 
 class ProcessLostError(SdloraError):
-    """Another process of the same run ended, so that this one cannot go on."""
+    """Another process of the same run ended, so this one cannot continue."""
 
     exit_code = 1
 
 
 class ExportError(SdloraError):
-    """A written LoRA file did not reproduce the trained model when it was loaded back."""
+    """A written LoRA file did not reproduce the trained model when loaded back."""
 
     exit_code = 1
 
 
-class ArbiterError(SdloraError):
-    """An optional network that was asked for is not to be had; the run goes on without it and says so."""
+class EmbedderError(SdloraError):
+    """An optional network of the copy check could not be loaded; the run continues without it and says so."""
 
     exit_code = 1
 

@@ -1,4 +1,7 @@
-"""Previews drawn, compared and measured together: what happens at the end of an epoch, and to a finished file."""
+"""The copy check as a whole: draws an epoch's previews, compares them and measures the other signals.
+
+Called by `run` at the end of every epoch, and for a finished LoRA file.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +16,11 @@ from torch import Tensor
 
 from sdlora.cache.tensors import Cache
 from sdlora.copycheck import signals
-from sdlora.copycheck.embedders import Arbiters
-from sdlora.copycheck.null_distribution import Gallery, NullMaker, reduced, spread_over
+from sdlora.copycheck.embedders import Embedders
+from sdlora.copycheck.null_distribution import Gallery, NullDistribution, evenly_spaced, reduced
 from sdlora.copycheck.signals import Signal
 from sdlora.copycheck.verdict import EpochCheck, check_previews
-from sdlora.copycheck.warp_alignment import registered
+from sdlora.copycheck.warp_alignment import registered_correlation
 from sdlora.events import CopyChecked, Event, Progress
 from sdlora.lora.inject import Adapter
 from sdlora.previews.guidance_norm import SamplerWatch
@@ -30,14 +33,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Subject:
-    """What is checked, and on what.
+    """What is checked.
 
     Attributes:
-        adapter: On its base.
-        data: The training images with their captions as they are, at every exposure the same.
-        heldout: Measures validation images; None if there are none.
-        cache: Where the null is kept; it knows the base.
-        identity: A hash of the base's UNet.
+        adapter: Attached to its base model.
+        data: The training images with their captions unchanged, the same at every exposure.
+        validation: Measures the validation images; None if there are none.
+        cache: Holds the null distribution; its base draws.
+        identity: A hash of the base model's UNet.
         seed: The run's.
     """
 
@@ -50,65 +53,67 @@ class Subject:
 
 
 class Checker:
-    """Draws previews and says whether they are copies.
+    """Draws previews and decides whether they are copies.
 
     Args:
         subject: What is checked.
         request: What to draw.
-        gallery: The images that may have been copied, and others of their kind.
-        arbiters: Networks that are asked as well.
+        gallery: The images that may have been copied, and validation images.
+        embedders: The networks that add a score or a signal.
     """
 
-    def __init__(self, subject: Subject, request: PreviewRequest, gallery: Gallery, arbiters: Arbiters) -> None:
-        self._subject, self._request, self._gallery, self._arbiters = subject, request, gallery, arbiters
+    def __init__(self, subject: Subject, request: PreviewRequest, gallery: Gallery, embedders: Embedders) -> None:
+        self._subject, self._request, self._gallery, self._embedders = subject, request, gallery, embedders
         self._base = subject.cache.base
-        self._nulls = NullMaker(subject.cache, subject.adapter, request, gallery, subject.identity, arbiters)
+        self._null = NullDistribution(subject.cache, subject.adapter, request, gallery, subject.identity, embedders)
         count = len(subject.data.dataset.examples)
-        self._probed = spread_over(count, signals.MOST_PROBED)
-        self._compared = spread_over(count, signals.MOST_COMPARED)
+        self._probed = evenly_spaced(count, signals.MAX_PROBED)
+        self._compared = evenly_spaced(count, signals.MAX_COMPARED)
 
     def prepare(self, background: str) -> Iterator[Progress]:
-        """Make, or fetch, what every epoch is compared with: the null, and what the base does without the adapter."""
+        """Compute, or read from the cache, what epochs are compared with: the null and the base model's signals."""
         yield from self._subject.data.fill(background)
-        yield from self._nulls.make()
+        yield from self._null.prepare()
         with self._subject.adapter.disabled():
             self._retrieved_off = self._retrieve()
             self._losses_off = self._losses()
 
     def epoch(self, epoch: int, folder: Path, base_folder: Path) -> Iterator[Event]:
-        """Draw an epoch's previews into its folder and check them; `copycheck.json` is kept beside them.
+        """Draw an epoch's previews into its folder, check them and write `copycheck.json` beside them.
 
         Args:
-            epoch: Which; 0 is the base.
-            folder: The epoch's.
-            base_folder: Epoch 0's, which was drawn and checked before.
+            epoch: 0 is the base model.
+            folder: The epoch's folder.
+            base_folder: The folder of epoch 0, which was drawn and checked before.
         """
         watch = SamplerWatch(self._base)
         yield from draw_epoch(self._base, self._request, epoch, folder, watch)
         start = time.monotonic()
-        found = self._signals(folder, base_folder, watch.guidance_norms) if epoch > 0 else []
-        check = self.compare(folder, found, watch.guidance_norms)
-        yield checked(epoch, check, time.monotonic() - start)
+        measured = self._signals(folder, base_folder, watch.guidance_norms) if epoch > 0 else []
+        check = self.compare(folder, measured, watch.guidance_norms)
+        yield check_event(epoch, check, time.monotonic() - start)
 
-    def compare(self, folder: Path, found: Sequence[Signal], norms: Sequence[float] = ()) -> EpochCheck:
-        """Check previews that lie in a folder; `copycheck.json` is kept beside them.
+    def compare(self, folder: Path, measured: Sequence[Signal], norms: Sequence[float] = ()) -> EpochCheck:
+        """Check the previews in an epoch's folder and write `copycheck.json` there.
 
         Args:
-            folder: An epoch's.
-            found: What else was measured.
+            folder: The epoch's folder.
+            measured: The other signals.
             norms: Guidance norms, one per preview, or none at all.
         """
-        assert self._nulls.scores is not None, "prepare comes first"
-        check = check_previews(self._request, folder, self._gallery, self._nulls.scores, found, self._arbiters, norms)
+        assert self._null.scores is not None, "call prepare first"
+        check = check_previews(
+            self._request, folder, self._gallery, self._null.scores, measured, self._embedders, norms
+        )
         check.write(folder)
         return check
 
     def registered_similarity(self, folder: Path) -> Signal:
-        """The sign of warped copies, for previews that lie in a folder."""
+        """The signal of warped copies, for the previews in an epoch's folder."""
         images = [image for of_prompt in self._images(folder) for image in of_prompt]
-        best = registered(images, list(self._gallery.images.values())).amax(dim=1)
-        assert self._nulls.registered is not None, "prepare comes first"
-        return signals.registered_similarity(best, self._nulls.registered)
+        best = registered_correlation(images, list(self._gallery.images.values())).amax(dim=1)
+        assert self._null.registered is not None, "call prepare first"
+        return signals.registered_similarity(best, self._null.registered)
 
     def _retrieve(self) -> list[bool]:
         return signals.retrieve(self._subject.data, self._probed, self._subject.seed)
@@ -118,14 +123,14 @@ class Checker:
 
     def _signals(self, folder: Path, base_folder: Path, norms: Sequence[float]) -> list[Signal]:
         base_check = EpochCheck.read(base_folder)
-        assert base_check is not None, "epoch 0 comes first"
+        assert base_check is not None, "check epoch 0 first"
         base_norms = [m.guidance_norm for m in base_check.previews if m.guidance_norm is not None]
         on, off = self._by_prompt(norms), self._by_prompt(base_norms)
         cut = self._request.num_captions
         measured = self._subject.validation
         validation = None
         if measured is not None:
-            assert measured.losses_on is not None and measured.losses_off is not None, "the epoch was measured before"
+            assert measured.losses_on is not None and measured.losses_off is not None, "measure the epoch first"
             validation = (measured.losses_on, measured.losses_off)
         return [
             signals.self_retrieval(self._retrieve(), self._retrieved_off),
@@ -136,7 +141,7 @@ class Checker:
         ]
 
     def _by_prompt(self, values: Sequence[T]) -> list[list[T]]:
-        """A value per preview, by prompt; no prompt at all where there are no values."""
+        """One value per preview, grouped by prompt; an empty list for no values."""
         num_seeds = len(self._request.seeds)
         return [list(values[first : first + num_seeds]) for first in range(0, len(values), num_seeds)]
 
@@ -145,8 +150,8 @@ class Checker:
         return self._by_prompt([reduced(Image.open(file)) for file in files])
 
 
-def checked(epoch: int, check: EpochCheck, seconds: float) -> CopyChecked:
-    """The event that tells of a check."""
+def check_event(epoch: int, check: EpochCheck, seconds: float) -> CopyChecked:
+    """The event that reports a check."""
     best = check.most_similar()
     return CopyChecked(
         epoch=epoch,

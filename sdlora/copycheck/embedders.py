@@ -1,8 +1,9 @@
-"""Two networks as arbiters, off unless asked for: DINOv2 of how well the concept is met, SSCD of copies.
+"""Two optional networks that embed images: SSCD detects copies, DINOv2 measures concept fidelity.
 
-Neither comes with sdlora: their files are fetched from the hub once, and used only if they are, byte for
-byte, the published ones. DINOv2 finds any two images of one subject alike, so it says nothing of copies.
-Shapes: B batch, P images, G images of the gallery, D numbers of an embedding.
+Used by the check where `copycheck.sscd` or `copycheck.dinov2` is on. Their files are downloaded once and accepted only
+if their SHA-256 matches the published ones. DINOv2 gives any two images of one subject a high similarity, so it cannot
+detect copies.
+Shapes: B batch, P images, G images of the gallery, D elements of an embedding.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from transformers import Dinov2Model
 
-# httpx is what transformers asks the hub with; when a connection breaks off, its error comes through as it is.
+# transformers downloads with httpx and does not wrap its connection errors.
 from transformers.utils.hub import cached_file, httpx, is_offline_mode
 
 from sdlora.copycheck.similarity import hp_ms, phash
-from sdlora.errors import ArbiterError
+from sdlora.errors import EmbedderError
 
-# ImageNet's, which both networks were trained with.
+# ImageNet's statistics, with which both networks were trained.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 _BATCH = 8
@@ -36,9 +37,9 @@ class Published:
     """A network's files as its authors published them.
 
     Attributes:
-        name: What people call it.
-        option: The option that asks for it.
-        source: A hub id, or a folder with the files.
+        name: For messages.
+        option: The option that enables it.
+        source: A hub repository, or a folder with the files.
         revision: The commit on the hub.
         sha256: File name to SHA-256, in hexadecimal.
     """
@@ -60,8 +61,8 @@ DINOV2 = Published(
         "model.safetensors": "ae1e99fcefd534ed978cdeb8326f08030c96e28b7a81ffcbc98a857c84d14be1",
     },
 )
-# The authors publish no safetensors and nothing on the hub: this is a copy there by someone else. The hash is that of
-# the authors' own file, without which TorchScript, being a program, would not be run.
+# The authors publish neither safetensors nor on the hub; the repository is a third party's. TorchScript is code, so it
+# runs only if its hash is that of the authors' own file.
 SSCD = Published(
     "SSCD",
     "copycheck.sscd",
@@ -71,13 +72,13 @@ SSCD = Published(
 )
 
 
-class Arbiter:
-    """A frozen network that turns images into embeddings; made by `load_dinov2` and `load_sscd`.
+class Embedder:
+    """A frozen network that turns images into embeddings, from `load_dinov2` or `load_sscd`.
 
     Args:
-        network: (B, 3, H, W) of normalised pixels to (B, D).
-        prepare: An image in RGB as the network was trained to see it, all of one size.
-        device: Where the network is.
+        network: Maps normalised pixels, (B, 3, H, W), to (B, D).
+        prepare: Resizes and crops an RGB image to the network's input size.
+        device: The network's device.
     """
 
     def __init__(
@@ -89,13 +90,13 @@ class Arbiter:
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embeddings of length 1, (P, D) float32 on the CPU, for images of any mode and size.
+        """Normalised embeddings, (P, D) float32 on the CPU, of images of any mode and size.
 
         Raises:
             ValueError: There are no images.
         """
         if not images:
-            raise ValueError("An arbiter needs at least one image.")
+            raise ValueError("No images to embed; at least one is needed.")
         return torch.cat([self._batch(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)])
 
     def _batch(self, images: Sequence[Image.Image]) -> Tensor:
@@ -105,55 +106,55 @@ class Arbiter:
         return F.normalize(embeddings.float().cpu(), dim=1)
 
 
-def concept_fidelity(arbiter: Arbiter, previews: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
-    """How well previews meet a concept: the mean cosine between them and images of it, in [-1, 1].
+def concept_fidelity(embedder: Embedder, previews: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
+    """How well previews show a concept: their mean cosine similarity to images of it, in [-1, 1].
 
     Args:
-        arbiter: DINOv2.
+        embedder: DINOv2.
         previews: At least one.
         references: Images of the concept, at least one.
 
     Source: Ruiz et al. 2208.12242, section 4.1 (the metric "DINO", with DINOv2 for DINO).
     """
-    return float((arbiter.embed(previews) @ arbiter.embed(references).T).mean())
+    return float((embedder.embed(previews) @ embedder.embed(references).T).mean())
 
 
-def copy_cosines(arbiter: Arbiter, images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
-    """How much every image looks like a copy of every image of a gallery, or of its mirror image.
+def copy_cosines(embedder: Embedder, images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
+    """SSCD similarity of every image, or its mirror image, to every image of a gallery.
 
-    A cosine means another thing in every set of images (0.75 is a copy in nine cases of ten on the authors' own), so
-    it is to be held against a null: see `sdlora.copycheck.statistics.p_values`.
+    The threshold for a copy depends on the set of images (0.75 has 90 % precision on the authors' own), so compare
+    with a null distribution: see `sdlora.copycheck.statistics.p_values`.
 
     Args:
-        arbiter: SSCD.
+        embedder: SSCD.
         images: P images, at least one.
-        gallery: G images they may be copies of, at least one.
+        gallery: G images that may have been copied, at least one.
 
     Returns:
         (P, G) float32 in [-1, 1].
 
     Source: Pizzi et al. 2202.10261.
     """
-    known = arbiter.embed(gallery)
-    seen, mirrored = arbiter.embed(images), arbiter.embed([ImageOps.mirror(p) for p in images])
+    known = embedder.embed(gallery)
+    seen, mirrored = embedder.embed(images), embedder.embed([ImageOps.mirror(p) for p in images])
     return torch.maximum(seen @ known.T, mirrored @ known.T)
 
 
 @dataclass(frozen=True)
-class Arbiters:
-    """The networks that were asked for and could be had.
+class Embedders:
+    """The networks that are enabled and could be loaded.
 
     Attributes:
-        sscd: Gives one more score of similarity.
-        dinov2: Tells how well the concept is met.
+        sscd: Adds a similarity score.
+        dinov2: Measures concept fidelity.
     """
 
-    sscd: Arbiter | None = None
-    dinov2: Arbiter | None = None
+    sscd: Embedder | None = None
+    dinov2: Embedder | None = None
 
     @property
     def score_names(self) -> tuple[str, ...]:
-        """The scores of similarity, in their order."""
+        """The names of the similarity scores, in their order."""
         return ("hp_ms", "phash") if self.sscd is None else ("hp_ms", "phash", "sscd")
 
     def scores(self, images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
@@ -164,79 +165,79 @@ class Arbiters:
         return torch.stack(scores, dim=-1)
 
 
-def load_arbiters(*, sscd: bool, dinov2: bool, device: torch.device) -> tuple[Arbiters, list[str]]:
-    """Load the networks that are asked for.
+def load_embedders(*, sscd: bool, dinov2: bool, device: torch.device) -> tuple[Embedders, list[str]]:
+    """Load the networks that are enabled.
 
     Returns:
-        Those that could be had, and a sentence for each that could not.
+        Those that could be loaded, and a message for each that could not.
     """
-    found: dict[str, Arbiter] = {}
+    found: dict[str, Embedder] = {}
     missing: list[str] = []
     for name, wanted, load in (("sscd", sscd, load_sscd), ("dinov2", dinov2, load_dinov2)):
         try:
             if wanted:
                 found[name] = load(device=device)
-        except ArbiterError as error:
+        except EmbedderError as error:
             missing.append(str(error))
-    return Arbiters(**found), missing
+    return Embedders(**found), missing
 
 
-def load_dinov2(published: Published = DINOV2, *, device: torch.device) -> Arbiter:
-    """DINOv2, whose embedding is the class token of the last layer.
+def load_dinov2(published: Published = DINOV2, *, device: torch.device) -> Embedder:
+    """Load DINOv2; its embedding is the class token of the last layer.
 
     Args:
-        published: Where its config.json and model.safetensors are.
+        published: The location of its config.json and model.safetensors.
         device: Where to compute.
 
     Raises:
-        ArbiterError: The files are not to be had.
+        EmbedderError: The files could not be downloaded, or are not the published ones.
 
     Source: Oquab et al. 2304.07193.
     """
-    folder = _fetch(published)[0].parent
+    folder = _download(published)[0].parent
     model, report = Dinov2Model.from_pretrained(folder, use_safetensors=True, output_loading_info=True)
-    # Names change between versions, and what is missing would be random numbers.
+    # Parameter names change between versions, and missing parameters would be initialised at random.
     if report["missing_keys"]:
-        raise _unavailable(published, f"{len(report['missing_keys'])} of its weights are not found in its file")
+        raise _unavailable(published, f"{len(report['missing_keys'])} parameters are missing from its file")
     model.to(device).eval()
-    return Arbiter(lambda pixels: model(pixels).pooler_output, _as_dinov2_sees, device)
+    return Embedder(lambda pixels: model(pixels).pooler_output, _dinov2_input, device)
 
 
-def load_sscd(published: Published = SSCD, *, device: torch.device) -> Arbiter:
-    """SSCD's ResNet-50 "disc_mixup", which its authors recommend.
+def load_sscd(published: Published = SSCD, *, device: torch.device) -> Embedder:
+    """Load SSCD's ResNet-50 "disc_mixup", the model its authors recommend.
 
     Args:
-        published: Where its TorchScript file is.
+        published: The location of its TorchScript file.
         device: Where to compute.
 
     Raises:
-        ArbiterError: The file is not to be had, or this PyTorch does not load it.
+        EmbedderError: The file could not be downloaded, is not the published one, or PyTorch cannot load it.
 
     Source: Pizzi et al. 2202.10261.
     """
-    (file,) = _fetch(published)
+    (file,) = _download(published)
     try:
         model = torch.jit.load(str(file), map_location=device).eval()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
-        raise _unavailable(published, f"PyTorch {torch.__version__} does not load {file.name}") from error
-    return Arbiter(model, _as_sscd_sees, device)
+        raise _unavailable(published, f"PyTorch {torch.__version__} cannot load {file.name}") from error
+    return Embedder(model, _sscd_input, device)
 
 
-def _as_dinov2_sees(image: Image.Image) -> Image.Image:
-    """The short edge to 256 px, and 224 x 224 from the middle, as its published processor does."""
+def _dinov2_input(image: Image.Image) -> Image.Image:
+    """Short edge resized to 256 px, then a centre crop of 224 x 224, as in its published processor."""
     short = min(image.size)
     size = (int(256 * image.width / short), int(256 * image.height / short))
     left, top = (size[0] - 224) // 2, (size[1] - 224) // 2
     return image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
 
 
-def _as_sscd_sees(image: Image.Image) -> Image.Image:
-    """Squeezed into a square, as its authors recommend, so that images of any shape go in one batch."""
+def _sscd_input(image: Image.Image) -> Image.Image:
+    """Resized to a square, as its authors recommend, so that images of any shape form one batch."""
     return image.resize((320, 320), Image.Resampling.BILINEAR)
 
 
-def _fetch(published: Published) -> list[Path]:
-    """The files, from the folder, from what was fetched before, or from the hub."""
+def _download(published: Published) -> list[Path]:
+    """The files, from the folder, the hub's cache or the hub."""
     found = []
     for name, sha256 in published.sha256.items():
         try:
@@ -244,23 +245,22 @@ def _fetch(published: Published) -> list[Path]:
         except (OSError, httpx.HTTPError) as error:
             raise _unavailable(published, _reason(error, published.source)) from error
         if path is None:
-            raise _unavailable(published, f"there is no {name}")
+            raise _unavailable(published, f"{name} does not exist there")
         with Path(path).open("rb") as handle:
             if hashlib.file_digest(handle, "sha256").hexdigest() != sha256:
-                raise _unavailable(published, f"{path} is not the file that was published; delete it")
+                raise _unavailable(published, f"the SHA-256 of {path} is not that of the published file; delete it")
         found.append(Path(path))
     return found
 
 
 def _reason(error: Exception, source: str) -> str:
     if is_offline_mode() and not Path(source).is_dir():
-        return "HF_HUB_OFFLINE is set, and they were not fetched before"
+        return "HF_HUB_OFFLINE is set and the files are not in the cache"
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".:")
 
 
-def _unavailable(published: Published, reason: str) -> ArbiterError:
-    return ArbiterError(
-        f"{published.name} was asked for ({published.option}), but its files are not to be had from "
-        f"{published.source}: {reason}. All else goes on without it. Let them be fetched once over the network, or "
-        "turn the option off."
+def _unavailable(published: Published, reason: str) -> EmbedderError:
+    return EmbedderError(
+        f"{published.option} is on, but {published.name} could not be loaded from {published.source}: {reason}. "
+        "Continuing without it. Allow the download once, or turn the option off."
     )

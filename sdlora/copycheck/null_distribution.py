@@ -1,8 +1,8 @@
-"""What similarity there is where nothing was copied: between training images, and in what the base draws.
+"""The null distribution of similarity: scores between different training images, and of the base model's images.
 
-The null has at least 100 scores, since a test at 2 % needs as many to bear an odd one. The base's images are
-drawn once and kept, and so are the scores, under the hash of everything that they follow from.
-Shapes: K images of the null, G images of the gallery, S scores.
+Computed once per run and read by `verdict` and `signals`. It has at least 100 scores, so that a test at 2 % tolerates
+an outlier. The images and the scores are cached under the hash of everything they depend on.
+Shapes: K images of the null distribution, G images of the gallery, S scores.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from torch import Tensor
 
 from sdlora.cache.tensors import Cache, content_key
 from sdlora.common.files import atomic_path
-from sdlora.copycheck.embedders import Arbiters
-from sdlora.copycheck.warp_alignment import registered
+from sdlora.copycheck.embedders import Embedders
+from sdlora.copycheck.warp_alignment import registered_correlation
 from sdlora.data.dataset import Dataset, load_pixels
 from sdlora.data.duplicates import near_duplicates, thumbnail
 from sdlora.data.images import pixel_hash
@@ -29,12 +29,12 @@ from sdlora.lora.inject import Adapter
 from sdlora.previews.sampler import PreviewRequest, draw, settings
 
 SIZE = 100
-FEWEST_OF_BASE = 24
-MOST_REGISTERED = 24
+MIN_DRAWN = 24
+MAX_REGISTERED = 24
 PHASE = "the base's pictures"
-_FIRST_SEED = 1_000_000  # no preview's, so that the null is not drawn from the very noise that is judged
+_FIRST_SEED = 1_000_000  # unlike any preview's, so that null and previews do not share noise
 _LARGEST_PX = 384
-_VERSION = "3"  # raised when a score is computed in another way
+_VERSION = "3"  # incremented when a score's definition changes
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Gallery:
 
     Attributes:
         images: By name, as cropped for training, at most 384 px on the longer edge.
-        heldout: Images of the same kind that were not trained.
+        validation: Images of the same kind that are not trained on.
     """
 
     images: dict[str, Image.Image]
@@ -51,11 +51,11 @@ class Gallery:
 
 
 def make_gallery(trained: Dataset, validation: Dataset | None, background: str) -> Gallery:
-    """Read the images; a validation one that is a near-duplicate of a trained one is left out.
+    """Read the images, leaving out validation images that are near-duplicates of training images.
 
     Args:
         trained: The images that may have been copied, their buckets assigned.
-        heldout: Other images of the same kind.
+        validation: Other images of the same kind.
         background: Colour under transparent pixels.
     """
 
@@ -64,50 +64,53 @@ def make_gallery(trained: Dataset, validation: Dataset | None, background: str) 
 
     images, others = read(trained), read(validation)
     count, names = len(images), list(others)
-    groups = _twins([*images.values(), *others.values()])
+    groups = _groups([*images.values(), *others.values()])
     twins = {names[i - count] for group in groups if group[0] < count for i in group if i >= count}
     return Gallery(images, {name: image for name, image in others.items() if name not in twins})
 
 
 def reduced(image: Image.Image) -> Image.Image:
-    """An image of at most 384 px on its longer edge: scores look no closer, and a large set fits into memory."""
+    """An RGB image of at most 384 px on its longer edge, enough for every score, so that a large set fits in memory."""
     if max(image.size) > _LARGEST_PX:
         image = image.copy()
         image.thumbnail((_LARGEST_PX, _LARGEST_PX), Image.Resampling.LANCZOS)
     return image.convert("RGB")
 
 
-def null_scores(gallery: Gallery, drawn: Sequence[Image.Image], arbiters: Arbiters) -> Tensor:
-    """The highest scores that images reach which are no copies, (K, S).
+def null_scores(gallery: Gallery, drawn: Sequence[Image.Image], embedders: Embedders) -> Tensor:
+    """The highest scores of images that are not copies, (K, S).
 
     Args:
-        gallery: Every training image is compared with the others, but for its near-duplicates; every validation
+        gallery: Every training image is compared with the others except its near-duplicates, and every validation
             image with all of them.
-        drawn: Images of the base without an adapter, compared with all of them.
-        arbiters: They say which scores there are.
+        drawn: Images of the base model without an adapter, compared with all training images.
+        embedders: They decide which scores there are.
     """
     trained = list(gallery.images.values())
-    among = arbiters.scores(trained, trained)
-    similar = _same_or_twins(trained)
-    alone = similar.all(dim=1)
-    among[similar] = -torch.inf
-    parts = [among.amax(dim=1)[~alone]]
+    among = embedders.scores(trained, trained)
+    excluded = _same_or_near_duplicate(trained)
+    among[excluded] = -torch.inf
+    parts = [among.amax(dim=1)[~excluded.all(dim=1)]]
     others = [*gallery.validation.values(), *drawn]
     if others:
-        parts.append(arbiters.scores(others, trained).amax(dim=1))
+        parts.append(embedders.scores(others, trained).amax(dim=1))
     return torch.cat(parts)
 
 
-class NullMaker:
-    """Makes the null of a run, or finds it in the cache.
+class NullDistribution:
+    """The null distribution of a run, computed or read from the cache.
 
     Args:
-        cache: Where images and scores are kept; its base draws.
-        adapter: Switched off for drawing.
-        request: What previews are drawn, for their prompts and settings.
-        gallery: The training and the validation images.
+        cache: Holds images and scores; its base draws.
+        adapter: Disabled while drawing.
+        request: The run's previews, for their prompts and settings.
+        gallery: The training and validation images.
         identity: A hash of the frozen UNet.
-        arbiters: They say which scores there are.
+        embedders: They decide which scores there are.
+
+    Attributes:
+        scores: Of `null_scores`, (K, S); None before `prepare`.
+        registered: Of `registered_null_scores`, (K,); None before `prepare`.
     """
 
     def __init__(
@@ -117,9 +120,9 @@ class NullMaker:
         request: PreviewRequest,
         gallery: Gallery,
         identity: str,
-        arbiters: Arbiters,
+        embedders: Embedders,
     ) -> None:
-        self._base, self._adapter, self._request, self._arbiters = cache.base, adapter, request, arbiters
+        self._base, self._adapter, self._request, self._embedders = cache.base, adapter, request, embedders
         self._gallery, self._cache = gallery, cache
         self._drawn_by = content_key(
             "drawn by the base",
@@ -129,29 +132,29 @@ class NullMaker:
             json.dumps(settings(cache.base, request)),
         )
         known = len(gallery.images) + len(gallery.validation)
-        self._wanted = self._base_requests(max(FEWEST_OF_BASE, SIZE - known))
+        self._wanted = self._base_requests(max(MIN_DRAWN, SIZE - known))
         self.scores: Tensor | None = None
         self.registered: Tensor | None = None
 
     def _base_requests(self, count: int) -> list[tuple[str, int]]:
-        """Prompts and seeds of the base's images: each prompt in turn."""
+        """Prompts and seeds of the base model's images: the prompts in turn."""
         prompts = list(dict.fromkeys(self._request.prompts))
         return [(prompts[i % len(prompts)], _FIRST_SEED + i // len(prompts)) for i in range(count)]
 
-    def make(self) -> Iterator[Progress]:
-        """Set `scores`, (K, S), and `registered`, see `registered_null`; draw what is missing for them."""
+    def prepare(self) -> Iterator[Progress]:
+        """Set `scores` and `registered`, drawing the images that are missing for them."""
         pixels = [[pixel_hash(p) for p in part.values()] for part in (self._gallery.images, self._gallery.validation)]
         files = [self._file(prompt, seed) for prompt, seed in self._wanted]
         key = content_key(
-            "null", _VERSION, json.dumps(pixels), *self._arbiters.score_names, *(file.stem for file in files)
+            "null", _VERSION, json.dumps(pixels), *self._embedders.score_names, *(file.stem for file in files)
         )
         if not self._cache.holds("null", key):
             yield from self._draw(files)
 
         def compute() -> dict[str, Tensor]:
             drawn = [reduced(Image.open(file)) for file in files]
-            scores = null_scores(self._gallery, drawn, self._arbiters)
-            return {"scores": scores, "registered": registered_null(self._gallery, MOST_REGISTERED)}
+            scores = null_scores(self._gallery, drawn, self._embedders)
+            return {"scores": scores, "registered": registered_null_scores(self._gallery, MAX_REGISTERED)}
 
         found = self._cache.fetch("null", key, compute)
         self.scores, self.registered = found["scores"], found["registered"]
@@ -172,37 +175,37 @@ class NullMaker:
                 yield Progress(PHASE, done, len(missing))
 
 
-def registered_null(gallery: Gallery, most: int) -> Tensor:
-    """How alike the set's images are once registered: each with its likeliest other, near-duplicates left out, (K,).
+def registered_null_scores(gallery: Gallery, most: int) -> Tensor:
+    """The highest `registered_correlation` of each of the set's images with another, near-duplicates excluded, (K,).
 
     Args:
-        gallery: The trained images are compared with one another, validation ones with the trained.
-        most: So many of either are, spread over all.
+        gallery: Training images are compared with each other, validation images with training images.
+        most: At most this many of either are compared, evenly spaced.
     """
     trained, validation = list(gallery.images.values()), list(gallery.validation.values())
-    chosen = spread_over(len(trained), most)
-    similar = _same_or_twins(trained)[chosen]
-    parts = [registered([trained[index] for index in chosen], trained, similar).amax(dim=1)[~similar.all(dim=1)]]
+    chosen = evenly_spaced(len(trained), most)
+    excluded = _same_or_near_duplicate(trained)[chosen]
+    among = registered_correlation([trained[index] for index in chosen], trained, excluded)
+    parts = [among.amax(dim=1)[~excluded.all(dim=1)]]
     if validation:
-        parts.append(
-            registered([validation[index] for index in spread_over(len(validation), most)], trained).amax(dim=1)
-        )
+        others = [validation[index] for index in evenly_spaced(len(validation), most)]
+        parts.append(registered_correlation(others, trained).amax(dim=1))
     return torch.cat(parts)
 
 
-def spread_over(count: int, most: int) -> list[int]:
-    """At most `most` of 0 .. count - 1, as evenly spread as can be."""
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """At most `most` indices of 0 .. count - 1, evenly spaced."""
     chosen = min(count, most)
     return [index * count // chosen for index in range(chosen)]
 
 
-def _same_or_twins(images: Sequence[Image.Image]) -> Tensor:
-    """Which pairs are one image or near-duplicates, (P, P)."""
+def _same_or_near_duplicate(images: Sequence[Image.Image]) -> Tensor:
+    """Which pairs are the same image or near-duplicates, (P, P)."""
     similar = torch.eye(len(images), dtype=torch.bool)
-    for group in _twins(images):
+    for group in _groups(images):
         similar[np.ix_(group, group)] = True
     return similar
 
 
-def _twins(images: Sequence[Image.Image]) -> list[tuple[int, ...]]:
+def _groups(images: Sequence[Image.Image]) -> list[tuple[int, ...]]:
     return near_duplicates(np.stack([thumbnail(image) for image in images])) if images else []

@@ -1,6 +1,6 @@
-"""Signs of copying other than a preview that looks like a training image: what each measures and says.
+"""Signals of copying other than a preview that matches a training image: five measurements, each with a p-value.
 
-Every sign is a figure, how likely chance alone gives as much, and one sentence for a person.
+Called by `checker` at the end of an epoch; each signal carries a sentence for the report.
 Shapes: P images, N previews, C latent channels, h/w latents.
 """
 
@@ -24,10 +24,10 @@ from sdlora.diffusion.noise import add_noise, predicted_latents
 from sdlora.training.data import TrainingData
 
 OUTSIDE = 0.05
-# Four calls of the UNet for each caption probed and ten for each image compared: with so many, a sixth of the calls
-# that seven previews of 25 guided steps take.
-MOST_PROBED = 4
-MOST_COMPARED = 4
+# Four UNet calls per probed caption and ten per compared image: with these limits, a sixth of the calls that seven
+# previews of 25 guided steps take.
+MAX_PROBED = 4
+MAX_COMPARED = 4
 PROBED_TIMESTEPS = (999, 800)
 NUM_PROBES = 2
 NUM_FIELDS = 8
@@ -35,13 +35,13 @@ NUM_FIELDS = 8
 
 @dataclass(frozen=True)
 class Signal:
-    """One sign of copying.
+    """One signal of copying.
 
     Attributes:
-        name: As in `copycheck.json`.
-        value: The figure, or None where it cannot be measured.
-        p_value: How likely chance alone gives as much, in (0, 1], or None.
-        meaning: One sentence for an artist, with the figure or why there is none.
+        name: The key in `copycheck.json`.
+        value: The measurement, or None where it cannot be taken.
+        p_value: One-sided, in (0, 1], or None.
+        meaning: One sentence for an artist, with the measurement or the reason why there is none.
     """
 
     name: str
@@ -51,11 +51,11 @@ class Signal:
 
     @property
     def outside(self) -> bool:
-        """Whether chance alone would rarely give as much."""
+        """Whether the p-value is at most 5 %."""
         return self.p_value is not None and self.p_value <= OUTSIDE
 
     def to_json(self) -> dict[str, Any]:
-        """What `copycheck.json` holds under the signal's name."""
+        """The value of the signal's key in `copycheck.json`."""
         return {"value": self.value, "p_value": self.p_value, "outside": self.outside, "meaning": self.meaning}
 
 
@@ -64,79 +64,79 @@ class Signal:
 
 @torch.no_grad()
 def retrieve(data: TrainingData, indices: Sequence[int], seed: int) -> list[bool]:
-    """Whether a caption alone leads from noise straight to its own image and to no other of the set.
+    """Whether the one-step prediction from pure noise and a caption is nearest to the caption's own image.
 
-    The network is asked at the highest noise levels, at noise that holds nothing of any image: where a real noisy
-    image is sqrt(a) x + sqrt(1 - a) noise, x is zero. What it takes for the clean latents is compared with the
-    images of the same shape: means over 8 x 8 fields, for one step from noise gives no detail; minus the mean of
-    those images, for what all have in common tells nothing; by the cosine, for the contrast is not right either.
+    The network denoises at the highest timesteps from noise that contains no image: where a real noisy image is
+    sqrt(a) x + sqrt(1 - a) noise, x is zero. The predicted clean latents are compared with all images of the same
+    shape: by means over 8 x 8 fields, because one step from noise gives no detail; minus the mean image, because what
+    all images share says nothing; by the cosine, because the contrast of the prediction is arbitrary.
 
     Args:
-        data: The training images, their captions as they are.
-        indices: Which captions are asked.
+        data: The training images, their captions unchanged.
+        indices: The captions to probe.
         seed: The run's seed, for the noise.
 
     Returns:
-        For each index 4 answers, 2 for each of the timesteps 999 and 800: whether the image is nearest to its own. A
-        image that no other shares its shape with is always found.
+        Four results per index, two for each of the timesteps 999 and 800. An image whose shape no other image has is
+        always found.
 
-    Source: the clean latents in one step are Ho et al. 2006.11239, equation 15.
+    Source: Ho et al. 2006.11239, equation 15 (clean latents in one step).
     """
     hits: list[bool] = []
     means = {i: _mean_latents(data, i) for i in range(len(data.dataset.examples))}
-    asked: dict[torch.Size, list[int]] = {}
+    by_shape: dict[torch.Size, list[int]] = {}
     for index in indices:
-        asked.setdefault(means[index].shape, []).append(index)
-    # All captions of a shape at once: a network asked for few latents idles.
-    guessed = {
-        i: of for similar in asked.values() for i, of in zip(similar, _guesses(data, similar, seed), strict=True)
+        by_shape.setdefault(means[index].shape, []).append(index)
+    # One batch per shape: small batches leave the device idle.
+    predicted = {
+        i: latents for same in by_shape.values() for i, latents in zip(same, _predict(data, same, seed), strict=True)
     }
     for index in indices:
         gallery = {i: mean for i, mean in means.items() if mean.shape == means[index].shape}
         common = torch.stack(list(gallery.values())).mean(dim=0)
-        guesses = _fields(guessed[index].cpu() - common)
-        similarity = {i: F.cosine_similarity(guesses, _fields(mean - common), dim=1) for i, mean in gallery.items()}
-        # A second file of the same image is no other image.
+        fields = _fields(predicted[index].cpu() - common)
+        similarity = {i: F.cosine_similarity(fields, _fields(mean - common), dim=1) for i, mean in gallery.items()}
+        # At least as near, so that a duplicate of the image does not count against it.
         hits += (similarity[index] >= torch.stack(list(similarity.values())).amax(dim=0)).tolist()
     return hits
 
 
 def _fields(latents: Tensor) -> Tensor:
-    """Means over 8 x 8 fields, (..., C, h, w) to (..., C * 64); small latents are left as they are."""
+    """Means over 8 x 8 fields, (..., C, h, w) to (..., C * 64); smaller latents stay unchanged."""
     height, width = latents.shape[-2:]
     return F.adaptive_avg_pool2d(latents, (min(NUM_FIELDS, height), min(NUM_FIELDS, width))).flatten(-3)
 
 
 def _mean_latents(data: TrainingData, index: int) -> Tensor:
-    """The clean latents of an image without the VAE's noise, (C, h, w)."""
+    """The mean of the VAE's latent distribution of an image, (C, h, w)."""
     moments = data.moments([index])
     return data.cache.base.sample_latents(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))[0]
 
 
-def _guesses(data: TrainingData, indices: Sequence[int], seed: int) -> Tensor:
-    """What the network takes for the clean latents of captions, from noise alone, (P, 4, C, h, w)."""
+def _predict(data: TrainingData, indices: Sequence[int], seed: int) -> Tensor:
+    """Clean latents that the network predicts for captions from pure noise, (P, 4, C, h, w)."""
     base = data.cache.base
-    asked = [(timestep, probe) for timestep in PROBED_TIMESTEPS for probe in range(NUM_PROBES)]
+    probes = [(timestep, probe) for timestep in PROBED_TIMESTEPS for probe in range(NUM_PROBES)]
     shape = data.moments(indices[:1]).chunk(2, dim=1)[0].shape[1:]
-    drawn = [seeds.normal(shape, seed, "self-retrieval", data.name(i), *which) for i in indices for which in asked]
+    drawn = [seeds.normal(shape, seed, "self-retrieval", data.name(i), *probe) for i in indices for probe in probes]
     noise = torch.stack(drawn).to(base.device)
-    timesteps = torch.tensor([timestep for timestep, _ in asked], device=base.device).repeat(len(indices))
+    timesteps = torch.tensor([timestep for timestep, _ in probes], device=base.device).repeat(len(indices))
     alphas_cumprod = base.alphas_cumprod[timesteps]
     noisy = add_noise(torch.zeros_like(noise), noise, alphas_cumprod)
     text = {
-        name: states.to(base.device).repeat_interleave(len(asked), dim=0)
+        name: states.to(base.device).repeat_interleave(len(probes), dim=0)
         for name, states in data.text([(index, 1) for index in indices]).items()
     }
     clean = predicted_latents(base.prediction_type, noisy, base.predict(noisy, timesteps, text), alphas_cumprod)
-    return clean.view(len(indices), len(asked), *shape)
+    return clean.view(len(indices), len(probes), *shape)
 
 
 def self_retrieval(on: Sequence[bool], off: Sequence[bool]) -> Signal:
-    """Whether captions lead straight to their own images more often with the adapter than without.
+    """Whether captions retrieve their own images more often with the adapter than without.
 
     Args:
-        on: From `retrieve`.
-        off: The same within `adapter.disabled()`.
+        on: Results of `retrieve` with the adapter.
+        off: Results within `adapter.disabled()`.
     """
     gained = sum(a and not b for a, b in zip(on, off, strict=True))
     lost = sum(b and not a for a, b in zip(on, off, strict=True))
@@ -144,75 +144,75 @@ def self_retrieval(on: Sequence[bool], off: Sequence[bool]) -> Signal:
         "self_retrieval",
         fmean(on) - fmean(off),
         mcnemar(gained, lost),
-        f"From noise alone, a training caption leads to its own image in {sum(on)} of {len(on)} tries, without the "
-        f"LoRA in {sum(off)}.",
+        f"From pure noise, a training caption leads to its own image in {sum(on)} of {len(on)} tries; without the "
+        f"LoRA, in {sum(off)}.",
     )
 
 
-# --- The gap between trained and validation images -----------------------------------------------------------------
+# --- The gap between training and validation images ----------------------------------------------------------------
 
 
 def train_validation_gap(training: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor] | None) -> Signal:
-    """How much more the adapter lowers the error on training images than on validation ones.
+    """How much more the adapter lowers the loss on training images than on validation images.
 
     Args:
-        training: The losses with the adapter and without, as `image_losses` gives them, of the same images.
-        heldout: The same for validation images, or None if there are none.
+        training: Losses of `image_losses` with the adapter and without, of the same images.
+        validation: The same of validation images, or None if there are none.
     """
     if validation is None:
-        return Signal("train_heldout_gap", None, None, "Without validation images there is nothing to compare with.")
+        return Signal("train_heldout_gap", None, None, "No validation images, so there is nothing to compare with.")
     changes = [(on - off).double().cpu() for on, off in (training, validation)]
     base = torch.cat([training[1], validation[1]]).double().cpu().mean(dim=(0, 2))
-    trained, kept = (change.mean(dim=(0, 2)) for change in changes)
-    widest = int(((kept - trained) / base).argmax())
+    trained, unseen = (change.mean(dim=(0, 2)) for change in changes)
+    widest = int(((unseen - trained) / base).argmax())
     gains = [(-change.mean(dim=(1, 2))).tolist() for change in changes]
     shares = [float(change.mean() / base.mean()) for change in changes]
     return Signal(
         "train_heldout_gap",
         shares[1] - shares[0],
         permutation_test(gains[0], gains[1]),
-        f"The LoRA changes the error by {shares[0]:+.0%} on training images and by {shares[1]:+.0%} on validation "
-        f"ones; they part most at timesteps {band_names()[widest]}.",
+        f"The LoRA changes the loss by {shares[0]:+.0%} on training images and by {shares[1]:+.0%} on validation "
+        f"images; the gap is widest at timesteps {band_names()[widest]}.",
     )
 
 
 # --- While previews are drawn ---------------------------------------------------------------------------------------
 
 ByPrompt = Sequence[Sequence[float]]
-"""A figure per preview: for every prompt, one per seed."""
+"""One value per preview: for every prompt, one per seed."""
 
 
 def guidance_norm(training: tuple[ByPrompt, ByPrompt], novel: tuple[ByPrompt, ByPrompt]) -> Signal:
-    """How much harder training captions pull than without the adapter, beside what new prompts do.
+    """How much more the adapter raises the guidance norm of training captions than of new prompts.
 
     Args:
         training: `SamplerWatch.guidance_norms` of previews from training captions, with the adapter and without.
         novel: The same of previews from new prompts.
     """
     if not any(training[0]) or not any(novel[0]):
-        why = "It takes guidance, and previews of training captions and of new prompts, to compare how hard they pull."
+        why = "Needs guidance, and previews of both training captions and new prompts."
         return Signal("guidance_norm", None, None, why)
-    own, other = (
+    trained, new = (
         [fmean(a / b for a, b in zip(on, off, strict=True)) for on, off in zip(*pair, strict=True)]
         for pair in (training, novel)
     )
     return Signal(
         "guidance_norm",
-        fmean(own) / fmean(other),
-        permutation_test(own, other),
-        f"Training captions pull on a preview {fmean(own):.2f} times as hard as without the LoRA, new prompts "
-        f"{fmean(other):.2f} times.",
+        fmean(trained) / fmean(new),
+        permutation_test(trained, new),
+        f"The guidance of training captions is {fmean(trained):.2f} times as strong as without the LoRA; that of new "
+        f"prompts, {fmean(new):.2f} times.",
     )
 
 
 # --- Previews that look like one another ----------------------------------------------------------------------------
 
 Images = Sequence[Sequence[Image.Image]]
-"""An image per preview: for every prompt, one per seed."""
+"""One image per preview: for every prompt, one per seed."""
 
 
 def seed_collapse(on: Images, off: Images) -> Signal:
-    """Whether previews of one prompt look more like one another than the base's do, whatever noise they began with.
+    """Whether previews of one prompt with different seeds are more similar to each other than the base model's are.
 
     Args:
         on: With the adapter; every prompt has the same seeds.
@@ -220,24 +220,24 @@ def seed_collapse(on: Images, off: Images) -> Signal:
     """
     num_prompts, num_seeds = len(on), len(on[0])
     if num_seeds == 1:
-        return Signal("seed_collapse", None, None, "With one seed there are no two previews of a prompt to compare.")
+        return Signal("seed_collapse", None, None, "Needs two seeds, so that each prompt has two previews to compare.")
     flat = [image for images in (on, off) for of_prompt in images for image in of_prompt]
     similarity = hp_ms(flat, flat).double()
-    similarity = (similarity + similarity.T) / 2  # of a pair, the first is mirrored and the second is not
+    similarity = (similarity + similarity.T) / 2  # hp_ms mirrors only the first of a pair
     prompts = torch.arange(num_prompts).repeat_interleave(num_seeds)
     pairs = (prompts[:, None] == prompts) & ~torch.eye(len(prompts), dtype=torch.bool)
     size = len(prompts)
     with_it, crossed, without = similarity[:size, :size], similarity[:size, size:], similarity[size:, size:]
-    # If the adapter did nothing, either of a preview's two images might be the one with it. Exchanging them changes
-    # the sign of what the preview adds to the difference, and of nothing else: similarity between the ways cancels.
+    # If the adapter had no effect, a preview's two images would be exchangeable. Exchanging them flips the sign of the
+    # preview's contribution to the difference and nothing else: the similarity across the two conditions cancels.
     added = ((with_it + crossed - crossed.T - without) * pairs).sum(dim=1)
     means = [float(values[pairs].mean()) for values in (with_it, without)]
     return Signal(
         "seed_collapse",
         means[0] - means[1],
         sign_flip_test(added.tolist()),
-        f"Previews of one prompt with other seeds resemble one another by {means[0]:.2f} of 1, without the LoRA by "
-        f"{means[1]:.2f}.",
+        f"The mean similarity of previews of one prompt with different seeds is {means[0]:.2f} (1 is identical); "
+        f"without the LoRA, {means[1]:.2f}.",
     )
 
 
@@ -245,20 +245,20 @@ def seed_collapse(on: Images, off: Images) -> Signal:
 
 
 def registered_similarity(previews: Tensor, among: Tensor) -> Signal:
-    """Whether previews, laid onto training images, are more like them than the set's images are like one another.
+    """Whether previews, aligned to training images, match them better than the set's images match each other.
 
     Args:
-        previews: The highest `registration.registered` of each, (N,).
-        among: The same of images of the set, from `nulls.registered_null`; empty if none could be compared.
+        previews: The highest `registered_correlation` of each preview, (N,).
+        among: The same of images of the set, from `registered_null_scores`; empty if none could be compared.
     """
     if len(among) == 0:
-        return Signal("registered_likeness", None, None, "One image alone has no other to be compared with.")
+        return Signal("registered_likeness", None, None, "Needs a second training image to compare with.")
     drawn, real = fisher_z(previews).tolist(), fisher_z(among).tolist()
     means = [float(values.mean()) for values in (previews, among)]
     return Signal(
         "registered_likeness",
         means[0] - means[1],
         permutation_test(drawn, real),
-        f"Laid onto their nearest training image, previews are {means[0]:.2f} of 1 like it; so laid onto one "
-        f"another, images of the set are {means[1]:.2f}.",
+        f"Aligned to their nearest training image, previews have a mean similarity of {means[0]:.2f} (1 is identical); "
+        f"images of the set aligned to each other, {means[1]:.2f}.",
     )

@@ -1,8 +1,8 @@
-"""The copy check: which training image each preview is most alike, and whether that is more than chance explains.
+"""The verdict on an epoch: which training image each preview is nearest to, and whether too many are copies.
 
-A verdict needs two things: previews that hardly anything in the null is as alike as, and more of them than a
-test at 2 % gives by chance.
-Shapes: P previews, G images of the gallery, K images of the null, S scores.
+Called by `checker` at the end of an epoch. "copying" takes previews that are significant at 2 % against the null
+distribution, and more of them than such a test alone gives.
+Shapes: P previews, G images of the gallery, K images of the null distribution, S scores.
 """
 
 from __future__ import annotations
@@ -17,38 +17,38 @@ from PIL import Image
 from torch import Tensor
 
 from sdlora.common.files import write_json
-from sdlora.copycheck.embedders import Arbiter, Arbiters, concept_fidelity
+from sdlora.copycheck.embedders import Embedder, Embedders, concept_fidelity
 from sdlora.copycheck.null_distribution import Gallery, reduced
 from sdlora.copycheck.signals import Signal
 from sdlora.copycheck.statistics import binomial_p_value, lower_bound, p_values, standardize
 from sdlora.previews.sampler import Kind, PreviewRequest
 
-# With a null of a hundred, one odd image in it may be as alike as a copy without blinding the check.
+# With a null distribution of 100 scores, one outlier as high as a copy does not blind the check.
 ALPHA = 0.02
 CONFIDENCE = 0.999
 SIGNALS_TO_WATCH = 2
 FILE = "copycheck.json"
 FIDELITY = "concept_fidelity"
 Verdict = Literal["clean", "watch", "copying"]
-_NONE = Arbiters()
+_NONE = Embedders()
 
 
 @dataclass(frozen=True)
 class Match:
-    """A preview and the training image that it is most alike.
+    """A preview and the training image that it is most similar to.
 
     Attributes:
-        prompt: What was drawn.
+        prompt: The prompt it was drawn from.
         kind: "training" for a caption of the set, "novel" for any other prompt.
         seed: Of the preview's starting noise.
         nearest: The training image's name.
-        hp_ms: Their similarity in detail, over crops and mirrors, in [-1, 1].
+        hp_ms: Their similarity in detail, over crops and mirror images, in [-1, 1].
         phash: The share of equal bits of their perceptual hashes, in [0, 1].
-        p_value: How likely an image that copies nothing is as alike to some training image.
-        significant: Whether that is at most 2 %.
-        file: The preview, seen from the check's folder.
-        sscd: The cosine of SSCD's embeddings, in [-1, 1]; None unless it was asked.
-        guidance_norm: How hard the prompt pulled, see `sdlora.previews.guidance_norm`; None without guidance.
+        p_value: Against images that copy nothing, in (0, 1].
+        significant: Whether the p-value is at most 2 %.
+        file: The preview, relative to the epoch's folder.
+        sscd: The cosine of SSCD's embeddings, in [-1, 1]; None unless `copycheck.sscd` is on.
+        guidance_norm: See `sdlora.previews.guidance_norm`; None without guidance.
     """
 
     prompt: str
@@ -65,7 +65,7 @@ class Match:
 
     @property
     def similarity(self) -> float:
-        """The similarity that a person is told, in [0, 1]; 1 is a copy."""
+        """The similarity shown to people, in [0, 1]; 1 is a copy."""
         return min(1.0, max(0.0, self.hp_ms))
 
 
@@ -74,13 +74,13 @@ class EpochCheck:
     """What the check found in the previews of one epoch.
 
     Attributes:
-        verdict: "copying" if more previews are significant than chance explains, with a confidence of 99.9 %; "watch"
-            if any is, or if two other signals stand out; else "clean".
+        verdict: "copying" if the lower bound of the share exceeds 2 %; "watch" if any preview or at least two other
+            signals are significant; else "clean".
         reason: Why, in one sentence.
-        share: Of previews that are significant, in [0, 1].
-        share_lower_bound: What that share is at least, with a confidence of 99.9 %.
-        false_alarm_rate: How likely "copying" is said of so many previews if none is more like the set than the null.
-        signals: What else was measured, by name.
+        share: The share of previews that are significant, in [0, 1].
+        share_lower_bound: Its lower confidence bound at 99.9 %.
+        false_alarm_rate: The probability of "copying" for this many previews if none of them copies anything.
+        signals: The other signals, by name.
         previews: In the order of their files.
     """
 
@@ -93,16 +93,16 @@ class EpochCheck:
     previews: list[Match]
 
     def most_similar(self) -> Match:
-        """The preview that is least likely by chance; the highest similarity among equals."""
+        """The preview with the lowest p-value; among equal ones, the highest similarity."""
         return min(self.previews, key=lambda match: (match.p_value, -match.similarity))
 
     def write(self, folder: Path) -> None:
-        """Keep it beside the previews."""
+        """Write it to `copycheck.json` in an epoch's folder."""
         write_json(folder / FILE, asdict(self))
 
     @staticmethod
     def read(folder: Path) -> EpochCheck | None:
-        """What was kept in an epoch's folder, or None."""
+        """The check written in an epoch's folder, or None."""
         file = folder / FILE
         if not file.exists():
             return None
@@ -127,7 +127,7 @@ def check_previews(
     gallery: Gallery,
     null: Tensor,
     signals: Sequence[Signal] = (),
-    arbiters: Arbiters = _NONE,
+    embedders: Embedders = _NONE,
     guidance_norms: Sequence[float] = (),
 ) -> EpochCheck:
     """Compare the previews of an epoch with the training images.
@@ -137,8 +137,8 @@ def check_previews(
         folder: The epoch's folder, with the images in `previews`.
         gallery: The images that may have been copied.
         null: Scores of images that copy nothing, (K, S).
-        signals: What else was measured.
-        arbiters: Networks that are asked as well.
+        signals: The other signals.
+        embedders: The networks that add a score or a signal.
         guidance_norms: One per preview, or none at all.
     """
     files = [f"previews/{name}" for name in request.file_names()]
@@ -147,54 +147,54 @@ def check_previews(
         with Image.open(folder / file) as image:
             images.append(reduced(image))
     trained = list(gallery.images.values())
-    scores = arbiters.scores(images, trained)  # (P, G, S)
-    chances = p_values(scores.amax(dim=1), null).tolist()
+    scores = embedders.scores(images, trained)  # (P, G, S)
+    p = p_values(scores.amax(dim=1), null).tolist()
     nearest = standardize(scores, null).amax(dim=2).argmax(dim=1).tolist()
     names = list(gallery.images)
     norms: Sequence[float | None] = guidance_norms or [None] * len(files)
     matches = [
         Match(
             prompt, kind, seed, names[index],
-            **{name: round(float(own[index, column]), 4) for column, name in enumerate(arbiters.score_names)},
-            p_value=chance, significant=chance <= ALPHA, file=file, guidance_norm=norm,
+            **{name: round(float(own[index, column]), 4) for column, name in enumerate(embedders.score_names)},
+            p_value=p_value, significant=p_value <= ALPHA, file=file, guidance_norm=norm,
         )
-        for (prompt, seed), kind, index, own, chance, file, norm in zip(
-            request.wanted(), request.kinds(), nearest, scores, chances, files, norms, strict=True
+        for (prompt, seed), kind, index, own, p_value, file, norm in zip(
+            request.wanted(), request.kinds(), nearest, scores, p, files, norms, strict=True
         )
     ]  # fmt: skip
-    if arbiters.dinov2 is not None:
-        signals = [*signals, _fidelity(arbiters.dinov2, images, gallery)]
+    if embedders.dinov2 is not None:
+        signals = [*signals, _fidelity(embedders.dinov2, images, gallery)]
     return judge(matches, signals)
 
 
-def _fidelity(dinov2: Arbiter, images: Sequence[Image.Image], gallery: Gallery) -> Signal:
-    # Validation images where there are any: similarity to those cannot be had by copying.
+def _fidelity(dinov2: Embedder, images: Sequence[Image.Image], gallery: Gallery) -> Signal:
+    # Validation images where there are any: copying does not raise the similarity to those.
     references = list((gallery.validation or gallery.images).values())
     value = concept_fidelity(dinov2, images, references)
-    which = "held-out" if gallery.validation else "training"
-    meaning = f"DINOv2 finds previews and {which} images {value:.2f} alike in what they show, of 1."
+    which = "validation" if gallery.validation else "training"
+    meaning = f"Mean DINOv2 similarity between previews and {which} images: {value:.2f} (1 is identical)."
     return Signal(FIDELITY, value, None, meaning)
 
 
 def judge(matches: Sequence[Match], signals: Sequence[Signal]) -> EpochCheck:
-    """The verdict on an epoch, from what was found in its previews.
+    """The verdict on an epoch.
 
     Args:
         matches: One per preview, at least one.
-        signals: What else was measured.
+        signals: The other signals.
     """
-    total, found = len(matches), [match for match in matches if match.significant]
-    bound = lower_bound(len(found), total, CONFIDENCE)
+    total, significant = len(matches), [match for match in matches if match.significant]
+    bound = lower_bound(len(significant), total, CONFIDENCE)
     outside = [signal for signal in signals if signal.outside]
     verdict: Verdict = "clean"
     if bound > ALPHA:
         verdict = "copying"
-    elif found or len(outside) >= SIGNALS_TO_WATCH:
+    elif significant or len(outside) >= SIGNALS_TO_WATCH:
         verdict = "watch"
     return EpochCheck(
         verdict=verdict,
-        reason=_reason(verdict, matches, found, bound, outside),
-        share=len(found) / total,
+        reason=_reason(verdict, total, significant, bound, outside),
+        share=len(significant) / total,
         share_lower_bound=bound,
         false_alarm_rate=false_alarm_rate(total),
         signals={signal.name: signal.to_json() for signal in signals},
@@ -203,34 +203,31 @@ def judge(matches: Sequence[Match], signals: Sequence[Signal]) -> EpochCheck:
 
 
 def false_alarm_rate(num_previews: int) -> float:
-    """How likely so many previews are called copying if each stands out by chance in 2 of 100 cases."""
+    """The probability of "copying" for previews that copy nothing, each of them significant with probability 2 %."""
     fewest = next(
         (k for k in range(1, num_previews + 1) if lower_bound(k, num_previews, CONFIDENCE) > ALPHA), num_previews + 1
     )
     return binomial_p_value(fewest, num_previews, ALPHA)
 
 
-def _reason(
-    verdict: Verdict, matches: Sequence[Match], found: Sequence[Match], bound: float, outside: Sequence[Signal]
-) -> str:
-    total = len(matches)
-    if found:
-        best = max(found, key=lambda match: match.similarity)
-        told = (
-            f"{len(found)} of {total} previews {'is' if len(found) == 1 else 'are'} more like a training image than "
-            f"{1 - ALPHA:.0%} of what copies nothing; the most similar is {best.nearest} "
+def _reason(verdict: Verdict, total: int, significant: Sequence[Match], bound: float, outside: Sequence[Signal]) -> str:
+    if significant:
+        count, best = len(significant), max(significant, key=lambda match: match.similarity)
+        finding = (
+            f"{count} of {total} previews {'is' if count == 1 else 'are'} closer to a training image than "
+            f"{1 - ALPHA:.0%} of images that copy nothing; the closest match is {best.nearest} "
             f"(similarity {best.similarity:.2f})"
         )
-        novel = sum(match.kind == "novel" for match in found)
+        novel = sum(match.kind == "novel" for match in significant)
         if novel:
-            told += f", and {novel} of them came from new prompts"
+            finding += f", and {novel} of the {count} came from new prompts"
         if verdict == "copying":
-            return f"{told}; with {CONFIDENCE:.1%} confidence at least {bound:.0%} are copies."
-        return f"{told}; among {total} previews chance does that too often to call it copying."
+            return f"{finding}; at {CONFIDENCE:.1%} confidence, at least {bound:.0%} of previews are copies."
+        return f"{finding}; with {total} previews that is too few to call it copying."
     if verdict == "watch":
         names = ", ".join(signal.name.replace("_", " ") for signal in outside)
-        return f"No preview is a copy, but {len(outside)} early signs stand out: {names}."
-    return f"None of {total} previews is more like a training image than images that copy nothing."
+        return f"No preview is a copy, but {len(outside)} other signals are unusual: {names}."
+    return f"None of {total} previews is closer to a training image than images that copy nothing."
 
 
 def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int) -> tuple[int, str]:
@@ -238,11 +235,11 @@ def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int
 
     Args:
         checks: The check of every epoch from 1 on; empty if nothing was checked.
-        losses: Validation losses by epoch, which count where DINOv2 was not asked; empty if none were measured.
+        losses: Validation losses by epoch, used without DINOv2; empty if none were measured.
         last: The last epoch.
 
     Returns:
-        The epoch and a sentence or two.
+        The epoch, and the reason in one to three sentences.
     """
     fidelities = {
         epoch: float(check.signals[FIDELITY]["value"]) for epoch, check in checks.items() if FIDELITY in check.signals
@@ -253,19 +250,21 @@ def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int
     if not allowed:
         best = min(epochs, key=lambda epoch: (checks[epoch].share, epoch))
         return best, (
-            f"Every epoch copies training images. Epoch {best} is kept, where the fewest previews are copies. Train "
-            "with more images, or lower data.repeats, lora.rank or train.learning_rate, and leave loss.weighting at "
-            "'constant': the others copy sooner (docs/timesteps.md)."
+            f"Every epoch copies training images. Keeping epoch {best}, which has the fewest copies among its "
+            "previews. Train with more images, or lower data.repeats, lora.rank or train.learning_rate, and leave "
+            "loss.weighting at 'constant': the other weightings copy earlier (docs/timesteps.md)."
         )
-    left_out = f" Left out because {'it copies' if len(copying) == 1 else 'they copy'}: epoch "
-    told = f"{left_out}{', '.join(map(str, copying))}." if copying else ""
+    excluded = f" Excluded for copying: epoch {', '.join(map(str, copying))}." if copying else ""
     if set(allowed) <= fidelities.keys():
         best = max(allowed, key=lambda epoch: fidelities[epoch])
-        fit = f"its similarity to the concept by DINOv2, {fidelities[best]:.3f}, is the highest"
+        criterion = f"the highest DINOv2 similarity to the concept, {fidelities[best]:.3f}"
     elif set(allowed) <= losses.keys():
         best = min(allowed, key=lambda epoch: losses[epoch])
-        fit = f"its validation loss, {losses[best]:.5f}, is the lowest"
+        criterion = f"the lowest validation loss, {losses[best]:.5f}"
     else:
-        best = allowed[-1]
-        return best, f"Epoch {best} is kept, the last one: without validation images nothing can be compared.{told}"
-    return best, f"Epoch {best} is kept: {fit} of {len(allowed)} epochs.{told}"
+        last_allowed = allowed[-1]
+        return last_allowed, (
+            f"Keeping epoch {last_allowed}, the last one: without validation images there is nothing to compare epochs "
+            f"by.{excluded}"
+        )
+    return best, f"Keeping epoch {best}: it has {criterion}, of {len(allowed)} epochs.{excluded}"

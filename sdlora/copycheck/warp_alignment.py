@@ -1,8 +1,7 @@
-"""How much an image looks like another one that was warped: pulled out of shape smoothly, mirrored or not.
+"""Similarity to warped copies: images are registered by a smooth displacement and then correlated.
 
-Two images are first laid onto one another as well as a smooth displacement can, and then correlated; a copy
-that was warped is again alike in its detail. But so, a little, are two images of one subject: only other images of
-that subject tell how much of it means anything.
+Called for the null distribution and the previews. After registration a warped copy matches in its detail. Two images
+of one subject match a little too, so scores are compared with those of other images of the subject.
 Shapes: P images, G images of the gallery, N pairs, K waves of the displacement, H/W pixels.
 """
 
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sdlora.copycheck.similarity import SIZE_PX, blur, check_both, detail, luma
+from sdlora.copycheck.similarity import SIZE_PX, blur, detail, luma, require_images
 
 NUM_CANDIDATES = 2
 DEGREE = 4
@@ -26,52 +25,54 @@ MOST_PX = SIZE_PX / 8
 LAYOUT_PX = 3.0
 SMOOTH_PX = 2.0
 _CHUNK = 64
-_FLAT = 1e-4  # detail weaker than this is none
+_FLAT = 1e-4  # weaker detail counts as none
 
 
-def registered(images: Sequence[Image.Image], gallery: Sequence[Image.Image], excluded: Tensor | None = None) -> Tensor:
-    """The correlation of detail between every image and the gallery's likeliest, once registered.
+def registered_correlation(
+    images: Sequence[Image.Image], gallery: Sequence[Image.Image], excluded: Tensor | None = None
+) -> Tensor:
+    """The correlation of detail between every image and its likeliest matches in a gallery, after registration.
 
-    Both become 64x64 luma. The two images of the gallery whose layout correlates best, mirrored or not, are
-    registered to the image (`register`); the score is the zero-mean normalised cross-correlation of what a 9x9 box
-    mean takes away from both, blurred by 2 px, where they overlap.
+    Both become 64x64 luma. The two images of the gallery whose layout correlates best, mirrored or not, are registered
+    to the image (`register`); the score is the zero-mean normalised cross-correlation, where they overlap, of both
+    blurred by 2 px and minus their 9x9 box mean.
 
     Args:
         images: P images of any mode and size.
-        gallery: G images they may be copies of.
-        excluded: Pairs that are not looked at, (P, G), or None.
+        gallery: G images that may have been copied.
+        excluded: Pairs to skip, (P, G), or None.
 
     Returns:
-        (P, G) float32 in [-1, 1]; 1 is a copy, -1 stands where no registration was tried.
+        (P, G) float32 in [-1, 1]; 1 is a copy, and -1 marks pairs that were not registered.
 
     Raises:
         ValueError: One of the two is empty.
     """
-    check_both(images, gallery)
+    require_images(images, gallery)
     seen, known = luma(images)[:, 0], luma(gallery)[:, 0]
     both = torch.stack([seen, seen.flip(-1)], dim=1)  # (P, 2, H, W)
     similarity = _layout(both) @ _layout(known).T  # (P, 2, G)
     if excluded is not None:
         similarity = similarity.masked_fill(excluded.unsqueeze(1), -torch.inf)
     best, mirrored = similarity.max(dim=1)
-    found = torch.full(best.shape, -1.0)
-    number = min(NUM_CANDIDATES, len(known))
-    column = best.topk(number, dim=1).indices.flatten()
-    row = torch.arange(len(seen)).repeat_interleave(number)
+    scores = torch.full(best.shape, -1.0)
+    count = min(NUM_CANDIDATES, len(known))
+    column = best.topk(count, dim=1).indices.flatten()
+    row = torch.arange(len(seen)).repeat_interleave(count)
     row, column = (index[best[row, column] > -torch.inf] for index in (row, column))
-    for some in torch.split(torch.arange(len(row)), _CHUNK):
-        r, c = row[some], column[some]
-        found[r, c] = _correlation(both[r, mirrored[r, c]], known[c])
-    return found
+    for chunk in torch.split(torch.arange(len(row)), _CHUNK):
+        r, c = row[chunk], column[chunk]
+        scores[r, c] = _correlation(both[r, mirrored[r, c]], known[c])
+    return scores
 
 
 def register(moving: Tensor, still: Tensor) -> Tensor:
-    """The smooth displacement that lays images onto others.
+    """The smooth displacement that aligns images to others.
 
     It minimises |still(x) - moving(x + u(x))|^2 + stiffness * sum of (1 + n)^2 c^2, where u is a sum of products of
-    Legendre polynomials (of degree n in all, coefficients c in pixels) and both images are brought to mean 0 and
-    deviation 1 over what they share, so that brightness and contrast do not matter. Gauss and Newton's steps, from
-    coarse to fine.
+    Legendre polynomials (of total degree n, coefficients c in pixels). Both images are normalised to mean 0 and
+    standard deviation 1 over their overlap, so that brightness and contrast do not matter. Solved by Gauss-Newton
+    steps from coarse to fine.
 
     Args:
         moving: Luma, (N, 64, 64).
@@ -86,9 +87,9 @@ def register(moving: Tensor, still: Tensor) -> Tensor:
     waves, orders = _waves()
     flat = waves.flatten(1).T.contiguous()  # (H W, K)
     upper = torch.triu_indices(len(waves), len(waves))
-    pairs = flat[:, upper[0]] * flat[:, upper[1]]  # what the normal equations are sums of, (H W, K (K + 1) / 2)
-    place = torch.zeros(len(waves), len(waves), dtype=torch.long)
-    place[upper[0], upper[1]] = place[upper[1], upper[0]] = torch.arange(upper.shape[1])
+    pairs = flat[:, upper[0]] * flat[:, upper[1]]  # terms of the normal equations, (H W, K (K + 1) / 2)
+    position = torch.zeros(len(waves), len(waves), dtype=torch.long)
+    position[upper[0], upper[1]] = position[upper[1], upper[0]] = torch.arange(upper.shape[1])
     penalty = STIFFNESS * (1 + orders).square().repeat(2)
     coefficients = torch.zeros(len(moving), 2 * len(waves))
     for sigma in LEVELS_PX:
@@ -97,7 +98,7 @@ def register(moving: Tensor, still: Tensor) -> Tensor:
             moved, inside = _move(blurred, _displacement(coefficients, waves))
             moved, target = _standard(moved, inside), _standard(aim, inside)
             x, y = ((slope * inside).flatten(1) for slope in torch.gradient(moved, dim=(2, 1)))
-            xx, xy, yy = ((product @ pairs)[:, place] for product in (x * x, x * y, y * y))
+            xx, xy, yy = ((product @ pairs)[:, position] for product in (x * x, x * y, y * y))
             normal = torch.cat([torch.cat([xx, xy], dim=2), torch.cat([xy, yy], dim=2)], dim=1)
             error = (target - moved).flatten(1)
             pull = torch.cat([(x * error) @ flat, (y * error) @ flat], dim=1)
@@ -108,7 +109,7 @@ def register(moving: Tensor, still: Tensor) -> Tensor:
 
 
 def _correlation(moving: Tensor, still: Tensor) -> Tensor:
-    """Of detail, after registration, (N,)."""
+    """The correlation of detail after registration, (N,)."""
     moved, inside = _move(moving, register(moving, still))
     first, second = (detail(blur(x, SMOOTH_PX).unsqueeze(1))[:, 0] for x in (moved, still))
     num = inside.sum(dim=(1, 2)).clamp(min=1)
@@ -137,7 +138,7 @@ def _displacement(coefficients: Tensor, waves: Tensor) -> Tensor:
 
 
 def _move(images: Tensor, displacement: Tensor) -> tuple[Tensor, Tensor]:
-    """Images read at x + u(x), and 1 where that is inside them, else 0."""
+    """Images sampled at x + u(x), and a mask: 1 where that lies inside them, else 0."""
     line = torch.arange(SIZE_PX, dtype=torch.float32)
     x, y = displacement[:, 0] + line, displacement[:, 1] + line.unsqueeze(1)
     last = SIZE_PX - 1
@@ -147,7 +148,7 @@ def _move(images: Tensor, displacement: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _standard(images: Tensor, inside: Tensor) -> Tensor:
-    """Brought to mean 0 and deviation 1 over what is inside."""
+    """Images normalised to mean 0 and standard deviation 1 inside the mask."""
     num = inside.sum(dim=(1, 2)).clamp(min=1)
     centred = images - ((images * inside).sum(dim=(1, 2)) / num)[:, None, None]
     deviation = ((centred.square() * inside).sum(dim=(1, 2)) / num).sqrt().clamp(min=1e-3)
@@ -156,7 +157,7 @@ def _standard(images: Tensor, inside: Tensor) -> Tensor:
 
 
 def _layout(images: Tensor) -> Tensor:
-    """What a blur leaves, as vectors whose products are correlations, (..., H W)."""
+    """Blurred images as centred unit vectors, whose products are correlations, (..., H W)."""
     vectors = blur(images.reshape(-1, SIZE_PX, SIZE_PX), LAYOUT_PX).flatten(1)
     vectors = vectors - vectors.mean(dim=1, keepdim=True)
     vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=_FLAT)

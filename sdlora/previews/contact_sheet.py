@@ -1,4 +1,7 @@
-"""The contact sheet: a row per prompt and seed, a column per epoch, so that learning is seen at a glance."""
+"""The contact sheet of all previews: one row per prompt and seed, one column per epoch.
+
+Written by `run` after the last epoch.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ _TILE_PX, _GAP_PX, _LABEL_PX, _HEADER_PX = 128, 6, 200, 34
 
 
 def contact_sheet(labels: Sequence[str], columns: Sequence[tuple[str, Sequence[Path]]], target: Path) -> None:
-    """Write an image of all previews.
+    """Write one image with all previews.
 
     Args:
         labels: One per row.
@@ -35,7 +38,7 @@ def contact_sheet(labels: Sequence[str], columns: Sequence[tuple[str, Sequence[P
         draw.text((x + 2, 9), title, fill=_TEXT, font=heading)
         for row, file in enumerate(files):
             with Image.open(file) as image:
-                # Whole multiples keep small sprites crisp; larger images are reduced smoothly.
+                # Nearest neighbour keeps small sprites crisp; larger images are reduced smoothly.
                 method = Image.Resampling.NEAREST if image.width < _TILE_PX else Image.Resampling.LANCZOS
                 tile = image.convert("RGB").resize((_TILE_PX, _TILE_PX), method)
             sheet.paste(tile, (x, _HEADER_PX + row * (_TILE_PX + _GAP_PX)))

@@ -1,6 +1,6 @@
-"""What the UNet did while previews were drawn: how hard guidance pulled.
+"""The norm of classifier-free guidance while previews are drawn, a sign of memorization.
 
-Used by the sampler. It listens to calls that are made anyway and makes none of its own.
+Used by the sampler and read by the copy check. It observes the sampler's UNet calls and makes none itself.
 Shapes: B previews drawn together, C latent channels, h/w latents.
 """
 
@@ -18,15 +18,15 @@ from sdlora.models.base import BaseModel
 
 
 class SamplerWatch:
-    """Listens to the UNet while previews are drawn; given to `draw_epoch`, and read afterwards.
+    """Observes the UNet while previews are drawn; passed to `draw_epoch` and read afterwards.
 
     Args:
         base: The model that draws.
 
     Attributes:
-        guidance_norms: Per preview, in the order of `PreviewRequest.file_names`: how far the caption's answer is from
-            the negative prompt's, as a root mean square over the latent, mean over all calls; empty where guidance is
-            off, for then only captions are asked.
+        guidance_norms: Per preview, in the order of `PreviewRequest.file_names`: the root mean square over the latent
+            of the difference between the predictions for caption and negative prompt, mean over all calls; empty
+            without guidance, which makes no negative predictions.
 
     Source: Wen et al., "Detecting, Explaining, and Mitigating Memorization in Diffusion Models" (ICLR 2024), section
     3.1.
@@ -38,20 +38,20 @@ class SamplerWatch:
 
     @contextmanager
     def batch(self, num_previews: int) -> Iterator[None]:
-        """Listen while one batch is drawn; to be entered where answers are float32 whatever the UNet computes in.
+        """Observe one batch; enter it where predictions are float32 whatever the UNet computes in.
 
         Args:
-            num_previews: B. Under guidance the UNet is asked for twice as many answers, the captions' last.
+            num_previews: B. With guidance the UNet predicts twice as many, the captions' last.
         """
         norms: list[Tensor] = []
 
-        def listen(_: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            answers = output[0].detach()
-            if len(answers) == 2 * num_previews:
-                negative, caption = answers.chunk(2)
+        def observe(_: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            predictions = output[0].detach()
+            if len(predictions) == 2 * num_previews:
+                negative, caption = predictions.chunk(2)
                 norms.append(mse_per_example(caption, negative).sqrt())
 
-        handle = self._base.unet.register_forward_hook(listen)
+        handle = self._base.unet.register_forward_hook(observe)
         try:
             yield
         finally:

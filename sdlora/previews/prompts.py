@@ -1,6 +1,6 @@
-"""Prompts that no training image answers: what was learned, in places where it was never seen.
+"""Preview prompts that put the trained concept into new places.
 
-Pure.
+Pure. Called when a run is set up.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ _PLACES = (
 
 
 def novel_prompts(captions: Sequence[str], trigger: str | None, count: int) -> list[str]:
-    """Prompts of the trigger, or of what all captions begin with, in places that the captions know least.
+    """Prompts of the trigger, or of the captions' common beginning, in the places least mentioned in the captions.
 
     Args:
         captions: All captions of the set.
-        trigger: The word for what is learned.
-        count: How many, at most ten.
+        trigger: The word for the concept, or None.
+        count: At most ten.
     """
     known = set(_words(" ".join(captions)))
     least_known = sorted(_PLACES, key=lambda place: sum(word in known for word in _words(place) if len(word) > 3))
@@ -38,7 +38,7 @@ def novel_prompts(captions: Sequence[str], trigger: str | None, count: int) -> l
 
 
 def _common_beginning(captions: Sequence[str]) -> str:
-    """The words that all captions begin with, without a last one such as "in" or "a"."""
+    """The words that all captions begin with, without trailing short ones such as "in" or "a"."""
     if len(captions) < 2:
         return ""
     columns = zip(*(re.findall(r"[^\s,.]+", caption) for caption in captions), strict=False)

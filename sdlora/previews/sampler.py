@@ -1,6 +1,7 @@
-"""Images of what the adapter has learned so far: the same prompts and seeds after every epoch.
+"""Previews: the same prompts and seeds are drawn after every epoch, to show what the adapter has learned.
 
-A library's pipeline draws them; noise comes from generators of their own, so training is not disturbed.
+Called by `copycheck` and `run`. A diffusers pipeline draws them; the noise comes from separate generators, so training
+is not disturbed.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from sdlora.previews.guidance_norm import SamplerWatch
 
 Kind = Literal["training", "novel"]
 _PIXELS_PER_BATCH = 8 * 128 * 128
-# Text encoders and VAE take turns on a device, which takes a second or so with large ones.
+# Text encoders and VAE take turns on the device; swapping large ones takes about a second.
 _BATCHES_PER_TURN = 16
 
 
@@ -37,7 +38,7 @@ class PreviewRequest:
         negative_prompt: What guidance steers away from.
         num_steps: Denoising steps, at least 1.
         guidance: Classifier-free guidance scale; 1 switches it off.
-        num_captions: So many prompts, the first ones, are captions of training images.
+        num_captions: How many of the prompts, from the first, are captions of training images.
     """
 
     prompts: tuple[str, ...]
@@ -52,7 +53,7 @@ class PreviewRequest:
         return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
 
     def kinds(self) -> list[Kind]:
-        """Where every image's prompt comes from."""
+        """The origin of every image's prompt."""
         return [
             "training" if index < self.num_captions else "novel"
             for index in range(len(self.prompts))
@@ -70,11 +71,11 @@ def draw_epoch(
     """Draw every prompt with every seed and save the images as PNG files.
 
     Args:
-        base: The model, its adapter as it should be seen.
+        base: The model with its adapter.
         request: What to draw.
-        epoch: Whose previews they are.
-        folder: The epoch's; the files go into `previews`, named by `PreviewRequest.file_names`.
-        watch: Listens to the UNet meanwhile.
+        epoch: The epoch, for the event.
+        folder: The epoch's folder; the files go into `previews`, named by `PreviewRequest.file_names`.
+        watch: Observes the UNet.
     """
     start = time.monotonic()
     files = [folder / "previews" / name for name in request.file_names()]
@@ -91,13 +92,13 @@ def draw_epoch(
 def draw(
     base: BaseModel, request: PreviewRequest, wanted: Sequence[tuple[str, int]], watch: SamplerWatch | None = None
 ) -> Iterator[list[Image.Image]]:
-    """Images of prompts and seeds, as many at once as fit, in their order.
+    """Draw images of prompts and seeds, in order and in batches.
 
     Args:
-        base: The model, its adapter as it should be seen.
-        request: How to draw; its own prompts and seeds do not matter.
+        base: The model with its adapter.
+        request: How to draw; its own prompts and seeds are ignored.
         wanted: Prompts and seeds.
-        watch: Listens to the UNet meanwhile.
+        watch: Observes the UNet.
     """
     size = max(1, _PIXELS_PER_BATCH // base.resolution_px**2)
     batches = [wanted[first : first + size] for first in range(0, len(wanted), size)]
@@ -109,7 +110,7 @@ def draw(
 
 
 def settings(base: BaseModel, request: PreviewRequest) -> list[str]:
-    """Everything beside prompt, seed and weights that decides what is drawn, for cache keys."""
+    """Everything except prompt, seed and weights that determines an image, for cache keys."""
     with base.pipeline() as pipeline:
         scheduler = dict(pipeline.scheduler.config)
     return [
@@ -133,7 +134,7 @@ def _draw(
     prompts: dict[str, Any],
     watch: SamplerWatch | None,
 ) -> list[Image.Image]:
-    # The watch's context is the inner one, so that it sees answers in float32.
+    # The watch's context is the inner one, so that it sees float32 predictions.
     with base.pipeline() as pipeline, watch.batch(len(batch)) if watch else nullcontext(), torch.no_grad():
         result = pipeline(
             **prompts,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from sdlora.copycheck.null_distribution import FEWEST_OF_BASE, SIZE
+from sdlora.copycheck.null_distribution import MIN_DRAWN, SIZE
 from sdlora.errors import DiskFullError
 from sdlora.run.setup import Parts
 from sdlora.training.checkpoint import KEPT
@@ -77,7 +77,7 @@ def cache_bytes(parts: Parts) -> int:
     epochs, shuffled = parts.config.train.epochs, parts.config.data.shuffle_tags
     num_captions = sum(epochs * e.repeats if shuffled else 1 for e in examples)
     text = 2 * num_captions * parts.base.max_tokens * unet.cross_attention_dim
-    drawn = max(FEWEST_OF_BASE, SIZE) * 3 * parts.base.resolution_px**2 if parts.checker is not None else 0
+    drawn = max(MIN_DRAWN, SIZE) * 3 * parts.base.resolution_px**2 if parts.checker is not None else 0
     return int(latents + text) * _FLOAT_BYTES + drawn
 
 

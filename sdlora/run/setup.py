@@ -15,7 +15,7 @@ from accelerate import Accelerator
 from sdlora.cache.tensors import Cache
 from sdlora.config.schema import RunConfig
 from sdlora.copycheck.checker import Checker, Subject
-from sdlora.copycheck.embedders import load_arbiters
+from sdlora.copycheck.embedders import load_embedders
 from sdlora.copycheck.null_distribution import make_gallery
 from sdlora.data.dataset import Dataset
 from sdlora.errors import ConfigError
@@ -228,11 +228,11 @@ def make_checker(
     """
     gallery = make_gallery(loaded.dataset, loaded.validation, config.data.background)
     copycheck = config.copycheck
-    arbiters, missing = load_arbiters(sscd=copycheck.sscd, dinov2=copycheck.dinov2, device=loaded.device)
+    embedders, missing = load_embedders(sscd=copycheck.sscd, dinov2=copycheck.dinov2, device=loaded.device)
     loaded.notices.extend(missing)
     data = evaluation_data(loaded.dataset, loaded.cache, text_is_trained=Arguments(config).text_is_trained)
     subject = Subject(adapter, data, validation, loaded.cache, loaded.identity, config.seed)
-    return Checker(subject, previews, gallery, arbiters)
+    return Checker(subject, previews, gallery, embedders)
 
 
 def validation_measure(config: RunConfig, loaded: Loaded, adapter: Adapter) -> Validation | None:

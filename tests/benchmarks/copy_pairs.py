@@ -35,7 +35,7 @@ from sdlora.common.bundled import pocket_folder
 from sdlora.common.seeds import derive
 from sdlora.copycheck.similarity import hp_ms, phash
 from sdlora.copycheck.statistics import fisher_z, standardize
-from sdlora.copycheck.warp_alignment import registered
+from sdlora.copycheck.warp_alignment import registered_correlation
 
 STEPS = 10
 STRENGTHS = tuple(tenth / 10 for tenth in range(1, 10))
@@ -95,7 +95,7 @@ def _images(group: Group, place: int, each: int, pipeline: Any) -> Iterator[tupl
 
 def _compare(images: list[Image.Image], gallery: list[Image.Image]) -> Tensor:
     """(P, G, 3)."""
-    return torch.stack([similarity(images, gallery) for similarity in (hp_ms, phash, registered)], dim=-1)
+    return torch.stack([similarity(images, gallery) for similarity in (hp_ms, phash, registered_correlation)], dim=-1)
 
 
 def _drawn_on(strength: float) -> str:

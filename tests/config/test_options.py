@@ -454,13 +454,13 @@ def test_a_network_that_cannot_be_had_is_told_and_the_run_goes_on(
     outcome: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[tuple[bool, bool]] = []
-    real = setup.load_arbiters
+    real = setup.load_embedders
 
-    def load_arbiters(*, sscd: bool, dinov2: bool, device: torch.device) -> Any:
+    def load_embedders(*, sscd: bool, dinov2: bool, device: torch.device) -> Any:
         asked.append((sscd, dinov2))
         return real(sscd=sscd, dinov2=dinov2, device=device)
 
-    monkeypatch.setattr(setup, "load_arbiters", load_arbiters)
+    monkeypatch.setattr(setup, "load_embedders", load_embedders)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     checked = "copycheck.enabled=true"
     for option in ("copycheck.sscd=true", "copycheck.dinov2=true"):

@@ -1,4 +1,4 @@
-"""An epoch's end: previews, their check, and the other signs."""
+"""The end of an epoch: previews, their check, and the other signals."""
 
 import json
 from dataclasses import replace
@@ -10,7 +10,7 @@ import torch
 
 from sdlora.cache.tensors import Cache
 from sdlora.copycheck.checker import Checker, Subject
-from sdlora.copycheck.embedders import Arbiters
+from sdlora.copycheck.embedders import Embedders
 from sdlora.copycheck.null_distribution import make_gallery
 from sdlora.data.dataset import Source, load_dataset
 from sdlora.events import CopyChecked, EpochDone, PreviewsDone
@@ -40,10 +40,10 @@ def parts(tiny_base: Path, tmp_path: Path) -> tuple[Adapter, Checker, Validation
     list(kept.fill("white"))
     request = PreviewRequest(("scene 0", "a dog"), (0, 1), "", 2, 5.0, num_captions=1)
     subject = Subject(adapter, data, validation, cache, "unet", 0)
-    return adapter, Checker(subject, request, make_gallery(trained, held, "white"), Arbiters()), validation
+    return adapter, Checker(subject, request, make_gallery(trained, held, "white"), Embedders()), validation
 
 
-def test_an_epoch_is_drawn_checked_and_kept(parts: tuple[Adapter, Checker, Validation], tmp_path: Path) -> None:
+def test_epoch_writes_previews_and_check(parts: tuple[Adapter, Checker, Validation], tmp_path: Path) -> None:
     _, checker, _ = parts
     list(checker.prepare("white"))
     *_, drawn, event = checker.epoch(0, tmp_path / "0", tmp_path / "0")
@@ -61,7 +61,7 @@ def test_an_epoch_is_drawn_checked_and_kept(parts: tuple[Adapter, Checker, Valid
     assert kept["signals"] == {}
 
 
-def test_the_signals_compare_with_the_base(parts: tuple[Adapter, Checker, Validation], tmp_path: Path) -> None:
+def test_signals_are_zero_for_an_untrained_adapter(parts: tuple[Adapter, Checker, Validation], tmp_path: Path) -> None:
     adapter, checker, validation = parts
     list(checker.prepare("white"))
     list(checker.epoch(0, tmp_path / "0", tmp_path / "0"))
@@ -80,7 +80,7 @@ def test_the_signals_compare_with_the_base(parts: tuple[Adapter, Checker, Valida
         "guidance_norm",
         "registered_likeness",
     }
-    # B is zero, so the adapter does nothing yet.
+    # B is zero, so the adapter has no effect yet.
     assert [untrained[name]["value"] for name in ("self_retrieval", "train_heldout_gap", "seed_collapse")] == [0, 0, 0]
     assert untrained["guidance_norm"]["value"] == pytest.approx(1.0)
     assert not any(signal["outside"] for signal in untrained.values())

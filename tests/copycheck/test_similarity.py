@@ -1,4 +1,4 @@
-"""The score is near 1 for copies of every sort that was promised, and apart from fresh renders of the same thing."""
+"""Scores are near 1 for every kind of copy, and separate copies from fresh renders of the same subject."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def gallery() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def independent(gallery: list[Image.Image]) -> Tensor:
-    """Best scores of fresh renders of the same captions, the hardest images that are no copies."""
+    """Best scores of fresh renders of the same captions, the hardest images that are not copies."""
     return hp_ms([CONCEPTS["kolo"].draw(index, 1)[0] for index in range(12)], gallery).amax(dim=1)
 
 
@@ -61,14 +61,14 @@ def test_copies_score_above_fresh_renders(name: str, gallery: list[Image.Image],
     assert scores.argmax(dim=1).tolist() == list(range(len(gallery)))
 
 
-def test_a_image_that_holds_the_whole_of_another_is_found(gallery: list[Image.Image]) -> None:
+def test_image_containing_another_is_found(gallery: list[Image.Image]) -> None:
     parts = [_crop(0.7)(image) for image in gallery[:4]]
     assert hp_ms(gallery[:4], parts).diagonal().min() > 0.85
 
 
 @pytest.mark.parametrize("edge", [64, 96])
-def test_the_score_is_the_formulas(edge: int) -> None:
-    """At full size alone it is one correlation coefficient, here by numpy in float64."""
+def test_hp_ms_equals_the_formula(edge: int) -> None:
+    """At full size it is one correlation coefficient, here computed by numpy in float64."""
     draw = np.random.default_rng(1)
     images = [Image.fromarray(draw.integers(0, 256, (edge, edge), dtype=np.uint8)) for _ in range(2)]
 
@@ -89,7 +89,7 @@ def test_the_score_is_the_formulas(edge: int) -> None:
     assert float(hp_ms([mixed], [images[0]])) == pytest.approx(expected, abs=1e-5)
 
 
-def test_one_small_image_in_the_gallery_keeps_the_others_small() -> None:
+def test_small_gallery_image_lowers_the_resolution_for_all() -> None:
     draw = np.random.default_rng(2)
     images = [Image.fromarray(draw.integers(0, 256, (192, 192), dtype=np.uint8)) for _ in range(2)]
     small = [image.resize((64, 64), Image.Resampling.BOX) for image in images]
@@ -109,13 +109,13 @@ def test_phash_is_the_share_of_equal_bits_mirrored_or_not(gallery: list[Image.Im
 
 
 @pytest.mark.parametrize("name", ["exact", "flip", "jitter"])
-def test_copies_of_the_whole_have_nearly_the_same_hash(name: str, gallery: list[Image.Image]) -> None:
+def test_copies_of_the_whole_image_have_nearly_the_same_hash(name: str, gallery: list[Image.Image]) -> None:
     scores = phash([COPIES[name](image) for image in gallery], gallery)
     assert scores.diagonal().min() >= (1.0 if name == "exact" else 0.8)
     assert scores.argmax(dim=1).tolist() == list(range(len(gallery)))
 
 
-def test_nothing_is_like_nothing() -> None:
+def test_flat_images_score_zero_and_empty_input_raises() -> None:
     grey = Image.new("RGB", (64, 64), (90, 90, 90))
     assert float(hp_ms([grey], [grey])) == pytest.approx(0.0, abs=1e-3)
     assert torch.isfinite(hp_ms([grey], [CONCEPTS["zumi"].draw(0, 0)[0]])).all()

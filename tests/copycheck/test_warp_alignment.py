@@ -1,4 +1,4 @@
-"""Images that were bent are laid onto one another again; images that only show the same are not."""
+"""Registration aligns warped copies, and not other images of the same subject."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from scipy.ndimage import map_coordinates
 
 from sdlora.copycheck.similarity import SIZE_PX, hp_ms, luma
-from sdlora.copycheck.warp_alignment import register, registered
+from sdlora.copycheck.warp_alignment import register, registered_correlation
 
 
 @pytest.fixture(scope="module")
@@ -21,25 +21,25 @@ def gallery() -> list[Image.Image]:
     return [CONCEPTS["kolo"].draw(index, 0)[0] for index in range(12)]
 
 
-def _bent(images: list[Image.Image]) -> list[Image.Image]:
+def _warped(images: list[Image.Image]) -> list[Image.Image]:
     return [degrade(warp(image, random.Random(i)), random.Random(100 + i)) for i, image in enumerate(images)]
 
 
 @pytest.mark.parametrize("mirrored", [False, True])
-def test_bent_copies_score_above_fresh_renders(gallery: list[Image.Image], mirrored: bool) -> None:
-    copies = [ImageOps.mirror(image) for image in _bent(gallery)] if mirrored else _bent(gallery)
-    scores = registered(copies, gallery)
-    fresh = registered([CONCEPTS["kolo"].draw(index, 1)[0] for index in range(12)], gallery).amax(dim=1)
+def test_warped_copies_score_above_fresh_renders(gallery: list[Image.Image], mirrored: bool) -> None:
+    copies = [ImageOps.mirror(image) for image in _warped(gallery)] if mirrored else _warped(gallery)
+    scores = registered_correlation(copies, gallery)
+    fresh = registered_correlation([CONCEPTS["kolo"].draw(index, 1)[0] for index in range(12)], gallery).amax(dim=1)
     assert scores.argmax(dim=1).tolist() == list(range(12))
     assert scores.diagonal().min() > 0.85
     assert float((scores.diagonal().unsqueeze(1) > fresh).float().mean()) > 0.9
-    # Without bending they are told from fresh renders by chance only.
+    # Without registration they score no better than fresh renders.
     still = hp_ms([CONCEPTS["kolo"].draw(index, 1)[0] for index in range(12)], gallery).amax(dim=1)
     assert float((hp_ms(copies, gallery).diagonal().unsqueeze(1) > still).float().mean()) < 0.8
 
 
-def test_a_known_displacement_is_found() -> None:
-    """By scipy's interpolation, within a fraction of a pixel wherever there is something to see."""
+def test_register_recovers_a_known_displacement() -> None:
+    """Made by scipy's interpolation; recovered within a fraction of a pixel."""
     draw = np.random.default_rng(0)
     coarse = Image.fromarray(draw.integers(0, 256, (16, 16), dtype=np.uint8)).resize((64, 64), Image.Resampling.BICUBIC)
     image = np.asarray(coarse, dtype=np.float64) / 255
@@ -54,26 +54,28 @@ def test_a_known_displacement_is_found() -> None:
     assert np.abs(found[1].numpy() - down)[inside].mean() < 0.2
 
 
-def test_a_image_that_is_there_already_stays_where_it_is(gallery: list[Image.Image]) -> None:
+def test_register_leaves_an_aligned_image_in_place(gallery: list[Image.Image]) -> None:
     same = luma(gallery[:3])[:, 0]
     assert register(same, same).abs().max() < 1e-3
-    torch.testing.assert_close(registered(gallery, gallery).diagonal(), torch.ones(12), atol=1e-4, rtol=0)
+    torch.testing.assert_close(registered_correlation(gallery, gallery).diagonal(), torch.ones(12), atol=1e-4, rtol=0)
 
 
-def test_pairs_that_do_not_count_are_passed_over(gallery: list[Image.Image]) -> None:
+def test_excluded_pairs_are_skipped(gallery: list[Image.Image]) -> None:
     own = torch.eye(12, dtype=torch.bool)
-    scores = registered(gallery, gallery, excluded=own)
+    scores = registered_correlation(gallery, gallery, excluded=own)
     assert (scores.diagonal() == -1).all()
-    assert ((scores > -1).sum(dim=1) == 2).all()  # the next two are looked at instead
-    assert (registered(gallery[:1], gallery[:1], excluded=own[:1, :1]) == -1).all()
+    assert ((scores > -1).sum(dim=1) == 2).all()  # the next two are registered instead
+    assert (registered_correlation(gallery[:1], gallery[:1], excluded=own[:1, :1]) == -1).all()
 
 
-def test_nothing_is_like_nothing(gallery: list[Image.Image]) -> None:
+def test_flat_image_matches_nothing(gallery: list[Image.Image]) -> None:
     grey = Image.new("RGB", (64, 64), (90, 90, 90))
-    assert registered([grey], [grey, gallery[0]]).amax() < 0.1
+    assert registered_correlation([grey], [grey, gallery[0]]).amax() < 0.1
     with pytest.raises(ValueError, match="both need at least one"):
-        registered([], [grey])
+        registered_correlation([], [grey])
 
 
-def test_a_score_does_not_depend_on_what_it_is_computed_with(gallery: list[Image.Image]) -> None:
-    torch.testing.assert_close(registered(gallery[3:4], gallery)[0], registered(gallery, gallery)[3], atol=1e-5, rtol=0)
+def test_score_does_not_depend_on_the_batch(gallery: list[Image.Image]) -> None:
+    torch.testing.assert_close(
+        registered_correlation(gallery[3:4], gallery)[0], registered_correlation(gallery, gallery)[3], atol=1e-5, rtol=0
+    )

@@ -5,7 +5,7 @@ from PIL import Image
 from sdlora.previews.contact_sheet import contact_sheet
 
 
-def test_every_preview_is_on_the_sheet_in_its_place(tmp_path: Path) -> None:
+def test_contact_sheet_places_every_preview(tmp_path: Path) -> None:
     colors = {("base", 0): "red", ("base", 1): "lime", ("epoch 1", 0): "blue", ("epoch 1", 1): "yellow"}
     files: dict[str, list[Path]] = {"base": [], "epoch 1": []}
     for (column, row), color in colors.items():

@@ -28,7 +28,7 @@ def stubbed() -> tuple[SamplerWatch, Stub]:
     return SamplerWatch(base), unet
 
 
-def test_norms_are_the_formulas_own() -> None:
+def test_guidance_norms_equal_the_formula() -> None:
     watch, unet = stubbed()
     generator = torch.Generator().manual_seed(0)
     samples = torch.randn(5, 4, 4, 3, 3, generator=generator)
@@ -42,14 +42,14 @@ def test_norms_are_the_formulas_own() -> None:
     assert not unet._forward_hooks
 
 
-def test_without_guidance_there_is_nothing() -> None:
+def test_without_guidance_there_are_no_norms() -> None:
     watch, unet = stubbed()
     with watch.batch(2):
         unet(torch.ones(2, 4, 3, 3), torch.tensor(3), torch.zeros(2, 7, 2))
     assert watch.guidance_norms == []
 
 
-def test_what_fails_while_drawing_is_passed_on_and_leaves_no_hook() -> None:
+def test_failure_while_drawing_is_raised_and_leaves_no_hook() -> None:
     watch, unet = stubbed()
     with pytest.raises(RuntimeError, match="torn"), watch.batch(1):
         raise RuntimeError("torn")
@@ -77,7 +77,7 @@ def drawn(
 
 @pytest.mark.parametrize("guidance", [5.0, 1.0])
 @pytest.mark.parametrize("scheduler", [None, PNDMScheduler.from_config, HeunDiscreteScheduler.from_config])
-def test_numbers_do_not_depend_on_how_previews_are_batched(
+def test_norms_do_not_depend_on_the_batch_size(
     tiny_base: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -91,20 +91,20 @@ def test_numbers_do_not_depend_on_how_previews_are_batched(
     assert len(together.guidance_norms) == (6 if guidance > 1 else 0)
 
 
-def test_previews_are_watched_in_their_own_order(tiny_base: Path, tmp_path: Path) -> None:
+def test_norms_are_in_the_order_of_the_files(tiny_base: Path, tmp_path: Path) -> None:
     watch, base = drawn(tiny_base, tmp_path)
     one = SamplerWatch(base)
     list(draw_epoch(base, PreviewRequest(("a dog",), (4,), "green", 5, 5.0), 1, tmp_path, one))
     assert one.guidance_norms == pytest.approx([watch.guidance_norms[3]], rel=1e-3)
 
 
-def test_a_base_in_half_precision_is_watched_in_full(tiny_base: Path, tmp_path: Path) -> None:
+def test_norms_of_a_half_precision_base_are_float32(tiny_base: Path, tmp_path: Path) -> None:
     full, _ = drawn(tiny_base, tmp_path)
     half, _ = drawn(tiny_base, tmp_path, dtype=torch.bfloat16)
     assert half.guidance_norms == pytest.approx(full.guidance_norms, rel=0.3)
 
 
-def test_watching_changes_no_image_and_leaves_everything_as_it_was(tiny_base: Path, tmp_path: Path) -> None:
+def test_observing_changes_no_image_and_no_state(tiny_base: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     adapter = trained(base.unet)
     first = next(iter(adapter.layers.values()))

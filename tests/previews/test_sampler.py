@@ -8,7 +8,7 @@ from sdlora.models.load import load_base
 from sdlora.previews.sampler import PreviewRequest, draw_epoch
 
 
-def test_previews_are_the_pipelines_own_and_touch_no_global_state(tiny_base: Path, tmp_path: Path) -> None:
+def test_previews_equal_the_pipelines_images_and_touch_no_global_state(tiny_base: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     request = PreviewRequest(("a red cat", "a dog"), (3, 4), "blue", 2, 5.0)
     torch.manual_seed(1)
@@ -30,7 +30,7 @@ def test_previews_are_the_pipelines_own_and_touch_no_global_state(tiny_base: Pat
     assert difference <= 1
 
 
-def test_captions_come_first_and_are_told_apart() -> None:
+def test_request_lists_captions_first_with_their_kinds() -> None:
     request = PreviewRequest(("zumi in a wood", "zumi at sea"), (3, 4), "", 2, 5.0, num_captions=1)
     assert request.wanted() == [("zumi in a wood", 3), ("zumi in a wood", 4), ("zumi at sea", 3), ("zumi at sea", 4)]
     assert request.kinds() == ["training", "training", "novel", "novel"]

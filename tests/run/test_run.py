@@ -338,7 +338,7 @@ def test_every_epoch_is_checked_and_one_that_copies_is_not_kept(
     kept = tmp_path / "run" / "epochs" / "1" / "adapter.safetensors"
     assert (tmp_path / "run" / "hero.safetensors").read_bytes() == kept.read_bytes()
     told = [event.message for event in events if isinstance(event, Notice)]
-    assert any("Left out because they copy: epoch 2, 3." in message for message in told)
+    assert any("copying: epoch 2, 3." in message for message in told)
 
 
 def test_training_stops_at_the_first_epoch_that_copies(
