@@ -1,6 +1,6 @@
-"""The families' true shapes, as the configurations of diffusers' and transformers' classes: pure data.
+"""The families' true shapes, as configurations of diffusers' and transformers' classes: pure data.
 
-What a single file does not tell is taken from here, and a plan counts memory with it.
+Checkpoints in one file are completed from here, and the memory estimate counts with it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ Family = Literal["sd1", "sd2", "sdxl"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family of bases.
+    """One family of base models.
 
     Attributes:
-        title: What people call it.
-        modelspec: ModelSpec's name of it, such as "stable-diffusion-v1"; for SD 2.x its beginning.
-        base_version: What A1111 reads as `ss_base_model_version`.
+        title: Its common name.
+        modelspec: Its ModelSpec name, such as "stable-diffusion-v1"; for SD 2.x the prefix.
+        base_version: The value of `ss_base_model_version` in A1111.
         pipeline: diffusers' class.
-        unet: The configuration of its UNet2DConditionModel, where it differs from the class's own defaults.
+        unet: The configuration of its UNet2DConditionModel, where it differs from the class's defaults.
         vae: The same of its AutoencoderKL.
         text_encoders: The same of its CLIP text encoders, CLIPTextConfig's values.
         scheduler: The same of its scheduler, with the class under "_class_name".
@@ -37,7 +37,7 @@ class Architecture:
 
     @property
     def text_width(self) -> int:
-        """How wide the text states are that cross-attention takes."""
+        """The width of the text embeddings that cross-attention takes."""
         width: int = self.unet["cross_attention_dim"]
         return width
 
@@ -53,7 +53,7 @@ _CLIP_L: dict[str, Any] = {
     "projection_dim": 768,
     "pad_token_id": 49407,
 }
-# The tower has 24 layers; Stable Diffusion 2.x reads the last but one, so that the last is left out.
+# The encoder has 24 layers; Stable Diffusion 2.x reads the second to last, so the last is left out.
 _OPENCLIP_H: dict[str, Any] = {
     **_CLIP_TOKENS,
     "hidden_size": 1024,
@@ -118,7 +118,7 @@ ARCHITECTURES: dict[Family, Architecture] = {
             "cross_attention_dim": 1024,
             "attention_head_dim": [5, 10, 20, 20],
             "use_linear_projection": True,
-            # In fp16 the scores of its attention overflow.
+            # Its attention scores overflow in fp16.
             "upcast_attention": True,
         },
         vae={**_VAE, "sample_size": 768, "scaling_factor": 0.18215},
@@ -151,5 +151,5 @@ ARCHITECTURES: dict[Family, Architecture] = {
 
 
 def family_named(modelspec: str) -> Architecture:
-    """The family whose name ModelSpec's name of a base begins with, such as "stable-diffusion-v2-768-v"."""
+    """The family of a ModelSpec architecture name such as "stable-diffusion-v2-768-v"."""
     return next(family for family in ARCHITECTURES.values() if modelspec.startswith(family.modelspec))

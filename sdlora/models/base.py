@@ -18,24 +18,24 @@ from sdlora.data.dataset import Example
 from sdlora.diffusion.noise import PredictionType
 
 TextEmbeddings = dict[str, Tensor]
-"""What the UNet is told of captions and images: named tensors, the batch first."""
+"""What the network is conditioned on, beside the timestep: named tensors, batch first."""
 
 
 class BaseModel(Protocol):
-    """A frozen base: what turns images and captions into tensors, and the network that is adapted.
+    """A frozen base model: encoders for images and captions, and the network that adapters train.
 
     Attributes:
         architecture: ModelSpec's name of the family, such as "stable-diffusion-v1".
         path: Where it was loaded from, as the user gave it.
         unet: The network that adapters are injected into, in the compute dtype.
         revision: The commit that a hub id was resolved to, or None.
-        text_encoders: The networks that captions go through, in float32, wherever they wait: to be counted and named.
-        device: Where the UNet is. VAE and text encoders take turns there and are off it while neither is used.
+        text_encoders: The networks that encode captions, in float32, on whichever device they are; to count and name.
+        device: Where the UNet is. The VAE and the text encoders are there only while they are in use.
         prediction_type: "epsilon" or "v_prediction".
-        alphas_cumprod: The schedule, (1000,) float32 on `device`.
-        resolution_px: The edge length it was trained at, in pixels.
-        latent_factor: Pixels per latent, along one edge.
-        max_tokens: How many tokens of a caption are read, the start and end marks included.
+        alphas_cumprod: The noise schedule, (1000,) float32 on `device`.
+        resolution_px: The edge length that it was trained at, in pixels.
+        latent_factor: Pixels per latent along one edge.
+        max_tokens: How many tokens of a caption are read, start and end tokens included.
         vae_identity: A hash of the VAE's weights and configuration, for cache keys.
         text_identity: A hash of the tokenizer and the text encoders, for cache keys.
     """
@@ -55,7 +55,7 @@ class BaseModel(Protocol):
     text_identity: str
 
     def bring_text_encoders(self) -> tuple[nn.Module, ...]:
-        """The networks that captions go through, brought to the device; adapters that are trained need them there."""
+        """The text encoders, moved to the device, where encoding and training their adapters need them."""
         ...
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -67,40 +67,40 @@ class BaseModel(Protocol):
         ...
 
     def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
-        """Captions to what `predict` takes, the batch first; gradients reach a text encoder's adapter."""
+        """Captions to the text embeddings that `predict` takes; gradients reach a text encoder's adapter."""
         ...
 
     def image_states(self, examples: Sequence[Example]) -> TextEmbeddings:
-        """What `predict` takes beside the captions' states: a function of each image's size and crop alone."""
+        """Further conditioning of `predict` that depends on each image's size and crop alone."""
         ...
 
     def preview_prompts(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
-        """What the pipeline takes in the place of prompts, encoded as captions are."""
+        """Keyword arguments for the pipeline in place of prompts, encoded as captions are."""
         ...
 
     def num_tokens(self, caption: str) -> int:
-        """How many tokens a caption needs, the start and end marks included."""
+        """How many tokens a caption has, start and end tokens included."""
         ...
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
-        """The network's answer (B, C, h, w) in float32, for latents (B, C, h, w) at timesteps (B,)."""
+        """The network's prediction (B, C, h, w) in float32, for noisy latents (B, C, h, w) at timesteps (B,)."""
         ...
 
     def use_zero_terminal_snr(self) -> None:
-        """Rescale the schedule, for training and for previews, so that the highest level is pure noise."""
+        """Rescale the schedule to zero terminal SNR, for training and for previews."""
         ...
 
     def pipeline(self) -> AbstractContextManager[DiffusionPipeline]:
-        """A diffusers pipeline around UNet and VAE, adapters included, for as long as the block lasts.
+        """A diffusers pipeline around UNet and VAE, adapters included, within a `with` block.
 
-        It takes what `preview_prompts` gives.
+        It takes the arguments that `preview_prompts` returns.
         """
         ...
 
     def set_aside(self) -> None:
-        """Take VAE and text encoders off the device; whichever is used next comes back by itself."""
+        """Move VAE and text encoders off the device; the next use moves them back."""
         ...
 
     def fresh_pipeline(self) -> DiffusionPipeline:
-        """The base loaded from its source once more, in float32 on the CPU, without adapters."""
+        """The base model loaded again from its source, in float32 on the CPU, without adapters."""
         ...

@@ -1,6 +1,6 @@
-"""What all families have in common: an AutoencoderKL, a UNet with cross-attention, a schedule, diffusers' pipeline.
+"""What the UNet families share: an AutoencoderKL, a UNet with cross-attention, a noise schedule, a diffusers pipeline.
 
-Used by the families' files. Shapes: B batch, C latent channels (4), H/W pixels, h/w latents.
+Base class of the families' files. Shapes: B batch, C latent channels (4), H/W pixels, h/w latents.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sdlora.errors import BaseModelError, ConfigError
 from sdlora.models.text import TextOptions
 
 _ASIDE = torch.device("cpu")
-"""Where networks wait that are not used."""
+"""Where networks are kept while they are not in use."""
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Source:
         pipeline: In float32 on the CPU.
         path: As the user gave it.
         revision: The commit on the hub, or None.
-        reload: Loads the same pipeline anew.
+        reload: Loads the same pipeline again.
     """
 
     pipeline: DiffusionPipeline
@@ -44,17 +44,17 @@ class Source:
 
 
 class LatentDiffusion:
-    """The part of `sdlora.models.base.BaseModel` that is alike for all families.
+    """The part of `sdlora.models.base.BaseModel` that all UNet families share.
 
     Args:
         source: The loaded pipeline.
         device: Where to compute.
-        dtype: The frozen UNet's type; VAE and text encoders stay in float32, for they are small or run once (and in
-            float16 the VAE of Stable Diffusion XL overflows).
+        dtype: The frozen UNet's dtype. VAE and text encoders stay in float32: they are small or run once, and the
+            VAE of Stable Diffusion XL overflows in float16.
         text: How captions are read.
 
     Raises:
-        BaseModelError: The base predicts something sdlora does not train, or on another kind of schedule.
+        BaseModelError: Unsupported prediction type or noise schedule.
     """
 
     def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype, text: TextOptions) -> None:
@@ -68,8 +68,8 @@ class LatentDiffusion:
         self.tokenizers: tuple[CLIPTokenizer, ...] = _one_or_two(pipeline, "tokenizer")
         if "beta_schedule" not in pipeline.scheduler.config:
             raise BaseModelError(
-                f"{source.path!r} is sampled by {type(pipeline.scheduler).__name__}: its noise levels are not those of "
-                "the diffusion models that sdlora trains. Choose a base with a DDPM schedule."
+                f"{source.path!r} uses {type(pipeline.scheduler).__name__}, whose noise schedule sdlora does not "
+                "train. Choose a base model with a DDPM schedule."
             )
         schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
         self.prediction_type = check_prediction_type(schedule.config.prediction_type)
@@ -93,7 +93,7 @@ class LatentDiffusion:
         return hashlib.blake2b("".join([*parts, str(self.text)]).encode("utf-8"), digest_size=16).hexdigest()
 
     def bring_text_encoders(self) -> tuple[Any, ...]:
-        """The networks that captions go through, brought to the device to compute or to be trained."""
+        """The text encoders, moved to the device."""
         self._use(*self.text_encoders)
         return self.text_encoders
 
@@ -113,34 +113,35 @@ class LatentDiffusion:
         return latents
 
     def num_tokens(self, caption: str) -> int:
-        """How many tokens a caption needs, the start and end marks included."""
+        """How many tokens a caption has, start and end tokens included."""
         return len(self.tokenizers[0](caption, truncation=False, verbose=False).input_ids)
 
     def use_zero_terminal_snr(self) -> None:
-        """Rescale the schedule, for training and for previews, so that the highest level is pure noise.
+        """Rescale the schedule to zero terminal SNR, for training and for previews.
 
         Raises:
-            ConfigError: The base predicts epsilon, which says nothing of the image where there is only noise.
+            ConfigError: The base predicts epsilon, which says nothing about the image at pure noise.
         """
         if self.prediction_type != "v_prediction":
             raise ConfigError(
-                f"loss.zero_terminal_snr needs a v-prediction base, and {self.path!r} predicts {self.prediction_type}. "
-                "Set it to false, or raise loss.noise_offset a little for darker and brighter images."
+                f"loss.zero_terminal_snr needs a v-prediction base model, but {self.path!r} predicts "
+                f"{self.prediction_type}. Set it to false; to learn darker and brighter images, raise "
+                "loss.noise_offset a little."
             )
         self.alphas_cumprod = zero_terminal_snr(self.alphas_cumprod)
-        # Sampling must begin at the last level, too (Lin et al. 2305.08891, section 3.3); DDIM can.
+        # Sampling must start at the last timestep too (Lin et al. 2305.08891, section 3.3), which DDIM can.
         self._pipeline.scheduler = DDIMScheduler.from_config(
             self._pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
         )
 
     @contextmanager
     def pipeline(self) -> Iterator[DiffusionPipeline]:
-        """The pipeline around these networks; latents stay in float32 whatever the UNet computes in.
+        """The pipeline around these networks; latents stay in float32 whatever the UNet's dtype.
 
-        It takes prompts as `preview_prompts` gives them, and has no text encoders of its own.
+        It takes the arguments that `preview_prompts` returns and has no text encoders of its own.
         """
         self._use(self.vae)
-        # diffusers computes where it finds any of the networks, and asks text encoders for no more than this.
+        # diffusers computes on the device of the first network it finds, and reads only these of a text encoder.
         held = vars(self._pipeline)
         encoders = {name: held[name] for name in ("text_encoder", "text_encoder_2") if name in held}
         told = {name: SimpleNamespace(dtype=e.dtype, config=e.config) for name, e in encoders.items()}
@@ -155,7 +156,7 @@ class LatentDiffusion:
             after.remove()
 
     def set_aside(self) -> None:
-        """Take VAE and text encoders off the device; whichever is used next comes back by itself."""
+        """Move VAE and text encoders off the device; the next use moves them back."""
         self._use()
 
     def _use(self, *wanted: nn.Module) -> None:
@@ -229,7 +230,7 @@ def weights_identity(module: nn.Module, *descriptions: Any) -> str:
     """A hash of a module's weights and of whatever else decides what it computes."""
     digest = hashlib.blake2b(digest_size=16)
     for description in descriptions:
-        # Names that begin with an underscore tell where a network was loaded from, and by which version.
+        # Keys that begin with an underscore say where a network was loaded from, and by which version.
         settings = {key: value for key, value in dict(description).items() if not str(key).startswith("_")}
         digest.update(json.dumps(settings, sort_keys=True, default=str).encode("utf-8"))
     for name, tensor in sorted(module.state_dict().items()):

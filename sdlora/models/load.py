@@ -1,6 +1,6 @@
-"""From what the user calls a base ("pocket", a folder, a file, a hub id) to a loaded model.
+"""From base.path ("pocket", a folder, a file, a hub id) to a loaded base model.
 
-Only safetensors are read: a pickled checkpoint can run code.
+Only safetensors files are read: a pickled checkpoint can run code.
 """
 
 from __future__ import annotations
@@ -34,26 +34,27 @@ _PIPELINES = {
     "StableDiffusionPipeline": StableDiffusionPipeline,
     "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
 }
-_PLAIN = "Train on the plain model it was made from; the LoRA works on both."
+_PLAIN = "Train on the base model that it was made from; the LoRA works on both."
 _REFUSED = {
     "Inpaint": f"an inpainting model. {_PLAIN}",
     "Depth2Img": f"a depth model. {_PLAIN}",
     "InstructPix2Pix": f"a model that edits images. {_PLAIN}",
-    "StableDiffusionXLImg2Img": "the refiner of Stable Diffusion XL, which only finishes images. Train on the base.",
+    "StableDiffusionXLImg2Img": "the refiner of Stable Diffusion XL, which only refines finished images. Train on the "
+    "base model.",
 }
-_OTHER = "which is none of Stable Diffusion 1.x, 2.x and XL. sdlora trains these three."
+_OTHER = "which sdlora does not train. It trains Stable Diffusion 1.x, 2.x and XL."
 
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """What is chosen of a base.
+    """How to load a base model.
 
     Attributes:
-        revision: A branch, tag or commit on the hub.
-        variant: The files' variant, such as "fp16".
-        prediction_type: What it predicts, against what its files say or leave open.
-        text: How captions are read.
-        quantization: How the linear layers of the UNet's attention blocks are kept, or "none".
+        revision: A branch, tag or commit on the hub; None for the default.
+        variant: The variant of the weight files, such as "fp16".
+        prediction_type: Overrides the prediction type in its files.
+        text: How captions are encoded.
+        quantization: The format of the linear weights in the UNet's attention blocks, or "none".
     """
 
     revision: str | None = None
@@ -70,12 +71,12 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
         path: "pocket", a folder in diffusers' layout, a checkpoint in one .safetensors file, or a hub id such as
             "owner/name".
         device: Where to compute.
-        dtype: The frozen UNet's type.
-        options: What else is chosen.
+        dtype: The frozen UNet's dtype.
+        options: How to load it.
 
     Raises:
-        BaseModelError: Nothing is there, it cannot be read, or it is no text-to-image model of a known family.
-        ConfigError: What is chosen does not fit the family.
+        BaseModelError: It does not exist, cannot be read, or is not a text-to-image model of a known family.
+        ConfigError: An option does not fit the family.
     """
     options = options or LoadOptions()
     load, revision = _loader(path, options)
@@ -90,16 +91,16 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
     source = Source(reload(), path, revision, reload)
     family = _family(source)
     if options.quantization != "none":
-        # Before it goes to a device that may be too small for all of it.
+        # Before it moves to a device that may be too small for the unquantized weights.
         quantize_linears(source.pipeline.unet, options.quantization)
-        # The other weights still lie in the file's map, which would keep those that were packed in memory, too.
+        # The other weights still point into the mapped file, which would keep the unquantized ones in memory as well.
         for parameter in source.pipeline.unet.parameters():
             parameter.data = parameter.data.clone()
     return family(source, device=device, dtype=dtype, text=options.text)
 
 
 def _family(source: Source) -> type[StableDiffusion] | type[StableDiffusionXL]:
-    """The family by the UNet's own layers: nothing else tells 1.x from 2.x whatever their sizes."""
+    """The family by the UNet's layers: nothing else distinguishes 1.x from 2.x at any size."""
     unet = source.pipeline.unet
     if unet.config.addition_embed_type == "text_time":
         return StableDiffusionXL
@@ -109,7 +110,7 @@ def _family(source: Source) -> type[StableDiffusion] | type[StableDiffusionXL]:
 
 
 def _loader(path: str, options: LoadOptions) -> tuple[Callable[[], DiffusionPipeline], str | None]:
-    """What loads a base, and the commit that a hub id was resolved to."""
+    """A function that loads the pipeline, and the commit that a hub id was resolved to."""
     if path == "pocket":
         return lambda: _load_folder(path, pocket_folder(), None), None
     place = Path(path).expanduser()
@@ -122,13 +123,13 @@ def _loader(path: str, options: LoadOptions) -> tuple[Callable[[], DiffusionPipe
         # In the hub's cache a snapshot's folder is named by its commit.
         return lambda: _load_folder(path, snapshot, options.variant), snapshot.name
     raise BaseModelError(
-        f"There is no base {path!r}. base.path takes 'pocket' (built in), a folder that holds model_index.json, a "
+        f"Base model {path!r} was not found. base.path takes 'pocket' (built in), a folder with a model_index.json, a "
         ".safetensors checkpoint, or a hub id such as 'owner/name'."
     )
 
 
 def _download(path: str, options: LoadOptions) -> Path:
-    """The folder of a hub id's files in the hub's cache, fetched if they are not there."""
+    """The folder of a hub id's files in the hub's cache, downloaded if necessary."""
     try:
         folder = DiffusionPipeline.download(
             path, revision=options.revision, variant=options.variant, use_safetensors=True, safety_checker=None
@@ -157,25 +158,25 @@ def _load_folder(path: str, folder: Path, variant: str | None) -> DiffusionPipel
 def _not_loaded(path: str, error: Exception) -> BaseModelError:
     reason = str(error).strip().splitlines() or [type(error).__name__]
     return BaseModelError(
-        f"The base {path!r} could not be loaded: {reason[0]} Check the spelling, the network if it is a hub id, and "
+        f"Base model {path!r} could not be loaded: {reason[0]} Check the spelling, the network if it is a hub id, and "
         "that its weights are .safetensors files (base.variant = 'fp16' if their names say so)."
     )
 
 
 def _check_folder(path: str, folder: Path) -> str:
-    """The kind of pipeline that a folder holds, if it is one that is trained and whole."""
+    """The pipeline class of a diffusers folder, after checking that it is supported and complete."""
     index = folder / "model_index.json"
     if not index.is_file():
         lora = any(read_header(file).has("unet.", "lora_") for file in sorted(folder.glob("*lora*.safetensors")))
         what = (
-            "it is a LoRA, and base.path takes the model it was trained on" if lora else "so it is no diffusers model"
+            "it is a LoRA; set base.path to the model that it was trained on" if lora else "it is not a diffusers model"
         )
-        raise BaseModelError(f"The folder {path!r} holds no model_index.json; {what}.")
+        raise BaseModelError(f"Folder {path!r} has no model_index.json: {what}.")
     try:
         entries = json.loads(index.read_text(encoding="utf-8"))
         kind = str(entries.get("_class_name"))
     except (ValueError, AttributeError) as error:
-        raise BaseModelError(f"{index} is not readable as JSON: {error}.") from error
+        raise BaseModelError(f"{index} is not valid JSON: {error}.") from error
     refused = next((sentence for mark, sentence in _REFUSED.items() if mark in kind), None)
     if refused is not None:
         raise BaseModelError(f"{path!r} is {refused}")
@@ -184,7 +185,7 @@ def _check_folder(path: str, folder: Path) -> str:
     encoders = ["text_encoder", *(["text_encoder_2"] if kind == "StableDiffusionXLPipeline" else [])]
     for part in encoders:
         if not (folder / part).is_dir() or None in (entries.get(part) or [None]):
-            raise BaseModelError(f"The base {path!r} lacks its {part}, without which no caption can be read.")
+            raise BaseModelError(f"Base model {path!r} has no {part}, without which captions cannot be encoded.")
     for part in ("unet", "vae", *encoders):
         for file in sorted((folder / part).glob("*.safetensors")):
             read_header(file)

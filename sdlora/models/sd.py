@@ -1,4 +1,4 @@
-"""Stable Diffusion 1.x: one CLIP text encoder, whose last layer is read unless another is asked for.
+"""Stable Diffusion 1.x: one CLIP text encoder, read at its last layer unless another is chosen.
 
 Shapes: B batch, C latent channels (4), h/w latents, N windows, L tokens (77), D text width.
 """
@@ -18,17 +18,17 @@ from sdlora.models.text import TextOptions, check_clip_skip, layer_states, token
 
 
 class StableDiffusion(LatentDiffusion):
-    """A Stable Diffusion 1.x base; see `sdlora.models.base.BaseModel` for the attributes.
+    """Stable Diffusion 1.x; see `sdlora.models.base.BaseModel` for the attributes.
 
     Args:
         source: The loaded pipeline.
         device: Where to compute.
-        dtype: The frozen UNet's type.
+        dtype: The frozen UNet's dtype.
         text: How captions are read.
 
     Raises:
-        BaseModelError: The UNet takes more than latents and text, or predicts something sdlora does not train.
-        ConfigError: The text encoder has no such layer.
+        BaseModelError: The UNet needs inputs other than latents and text, or its prediction type is unsupported.
+        ConfigError: The text encoder has fewer layers than `clip_skip`.
     """
 
     architecture = "stable-diffusion-v1"
@@ -39,29 +39,29 @@ class StableDiffusion(LatentDiffusion):
         super().__init__(source, device=device, dtype=dtype, text=text)
 
     def _choose_layer(self, source: Source, text: TextOptions) -> int:
-        """Which of the text encoder's layers is read, counted from the last one, which is 1."""
+        """The text encoder's layer to read, counted from the last (1)."""
         num_layers = source.pipeline.text_encoder.config.num_hidden_layers
         return check_clip_skip(text.clip_skip, num_layers, source.path)
 
     def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
-        """Captions to {"states": (B, N L, D)}; words past the last window are cut off."""
+        """Captions to {"states": (B, N L, D)}; longer captions are cut off."""
         tokens = tokens_in_windows(self.tokenizers[0], captions, self.text.max_windows)
         states = layer_states(self.bring_text_encoders()[0], tokens.flatten(0, 1).to(self.device), self._layer)
         return {"states": states.reshape(len(captions), -1, states.shape[-1])}
 
     def image_states(self, examples: Sequence[Example]) -> TextEmbeddings:
-        """Nothing: this family is not told of an image's size."""
+        """Nothing: this family is not conditioned on an image's size."""
         return {}
 
     def preview_prompts(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
-        """What the pipeline takes in the place of prompts, encoded as captions are."""
+        """Keyword arguments for the pipeline in place of prompts, encoded as captions are."""
         return {
             "prompt_embeds": self.encode_captions(prompts)["states"],
             "negative_prompt_embeds": self.encode_captions(negative_prompts)["states"],
         }
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
-        """The UNet's answer (B, C, h, w) in float32."""
+        """The UNet's prediction (B, C, h, w) in float32."""
         dtype = self.unet.dtype
-        answer: Tensor = self.unet(noisy.to(dtype), timesteps, text["states"].to(dtype), return_dict=False)[0]
-        return answer.float()
+        prediction: Tensor = self.unet(noisy.to(dtype), timesteps, text["states"].to(dtype), return_dict=False)[0]
+        return prediction.float()

@@ -10,11 +10,11 @@ from sdlora.models.text import TextOptions, check_no_clip_skip
 
 
 class StableDiffusion2(StableDiffusion):
-    """A Stable Diffusion 2.x base; as 1.x but for its text encoder, which is stored without its last layer.
+    """Stable Diffusion 2.x: as 1.x, but its text encoder is stored without its last layer.
 
     Raises:
-        BaseModelError: The UNet takes more than latents and text, or predicts something sdlora does not train.
-        ConfigError: Another layer of the text encoder is asked for.
+        BaseModelError: The UNet needs inputs other than latents and text, or its prediction type is unsupported.
+        ConfigError: `clip_skip` chooses another layer of the text encoder.
     """
 
     def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype, text: TextOptions) -> None:

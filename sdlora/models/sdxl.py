@@ -1,4 +1,4 @@
-"""Stable Diffusion XL: two text encoders side by side, a pooled text, and the image's sizes.
+"""Stable Diffusion XL: two text encoders side by side, a pooled text embedding, and size conditioning.
 
 Shapes: B batch, C latent channels (4), h/w latents, N windows, L tokens (77), D text width (768 + 1280),
 P pooled width (1280).
@@ -23,18 +23,18 @@ _NUM_SIZES = 6
 
 
 class StableDiffusionXL(LatentDiffusion):
-    """A Stable Diffusion XL base; see `sdlora.models.base.BaseModel` for the attributes.
+    """Stable Diffusion XL; see `sdlora.models.base.BaseModel` for the attributes.
 
     Args:
         source: The loaded pipeline.
         device: Where to compute.
-        dtype: The frozen UNet's type; the VAE stays in float32, for in float16 it overflows.
+        dtype: The frozen UNet's dtype; the VAE stays in float32, since it overflows in float16.
         text: How captions are read.
 
     Raises:
-        BaseModelError: It is the refiner, the UNet takes more than latents, text and sizes, or it predicts something
-            sdlora does not train.
-        ConfigError: Another layer of the text encoders is asked for.
+        BaseModelError: It is the refiner, the UNet needs inputs other than latents, text and sizes, or its prediction
+            type is unsupported.
+        ConfigError: `clip_skip` chooses another layer of the text encoders.
 
     Source: Podell et al. 2307.01952, sections 2.1 and 2.2.
     """
@@ -48,14 +48,14 @@ class StableDiffusionXL(LatentDiffusion):
         super().__init__(source, device=device, dtype=dtype, text=text)
 
     def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
-        """Captions to {"states": (B, N L, D), "pooled": (B, P)}; the pooled text is the first window's."""
+        """Captions to {"states": (B, N L, D), "pooled": (B, P)}; the pooled embedding is the first window's."""
         states: list[Tensor] = []
         pooled = torch.empty(0)
         for encoder, tokenizer in zip(self.bring_text_encoders(), self.tokenizers, strict=True):
             tokens = tokens_in_windows(tokenizer, captions, self.text.max_windows)
-            answer = encoder(tokens.flatten(0, 1).to(self.device), output_hidden_states=True)
-            states.append(answer.hidden_states[-2])
-            pooled = answer[0]  # of the last encoder: its projected end mark
+            output = encoder(tokens.flatten(0, 1).to(self.device), output_hidden_states=True)
+            states.append(output.hidden_states[-2])
+            pooled = output[0]  # of the last encoder: its projected end token
         both = torch.cat(states, dim=-1)
         return {
             "states": both.reshape(len(captions), -1, both.shape[-1]),
@@ -72,7 +72,7 @@ class StableDiffusionXL(LatentDiffusion):
         return {"sizes": torch.tensor(rows, dtype=torch.float32)}
 
     def preview_prompts(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
-        """What the pipeline takes in the place of prompts, encoded as captions are."""
+        """Keyword arguments for the pipeline in place of prompts, encoded as captions are."""
         wanted, unwanted = self.encode_captions(prompts), self.encode_captions(negative_prompts)
         return {
             "prompt_embeds": wanted["states"],
@@ -82,13 +82,13 @@ class StableDiffusionXL(LatentDiffusion):
         }
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
-        """The UNet's answer (B, C, h, w) in float32."""
+        """The UNet's prediction (B, C, h, w) in float32."""
         dtype = self.unet.dtype
         conditions = {"text_embeds": text["pooled"].to(dtype), "time_ids": text["sizes"]}
-        answer: Tensor = self.unet(
+        prediction: Tensor = self.unet(
             noisy.to(dtype), timesteps, text["states"].to(dtype), added_cond_kwargs=conditions, return_dict=False
         )[0]
-        return answer.float()
+        return prediction.float()
 
 
 def _refuse_refiner(source: Source) -> None:
@@ -97,6 +97,6 @@ def _refuse_refiner(source: Source) -> None:
     second = source.pipeline.text_encoder_2
     if source.pipeline.text_encoder is None or second is None or pooled != second.config.projection_dim:
         raise BaseModelError(
-            f"{source.path!r} is the refiner of Stable Diffusion XL, which only finishes images. "
+            f"{source.path!r} is the refiner of Stable Diffusion XL, which only refines finished images. "
             "Train on the base model."
         )

@@ -1,7 +1,7 @@
-"""A checkpoint in one file as a diffusers pipeline, without asking any hub.
+"""A checkpoint in one file as a diffusers pipeline, offline.
 
-Diffusers converts the weights; the configurations that such a file lacks come from the families' true shapes,
-written to a folder for as long as that takes.
+diffusers converts the weights; the configurations that such a file lacks are written to a temporary folder from the
+families' true shapes.
 """
 
 from __future__ import annotations
@@ -27,25 +27,25 @@ _SD2_512_LATENTS = 64
 
 
 def load_single_file(path: str, file: Path, prediction_type: PredictionType | None) -> DiffusionPipeline:
-    """Load a checkpoint in the layout of its authors (LDM, sgm).
+    """Load a checkpoint in its authors' layout (LDM, sgm).
 
     Args:
         path: What the user called it, for messages.
         file: The .safetensors file.
-        prediction_type: What it predicts; None to take it from the file.
+        prediction_type: "epsilon" or "v_prediction"; None to take it from the file.
 
     Returns:
         The pipeline in float32.
 
     Raises:
-        BaseModelError: It is no whole base of a known family, or does not tell what it predicts.
+        BaseModelError: The file is not a complete base model of a known family, or its prediction type is unknown.
     """
     found = recognise(read_header(file), path)
     predicts = prediction_type or found.prediction_type
     if predicts is None:
         raise BaseModelError(
-            f"{path!r} is a Stable Diffusion 2.x, and in one file it does not tell what it predicts. Set "
-            "base.prediction_type to 'v_prediction' if it was made for 768 px, to 'epsilon' if for 512 px."
+            f"{path!r} is a Stable Diffusion 2.x checkpoint that does not state its prediction type. Set "
+            "base.prediction_type to 'v_prediction' if it was trained at 768 px, to 'epsilon' if at 512 px."
         )
     kind = getattr(diffusers, ARCHITECTURES[found.family].pipeline)
     with tempfile.TemporaryDirectory() as folder:
@@ -63,7 +63,7 @@ def load_single_file(path: str, file: Path, prediction_type: PredictionType | No
 
 
 def _components(family: Family, prediction_type: PredictionType, ends_in_noise: bool) -> dict[str, Any]:
-    """The parts that have no weights, ready made."""
+    """The components that have no weights."""
     settings = dict(ARCHITECTURES[family].scheduler) | {"prediction_type": prediction_type}
     if ends_in_noise:
         settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
@@ -110,12 +110,12 @@ def _complete(kind: type, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_loaded(pipeline: DiffusionPipeline, path: str) -> None:
-    """See that every weight was in the file: what was not has no numbers."""
+    """Check that the file held every weight; those it did not are still on the meta device."""
     for name in ("unet", "vae", "text_encoder", "text_encoder_2"):
         network = getattr(pipeline, name, None)
         missing = [] if network is None else [key for key, p in network.named_parameters() if p.is_meta]
         if missing:
             raise BaseModelError(
-                f"{path!r} lacks {len(missing)} weights of its {name}, the first is {missing[0]!r}. If it is a smaller "
-                "variant of its family, convert it to a folder in diffusers' layout, with its own configs."
+                f"{path!r} lacks {len(missing)} weights of its {name}, the first of which is {missing[0]!r}. If it is "
+                "a smaller variant of its family, convert it to a diffusers folder with its own configuration files."
             )

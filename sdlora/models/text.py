@@ -1,4 +1,4 @@
-"""From captions to tokens in windows of 77, and from a CLIP text encoder's layers to the states that a UNet is given.
+"""Captions to windows of 77 tokens, and a CLIP text encoder's layer to text embeddings.
 
 Shapes: B batch, N windows, L tokens of a window (77), D text width.
 """
@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 
 from sdlora.errors import ConfigError
 
-# ComfyUI's and A1111's ways to call up other files; both are taken out of a prompt before it is encoded.
+# References to other files in ComfyUI and A1111, which remove them from a prompt before encoding it.
 _CALLS = re.compile(r"embedding:\S+|<(?:lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
 
 
@@ -25,8 +25,8 @@ class TextOptions:
     """How captions are read.
 
     Attributes:
-        clip_skip: Which layer is read, counted from the last, which is 1; None for the family's own.
-        max_windows: How many windows of 75 tokens are read of a caption.
+        clip_skip: The layer to read, counted from the last (1); None for the family's own.
+        max_windows: How many windows of 75 tokens a caption may fill.
     """
 
     clip_skip: int | None = None
@@ -34,9 +34,9 @@ class TextOptions:
 
 
 def tokens_in_windows(tokenizer: CLIPTokenizer, captions: Sequence[str], max_windows: int) -> Tensor:
-    """Token ids, (B, N, L): every window has its own start and end mark; what is longer is cut off.
+    """Token ids (B, N, L); every window has its own start and end token, and longer captions are cut off.
 
-    Empty windows are read as well, as the empty caption, so that all captions have states of one shape.
+    Unused windows hold the empty caption, so that the embeddings of all captions have one shape.
     """
     length = tokenizer.model_max_length
     size = length - 2
@@ -50,7 +50,7 @@ def tokens_in_windows(tokenizer: CLIPTokenizer, captions: Sequence[str], max_win
 
 
 def layer_states(encoder: Any, tokens: Tensor, clip_skip: int) -> Tensor:
-    """The states after a layer, counted from the last one, through the encoder's last norm: (B, L, D)."""
+    """The hidden states of a layer, counted from the last (1), after the final layer norm: (B, L, D)."""
     if clip_skip == 1:
         last: Tensor = encoder(tokens).last_hidden_state
         return last
@@ -60,28 +60,30 @@ def layer_states(encoder: Any, tokens: Tensor, clip_skip: int) -> Tensor:
 
 
 def check_clip_skip(clip_skip: int | None, num_layers: int, path: str) -> int:
-    """The layer to read of an encoder from whose layers one may choose.
+    """The layer to read, counted from the last (1).
 
     Raises:
-        ConfigError: It has fewer layers.
+        ConfigError: The encoder has fewer layers.
     """
     if clip_skip is not None and clip_skip > num_layers:
-        raise ConfigError(f"base.clip_skip is {clip_skip}: the text encoder of {path!r} has {num_layers} layers.")
+        raise ConfigError(
+            f"base.clip_skip is {clip_skip}, but the text encoder of {path!r} has only {num_layers} layers."
+        )
     return clip_skip or 1
 
 
 def check_no_clip_skip(clip_skip: int | None, family: str) -> None:
-    """Refuse to choose a layer where the family's UNet was trained on the last but one alone.
+    """Refuse any layer but the second to last, on which the family's UNet was trained.
 
     Raises:
-        ConfigError: Another layer is asked for.
+        ConfigError: Another layer was requested.
     """
     if clip_skip not in (None, 2):
         raise ConfigError(
-            f"base.clip_skip is {clip_skip}: {family} always reads the last layer but one, which is 2. Leave it unset."
+            f"base.clip_skip is {clip_skip}, but {family} always reads the second to last layer (2). Leave it unset."
         )
 
 
 def calls_of_other_files(caption: str) -> list[str]:
-    """What of a caption calls up a textual inversion or another network, and is no word."""
+    """References to textual inversions and other networks in a caption, which are not words."""
     return _CALLS.findall(caption)

@@ -1,4 +1,4 @@
-"""CLIP's tokenizer from the merges that come with sdlora, for checkpoints in one file, which hold none."""
+"""CLIP's tokenizer from the bundled merges, for checkpoints in one file, which hold none."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ def clip_tokenizer(padding: Literal["<|endoftext|>", "!"]) -> CLIPTokenizer:
     """The tokenizer that OpenAI's and OpenCLIP's text encoders share.
 
     Args:
-        padding: What fills a window up: the end mark for OpenAI's encoder, "!" (token 0) for OpenCLIP's.
+        padding: The padding token: the end token for OpenAI's encoder, "!" (token 0) for OpenCLIP's.
 
-    Source: Radford et al. 2103.00020, section 2.4: byte-pair encoding, lower-cased, of 49,152 words and two marks.
+    Source: Radford et al. 2103.00020, section 2.4: byte-pair encoding, lower-cased, of 49,152 words and two special
+    tokens.
     """
     packed = files("sdlora.models").joinpath("clip/merges.txt.gz").read_bytes()
     merges = [tuple(line.split()) for line in gzip.decompress(packed).decode("utf-8").splitlines()]
@@ -29,7 +30,7 @@ def clip_tokenizer(padding: Literal["<|endoftext|>", "!"]) -> CLIPTokenizer:
 
 
 def _letters() -> list[str]:
-    """The 256 bytes as characters: printable ones as they are, then the others, moved out of the way."""
+    """The 256 bytes as characters: printable ones unchanged, then the others, moved beyond them."""
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     others = 256 - len(printable)
     return [chr(code) for code in printable] + [chr(256 + index) for index in range(others)]

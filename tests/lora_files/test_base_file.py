@@ -270,7 +270,7 @@ def test_refused_merge_leaves_no_file(checkpoint: Any, tmp_path: Path) -> None:
         other.unlink()
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(base.read_bytes()[:-100])
-    with pytest.raises(BaseModelError, match="is cut off"):
+    with pytest.raises(BaseModelError, match="is truncated"):
         base_weights(torn)
     with pytest.raises(BaseModelError, match="nowhere"):
         base_weights(tmp_path / "nowhere.safetensors")

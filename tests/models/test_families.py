@@ -233,7 +233,7 @@ def test_the_layer_but_one_is_no_choice(family: Family, folders: dict[Family, Pa
         load(folders[family], text=TextOptions(clip_skip=2)).encode_captions(CAPTIONS)["states"],
         load(folders[family]).encode_captions(CAPTIONS)["states"],
     )
-    with pytest.raises(ConfigError, match=r"clip_skip is 1.*always reads the last layer but one"):
+    with pytest.raises(ConfigError, match=r"clip_skip is 1"):
         load(folders[family], text=TextOptions(clip_skip=1))
-    with pytest.raises(ConfigError, match=r"clip_skip is 3: the text encoder .* has 2 layers"):
+    with pytest.raises(ConfigError, match=r"clip_skip is 3.* 2 layers"):
         load(folders["sd1"], text=TextOptions(clip_skip=3))

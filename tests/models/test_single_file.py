@@ -1,0 +1,58 @@
+"""Checkpoints in one file at the families' true shapes, completed by the configurations that ship."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from helpers.ldm import authors_layout, write_checkpoint
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from sdlora.config.toml import parse_config
+from sdlora.events import Exported, StepDone
+from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.run.run import start
+
+
+def write_random_checkpoint(family: Family, file: Path) -> None:
+    """A whole checkpoint in its authors' layout, its shapes from `ARCHITECTURES` alone, with random float16 weights."""
+    architecture = ARCHITECTURES[family]
+    kinds = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    with torch.device("meta"):
+        networks = {
+            "unet": UNet2DConditionModel.from_config(architecture.unet),
+            "vae": AutoencoderKL.from_config(architecture.vae),
+            **{
+                name: kind(CLIPTextConfig(**config))
+                for (name, kind), config in zip(kinds.items(), architecture.text_encoders, strict=False)
+            },
+        }
+        shapes = {name: tensor.shape for name, tensor in authors_layout(family, networks).items()}
+    noise = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).half()
+    tensors = {}
+    for name, shape in shapes.items():
+        count = shape.numel()
+        values = noise.repeat(-(-count // noise.numel()))[:count].reshape(shape)
+        tensors[name] = 1 + values if len(shape) == 1 and name.endswith("weight") else values
+    write_checkpoint(file, tensors, dtype=torch.float16)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sd1", "sd2"])
+def test_checkpoint_of_true_shape_trains_to_a_verified_file(family: Family, tmp_path: Path, images: Path) -> None:
+    file = tmp_path / f"{family}.safetensors"
+    write_random_checkpoint(family, file)
+    document = {
+        "base": {"path": str(file), "prediction_type": "v_prediction" if family == "sd2" else "epsilon"},
+        "data": {"folder": str(images), "resolution_px": 64, "validation_split": False},
+        "train": {"epochs": 1, "batch_size": 5, "device": "cpu", "precision": "bf16"},
+        "lora": {"rank": 2},
+        "preview": {"enabled": False},
+        "cache": {"dir": str(tmp_path / "cache")},
+    }
+    events = list(start(parse_config(document, name="hero"), tmp_path / "run"))
+    assert all(event.loss == pytest.approx(event.loss) for event in events if isinstance(event, StepDone))
+    (exported,) = [event for event in events if isinstance(event, Exported)]
+    assert (exported.num_modules, exported.max_error) == (64, pytest.approx(0.0, abs=1e-4))
