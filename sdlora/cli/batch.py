@@ -55,9 +55,9 @@ def batch(
     location = Location(output or str(Path("runs") / jobs.stem))
     if dry_run:
         quiet_libraries()
-        from sdlora.batch.dry_run import tell_forecast
+        from sdlora.batch.dry_run import print_estimates
 
-        tell_forecast(planned, location.folder, json_=json_)
+        print_estimates(planned, location.folder, json_=json_)
         return
     console = Console(stderr=True, highlight=False)
     view = JsonLines(sys.stdout) if json_ else BatchTable(console)

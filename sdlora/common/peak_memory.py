@@ -1,4 +1,7 @@
-"""The most memory that was held since some moment: of the GPU where there is one, else of this process."""
+"""Peak memory since a moment: of the GPU if there is one, else of this process.
+
+Used by a batch, for its results and its dry run.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ _PROC = Path("/proc/self")
 
 
 class PeakMemory:
-    """Measures from when it is made; another one made meanwhile takes over."""
+    """Measures from its creation; creating another one restarts the measurement."""
 
     def __init__(self) -> None:
         self._resets = False
@@ -25,7 +28,7 @@ class PeakMemory:
             pass
 
     def num_bytes(self) -> int | None:
-        """The peak so far; None where the system tells only that of the process's whole life, other jobs included."""
+        """The peak so far; None where the system knows only the peak of the process's whole life."""
         if torch.cuda.is_available():
             return torch.cuda.max_memory_allocated()
         if not self._resets:

@@ -1,23 +1,24 @@
-"""What a run needs before it is run: how many numbers are trained, how much memory, how many steps.
+"""Memory and arithmetic that a training run needs, counted before it runs.
 
-A step is taken on the meta device by the very code that trains, and its bytes and operations are counted.
-Shapes: i in, o out, r rank, k kernel.
+The code that trains takes a step on the meta device, where tensors have shapes and no values, and its bytes and
+operations are counted. Read by `sdlora plan`, by the studio, and by a run before it starts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from diffusers import AutoencoderKL
+from torch import Tensor
 
 from sdlora.config.schema import RunConfig
-from sdlora.estimate.meta_model import META, MetaBase, Shapes, latents, num_bytes
+from sdlora.estimate.meta_model import META, MetaBase, Shapes, empty_latents, num_bytes
 from sdlora.estimate.trace import Cost, counted
 from sdlora.lora.inject import Adapter, AdapterSpec, inject
-from sdlora.lora.quantize import Quantization, num_weights
+from sdlora.lora.quantize import num_weights
 from sdlora.lora.targets import find_targets
 from sdlora.lora_files.verify import VERIFY_LATENT_EDGE, VERIFY_TIMESTEPS
 from sdlora.models.base import BaseModel
@@ -26,294 +27,202 @@ from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group
 from sdlora.training.prior_preservation import diffusion_loss_with_prior
 
-FULL_BYTES_PER_PARAMETER = 16
-"""Mixed precision with Adam: weight and gradient in 16 bits, weight, mean and variance in 32 (1910.02054, 3.1)."""
-
-# Bytes of an optimizer's state per trained number; Adafactor keeps rows and columns of a matrix alone.
+# Bytes of an optimizer's state per trained parameter; Adafactor keeps only a matrix's rows and columns.
 OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 1, "lion": 4, "schedule_free": 8}
 _PREVIEW_PIXELS = 8 * 128 * 128
-# Kernels' work buffers and a run's own objects, as whole runs were measured to hold (docs/measurements/performance.md).
+# Work buffers of kernels and a run's own objects, as measured in whole runs (docs/measurements/performance.md).
 _OVERHEAD_BYTES = 12 * 2**20
-# What a second base's objects hold beside its weights, found the same way.
+# What a second base model's objects hold beside its weights, measured the same way.
 _SECOND_BASE_BYTES = 6 * 2**20
 
 
 @dataclass(frozen=True)
-class Need:
-    """What a step needs.
-
-    Attributes:
-        trainable_parameters: How many numbers are trained.
-        base_parameters: How many the adapted networks have themselves.
-        parts: Bytes at the peak: "weights" of the frozen networks that are there in a step, "adapter" with its
-            gradients and its optimizer's state, "activations" of the largest step, "caches" held beside them,
-            "overhead" of kernels and the process, and what "previews", encoding or proving a file need beyond the
-            activations.
-        flops: Of one step's batch, forward and backward.
-        largest_layer: Inputs and outputs of the layer with the largest adapter, its rank and its kernel's edge.
-    """
-
-    trainable_parameters: int
-    base_parameters: int
-    parts: dict[str, int]
-    flops: int
-    largest_layer: tuple[int, int, int, int]
-
-    @property
-    def peak_bytes(self) -> int:
-        """All parts together."""
-        return sum(self.parts.values())
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What is asked for.
+class MemoryInputs:
+    """What a memory estimate depends on.
 
     Attributes:
         config: The run's configuration.
-        spec: The adapter's, as the configuration describes it.
-        shapes: The base's.
+        spec: The adapter's kind.
+        shapes: The base model's.
         dtype: The frozen UNet's type.
-        bucket: Width and height in pixels of the largest images.
-        cached_bytes: What latents and text states hold in the memory that is planned.
-        on_cpu: Whether all of a run shares the memory that is planned: VAE and text encoders stay in it, and the base
-            is loaded once more to prove every epoch's file. On a device of its own they take turns.
-        text_is_live: Whether captions are encoded in every step, too many of them to be kept.
+        size_px: Width and height in pixels of the largest images.
+        cached_bytes: Latents and text embeddings that are held in the memory that is estimated.
+        on_cpu: Whether the whole run shares this memory: VAE and text encoders stay in it, and the base model is loaded
+            a second time to verify every epoch's file. On a device of its own they take turns.
+        text_is_live: Whether captions are encoded in every step, because they are too many to keep.
     """
 
     config: RunConfig
     spec: AdapterSpec
     shapes: Shapes
     dtype: torch.dtype
-    bucket: tuple[int, int]
+    size_px: tuple[int, int]
     cached_bytes: int = 0
     on_cpu: bool = False
     text_is_live: bool = False
 
 
 @dataclass(frozen=True)
-class Change:
-    """One way to need less memory.
+class MemoryEstimate:
+    """What a run needs.
 
     Attributes:
-        change: What to set.
-        peak_bytes: The peak with it.
-        time: Arithmetic per image over that without the change.
-        price: What it costs, in a few words.
+        trainable_parameters: Parameters of the adapter.
+        base_parameters: Parameters of the networks that are adapted.
+        parts: Bytes at the peak: "weights" of the frozen networks that a step needs, "adapter" with gradients and
+            optimizer state, "activations" of the largest step, "caches" held beside them, "overhead" of kernels and
+            the process, and what "previews", encoding or verifying a file need beyond the activations.
+        flops_per_step: Arithmetic of one batch, forward and backward.
+        largest_layer: Parameters of the layer with the largest adapter, and of that adapter.
     """
 
-    change: str
-    peak_bytes: int
-    time: float
-    price: str
+    trainable_parameters: int
+    base_parameters: int
+    parts: dict[str, int]
+    flops_per_step: int
+    largest_layer: tuple[int, int]
+
+    @property
+    def peak_bytes(self) -> int:
+        """All parts together."""
+        return sum(self.parts.values())
+
+    @property
+    def full_training_bytes(self) -> int:
+        """Full fine-tuning in mixed precision with Adam, without activations, for comparison.
+
+        Weight and gradient in 16 bits; weight, mean and variance in 32. Source: Rajbhandari et al. 1910.02054, 3.1.
+        """
+        return 16 * self.base_parameters
 
 
-def adapter_parameters(inputs: int, outputs: int, rank: int, kernel: int = 1) -> int:
-    """How many numbers A (r, i k k) and B (o, r) have: 65,536 for 4096 x 4096 at rank 8."""
-    return rank * (inputs * kernel * kernel + outputs)
-
-
-def full_training_bytes(base_parameters: int) -> int:
-    """What weights, gradients and optimizer of full fine-tuning would hold, without activations."""
-    return FULL_BYTES_PER_PARAMETER * base_parameters
-
-
-def preservation_time(share: float) -> float:
-    """Arithmetic of exposures of which a share is compared with the base, over that of the same without any comparison.
-
-    A comparison takes the adapter's prediction forward and backward, as an exposure does, and the base model's forward,
-    half as much.
-    """
-    return 1 + 1.5 * share
-
-
-def need(setting: Setting) -> Need:
-    """Count what a run needs.
+def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
+    """Count the memory and arithmetic of a run.
 
     Raises:
         ConfigError: A target matches no layer of the base.
     """
-    config, shapes = setting.config, setting.shapes
+    config, shapes = inputs.config, inputs.shapes
     text_is_trained = "text_encoder" in config.lora.targets
     quantization = config.base.quantization
-    base = MetaBase(shapes, setting.dtype, quantization=quantization, text_is_trained=text_is_trained)
-    in_a_step = shapes.text_bytes * (text_is_trained or setting.text_is_live)
-    weights = num_bytes(base.unet) + (shapes.frozen_bytes if setting.on_cpu else in_a_step)
+    base = MetaBase(shapes, inputs.dtype, quantization=quantization, text_is_trained=text_is_trained)
+    in_a_step = shapes.text_bytes * (text_is_trained or inputs.text_is_live)
+    weights = num_bytes(base.unet) + (shapes.frozen_bytes if inputs.on_cpu else in_a_step)
     num_parameters = num_weights(base.unet)
     paths = find_targets(base.unet, config.lora.targets, base.text_encoders)
-    # Where singular vectors start makes no difference to what is held, and meta tensors have none.
-    gaussian = replace(setting.spec, init="gaussian")
     adapter = inject(
-        base.unet, paths, config.lora.rank, config.lora.alpha, 0, spec=gaussian, text_encoders=base.text_encoders
+        base.unet,
+        paths,
+        config.lora.rank,
+        config.lora.alpha,
+        0,
+        spec=replace(
+            inputs.spec, init="gaussian"
+        ),  # meta tensors have no singular vectors, and all starts take as much
+        text_encoders=base.text_encoders,
     )
     count = adapter.num_parameters()
-    lean = TrainingModel(
+    model = TrainingModel(
         base.unet,
         adapter,
         [Group(adapter.parameters(), 1.0)],
         optimizer=config.train.optimizer,
         gradient_checkpointing=config.train.gradient_checkpointing,
     )
-    step = _step_cost(setting, base, adapter, lean)
+    step = _step_cost(inputs, base, adapter, model)
     state = OPTIMIZER_BYTES[config.train.optimizer] + 4 * (config.train.ema_decay > 0)
-    start = 4 * (setting.spec.init != "gaussian")
-    # The first of several batches finds no gradients yet, and the others find those of the first.
+    start = 4 * (inputs.spec.init != "gaussian")
+    # From the second batch of a step on, the gradients of those before are held beside the activations.
     gradients = 4 * count * (config.train.gradient_accumulation_steps > 1)
     activations = step.peak_bytes + gradients - 4 * count
-    beside = max(_preview_bytes(setting, base), _encode_bytes(setting))
-    if setting.on_cpu:
-        beside = max(beside, 4 * num_parameters + shapes.frozen_bytes + _verification_bytes(setting, base, count))
+    beside = max(_preview_bytes(inputs, base), _encode_bytes(inputs))
+    if inputs.on_cpu:
+        beside = max(beside, 4 * num_parameters + shapes.frozen_bytes + _verification_bytes(inputs, base, count))
     else:
         drawing = beside + shapes.vae_bytes + shapes.text_bytes * text_is_trained
         beside = max(drawing, shapes.text_bytes) - in_a_step
-    largest = max(adapter.layers.values(), key=lambda layer: layer.down.numel() + layer.up.numel())
-    return Need(
+    return MemoryEstimate(
         trainable_parameters=count,
         base_parameters=adapter.num_base_parameters(),
         parts={
             "weights": weights,
             "adapter": (8 + state + start) * count,
             "activations": activations,
-            "caches": setting.cached_bytes,
+            "caches": inputs.cached_bytes,
             "overhead": _OVERHEAD_BYTES,
             "previews": max(0, beside - activations - 4 * count),
         },
-        flops=step.flops,
-        largest_layer=(largest.down.shape[1], largest.up.shape[0], largest.rank, (*largest.down.shape, 1, 1)[2]),
+        flops_per_step=step.flops,
+        largest_layer=_largest_layer(adapter),
     )
 
 
-def _step_cost(setting: Setting, base: MetaBase, adapter: Adapter, lean: TrainingModel) -> Cost:
+def _largest_layer(adapter: Adapter) -> tuple[int, int]:
+    layers = [(layer.down.numel() + layer.up.numel(), layer) for layer in adapter.layers.values()]
+    added, layer = max(layers, key=lambda pair: pair[0])
+    # Down is (r, i) or, of a convolution, (r, i, k, k); up is (o, r) or (o, r, 1, 1).
+    return layer.down[0].numel() * layer.up.shape[0], added
+
+
+def _step_cost(inputs: MemoryInputs, base: MetaBase, adapter: Adapter, model: TrainingModel) -> Cost:
     """Forward and backward pass of the largest batch, by the code that trains."""
-    config, size = setting.config, setting.config.train.batch_size
-    # It is no whole model, but answers as one.
-    model = cast(BaseModel, base)
-    clean = latents(setting.shapes, size, setting.bucket)
+    config, size = inputs.config, inputs.config.train.batch_size
+    whole = cast(BaseModel, base)  # as much of one as the loss needs
+    clean = empty_latents(inputs.shapes, size, inputs.size_px)
     timesteps = torch.zeros(size, dtype=torch.long, device=META)
-    with lean.forward_backward(), counted() as cost:
+    with model.forward_backward(), counted() as cost:
         batch = Batch(clean, torch.empty_like(clean), timesteps, base.text(size))
         if config.data.class_words:
             most = -(-size // config.train.preservation_every)
             with torch.no_grad():
                 kept = base.text(most)
             plain, distance = diffusion_loss_with_prior(
-                model, adapter, batch, torch.arange(most, device=META), base.text(most), kept
+                whole, adapter, batch, torch.arange(most, device=META), base.text(most), kept
             )
             objective = torch.cat([plain, distance])
         else:
-            objective = diffusion_loss(model, batch)
+            objective = diffusion_loss(whole, batch)
         torch.autograd.backward(objective.sum())
         del objective
     return cost
 
 
-def _preview_bytes(setting: Setting, base: MetaBase) -> int:
-    """What drawing previews holds beside the weights: the UNet's answers, or the images as they are decoded."""
-    config, shapes = setting.config, setting.shapes
-    if not config.preview.enabled:
+def _preview_bytes(inputs: MemoryInputs, base: MetaBase) -> int:
+    """Bytes of drawing previews beside the weights: of the UNet's prediction, or of decoding the images."""
+    shapes, edge = inputs.shapes, inputs.shapes.resolution_px
+    if not inputs.config.preview.enabled:
         return 0
-    edge = shapes.resolution_px
     number = max(1, _PREVIEW_PIXELS // edge**2)
-    noisy = latents(shapes, number, (edge, edge))
-    with torch.no_grad(), counted() as drawing:
-        twice = noisy.repeat(2, 1, 1, 1)
-        base.predict(twice, torch.zeros(2 * number, dtype=torch.long, device=META), base.text(2 * number))
-    with torch.no_grad(), counted() as decoding:
-        _vae(shapes).decode(noisy)
-    return max(drawing.peak_bytes, decoding.peak_bytes)
+    noisy = empty_latents(shapes, number, (edge, edge))
+    # Guidance predicts with the prompt and without.
+    drawing = _peak_bytes(lambda: _predict(base, noisy.repeat(2, 1, 1, 1)))
+    return max(drawing, _peak_bytes(lambda: _vae(shapes).decode(noisy)))
 
 
-def _verification_bytes(setting: Setting, base: MetaBase, count: int) -> int:
-    """What proving a file holds beside a second base's float32 weights: answers, and the adapter put in and read."""
-    edge = VERIFY_LATENT_EDGE * setting.shapes.latent_factor
-    number = len(VERIFY_TIMESTEPS)
-    with torch.no_grad(), counted() as answering:
-        noisy = latents(setting.shapes, number, (edge, edge))
-        base.predict(noisy, torch.zeros(number, dtype=torch.long, device=META), base.text(number))
-    return answering.peak_bytes * 4 // setting.dtype.itemsize + 3 * 4 * count + _SECOND_BASE_BYTES
+def _verification_bytes(inputs: MemoryInputs, base: MetaBase, count: int) -> int:
+    """Bytes of verifying a file beside the second base model's float32 weights: its predictions, and the adapters."""
+    number, edge = len(VERIFY_TIMESTEPS), VERIFY_LATENT_EDGE * inputs.shapes.latent_factor
+    predicting = _peak_bytes(lambda: _predict(base, empty_latents(inputs.shapes, number, (edge, edge))))
+    return predicting * 4 // inputs.dtype.itemsize + 3 * 4 * count + _SECOND_BASE_BYTES
 
 
-def _encode_bytes(setting: Setting) -> int:
-    """What turning one image into latents holds beside the weights."""
-    width, height = setting.bucket
+def _encode_bytes(inputs: MemoryInputs) -> int:
+    """Bytes of encoding one image beside the VAE's weights."""
+    width, height = inputs.size_px
+    return _peak_bytes(lambda: _vae(inputs.shapes).encode(torch.empty(1, 3, height, width, device=META)))
+
+
+def _peak_bytes(compute: Callable[[], object]) -> int:
     with torch.no_grad(), counted() as cost:
-        pixels = torch.empty(1, 3, height, width, device=META)
-        _vae(setting.shapes).encode(pixels)
+        compute()
     return cost.peak_bytes
+
+
+def _predict(base: MetaBase, noisy: Tensor) -> Tensor:
+    number = len(noisy)
+    return base.predict(noisy, torch.zeros(number, dtype=torch.long, device=META), base.text(number))
 
 
 def _vae(shapes: Shapes) -> AutoencoderKL:
     with META:
         return AutoencoderKL.from_config(dict(shapes.vae)).eval()
-
-
-def changes(setting: Setting, needed: Need, memory_bytes: int) -> list[Change]:
-    """What to change until a run fits, what costs least first; each comes on top of those before it.
-
-    Args:
-        setting: What was asked for.
-        needed: What it needs.
-        memory_bytes: What there is.
-
-    Returns:
-        Nothing if it fits as it is; otherwise as few as are enough, or all there are.
-    """
-    found: list[Change] = []
-    first, peak = _flops_per_image(setting, needed), needed.peak_bytes
-    for change, price, changed in _cheaper(setting):
-        if peak <= memory_bytes:
-            break
-        less = need(changed)
-        if less.peak_bytes < peak:
-            peak = less.peak_bytes
-            found.append(Change(change, peak, _flops_per_image(changed, less) / first, price))
-    return found
-
-
-def _flops_per_image(setting: Setting, needed: Need) -> float:
-    return needed.flops / setting.config.train.batch_size
-
-
-def _cheaper(setting: Setting) -> Iterator[tuple[str, str, Setting]]:
-    """What to set, its price in words, and everything as it then is."""
-    train = setting.config.train
-    if setting.dtype == torch.float32:
-        setting = replace(setting, dtype=torch.bfloat16)
-        yield "train.precision = 'bf16'", "as good; faster where the device has it", setting
-    if train.batch_size > 1:
-        steps = train.gradient_accumulation_steps * train.batch_size
-        setting = _with_train(setting, batch_size=1, gradient_accumulation_steps=steps)
-        told = f"train.batch_size = 1 and train.gradient_accumulation_steps = {steps}"
-        yield told, "the same training in more passes, which keeps a fast GPU less busy", setting
-    if setting.config.base.quantization == "none":
-        # The schema does not take both.
-        told = "train.compile = false and " if train.compile else ""
-        setting = _with_train(_quantized(setting, "int8"), compile=False)
-        yield f"{told}base.quantization = 'int8'", "the base's weights rounded by about a hundredth", setting
-    if not train.gradient_checkpointing:
-        setting = _with_train(setting, gradient_checkpointing=True)
-        yield "train.gradient_checkpointing = true", "the same training, computed partly twice", setting
-    if setting.config.preview.enabled:
-        unseen = setting.config.preview.model_copy(update={"enabled": False})
-        setting = replace(setting, config=setting.config.model_copy(update={"preview": unseen}))
-        yield "preview.enabled = false", "the same training, unseen: no previews and no copy check", setting
-    if setting.config.base.quantization == "int8":
-        setting = _quantized(setting, "nf4")
-        yield "base.quantization = 'nf4'", "the base's weights rounded by about a tenth", setting
-    for share in (3 / 4, 1 / 2):
-        step = setting.config.data.bucket_step_px
-        width, height = (max(step, round(edge * share / step) * step) for edge in setting.bucket)
-        smaller = replace(setting, bucket=(width, height))
-        yield f"data.resolution_px = {min(width, height)}", "images are trained smaller", smaller
-
-
-def _quantized(setting: Setting, kind: Quantization) -> Setting:
-    config = setting.config
-    return replace(
-        setting, config=config.model_copy(update={"base": config.base.model_copy(update={"quantization": kind})})
-    )
-
-
-def _with_train(setting: Setting, **values: object) -> Setting:
-    config = setting.config
-    return replace(setting, config=config.model_copy(update={"train": config.train.model_copy(update=values)}))

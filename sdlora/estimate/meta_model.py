@@ -1,6 +1,7 @@
-"""A base that has shapes and no numbers, for plans.
+"""A base model of shapes without weights, on the meta device, for estimates.
 
-Shapes: B batch, C latent channels, h/w latents, L tokens, D text width.
+Built from the networks' configurations, so that no weight is loaded. Shapes: B batch, C latent channels, h/w latents,
+L tokens, D text width.
 """
 
 from __future__ import annotations
@@ -25,14 +26,14 @@ _POOLED_WIDTH = 1280
 
 @dataclass(frozen=True)
 class Shapes:
-    """What a base is made of, as the configurations of its networks.
+    """The configurations of a base model's networks.
 
     Attributes:
-        unet: Of diffusers' UNet2DConditionModel.
-        vae: Of diffusers' AutoencoderKL.
-        text_encoders: Of transformers' CLIPTextConfig, each.
-        vae_bytes: What the VAE holds.
-        text_bytes: What the text encoders hold.
+        unet: Of a UNet2DConditionModel of diffusers.
+        vae: Of an AutoencoderKL of diffusers.
+        text_encoders: Of each text encoder, as CLIPTextConfig of transformers.
+        vae_bytes: Parameters and buffers of the VAE, in bytes.
+        text_bytes: Parameters and buffers of the text encoders, in bytes.
     """
 
     unet: Mapping[str, Any]
@@ -43,7 +44,7 @@ class Shapes:
 
     @property
     def frozen_bytes(self) -> int:
-        """What both hold, where they have no other place than the UNet's."""
+        """VAE and text encoders together."""
         return self.vae_bytes + self.text_bytes
 
     @property
@@ -53,12 +54,12 @@ class Shapes:
 
     @property
     def resolution_px(self) -> int:
-        """The edge length that it was trained at, in pixels."""
+        """The edge length that the base model was trained at, in pixels."""
         return int(self.unet["sample_size"]) * self.latent_factor
 
 
 def shapes_of_family(family: Family) -> Shapes:
-    """The shapes of a family of bases."""
+    """The shapes of a model family."""
     architecture = ARCHITECTURES[family]
     return shapes_of_configs(architecture.unet, architecture.vae, architecture.text_encoders)
 
@@ -66,7 +67,7 @@ def shapes_of_family(family: Family) -> Shapes:
 def shapes_of_configs(
     unet: Mapping[str, Any], vae: Mapping[str, Any], text_encoders: Sequence[Mapping[str, Any]]
 ) -> Shapes:
-    """The shapes of a base by its networks' configurations, VAE and text encoders in float32 as sdlora keeps them."""
+    """The shapes of a base model from its networks' configurations, VAE and text encoders in float32."""
     with META:
         decoder = AutoencoderKL.from_config(dict(vae))
         encoders = [CLIPTextModel(CLIPTextConfig(**config)) for config in text_encoders]
@@ -74,7 +75,7 @@ def shapes_of_configs(
 
 
 def shapes_of_base(base: BaseModel) -> Shapes:
-    """The shapes of a base that is loaded."""
+    """The shapes of a loaded base model."""
     texts: tuple[Any, ...] = base.text_encoders
     (vae,) = [network for network in vars(base).values() if isinstance(network, AutoencoderKL)]
     return Shapes(
@@ -87,19 +88,19 @@ def shapes_of_base(base: BaseModel) -> Shapes:
 
 
 def num_bytes(*networks: nn.Module) -> int:
-    """What the parameters and buffers of networks hold, each counted once."""
+    """Bytes of the parameters and buffers of networks, shared ones counted once."""
     tensors = {id(t): t for n in networks for t in (*n.parameters(), *n.buffers())}
     return sum(tensor.nbytes for tensor in tensors.values())
 
 
 class MetaBase:
-    """Networks of given shapes on the meta device, answering as a `sdlora.models.base.BaseModel` does.
+    """Networks of given shapes on the meta device, with the part of `sdlora.models.base.BaseModel` that a loss needs.
 
     Args:
-        shapes: What to build.
+        shapes: Of the networks.
         dtype: The UNet's type.
-        quantization: How the UNet's linear layers are kept, or "none".
-        text_is_trained: Whether the text encoders are built as well.
+        quantization: How the weights of the UNet's linear layers are stored.
+        text_is_trained: Whether to build the text encoders as well.
     """
 
     device = META
@@ -124,14 +125,14 @@ class MetaBase:
         self.num_tokens = int(shapes.text_encoders[0]["max_position_embeddings"])
 
     def text(self, batch_size: int) -> TextEmbeddings:
-        """Text states as the UNet takes them, (B, L, D), through the text encoders where they are trained."""
+        """Text embeddings as the UNet takes them, (B, L, D), through the text encoders if they are trained."""
         config = self.unet.config
         if self.text_encoders:
             tokens = torch.zeros(batch_size, self.num_tokens, dtype=torch.long, device=META)
-            answers = [encoder(tokens, output_hidden_states=True) for encoder in self.text_encoders]
-            # Two encoders are read a layer before their last, side by side.
-            two = len(answers) > 1
-            states = torch.cat([a.hidden_states[-2] if two else a.last_hidden_state for a in answers], dim=-1)
+            outputs = [encoder(tokens, output_hidden_states=True) for encoder in self.text_encoders]
+            # Two encoders are read at their last layer but one, and concatenated.
+            two = len(outputs) > 1
+            states = torch.cat([o.hidden_states[-2] if two else o.last_hidden_state for o in outputs], dim=-1)
         else:
             states = torch.empty(batch_size, self.num_tokens, config.cross_attention_dim, device=META)
         found = {"states": states}
@@ -142,17 +143,17 @@ class MetaBase:
         return found
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
-        """The UNet's answer (B, C, h, w) in float32, for latents (B, C, h, w) at timesteps (B,)."""
+        """The UNet's prediction (B, C, h, w) in float32, for latents (B, C, h, w) at timesteps (B,)."""
         dtype = self.unet.dtype
         added = {name: value.to(dtype) for name, value in text.items() if name != "states"}
-        answer: Tensor = self.unet(
+        prediction: Tensor = self.unet(
             noisy.to(dtype), timesteps, text["states"].to(dtype), added_cond_kwargs=added or None, return_dict=False
         )[0]
-        return answer.float()
+        return prediction.float()
 
 
-def latents(shapes: Shapes, batch_size: int, size_px: Sequence[int]) -> Tensor:
-    """Empty latents (B, C, h, w) of images of a width and a height."""
+def empty_latents(shapes: Shapes, batch_size: int, size_px: Sequence[int]) -> Tensor:
+    """Meta latents (B, C, h, w) of images of a width and a height in pixels."""
     width, height = (edge // shapes.latent_factor for edge in size_px)
     channels = shapes.unet.get("in_channels", 4)
     return torch.empty(batch_size, channels, height, width, device=META)

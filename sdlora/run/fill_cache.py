@@ -22,6 +22,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Example
 from sdlora.errors import SdloraError
+from sdlora.estimate.disk import cached_content
 from sdlora.events import Notice, Progress
 from sdlora.run.arguments import Arguments
 from sdlora.run.setup import Loaded, choose_device, fresh_base, load
@@ -104,13 +105,8 @@ def _wanted(config: RunConfig, loaded: Loaded) -> tuple[list[Example], list[str]
         asked.append((training_data(arguments.captions, loaded.prior, cache), list(beside.timesteps)))
     if loaded.validation is not None:
         asked.append((evaluation_data(loaded.validation, cache, text_is_trained=text_is_trained), None))
-    examples: dict[Example, None] = {}
-    captions: dict[str, None] = {}
-    for one, planned in asked:
-        exposures = [Exposure(index, 1) for index in range(len(one.dataset.examples))] if planned is None else planned
-        examples |= {one.dataset.examples[exposure.example]: None for exposure in exposures}
-        captions |= dict.fromkeys(one.captions(exposures))
-    return list(examples), [] if text_is_trained else list(captions)
+    examples, captions = cached_content(asked)
+    return examples, [] if text_is_trained else captions
 
 
 def _fill(cache: Cache, share: Share, background: str) -> Iterator[Progress]:

@@ -23,6 +23,8 @@ from sdlora.config.toml import dump_toml
 from sdlora.copycheck.verdict import EpochCheck, read_checks, recommend
 from sdlora.data.dataset import Pixels
 from sdlora.errors import DivergedError, OutOfMemoryError, ProcessLostError, SdloraError
+from sdlora.estimate.hints import out_of_memory_message
+from sdlora.estimate.timing import step_seconds
 from sdlora.events import (
     CheckpointDue,
     EpochDone,
@@ -39,10 +41,9 @@ from sdlora.previews.contact_sheet import contact_sheet
 from sdlora.previews.sampler import PreviewRequest, draw_epoch
 from sdlora.report.report import Report, write_report
 from sdlora.run.compatibility import limits_elsewhere
-from sdlora.run.disk_space import check_room
-from sdlora.run.estimate import memory_of_run
+from sdlora.run.estimate import check_disks, memory_of_run
 from sdlora.run.export import add_thumbnail, captions_told, export_epoch
-from sdlora.run.failure_hints import diverged, out_of_memory, phase_of
+from sdlora.run.failure_hints import diverged_message, hints_in
 from sdlora.run.folder import Recorder, RunFolder
 from sdlora.run.model_card import write_card
 from sdlora.run.resume import as_pinned, check_same, check_same_content, images_of, load_newest, pinned
@@ -102,10 +103,11 @@ def start(
         try:
             parts = prepare(config, folder, bases, processes)
         except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(f"{out_of_memory(config, 'load')} {error}") from error
+            message = out_of_memory_message(config, "load", config.data.resolution_px or 512)
+            raise OutOfMemoryError(f"{message} {error}") from error
         if config.file.include_captions:
             captions_told(parts.data.dataset.examples)  # an error now, rather than at the end of an epoch
-        check_room(parts, resume=resume)
+        check_disks(parts, resume=resume)
         if not resume:
             held.enter_context(folder.occupied("sdlora train"))
             folder.check(resume=False)  # another run may have been here since
@@ -118,9 +120,10 @@ def start(
 
 def _recorded(parts: Parts, resume: bool, should_stop: Callable[[], bool], begin: float) -> Iterator[Event]:
     """The run's events, each on the disk before anyone sees it, and so is how the run ends."""
-    config, recorder = parts.config, Recorder(parts.folder)
+    recorder = Recorder(parts.folder)
     try:
-        with naming_a_full_disk(parts.folder.path):
+        # Where memory runs out in nothing else, it is in training.
+        with naming_a_full_disk(parts.folder.path), hints_in("train", parts):
             for event in _events(parts, recorder, resume, should_stop, begin):
                 recorder.record(event)
                 yield event
@@ -129,13 +132,12 @@ def _recorded(parts: Parts, resume: bool, should_stop: Callable[[], bool], begin
     except Stopped:
         recorder.finish("stopped")
         raise
-    except torch.OutOfMemoryError as error:
-        message = out_of_memory(config, phase_of(error), config.data.resolution_px or parts.base.resolution_px)
+    except OutOfMemoryError as error:
         recorder.log(traceback.format_exc())
-        recorder.finish("failed", message)
-        raise OutOfMemoryError(message) from error
+        recorder.finish("failed", str(error))
+        raise
     except DivergedError as error:
-        message = diverged(str(error), parts.folder)
+        message = diverged_message(str(error), parts.folder)
         recorder.finish("failed", message)
         raise DivergedError(message) from error
     except SdloraError as error:
@@ -163,14 +165,16 @@ def _events(
     yield plan
     for message in parts.notices:
         yield Notice(message)
-    yield from _fill_training(parts)
-    if parts.validation is not None:
-        yield from parts.validation.data.fill(config.data.background)
+    with hints_in("cache", parts):
+        yield from _fill_training(parts)
+        if parts.validation is not None:
+            yield from parts.validation.data.fill(config.data.background)
     if not resume:
         parts.base.set_aside()
-        yield StepRehearsed(trainer.rehearse())
+        yield StepRehearsed(step_seconds(trainer, config.data.background))
     if parts.checker is not None:
-        yield from parts.checker.prepare(config.data.background)
+        with hints_in("preview", parts):
+            yield from parts.checker.prepare(config.data.background)
     parts.base.set_aside()
     processes.agree("the cache is filled")
     losses: dict[int, float] = {}
@@ -268,7 +272,7 @@ def _plan(parts: Parts) -> PlanMade:
     ]
     repeats = max(example.repeats for example in examples)
     validation = () if parts.validation is None else parts.validation.data.dataset.examples
-    peak_bytes, memory_bytes = memory_of_run(config, parts.base, parts.data, parts.device)
+    peak_bytes, memory_bytes = memory_of_run(parts)
     return PlanMade(
         images=len(examples),
         validation_images=len(validation),
@@ -306,12 +310,14 @@ def _judge_epoch(parts: Parts, event: EpochDone, losses: dict[int, float]) -> It
         losses[event.epoch] = event.validation_loss
     yield event
     if event.epoch > 0:
-        export_epoch(parts, event)
+        with hints_in("export", parts):
+            export_epoch(parts, event)
     if parts.previews is not None:
-        if parts.checker is not None:
-            yield from parts.checker.epoch(event.epoch, folder.epoch(event.epoch), folder.epoch(0))
-        else:
-            yield from draw_epoch(parts.base, parts.previews, event.epoch, folder.epoch(event.epoch))
+        with hints_in("preview", parts):
+            if parts.checker is not None:
+                yield from parts.checker.epoch(event.epoch, folder.epoch(event.epoch), folder.epoch(0))
+            else:
+                yield from draw_epoch(parts.base, parts.previews, event.epoch, folder.epoch(event.epoch))
         _write_sheet(parts, parts.previews, event.epoch)
         if event.epoch > 0 and parts.config.file.thumbnail:
             add_thumbnail(folder.epoch_lora(event.epoch), parts.previews, folder.epoch(event.epoch))

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from statistics import median
 
 import torch
 from accelerate import Accelerator
@@ -171,18 +170,6 @@ class Trainer:
                 if self.position.step < first_step - 1:
                     return
                 yield self._epoch_done(epoch, time.monotonic() - start)
-
-    def rehearse(self) -> float:
-        """Seconds per step: the median of the first three, whose gradients are discarded."""
-        seconds = []
-        for step in range(1, 1 + len(self.schedule.epochs[0][:3])):
-            begin = time.monotonic()
-            losses = self.step.gradients(step, self.position.micro_batch_size)
-            if losses is not None:
-                losses.sum().item()  # waits for the device
-            self.step.optimizer.zero_grad(set_to_none=True)
-            seconds.append(time.monotonic() - begin)
-        return median(seconds)
 
     def _epoch(self, epoch: int, steps: Sequence[Step], should_stop: Callable[[], bool]) -> Iterator[Event]:
         unread = _Unread()

@@ -12,12 +12,12 @@ import statistics
 import time
 
 import torch
+from counts import saved_for_backward
 from diffusers import UNet2DConditionModel
 from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from sdlora.estimate.trace import saved_for_backward
 from sdlora.lora.inject import inject
 from sdlora.lora.targets import find_targets
 from sdlora.training.model import TrainingModel

@@ -22,8 +22,9 @@ matplotlib.rcParams.update({"svg.hashsalt": "sdlora", "font.size": 9, "axes.spin
 from matplotlib import pyplot  # noqa: E402
 
 from sdlora.config.toml import parse_config  # noqa: E402
+from sdlora.estimate.meta_model import shapes_of_family  # noqa: E402
 from sdlora.models.architectures import Family  # noqa: E402
-from sdlora.run.estimate import Forecast, forecast_family  # noqa: E402
+from sdlora.run.estimate import Estimate, estimate_shapes  # noqa: E402
 
 FAMILIES: dict[Family, tuple[str, str]] = {"sd1": ("SD 1.5", "#1d5fd0"), "sdxl": ("SDXL", "#9a4d00")}
 SWEEPS: dict[str, dict[Family, tuple[int, ...]]] = {
@@ -35,13 +36,14 @@ IMAGES = (10, 20, 50, 100)
 EXPOSURES = 40  # of each image: ten repeats in four epochs
 
 
-def plan(family: Family, *changes: str) -> Forecast:
+def plan(family: Family, *changes: str) -> Estimate:
     """The plan of a family with some settings changed."""
     document = {"data": {"folder": "none"}, "preview": {"enabled": False}}
-    return forecast_family(family, parse_config(document, name="costs", overrides=list(changes)), None)
+    config = parse_config(document, name="costs", overrides=list(changes))
+    return estimate_shapes(config, shapes_of_family(family), None)
 
 
-def sweep(option: str, *, counted: Callable[..., Forecast] = plan) -> dict[str, list[tuple[int, float, float]]]:
+def sweep(option: str, *, counted: Callable[..., Estimate] = plan) -> dict[str, list[tuple[int, float, float]]]:
     """For each family: the setting's value, TFLOP of a step, and the planned peak in GiB."""
     return {
         FAMILIES[family][0]: [

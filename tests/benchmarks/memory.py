@@ -72,10 +72,11 @@ def make_base(folder: Path) -> None:
 def measure(root: Path, number: int, overrides: list[str]) -> dict[str, int]:
     """In this very process: what a run holds at its peak, and what was planned."""
     from sdlora.config.toml import parse_config
-    from sdlora.estimate.memory import need
-    from sdlora.run.estimate import setting_of
+    from sdlora.estimate.memory import estimate_memory
+    from sdlora.run.estimate import memory_inputs
+    from sdlora.run.folder import RunFolder
     from sdlora.run.run import start
-    from sdlora.run.setup import load
+    from sdlora.run.setup import prepare
 
     def config(base: str, *changes: str) -> Any:
         document = {
@@ -96,7 +97,7 @@ def measure(root: Path, number: int, overrides: list[str]) -> dict[str, int]:
     for _ in start(asked, root / f"run{number}"):
         pass
     measured = _status("VmHWM") - idle
-    needed = need(setting_of(asked, load(asked))[0])
+    needed = estimate_memory(memory_inputs(prepare(asked, RunFolder(root / "none", "none")), asked))
     return {"measured": measured, "planned": needed.peak_bytes, **needed.parts}
 
 

@@ -22,12 +22,13 @@ from functools import partial
 from typing import Any
 
 import torch
+from counts import KernelCounter, saved_for_backward
 from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdlora.estimate.trace import counted, saved_for_backward
+from sdlora.estimate.trace import counted
 from sdlora.lora.inject import inject
 from sdlora.lora.targets import find_targets
 from sdlora.models.architectures import ARCHITECTURES, Family
@@ -118,11 +119,11 @@ def count(name: str, config: dict[str, Any], latent: tuple[int, int], dtype: tor
     with FakeTensorMode() if pretending else nullcontext():
         if pretending:
             made.pretend()
-        with counted() as cost, made.inside():
+        with counted() as cost, KernelCounter() as counter, made.inside():
             with saved_for_backward(made.unet) as saved:
                 loss = made.forward(latent, "cpu" if pretending else "meta")
             loss.backward()
-    return Counts(cost.kernels, cost.flops / 1e9, saved.held_bytes / 2**20, weights / 2**20)
+    return Counts(counter.kernels, cost.flops / 1e9, saved.held_bytes / 2**20, weights / 2**20)
 
 
 def count_family(family: Family, resolution_px: int) -> dict[str, Counts]:

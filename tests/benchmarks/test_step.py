@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import step
 import torch
+from counts import KernelCounter
 from step import Counts
 
 from sdlora.models.architectures import ARCHITECTURES
@@ -40,6 +41,14 @@ def test_peft_keeps_what_it_is_compared_with() -> None:
     found = counts("peft fp32 + autocast", "sd1", 64)
     assert found.saved_mib == pytest.approx(PEFT_MIB["sd1"], rel=0.001)
     assert found.kernels > counts("peft bf16", "sd1", 64).kernels
+
+
+def test_kernels_are_counted_without_views() -> None:
+    layer, x = torch.nn.Linear(30, 50, device="meta").requires_grad_(False), torch.empty(7, 30, device="meta")
+    with KernelCounter() as counter:
+        layer(x.requires_grad_()).view(-1).unsqueeze(0).sum().backward()
+    # Product and sum; on the way back the ones that begin it, and the product. Views compute nothing.
+    assert counter.kernels == 4
 
 
 def test_steps_really_run_and_take_turns() -> None:

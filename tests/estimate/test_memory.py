@@ -1,4 +1,4 @@
-"""Plans against the counts that are known, and against what real networks hold."""
+"""Memory estimates against known counts, and against what real networks hold."""
 
 from __future__ import annotations
 
@@ -8,15 +8,16 @@ from typing import Any
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from helpers.shapes import SMALL, memory_inputs
 from torch import nn
 
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import parse_config
 from sdlora.estimate import memory
-from sdlora.estimate.memory import Need, Setting, need
-from sdlora.estimate.meta_model import MetaBase, Shapes, num_bytes, shapes_of_family
+from sdlora.estimate.memory import MemoryEstimate, MemoryInputs, estimate_memory
+from sdlora.estimate.meta_model import MetaBase, num_bytes, shapes_of_family
+from sdlora.estimate.timing import comparison_cost
 from sdlora.lora.inject import AdapterSpec, inject
-from sdlora.lora.layers import LoraLinear
 from sdlora.lora.targets import find_targets
 from sdlora.training.optimizers import Group, OptimizerSettings, make_optimizer
 
@@ -25,40 +26,15 @@ BOTH = ["cross_attention", "self_attention"]
 ALL = ["cross_attention", "self_attention", "mlp"]
 
 
-def config(**train: Any) -> RunConfig:
-    document = {"data": {"folder": "x", "resolution_px": 64}, "train": train, "preview": {"enabled": False}}
-    return parse_config(document, name="x")
-
-
 def config_of_text() -> RunConfig:
     document = {"data": {"folder": "x"}, "lora": {"targets": ["text_encoder"]}, "preview": {"enabled": False}}
     return parse_config(document, name="x")
 
 
-SMALL = Shapes(
-    unet={
-        "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
-        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 32, "attention_head_dim": 4,
-    },
-    vae={
-        "block_out_channels": (8, 8), "down_block_types": ("DownEncoderBlock2D",) * 2, "norm_num_groups": 4,
-        "up_block_types": ("UpDecoderBlock2D",) * 2, "latent_channels": 4, "layers_per_block": 1,
-    },
-    text_encoders=({"hidden_size": 32, "max_position_embeddings": 77, "num_hidden_layers": 1},),
-    vae_bytes=400,
-    text_bytes=600,
-)  # fmt: skip
-
-
-def setting(dtype: torch.dtype = torch.float32, **train: Any) -> Setting:
-    return Setting(config(**train), AdapterSpec(), SMALL, dtype, (64, 64))
-
-
 @pytest.mark.parametrize(
     ("family", "counts"), [("sd1", (795_648, 1_594_368, 2_992_128)), ("sdxl", (6_287_360, 11_612_160, 20_930_560))]
 )
-def test_trained_parameters_are_those_of_the_families(family: Any, counts: tuple[int, ...]) -> None:
+def test_families_have_known_numbers_of_trained_parameters(family: Any, counts: tuple[int, ...]) -> None:
     base = MetaBase(shapes_of_family(family), torch.bfloat16)
     for targets, count in zip((CROSS, BOTH, ALL), counts, strict=True):
         adapter = inject(base.unet, find_targets(base.unet, targets), 8, 8.0, 0)
@@ -66,28 +42,32 @@ def test_trained_parameters_are_those_of_the_families(family: Any, counts: tuple
         adapter.remove()
 
 
-def test_a_layer_of_4096_at_rank_8_has_65536_numbers() -> None:
-    layer = LoraLinear(nn.Linear(4096, 4096, device="meta"), 8, 8.0)
-    assert memory.adapter_parameters(4096, 4096, 8) == layer.down.numel() + layer.up.numel() == 65_536
-    assert layer.base.weight.numel() == 16_777_216
+def test_largest_layer_counts_its_own_and_its_adapters_parameters() -> None:
+    wide = {**SMALL.unet, "cross_attention_dim": 4096}
+    document = {"data": {"folder": "x"}, "lora": {"rank": 8}, "preview": {"enabled": False}}
+    asked = parse_config(document, name="x")
+    found = estimate_memory(MemoryInputs(asked, AdapterSpec(), replace(SMALL, unet=wide), torch.float32, (64, 64)))
+    # Keys of the middle block, 64 channels from text of 4096: A is (8, 4096), B is (64, 8).
+    assert found.largest_layer == (4096 * 64, 8 * (4096 + 64))
 
 
-def test_full_fine_tuning_takes_16_bytes_for_every_parameter() -> None:
-    assert memory.full_training_bytes(8_000_000_000) == 128_000_000_000
+def test_full_fine_tuning_takes_16_bytes_per_parameter() -> None:
+    found = replace(estimate_memory(memory_inputs()), base_parameters=8_000_000_000)
+    assert found.full_training_bytes == 128_000_000_000
 
 
-def test_a_step_of_stable_diffusion_costs_what_the_formula_says() -> None:
+def test_stable_diffusion_step_costs_formula_flops() -> None:
     """F + (F_conv + F_linear + 2 F_attention - what lies below the first adapter) + 6 n r (i + o)."""
     shapes = shapes_of_family("sd1")
     asked = parse_config({"data": {"folder": "x"}, "lora": {"targets": BOTH}, "preview": {"enabled": False}}, name="x")
-    found = need(Setting(asked, AdapterSpec(), shapes, torch.bfloat16, (512, 512)))
+    found = estimate_memory(MemoryInputs(asked, AdapterSpec(), shapes, torch.bfloat16, (512, 512)))
     assert found.trainable_parameters == 1_594_368
     assert found.base_parameters == 859_520_964
-    assert found.flops == pytest.approx(1718e9, rel=0.005)
+    assert found.flops_per_step == pytest.approx(1718e9, rel=0.005)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "prodigy", "lion", "schedule_free", "adafactor"])
-def test_an_optimizers_state_is_as_large_as_planned(optimizer: str) -> None:
+def test_optimizer_state_has_estimated_size(optimizer: str) -> None:
     parameter = nn.Parameter(torch.randn(64, 64))
     made = make_optimizer(OptimizerSettings(optimizer, 0.5), [Group([parameter], 1.0)])
     parameter.grad = torch.randn(64, 64)
@@ -97,53 +77,53 @@ def test_an_optimizers_state_is_as_large_as_planned(optimizer: str) -> None:
     assert held == pytest.approx(memory.OPTIMIZER_BYTES[optimizer], abs=1.0)
 
 
-def test_parts_are_the_networks_own_bytes() -> None:
-    found = need(replace(setting(), on_cpu=True))
+def test_parts_are_bytes_of_real_networks() -> None:
+    found = estimate_memory(replace(memory_inputs(), on_cpu=True))
     unet = UNet2DConditionModel.from_config(dict(SMALL.unet))
     assert found.parts["weights"] == num_bytes(unet) + 1000
     assert found.parts["adapter"] == 16 * found.trainable_parameters
     assert found.peak_bytes == sum(found.parts.values())
-    half = replace(setting(torch.bfloat16), on_cpu=True)
-    assert need(half).parts["weights"] == num_bytes(unet) // 2 + 1000
-    assert need(setting(ema_decay=0.9)).parts["adapter"] == 20 * found.trainable_parameters
+    half = replace(memory_inputs(torch.bfloat16), on_cpu=True)
+    assert estimate_memory(half).parts["weights"] == num_bytes(unet) // 2 + 1000
+    assert estimate_memory(memory_inputs(ema_decay=0.9)).parts["adapter"] == 20 * found.trainable_parameters
 
 
-def test_networks_that_take_turns_count_where_they_are() -> None:
+def test_networks_that_take_turns_count_only_while_on_the_device() -> None:
     unet = num_bytes(UNet2DConditionModel.from_config(dict(SMALL.unet)))
-    turns = setting()
-    assert need(turns).parts["weights"] == unet
-    assert need(turns).parts["previews"] == 0
-    assert need(replace(turns, text_is_live=True)).parts["weights"] == unet + 600
-    assert need(replace(turns, config=config_of_text())).parts["weights"] == unet + 600
-    together = need(replace(turns, on_cpu=True))
-    assert together.peak_bytes - together.parts["previews"] - need(turns).peak_bytes == 1000
+    turns = memory_inputs()
+    assert estimate_memory(turns).parts["weights"] == unet
+    assert estimate_memory(turns).parts["previews"] == 0
+    assert estimate_memory(replace(turns, text_is_live=True)).parts["weights"] == unet + 600
+    assert estimate_memory(replace(turns, config=config_of_text())).parts["weights"] == unet + 600
+    together = estimate_memory(replace(turns, on_cpu=True))
+    assert together.peak_bytes - together.parts["previews"] - estimate_memory(turns).peak_bytes == 1000
     # As large as nothing else in the run: then the larger one alone decides, whether text is kept or not.
     for vae, text in ((10**9, 3 * 10**9), (3 * 10**9, 10**9)):
         large = replace(turns, shapes=replace(SMALL, vae_bytes=vae, text_bytes=text))
         for live in (False, True):
-            found = need(replace(large, text_is_live=live))
+            found = estimate_memory(replace(large, text_is_live=live))
             held = found.peak_bytes - unet - found.parts["adapter"] - found.parts["overhead"]
             assert held == pytest.approx(3e9, rel=0.01)
-        found = need(replace(large, config=config_of_text()))
+        found = estimate_memory(replace(large, config=config_of_text()))
         assert found.peak_bytes - unet == pytest.approx(4e9, rel=0.01)
 
 
-def test_activations_grow_with_the_batch_and_shrink_with_checkpointing() -> None:
-    one, two = (need(setting(batch_size=size)) for size in (1, 2))
+def test_activations_grow_with_batch_and_shrink_with_checkpointing() -> None:
+    one, two = (estimate_memory(memory_inputs(batch_size=size)) for size in (1, 2))
     assert two.parts["activations"] == pytest.approx(2 * one.parts["activations"], rel=0.1)
-    assert two.flops == pytest.approx(2 * one.flops, rel=0.01)
-    less = need(setting(batch_size=2, gradient_checkpointing=True))
+    assert two.flops_per_step == pytest.approx(2 * one.flops_per_step, rel=0.01)
+    less = estimate_memory(memory_inputs(batch_size=2, gradient_checkpointing=True))
     assert less.parts["activations"] < 0.7 * two.parts["activations"]
-    assert 1.2 < less.flops / two.flops < 1.6
+    assert 1.2 < less.flops_per_step / two.flops_per_step < 1.6
 
 
-def test_packed_weights_take_a_byte_or_little_more_than_half() -> None:
+def test_quantized_weights_take_one_byte_or_little_more_than_half() -> None:
     wide = {**SMALL.unet, "block_out_channels": (64, 128), "cross_attention_dim": 64}
-    whole = replace(setting(), shapes=replace(SMALL, unet=wide))
+    whole = replace(memory_inputs(), shapes=replace(SMALL, unet=wide))
 
-    def packed(kind: str) -> Need:
+    def packed(kind: str) -> MemoryEstimate:
         base = whole.config.base.model_copy(update={"quantization": kind})
-        return need(replace(whole, config=whole.config.model_copy(update={"base": base})))
+        return estimate_memory(replace(whole, config=whole.config.model_copy(update={"base": base})))
 
     found = {kind: packed(kind) for kind in ("none", "int8", "nf4")}
     with torch.device("meta"):
@@ -156,48 +136,23 @@ def test_packed_weights_take_a_byte_or_little_more_than_half() -> None:
         saved = found["none"].parts["weights"] - found[kind].parts["weights"]
         assert saved == whole.dtype.itemsize * count - bytes_of
         assert found[kind].base_parameters == found["none"].base_parameters
-        assert found[kind].flops == found["none"].flops
+        assert found[kind].flops_per_step == found["none"].flops_per_step
 
 
-def test_what_is_offered_is_taken_together() -> None:
-    asked = setting(compile=True, batch_size=2)
-    everything = memory.changes(asked, need(asked), 1)
-    told = [part for change in everything for part in change.change.split(" and ")]
-    assert "train.compile = false" in told
-    document = {"data": {"folder": "x"}, "train": {"compile": True}}
-    found = parse_config(document, name="x", overrides=[part.replace(" = ", "=") for part in told])
-    assert (found.base.quantization, found.train.compile) != ("none", True)
-
-
-def test_what_is_prior_costs_the_exposures_that_are_kept() -> None:
+def test_prior_preservation_costs_the_exposures_compared() -> None:
     words = {"raw_trigger": "zumi", "class_words": ["cat"]}
-    asked = setting(batch_size=4)
+    asked = memory_inputs(batch_size=4)
 
     def asked_with(every: int) -> RunConfig:
         data = asked.config.data.model_copy(update=words)
         train = asked.config.train.model_copy(update={"preservation_weight": 1.0, "preservation_every": every})
         return asked.config.model_copy(update={"data": data, "train": train})
 
-    plain, whole = need(asked), need(replace(asked, config=asked_with(1)))
+    plain, whole = estimate_memory(asked), estimate_memory(replace(asked, config=asked_with(1)))
     for every in (1, 2, 4):
-        found = need(replace(asked, config=asked_with(every)))
-        assert found.flops / plain.flops == pytest.approx(memory.preservation_time(1 / every), rel=0.03)
-        assert (found.flops - plain.flops) * every == pytest.approx(whole.flops - plain.flops, rel=1e-3)
+        found = estimate_memory(replace(asked, config=asked_with(every)))
+        assert found.flops_per_step / plain.flops_per_step == pytest.approx(comparison_cost(1 / every), rel=0.03)
+        assert (found.flops_per_step - plain.flops_per_step) * every == pytest.approx(
+            whole.flops_per_step - plain.flops_per_step, rel=1e-3
+        )
         assert plain.peak_bytes < found.peak_bytes <= whole.peak_bytes
-
-
-def test_changes_are_offered_until_it_fits_and_no_further() -> None:
-    asked = setting(batch_size=4)
-    needed = need(asked)
-    assert memory.changes(asked, needed, needed.peak_bytes) == []
-    (first,) = memory.changes(asked, needed, needed.peak_bytes - 1)
-    assert first.change == "train.precision = 'bf16'"
-    assert first.time == 1.0
-    everything = memory.changes(asked, needed, 1)
-    assert [change.change.split(" ")[0] for change in everything][:4] == [
-        "train.precision", "train.batch_size", "base.quantization", "train.gradient_checkpointing",
-    ]  # fmt: skip
-    peaks = [needed.peak_bytes, *(change.peak_bytes for change in everything)]
-    assert peaks == sorted(peaks, reverse=True)
-    assert everything[2].time == pytest.approx(everything[1].time, rel=0.01)
-    assert everything[3].time > 1.2

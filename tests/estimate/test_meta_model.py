@@ -1,4 +1,4 @@
-"""Bases without numbers against those with them."""
+"""Meta base models against real ones."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from pathlib import Path
 
 import torch
 
-from sdlora.estimate.meta_model import META, MetaBase, latents, num_bytes, shapes_of_base, shapes_of_family
+from sdlora.estimate.meta_model import META, MetaBase, empty_latents, num_bytes, shapes_of_base, shapes_of_family
 from sdlora.models.load import load_base
 
 
-def test_shapes_of_a_loaded_base_are_its_own(tiny_base: Path) -> None:
+def test_meta_model_has_shapes_and_sizes_of_loaded_base(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     shapes = shapes_of_base(base)
     assert (shapes.latent_factor, shapes.resolution_px) == (base.latent_factor, base.resolution_px)
@@ -21,14 +21,14 @@ def test_shapes_of_a_loaded_base_are_its_own(tiny_base: Path) -> None:
     }
     assert made.text_encoders
     assert made.text(2)["states"].shape == base.encode_captions(["a", "b"])["states"].shape
-    noisy = latents(shapes, 2, (32, 40))
+    noisy = empty_latents(shapes, 2, (32, 40))
     assert noisy.shape == (2, 4, 10, 8)
     found = made.predict(noisy, torch.zeros(2, dtype=torch.long, device=META), made.text(2))
     assert found.shape == noisy.shape
     assert found.device == META
 
 
-def test_families_have_text_encoders_of_the_published_size() -> None:
+def test_families_text_encoders_have_published_sizes() -> None:
     # CLIP ViT-L's text tower has 123.1 million parameters, OpenCLIP's bigG 694.7 million.
     vae = 83_653_863 * 4
     assert shapes_of_family("sd1").frozen_bytes - vae < 124e6 * 4

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+from counts import saved_for_backward
 from torch import Tensor
 
-from sdlora.estimate.trace import saved_for_backward
 from sdlora.lora.fused import fused_lora
 
 

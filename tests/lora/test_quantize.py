@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from counts import saved_for_backward
 from helpers.adapters import UNET_TARGETS, perturb, small_unet
 from torch import Tensor, nn
 
-from sdlora.estimate.trace import counted, saved_for_backward
+from sdlora.estimate.trace import counted
 from sdlora.lora.inject import Adapter, AdapterSpec, inject
 from sdlora.lora.quantize import Packed, Quantization, QuantizedLinear, num_weights, quantize_linears, stack, unstack
 from sdlora.lora.targets import find_targets

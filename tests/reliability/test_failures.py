@@ -94,18 +94,18 @@ def test_full_memory_names_the_setting_to_lower(
     scene: Scene, expected: dict[str, str], tmp_path: Path, figure: Figure
 ) -> None:
     places = {
-        "load": (Point("sdlora.run.run:prepare", action="out of memory"), "train.precision to 'bf16' (now 'fp32')"),
+        "load": (Point("sdlora.run.run:prepare", action="out of memory"), "train.precision = 'bf16' (now 'fp32'"),
         "cache": (
             Point("sdlora.models.sd:StableDiffusion.encode_pixels", action="out of memory"),
-            "data.resolution_px = 24 (now 32)",
+            "data.resolution_px = 24 (now 32",
         ),
         "step": (
             Point("sdlora.training.loss:diffusion_loss", REHEARSED + 4, action="out of memory"),
-            "train.batch_size to 1 (now 2) and train.gradient_accumulation_steps to 2 (now 1)",
+            "train.batch_size = 1 and train.gradient_accumulation_steps = 2 (now 2 and 1",
         ),
         "preview": (
             Point("sdlora.previews.sampler:_draw", 2, action="out of memory"),
-            "preview.enabled=false (now true)",
+            "preview.enabled=false (now true",
         ),
     }
     for name, (point, advice) in places.items():

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
+from counts import saved_for_backward
 from helpers.adapters import UNET_TARGETS, perturb, small_unet
 from helpers.peft_twin import peft_twin
 from torch import nn
 
-from sdlora.estimate.trace import saved_for_backward
 from sdlora.lora.inject import Adapter, AdapterSpec, inject
 from sdlora.lora.targets import find_targets
 from sdlora.training.model import TrainingModel

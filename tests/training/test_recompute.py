@@ -6,12 +6,12 @@ import copy
 from typing import Any
 
 import torch
+from counts import saved_for_backward
 from diffusers import UNet2DConditionModel
 from diffusers.models.activations import GEGLU
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from sdlora.estimate.trace import saved_for_backward
 from sdlora.training.recompute import keep_little
 
 

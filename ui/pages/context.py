@@ -17,7 +17,7 @@ from sdlora.errors import ConfigError, SdloraError
 
 from ..html import views
 from ..settings.draft import Draft, read_draft
-from ..settings.plan import base_resolution_px
+from ..settings.estimate import base_resolution_px
 from ..state.background_tasks import BackgroundTasks
 from ..state.folders import Studio, StudioError
 from ..state.image_set import SetView, view

@@ -18,7 +18,7 @@ from sdlora.errors import ConfigError, SdloraError
 
 from ..html import views
 from ..html.render import render
-from ..settings import form, plan
+from ..settings import estimate, form
 from ..settings.base_models import known_bases
 from ..settings.draft import Draft, from_config, write_draft
 from ..settings.form import Field
@@ -86,7 +86,7 @@ def plan_html(context: Context, draft: Draft) -> str:
         return views.message("Add images first, under Images.", title="No plan yet")
     try:
         config = draft.config(context.studio)
-        return views.plan_card([*plan.in_words(config, plan.count(config)), *plan.memory_in_words(draft)])
+        return views.plan_card([*estimate.describe_run(config), *estimate.describe_memory(draft)])
     except SdloraError as error:
         return views.failure(error)
 
@@ -157,8 +157,8 @@ def recipe_page(context: Context) -> RecipePage:
     def measured(*values: Any) -> str:
         try:
             config = read(context, values).config(context.studio)
-            told = plan.in_words(config, plan.count(config)) + plan.measured_in_words(plan.measure(config))
-            return views.plan_card(told)
+            measured = estimate.describe_measured(estimate.measure(config))
+            return views.plan_card([*estimate.describe_run(config), *measured])
         except SdloraError as error:
             return views.failure(error)
 

@@ -13,10 +13,11 @@ from sdlora.config.renamed import RENAMED, renaming_note
 from sdlora.config.schema import RunConfig
 from sdlora.errors import ConfigError
 from sdlora.events import fields_from_json, saved_as, to_json
+from sdlora.run.estimate import Estimate
 
 from ..state.folders import Studio, safe_name
 from . import form
-from .base_models import Fit, fit
+from .base_models import estimate
 from .presets import LENGTHS, SUBJECTS, recipe
 
 _OWN = {"name", "data.folder"}
@@ -67,21 +68,21 @@ class Draft:
         return changed.with_values(recipe(subject, length, base)).made_to_fit()
 
     def made_to_fit(self) -> Draft:
-        """The same with what the plan says to change where it needs more memory than this machine has."""
-        found = fit(self._alone())
-        return self if found is None else replace(self.with_values(found.values), fitted=list(found.told))
+        """The same, changed to fit into this machine's memory if it does not."""
+        found = self.needs()
+        if found is None:
+            return self
+        values = {name: value for change in found.changes for name, value in change.values.items()}
+        return replace(self.with_values(values), fitted=[str(change) for change in found.changes])
 
-    def needs(self) -> Fit | None:
-        """What it needs as it stands; None if its base is not on this machine.
+    def needs(self) -> Estimate | None:
+        """What it needs as it stands; None if its base model is not on this machine.
 
         Raises:
             ConfigError: Anything is wrong with it.
         """
-        return fit(self._alone())
-
-    def _alone(self) -> RunConfig:
-        """Its configuration, whichever images are chosen."""
-        return form.make_config(self.values | {"data.folder": "none", "data.sets": []}, "plan")
+        without_images = {"data.folder": "none", "data.sets": []}
+        return estimate(form.make_config(self.values | without_images, "plan"))
 
     @property
     def has_images(self) -> bool:

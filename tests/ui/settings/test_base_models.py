@@ -1,4 +1,4 @@
-"""Bases by their files alone, and recipes that fit into the memory there is."""
+"""Base models by their files alone, and recipes that fit into memory."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from safetensors.torch import save_file
 from sdlora.common.bundled import pocket_folder
 from sdlora.config.toml import load_config
 from sdlora.estimate.meta_model import shapes_of_base, shapes_of_family
-from sdlora.ui.settings import base_models, form, plan
+from sdlora.ui.settings import base_models, estimate, form
 from sdlora.ui.settings.draft import Draft
 from sdlora.ui.settings.presets import SUBJECTS
 from sdlora.ui.state.folders import Studio
 
 
-def test_a_folder_is_told_by_its_configurations(tiny_base: Path) -> None:
+def test_shapes_of_folder_are_those_of_loaded_base(tiny_base: Path) -> None:
     from sdlora.models.load import load_base
 
     loaded = shapes_of_base(load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32))
@@ -31,18 +31,18 @@ def test_a_folder_is_told_by_its_configurations(tiny_base: Path) -> None:
     )  # fmt: skip
 
 
-def test_a_checkpoint_in_one_file_is_told_by_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shapes_of_single_file_follow_from_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = tmp_path / "xl.safetensors"
     save_file({"x": torch.zeros(1)}, file)
-    assert base_models.shapes_of(str(file)) is None, "it is no base"
+    assert base_models.shapes_of(str(file)) is None
     recognised = type("Recognised", (), {"family": "sdxl"})
     monkeypatch.setattr(base_models, "recognise", lambda *_: recognised)
     assert base_models.shapes_of(str(file)) == shapes_of_family("sdxl")
-    assert plan.base_resolution_px(str(file)) == 1024
-    assert plan.base_resolution_px("owner/name") == 512
+    assert estimate.base_resolution_px(str(file)) == 1024
+    assert estimate.base_resolution_px("owner/name") == 512
 
 
-def test_what_lies_in_the_studios_folder_can_be_chosen(studio: Studio) -> None:
+def test_known_bases_include_the_studios_folder(studio: Studio) -> None:
     folder = studio.runs / "bases"
     (folder / "mine").mkdir(parents=True)
     (folder / "mine" / "model_index.json").write_text("{}")
@@ -68,11 +68,11 @@ def large(tmp_path: Path) -> str:
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Says how much memory this machine has, in bytes."""
     monkeypatch.setattr(base_models, "device_name", lambda _: "cuda:0")
-    return lambda memory_bytes: monkeypatch.setattr(base_models, "room_bytes", lambda _: memory_bytes)
+    return lambda memory_bytes: monkeypatch.setattr(base_models, "usable_memory", lambda _: memory_bytes)
 
 
 @pytest.mark.parametrize(("subject", "share"), [("character", 0.75), ("style", 0.6)])
-def test_a_recipe_fits_into_the_memory_there_is(
+def test_recipe_is_changed_to_fit_into_memory_and_back(
     subject: str, share: float, large: str, on_a_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Recipes for large bases are frugal already: here they begin where there is something to change.
@@ -86,8 +86,8 @@ def test_a_recipe_fits_into_the_memory_there_is(
     fitted = Draft().with_answers(subject, "as usual", large)
     found = fitted.needs()
     assert found is not None and found.peak_bytes <= memory_bytes
-    told = plan.memory_in_words(fitted)
-    assert told[0].startswith("Set so that it fits") and told[-1].endswith("It fits.")
+    told = estimate.describe_memory(fitted)
+    assert told[0].startswith("Changed to fit") and told[-1].endswith("It fits.")
     order = [told.split(" = ")[0] for told in fitted.fitted]
     assert (
         order
@@ -95,7 +95,7 @@ def test_a_recipe_fits_into_the_memory_there_is(
         != []
     )
     on_a_gpu(1 << 40)
-    assert fitted.with_answers(subject, "as usual", large).values == answered.values, "it is taken back where it can be"
+    assert fitted.with_answers(subject, "as usual", large).values == answered.values, "changes are undone once it fits"
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def test_a_recipe_fits_into_the_memory_there_is(
         {"data.class_words": [], "data.preservation_folder": "others", "train.preservation_every": 1},
     ],
 )
-def test_settings_that_go_with_the_images_are_no_faults_of_the_plan(
+def test_estimate_accepts_settings_that_depend_on_images(
     changes: dict[str, Any], on_a_gpu: Callable[[int], None]
 ) -> None:
     on_a_gpu(2**33)
@@ -115,8 +115,8 @@ def test_settings_that_go_with_the_images_are_no_faults_of_the_plan(
     assert found is not None and found.peak_bytes > 0
 
 
-def test_what_cannot_fit_or_is_not_here_is_said(tiny_base: Path, on_a_gpu: Callable[[int], None]) -> None:
+def test_base_that_cannot_fit_or_is_absent_is_reported(tiny_base: Path, on_a_gpu: Callable[[int], None]) -> None:
     on_a_gpu(0)
     draft = Draft().with_values({"base.path": str(tiny_base)})
-    assert "choose a smaller base" in plan.memory_in_words(draft)[-1]
-    assert "not on this machine" in plan.memory_in_words(draft.with_values({"base.path": "no/where"}))[0]
+    assert "choose a smaller base" in estimate.describe_memory(draft)[-1]
+    assert "not on this machine" in estimate.describe_memory(draft.with_values({"base.path": "no/where"}))[0]
