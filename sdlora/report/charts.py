@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 WIDTH, HEIGHT = 340, 220
-_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 62, 24, 38
+_LEFT, _RIGHT, _TOP, _BOTTOM = 58, 70, 24, 38
 _FLOOR = HEIGHT - _BOTTOM
 _LABEL_GAP = 13
 _MAX_MARKED = 6  # up to this many values get a dot and a number on the x axis each

@@ -1,6 +1,6 @@
-"""The studio's pages put together: what leads from one to the next, and what is kept up to date.
+"""All pages of the studio together: how one leads to the next, and how they are kept up to date.
 
-Every page asks for a snapshot each two seconds and changes only what is not as it was.
+Every page asks for a snapshot every two seconds and updates only what has changed.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ from typing import Any
 import gradio as gr
 
 from ..html import views
+from ..html.render import render
 from ..settings.draft import update_draft, write_draft
 from ..state.background_tasks import Kind
 from . import images as images_tab
 from . import recipe as recipe_form
-from .background_tasks import TaskPart
+from .background_tasks import TaskControls
 from .context import Context
 from .images import images_page
 from .recipe import recipe_page
@@ -34,12 +35,12 @@ HEAD = (
 
 
 def theme() -> gr.themes.Base:
-    """Quiet colours and the system's own fonts, so that none is fetched."""
+    """Quiet colours and the system's fonts, so that none is downloaded."""
     base = gr.themes.Base(
         primary_hue="blue", neutral_hue="zinc", radius_size="sm", spacing_size="sm",
         font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"],
     )  # fmt: skip
-    # Help that cannot be read is none: these pairs have a contrast of 4.5 and more.
+    # All of these pairs have a contrast of 4.5 or more, so that help can be read.
     return base.set(
         block_info_text_color="*neutral_600", block_info_text_color_dark="*neutral_300",
         block_label_text_color="*neutral_700", block_label_text_color_dark="*neutral_200",
@@ -60,146 +61,167 @@ def build(context: Context) -> Any:
     Args:
         context: The studio behind them.
     """
-    with gr.Blocks(
-        title="sdlora studio", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
-    ) as blocks:
+    return _App(context).blocks
+
+
+class _App:
+    """The pages, and the handlers that concern more than one of them.
+
+    Args:
+        context: The studio behind them.
+    """
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        with gr.Blocks(
+            title="sdlora studio", analytics_enabled=False, delete_cache=(3600, 3600), fill_width=True
+        ) as self.blocks:
+            self._lay_out()
+            self._connect()
+
+    def _lay_out(self) -> None:
+        context = self._context
         with gr.Row(elem_id="top"):
             with gr.Column(scale=3, min_width=240):
-                gr.HTML("<h1 class='brand'>sdlora studio</h1>")
+                gr.HTML(render("brand.html"))
                 strip = gr.HTML(elem_id="strip")
-            run = gr.Dropdown(label="Run", min_width=180, scale=1, elem_id="run")
-        with gr.Tabs(elem_id="steps") as tabs:
-            with gr.Tab("Pictures", id="pictures"):
-                images = images_page(context)
-            with gr.Tab("Recipe", id="recipe") as recipe_tab:
-                recipe = recipe_page(context)
+            self._run = run = gr.Dropdown(label="Run", min_width=180, scale=1, elem_id="run")
+        with gr.Tabs(elem_id="steps") as self._tabs:
+            with gr.Tab("Images", id="pictures"):
+                self._images = images_page(context)
+            with gr.Tab("Recipe", id="recipe") as self._recipe_tab:
+                self._recipe = recipe_page(context)
             with gr.Tab("Training", id="training"):
-                training = training_page(context, run)
+                self._training = training_page(context, run)
             with gr.Tab("Copy check", id="copy"):
-                copy = copy_page(context, run)
+                self._copy = copy_page(context, run)
             with gr.Tab("Result", id="result"):
-                result = result_page(context, run)
+                self._result = result_page(context, run)
             with gr.Tab("Runs", id="runs"):
-                all_runs = runs_page(context, run)
-        # What this page shows already, by slot; a gr.State would cost every tab a connection that stays open, and a
+                self._runs = runs_page(context, run)
+        self._tasks: dict[Kind, TaskControls] = {"caption": self._images.captions, "publish": self._result.upload}
+        # What this page shows already, by part. A gr.State would cost every tab a connection that stays open, and a
         # browser has six of them for all its tabs.
         seen = gr.Textbox("{}", visible=False)
-        tasks: dict[Kind, TaskPart] = {"caption": images.captions, "publish": result.upload}
-        slots = {"strip": strip, **training.slots, **copy.slots, **result.slots, **all_runs.slots}
-        slots |= {kind: task.told for kind, task in tasks.items()}
-        buttons = training.buttons
-        outputs = [
-            *(slots[slot] for slot in SLOTS), run, copy.epoch, copy.stop, training.waiting, result.prompt,
-            *result.epochs, all_runs.other, *buttons.values(), *(task.end for task in tasks.values()), seen,
+        slots = {"strip": strip, **self._training.slots, **self._copy.slots, **self._result.slots, **self._runs.slots}
+        slots |= {kind: task.status for kind, task in self._tasks.items()}
+        self._inputs = [run, self._copy.epoch, seen]
+        self._outputs = [
+            *(slots[slot] for slot in SLOTS), run, self._copy.epoch, self._copy.stop, self._training.waiting,
+            self._result.prompt, *self._result.epochs, self._runs.other, *self._training.buttons.values(),
+            *(task.end for task in self._tasks.values()), seen,
         ]  # fmt: skip
 
-        def look(name: str | None, epoch: Any, known: str) -> list[Any]:
-            seen_before: dict[str, str] = json.loads(known or "{}")
-            if name not in context.jobs.names():
-                name = context.default_run()
-            # Which epoch was chosen means nothing in another run, and whoever looks at the last one wants the last one.
-            same = seen_before.get("name") == name and str(epoch) != seen_before.get("last")
-            chosen = int(epoch) if same and epoch is not None else None
-            now = snapshot(context, name, chosen)
-            change = _Changes(seen_before)
-            change.seen |= {"name": name or "", "last": str(max(now.epochs, default=None))}
-            can, epochs = now.can, [("base" if e == 0 else str(e), e) for e in now.epochs]
-            shown = chosen if chosen in now.epochs else max(now.epochs, default=None)
-            values = [change(slot, value=now.html[slot]) for slot in SLOTS]
-            values += [
-                change("run", choices=now.names, value=name),
-                change("epochs", (name, now.epochs), choices=epochs, value=shown),
-                change("copy-stop", visible=can["stop"]),
-                change("waiting", choices=now.waiting, value=next(iter(now.waiting), None)),
-                change("prompt", placeholder=now.prompt),
-                change("epoch", (name, now.loras, now.kept), choices=now.loras, value=now.kept),
-                change(
-                    "other epoch",
-                    (name, now.loras, now.kept),
-                    choices=now.loras,
-                    value=next((e for e in reversed(now.loras) if e != now.kept), now.kept),
-                ),
-                change("other", choices=now.names),
-                *(change(wish, visible=can[wish]) for wish in buttons),
-                *(change(f"end {k}", value=now.ends[k] or "", visible=now.ends[k] is not None) for k in tasks),
-            ]
-            return [*values, json.dumps(change.seen)]
-
-        def look_safely(name: str | None, epoch: Any, known: str) -> list[Any]:
-            try:
-                return look(name, epoch, known)
-            except Exception as error:
-                # What is shown stays; the next look, two seconds from now, may succeed.
-                context.log(traceback.format_exc())
-                return [views.failure(context.unexpected(error)), *(gr.skip() for _ in outputs[1:])]
-
-        inputs = [run, copy.epoch, seen]
-
-        def follow(event: Any) -> None:
-            event.then(look_safely, inputs, outputs, show_progress="hidden", queue=False)
-
-        def begin() -> list[Any]:
-            notes = update_draft(context.studio)
-            draft = context.draft()
-            return [
-                gr.update(choices=context.sets(), value=draft.images or None),
-                *images_tab.show(context, draft),
-                *recipe_form.fill(context, draft),
-                recipe_form.plan_html(context, draft),
-                views.message(" ".join(notes), "busy") if notes else "",
-            ]
-
-        def arrive(name: str) -> list[Any]:
-            """What depends on the images; all else stays as it is being written."""
-            draft = context.draft()
-            named = gr.skip() if name else recipe_form.proposed_name(context, draft)
-            return [named, recipe_form.plan_html(context, draft)]
-
-        def start(*values: Any) -> list[Any]:
-            name = None
-
-            def action() -> str:
-                nonlocal name
-                draft = recipe_form.read(context, values)
-                config = draft.config(context.studio)
-                told = context.jobs.add(config)
-                write_draft(context.studio, replace(draft, name=""))
-                name = config.name
-                return told
-
-            told = context.attempt(action)
-            if name is None:
-                return [told, gr.skip(), gr.skip(), gr.skip()]
-            # The next run needs a name of its own.
-            return [told, gr.Tabs(selected="training"), gr.update(choices=context.jobs.names(), value=name), ""]
-
-        def clone(name: Any) -> list[Any]:
-            told = clone_into_draft(context, name)
-            return [told, gr.Tabs(selected="recipe"), *begin()]
-
-        whole_draft = [images.choice, *images.parts, *recipe.controls, recipe.plan, recipe.note]
-        blocks.load(begin, None, whole_draft, show_progress="hidden", queue=False)
-        blocks.load(look_safely, inputs, outputs, show_progress="hidden", queue=False)
-        gr.Timer(EVERY_SECONDS).tick(look_safely, inputs, outputs, show_progress="hidden", queue=False)
-        run.input(look_safely, inputs, outputs, show_progress="hidden", queue=False)
-        copy.epoch.input(look_safely, inputs, outputs, show_progress="hidden", queue=False)
-        images.next.click(lambda: gr.Tabs(selected="recipe"), None, tabs, show_progress="hidden")
-        arrived = [recipe.name, recipe.plan]
-        recipe_tab.select(arrive, recipe.name, arrived, show_progress="hidden", **recipe_form.IN_TURN)
-        follow(
-            recipe.start.click(start, recipe.controls, [recipe.note, tabs, run, recipe.name], show_progress="hidden")
+    def _connect(self) -> None:
+        images, recipe, runs = self._images, self._recipe, self._runs
+        draft = [images.choice, *images.parts, *recipe.controls, recipe.plan, recipe.note]
+        self.blocks.load(self.show_draft, None, draft, show_progress="hidden", queue=False)
+        for refreshes in (self.blocks.load, gr.Timer(EVERY_SECONDS).tick, self._run.input, self._copy.epoch.input):
+            refreshes(self.refresh, self._inputs, self._outputs, show_progress="hidden", queue=False)
+        images.next.click(lambda: gr.Tabs(selected="recipe"), None, self._tabs, show_progress="hidden")
+        self._recipe_tab.select(
+            self.update_recipe, recipe.name, [recipe.name, recipe.plan], show_progress="hidden", **recipe_form.IN_TURN
         )
-        all_runs.clone.click(clone, run, [all_runs.note, tabs, *whole_draft], show_progress="hidden")
-        for move in (*training.moves, *copy.moves, *all_runs.moves, *(m for e in tasks.values() for m in e.moves)):
-            follow(move)
-    return blocks
+        started = recipe.start.click(
+            self.start, recipe.controls, [recipe.note, self._tabs, self._run, recipe.name], show_progress="hidden"
+        )
+        runs.clone.click(self.clone, self._run, [runs.note, self._tabs, *draft], show_progress="hidden")
+        events = [started, *self._training.events, *self._copy.events, *runs.events]
+        for event in (*events, *(event for task in self._tasks.values() for event in task.events)):
+            event.then(self.refresh, self._inputs, self._outputs, show_progress="hidden", queue=False)
+
+    def refresh(self, name: str | None, epoch: Any, known: str) -> list[Any]:
+        """The updates of all that a page shows of the chosen run; an unexpected error is shown on top."""
+        try:
+            return self._updates(name, epoch, json.loads(known or "{}"))
+        except Exception as error:
+            # The rest stays as it is; the next refresh, two seconds from now, may succeed.
+            self._context.log(traceback.format_exc())
+            return [views.failure(self._context.unexpected(error)), *(gr.skip() for _ in self._outputs[1:])]
+
+    def _updates(self, name: str | None, epoch: Any, before: dict[str, str]) -> list[Any]:
+        if name not in self._context.jobs.names():
+            name = self._context.default_run()
+        # A chosen epoch means nothing in another run, and a page that shows the last epoch follows it.
+        same = before.get("name") == name and str(epoch) != before.get("last")
+        chosen = int(epoch) if same and epoch is not None else None
+        now = snapshot(self._context, name, chosen)
+        last = max(now.epochs, default=None)
+        change = _Changes(before)
+        change.seen |= {"name": name or "", "last": str(last)}
+        loras = (name, now.loras, now.kept)
+        other = next((epoch for epoch in reversed(now.loras) if epoch != now.kept), now.kept)
+        return [
+            *(change(slot, value=now.html[slot]) for slot in SLOTS),
+            change("run", choices=now.names, value=name),
+            change(
+                "epochs", (name, now.epochs),
+                choices=[(str(epoch or "base"), epoch) for epoch in now.epochs],
+                value=chosen if chosen in now.epochs else last,
+            ),
+            change("copy-stop", visible=now.can["stop"]),
+            change("waiting", choices=now.waiting, value=next(iter(now.waiting), None)),
+            change("prompt", placeholder=now.prompt),
+            change("epoch", loras, choices=now.loras, value=now.kept),
+            change("other epoch", loras, choices=now.loras, value=other),
+            change("other", choices=now.names),
+            *(change(action, visible=now.can[action]) for action in self._training.buttons),
+            *(
+                change(f"end {kind}", value=now.ends[kind] or "", visible=now.ends[kind] is not None)
+                for kind in self._tasks
+            ),
+            json.dumps(change.seen),
+        ]  # fmt: skip
+
+    def show_draft(self) -> list[Any]:
+        """The images and the recipe as they were last edited."""
+        context = self._context
+        notes = update_draft(context.studio)
+        draft = context.draft()
+        return [
+            gr.update(choices=context.sets(), value=draft.images or None),
+            *images_tab.show(context, draft),
+            *recipe_form.fill(context, draft),
+            recipe_form.plan_html(context, draft),
+            views.message(" ".join(notes), "busy") if notes else "",
+        ]
+
+    def update_recipe(self, name: str) -> list[Any]:
+        """The parts of the recipe that depend on the images; the others stay as they are being edited."""
+        draft = self._context.draft()
+        proposed = gr.skip() if name else recipe_form.proposed_name(self._context, draft)
+        return [proposed, recipe_form.plan_html(self._context, draft)]
+
+    def start(self, *values: Any) -> list[Any]:
+        """Start the recipe's run, or put it into the queue, and lead to its training page."""
+        context, name = self._context, None
+
+        def action() -> str:
+            nonlocal name
+            draft = recipe_form.read(context, values)
+            config = draft.config(context.studio)
+            message = context.jobs.add(config)
+            write_draft(context.studio, replace(draft, name=""))
+            name = config.name
+            return message
+
+        message = context.attempt(action)
+        if name is None:
+            return [message, gr.skip(), gr.skip(), gr.skip()]
+        # The next run needs another name.
+        return [message, gr.Tabs(selected="training"), gr.update(choices=context.jobs.names(), value=name), ""]
+
+    def clone(self, name: Any) -> list[Any]:
+        """Make a run's settings the recipe, and lead to it."""
+        message = clone_into_draft(self._context, name)
+        return [message, gr.Tabs(selected="recipe"), *self.show_draft()]
 
 
 class _Changes:
-    """What a page shows already, so that only what is new is sent.
+    """The updates of a page that differ from what it shows already.
 
     Args:
-        before: A digest for every part of the page, as it is there.
+        before: A digest for every part of the page, as it is shown.
     """
 
     def __init__(self, before: dict[str, str]) -> None:
@@ -207,6 +229,6 @@ class _Changes:
         self.seen: dict[str, str] = {}
 
     def __call__(self, part: str, key: Any = None, **update: Any) -> Any:
-        """The update of a part, or nothing if it is as it was; `key` stands for it where it is not the update."""
+        """The update of a part, or none if it has not changed; `key`, if given, is compared instead of the update."""
         self.seen[part] = hashlib.sha256(repr(update if key is None else key).encode()).hexdigest()[:16]
         return gr.skip() if self._before.get(part) == self.seen[part] else gr.update(**update)

@@ -1,6 +1,6 @@
 """What all pages of the studio share: its folder, its queue, its sampler, and how a handler fails.
 
-This is the boundary at which anything unexpected becomes a message; the traceback goes to the studio's log.
+Here an unexpected error becomes a message on the page, and its traceback goes to the studio's log.
 """
 
 from __future__ import annotations
@@ -36,23 +36,23 @@ class Context:
 
     @property
     def tasks(self) -> BackgroundTasks:
-        """What was sent for."""
+        """The background tasks."""
         return BackgroundTasks(self.studio)
 
     def draft(self) -> Draft:
-        """The recipe as it was left."""
+        """The recipe as it was last edited."""
         return read_draft(self.studio)
 
     def sets(self) -> list[str]:
-        """What may be chosen as images: sets of the studio, then shipped ones."""
+        """The sets of images that can be chosen: those of the studio, then shipped ones."""
         own = sorted(path.name for path in self.studio.sets.iterdir() if path.is_dir() and path.name[0] != ".")
         return [*own, *(BUILTIN + name for name in shipped_sets())]
 
     def view_set(self, draft: Draft) -> SetView:
-        """The draft's images as the doctor sees them; empty if none are chosen.
+        """The draft's images with the doctor's findings; empty if none are chosen.
 
         Raises:
-            ConfigError: They are no set, or outside of what may be read.
+            ConfigError: They are not a set, or lie outside the folders that may be read.
         """
         folder = draft.folder(self.studio)
         if folder is None:
@@ -61,20 +61,20 @@ class Context:
         return view(folder, trigger=draft.trigger or None, resolution_px=resolution_px)
 
     def own_folder(self, images: str) -> Path:
-        """The folder of a set that may be changed.
+        """The folder of a set that can be changed.
 
         Raises:
-            StudioError: It is a shipped one, or there is none.
+            StudioError: It is a shipped set, or there is none.
         """
         if images.startswith(BUILTIN):
-            raise StudioError("The shipped sets stay as they are. Upload your own images to change them.")
+            raise StudioError("Shipped sets cannot be changed. Upload your own images instead.")
         folder = Draft(images=images).folder(self.studio)
         if folder is None:
             raise StudioError("There are no images yet. Add some first.")
         return folder
 
     def free_name(self, wanted: str) -> str:
-        """A name for a run that none has yet, `wanted` or with a number behind it."""
+        """An unused name for a run: `wanted`, with a number appended if it is taken."""
         taken = {name.lower() for name in self.jobs.names()}
         name, number = wanted, 2
         while name.lower() in taken or (self.studio.runs / name).exists():
@@ -82,11 +82,11 @@ class Context:
         return name
 
     def statuses(self) -> list[Status]:
-        """How every run stands."""
+        """The states of all runs."""
         return [self.jobs.status(name) for name in self.jobs.names()]
 
     def default_run(self) -> str | None:
-        """What to look at first: what is at work, else what changed last."""
+        """The run to show first: one that is training, else the one that changed last."""
         statuses = self.statuses()
         for status in statuses:
             if status.alive:
@@ -99,11 +99,11 @@ class Context:
         files = [file for file in (folder / "state.json", folder / "config.toml") if file.is_file()]
         return max((file.stat().st_mtime for file in files), default=0.0)
 
-    def attempt(self, action: Callable[[], str]) -> str:
-        """Do what was asked for; returns what is told about it, which is the reason if it failed."""
+    def attempt(self, action: Callable[[], str | None]) -> str:
+        """Run an action; returns its message as HTML, or the error's."""
         try:
-            told = action()
-            return views.message(told, "busy") if told else ""
+            text = action()
+            return views.message(text, "busy") if text else ""
         except SdloraError as error:
             return views.failure(error)
         except Exception as error:
@@ -111,14 +111,14 @@ class Context:
             return views.failure(self.unexpected(error))
 
     def unexpected(self, error: Exception) -> SdloraError:
-        """A fault of the studio's own as a message."""
+        """An internal error as a message."""
         return StudioError(
-            f"{type(error).__name__}: {error}. This is a fault of the studio's; runs go on. "
-            f"{self.studio.runs / '.studio' / 'studio.log'} has the details."
+            f"Internal error of the studio: {type(error).__name__}: {error}. Runs are not affected. "
+            f"Details are in {self.studio.runs / '.studio' / 'studio.log'}."
         )
 
     def log(self, text: str) -> None:
-        """Add to the studio's own log."""
+        """Append to the studio's own log."""
         with (self.studio.runs / ".studio" / "studio.log").open("a", encoding="utf-8") as handle:
             handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 

@@ -1,4 +1,7 @@
-"""The page of images: taken in, looked at by the doctor, captioned."""
+"""The page of images: they are uploaded, checked by the doctor, and captioned.
+
+Every handler returns what the page shows then, from the draft's set of images.
+"""
 
 from __future__ import annotations
 
@@ -16,38 +19,38 @@ from ..settings.draft import Draft, write_draft
 from ..state import image_set
 from ..state.image_set import Card, SetView
 from ..state.uploads import take_in
-from .background_tasks import TaskPart, caption_part
+from .background_tasks import TaskControls, caption_controls
 from .context import Context
 
-MOST_CARDS = 48
+MAX_CARDS = 48
 _NEW_SET = "my images"
 _KINDS = ["image", ".txt", ".jsonl", ".zip"]
 
 
 @dataclass(frozen=True)
 class ImagesPage:
-    """The parts of the page that others fill.
+    """The controls of the page that others fill.
 
     Attributes:
-        choice: Which set.
-        parts: What `show` gives values for.
-        captions: What a model is asked for.
+        choice: The set.
+        parts: The components that `show` gives values for.
+        captions: The captions by a model.
         next: Leads on to the recipe.
     """
 
     choice: gr.Dropdown
     parts: list[gr.components.Component]
-    captions: TaskPart
+    captions: TaskControls
     next: gr.Button
 
 
 def show(context: Context, draft: Draft, wanted: str | None = None) -> list[Any]:
-    """The set of a draft: summary, near-duplicates, the choice of what is shown, and that as cards.
+    """The set of a draft: summary, near-duplicates, the choice of the cards' page, and the cards.
 
     Args:
         context: The studio.
-        draft: Whose images.
-        wanted: What to show of a large set, as the choice has it; the beginning if it has no such part.
+        draft: Its images are shown.
+        wanted: A page of a large set, by its label; the first one if there is no such page.
     """
     try:
         view = context.view_set(draft)
@@ -61,21 +64,21 @@ def show(context: Context, draft: Draft, wanted: str | None = None) -> list[Any]
 
 
 def cards_by_page(view: SetView) -> dict[str, tuple[Card, ...]]:
-    """A set in parts that a browser shows with ease, by what each is called; those to mend are a part, too."""
+    """A set in pages small enough for a browser, by label; images with findings have a page too."""
     cards = view.cards
     pages = {
-        f"{first + 1} to {min(first + MOST_CARDS, len(cards))} of {len(cards)}": cards[first : first + MOST_CARDS]
-        for first in range(0, max(1, len(cards)), MOST_CARDS)
+        f"{first + 1} to {min(first + MAX_CARDS, len(cards))} of {len(cards)}": cards[first : first + MAX_CARDS]
+        for first in range(0, max(1, len(cards)), MAX_CARDS)
     }
     marked = tuple(card for card in cards if card.severity != "fine")
     if len(pages) > 1 and marked:
-        first = f", the first {MOST_CARDS}" if len(marked) > MOST_CARDS else ""
-        pages[f"Those to look at: {len(marked)}{first}"] = marked[:MOST_CARDS]
+        first = f", the first {MAX_CARDS}" if len(marked) > MAX_CARDS else ""
+        pages[f"With problems: {len(marked)}{first}"] = marked[:MAX_CARDS]
     return pages
 
 
 def images_page(context: Context) -> ImagesPage:
-    """Lay the page out and say what its controls do."""
+    """Lay out the page and connect its controls."""
     with gr.Row(equal_height=True):
         drop = gr.File(
             label="Drop images, captions (.txt) or a zip of both here", file_count="multiple", file_types=_KINDS,
@@ -84,86 +87,119 @@ def images_page(context: Context) -> ImagesPage:
         with gr.Column(scale=2, min_width=260):
             choice = gr.Dropdown(
                 label="Set of images", allow_custom_value=True, elem_id="set",
-                info="Pick one, type a new name before you add images, or name a folder of this machine.",
+                info="Choose a set, type a name for a new one, or enter a folder of this machine.",
             )  # fmt: skip
             whole = gr.UploadButton("Add a whole folder", file_count="directory", size="md")
     note = gr.HTML(elem_id="pictures-note")
     summary = gr.HTML(elem_id="set-summary")
     onward = gr.Button("Next: the recipe", variant="primary", elem_id="to-recipe")
-    doubles = gr.HTML()
-    with gr.Accordion("Change or write all captions at once", open=False, elem_id="all-captions"):
-        with gr.Row(elem_classes="ends"):
-            find = gr.Textbox(label="Find", min_width=160)
-            replacement = gr.Textbox(label="Replace with", min_width=160)
-            exchange = gr.Button("Replace in all captions", min_width=160)
-        with gr.Row(elem_classes="ends"):
-            rest = gr.Textbox(label="Caption for images that have none", min_width=260)
-            fill = gr.Button("Give it to all of them", min_width=200)
-            trigger = gr.Button("Put the trigger into all captions", min_width=200)
-        captions = caption_part(context)
+    duplicates = gr.HTML()
+    with gr.Accordion("Edit or write all captions at once", open=False, elem_id="all-captions"):
+        editor = _caption_editor()
+        captions = caption_controls(context)
     page = gr.Dropdown([], label="Images shown", visible=False, elem_id="cards-page")
     cards = gr.HTML(elem_id="cards")
     refresh = gr.Button(elem_id="refresh-set", visible="hidden")
-    parts = [summary, doubles, page, cards]
+    parts: list[gr.components.Component] = [summary, duplicates, page, cards]
+    handlers = _Handlers(context)
 
-    def add(files: list[str] | None, images: str | None) -> list[Any]:
-        draft = context.draft()
+    for upload in (drop, whole):
+        upload.upload(handlers.add, [upload, choice], [note, choice, upload, *parts])
+    choice.input(handlers.choose, choice, [note, *parts], show_progress="hidden")
+    editor.replace.click(handlers.replace_words, [page, editor.find, editor.replacement], [note, *parts])
+    editor.add_trigger.click(handlers.add_trigger, page, [note, *parts])
+    editor.fill.click(handlers.fill_missing, [page, editor.caption], [note, *parts])
+    page.input(handlers.show_page, page, parts, show_progress="hidden")
+    # Outside of the queue, whose stream would be cut off by every reload.
+    captions.status.change(handlers.show_when_captioned, page, parts, show_progress="hidden", queue=False)
+    refresh.click(lambda page: handlers.show_page(page)[:2], page, [summary, duplicates], show_progress="hidden")
+    return ImagesPage(choice, parts, captions, onward)
+
+
+@dataclass(frozen=True)
+class _CaptionEditor:
+    find: gr.Textbox
+    replacement: gr.Textbox
+    replace: gr.Button
+    caption: gr.Textbox
+    fill: gr.Button
+    add_trigger: gr.Button
+
+
+def _caption_editor() -> _CaptionEditor:
+    with gr.Row(elem_classes="ends"):
+        find = gr.Textbox(label="Find", min_width=160)
+        replacement = gr.Textbox(label="Replace with", min_width=160)
+        replace_all = gr.Button("Replace in all captions", min_width=160)
+    with gr.Row(elem_classes="ends"):
+        caption = gr.Textbox(label="Caption for images without one", min_width=260)
+        fill = gr.Button("Use it for all of them", min_width=200)
+        add_trigger = gr.Button("Add the trigger word to all captions", min_width=200)
+    return _CaptionEditor(find, replacement, replace_all, caption, fill, add_trigger)
+
+
+@dataclass(frozen=True)
+class _Handlers:
+    """The page's handlers; `page` is the chosen page of a large set."""
+
+    context: Context
+
+    def add(self, files: list[str] | None, images: str | None) -> list[Any]:
+        """Take uploaded files into the chosen set."""
+        draft = self.context.draft()
         draft = replace(draft, images=images or draft.images or _NEW_SET)
 
-        def taken() -> str:
-            sent = [Path(file) for file in files or []]
+        def action() -> str:
+            uploaded = [Path(file) for file in files or []]
             try:
-                intake = take_in([(file.name, file) for file in sent], context.own_folder(draft.images))
+                intake = take_in([(file.name, file) for file in uploaded], self.context.own_folder(draft.images))
             finally:
-                for file in sent:
+                for file in uploaded:
                     file.unlink(missing_ok=True)
-            write_draft(context.studio, draft)
-            told = f"{len(intake.images)} images and {intake.num_captions} captions were added."
-            return "\n".join([told, *(f"Left out: {reason}" for reason in intake.refused)])
+            write_draft(self.context.studio, draft)
+            added = f"{len(intake.images)} images and {intake.num_captions} captions were added."
+            return "\n".join([added, *(f"Left out: {reason}" for reason in intake.refused)])
 
-        told = context.attempt(taken)
-        return [told, gr.update(choices=context.sets(), value=draft.images), None, *show(context, draft)]
+        message = self.context.attempt(action)
+        choice = gr.update(choices=self.context.sets(), value=draft.images)
+        return [message, choice, None, *show(self.context, draft)]
 
-    def choose(images: str | None) -> list[Any]:
-        draft = replace(context.draft(), images=(images or "").strip())
-        write_draft(context.studio, draft)
-        return ["", *show(context, draft)]
+    def choose(self, images: str | None) -> list[Any]:
+        """Make a set the draft's."""
+        draft = replace(self.context.draft(), images=(images or "").strip())
+        write_draft(self.context.studio, draft)
+        return ["", *show(self.context, draft)]
 
-    def change_all(part: str | None, action: Callable[[Path, Draft], str]) -> list[Any]:
-        draft = context.draft()
-        told = context.attempt(lambda: action(context.own_folder(draft.images), draft))
-        return [told, *show(context, draft, part)]
-
-    def exchange_words(part: str | None, old: str, new: str) -> list[Any]:
-        return change_all(part, lambda folder, _: f"{image_set.replace_words(folder, old, new)} captions were changed.")
-
-    def put_trigger(part: str | None) -> list[Any]:
-        return change_all(
-            part, lambda folder, draft: f"{image_set.put_trigger_in(folder, draft.trigger)} captions were changed."
+    def replace_words(self, page: str | None, find: str, replacement: str) -> list[Any]:
+        """Replace words in all captions."""
+        return self._edit(
+            page, lambda folder, _: image_set.replace_words(folder, find, replacement), "captions were changed."
         )
 
-    def fill_rest(part: str | None, words: str) -> list[Any]:
-        return change_all(
-            part, lambda folder, _: f"{image_set.caption_the_rest(folder, words)} images got this caption."
+    def add_trigger(self, page: str | None) -> list[Any]:
+        """Put the trigger word into all captions."""
+        return self._edit(
+            page, lambda folder, draft: image_set.put_trigger_in(folder, draft.trigger), "captions were changed."
         )
 
-    def look_again(part: str | None) -> list[Any]:
-        return show(context, context.draft(), part)
+    def fill_missing(self, page: str | None, caption: str) -> list[Any]:
+        """Give all images without a caption the same one."""
+        return self._edit(
+            page, lambda folder, _: image_set.caption_the_rest(folder, caption), "images got this caption."
+        )
 
-    def look_when_captioned(part: str | None) -> list[Any]:
-        task = context.tasks.find("caption")
-        ended = task is not None and context.tasks.stage(task) != "running"
-        # While the model writes, so may a person: their words are not taken from under the cursor.
-        return look_again(part) if ended else [gr.skip() for _ in parts]
+    def _edit(self, page: str | None, edit: Callable[[Path, Draft], int], done: str) -> list[Any]:
+        draft = self.context.draft()
+        message = self.context.attempt(lambda: f"{edit(self.context.own_folder(draft.images), draft)} {done}")
+        return [message, *show(self.context, draft, page)]
 
-    drop.upload(add, [drop, choice], [note, choice, drop, *parts])
-    whole.upload(add, [whole, choice], [note, choice, whole, *parts])
-    choice.input(choose, choice, [note, *parts], show_progress="hidden")
-    exchange.click(exchange_words, [page, find, replacement], [note, *parts])
-    trigger.click(put_trigger, page, [note, *parts])
-    fill.click(fill_rest, [page, rest], [note, *parts])
-    page.input(look_again, page, parts, show_progress="hidden")
-    # Outside of the queue, whose stream would be cut off by every reload.
-    captions.told.change(look_when_captioned, page, parts, show_progress="hidden", queue=False)
-    refresh.click(lambda part: look_again(part)[:2], page, [summary, doubles], show_progress="hidden")
-    return ImagesPage(choice, parts, captions, onward)
+    def show_page(self, page: str | None) -> list[Any]:
+        """The set as it is now."""
+        return show(self.context, self.context.draft(), page)
+
+    def show_when_captioned(self, page: str | None) -> list[Any]:
+        """The set as it is now, unless captions are being written."""
+        task = self.context.tasks.find("caption")
+        ended = task is not None and self.context.tasks.stage(task) != "running"
+        # A person may edit captions while the model writes others: their text must not change under the cursor.
+        return self.show_page(page) if ended else [gr.skip() for _ in range(4)]

@@ -1,4 +1,4 @@
-"""The page of the recipe: a few decisions, everything else under "More", the plan in words, and the start.
+"""The page of the recipe: a few decisions, all other options under "More", what the run will need, and its start.
 
 Every control under "More" is made from the schema.
 """
@@ -25,20 +25,20 @@ from ..settings.form import Field
 from ..settings.presets import LENGTHS, SUBJECTS
 from .context import Context
 
-# The plan takes seconds: answers come in the order of the wishes, so that none is followed by that to an earlier one.
+# An estimate takes seconds: one at a time, or an earlier one could arrive last.
 IN_TURN: dict[str, Any] = {"concurrency_id": "recipe", "concurrency_limit": 1}
 _DECIDED = {"name", "data.folder", "data.trigger", "base.path"}
 
 
 @dataclass(frozen=True)
 class RecipePage:
-    """The parts of the page that others fill or wait for.
+    """The controls of the page that others fill or wait for.
 
     Attributes:
-        controls: What `fill` gives values for: the decisions, then every field under "More".
-        name: The run's.
-        plan: The plan in words.
-        note: What became of the last wish.
+        controls: The components that `fill` gives values for: the decisions, then every field under "More".
+        name: The run's name.
+        plan: What the run will do and need.
+        note: What became of the last click.
         start: Starts the run.
     """
 
@@ -50,7 +50,7 @@ class RecipePage:
 
 
 def more_fields() -> list[Field]:
-    """The fields that stand under "More"."""
+    """The fields under "More"."""
     return [field for field in form.fields() if field.name not in _DECIDED]
 
 
@@ -62,15 +62,15 @@ def fill(context: Context, draft: Draft) -> list[Any]:
 
 
 def proposed_name(context: Context, draft: Draft) -> str:
-    """A name for the next run that none has yet; empty while there are no images."""
+    """An unused name for the next run; empty while there are no images."""
     return context.free_name(draft.run_name()) if draft.has_images else ""
 
 
 def read(context: Context, values: Sequence[Any]) -> Draft:
-    """The draft that all controls say.
+    """The draft of the controls' values.
 
     Raises:
-        ConfigError: A field cannot be read at all.
+        ConfigError: A field cannot be parsed.
     """
     subject, trigger, base, length, name, *rest = values
     found = {field.name: form.entered(field, value) for field, value in zip(more_fields(), rest, strict=True)}
@@ -81,9 +81,9 @@ def read(context: Context, values: Sequence[Any]) -> Draft:
 
 
 def plan_html(context: Context, draft: Draft) -> str:
-    """The plan of a draft, or what is wrong with it."""
+    """What a draft's run will do and need, or what is wrong with it."""
     if not draft.has_images:
-        return views.message("Add images first, under Images.", title="No plan yet")
+        return views.message("Add images under Images first.", title="No images yet")
     try:
         config = draft.config(context.studio)
         return views.plan_card([*estimate.describe_run(config), *estimate.describe_memory(draft)])
@@ -102,83 +102,99 @@ def load_settings(context: Context, file: str) -> str:
         draft = from_config(parse_config(document, name=stem), context.studio)
         draft.config(context.studio)
         write_draft(context.studio, replace(draft, name=context.free_name(draft.run_name())))
-        return " ".join(["The settings were loaded; their images are chosen, too.", *renaming_notes(document)])
+        return " ".join(["The settings were loaded, and their images are chosen.", *renaming_notes(document)])
 
     return context.attempt(action)
 
 
 def recipe_page(context: Context) -> RecipePage:
-    """Lay the page out and say what its controls do, but for the start, which leads to another page."""
+    """Lay out the page and connect its controls, except for the start, which leads to another page."""
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=280):
-            subject = gr.Radio(list(SUBJECTS), label="What do you teach?", elem_id="subject")
-            trigger = gr.Textbox(
-                label="Trigger word", elem_id="trigger", max_lines=1,
-                info="A word of your own that calls it up, such as zumi. Words that mean something already work less.",
-            )  # fmt: skip
-            length = gr.Radio(list(LENGTHS), label="How long?", elem_id="length")
-            base = gr.Dropdown(
-                known_bases(context.studio), label="Base model", allow_custom_value=True, elem_id="base",
-                info="pocket is built in and small. Or name a .safetensors checkpoint, a diffusers folder or "
-                "a hub id such as owner/name. What lies in the studio's folder 'bases' is in the list.",
-            )  # fmt: skip
-            name = gr.Textbox(label="Name of the run", max_lines=1, elem_id="name")
+            decisions = _decisions(context)
         with gr.Column(scale=2, min_width=280):
-            planned = gr.HTML(elem_id="plan")
+            plan_box = gr.HTML(elem_id="plan")
             measure = gr.Button("Measure time and memory")
             start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
             note = gr.HTML(elem_id="recipe-note")
-    with gr.Accordion("More: every setting", open=False, elem_id="more"):
-        controls = _more()
+    with gr.Accordion("More: all settings", open=False, elem_id="more"):
+        more = _more()
     with gr.Row():
         upload = gr.UploadButton("Load settings from a file (.toml)", file_types=[".toml"], min_width=220)
         with gr.Column(min_width=220):
             gr.HTML(render("settings_link.html"))
-    decided: list[gr.components.Component] = [subject, trigger, base, length, name]
-    everything = [*decided, *controls]
-    page = RecipePage(everything, name, planned, note, start)
+    everything: list[gr.components.Component] = [*decisions, *more]
+    subject, trigger, base, length, name = decisions
+    handlers = _Handlers(context, len(decisions))
+    for choice in (subject, length, base):
+        choice.input(handlers.apply_presets, everything, [plan_box, *more], show_progress="hidden", **IN_TURN)
+    settled = [_settled(control) for control in [trigger, name, *more]]
+    gr.on(settled, handlers.keep, everything, plan_box, show_progress="hidden", **IN_TURN)
+    measure.click(handlers.measure, everything, plan_box)
+    upload.upload(handlers.load, upload, [note, plan_box, upload, *everything], **IN_TURN)
+    return RecipePage(everything, name, plan_box, note, start)
 
-    def answer(*values: Any) -> list[Any]:
+
+def _decisions(context: Context) -> tuple[gr.Radio, gr.Textbox, gr.Dropdown, gr.Radio, gr.Textbox]:
+    """Lay out the decisions; returned in the order that `read` and `fill` use."""
+    subject = gr.Radio(list(SUBJECTS), label="What should it learn?", elem_id="subject")
+    trigger = gr.Textbox(
+        label="Trigger word", elem_id="trigger", max_lines=1,
+        info="An invented word for it, such as zumi. Words with a meaning work less well.",
+    )  # fmt: skip
+    length = gr.Radio(list(LENGTHS), label="How long?", elem_id="length")
+    base = gr.Dropdown(
+        known_bases(context.studio), label="Base model", allow_custom_value=True, elem_id="base",
+        info="pocket is small and built in. Or enter a .safetensors checkpoint, a diffusers folder or a hub id such as "
+        "owner/name. Models in the studio's folder 'bases' are in the list.",
+    )  # fmt: skip
+    name = gr.Textbox(label="Name of the run", max_lines=1, elem_id="name")
+    return subject, trigger, base, length, name
+
+
+@dataclass(frozen=True)
+class _Handlers:
+    """The page's handlers; `values` are those of all controls."""
+
+    context: Context
+    num_decisions: int
+
+    def apply_presets(self, *values: Any) -> list[Any]:
+        """Keep the recipe, with the settings that suit the subject, the length and the base model."""
         try:
-            draft = read(context, values).with_answers(values[0], values[3], (values[2] or "pocket").strip())
+            draft = read(self.context, values).with_answers(values[0], values[3], (values[2] or "pocket").strip())
         except ConfigError as error:
-            return [views.failure(error), *(gr.skip() for _ in controls)]
-        write_draft(context.studio, draft)
-        return [plan_html(context, draft), *fill(context, draft)[len(decided) :]]
+            return [views.failure(error), *(gr.skip() for _ in more_fields())]
+        write_draft(self.context.studio, draft)
+        return [plan_html(self.context, draft), *fill(self.context, draft)[self.num_decisions :]]
 
-    def keep(*values: Any) -> str:
+    def keep(self, *values: Any) -> str:
+        """Keep the recipe as it is."""
         try:
-            draft = read(context, values)
+            draft = read(self.context, values)
         except ConfigError as error:
             return views.failure(error)
-        write_draft(context.studio, draft)
-        return plan_html(context, draft)
+        write_draft(self.context.studio, draft)
+        return plan_html(self.context, draft)
 
-    def measured(*values: Any) -> str:
+    def measure(self, *values: Any) -> str:
+        """Measure a step's time and memory."""
         try:
-            config = read(context, values).config(context.studio)
+            config = read(self.context, values).config(self.context.studio)
             measured = estimate.describe_measured(estimate.measure(config))
             return views.plan_card([*estimate.describe_run(config), *measured])
         except SdloraError as error:
             return views.failure(error)
 
-    def load(file: str) -> list[Any]:
-        told = load_settings(context, file)
-        draft = context.draft()
-        return [told, plan_html(context, draft), None, *fill(context, draft)]
-
-    for radio in (subject, length):
-        radio.input(answer, everything, [planned, *controls], show_progress="hidden", **IN_TURN)
-    base.input(answer, everything, [planned, *controls], show_progress="hidden", **IN_TURN)
-    settled = [_settled(control) for control in [trigger, name, *controls]]
-    gr.on(settled, keep, everything, planned, show_progress="hidden", **IN_TURN)
-    measure.click(measured, everything, planned)
-    upload.upload(load, upload, [note, planned, upload, *everything], **IN_TURN)
-    return page
+    def load(self, file: str) -> list[Any]:
+        """Take the recipe from an uploaded file."""
+        message = load_settings(self.context, file)
+        draft = self.context.draft()
+        return [message, plan_html(self.context, draft), None, *fill(self.context, draft)]
 
 
 def _settled(control: Any) -> Any:
-    """The event that tells that a person is done with a control."""
+    """The event that ends the editing of a control."""
     return control.blur if isinstance(control, (gr.Textbox, gr.Number)) else control.input
 
 
@@ -195,14 +211,14 @@ def _more() -> list[gr.components.Component]:
 
 
 def _control(field: Field) -> gr.components.Component:
-    told: dict[str, Any] = {"label": field.label, "info": f"{field.help} ({field.name})", "min_width": 260}
+    shared: dict[str, Any] = {"label": field.label, "info": f"{field.help} ({field.name})", "min_width": 260}
     if field.kind == "switch":
-        return gr.Checkbox(**told)
+        return gr.Checkbox(**shared)
     if field.kind == "choice":
-        return gr.Dropdown(list(field.choices), **told)
+        return gr.Dropdown(list(field.choices), **shared)
     if field.kind == "choices":
-        return gr.CheckboxGroup(list(field.choices), **told)
+        return gr.CheckboxGroup(list(field.choices), **shared)
     if field.kind in ("whole", "number"):
-        # The limits are the schema's to refuse: a browser would exchange a wrong number in silence.
-        return gr.Number(precision=0 if field.kind == "whole" else None, **told)
-    return gr.Textbox(lines=2 if field.kind == "lines" else 1, max_lines=6 if field.kind == "lines" else 1, **told)
+        # No limits here: a browser would silently replace a number outside of them, while the schema explains them.
+        return gr.Number(precision=0 if field.kind == "whole" else None, **shared)
+    return gr.Textbox(lines=2 if field.kind == "lines" else 1, max_lines=6 if field.kind == "lines" else 1, **shared)

@@ -1,6 +1,6 @@
-"""All that the pages of runs show at a moment, as a value.
+"""Everything that the pages of runs show at a moment, as a value.
 
-Pages ask for it every two seconds; what costs anything is made once for every change of a run's files.
+Pages ask for it every two seconds; what is slow to make is made once for every change of a run's files.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ SLOTS = (
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All that the pages of a run show at a moment.
+    """Everything that the pages of a run show at a moment.
 
     Attributes:
         html: By slot.
         names: All runs.
-        waiting: Those in the queue.
-        epochs: The epochs with a copy check.
-        loras: The epochs with a file.
-        kept: The epoch to keep so far; None before there is one.
-        prompt: Something to try the run with.
-        can: What may be done: "pause", "proceed", "stop", "resume".
-        ends: By background task, what its button does; None where there is no background task.
+        waiting: Runs in the queue.
+        epochs: Epochs with a copy check.
+        loras: Epochs with a LoRA file.
+        kept: The recommended epoch so far; None before there is one.
+        prompt: A prompt to try the run with.
+        can: Which actions are possible: "pause", "proceed", "stop", "resume".
+        ends: The label of the button of each background task; None where there is no task.
     """
 
     html: dict[str, str]
@@ -47,12 +47,12 @@ class Snapshot:
 
 
 def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
-    """Look at a run, and at all others from afar.
+    """Everything to show of one run, and an overview of all others.
 
     Args:
         context: The studio.
         name: The run; None if none is chosen.
-        epoch: The epoch whose comparisons are shown; the last one if None.
+        epoch: The epoch whose comparisons are shown; None for the last one.
     """
     statuses, shown = context.statuses(), context.studio.shown
     status = next((other for other in statuses if other.name == name), None) or Status(name or "", "none")
@@ -68,7 +68,7 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
         "charts": "", "grid": "", "banner": "", "pairs": "", "signs": "", "result": "",
     }  # fmt: skip
     if run is None:
-        empty = views.message("It comes once a run has begun.", title="Nothing to see yet")
+        empty = views.message("It appears once a run has started.", title="Nothing to see yet")
         html |= {"banner": empty, "result": empty}
     else:
         chosen = epoch if epoch in run.checks else last

@@ -64,7 +64,7 @@
 
   const takeOut = async (button) => {
     const card = button.closest('.card');
-    if (!confirm(`Take ${card.dataset.image} out of the set, with its caption?`)) return;
+    if (!confirm(`Remove ${card.dataset.image} and its caption from the set?`)) return;
     const answer = await send('DELETE', '/studio/picture', {
       set: card.closest('.cards').dataset.set, picture: card.dataset.image,
     });

@@ -1,7 +1,11 @@
-"""The pages of a run at work: training with its queue, and the copy check."""
+"""The pages of a run that trains: its progress with the queue, and the copy check.
+
+Their contents come from the snapshot.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,40 +16,40 @@ from .context import Context, need
 
 @dataclass(frozen=True)
 class TrainingPage:
-    """The parts that are filled from a snapshot.
+    """The controls that are filled from a snapshot.
 
     Attributes:
         slots: By the snapshot's names.
         buttons: By the snapshot's names.
-        waiting: Which job of the queue is meant.
-        moves: The clicks that change what there is to see.
+        waiting: The run of the queue that the buttons below it act on.
+        events: Clicks after which the page is refreshed.
     """
 
     slots: dict[str, gr.HTML]
     buttons: dict[str, gr.Button]
     waiting: gr.Dropdown
-    moves: list[Any]
+    events: list[Any]
 
 
 @dataclass(frozen=True)
 class CopyPage:
-    """The parts that are filled from a snapshot.
+    """The controls that are filled from a snapshot.
 
     Attributes:
         slots: By the snapshot's names.
-        epoch: Which epoch's comparisons are shown.
-        stop: Stops the run from here.
-        moves: The clicks that change what there is to see.
+        epoch: The epoch whose comparisons are shown.
+        stop: Stops the run.
+        events: Clicks after which the page is refreshed.
     """
 
     slots: dict[str, gr.HTML]
     epoch: gr.Radio
     stop: gr.Button
-    moves: list[Any]
+    events: list[Any]
 
 
 def training_page(context: Context, run: gr.Dropdown) -> TrainingPage:
-    """Lay the training page out and say what its controls do."""
+    """Lay out the training page and connect its controls."""
     status = gr.HTML(elem_id="status")
     with gr.Row():
         buttons = {
@@ -63,29 +67,33 @@ def training_page(context: Context, run: gr.Dropdown) -> TrainingPage:
             waiting = gr.Dropdown(label="Waiting run", min_width=180, elem_id="waiting")
             earlier = gr.Button("Earlier", min_width=100, elem_id="earlier")
             later = gr.Button("Later", min_width=100, elem_id="later")
-            cancel = gr.Button("Take out of the queue", min_width=160, elem_id="cancel")
+            cancel = gr.Button("Remove from the queue", min_width=160, elem_id="cancel")
     jobs = context.jobs
-    moves = [
-        buttons["pause"].click(lambda name: context.attempt(lambda: jobs.pause(need(name))), run, note),
-        buttons["proceed"].click(lambda name: context.attempt(lambda: jobs.proceed(need(name))), run, note),
-        buttons["stop"].click(lambda name: context.attempt(lambda: jobs.stop(need(name))), run, note),
-        buttons["resume"].click(lambda name: context.attempt(lambda: jobs.resume(need(name))), run, note),
-        earlier.click(lambda name: context.attempt(lambda: jobs.move(need(name), -1)), waiting, note),
-        later.click(lambda name: context.attempt(lambda: jobs.move(need(name), 1)), waiting, note),
-        cancel.click(lambda name: context.attempt(lambda: jobs.cancel(need(name))), waiting, note),
+
+    def on_click(button: gr.Button, target: gr.Dropdown, action: Callable[[str], str]) -> Any:
+        return button.click(lambda name: context.attempt(lambda: action(need(name))), target, note)
+
+    events = [
+        on_click(buttons["pause"], run, jobs.pause),
+        on_click(buttons["proceed"], run, jobs.proceed),
+        on_click(buttons["stop"], run, jobs.stop),
+        on_click(buttons["resume"], run, jobs.resume),
+        on_click(earlier, waiting, lambda name: jobs.move(name, -1)),
+        on_click(later, waiting, lambda name: jobs.move(name, 1)),
+        on_click(cancel, waiting, jobs.cancel),
     ]
     slots = {"status": status, "grid": grid, "charts": charts, "queue": queue}
-    return TrainingPage(slots, buttons, waiting, moves)
+    return TrainingPage(slots, buttons, waiting, events)
 
 
 def copy_page(context: Context, run: gr.Dropdown) -> CopyPage:
-    """Lay the copy check's page out."""
+    """Lay out the copy check's page and connect its controls."""
     banner = gr.HTML(elem_id="banner")
     with gr.Row(elem_classes="ends"):
         epoch = gr.Radio([], label="Epoch", min_width=260, elem_id="copy-epoch")
         stop = gr.Button("Stop training here", variant="stop", min_width=160, elem_id="copy-stop", visible=False)
     note = gr.HTML(elem_id="copy-note")
     pairs, signs = gr.HTML(elem_id="pairs"), gr.HTML(elem_id="signs")
-    move = stop.click(lambda name: context.attempt(lambda: context.jobs.stop(need(name))), run, note)
+    clicked = stop.click(lambda name: context.attempt(lambda: context.jobs.stop(need(name))), run, note)
     slots = {"banner": banner, "pairs": pairs, "signs": signs}
-    return CopyPage(slots, epoch, stop, [move])
+    return CopyPage(slots, epoch, stop, [clicked])

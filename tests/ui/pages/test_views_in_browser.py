@@ -21,7 +21,7 @@ from sdlora.ui.state.folders import Studio
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium")
-TABS = ("Pictures", "Recipe", "Training", "Copy check", "Result", "Runs")
+TABS = ("Images", "Recipe", "Training", "Copy check", "Result", "Runs")
 
 
 @pytest.fixture(scope="module")

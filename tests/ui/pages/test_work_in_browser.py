@@ -120,7 +120,7 @@ def drawn(page: Any, *labels: str) -> list[str]:
 
 
 def test_words_are_exchanged_in_all_captions_and_the_trigger_is_put_in(page: Any, opened: Open) -> None:
-    tab(page, "Pictures")
+    tab(page, "Images")
     page.locator("#cards .card").nth(3).wait_for()
     before = captions(opened)
     assert len(before) == 4 and all("zumi" in caption for caption in before)
@@ -133,7 +133,7 @@ def test_words_are_exchanged_in_all_captions_and_the_trigger_is_put_in(page: Any
     # A word that stands nowhere changes nothing.
     page.get_by_role("button", name="Replace in all captions").click()
     page.locator("#pictures-note", has_text="0 captions were changed.").wait_for()
-    page.get_by_role("button", name="Put the trigger into all captions").click()
+    page.get_by_role("button", name="Add the trigger word to all captions").click()
     page.locator("#pictures-note", has_text="4 captions were changed.").wait_for()
     after = captions(opened)
     assert after == [f"glimmer, {caption.replace('zumi', '<b>moss</b> cat')}" for caption in before]
@@ -206,7 +206,7 @@ def test_the_queue_is_put_into_another_order(page: Any, opened: Open, settings: 
         page.locator("#strip", has_text="number 1 in the queue").wait_for()
         choose(page, "#waiting", "c")
         page.click("#cancel")
-        page.locator("#training-note", has_text="'c' was taken out of the queue.").wait_for()
+        page.locator("#training-note", has_text=re.compile("'c'.*queue")).wait_for()
         queue("a", "b")
         for name in ("a", "b"):
             jobs.cancel(name)
@@ -222,7 +222,7 @@ def test_what_was_asked_about_is_what_is_published(page: Any, opened: Open) -> N
     page.locator("#repo input, #repo textarea").fill("me/first")
     page.click("#publish")
     page.locator("#publish-note", has_text="Publish first?").wait_for()
-    assert "seen by you alone" in page.inner_text("#publish-note")
+    assert "visible to you alone" in page.inner_text("#publish-note")
     assert "first.safetensors" in page.inner_text("#publish-note")
     # Another run is another question.
     choose(page, "#run", "second")

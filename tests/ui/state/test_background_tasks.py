@@ -16,7 +16,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.errors import SdloraError
 from sdlora.ui.html import views
 from sdlora.ui.pages import background_tasks
-from sdlora.ui.pages.background_tasks import files_of, send_for_captions
+from sdlora.ui.pages.background_tasks import files_to_upload, start_captioning
 from sdlora.ui.pages.context import Context
 from sdlora.ui.pages.snapshot import snapshot
 from sdlora.ui.settings.draft import Draft, write_draft
@@ -48,15 +48,15 @@ def ended(context: Context, kind: Any) -> str:
 
 def test_a_model_captions_the_rest_and_keeps_what_is_there(context: Context, folder: Path, tmp_path: Path) -> None:
     model = make("blip", tmp_path / "blip")
-    assert send_for_captions(context, str(model)) == ""
+    assert start_captioning(context, str(model)) == ""
     with pytest.raises(SdloraError, match="already, for 'set'"):
-        send_for_captions(context, str(model))
+        start_captioning(context, str(model))
     assert snapshot(context, None, None).ends == {"caption": "Stop", "publish": None}
     told = ended(context, "caption")
     assert "2 captions written" in told and "verdict clean" in told
     assert (folder / "b.txt").read_text(encoding="utf-8") == "my own words"
     assert all((folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in "ac")
-    assert "caption already" in send_for_captions(context, str(model))
+    assert "caption already" in start_captioning(context, str(model))
     assert snapshot(context, None, None).ends["caption"] == "Hide this"
     context.tasks.end("caption")
     assert snapshot(context, None, None).html["caption"] == ""
@@ -64,31 +64,31 @@ def test_a_model_captions_the_rest_and_keeps_what_is_there(context: Context, fol
 
 @pytest.mark.parametrize("model", ["nobody/nothing", "--overwrite", "a b; touch x"])
 def test_a_model_that_cannot_be_had_is_a_sentence(context: Context, folder: Path, model: str) -> None:
-    send_for_captions(context, model)
+    start_captioning(context, model)
     told = ended(context, "caption")
     assert "cannot be had" in told and "verdict copying" in told and "Traceback" not in told
     assert [path.name for path in folder.glob("*.txt")] == ["b.txt"]
 
 
 @pytest.mark.parametrize(
-    ("model", "told"), [("", "Say which model"), ("/no/where", "no folder"), ("~/no", "no folder")]
+    ("model", "told"), [("", "captioning model"), ("/no/where", "no folder"), ("~/no", "no folder")]
 )
 def test_no_model_is_asked_for_at_once(context: Context, folder: Path, model: str, told: str) -> None:
     with pytest.raises(SdloraError, match=told):
-        send_for_captions(context, model)
+        start_captioning(context, model)
     assert context.tasks.find("caption") is None
 
 
 def test_over_the_network_no_folder_elsewhere_is_read(context: Context, folder: Path, tmp_path: Path) -> None:
     closed = Context(Studio(context.studio.runs, any_folder=False), context.jobs, context.sampler)
     with pytest.raises(SdloraError, match="over the network"):
-        send_for_captions(closed, str(tmp_path))
+        start_captioning(closed, str(tmp_path))
 
 
 def test_it_can_be_stopped_and_what_was_written_stays(
     context: Context, folder: Path, sleepers: list[psutil.Process]
 ) -> None:
-    send_for_captions(context, "owner/model")
+    start_captioning(context, "owner/model")
     said = context.studio.logs / ".caption.log"
     assert said.read_text(encoding="utf-8") == f"started with caption {folder.absolute()} --model=owner/model\n"
     assert "Loading the model" in views.caption_task(context.tasks)
@@ -100,7 +100,7 @@ def test_it_can_be_stopped_and_what_was_written_stays(
 
 
 def test_a_killed_one_is_told(context: Context, folder: Path, sleepers: list[psutil.Process]) -> None:
-    send_for_captions(context, "owner/model")
+    start_captioning(context, "owner/model")
     (context.studio.logs / ".caption.log").write_text("")
     sleepers[0].kill()
     assert "died unexpectedly" in ended(context, "caption")
@@ -123,18 +123,18 @@ def test_what_is_uploaded_is_told_and_without_a_login_how_to_log_in(
     context: Context, done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background_tasks, "get_token", lambda: TOKEN)
-    assert files_of(context, "hero") == ["README.md", "hero.safetensors", "epochs/1/previews/p.png"]
+    assert files_to_upload(context, "hero") == ["README.md", "hero.safetensors", "epochs/1/previews/p.png"]
     monkeypatch.setattr(background_tasks, "get_token", lambda: None)
     with pytest.raises(SdloraError, match="hf auth login"):
-        files_of(context, "hero")
+        files_to_upload(context, "hero")
 
 
 def test_a_run_that_is_not_done_is_not_uploaded(context: Context, make_config: Callable[..., RunConfig]) -> None:
     write_state(context.studio, make_config("half"), status="stopped")
     with pytest.raises(SdloraError, match="is not done"):
-        files_of(context, "half")
+        files_to_upload(context, "half")
     with pytest.raises(SdloraError, match="No run is chosen"):
-        files_of(context, None)
+        files_to_upload(context, None)
 
 
 @pytest.mark.parametrize("words", ["", "hero", "a/b/c", "../x", "me/he ro", "--public", "me/x\n"])
@@ -142,7 +142,7 @@ def test_a_place_that_the_hub_does_not_know_is_refused(words: str) -> None:
     if words == "me/x\n":
         assert background_tasks._repository(words) == "me/x"
     else:
-        with pytest.raises(SdloraError, match="no place on the Hub"):
+        with pytest.raises(SdloraError, match="not a repository on the Hub"):
             background_tasks._repository(words)
 
 

@@ -13,7 +13,7 @@ from PIL import Image
 from sdlora.common.bundled import resolve_data_folder
 from sdlora.data.dataset import Source, load_dataset
 from sdlora.errors import SdloraError
-from sdlora.ui.pages.images import MOST_CARDS, cards_by_page
+from sdlora.ui.pages.images import MAX_CARDS, cards_by_page
 from sdlora.ui.state import image_set
 
 
@@ -113,11 +113,11 @@ def test_a_large_set_is_shown_in_parts(folder: Path) -> None:
     many = tuple(replace(card, name=f"{n:03}.png", severity="warning" if n % 7 == 0 else "fine") for n in range(500))
     pages = cards_by_page(image_set.SetView(folder, many, (), ()))
     assert next(iter(pages)) == "1 to 48 of 500" and list(pages)[-2:] == [
-        "481 to 500 of 500", "Those to look at: 72, the first 48"
+        "481 to 500 of 500", "With problems: 72, the first 48"
     ]  # fmt: skip
     parts = [part for name, part in pages.items() if "of 500" in name]
-    assert sum(parts, ()) == many and max(map(len, parts)) == MOST_CARDS
-    assert all(card.severity == "warning" for card in pages["Those to look at: 72, the first 48"])
+    assert sum(parts, ()) == many and max(map(len, parts)) == MAX_CARDS
+    assert all(card.severity == "warning" for card in pages["With problems: 72, the first 48"])
     assert list(cards_by_page(image_set.view(folder))) == ["1 to 3 of 3"]
     assert list(cards_by_page(image_set.SetView(folder, (), (), ())).values()) == [()]
 
