@@ -256,7 +256,7 @@ def test_refused_merge_leaves_no_file(checkpoint: Any, tmp_path: Path) -> None:
         merge_into(base_weights(base), base, good)
     tensors = load_file(base)
     for change, reason in (
-        ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(16, 9, 3, 3)}, "an inpainting checkpoint"),
+        ({"model.diffusion_model.input_blocks.0.0.weight": torch.ones(16, 9, 3, 3)}, "inpainting"),
         (
             {"model.diffusion_model.middle_block.0.in_layers.0.weight": None},
             "'mid_block.resnets.0.norm1",
@@ -270,7 +270,7 @@ def test_refused_merge_leaves_no_file(checkpoint: Any, tmp_path: Path) -> None:
         other.unlink()
     torn = tmp_path / "torn.safetensors"
     torn.write_bytes(base.read_bytes()[:-100])
-    with pytest.raises(BaseModelError, match="is truncated"):
+    with pytest.raises(BaseModelError, match=r"torn\.safetensors.*bytes"):
         base_weights(torn)
     with pytest.raises(BaseModelError, match="nowhere"):
         base_weights(tmp_path / "nowhere.safetensors")

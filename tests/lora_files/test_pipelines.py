@@ -62,7 +62,7 @@ def test_missing_or_plain_lora_is_refused(pipeline: Any, tmp_path: Path) -> None
     file, plain = tmp_path / "hero.safetensors", tmp_path / "plain.safetensors"
     save_lora(file, adapter.state(), metadata=replace(METADATA, timestep_rank=SETTING))
     save_lora(plain, adapter.state(), metadata=METADATA)
-    with pytest.raises(DataError, match="load_lora_weights first"):
+    with pytest.raises(DataError, match="load_lora_weights"):
         apply_timestep_rank(pipeline, file)
     pipeline.load_lora_weights(file, adapter_name="one")
     pipeline.load_lora_weights(plain, adapter_name="two")
