@@ -131,7 +131,7 @@ def weight_names(networks: Mapping[str, nn.Module]) -> dict[str, str]:
 
 
 def check_fit(
-    state: LoraState, layers: Iterable[tuple[str, Shape]], *, base: str, file: str = "the LoRA", hint: str = ""
+    state: LoraState, layers: Iterable[tuple[str, Shape]], *, base: str, file: str = "The LoRA", hint: str = ""
 ) -> None:
     """Refuse a LoRA that does not fit a base's layers.
 
