@@ -13,6 +13,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from sdlora.cli.options import JsonResult, Overrides
 from sdlora.common.quiet import quiet_libraries
 from sdlora.common.text import format_bytes, format_seconds, parse_bytes
 from sdlora.config.toml import load_config, parse_config
@@ -20,8 +21,6 @@ from sdlora.errors import ConfigError
 
 if TYPE_CHECKING:
     from sdlora.run.estimate import Estimate
-
-plan_app = typer.Typer()
 
 _PARTS = {
     "weights": "frozen weights",
@@ -33,14 +32,12 @@ _PARTS = {
 }
 
 
-@plan_app.command()
 def plan(
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG]", help="A TOML file, or a shipped one; or give --family.")
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A TOML file, or a built-in configuration; or give --family."),
     ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="SECTION.KEY=VALUE", help="Change one setting; repeatable.")
-    ] = None,
+    set_: Overrides = None,
     family: Annotated[
         Literal["sd1", "sd2", "sdxl"] | None, typer.Option(help="A model family instead; needs no weights.")
     ] = None,
@@ -53,7 +50,7 @@ def plan(
     memory: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory to fit into, such as 8GiB; default: what is free here.")
     ] = None,
-    json_: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    json_: JsonResult = False,
 ) -> None:
     """Estimate what a run needs: memory, parameters, steps, time and disk space. Nothing is trained."""
     try:

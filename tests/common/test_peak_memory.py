@@ -1,4 +1,4 @@
-"""Peak memory is that since the measurement began."""
+"""Peak memory since the measurement began."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from sdlora.common.peak_memory import PeakMemory
 MIB = 2**20
 
 
-@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells it")
-def test_it_sees_what_was_held_meanwhile_and_forgets_what_was_before() -> None:
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux reports it")
+def test_peak_memory_includes_freed_memory_until_the_next_measurement() -> None:
     first = PeakMemory()
     before = first.num_bytes()
     if before is None:
