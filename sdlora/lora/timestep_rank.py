@@ -16,6 +16,8 @@ from torch.utils.hooks import RemovableHandle
 
 from sdlora.errors import DataError
 
+_NUM_TIMESTEPS = 1000
+
 
 @dataclass(frozen=True)
 class TimestepRank:
@@ -55,28 +57,26 @@ def timestep_rank_in(metadata: Mapping[str, str], file: str) -> TimestepRank | N
     return setting
 
 
-def active_ranks(timesteps: Tensor, rank: int, rank_min: int, alpha: float, num_timesteps: int = 1000) -> Tensor:
+def active_ranks(timesteps: Tensor, rank: int, setting: TimestepRank) -> Tensor:
     """Number of ranks of each sample: floor(((T - t) / T)^alpha (r - r_min)) + r_min.
 
     Args:
-        timesteps: t in [0, T - 1], (B,).
-        rank: r.
-        rank_min: r_min, in [1, r].
-        alpha: Above 0.
-        num_timesteps: T.
+        timesteps: t in [0, T - 1], (B,), where T is 1000.
+        rank: r, at least r_min.
+        setting: r_min and alpha.
 
     Returns:
         Integers in [r_min, r], (B,).
 
     Source: Soboleva et al. 2507.05964, equation 5.
     """
-    share = ((num_timesteps - timesteps.double()) / num_timesteps) ** alpha
-    return torch.floor(share * (rank - rank_min)).long() + rank_min
+    share = ((_NUM_TIMESTEPS - timesteps.double()) / _NUM_TIMESTEPS) ** setting.alpha
+    return torch.floor(share * (rank - setting.rank_min)).long() + setting.rank_min
 
 
 def rank_mask(timesteps: Tensor, rank: int, setting: TimestepRank) -> Tensor:
     """The mask of each sample's first ranks that are in use, (B, r) float32 of ones and zeros."""
-    active = active_ranks(timesteps, rank, setting.rank_min, setting.alpha)
+    active = active_ranks(timesteps, rank, setting)
     return (torch.arange(rank, device=timesteps.device) < active[:, None]).float()
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -155,20 +155,16 @@ def differences(fine_tuned: BaseWeights, base: BaseWeights) -> tuple[Iterator[tu
                 f"one and {theirs[name].shape} in the other."
             )
     with _reading() as read:
-        changed = [name for name in ours if not _same(read(ours[name]), read(theirs[name]))]
+        changed = [name for name in ours if not torch.equal(read(ours[name]).float(), read(theirs[name]).float())]
     layers = {name: layer for layer, name in base.layers.items()}
-    found = {layers[name]: (ours[name], theirs[name]) for name in changed if name in layers}
-    return _each(found), [name for name in changed if name not in layers]
 
+    def subtracted() -> Iterator[tuple[str, Tensor]]:
+        with _reading() as read:
+            for name in changed:
+                if name in layers:
+                    yield layers[name], read(ours[name]).float() - read(theirs[name]).float()
 
-def _each(pairs: Mapping[str, tuple[Place, Place]]) -> Iterator[tuple[str, Tensor]]:
-    with _reading() as read:
-        for layer, (one, other) in pairs.items():
-            yield layer, read(one).float() - read(other).float()
-
-
-def _same(one: Tensor, other: Tensor) -> bool:
-    return torch.equal(one.float(), other.float())
+    return subtracted(), [name for name in changed if name not in layers]
 
 
 def _single(base: BaseWeights) -> dict[str, Place]:

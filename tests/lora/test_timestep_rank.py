@@ -13,7 +13,7 @@ SETTING = TimestepRank(2, 1.5)
 
 @pytest.mark.parametrize(("rank", "lowest", "alpha"), [(8, 1, 1.0), (64, 32, 1.0), (16, 4, 0.5), (5, 5, 2.0)])
 def test_active_ranks_equal_equation_5(rank: int, lowest: int, alpha: float) -> None:
-    found = active_ranks(torch.arange(1000), rank, lowest, alpha)
+    found = active_ranks(torch.arange(1000), rank, TimestepRank(lowest, alpha))
     expected = [math.floor(((1000 - t) / 1000) ** alpha * (rank - lowest)) + lowest for t in range(1000)]
     assert found.tolist() == expected
     assert (found[0].item(), found[999].item()) == (rank, lowest)
