@@ -25,9 +25,10 @@ from sdlora.errors import SdloraError
 from sdlora.estimate.timing import step_seconds
 from sdlora.events import saved_as, to_json
 from sdlora.previews.sampler import draw
+from sdlora.run.arguments import Arguments
 from sdlora.run.base_pool import BasePool, forget_accelerator
 from sdlora.run.folder import RunFolder
-from sdlora.run.setup import Parts, prepare
+from sdlora.run.setup import RunContext, prepare
 
 
 @dataclass(frozen=True)
@@ -110,31 +111,31 @@ def estimate_jobs(jobs: Sequence[Job], folder: Path) -> list[JobEstimate]:
 def _try(name: str, config: RunConfig, folder: Path, bases: BasePool) -> JobEstimate:
     forget_accelerator()
     peak = PeakMemory()
-    parts = prepare(config, RunFolder(folder, name), bases)
+    context = prepare(Arguments(config), RunFolder(folder, name), bases)
     try:
-        trainer = parts.trainer
+        trainer = context.trainer
         return JobEstimate(
             job=name,
             fault=None,
-            images=len(parts.data.dataset.examples),
+            images=len(context.data.dataset.examples),
             exposures=config.data.repeats_range[1] * config.train.epochs,
             steps=trainer.total_steps,
             training_seconds=trainer.total_steps * step_seconds(trainer, config.data.background),
-            preview_seconds=(config.train.epochs + 1) * _preview_seconds(parts),
+            preview_seconds=(config.train.epochs + 1) * _preview_seconds(context),
             peak_memory_bytes=peak.num_bytes(),
         )
     finally:
-        parts.adapter.remove()
+        context.adapter.remove()
 
 
-def _preview_seconds(parts: Parts) -> float:
+def _preview_seconds(context: RunContext) -> float:
     """All previews of an epoch: what an image costs by itself, and what each denoising step adds."""
-    if parts.previews is None:
+    if context.previews is None:
         return 0.0
-    wanted, taken, num_drawn = parts.previews.wanted(), [], 1
+    wanted, taken, num_drawn = context.previews.wanted(), [], 1
     for num_steps in (1, 1, 3):  # the first one warms up
         start = time.monotonic()
-        num_drawn = len(next(draw(parts.base, replace(parts.previews, num_steps=num_steps), wanted)))
+        num_drawn = len(next(draw(context.base, replace(context.previews, num_steps=num_steps), wanted)))
         taken.append(time.monotonic() - start)
     per_step = max(0.0, taken[2] - taken[1]) / 2
-    return (taken[1] + per_step * (parts.previews.num_steps - 1)) * len(wanted) / num_drawn
+    return (taken[1] + per_step * (context.previews.num_steps - 1)) * len(wanted) / num_drawn

@@ -14,7 +14,8 @@ from sdlora.errors import ConfigError
 from sdlora.events import EpochDone, Event, Notice
 from sdlora.lora_files.attach import attach
 from sdlora.lora_files.read import LoraFile
-from sdlora.run.setup import load, make_checker, preview_request, validation_measure
+from sdlora.run.arguments import Arguments
+from sdlora.run.setup import load, make_checker, make_validation, preview_request
 
 
 def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Event]:
@@ -33,10 +34,13 @@ def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Even
     """
     if not (config.preview.enabled and config.copycheck.enabled):
         raise ConfigError("A check draws previews and compares them: leave preview.enabled and copycheck.enabled true.")
-    loaded = load(config)
+    arguments = Arguments(config)
+    loaded = load(arguments)
     adapter = attach(loaded.base.unet, file, text_encoders=loaded.base.text_encoders)
-    validation = validation_measure(config, loaded, adapter)
-    checker = make_checker(config, loaded, adapter, preview_request(config, loaded.dataset), validation)
+    validation = make_validation(arguments, loaded, adapter)
+    checker = make_checker(
+        arguments, loaded, adapter, preview_request(config.preview, loaded.images.training), validation
+    )
     for message in loaded.notices:
         yield Notice(message)
     yield from checker.prepare(config.data.background)

@@ -1,6 +1,6 @@
-"""The images of a run: those that are trained, held out and preserved, read before the base and fitted to it.
+"""The images of a run: training, validation and prior images, read before the base model and fitted to it.
 
-Used by `parts`.
+The first stage of a run's setup; what is wrong with the images is found before anything is loaded.
 """
 
 from __future__ import annotations
@@ -8,8 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from sdlora.common.bundled import resolve_data_folder
-from sdlora.config.schema import RunConfig
-from sdlora.config.schema_data import TrainingSet
+from sdlora.config.schema_data import DataConfig, TrainingSet
 from sdlora.data.checks import examine_sizes, warnings_in_short
 from sdlora.data.dataset import Dataset, Source, load_dataset, load_mask_pixels
 from sdlora.data.masks import MaskKind
@@ -21,101 +20,102 @@ from sdlora.models.text import calls_of_other_files
 
 @dataclass(frozen=True)
 class Images:
-    """Everything that is looked at in a run.
+    """All images of a run.
 
     Attributes:
-        trained: The set.
-        heldout: Images that are never trained, or None.
-        preserved: Images of what the base is to keep, or None.
-        notices: What the user should know of them.
+        training: The training images.
+        validation: Images that are never trained, or None.
+        prior: Images of a folder for prior preservation, or None.
+        notices: What the user should know about them, a sentence each.
     """
 
-    trained: Dataset
+    training: Dataset
     validation: Dataset | None
     prior: Dataset | None
     notices: tuple[str, ...]
 
 
-def read_images(config: RunConfig) -> Images:
+def read_images(data: DataConfig, seed: int) -> Images:
     """Read and check all folders of a configuration.
 
+    Args:
+        data: The folders, and how they are read.
+        seed: The run's seed, for the images that are split off.
+
     Raises:
-        DataError: Any folder has faults.
-        ConfigError: A folder is named for two things.
+        DataError: A folder has faults.
+        ConfigError: A folder is named for two purposes.
     """
-    data = config.data
-    _refuse_one_folder_twice(config)
-    trained = _read(config, *data.sets, masks=data.masks)
-    validation = None if data.validation_set is None else _read(config, data.validation_set)
-    prior = None if data.prior_set is None else _read(config, data.prior_set)
+    _refuse_one_folder_twice(data)
+    training = _read(data, *data.sets, masks=data.masks)
+    validation = None if data.validation_set is None else _read(data, data.validation_set)
+    prior = None if data.prior_set is None else _read(data, data.prior_set)
     if validation is None and data.validation_split:
-        trained, validation = split_off(trained, config.seed)
-    _refuse_calls(trained, validation, prior)
-    notices = trained.notices
+        training, validation = split_off(training, seed)
+    _refuse_calls(training, validation, prior)
+    notices = training.notices
     if prior is not None:
-        # So that no name, and no noise that follows from it, is a trained image's.
+        # Their names, which noise depends on, must differ from those of training images.
         named = tuple(replace(example, name=f"preserved: {example.name}") for example in prior.examples)
-        notices += tuple(f"data.preservation_folder: {told}" for told in prior.notices)
+        notices += tuple(f"data.preservation_folder: {notice}" for notice in prior.notices)
         prior = replace(prior, examples=named)
-    return Images(trained, validation, prior, notices)
+    return Images(training, validation, prior, notices)
 
 
-def _read(config: RunConfig, *sets: TrainingSet, masks: MaskKind = "none") -> Dataset:
+def _read(data: DataConfig, *sets: TrainingSet, masks: MaskKind = "none") -> Dataset:
     return load_dataset(
         *(Source(resolve_data_folder(one.folder), one.name, one.caption, one.trigger, one.repeats) for one in sets),
-        allow_trigger_only=config.data.allow_trigger_only,
-        background=config.data.background,
+        allow_trigger_only=data.allow_trigger_only,
+        background=data.background,
         masks=masks,
     )
 
 
-def _refuse_one_folder_twice(config: RunConfig) -> None:
-    trained = [resolve_data_folder(one.folder).resolve() for one in config.data.sets]
+def _refuse_one_folder_twice(data: DataConfig) -> None:
+    training = [resolve_data_folder(one.folder).resolve() for one in data.sets]
     validation, prior = (
         None if folder is None else resolve_data_folder(folder).resolve()
-        for folder in (config.data.validation_folder, config.data.preservation_folder)
+        for folder in (data.validation_folder, data.preservation_folder)
     )
-    if len(set(trained)) < len(trained):
+    if len(set(training)) < len(training):
         raise ConfigError("data.sets names a folder twice. Name each once, and give it more repeats.")
-    if validation in trained:
+    if validation in training:
         raise ConfigError(
             "data.validation_folder is data.folder: images that are trained on cannot validate. Leave "
             "data.validation_folder unset to split a few images off, or name another folder."
         )
-    if prior is not None and prior in (*trained, validation):
+    if prior is not None and prior in (*training, validation):
         raise ConfigError(
-            "data.preservation_folder is trained as the set or held out, too. It takes images of what is beside your "
-            "subject: name another folder."
+            "data.preservation_folder is also a training or validation folder. Name a folder with images of what the "
+            "base model should keep, such as other subjects of the same class."
         )
 
 
-def fit_images(config: RunConfig, images: Images, base: BaseModel) -> Images:
-    """The same images in the sizes that the base is trained at, with what that brings to light.
+def fit_images(images: Images, base: BaseModel, data: DataConfig, batch_size: int) -> Images:
+    """The same images in the base model's training sizes, with more notices.
 
     Raises:
-        DataError: A mask's white is cropped away.
+        DataError: All white of a mask is cropped away.
     """
-    trained = _with_buckets(config, base, images.trained)
-    for example in trained.examples:
-        load_mask_pixels(example)  # an error now, rather than in the run's folder
-    # The validation loss is of whole images, as it is unweighted, so that it is one measure for all settings.
-    validation = None if images.validation is None else _with_buckets(config, base, images.validation.without_masks())
-    prior = None if images.prior is None else _with_buckets(config, base, images.prior)
-    found = _sizes(config, images.trained, trained) + _long_captions(base, trained)
-    return Images(trained, validation, prior, (*images.notices, *found))
+
+    def fitted(dataset: Dataset) -> Dataset:
+        return dataset.with_buckets(data.resolution_px or base.resolution_px, data.bucket_step_px, buckets=data.buckets)
+
+    training = fitted(images.training)
+    for example in training.examples:
+        load_mask_pixels(example)  # raises now, and not after the run's folder was made
+    # Validation is of whole images and unweighted, so that its loss compares across settings.
+    validation = None if images.validation is None else fitted(images.validation.without_masks())
+    prior = None if images.prior is None else fitted(images.prior)
+    notices = _sizes(images.training, training, batch_size) + _long_captions(base, training)
+    return Images(training, validation, prior, (*images.notices, *notices))
 
 
-def _with_buckets(config: RunConfig, base: BaseModel, dataset: Dataset) -> Dataset:
-    data = config.data
-    resolution_px = data.resolution_px or base.resolution_px
-    return dataset.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
-
-
-def _sizes(config: RunConfig, unassigned: Dataset, dataset: Dataset) -> list[str]:
+def _sizes(unassigned: Dataset, dataset: Dataset, batch_size: int) -> list[str]:
     sizes, buckets = ({e.name: e.bucket for e in data.examples} for data in (unassigned, dataset))
     found = examine_sizes(sizes, buckets)
-    # Batches of one have nothing to share a bucket with.
-    return warnings_in_short([f for f in found if f.kind != "lone bucket" or config.train.batch_size > 1])
+    # In batches of one, an image alone in its bucket loses nothing.
+    return warnings_in_short([f for f in found if f.kind != "lone bucket" or batch_size > 1])
 
 
 def _long_captions(base: BaseModel, dataset: Dataset) -> list[str]:
@@ -123,13 +123,13 @@ def _long_captions(base: BaseModel, dataset: Dataset) -> list[str]:
     if not long:
         return []
     return [
-        f"{len(long)} captions are longer than {base.max_tokens} tokens; their ends are not read. First: {long[0]}. "
-        "More windows of 75 are read with data.max_token_windows."
+        f"{len(long)} captions are longer than {base.max_tokens} tokens and are cut off there. First: {long[0]}. "
+        "To read more windows of 75 tokens, raise data.max_token_windows."
     ]
 
 
 def _refuse_calls(*datasets: Dataset | None) -> None:
-    """Refuse captions that call up other files: the words around them would be trained for what those files show."""
+    """Refuse captions that call up other files, whose content the words around them would be trained for."""
     faults = [
         f"  {example.name}: {calls[0]}"
         for dataset in datasets
@@ -138,6 +138,6 @@ def _refuse_calls(*datasets: Dataset | None) -> None:
     ]
     if faults:
         raise DataError(
-            "Captions call up a textual inversion or another network, which only other programs know. Write in words "
-            "what is to be seen:\n" + "\n".join(faults)
+            "Captions call up a textual inversion or another network, which sdlora does not load. Describe in words "
+            "what the image shows:\n" + "\n".join(faults)
         )

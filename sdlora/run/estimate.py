@@ -36,7 +36,7 @@ from sdlora.events import saved_as, to_json
 from sdlora.lora.quantize import num_weights
 from sdlora.run.arguments import Arguments
 from sdlora.run.folder import RunFolder
-from sdlora.run.setup import Parts, prepare
+from sdlora.run.setup import RunContext, prepare
 from sdlora.training.data import TrainingData, evaluation_data
 
 _SMALL_BASE = 100_000_000
@@ -107,12 +107,12 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
     with tempfile.TemporaryDirectory() as scratch:
         # Gradients take as long for any optimizer, and this machine need not have the run's.
         simple = {"cache.dir": scratch, "copycheck.enabled": False, "train.compile": False, "train.optimizer": "adamw"}
-        parts = prepare(with_values(config, simple), RunFolder(Path(scratch) / "run", "plan"))
-        inputs, examples = memory_inputs(parts, config), parts.data.dataset.examples
-        memory = _free_bytes(parts, inputs) if memory_bytes is None else memory_bytes
-        cache, steps, seconds = cache_bytes_of_run(parts, config), parts.trainer.total_steps, None
+        context = prepare(Arguments(with_values(config, simple)), RunFolder(Path(scratch) / "run", "plan"))
+        inputs, examples = memory_inputs(context, config), context.data.dataset.examples
+        memory = _free_bytes(context, inputs) if memory_bytes is None else memory_bytes
+        cache, steps, seconds = cache_bytes_of_run(context, config), context.trainer.total_steps, None
         with suppress(torch.OutOfMemoryError):  # the estimate says what to set
-            seconds = steps * step_seconds(parts.trainer, config.data.background)
+            seconds = steps * step_seconds(context.trainer, config.data.background)
     return _estimate(
         inputs,
         memory,
@@ -131,48 +131,48 @@ def _estimate(inputs: MemoryInputs, memory_bytes: int | None, **counts: Any) -> 
     return Estimate(**vars(needed), memory_bytes=memory_bytes, changes=changes, **counts)
 
 
-def memory_of_run(parts: Parts) -> tuple[int | None, int | None]:
+def memory_of_run(context: RunContext) -> tuple[int | None, int | None]:
     """The peak of memory and what the device has for it; None for base models so small that they fit anywhere."""
-    if num_weights(parts.base.unet) < _SMALL_BASE:
+    if num_weights(context.base.unet) < _SMALL_BASE:
         return None, None
-    inputs = memory_inputs(parts, parts.config)
-    return estimate_memory(inputs).peak_bytes, _free_bytes(parts, inputs)
+    inputs = memory_inputs(context, context.config)
+    return estimate_memory(inputs).peak_bytes, _free_bytes(context, inputs)
 
 
-def memory_inputs(parts: Parts, config: RunConfig) -> MemoryInputs:
+def memory_inputs(context: RunContext, config: RunConfig) -> MemoryInputs:
     """What the memory estimate of a run depends on.
 
     Args:
-        parts: Of the run.
-        config: Its configuration, from which that of `parts` may differ in what a step is timed with.
+        context: Of the run.
+        config: Its configuration, from which that of `context` may differ in what a step is timed with.
     """
-    on_cpu = parts.device.type == "cpu"
+    on_cpu = context.loaded.device.type == "cpu"
     return MemoryInputs(
         config,
         Arguments(config).adapter.spec,
-        shapes_of_base(parts.base),
-        parts.base.unet.dtype,
-        max((example.bucket for example in parts.data.dataset.examples), key=prod),
+        shapes_of_base(context.base),
+        context.base.unet.dtype,
+        max((example.bucket for example in context.data.dataset.examples), key=prod),
         # Cached tensors stay in the host's memory, which is the device's own on a CPU.
-        cached_bytes=_tensor_bytes(parts, config) if on_cpu else 0,
+        cached_bytes=_tensor_bytes(context, config) if on_cpu else 0,
         on_cpu=on_cpu,
-        text_is_live=not (parts.data.text_is_trained or parts.data.cache.keeps_text),
+        text_is_live=not (context.data.text_is_trained or context.data.cache.keeps_text),
     )
 
 
-def cache_bytes_of_run(parts: Parts, config: RunConfig) -> int:
+def cache_bytes_of_run(context: RunContext, config: RunConfig) -> int:
     """What a run keeps in the cache, at most; for `config` see `memory_inputs`."""
-    num_drawn = max(MIN_DRAWN, SIZE - len(parts.data.dataset.examples)) if _is_checked(config) else 0
-    return _tensor_bytes(parts, config) + image_bytes(num_drawn, parts.base.resolution_px)
+    num_drawn = max(MIN_DRAWN, SIZE - len(context.data.dataset.examples)) if _is_checked(config) else 0
+    return _tensor_bytes(context, config) + image_bytes(num_drawn, context.base.resolution_px)
 
 
-def _tensor_bytes(parts: Parts, config: RunConfig) -> int:
-    data, cache = parts.data, parts.data.cache
+def _tensor_bytes(context: RunContext, config: RunConfig) -> int:
+    data, cache = context.data, context.data.cache
     used: list[tuple[TrainingData, Iterable[Exposure] | None]] = [
-        (term.loss.data, term.schedule.timesteps) for term in parts.trainer.terms
+        (term.loss.data, term.schedule.timesteps) for term in context.trainer.terms
     ]
-    if parts.validation is not None:
-        used.append((parts.validation.data, None))
+    if context.validation is not None:
+        used.append((context.validation.data, None))
     if _is_checked(config):
         used.append((evaluation_data(data.dataset, cache, text_is_trained=data.text_is_trained), None))
     examples, captions = cached_content(used)
@@ -183,21 +183,21 @@ def _is_checked(config: RunConfig) -> bool:
     return config.copycheck.enabled and config.preview.enabled
 
 
-def check_disks(parts: Parts, *, resume: bool) -> None:
+def check_disks(context: RunContext, *, resume: bool) -> None:
     """Check that a run's folder and what it adds to the cache fit onto their disks.
 
     Args:
-        parts: Of the run.
+        context: Of the run.
         resume: Its cache is filled, and a part of its files is there.
 
     Raises:
         DiskFullError: They do not.
     """
-    num_previews = 0 if parts.previews is None else len(parts.previews.wanted())
-    written = run_folder_bytes(parts.config, parts.adapter, num_previews, parts.base.resolution_px)
-    needs = {"The run's folder": (parts.folder.path, max(0, written - bytes_in(parts.folder.path)))}
+    num_previews = 0 if context.previews is None else len(context.previews.wanted())
+    written = run_folder_bytes(context.config, context.adapter, num_previews, context.base.resolution_px)
+    needs = {"The run's folder": (context.folder.path, max(0, written - bytes_in(context.folder.path)))}
     if not resume:
-        needs["the cache"] = (parts.data.cache.folder, cache_bytes_of_run(parts, parts.config))
+        needs["the cache"] = (context.data.cache.folder, cache_bytes_of_run(context, context.config))
     check_disk_space(needs)
 
 
@@ -208,8 +208,8 @@ def device_memory(device: torch.device) -> int:
     return int(psutil.virtual_memory().available)
 
 
-def _free_bytes(parts: Parts, inputs: MemoryInputs) -> int:
+def _free_bytes(context: RunContext, inputs: MemoryInputs) -> int:
     """Memory for a run: what is free, and what its networks hold already; text encoders may wait elsewhere."""
-    networks = [parts.base.unet, *parts.base.text_encoders]
-    loaded = [network for network in networks if next(network.parameters()).device.type == parts.device.type]
-    return device_memory(parts.device) + num_bytes(*loaded) + (inputs.shapes.vae_bytes if inputs.on_cpu else 0)
+    networks = [context.base.unet, *context.base.text_encoders]
+    loaded = [network for network in networks if next(network.parameters()).device.type == context.loaded.device.type]
+    return device_memory(context.loaded.device) + num_bytes(*loaded) + (inputs.shapes.vae_bytes if inputs.on_cpu else 0)

@@ -25,39 +25,39 @@ from sdlora.lora_files.verify import verify_lora
 from sdlora.lora_files.write import LoraMetadata, add_metadata, save_lora
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.arguments import Arguments
-from sdlora.run.setup import Parts
+from sdlora.run.setup import RunContext
 
 THUMBNAIL_PX = 256
 # A quarter of what ComfyUI reads: names and shapes of all of SDXL take another third.
 MOST_PRIVATE_BYTES = 1 << 18
 
 
-def export_epoch(parts: Parts, event: EpochDone) -> None:
+def export_epoch(context: RunContext, event: EpochDone) -> None:
     """Write an epoch's LoRA, load it back through diffusers, and keep the figures beside it."""
-    file, state, config = parts.folder.epoch_lora(event.epoch), parts.adapter.state(), parts.config
+    file, state, config = context.folder.epoch_lora(event.epoch), context.adapter.state(), context.config
     dtype = DTYPES_BY_NAME[config.file.precision]
-    save_lora(file, state, metadata=_metadata(parts, event), spelling=config.file.format, dtype=dtype)
-    proof = verify_lora(file, state, parts.base.fresh_pipeline(), Arguments(config).timestep_rank, dtype)
+    save_lora(file, state, metadata=_metadata(context, event), spelling=config.file.format, dtype=dtype)
+    proof = verify_lora(file, state, context.base.fresh_pipeline(), Arguments(config).timestep_rank, dtype)
     write_json(file.with_name("proof.json"), asdict(proof))
 
 
-def _metadata(parts: Parts, event: EpochDone) -> LoraMetadata:
-    config = parts.config
+def _metadata(context: RunContext, event: EpochDone) -> LoraMetadata:
+    config = context.config
     return LoraMetadata(
-        name=parts.folder.name,
-        base=parts.base.path,
-        architecture=parts.base.architecture,
-        resolution_px=config.data.resolution_px or parts.base.resolution_px,
+        name=context.folder.name,
+        base=context.base.path,
+        architecture=context.base.architecture,
+        resolution_px=config.data.resolution_px or context.base.resolution_px,
         trigger=", ".join(config.data.triggers) or None,
         epoch=event.epoch,
         step=event.step,
-        started=parts.folder.config.stat().st_mtime,
+        started=context.folder.config.stat().st_mtime,
         settings={"seed": config.seed}
         | {name: getattr(config, name).model_dump() for name in ("lora", "train", "timesteps", "loss")},
         timestep_rank=Arguments(config).timestep_rank,
-        prediction_type=parts.base.prediction_type,
+        prediction_type=context.base.prediction_type,
         clip_skip=config.base.clip_skip,
-        private=captions_told(parts.data.dataset.examples) if config.file.include_captions else {},
+        private=captions_told(context.data.dataset.examples) if config.file.include_captions else {},
     )
 
 

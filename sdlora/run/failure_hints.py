@@ -14,16 +14,16 @@ from sdlora.config.schema import MAX_EPOCHS
 from sdlora.errors import OutOfMemoryError
 from sdlora.estimate.hints import Stage, out_of_memory_message
 from sdlora.run.folder import RunFolder
-from sdlora.run.setup import Parts
+from sdlora.run.setup import RunContext
 
 
 @contextmanager
-def hints_in(stage: Stage, parts: Parts) -> Iterator[None]:
+def hints_in(stage: Stage, context: RunContext) -> Iterator[None]:
     """Say what to set if the device runs out of memory inside the block.
 
     Args:
         stage: What the block does.
-        parts: Of the run.
+        context: Of the run.
 
     Raises:
         OutOfMemoryError: The device ran out of memory.
@@ -31,8 +31,8 @@ def hints_in(stage: Stage, parts: Parts) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        resolution_px = parts.config.data.resolution_px or parts.base.resolution_px
-        raise OutOfMemoryError(out_of_memory_message(parts.config, stage, resolution_px)) from error
+        resolution_px = context.config.data.resolution_px or context.base.resolution_px
+        raise OutOfMemoryError(out_of_memory_message(context.config, stage, resolution_px)) from error
 
 
 def diverged_message(message: str, folder: RunFolder) -> str:

@@ -54,7 +54,7 @@ def fill_cache(config: RunConfig, num_workers: int) -> Iterator[Notice | Progres
     Raises:
         SdloraError: Anything that is wrong with images, base or cache.
     """
-    loaded = load(config)
+    loaded = load(Arguments(config))
     for message in loaded.notices:
         yield Notice(message)
     examples, captions = _wanted(config, loaded)
@@ -95,16 +95,16 @@ def _wanted(config: RunConfig, loaded: Loaded) -> tuple[list[Example], list[str]
     """All images that a run meets, and every caption once: those of its exposures, and those of the copy check."""
     arguments, cache = Arguments(config), loaded.cache
     text_is_trained = arguments.text_is_trained
-    schedule = make_schedule(arguments.schedule, loaded.dataset)
+    schedule = make_schedule(arguments.schedule, loaded.images.training)
     asked: list[tuple[TrainingData, list[Exposure] | None]] = [
-        (training_data(arguments.captions, loaded.dataset, cache), list(schedule.timesteps)),
-        (evaluation_data(loaded.dataset, cache, text_is_trained=text_is_trained), None),
+        (training_data(arguments.captions, loaded.images.training, cache), list(schedule.timesteps)),
+        (evaluation_data(loaded.images.training, cache, text_is_trained=text_is_trained), None),
     ]
-    if loaded.prior is not None:
-        beside = schedule_prior_images(arguments.schedule, loaded.prior, schedule)
-        asked.append((training_data(arguments.captions, loaded.prior, cache), list(beside.timesteps)))
-    if loaded.validation is not None:
-        asked.append((evaluation_data(loaded.validation, cache, text_is_trained=text_is_trained), None))
+    if loaded.images.prior is not None:
+        beside = schedule_prior_images(arguments.schedule, loaded.images.prior, schedule)
+        asked.append((training_data(arguments.captions, loaded.images.prior, cache), list(beside.timesteps)))
+    if loaded.images.validation is not None:
+        asked.append((evaluation_data(loaded.images.validation, cache, text_is_trained=text_is_trained), None))
     examples, captions = cached_content(asked)
     return examples, [] if text_is_trained else captions
 
@@ -119,7 +119,7 @@ def _work(config: RunConfig, share: Share, num_threads: int, said: Queue[str | N
     quiet_libraries()
     torch.set_num_threads(num_threads)
     try:
-        device, dtype, _ = choose_device(config)
+        device, dtype, _ = choose_device(config.train.device, config.train.precision)
         cache = Cache(Path(config.cache.dir) if config.cache.dir else None, fresh_base(config, device, dtype))
         for _ in _fill(cache, share, config.data.background):
             said.put(None)

@@ -15,7 +15,7 @@ from sdlora.common.files import write_text
 from sdlora.copycheck.verdict import EpochCheck
 from sdlora.events import PlanMade
 from sdlora.run.export import presentable
-from sdlora.run.setup import Parts
+from sdlora.run.setup import RunContext
 
 MOST_SHOWN = 6
 _FAMILY_TAGS = {
@@ -25,20 +25,20 @@ _FAMILY_TAGS = {
 }
 
 
-def write_card(parts: Parts, plan: PlanMade, epoch: int) -> None:
+def write_card(context: RunContext, plan: PlanMade, epoch: int) -> None:
     """Write the card of a run that is done.
 
     Args:
-        parts: What it worked with.
+        context: What it worked with.
         plan: What it did, in numbers.
         epoch: Whose file is the run's.
     """
-    write_text(parts.folder.card, f"---\n{_front_matter(parts, epoch)}---\n\n{_body(parts, plan, epoch)}")
+    write_text(context.folder.card, f"---\n{_front_matter(context, epoch)}---\n\n{_body(context, plan, epoch)}")
 
 
-def _front_matter(parts: Parts, epoch: int) -> str:
-    config = parts.config
-    architecture = parts.base.architecture.split("/")[0]
+def _front_matter(context: RunContext, epoch: int) -> str:
+    config = context.config
+    architecture = context.base.architecture.split("/")[0]
     tags = ["text-to-image", "diffusers", "lora", "template:sd-lora", "sdlora"]
     data = ModelCardData(
         license=config.file.licence,
@@ -47,7 +47,7 @@ def _front_matter(parts: Parts, epoch: int) -> str:
         pipeline_tag="text-to-image",
         tags=[*tags, *([_FAMILY_TAGS[architecture]] if architecture in _FAMILY_TAGS else [])],
         instance_prompt=", ".join(config.data.triggers) or None,
-        widget=[{"text": prompt, "output": {"url": file}} for file, prompt in _shown(parts, epoch)] or None,
+        widget=[{"text": prompt, "output": {"url": file}} for file, prompt in _shown(context, epoch)] or None,
     )
     return str(data.to_yaml()) + "\n"
 
@@ -57,34 +57,36 @@ def _hub_id(base: str) -> str | None:
     return base if base.count("/") == 1 and not Path(base).expanduser().exists() else None
 
 
-def _shown(parts: Parts, epoch: int) -> list[tuple[str, str]]:
+def _shown(context: RunContext, epoch: int) -> list[tuple[str, str]]:
     """Previews, as paths in the run's folder, and their prompts."""
-    if parts.previews is None:
+    if context.previews is None:
         return []
-    folder = parts.folder.epoch(epoch)
-    found = presentable(parts.previews, folder, captions=parts.config.file.include_captions)[:MOST_SHOWN]
-    return [((folder / "previews" / file).relative_to(parts.folder.path).as_posix(), prompt) for file, prompt in found]
+    folder = context.folder.epoch(epoch)
+    found = presentable(context.previews, folder, captions=context.config.file.include_captions)[:MOST_SHOWN]
+    return [
+        ((folder / "previews" / file).relative_to(context.folder.path).as_posix(), prompt) for file, prompt in found
+    ]
 
 
-def _body(parts: Parts, plan: PlanMade, epoch: int) -> str:
-    config, name = parts.config, parts.folder.name
+def _body(context: RunContext, plan: PlanMade, epoch: int) -> str:
+    config, name = context.config, context.folder.name
     base = _hub_id(config.base.path)
     lines = [f"# {name}", ""]
-    known = f"[{base}](https://huggingface.co/{base})" if base else f"a base of the family {parts.base.architecture}"
+    known = f"[{base}](https://huggingface.co/{base})" if base else f"a base of the family {context.base.architecture}"
     lines += [f"A LoRA for {known}, trained with sdlora {sdlora.__version__}.", ""]
     if triggers := config.data.triggers:
         words = " or ".join(f"`{trigger}`" for trigger in triggers)
         lines += [f"Write {words} in the prompt.", ""]
-    lines += ["## Does it copy its training images?", "", _verdict(parts, epoch), ""]
-    lines += ["## Use", "", "```python", *_code(parts, base), "```", ""]
-    lines += ["## Training", "", *_facts(parts, plan, epoch), ""]
+    lines += ["## Does it copy its training images?", "", _verdict(context, epoch), ""]
+    lines += ["## Use", "", "```python", *_code(context, base), "```", ""]
+    lines += ["## Training", "", *_facts(context, plan, epoch), ""]
     if config.file.licence is None:
         lines += ["## Licence", "", "None was chosen. What the base's licence asks of models made from it holds.", ""]
     return "\n".join(lines)
 
 
-def _verdict(parts: Parts, epoch: int) -> str:
-    check = EpochCheck.read(parts.folder.epoch(epoch))
+def _verdict(context: RunContext, epoch: int) -> str:
+    check = EpochCheck.read(context.folder.epoch(epoch))
     if check is None:
         return "This was not checked."
     found, total = sum(match.significant for match in check.previews), len(check.previews)
@@ -94,26 +96,26 @@ def _verdict(parts: Parts, epoch: int) -> str:
     )
 
 
-def _code(parts: Parts, base: str | None) -> list[str]:
-    prompt = parts.previews.prompts[-1] if parts.previews is not None else ", ".join(parts.config.data.triggers)
+def _code(context: RunContext, base: str | None) -> list[str]:
+    prompt = context.previews.prompts[-1] if context.previews is not None else ", ".join(context.config.data.triggers)
     return [
         "from diffusers import AutoPipelineForText2Image",
         f"pipe = AutoPipelineForText2Image.from_pretrained({json.dumps(base or 'path/to/the/base')})",
-        f'pipe.load_lora_weights("path/to/this/folder", weight_name={json.dumps(parts.folder.lora.name)})',
+        f'pipe.load_lora_weights("path/to/this/folder", weight_name={json.dumps(context.folder.lora.name)})',
         f"image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]",
     ]
 
 
-def _facts(parts: Parts, plan: PlanMade, epoch: int) -> list[str]:
-    lora = parts.config.lora
+def _facts(context: RunContext, plan: PlanMade, epoch: int) -> list[str]:
+    lora = context.config.lora
     exposures = plan.exposures_per_image * epoch // plan.epochs
     seen = f"at most {exposures}" if len({one.repeats for one in plan.sets}) > 1 else str(exposures)
-    resolution_px = parts.config.data.resolution_px or parts.base.resolution_px
+    resolution_px = context.config.data.resolution_px or context.base.resolution_px
     return [
         f"- {plan.images} images of {resolution_px} px, each seen {seen} times until epoch {epoch} of "
         f"{plan.epochs}, whose file this is",
         f"- rank {lora.rank}, alpha {lora.alpha:g}, in {', '.join(lora.targets)}",
         f"- {plan.trained_parameters:,} parameters; the base stayed as it is",
-        f"- {parts.config.train.optimizer}, learning rate {parts.config.train.learning_rate:g}",
+        f"- {context.config.train.optimizer}, learning rate {context.config.train.learning_rate:g}",
         "- loaded back through diffusers and compared with the trained weights before it was given away",
     ]

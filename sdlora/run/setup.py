@@ -1,6 +1,6 @@
 """What a run works with, checked and loaded before anything is written.
 
-Used by `run`.
+The second step of a run, after its folder was checked; also used by estimates, the cache and the check of a file.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from accelerate import Accelerator
 
 from sdlora.cache.tensors import Cache
-from sdlora.config.schema import RunConfig
+from sdlora.config.schema import PreviewConfig, RunConfig
 from sdlora.copycheck.checker import Checker, Subject
 from sdlora.copycheck.embedders import load_embedders
 from sdlora.copycheck.null_distribution import make_gallery
@@ -26,7 +26,7 @@ from sdlora.models.load import load_base
 from sdlora.previews.prompts import novel_prompts
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.arguments import Arguments
-from sdlora.run.datasets import fit_images, read_images
+from sdlora.run.datasets import Images, fit_images, read_images
 from sdlora.run.folder import RunFolder
 from sdlora.training.adapter import make_adapter
 from sdlora.training.data import TrainingData, evaluation_data, training_data
@@ -35,72 +35,86 @@ from sdlora.training.trainer import Trainer
 from sdlora.training.validation import Validation
 
 BaseSource = Callable[[RunConfig, torch.device, torch.dtype], BaseModel]
-"""Where a run's base comes from; it has no adapter in it."""
+"""Where a run's base model comes from; it has no adapter in it."""
 
 HIGH_RANK = 32
 NUM_NOVEL = 3
 
 
-@dataclass
-class Parts:
-    """Everything a run works with, checked and loaded; `identity` is a hash of the base's UNet."""
-
-    config: RunConfig
-    folder: RunFolder
-    base: BaseModel
-    adapter: Adapter
-    data: TrainingData
-    prior: TrainingData | None
-    validation: Validation | None
-    trainer: Trainer
-    previews: PreviewRequest | None
-    checker: Checker | None
-    notices: list[str]
-    device: torch.device
-    precision: str
-    identity: str
-
-
-@dataclass
+@dataclass(frozen=True)
 class Loaded:
-    """The images and the base, before there is an adapter.
+    """Images and base model, before there is an adapter.
 
     Attributes:
         base: Its networks, without adapters.
         identity: A hash of its UNet.
-        dataset: The images, their buckets assigned.
-        heldout: Images that are never trained, or None.
-        preserved: Images of what the base is to keep, or None.
-        cache: Of latents, text states and what the copy check compares with.
-        notices: What the user should know.
-        device: Where the networks are.
-        precision: What the UNet computes in.
+        images: Their buckets assigned.
+        cache: Of latents, text embeddings and what the copy check compares with.
+        device: Where the UNet is.
+        precision: What it computes in, such as "bf16".
+        notices: What the user should know, a sentence each; grows until training starts.
     """
 
     base: BaseModel
     identity: str
-    dataset: Dataset
-    validation: Dataset | None
-    prior: Dataset | None
+    images: Images
     cache: Cache
-    notices: list[str]
     device: torch.device
     precision: str
+    notices: list[str]
+
+
+@dataclass(frozen=True)
+class RunContext:
+    """What the stages of a run share.
+
+    Attributes:
+        config: What the user asked for.
+        folder: Where the run's files go.
+        loaded: Images and base model.
+        trainer: Trains the adapter.
+        validation: Measures it on validation images, or None.
+        previews: What is drawn after every epoch, or None.
+        checker: Draws previews and checks whether they are copies, or None.
+    """
+
+    config: RunConfig
+    folder: RunFolder
+    loaded: Loaded
+    trainer: Trainer
+    validation: Validation | None
+    previews: PreviewRequest | None
+    checker: Checker | None
+
+    @property
+    def base(self) -> BaseModel:
+        """The base model, with the adapter in it."""
+        return self.loaded.base
+
+    @property
+    def adapter(self) -> Adapter:
+        """The adapter that is trained."""
+        return self.trainer.adapter
+
+    @property
+    def data(self) -> TrainingData:
+        """The training images."""
+        return self.trainer.data
 
 
 def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> BaseModel:
-    """The base of a configuration, loaded anew.
+    """Load the base model of a configuration.
 
     Args:
-        config: `base` is read, and whether its schedule ends in pure noise.
+        config: `base` is read, and whether the noise schedule ends in pure noise.
         device: Where to compute.
         dtype: The frozen UNet's type.
 
     Raises:
-        SdloraError: There is no such base, or it cannot be used that way.
+        SdloraError: There is no such base model, or it cannot be used that way.
     """
     if device.type == "cuda":
-        # VAE and text encoders stay in float32; beside a UNet of 16 bits their products need not be finer than TF32.
+        # VAE and text encoders stay in float32; beside a 16-bit UNet, TF32 is fine enough for their products.
         torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     base = load_base(config.base.path, device=device, dtype=dtype, options=Arguments(config).load_options)
     if config.loss.zero_terminal_snr:
@@ -108,87 +122,85 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
     return base
 
 
-def load(config: RunConfig, bases: BaseSource = fresh_base) -> Loaded:
-    """Check and load images and base.
+def load(arguments: Arguments, bases: BaseSource = fresh_base) -> Loaded:
+    """Check and load images and base model.
 
     Raises:
-        SdloraError: Anything that is wrong with them.
+        SdloraError: Anything is wrong with them.
     """
-    device, dtype, precision = choose_device(config)
-    # The images are looked at before the base is loaded, which may take minutes.
-    images = read_images(config)
+    config = arguments.config
+    device, dtype, precision = choose_device(config.train.device, config.train.precision)
+    # Images are checked before the base model is loaded, which may take minutes.
+    images = read_images(config.data, config.seed)
     base = bases(config, device, dtype)
-    images = fit_images(config, images, base)
+    images = fit_images(images, base, config.data, config.train.batch_size)
     return Loaded(
         base=base,
         # Before adapters change the names of the weights.
         identity=weights_identity(base.unet, base.unet.config),
-        dataset=images.trained,
-        validation=images.validation,
-        prior=images.prior,
+        images=images,
         cache=Cache(Path(config.cache.dir) if config.cache.dir else None, base),
-        notices=list(images.notices),
         device=device,
         precision=precision,
+        notices=list(images.notices),
     )
 
 
 def prepare(
-    config: RunConfig, folder: RunFolder, bases: BaseSource = fresh_base, processes: Processes = ALONE
-) -> Parts:
-    """Check and load everything that a configuration asks for.
+    arguments: Arguments, folder: RunFolder, bases: BaseSource = fresh_base, processes: Processes = ALONE
+) -> RunContext:
+    """Check and load everything that a run needs.
 
     Args:
-        config: What to do.
+        arguments: What to do.
         folder: The run's folder, which is not touched.
-        bases: Where the base comes from.
+        bases: Where the base model comes from.
         processes: Those that share every batch.
 
     Raises:
-        SdloraError: Anything that is wrong with the settings, the images or the base.
+        SdloraError: Anything is wrong with the settings, the images or the base model.
     """
-    arguments = Arguments(config)
-    loaded = load(config, bases)
-    base, notices = loaded.base, loaded.notices
-    adapter = make_adapter(arguments.adapter, base)
-    rank = max(config.lora.ranks())
-    if rank > HIGH_RANK:
-        notices.append(
-            f"Rank {rank} needs more memory and copies the training images more easily than "
-            f"rank 8 to {HIGH_RANK}. Compare a lower rank before you keep it."
-        )
-    data = training_data(arguments.captions, loaded.dataset, loaded.cache)
-    measured = validation_measure(config, loaded, adapter)
-    on_cpu = loaded.device.type == "cpu"
-    accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")
-    prior = None if loaded.prior is None else training_data(arguments.captions, loaded.prior, loaded.cache)
-    trainer = Trainer(arguments.training, base, adapter, data, accelerator, prior, processes)
-    notices += _unreached(trainer) + _limit_text_cache(trainer, loaded.cache, config.cache.max_text_gib)
-    if config.train.warmup_steps >= trainer.total_steps:
-        raise ConfigError(
-            f"train.warmup_steps = {config.train.warmup_steps} never ends in {trainer.total_steps} steps. "
-            "Choose a tenth of them or less, or raise data.repeats."
-        )
-    previews = preview_request(config, loaded.dataset) if config.preview.enabled else None
+    config = arguments.config
+    loaded = load(arguments, bases)
+    adapter = make_adapter(arguments.adapter, loaded.base)
+    trainer = _make_trainer(arguments, loaded, adapter, processes)
+    loaded.notices.extend(
+        [
+            *_high_rank(max(config.lora.ranks())),
+            *_unreached(trainer),
+            *_limit_text_cache(trainer, loaded.cache, config.cache.max_text_gib),
+        ]
+    )
+    validation = make_validation(arguments, loaded, adapter)
+    previews = preview_request(config.preview, loaded.images.training) if config.preview.enabled else None
     checker = None
     if previews is not None and config.copycheck.enabled:
-        checker = make_checker(config, loaded, adapter, previews, measured)
-    return Parts(
-        config=config,
-        folder=folder,
-        base=base,
-        adapter=adapter,
-        data=data,
-        prior=prior,
-        validation=measured,
-        trainer=trainer,
-        previews=previews,
-        checker=checker,
-        notices=notices,
-        device=loaded.device,
-        precision=loaded.precision,
-        identity=loaded.identity,
-    )
+        checker = make_checker(arguments, loaded, adapter, previews, validation)
+    return RunContext(config, folder, loaded, trainer, validation, previews, checker)
+
+
+def _make_trainer(arguments: Arguments, loaded: Loaded, adapter: Adapter, processes: Processes) -> Trainer:
+    images, on_cpu = loaded.images, loaded.device.type == "cpu"
+    data = training_data(arguments.captions, images.training, loaded.cache)
+    prior = None if images.prior is None else training_data(arguments.captions, images.prior, loaded.cache)
+    accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")
+    trainer = Trainer(arguments.training, loaded.base, adapter, data, accelerator, prior, processes)
+    warmup_steps = arguments.optimizer.warmup_steps
+    if warmup_steps >= trainer.total_steps:
+        raise ConfigError(
+            f"train.warmup_steps = {warmup_steps} never ends in {trainer.total_steps} steps. Choose a tenth of them or "
+            "less, or raise data.repeats."
+        )
+    return trainer
+
+
+def _high_rank(rank: int) -> list[str]:
+    if rank <= HIGH_RANK:
+        return []
+    return [
+        f"Rank {rank} needs more memory and copies the training images more easily than rank 8 to {HIGH_RANK}. Compare "
+        "a lower rank before you keep it."
+    ]
 
 
 def _unreached(trainer: Trainer) -> list[str]:
@@ -220,36 +232,40 @@ def _limit_text_cache(trainer: Trainer, cache: Cache, max_text_gib: float) -> li
 
 
 def make_checker(
-    config: RunConfig, loaded: Loaded, adapter: Adapter, previews: PreviewRequest, validation: Validation | None
+    arguments: Arguments, loaded: Loaded, adapter: Adapter, previews: PreviewRequest, validation: Validation | None
 ) -> Checker:
-    """The copy check of an adapter on the images that were loaded with its base.
+    """The copy check of an adapter against the images that were loaded with its base model.
 
-    A network that was asked for and cannot be had is told in the notices.
+    A network that was asked for and is not available is reported in the notices.
     """
-    gallery = make_gallery(loaded.dataset, loaded.validation, config.data.background)
+    config, images = arguments.config, loaded.images
+    gallery = make_gallery(images.training, images.validation, config.data.background)
     copycheck = config.copycheck
     embedders, missing = load_embedders(sscd=copycheck.sscd, dinov2=copycheck.dinov2, device=loaded.device)
     loaded.notices.extend(missing)
-    data = evaluation_data(loaded.dataset, loaded.cache, text_is_trained=Arguments(config).text_is_trained)
+    data = evaluation_data(images.training, loaded.cache, text_is_trained=arguments.text_is_trained)
     subject = Subject(adapter, data, validation, loaded.cache, loaded.identity, config.seed)
     return Checker(subject, previews, gallery, embedders)
 
 
-def validation_measure(config: RunConfig, loaded: Loaded, adapter: Adapter) -> Validation | None:
-    """What measures an adapter on the validation images, if there are any."""
-    if loaded.validation is None:
+def make_validation(arguments: Arguments, loaded: Loaded, adapter: Adapter) -> Validation | None:
+    """Measures an adapter on the validation images, if there are any."""
+    if loaded.images.validation is None:
         return None
-    data = evaluation_data(loaded.validation, loaded.cache, text_is_trained=Arguments(config).text_is_trained)
-    return Validation(data, adapter, config.seed)
+    data = evaluation_data(loaded.images.validation, loaded.cache, text_is_trained=arguments.text_is_trained)
+    return Validation(data, adapter, arguments.config.seed)
 
 
-def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
+def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype, str]:
     """The device to train on, the frozen UNet's type, and its name.
 
+    Args:
+        name: `train.device`.
+        precision: `train.precision`.
+
     Raises:
-        ConfigError: The device is not there, or fp16 is asked of a CPU.
+        ConfigError: The device is not available, or fp16 is set for a CPU.
     """
-    name = config.train.device
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -257,7 +273,6 @@ def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"train.device = {name!r} cannot be used here. Try 'auto', 'cpu' or 'cuda'.") from error
-    precision = config.train.precision
     if precision == "auto":
         fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
         precision = "bf16" if fast else "fp32"
@@ -267,11 +282,10 @@ def choose_device(config: RunConfig) -> tuple[torch.device, torch.dtype, str]:
     return device, dtype, precision
 
 
-def preview_request(config: RunConfig, dataset: Dataset) -> PreviewRequest:
-    """What is drawn: some captions of the set, then the user's prompts or new ones."""
-    preview = config.preview
+def preview_request(preview: PreviewConfig, dataset: Dataset) -> PreviewRequest:
+    """What is drawn: some captions of the dataset, then the user's prompts or generated ones."""
     captions = [example.prompt for example in dataset.examples]
-    # Spread over the set, which is in the order of its names.
+    # Spread over the dataset, which is sorted by name.
     number = min(preview.num_captions, len(captions))
     drawn = list(dict.fromkeys(captions[index * len(captions) // number] for index in range(number)))
     triggers = list(dict.fromkeys(example.trigger for example in dataset.examples))

@@ -238,11 +238,11 @@ class Bench:
 
 def _checker(drawn: RunConfig, compared: RunConfig) -> Checker:
     """What compares the previews of one run's settings with the images of another's."""
-    loaded = setup.load(compared)
+    loaded = setup.load(Arguments(compared))
     base = loaded.base
     adapter = make_adapter(Arguments(compared).adapter, base)
-    request = setup.preview_request(drawn, setup.load(drawn).dataset)
-    checker = setup.make_checker(compared, loaded, adapter, request, None)
+    request = setup.preview_request(drawn.preview, setup.load(Arguments(drawn)).images.training)
+    checker = setup.make_checker(Arguments(compared), loaded, adapter, request, None)
     deque(checker.prepare(compared.data.background), maxlen=0)
     return checker
 

@@ -65,9 +65,10 @@ def measure(folder: Path, base: Path) -> dict[str, Any]:
             pass
         figures[f"{name}_cache_seconds"] = time.process_time() - start
     start = time.process_time()
-    arguments, loaded = Arguments(config), load(config)
-    data = training_data(arguments.captions, loaded.dataset, loaded.cache)
-    for _ in data.fill(config.data.background, make_schedule(arguments.schedule, loaded.dataset).timesteps):
+    arguments = Arguments(config)
+    loaded = load(arguments)
+    data = training_data(arguments.captions, loaded.images.training, loaded.cache)
+    for _ in data.fill(config.data.background, make_schedule(arguments.schedule, loaded.images.training).timesteps):
         pass
     figures["load_seconds"] = time.process_time() - start
     start = time.process_time()

@@ -15,16 +15,17 @@ from sdlora.config.toml import load_config, parse_config
 from sdlora.estimate.meta_model import num_bytes, shapes_of_family
 from sdlora.events import PlanMade
 from sdlora.run import estimate
+from sdlora.run.arguments import Arguments
 from sdlora.run.folder import RunFolder
 from sdlora.run.run import start
-from sdlora.run.setup import Parts, prepare
+from sdlora.run.setup import RunContext, prepare
 from sdlora.training.train_step import TrainStep
 
 
-def prepared(folder: Path, overrides: list[str]) -> Parts:
+def prepared(folder: Path, overrides: list[str]) -> RunContext:
     source = folder / "mine.toml"
     source.write_text("[data]\ntrigger = 'zumi'\n")
-    return prepare(load_config(str(source), overrides), RunFolder(folder / "run", "mine"))
+    return prepare(Arguments(load_config(str(source), overrides)), RunFolder(folder / "run", "mine"))
 
 
 def test_estimate_counts_what_the_run_does(tmp_path: Path, overrides: list[str]) -> None:
@@ -85,7 +86,7 @@ def test_cached_tensors_count_as_memory_on_a_cpu(tmp_path: Path, overrides: list
     assert inputs.on_cpu
     assert inputs.cached_bytes == estimate.cache_bytes_of_run(parts, parts.config)
     assert inputs.size_px in {(40, 24), (32, 32)}
-    parts.device = torch.device("cuda")
+    parts = replace(parts, loaded=replace(parts.loaded, device=torch.device("cuda")))
     assert estimate.memory_inputs(parts, parts.config).cached_bytes == 0
 
 

@@ -28,6 +28,7 @@ from sdlora.events import (
     StepRehearsed,
 )
 from sdlora.pocket.world import random_scene, render
+from sdlora.run.arguments import Arguments
 from sdlora.run.folder import RunFolder
 from sdlora.run.run import Stopped, start
 from sdlora.run.setup import prepare
@@ -269,7 +270,9 @@ def test_previews_of_captions_call_the_trigger(tmp_path: Path, overrides: list[s
     run(tmp_path / "run", [*changes, "train.epochs=1"])
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "prompt05_seed0.png" in log
-    request = prepare(load_config(str(tmp_path / "hero.toml"), changes), RunFolder(tmp_path / "other", "hero")).previews
+    request = prepare(
+        Arguments(load_config(str(tmp_path / "hero.toml"), changes)), RunFolder(tmp_path / "other", "hero")
+    ).previews
     assert request is not None
     assert all(prompt.startswith("zumi, a ") for prompt in request.prompts[:3])
     assert request.kinds() == ["training"] * 3 + ["novel"] * 3

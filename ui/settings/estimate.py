@@ -35,9 +35,9 @@ def describe_run(config: RunConfig) -> list[str]:
         SdloraError: The images cannot be trained on.
     """
     data, train, repeats = config.data, config.train, config.data.repeats_range
-    images = read_images(config)
+    images = read_images(data, config.seed)
     resolution_px = data.resolution_px or base_resolution_px(config.base.path)
-    dataset = images.trained.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
+    dataset = images.training.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
     steps = len(make_schedule(Arguments(config).schedule, dataset).steps)
     seen, per_epoch = format_range(*(train.epochs * each for each in repeats)), format_range(*repeats)
     per_step = train.batch_size * train.gradient_accumulation_steps

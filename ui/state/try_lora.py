@@ -58,7 +58,7 @@ class LoraSampler:
             (sample.prompt,), (sample.seed,), preview.negative_prompt, preview.num_steps, preview.guidance
         )
         with self._lock:
-            device, dtype, _ = choose_device(config)
+            device, dtype, _ = choose_device(config.train.device, config.train.precision)
             base = self._bases(config, device, dtype)
             if lora is None:
                 return [_one(base, request) for _ in sample.strengths]
