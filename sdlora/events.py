@@ -1,6 +1,6 @@
-"""What happens in a run, as values: the only way that news leaves the trainer and the run.
+"""The events of a run, as values: the only output of the trainer and the run besides their files.
 
-The progress bar, `metrics.jsonl`, `state.json`, `--json` and the app read the same events.
+The progress bar, `metrics.jsonl`, `state.json`, `--json` and the studio read the same events.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def to_json(value: Any) -> Any:
 
 
 def fields_from_json(cls: type[DataclassInstance], document: Mapping[str, Any]) -> dict[str, Any]:
-    """A JSON object's entries by the fields' names, as keyword arguments; keys that no field has are left out."""
+    """Keyword arguments for a dataclass from a JSON object; unknown keys are ignored."""
     return {field.name: document[key_of(field)] for field in dataclasses.fields(cls) if key_of(field) in document}
 
 
@@ -57,7 +57,7 @@ class Event:
 
 @dataclass(frozen=True)
 class PlannedSet:
-    """One of several folders that are trained."""
+    """One data set of a run with several."""
 
     name: str
     images: int = field(metadata=saved_as("pictures"))
@@ -67,12 +67,12 @@ class PlannedSet:
 
 @dataclass(frozen=True)
 class PlanMade(Event):
-    """What the run is about to do, in numbers a person can check before it starts.
+    """The schedule of a run, for a person to check before it starts.
 
-    `split_off` names the validation images that were taken from the training folder itself. `repeats` and
-    `exposures_per_image` are the highest of several sets, which `sets` tells apart; it is empty for one folder.
-    `peak_bytes` is the most memory that is needed at once and `memory_bytes` what there is, both None for bases so
-    small that they fit anywhere. `previews` are drawn of the base and after every epoch.
+    `split_off` names the validation images that were taken from the training folder itself. With several sets,
+    `repeats` and `exposures_per_image` are the highest, and `sets` lists each; it is empty for one set. `peak_bytes` is
+    the estimated peak memory and `memory_bytes` the memory available, both None for base models so small that they fit
+    anywhere. `previews` is the number drawn of the base model and after every epoch.
     """
 
     name = "plan"
@@ -99,7 +99,7 @@ class PlanMade(Event):
 
 @dataclass(frozen=True)
 class Notice(Event):
-    """One sentence that the user should read; nothing stops."""
+    """A message that the user should read; the run continues."""
 
     name = "notice"
     message: str
@@ -107,7 +107,7 @@ class Notice(Event):
 
 @dataclass(frozen=True)
 class Progress(Event):
-    """How far a phase other than training is: "cache", "preview", "heldout", "export"."""
+    """Progress of a phase other than training, such as "previews" or "cache pictures"."""
 
     name = "progress"
     phase: str
@@ -117,7 +117,7 @@ class Progress(Event):
 
 @dataclass(frozen=True)
 class StepRehearsed(Event):
-    """What a step takes was measured before the first one, so that the time left can be told."""
+    """The duration of a step, measured before training so that the time left can be estimated."""
 
     name = "rehearsal"
     seconds: float
@@ -125,7 +125,7 @@ class StepRehearsed(Event):
 
 @dataclass(frozen=True)
 class StepDone(Event):
-    """One optimizer step. Lists hold one entry per image that the step saw."""
+    """One optimizer step. Lists hold one entry per image of the batch."""
 
     name = "step"
     epoch: int
@@ -146,9 +146,9 @@ class EpochDone(Event):
     Bands are [0, 200), [200, 400), [400, 600), [600, 800) and [800, 1000) of the timesteps.
 
     Attributes:
-        train_bands: Training loss by band; None for a band that no exposure of the epoch fell into.
-        heldout_bands: Validation loss by band.
-        heldout_change: Validation loss by band with the adapter on minus off; below 0 where it helps.
+        train_bands: Training loss by band; None for a band without any exposure in the epoch.
+        validation_bands: Validation loss by band.
+        validation_change: Validation loss by band, with the adapter minus without; below 0 where it helps.
     """
 
     name = "epoch"
@@ -164,7 +164,7 @@ class EpochDone(Event):
 
 @dataclass(frozen=True)
 class CheckpointDue(Event):
-    """The trainer stands between two steps and its state may be saved."""
+    """The trainer is between two steps, so its state may be saved."""
 
     name = "checkpoint"
     epoch: int
@@ -173,7 +173,7 @@ class CheckpointDue(Event):
 
 @dataclass(frozen=True)
 class PreviewsDone(Event):
-    """The previews of an epoch are on the disk."""
+    """The previews of an epoch are saved."""
 
     name = "previews"
     epoch: int
@@ -186,15 +186,15 @@ class CopyChecked(Event):
     """The previews of an epoch were compared with the training images.
 
     Attributes:
-        epoch: Which; 0 is the base.
+        epoch: 0 is the base model.
         verdict: "clean", "watch" or "copying".
         reason: One sentence.
-        share: Of the previews that match a training image more than chance explains, in [0, 1].
-        share_lower_bound: What that share is at least, with a confidence of 99.9 %.
-        false_alarm_rate: How often previews no more like the set than the null are called copying.
-        most_alike: The training image that a preview is most alike, and the preview's file.
-        similarity: How much they are alike, in [0, 1]; 1 is a copy.
-        seconds: What the check took.
+        share: The share of previews that significantly match a training image, in [0, 1].
+        share_lower_bound: Its lower confidence bound at 99.9 %.
+        false_alarm_rate: The probability of "copying" for previews that copy nothing.
+        most_similar: The training image with the best match, and the preview's file.
+        similarity: Their similarity, in [0, 1]; 1 is a copy.
+        seconds: The duration of the check.
     """
 
     name = "copycheck"
@@ -211,7 +211,7 @@ class CopyChecked(Event):
 
 @dataclass(frozen=True)
 class Exported(Event):
-    """A LoRA file was written and proven by loading it back through diffusers."""
+    """A LoRA file was written and verified by loading it back through diffusers."""
 
     name = "export"
     file: str
@@ -223,7 +223,7 @@ class Exported(Event):
 
 @dataclass(frozen=True)
 class RunDone(Event):
-    """The run ended as planned."""
+    """The run finished."""
 
     name = "done"
     file: str

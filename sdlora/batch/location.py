@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from sdlora.common.remote import Store, bring_set, is_url, work_folder
+from sdlora.common.remote import Store, download_set, is_url, work_folder
 
 LEDGER = "batch.json"
 _STOP = ".stop"  # no job can be named so
@@ -47,14 +47,14 @@ class Location:
         if not self._is_far:
             return self.folder / job
         told = re.compile(rf"metrics\.jsonl|epochs/{epoch}/(copycheck\.json|previews/.*)")
-        return bring_set(self.run(job), told.fullmatch)
+        return download_set(self.run(job), told.fullmatch)
 
     def fetch(self) -> None:
         """Bring the batch's record here, where another machine may have written it."""
         if self._is_far:
             (self.folder / LEDGER).unlink(missing_ok=True)
             if self._store.has(LEDGER):
-                self._store.bring({LEDGER: self.folder / LEDGER})
+                self._store.download({LEDGER: self.folder / LEDGER})
 
     def keep(self, *names: str) -> None:
         """Put files of the batch itself to its URL.
@@ -63,7 +63,7 @@ class Location:
             StoreError: The store does not answer.
         """
         for name in names if self._is_far else ():
-            self._store.put(self.folder / name, name)
+            self._store.upload(self.folder / name, name)
 
     def move_aside(self, job: str) -> str | None:
         """Keep a run that was made from other settings or images: nothing that a person waited for is deleted.

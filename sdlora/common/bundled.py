@@ -1,11 +1,14 @@
-"""Where the files that come with sdlora are, in a checkout and in an installed package alike."""
+"""The files shipped with sdlora, in a checkout and in an installed package alike.
+
+Used wherever a shipped configuration, sample set or the built-in base model is named.
+"""
 
 from __future__ import annotations
 
 import difflib
 from pathlib import Path
 
-from sdlora.common.remote import bring_set, is_url
+from sdlora.common.remote import download_set, is_url
 from sdlora.errors import ConfigError
 
 BUILTIN = "builtin:"
@@ -13,13 +16,13 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 def _folder(name: str) -> Path:
-    """A shipped folder: inside the installed package, or beside it in a checkout."""
+    """A shipped folder: inside the installed package, or next to it in a checkout."""
     inside = _PACKAGE / name
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
 def pocket_folder() -> Path:
-    """The built-in base, in diffusers' layout."""
+    """The built-in base model, in diffusers' layout."""
     return _PACKAGE / "pocket" / "weights"
 
 
@@ -29,7 +32,7 @@ def shipped_configs() -> list[str]:
 
 
 def shipped_config(name: str) -> Path | None:
-    """The file of a shipped configuration, or None if there is none of that name."""
+    """The file of a shipped configuration, or None if no configuration has that name."""
     return _folder("configs") / f"{name}.toml" if name in shipped_configs() else None
 
 
@@ -39,19 +42,19 @@ def shipped_sets() -> list[str]:
 
 
 def resolve_data_folder(text: str) -> Path:
-    """The folder that a setting means: "builtin:NAME" (or "builtin:NAME/holdout") is a shipped set, a URL is fetched.
+    """The local folder of a data setting: a path, "builtin:NAME" or "builtin:NAME/holdout", or a URL to download.
 
     Raises:
-        ConfigError: There is no such shipped set.
-        SdloraError: A URL cannot be used, or its store cannot be reached.
+        ConfigError: No shipped set has that name.
+        SdloraError: The URL is invalid, or its store cannot be reached.
     """
     if is_url(text):
-        return bring_set(text)
+        return download_set(text)
     if not text.startswith(BUILTIN):
         return Path(text).expanduser()
     name, _, part = text.removeprefix(BUILTIN).partition("/")
     if name not in shipped_sets() or part not in ("", "holdout"):
         near = difflib.get_close_matches(name, shipped_sets(), n=1)
         hint = f" Did you mean {BUILTIN}{near[0]}?" if near else ""
-        raise ConfigError(f"There is no shipped set {text!r}. There are: {', '.join(shipped_sets())}.{hint}")
+        raise ConfigError(f"No shipped set is named {text!r}. Available: {', '.join(shipped_sets())}.{hint}")
     return _folder("datasets") / name / part

@@ -1,6 +1,6 @@
-"""Writing files so that a reader, or a crash, only ever sees the old content or the new one.
+"""Atomic writes: a reader, or a crash, only ever sees the old content or the new one.
 
-A file is written beside its place under a temporary name, flushed to the disk and renamed.
+Used by everything that writes files. A file is written under a temporary name next to its target, flushed and renamed.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from sdlora.errors import DiskFullError, OutputError
 
 _TEMPORARY_MARK = ".sdlora-partial-"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-# Files of another machine's processes may lie in a shared folder, where this one cannot see whether they live.
+# In a shared folder, this machine cannot see whether another machine's processes are alive.
 _MACHINE = re.sub(r"\W", "", platform.node())[:40] or "here"
 
 
@@ -38,7 +38,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     """
     temporary = _temporary(path)
     try:
-        with naming_a_full_disk(path):
+        with disk_full_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
             _sync(temporary)
@@ -50,18 +50,18 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def atomic_folder(path: Path) -> Iterator[Path]:
-    """Yield a temporary folder; it becomes `path` when the block ends without an error, and is gone otherwise.
+    """Yield a temporary folder; rename it to `path` when the block ends without an error, delete it otherwise.
 
     Raises:
-        OutputError: `path` is there already.
+        OutputError: `path` exists.
         DiskFullError: The disk is full.
     """
     if path.exists():
-        raise OutputError(f"{path} exists already. Give another name, or move it away.")
+        raise OutputError(f"{path} already exists. Choose another name, or move it away.")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = _temporary(path)
     try:
-        with naming_a_full_disk(path):
+        with disk_full_errors(path):
             temporary.mkdir()
             yield temporary
             for file in temporary.rglob("*"):
@@ -73,8 +73,8 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def naming_a_full_disk(path: Path) -> Iterator[None]:
-    """Turn what a full disk makes of writing `path` in the block into an error that says so.
+def disk_full_errors(path: Path) -> Iterator[None]:
+    """Turn the errors of a full disk while `path` is written in the block into a `DiskFullError`.
 
     Raises:
         DiskFullError: The disk is full.
@@ -82,24 +82,24 @@ def naming_a_full_disk(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        # safetensors has no other way to tell it.
+        # safetensors reports it only in the message.
         full = "os error 28" in str(error) if isinstance(error, SafetensorError) else error.errno in _FULL
         if full:
-            raise DiskFullError(f"No room left on the disk to write {path}. Free some space and try again.") from error
+            raise DiskFullError(f"No disk space left to write {path}. Free some space and try again.") from error
         raise
 
 
 def _temporary(path: Path) -> Path:
-    """A name that no other machine, process or thread gives."""
-    # A name has at most 255 bytes, and the mark takes some of them.
+    """A name that no other machine, process or thread uses."""
+    # A file name has at most 255 bytes, including the mark.
     stem = path.name.encode("utf-8")[:150].decode("utf-8", errors="ignore")
     return path.with_name(f".{stem}{_TEMPORARY_MARK}{_MACHINE}-{os.getpid()}-{threading.get_ident()}")
 
 
 def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Flush a file, or a folder's entries, to the disk."""
     if path.is_dir() and os.name != "posix":
-        return  # Windows opens no folders
+        return  # Windows cannot open folders
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -130,14 +130,14 @@ def sha256(path: Path) -> str:
 
 
 def is_partial(path: Path) -> bool:
-    """Whether a path has the name of a file that is not written to its end."""
+    """Whether a path is named as an unfinished write."""
     return path.name.startswith(".") and _TEMPORARY_MARK in path.name
 
 
 def remove_partial(folder: Path) -> list[Path]:
-    """Delete what interrupted writes left behind under `folder`; returns what was deleted.
+    """Delete what interrupted writes left under `folder`, and return the deleted paths.
 
-    Files of processes that live, and of other machines, stay: a cache is shared.
+    Files of live processes and of other machines stay, because a cache may be shared.
     """
     leftovers = [path for path in sorted(folder.rglob(f".*{_TEMPORARY_MARK}*")) if not _is_being_written(path)]
     for leftover in leftovers:
@@ -149,11 +149,11 @@ def remove_partial(folder: Path) -> list[Path]:
 
 
 def _is_being_written(partial: Path) -> bool:
-    machine, _, numbers = partial.name.rpartition(_TEMPORARY_MARK)[2].partition("-")
-    if not numbers:
-        return False  # by a version that told no machine
+    machine, _, ids = partial.name.rpartition(_TEMPORARY_MARK)[2].partition("-")
+    if not ids:
+        return False  # written by a version that did not name the machine
     if machine != _MACHINE:
         return True  # another machine's
-    pid = int(numbers.partition("-")[0])
-    # Of this process nothing is open where this is asked, so that its number was another's before.
+    pid = int(ids.partition("-")[0])
+    # This process writes nothing while this is called, so a file with its ID is from an earlier process.
     return pid != os.getpid() and psutil.pid_exists(pid)

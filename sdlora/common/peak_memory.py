@@ -22,7 +22,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             return
         try:
-            (_PROC / "clear_refs").write_text("5")  # Linux: the high-water mark falls to what is resident now
+            (_PROC / "clear_refs").write_text("5")  # Linux: resets the high-water mark to what is resident now
             self._resets = True
         except OSError:
             pass

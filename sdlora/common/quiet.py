@@ -1,4 +1,4 @@
-"""Other libraries' chatter kept out of an artist's terminal.
+"""Silences other libraries' warnings and progress bars in the terminal.
 
 Called before the first of them is imported.
 """
@@ -28,5 +28,5 @@ def quiet_libraries() -> None:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one of its run that speaks: a launcher of several numbers them."""
+    """Whether this process reports for its run: launchers of several processes set RANK."""
     return os.environ.get("RANK", "0") == "0"

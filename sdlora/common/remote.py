@@ -1,6 +1,6 @@
-"""Images and runs at a URL (S3, GCS, whatever fsspec has a driver for): brought here, and mirrored there.
+"""Data sets and runs at a URL (S3, GCS, any store with an fsspec driver): downloaded here, and mirrored there.
 
-The only place that knows of URLs: everything else works in the local folders that it gives.
+The only module that handles stores; everything else works in the local folders that it returns.
 """
 
 from __future__ import annotations
@@ -26,58 +26,60 @@ from sdlora.events import Event, Notice
 
 _URL = re.compile(r"[a-z][a-z0-9+.-]+://")
 _AT_ONCE = 64
-# A run's number, by which its local folder is found again.
+# Holds the run's ID, which names its local folder.
 _MARK = "mirror.json"
 _CONFIG = "config.toml"
-# What makes a checkpoint whole (`sdlora.training.checkpoint`): it goes last, and is taken away first.
+# Marks a complete checkpoint (`sdlora.training.checkpoint`): uploaded last and deleted first.
 _LAST = "complete.json"
 _STEP = re.compile(rf"checkpoints/step-(\d+)/{_LAST}")
 _LOCK = re.compile(r"(run|batch)\.lock")
 
 
 def is_url(text: str) -> bool:
-    """Whether a setting names a place in a store rather than on the disk."""
+    """Whether a setting names a location in a store rather than on the disk."""
     return _URL.match(text) is not None
 
 
 def check_url(url: str) -> None:
-    """See that a URL can be written down anywhere.
+    """Check that a URL can be stored in files that are shared.
 
     Raises:
-        ConfigError: It holds a password or a signature. The message does not repeat it.
+        ConfigError: It contains a password or a signature, which the message does not repeat, or is a web page.
     """
     parts = urlsplit(url)
     if parts.password is not None or parts.query or parts.fragment:
         raise ConfigError(
-            "A URL holds a password, a signature or other parameters, which would end up in files that are shared. "
-            "Write SCHEME://BUCKET/FOLDER alone, and leave credentials to the store's own settings (for S3 "
-            "~/.aws/credentials or AWS_ACCESS_KEY_ID)."
+            "The URL contains a password, a signature or other parameters, which would end up in shared files. Use "
+            "SCHEME://BUCKET/FOLDER alone, and put credentials in the store's own settings (for S3, ~/.aws/credentials "
+            "or AWS_ACCESS_KEY_ID)."
         )
     if parts.scheme in ("http", "https"):
-        raise ConfigError(f"{url} is a page, whose files cannot be listed. Give a store, such as s3://BUCKET/FOLDER.")
+        raise ConfigError(
+            f"{url} is a web page, whose files cannot be listed. Use a store, such as s3://BUCKET/FOLDER."
+        )
 
 
-def bring_set(url: str, wanted: Callable[[str], object] = bool) -> Path:
-    """A folder at a URL as a local one, under the hash of its listing; what is here already is not fetched again.
+def download_set(url: str, wanted: Callable[[str], object] = bool) -> Path:
+    """Download a folder at a URL into a local one named by the hash of its listing; local files are reused.
 
     Args:
-        url: Of the folder.
-        wanted: Whether a file, by its name in the folder, is to be brought; all are, if left out.
+        url: The folder's URL.
+        wanted: Selects files by their name in the folder; by default all.
 
     Raises:
-        ConfigError: The URL cannot be used.
-        DataError: Nothing is there.
-        StoreError: The store cannot be reached, or has no driver here.
+        ConfigError: The URL is invalid.
+        DataError: The folder is empty or does not exist.
+        StoreError: The store cannot be reached, or needs a driver that is not installed.
     """
     store = Store(url)
     files = {name: mark for name, mark in store.files().items() if wanted(name)}
     if not files:
-        raise DataError(f"There is nothing at {url}. Check the bucket and the folder.")
+        raise DataError(f"No files found at {url}. Check the bucket and the folder.")
     blobs = {name: _home() / "blobs" / _hash(store.url, name, mark) for name, mark in files.items()}
     folder = _home() / "sets" / _hash(store.url, *sorted(map(str, files.items())))
     if folder.is_dir():
         return folder
-    store.bring({name: blob for name, blob in blobs.items() if not blob.is_file()})
+    store.download({name: blob for name, blob in blobs.items() if not blob.is_file()})
     try:
         with atomic_folder(folder) as temporary:
             for name, blob in blobs.items():
@@ -88,38 +90,38 @@ def bring_set(url: str, wanted: Callable[[str], object] = bool) -> Path:
         if not folder.is_dir():
             raise
     except OutputError:
-        pass  # another process was faster, with the same files
+        pass  # another process was faster and wrote the same files
     return folder
 
 
 def open_run(output: str, *, resume: bool | None) -> tuple[Path, Callable[[Iterator[Event]], Iterator[Event]]]:
-    """Where a run works, and what its events pass through.
+    """The local folder of a run, and a filter for its events that mirrors the folder to a URL.
 
     Args:
         output: A folder or a URL.
-        resume: Whether the run goes on, None for going on if there is one; from a URL it is brought here first, unless
-            it is here and further.
+        resume: Whether to resume the run; None resumes it if there is one. A run at a URL is downloaded first, unless
+            the local copy is further.
 
     Raises:
-        ConfigError: The URL cannot be used.
-        OutputError: A run is there already, or none that could go on, or other files are.
-        StoreError: The store cannot be reached, or has no driver here.
+        ConfigError: The URL is invalid.
+        OutputError: The URL already holds a run, none that can be resumed, or other files.
+        StoreError: The store cannot be reached, or needs a driver that is not installed.
     """
     if not is_url(output):
         return Path(output), lambda events: events
     if not is_main_process():
-        return _home() / "runs", lambda events: events  # where it touches nothing
+        return _home() / "runs", lambda events: events  # unused by these processes
     store = Store(output)
     there = store.files()
     folder = _run_of(store, there)
     begun = _CONFIG in there or (folder is not None and (folder / _CONFIG).is_file())
     if begun if resume is None else resume:
         if folder is None or not begun:
-            raise OutputError(f"There is no run to resume at {store.url}: it holds no {_CONFIG}.")
+            raise OutputError(f"There is no run to resume at {store.url}: it contains no {_CONFIG}.")
         mirror = _resumed(store, there, folder)
     elif begun:
         raise OutputError(
-            f"{store.url} already holds a run. Continue it with --resume, or choose another place with --output."
+            f"{store.url} already holds a run. Continue it with --resume, or choose another location with --output."
         )
     else:
         mirror = _begun(store, there)
@@ -127,7 +129,7 @@ def open_run(output: str, *, resume: bool | None) -> tuple[Path, Callable[[Itera
 
 
 def work_folder(store: Store) -> Path:
-    """The folder for what a batch at a URL writes; it need not be there."""
+    """The local folder of a batch at a URL; it need not exist."""
     return _home() / "batches" / _hash(store.url)
 
 
@@ -135,35 +137,37 @@ class Store:
     """A folder at a URL.
 
     Args:
-        url: Such as s3://BUCKET/FOLDER, whose credentials are the driver's own business; or the path of a local folder.
+        url: Such as s3://BUCKET/FOLDER, with credentials left to the driver; or the path of a local folder.
 
     Raises:
-        ConfigError: The URL cannot be used.
-        StoreError: There is no driver for it.
+        ConfigError: The URL is invalid.
+        StoreError: Its driver is not installed.
     """
 
     def __init__(self, url: str) -> None:
         if is_url(url):
             check_url(url)
         self.url = url.rstrip("/")
-        import fsspec  # only now, as few runs need it
+        import fsspec  # late, since few runs need it
         from fsspec.implementations.local import LocalFileSystem
 
         try:
             self._files, self._root = fsspec.core.url_to_fs(self.url)
         except ImportError as error:
-            raise StoreError(f"{self.url} needs a driver that is not installed ({error}). Use pip install.") from error
+            raise StoreError(
+                f"{self.url} needs a driver that is not installed ({error}). Install it with pip."
+            ) from error
         except ValueError as error:
-            raise ConfigError(f"{self.url} is of no kind of store that fsspec knows: {error}.") from error
+            raise ConfigError(f"fsspec does not know this kind of store: {self.url} ({error}).") from error
         self._is_disk = isinstance(self._files, LocalFileSystem)
 
     def files(self) -> dict[str, str]:
-        """All files in it by name, with what changes when they do (sizes, times, hashes); none if it is not there.
+        """All files by name, each with metadata that changes with it (size, time, hash); empty if there is no folder.
 
         Raises:
             DataError: A name leads out of the folder.
         """
-        with self._talking():
+        with self._store_errors():
             self._files.invalidate_cache()
             try:
                 found: dict[str, Any] = self._files.find(self._root, detail=True)
@@ -171,9 +175,9 @@ class Store:
                 return {}
         names = {path.removeprefix(self._root).lstrip("/"): info for path, info in found.items()}
         for name in names:
-            # Keys of a store are any text, and become paths here.
+            # A store's keys are arbitrary text, and become local paths.
             if ".." in re.split(r"[/\\]", name) or "\0" in name:
-                raise DataError(f"{self.url} holds {name!r}, which leads out of its folder. Delete or rename it.")
+                raise DataError(f"{self.url} contains {name!r}, which leads out of its folder. Delete or rename it.")
         return {
             name: json.dumps(info, sort_keys=True, default=str)
             for name, info in names.items()
@@ -182,17 +186,17 @@ class Store:
 
     def read(self, name: str) -> bytes:
         """A file's content."""
-        with self._talking():
+        with self._store_errors():
             return bytes(self._files.cat_file(self._path(name)))
 
     def write(self, name: str, content: bytes) -> None:
         """Write a small file."""
-        with self._talking():
+        with self._store_errors():
             self._files.makedirs(self._root, exist_ok=True)
             self._files.pipe_file(self._path(name), content)
 
-    def bring(self, targets: dict[str, Path]) -> None:
-        """Copy files from it, each whole or not at all."""
+    def download(self, targets: dict[str, Path]) -> None:
+        """Download files, each completely or not at all."""
         names = list(targets)
         for start in range(0, len(names), _AT_ONCE):
             some = names[start : start + _AT_ONCE]
@@ -200,7 +204,7 @@ class Store:
             for path in partial:
                 path.parent.mkdir(parents=True, exist_ok=True)
             try:
-                with self._talking():
+                with self._store_errors():
                     self._files.get([self._path(name) for name in some], list(map(str, partial)))
                 for path, name in zip(partial, some, strict=True):
                     path.replace(targets[name])
@@ -208,14 +212,14 @@ class Store:
                 for path in partial:
                     path.unlink(missing_ok=True)
 
-    def put(self, file: Path, name: str) -> None:
-        """Copy a file to it, whole or not at all."""
-        with self._talking():
+    def upload(self, file: Path, name: str) -> None:
+        """Upload a file, completely or not at all."""
+        with self._store_errors():
             target = self._path(name)
             folder = target.rpartition("/")[0]
             self._files.makedirs(folder, exist_ok=True)
             if not self._is_disk:
-                self._files.put_file(str(file), target)  # a store of objects shows each when it is whole
+                self._files.put_file(str(file), target)  # object stores show an object only when complete
                 return
             partial = f"{folder}/{_partial_name()}"
             try:
@@ -225,54 +229,54 @@ class Store:
                 Path(partial).unlink(missing_ok=True)
 
     def remove(self, name: str) -> None:
-        """Delete a file in it, if it is there."""
-        with self._talking(), contextlib.suppress(FileNotFoundError):
+        """Delete a file, if it exists."""
+        with self._store_errors(), contextlib.suppress(FileNotFoundError):
             self._files.rm_file(self._path(name))
 
     def has(self, name: str) -> bool:
-        """Whether there is a file or a folder of a name in it."""
-        with self._talking():
+        """Whether a file or a folder of this name exists."""
+        with self._store_errors():
             self._files.invalidate_cache()
             return bool(self._files.exists(self._path(name)))
 
     def move(self, name: str, target: str) -> None:
-        """Give a folder in it another name, which nothing in it has."""
-        with self._talking():
+        """Rename a folder to a name that is not in use."""
+        with self._store_errors():
             self._files.mv(self._path(name), self._path(target), recursive=True)
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{name}"
 
     @contextlib.contextmanager
-    def _talking(self) -> Iterator[None]:
+    def _store_errors(self) -> Iterator[None]:
         try:
             yield
         except Exception as error:
-            # A boundary: every driver has errors of its own, with no class in common.
+            # A boundary: drivers raise exceptions of their own, without a common base class.
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise StoreError(
-                f"{self.url} does not answer ({type(error).__name__}: {reason}). Check the network, the URL and the "
+                f"{self.url} cannot be reached ({type(error).__name__}: {reason}). Check the network, the URL and the "
                 "store's credentials."
             ) from error
 
 
 class Mirror:
-    """A local folder whose files are put to a URL when they are new or have changed.
+    """Uploads the files of a local folder to a URL when they are new or have changed.
 
     Args:
-        store: Where to.
-        folder: The local one.
-        there: Files at the URL with the state of the local ones that they are copies of, None where that is unknown.
+        store: The destination.
+        folder: The local folder.
+        there: Files at the URL with size and time of the local files they are copies of, None where unknown.
     """
 
     def __init__(self, store: Store, folder: Path, there: dict[str, tuple[int, int] | None]) -> None:
         self.folder, self._store, self._there = folder, store, there
 
     def watch(self, events: Iterator[Event]) -> Iterator[Event]:
-        """Pass events on, and mirror after each checkpoint and epoch and at the end.
+        """Pass events on, mirroring after each checkpoint and epoch and at the end.
 
         Raises:
-            StoreError: Files could not be put there in the end; they stay here.
+            StoreError: Files could not be uploaded by the end; they stay in the local folder.
         """
         seen, fault = self._stages(), None
         try:
@@ -282,38 +286,36 @@ class Mirror:
                     seen, before = now, fault
                     fault = self._try()
                     if fault and not before:
-                        yield Notice(f"{fault} The run goes on in {self.folder}; what is missing there is tried again.")
+                        yield Notice(
+                            f"{fault} The run continues in {self.folder}; missing files will be uploaded later."
+                        )
         except BaseException as error:
             if (fault := self._try()) is None:
                 raise
-            told = (
-                f"{fault} What the run has saved is in {self.folder}; resumed on this machine, it goes on from there."
-            )
+            message = f"{fault} The run's files are in {self.folder}; resume it on this machine to continue from there."
             if isinstance(error, SdloraError):
-                error.args = (f"{error} {told}",)
+                error.args = (f"{error} {message}",)
                 raise
-            raise StoreError(told) from error
+            raise StoreError(message) from error
         if (fault := self._try()) is not None:
-            raise StoreError(
-                f"{fault} The run is done and lies whole in {self.folder}; resume it here to put it there."
-            )
+            raise StoreError(f"{fault} The run is complete in {self.folder}; resume it on this machine to upload it.")
 
     def sync(self) -> None:
-        """Put what is new or has changed, and take away what is gone.
+        """Upload what is new or has changed, and delete what is gone.
 
         Raises:
-            StoreError: The store does not answer; the next call tries again.
+            StoreError: The store cannot be reached; the next call tries again.
         """
         here = _states(self.folder)
         changed = [name for name, state in here.items() if self._there.get(name) != state]
         gone = [name for name in self._there if name not in here and name != _MARK]
-        # A checkpoint is never whole at the URL while one of its files is not the right one.
+        # A checkpoint is never marked complete at the URL while one of its files is outdated.
         for name in [name for name in (*changed, *gone) if name.endswith(_LAST) and name in self._there]:
             self._store.remove(name)
             del self._there[name]
-        # First what says that there is a run, last what says that it can go on from a checkpoint.
+        # First the file that marks a run, last those that mark complete checkpoints.
         for name in sorted(changed, key=lambda name: (name.endswith(_LAST), name != _CONFIG)):
-            self._store.put(self.folder / name, name)
+            self._store.upload(self.folder / name, name)
             self._there[name] = here[name]
         for name in [name for name in gone if name in self._there]:
             self._store.remove(name)
@@ -327,27 +329,27 @@ class Mirror:
         return None
 
     def _stages(self) -> list[tuple[str, int]]:
-        """What is written when a checkpoint or an epoch is whole."""
+        """The files that are written when a checkpoint or an epoch is complete."""
         marks = [*self.folder.glob(f"checkpoints/*/{_LAST}"), *self.folder.glob("report.html")]
         return sorted((str(mark), mark.stat().st_mtime_ns) for mark in marks)
 
 
 def _begun(store: Store, there: dict[str, str]) -> Mirror:
     if there.keys() - {_MARK}:
-        raise OutputError(f"{store.url} is not empty. Choose a new place with --output.")
+        raise OutputError(f"{store.url} is not empty. Choose a new location with --output.")
     number = uuid.uuid4().hex
-    # A store that takes nothing is told before anything is trained.
+    # Fails before any training if the store is not writable.
     store.write(_MARK, json.dumps({"run": number}).encode())
     return Mirror(store, _home() / "runs" / number, {})
 
 
 def _resumed(store: Store, there: dict[str, str], folder: Path) -> Mirror:
-    # What could not be mirrored is here alone, and is further.
+    # If mirroring failed, the local copy is further.
     if (folder / _CONFIG).is_file() and _steps(_states(folder)) >= _steps(there):
         return Mirror(store, folder, dict.fromkeys(there))
     fresh = folder.with_name(f".{folder.name}.sdlora-partial-{uuid.uuid4().hex}")
     try:
-        store.bring({name: fresh / name for name in there})
+        store.download({name: fresh / name for name in there})
         shutil.rmtree(folder, ignore_errors=True)
         fresh.rename(folder)
     finally:
@@ -356,23 +358,23 @@ def _resumed(store: Store, there: dict[str, str], folder: Path) -> Mirror:
 
 
 def _run_of(store: Store, there: dict[str, str]) -> Path | None:
-    """The local folder of the run at a URL, whether it is here or not."""
+    """The local folder of the run at a URL, whether it exists or not."""
     if _MARK not in there:
         return None
     try:
         number = json.loads(store.read(_MARK))["run"]
         return _home() / "runs" / uuid.UUID(number).hex
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise OutputError(f"{store.url}/{_MARK} is none of sdlora's. Choose another --output.") from error
+        raise OutputError(f"{store.url}/{_MARK} was not written by sdlora. Choose another --output.") from error
 
 
 def _steps(names: Sequence[str] | dict[str, Any]) -> int:
-    """How far the newest whole checkpoint is; -1 without one."""
+    """The step of the newest complete checkpoint; -1 without one."""
     return max((int(match[1]) for name in names if (match := _STEP.fullmatch(name))), default=-1)
 
 
 def _states(folder: Path) -> dict[str, tuple[int, int]]:
-    """Size and time of all files that belong to a folder, by name."""
+    """Size and modification time of all files that belong to a run folder, by name."""
     found = {}
     for file in sorted(folder.rglob("*")):
         name = file.relative_to(folder)
@@ -397,5 +399,5 @@ def _hash(*texts: str) -> str:
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source, target)
-    except OSError:  # between two disks, or where there are no links
+    except OSError:  # across disks, or where links are not supported
         shutil.copyfile(source, target)

@@ -1,7 +1,7 @@
-"""Randomness as a function of counters: (seed, purpose, counters...) -> the same numbers, always and anywhere.
+"""Randomness as a function of (seed, purpose, counters...): the same values always and everywhere.
 
-Nothing in sdlora keeps a generator's state, so a resumed, a re-ordered and a distributed run draw the
-same noise for the same exposure of the same example, and a preview cannot disturb training.
+Used for every random draw. No generator state is kept, so a resumed, a reordered and a distributed run draw the same
+noise for the same exposure of the same example, and a preview cannot disturb training.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ Counter = int | str
 
 
 def derive(seed: int, purpose: str, *counters: Counter) -> int:
-    """Hash a seed, a purpose and counters to one number.
+    """Hash a seed, a purpose and counters to one integer.
 
     Args:
         seed: The run's seed, any integer.
-        purpose: What the numbers are for ("noise", "timestep", ...); different purposes are independent.
+        purpose: What is drawn ("noise", "timestep", ...); different purposes are independent.
         counters: Integers or strings that identify the draw, such as (example name, exposure).
 
     Returns:
@@ -36,17 +36,17 @@ def generator(seed: int, purpose: str, *counters: Counter) -> torch.Generator:
 
 
 def uniform(seed: int, purpose: str, *counters: Counter) -> float:
-    """One number, uniform in [0, 1)."""
-    # 53 bits fill a float64 exactly, so that 1.0 is never reached.
+    """One float64, uniform in [0, 1)."""
+    # 53 bits fill a float64's mantissa exactly, so 1.0 is never reached.
     return (derive(seed, purpose, *counters) >> 10) / (1 << 53)
 
 
 def normal(shape: Sequence[int], seed: int, purpose: str, *counters: Counter) -> torch.Tensor:
-    """Standard normal numbers, float32 on the CPU, of the given shape."""
+    """Standard normal values of the given shape, float32 on the CPU."""
     return torch.randn(tuple(shape), generator=generator(seed, purpose, *counters), dtype=torch.float32)
 
 
 def permutation(count: int, seed: int, purpose: str, *counters: Counter) -> list[int]:
-    """A random order of 0 .. count - 1."""
+    """A random permutation of 0 .. count - 1."""
     order: list[int] = torch.randperm(count, generator=generator(seed, purpose, *counters)).tolist()
     return order

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM as a wish to stop, so that what runs can save itself first."""
+"""Ctrl-C and SIGTERM as a request to stop, so that a run can save its state first.
+
+Used by the command line around everything that takes long.
+"""
 
 from __future__ import annotations
 
@@ -12,13 +15,13 @@ EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 
 @contextmanager
 def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], int | None]]:
-    """Turn the first Ctrl-C or SIGTERM into a wish to stop; the second one interrupts at once.
+    """Turn the first Ctrl-C or SIGTERM into a request to stop; the second one raises KeyboardInterrupt.
 
     Args:
-        say: Tells the user what happens next.
+        say: Called with a message for the user.
 
     Yields:
-        A function that gives the signal received so far, or None.
+        A function that returns the signal received so far, or None.
     """
     received: list[int] = []
 
@@ -26,7 +29,7 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], int | None
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        say("Stopping after this step; the checkpoint is saved. Once more stops at once.")
+        say("Stopping after this step and saving a checkpoint. Press Ctrl-C again to quit now.")
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

@@ -124,8 +124,8 @@ def _predict(data: TrainingData, indices: Sequence[int], seed: int) -> Tensor:
     alphas_cumprod = base.alphas_cumprod[timesteps]
     noisy = add_noise(torch.zeros_like(noise), noise, alphas_cumprod)
     text = {
-        name: states.to(base.device).repeat_interleave(len(probes), dim=0)
-        for name, states in data.text([(index, 1) for index in indices]).items()
+        name: embeddings.to(base.device).repeat_interleave(len(probes), dim=0)
+        for name, embeddings in data.text([(index, 1) for index in indices]).items()
     }
     clean = predicted_latents(base.prediction_type, noisy, base.predict(noisy, timesteps, text), alphas_cumprod)
     return clean.view(len(indices), len(probes), *shape)

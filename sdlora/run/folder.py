@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdlora.common.files import is_partial, naming_a_full_disk, write_json, write_text
+from sdlora.common.files import disk_full_errors, is_partial, write_json, write_text
 from sdlora.common.locks import Holder, hold, holder
 from sdlora.common.run_state import RunState, RunStatus, read_state
 from sdlora.errors import BusyError, DiskFullError, OutputError
@@ -134,7 +134,7 @@ class RunFolder:
         """
         with ExitStack() as held:
             try:
-                with naming_a_full_disk(self.path):
+                with disk_full_errors(self.path):
                     self.path.mkdir(parents=True, exist_ok=True)
                     held.enter_context(hold(self.lock, purpose))
             except BusyError as error:
@@ -235,5 +235,5 @@ class Recorder:
 
 
 def _append(path: Path, line: str) -> None:
-    with naming_a_full_disk(path), path.open("a", encoding="utf-8") as handle:
+    with disk_full_errors(path), path.open("a", encoding="utf-8") as handle:
         handle.write(line + "\n")

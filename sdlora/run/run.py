@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from sdlora.common.device_lock import device_lock, take_turns
-from sdlora.common.files import atomic_path, naming_a_full_disk, remove_partial
+from sdlora.common.files import atomic_path, disk_full_errors, remove_partial
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml
 from sdlora.copycheck.verdict import EpochCheck, read_checks, recommend
@@ -129,7 +129,7 @@ def _recorded(context: RunContext, resume: bool, should_stop: Callable[[], bool]
     recorder = Recorder(context.folder)
     try:
         # Where memory runs out in nothing else, it is in training.
-        with naming_a_full_disk(context.folder.path), hints_in("train", context):
+        with disk_full_errors(context.folder.path), hints_in("train", context):
             for event in _events(context, recorder, resume, should_stop, begin):
                 recorder.record(event)
                 yield event

@@ -6,7 +6,7 @@ from sdlora.common.bundled import resolve_data_folder, shipped_config, shipped_c
 from sdlora.errors import ConfigError
 
 
-def test_shipped_things_are_found_by_name() -> None:
+def test_shipped_files_are_found_by_name() -> None:
     assert "quickstart" in shipped_configs()
     assert (shipped_config("quickstart") or Path()).is_file()
     assert shipped_config("nothing") is None
@@ -16,12 +16,12 @@ def test_shipped_things_are_found_by_name() -> None:
         assert len(list(resolve_data_folder(f"builtin:{name}/holdout").glob("*.png"))) == 8
 
 
-def test_other_folders_are_the_users_own() -> None:
+def test_other_paths_are_returned_unchanged() -> None:
     assert resolve_data_folder("some/folder") == Path("some/folder")
     assert resolve_data_folder("~/x") == Path.home() / "x"
 
 
 @pytest.mark.parametrize("name", ["builtin:zumii", "builtin:zumi/../..", "builtin:../configs", "builtin:"])
-def test_unknown_sets_are_refused(name: str) -> None:
-    with pytest.raises(ConfigError, match="There are: blueprint, zumi"):
+def test_unknown_shipped_set_is_refused(name: str) -> None:
+    with pytest.raises(ConfigError, match="blueprint, zumi"):
         resolve_data_folder(name)

@@ -13,7 +13,7 @@ from sdlora.common import files
 from sdlora.errors import DiskFullError, OutputError
 
 
-def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
+def test_failed_write_leaves_only_the_old_file(tmp_path: Path) -> None:
     target = tmp_path / "state.json"
     files.write_json(target, {"step": 1})
     with pytest.raises(RuntimeError), files.atomic_path(target) as temporary:
@@ -23,7 +23,7 @@ def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> 
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_a_full_disk_has_its_own_error(tmp_path: Path) -> None:
+def test_full_disk_raises_disk_full_error(tmp_path: Path) -> None:
     target = tmp_path / "lora.safetensors"
     target.write_text("old")
     with pytest.raises(DiskFullError, match=r"lora\.safetensors") as caught, files.atomic_path(target):
@@ -32,7 +32,7 @@ def test_a_full_disk_has_its_own_error(tmp_path: Path) -> None:
     assert target.read_text() == "old"
 
 
-def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
+def test_partial_files_of_dead_processes_are_removed(tmp_path: Path) -> None:
     with files.atomic_path(tmp_path / "a" / "x.png") as mine:
         mine.write_text("whole")
     ended = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
@@ -53,10 +53,10 @@ def test_leftovers_of_a_crash_are_removed(tmp_path: Path) -> None:
     assert [files.is_partial(path) for path in (others, elsewhere, tmp_path / "a" / "x.png")] == [True, True, False]
 
 
-def test_a_full_disk_is_told_by_safetensors_in_words_alone(tmp_path: Path) -> None:
-    with pytest.raises(DiskFullError, match="x"), files.naming_a_full_disk(tmp_path / "x"):
+def test_full_disk_is_recognized_in_a_safetensors_error(tmp_path: Path) -> None:
+    with pytest.raises(DiskFullError, match="x"), files.disk_full_errors(tmp_path / "x"):
         raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
-    with pytest.raises(SafetensorError), files.naming_a_full_disk(tmp_path / "x"):
+    with pytest.raises(SafetensorError), files.disk_full_errors(tmp_path / "x"):
         raise SafetensorError("Error while deserializing header: HeaderTooLarge")
 
 
@@ -65,7 +65,7 @@ def test_sha256(tmp_path: Path) -> None:
     assert files.sha256(tmp_path / "f") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
 
 
-def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
+def test_atomic_folder_appears_complete_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "merged"
     with pytest.raises(RuntimeError), files.atomic_folder(target) as temporary:
         (temporary / "half").write_text("half")
@@ -77,11 +77,11 @@ def test_a_folder_is_there_whole_or_not_at_all(tmp_path: Path) -> None:
         (temporary / "whole").write_text("whole")
         assert not target.exists()
     assert [path.name for path in target.iterdir()] == ["whole"]
-    with pytest.raises(OutputError, match="exists already"), files.atomic_folder(target):
+    with pytest.raises(OutputError, match="already exists"), files.atomic_folder(target):
         pass
 
 
-def test_threads_that_write_the_same_file_do_not_meet(tmp_path: Path) -> None:
+def test_threads_writing_the_same_file_do_not_collide(tmp_path: Path) -> None:
     file, barrier, faults = tmp_path / "a.json", threading.Barrier(8), list[BaseException]()
 
     def write(number: int) -> None:

@@ -24,7 +24,7 @@ def test_warnings_are_silent_and_errors_are_not(monkeypatch: pytest.MonkeyPatch)
         diffusers_logging.enable_progress_bar()
 
 
-def test_one_process_of_a_run_speaks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_rank_zero_is_the_main_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RANK", raising=False)
     assert is_main_process()
     monkeypatch.setenv("RANK", "0")

@@ -89,7 +89,7 @@ def local(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() if f.suffix != ".lock"}
 
 
-def test_a_set_is_brought_once_and_only_what_changed_again(images: Path, home: Path, tmp_path: Path) -> None:
+def test_set_is_downloaded_once_and_only_changed_files_again(images: Path, home: Path, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for file in images.iterdir():
         memory.pipe_file(f"/bucket/set/{file.name}", file.read_bytes())
@@ -104,7 +104,7 @@ def test_a_set_is_brought_once_and_only_what_changed_again(images: Path, home: P
     assert local(first) == local(images)
     assert local(resolve_data_folder(f"file://{images}")) == local(images)
     assert not [path for path in home.rglob("*") if "partial" in path.name]
-    with pytest.raises(DataError, match="nothing at memory://bucket/none"):
+    with pytest.raises(DataError, match="memory://bucket/none"):
         resolve_data_folder("memory://bucket/none")
 
 
@@ -115,36 +115,36 @@ def test_names_that_lead_out_of_the_folder_are_refused(
     listed = {f"/bucket/set/{name}": {"size": 4}}
     monkeypatch.setattr(MemoryFileSystem, "find", lambda *_, **__: listed)
     monkeypatch.setattr(MemoryFileSystem, "cat_file", lambda *_, **__: json.dumps({"run": "0" * 32}).encode())
-    with pytest.raises(DataError, match="leads out of its folder"):
+    with pytest.raises(DataError, match=r"evil.txt.*leads out of its folder"):
         resolve_data_folder("memory://bucket/set")
     listed[f"/bucket/set/{remote._MARK}"] = {"size": 4}
-    with pytest.raises(DataError, match="leads out of its folder"):
+    with pytest.raises(DataError, match=r"evil.txt.*leads out of its folder"):
         open_run("memory://bucket/set", resume=True)
     assert not list(tmp_path.rglob("evil.txt"))
 
 
-def test_secrets_and_stores_without_a_driver_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_urls_with_secrets_or_without_a_driver_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("data.folder", "data.validation_folder", "data.preservation_folder"):
         for url in ("s3://me:hunter2@bucket/set", "s3://bucket/set?signature=hunter2"):
-            with pytest.raises(ConfigError, match="holds a password, a signature") as caught:
+            with pytest.raises(ConfigError, match="password, a signature") as caught:
                 parse_config({"data": {"folder": "x"}}, name="a", overrides=[f"{name}={url}"])
             assert "hunter2" not in str(caught.value)
     with pytest.raises(ConfigError) as refused:
         open_run("s3://me:hunter2@bucket/run", resume=False)
     assert "hunter2" not in str(refused.value)
-    with pytest.raises(ConfigError, match="is a page"):
+    with pytest.raises(ConfigError, match="https://host/set is a web page"):
         Store("https://host/set")
-    with pytest.raises(ConfigError, match="no kind of store"):
+    with pytest.raises(ConfigError, match="nowhere://host/set"):
         Store("nowhere://host/set")
     monkeypatch.setitem(sys.modules, "s3fs", None)
     with pytest.raises(StoreError, match=r"needs a driver that is not installed.*s3fs"):
         Store("s3://bucket/set")
     monkeypatch.setattr(Flaky, "find", lambda *_, **__: 1 / 0)
-    with pytest.raises(StoreError, match=r"flaky://bucket/set does not answer \(ZeroDivisionError"):
+    with pytest.raises(StoreError, match=r"flaky://bucket/set .*\(ZeroDivisionError"):
         resolve_data_folder("flaky://bucket/set")
 
 
-def test_the_command_line_trains_from_one_url_into_another(
+def test_train_reads_from_one_url_and_writes_to_another(
     tmp_path: Path, overrides: list[str], images: Path, home: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     source, url = tmp_path / "hero.toml", f"file://{tmp_path}/bucket/run"
@@ -164,7 +164,7 @@ def test_the_command_line_trains_from_one_url_into_another(
     assert code == OutputError.exit_code and "no run to resume" in err
 
 
-def test_a_run_goes_on_from_its_url_on_another_machine(overrides: list[str], home: Path, tmp_path: Path) -> None:
+def test_run_resumes_from_its_url_on_another_machine(overrides: list[str], home: Path, tmp_path: Path) -> None:
     settings = config(overrides, *CHECKPOINTS)
     whole = list(start(settings, tmp_path / "whole"))
     total = sum(isinstance(event, StepDone) for event in whole)
@@ -183,7 +183,7 @@ def test_a_run_goes_on_from_its_url_on_another_machine(overrides: list[str], hom
     assert digests(folder) == digests(tmp_path / "whole")
 
 
-def test_a_checkpoint_is_whole_at_the_url_only_by_its_last_file(tmp_path: Path) -> None:
+def test_checkpoint_at_the_url_is_complete_only_with_its_last_file(tmp_path: Path) -> None:
     folder, files = tmp_path / "run", Flaky()
     step = folder / "checkpoints/step-00000002"
     step.mkdir(parents=True)
@@ -215,10 +215,10 @@ def test_a_checkpoint_is_whole_at_the_url_only_by_its_last_file(tmp_path: Path) 
     assert files.find("/bucket/run") == ["/bucket/run/config.toml"]
 
 
-def test_on_a_disk_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_file_on_disk_is_replaced_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     store, file = Store(f"file://{tmp_path}/bucket"), tmp_path / "metrics.jsonl"
     file.write_text("one\n")
-    store.put(file, "run/metrics.jsonl")
+    store.upload(file, "run/metrics.jsonl")
     file.write_text("one\ntwo\n")
 
     def half(_: Any, source: str, target: str, **__: Any) -> None:
@@ -229,14 +229,14 @@ def test_on_a_disk_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path, monkey
         patched.setattr(LocalFileSystem, "put_file", half)
         patched.setattr(Path, "unlink", lambda *_, **__: None)  # nobody is left to tidy up
         with pytest.raises(StoreError, match="machine is gone"):
-            store.put(file, "run/metrics.jsonl")
+            store.upload(file, "run/metrics.jsonl")
     assert len(list((tmp_path / "bucket/run").iterdir())) == 2
     assert list(store.files()) == ["run/metrics.jsonl"] and store.read("run/metrics.jsonl") == b"one\n"
-    store.put(file, "run/metrics.jsonl")
+    store.upload(file, "run/metrics.jsonl")
     assert store.read("run/metrics.jsonl") == b"one\ntwo\n"
 
 
-def test_a_store_that_fails_costs_neither_the_run_nor_its_files(overrides: list[str], home: Path) -> None:
+def test_failing_store_loses_neither_the_run_nor_its_files(overrides: list[str], home: Path) -> None:
     settings = config(overrides, *CHECKPOINTS)
     url, files = "flaky://bucket/run", Flaky()
     folder, mirrored = open_run(url, resume=False)
@@ -250,7 +250,7 @@ def test_a_store_that_fails_costs_neither_the_run_nor_its_files(overrides: list[
     there.pop("mirror.json")
     assert there == local(folder)
     Flaky.broken = ".safetensors"
-    with pytest.raises(StoreError, match=r"on fire.*is done and lies whole in .*resume it here"):
+    with pytest.raises(StoreError, match=r"on fire.*is complete in .*resume it"):
         run("flaky://bucket/other", settings)
     assert "hero.safetensors" not in contents(files, "/bucket/other")
     Flaky.broken = ""

@@ -6,13 +6,13 @@ import torch
 from sdlora.common import seeds
 
 
-def test_a_draw_is_the_same_in_another_process() -> None:
+def test_draw_is_the_same_in_another_process() -> None:
     code = "from sdlora.common import seeds; print(seeds.derive(7, 'noise', 'a.png', 3), seeds.uniform(7, 'x', 1))"
     other = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert other == [str(seeds.derive(7, "noise", "a.png", 3)), str(seeds.uniform(7, "x", 1))]
 
 
-def test_every_counter_matters_and_types_are_told_apart() -> None:
+def test_every_counter_and_its_type_changes_the_draw() -> None:
     drawn = {
         seeds.derive(0, "a", 1, 2), seeds.derive(1, "a", 1, 2), seeds.derive(0, "b", 1, 2), seeds.derive(0, "a", 2, 1),
         seeds.derive(0, "a", 12), seeds.derive(0, "a", "1", 2), seeds.derive(0, "a", 1), seeds.derive(0, "a1", 2),
@@ -20,7 +20,7 @@ def test_every_counter_matters_and_types_are_told_apart() -> None:
     assert len(drawn) == 8
 
 
-def test_nothing_global_is_touched() -> None:
+def test_global_generators_are_untouched() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)

@@ -9,7 +9,7 @@ import pytest
 from sdlora.common.signals import exit_code_of, stop_signals
 
 
-def test_the_first_is_a_wish_and_the_second_an_order() -> None:
+def test_first_signal_requests_a_stop_and_the_second_interrupts() -> None:
     before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
     said: list[str] = []
     with stop_signals(said.append) as received:

@@ -129,7 +129,7 @@ def test_a_full_disk_tears_no_file(scene: Scene, expected: dict[str, str], tmp_p
         run = tmp_path / name / "run"
         cache = tmp_path / name / "cache" if name == "cache" else None
         outcome = scene.train(run, points=[WRITES[name]], cache=cache)
-        if outcome.code != 6 or "No room left on the disk" not in outcome.err or "Traceback" in outcome.err:
+        if outcome.code != 6 or "No disk space left" not in outcome.err or "Traceback" in outcome.err:
             return [f"{name}: exit code {outcome.code}: {outcome.err}"]
         faults = torn_files(tmp_path / name)
         outcome = scene.go_on(run, cache=cache)
@@ -169,7 +169,7 @@ def test_a_disk_that_is_too_small_is_told_beforehand_and_one_that_fills_ends_the
     )
     outcome = started.wait()
     assert outcome.code == 6, outcome.err
-    assert "No room left on the disk" in outcome.err
+    assert "No disk space left" in outcome.err
     assert not torn_files(small_disk / "run")
     assert loadable(small_disk / "run") == ["step-00000004", "step-00000005"]
     filler.unlink()
