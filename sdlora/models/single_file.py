@@ -55,6 +55,11 @@ def load_single_file(path: str, file: Path, prediction_type: PredictionType | No
             pipeline: DiffusionPipeline = kind.from_single_file(
                 str(file), config=folder, local_files_only=True, torch_dtype=torch.float32, **components
             )
+        except NotImplementedError as error:  # weights that the file lacks are left on the meta device
+            raise BaseModelError(
+                f"{path!r} lacks weights of its UNet. If it is a smaller variant of its family, convert it to a diffusers "
+                "folder with its own configuration files."
+            ) from error
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise BaseModelError(f"{path!r} could not be loaded: {reason[0]}") from error

@@ -43,14 +43,14 @@ def found(revision: str | None) -> tuple[str | None, str]:
     return base.revision, base.prediction_type
 
 
-def test_a_hub_id_is_resolved_to_a_commit(hub: Path) -> None:
+def test_hub_id_is_resolved_to_a_commit(hub: Path) -> None:
     assert found(None) == found("main") == (FIRST, "epsilon")
     assert found(SECOND) == (SECOND, "v_prediction")
     with pytest.raises(BaseModelError, match="could not be loaded"):
         found("3" * 40)
 
 
-def test_a_run_goes_on_with_the_commit_that_it_began_on(hub: Path, tmp_path: Path, overrides: list[str]) -> None:
+def test_resumed_run_keeps_its_commit(hub: Path, tmp_path: Path, overrides: list[str]) -> None:
     source = tmp_path / "hero.toml"
     source.write_text("[data]\ntrigger = 'zumi'\n")
     options = [*overrides, "base.path=owner/name", "base.revision=main", "preview.enabled=false"]

@@ -10,7 +10,7 @@ from sdlora.models.load import load_base
 CPU = torch.device("cpu")
 
 
-def test_numbers_equal_those_of_diffusers_own_modules(tiny_base: Path) -> None:
+def test_tensors_equal_those_of_diffusers_modules(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), device=CPU, dtype=torch.float32)
     reference = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
     pixels = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1

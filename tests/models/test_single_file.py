@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from helpers.bases import NAMES, load
 from helpers.ldm import authors_layout, write_checkpoint
+from helpers.tiny import TINY, tiny_networks
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.config.toml import parse_config
@@ -56,3 +58,30 @@ def test_checkpoint_of_true_shape_trains_to_a_verified_file(family: Family, tmp_
     assert all(event.loss == pytest.approx(event.loss) for event in events if isinstance(event, StepDone))
     (exported,) = [event for event in events if isinstance(event, Exported)]
     assert (exported.num_modules, exported.max_error) == (64, pytest.approx(0.0, abs=1e-4))
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype"),
+    [("sd1", torch.float16), ("sd2", torch.bfloat16), ("sdxl", torch.float16)],
+)
+def test_single_file_has_the_weights_of_the_folder(
+    family: Family, dtype: torch.dtype, tmp_path: Path, small: None
+) -> None:
+    networks = tiny_networks(family)
+    file = tmp_path / "whatever.safetensors"
+    write_checkpoint(file, authors_layout(family, networks), dtype=dtype)
+    base = load(file, prediction_type="v_prediction" if family == "sd2" else None)
+    assert (base.architecture, base.prediction_type) == NAMES[family]
+    own = {"unet": base.unet, "vae": base.vae} | dict(  # type: ignore[attr-defined]
+        zip(("text_encoder", "text_encoder_2"), base.text_encoders, strict=False)
+    )
+    assert own.keys() == networks.keys()
+    for name, network in networks.items():
+        expected, found = network.state_dict(), own[name].state_dict()
+        assert found.keys() == expected.keys()
+        assert all(torch.equal(found[key], expected[key].to(dtype).float()) for key in expected)
+    assert base.encode_captions(["a cat"])["states"].shape == (1, 77, TINY[family].text_width)
+    with torch.no_grad():
+        prompts = base.preview_prompts(["a cat"], [""])
+    with base.pipeline() as pipeline, torch.no_grad():
+        pipeline(**prompts, num_inference_steps=1, output_type="latent")

@@ -19,7 +19,7 @@ KNOWN = {
 }  # fmt: skip
 
 
-def test_the_vocabulary_is_clips_own() -> None:
+def test_vocabulary_is_that_of_clip() -> None:
     tokenizer = clip_tokenizer("<|endoftext|>")
     assert len(tokenizer) == 49408
     for text, ids in KNOWN.items():
@@ -29,14 +29,14 @@ def test_the_vocabulary_is_clips_own() -> None:
 
 
 @pytest.mark.parametrize("padding", ["<|endoftext|>", "!"])
-def test_one_window_is_what_the_tokenizer_itself_makes(padding: str) -> None:
+def test_single_window_equals_the_tokenizers_output(padding: str) -> None:
     tokenizer = small_tokenizer(padding)
     captions = ["", "a cat", "zumi " * 200]
     expected = tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
     assert torch.equal(tokens_in_windows(tokenizer, captions, 1)[:, 0], expected)
 
 
-def test_windows_follow_one_another_and_the_rest_is_cut_off() -> None:
+def test_windows_are_consecutive_and_the_rest_is_cut_off() -> None:
     tokenizer = small_tokenizer("<|endoftext|>")
     ids = tokenizer("zumi the cat by the sea " * 60, add_special_tokens=False, verbose=False).input_ids
     assert len(ids) > 225
@@ -47,6 +47,6 @@ def test_windows_follow_one_another_and_the_rest_is_cut_off() -> None:
     assert windows[:, 76].tolist() == [tokenizer.eos_token_id] * 3
 
 
-def test_calls_of_other_files_are_found_and_words_are_not() -> None:
+def test_references_to_other_files_are_found() -> None:
     assert calls_of_other_files("a cat, embedding:zumi, <lora:hero:0.8>") == ["embedding:zumi,", "<lora:hero:0.8>"]
     assert calls_of_other_files("a <zumi> with embedding on the lora farm") == []
