@@ -57,8 +57,8 @@ def load_single_file(path: str, file: Path, prediction_type: PredictionType | No
             )
         except NotImplementedError as error:  # weights that the file lacks are left on the meta device
             raise BaseModelError(
-                f"{path!r} lacks weights of its UNet. If it is a smaller variant of its family, convert it to a diffusers "
-                "folder with its own configuration files."
+                f"{path!r} lacks weights of its UNet. If it is a smaller variant of its family, convert it to a "
+                "diffusers folder with its own configuration files."
             ) from error
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
