@@ -33,7 +33,7 @@ def lora(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> list[Any]:
-    """Replaces drawing and comparing; so many of eight previews are copies as the test's parameter says."""
+    """Replaces drawing and comparing; the parameter is the number of copies among eight previews."""
     configs: list[Any] = []
 
     def check_file(file: Any, config: Any, output: Path) -> Iterator[Any]:

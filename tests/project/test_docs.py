@@ -1,4 +1,4 @@
-"""What the README and the docs name is there: files, anchors, options, tests, and commands with their flags."""
+"""What the README and the docs name exists: files, headings, options, tests, and commands with their flags."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_options_exist(page: Path) -> None:
 
 
 def commands(page: Path) -> Iterator[list[str]]:
-    """Commands in a page, as words; a line that goes on is one command."""
+    """The commands in a page, as words; continued lines are joined."""
     text = code(page).replace("\\\n", " ")
     for line in [*re.findall(r"^    (\S.*)$", text, flags=re.MULTILINE), *re.findall(r"`([^`\n]+)`", text)]:
         for part in re.split(r"&&|\|", line):

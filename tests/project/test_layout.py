@@ -1,4 +1,4 @@
-"""The shape of the tree: what lies loose, and how long a file may be. The order of rooms is import-linter's."""
+"""The shape of the tree: loose files, file lengths, and the page about it; import-linter holds the order."""
 
 import re
 from pathlib import Path
@@ -7,7 +7,7 @@ ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "sdlora"
 
 
-def test_nothing_lies_loose_beside_the_rooms() -> None:
+def test_only_these_modules_are_outside_of_rooms() -> None:
     assert {file.name for file in PACKAGE.glob("*.py")} == {"__init__.py", "__main__.py", "errors.py", "events.py"}
     assert {file.name for file in PACKAGE.parent.joinpath("ui").glob("*.py")} == {"__init__.py"}
     assert {file.name for file in PACKAGE.parent.joinpath("tests").glob("*.py")} == {
@@ -15,7 +15,7 @@ def test_nothing_lies_loose_beside_the_rooms() -> None:
     }  # fmt: skip
 
 
-def test_no_file_is_two_rooms_in_one() -> None:
+def test_no_file_is_longer_than_420_lines() -> None:
     files = [*PACKAGE.rglob("*.py"), *PACKAGE.parent.joinpath("ui").rglob("*.py")]
     long = {str(file): count for file in files if (count := len(file.read_text().splitlines())) > 420}
     assert not long

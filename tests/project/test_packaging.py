@@ -1,4 +1,4 @@
-"""What a wheel holds, and that an installed one works from an empty folder."""
+"""What a wheel contains, and that an installed wheel trains from an empty folder."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     folder = tmp_path_factory.mktemp("wheel")
-    # From a copy: setuptools leaves its own folders beside the sources.
+    # A copy, because setuptools leaves its own folders beside the sources.
     source = folder / "source"
     files = subprocess.run(
         ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
@@ -37,7 +37,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     yield built
 
 
-def test_the_wheel_brings_everything_and_claims_one_name(wheel: Path) -> None:
+def test_wheel_contains_all_data_and_one_top_level_name(wheel: Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert {name.split("/")[0] for name in names} == {"sdlora", f"sdlora-{_version()}.dist-info"}
     for needed in (
@@ -58,7 +58,7 @@ def _version() -> str:
 
 
 @pytest.mark.slow
-def test_an_installed_wheel_trains_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
+def test_installed_wheel_trains_from_an_empty_folder(wheel: Path, tmp_path: Path) -> None:
     venv, empty = tmp_path / "venv", tmp_path / "empty"
     empty.mkdir()
     subprocess.run([sys.executable, "-m", "venv", str(venv)], check=True)
@@ -80,7 +80,7 @@ def test_an_installed_wheel_trains_from_an_empty_folder(wheel: Path, tmp_path: P
     assert listed.stdout.strip() == "[]"
 
 
-def test_the_repositorys_top_level_is_what_it_should_be() -> None:
+def test_repository_has_only_these_top_level_names() -> None:
     files = subprocess.run(
         ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -92,6 +92,6 @@ def test_the_repositorys_top_level_is_what_it_should_be() -> None:
     }  # fmt: skip
 
 
-def test_the_built_in_base_is_small() -> None:
+def test_built_in_base_model_is_below_25_mb() -> None:
     weights = ROOT / "sdlora" / "pocket" / "weights"
     assert 0 < sum(path.stat().st_size for path in weights.rglob("*") if path.is_file()) <= 25_000_000

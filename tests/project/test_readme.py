@@ -1,7 +1,8 @@
-"""What the README shows is run as written."""
+"""What the README shows is true: its commands, its code, its badges and its table of memory."""
 
 from __future__ import annotations
 
+import json
 import re
 import tomllib
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 
 import pytest
 from diffusers import StableDiffusionPipeline
+from helpers.command import call
 
 from sdlora import pocket_folder
 from sdlora.lora.inject import inject
@@ -42,3 +44,29 @@ def test_badges_say_what_the_package_says() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["license"] == "Apache-2.0" and "Apache 2.0" in (ROOT / "docs/images/licence.svg").read_text()
     assert project["requires-python"] == ">=3.11" and "3.11+" in (ROOT / "docs/images/python.svg").read_text()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("row", "family", "setting"),
+    [
+        ("1.x", "sd1", "none"), ("2.x", "sd2", "none"), ("XL", "sdxl", "none"), ("int8", "sdxl", "int8"),
+    ],
+)  # fmt: skip
+def test_table_of_memory_is_what_the_planner_says(
+    row: str, family: str, setting: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (line,) = [
+        line for line in README.splitlines() if line.startswith("|") and f"{row} |" in line.replace(" weights", "")
+    ]
+    peak, step, checkpointed = (float(number) for number in re.findall(r"([\d.]+)&nbsp;GiB", line))
+    found = []
+    for checkpointing in ("false", "true"):
+        changes = [f"base.quantization={setting}", f"train.gradient_checkpointing={checkpointing}"]
+        settings = [part for change in changes for part in ("--set", change)]
+        code, out, err = call(capsys, "plan", "--family", family, *settings, "--json")
+        assert code == 0, err
+        found.append(json.loads(out))
+    steps = [plan["peak_bytes"] - plan["parts"]["previews"] for plan in found]
+    measured = [found[0]["peak_bytes"], *steps]
+    assert [round(number / 2**30, 1) for number in measured] == [peak, step, checkpointed]

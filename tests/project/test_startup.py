@@ -1,4 +1,4 @@
-"""The command line answers at once: nothing heavy is imported before it is needed."""
+"""The command line starts quickly: nothing heavy is imported before it is needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ print("loaded:", *[name for name in {heavy!r} if name in sys.modules])
 @pytest.mark.parametrize(
     "arguments", [["--help"], ["train", "--help"], ["plan", "--help"], ["--version"], ["config", "show", "quickstart"]]
 )
-def test_no_heavy_library_is_loaded_to_answer(arguments: list[str]) -> None:
+def test_help_and_version_import_no_heavy_library(arguments: list[str]) -> None:
     code = ASK.format(arguments=arguments, heavy=HEAVY)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1].strip() == "loaded:"
