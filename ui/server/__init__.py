@@ -1,1 +1,1 @@
-"""Who may ask for what, and the web server."""
+"""The web server and its access control."""

@@ -1,6 +1,6 @@
-"""Who may ask for what: hosts, passwords, the size of what is sent, and which files are never served.
+"""Access control: hosts, passwords, the size of requests, and the paths that are served.
 
-Plain ASGI around the whole app, so that nothing behind it is reached by another way.
+Plain ASGI around the whole app, so that no route can be reached around it.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from sdlora.errors import ConfigError
 
 from ..state.uploads import MOST_BYTES_IN_ALL
 
-MOST_WRONG_LOGINS = 5
+MAX_WRONG_LOGINS = 5
 LOGIN_WINDOW_SECONDS = 60.0
 _ROUNDS = 200_000
 _SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
-# All that a page of the studio asks for. Among what is left out are Gradio's ways to its files, its proxy, its
-# documentation and its run history.
-_OPEN = re.compile(
+# The paths that a page of the studio requests. Gradio's routes to files, its proxy, its documentation and its run
+# history are left out.
+_ALLOWED_PATHS = re.compile(
     r"/|/(config|info|theme\.css|manifest\.json|favicon\.ico|robots\.txt)/?|/(assets|static)/[\w./@+-]+"
     r"|/gradio_api/(info|app_id|startup-events|queue/(join|data)|run/\w+|heartbeat/\w+|upload|upload_progress|cancel"
     r"|reset|component_server)/?|/studio/.*"
@@ -53,7 +53,7 @@ _HEADERS = {
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine itself reaches a host's address."""
+    """Whether only this machine can reach an address."""
     if host == "localhost":
         return True
     try:
@@ -63,21 +63,21 @@ def is_loopback(host: str) -> bool:
 
 
 def check_host(host: str, auth_file: Path | None) -> None:
-    """See whether the studio may listen there.
+    """Check whether the studio may listen on a host.
 
     Raises:
-        ConfigError: Other machines reach it, and there is no password.
+        ConfigError: Other machines can reach it, and there is no password.
     """
     if auth_file is None and not is_loopback(host):
         raise ConfigError(
-            f"--host {host} lets other machines in, and whoever reaches the studio can start programs on this one. "
-            "Give --auth-file FILE, a file with one line, NAME:PASSWORD; or leave --host out."
+            f"--host {host} lets other machines connect, and anyone who reaches the studio can start programs on this "
+            "machine. Add --auth-file FILE, a file with one line NAME:PASSWORD, or leave out --host."
         )
 
 
 @dataclass(frozen=True)
 class Account:
-    """The one who may log in; of the password only a salted hash is kept."""
+    """The account that may log in; only a salted hash of its password is kept."""
 
     name: str
     salt: bytes
@@ -85,10 +85,10 @@ class Account:
 
     @staticmethod
     def read(file: Path) -> Account:
-        """From a file with one line, NAME:PASSWORD.
+        """Read an account from a file with one line, NAME:PASSWORD.
 
         Raises:
-            ConfigError: It cannot be read, others on the machine may read it, or the password is too short.
+            ConfigError: It cannot be read, other users can read it, or the password is too short.
         """
         try:
             line = file.read_text(encoding="utf-8").strip()
@@ -96,17 +96,17 @@ class Account:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"--auth-file {file} cannot be read: {error}.") from error
         if mode & 0o077:
-            raise ConfigError(f"--auth-file {file} can be read by other people. Close it with: chmod 600 {file}")
+            raise ConfigError(f"--auth-file {file} can be read by other users. Restrict it with: chmod 600 {file}")
         name, separator, password = line.partition(":")
         if not separator or not name or len(password) < 8 or "\n" in line:
             raise ConfigError(
-                f"--auth-file {file} must hold one line, NAME:PASSWORD, with 8 characters or more after :"
+                f"--auth-file {file} must contain one line, NAME:PASSWORD, with a password of at least 8 characters."
             )
         salt = secrets.token_bytes(16)
         return Account(name, salt, _hash(password, salt))
 
     def accepts(self, name: str, password: str) -> bool:
-        """Whether these are its name and password; takes as long whichever is wrong."""
+        """Whether name and password are right, in constant time."""
         same = hmac.compare_digest(_hash(password, self.salt), self.digest)
         return hmac.compare_digest(name.encode(), self.name.encode()) and same
 
@@ -115,19 +115,19 @@ def _hash(password: str, salt: bytes) -> bytes:
     return hashlib.pbkdf2_hmac("sha256", password.encode("utf-8"), salt, _ROUNDS)
 
 
-class Logins:
-    """Asks for the password, and no more than five times a minute of an address that gives a wrong one.
+class PasswordGate:
+    """Asks for the password, and refuses an address for a minute after five wrong ones.
 
     Args:
-        app: What is behind it.
-        account: Who may pass.
-        clock: Seconds that only grow.
+        app: The protected app.
+        account: The account that may pass.
+        clock: Monotonic time in seconds.
     """
 
     def __init__(self, app: ASGIApp, account: Account, clock: Callable[[], float] = time.monotonic) -> None:
         self._app, self._account, self._clock = app, account, clock
         self._wrong: dict[str, deque[float]] = {}
-        # Hashing a password takes a tenth of a second, and every image of a page brings it along.
+        # Hashing a password takes a tenth of a second, and every request for an image carries it.
         self._accepted = secrets.token_bytes(32)
         self._known: set[bytes] = set()
 
@@ -139,7 +139,7 @@ class Logins:
         address = (scope.get("client") or ("", 0))[0]
         given = Headers(scope=scope).get("authorization", "")
         wrong = self._recent(address)
-        if len(wrong) >= MOST_WRONG_LOGINS:
+        if len(wrong) >= MAX_WRONG_LOGINS:
             wait = int(LOGIN_WINDOW_SECONDS - (self._clock() - wrong[0])) + 1
             await _refuse(scope, receive, send, 429, f"Too many wrong passwords. Try again in {wait} s.")
         elif given and self._passes(given):
@@ -148,10 +148,10 @@ class Logins:
             if given:
                 wrong.append(self._clock())
             challenge = {"www-authenticate": 'Basic realm="sdlora studio", charset="UTF-8"'}
-            await _refuse(scope, receive, send, 401, "The studio needs its name and password.", challenge)
+            await _refuse(scope, receive, send, 401, "Log in with the name and password of the studio.", challenge)
 
     def _recent(self, address: str) -> deque[float]:
-        wrong = self._wrong.setdefault(address, deque(maxlen=MOST_WRONG_LOGINS))
+        wrong = self._wrong.setdefault(address, deque(maxlen=MAX_WRONG_LOGINS))
         while wrong and self._clock() - wrong[0] > LOGIN_WINDOW_SECONDS:
             wrong.popleft()
         return wrong
@@ -171,11 +171,11 @@ class Logins:
         return True
 
 
-class Fence:
-    """Refuses what no page of the studio asks for, and adds the headers that keep a page to itself.
+class RequestFilter:
+    """Refuses requests that no page of the studio makes, and adds headers that isolate its pages.
 
     Args:
-        app: What is behind it.
+        app: The protected app.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -197,7 +197,7 @@ class Fence:
                 message["headers"] = kept + [(k.encode(), v.encode()) for k, v in _HEADERS.items()]
             await send(message)
 
-        await self._app(scope, _counted(receive), guarded)
+        await self._app(scope, _limited(receive), guarded)
 
 
 def _refusal(scope: Scope) -> tuple[int, str] | None:
@@ -206,27 +206,27 @@ def _refusal(scope: Scope) -> tuple[int, str] | None:
     # Twice, for a path may have been encoded twice.
     path = unquote(unquote(raw or scope["path"]))
     if ".." in path.split("/") or "\\" in path or "\0" in path or "//" in path:
-        return 404, "There is no such page."
-    if not _OPEN.fullmatch(path) or any(part.startswith(".") for part in path.split("/")):
-        return 404, "There is no such page."
-    if scope["method"] not in _SAFE_METHODS and not _is_ours(headers):
-        return 403, "This was sent by a page that is not the studio's."
+        return 404, "Page not found."
+    if not _ALLOWED_PATHS.fullmatch(path) or any(part.startswith(".") for part in path.split("/")):
+        return 404, "Page not found."
+    if scope["method"] not in _SAFE_METHODS and not _is_same_origin(headers):
+        return 403, "The request came from another site."
     length = headers.get("content-length", "0")
     if not length.isdecimal() or int(length) > MOST_BYTES_IN_ALL:
         return 413, f"An upload may be up to {format_bytes(MOST_BYTES_IN_ALL)}. Upload fewer images at a time."
     return None
 
 
-def _is_ours(headers: Headers) -> bool:
-    """Whether a request comes from a page of this very host, or from a program, which sends no origin."""
+def _is_same_origin(headers: Headers) -> bool:
+    """Whether a request comes from a page of this host, or from a program, which sends no origin."""
     origin = headers.get("origin")
     if origin is None:
         return headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
     return urlsplit(origin).netloc == headers.get("host")
 
 
-def _counted(receive: Receive) -> Callable[[], Awaitable[Message]]:
-    """The same, ending a request that sends more than it may without saying so beforehand."""
+def _limited(receive: Receive) -> Callable[[], Awaitable[Message]]:
+    """Like `receive`, but ends a request whose body is longer than allowed, whatever its header says."""
     seen = 0
 
     async def limited() -> Message:

@@ -1,4 +1,7 @@
-"""The studio's server: the pages, the routes beside them, the guard around them, and the queue's clock."""
+"""The studio's server: pages, routes for files and captions, access control, and the thread that starts queued runs.
+
+`sdlora ui` calls `serve`.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ from ..state.queue import Jobs
 from ..state.run_view import read_run
 from ..state.try_lora import LoraSampler
 from ..state.uploads import MOST_BYTES, MOST_CAPTION_BYTES
-from .access import Account, Fence, Logins, check_host
+from .access import Account, PasswordGate, RequestFilter, check_host
 
 DISPATCH_EVERY_SECONDS = 1.0
 _HERE = Path(__file__).parents[1] / "pages"
@@ -47,10 +50,10 @@ def make_app(context: Context, *, host: str, account: Account | None = None) -> 
 
     Args:
         context: The studio behind the pages.
-        host: Where it listens; requests that name another host are refused.
-        account: Who may log in; None lets everyone in who reaches it.
+        host: The address it listens on; requests that name another host are refused.
+        account: The account that may log in; None needs no login.
     """
-    # Before Gradio reads them: uploads stay in the studio's folder, and nothing is told to anyone.
+    # Before Gradio reads them: uploads stay in the studio's folder, and no statistics are sent.
     os.environ["GRADIO_TEMP_DIR"] = str((context.studio.runs / ".studio" / "uploads").resolve())
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
@@ -60,14 +63,14 @@ def make_app(context: Context, *, host: str, account: Account | None = None) -> 
         app, blocks, path="/", theme=theme(), head=HEAD, footer_links=[], run_history=False, show_error=False,
         max_file_size=MOST_BYTES * 64, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
-    # The outermost first: who is asked for, what is asked for, and by whom.
-    guarded: ASGIApp = app if account is None else Logins(app, account)
+    # From the outside in: the host, the request, the account.
+    guarded: ASGIApp = app if account is None else PasswordGate(app, account)
     hosts = ["localhost", "127.0.0.1", "[::1]"] if account is None else _hosts(host)
-    return TrustedHostMiddleware(Fence(guarded), allowed_hosts=hosts, www_redirect=False)
+    return TrustedHostMiddleware(RequestFilter(guarded), allowed_hosts=hosts, www_redirect=False)
 
 
 def _hosts(host: str) -> list[str]:
-    """Names that requests may use: any where the studio listens everywhere, for then a password is asked."""
+    """Host names that requests may use; any if the studio listens on all addresses, which needs a password."""
     return ["*"] if host in ("0.0.0.0", "::") else [host, "localhost", "127.0.0.1", "[::1]"]
 
 
@@ -75,14 +78,14 @@ def _add_routes(app: FastAPI, context: Context) -> None:
     studio = context.studio
 
     @app.exception_handler(SdloraError)
-    async def _told(_: Request, error: SdloraError) -> Response:
+    async def _error(_: Request, error: SdloraError) -> Response:
         return JSONResponse({"error": str(error)}, 400)
 
     @app.get(ROUTE + "/{name}")
     def _image(name: str) -> Response:
         file = studio.shown / name
         if not NAME.fullmatch(name) or file.is_symlink() or not file.is_file():
-            return PlainTextResponse("There is no such image.", 404)
+            return PlainTextResponse("Image not found.", 404)
         kind = "image/png" if name.endswith(".png") else "image/jpeg"
         return FileResponse(file, media_type=kind, headers={"cache-control": "private, max-age=31536000, immutable"})
 
@@ -96,16 +99,16 @@ def _add_routes(app: FastAPI, context: Context) -> None:
 
     @app.put("/studio/caption")
     async def _caption(request: Request) -> Response:
-        wish = await _json(request, "set", "picture", "caption")
-        image_set.write_caption(context.own_folder(wish["set"]), wish["picture"], wish["caption"])
+        fields = await _json(request, "set", "picture", "caption")
+        image_set.write_caption(context.own_folder(fields["set"]), fields["picture"], fields["caption"])
         view = context.view_set(context.draft())
-        card = next((card for card in view.cards if card.name == wish["picture"]), None)
+        card = next((card for card in view.cards if card.name == fields["picture"]), None)
         return JSONResponse({"doctor": "" if card is None else views.doctor(card)})
 
     @app.delete("/studio/picture")
-    async def _take_out(request: Request) -> Response:
-        wish = await _json(request, "set", "picture")
-        image_set.take_out(context.own_folder(wish["set"]), wish["picture"])
+    async def _remove(request: Request) -> Response:
+        fields = await _json(request, "set", "picture")
+        image_set.take_out(context.own_folder(fields["set"]), fields["picture"])
         return JSONResponse({})
 
     @app.get("/studio/draft.toml")
@@ -151,7 +154,7 @@ def _view(context: Context, name: str) -> Any:
 
 
 def _gone() -> Response:
-    return PlainTextResponse("There is no such file.", 404)
+    return PlainTextResponse("File not found.", 404)
 
 
 def _attachment(file: Path, name: str, then: BackgroundTask | None = None) -> Response:
@@ -165,13 +168,14 @@ def _toml(text: str, name: str) -> Response:
 
 
 async def _json(request: Request, *names: str) -> dict[str, str]:
-    """The texts that a request brings.
+    """The text fields of a request in JSON.
 
     Raises:
-        StudioError: It brings something else.
+        StudioError: The request has another form.
     """
+    malformed = StudioError(f"The request needs a JSON object with the texts {', '.join(names)}. Reload the page.")
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
-        raise StudioError("The studio's page sends JSON.")
+        raise malformed
     body = b""
     async for chunk in request.stream():
         body += chunk
@@ -181,48 +185,48 @@ async def _json(request: Request, *names: str) -> dict[str, str]:
         content = json.loads(body)
         found = {name: content[name] for name in names}
     except (ValueError, KeyError, TypeError) as error:
-        raise StudioError("The request is not what the studio's page sends.") from error
+        raise malformed from error
     if not all(isinstance(value, str) for value in found.values()):
-        raise StudioError("The request is not what the studio's page sends.")
+        raise malformed
     return found
 
 
-class Clock(threading.Thread):
-    """Starts what waits, once a second, for as long as the studio is open.
+class QueueThread(threading.Thread):
+    """Starts queued runs when a device is free, once a second.
 
     Args:
-        context: Whose queue.
+        context: The studio with the queue.
     """
 
     def __init__(self, context: Context) -> None:
         super().__init__(name="queue", daemon=True)
         self._context = context
-        self._over = threading.Event()
+        self._stopping = threading.Event()
 
     def run(self) -> None:
-        """Until `stop`."""
-        while not self._over.wait(DISPATCH_EVERY_SECONDS):
+        """Dispatch until `stop`."""
+        while not self._stopping.wait(DISPATCH_EVERY_SECONDS):
             try:
                 self._context.jobs.dispatch()
             except Exception:
-                # The queue must go on whatever becomes of one job.
+                # The queue must survive any failure of one job.
                 self._context.log(traceback.format_exc())
 
     def stop(self) -> None:
-        """End it, and wait for its end."""
-        self._over.set()
+        """Stop the thread and wait for its end."""
+        self._stopping.set()
         self.join()
 
 
 class _Server(uvicorn.Server):
-    """Tells when it can be reached, and not before."""
+    """Reports its port as soon as it can be reached."""
 
     def __init__(self, config: uvicorn.Config, opened: Callable[[int], None]) -> None:
         super().__init__(config)
         self._opened = opened
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Listen, then tell."""
+        """Listen, then report the port."""
         await super().startup(sockets)
         if self.started:
             self._opened(self.servers[0].sockets[0].getsockname()[1])
@@ -231,17 +235,17 @@ class _Server(uvicorn.Server):
 def serve(
     *, runs: Path, host: str, port: int, auth_file: Path | None, opened: Callable[[int], None] = lambda _: None
 ) -> None:
-    """Open the studio until it is interrupted; trainings go on without it.
+    """Run the studio until it is interrupted; training continues without it.
 
     Args:
-        runs: Where runs and images are kept.
-        host: Where to listen.
-        port: The port; 0 takes any that is free.
-        auth_file: NAME:PASSWORD; None lets everyone in who reaches it.
-        opened: Told the port, once it can be reached.
+        runs: The folder of runs and images.
+        host: The address to listen on.
+        port: The port; 0 takes any free one.
+        auth_file: A file with NAME:PASSWORD; None needs no login.
+        opened: Called with the port once it can be reached.
 
     Raises:
-        ConfigError: Others could reach it without a password.
+        ConfigError: Other machines could reach it without a password.
     """
     check_host(host, auth_file)
     account = None if auth_file is None else Account.read(auth_file)
@@ -249,11 +253,11 @@ def serve(
     studio.create()
     context = Context(studio, Jobs(studio), LoraSampler())
     app = make_app(context, host=host, account=account)
-    clock = Clock(context)
-    clock.start()
+    queue = QueueThread(context)
+    queue.start()
     try:
         _Server(
             uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2), opened
         ).run()
     finally:
-        clock.stop()
+        queue.stop()

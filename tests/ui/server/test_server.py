@@ -21,7 +21,7 @@ from sdlora.config.toml import dump_toml, load_config, parse_config
 from sdlora.errors import ConfigError
 from sdlora.ui.html.image_urls import file_url
 from sdlora.ui.pages.context import Context
-from sdlora.ui.server.access import MOST_WRONG_LOGINS, Account, Logins, check_host
+from sdlora.ui.server.access import MAX_WRONG_LOGINS, Account, PasswordGate, check_host
 from sdlora.ui.server.server import make_app
 from sdlora.ui.settings.draft import Draft, write_draft
 from sdlora.ui.state.folders import Studio
@@ -68,7 +68,7 @@ def test_hostile_addresses_give_nothing(server: Live, figure: Figure) -> None:
     figure("Files over HTTP", f"{len(ADDRESSES)} of {len(ADDRESSES)} hostile addresses refused")
 
 
-def test_images_are_those_that_were_encoded_anew(server: Live, open_: Context, tmp_path: Path) -> None:
+def test_served_images_are_reencoded_copies(server: Live, open_: Context, tmp_path: Path) -> None:
     source = tmp_path / "a.jpg"
     exif = Image.Exif()
     exif[0x010E] = "a secret place"
@@ -80,7 +80,7 @@ def test_images_are_those_that_were_encoded_anew(server: Live, open_: Context, t
         assert image.size == (320, 240) and not image.getexif()
 
 
-def test_the_page_asks_nothing_of_anyone(server: Live) -> None:
+def test_page_requests_nothing_from_other_hosts(server: Live) -> None:
     answer = server.ask("/")
     assert answer.status == 200 and "frame-ancestors 'none'" in answer.headers["content-security-policy"]
     assert b"fonts.googleapis" not in answer.body and b"fonts.gstatic" not in answer.body
@@ -97,15 +97,15 @@ def test_other_hosts_are_refused(server: Live, host: str) -> None:
 @pytest.mark.parametrize(
     "headers", [{"origin": "http://evil.com"}, {"origin": "null"}, {"sec_fetch_site": "cross-site"}]
 )
-def test_other_pages_cannot_send_anything(server: Live, open_: Context, headers: dict[str, str]) -> None:
-    wish = {"set": "set", "picture": "a.png", "caption": "changed"}
-    assert server.send("PUT", "/studio/caption", wish, **headers).status == 403
+def test_requests_from_other_sites_are_refused(server: Live, open_: Context, headers: dict[str, str]) -> None:
+    fields = {"set": "set", "picture": "a.png", "caption": "changed"}
+    assert server.send("PUT", "/studio/caption", fields, **headers).status == 403
     assert server.send("POST", "/gradio_api/queue/join", {}, **headers).status == 403
     assert (open_.studio.image_set("set") / "a.txt").read_text(encoding="utf-8") != "changed"
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
-def test_hostile_captions_are_words(server: Live, open_: Context, caption: str) -> None:
+def test_hostile_captions_are_stored_as_text(server: Live, open_: Context, caption: str) -> None:
     write_draft(open_.studio, Draft(images="set"))
     before = {path for path in open_.studio.runs.rglob("*") if "pycache" not in str(path)}
     answer = server.send("PUT", "/studio/caption", {"set": "set", "picture": "a.png", "caption": caption})
@@ -116,7 +116,7 @@ def test_hostile_captions_are_words(server: Live, open_: Context, caption: str) 
 
 
 @pytest.mark.parametrize(
-    "wish",
+    "fields",
     [
         {"set": "../runs", "picture": "a.png", "caption": "x"}, {"set": "set", "picture": "../a.png", "caption": "x"},
         {"set": "builtin:zumi", "picture": "zumi_00.png", "caption": "x"}, {"set": "", "picture": "a", "caption": "x"},
@@ -124,14 +124,14 @@ def test_hostile_captions_are_words(server: Live, open_: Context, caption: str) 
         {"set": "set", "picture": "a.png", "caption": "x" * 70_000},
     ],
 )  # fmt: skip
-def test_wrong_wishes_are_answered_with_a_reason(server: Live, wish: object) -> None:
-    answer = server.send("PUT", "/studio/caption", wish)
+def test_malformed_requests_get_a_reason(server: Live, fields: object) -> None:
+    answer = server.send("PUT", "/studio/caption", fields)
     assert answer.status == 400 and len(answer.json()["error"]) > 20
     form = server.ask("/studio/caption", "PUT", body=b"set=set", content_type="application/x-www-form-urlencoded")
     assert form.status == 400
 
 
-def test_files_are_downloads(server: Live, open_: Context, tmp_path: Path) -> None:
+def test_files_are_served_as_downloads(server: Live, open_: Context, tmp_path: Path) -> None:
     kept = server.ask("/studio/run/a/epoch/2")
     assert (kept.status, kept.body) == (200, b"lora 2")
     assert kept.headers["content-disposition"] == 'attachment; filename="a.safetensors"'
@@ -145,24 +145,24 @@ def test_files_are_downloads(server: Live, open_: Context, tmp_path: Path) -> No
     assert dump_toml(load_config(str(file))) == (open_.studio.run("a") / "config.toml").read_text(encoding="utf-8")
 
 
-def test_the_draft_is_a_file_that_the_command_line_takes(server: Live, open_: Context) -> None:
+def test_draft_is_a_config_file_of_the_command_line(server: Live, open_: Context) -> None:
     write_draft(open_.studio, Draft(images="set", name="mine").with_values({"data.trigger": "zumi", "seed": 3}))
     found = tomllib.loads(server.ask("/studio/draft.toml").body.decode())
     assert (found["name"], found["seed"], found["data"]["trigger"]) == ("mine", 3, "zumi")
     assert parse_config(found, name="x") == open_.draft().config(open_.studio)
 
 
-def test_too_large_a_request_is_refused_by_its_size(server: Live) -> None:
+def test_too_large_request_is_refused(server: Live) -> None:
     assert server.ask("/gradio_api/upload", "POST", content_length=str(10**13)).status == 413
 
 
 @pytest.fixture
-def locked(open_: Context, tmp_path: Path) -> Iterator[tuple[Live, Logins]]:
+def locked(open_: Context, tmp_path: Path) -> Iterator[tuple[Live, PasswordGate]]:
     file = tmp_path / "auth"
     file.write_text("me:correct horse", encoding="utf-8")
     file.chmod(0o600)
     now = [0.0]
-    app = Logins(make_app(open_, host="127.0.0.1"), Account.read(file), clock=lambda: now[0])
+    app = PasswordGate(make_app(open_, host="127.0.0.1"), Account.read(file), clock=lambda: now[0])
     app.now = now  # type: ignore[attr-defined]
     with live(app) as found:
         yield found, app
@@ -172,7 +172,7 @@ def basic(name: str, password: str) -> str:
     return "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
 
 
-def test_the_password_is_asked_and_guesses_are_few(locked: tuple[Live, Logins], figure: Figure) -> None:
+def test_the_password_is_asked_and_guesses_are_few(locked: tuple[Live, PasswordGate], figure: Figure) -> None:
     server, logins = locked
     with pytest.raises(ConfigError, match="--auth-file"):
         check_host("0.0.0.0", None)
@@ -182,8 +182,8 @@ def test_the_password_is_asked_and_guesses_are_few(locked: tuple[Live, Logins], 
     for header in (basic("you", "correct horse"), "Basic ???", "Bearer x", basic("me", ""), basic("me", "wrong")):
         assert server.ask("/", authorization=header).status == 401
     refused = server.ask("/", authorization=basic("me", "correct horse"))
-    assert (refused.status, MOST_WRONG_LOGINS) == (429, 5)
+    assert (refused.status, MAX_WRONG_LOGINS) == (429, 5)
     assert b"Try again in" in refused.body
     logins.now[0] = 61.0  # type: ignore[attr-defined]
     assert server.ask("/", authorization=basic("me", "correct horse")).status == 200
-    figure("Exposure", f"refused without a password; after {MOST_WRONG_LOGINS} wrong ones a minute's wait")
+    figure("Exposure", f"refused without a password; after {MAX_WRONG_LOGINS} wrong ones a minute's wait")
