@@ -75,7 +75,7 @@ def pairs(images: list[Image.Image]) -> NDArray[np.float32]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--first", type=int, default=10_000, help="Number of the first scene.")
-    parser.add_argument("--pictures", type=int, default=4000, help="How many scenes are drawn.")
+    parser.add_argument("--images", type=int, default=4000, help="How many scenes are drawn.")
     options = parser.parse_args()
     scenes = [random_scene(number) for number in range(options.first, options.first + options.images)]
     images = [render(scene) for scene in scenes]

@@ -67,7 +67,7 @@ def main() -> None:
     parser.add_argument("lora", type=Path)
     parser.add_argument("--base", type=Path, default=pocket_folder())
     parser.add_argument("--judge", type=Path, help="where the judge is kept between calls")
-    parser.add_argument("--num-pictures", type=int, default=64)
+    parser.add_argument("--num-images", type=int, default=64)
     parser.add_argument("--guidance", type=float, default=GUIDANCE)
     parser.add_argument("--sheet", type=Path, help="also write a sheet of samples")
     parser.add_argument("--json", action="store_true")

@@ -11,19 +11,19 @@ from diffusers import StableDiffusionPipeline
 from sdlora.pocket import pretrain
 
 
-def plan(folder: Path, steps: int) -> pretrain.Plan:
-    return pretrain.Plan(
+def settings(folder: Path, steps: int) -> pretrain.Settings:
+    return pretrain.Settings(
         work=folder, device="cpu", vae_steps=2, decoder_steps=2, steps=steps, num_images=8, batch_size=2,
         learning_rate=1e-3,
     )  # fmt: skip
 
 
-def test_a_cut_pretraining_goes_on_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_interrupted_pretraining_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY_STEPS", 1)
-    whole = plan(tmp_path / "whole", 3)
+    whole = settings(tmp_path / "whole", 3)
     whole.work.mkdir()
     pretrain.train_unet(whole, pretrain.train_vae(whole))
-    cut = plan(tmp_path / "cut", 3)
+    cut = settings(tmp_path / "cut", 3)
     cut.work.mkdir()
     vae = pretrain.train_vae(cut)
     save = pretrain._save
