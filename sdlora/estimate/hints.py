@@ -137,17 +137,19 @@ def hints_to_fit(inputs: MemoryInputs, needed: MemoryEstimate, memory_bytes: int
         Nothing if it fits as it is; otherwise as few as are enough, or all that save memory.
     """
     found: list[CountedHint] = []
-    first, peak = _flops_per_image(inputs, needed), needed.peak_bytes
+    peak, first = needed.peak_bytes, needed.flops_per_step / inputs.config.train.batch_size
     for hint in hints(inputs.config, inputs.dtype, inputs.size_px):
         if peak <= memory_bytes:
             break
         if hint.values.keys() & _UNCOUNTED:
             continue
-        changed = _with_hint(inputs, hint)
+        dtype = torch.bfloat16 if "train.precision" in hint.values else inputs.dtype
+        config, size_px = with_values(inputs.config, hint.values), hint.size_px or inputs.size_px
+        changed = replace(inputs, config=config, dtype=dtype, size_px=size_px)
         less = estimate_memory(changed)
         if less.peak_bytes < peak:
             inputs, peak = changed, less.peak_bytes
-            time = _flops_per_image(changed, less) / first
+            time = less.flops_per_step / config.train.batch_size / first
             found.append(CountedHint(hint.text(), peak, time, hint.price, hint.values))
     return found
 
@@ -186,16 +188,6 @@ def with_values(config: RunConfig, values: dict[str, Any]) -> RunConfig:
         changed = getattr(config, section).model_copy(update={option: value})
         config = config.model_copy(update={section: changed})
     return config
-
-
-def _with_hint(inputs: MemoryInputs, hint: Hint) -> MemoryInputs:
-    dtype = torch.bfloat16 if "train.precision" in hint.values else inputs.dtype
-    config = with_values(inputs.config, hint.values)
-    return replace(inputs, config=config, dtype=dtype, size_px=hint.size_px or inputs.size_px)
-
-
-def _flops_per_image(inputs: MemoryInputs, needed: MemoryEstimate) -> float:
-    return needed.flops_per_step / inputs.config.train.batch_size
 
 
 def _described(hint: Hint, config: RunConfig, resolution_px: int, equals: str = " = ") -> str:
