@@ -1,4 +1,7 @@
-"""The order of a batch: what is to be done, who does it, what became of it, and the report in the end."""
+"""A batch from start to end: which jobs are left, who runs them, what became of them, and the report.
+
+Called by `sdlora batch`; hands tasks to an engine and keeps the ledger.
+"""
 
 from __future__ import annotations
 
@@ -20,25 +23,25 @@ Action = Literal["skip", "resume", "start", "fault"]
 def run_batch(
     jobs: Sequence[Job], location: Location, engine: Engine, *, retry: bool, should_stop: Callable[[], bool]
 ) -> Iterator[Message]:
-    """Carry out what is left to do of a batch.
+    """Run the jobs of a batch that are not done yet.
 
     Args:
-        jobs: In the order of their turn.
-        location: The batch's; each job's run is in it.
-        engine: Who carries them out.
-        retry: Whether jobs that failed before are tried again.
-        should_stop: True lets what runs save itself; the same call later goes on.
+        jobs: In the order in which they run.
+        location: Of the batch; it contains the run of each job.
+        engine: Runs the jobs.
+        retry: Whether to retry jobs that failed before.
+        should_stop: True makes running jobs save their state and end; the same call resumes them.
 
     Yields:
-        "planned" for every job, the engine's messages, and at last "batch" with the names of those that are done,
-        failed and left open.
+        "planned" for every job, the engine's messages, and finally "batch" with the names of the jobs that are done,
+        failed and open.
 
     Raises:
         OutputError: The folder cannot be used, or another process works in it.
-        StoreError: The batch's URL does not answer at the beginning or in the end.
+        StoreError: The batch's URL does not answer at the start or at the end.
     """
     with locked(location.folder):
-        location.fetch()
+        location.download_ledger()
         ledger = Ledger.read(location.folder)
         tasks = []
         for job, fingerprint in _fingerprinted(jobs):
@@ -50,24 +53,24 @@ def run_batch(
             yield message | {"error": record.outcome[1]}
             if action in ("start", "resume") and job.config is not None:
                 tasks.append(Task(job.name, job.config.model_dump(mode="json"), location.run(job.name)))
-        location.keep(LEDGER)
+        location.upload(LEDGER)
         for message in engine.run(tasks, should_stop):
             _record(ledger, message)
             yield message
             if message["event"] == "ended":
-                yield from _kept(location, message["job"])
+                yield from _upload_ledger(location, message["job"])
         _write_report(jobs, ledger, location)
-        yield {"event": "batch", "folder": location.output, **_standing(ledger, jobs)}
+        yield {"event": "batch", "folder": location.output, **_summary(ledger, jobs)}
 
 
 def decide(job: Job, record: Record | None, fingerprint: str, *, retry: bool) -> tuple[Action, Record]:
-    """What to do with a job, and its record as it now is.
+    """Choose what to do with a job, and update its record.
 
     Args:
         job: The job.
-        record: What is known of it from earlier calls, or None.
-        fingerprint: What it would be made from now.
-        retry: Whether a failed one is tried again.
+        record: Its record from earlier calls, or None.
+        fingerprint: Of its current settings, images and base.
+        retry: Whether to retry a failed job.
     """
     if job.config is None:
         return "fault", replace(record or Record(), fault=job.fault)
@@ -75,7 +78,7 @@ def decide(job: Job, record: Record | None, fingerprint: str, *, retry: bool) ->
         return "start", Record("waiting", fingerprint)
     if record.status == "done" or (record.status == "failed" and not retry):
         return "skip", replace(record, fault=None)
-    # "running" is what a call that was killed itself leaves behind.
+    # A batch that was killed leaves "running" behind.
     status = "cut" if record.status == "running" else record.status
     return "resume", replace(record, status=status, fault=None)
 
@@ -86,17 +89,17 @@ def _fingerprinted(jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
         try:
             yield job, "" if job.config is None else fingerprints.of(job.config)
         except StoreError as error:
-            # Its images may be the same as before: nothing is started anew for want of an answer.
+            # The images may be unchanged: a store that does not answer must not restart the job.
             yield replace(job, config=None, fault=str(error)), ""
         except SdloraError:
-            yield job, "no such set"  # the run itself says so, and is that job's failure
+            yield job, "no such set"  # the run reports it as the failure of this job
 
 
-def _kept(location: Location, job: str) -> Iterator[Message]:
+def _upload_ledger(location: Location, job: str) -> Iterator[Message]:
     try:
-        location.keep(LEDGER)
+        location.upload(LEDGER)
     except StoreError as error:
-        yield {"job": job, "event": "notice", "message": f"{error} The batch goes on; its record is put there later."}
+        yield {"job": job, "event": "notice", "message": f"{error} The batch continues; its record is uploaded later."}
 
 
 def _record(ledger: Ledger, message: Message) -> None:
@@ -115,7 +118,7 @@ def _record(ledger: Ledger, message: Message) -> None:
 
 
 def _write_report(jobs: Sequence[Job], ledger: Ledger, location: Location) -> None:
-    # Only now: what reads the runs loads torch and diffusers, which takes seconds.
+    # Imported only now: these load torch and diffusers, which takes seconds.
     from sdlora.batch.page import write_page
     from sdlora.batch.results import TABLES, collect, write_tables
 
@@ -127,10 +130,10 @@ def _write_report(jobs: Sequence[Job], ledger: Ledger, location: Location) -> No
     results = collect(jobs, ledger, runs)
     write_tables(ledger.folder, results)
     write_page(ledger.folder / "report.html", location.name, results, runs)
-    location.keep(LEDGER, *TABLES, "report.html")
+    location.upload(LEDGER, *TABLES, "report.html")
 
 
-def _standing(ledger: Ledger, jobs: Sequence[Job]) -> dict[str, list[str]]:
+def _summary(ledger: Ledger, jobs: Sequence[Job]) -> dict[str, list[str]]:
     def named(*statuses: str) -> list[str]:
         return [job.name for job in jobs if ledger.records[job.name].outcome[0] in statuses]
 

@@ -1,6 +1,6 @@
-"""Tasks on this machine: one worker per device, each with a process of its own.
+"""Tasks on this machine: one worker process per device.
 
-A worker that ends without a word costs the job it was at and nothing else.
+A worker that dies loses the job it was running and nothing else.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from typing import Protocol
 
 from sdlora.batch.messages import Message, Task
 
-_PATIENCE_SECONDS = 0.2
+_POLL_SECONDS = 0.2
 
 
 class Engine(Protocol):
-    """Carries out tasks somewhere."""
+    """Runs tasks somewhere."""
 
     def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> Iterator[Message]:
-        """Carry out tasks, the first ones first.
+        """Run tasks in their order.
 
         Args:
             tasks: What to do.
-            should_stop: Asked every moment; True lets what runs save itself, and nothing new begins.
+            should_stop: Polled; True makes running tasks save their state, and no other is started.
 
         Yields:
-            "started" for every task, then the messages of `sdlora.batch.task.carry_out`.
+            "started" for every task, then the messages of `sdlora.batch.task.run_task`.
         """
         ...
 
@@ -45,8 +45,8 @@ class LocalEngine:
     """Workers on this machine.
 
     Args:
-        logs: The folder for what workers say on stderr.
-        environments: One worker each, with these variables on top of this process's.
+        logs: Folder for the stderr of workers.
+        environments: Environment variables of each worker, on top of this process's.
     """
 
     def __init__(self, logs: Path, environments: Sequence[Mapping[str, str]]) -> None:
@@ -55,59 +55,59 @@ class LocalEngine:
 
     def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> Iterator[Message]:
         """See `Engine.run`."""
-        waiting, inbox, stopping = deque(tasks), queue.Queue[_Said](), False
+        waiting, inbox, stopping = deque(tasks), queue.Queue[_Received](), False
         self._logs.mkdir(parents=True, exist_ok=True)
         workers: list[_Worker] = []
         try:
             for number in range(min(len(self._environments), len(tasks))):
-                workers.append(self._hire(number, waiting.popleft(), inbox))
+                workers.append(self._start_worker(number, waiting.popleft(), inbox))
                 yield started(workers[-1].task)
-            while any(worker.employed for worker in workers):
+            while any(worker.active for worker in workers):
                 if should_stop() and not stopping:
                     stopping = True
                     waiting.clear()
                     for worker in workers:
-                        worker.dismiss()
+                        worker.close()
                 try:
-                    number, message = inbox.get(timeout=_PATIENCE_SECONDS)
+                    number, message = inbox.get(timeout=_POLL_SECONDS)
                 except queue.Empty:
                     continue
                 worker = workers[number]
                 if message is None:
                     if worker.task is not None:
-                        yield worker.obituary()
-                    worker.employed = False
+                        yield worker.lost_message()
+                    worker.active = False
                     if waiting:
-                        workers[number] = self._hire(number, waiting.popleft(), inbox)
+                        workers[number] = self._start_worker(number, waiting.popleft(), inbox)
                         yield started(workers[number].task)
                     continue
                 yield message
                 if message["event"] == "ended":
                     worker.task = None
                     if waiting:
-                        worker.give(waiting.popleft())
+                        worker.send(waiting.popleft())
                         yield started(worker.task)
                     else:
-                        worker.dismiss()
+                        worker.close()
         finally:
             for worker in workers:
                 worker.end()
 
-    def _hire(self, number: int, task: Task, inbox: queue.Queue[_Said]) -> _Worker:
+    def _start_worker(self, number: int, task: Task, inbox: queue.Queue[_Received]) -> _Worker:
         return _Worker(number, task, self._environments[number], self._logs / f"worker{number}.txt", inbox)
 
 
-_Said = tuple[int, Message | None]
-"""A worker's number and its message; None when its process has ended."""
+_Received = tuple[int, Message | None]
+"""A worker's number and a message of it; None once its process has ended."""
 
 
 class _Worker:
-    """One process, and what it was told to do."""
+    """A worker process and its current task."""
 
     def __init__(
-        self, number: int, task: Task, environment: Mapping[str, str], log: Path, inbox: queue.Queue[_Said]
+        self, number: int, task: Task, environment: Mapping[str, str], log: Path, inbox: queue.Queue[_Received]
     ) -> None:
-        self.employed = True
+        self.active = True
         self.task: Task | None = None
         with log.open("ab") as errors:
             self._process = subprocess.Popen(
@@ -121,31 +121,31 @@ class _Worker:
             )
         self._log = log
         threading.Thread(target=self._listen, args=(number, inbox), daemon=True).start()
-        self.give(task)
+        self.send(task)
 
-    def give(self, task: Task) -> None:
-        """Tell it what to do next."""
+    def send(self, task: Task) -> None:
+        """Send the next task."""
         self.task, self._since = task, time.monotonic()
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # if it has just died, its listener says so
+        with contextlib.suppress(BrokenPipeError):  # if it has just died, the listener reports it
             print(json.dumps(asdict(task)), file=self._process.stdin, flush=True)
 
-    def dismiss(self) -> None:
-        """Let it end: at once if it has nothing to do, else as soon as its job is saved."""
+    def close(self) -> None:
+        """Let it end: at once if it is idle, otherwise once the state of its job is saved."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
 
-    def obituary(self) -> Message:
-        """The last message of a job whose worker ended without one."""
+    def lost_message(self) -> Message:
+        """The last message of a job whose worker died without sending one."""
         assert self.task is not None
         code = self._process.wait()
         if code < 0:
             how = f"was killed by {signal.Signals(-code).name}"
-            how += " (is there enough memory?)" if -code == signal.SIGKILL else ""
+            how += " (possibly out of memory)" if -code == signal.SIGKILL else ""
         else:
-            how = f"ended with code {code}"
-        error = f"Its worker {how} in the middle of the job; {self._log} may say more. The same command goes on."
+            how = f"exited with code {code}"
+        error = f"Its worker {how} during the job; see {self._log}. Run the same command again to resume."
         seconds = time.monotonic() - self._since
         return {
             "job": self.task.job, "event": "ended", "status": "cut", "error": error,
@@ -153,19 +153,19 @@ class _Worker:
         }  # fmt: skip
 
     def end(self) -> None:
-        """Make sure that nothing of it is left."""
+        """Kill the process if it still runs."""
         if self._process.poll() is None:
-            if self.employed:
+            if self.active:
                 self._process.kill()
             self._process.wait()
 
-    def _listen(self, number: int, inbox: queue.Queue[_Said]) -> None:
+    def _listen(self, number: int, inbox: queue.Queue[_Received]) -> None:
         assert self._process.stdout is not None
         for line in self._process.stdout:
             try:
                 inbox.put((number, json.loads(line)))
             except ValueError:
-                break  # cut off in the middle of a line
+                break  # a torn line
         inbox.put((number, None))
 
 
@@ -176,7 +176,7 @@ def started(task: Task | None) -> Message:
 
 
 def environments() -> list[dict[str, str]]:
-    """One worker per GPU, each seeing its own alone; a single one where there is one GPU or none."""
+    """One worker per GPU, which sees only that GPU; a single worker if there are fewer than two GPUs."""
     import torch
 
     count = torch.cuda.device_count()

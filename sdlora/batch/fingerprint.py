@@ -1,4 +1,7 @@
-"""What a job's result follows from, as one hash: settings, base, images and captions, and the version of sdlora."""
+"""One hash of everything that determines a job's result: settings, base, images, captions, and sdlora's version.
+
+A batch compares it with the ledger to decide whether a finished job is still up to date.
+"""
 
 from __future__ import annotations
 
@@ -20,14 +23,14 @@ _SAMPLE_BYTES = 4096
 
 
 class Fingerprints:
-    """Fingerprints of jobs; a folder or base that several of them share is read once."""
+    """Fingerprints of jobs; a folder or base that several jobs share is read once."""
 
     def __init__(self) -> None:
         self._folders: dict[Path, str] = {}
         self._bases: dict[str, str] = {}
 
     def of(self, config: RunConfig) -> str:
-        """The fingerprint of a job; what a base counts by is told at `base_content`."""
+        """The fingerprint of a job; see `base_content` for the base."""
         settings = [(name, value) for name, value in options(config) if name not in FREE_WHEN_RESUMING]
         folders = [self._content(folder) for folder in config.data.folders]
         text = json.dumps([__version__, settings, folders, self._base(config.base.path)], sort_keys=True)
@@ -46,7 +49,7 @@ class Fingerprints:
 
 
 def _content(folder: Path) -> str:
-    """A hash of the names and bytes of all images and captions; a folder that is not there has none."""
+    """A hash of the names and bytes of all images and captions, or "missing" for a missing folder."""
     if not folder.is_dir():
         return "missing"
     digest = hashlib.blake2b(digest_size=16)
@@ -59,10 +62,10 @@ def _content(folder: Path) -> str:
 def base_content(path: str) -> str:
     """A hash of a base's files: their names and sizes, the first MiB of each, and samples of the rest.
 
-    Reading all weights would take longer than some runs. The first MiB holds a safetensors file's header, and all of
-    most other files; of what follows 64 stretches of 4 KiB are read, evenly to the last byte. Training a network
-    changes all of them; a change to single weights between them is not seen. A hub id counts by its name and revision
-    alone, and hidden files do not count.
+    Reading all weights would take longer than some runs. The first MiB contains a safetensors header, and most other
+    files entirely; the rest is sampled by 64 evenly spaced blocks of 4 KiB. Training changes all of them; a change to
+    single weights between them goes unnoticed. A hub id counts by its name and revision alone; hidden files are
+    ignored.
     """
     location = pocket_folder() if path == "pocket" else Path(path).expanduser()
     digest = hashlib.blake2b(digest_size=16)

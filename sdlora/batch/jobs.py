@@ -1,7 +1,6 @@
-"""From a file of jobs to one checked configuration per run.
+"""From a jobs file to one validated configuration per run.
 
-What is wrong with the file itself stops everything; what is wrong with one job's settings is that job's fault
-and is kept with it, so that the others go on.
+A fault in the file itself is an error; a fault in the settings of one job is kept with that job, and the others run.
 """
 
 from __future__ import annotations
@@ -54,10 +53,10 @@ class Job:
     """One run of a batch.
 
     Attributes:
-        name: Of the job and its swept values; the run's folder and LoRA file are named so.
-        priority: Higher ones run first.
-        swept: The swept settings with this job's values.
-        config: Its configuration; None where that is wrong.
+        name: Job name with its swept values; names the run's folder and its LoRA file.
+        priority: Jobs of higher priority run first.
+        swept: The swept settings with the values of this job.
+        config: Its configuration; None if that is invalid.
         fault: What is wrong with its configuration, or None.
     """
 
@@ -69,24 +68,24 @@ class Job:
 
 
 def read_jobs(path: Path) -> list[Job]:
-    """Read a file of jobs.
+    """Read a jobs file.
 
     Args:
         path: TOML: `[defaults]` (config, set), `[[jobs]]` (name, config, set, priority), and `[sweep]` (lists of
             values by setting, every combination) or `[[sweep]]` (one combination each).
 
     Returns:
-        The jobs, those of the highest priority first and those of one base together, otherwise as in the file.
+        The jobs, by priority, then grouped by base, otherwise in the order of the file.
 
     Raises:
-        ConfigError: The file is missing, no TOML, or holds something that is no part of it, or two jobs have one name.
+        ConfigError: The file is missing, is not TOML, has unknown keys, or names two jobs alike.
     """
     file = _read(path)
     jobs = [job for entry in file.jobs for job in _swept(file, entry, path.stem)]
     names = [job.name for job in jobs]
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ConfigError(f"{path}: two jobs are named {', '.join(twice)}. Give every job a name of its own.")
+        raise ConfigError(f"{path}: more than one job is named {', '.join(twice)}. Give every job a unique name.")
     return _in_order(jobs)
 
 
@@ -94,7 +93,7 @@ def _read(path: Path) -> _File:
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(f"The file of jobs {path} cannot be read: {error.strerror}.") from error
+        raise ConfigError(f"The jobs file {path} cannot be read: {error.strerror}.") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
     try:
@@ -102,7 +101,7 @@ def _read(path: Path) -> _File:
     except ValidationError as error:
         faults = [f"  {'.'.join(map(str, fault['loc']))}: {fault['msg']}." for fault in error.errors()]
         raise ConfigError(
-            f"{path} has faults. It may hold [defaults] with config and set, [[jobs]] with name, config, set and "
+            f"{path} is invalid. Allowed are [defaults] with config and set, [[jobs]] with name, config, set and "
             "priority, and [sweep] with lists of values:\n" + "\n".join(faults)
         ) from error
     _check_keys(path, "defaults.set", _flat(file.defaults.set))
@@ -112,24 +111,24 @@ def _read(path: Path) -> _File:
 
 
 def _check_keys(path: Path, where: str, keys: Mapping[str, Any]) -> None:
-    """A setting that no run has would be every job's fault; it is told once."""
+    """Report an unknown setting once, rather than as a fault of every job."""
     known = (*option_names(), *RENAMED)
     for key in keys:
         if not any(key == name or key.startswith(f"{name}.") for name in known):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
             hint = f" Did you mean {near[0]}?" if near else ""
-            raise ConfigError(f"{path}: {where}: there is no setting {key!r}.{hint}")
+            raise ConfigError(f"{path}: {where}: unknown setting {key!r}.{hint}")
 
 
 def _swept(file: _File, entry: _Job, stem: str) -> Iterator[Job]:
     source = entry.config or file.defaults.config
     if source is None:
         raise ConfigError(
-            f"The job {entry.name or stem!r} has no config. Give it one, or all of them with [defaults] config = ..."
+            f"The job {entry.name or stem!r} has no config. Set it for the job, or for all jobs in [defaults]."
         )
     name = entry.name or Path(source).stem
     if not _NAME.fullmatch(name):
-        raise ConfigError(f"The job name {name!r} cannot name a folder: take letters, digits, '.', '_' and '-'.")
+        raise ConfigError(f"The job name {name!r} cannot be used for a folder; use letters, digits, '.', '_' and '-'.")
     settings = with_current_names(_flat(file.defaults.set)) | with_current_names(_flat(entry.set))
     combinations = _combinations(file.sweep)
     for combination in combinations:
@@ -179,7 +178,7 @@ def _merged(document: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[st
 
 
 def _label(combinations: Sequence[Mapping[str, Any]], key: str, value: Any) -> str:
-    """A swept value in a name: "rank8"; one that is long, or not a word, by its position among the values."""
+    """A swept value as part of a name, such as "rank8"; a long value, or not a word, by its position in the sweep."""
     short = key.rpartition(".")[2]
     text = f"{value:g}" if isinstance(value, float) else str(value)
     if len(text) <= _LONGEST_VALUE and re.fullmatch(r"[\w.+-]+", text):
@@ -192,7 +191,7 @@ def _label(combinations: Sequence[Mapping[str, Any]], key: str, value: Any) -> s
 
 
 def _in_order(jobs: Sequence[Job]) -> list[Job]:
-    # A base is loaded when a job asks for another one than the job before.
+    # A worker reloads the base whenever it differs from the previous job's.
     bases = [str(job.config.base) if job.config else "" for job in jobs]
     return [
         job for _, job in sorted(zip(bases, jobs, strict=True), key=lambda p: (-p[1].priority, bases.index(p[0])))

@@ -1,6 +1,6 @@
-"""What became of every job of a batch, kept so that the same command goes on where it was.
+"""The status of every job of a batch in `batch.json`, so that the same command resumes it.
 
-`batch.json` is replaced atomically after every change, by the one process that holds the lock.
+The file is replaced atomically after every change, by the one process that holds the lock.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ Status = Literal["waiting", "running", "done", "failed", "cut", "stopped"]
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of one job.
+    """The record of one job.
 
     Attributes:
-        status: "cut" if its worker ended without a word, "stopped" if the user asked; both can be resumed.
-        fingerprint: Of settings, data and version; empty where the settings were never right.
-        error: What went wrong, or None.
-        fault: What is wrong with its settings as they now are, or None; what is known from before stays beside it.
-        exit_code: What `sdlora train` would have ended in; None while it is open.
+        status: "cut" if its worker died, "stopped" if the user asked for it; both can be resumed.
+        fingerprint: Of settings, data and version; empty if the settings were never valid.
+        error: Why it failed, or None.
+        fault: What is wrong with its current settings, or None; the other fields then describe earlier settings.
+        exit_code: The exit code of `sdlora train` for it; None while it is open.
         epoch: The epoch that was kept; None unless it is done.
-        seconds: Spent on it, all attempts together.
-        peak_memory_bytes: The most that its worker held meanwhile; None where it cannot be told.
+        seconds: Time spent on it in all attempts together.
+        peak_memory_bytes: Peak memory of its worker; None if unknown.
     """
 
     status: Status = "waiting"
@@ -45,7 +45,7 @@ class Record:
 
     @property
     def outcome(self) -> tuple[Status, str | None]:
-        """How the job stands, and what is wrong."""
+        """The status to report, and the error that belongs to it."""
         return ("failed", self.fault) if self.fault else (self.status, self.error)
 
 
@@ -54,8 +54,8 @@ class Ledger:
     """The records of a batch by job, in `batch.json`.
 
     Attributes:
-        folder: The batch's.
-        records: By the job's name.
+        folder: Of the batch.
+        records: By job name.
     """
 
     folder: Path
@@ -63,10 +63,10 @@ class Ledger:
 
     @classmethod
     def read(cls, folder: Path) -> Ledger:
-        """What an earlier call left, or nothing.
+        """The ledger of an earlier call, or an empty one.
 
         Raises:
-            OutputError: The file is not one of sdlora's.
+            OutputError: The file was not written by sdlora.
         """
         file = folder / "batch.json"
         if not file.exists():
@@ -75,20 +75,22 @@ class Ledger:
             content = json.loads(file.read_text(encoding="utf-8"))
             return cls(folder, {name: Record(**record) for name, record in content["jobs"].items()})
         except (ValueError, TypeError, KeyError) as error:
-            raise OutputError(f"{file} is no record of a batch ({error}). Move it away, or choose --output.") from error
+            raise OutputError(
+                f"{file} is not the record of a batch ({error}). Move it away, or choose another --output."
+            ) from error
 
     def put(self, name: str, record: Record) -> None:
-        """Keep a job's record."""
+        """Save the record of a job."""
         self.records[name] = record
         write_json(self.folder / "batch.json", {"jobs": {key: asdict(value) for key, value in self.records.items()}})
 
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold a batch's folder for the length of the block.
+    """Lock the folder of a batch within the block.
 
     Raises:
-        OutputError: Another process works on it, or the folder cannot be made.
+        OutputError: Another process works in it, or the folder cannot be created.
     """
     with ExitStack() as held:
         try:

@@ -1,6 +1,6 @@
-"""What passes between a batch and its workers: a task in, messages out, all of them plain JSON values.
+"""Protocol between a batch and its workers: a task in, messages out, all of them plain JSON values.
 
-Needs neither torch nor diffusers, so that a batch with nothing left to do says so at once.
+Imports neither torch nor diffusers, so that a batch with nothing left to do ends at once.
 """
 
 from __future__ import annotations
@@ -9,17 +9,17 @@ from dataclasses import dataclass
 from typing import Any
 
 Message = dict[str, Any]
-"""{"job": its name, "event": ...} and the event's own keys; "ended" is the last one of a job."""
+"""{"job": name, "event": ...} and the keys of the event; "ended" is the last message of a job."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker is told.
+    """One job for a worker.
 
     Attributes:
-        job: The job's name.
-        config: The run's configuration, as `RunConfig.model_dump` gives it.
-        folder: The run's folder, or its URL.
+        job: Name of the job.
+        config: Configuration of the run, from `RunConfig.model_dump`.
+        folder: Folder or URL of the run.
     """
 
     job: str

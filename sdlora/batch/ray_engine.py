@@ -1,7 +1,6 @@
-"""Tasks on a Ray cluster: Ray decides where each runs and starts it again where a machine is lost.
+"""Tasks on a Ray cluster: Ray places them on machines and restarts them when a machine is lost.
 
-Run folders are at a URL, or on a path that all machines share; Ray itself carries tasks and the last messages
-alone.
+Run folders are at a URL or on a shared path; Ray itself only transports tasks and their last messages.
 """
 
 from __future__ import annotations
@@ -20,17 +19,17 @@ from sdlora.batch.messages import Message, Task
 from sdlora.common.remote import is_url
 from sdlora.errors import ConfigError, StoreError
 
-_PATIENCE_SECONDS = 0.5
-_ASK_EVERY_SECONDS = 2.0
+_POLL_SECONDS = 0.5
+_STOP_POLL_SECONDS = 2.0
 
 
 class RayEngine:
-    """A Ray cluster, as one more `sdlora.batch.engine.Engine`.
+    """Runs tasks on a Ray cluster; see `sdlora.batch.engine.Engine`.
 
     Args:
-        location: The batch's, at a URL or on a path that all machines share.
-        address: Of the cluster; None starts one on this machine, or joins the one that RAY_ADDRESS names.
-        num_gpus: Each task's share of a GPU; None gives it one where the cluster has any.
+        location: Of the batch, at a URL or on a path that all machines share.
+        address: Of the cluster; None joins the one that RAY_ADDRESS names, or starts one on this machine.
+        num_gpus: GPUs per task, may be a fraction; None means 1 if the cluster has any GPU, else 0.
 
     Raises:
         ConfigError: Ray is not installed.
@@ -40,21 +39,21 @@ class RayEngine:
         try:
             self._ray = importlib.import_module("ray")
         except ModuleNotFoundError as error:
-            raise ConfigError("--engine ray needs Ray. Run: pip install 'sdlora[ray]'.") from error
+            raise ConfigError("--engine ray needs Ray. Install it: pip install 'sdlora[ray]'") from error
         self._location, self._address, self._num_gpus = location, address, num_gpus
 
     def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> Iterator[Message]:
-        """See `sdlora.batch.engine.Engine.run`; messages are the first and the last of each task."""
+        """See `sdlora.batch.engine.Engine.run`; yields only the first and the last message of each task."""
         ray: Any = self._ray
         stopping = False
         if not ray.is_initialized():
             ray.init(address=self._address, log_to_driver=False)
-        self._location.ask_to_stop(False)
+        self._location.request_stop(False)
         num_gpus = self._num_gpus
         if num_gpus is None:
             num_gpus = 1 if ray.cluster_resources().get("GPU", 0) else 0
-        # A task whose machine is lost is started again elsewhere, and goes on from its run folder's last checkpoint.
-        remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=-1)(carry_out_remotely)
+        # A task whose machine is lost is restarted elsewhere and resumes from the last checkpoint in its run folder.
+        remote = ray.remote(num_cpus=1, num_gpus=num_gpus, max_retries=-1)(run_task_remotely)
         waiting: dict[Any, Task] = {}
         for task in tasks:
             waiting[remote.remote(vars(task), self._location.output, str(Path.cwd()))] = task
@@ -62,61 +61,62 @@ class RayEngine:
         try:
             while waiting:
                 if should_stop() and not stopping:
-                    with contextlib.suppress(StoreError):  # if it does not answer, it is asked again
-                        self._location.ask_to_stop(True)
+                    with contextlib.suppress(StoreError):  # the next poll tries again
+                        self._location.request_stop(True)
                         stopping = True
-                done, _ = ray.wait(list(waiting), num_returns=1, timeout=_PATIENCE_SECONDS)
+                done, _ = ray.wait(list(waiting), num_returns=1, timeout=_POLL_SECONDS)
                 for reference in done:
-                    yield self._ending(reference, waiting.pop(reference))
+                    yield self._last_message(reference, waiting.pop(reference))
         finally:
             for reference in waiting:
                 ray.cancel(reference, force=True)
-            with contextlib.suppress(StoreError):  # the next batch takes it back as well
-                self._location.ask_to_stop(False)
+            with contextlib.suppress(StoreError):  # the next batch withdraws it, too
+                self._location.request_stop(False)
 
-    def _ending(self, reference: Any, task: Task) -> Message:
+    def _last_message(self, reference: Any, task: Task) -> Message:
         try:
-            ending: Message = self._ray.get(reference)
-            return ending
+            message: Message = self._ray.get(reference)
+            return message
         except self._ray.exceptions.RayError as error:
-            told = f"Ray could not carry it out: {str(error).strip().splitlines()[0]} The same command goes on."
+            reason = str(error).strip().splitlines()[0]
+            fault = f"Ray could not run the task: {reason} Run the same command again to resume."
             return {
-                "job": task.job, "event": "ended", "status": "cut", "error": told, "exit_code": 1, "epoch": None,
+                "job": task.job, "event": "ended", "status": "cut", "error": fault, "exit_code": 1, "epoch": None,
                 "seconds": 0.0, "peak_memory_bytes": None,
             }  # fmt: skip
 
 
-def carry_out_remotely(task: dict[str, Any], output: str, here: str) -> Message:
-    """Carry out a task on whatever machine this is, and give its last message.
+def run_task_remotely(task: dict[str, Any], output: str, working_dir: str) -> Message:
+    """Run a task on this machine, and return its last message.
 
     Args:
-        task: Of `sdlora.batch.messages.Task`, as a dictionary.
-        output: The batch's folder or URL, where the wish to stop is told.
-        here: The folder that paths in the configuration are seen from; with a URL it need not be on this machine.
+        task: The fields of a `sdlora.batch.messages.Task`.
+        output: Folder or URL of the batch, where stops are requested.
+        working_dir: What paths in the configuration are relative to; with a URL it may be missing on this machine.
     """
-    if Path(here).is_dir() or not is_url(output):
-        os.chdir(here)
+    if Path(working_dir).is_dir() or not is_url(output):
+        os.chdir(working_dir)
     from sdlora.common.quiet import quiet_libraries
 
     quiet_libraries()
-    from sdlora.batch.task import carry_out
+    from sdlora.batch.task import run_task
     from sdlora.run.setup import fresh_base
 
-    *_, last = carry_out(Task(**task), fresh_base, _wish_to_stop(Location(output)))
+    *_, last = run_task(Task(**task), fresh_base, _stop_poll(Location(output)))
     return last
 
 
-def _wish_to_stop(location: Location) -> Callable[[], bool]:
-    """Whether the batch is to end; asked between steps, which may be shorter than a store's answer takes."""
-    asked, wish = -_ASK_EVERY_SECONDS, False
+def _stop_poll(location: Location) -> Callable[[], bool]:
+    """Whether the batch should stop; rarely asks the store, which may be slower than a training step."""
+    polled, stop = -_STOP_POLL_SECONDS, False
 
-    def is_there() -> bool:
-        nonlocal asked, wish
-        if not wish and time.monotonic() - asked >= _ASK_EVERY_SECONDS:
-            # A store that does not answer stops no training; the run itself tells of it.
+    def should_stop() -> bool:
+        nonlocal polled, stop
+        if not stop and time.monotonic() - polled >= _STOP_POLL_SECONDS:
+            # A store that does not answer must not stop training; the run itself reports it.
             with contextlib.suppress(StoreError):
-                wish = location.asked_to_stop()
-            asked = time.monotonic()
-        return wish
+                stop = location.stop_requested()
+            polled = time.monotonic()
+        return stop
 
-    return is_there
+    return should_stop

@@ -1,4 +1,7 @@
-"""Figures of a batch by job: which settings differ, and which jobs are beaten by no other."""
+"""Results of a batch by job: the settings that differ, the copy check, the losses, and the Pareto front.
+
+Read from the run folders at the end of a batch, for its page and tables.
+"""
 
 from __future__ import annotations
 
@@ -25,24 +28,24 @@ _NO_SETTINGS = {"name", "cache.dir"}
 
 @dataclass(frozen=True)
 class Result:
-    """One job's figures; None for what is not known.
+    """The results of one job; None for what is unknown.
 
     Attributes:
-        number: From 1, in the order of the file's turn; points and previews are labelled with it.
+        number: Position in the batch, from 1; labels points and previews.
         job: Its name.
         status: As in `sdlora.batch.ledger.Record`.
-        error: What went wrong.
-        settings: Those in which the batch's jobs differ.
-        group: Jobs of one group have the same base, images and seed, so that their losses may be compared.
+        error: Why it failed.
+        settings: The settings in which the jobs of the batch differ.
+        group: Jobs of one group share base, images and seed, so that their losses can be compared.
         verdict: Of the copy check on the kept epoch.
-        matches: The share of its previews that match a training image.
-        copying: How like training images its previews are on average, in [0, 1].
+        matches: Share of its previews that match a training image, in [0, 1].
+        copying: Mean similarity of its previews to training images, in [0, 1].
         validation_loss: Of the kept epoch.
-        fidelity: How much DINOv2 finds the concept in its previews, in [-1, 1].
-        epoch: The recommended one, which was kept.
-        seconds: All attempts together.
-        peak_memory_bytes: The most that was held.
-        pareto: Whether no job of its group copies less and has learned as much, or copies as little and learned more.
+        fidelity: DINOv2 similarity of its previews to the concept, in [-1, 1].
+        epoch: The recommended epoch, which was kept.
+        seconds: Time of all attempts together.
+        peak_memory_bytes: Peak memory.
+        pareto: Whether no job of its group is at least as good in copying and learning, and better in one of them.
     """
 
     number: int
@@ -62,18 +65,18 @@ class Result:
     pareto: bool = False
 
     def row(self) -> dict[str, Any]:
-        """The figures by column."""
+        """The results by column."""
         known = {name: value for name, value in to_json(self).items() if name not in ("settings", "group")}
         return known | self.settings
 
 
 def collect(jobs: Sequence[Job], ledger: Ledger, runs: Mapping[str, Path]) -> list[Result]:
-    """Read every job's figures from its run folder.
+    """Read the results of all jobs from their run folders.
 
     Args:
-        jobs: In the order of their turn.
-        ledger: What became of them.
-        runs: The run folders of finished jobs, by the job's name.
+        jobs: In the order in which they run.
+        ledger: Their records.
+        runs: Run folders of finished jobs by job name.
     """
     different = differing([job.config for job in jobs if job.config is not None])
     results = []
@@ -97,7 +100,7 @@ def collect(jobs: Sequence[Job], ledger: Ledger, runs: Mapping[str, Path]) -> li
 
 
 def differing(configs: Sequence[RunConfig]) -> list[str]:
-    """The options in which runs differ, in the schema's order."""
+    """The options in which runs differ, in the order of the schema."""
     listed = [dict(options(config)) for config in configs]
     names = [name for name in (listed[0] if listed else {}) if name not in _NO_SETTINGS]
     return [name for name in names if any(values[name] != listed[0][name] for values in listed)]
@@ -136,14 +139,14 @@ def _with_figures(result: Result, folder: Path) -> Result:
 
 
 def learned(result: Result, group: Sequence[Result]) -> float | None:
-    """How much was learned, higher is more: DINOv2's fidelity if all of the group have one, else minus the loss."""
+    """How much was learned, higher is more: DINOv2 fidelity if the whole group has it, else minus the loss."""
     if all(other.fidelity is not None for other in group):
         return result.fidelity
     return None if result.validation_loss is None else -result.validation_loss
 
 
 def comparable(results: Sequence[Result]) -> list[list[Result]]:
-    """Groups of two or more finished jobs that can be compared in both copying and learning."""
+    """Groups of two or more finished jobs with results for both copying and learning."""
     groups: dict[str, list[Result]] = {}
     for result in results:
         if result.copying is not None:
@@ -153,7 +156,7 @@ def comparable(results: Sequence[Result]) -> list[list[Result]]:
 
 
 def pareto_front(points: Sequence[tuple[float, float]]) -> list[bool]:
-    """Which points no other one beats: none is as low in the first and as high in the second, and better in either."""
+    """Which points are Pareto-optimal, where the first coordinate should be low and the second high."""
     return [
         not any(other != own and other[0] <= own[0] and other[1] >= own[1] for other in points) for own in points
     ]  # fmt: skip
@@ -171,7 +174,7 @@ def write_tables(folder: Path, results: Sequence[Result]) -> None:
     """Write `results.csv` and `results.json`.
 
     Args:
-        folder: The batch's.
+        folder: Of the batch.
         results: At least one.
     """
     rows = [result.row() for result in results]

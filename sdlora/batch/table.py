@@ -1,4 +1,7 @@
-"""A batch as a person watches it: one row per job, kept up to date."""
+"""Progress of a batch on the terminal: one row per job.
+
+Shows the messages of `run_batch`, as `sdlora.cli.progress` shows the events of a run.
+"""
 
 from __future__ import annotations
 
@@ -16,13 +19,13 @@ from sdlora.common.metrics import LossSmoother
 from sdlora.common.text import format_seconds
 
 _STYLES = {"done": "green", "failed": "bold red", "cut": "bold red", "stopped": "yellow", "running": "cyan"}
-_PLANS = {"skip": "as before", "resume": "goes on", "start": "", "fault": "settings"}
+_ACTIONS = {"skip": "unchanged", "resume": "to resume", "start": "", "fault": "invalid settings"}
 
 
 @dataclass
 class _Row:
     status: str = "waiting"
-    doing: str = ""
+    progress: str = ""
     loss: float | None = None
     smoother: LossSmoother = field(default_factory=LossSmoother)
     verdict: str = ""
@@ -33,7 +36,7 @@ class _Row:
 
 
 class BatchTable:
-    """Shows messages as a table; where there is no terminal, as a line when a job begins and ends."""
+    """Shows messages as a live table; without a terminal, as one line when a job starts and one when it ends."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -52,49 +55,55 @@ class BatchTable:
             self._live.stop()
 
     def show(self, message: Message) -> None:
-        """Take in a message."""
+        """Update the table with a message."""
         if message["event"] == "batch":
             return
         row = self._rows.setdefault(message["job"], _Row())
         match message["event"]:
             case "planned":
-                row.status, row.doing, row.error = message["status"], _PLANS[message["action"]], message["error"] or ""
+                row.status, row.progress, row.error = (
+                    message["status"],
+                    _ACTIONS[message["action"]],
+                    message["error"] or "",
+                )
                 if "moved" in message:
-                    self._say(f"{message['job']}: settings, images or version changed; the old run is in "
-                              f"{message['moved']}.")  # fmt: skip
+                    self._print(
+                        f"{message['job']}: settings, images or version changed; its old run was moved to "
+                        f"{message['moved']}."
+                    )
             case "started":
-                row.status, row.doing = "running", "loading"
+                row.status, row.progress = "running", "loading"
                 self._line(f"{message['job']}: started")
             case "plan":
                 row.steps = message["steps"]
             case "progress":
-                row.doing = f"{message['phase']} {message['done']}/{message['total']}"
+                row.progress = f"{message['phase']} {message['done']}/{message['total']}"
             case "step":
                 row.loss = row.smoother.add(message["loss"])
                 row.per_step = message["seconds"]
                 left = format_seconds((row.steps - message["step"]) * message["seconds"])
-                row.doing = f"step {message['step']}/{row.steps}, {left} left"
+                row.progress = f"step {message['step']}/{row.steps}, {left} left"
             case "copycheck":
                 row.verdict = message["verdict"]
             case "ended":
-                row.status, row.seconds, row.doing = message["status"], message["seconds"], ""
+                row.status, row.seconds, row.progress = message["status"], message["seconds"], ""
                 row.error = message["error"] or ""
                 self._line(f"{message['job']}: {row.status}{': ' + row.error if row.error else ''}")
 
-    def _say(self, text: str) -> None:
+    def _print(self, text: str) -> None:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _line(self, text: str) -> None:
         if not self._console.is_terminal:
-            self._say(text)
+            self._print(text)
 
     def _table(self) -> Table:
-        table = Table("job", "status", "doing", "loss", "copies", "took", "", box=None, pad_edge=False)
+        table = Table("job", "status", "progress", "loss", "verdict", "time", "error", box=None, pad_edge=False)
         for name, row in self._rows.items():
             table.add_row(
                 Text(name),
                 Text(row.status, style=_STYLES.get(row.status, "")),
-                Text(row.doing),
+                Text(row.progress),
                 "" if row.loss is None else f"{row.loss:.4f}",
                 Text(row.verdict),
                 "" if row.seconds is None else format_seconds(row.seconds),

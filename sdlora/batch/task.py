@@ -1,4 +1,7 @@
-"""One job as a worker carries it out, wherever the worker is."""
+"""One job in a worker, on any machine: the run's events as messages, and how it ended.
+
+Called by the workers of both engines.
+"""
 
 from __future__ import annotations
 
@@ -22,16 +25,16 @@ from sdlora.run.run import Stopped, start
 from sdlora.run.setup import BaseSource
 
 
-def carry_out(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) -> Iterator[Message]:
-    """Run a job, going on where its folder says that it was cut; a failure is the last message, not an exception.
+def run_task(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) -> Iterator[Message]:
+    """Run a job, or resume it; a failure is reported in the last message, not raised.
 
     Args:
         task: The job.
-        bases: Where its base comes from.
-        should_stop: Asked between steps.
+        bases: Provides the base model.
+        should_stop: Polled between steps.
 
     Yields:
-        Its events, and at last "ended" with status, error, exit_code, epoch, seconds and peak_memory_bytes.
+        The run's events, and finally "ended" with status, error, exit_code, epoch, seconds and peak_memory_bytes.
     """
     begin, peak = time.monotonic(), PeakMemory()
     ending: Message = {"status": "done", "error": None, "exit_code": 0, "epoch": None}
@@ -43,12 +46,12 @@ def carry_out(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) ->
     except Stopped:
         ending |= {"status": "stopped", "exit_code": None}
     except StoreError as error:
-        # Nothing is wrong with the job: the same command goes on with it.
+        # Nothing is wrong with the job: the same command resumes it.
         ending |= {"status": "cut", "error": str(error), "exit_code": error.exit_code}
     except SdloraError as error:
         ending |= {"status": "failed", "error": str(error), "exit_code": error.exit_code}
     except Exception as error:
-        # A worker is a boundary as the command line is: the traceback goes to its log, and the next job is carried out.
+        # A worker is a boundary like the command line: the traceback goes to its log, and the next job runs.
         traceback.print_exc(file=sys.stderr)
         ending |= {"status": "failed", "error": f"{type(error).__name__}: {error}", "exit_code": 1}
     if torch.cuda.is_available():
@@ -62,6 +65,6 @@ def _events(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) -> I
     folder, mirrored = open_run(task.folder, resume=None)
     resume = (folder / "config.toml").is_file()
     if not resume and folder.is_dir():
-        remove_partial(folder)  # it was cut before its first file was whole
+        remove_partial(folder)  # it was killed before its first file was complete
     config = RunConfig.model_validate(task.config)
     yield from mirrored(start(config, folder, resume=resume, should_stop=should_stop, bases=bases))

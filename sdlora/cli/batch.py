@@ -1,4 +1,4 @@
-"""The command `sdlora batch`: many runs from one file.
+"""`sdlora batch`: many runs from one jobs file.
 
 Exit code 8 means that not every job is done.
 """
@@ -20,7 +20,7 @@ EXIT_NOT_ALL_DONE = 8
 
 
 def batch(
-    jobs: Annotated[Path, typer.Argument(metavar="JOBS.toml", help="The file of jobs; see docs/scaling.md.")],
+    jobs: Annotated[Path, typer.Argument(metavar="JOBS.toml", help="Jobs file; see docs/scaling.md.")],
     output: Annotated[
         str | None, typer.Option(help="Folder or URL of the batch; runs/NAME by default, after the file.")
     ] = None,
@@ -61,31 +61,31 @@ def batch(
         return
     console = Console(stderr=True, highlight=False)
     view = JsonLines(sys.stdout) if json_ else BatchTable(console)
-    carrier: Engine
+    chosen: Engine
     if engine == "ray":
         from sdlora.batch.ray_engine import RayEngine
 
-        carrier = RayEngine(location, address, gpus)
+        chosen = RayEngine(location, address, gpus)
     else:
-        carrier = LocalEngine(location.folder / "workers", environments())
-    standing: dict[str, Any] = {}
+        chosen = LocalEngine(location.folder / "workers", environments())
+    summary: dict[str, Any] = {}
     with stop_signals(lambda text: console.print(text, markup=False, soft_wrap=True)) as stop_signal, view:
-        messages = run_batch(planned, location, carrier, retry=retry, should_stop=lambda: stop_signal() is not None)
+        messages = run_batch(planned, location, chosen, retry=retry, should_stop=lambda: stop_signal() is not None)
         for message in messages:
             view.show(message)
-            standing = message
-    _print_standing(standing)
-    if stop_signal() is not None and standing["open"]:
-        print_message("The same command continues where this one stopped.")
+            summary = message
+    _print_summary(summary)
+    if stop_signal() is not None and summary["open"]:
+        print_message("Run the same command again to resume.")
         raise typer.Exit(exit_code_of(stop_signal()))
-    if standing["failed"] or standing["open"]:
+    if summary["failed"] or summary["open"]:
         raise typer.Exit(EXIT_NOT_ALL_DONE)
 
 
-def _print_standing(standing: dict[str, Any]) -> None:
-    total = sum(len(standing[key]) for key in ("done", "failed", "open"))
-    print_message(f"{len(standing['done'])} of {total} jobs are done.")
+def _print_summary(summary: dict[str, Any]) -> None:
+    total = sum(len(summary[key]) for key in ("done", "failed", "open"))
+    print_message(f"{len(summary['done'])} of {total} jobs are done.")
     for key, label in (("failed", "failed"), ("open", "left")):
-        if standing[key]:
-            print_message(f"{len(standing[key])} {label}: {', '.join(standing[key])}.")
-    print_message(f"Results: {standing['folder']}/report.html")
+        if summary[key]:
+            print_message(f"{len(summary[key])} {label}: {', '.join(summary[key])}.")
+    print_message(f"Results: {summary['folder']}/report.html")

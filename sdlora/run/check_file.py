@@ -1,7 +1,6 @@
-"""The copy check of a finished LoRA file, of any trainer, against the images it was trained on.
+"""The copy check of a finished LoRA file of any trainer against its training images.
 
-What a run does after every epoch, for one file: the base is drawn and measured as well, since the signals
-compare with it.
+Does for one file what a run does after every epoch; the base model is sampled as well, as the baseline of the signals.
 """
 
 from __future__ import annotations
@@ -22,18 +21,18 @@ def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Even
     """Draw previews with a LoRA and compare them with the images of a folder.
 
     Args:
-        file: The LoRA.
-        config: `base`, `data`, `preview`, `copycheck` and `cache` are read.
-        output: Gets `previews` and `copycheck.json`, and the same of the base in `base`.
+        file: The LoRA file.
+        config: `base`, `data`, `preview`, `copycheck` and `cache` are used.
+        output: Folder for `previews` and `copycheck.json`; those of the base go to `base` in it.
 
     Yields:
-        Progress, notices and at the end a `CopyChecked`.
+        Progress, notices and finally a `CopyChecked`.
 
     Raises:
         SdloraError: The file, the images or the base cannot be used, or do not belong together.
     """
     if not (config.preview.enabled and config.copycheck.enabled):
-        raise ConfigError("A check draws previews and compares them: leave preview.enabled and copycheck.enabled true.")
+        raise ConfigError("A check needs previews: set preview.enabled and copycheck.enabled to true.")
     arguments = Arguments(config)
     loaded = load(arguments)
     adapter = attach(loaded.base.unet, file, text_encoders=loaded.base.text_encoders)

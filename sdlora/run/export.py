@@ -1,6 +1,6 @@
-"""A run's LoRA files: what they say of themselves, the proof beside each, and an image to know them by.
+"""A run's LoRA files: metadata, the proof beside each file, and a thumbnail.
 
-Used by `run`.
+Used by `run` at the end of every epoch.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from sdlora.run.arguments import Arguments
 from sdlora.run.setup import RunContext
 
 THUMBNAIL_PX = 256
-# A quarter of what ComfyUI reads: names and shapes of all of SDXL take another third.
-MOST_PRIVATE_BYTES = 1 << 18
+# A quarter of the header that ComfyUI reads; the names and shapes of all of SDXL take another third.
+MAX_CAPTION_BYTES = 1 << 18
 
 
 def export_epoch(context: RunContext, event: EpochDone) -> None:
-    """Write an epoch's LoRA, load it back through diffusers, and keep the figures beside it."""
+    """Write an epoch's LoRA, verify it in diffusers, and save the result beside it."""
     file, state, config = context.folder.epoch_lora(event.epoch), context.adapter.state(), context.config
     dtype = DTYPES_BY_NAME[config.file.precision]
     save_lora(file, state, metadata=_metadata(context, event), spelling=config.file.format, dtype=dtype)
@@ -57,15 +57,15 @@ def _metadata(context: RunContext, event: EpochDone) -> LoraMetadata:
         timestep_rank=Arguments(config).timestep_rank,
         prediction_type=context.base.prediction_type,
         clip_skip=config.base.clip_skip,
-        private=captions_told(context.data.dataset.examples) if config.file.include_captions else {},
+        private=caption_metadata(context.data.dataset.examples) if config.file.include_captions else {},
     )
 
 
-def captions_told(examples: Sequence[Example]) -> dict[str, str]:
-    """Folders and captions as kohya's trainer tells them, which A1111 and Forge show.
+def caption_metadata(examples: Sequence[Example]) -> dict[str, str]:
+    """Folders and captions under kohya's metadata keys, which A1111 and Forge show.
 
     Raises:
-        ConfigError: They are too many for a header that programs read.
+        ConfigError: They are too long for the header of a file.
     """
     folders: dict[str, list[Example]] = {}
     for example in examples:
@@ -78,28 +78,28 @@ def captions_told(examples: Sequence[Example]) -> dict[str, str]:
         folder: {"n_repeats": max(e.repeats for e in found), "img_count": len(found)}
         for folder, found in folders.items()
     }
-    told = {"ss_tag_frequency": json.dumps(tags), "ss_dataset_dirs": json.dumps(sizes)}
-    num_bytes = sum(len(json.dumps(text)) for text in told.values())
-    if num_bytes > MOST_PRIVATE_BYTES:
+    metadata = {"ss_tag_frequency": json.dumps(tags), "ss_dataset_dirs": json.dumps(sizes)}
+    num_bytes = sum(len(json.dumps(text)) for text in metadata.values())
+    if num_bytes > MAX_CAPTION_BYTES:
         raise ConfigError(
-            f"file.include_captions: the captions make {num_bytes} bytes, and at most {MOST_PRIVATE_BYTES} fit into "
-            "the part of a file that programs read. Set it to false."
+            f"file.include_captions: the captions take {num_bytes} bytes of metadata, more than {MAX_CAPTION_BYTES}, "
+            "which other programs may not read. Set it to false."
         )
-    return told
+    return metadata
 
 
 def add_thumbnail(file: Path, request: PreviewRequest, folder: Path) -> None:
-    """Put a preview into a LoRA file's metadata: the first new prompt's that is no copy; none if all are.
+    """Add a thumbnail to a LoRA file's metadata: the first preview of a new prompt that is not a copy, if any.
 
     Args:
-        file: The LoRA.
-        request: What was drawn.
-        folder: The epoch's.
+        file: The LoRA file.
+        request: The previews of the run.
+        folder: Of the epoch.
     """
-    shown = presentable(request, folder)
-    if not shown:
+    previews = presentable(request, folder)
+    if not previews:
         return
-    with Image.open(folder / "previews" / shown[0][0]) as image:
+    with Image.open(folder / "previews" / previews[0][0]) as image:
         small = image.convert("RGB")
     small.thumbnail((THUMBNAIL_PX, THUMBNAIL_PX), Image.Resampling.LANCZOS)
     buffer = io.BytesIO()
@@ -109,12 +109,12 @@ def add_thumbnail(file: Path, request: PreviewRequest, folder: Path) -> None:
 
 
 def presentable(request: PreviewRequest, folder: Path, *, captions: bool = False) -> list[tuple[str, str]]:
-    """The previews that may be shown to everyone, file name and prompt: no copies, and of no caption.
+    """The previews that can be published, as file name and prompt: no copies, and none drawn from captions.
 
     Args:
-        request: What was drawn.
-        folder: The epoch's.
-        captions: Whether those of captions are among them, last.
+        request: The previews of the run.
+        folder: Of the epoch.
+        captions: Whether to append those drawn from captions.
     """
     check = EpochCheck.read(folder)
     copies = {match.file.rpartition("/")[2] for match in check.previews if match.significant} if check else set()

@@ -1,7 +1,7 @@
-"""`sdlora cache`: latents and text states of a run, made before it and by several processes.
+"""`sdlora cache`: latents and text embeddings of a run, encoded before it by several processes.
 
-Every file is written whole under the hash of its content, so that what is interrupted goes on, and two that
-make the same file do no harm.
+Every file is written atomically under the hash of its content, so that an interrupted call can simply be repeated, and
+two processes may write the same file.
 """
 
 from __future__ import annotations
@@ -33,57 +33,57 @@ from sdlora.training.schedule import make_schedule
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue
 
-_PATIENCE_SECONDS = 1.0
+_POLL_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Share:
-    """What one process encodes."""
+    """The images and captions that one process encodes."""
 
     examples: Sequence[Example]
     captions: Sequence[str]
 
 
 def fill_cache(config: RunConfig, num_workers: int) -> Iterator[Notice | Progress]:
-    """Encode all images and captions that a run would ask for.
+    """Encode all images and captions that a run needs.
 
     Args:
-        config: Of the run; what it says of images, captions, the base and the cache's folder is read.
-        num_workers: Processes, at least 1; each loads the base.
+        config: Of the run; `base`, `data`, `train` and `cache` are used.
+        num_workers: Number of processes, at least 1; each loads the base model.
 
     Raises:
-        SdloraError: Anything that is wrong with images, base or cache.
+        SdloraError: Images, base or cache cannot be used.
     """
     loaded = load(Arguments(config))
     for message in loaded.notices:
         yield Notice(message)
-    examples, captions = _wanted(config, loaded)
+    examples, captions = _needed(config, loaded)
     shares = [Share(examples[index::num_workers], captions[index::num_workers]) for index in range(num_workers)]
     total = len(examples) + len(captions)
     done = 0
     num_threads = max(1, (os.cpu_count() or 1) // num_workers)
     context = multiprocessing.get_context("spawn")
-    said: Queue[str | None] = context.Queue()
+    results: Queue[str | None] = context.Queue()
     workers = [
-        context.Process(target=_work, args=(config, share, num_threads, said), daemon=True) for share in shares[1:]
+        context.Process(target=_work, args=(config, share, num_threads, results), daemon=True) for share in shares[1:]
     ]
     for worker in workers:
         worker.start()
     try:
         for _ in _fill(loaded.cache, shares[0], config.data.background):
-            done += 1 + _count(said)
+            done += 1 + _count(results)
             yield Progress("cache", done, total)
         while busy := [worker for worker in workers if worker.is_alive()]:
-            busy[0].join(_PATIENCE_SECONDS)
-            done += _count(said)
+            busy[0].join(_POLL_SECONDS)
+            done += _count(results)
             yield Progress("cache", done, total)
-        done += _count(said)
+        done += _count(results)
         yield Progress("cache", done, total)
         lost = [worker.exitcode for worker in workers if worker.exitcode != 0]
         if lost:
             raise SdloraError(
-                f"{len(lost)} of {num_workers} processes ended early (code {lost[0]}). The same command goes on; with "
-                "fewer --workers it needs less memory."
+                f"{len(lost)} of {num_workers} processes died (exit code {lost[0]}). Run the same command again to "
+                "continue; fewer --workers need less memory."
             )
     finally:
         for worker in workers:
@@ -91,21 +91,21 @@ def fill_cache(config: RunConfig, num_workers: int) -> Iterator[Notice | Progres
             worker.join()
 
 
-def _wanted(config: RunConfig, loaded: Loaded) -> tuple[list[Example], list[str]]:
-    """All images that a run meets, and every caption once: those of its exposures, and those of the copy check."""
+def _needed(config: RunConfig, loaded: Loaded) -> tuple[list[Example], list[str]]:
+    """All images of a run, and its captions without repetition: of its exposures and of the copy check."""
     arguments, cache = Arguments(config), loaded.cache
     text_is_trained = arguments.text_is_trained
     schedule = make_schedule(arguments.schedule, loaded.images.training)
-    asked: list[tuple[TrainingData, list[Exposure] | None]] = [
+    sources: list[tuple[TrainingData, list[Exposure] | None]] = [
         (training_data(arguments.captions, loaded.images.training, cache), list(schedule.timesteps)),
         (evaluation_data(loaded.images.training, cache, text_is_trained=text_is_trained), None),
     ]
     if loaded.images.prior is not None:
         beside = schedule_prior_images(arguments.schedule, loaded.images.prior, schedule)
-        asked.append((training_data(arguments.captions, loaded.images.prior, cache), list(beside.timesteps)))
+        sources.append((training_data(arguments.captions, loaded.images.prior, cache), list(beside.timesteps)))
     if loaded.images.validation is not None:
-        asked.append((evaluation_data(loaded.images.validation, cache, text_is_trained=text_is_trained), None))
-    examples, captions = cached_content(asked)
+        sources.append((evaluation_data(loaded.images.validation, cache, text_is_trained=text_is_trained), None))
+    examples, captions = cached_content(sources)
     return examples, [] if text_is_trained else captions
 
 
@@ -114,29 +114,29 @@ def _fill(cache: Cache, share: Share, background: str) -> Iterator[Progress]:
     yield from cache.fill_text(share.captions)
 
 
-def _work(config: RunConfig, share: Share, num_threads: int, said: Queue[str | None]) -> None:
-    """A process of its own: tells one None for everything that it has encoded, or at last what went wrong."""
+def _work(config: RunConfig, share: Share, num_threads: int, results: Queue[str | None]) -> None:
+    """Entry point of a process; sends None for every encoded item, or the message of an error."""
     quiet_libraries()
     torch.set_num_threads(num_threads)
     try:
         device, dtype, _ = choose_device(config.train.device, config.train.precision)
         cache = Cache(Path(config.cache.dir) if config.cache.dir else None, fresh_base(config, device, dtype))
         for _ in _fill(cache, share, config.data.background):
-            said.put(None)
+            results.put(None)
     except SdloraError as error:
-        said.put(str(error))
+        results.put(str(error))
 
 
-def _count(said: Queue[str | None]) -> int:
-    """How many more are done.
+def _count(results: Queue[str | None]) -> int:
+    """The number of items encoded since the last call.
 
     Raises:
-        SdloraError: A process could not go on.
+        SdloraError: A process failed.
     """
     count = 0
     while True:
         try:
-            fault = said.get_nowait()
+            fault = results.get_nowait()
         except queue.Empty:
             return count
         if fault is not None:

@@ -1,7 +1,7 @@
-"""A run's folder: the files that a run leaves behind, and how far it is, for anyone who looks.
+"""A run's folder: the files of a run, and the recorder that writes its state, metrics and log.
 
-Used by `run`. `state.json` is replaced atomically, `metrics.jsonl` only grows (and is cut back to a
-checkpoint when a run resumes from it).
+Used by `run`. `state.json` is replaced atomically; `metrics.jsonl` is appended to, and truncated to the checkpoint when
+a run resumes.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _STATE_EVERY_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class RunFolder:
-    """Where everything of one run lies.
+    """The paths of one run.
 
     Args:
         path: The folder.
-        name: The run's name, which its LoRA file carries.
+        name: Name of the run and of its LoRA file.
     """
 
     path: Path
@@ -44,7 +44,7 @@ class RunFolder:
 
     @property
     def state(self) -> Path:
-        """How far the run is."""
+        """Its `sdlora.common.run_state.RunState`."""
         return self.path / "state.json"
 
     @property
@@ -54,22 +54,22 @@ class RunFolder:
 
     @property
     def log(self) -> Path:
-        """What happened, in words, and tracebacks of failures."""
+        """Notices and events in words, and tracebacks of failures."""
         return self.path / "log.txt"
 
     @property
     def lock(self) -> Path:
-        """Held by the process that runs here; see `sdlora.common.locks`."""
+        """Locked by the process that runs here; see `sdlora.common.locks`."""
         return self.path / "run.lock"
 
     @property
     def checkpoints(self) -> Path:
-        """State for exact resume."""
+        """Training states for an exact resume."""
         return self.path / "checkpoints"
 
     @property
     def lora(self) -> Path:
-        """The file to use: the recommended epoch."""
+        """The LoRA of the recommended epoch."""
         return self.path / f"{self.name}.safetensors"
 
     @property
@@ -79,7 +79,7 @@ class RunFolder:
 
     @property
     def report(self) -> Path:
-        """The page a person reads."""
+        """The report."""
         return self.path / "report.html"
 
     @property
@@ -96,40 +96,40 @@ class RunFolder:
         return self.epoch(epoch) / "adapter.safetensors"
 
     def check(self, *, resume: bool) -> None:
-        """See whether a run may start, or go on, here.
+        """Check that a run can start, or resume, here.
 
         Raises:
-            BusyError: A run is going on here.
-            OutputError: The folder holds another run, or other files, or nothing to resume, or cannot be written.
+            BusyError: Another process runs here.
+            OutputError: The folder contains another run, other files or nothing to resume, or cannot be written.
         """
         if (other := holder(self.lock)) is not None and other.pid != os.getpid():
             raise BusyError(self._taken(other))
-        place = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
-        if not os.access(place, os.W_OK):
-            raise OutputError(f"{self.path} cannot be written: {place} is read-only. Choose another --output.")
+        existing = next(path for path in (self.path.absolute(), *self.path.absolute().parents) if path.exists())
+        if not os.access(existing, os.W_OK):
+            raise OutputError(f"{self.path} cannot be written: {existing} is read-only. Choose another --output.")
         if resume:
             if not self.config.is_file():
-                raise OutputError(f"There is no run to resume in {self.path}: it holds no config.toml.")
+                raise OutputError(f"There is no run to resume in {self.path}: it has no config.toml.")
             return
         if self.path.is_file():
             raise OutputError(f"{self.path} is a file. Choose a folder with --output.")
         if self.config.exists() or self.state.exists():
             raise OutputError(
-                f"{self.path} already holds a run. Continue it with --resume, or choose another folder with --output."
+                f"{self.path} already contains a run. Resume it with --resume, or choose another folder with --output."
             )
-        # What a run that was killed before it had begun leaves behind does not count.
+        # Ignore what a run that was killed while starting left behind.
         if self.path.is_dir() and any(not is_partial(p) and p != self.lock for p in self.path.iterdir()):
             raise OutputError(f"{self.path} is not empty. Choose a new folder with --output.")
 
     @contextmanager
     def occupied(self, purpose: str) -> Iterator[None]:
-        """Make the folder, and keep other runs out of it for the length of the block.
+        """Create and lock the folder within the block.
 
         Args:
-            purpose: What is done, for those who are kept out.
+            purpose: Shown to processes that find it locked.
 
         Raises:
-            BusyError: A run is going on here.
+            BusyError: Another process runs here.
             OutputError: The folder cannot be written.
         """
         with ExitStack() as held:
@@ -144,7 +144,7 @@ class RunFolder:
             yield
 
     def create(self, config_toml: str) -> None:
-        """Write the configuration, with which a run begins.
+        """Write the configuration, the first file of a run.
 
         Raises:
             OutputError: The folder cannot be written.
@@ -156,17 +156,17 @@ class RunFolder:
 
     def _taken(self, other: Holder | None) -> str:
         who = f" ({other})" if other else ""
-        return f"A run is going on in {self.path}{who}. Wait for its end, or choose another folder with --output."
+        return f"{self.path} is in use by another run{who}. Wait until it ends, or choose another --output."
 
     def _unwritable(self, error: OSError) -> OutputError:
         return OutputError(f"{self.path} cannot be written: {error.strerror}. Choose another folder with --output.")
 
 
 class Recorder:
-    """Turns events into `state.json`, `metrics.jsonl` and `log.txt`.
+    """Writes events to `state.json`, `metrics.jsonl` and `log.txt`.
 
     Args:
-        folder: The run's folder, which exists.
+        folder: An existing run folder.
     """
 
     def __init__(self, folder: RunFolder) -> None:
@@ -181,7 +181,7 @@ class Recorder:
         self._written = 0.0
 
     def record(self, event: Event) -> None:
-        """Write what an event changes."""
+        """Write an event to the files it belongs to."""
         state = self._state
         self._timer.see(event)
         if isinstance(event, PlanMade):
@@ -199,8 +199,8 @@ class Recorder:
             _append(self.folder.metrics, json.dumps(event.to_json(), ensure_ascii=False))
         elif not isinstance(event, Progress):
             self.log(event.message if isinstance(event, Notice) else json.dumps(event.to_json(), ensure_ascii=False))
-        seldom = not isinstance(event, (Progress, StepDone))
-        if seldom or time.monotonic() - self._written > _STATE_EVERY_SECONDS:
+        is_rare = not isinstance(event, (Progress, StepDone))
+        if is_rare or time.monotonic() - self._written > _STATE_EVERY_SECONDS:
             self._state = replace(
                 state, eta_seconds=self._timer.eta_seconds, closing_seconds=self._timer.closing_seconds
             )
@@ -209,8 +209,7 @@ class Recorder:
     def finish(self, status: RunStatus, error: str | None = None) -> None:
         """Record how the run ended: "done", "stopped" or "failed"."""
         self._state = replace(self._state, status=status, error=error, eta_seconds=0.0 if status == "done" else None)
-        # What ended a run, a full disk or a folder that is gone, may keep this from being written down as well; the
-        # caller raises the error itself.
+        # A full disk or a deleted folder may prevent this as well; the caller raises the original error.
         with suppress(DiskFullError, OSError) if status == "failed" else nullcontext():
             self._write_state()
             if error:
@@ -221,11 +220,11 @@ class Recorder:
         _append(self.folder.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
 
     def metrics_bytes(self) -> int:
-        """How long the metrics are; kept in a checkpoint so that a resumed run continues them exactly."""
+        """Length of the metrics, saved in checkpoints so that a resumed run continues them exactly."""
         return self.folder.metrics.stat().st_size if self.folder.metrics.exists() else 0
 
     def cut_metrics(self, num_bytes: int) -> None:
-        """Take back what was recorded after a checkpoint."""
+        """Drop what was recorded after a checkpoint."""
         if self.folder.metrics.exists():
             os.truncate(self.folder.metrics, num_bytes)
 

@@ -1,6 +1,6 @@
 """The model card: README.md in a run's folder, which the Hub shows beside the files.
 
-Used by `run`. It tells no caption, no folder and no image's name unless `file.include_captions` says so.
+Written by `run` at its end. It reveals captions, folders and file names only if `file.include_captions` is set.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from sdlora.events import PlanMade
 from sdlora.run.export import presentable
 from sdlora.run.setup import RunContext
 
-MOST_SHOWN = 6
+MAX_PREVIEWS = 6
 _FAMILY_TAGS = {
     "stable-diffusion-v1": "stable-diffusion",
     "stable-diffusion-v2": "stable-diffusion",
@@ -47,22 +47,22 @@ def _front_matter(context: RunContext, epoch: int) -> str:
         pipeline_tag="text-to-image",
         tags=[*tags, *([_FAMILY_TAGS[architecture]] if architecture in _FAMILY_TAGS else [])],
         instance_prompt=", ".join(config.data.triggers) or None,
-        widget=[{"text": prompt, "output": {"url": file}} for file, prompt in _shown(context, epoch)] or None,
+        widget=[{"text": prompt, "output": {"url": file}} for file, prompt in _previews(context, epoch)] or None,
     )
     return str(data.to_yaml()) + "\n"
 
 
 def _hub_id(base: str) -> str | None:
-    """The base's name on the Hub; a folder, a file or the built-in base has none."""
+    """Name of the base on the Hub; None for a folder, a file or the built-in base."""
     return base if base.count("/") == 1 and not Path(base).expanduser().exists() else None
 
 
-def _shown(context: RunContext, epoch: int) -> list[tuple[str, str]]:
-    """Previews, as paths in the run's folder, and their prompts."""
+def _previews(context: RunContext, epoch: int) -> list[tuple[str, str]]:
+    """The previews to show, as paths within the run folder, with their prompts."""
     if context.previews is None:
         return []
     folder = context.folder.epoch(epoch)
-    found = presentable(context.previews, folder, captions=context.config.file.include_captions)[:MOST_SHOWN]
+    found = presentable(context.previews, folder, captions=context.config.file.include_captions)[:MAX_PREVIEWS]
     return [
         ((folder / "previews" / file).relative_to(context.folder.path).as_posix(), prompt) for file, prompt in found
     ]
@@ -72,27 +72,36 @@ def _body(context: RunContext, plan: PlanMade, epoch: int) -> str:
     config, name = context.config, context.folder.name
     base = _hub_id(config.base.path)
     lines = [f"# {name}", ""]
-    known = f"[{base}](https://huggingface.co/{base})" if base else f"a base of the family {context.base.architecture}"
-    lines += [f"A LoRA for {known}, trained with sdlora {sdlora.__version__}.", ""]
+    base_name = (
+        f"[{base}](https://huggingface.co/{base})"
+        if base
+        else f"a base model of the family {context.base.architecture}"
+    )
+    lines += [f"A LoRA for {base_name}, trained with sdlora {sdlora.__version__}.", ""]
     if triggers := config.data.triggers:
         words = " or ".join(f"`{trigger}`" for trigger in triggers)
-        lines += [f"Write {words} in the prompt.", ""]
+        lines += [f"Use {words} in the prompt.", ""]
     lines += ["## Does it copy its training images?", "", _verdict(context, epoch), ""]
     lines += ["## Use", "", "```python", *_code(context, base), "```", ""]
     lines += ["## Training", "", *_facts(context, plan, epoch), ""]
     if config.file.licence is None:
-        lines += ["## Licence", "", "None was chosen. What the base's licence asks of models made from it holds.", ""]
+        lines += [
+            "## Licence",
+            "",
+            "No licence was chosen. The licence of the base model may restrict models derived from it.",
+            "",
+        ]
     return "\n".join(lines)
 
 
 def _verdict(context: RunContext, epoch: int) -> str:
     check = EpochCheck.read(context.folder.epoch(epoch))
     if check is None:
-        return "This was not checked."
+        return "No copy check was run."
     found, total = sum(match.significant for match in check.previews), len(check.previews)
     return (
-        f"**{check.verdict}**: {found} of {total} previews are more like a training image than images that copy "
-        "nothing are, judged by sdlora's copy check against every training image and its mirror image."
+        f"**{check.verdict}**: {found} of {total} previews are more similar to a training image than images that copy "
+        "nothing, according to sdlora's copy check against every training image and its mirror image."
     )
 
 
@@ -112,10 +121,10 @@ def _facts(context: RunContext, plan: PlanMade, epoch: int) -> list[str]:
     seen = f"at most {exposures}" if len({one.repeats for one in plan.sets}) > 1 else str(exposures)
     resolution_px = context.config.data.resolution_px or context.base.resolution_px
     return [
-        f"- {plan.images} images of {resolution_px} px, each seen {seen} times until epoch {epoch} of "
-        f"{plan.epochs}, whose file this is",
+        f"- {plan.images} images at {resolution_px} px, each seen {seen} times by epoch {epoch} of "
+        f"{plan.epochs}, which is this file",
         f"- rank {lora.rank}, alpha {lora.alpha:g}, in {', '.join(lora.targets)}",
-        f"- {plan.trained_parameters:,} parameters; the base stayed as it is",
+        f"- {plan.trained_parameters:,} trainable parameters; the base model is unchanged",
         f"- {context.config.train.optimizer}, learning rate {context.config.train.learning_rate:g}",
         "- loaded back through diffusers and compared with the trained weights before it was given away",
     ]

@@ -1,6 +1,6 @@
-"""A finished run on the Hub: its file, its card and the previews that the card shows, and nothing else.
+"""Upload of a finished run to the Hub: its LoRA file, its card and the previews on the card, nothing else.
 
-The token is huggingface_hub's own affair: it is read from its store, and never asked for, held or shown here.
+Called by `sdlora push`. huggingface_hub reads the token from its own store; sdlora never sees it.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ def push_run(folder: RunFolder, repo: str, *, private: bool, api: HfApi | None =
     """Upload a run.
 
     Args:
-        folder: Of a run that is done.
-        repo: "owner/name"; it is made if it is not there.
-        private: Whether a repository that is made now is private; one that is there stays as it is.
-        api: The Hub.
+        folder: Of a finished run.
+        repo: "owner/name"; created if it does not exist.
+        private: Whether a new repository is private; an existing one stays as it is.
+        api: Client of the Hub.
 
     Returns:
-        The repository's address.
+        The URL of the repository.
 
     Raises:
-        OutputError: The folder holds no finished run.
+        OutputError: The folder has no finished run.
         HubError: The Hub cannot be reached, or refuses.
     """
     files = files_to_push(folder)
@@ -45,7 +45,7 @@ def push_run(folder: RunFolder, repo: str, *, private: bool, api: HfApi | None =
             repo_id=repo, folder_path=folder.path, allow_patterns=files, commit_message=f"Upload {folder.name}"
         )
     except HFValidationError as error:
-        raise HubError(f"--repo {repo!r} is no name that the Hub knows; it is like 'owner/name'.") from error
+        raise HubError(f"--repo {repo!r} is not a valid repository name; use 'owner/name'.") from error
     except LocalTokenNotFoundError as error:
         raise HubError("You are not logged in to the Hub. Run: hf auth login") from error
     except HfHubHTTPError as error:
@@ -60,21 +60,19 @@ def push_run(folder: RunFolder, repo: str, *, private: bool, api: HfApi | None =
 
 def _refusal(repo: str, status: int) -> str:
     if status in (401, 403):
-        return (
-            f"The Hub does not let you write to {repo!r} ({status}). Log in with a token that may write: hf auth login"
-        )
-    return f"The Hub refused {repo!r} with status {status}. Try again later, or look at status.huggingface.co."
+        return f"You cannot write to {repo!r} on the Hub ({status}). Log in with a token that can: hf auth login"
+    return f"The Hub refused {repo!r} with status {status}. Try again later, or see status.huggingface.co."
 
 
 def files_to_push(folder: RunFolder) -> list[str]:
-    """What of a run is uploaded, as paths inside its folder.
+    """The files of a run to upload, as paths within its folder.
 
     Raises:
-        OutputError: It is no folder of a run, or the run is not done.
+        OutputError: It is not a run folder, or the run is not done.
     """
     state = read_state(folder.state)
     if state is None:
-        raise OutputError(f"{folder.path} is not a run folder: it holds no readable state.json.")
+        raise OutputError(f"{folder.path} is not a run folder: it has no readable state.json.")
     if state.status != "done" or not folder.lora.is_file() or not folder.card.is_file():
         raise OutputError(
             f"The run in {folder.path} is not done (its status is {state.status!r}). Finish it with --resume."

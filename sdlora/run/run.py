@@ -40,7 +40,7 @@ from sdlora.run.arguments import Arguments
 from sdlora.run.compatibility import limits_elsewhere
 from sdlora.run.epoch import close_epoch, write_page
 from sdlora.run.estimate import check_disks, memory_of_run
-from sdlora.run.export import captions_told
+from sdlora.run.export import caption_metadata
 from sdlora.run.failure_hints import diverged_message, hints_in
 from sdlora.run.folder import Recorder, RunFolder
 from sdlora.run.model_card import write_card
@@ -120,7 +120,7 @@ def _prepare(arguments: Arguments, folder: RunFolder, bases: BaseSource, process
         message = out_of_memory_message(config, "load", config.data.resolution_px or 512)
         raise OutOfMemoryError(f"{message} {error}") from error
     if config.file.include_captions:
-        captions_told(context.data.dataset.examples)  # raises now, and not at the end of an epoch
+        caption_metadata(context.data.dataset.examples)  # raises now, and not at the end of an epoch
     return context
 
 

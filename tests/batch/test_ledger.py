@@ -20,12 +20,12 @@ def test_records_come_back_as_they_were_kept(tmp_path: Path) -> None:
 
 def test_a_file_of_another_kind_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "batch.json").write_text("[1]")
-    with pytest.raises(OutputError, match="no record of a batch"):
+    with pytest.raises(OutputError, match=r"batch\.json"):
         Ledger.read(tmp_path)
 
 
 def test_one_process_at_a_time(tmp_path: Path) -> None:
-    with locked(tmp_path / "out"), pytest.raises(OutputError, match="Another process"), locked(tmp_path / "out"):
+    with locked(tmp_path / "out"), pytest.raises(OutputError, match="out"), locked(tmp_path / "out"):
         pass
     with locked(tmp_path / "out"):
         pass

@@ -17,7 +17,7 @@ from sdlora.batch.engine import LocalEngine, started
 from sdlora.batch.jobs import Job, read_jobs
 from sdlora.batch.location import Location
 from sdlora.batch.messages import Message, Task
-from sdlora.batch.task import carry_out
+from sdlora.batch.task import run_task
 from sdlora.common.remote import Store
 from sdlora.config.toml import parse_config
 from sdlora.errors import StoreError
@@ -30,7 +30,7 @@ class Here:
     def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> Iterator[Message]:
         for task in tasks:
             yield started(task)
-            yield from carry_out(task, fresh_base, should_stop)
+            yield from run_task(task, fresh_base, should_stop)
 
 
 def jobs_file(folder: Path, images: Path, base: Path) -> Path:
@@ -126,12 +126,12 @@ def test_every_kind_of_place_moves_runs_aside_and_carries_wishes(
         assert not store.has("a job")
     assert store.read("a job.1/epochs/1/copycheck.json") == b"1"
     assert store.read("a job.2/config.toml") == b"2"
-    assert not location.asked_to_stop()
-    location.ask_to_stop(True)
-    assert Location(output).asked_to_stop()
+    assert not location.stop_requested()
+    location.request_stop(True)
+    assert Location(output).stop_requested()
     for _ in range(2):
-        location.ask_to_stop(False)
-        assert not Location(output).asked_to_stop()
+        location.request_stop(False)
+        assert not Location(output).stop_requested()
 
 
 class Failing:

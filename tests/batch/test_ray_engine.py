@@ -15,7 +15,7 @@ from sdlora.batch.batch import run_batch
 from sdlora.batch.jobs import read_jobs
 from sdlora.batch.location import Location
 from sdlora.batch.messages import Task
-from sdlora.batch.ray_engine import RayEngine, _wish_to_stop
+from sdlora.batch.ray_engine import RayEngine, _stop_poll
 from sdlora.config.toml import parse_config
 from sdlora.errors import ConfigError, StoreError
 
@@ -163,7 +163,7 @@ def test_jobs_go_to_a_folder_that_all_machines_share_and_end_when_asked(
     # A wish to stop is asked for by whoever carries a task out, wherever that is.
     found = list(engine.run(tasks[1:], lambda: True))
     assert [message.get("status") for message in found] == [None, "stopped"]
-    assert not location.asked_to_stop()
+    assert not location.stop_requested()
 
 
 def test_a_store_that_is_away_stops_no_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -175,13 +175,13 @@ def test_a_store_that_is_away_stops_no_job(monkeypatch: pytest.MonkeyPatch, tmp_
             raise answer
         return answer
 
-    monkeypatch.setattr(location, "asked_to_stop", asked)
-    monkeypatch.setattr("sdlora.batch.ray_engine._ASK_EVERY_SECONDS", 0.0)
-    wish = _wish_to_stop(location)
+    monkeypatch.setattr(location, "stop_requested", asked)
+    monkeypatch.setattr("sdlora.batch.ray_engine._STOP_POLL_SECONDS", 0.0)
+    wish = _stop_poll(location)
     assert [wish() for _ in range(5)] == [False, False, True, True, True]
-    monkeypatch.setattr("sdlora.batch.ray_engine._ASK_EVERY_SECONDS", 3600.0)
+    monkeypatch.setattr("sdlora.batch.ray_engine._STOP_POLL_SECONDS", 3600.0)
     answers[:] = [False]
-    wish = _wish_to_stop(location)
+    wish = _stop_poll(location)
     assert [wish() for _ in range(5)] == [False] * 5, "it is not asked at every step"
 
 

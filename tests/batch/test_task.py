@@ -11,7 +11,7 @@ import torch
 from accelerate import Accelerator
 
 from sdlora.batch.messages import Task
-from sdlora.batch.task import carry_out
+from sdlora.batch.task import run_task
 from sdlora.config.toml import parse_config
 from sdlora.run import base_pool
 from sdlora.run.base_pool import BasePool, forget_accelerator
@@ -26,7 +26,7 @@ def task(folder: Path, overrides: Sequence[str], *changes: str) -> Task:
 
 
 def last(found: Task, bases: Any = fresh_base, stop: bool = False) -> dict[str, Any]:
-    *_, message = carry_out(found, bases, lambda: stop)
+    *_, message = run_task(found, bases, lambda: stop)
     assert message["event"] == "ended" and message["job"] == "a"
     return message
 

@@ -72,7 +72,7 @@ def test_output_with_another_run_is_refused(train, tmp_path: Path) -> None:  # t
     (tmp_path / "run" / "config.toml").write_text("seed = 1")
     code, _, err = train()
     assert code == 2
-    assert "already holds a run" in err
+    assert "already contains a run" in err
     assert [p.name for p in (tmp_path / "run").iterdir()] == ["config.toml"]
     code, _, err = train(output=tmp_path / "none", flags=("--resume",))
     assert code == 2

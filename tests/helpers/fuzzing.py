@@ -22,7 +22,7 @@ with atheris.instrument_imports(include=["sdlora"]):
     from sdlora.data.captions import read_captions
     from sdlora.errors import SdloraError
     from sdlora.lora_files.read import read_file
-    from sdlora.ui.state.uploads import take_in
+    from sdlora.ui.state.uploads import store_upload
 
 
 def captions(folder: Path, content: bytes) -> None:
@@ -48,7 +48,7 @@ def upload(folder: Path, content: bytes) -> None:
     """An archive of images and captions; what it writes lies in the set's folder."""
     (folder / "x.zip").write_bytes(content)
     try:
-        take_in([("x.zip", folder / "x.zip")], folder / "set")
+        store_upload([("x.zip", folder / "x.zip")], folder / "set")
     finally:
         beside = {path.name for path in folder.iterdir()} - {"x.zip", "set"}
         if beside:

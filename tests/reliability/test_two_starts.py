@@ -30,7 +30,7 @@ def start_two(scene: Scene, folder: Path) -> list[str]:
     if sorted(outcome.code or 0 for outcome in outcomes) != [0, 2]:
         return [f"exit codes {[outcome.code for outcome in outcomes]}: {[outcome.err for outcome in outcomes]}"]
     refused = next(outcome.err for outcome in outcomes if outcome.code == 2)
-    told = "A run is going on in" in refused or "already holds a run" in refused
+    told = "is in use by another run" in refused or "already contains a run" in refused
     return [] if told and "Traceback" not in refused else [refused]
 
 

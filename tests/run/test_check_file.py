@@ -52,7 +52,7 @@ def test_what_cannot_be_checked_is_refused(tiny_base: Path, images: Path, tmp_pa
     list(start(config, tmp_path / "run"))
     file = read_file(tmp_path / "run" / "n.safetensors")
     off = parse_config({**document(tiny_base, images, tmp_path), "copycheck": {"enabled": False}}, name="n")
-    with pytest.raises(ConfigError, match="leave preview"):
+    with pytest.raises(ConfigError, match=r"preview\.enabled"):
         list(check_file(file, off, tmp_path / "off"))
     other = parse_config({**document(tiny_base, images, tmp_path), "base": {"path": "pocket"}}, name="n")
     with pytest.raises(DataError):

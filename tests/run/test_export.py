@@ -20,7 +20,7 @@ from sdlora.errors import ConfigError
 from sdlora.events import Exported, Notice
 from sdlora.lora_files.read import describe_lora, read_file
 from sdlora.previews.sampler import PreviewRequest
-from sdlora.run.export import captions_told, presentable
+from sdlora.run.export import caption_metadata, presentable
 
 CHECKED = ["copycheck.enabled=true", "preview.num_captions=1"]
 
@@ -87,9 +87,9 @@ def test_captions_too_long_to_tell_are_refused_before_the_run(
     tmp_path: Path, overrides: list[str], images: Path
 ) -> None:
     example = Example("a", tmp_path / "a", "word, " * 10, (8, 8), (8, 8))
-    assert json.loads(captions_told([example])["ss_tag_frequency"]) == {tmp_path.name: {"word": 10}}
-    with pytest.raises(ConfigError, match="at most 262144 fit"):
-        captions_told([replace(example, caption=", ".join(map(str, range(40_000))))])
+    assert json.loads(caption_metadata([example])["ss_tag_frequency"]) == {tmp_path.name: {"word": 10}}
+    with pytest.raises(ConfigError, match=r"file\.include_captions: .*262144"):
+        caption_metadata([replace(example, caption=", ".join(map(str, range(40_000))))])
 
 
 @pytest.mark.parametrize("names", ["kohya", "peft"])

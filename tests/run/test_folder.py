@@ -50,9 +50,9 @@ def test_metrics_are_cut_back_to_a_checkpoint(folder: RunFolder) -> None:
 def test_where_a_run_may_start(tmp_path: Path, folder: RunFolder) -> None:
     RunFolder(tmp_path / "new", "x").check(resume=False)
     folder.check(resume=True)
-    with pytest.raises(OutputError, match="already holds a run"):
+    with pytest.raises(OutputError, match="--resume"):
         folder.check(resume=False)
-    with pytest.raises(OutputError, match="no run to resume"):
+    with pytest.raises(OutputError, match=r"config\.toml"):
         RunFolder(tmp_path / "new", "x").check(resume=True)
     (tmp_path / "file").write_text("x")
     with pytest.raises(OutputError, match="is a file"):

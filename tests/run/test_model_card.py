@@ -28,7 +28,7 @@ def test_a_run_leaves_a_card_that_the_hub_reads(tmp_path: Path, overrides: list[
         assert (tmp_path / "run" / entry["output"]["url"]).is_file()
     assert "**clean**: 0 of 3 previews" in text
     assert 'weight_name="hero.safetensors"' in text
-    assert "5 images of 32 px" in text
+    assert "5 images at 32 px" in text
     # Whose images they were, and what they show, stays the artist's.
     for secret in ("purple", "a green ball", str(tmp_path), "data0", "others"):
         assert secret not in text
@@ -49,7 +49,7 @@ def test_captions_are_in_the_card_on_request(tmp_path: Path, overrides: list[str
     assert [entry["text"] for entry in card.data.to_dict()["widget"]][-1].startswith("zumi, a ")
     run(tmp_path / "bare", [*overrides, "train.epochs=1", "preview.enabled=false"])
     bare = (tmp_path / "bare" / "README.md").read_text(encoding="utf-8")
-    assert "This was not checked." in bare
+    assert "**clean**" not in bare and "copy check" in bare
     assert "widget" not in ModelCard(bare).data.to_dict()
 
 

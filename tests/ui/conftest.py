@@ -48,7 +48,9 @@ def sleepers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[psutil.Process]]:
     """Stands for training: every job that is started is a process that waits; SIGTERM ends it."""
     started: list[psutil.Process] = []
 
-    def start(arguments: list[str], log: Path, *, said: Path | None = None) -> tuple[subprocess.Popen[bytes], Identity]:
+    def start(
+        arguments: list[str], log: Path, *, output: Path | None = None
+    ) -> tuple[subprocess.Popen[bytes], Identity]:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(f"started with {' '.join(arguments)}\n", encoding="utf-8")
         child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], start_new_session=True)

@@ -151,10 +151,10 @@ def publish_task(tasks: BackgroundTasks) -> str:
 
 def _ended(tasks: BackgroundTasks, task: BackgroundTask, stage: str, title: str, kept: str) -> str:
     if stage == "done":
-        return message(f"{tasks.said(task)}\n{tasks.complaint(task)}", "clean", title=f"{title}: done")
+        return message(f"{tasks.output(task)}\n{tasks.errors(task)}", "clean", title=f"{title}: done")
     if stage == "stopped":
         return message(kept, "watch", title=f"{title}: stopped")
-    reason = tasks.complaint(task) or (
+    reason = tasks.errors(task) or (
         "The process died unexpectedly (killed, out of memory, or the machine was switched off)."
     )
     return message(f"{reason}\n{kept}", "copying", title=f"{title}: failed")

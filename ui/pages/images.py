@@ -18,7 +18,7 @@ from ..html import views
 from ..settings.draft import Draft, write_draft
 from ..state import image_set
 from ..state.image_set import Card, SetView
-from ..state.uploads import take_in
+from ..state.uploads import store_upload
 from .background_tasks import TaskControls, caption_controls
 from .context import Context
 
@@ -152,7 +152,7 @@ class _Handlers:
         def action() -> str:
             uploaded = [Path(file) for file in files or []]
             try:
-                intake = take_in([(file.name, file) for file in uploaded], self.context.own_folder(draft.images))
+                intake = store_upload([(file.name, file) for file in uploaded], self.context.own_folder(draft.images))
             finally:
                 for file in uploaded:
                     file.unlink(missing_ok=True)
@@ -179,13 +179,13 @@ class _Handlers:
     def add_trigger(self, page: str | None) -> list[Any]:
         """Put the trigger word into all captions."""
         return self._edit(
-            page, lambda folder, draft: image_set.put_trigger_in(folder, draft.trigger), "captions were changed."
+            page, lambda folder, draft: image_set.prepend_trigger(folder, draft.trigger), "captions were changed."
         )
 
     def fill_missing(self, page: str | None, caption: str) -> list[Any]:
         """Give all images without a caption the same one."""
         return self._edit(
-            page, lambda folder, _: image_set.caption_the_rest(folder, caption), "images got this caption."
+            page, lambda folder, _: image_set.fill_missing_captions(folder, caption), "images got this caption."
         )
 
     def _edit(self, page: str | None, edit: Callable[[Path, Draft], int], done: str) -> list[Any]:

@@ -108,7 +108,7 @@ def _add_routes(app: FastAPI, context: Context) -> None:
     @app.delete("/studio/picture")
     async def _remove(request: Request) -> Response:
         fields = await _json(request, "set", "picture")
-        image_set.take_out(context.own_folder(fields["set"]), fields["picture"])
+        image_set.remove_image(context.own_folder(fields["set"]), fields["picture"])
         return JSONResponse({})
 
     @app.get("/studio/draft.toml")

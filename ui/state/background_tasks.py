@@ -1,6 +1,6 @@
-"""Errands: captions written by a model, a run's upload. Each is a process of its own, as training is.
+"""Background tasks: captioning by a model, uploading a run. Each is a separate process, like training.
 
-Of each kind there is one at a time: a record, what it said and what it complained of, in the studio's folder.
+One task of each kind at a time; its record, stdout and stderr are files in the studio's folder.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from .subprocesses import Identity
 Kind = Literal["caption", "publish"]
 Stage = Literal["running", "done", "stopped", "failed"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_WHAT = {"caption": "Captions are being written", "publish": "A run is being published"}
+_RUNNING = {"caption": "Captions are already being written", "publish": "A run is already being published"}
 
 
 @dataclass(frozen=True)
 class BackgroundTask:
-    """Something that was asked for.
+    """The record of a task.
 
     Attributes:
-        kind: What.
-        subject: For which set of images or which run, as the page calls it.
-        pid: Its process's number.
-        began: When that process began, in seconds since 1970.
-        files: What it is to write, one after the other; empty where that is not known.
+        kind: What it does.
+        subject: The set of images or the run, as the page calls it.
+        pid: Of its process.
+        began: Start time of that process, in seconds since 1970.
+        files: The files it writes, in order; empty if unknown.
         stopping: Whether it was asked to stop.
     """
 
@@ -50,13 +50,13 @@ class BackgroundTasks:
     """The background tasks of a studio.
 
     Args:
-        studio: Its folders exist.
+        studio: With existing folders.
     """
 
     studio: Studio
 
     def find(self, kind: Kind) -> BackgroundTask | None:
-        """The last background task of a kind, if it was not put away."""
+        """The last task of a kind, unless it was cleared."""
         file = self._file(kind, ".json")
         if not file.is_file():
             return None
@@ -64,60 +64,60 @@ class BackgroundTasks:
         return BackgroundTask(**found | {"files": tuple(found["files"])})
 
     def stage(self, task: BackgroundTask) -> Stage:
-        """How an background task stands."""
+        """The stage of a task."""
         if subprocesses.find(Identity(task.pid, task.began)) is not None:
             return "running"
-        # The commands say what they did on stdout, and why they did not on stderr.
-        if self.said(task):
+        # Commands report success on stdout and errors on stderr.
+        if self.output(task):
             return "done"
         return "stopped" if task.stopping else "failed"
 
-    def said(self, task: BackgroundTask) -> str:
-        """What its command said it had done."""
+    def output(self, task: BackgroundTask) -> str:
+        """What its command reported on stdout."""
         return last_lines(self._file(task.kind, ".out"))
 
-    def complaint(self, task: BackgroundTask) -> str:
-        """Why it failed, or what it had to tell by the way."""
-        told = last_lines(self._file(task.kind, ".log"))
-        return told[told.rfind("Error: ") :].removeprefix("Error: ") if "Error: " in told else told
+    def errors(self, task: BackgroundTask) -> str:
+        """Why it failed, or its notices, from stderr."""
+        lines = last_lines(self._file(task.kind, ".log"))
+        return lines[lines.rfind("Error: ") :].removeprefix("Error: ") if "Error: " in lines else lines
 
     def written(self, task: BackgroundTask) -> int:
-        """How many of its files are there."""
+        """The number of its files that exist."""
         return sum(Path(file).is_file() and Path(file).stat().st_size > 0 for file in task.files)
 
     def start(self, kind: Kind, subject: str, arguments: Sequence[str], files: Sequence[Path] = ()) -> None:
-        """Start one.
+        """Start a task.
 
         Args:
-            kind: What.
-            subject: For which set or run.
+            kind: What it does.
+            subject: The set or run.
             arguments: As on the command line, without `sdlora` itself.
-            files: What it is to write.
+            files: The files it will write.
 
         Raises:
-            StudioError: One of its kind is under way.
+            StudioError: A task of this kind is running.
         """
         with self.studio.lock():
             before = self.find(kind)
             if before is not None and self.stage(before) == "running":
-                raise StudioError(f"{_WHAT[kind]} already, for {before.subject!r}. Wait for the end, or stop that.")
-            self._put_away(kind)
-            _, identity = subprocesses.start(arguments, self._file(kind, ".log"), said=self._file(kind, ".out"))
+                raise StudioError(f"{_RUNNING[kind]}, for {before.subject!r}. Wait until it ends, or stop it.")
+            self._clear(kind)
+            _, identity = subprocesses.start(arguments, self._file(kind, ".log"), output=self._file(kind, ".out"))
             task = BackgroundTask(kind, subject, identity.pid, identity.began, tuple(map(str, files)))
             write_json(self._file(kind, ".json"), asdict(task))
 
     def end(self, kind: Kind) -> None:
-        """Stop the last background task of a kind; one that has ended is put away."""
+        """Stop the last task of a kind, or clear it if it has ended."""
         with self.studio.lock():
             task = self.find(kind)
             process = None if task is None else subprocesses.find(Identity(task.pid, task.began))
             if task is None or process is None:
-                self._put_away(kind)
+                self._clear(kind)
             else:
                 write_json(self._file(kind, ".json"), asdict(replace(task, stopping=True)))
                 process.terminate()
 
-    def _put_away(self, kind: Kind) -> None:
+    def _clear(self, kind: Kind) -> None:
         for ending in (".json", ".out", ".log"):
             self._file(kind, ending).unlink(missing_ok=True)
 

@@ -1,6 +1,6 @@
-"""Where the studio keeps what: runs, image sets, jobs and the images that a browser may see.
+"""The studio's files: runs, image sets, jobs, and the images that a browser may see, all below one folder.
 
-Everything that the studio writes lies below one folder.
+Used by everything in `ui.state`; also checks names that come from the browser.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ from filelock import FileLock
 from sdlora.errors import ConfigError, SdloraError
 
 _RUN_NAME = re.compile(r"\w[\w. -]{0,99}")
-_DEVICES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
-_TAKEN = {"pictures"}
+_DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
+_RESERVED_NAMES = {"pictures"}
 
 
 class StudioError(SdloraError):
-    """Something that the studio was asked for cannot be done; the message says why and what to do instead."""
+    """A request to the studio cannot be fulfilled; the message says why and what to do instead."""
 
     exit_code = 2
 
@@ -30,9 +30,8 @@ class Studio:
     """The studio's folder.
 
     Args:
-        runs: Holds a folder for every run, `images` with a folder for every set, and `.studio` with all else.
-        any_folder: Whether images and bases may lie elsewhere on this machine: only where nobody but its user can
-            reach the page.
+        runs: Contains a folder per run, `pictures` with a folder per image set, and `.studio` for everything else.
+        any_folder: Whether images and bases may be anywhere on this machine; only if nobody else can reach the page.
     """
 
     runs: Path
@@ -40,102 +39,109 @@ class Studio:
 
     @property
     def sets(self) -> Path:
-        """Image sets that came through the browser."""
+        """Uploaded image sets."""
         return self.runs / "pictures"
 
     @property
     def jobs(self) -> Path:
-        """What waits, runs and ran: a configuration and a record for each."""
+        """A configuration and a record per job."""
         return self.runs / ".studio" / "jobs"
 
     @property
     def logs(self) -> Path:
-        """What the training processes said."""
+        """Logs of training processes."""
         return self.runs / ".studio" / "logs"
 
     @property
     def shown(self) -> Path:
-        """The only folder that images are served from; sdlora encoded every file in it."""
+        """The only folder that images are served from; sdlora encoded every file in it itself."""
         return self.runs / ".studio" / "shown"
 
     @property
     def draft(self) -> Path:
-        """The recipe that is being written."""
+        """The current recipe."""
         return self.runs / ".studio" / "draft.json"
 
     def create(self) -> None:
-        """Make the folders that are not there yet."""
+        """Create missing folders."""
         for folder in (self.sets, self.jobs, self.logs, self.shown):
             folder.mkdir(parents=True, exist_ok=True)
 
     def lock(self) -> FileLock:
-        """Held by whoever changes jobs or starts a process, in whichever process that is."""
+        """The lock for changing jobs and starting processes, across processes."""
         return FileLock(self.runs / ".studio" / "lock", timeout=10)
 
     def run(self, name: str) -> Path:
         """The folder of a run.
 
         Raises:
-            StudioError: It is no name of a run.
+            StudioError: The name is not valid.
         """
         return self.runs / run_name(name)
 
     def job_config(self, name: str) -> Path:
-        """The configuration that a job was started with."""
+        """Configuration of a job."""
         return self.jobs / f"{run_name(name)}.toml"
 
     def job_record(self, name: str) -> Path:
-        """How a job stands."""
+        """Record of a job."""
         return self.jobs / f"{run_name(name)}.json"
 
     def log(self, name: str) -> Path:
-        """What a run's process wrote to stderr."""
+        """Stderr of a run's process."""
         return self.logs / f"{run_name(name)}.log"
 
     def image_set(self, name: str) -> Path:
         """The folder of an image set.
 
         Raises:
-            StudioError: It is no name of a set.
+            StudioError: The name is not valid.
         """
         if name != safe_name(name):
-            raise StudioError(f"{name!r} is no name for a set of images. Use letters, digits, spaces, '-' and '_'.")
+            raise StudioError(
+                f"{name!r} is not a valid name for a set of images; use letters, digits, spaces, '-' and '_'."
+            )
         return self.sets / name
 
     def allowed(self, folder: Path) -> Path:
-        """A folder that may be read.
+        """The same folder, if the studio may read it.
 
         Raises:
-            ConfigError: It lies elsewhere on this machine, and other people can reach the page.
+            ConfigError: It is outside of the studio's folder, and other people can reach the page.
         """
         if not self.any_folder and not folder.resolve().is_relative_to(self.runs.resolve()):
             raise ConfigError(
-                f"{str(folder)!r} is outside of the studio's folder, which is all that can be used over the network. "
-                "Upload the images, or open the studio on the machine itself."
+                f"{str(folder)!r} is outside of the studio's folder and cannot be used over the network. Upload the "
+                "images, or open the studio on the machine itself."
             )
         return folder
 
 
 def run_name(name: str) -> str:
-    """The same name, if a run may have it.
+    """The same name, if it is valid for a run.
 
     Raises:
-        StudioError: It holds other characters than letters, digits, spaces, '.', '-' and '_', or is taken.
+        StudioError: It has characters other than letters, digits, spaces, '.', '-' and '_', or is reserved.
     """
-    if not _RUN_NAME.fullmatch(name) or name != name.rstrip(". ") or _is_reserved(name) or name.lower() in _TAKEN:
+    if (
+        not _RUN_NAME.fullmatch(name)
+        or name != name.rstrip(". ")
+        or _is_reserved(name)
+        or name.lower() in _RESERVED_NAMES
+    ):
         raise StudioError(
-            f"{name!r} cannot be a run's name. Use up to 100 letters, digits, spaces, '.', '-' and '_', beginning with "
-            "a letter or digit; 'images' and names of devices, such as 'con', are taken."
+            f"{name!r} is not a valid name for a run; use up to 100 letters, digits, spaces, '.', '-' and '_', "
+            "starting with a letter or digit. 'pictures' and device names such as 'con' are reserved."
         )
     return name
 
 
 def safe_name(text: str, fallback: str = "image") -> str:
-    """A file name without folders, controls or meaning to any system, as near to `text` as can be.
+    """A file name close to `text` that is safe on every system.
 
     Args:
-        text: From anywhere; only what follows the last slash or backslash counts.
-        fallback: If nothing of it can stay.
+        text: Any text; only what follows the last slash or backslash counts.
+        fallback: Used if nothing of it can be kept.
     """
     last = re.split(r"[\\/]", unicodedata.normalize("NFC", text))[-1]
     found = re.search(r"\.[A-Za-z0-9]{1,5}\Z", last)
@@ -147,4 +153,4 @@ def safe_name(text: str, fallback: str = "image") -> str:
 
 
 def _is_reserved(name: str) -> bool:
-    return name.split(".")[0].strip().lower() in _DEVICES
+    return name.split(".")[0].strip().lower() in _DEVICE_NAMES

@@ -1,6 +1,6 @@
-"""A set of images as an artist works on it: what the doctor says of each, and captions that are saved at once.
+"""An image set as it is edited: what the data checks say about each image, and its captions.
 
-Captions are written to `.txt` files beside the images, as training reads them.
+Captions are saved at once to `.txt` files beside the images, as training reads them.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ class Card:
 
     Attributes:
         name: Its file name.
-        caption: As written; empty if there is none.
+        caption: Its caption; empty if there is none.
         size: Width and height in pixels; None if it cannot be read.
-        severity: The worst of what the doctor found: "error", "warning" or "fine".
-        findings: Why, a sentence each.
-        bucket: The size it is trained at; None if it cannot be read.
+        severity: The worst finding: "error", "warning" or "fine".
+        findings: A sentence per finding.
+        bucket: Width and height it is trained at, in pixels; None if it cannot be read.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Card:
 
 @dataclass(frozen=True)
 class SetView:
-    """A set as it stands.
+    """The content of a set.
 
     Attributes:
-        folder: Where it is.
-        cards: Its images, by name.
-        findings: All that the doctor found.
-        twins: Groups of images that are one image saved twice.
+        folder: Its folder.
+        cards: Its images, sorted by name.
+        findings: All findings of the data checks.
+        twins: Groups of duplicate or near-duplicate images.
     """
 
     folder: Path
@@ -67,14 +67,14 @@ class SetView:
 
 @functools.lru_cache(maxsize=4096)
 def _look(path: Path, background: str, _modified_ns: int, _size: int) -> Look | str:
-    """What decoding a file gives, kept for as long as the file stays as it is."""
+    """The result of decoding a file, cached until the file changes."""
     try:
         return look_at(path, background)
     except DataError as error:
         return str(error)
 
 
-def _look_once(path: Path, background: str) -> Look:
+def _cached_look(path: Path, background: str) -> Look:
     facts = path.stat()
     found = _look(path, background, facts.st_mtime_ns, facts.st_size)
     if isinstance(found, str):
@@ -83,17 +83,17 @@ def _look_once(path: Path, background: str) -> Look:
 
 
 def view(folder: Path, *, trigger: str | None = None, resolution_px: int = 512, background: str = "white") -> SetView:
-    """Look at a set.
+    """Read and check a set.
 
     Args:
-        folder: Where it is; one without images gives an empty view.
-        trigger: The word that captions should hold.
-        resolution_px: Training size, for buckets and for what is too small.
+        folder: Its folder; without images the view is empty.
+        trigger: The word that captions should contain.
+        resolution_px: Training resolution, for buckets and for finding images that are too small.
         background: Colour under transparent pixels.
     """
     if not folder.is_dir() or not any(image_files(folder)):
         return SetView(folder, (), (), ())
-    checkup = examine(folder, background=background, trigger=trigger, look=_look_once)
+    checkup = examine(folder, background=background, trigger=trigger, look=_cached_look)
     sizes = {image.path.name: image.size for image in checkup.images}
     assigned = assign_buckets(list(sizes.values()), resolution_px, 64, buckets=True)
     buckets = dict(zip(sizes, assigned, strict=True))
@@ -127,13 +127,13 @@ def _about(name: str, finding: Finding) -> str:
     if finding.kind in ("duplicate", "near-duplicate"):
         others = ", ".join(other for other in finding.files if other != name)
         same = "The same image as" if finding.kind == "duplicate" else "Nearly the same image as"
-        return f"{same} {others}. Keep one of them: what is there twice is copied first."
+        return f"{same} {others}. Keep one of them: duplicates are memorized first."
     if len(finding.files) == 1:
         return finding.message
     return {
-        "no caption": "It has no caption. Say what is in the image.",
-        "no trigger": "Its caption does not hold the trigger, which is then put in front.",
-        "too small": "It is smaller than the training size and will be enlarged.",
+        "no caption": "It has no caption. Describe what is in the image.",
+        "no trigger": "Its caption does not contain the trigger, which is prepended in training.",
+        "too small": "It is smaller than the training resolution and will be enlarged.",
     }.get(finding.kind, finding.message)
 
 
@@ -141,7 +141,7 @@ def _about(name: str, finding: Finding) -> str:
 
 
 def write_caption(folder: Path, image: str, text: str) -> None:
-    """Save an image's caption beside it.
+    """Save the caption of an image.
 
     Raises:
         StudioError: There is no such image in the set, or the caption is too long.
@@ -150,33 +150,41 @@ def write_caption(folder: Path, image: str, text: str) -> None:
     caption = " ".join(text.replace("\0", " ").split())
     if len(caption.encode("utf-8", errors="replace")) > MOST_CAPTION_BYTES:
         raise StudioError(f"The caption of {image} is longer than {format_bytes(MOST_CAPTION_BYTES)}. Shorten it.")
-    _own_files(folder)
+    _split_metadata(folder)
     write_text(path.with_suffix(".txt"), caption.encode("utf-8", errors="replace").decode("utf-8"))
 
 
 def replace_words(folder: Path, find: str, replacement: str) -> int:
-    """Exchange words in all captions of a set; returns how many captions changed."""
+    """Replace words in all captions of a set; returns the number of captions changed.
+
+    Raises:
+        StudioError: There are no words to find.
+    """
     if not find:
-        raise StudioError("Say which words to look for.")
+        raise StudioError("Enter the words to find.")
     return _rewrite(folder, lambda caption: caption.replace(find, replacement))
 
 
-def put_trigger_in(folder: Path, trigger: str) -> int:
-    """Put the trigger in front of every caption that does not hold it; returns how many captions changed."""
+def prepend_trigger(folder: Path, trigger: str) -> int:
+    """Prepend the trigger to every caption without it; returns the number of captions changed.
+
+    Raises:
+        StudioError: There is no trigger.
+    """
     if not trigger.strip():
-        raise StudioError("There is no trigger yet. Choose a word of your own for what you teach.")
+        raise StudioError("There is no trigger yet. Choose a made-up word for what you train.")
     return _rewrite(folder, lambda caption: with_trigger(caption, trigger.strip()))
 
 
-def caption_the_rest(folder: Path, text: str) -> int:
-    """Give every image that has no caption the same one; returns how many."""
-    bare = [card.name for card in view(folder).cards if not card.caption]
-    for name in bare:
+def fill_missing_captions(folder: Path, text: str) -> int:
+    """Give all images without a caption the same one; returns the number of them."""
+    uncaptioned = [card.name for card in view(folder).cards if not card.caption]
+    for name in uncaptioned:
         write_caption(folder, name, text)
-    return len(bare)
+    return len(uncaptioned)
 
 
-def take_out(folder: Path, image: str) -> None:
+def remove_image(folder: Path, image: str) -> None:
     """Remove an image and its caption from a set."""
     path = _image(folder, image)
     path.unlink()
@@ -194,12 +202,12 @@ def _rewrite(folder: Path, change: Callable[[str], str]) -> int:
 def _image(folder: Path, name: str) -> Path:
     found = next((path for path in image_files(folder) if path.name == name), None) if folder.is_dir() else None
     if found is None:
-        raise StudioError(f"There is no image {name!r} in this set. Load the page anew; it may have been taken out.")
+        raise StudioError(f"There is no image {name!r} in this set. Reload the page; it may have been removed.")
     return found
 
 
-def _own_files(folder: Path) -> None:
-    """Give every image the caption that `metadata.jsonl` has for it as a file, for two sources would contradict."""
+def _split_metadata(folder: Path) -> None:
+    """Turn `metadata.jsonl` into a caption file per image, because the two could contradict each other."""
     if not (folder / METADATA).is_file():
         return
     captions, _ = read_captions(folder)

@@ -1,7 +1,7 @@
-"""The queue: what waits for a device, what runs on it, and who may start, stop and reorder it.
+"""The queue: jobs that wait for a device or run on it, and how to start, stop and reorder them.
 
-A job is two files in the studio's folder, a configuration and a record, so that the queue outlives the
-studio. Whoever changes one holds the studio's lock; that is why two clicks, two tabs or two studios start one process.
+A job is a configuration and a record in the studio's folder, so that the queue outlives the studio. Changes hold the
+studio's lock, so that two clicks, tabs or studios start a job once.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ Stage = Literal["waiting", "started"]
 
 @dataclass(frozen=True)
 class Job:
-    """A run that was asked for.
+    """The record of a queued or started run.
 
     Attributes:
-        name: The run's.
-        device: Where it trains, as `processes.device_name` calls it.
-        position: The queue is in this order.
+        name: Of the run.
+        device: Where it trains, as a `subprocesses.device_name`.
+        position: Sorts the queue.
         stage: Whether its process was started.
-        resume: Whether it goes on from the run's newest checkpoint.
-        pid: Its process's number, once it was started.
-        began: When that process began, in seconds since 1970.
+        resume: Whether it resumes from the run's newest checkpoint.
+        pid: Of its process, once started.
+        began: Start time of that process, in seconds since 1970.
         stopping: Whether it was asked to stop.
     """
 
@@ -54,7 +54,7 @@ class Job:
     stopping: bool = False
 
     def process(self) -> psutil.Process | None:
-        """Its process while it lives."""
+        """Its process, if alive."""
         return subprocesses.find(Identity(self.pid, self.began)) if self.stage == "started" else None
 
 
@@ -62,7 +62,7 @@ class Jobs:
     """All jobs of a studio.
 
     Args:
-        studio: Its folders exist.
+        studio: With existing folders.
     """
 
     def __init__(self, studio: Studio) -> None:
@@ -70,23 +70,23 @@ class Jobs:
         self._children: list[subprocess.Popen[bytes]] = []
 
     def find(self, name: str) -> Job | None:
-        """A job by its run's name."""
+        """The job of a run."""
         file = self._record(name)
         if not file.is_file():
             return None
         return Job(**fields_from_json(Job, json.loads(file.read_text(encoding="utf-8"))))
 
     def all(self) -> list[Job]:
-        """Every job, in the queue's order."""
+        """All jobs in the order of the queue."""
         found = (self.find(file.stem) for file in self.studio.jobs.glob("*.json") if not file.name.startswith("."))
         return sorted((job for job in found if job is not None), key=lambda job: (job.position, job.name))
 
     def waiting(self) -> list[Job]:
-        """What has not been started yet, the next one first."""
+        """Jobs that were not started yet, the next one first."""
         return [job for job in self.all() if job.stage == "waiting"]
 
     def status(self, name: str) -> Status:
-        """How a run stands."""
+        """The status of a run."""
         job, waiting = self.find(name), [other.name for other in self.waiting()]
         position = waiting.index(name) + 1 if name in waiting else None
         process = job.process() if job else None
@@ -96,7 +96,7 @@ class Jobs:
         )  # fmt: skip
 
     def names(self) -> list[str]:
-        """Every run, started here or by the command line; those that wait come last, in the queue's order."""
+        """All runs, started here or from the command line; waiting ones come last, in the order of the queue."""
         waiting = [job.name for job in self.waiting()]
         started = {job.name for job in self.all()} - set(waiting)
         folders = {path.parent.name for path in self.studio.runs.glob("[!.]*/config.toml")}
@@ -105,10 +105,10 @@ class Jobs:
     # --- What a person can do ---------------------------------------------------------------------------------------
 
     def add(self, config: RunConfig) -> str:
-        """Put a run into the queue; asking twice for the same is asking once.
+        """Add a run to the queue; adding the same configuration again has no effect.
 
         Returns:
-            A sentence about what became of it.
+            A message for the page.
 
         Raises:
             StudioError: Another run has this name.
@@ -118,26 +118,26 @@ class Jobs:
         with self.studio.lock():
             file, folder = self.studio.job_config(name), self.studio.run(name)
             if self._record(name).is_file() and file.read_text(encoding="utf-8") == wanted:
-                return f"{name!r} was started already."
+                return f"{name!r} was already started."
             if self._record(name).is_file() or (folder.exists() and any(folder.iterdir())):
-                raise StudioError(f"There is a run called {name!r} already. Give this one another name.")
+                raise StudioError(f"There is already a run called {name!r}. Choose another name.")
             write_text(file, wanted)
             self._write(Job(name, subprocesses.device_name(config.train.device), self._last_position() + 1))
         self.dispatch()
-        return self._told(name)
+        return self._queue_message(name)
 
     def resume(self, name: str) -> str:
-        """Put a run that ended early into the queue again, to go on from its newest checkpoint.
+        """Add a run that ended early to the queue again, to resume from its newest checkpoint.
 
         Raises:
-            StudioError: There is no such run, or it is at work, or done.
+            StudioError: There is no such run, or it is done.
         """
         with self.studio.lock():
             status = self.status(name)
             if status.word in ("waiting", "starting", "running", "paused", "stopping"):
-                return f"{name!r} is {status.word} already."
+                return f"{name!r} is already {status.word}."
             if status.word == "done":
-                raise StudioError(f"{name!r} is done; there is nothing to go on with. Clone it to train again.")
+                raise StudioError(f"{name!r} is done, so there is nothing to resume. Clone it to train again.")
             started = (self.studio.run(name) / "config.toml").is_file()
             source = self.studio.run(name) / "config.toml" if started else self.studio.job_config(name)
             if not source.is_file():
@@ -146,71 +146,71 @@ class Jobs:
             device = subprocesses.device_name(config.train.device)
             self._write(Job(name, device, self._last_position() + 1, resume=started))
         self.dispatch()
-        return self._told(name)
+        return self._queue_message(name)
 
     def stop(self, name: str) -> str:
         """Ask a run to save its state and end.
 
         Raises:
-            StudioError: It is not at work.
+            StudioError: It is not running.
         """
         with self.studio.lock():
             job, process = self.find(name), self._process(name)
             if job is not None and job.stage == "waiting":
-                raise StudioError(f"{name!r} waits and has nothing to save. Take it out of the queue instead.")
+                raise StudioError(f"{name!r} is waiting and has nothing to save. Remove it from the queue instead.")
             if process is None:
-                raise StudioError(f"{name!r} is not at work, so there is nothing to stop.")
+                raise StudioError(f"{name!r} is not running, so there is nothing to stop.")
             if job is not None and job.stopping:
-                return f"{name!r} is stopping already; it ends after the step that it is at."
+                return f"{name!r} is already stopping; it ends after the current step."
             if job is not None:
                 self._write(replace(job, stopping=True))
-            # A halted process would not hear of it.
+            # A paused process would not receive the signal.
             process.resume()
             process.send_signal(signal.SIGTERM)
-        return f"Stopping {name!r} after the step that it is at. Its state is saved; it can be resumed."
+        return f"Stopping {name!r} after the current step. Its state is saved, so that it can be resumed."
 
     def pause(self, name: str) -> str:
-        """Halt a run where it is; it keeps its memory and its device.
+        """Pause a run, which keeps its memory and its device.
 
         Raises:
-            StudioError: It is not at work.
+            StudioError: It is not running.
         """
-        subprocesses.halt(self._living(name), halted=True)
-        return f"{name!r} is paused. It keeps its place in memory until it is continued or stopped."
+        subprocesses.set_paused(self._living(name), paused=True)
+        return f"{name!r} is paused. It keeps its memory until it is continued or stopped."
 
     def proceed(self, name: str) -> str:
-        """Let a paused run go on.
+        """Continue a paused run.
 
         Raises:
-            StudioError: It is not at work.
+            StudioError: It is not running.
         """
-        subprocesses.halt(self._living(name), halted=False)
-        return f"{name!r} goes on."
+        subprocesses.set_paused(self._living(name), paused=False)
+        return f"{name!r} continues."
 
     def cancel(self, name: str) -> str:
-        """Take a run out of the queue.
+        """Remove a run from the queue.
 
         Raises:
-            StudioError: It does not wait any more.
+            StudioError: It is not waiting.
         """
         with self.studio.lock():
             job = self.find(name)
             if job is None or job.stage != "waiting":
-                raise StudioError(f"{name!r} does not wait any more. Look under Training whether it has begun.")
+                raise StudioError(f"{name!r} is not in the queue any more. See Training whether it has started.")
             self._forget(job)
-        return f"{name!r} was taken out of the queue."
+        return f"{name!r} was removed from the queue."
 
     def move(self, name: str, by: int) -> str:
         """Move a waiting job towards the front (below 0) or the back of the queue.
 
         Raises:
-            StudioError: It does not wait any more.
+            StudioError: It is not waiting.
         """
         with self.studio.lock():
             queue = self.waiting()
             order = [job.name for job in queue]
             if name not in order:
-                raise StudioError(f"{name!r} does not wait any more.")
+                raise StudioError(f"{name!r} is not in the queue any more.")
             positions = [job.position for job in queue]
             index = order.index(name)
             queue.insert(max(0, index + by), queue.pop(index))
@@ -219,10 +219,14 @@ class Jobs:
         return f"The queue is now: {', '.join(job.name for job in queue)}."
 
     def forget(self, name: str) -> None:
-        """Drop the record of a run that is not at work."""
+        """Delete the record of a run that is not running.
+
+        Raises:
+            StudioError: It is running.
+        """
         with self.studio.lock():
             if self._process(name) is not None:
-                raise StudioError(f"{name!r} is at work. Stop it first.")
+                raise StudioError(f"{name!r} is running. Stop it first.")
             if (job := self.find(name)) is not None:
                 self._forget(job)
             self.studio.log(name).unlink(missing_ok=True)
@@ -230,7 +234,7 @@ class Jobs:
     # --- What the studio does by itself -----------------------------------------------------------------------------
 
     def dispatch(self) -> None:
-        """Start the next job of every device that is free."""
+        """Start the next job on every free device."""
         with self.studio.lock():
             self._children = [child for child in self._children if child.poll() is None]
             queue = self.waiting()
@@ -253,7 +257,7 @@ class Jobs:
     def _busy_devices(self) -> set[str]:
         busy = {job.device for job in self.all() if job.process() is not None}
         for name in self.names():
-            # Runs of the command line have no job.
+            # Runs started from the command line have no job.
             if self.find(name) is None and self.status(name).alive:
                 busy.add(subprocesses.device_name(load_config(str(self.studio.run(name) / "config.toml")).train.device))
         return busy
@@ -266,14 +270,14 @@ class Jobs:
     def _living(self, name: str) -> psutil.Process:
         process = self._process(name)
         if process is None:
-            raise StudioError(f"{name!r} is not at work.")
+            raise StudioError(f"{name!r} is not running.")
         return process
 
-    def _told(self, name: str) -> str:
+    def _queue_message(self, name: str) -> str:
         waiting = [job.name for job in self.waiting()]
         if name not in waiting:
             return f"{name!r} has started."
-        return f"{name!r} waits for its device; it is number {waiting.index(name) + 1} in the queue."
+        return f"{name!r} is waiting for its device; it is number {waiting.index(name) + 1} in the queue."
 
     def _record(self, name: str) -> Path:
         return self.studio.job_record(name)

@@ -1,6 +1,6 @@
-"""How a run stands, as a value: from its files and from whether its process lives.
+"""Status of a run, from its files and its process.
 
-A process that is gone without a word has failed, whatever its last state says.
+Shown by every page; a run whose process has died has failed, whatever its last state says.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ from . import subprocesses
 from .folders import Studio
 
 Word = Literal["none", "waiting", "starting", "running", "paused", "stopping", "stopped", "failed", "done"]
-_TAIL_LINES = 12
-_TAIL_BYTES = 20_000
+_MAX_LINES = 12
+_MAX_BYTES = 20_000
 
 
 @dataclass(frozen=True)
 class Status:
-    """How a run stands.
+    """The status of a run.
 
     Attributes:
-        name: The run's.
-        word: In a word; "none" if there is no such run.
-        state: How far it is; None before it has written that.
-        error: What went wrong, in words; None if nothing did.
-        log: The last lines of what its process said.
-        position: In the queue, from 1; None if it does not wait.
-        process: Its process while it lives.
+        name: Of the run.
+        word: The status in a word; "none" if there is no such run.
+        state: Its progress; None until its process has written it.
+        error: Why it failed; None if it did not.
+        log: The last lines of its logs, if it failed.
+        position: In the queue, from 1; None if it is not waiting.
+        process: Its process, if alive.
     """
 
     name: str
@@ -47,26 +47,26 @@ class Status:
 
     @property
     def alive(self) -> bool:
-        """Whether its process lives."""
+        """Whether its process is alive."""
         return self.process is not None
 
     @property
     def can_resume(self) -> bool:
-        """Whether it can be put to work again."""
+        """Whether it ended early and can be resumed."""
         return self.word in ("stopped", "failed")
 
 
 def read_status(
     studio: Studio, name: str, *, position: int | None, process: psutil.Process | None, began: float, stopping: bool
 ) -> Status:
-    """How a run stands.
+    """Read the status of a run.
 
     Args:
-        studio: Where it lies.
-        name: Which.
-        position: In the queue, from 1; None if it does not wait.
-        process: The process that the studio started for it, while that lives.
-        began: When that process began; 0 if there was none.
+        studio: Its studio.
+        name: Its name.
+        position: In the queue, from 1; None if it is not waiting.
+        process: The process that the studio started for it, if alive.
+        began: Start time of that process in seconds since 1970; 0 if there was none.
         stopping: Whether it was asked to stop.
     """
     folder = studio.run(name)
@@ -75,11 +75,11 @@ def read_status(
     state = read_state(folder / "state.json")
     if state is not None:
         started = datetime.fromisoformat(state.started).timestamp()
-        # A state from before this process is an earlier attempt's. Its times are whole seconds.
+        # A state from before this process belongs to an earlier attempt. Its times are whole seconds.
         if started < began - 1:
             state = None
         elif process is None and state.status == "running":
-            process = subprocesses.find_by_number(state.pid, started + 1)
+            process = subprocesses.find_by_pid(state.pid, started + 1)
     if state is None and process is None and not began:
         return Status(name, "none")
     word, error = _word(state, process, stopping)
@@ -109,18 +109,18 @@ def _word(state: RunState | None, process: psutil.Process | None, stopping: bool
             "The training process died unexpectedly: it was killed, or the machine ran out of memory or was switched "
             "off."
         )
-    return "failed", "The training process ended before it began to train."
+    return "failed", "The training process ended before training started."
 
 
 def last_lines(*files: Path) -> str:
-    """The ends of logs, one below the other, as plain text."""
+    """The last lines of logs, concatenated, as plain text."""
     parts = []
     for file in files:
         if file.is_file():
             with file.open("rb") as handle:
-                handle.seek(max(0, file.stat().st_size - _TAIL_BYTES))
+                handle.seek(max(0, file.stat().st_size - _MAX_BYTES))
                 text = handle.read().decode("utf-8", errors="replace")
             # Colours and cursor movements of terminals.
             lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).splitlines()
-            parts += [line for line in lines if line.strip()][-_TAIL_LINES:]
+            parts += [line for line in lines if line.strip()][-_MAX_LINES:]
     return "\n".join(parts)

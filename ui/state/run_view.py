@@ -1,6 +1,6 @@
-"""A run as it is looked at: its settings, losses, copy checks and files; and what can be done with old ones.
+"""Content of a run: its settings, metrics, copy checks and files; and comparing and deleting runs.
 
-Everything is read from the run's folder and remembered until a file changes, since every open page asks anew.
+Read from the run's folder and cached until a file changes, because every open page polls it.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ class RunView:
     """A run's content.
 
     Attributes:
-        name: The run's.
-        folder: Where it lies.
+        name: Of the run.
+        folder: Its folder.
         config: Its settings.
         metrics: Its steps and epochs so far.
-        checks: The copy checks by epoch.
-        previews: The previews by epoch, in the order of their names.
-        loras: The LoRA files by epoch.
-        key: The same for the same run alone, should another one get its name.
+        checks: Copy checks by epoch.
+        previews: Previews by epoch, sorted by name.
+        loras: LoRA files by epoch.
+        key: Identifies the run, even if another one gets its name later.
     """
 
     name: str
@@ -51,7 +51,7 @@ class RunView:
     key: str
 
     def recommended(self) -> tuple[int, str] | None:
-        """The epoch to keep so far, and why; None before the first one is there and its copies were looked for."""
+        """The epoch to keep so far, and why; None until the first one is complete and checked for copies."""
         is_checked = self.config.copycheck.enabled and self.config.preview.enabled
         judged = [epoch for epoch in self.loras if epoch in self.checks or not is_checked]
         if not judged:
@@ -71,19 +71,19 @@ class RunView:
 
 
 def read_run(studio: Studio, name: str) -> RunView | None:
-    """A run's content, or None if it has not begun."""
+    """The content of a run, or None if it has not started."""
     folder = studio.run(name)
     return _read(folder, name, _marks(folder)) if (folder / "config.toml").is_file() else None
 
 
 def _marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """What tells that anything shown has changed: times and sizes."""
+    """Modification times and sizes of all files that are shown."""
     files = [folder / "config.toml", folder / "metrics.jsonl", *sorted(folder.glob("epochs/*/[!.]*"))]
     found = []
     for file in files:
         try:
             facts = file.stat()
-        except FileNotFoundError:  # not there yet, or replaced at this moment
+        except FileNotFoundError:  # being replaced at this moment
             continue
         found.append((str(file), facts.st_mtime_ns, facts.st_size))
     return tuple(found)
@@ -102,7 +102,7 @@ def _read(folder: Path, name: str, _marks: tuple[tuple[str, int, int], ...]) -> 
         read_metrics(folder / "metrics.jsonl"),
         read_checks(epochs),
         {number: files for number, files in previews.items() if files},
-        # The proof is written last: until it is there the file may be half of one.
+        # The proof is written last: without it the file may be incomplete.
         {number: file for number, file in loras.items() if file.with_name("proof.json").is_file()},
         f"{folder.resolve()} {(folder / 'config.toml').stat().st_mtime_ns}",
     )
@@ -138,16 +138,16 @@ class _Gallery(Mapping[str, Image.Image]):
 
 
 def differences(first: RunConfig, second: RunConfig) -> list[tuple[str, Any, Any]]:
-    """The settings that two runs do not share: name, the first's value, the second's."""
+    """The settings in which two runs differ: name, value of the first, value of the second."""
     other = dict(options(second))
     return [(name, value, other[name]) for name, value in options(first) if value != other[name]]
 
 
 def settings_of(studio: Studio, name: str) -> RunConfig:
-    """The settings of a run, whether it has begun or waits.
+    """The settings of a run, started or waiting.
 
     Raises:
-        StudioError: There is no such run, or its settings cannot be read any more.
+        StudioError: There is no such run, or its settings are not valid any more.
     """
     for file in (studio.run(name) / "config.toml", studio.job_config(name)):
         if file.is_file():
@@ -159,16 +159,16 @@ def settings_of(studio: Studio, name: str) -> RunConfig:
 
 
 def delete_run(studio: Studio, name: str) -> None:
-    """Delete a run's folder with everything in it; its images, which lie elsewhere, stay.
+    """Delete a run's folder; its training images, which are elsewhere, stay.
 
     Raises:
         StudioError: There is no such run.
     """
     folder = studio.run(name)
     if folder.is_symlink() or not folder.is_dir():
-        raise StudioError(f"There is no folder of a run called {name!r}.")
-    # Out of sight first, so that a half-deleted run is never shown.
-    grave = folder.with_name(f".deleted-{name}")
-    shutil.rmtree(grave, ignore_errors=True)
-    folder.rename(grave)
-    shutil.rmtree(grave)
+        raise StudioError(f"There is no run folder called {name!r}.")
+    # Renamed first, so that a half-deleted run is never shown.
+    hidden = folder.with_name(f".deleted-{name}")
+    shutil.rmtree(hidden, ignore_errors=True)
+    folder.rename(hidden)
+    shutil.rmtree(hidden)

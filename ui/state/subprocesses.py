@@ -1,6 +1,6 @@
-"""Training processes: started apart from the studio, and recognised by their number and the moment they began.
+"""Processes of `sdlora` that outlive the studio, identified by pid and start time.
 
-A number alone would not do: systems give it to another process when its owner is gone.
+A pid alone would not do: the system reuses it once its process has ended.
 """
 
 from __future__ import annotations
@@ -15,39 +15,41 @@ from pathlib import Path
 
 import psutil
 
-_SAME_SECONDS = 1.0
+_TOLERANCE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
 class Identity:
-    """A process for good.
+    """A process, unambiguously.
 
     Attributes:
-        pid: Its number.
-        began: When it began, in seconds since 1970.
+        pid: Its process id.
+        began: Its start time, in seconds since 1970.
     """
 
     pid: int
     began: float
 
 
-def start(arguments: Sequence[str], log: Path, *, said: Path | None = None) -> tuple[subprocess.Popen[bytes], Identity]:
-    """Start `sdlora` in a session of its own, so that it outlives the studio; its stderr is added to a log.
+def start(
+    arguments: Sequence[str], log: Path, *, output: Path | None = None
+) -> tuple[subprocess.Popen[bytes], Identity]:
+    """Start `sdlora` in its own session, so that it outlives the studio.
 
     Args:
         arguments: As on the command line, without `sdlora` itself.
-        log: Made if it is not there.
-        said: The same for its stdout, which goes nowhere if None.
+        log: File to which its stderr is appended.
+        output: File to which its stdout is appended; None discards it.
 
     Returns:
-        The child, to be asked for its end (a dead child keeps its number until then), and its identity.
+        The child, which must be polled (a dead child keeps its pid until then), and its identity.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    with log.open("ab") as handle, Path(said or os.devnull).open("ab") as output:
+    with log.open("ab") as handle, Path(output or os.devnull).open("ab") as stdout:
         child = subprocess.Popen(
             [sys.executable, "-m", "sdlora", *arguments],
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=stdout,
             stderr=handle,
             start_new_session=True,
         )
@@ -55,58 +57,58 @@ def start(arguments: Sequence[str], log: Path, *, said: Path | None = None) -> t
 
 
 def find(identity: Identity) -> psutil.Process | None:
-    """The process while it lives; None once it ended, also if its number is another's now."""
+    """The process if it is alive; None once it has ended, even if its pid was reused."""
     try:
         process = psutil.Process(identity.pid)
-        same = abs(process.create_time() - identity.began) < _SAME_SECONDS
+        same = abs(process.create_time() - identity.began) < _TOLERANCE_SECONDS
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None
 
 
-def find_by_number(pid: int, wrote_at: float) -> psutil.Process | None:
-    """The living process that has this number and was there when it wrote its state.
+def find_by_pid(pid: int, wrote_at: float) -> psutil.Process | None:
+    """The living process with this pid, if it had already started when its state was written.
 
     Args:
-        pid: The number that the state names.
-        wrote_at: When the process had begun already, in seconds since 1970.
+        pid: From the state.
+        wrote_at: When the state was written, in seconds since 1970.
     """
     try:
         process = psutil.Process(pid)
         began = process.create_time()
     except psutil.NoSuchProcess:
         return None
-    return find(Identity(pid, began)) if began <= wrote_at + _SAME_SECONDS else None
+    return find(Identity(pid, began)) if began <= wrote_at + _TOLERANCE_SECONDS else None
 
 
 def is_paused(process: psutil.Process) -> bool:
-    """Whether it was halted and waits to be let on."""
+    """Whether the process is suspended."""
     try:
         return bool(process.status() == psutil.STATUS_STOPPED)
     except psutil.NoSuchProcess:
         return False
 
 
-def halt(process: psutil.Process, *, halted: bool) -> None:
-    """Halt a process, or let it go on, and wait a second at most until it shows."""
-    if halted:
+def set_paused(process: psutil.Process, *, paused: bool) -> None:
+    """Suspend or continue a process, and wait up to a second for that to take effect."""
+    if paused:
         process.suspend()
     else:
         process.resume()
     until = time.monotonic() + 1.0
-    while is_paused(process) != halted and time.monotonic() < until:
+    while is_paused(process) != paused and time.monotonic() < until:
         time.sleep(0.01)
 
 
 def default_device() -> str:
-    """Where training runs when nothing else is asked for: "cuda:0" or "cpu"."""
+    """The device that "auto" means here: "cuda:0" or "cpu"."""
     import torch
 
     return "cuda:0" if torch.cuda.is_available() else "cpu"
 
 
 def device_name(setting: str) -> str:
-    """One name for every way to name a device, such as "cuda:0" for "auto" and "cuda" on a machine with a GPU."""
+    """The canonical name of a device, such as "cuda:0" for "auto" and "cuda" on a machine with a GPU."""
     if setting == "auto":
         return default_device()
     return "cuda:0" if setting == "cuda" else setting

@@ -1,6 +1,6 @@
-"""What comes in through the browser: images, captions and zips of both, counted, measured and given safe names.
+"""Uploads from the browser: images, captions and zips of both, checked and stored under safe names.
 
-Nothing of a zip is written before all of its list was looked at.
+A zip is checked completely before anything of it is written.
 """
 
 from __future__ import annotations
@@ -30,21 +30,30 @@ MOST_FILES = 2000
 MOST_BYTES = 64 * 2**20
 MOST_BYTES_IN_ALL = 4 * 2**30
 MOST_CAPTION_BYTES = 64 * 2**10
-_MOST_UNPACKING = 200  # what a zip may grow by; images hardly shrink in one
+_MAX_ZIP_RATIO = 200  # images hardly shrink in a zip
 _DRIVE = re.compile(r"[A-Za-z]:")
-# Python's own reader lets all of these out, for a zip that lies.
-_BROKEN = (OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error)
+# Python's reader raises all of these for a malformed zip.
+_ZIP_ERRORS = (
+    OSError,
+    ValueError,
+    RuntimeError,
+    EOFError,
+    zipfile.BadZipFile,
+    zlib.error,
+    lzma.LZMAError,
+    struct.error,
+)
 _NOTHING = "not an image, a caption (.txt) or a zip"
 
 
 @dataclass(frozen=True)
 class Intake:
-    """What became of an upload.
+    """The result of an upload.
 
     Attributes:
-        images: The names that the images got.
-        num_captions: How many captions came along.
-        refused: A sentence for every file that was left out.
+        images: Names of the stored images.
+        num_captions: Number of stored captions.
+        refused: A sentence for every refused file.
     """
 
     images: tuple[str, ...]
@@ -54,7 +63,7 @@ class Intake:
 
 @dataclass(frozen=True)
 class _Entry:
-    """A file of an upload: its name as sent, its size as told, and how to read it."""
+    """A file of an upload: its name and size as declared, and how to read it."""
 
     name: str
     size: int
@@ -65,19 +74,21 @@ class _Entry:
         return PurePosixPath(self.name).suffix.lower()
 
 
-def take_in(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
-    """Copy an upload's images and captions into a set; zips are opened.
+def store_upload(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
+    """Store the images and captions of an upload in a set; zips are unpacked.
 
     Args:
-        files: The name that each was sent with, and where it lies now.
-        folder: The set's.
+        files: The name of each file as sent, and its temporary path.
+        folder: Of the set.
 
     Raises:
-        DataError: It is too much, or a zip is not what it should be; then nothing is written.
+        DataError: The upload is too large, or a zip is malformed; then nothing is written.
     """
     entries = [entry for name, path in files for entry in _entries(name, path)]
     if len(entries) > MOST_FILES:
-        raise DataError(f"{len(entries)} files are more than {MOST_FILES}. Train on fewer images, or make two sets.")
+        raise DataError(
+            f"The upload has {len(entries)} files; the limit is {MOST_FILES}. Upload fewer, or make two sets."
+        )
     if (total := sum(entry.size for entry in entries)) > MOST_BYTES_IN_ALL:
         limit = format_bytes(MOST_BYTES_IN_ALL)
         raise DataError(f"The files are {format_bytes(total)} together; the limit is {limit}. Upload fewer images.")
@@ -96,7 +107,7 @@ def take_in(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
                 _store(entry, folder / f"{stems[_key(entry)]}.txt", MOST_CAPTION_BYTES, _check_text)
                 num_captions += 1
             elif PurePosixPath(entry.name).name == METADATA:
-                num_captions += _take_in_list(entry, folder, stems)
+                num_captions += _store_metadata(entry, folder, stems)
             else:
                 raise DataError(f"{entry.name}: {_NOTHING}.")
         except DataError as error:
@@ -108,13 +119,13 @@ def take_in(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
 
 
 def _key(entry: _Entry) -> tuple[str, str]:
-    """What an image and its caption have in common."""
+    """What an image and its caption have in common: folder and stem."""
     path = PurePosixPath(entry.name)
     return str(path.parent), path.stem
 
 
 def _stems(entries: Sequence[_Entry], folder: Path) -> dict[tuple[str, str], str]:
-    """A new name without its suffix for every image and its caption, none of them taken by another image."""
+    """A new stem for every image and its caption that no other image has."""
     taken = {path.stem.lower() for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
     found: dict[tuple[str, str], str] = {}
     for key in dict.fromkeys(_key(entry) for entry in entries if entry.suffix in SUFFIXES):
@@ -125,7 +136,7 @@ def _stems(entries: Sequence[_Entry], folder: Path) -> dict[tuple[str, str], str
         taken.add(stem.lower())
         found[key] = stem
     for entry in entries:
-        # A caption that comes alone belongs to an image that is there.
+        # A caption without its image belongs to an image already in the set.
         found.setdefault(_key(entry), safe_name(_key(entry)[1]))
     return found
 
@@ -150,8 +161,8 @@ def _chunks(entry: _Entry) -> Iterator[bytes]:
         with entry.open() as source:
             while chunk := source.read(1 << 20):
                 yield chunk
-    except _BROKEN as error:
-        raise DataError(f"{entry.name}: its part of the zip is broken ({error}).") from error
+    except _ZIP_ERRORS as error:
+        raise DataError(f"{entry.name}: its zip entry is broken ({error}).") from error
 
 
 def _copy(chunks: Iterator[bytes], sink: IO[bytes], name: str, most_bytes: int) -> None:
@@ -171,10 +182,10 @@ def _check_text(path: Path) -> None:
     try:
         path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path.name}: not UTF-8 text. Save it as UTF-8.") from error
+        raise DataError(f"{path.name} is not valid UTF-8. Save it as UTF-8.") from error
 
 
-def _take_in_list(entry: _Entry, folder: Path, stems: dict[tuple[str, str], str]) -> int:
+def _store_metadata(entry: _Entry, folder: Path, stems: dict[tuple[str, str], str]) -> int:
     """Turn a `metadata.jsonl` into a caption file for each of its images."""
     with tempfile.TemporaryDirectory() as scratch:
         _store(entry, Path(scratch) / METADATA, MOST_BYTES, _check_text)
@@ -197,15 +208,15 @@ def _entries(name: str, path: Path) -> Iterator[_Entry]:
         return
     try:
         archive = zipfile.ZipFile(path)
-    except _BROKEN as error:
-        raise DataError(f"{safe_name(name)} is no zip that can be opened ({error}). Pack it anew.") from error
+    except _ZIP_ERRORS as error:
+        raise DataError(f"{safe_name(name)} is not a valid zip ({error}). Create it again.") from error
     infos = [info for info in archive.infolist() if not info.filename.endswith("/")]
     if len(infos) > MOST_FILES:
-        raise DataError(f"{safe_name(name)} holds {len(infos)} files, more than {MOST_FILES}. Make it smaller.")
+        raise DataError(f"{safe_name(name)} has {len(infos)} files; the limit is {MOST_FILES}. Split it.")
     for info in infos:
-        if (reason := _danger(info)) is not None:
+        if (reason := _refusal(info)) is not None:
             raise DataError(
-                f"{safe_name(name)} was not opened: {info.orig_filename!r} {reason}. Pack images and captions alone."
+                f"{safe_name(name)} was refused: {info.orig_filename!r} {reason}. Zip only images and captions."
             )
     for info in infos:
         hidden = any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(info.filename).parts)
@@ -213,28 +224,28 @@ def _entries(name: str, path: Path) -> Iterator[_Entry]:
             yield _Entry(info.filename, info.file_size, functools.partial(archive.open, info))
 
 
-def _danger(info: zipfile.ZipInfo) -> str | None:
-    """Why an entry has no place in a zip of images, or None."""
+def _refusal(info: zipfile.ZipInfo) -> str | None:
+    """Why a zip entry is refused, or None."""
     name = info.orig_filename
     parts = name.split("/")
     if not info.filename:
         return "has no name"
     if "\\" in name or "\0" in name:
-        return "has a character in its name that no file here may have"
+        return "has a forbidden character in its name"
     if name.startswith("/") or _DRIVE.match(name):
-        return "names a place on this machine"
+        return "has an absolute path"
     if ".." in parts:
-        return "leads out of its folder"
+        return "points outside of its folder"
     if stat.S_ISLNK(info.external_attr >> 16):
-        return "is a link to another file"
+        return "is a symbolic link"
     if info.flag_bits & 1:
-        return "needs a password"
+        return "is encrypted"
     if name.lower().endswith((".zip", ".7z", ".rar", ".tar", ".gz")):
-        return "is an archive inside the archive"
+        return "is a nested archive"
     if any(safe_name(part) == f"_{part.strip('. ')}" for part in parts if part):
-        return "is named as a device is"
+        return "has a reserved device name"
     if info.file_size > MOST_BYTES:
         return f"is larger than {format_bytes(MOST_BYTES)}"
-    if info.file_size > 2**20 and info.file_size > _MOST_UNPACKING * max(1, info.compress_size):
-        return f"unpacks to more than {_MOST_UNPACKING} times its size"
+    if info.file_size > 2**20 and info.file_size > _MAX_ZIP_RATIO * max(1, info.compress_size):
+        return f"unpacks to more than {_MAX_ZIP_RATIO} times its compressed size"
     return None

@@ -64,7 +64,7 @@ def test_a_caption_is_what_training_reads(caption: str, folder: Path) -> None:
 
 @pytest.mark.parametrize("name", ["../x.png", "nothing.png", "a.txt", "/etc/passwd", ""])
 def test_only_images_of_the_set_are_written_to(name: str, folder: Path) -> None:
-    for action in (lambda: image_set.write_caption(folder, name, "x"), lambda: image_set.take_out(folder, name)):
+    for action in (lambda: image_set.write_caption(folder, name, "x"), lambda: image_set.remove_image(folder, name)):
         with pytest.raises(SdloraError, match="no image"):
             action()
 
@@ -73,25 +73,25 @@ def test_all_captions_can_be_changed(folder: Path) -> None:
     assert image_set.replace_words(folder, "thing", "ball") == 3
     assert image_set.replace_words(folder, "red", "dark red") == 1
     image_set.write_caption(folder, "b.png", "zumi, blue")
-    assert image_set.put_trigger_in(folder, "zumi") == 2
+    assert image_set.prepend_trigger(folder, "zumi") == 2
     assert [card.caption for card in image_set.view(folder).cards] == [
         "zumi, a dark red ball",
         "zumi, blue",
         "zumi, a green ball",
     ]
     image_set.write_caption(folder, "c.png", "")
-    assert image_set.caption_the_rest(folder, "zumi somewhere") == 1
+    assert image_set.fill_missing_captions(folder, "zumi somewhere") == 1
     assert image_set.view(folder).cards[2].caption == "zumi somewhere"
-    for action in (lambda: image_set.replace_words(folder, "", "x"), lambda: image_set.put_trigger_in(folder, " ")):
+    for action in (lambda: image_set.replace_words(folder, "", "x"), lambda: image_set.prepend_trigger(folder, " ")):
         with pytest.raises(SdloraError):
             action()
 
 
 def test_a_image_is_taken_out_with_its_caption(folder: Path) -> None:
     write_image(folder / "a.jpg", "yellow")
-    image_set.take_out(folder, "a.jpg")
+    image_set.remove_image(folder, "a.jpg")
     assert (folder / "a.txt").exists(), "a.png has it still"
-    image_set.take_out(folder, "a.png")
+    image_set.remove_image(folder, "a.png")
     assert not (folder / "a.txt").exists() and [card.name for card in image_set.view(folder).cards] == [
         "b.png",
         "c.png",

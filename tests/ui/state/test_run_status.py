@@ -74,7 +74,7 @@ def test_a_state_from_before_the_process_is_an_earlier_attempts(
     sleepers[0].kill()
     psutil.wait_procs(sleepers, timeout=10)
     status = context.jobs.status("a")
-    assert status.word == "failed" and "before it began to train" in (status.error or "")
+    assert status.word == "failed" and "before training" in (status.error or "")
     assert "started with" in status.log
 
 

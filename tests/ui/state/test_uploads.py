@@ -16,7 +16,7 @@ from helpers.studios import write_image
 from sdlora.data.checks import examine
 from sdlora.errors import DataError
 from sdlora.ui.state import uploads
-from sdlora.ui.state.uploads import take_in
+from sdlora.ui.state.uploads import store_upload
 
 
 def png(color: str = "red") -> bytes:
@@ -42,7 +42,7 @@ def test_images_and_captions_come_in_together(tmp_path: Path) -> None:
     sent = [write_image(tmp_path / "in" / f"p {n}.png", color) for n, color in enumerate(("red", "blue"))]
     caption = tmp_path / "in" / "p 0.txt"
     caption.write_text("a red thing", encoding="utf-8")
-    intake = take_in([(file.name, file) for file in (*sent, caption)], tmp_path / "set")
+    intake = store_upload([(file.name, file) for file in (*sent, caption)], tmp_path / "set")
     assert (intake.images, intake.num_captions, intake.refused) == (("p 0.png", "p 1.png"), 1, ())
     found = examine(tmp_path / "set", background="white").images
     assert [(image.path.name, image.caption) for image in found] == [
@@ -63,19 +63,19 @@ def test_a_name_that_is_taken_gets_a_number_and_its_caption_with_it(tmp_path: Pa
         ("y/a.png", png("green")),
         ("y/a.txt", b"green"),
     )
-    assert take_in([("z.zip", file)], folder).images == ("a-2.png", "a-3.png")
+    assert store_upload([("z.zip", file)], folder).images == ("a-2.png", "a-3.png")
     texts = {path.name: path.read_text(encoding="utf-8") for path in folder.glob("*.txt")}
     assert texts == {"a.txt": "old", "a-2.txt": "blue", "a-3.txt": "green"}
     late = tmp_path / "a-3.txt"
     late.write_text("very green", encoding="utf-8")
-    take_in([("a-3.txt", late)], folder)
+    store_upload([("a-3.txt", late)], folder)
     assert (folder / "a-3.txt").read_text(encoding="utf-8") == "very green"
 
 
 def test_a_list_of_captions_becomes_files(tmp_path: Path) -> None:
     lines = b'{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "text": "two"}\n'
     file = packed(tmp_path / "z.zip", ("a.png", png()), ("b.png", png("blue")), ("metadata.jsonl", lines))
-    take_in([("z.zip", file)], tmp_path / "set")
+    store_upload([("z.zip", file)], tmp_path / "set")
     assert (tmp_path / "set" / "b.txt").read_text(encoding="utf-8") == "two"
     assert not (tmp_path / "set" / "metadata.jsonl").exists()
 
@@ -90,7 +90,7 @@ def test_a_list_of_captions_becomes_files(tmp_path: Path) -> None:
 def test_what_is_no_image_is_left_out_by_name(name: str, content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "sent"
     file.write_bytes(content)
-    intake = take_in([(name, file)], tmp_path / "set")
+    intake = store_upload([(name, file)], tmp_path / "set")
     assert intake.images == () and len(intake.refused) == 1
     assert name.lstrip(".") in intake.refused[0] and "partial" not in intake.refused[0]
     assert list((tmp_path / "set").iterdir()) == []
@@ -99,7 +99,7 @@ def test_what_is_no_image_is_left_out_by_name(name: str, content: bytes, tmp_pat
 @pytest.mark.parametrize("name", NAMES)
 def test_hostile_names_stay_inside_of_the_set(name: str, tmp_path: Path) -> None:
     file = write_image(tmp_path / "sent.png")
-    intake = take_in([(f"{name}.png", file)], tmp_path / "root" / "set")
+    intake = store_upload([(f"{name}.png", file)], tmp_path / "root" / "set")
     assert len(intake.images) == 1
     assert [path.name for path in (tmp_path / "root").rglob("*") if path.is_file()] == list(intake.images)
 
@@ -132,7 +132,7 @@ def test_hostile_zips_are_refused_whole(tmp_path: Path, figure: Figure) -> None:
         file = make(root / "z.zip")
         before = sorted(tmp_path.rglob("*"))
         with pytest.raises(DataError, match=r"z\.zip"):
-            take_in([("z.zip", file)], root / "set")
+            store_upload([("z.zip", file)], root / "set")
         assert sorted(tmp_path.rglob("*")) == before, kind
     figure("Uploads", f"{len(HOSTILE_ZIPS)} of {len(HOSTILE_ZIPS)} refused, nothing written")
 
@@ -143,7 +143,7 @@ def test_a_zip_that_lies_about_its_size_is_found_out(tmp_path: Path) -> None:
     at = content.rindex(b"PK\x01\x02")
     content[at + 24 : at + 28] = (10).to_bytes(4, "little")
     file.write_bytes(bytes(content))
-    intake = take_in([("z.zip", file)], tmp_path / "set")
+    intake = store_upload([("z.zip", file)], tmp_path / "set")
     assert intake.images == () and len(intake.refused) == 1
 
 
@@ -151,12 +151,12 @@ def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     file = write_image(tmp_path / "a.png")
     monkeypatch.setattr(uploads, "MOST_BYTES_IN_ALL", 10)
     with pytest.raises(DataError, match="limit is 0 KiB"):
-        take_in([("a.png", file)], tmp_path / "set")
+        store_upload([("a.png", file)], tmp_path / "set")
     monkeypatch.setattr(uploads, "MOST_BYTES_IN_ALL", 10**9)
-    with pytest.raises(DataError, match="more than 2000"):
-        take_in([("a.png", file)] * 2001, tmp_path / "set")
+    with pytest.raises(DataError, match="2001 files"):
+        store_upload([("a.png", file)] * 2001, tmp_path / "set")
     monkeypatch.setattr(uploads, "MOST_BYTES", 10)
-    assert "larger" in take_in([("a.png", file)], tmp_path / "set").refused[0]
+    assert "larger" in store_upload([("a.png", file)], tmp_path / "set").refused[0]
 
 
 @pytest.mark.parametrize(
@@ -171,7 +171,7 @@ def test_a_zip_that_lies_about_its_parts_is_refused(tmp_path: Path, spoil: Calla
         archive.writestr("a.png", b"not read")
     (tmp_path / "x.zip").write_bytes(spoil((tmp_path / "x.zip").read_bytes()))
     try:
-        refused = take_in([("x.zip", tmp_path / "x.zip")], tmp_path / "set").refused
+        refused = store_upload([("x.zip", tmp_path / "x.zip")], tmp_path / "set").refused
     except DataError as error:
         refused = (str(error),)
     assert told in "".join(refused)
