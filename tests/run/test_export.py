@@ -105,5 +105,5 @@ def test_a_run_leaves_the_file_that_was_asked_for(
     assert described["names"] == names
     assert described["dtype"] == {"fp16": "float16", "bf16": "bfloat16"}[precision]
     told = " ".join(event.message for event in events if isinstance(event, Notice))
-    assert f"Rounding the file to {precision} changes answers by up to" in told
+    assert f"Rounding the file to {precision} changes predictions by up to" in told
     assert ("This file has PEFT's names" in told) == (names == "peft")
