@@ -52,7 +52,10 @@ def plan(
     ] = None,
     json_: JsonResult = False,
 ) -> None:
-    """Estimate what a run needs: memory, parameters, steps, time and disk space. Nothing is trained."""
+    """Estimate the memory, steps, time and disk space of a run.
+
+    Nothing is trained.
+    """
     try:
         memory_bytes = None if memory is None else parse_bytes(memory)
     except ConfigError as error:
