@@ -14,7 +14,6 @@ from typing import TypeVar
 from PIL import Image
 from torch import Tensor
 
-from sdlora.cache.tensors import Cache
 from sdlora.copycheck import signals
 from sdlora.copycheck.embedders import Embedders
 from sdlora.copycheck.null_distribution import Gallery, NullDistribution, evenly_spaced, reduced
@@ -37,9 +36,9 @@ class Subject:
 
     Attributes:
         adapter: Attached to its base model.
-        data: The training images with their captions unchanged, the same at every exposure.
+        data: The training images with their captions unchanged, the same at every exposure; its cache holds the null
+            distribution.
         validation: Measures the validation images; None if there are none.
-        cache: Holds the null distribution; its base draws.
         identity: A hash of the base model's UNet.
         seed: The run's.
     """
@@ -47,7 +46,6 @@ class Subject:
     adapter: Adapter
     data: TrainingData
     validation: Validation | None
-    cache: Cache
     identity: str
     seed: int
 
@@ -64,8 +62,10 @@ class Checker:
 
     def __init__(self, subject: Subject, request: PreviewRequest, gallery: Gallery, embedders: Embedders) -> None:
         self._subject, self._request, self._gallery, self._embedders = subject, request, gallery, embedders
-        self._base = subject.cache.base
-        self._null = NullDistribution(subject.cache, subject.adapter, request, gallery, subject.identity, embedders)
+        self._base = subject.data.cache.base
+        self._null = NullDistribution(
+            subject.data.cache, subject.adapter, request, gallery, subject.identity, embedders
+        )
         count = len(subject.data.dataset.examples)
         self._probed = evenly_spaced(count, signals.MAX_PROBED)
         self._compared = evenly_spaced(count, signals.MAX_COMPARED)
@@ -91,7 +91,7 @@ class Checker:
         start = time.monotonic()
         measured = self._signals(folder, base_folder, watch.guidance_norms) if epoch > 0 else []
         check = self.compare(folder, measured, watch.guidance_norms)
-        yield check_event(epoch, check, time.monotonic() - start)
+        yield _event(epoch, check, time.monotonic() - start)
 
     def compare(self, folder: Path, measured: Sequence[Signal], norms: Sequence[float] = ()) -> EpochCheck:
         """Check the previews in an epoch's folder and write `copycheck.json` there.
@@ -150,7 +150,7 @@ class Checker:
         return self._by_prompt([reduced(Image.open(file)) for file in files])
 
 
-def check_event(epoch: int, check: EpochCheck, seconds: float) -> CopyChecked:
+def _event(epoch: int, check: EpochCheck, seconds: float) -> CopyChecked:
     """The event that reports a check."""
     best = check.most_similar()
     return CopyChecked(

@@ -244,7 +244,7 @@ def make_checker(
     embedders, missing = load_embedders(sscd=copycheck.sscd, dinov2=copycheck.dinov2, device=loaded.device)
     loaded.notices.extend(missing)
     data = evaluation_data(images.training, loaded.cache, text_is_trained=arguments.text_is_trained)
-    subject = Subject(adapter, data, validation, loaded.cache, loaded.identity, config.seed)
+    subject = Subject(adapter, data, validation, loaded.identity, config.seed)
     return Checker(subject, previews, gallery, embedders)
 
 

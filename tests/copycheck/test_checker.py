@@ -39,7 +39,7 @@ def parts(tiny_base: Path, tmp_path: Path) -> tuple[Adapter, Checker, Validation
     validation = Validation(kept, adapter, 0)
     list(kept.fill("white"))
     request = PreviewRequest(("scene 0", "a dog"), (0, 1), "", 2, 5.0, num_captions=1)
-    subject = Subject(adapter, data, validation, cache, "unet", 0)
+    subject = Subject(adapter, data, validation, "unet", 0)
     return adapter, Checker(subject, request, make_gallery(trained, held, "white"), Embedders()), validation
 
 
