@@ -64,7 +64,7 @@ def tensors(file: Path) -> str:
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
-def test_a_bad_and_a_killed_job_leave_the_other_four_alone(tmp_path: Path, images: Path, tiny_base: Path) -> None:
+def test_invalid_and_killed_jobs_do_not_affect_the_others(tmp_path: Path, images: Path, tiny_base: Path) -> None:
     file = write_jobs(tmp_path, images, str(tiny_base))
     seen, killed = [], False
     for message in messages(file):
@@ -100,7 +100,7 @@ def test_a_bad_and_a_killed_job_leave_the_other_four_alone(tmp_path: Path, image
     assert tensors(tmp_path / "alone/j4.safetensors") == tensors(tmp_path / "out/j4/j4.safetensors")
 
 
-def test_a_stop_leaves_everything_resumable(tmp_path: Path, images: Path, tiny_base: Path) -> None:
+def test_stopped_jobs_are_resumable(tmp_path: Path, images: Path, tiny_base: Path) -> None:
     file = write_jobs(tmp_path, images, str(tiny_base), rank=4)
     stopping: list[bool] = []
     seen = []
@@ -115,7 +115,7 @@ def test_a_stop_leaves_everything_resumable(tmp_path: Path, images: Path, tiny_b
     assert actions == ["skip", "resume", "resume", "resume", "resume", "resume"]
 
 
-def test_a_changed_job_starts_anew_and_its_old_run_is_kept(tmp_path: Path, images: Path, tiny_base: Path) -> None:
+def test_changed_job_restarts_and_its_old_run_is_kept(tmp_path: Path, images: Path, tiny_base: Path) -> None:
     file = write_jobs(tmp_path, images, str(tiny_base))
     old = tmp_path / "out/plain"
     old.mkdir(parents=True)
@@ -146,11 +146,11 @@ JOB = Job("a", 0, {}, RunConfig())
         (Record("waiting", "x"), False, "resume"),
     ],
 )
-def test_what_is_done_with_a_job(record: Record | None, retry: bool, action: str) -> None:
+def test_action_follows_from_record_and_fingerprint(record: Record | None, retry: bool, action: str) -> None:
     assert decide(JOB, record, "x", retry=retry)[0] == action
 
 
-def test_wrong_settings_are_a_failure_and_mended_ones_find_everything_as_it_was() -> None:
+def test_job_with_invalid_settings_keeps_its_earlier_record() -> None:
     wrong = replace(JOB, config=None, fault="lora.rank: no")
     assert decide(wrong, None, "", retry=True)[1].outcome == ("failed", "lora.rank: no")
     action, record = decide(wrong, Record("done", "x", epoch=3), "", retry=True)

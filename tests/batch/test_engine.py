@@ -33,30 +33,30 @@ for line in sys.stdin:
 """
 
 
-def test_tasks_are_carried_out_in_their_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tasks_run_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run_with(ANSWER.format(first="pass"), tmp_path, monkeypatch)
     assert found == [(job, word) for job in "abc" for word in ("started", "done")]
 
 
-def test_a_worker_that_dies_costs_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dead_worker_loses_one_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dies = "if job == 'b': sys.exit(3)"
     found = run_with(ANSWER.format(first=dies), tmp_path, monkeypatch)
     assert [pair for pair in found if pair[1] != "started"] == [("a", "done"), ("b", "cut"), ("c", "done")]
 
 
-def test_one_that_cannot_even_start_ends_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_worker_that_cannot_start_ends_the_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run_with("import sys; sys.exit('no')", tmp_path, monkeypatch)
     assert [pair for pair in found if pair[1] != "started"] == [(job, "cut") for job in "abc"]
     assert (tmp_path / "logs" / "worker0.txt").read_text() == "no\n" * 3
 
 
-def test_a_torn_message_is_the_end_of_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torn_message_ends_its_worker(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     torn = "if job == 'a': print('{\"job\": \"a', flush=True); sys.exit(0)"
     found = run_with(ANSWER.format(first=torn), tmp_path, monkeypatch)
     assert [pair for pair in found if pair[1] != "started"] == [("a", "cut"), ("b", "done"), ("c", "done")]
 
 
-def test_several_workers_share_the_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_workers_share_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     found = run_with(ANSWER.format(first="pass"), tmp_path, monkeypatch, workers=2)
     assert sorted(job for job, word in found if word == "done") == ["a", "b", "c"]
     assert found[:2] == [("a", "started"), ("b", "started")]

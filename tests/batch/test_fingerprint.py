@@ -24,7 +24,7 @@ def of(folder: Path, overrides: Sequence[str] = ()) -> str:
     return Fingerprints().of(parse_config({"data": {"folder": str(folder)}}, name="x", overrides=overrides))
 
 
-def test_settings_images_captions_and_version_count(
+def test_settings_images_captions_and_version_change_it(
     tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     mine = tmp_path / "mine"
@@ -48,7 +48,7 @@ def test_settings_images_captions_and_version_count(
     assert of(mine) != before
 
 
-def test_held_out_images_count(tmp_path: Path, images: Path, others: Path) -> None:
+def test_validation_images_change_it(tmp_path: Path, images: Path, others: Path) -> None:
     held = tmp_path / "held"
     shutil.copytree(others, held)
     before = of(images, [f"data.validation_folder={held}"])
@@ -56,7 +56,7 @@ def test_held_out_images_count(tmp_path: Path, images: Path, others: Path) -> No
     assert of(images, [f"data.validation_folder={held}"]) != before
 
 
-def test_a_base_counts_by_its_content(tmp_path: Path, images: Path, tiny_base: Path) -> None:
+def test_content_of_the_base_changes_it(tmp_path: Path, images: Path, tiny_base: Path) -> None:
     base, unet = tmp_path / "base", tmp_path / "base" / "unet" / "diffusion_pytorch_model.safetensors"
     shutil.copytree(tiny_base, base)
     setting = [f"base.path={base}"]
@@ -78,7 +78,7 @@ def test_a_base_counts_by_its_content(tmp_path: Path, images: Path, tiny_base: P
 
 
 @pytest.mark.parametrize("where", ["first", "last", "middle"])
-def test_a_large_base_is_sampled_from_end_to_end(tmp_path: Path, where: str) -> None:
+def test_large_base_is_sampled_from_end_to_end(tmp_path: Path, where: str) -> None:
     file = tmp_path / "base.safetensors"
     numbers = torch.randn(1 << 20)
     save_file({"weight": numbers}, file)
@@ -92,7 +92,7 @@ def test_a_large_base_is_sampled_from_end_to_end(tmp_path: Path, where: str) -> 
     assert base_content(str(file)) != before
 
 
-def test_a_job_whose_images_cannot_be_had_stops_no_other(images: Path) -> None:
+def test_job_with_missing_images_stops_no_other(images: Path) -> None:
     folders = ["memory://there/is/nothing", "builtin:none", "none://is/no/store", str(images)]
     configs = [parse_config({"data": {"folder": folder}}, name="x") for folder in folders]
     *missing, whole = _fingerprinted([Job(str(n), 0, {}, config) for n, config in enumerate(configs)])
@@ -100,7 +100,7 @@ def test_a_job_whose_images_cannot_be_had_stops_no_other(images: Path) -> None:
     assert whole[1] == of(images)
 
 
-def test_a_store_that_is_away_starts_nothing_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unreachable_store_restarts_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MemoryFileSystem, "find", lambda *_, **__: 1 / 0)
     config = parse_config({"data": {"folder": "memory://bucket/set"}}, name="x")
     ((job, found),) = _fingerprinted([Job("a", 0, {}, config)])
@@ -109,7 +109,7 @@ def test_a_store_that_is_away_starts_nothing_anew(monkeypatch: pytest.MonkeyPatc
     assert record.fault is not None and "memory://bucket/set" in record.fault
 
 
-def test_every_set_counts(tmp_path: Path, images: Path, others: Path) -> None:
+def test_every_set_changes_it(tmp_path: Path, images: Path, others: Path) -> None:
     changing = tmp_path / "changing"
     shutil.copytree(others, changing)
     config = parse_config({"data": {"sets": [{"folder": str(images)}, {"folder": str(changing)}]}}, name="x")

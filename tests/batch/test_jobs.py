@@ -16,7 +16,7 @@ def jobs(tmp_path: Path, text: str):  # type: ignore[no-untyped-def]
     return read_jobs(file)
 
 
-def test_defaults_jobs_and_the_grid_of_a_sweep(tmp_path: Path) -> None:
+def test_defaults_jobs_and_sweep_grid_are_combined(tmp_path: Path) -> None:
     found = jobs(
         tmp_path,
         """
@@ -50,7 +50,7 @@ def test_defaults_jobs_and_the_grid_of_a_sweep(tmp_path: Path) -> None:
     assert found[0].swept == {"lora.rank": 4, "train.learning_rate": 1e-3}
 
 
-def test_a_list_of_combinations_and_values_that_are_no_words(tmp_path: Path) -> None:
+def test_sweep_of_combinations_numbers_values_that_are_not_words(tmp_path: Path) -> None:
     found = jobs(
         tmp_path,
         """
@@ -68,7 +68,7 @@ def test_a_list_of_combinations_and_values_that_are_no_words(tmp_path: Path) -> 
     assert [job.config.lora.targets for job in found if job.config] == [["conv", "mlp"], ["cross_attention"]]
 
 
-def test_priority_first_then_one_base_after_the_other(tmp_path: Path) -> None:
+def test_jobs_are_ordered_by_priority_then_base(tmp_path: Path) -> None:
     entries = [("a", "x", 0), ("b", "y", 0), ("c", "x", 0), ("d", "y", 5)]
     text = "[defaults]\nconfig = 'quickstart'\n" + "".join(
         f"[[jobs]]\nname = '{name}'\npriority = {priority}\nset = {{ 'base.path' = '{base}' }}\n"
@@ -77,7 +77,7 @@ def test_priority_first_then_one_base_after_the_other(tmp_path: Path) -> None:
     assert [job.name for job in jobs(tmp_path, text)] == ["d", "a", "c", "b"]
 
 
-def test_one_jobs_fault_is_its_own(tmp_path: Path) -> None:
+def test_fault_of_one_job_is_kept_with_it(tmp_path: Path) -> None:
     text = "[defaults]\nconfig = 'quickstart'\n[[jobs]]\nname = 'a'\nset = { 'lora.rnak' = 4 }\n[[jobs]]\nname = 'b'\n"
     wrong, right = jobs(tmp_path, text)
     assert wrong.config is None and "Did you mean lora.rank?" in (wrong.fault or "")
@@ -98,11 +98,11 @@ def test_one_jobs_fault_is_its_own(tmp_path: Path) -> None:
         ("[defaults]\nconfig='quickstart'\n[sweep]\n'lora.rank'=4", "sweep"),
     ],
 )
-def test_what_is_wrong_with_the_file_stops_everything(tmp_path: Path, text: str, reason: str) -> None:
+def test_invalid_file_is_refused(tmp_path: Path, text: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         jobs(tmp_path, text)
 
 
-def test_a_missing_file_is_named(tmp_path: Path) -> None:
+def test_missing_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read_jobs(tmp_path / "none.toml")

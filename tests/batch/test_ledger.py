@@ -10,7 +10,7 @@ from sdlora.batch.ledger import Ledger, Record, locked
 from sdlora.errors import OutputError
 
 
-def test_records_come_back_as_they_were_kept(tmp_path: Path) -> None:
+def test_saved_records_are_read_back(tmp_path: Path) -> None:
     ledger = Ledger.read(tmp_path)
     assert ledger.records == {}
     ledger.put("a", Record("done", "x", None, None, 0, 3, 1.5, 1000))
@@ -18,13 +18,13 @@ def test_records_come_back_as_they_were_kept(tmp_path: Path) -> None:
     assert Ledger.read(tmp_path) == ledger
 
 
-def test_a_file_of_another_kind_is_not_overwritten(tmp_path: Path) -> None:
+def test_foreign_file_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "batch.json").write_text("[1]")
     with pytest.raises(OutputError, match=r"batch\.json"):
         Ledger.read(tmp_path)
 
 
-def test_one_process_at_a_time(tmp_path: Path) -> None:
+def test_locked_folder_refuses_a_second_process(tmp_path: Path) -> None:
     with locked(tmp_path / "out"), pytest.raises(OutputError, match="out"), locked(tmp_path / "out"):
         pass
     with locked(tmp_path / "out"):

@@ -67,7 +67,7 @@ def memory() -> Iterator[dict[str, object]]:
     MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
-def test_a_batch_goes_on_from_its_url_on_another_machine(
+def test_batch_at_a_url_resumes_on_another_machine(
     tmp_path: Path, images: Path, tiny_base: Path, machine: Callable[[str], Path]
 ) -> None:
     jobs = read_jobs(jobs_file(tmp_path, images, tiny_base))
@@ -112,7 +112,7 @@ def test_a_batch_goes_on_from_its_url_on_another_machine(
 
 
 @pytest.mark.parametrize("kind", ["memory://bucket/jobs", "file://{}/jobs", "{}/jobs"])
-def test_every_kind_of_place_moves_runs_aside_and_carries_wishes(
+def test_every_kind_of_location_moves_runs_aside_and_carries_stop_requests(
     kind: str, tmp_path: Path, machine: Callable[[str], Path], memory: dict[str, object]
 ) -> None:
     machine("here")
@@ -150,7 +150,7 @@ class Failing:
             }  # fmt: skip
 
 
-def test_what_a_store_did_not_take_is_told_and_tried_again(
+def test_failed_upload_is_reported_and_retried(
     machine: Callable[[str], Path], memory: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put, broken = MemoryFileSystem.put_file, list[str]()

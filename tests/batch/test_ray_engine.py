@@ -93,7 +93,7 @@ def running_on(raylet: int, bucket: Path) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.timeout(1500)
-def test_a_lost_node_costs_no_job(tmp_path: Path, images: Path, tiny_base: Path, cluster: Any) -> None:
+def test_lost_node_loses_no_job(tmp_path: Path, images: Path, tiny_base: Path, cluster: Any) -> None:
     import ray
 
     second = cluster.add_node(num_cpus=1, env_vars=home(tmp_path / "second"))
@@ -148,7 +148,7 @@ class Ray(ModuleType):
         return reference()
 
 
-def test_jobs_go_to_a_folder_that_all_machines_share_and_end_when_asked(
+def test_jobs_use_a_shared_folder_and_stop_on_request(
     tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "ray", Ray())
@@ -166,7 +166,7 @@ def test_jobs_go_to_a_folder_that_all_machines_share_and_end_when_asked(
     assert not location.stop_requested()
 
 
-def test_a_store_that_is_away_stops_no_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_unreachable_store_stops_no_job(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     location, answers = Location(str(tmp_path)), [StoreError("away"), False, True]
 
     def asked() -> bool:
@@ -185,7 +185,7 @@ def test_a_store_that_is_away_stops_no_job(monkeypatch: pytest.MonkeyPatch, tmp_
     assert [wish() for _ in range(5)] == [False] * 5, "it is not asked at every step"
 
 
-def test_without_ray_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_ray_names_what_to_install(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(ConfigError, match="pip install"):
         RayEngine(Location(str(tmp_path)), None, None)

@@ -18,13 +18,13 @@ from sdlora.batch.results import collect, comparable, differing, pareto_front, w
 from sdlora.config.toml import parse_config
 
 
-def test_only_settings_that_differ_are_told() -> None:
+def test_only_differing_settings_are_listed() -> None:
     assert differing([config(rank=4), config(rank=8), config(rank=4)]) == ["lora.rank"]
     assert differing([config(rank=4)]) == differing([]) == []
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_the_front_is_what_a_search_of_all_pairs_finds(seed: int) -> None:
+def test_pareto_front_equals_a_search_of_all_pairs(seed: int) -> None:
     draw = random.Random(seed)
     points = [(draw.randrange(6) / 5, draw.randrange(6) / 5) for _ in range(25)]
     for point, on in zip(points, pareto_front(points), strict=True):
@@ -32,7 +32,7 @@ def test_the_front_is_what_a_search_of_all_pairs_finds(seed: int) -> None:
         assert on == (not beaten)
 
 
-def test_figures_come_from_the_kept_epoch(tmp_path: Path) -> None:
+def test_results_come_from_the_kept_epoch(tmp_path: Path) -> None:
     losses = {"a": 0.5, "b": 0.4, "c": 0.6}
     jobs = [Job(name, 0, {}, config(rank=rank)) for rank, name in enumerate(losses, start=4)]
     jobs.append(Job("wrong", 0, {}, None, "lora.rank: no"))
@@ -71,7 +71,7 @@ def test_jobs_on_different_images_are_not_comparable(tmp_path: Path, data: dict[
     assert comparable(collect(jobs, ledger, runs_in(tmp_path))) == []
 
 
-def test_fidelity_counts_where_every_job_has_one(tmp_path: Path) -> None:
+def test_fidelity_counts_if_every_job_has_one(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     jobs = []
     for name, value, loss in (("a", 0.7, 0.9), ("b", 0.5, 0.1)):

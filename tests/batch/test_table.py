@@ -20,7 +20,7 @@ MESSAGES: list[dict[str, Any]] = [
 END: dict[str, Any] = {"job": "a", "event": "ended", "status": "done", "error": None, "seconds": 65.0}
 
 
-def test_a_terminal_sees_one_row_per_job() -> None:
+def test_terminal_shows_one_row_per_job() -> None:
     console = Console(file=io.StringIO(), force_terminal=True, width=150)
     table = BatchTable(console)
     with table:
@@ -35,7 +35,7 @@ def test_a_terminal_sees_one_row_per_job() -> None:
     assert "1 min 05 s" in shown
 
 
-def test_without_a_terminal_beginnings_and_ends_are_lines() -> None:
+def test_without_terminal_starts_and_ends_are_lines() -> None:
     console = Console(file=io.StringIO(), width=150)
     with BatchTable(console) as table:
         for message in [*MESSAGES, END]:

@@ -31,7 +31,7 @@ def last(found: Task, bases: Any = fresh_base, stop: bool = False) -> dict[str, 
     return message
 
 
-def test_failures_are_told_and_the_base_survives_them(
+def test_failures_are_reported_and_keep_the_base(
     tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bases, loads = BasePool(), []
@@ -67,7 +67,7 @@ def test_failures_are_told_and_the_base_survives_them(
     assert len(loads) == loads_before, "every one of them took its adapter out again"
 
 
-def test_what_an_interrupted_beginning_left_is_no_obstacle(tmp_path: Path, overrides: list[str]) -> None:
+def test_leftovers_of_an_interrupted_start_are_removed(tmp_path: Path, overrides: list[str]) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / ".config.toml.sdlora-partial-123").write_text("half")

@@ -36,7 +36,7 @@ def answers(base: BaseModel) -> list[torch.Tensor]:
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_after_an_adapter_it_is_bitwise_the_untouched_base(tiny_base: Path, form: list[str]) -> None:
+def test_base_is_bitwise_unchanged_after_an_adapter(tiny_base: Path, form: list[str]) -> None:
     bases, config = BasePool(), settings(tiny_base, "lora.rank=4", *form)
     base = bases(config, CPU, torch.float32)
     adapter = make_adapter(Arguments(config).adapter, base)
@@ -58,7 +58,7 @@ def test_after_an_adapter_it_is_bitwise_the_untouched_base(tiny_base: Path, form
     assert all(torch.equal(a, b) for a, b in zip(answers(base), answers(fresh), strict=True))
 
 
-def test_what_an_adapter_left_behind_makes_it_load_anew(tiny_base: Path) -> None:
+def test_base_with_leftovers_of_an_adapter_is_reloaded(tiny_base: Path) -> None:
     bases, config = BasePool(), settings(tiny_base)
     base = bases(config, CPU, torch.float32)
     make_adapter(Arguments(config).adapter, base)
@@ -68,7 +68,7 @@ def test_what_an_adapter_left_behind_makes_it_load_anew(tiny_base: Path) -> None
     assert bases(config, CPU, torch.float32) is not second
 
 
-def test_another_precision_or_base_is_loaded(tiny_base: Path) -> None:
+def test_other_precision_or_base_is_loaded(tiny_base: Path) -> None:
     bases = BasePool()
     first = bases(settings(tiny_base), CPU, torch.float32)
     assert bases(settings(tiny_base, "lora.rank=2"), CPU, torch.float32) is first

@@ -31,7 +31,7 @@ def document(tiny_base: Path, images: Path, folder: Path) -> dict[str, object]:
     }
 
 
-def test_a_file_is_checked_as_its_run_was(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_file_gets_the_verdict_of_its_run(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     config = parse_config(document(tiny_base, images, tmp_path), name="n")
     list(start(config, tmp_path / "run"))
     *_, event = check_file(read_file(tmp_path / "run" / "n.safetensors"), config, tmp_path / "check")
@@ -47,7 +47,7 @@ def test_a_file_is_checked_as_its_run_was(tiny_base: Path, images: Path, tmp_pat
         assert ours.hp_ms == pytest.approx(theirs.hp_ms, abs=0.02)
 
 
-def test_what_cannot_be_checked_is_refused(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_check_without_previews_is_refused(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     config = parse_config(document(tiny_base, images, tmp_path), name="n")
     list(start(config, tmp_path / "run"))
     file = read_file(tmp_path / "run" / "n.safetensors")
@@ -61,7 +61,7 @@ def test_what_cannot_be_checked_is_refused(tiny_base: Path, images: Path, tmp_pa
 
 
 @pytest.mark.parametrize("trainer", ["diffusers script", "diffusers script, older names", "kohya"])
-def test_files_of_other_trainers_are_checked_in_what_diffusers_draws_with_them(
+def test_file_of_another_trainer_is_checked_with_the_previews_diffusers_draws(
     tiny_base: Path, images: Path, tmp_path: Path, trainer: str
 ) -> None:
     def fresh() -> Any:

@@ -35,7 +35,7 @@ def thumbnail(file: Path) -> Image.Image | None:
     return Image.open(io.BytesIO(base64.b64decode(data, validate=True)))
 
 
-def test_the_file_shows_a_preview_of_a_new_prompt(tmp_path: Path, overrides: list[str]) -> None:
+def test_thumbnail_is_a_preview_of_a_new_prompt(tmp_path: Path, overrides: list[str]) -> None:
     run(tmp_path / "run", [*overrides, "preview.num_captions=1", "data.resolution_px=32"])
     image = thumbnail(tmp_path / "run" / "hero.safetensors")
     assert image is not None
@@ -57,7 +57,9 @@ def test_the_file_shows_a_preview_of_a_new_prompt(tmp_path: Path, overrides: lis
     assert all(torch.equal(one[key], two[key]) for key in two)
 
 
-def test_a_copy_is_shown_nobody(tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copied_preview_is_not_presentable(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     copying_from(1, monkeypatch)
     run(tmp_path / "run", [*overrides, *CHECKED, "train.epochs=1"])
     assert thumbnail(tmp_path / "run" / "hero.safetensors") is None
@@ -70,7 +72,7 @@ def test_a_copy_is_shown_nobody(tmp_path: Path, overrides: list[str], monkeypatc
     assert presentable(request, folder) == [("prompt01_seed0.png", "a red ball")]
 
 
-def test_captions_and_folders_are_told_only_on_request(tmp_path: Path, overrides: list[str]) -> None:
+def test_captions_and_folders_are_in_metadata_only_on_request(tmp_path: Path, overrides: list[str]) -> None:
     fast = ["preview.enabled=false", "train.epochs=1", "data.repeats=2"]
     run(tmp_path / "silent", [*overrides, *fast])
     said = json.dumps(read_file(tmp_path / "silent" / "hero.safetensors").metadata)
@@ -83,7 +85,7 @@ def test_captions_and_folders_are_told_only_on_request(tmp_path: Path, overrides
     assert json.loads(metadata["ss_dataset_dirs"]) == {"set": {"n_repeats": 2, "img_count": 5}}
 
 
-def test_captions_too_long_to_tell_are_refused_before_the_run(
+def test_captions_too_long_for_metadata_are_refused_before_the_run(
     tmp_path: Path, overrides: list[str], images: Path
 ) -> None:
     example = Example("a", tmp_path / "a", "word, " * 10, (8, 8), (8, 8))
@@ -94,7 +96,7 @@ def test_captions_too_long_to_tell_are_refused_before_the_run(
 
 @pytest.mark.parametrize("names", ["kohya", "peft"])
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
-def test_a_run_leaves_the_file_that_was_asked_for(
+def test_file_has_the_requested_precision_and_format(
     tmp_path: Path, overrides: list[str], names: str, precision: str
 ) -> None:
     options = [f"file.format={names}", f"file.precision={precision}", "train.epochs=1", "train.learning_rate=1e-2"]

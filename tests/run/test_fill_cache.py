@@ -36,7 +36,7 @@ def files(config: RunConfig) -> dict[str, int]:
     return {f"{file.parent.parent.name}/{file.name}": file.stat().st_mtime_ns for file in found}
 
 
-def test_a_run_afterwards_encodes_nothing(
+def test_run_after_filling_encodes_nothing(
     overrides: list[str], others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(overrides, others)
@@ -59,7 +59,7 @@ def test_a_run_afterwards_encodes_nothing(
     assert files(config) == made
 
 
-def test_several_processes_make_the_same_and_go_on(overrides: list[str], others: Path, tmp_path: Path) -> None:
+def test_several_processes_fill_the_same_cache_and_resume(overrides: list[str], others: Path, tmp_path: Path) -> None:
     alone = settings(overrides, others)
     shared = settings(overrides, others, f"cache.dir={tmp_path / 'shared'}")
     for _ in fill_cache(alone, 1):
@@ -78,7 +78,7 @@ def test_several_processes_make_the_same_and_go_on(overrides: list[str], others:
     assert sum(again[name] != kept[name] for name in kept) == 1
 
 
-def test_what_is_not_kept_in_memory_is_read_again(
+def test_entries_not_kept_in_memory_are_read_again(
     overrides: list[str], others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = settings(overrides, others)
@@ -93,7 +93,7 @@ def test_what_is_not_kept_in_memory_is_read_again(
 
 
 @pytest.mark.slow
-def test_the_benchmark_of_large_sets_runs() -> None:
+def test_benchmark_of_large_sets_runs() -> None:
     program = Path(__file__).parents[1] / "benchmarks" / "large_sets.py"
     command = [sys.executable, str(program), "--sizes", "20", "40", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)

@@ -20,7 +20,7 @@ def folder(tmp_path: Path) -> RunFolder:
     return made
 
 
-def test_state_metrics_and_log_say_how_far_the_run_is(folder: RunFolder) -> None:
+def test_events_are_written_to_state_metrics_and_log(folder: RunFolder) -> None:
     recorder = Recorder(folder)
     recorder.record(Notice("Something to know."))
     recorder.record(Progress("previews", 1, 4))
@@ -37,7 +37,7 @@ def test_state_metrics_and_log_say_how_far_the_run_is(folder: RunFolder) -> None
     assert (state["status"], state["error"], state["eta_seconds"]) == ("failed", "No room left.", None)
 
 
-def test_metrics_are_cut_back_to_a_checkpoint(folder: RunFolder) -> None:
+def test_metrics_are_truncated_to_a_checkpoint(folder: RunFolder) -> None:
     recorder = Recorder(folder)
     recorder.record(step(1))
     kept = recorder.metrics_bytes()
@@ -47,7 +47,7 @@ def test_metrics_are_cut_back_to_a_checkpoint(folder: RunFolder) -> None:
     assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [1, 2]
 
 
-def test_where_a_run_may_start(tmp_path: Path, folder: RunFolder) -> None:
+def test_folder_with_other_content_is_refused(tmp_path: Path, folder: RunFolder) -> None:
     RunFolder(tmp_path / "new", "x").check(resume=False)
     folder.check(resume=True)
     with pytest.raises(OutputError, match="--resume"):

@@ -13,7 +13,7 @@ from sdlora.run.model_card import _hub_id
 CHECKED = ["copycheck.enabled=true", "preview.num_captions=1", 'preview.prompts=["a red ball: \\"big\\"", "zumi"]']
 
 
-def test_a_run_leaves_a_card_that_the_hub_reads(tmp_path: Path, overrides: list[str], others: Path) -> None:
+def test_card_of_a_run_is_valid_for_the_hub(tmp_path: Path, overrides: list[str], others: Path) -> None:
     options = [*CHECKED, "file.licence=cc-by-4.0", "data.repeats=2", f"data.validation_folder={others}"]
     run(tmp_path / "run", [*overrides, *options])
     text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
@@ -34,7 +34,9 @@ def test_a_run_leaves_a_card_that_the_hub_reads(tmp_path: Path, overrides: list[
         assert secret not in text
 
 
-def test_a_copy_is_told_and_not_shown(tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_copied_preview_is_counted_and_not_shown(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     copying_from(1, monkeypatch)
     run(tmp_path / "run", [*overrides, *CHECKED, "train.epochs=1", "file.include_captions=true"])
     text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
@@ -43,7 +45,7 @@ def test_a_copy_is_told_and_not_shown(tmp_path: Path, overrides: list[str], monk
     assert "## Licence" in text
 
 
-def test_captions_are_in_the_card_on_request(tmp_path: Path, overrides: list[str]) -> None:
+def test_captions_are_in_card_on_request(tmp_path: Path, overrides: list[str]) -> None:
     run(tmp_path / "run", [*overrides, *CHECKED, "train.epochs=1", "file.include_captions=true"])
     card = ModelCard.load(tmp_path / "run" / "README.md")
     assert [entry["text"] for entry in card.data.to_dict()["widget"]][-1].startswith("zumi, a ")
@@ -53,7 +55,7 @@ def test_captions_are_in_the_card_on_request(tmp_path: Path, overrides: list[str
     assert "widget" not in ModelCard(bare).data.to_dict()
 
 
-def test_only_the_hub_s_names_are_told_as_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_hub_ids_are_named_as_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models" / "base").mkdir(parents=True)
     names = ["owner/name", "models/base", "pocket", "/somewhere/else/base", str(tmp_path / "models")]

@@ -42,7 +42,7 @@ def done(tmp_path: Path, overrides: list[str]) -> Path:
     return tmp_path / "run"
 
 
-def test_the_file_the_card_and_its_previews_go_up_and_nothing_else(
+def test_only_file_card_and_its_previews_are_uploaded(
     done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub()
@@ -85,7 +85,7 @@ def failures() -> list[tuple[Exception, str]]:
     ]
 
 
-def test_a_run_that_is_not_done_is_not_uploaded(
+def test_unfinished_run_is_not_uploaded(
     done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub()

@@ -46,7 +46,7 @@ def ended(context: Context, kind: Any) -> str:
     return snapshot(context, None, None).html[kind]
 
 
-def test_a_model_captions_the_rest_and_keeps_what_is_there(context: Context, folder: Path, tmp_path: Path) -> None:
+def test_model_captions_only_uncaptioned_images(context: Context, folder: Path, tmp_path: Path) -> None:
     model = make("blip", tmp_path / "blip")
     assert start_captioning(context, str(model)) == ""
     with pytest.raises(SdloraError, match="'set'"):
@@ -63,7 +63,7 @@ def test_a_model_captions_the_rest_and_keeps_what_is_there(context: Context, fol
 
 
 @pytest.mark.parametrize("model", ["nobody/nothing", "--overwrite", "a b; touch x"])
-def test_a_model_that_cannot_be_had_is_a_sentence(context: Context, folder: Path, model: str) -> None:
+def test_missing_model_is_reported_in_one_sentence(context: Context, folder: Path, model: str) -> None:
     start_captioning(context, model)
     told = ended(context, "caption")
     assert "cannot be had" in told and "verdict copying" in told and "Traceback" not in told
@@ -79,15 +79,13 @@ def test_no_model_is_asked_for_at_once(context: Context, folder: Path, model: st
     assert context.tasks.find("caption") is None
 
 
-def test_over_the_network_no_folder_elsewhere_is_read(context: Context, folder: Path, tmp_path: Path) -> None:
+def test_folder_elsewhere_is_refused_over_the_network(context: Context, folder: Path, tmp_path: Path) -> None:
     closed = Context(Studio(context.studio.runs, any_folder=False), context.jobs, context.sampler)
     with pytest.raises(SdloraError, match="over the network"):
         start_captioning(closed, str(tmp_path))
 
 
-def test_it_can_be_stopped_and_what_was_written_stays(
-    context: Context, folder: Path, sleepers: list[psutil.Process]
-) -> None:
+def test_stopped_task_keeps_written_captions(context: Context, folder: Path, sleepers: list[psutil.Process]) -> None:
     start_captioning(context, "owner/model")
     said = context.studio.logs / ".caption.log"
     assert said.read_text(encoding="utf-8") == f"started with caption {folder.absolute()} --model=owner/model\n"
@@ -99,7 +97,7 @@ def test_it_can_be_stopped_and_what_was_written_stays(
     assert len(sleepers) == 1
 
 
-def test_a_killed_one_is_told(context: Context, folder: Path, sleepers: list[psutil.Process]) -> None:
+def test_killed_task_has_failed(context: Context, folder: Path, sleepers: list[psutil.Process]) -> None:
     start_captioning(context, "owner/model")
     (context.studio.logs / ".caption.log").write_text("")
     sleepers[0].kill()
@@ -119,7 +117,7 @@ def done(context: Context, make_config: Callable[..., RunConfig]) -> Path:
     return run
 
 
-def test_what_is_uploaded_is_told_and_without_a_login_how_to_log_in(
+def test_upload_lists_its_files_and_asks_to_log_in(
     context: Context, done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(background_tasks, "get_token", lambda: TOKEN)
@@ -129,7 +127,7 @@ def test_what_is_uploaded_is_told_and_without_a_login_how_to_log_in(
         files_to_upload(context, "hero")
 
 
-def test_a_run_that_is_not_done_is_not_uploaded(context: Context, make_config: Callable[..., RunConfig]) -> None:
+def test_unfinished_run_is_not_uploaded(context: Context, make_config: Callable[..., RunConfig]) -> None:
     write_state(context.studio, make_config("half"), status="stopped")
     with pytest.raises(SdloraError, match="is not done"):
         files_to_upload(context, "half")
@@ -138,7 +136,7 @@ def test_a_run_that_is_not_done_is_not_uploaded(context: Context, make_config: C
 
 
 @pytest.mark.parametrize("words", ["", "hero", "a/b/c", "../x", "me/he ro", "--public", "me/x\n"])
-def test_a_place_that_the_hub_does_not_know_is_refused(words: str) -> None:
+def test_invalid_repository_is_refused(words: str) -> None:
     if words == "me/x\n":
         assert background_tasks._repository(words) == "me/x"
     else:
@@ -146,7 +144,7 @@ def test_a_place_that_the_hub_does_not_know_is_refused(words: str) -> None:
             background_tasks._repository(words)
 
 
-def test_the_upload_reads_the_token_itself_and_nothing_shows_it(
+def test_upload_reads_the_token_itself_and_never_shows_it(
     context: Context, done: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_TOKEN", TOKEN)

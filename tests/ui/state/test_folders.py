@@ -12,7 +12,7 @@ from sdlora.ui.state.folders import Studio, run_name, safe_name
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_hostile_name_becomes_a_harmless_one(name: str, tmp_path: Path) -> None:
+def test_hostile_name_is_made_safe(name: str, tmp_path: Path) -> None:
     made = safe_name(name)
     file = tmp_path / made
     file.write_text("x")
@@ -23,7 +23,7 @@ def test_a_hostile_name_becomes_a_harmless_one(name: str, tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_run_gets_a_hostile_name(name: str, studio: Studio) -> None:
+def test_hostile_run_name_is_refused(name: str, studio: Studio) -> None:
     try:
         folder = studio.run(name)
     except SdloraError as error:
@@ -33,7 +33,7 @@ def test_no_run_gets_a_hostile_name(name: str, studio: Studio) -> None:
 
 
 @pytest.mark.parametrize("name", ["zumi", "zumi 2", "My-LoRA_v1.5", "ズミ"])
-def test_usual_names_stay(name: str, studio: Studio) -> None:
+def test_safe_name_is_unchanged(name: str, studio: Studio) -> None:
     assert safe_name(name) == run_name(name) == name
     assert studio.image_set(name).parent == studio.sets
 
@@ -44,7 +44,7 @@ def test_reserved_names_are_refused(name: str) -> None:
         run_name(name)
 
 
-def test_over_the_network_only_the_studios_folder_is_read(tmp_path: Path) -> None:
+def test_folder_elsewhere_is_refused_over_the_network(tmp_path: Path) -> None:
     closed = Studio(tmp_path / "runs", any_folder=False)
     closed.create()
     assert closed.allowed(closed.sets / "a") == closed.sets / "a"

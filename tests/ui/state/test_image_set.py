@@ -26,7 +26,7 @@ def folder(tmp_path: Path) -> Path:
     return made
 
 
-def test_every_image_has_its_verdict_and_reason(tmp_path: Path) -> None:
+def test_every_image_has_severity_and_findings(tmp_path: Path) -> None:
     source = resolve_data_folder("builtin:zumi")
     with Image.open(source / "zumi_00.png") as first, Image.open(source / "zumi_01.png") as second:
         one, two = first.convert("RGB").resize((600, 600)), second.convert("RGB").resize((600, 600))
@@ -52,7 +52,7 @@ def test_every_image_has_its_verdict_and_reason(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("caption", CAPTIONS)
-def test_a_caption_is_what_training_reads(caption: str, folder: Path) -> None:
+def test_saved_caption_is_what_training_reads(caption: str, folder: Path) -> None:
     before = set(folder.rglob("*"))
     image_set.write_caption(folder, "a.png", caption)
     assert set(folder.rglob("*")) == before
@@ -63,7 +63,7 @@ def test_a_caption_is_what_training_reads(caption: str, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../x.png", "nothing.png", "a.txt", "/etc/passwd", ""])
-def test_only_images_of_the_set_are_written_to(name: str, folder: Path) -> None:
+def test_caption_of_a_foreign_image_is_refused(name: str, folder: Path) -> None:
     for action in (lambda: image_set.write_caption(folder, name, "x"), lambda: image_set.remove_image(folder, name)):
         with pytest.raises(SdloraError, match="no image"):
             action()
@@ -87,7 +87,7 @@ def test_all_captions_can_be_changed(folder: Path) -> None:
             action()
 
 
-def test_a_image_is_taken_out_with_its_caption(folder: Path) -> None:
+def test_removed_image_takes_its_caption_along(folder: Path) -> None:
     write_image(folder / "a.jpg", "yellow")
     image_set.remove_image(folder, "a.jpg")
     assert (folder / "a.txt").exists(), "a.png has it still"
@@ -98,7 +98,7 @@ def test_a_image_is_taken_out_with_its_caption(folder: Path) -> None:
     ]
 
 
-def test_captions_of_a_list_are_edited_without_contradicting_it(folder: Path) -> None:
+def test_editing_captions_replaces_metadata_file(folder: Path) -> None:
     for name in "abc":
         (folder / f"{name}.txt").unlink()
     lines = "".join(f'{{"file_name": "{name}.png", "text": "listed {name}"}}\n' for name in "abc")
@@ -108,7 +108,7 @@ def test_captions_of_a_list_are_edited_without_contradicting_it(folder: Path) ->
     assert image_set.view(folder).num_errors == 0
 
 
-def test_a_large_set_is_shown_in_parts(folder: Path) -> None:
+def test_large_set_is_paged(folder: Path) -> None:
     (card,) = image_set.view(folder).cards[:1]
     many = tuple(replace(card, name=f"{n:03}.png", severity="warning" if n % 7 == 0 else "fine") for n in range(500))
     pages = cards_by_page(image_set.SetView(folder, many, (), ()))
@@ -122,7 +122,7 @@ def test_a_large_set_is_shown_in_parts(folder: Path) -> None:
     assert list(cards_by_page(image_set.SetView(folder, (), (), ())).values()) == [()]
 
 
-def test_a_image_is_decoded_once_while_it_stays(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchanged_image_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image_set.view(folder)
     monkeypatch.setattr(image_set, "look_at", lambda *_: pytest.fail("decoded again"))
     image_set.write_caption(folder, "a.png", "new words")

@@ -50,7 +50,7 @@ def test_twenty_starts_at_once_in_several_studios_start_one(
     assert len(sleepers) == 1
 
 
-def test_the_rest_waits_and_goes_on_after_it(
+def test_next_job_starts_when_the_device_is_free(
     context: Context, make_config: Make, sleepers: list[psutil.Process]
 ) -> None:
     for name in "abc":
@@ -63,13 +63,13 @@ def test_the_rest_waits_and_goes_on_after_it(
     assert [context.jobs.status(name).word for name in "abc"] == ["failed", "starting", "waiting"]
 
 
-def test_other_devices_do_not_wait(context: Context, make_config: Make, sleepers: list[psutil.Process]) -> None:
+def test_jobs_on_other_devices_do_not_wait(context: Context, make_config: Make, sleepers: list[psutil.Process]) -> None:
     for name, device in (("a", "cuda:0"), ("b", "cuda"), ("c", "cuda:1"), ("d", "auto")):
         context.jobs.add(make_config(name, device=device))
     assert [context.jobs.status(name).word for name in "abcd"] == ["starting", "waiting", "starting", "starting"]
 
 
-def test_a_run_of_the_command_line_has_its_device(
+def test_run_from_the_command_line_occupies_its_device(
     context: Context, studio: Studio, make_config: Make, sleepers: list[psutil.Process]
 ) -> None:
     write_state(studio, make_config("mine"), pid=psutil.Process().pid)
@@ -79,7 +79,7 @@ def test_a_run_of_the_command_line_has_its_device(
     assert not sleepers
 
 
-def test_the_queue_can_be_reordered_and_cancelled(
+def test_queue_can_be_reordered_and_jobs_cancelled(
     context: Context, make_config: Make, sleepers: list[psutil.Process]
 ) -> None:
     for name in "abcd":
@@ -97,9 +97,7 @@ def test_the_queue_can_be_reordered_and_cancelled(
     assert [context.jobs.status(name).word for name in ("d", "c")] == ["starting", "waiting"]
 
 
-def test_stop_is_acknowledged_at_once_and_can_be_resumed(
-    context: Context, make_config: Make, sleepers: list[psutil.Process]
-) -> None:
+def test_stopped_job_can_be_resumed(context: Context, make_config: Make, sleepers: list[psutil.Process]) -> None:
     context.jobs.add(make_config("a"))
     assert "Stopping" in context.jobs.stop("a")
     assert context.jobs.status("a").word in ("stopping", "stopped")
@@ -113,7 +111,7 @@ def test_stop_is_acknowledged_at_once_and_can_be_resumed(
     assert len(sleepers) == 2
 
 
-def test_a_stopped_run_is_resumed_from_its_own_settings(
+def test_stopped_run_is_resumed_with_its_own_settings(
     context: Context, studio: Studio, make_config: Make, sleepers: list[psutil.Process]
 ) -> None:
     folder = write_state(studio, make_config("a"), status="stopped")
@@ -122,7 +120,9 @@ def test_a_stopped_run_is_resumed_from_its_own_settings(
     assert said == f"started with train {folder / 'config.toml'} --output {folder} --json --resume\n"
 
 
-def test_pause_halts_and_continue_goes_on(context: Context, make_config: Make, sleepers: list[psutil.Process]) -> None:
+def test_paused_job_keeps_its_device_and_continues(
+    context: Context, make_config: Make, sleepers: list[psutil.Process]
+) -> None:
     context.jobs.add(make_config("a"))
     context.jobs.pause("a")
     assert context.jobs.status("a").word == "paused"
@@ -136,7 +136,7 @@ def test_pause_halts_and_continue_goes_on(context: Context, make_config: Make, s
     assert gone, "a paused run hears of its stop"
 
 
-def test_a_done_run_is_not_resumed_and_one_at_work_not_forgotten(
+def test_done_run_is_not_resumed_and_running_one_not_forgotten(
     context: Context, studio: Studio, make_config: Make, sleepers: list[psutil.Process]
 ) -> None:
     write_state(studio, make_config("old"), status="done")

@@ -23,12 +23,14 @@ Make = Callable[..., RunConfig]
 
 
 @pytest.mark.parametrize("word", ["done", "stopped"])
-def test_what_the_run_said_last_counts(context: Context, studio: Studio, make_config: Make, word: str) -> None:
+def test_status_of_an_ended_run_is_its_last_state(
+    context: Context, studio: Studio, make_config: Make, word: str
+) -> None:
     write_state(studio, make_config("a"), status=word)
     assert context.jobs.status("a").word == word
 
 
-def test_a_run_that_is_gone_without_a_word_has_failed(context: Context, studio: Studio, make_config: Make) -> None:
+def test_run_whose_process_died_has_failed(context: Context, studio: Studio, make_config: Make) -> None:
     child = subprocess.Popen([sys.executable, "-c", ""])
     child.wait()
     folder = write_state(studio, make_config("a"), pid=child.pid)
@@ -39,7 +41,7 @@ def test_a_run_that_is_gone_without_a_word_has_failed(context: Context, studio: 
     assert status.log == "one\ntwo"
 
 
-def test_a_killed_child_counts_as_gone_before_it_is_reaped(context: Context, studio: Studio, make_config: Make) -> None:
+def test_zombie_process_counts_as_dead(context: Context, studio: Studio, make_config: Make) -> None:
     child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"])
     write_state(studio, make_config("a"), pid=child.pid)
     assert context.jobs.status("a").word == "running"
@@ -51,20 +53,20 @@ def test_a_killed_child_counts_as_gone_before_it_is_reaped(context: Context, stu
     child.wait()
 
 
-def test_another_process_with_its_number_is_not_it(context: Context, studio: Studio, make_config: Make) -> None:
+def test_reused_pid_is_not_the_run(context: Context, studio: Studio, make_config: Make) -> None:
     long_ago = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(psutil.Process().create_time() - 100))
     write_state(studio, make_config("a"), pid=psutil.Process().pid, started=long_ago)
     assert context.jobs.status("a").word == "failed"
 
 
-def test_a_job_is_known_by_when_it_began(context: Context, studio: Studio, make_config: Make) -> None:
+def test_job_is_identified_by_start_time(context: Context, studio: Studio, make_config: Make) -> None:
     me = psutil.Process()
     for began, word in ((me.create_time(), "starting"), (me.create_time() - 100, "failed")):
         context.jobs._write(Job("a", "cpu", 1.0, "started", pid=me.pid, began=began))
         assert context.jobs.status("a").word == word
 
 
-def test_a_state_from_before_the_process_is_an_earlier_attempts(
+def test_state_of_an_earlier_attempt_is_ignored(
     context: Context, studio: Studio, make_config: Make, sleepers: list[psutil.Process]
 ) -> None:
     long_ago = time.strftime("%Y-%m-%dT%H:%M:%S%z", time.localtime(time.time() - 100))
@@ -78,7 +80,7 @@ def test_a_state_from_before_the_process_is_an_earlier_attempts(
     assert "started with" in status.log
 
 
-def test_there_is_no_run_of_that_name(context: Context) -> None:
+def test_unknown_run_has_no_status(context: Context) -> None:
     assert context.jobs.status("nothing").word == "none"
 
 
@@ -98,7 +100,7 @@ def test_only_the_end_of_a_log_is_read(studio: Studio) -> None:
         ("page", 40, 1, 1, "writing the report, about 1 min 30 s left"),
     ],
 )
-def test_what_a_run_does_is_told_with_the_time_left(phase: str, step: int, done: int, total: int, told: str) -> None:
+def test_progress_names_phase_and_time_left(phase: str, step: int, done: int, total: int, told: str) -> None:
     state = RunState(
         phase=phase, step=step, total_steps=40, done=done, total=total, eta_seconds=90.0, pid=1, started=""
     )

@@ -78,7 +78,7 @@ def config_of(context: Context) -> RunConfig:
     return settings_of(context.studio, "small")
 
 
-def test_it_is_what_the_trainer_left(trained: Context) -> None:
+def test_view_has_the_content_of_the_run_folder(trained: Context) -> None:
     run = read_run(trained.studio, "small")
     assert run is not None
     assert [event.epoch for event in run.metrics.epochs] == [0, 1, 2] and len(run.metrics.steps) == 10
@@ -90,7 +90,7 @@ def test_it_is_what_the_trainer_left(trained: Context) -> None:
     assert read_run(trained.studio, "small") is run, "it is read once while no file changes"
 
 
-def test_an_epoch_is_recommended_once_its_copies_were_looked_for(trained: Context) -> None:
+def test_epoch_is_recommended_once_checked_for_copies(trained: Context) -> None:
     run = read_run(trained.studio, "small")
     assert run is not None
 
@@ -104,7 +104,7 @@ def test_an_epoch_is_recommended_once_its_copies_were_looked_for(trained: Contex
     assert recommended(-1, unchecked) is not None
 
 
-def test_a_half_written_line_and_a_file_without_its_proof_do_not_count(trained: Context, tmp_path: Path) -> None:
+def test_torn_line_and_unproven_file_are_ignored(trained: Context, tmp_path: Path) -> None:
     studio = Studio(tmp_path / "runs")
     studio.create()
     shutil.copytree(trained.studio.run("small"), studio.run("half"))
@@ -139,7 +139,7 @@ def test_run_with_a_line_separator_in_an_image_name_is_resumed_reported_and_show
     assert name in (studio.run("a") / "report.html").read_text(encoding="utf-8")
 
 
-def test_its_pages_show_it(trained: Context) -> None:
+def test_snapshot_shows_the_run(trained: Context) -> None:
     found = snapshot(trained, "small", 1)
     assert (found.names, found.epochs, found.loras, found.waiting) == (["small"], [0, 1, 2], [1, 2], [])
     assert not any(found.can.values()), "it is done"
@@ -212,7 +212,7 @@ def test_strength_zero_is_the_base_and_one_the_preview(trained: Context, monkeyp
     assert len({zero.tobytes(), one.tobytes(), two.tobytes()}) == 3
 
 
-def test_epochs_are_drawn_side_by_side(trained: Context) -> None:
+def test_samples_of_epochs_are_shown_side_by_side(trained: Context) -> None:
     run = read_run(trained.studio, "small")
     assert run is not None
     html = draw(trained, run, [1, 2], SampleRequest("a ball", 3, (1.0,)))
@@ -236,7 +236,7 @@ def test_settings_can_be_compared_and_cloned(trained: Context) -> None:
     assert "No run is chosen" in clone_into_draft(trained, None)
 
 
-def test_a_deleted_run_is_gone_and_its_images_stay(trained: Context, tmp_path: Path, images: Path) -> None:
+def test_deleting_a_run_keeps_its_images(trained: Context, tmp_path: Path, images: Path) -> None:
     studio = Studio(tmp_path / "runs")
     studio.create()
     folder = studio.run("old")
@@ -252,5 +252,5 @@ def test_a_deleted_run_is_gone_and_its_images_stay(trained: Context, tmp_path: P
     assert len(list(images.glob("*.png"))) == 5
 
 
-def test_messages_escape_what_people_wrote() -> None:
+def test_messages_escape_user_text() -> None:
     assert "<b>" not in views.message("<b>x</b>", title="<b>") and "&lt;b&gt;" in views.message("<b>x</b>")

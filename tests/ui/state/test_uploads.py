@@ -38,7 +38,7 @@ def packed(path: Path, *entries: tuple[str, bytes], mode: int = 0) -> Path:
     return path
 
 
-def test_images_and_captions_come_in_together(tmp_path: Path) -> None:
+def test_images_and_captions_are_stored_together(tmp_path: Path) -> None:
     sent = [write_image(tmp_path / "in" / f"p {n}.png", color) for n, color in enumerate(("red", "blue"))]
     caption = tmp_path / "in" / "p 0.txt"
     caption.write_text("a red thing", encoding="utf-8")
@@ -52,7 +52,7 @@ def test_images_and_captions_come_in_together(tmp_path: Path) -> None:
     assert (tmp_path / "set" / "p 0.png").read_bytes() == sent[0].read_bytes()
 
 
-def test_a_name_that_is_taken_gets_a_number_and_its_caption_with_it(tmp_path: Path) -> None:
+def test_taken_name_gets_a_number_like_its_caption(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     write_image(folder / "a.png", "red")
     (folder / "a.txt").write_text("old", encoding="utf-8")
@@ -72,7 +72,7 @@ def test_a_name_that_is_taken_gets_a_number_and_its_caption_with_it(tmp_path: Pa
     assert (folder / "a-3.txt").read_text(encoding="utf-8") == "very green"
 
 
-def test_a_list_of_captions_becomes_files(tmp_path: Path) -> None:
+def test_metadata_file_becomes_caption_files(tmp_path: Path) -> None:
     lines = b'{"file_name": "a.png", "text": "one"}\n{"file_name": "b.png", "text": "two"}\n'
     file = packed(tmp_path / "z.zip", ("a.png", png()), ("b.png", png("blue")), ("metadata.jsonl", lines))
     store_upload([("z.zip", file)], tmp_path / "set")
@@ -87,7 +87,7 @@ def test_a_list_of_captions_becomes_files(tmp_path: Path) -> None:
         ("a.html", b"<p>"), ("a.exe", b"MZ"), ("a.txt", b"\xff\xfe\x00"), (".bashrc", b"x"), ("a.gif", b"GIF89a"),
     ],
 )  # fmt: skip
-def test_what_is_no_image_is_left_out_by_name(name: str, content: bytes, tmp_path: Path) -> None:
+def test_other_file_is_refused_by_name(name: str, content: bytes, tmp_path: Path) -> None:
     file = tmp_path / "sent"
     file.write_bytes(content)
     intake = store_upload([(name, file)], tmp_path / "set")
@@ -97,7 +97,7 @@ def test_what_is_no_image_is_left_out_by_name(name: str, content: bytes, tmp_pat
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hostile_names_stay_inside_of_the_set(name: str, tmp_path: Path) -> None:
+def test_hostile_names_stay_within_the_set(name: str, tmp_path: Path) -> None:
     file = write_image(tmp_path / "sent.png")
     intake = store_upload([(f"{name}.png", file)], tmp_path / "root" / "set")
     assert len(intake.images) == 1
@@ -137,7 +137,7 @@ def test_hostile_zips_are_refused_whole(tmp_path: Path, figure: Figure) -> None:
     figure("Uploads", f"{len(HOSTILE_ZIPS)} of {len(HOSTILE_ZIPS)} refused, nothing written")
 
 
-def test_a_zip_that_lies_about_its_size_is_found_out(tmp_path: Path) -> None:
+def test_zip_with_wrong_size_is_refused(tmp_path: Path) -> None:
     file = packed(tmp_path / "z.zip", ("a.png", png() + b"\0" * 5000))
     content = bytearray(file.read_bytes())
     at = content.rindex(b"PK\x01\x02")
@@ -147,7 +147,7 @@ def test_a_zip_that_lies_about_its_size_is_found_out(tmp_path: Path) -> None:
     assert intake.images == () and len(intake.refused) == 1
 
 
-def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_oversized_upload_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = write_image(tmp_path / "a.png")
     monkeypatch.setattr(uploads, "MOST_BYTES_IN_ALL", 10)
     with pytest.raises(DataError, match="limit is 0 KiB"):
@@ -166,7 +166,7 @@ def test_too_much_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (lambda whole: whole.replace(b"a.png", b"\0.png"), "has no name"),
     ],
 )
-def test_a_zip_that_lies_about_its_parts_is_refused(tmp_path: Path, spoil: Callable[[bytes], bytes], told: str) -> None:
+def test_zip_with_wrong_entries_is_refused(tmp_path: Path, spoil: Callable[[bytes], bytes], told: str) -> None:
     with zipfile.ZipFile(tmp_path / "x.zip", "w") as archive:
         archive.writestr("a.png", b"not read")
     (tmp_path / "x.zip").write_bytes(spoil((tmp_path / "x.zip").read_bytes()))
