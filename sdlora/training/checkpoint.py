@@ -1,7 +1,7 @@
-"""Exact resume: adapter, average, optimizer and three counters, written so that a crash never leaves half of them.
+"""Checkpoints for exact resume: adapter, average, optimizer and counters, never left incomplete by a crash.
 
-A checkpoint is a folder; it counts only once `complete.json`, its last file, is there. No generator states
-are kept, because randomness is a function of counters.
+Saved by the run when the trainer says so. A checkpoint is a folder that counts only once its last file,
+`complete.json`, is there. No generator states are kept, because randomness is a function of counters.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from sdlora.events import fields_from_json, to_json
 from sdlora.training.trainer import Position, Trainer
 
 KEPT = 2
-FORMAT = 1  # raised when a checkpoint can no longer be read as those before it
+FORMAT = 1  # raised when earlier versions can no longer read it
 _LAST_FILE = "complete.json"
 
 
@@ -32,8 +32,8 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Pa
 
     Args:
         folder: The run's folder of checkpoints.
-        trainer: Standing between two steps.
-        extra: What the run wants back when it resumes; JSON values.
+        trainer: Between two steps.
+        extra: JSON values that the run needs when it resumes.
 
     Returns:
         The checkpoint's folder.
@@ -44,7 +44,7 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Pa
     if trainer.step.average is not None:
         averages = trainer.step.model.by_layer(trainer.step.average.values)
         tensors |= {f"average.{i}": value.cpu().contiguous() for i, value in enumerate(averages)}
-    # Singular vectors may come out otherwise on another machine, so those of the start are kept as well.
+    # Another machine may compute other singular vectors, so the initial factors are kept as well.
     tensors |= {f"start.{i}": t.cpu().contiguous() for i, t in enumerate(trainer.adapter.initial_factors())}
     optimizer_tensors, scalars = _split(trainer.step.optimizer.state_dict())
     tensors |= optimizer_tensors
@@ -58,50 +58,49 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Pa
 
 
 def complete_checkpoints(folder: Path) -> list[Path]:
-    """The checkpoints that were written to the end, oldest first."""
+    """The complete checkpoints, oldest first."""
     return sorted(path.parent for path in folder.glob(f"step-*/{_LAST_FILE}"))
 
 
 def tidy_checkpoints(folder: Path) -> None:
-    """Delete all but the newest two complete checkpoints, and those that were not written to the end."""
+    """Delete all but the newest two complete checkpoints, and incomplete ones."""
     kept = complete_checkpoints(folder)[-KEPT:]
     for path in sorted(folder.glob("step-*")):
         if path not in kept:
-            # Without its last file it is no checkpoint any more, so a crash while deleting leaves none that lies.
+            # Its last file goes first, so that a crash leaves an incomplete checkpoint and no damaged one.
             (path / _LAST_FILE).unlink(missing_ok=True)
             shutil.rmtree(path)
 
 
 def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
-    """Put a trainer back to where a checkpoint was written.
+    """Restore a trainer from a checkpoint.
 
     Returns:
         The `extra` that it was saved with.
 
     Raises:
-        OutputError: It was written by a version whose checkpoints this one cannot read, or by a run with another
-            adapter, or is damaged.
+        OutputError: It has a format that this version cannot read, or another adapter, or is damaged.
     """
     try:
         content = json.loads((checkpoint / _LAST_FILE).read_text(encoding="utf-8"))
         tensors = load_file(checkpoint / "state.safetensors")
     except (OSError, ValueError, SafetensorError) as error:
         raise OutputError(
-            f"The checkpoint {checkpoint} is damaged ({error}). Delete its folder to go on from the one before it."
+            f"The checkpoint {checkpoint} is damaged ({error}). Delete its folder to resume from the one before it."
         ) from error
     if content.get("format", 1) != FORMAT:
         raise OutputError(
             f"The checkpoint {checkpoint} was written by sdlora {content.get('version')}, in a format (number "
-            f"{content['format']}) that sdlora {__version__} does not read (it reads number {FORMAT}). Go on with that "
-            "version, or start a new run."
+            f"{content['format']}) that sdlora {__version__} does not read (it reads number {FORMAT}). Resume with "
+            "that version, or start a new run."
         )
     expected = {f"parameter.{i}": tuple(p.shape) for i, p in enumerate(trainer.adapter.parameters())}
     found = {name: tuple(value.shape) for name, value in tensors.items() if name.startswith("parameter.")}
-    # torch would take the states of other parameters in silence.
+    # torch would load the states of other parameters without an error.
     num_trained = sum(len(group["params"]) for group in trainer.step.optimizer.param_groups)
     num_states = len(content["optimizer"]["state"])
     if expected != found or num_states not in (0, num_trained):
-        raise OutputError(f"The checkpoint {checkpoint} holds another adapter than this configuration asks for.")
+        raise OutputError(f"The checkpoint {checkpoint} holds another adapter than this configuration's.")
     with torch.no_grad():
         for index, parameter in enumerate(trainer.adapter.parameters()):
             parameter.copy_(tensors[f"parameter.{index}"])
@@ -117,7 +116,7 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors and as what JSON holds; Python's JSON gives every float back exactly."""
+    """An optimizer's state as tensors and JSON values; Python's JSON restores every float exactly."""
     tensors: dict[str, Tensor] = {}
     scalars: dict[str, Any] = {"state": {}, "groups": [_scalars(group) for group in state["param_groups"]]}
     for index, values in state["state"].items():
@@ -126,7 +125,7 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{name}"] = value.detach().cpu().contiguous().clone()
             else:
-                assert name in scalars["state"][str(index)], f"the state {name} of an optimizer would be lost"
+                assert name in scalars["state"][str(index)], f"the optimizer state {name} would be lost"
     return tensors, scalars
 
 
@@ -135,7 +134,7 @@ def _scalars(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _join(state: dict[str, Any], tensors: dict[str, Tensor], scalars: dict[str, Any]) -> dict[str, Any]:
-    """The state that `_split` took apart; a group's lists (its parameters, betas) stay as they were made."""
+    """The inverse of `_split`; a group's lists (its parameters, betas) stay as they were made."""
     groups = [group | saved for group, saved in zip(state["param_groups"], scalars["groups"], strict=True)]
     values = {int(index): dict(saved) for index, saved in scalars["state"].items()}
     for name, value in tensors.items():

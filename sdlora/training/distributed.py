@@ -1,7 +1,7 @@
-"""The processes that train one LoRA together; usually it is one alone, and then nothing here does anything.
+"""The processes that train one LoRA together; with a single process everything here does nothing.
 
-Every process computes its share of each batch, and gradients are summed, so that the batch is the same
-whatever the number of processes. Only the main one writes, draws and judges; meanwhile the others wait.
+Used by the training step and the run. Every process computes its share of each batch, and gradients are summed, so the
+batch is the same for any number of processes. Only the main process writes, draws and validates; the others wait.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from sdlora.errors import ConfigError, ProcessLostError
 
 T = TypeVar("T")
-# While the main process draws previews the others wait, and a large base draws for long.
+# The others wait while the main process draws previews, which takes long with a large base model.
 _PATIENCE = timedelta(hours=24)
 
 
@@ -27,9 +27,9 @@ class Processes:
     """One process among those of a run.
 
     Args:
-        index: Which one, from 0, the main process.
-        count: How many there are.
-        control: What they agree over; None for one alone.
+        index: This process's, from 0, the main process.
+        count: Number of processes.
+        control: The group in which they agree; None for a single process.
     """
 
     def __init__(self, index: int = 0, count: int = 1, control: dist.ProcessGroup | None = None) -> None:
@@ -42,18 +42,18 @@ class Processes:
 
     @property
     def alone(self) -> bool:
-        """Whether there is no other."""
+        """Whether this is the only process."""
         return self.count == 1
 
     def share(self, items: Sequence[T]) -> Sequence[T]:
-        """What this process computes of a batch: every `count`-th, from its index on; perhaps nothing."""
+        """This process's share of a batch: every `count`-th item from its index on; possibly none."""
         return items[self.index :: self.count]
 
     def placed(self, own: Tensor, length: int) -> Tensor:
-        """Values of `share`, in the places they have in the whole batch; zeros elsewhere.
+        """Values of this process's share at their positions in the whole batch; zeros elsewhere.
 
         Args:
-            own: (n,), one for each of this process's share.
+            own: One value for each item of `share`, (n,).
             length: Of the whole batch.
         """
         if self.alone:
@@ -63,13 +63,13 @@ class Processes:
         return whole
 
     def summed(self, values: Tensor) -> Tensor:
-        """The sum of what all processes hold, of any shape."""
+        """The sum of a tensor over all processes."""
         if not self.alone:
-            _asked(lambda: dist.all_reduce(values))
+            _exchange(lambda: dist.all_reduce(values))
         return values
 
     def sum_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace gradients by their sums over all processes, in one exchange; one that is missing counts as zero."""
+        """Replace gradients by their sums over all processes in one exchange; a missing gradient is zero."""
         if self.alone:
             return
         listed = list(parameters)
@@ -84,23 +84,23 @@ class Processes:
             first += gradient.numel()
 
     def any(self, value: bool) -> bool:
-        """Whether it is true for any process."""
+        """Whether a condition holds in any process."""
         if self.alone:
             return value
-        answer = torch.tensor(int(value))
-        _asked(lambda: dist.all_reduce(answer, group=self._control))
-        return bool(answer)
+        total = torch.tensor(int(value))
+        _exchange(lambda: dist.all_reduce(total, group=self._control))
+        return bool(total)
 
     def agree(self, value: T) -> T:
-        """The main process's value, in all of them; the others wait until it is there."""
+        """The main process's value, in all processes; the others wait for it."""
         if self.alone:
             return value
         box: list[T] = [value]
-        _asked(lambda: dist.broadcast_object_list(box, src=0, group=self._control))
+        _exchange(lambda: dist.broadcast_object_list(box, src=0, group=self._control))
         return box[0]
 
     def leave(self) -> None:
-        """End the exchange, once nothing is asked any more."""
+        """Leave the group of processes, after the last exchange."""
         if not self.alone and dist.is_initialized():
             dist.destroy_process_group()
 
@@ -109,36 +109,37 @@ ALONE = Processes()
 
 
 def launched() -> int:
-    """How many processes a launcher (`accelerate launch`, `torchrun`) has started for this run."""
+    """Number of processes that a launcher (`accelerate launch`, `torchrun`) started for this run."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def join(device: str) -> Processes:
-    """Meet the other processes that a launcher started.
+    """Join the other processes that a launcher started.
 
     Args:
-        device: The setting `train.device`.
+        device: `train.device`.
 
     Raises:
-        ConfigError: One device is named for all of them.
+        ConfigError: It names one device for all of them.
     """
     if launched() == 1:
         return ALONE
     if ":" in device:
         raise ConfigError(
-            f"train.device = {device!r} names one device for {launched()} processes. Use 'auto', and each has its own."
+            f"train.device = {device!r} names one device for {launched()} processes. Use 'auto', which "
+            "gives each its own."
         )
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=_PATIENCE)
-    # Apart from the gradients: what waits here leaves a GPU in peace.
+    # A group of its own on the CPU, so that waiting does not occupy a GPU.
     control = dist.new_group(backend="gloo", timeout=_PATIENCE)
     return Processes(state.process_index, state.num_processes, control)
 
 
-def _asked(exchange: Callable[[], object]) -> None:
+def _exchange(communicate: Callable[[], object]) -> None:
     try:
-        exchange()
+        communicate()
     except RuntimeError as error:
         raise ProcessLostError(
-            "Another process of this run has ended. Its own message says why; the same command with --resume goes on "
-            "from the last checkpoint, with any number of processes."
+            "Another process of this run has ended; its own message says why. To resume from the last checkpoint, with "
+            "any number of processes, add --resume to the same command."
         ) from error

@@ -8,15 +8,15 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-Schedule = Literal["constant", "cosine"]
+LrSchedule = Literal["constant", "cosine"]
 
 
-def learning_rate(step: int, *, total_steps: int, peak: float, schedule: Schedule, warmup_steps: int) -> float:
+def learning_rate(step: int, *, total_steps: int, peak: float, schedule: LrSchedule, warmup_steps: int) -> float:
     """The learning rate of one optimizer step.
 
     Args:
         step: From 1 to `total_steps`.
-        total_steps: How many steps the run has.
+        total_steps: Steps of the run.
         peak: The highest learning rate.
         schedule: "constant" keeps the peak after the warm-up, "cosine" falls to zero along half a cosine
             (Loshchilov & Hutter 1608.03983, equation 5 without restarts).

@@ -9,7 +9,7 @@ import importlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import nn
@@ -18,6 +18,7 @@ from sdlora.errors import ConfigError
 from sdlora.lora.dora import DoraLayer
 from sdlora.lora.inject import Adapter
 from sdlora.lora.targets import TEXT_ENCODER
+from sdlora.training.lr_schedule import LrSchedule
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,7 @@ class OptimizerSettings:
 
     name: str
     learning_rate: float
-    lr_schedule: Literal["constant", "cosine"] = "constant"
+    lr_schedule: LrSchedule = "constant"
     warmup_steps: int = 0
     loraplus_lr_ratio: float = 1.0
     text_encoder_factor: float = 1.0

@@ -1,10 +1,11 @@
-"""Frozen operations that keep nothing for the backward pass which can be had again for little.
+"""Frozen operations that keep nothing for the backward pass that is cheap to recompute.
 
-Torch keeps the inputs of frozen convolutions (though only a weight's gradient needs them), what is between a
-normalisation and its activation, and all three factors of a gated one. Answers are the same to the last bit.
+Installed by the training model. Torch keeps the inputs of frozen convolutions (which only a weight's gradient needs),
+the tensor between a normalisation and its activation, and all three factors of a gated activation. Results are the same
+bit for bit.
 Shapes: B batch, C channels, H/W pixels of the feature map, T tokens, d width.
 
-Source: Bondarenko & Bibi 2404.12406, section 3, on convolutions; Chen et al. 1604.06174 on computing again.
+Source: Bondarenko & Bibi 2404.12406, section 3, on convolutions; Chen et al. 1604.06174 on recomputation.
 """
 
 from __future__ import annotations
@@ -24,10 +25,10 @@ _aten = torch.ops.aten
 
 
 def keep_little(unet: UNet2DConditionModel) -> None:
-    """Make a frozen UNet keep less in training; without gradients it computes as before.
+    """Make a frozen UNet keep less for the backward pass; without gradients it computes as before.
 
     Args:
-        unet: Changed in place, adapters left alone; its parameters and their names stay as they are.
+        unet: Changed in place except for adapters; its parameters keep their names.
     """
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D) and _is_plain(module):
@@ -38,13 +39,13 @@ def keep_little(unet: UNet2DConditionModel) -> None:
             module.forward = partial(_conv, module)  # type: ignore[method-assign]
     norm, activation = unet.conv_norm_out, unet.conv_act
     if isinstance(norm, nn.GroupNorm) and isinstance(activation, nn.SiLU):
-        # The activation is no module's but this one's, so that it may do nothing once the norm has done it.
+        # No other module uses this activation, so it can be skipped once the norm has applied it.
         norm.forward = partial(_norm_silu, norm)  # type: ignore[method-assign]
         activation.forward = _same  # type: ignore[assignment, method-assign]
 
 
 def _is_plain(block: ResnetBlock2D) -> bool:
-    """Whether a block is of the kind that Stable Diffusion's UNets are made of."""
+    """Whether a block is of the kind in Stable Diffusion's UNets."""
     return (
         isinstance(block.nonlinearity, nn.SiLU)
         and block.time_embedding_norm == "default"
@@ -73,17 +74,17 @@ def _resnet(block: ResnetBlock2D, x: Tensor, temb: Tensor | None, *_: Any, **__:
 def _norm_silu(norm: nn.GroupNorm, x: Tensor) -> Tensor:
     if not (torch.is_grad_enabled() and x.requires_grad):
         return F.silu(nn.GroupNorm.forward(norm, x))
-    answer: Tensor = _NormSilu.apply(  # type: ignore[no-untyped-call]
+    output: Tensor = _NormSilu.apply(  # type: ignore[no-untyped-call]
         x.contiguous(), norm.weight, norm.bias, norm.num_groups, norm.eps
     )
-    return answer
+    return output
 
 
 def _geglu(module: GEGLU, x: Tensor, *_: Any, **__: Any) -> Tensor:
     projected = module.proj(x)
     if torch.is_grad_enabled() and projected.requires_grad:
-        answer: Tensor = _Geglu.apply(projected)  # type: ignore[no-untyped-call]
-        return answer
+        output: Tensor = _Geglu.apply(projected)  # type: ignore[no-untyped-call]
+        return output
     hidden, gate = projected.chunk(2, dim=-1)
     plain: Tensor = hidden * F.gelu(gate)
     return plain
@@ -94,8 +95,8 @@ def _conv(module: nn.Conv2d, x: Tensor) -> Tensor:
     if not (frozen and torch.is_grad_enabled() and x.requires_grad):
         return nn.Conv2d.forward(module, x)
     how = (module.stride, module.padding, module.dilation, module.groups)
-    answer: Tensor = _FrozenConv.apply(x, module.weight, module.bias, how)  # type: ignore[no-untyped-call]
-    return answer
+    output: Tensor = _FrozenConv.apply(x, module.weight, module.bias, how)  # type: ignore[no-untyped-call]
+    return output
 
 
 class _FrozenConv(Function):
@@ -111,7 +112,7 @@ class _FrozenConv(Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.how
-        # Only the input's shape is looked at where no gradient of the weight is asked for.
+        # Without a gradient of the weight, only the input's shape is used.
         shape = grad.new_empty(1).expand(ctx.shape)
         mask = [True, False, False]
         found = _aten.convolution_backward(
@@ -143,7 +144,7 @@ class _NormSilu(Function):
 
 
 class _Geglu(Function):
-    """hidden * GELU(gate) of their concatenation (B, T, 2d), which is all that it keeps.
+    """hidden * GELU(gate) of their concatenation (B, T, 2d), the only tensor that it keeps.
 
     Source: Shazeer 2002.05202, equation 6.
     """

@@ -1,6 +1,7 @@
-"""The loss on images that are never trained on, at noise levels and noise that never change.
+"""The validation loss: on images that are never trained, at fixed timesteps and with fixed noise.
 
-The same numbers are asked of every epoch, so that two epochs differ by what was learned and by nothing else.
+Measured at the end of every epoch, so that epochs differ only by what was learned; the copy check measures training
+images in the same way.
 """
 
 from __future__ import annotations
@@ -19,21 +20,21 @@ from sdlora.lora.inject import Adapter
 from sdlora.training.data import TrainingData
 from sdlora.training.loss import Batch, diffusion_loss
 
-LEVELS_PER_BAND = 2
-NUM_LEVELS = NUM_BANDS * LEVELS_PER_BAND
+TIMESTEPS_PER_BAND = 2
+NUM_MEASURED = NUM_BANDS * TIMESTEPS_PER_BAND
 
 
 class Validation:
     """Measures an adapter on validation images.
 
     Args:
-        data: The validation images; their own captions are used as they are.
-        adapter: What is measured; switched off, it gives the losses of the base.
+        data: The validation images with their own captions.
+        adapter: Switched off, it gives the base model's losses.
         seed: The run's seed, for the noise.
 
     Attributes:
-        losses_off: Of the base, as `image_losses` gives them for all images; None until measured.
-        losses_on: The same with the adapter, as last measured.
+        losses_off: The base model's losses of all images, see `image_losses`; None until measured.
+        losses_on: Those with the adapter, as last measured.
     """
 
     def __init__(self, data: TrainingData, adapter: Adapter, seed: int) -> None:
@@ -44,10 +45,10 @@ class Validation:
         self.losses_on: Tensor | None = None
 
     def measure(self, event: EpochDone) -> EpochDone:
-        """The event with its validation losses: their mean, by band, and by band the adapter on minus off."""
+        """The event with its validation losses: mean, by band, and by band with the adapter on minus off."""
         indices = range(len(self.data.dataset.examples))
         if self.losses_off is None:
-            # The base never changes, so one look is enough, whether the run begins here or goes on.
+            # The base model never changes, so it is measured once, whether the run starts or resumes.
             with self._adapter.disabled():
                 self.losses_off = image_losses(self.data, indices, self._seed)
         self.losses_on = image_losses(self.data, indices, self._seed)
@@ -62,32 +63,32 @@ class Validation:
 
 @torch.no_grad()
 def image_losses(data: TrainingData, indices: Sequence[int], seed: int) -> Tensor:
-    """Mean squared error of each image at fixed noise levels, with noise that depends on nothing but its name.
+    """Mean squared error of each image at fixed timesteps, with noise that depends only on its name and the seed.
 
-    Every image is asked at the middles of ten equal slices of the timesteps, two to a band.
+    The timesteps are the middles of ten equal slices, two to a band.
 
     Args:
-        data: Any images, trained or held out.
+        data: Training or validation images.
         indices: Which of them, P in all.
         seed: The run's seed, for the noise.
 
     Returns:
-        (P, NUM_BANDS, LEVELS_PER_BAND) on the base's device, unweighted, from the lowest noise to the highest.
+        (P, NUM_BANDS, TIMESTEPS_PER_BAND) on the base model's device, unweighted, from the lowest noise to the highest.
     """
     base = data.cache.base
-    levels = [int((level + 0.5) * NUM_TIMESTEPS / NUM_LEVELS) for level in range(NUM_LEVELS)]
+    timesteps = [int((index + 0.5) * NUM_TIMESTEPS / NUM_MEASURED) for index in range(NUM_MEASURED)]
     losses: list[Tensor] = []
     for index in indices:
         moments = data.moments([index])
         mean = moments.chunk(2, dim=1)[0]
-        noise = [seeds.normal(mean.shape[1:], seed, "heldout noise", data.name(index), level) for level in levels]
-        text = {name: states.expand(NUM_LEVELS, *states.shape[1:]) for name, states in data.text([(index, 1)]).items()}
-        latents = base.sample_latents(moments, torch.zeros_like(mean)).expand(NUM_LEVELS, -1, -1, -1)
-        losses.append(diffusion_loss(base, Batch(latents, torch.stack(noise), torch.tensor(levels), text)))
-    return torch.stack(losses).view(-1, NUM_BANDS, LEVELS_PER_BAND)
+        noise = [seeds.normal(mean.shape[1:], seed, "heldout noise", data.name(index), t) for t in timesteps]
+        text = {name: value.expand(NUM_MEASURED, *value.shape[1:]) for name, value in data.text([(index, 1)]).items()}
+        latents = base.sample_latents(moments, torch.zeros_like(mean)).expand(NUM_MEASURED, -1, -1, -1)
+        losses.append(diffusion_loss(base, Batch(latents, torch.stack(noise), torch.tensor(timesteps), text)))
+    return torch.stack(losses).view(-1, NUM_BANDS, TIMESTEPS_PER_BAND)
 
 
 def _means(losses: Tensor) -> list[float]:
-    """By band, over (P, NUM_BANDS, LEVELS_PER_BAND)."""
+    """By band, over (P, NUM_BANDS, TIMESTEPS_PER_BAND)."""
     means: list[float] = losses.mean(dim=(0, 2)).tolist()
     return means

@@ -74,5 +74,5 @@ def test_a_checkpoint_of_a_later_version_is_refused_with_its_name(scene: Scene, 
     with pytest.raises(OutputError, match=r"written by sdlora 9\.8\.7, in a format \(number 99\)"):
         load_checkpoint(tmp_path / "checkpoint", parts.trainer)
     counters.write_text("{half", encoding="utf-8")
-    with pytest.raises(OutputError, match=r"is damaged .* go on from the one before it"):
+    with pytest.raises(OutputError, match=r"checkpoint is damaged"):
         load_checkpoint(tmp_path / "checkpoint", parts.trainer)

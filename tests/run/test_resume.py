@@ -31,7 +31,7 @@ class Wire(Processes):
         return True
 
 
-def test_a_checkpoint_is_sent_to_machines_that_do_not_see_it(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_checkpoint_is_sent_to_machines_that_do_not_see_it(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     main, other = (make_trainer(tiny_base, images, tmp_path) for _ in range(2))
     for _ in main.events(lambda: main.position.step == 3):
         pass

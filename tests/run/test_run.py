@@ -58,7 +58,7 @@ def stop_after(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Callable[[], 
 StopAfter = Callable[[int], Callable[[], bool]]
 
 
-def test_a_run_leaves_everything_a_person_needs(tmp_path: Path, overrides: list[str], others: Path) -> None:
+def test_run_leaves_its_files_and_events(tmp_path: Path, overrides: list[str], others: Path) -> None:
     folder = tmp_path / "run"
     events = run(folder, [*overrides, f"data.validation_folder={others}", "data.repeats=2"])
     plan = next(event for event in events if isinstance(event, PlanMade))
@@ -107,7 +107,7 @@ def test_metrics_have_the_promised_keys_and_every_exposure_once(tmp_path: Path, 
     assert epochs[0]["train_bands"] is epochs[1]["heldout_bands"] is epochs[1]["heldout_change"] is None
 
 
-def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(
+def test_stopped_and_resumed_run_ends_in_the_same_bytes(
     tmp_path: Path, overrides: list[str], others: Path, stop_after: StopAfter
 ) -> None:
     options = [*overrides, "data.repeats=3", "train.log_every_steps=2", f"data.validation_folder={others}"]
@@ -126,7 +126,7 @@ def test_a_stopped_and_resumed_run_ends_in_the_same_bytes(
     assert metrics(whole)[-1]["heldout_change"] is not None
 
 
-def test_the_page_is_there_after_every_epoch(tmp_path: Path, overrides: list[str]) -> None:
+def test_page_is_written_after_every_epoch(tmp_path: Path, overrides: list[str]) -> None:
     source = tmp_path / "hero.toml"
     source.write_text(CONFIG, encoding="utf-8")
     for event in start(load_config(str(source), overrides), tmp_path / "run"):
@@ -170,9 +170,7 @@ def test_every_form_of_adapter_resumes_in_the_same_bytes(
     assert without_times(metrics(cut)) == without_times(metrics(whole))
 
 
-def test_a_run_that_needs_too_much_memory_goes_on_with_less(
-    tmp_path: Path, overrides: list[str], stop_after: StopAfter
-) -> None:
+def test_run_out_of_memory_resumes_with_less(tmp_path: Path, overrides: list[str], stop_after: StopAfter) -> None:
     options = [*overrides, "preview.enabled=false", f"cache.dir={tmp_path / 'shared'}"]
     whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
     for folder in (whole, cut):
@@ -187,7 +185,7 @@ def test_a_run_that_needs_too_much_memory_goes_on_with_less(
 
 
 @pytest.mark.slow
-def test_a_compiled_run_resumes_in_the_same_bytes_or_without_its_compiler(
+def test_compiled_run_resumes_in_the_same_bytes_or_without_its_compiler(
     tmp_path: Path, overrides: list[str], stop_after: StopAfter
 ) -> None:
     options = [*overrides, f"cache.dir={tmp_path / 'shared'}", 'lora.targets=["cross_attention", "self_attention"]']
@@ -210,7 +208,7 @@ def test_a_compiled_run_resumes_in_the_same_bytes_or_without_its_compiler(
             assert (files[name][key] - tensor).norm() <= 1e-3 * tensor.norm(), (name, key)
 
 
-def test_the_loss_of_a_timestep_rank_elsewhere_is_measured_and_said(tmp_path: Path, overrides: list[str]) -> None:
+def test_timestep_rank_ignored_by_other_programs_is_measured_and_reported(tmp_path: Path, overrides: list[str]) -> None:
     options = [*overrides, "preview.enabled=false", "lora.timestep_rank_min=1", "train.learning_rate=1e-2"]
     events = run(tmp_path / "run", options)
     proof = json.loads((tmp_path / "run" / "epochs" / "2" / "proof.json").read_text())
@@ -220,7 +218,7 @@ def test_the_loss_of_a_timestep_rank_elsewhere_is_measured_and_said(tmp_path: Pa
     assert "ignore the timestep rank" in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_folder_with_another_run_is_left_alone(tmp_path: Path, overrides: list[str]) -> None:
+def test_folder_with_another_run_is_left_alone(tmp_path: Path, overrides: list[str]) -> None:
     folder = tmp_path / "run"
     folder.mkdir()
     (folder / "config.toml").write_text("mine")
@@ -232,7 +230,7 @@ def test_a_folder_with_another_run_is_left_alone(tmp_path: Path, overrides: list
         run(folder, overrides)
 
 
-def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path, overrides: list[str]) -> None:
+def test_resuming_with_other_settings_is_refused(tmp_path: Path, overrides: list[str]) -> None:
     folder = tmp_path / "run"
     with pytest.raises(Stopped):
         run(folder, [*overrides, "preview.enabled=false"], should_stop=lambda: True)
@@ -244,7 +242,7 @@ def test_a_run_goes_on_only_with_its_own_settings(tmp_path: Path, overrides: lis
     run(folder, [*overrides, "preview.enabled=false", "train.log_every_steps=3"], resume=True)
 
 
-def test_a_run_goes_on_only_with_its_own_images(
+def test_resuming_with_other_images_is_refused(
     tmp_path: Path, overrides: list[str], images: Path, stop_after: StopAfter
 ) -> None:
     mine = tmp_path / "mine"
@@ -265,7 +263,7 @@ def test_a_run_goes_on_only_with_its_own_images(
     assert isinstance(run(tmp_path / "run", options, resume=True)[-1], RunDone)
 
 
-def test_previews_of_captions_call_the_trigger(tmp_path: Path, overrides: list[str]) -> None:
+def test_previews_of_captions_contain_the_trigger(tmp_path: Path, overrides: list[str]) -> None:
     changes = [*overrides, "preview.prompts=[]", "preview.num_captions=3"]
     run(tmp_path / "run", [*changes, "train.epochs=1"])
     log = (tmp_path / "run" / "log.txt").read_text()
@@ -279,14 +277,14 @@ def test_previews_of_captions_call_the_trigger(tmp_path: Path, overrides: list[s
     assert all(prompt.startswith("zumi ") for prompt in request.prompts[3:])
 
 
-def test_what_a_person_should_know_is_said(tmp_path: Path, overrides: list[str]) -> None:
+def test_high_rank_is_reported(tmp_path: Path, overrides: list[str]) -> None:
     options = [*overrides, "preview.enabled=false", "lora.rank=33", "train.epochs=1"]
     events = run(tmp_path / "run", options)
     told = " ".join(event.message for event in events if isinstance(event, Notice))
     assert "Rank 33 needs more memory and copies the training images more easily" in told
 
 
-def test_captions_too_many_to_keep_are_told(tmp_path: Path, overrides: list[str], images: Path) -> None:
+def test_captions_too_many_to_cache_are_reported(tmp_path: Path, overrides: list[str], images: Path) -> None:
     mine = tmp_path / "mine"
     shutil.copytree(images, mine)
     (mine / "red.txt").write_text("a red ball, one, two, three, four")
@@ -298,7 +296,7 @@ def test_captions_too_many_to_keep_are_told(tmp_path: Path, overrides: list[str]
     assert digests(tmp_path / "kept") == digests(tmp_path / "live")
 
 
-def test_doubts_about_the_images_are_said_before_training(tmp_path: Path, overrides: list[str]) -> None:
+def test_warnings_about_images_come_before_training(tmp_path: Path, overrides: list[str]) -> None:
     folder = tmp_path / "set"
     folder.mkdir()
     scene, other = render(random_scene(0)), render(random_scene(1))
@@ -328,7 +326,7 @@ def test_validation_loss_chooses_the_epoch(tmp_path: Path, overrides: list[str],
 CHECKED = ["copycheck.enabled=true", "train.epochs=3", "preview.num_captions=1"]
 
 
-def test_every_epoch_is_checked_and_one_that_copies_is_not_kept(
+def test_epoch_that_copies_is_not_kept(
     tmp_path: Path, overrides: list[str], others: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     copying_from(2, monkeypatch)
@@ -362,7 +360,7 @@ def test_training_stops_at_the_first_epoch_that_copies(
     assert not (tmp_path / "run" / "epochs" / "3").exists()
 
 
-def test_the_check_does_not_disturb_training(tmp_path: Path, overrides: list[str]) -> None:
+def test_copy_check_leaves_training_unchanged(tmp_path: Path, overrides: list[str]) -> None:
     run(tmp_path / "with", [*overrides, *CHECKED])
     run(tmp_path / "without", [*overrides, *CHECKED, "copycheck.enabled=false"])
     first, second = (tmp_path / name / "epochs" / "3" / "adapter.safetensors" for name in ("with", "without"))
@@ -370,7 +368,7 @@ def test_the_check_does_not_disturb_training(tmp_path: Path, overrides: list[str
     assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
 
 
-def test_a_run_can_be_stopped_before_it_trains(tmp_path: Path, overrides: list[str]) -> None:
+def test_run_can_be_stopped_before_training(tmp_path: Path, overrides: list[str]) -> None:
     done: list[str] = []
 
     def in_phase(phase: str) -> Callable[[], bool]:

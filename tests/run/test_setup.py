@@ -29,7 +29,7 @@ def products() -> Iterator[None]:
         ("cpu", torch.bfloat16, "medium"),
     ],
 )
-def test_what_stays_in_float32_on_a_gpu_is_as_fine_as_the_unet(
+def test_float32_matmul_precision_on_a_gpu_follows_the_unets_type(
     device: str, dtype: torch.dtype, expected: str, products: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     torch.set_float32_matmul_precision("medium")  # what a CPU is left at

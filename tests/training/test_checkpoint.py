@@ -19,7 +19,7 @@ def train_and_save(trainer: Trainer, folder: Path) -> list[Path]:
     ]
 
 
-def test_a_checkpoint_brings_everything_back(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_loaded_checkpoint_restores_the_trainer(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_base, images, tmp_path, checkpoint_every_steps=1)
     saved = train_and_save(trainer, tmp_path / "c")
     assert len(saved) == 5
@@ -37,7 +37,7 @@ def test_a_checkpoint_brings_everything_back(tiny_base: Path, images: Path, tmp_
         assert all(torch.equal(value, states[1][index][name]) for name, value in values.items())
 
 
-def test_frozen_starts_are_those_of_the_run_that_saved_them(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_loaded_checkpoint_restores_initial_factors(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_base, images, tmp_path, spec=AdapterSpec(init="pissa"))
     saved = save_checkpoint(tmp_path / "c", trainer, {})
     other = make_trainer(tiny_base, images, tmp_path, spec=AdapterSpec(init="pissa"))
@@ -49,7 +49,7 @@ def test_frozen_starts_are_those_of_the_run_that_saved_them(tiny_base: Path, ima
         assert torch.equal(ours, theirs)
 
 
-def test_half_a_checkpoint_is_none(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_incomplete_checkpoint_is_ignored(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_base, images, tmp_path, checkpoint_every_steps=2)
     saved = train_and_save(trainer, tmp_path / "c")
     (saved[-1] / "complete.json").unlink()
@@ -57,7 +57,7 @@ def test_half_a_checkpoint_is_none(tiny_base: Path, images: Path, tmp_path: Path
     assert complete_checkpoints(tmp_path / "nowhere") == []
 
 
-def test_another_adapter_is_refused(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_checkpoint_of_another_adapter_is_refused(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_base, images, tmp_path)
     saved = save_checkpoint(tmp_path / "c", trainer, {})
     trainer.adapter.layers.popitem()

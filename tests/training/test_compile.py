@@ -89,7 +89,7 @@ def compilations() -> Iterator[list[int]]:
     found.append(counters["stats"]["unique_graphs"] - before)
 
 
-def test_several_steps_train_the_same_and_blocks_share_what_is_compiled(unet: Any) -> None:
+def test_compiled_steps_train_the_same_and_blocks_share_a_graph(unet: Any) -> None:
     plain, own = Side(unet, ATTENTION), Side(unet, ATTENTION, compiled=True)
     counters.clear()
     assert worst(own.gradients(), plain.gradients()) <= 1e-4
@@ -124,7 +124,7 @@ def test_several_steps_train_the_same_and_blocks_share_what_is_compiled(unet: An
         pytest.param(["cross_attention", "mlp"], AdapterSpec(dora=True), {}, marks=pytest.mark.slow),
     ],
 )
-def test_every_kind_of_adapter_has_the_same_gradients_in_one_graph(
+def test_compiled_gradients_of_every_kind_of_adapter_are_the_same(
     unet: Any, targets: list[str], spec: AdapterSpec | None, options: dict[str, Any], traced: None
 ) -> None:
     exact = copy.deepcopy(unet).double()
@@ -135,7 +135,7 @@ def test_every_kind_of_adapter_has_the_same_gradients_in_one_graph(
     assert not counters["graph_break"]
 
 
-def test_a_base_in_bfloat16_has_gradients_as_near_to_the_true_ones(unet: Any, traced: None) -> None:
+def test_compiled_gradients_in_bfloat16_are_as_accurate(unet: Any, traced: None) -> None:
     low = copy.deepcopy(unet).to(torch.bfloat16)
     exact = copy.deepcopy(low).double()
     expected, *found = (
@@ -146,7 +146,7 @@ def test_a_base_in_bfloat16_has_gradients_as_near_to_the_true_ones(unet: Any, tr
     assert own <= 1.2 * plain
 
 
-def test_the_next_step_on_a_kept_base_is_as_it_asks(unet: Any, traced: None) -> None:
+def test_reused_base_follows_the_next_runs_setting(unet: Any, traced: None) -> None:
     side = Side(unet, ATTENTION, compiled=True)
     with compilations() as num:
         first = side.gradients()
@@ -161,7 +161,7 @@ def test_the_next_step_on_a_kept_base_is_as_it_asks(unet: Any, traced: None) -> 
         assert num == [expected]
 
 
-def test_kinds_past_the_limit_are_computed_without(unet: Any, traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kinds_past_the_limit_run_uncompiled(unet: Any, traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compile, "MAX_KINDS", 2)
     plain, own = Side(unet, ATTENTION), Side(unet, ATTENTION, compiled=True)
     with compilations() as num:
@@ -170,7 +170,9 @@ def test_kinds_past_the_limit_are_computed_without(unet: Any, traced: None, monk
     assert num == [2]
 
 
-def test_a_missing_compiler_is_told_before_training(unet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_compiler_is_refused_before_training(
+    unet: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     # What was compiled before would be found again.
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     with (
@@ -180,7 +182,7 @@ def test_a_missing_compiler_is_told_before_training(unet: Any, tmp_path: Path, m
         Side(unet, ATTENTION, compiled=True)
 
 
-def test_a_failure_to_compile_says_how_to_go_on(unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_compilation_says_how_to_resume(unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise ValueError("nothing works")
 

@@ -69,7 +69,7 @@ def test_one_two_and_four_processes_train_the_same_adapter(
     assert [(one / "runs").is_dir() for one in stores] == [True, False, True, False], "the main process alone writes"
 
 
-def test_what_is_prior_weighs_the_same_on_two_processes(tmp_path: Path, overrides: list[str]) -> None:
+def test_prior_preservation_on_two_processes_is_the_same(tmp_path: Path, overrides: list[str]) -> None:
     # Of two processes that share a batch, one may have all that is kept of it.
     words = ["data.trigger=a", 'data.class_words=["cat"]', "train.preservation_weight=2", "train.preservation_every=3"]
     file = config_file(tmp_path, overrides, *words, "data.repeats=8")
@@ -87,7 +87,7 @@ def step_losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_a_process_that_dies_ends_the_run_and_another_number_goes_on(tmp_path: Path, overrides: list[str]) -> None:
+def test_run_resumes_with_another_number_of_processes_after_one_dies(tmp_path: Path, overrides: list[str]) -> None:
     file = config_file(tmp_path, overrides, "train.checkpoint_every_steps=4", "train.log_every_steps=1")
     run(file, Run(1, str(tmp_path / "1"), [str(tmp_path)]))
     cut, tried = (
@@ -126,7 +126,7 @@ def kill_a_follower(launcher: int, folder: Path) -> bool:
     return False
 
 
-def test_alone_nothing_is_exchanged() -> None:
+def test_single_process_exchanges_nothing() -> None:
     layer = nn.Linear(2, 2)
     ALONE.sum_gradients(layer.parameters())
     assert layer.weight.grad is None
@@ -145,7 +145,7 @@ def test_shares_cover_a_batch_and_keep_its_places(count: int) -> None:
     assert whole.tolist() == batch
 
 
-def test_one_device_for_all_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_device_for_several_processes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ConfigError, match="for 2 processes"):
         join("cuda:0")

@@ -10,7 +10,7 @@ from torch import nn
 from sdlora.training.ema import MovingAverage, evaluation_weights
 
 
-def test_the_average_is_the_formula() -> None:
+def test_moving_average_equals_the_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     parameter = nn.Parameter(torch.randn(3, 2, generator=generator))
     average = MovingAverage([parameter], 0.6)
@@ -24,7 +24,7 @@ def test_the_average_is_the_formula() -> None:
         torch.testing.assert_close(average.values[0].double(), expected, rtol=1e-5, atol=1e-6)
 
 
-def test_the_average_is_judged_and_training_goes_on_from_its_own(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_average_is_evaluated_and_training_continues_unchanged(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     plain = make_trainer(tiny_base, images, tmp_path, learning_rate=1e-2)
     trainer = make_trainer(tiny_base, images, tmp_path, learning_rate=1e-2, ema_decay=0.9)
     for each in (plain, trainer):
@@ -38,7 +38,7 @@ def test_the_average_is_judged_and_training_goes_on_from_its_own(tiny_base: Path
     assert all(torch.equal(p, b) for p, b in zip(plain.step.parameters, before, strict=True))
 
 
-def test_schedule_free_is_judged_at_x_and_trained_at_y(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_schedule_free_is_evaluated_at_x_and_trained_at_y(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_base, images, tmp_path, learning_rate=1e-2, optimizer="schedule_free")
     list(trainer.events())
     before = [p.detach().clone() for p in trainer.step.parameters]
@@ -50,7 +50,7 @@ def test_schedule_free_is_judged_at_x_and_trained_at_y(tiny_base: Path, images: 
     assert all(options["train_mode"] for options in trainer.step.optimizer.param_groups)
 
 
-def test_a_failure_inside_brings_the_weights_back() -> None:
+def test_weights_are_restored_after_an_error() -> None:
     parameter = nn.Parameter(torch.ones(2))
     average = MovingAverage([parameter], 0.5)
     average.values[0].zero_()

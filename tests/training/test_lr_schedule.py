@@ -12,11 +12,11 @@ def rates(schedule: Schedule, warmup: int, total: int = 10) -> list[float]:
     ]
 
 
-def test_constant_after_a_linear_warmup() -> None:
+def test_learning_rate_is_constant_after_a_linear_warmup() -> None:
     assert rates("constant", 0) == [2.0] * 10
     assert rates("constant", 4) == [0.5, 1.0, 1.5, 2.0, *[2.0] * 6]
 
 
-def test_cosine_falls_from_the_peak_along_half_a_cosine() -> None:
+def test_cosine_schedule_falls_along_half_a_cosine() -> None:
     expected = [2.0 * 0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
     assert rates("cosine", 2) == pytest.approx([1.0, 2.0, *expected])

@@ -59,7 +59,7 @@ def worst(found: list[torch.Tensor], expected: list[torch.Tensor]) -> float:
 
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("targets", [["cross_attention"], ["self_attention", "cross_attention"], UNET_TARGETS])
-def test_gradients_are_pefts(unet: Any, targets: list[str], checkpointing: bool) -> None:
+def test_gradients_equal_pefts(unet: Any, targets: list[str], checkpointing: bool) -> None:
     own, other = copy.deepcopy(unet), copy.deepcopy(unet)
     adapter = adapted(own, targets)
     twin = peft_twin(other, adapter)
@@ -81,7 +81,7 @@ def test_gradients_are_pefts(unet: Any, targets: list[str], checkpointing: bool)
         AdapterSpec(rslora=True),
     ],
 )
-def test_other_kinds_of_adapter_train_as_before(unet: Any, spec: AdapterSpec) -> None:
+def test_gradients_of_other_kinds_of_adapter_equal_the_plain_models(unet: Any, spec: AdapterSpec) -> None:
     own, other = copy.deepcopy(unet).double(), copy.deepcopy(unet).double()
     targets = ["self_attention", "cross_attention"]
     adapter, plain = adapted(own, targets, spec), adapted(other, targets, spec)
@@ -127,7 +127,7 @@ def test_ten_steps_end_in_the_same_weights_as_with_peft(unet: Any) -> None:
     assert worst(moved, [e - s for e, s in zip(expected, start, strict=True)]) < 1e-2
 
 
-def test_every_element_of_a_moves_on_a_base_in_bfloat16(unet: Any) -> None:
+def test_every_element_of_a_moves_on_a_bfloat16_base(unet: Any) -> None:
     own = copy.deepcopy(unet).to(torch.bfloat16)
     adapter = adapted(own, ["self_attention", "cross_attention"], moved=False)
     before = [p.detach().clone() for p in adapter.down_parameters()]
@@ -143,7 +143,7 @@ def test_every_element_of_a_moves_on_a_base_in_bfloat16(unet: Any) -> None:
         assert bool((parameter != start).all())
 
 
-def test_only_few_long_tensors_are_trained(unet: Any) -> None:
+def test_optimizer_gets_few_long_tensors(unet: Any) -> None:
     own = copy.deepcopy(unet)
     adapter = adapted(own, ["cross_attention"])
     step = lean(own, adapter)
@@ -156,7 +156,7 @@ def test_only_few_long_tensors_are_trained(unet: Any) -> None:
     assert len(by_matrix.parameters()) == len(adapter.parameters())
 
 
-def test_the_step_keeps_less_than_pefts(unet: Any) -> None:
+def test_step_keeps_less_for_the_backward_pass_than_pefts(unet: Any) -> None:
     own, other = copy.deepcopy(unet), copy.deepcopy(unet)
     adapter = adapted(own, ["self_attention", "cross_attention"])
     peft_twin(other, adapter)

@@ -50,7 +50,7 @@ def ours(name: str, rate: float) -> list[Tensor]:
     )
 
 
-def test_adamw_is_the_formula() -> None:
+def test_adamw_equals_the_formula() -> None:
     found = ours("adamw", 0.01)
     theta, m, v = found[0].double(), torch.zeros(4, 3).double(), torch.zeros(4, 3).double()
     for t, g in enumerate(gradients(), start=1):
@@ -61,7 +61,7 @@ def test_adamw_is_the_formula() -> None:
         torch.testing.assert_close(found[t].double(), theta, rtol=1e-5, atol=1e-6)
 
 
-def test_lion_is_the_formula() -> None:
+def test_lion_equals_the_formula() -> None:
     found = ours("lion", 0.01)
     theta, m = found[0].double(), torch.zeros(4, 3).double()
     for t, g in enumerate(gradients(), start=1):
@@ -70,7 +70,7 @@ def test_lion_is_the_formula() -> None:
         torch.testing.assert_close(found[t].double(), theta, rtol=1e-5, atol=1e-6)
 
 
-def test_the_others_are_their_libraries() -> None:
+def test_other_optimizers_equal_their_libraries() -> None:
     def schedule_free(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
         made = schedulefree.AdamWScheduleFree(parameters, lr=0.01, weight_decay=0.1)
         made.train()
@@ -92,7 +92,7 @@ def test_prodigy_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().out == ""
 
 
-def test_every_part_moves_at_its_own_rate(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_every_group_has_its_learning_rate(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     trainer = make_trainer(
         tiny_base, images, tmp_path, targets=("cross_attention", "text_encoder"), spec=AdapterSpec(dora=True)
     )
@@ -113,7 +113,9 @@ def test_every_part_moves_at_its_own_rate(tiny_base: Path, images: Path, tmp_pat
 
 
 @pytest.mark.parametrize("spec", [AdapterSpec(dora=True), AdapterSpec(init="pissa"), AdapterSpec()])
-def test_decay_pulls_towards_the_base_alone(tiny_base: Path, images: Path, tmp_path: Path, spec: AdapterSpec) -> None:
+def test_weight_decay_pulls_towards_the_base_model_only(
+    tiny_base: Path, images: Path, tmp_path: Path, spec: AdapterSpec
+) -> None:
     trainer = make_trainer(tiny_base, images, tmp_path, spec=spec)
     adapter = trainer.adapter
     optimizer = make_optimizer(OptimizerSettings("adamw", 0.1, weight_decay=0.5), adapter_groups(adapter, 1.0, 1.0))
@@ -128,7 +130,7 @@ def test_decay_pulls_towards_the_base_alone(tiny_base: Path, images: Path, tmp_p
             assert torch.equal(layer.magnitude, before[layer.magnitude])
 
 
-def test_the_trainer_gives_b_its_ratio(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_trainer_applies_the_loraplus_ratio(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     moved = []
     for ratio in (1.0, 8.0):
         trainer = make_trainer(
@@ -147,7 +149,7 @@ def test_the_trainer_gives_b_its_ratio(tiny_base: Path, images: Path, tmp_path: 
 
 
 @pytest.mark.parametrize(("name", "ema_decay"), [*((name, 0.0) for name in RATES), ("adamw", 0.9), ("lion", 0.9)])
-def test_a_resumed_run_is_the_uninterrupted_one(
+def test_resumed_training_equals_uninterrupted_training(
     name: str, ema_decay: float, tiny_base: Path, images: Path, tmp_path: Path
 ) -> None:
     options = {"optimizer": name, "learning_rate": RATES[name], "ema_decay": ema_decay, "warmup_steps": 2}
@@ -183,13 +185,13 @@ def compare(left: list[nn.Parameter], right: list[nn.Parameter]) -> None:
 @pytest.mark.parametrize(
     ("name", "module"), [("prodigy", "prodigyopt"), ("lion", "lion_pytorch"), ("schedule_free", "schedulefree")]
 )
-def test_a_missing_package_is_named(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_package_is_named(name: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ConfigError, match=r"pip install 'sdlora\[optimizers\]'"):
         ours(name, 1.0)
 
 
-def test_eight_bits_need_a_gpu() -> None:
+def test_8bit_adamw_without_a_gpu_is_refused() -> None:
     with pytest.raises(ConfigError, match="needs a GPU, and this run is on cpu"):
         ours("adamw8bit", 1e-3)
 
@@ -203,6 +205,6 @@ def test_eight_bits_need_a_gpu() -> None:
         ({"optimizer": "prodigy", "learning_rate": 1, "loraplus_lr_ratio": 4}, "one learning rate for everything"),
     ],
 )
-def test_impossible_pairs_are_refused(train: dict[str, Any], message: str) -> None:
+def test_incompatible_settings_are_refused(train: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config({"data": {"folder": "x"}, "train": train}, name="n")

@@ -30,7 +30,7 @@ def answer(unet: Any, x: torch.Tensor) -> torch.Tensor:
     return found
 
 
-def test_answers_and_gradients_are_the_same_bits_and_less_is_kept() -> None:
+def test_outputs_and_gradients_are_bit_identical_and_less_is_kept() -> None:
     plain = make_unet()
     lean = copy.deepcopy(plain)
     keep_little(lean)
@@ -58,7 +58,7 @@ def test_trained_convolutions_keep_what_they_need() -> None:
     assert unet.conv_in.weight.grad.abs().sum() > 0
 
 
-def test_each_operation_keeps_what_cannot_be_had_again() -> None:
+def test_each_operation_keeps_what_cannot_be_recomputed() -> None:
     x = torch.randn(2, 16, 8, 8, requires_grad=True)
     block = ResnetBlock2D(in_channels=16, temb_channels=None, groups=4).requires_grad_(False)
     gate = GEGLU(16, 32).requires_grad_(False)

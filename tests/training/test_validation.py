@@ -15,7 +15,7 @@ def means_by_band(data: TrainingData, seed: int) -> list[float]:
     return found
 
 
-def test_bands_are_means_over_fixed_levels_and_fixed_noise(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_bands_are_means_over_fixed_timesteps_and_noise(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_base, images, tmp_path)
     data, base = trainer.data, trainer.base
     expected: list[list[float]] = [[] for _ in range(5)]
@@ -34,7 +34,7 @@ def test_bands_are_means_over_fixed_levels_and_fixed_noise(tiny_base: Path, imag
     assert means_by_band(data, 3) == found != means_by_band(data, 4)
 
 
-def test_the_change_is_the_adapter_on_minus_off(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_change_is_loss_with_adapter_on_minus_off(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_base, images, tmp_path)
     fresh = Validation(trainer.data, trainer.adapter, 3)
     base = fresh.measure(EpochDone(0, 0, None, None, 0.0))
@@ -54,7 +54,7 @@ def test_the_change_is_the_adapter_on_minus_off(tiny_base: Path, images: Path, t
     assert Validation(trainer.data, trainer.adapter, 3).measure(event) == moved
 
 
-def test_a_images_losses_are_its_own_whatever_others_are_asked(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_losses_of_an_image_do_not_depend_on_other_images(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     data = make_trainer(tiny_base, images, tmp_path).data
     everything = image_losses(data, range(5), 3)
     assert everything.shape == (5, 5, 2)
@@ -64,7 +64,7 @@ def test_a_images_losses_are_its_own_whatever_others_are_asked(tiny_base: Path, 
     assert means_by_band(data, 3) == pytest.approx(by_hand.tolist(), abs=1e-6)
 
 
-def test_what_was_measured_of_every_image_is_kept(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+def test_measured_losses_of_images_are_kept(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_base, images, tmp_path)
     measured = Validation(trainer.data, trainer.adapter, 3)
     assert measured.losses_off is None
