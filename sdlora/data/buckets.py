@@ -1,6 +1,6 @@
-"""Aspect-ratio buckets: the few sizes that images are trained at, so that none is cropped much.
+"""Aspect-ratio buckets: a few training sizes, so that wide and tall images lose little to the crop.
 
-Pure arithmetic.
+Pure arithmetic; `Dataset.with_buckets` assigns them.
 """
 
 from __future__ import annotations
@@ -13,15 +13,15 @@ Bucket = tuple[int, int]
 
 
 def make_buckets(resolution_px: int, step_px: int, max_aspect: float = 2.0) -> list[Bucket]:
-    """All sizes of about a square's area, up to an aspect ratio.
+    """The training sizes of about the same area as a square.
 
     Args:
-        resolution_px: Edge of the square whose area no bucket exceeds.
-        step_px: Widths and heights are multiples of this (the square itself is kept as it is).
-        max_aspect: The longer edge over the shorter, at least 1.
+        resolution_px: Edge of the square, whose area no bucket exceeds.
+        step_px: Widths and heights are multiples of this, except those of the square itself.
+        max_aspect: Longest edge divided by the shortest, at least 1.
 
     Returns:
-        Sizes from tall to wide, the square among them; for every width the tallest that fits.
+        Sizes from tall to wide, including the square; for every width the tallest that fits.
     """
     found = {(resolution_px, resolution_px)}
     for short in range(step_px, resolution_px + 1, step_px):
@@ -32,7 +32,7 @@ def make_buckets(resolution_px: int, step_px: int, max_aspect: float = 2.0) -> l
 
 
 def choose_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
-    """The bucket whose aspect ratio is nearest (by the ratio of ratios), the larger one of two alike."""
+    """The bucket with the nearest aspect ratio (by the ratio of the two), the larger one of two equally near."""
     aspect = math.log(width / height)
     return min(buckets, key=lambda b: (round(abs(math.log(b[0] / b[1]) - aspect), 9), -b[0] * b[1]))
 
@@ -41,10 +41,10 @@ def assign_buckets(sizes: Sequence[Bucket], resolution_px: int, step_px: int, *,
     """The bucket of each image.
 
     Args:
-        sizes: The images' own widths and heights in pixels.
-        resolution_px: Edge of the square that sets the area of buckets.
-        step_px: Step of the buckets' sizes.
-        buckets: False crops everything to the square.
+        sizes: Width and height of each image in pixels.
+        resolution_px: Edge of the square that sets the buckets' area.
+        step_px: Widths and heights of buckets are multiples of this.
+        buckets: False crops all images to the square.
     """
     choices = make_buckets(resolution_px, step_px) if buckets else [(resolution_px, resolution_px)]
     return [choose_bucket(*size, choices) for size in sizes]

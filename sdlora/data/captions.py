@@ -1,4 +1,7 @@
-"""Captions: where they are read from, and what becomes of one at a given exposure."""
+"""Captions: reading them from files, and the text that is trained at each exposure.
+
+`dataset` reads them; `training.data` and `cache` ask for the text of every exposure.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,11 @@ METADATA = "metadata.jsonl"
 
 
 def read_captions(folder: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """All captions of a folder by image file name (from `metadata.jsonl`) or stem (from `.txt` sidecars).
+    """The captions of a folder, from `metadata.jsonl` and `.txt` sidecars.
 
     Returns:
-        The captions: keys are file names for `metadata.jsonl` and "STEM.txt" for sidecars; values are stripped, never
-        empty. And the faults: a file that cannot be read, and a sentence that says why.
+        Captions by image file name (from `metadata.jsonl`) or "STEM.txt" (from sidecars), stripped and not empty; and
+        errors as pairs of a file name and a message.
     """
     captions: dict[str, str] = {}
     faults: list[tuple[str, str]] = []
@@ -47,7 +50,7 @@ def _read(path: Path) -> str:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path.name}: not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+            f"{path.name}: not valid UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
         ) from error
 
 
@@ -55,7 +58,7 @@ def _entry(line: str, number: int) -> dict[str, str]:
     try:
         entry = json.loads(line)
         name, text = entry["file_name"], entry["text"]
-        # JSON can spell halves of characters, which no text holds.
+        # JSON can escape lone surrogates, which are not valid text.
         f"{name}{text}".encode()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f'{METADATA}, line {number}: expected {{"file_name": …, "text": …}}.') from error
@@ -65,17 +68,17 @@ def _entry(line: str, number: int) -> dict[str, str]:
 
 
 def _word(word: str) -> re.Pattern[str]:
-    """The word itself, in any case, and not as a part of another."""
+    """Matches a whole word, ignoring case."""
     return re.compile(rf"(?<!\w){re.escape(word)}(?!\w)", flags=re.IGNORECASE)
 
 
 def has_word(caption: str, word: str) -> bool:
-    """Whether a caption holds a word, in any case, and not as a part of another."""
+    """Whether a caption contains a whole word, ignoring case."""
     return _word(word).search(caption) is not None
 
 
 def with_trigger(caption: str, trigger: str | None) -> str:
-    """The caption with the trigger word in front, unless it contains the word already."""
+    """The caption with the trigger word in front, unless it already contains it."""
     if not trigger or has_word(caption, trigger):
         return caption
     return f"{trigger}, {caption}" if caption else trigger
@@ -92,17 +95,17 @@ def caption_for_exposure(
     example: str,
     exposure: int,
 ) -> str:
-    """What is trained at one exposure of an image: a pure function of the arguments.
+    """The text that an image is trained on at one exposure; a pure function of the arguments.
 
     Args:
-        caption: The image's own caption.
-        trigger: Put in front where it is missing.
-        shuffle_tags: Whether comma-separated parts change places.
-        keep_tags: How many parts stay in front.
-        dropout: Share of exposures that get no words at all, 0 to 1.
+        caption: The image's caption as written.
+        trigger: Trigger word, put in front if the caption does not contain it.
+        shuffle_tags: Whether comma-separated tags are shuffled.
+        keep_tags: Number of tags that stay in front.
+        dropout: Share of exposures with an empty caption, 0 to 1.
         seed: The run's seed.
         example: The image's name.
-        exposure: From 1.
+        exposure: Number of the exposure, from 1.
     """
     if seeds.uniform(seed, "caption dropout", example, exposure) < dropout:
         return ""
@@ -118,18 +121,18 @@ def caption_for_exposure(
 def prior_caption(
     caption: str, *, trigger: str, class_words: Sequence[str], seed: int, example: str, exposure: int
 ) -> str:
-    """The caption at which the base's answer is preserved at one exposure.
+    """The text at which the base model's prediction is preserved at one exposure.
 
-    At half of the exposures a class word stands in the trigger's place; at the other half there are no words, since
-    guidance subtracts the answer to those from every image (Ho & Salimans 2207.12598, equation 6).
+    At half of the exposures a class word replaces the trigger word. At the other half the caption is empty, since
+    classifier-free guidance uses the prediction for it in every image (Ho & Salimans 2207.12598, equation 6).
 
     Args:
         caption: From `caption_for_exposure`.
-        trigger: The word that is replaced.
-        class_words: One of them is drawn.
+        trigger: The trigger word, which is replaced.
+        class_words: One of them is drawn at random.
         seed: The run's seed.
         example: The image's name.
-        exposure: From 1.
+        exposure: Number of the exposure, from 1.
     """
     if seeds.uniform(seed, "preserved caption", example, exposure) < 0.5:
         return ""

@@ -1,4 +1,7 @@
-"""From a folder to examples: every image decoded once, every fault named at once."""
+"""Datasets: from folders to examples, every image decoded once, all errors reported at once.
+
+A run loads its training, validation and prior images here; the cache and the trainer read them by index.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,7 @@ from PIL import Image
 
 from sdlora.data.buckets import Bucket, assign_buckets
 from sdlora.data.captions import with_trigger
-from sdlora.data.checks import Checkup, copies_between, examine, warnings_in_short
+from sdlora.data.checks import Checkup, copies_between, examine, summarize_warnings
 from sdlora.data.images import crop_to_bucket, load_image
 from sdlora.data.masks import MaskKind, load_mask
 from sdlora.errors import DataError
@@ -18,17 +21,17 @@ from sdlora.errors import DataError
 
 @dataclass(frozen=True)
 class Example:
-    """One image with its words.
+    """One image with its caption.
 
     Attributes:
-        name: File name, with its set's name and a slash in front where there are several; unique.
-        path: Where it is.
-        caption: Its caption as written.
-        bucket: Width and height it is trained at, in pixels; its own size until buckets are assigned.
-        size_px: Its own width and height, upright.
-        mask: What of it is trained; the image itself where that is its alpha channel, None for all of it.
-        trigger: The word that calls up what it shows, if there is one.
-        repeats: How often it is visited in an epoch.
+        name: File name, after the set's name and a slash if the set has a name; unique.
+        path: The image file.
+        caption: The caption as written.
+        bucket: Width and height that it is trained at, in pixels; its own size until buckets are assigned.
+        size_px: Width and height of the file, upright.
+        mask: The mask file; the image itself if its alpha channel is the mask, None to train all of it.
+        trigger: The trigger word, if there is one.
+        repeats: Exposures per epoch.
     """
 
     name: str
@@ -42,7 +45,7 @@ class Example:
 
     @property
     def prompt(self) -> str:
-        """Its caption with the trigger in front, unless it holds the trigger already."""
+        """The caption with the trigger word in front, unless it already contains it."""
         return with_trigger(self.caption, self.trigger)
 
 
@@ -51,9 +54,9 @@ class Dataset:
     """Images that can be trained on.
 
     Attributes:
-        folder: Where they are; the first one where there are several.
+        folder: The folder of the images; the first if there are several.
         examples: The images, by name.
-        notices: What the user should know of it, one sentence each.
+        notices: What the user should know about the images, one sentence each.
     """
 
     folder: Path
@@ -61,12 +64,12 @@ class Dataset:
     notices: tuple[str, ...]
 
     def with_buckets(self, resolution_px: int, bucket_step_px: int, *, buckets: bool) -> Dataset:
-        """The same images, each assigned the bucket nearest to its shape.
+        """The same images, each with the bucket nearest to its aspect ratio.
 
         Args:
-            resolution_px: Edge of the square that sets the area of buckets.
-            bucket_step_px: Step of the buckets' sizes.
-            buckets: False crops everything to the square.
+            resolution_px: Edge of the square that sets the buckets' area.
+            bucket_step_px: Widths and heights of buckets are multiples of this.
+            buckets: False crops all images to the square.
         """
         sizes = [example.bucket for example in self.examples]
         found = assign_buckets(sizes, resolution_px, bucket_step_px, buckets=buckets)
@@ -74,7 +77,7 @@ class Dataset:
         return replace(self, examples=assigned)
 
     def without_masks(self) -> Dataset:
-        """The same images, all of each counting."""
+        """The same images without masks."""
         return replace(self, examples=tuple(replace(example, mask=None) for example in self.examples))
 
 
@@ -112,27 +115,27 @@ def load_dataset(
         DataError: A folder is missing or empty, or images are broken or have no caption; every file is named.
     """
     checkups: dict[str, Checkup] = {}
-    faults: list[str] = []
+    errors: list[str] = []
     for source in sources:
         try:
-            checkups[source.name or ""] = _sound(
+            checkups[source.name or ""] = _checked(
                 source, allow_trigger_only=allow_trigger_only, background=background, masks=masks
             )
         except DataError as error:
-            faults.append(str(error))
-    if faults:
-        raise DataError("\n".join(faults))
+            errors.append(str(error))
+    if errors:
+        raise DataError("\n".join(errors))
     examples: list[Example] = []
     notices: list[str] = []
     for source, (name, checkup) in zip(sources, checkups.items(), strict=True):
         examples += _examples(source, checkup)
-        notices += [f"{name}: {told}" if name else told for told in warnings_in_short(checkup.findings)]
+        notices += [f"{name}: {told}" if name else told for told in summarize_warnings(checkup.findings)]
     shared = copies_between({name: checkup.images for name, checkup in checkups.items()})
-    return Dataset(sources[0].folder, tuple(examples), (*notices, *warnings_in_short(shared)))
+    return Dataset(sources[0].folder, tuple(examples), (*notices, *summarize_warnings(shared)))
 
 
-def _sound(source: Source, *, allow_trigger_only: bool, background: str, masks: MaskKind) -> Checkup:
-    """What is in a folder, unless it has faults."""
+def _checked(source: Source, *, allow_trigger_only: bool, background: str, masks: MaskKind) -> Checkup:
+    """The content of a folder, if it has no errors."""
     checkup = examine(
         source.folder,
         background=background,
@@ -141,10 +144,10 @@ def _sound(source: Source, *, allow_trigger_only: bool, background: str, masks: 
         allow_trigger_only=allow_trigger_only,
         masks=masks,
     )
-    faults = [finding.message for finding in checkup.findings if finding.severity == "error"]
-    if faults:
-        told = "\n".join(f"  {fault}" for fault in faults)
-        raise DataError(f"The folder {str(source.folder)!r} has faults:\n{told}")
+    errors = [finding.message for finding in checkup.findings if finding.severity == "error"]
+    if errors:
+        told = "\n".join(f"  {error}" for error in errors)
+        raise DataError(f"The folder {str(source.folder)!r} has errors:\n{told}")
     return checkup
 
 
@@ -157,15 +160,15 @@ def _examples(source: Source, checkup: Checkup) -> list[Example]:
 
 
 def load_pixels(example: Example, background: str) -> Image.Image:
-    """An example's image, cropped to its bucket."""
+    """The image of an example, cropped to its bucket."""
     return crop_to_bucket(load_image(example.path, background), *example.bucket)
 
 
 def load_mask_pixels(example: Example) -> Image.Image | None:
-    """An example's mask, cropped as its image; None if all of it counts.
+    """The mask of an example, cropped like its image; None if all of it is trained.
 
     Raises:
-        DataError: Nothing that the mask shows is left after the crop.
+        DataError: Nothing unmasked is left after the crop.
     """
     mask = None if example.mask is None else load_mask(example.mask, example.path)
     if mask is None:
@@ -174,18 +177,18 @@ def load_mask_pixels(example: Example) -> Image.Image | None:
     if cropped.getextrema() == (0, 0):
         width, height = example.bucket
         raise DataError(
-            f"What the mask of {example.name} shows is cut off in the crop to {width} x {height} pixels. "
-            "Crop the image yourself, or take it out."
+            f"The crop to {width} x {height} pixels cuts off everything that the mask of {example.name} lets through. "
+            "Crop the image yourself, or remove it."
         )
     return cropped
 
 
 class Pixels(Mapping[str, Image.Image]):
-    """A dataset's images by name, cropped to their buckets; each is read when it is asked for.
+    """The images of a dataset by name, cropped to their buckets; each is read on access.
 
     Args:
-        dataset: Its buckets assigned.
-        background: Colour under transparent pixels.
+        dataset: With its buckets assigned.
+        background: Colour that transparent pixels are blended onto.
     """
 
     def __init__(self, dataset: Dataset, background: str) -> None:

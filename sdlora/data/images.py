@@ -1,6 +1,6 @@
-"""Reading images as people see them: upright, opaque, eight bits of RGB.
+"""Reading images as people see them: upright, opaque, 8-bit RGB.
 
-Pillow leaves orientation, transparency and 16 bits to the caller; here each is treated or refused by name.
+Pillow leaves orientation, transparency and 16-bit pixels to the caller; all are handled here or refused by name.
 Shapes: H/W pixels.
 """
 
@@ -22,7 +22,7 @@ from sdlora.errors import DataError
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
 MAX_PIXELS = 100_000_000
-# Pillow's decoders raise whatever a broken file makes them stumble over.
+# Pillow's decoders raise all of these on broken files.
 _BROKEN = (
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, MemoryError, struct.error,
     Image.DecompressionBombError,
@@ -36,19 +36,19 @@ def load_image(path: Path, background: str) -> Image.Image:
 
     Args:
         path: PNG, JPEG, WebP, BMP or TIFF, at most 100 million pixels.
-        background: The colour laid under transparent pixels, as Pillow's ImageColor understands it.
+        background: Colour that transparent pixels are blended onto, in the syntax of Pillow's ImageColor.
 
     Returns:
-        An RGB image, its EXIF orientation applied.
+        An RGB image with its EXIF orientation applied.
 
     Raises:
-        DataError: The file is broken, animated, too large, or of another format; the message names it.
+        DataError: The file is broken, animated, too large, or in another format; the message names it.
     """
     return _decode(path, lambda image: _to_rgb(image, background))
 
 
 def load_alpha(path: Path) -> Image.Image | None:
-    """How opaque an image is, in eight bits of grey, upright; None if it is opaque everywhere.
+    """The alpha channel of an image as 8-bit greyscale, upright; None if it is opaque everywhere.
 
     Raises:
         DataError: As `load_image`.
@@ -60,23 +60,25 @@ def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(path, formats=FORMATS) as opened:
             if getattr(opened, "n_frames", 1) > 1:
-                raise DataError(f"{path.name}: animated or of several pages. Save the frame you want as a PNG.")
+                raise DataError(f"{path.name}: has several frames or pages. Save the one you want as a PNG.")
             if opened.width * opened.height > MAX_PIXELS:
                 raise DataError(
-                    f"{path.name}: {opened.width} x {opened.height} pixels are more than 100 million. Make it smaller."
+                    f"{path.name}: {opened.width} x {opened.height} pixels; the maximum is 100 million. Scale it down."
                 )
             if opened.mode == "F":
-                raise DataError(f"{path.name}: floating-point pixels are not read. Save it with 8 or 16 bits.")
+                raise DataError(
+                    f"{path.name}: floating-point pixels are not supported. Save it with 8 or 16 bits per channel."
+                )
             opened.load()
-            ImageOps.exif_transpose(opened, in_place=True)  # a copy of a large image would take as much again
+            ImageOps.exif_transpose(opened, in_place=True)  # a copy would double the memory
             return convert(opened)
     except UnidentifiedImageError as error:
         allowed = ", ".join(FORMATS)
         raise DataError(
-            f"{path.name}: not an image of a format that is read ({allowed}). Save it as one of them."
+            f"{path.name}: not an image in a supported format ({allowed}). Save it in one of them."
         ) from error
     except _BROKEN as error:
-        raise DataError(f"{path.name}: broken or cut off ({error}). Save it anew or take it out.") from error
+        raise DataError(f"{path.name}: broken or truncated ({error}). Save it again or remove it.") from error
 
 
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
@@ -105,16 +107,16 @@ def _alpha(image: Image.Image) -> Image.Image | None:
 
 
 def crop_to_bucket(image: Image.Image, width_px: int, height_px: int) -> Image.Image:
-    """Scale an image until it covers a bucket, then cut the middle out."""
+    """Scale an image until it covers a bucket, and crop the centre."""
     return ImageOps.fit(image, (width_px, height_px), method=Image.Resampling.LANCZOS, centering=(0.5, 0.5))
 
 
 def crop_origin(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
-    """Where `crop_to_bucket` begins to cut, from left and top in pixels of the scaled image.
+    """Left and top of the crop of `crop_to_bucket`, in pixels of the scaled image.
 
     Args:
-        size: The image's width and height.
-        bucket: Width and height that are cut out.
+        size: Width and height of the image.
+        bucket: Width and height of the crop.
     """
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     left, top = ((length * scale - kept) / 2 for length, kept in zip(size, bucket, strict=True))

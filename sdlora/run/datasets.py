@@ -9,10 +9,10 @@ from dataclasses import dataclass, replace
 
 from sdlora.common.bundled import resolve_data_folder
 from sdlora.config.schema_data import DataConfig, TrainingSet
-from sdlora.data.checks import examine_sizes, warnings_in_short
+from sdlora.data.checks import examine_sizes, summarize_warnings
 from sdlora.data.dataset import Dataset, Source, load_dataset, load_mask_pixels
 from sdlora.data.masks import MaskKind
-from sdlora.data.split import split_off
+from sdlora.data.split import split_validation
 from sdlora.errors import ConfigError, DataError
 from sdlora.models.base import BaseModel
 from sdlora.models.text import calls_of_other_files
@@ -51,7 +51,7 @@ def read_images(data: DataConfig, seed: int) -> Images:
     validation = None if data.validation_set is None else _read(data, data.validation_set)
     prior = None if data.prior_set is None else _read(data, data.prior_set)
     if validation is None and data.validation_split:
-        training, validation = split_off(training, seed)
+        training, validation = split_validation(training, seed)
     _refuse_calls(training, validation, prior)
     notices = training.notices
     if prior is not None:
@@ -115,7 +115,7 @@ def _sizes(unassigned: Dataset, dataset: Dataset, batch_size: int) -> list[str]:
     sizes, buckets = ({e.name: e.bucket for e in data.examples} for data in (unassigned, dataset))
     found = examine_sizes(sizes, buckets)
     # In batches of one, an image alone in its bucket loses nothing.
-    return warnings_in_short([f for f in found if f.kind != "lone bucket" or batch_size > 1])
+    return summarize_warnings([f for f in found if f.kind != "lone bucket" or batch_size > 1])
 
 
 def _long_captions(base: BaseModel, dataset: Dataset) -> list[str]:

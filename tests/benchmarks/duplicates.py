@@ -1,4 +1,4 @@
-"""How far apart near-duplicates and different images are: the figures behind `sdlora.data.duplicates.ALIKE`.
+"""How far apart near-duplicates and different images are: the figures behind `sdlora.data.duplicates.MIN_CORRELATION`.
 
 `python tests/benchmarks/duplicates.py --first 10000 --images 4000` takes half a minute.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageEnhance, ImageOps
 
 from sdlora.common.bundled import resolve_data_folder, shipped_sets
-from sdlora.data.duplicates import ALIKE, SIZE_PX, thumbnail
+from sdlora.data.duplicates import MIN_CORRELATION, SIZE_PX, thumbnail
 from sdlora.data.images import load_image
 from sdlora.pocket.world import COLORS, random_scene, render
 
@@ -80,15 +80,16 @@ def main() -> None:
     scenes = [random_scene(number) for number in range(options.first, options.first + options.images)]
     images = [render(scene) for scene in scenes]
     scores = pairs(images)
-    print(f"different scenes: {len(scores)} pairs, highest {scores[-3:].round(4)}, {(scores >= ALIKE).sum()} alike")
+    alike = (scores >= MIN_CORRELATION).sum()
+    print(f"different scenes: {len(scores)} pairs, highest {scores[-3:].round(4)}, {alike} alike")
     for name, change in {**COPIES, **HARD}.items():
         found = copies(images[:1000], change)
-        print(f"{name}: lowest {found.min():.4f}, {np.mean(found >= ALIKE):.1%} alike")
+        print(f"{name}: lowest {found.min():.4f}, {np.mean(found >= MIN_CORRELATION):.1%} alike")
     chosen = random.Random(0)
     others = [replace(s, color=chosen.choice([c for c in COLORS if c != s.color])) for s in scenes[:1000]]
     recoloured = iter(render(scene) for scene in others)
     found = copies(images[:1000], lambda _: next(recoloured))
-    print(f"the subject in another colour: {np.mean(found >= ALIKE):.1%} alike")
+    print(f"the subject in another colour: {np.mean(found >= MIN_CORRELATION):.1%} alike")
     for name in shipped_sets():
         files = sorted(resolve_data_folder(f"builtin:{name}").glob("*.png"))
         print(f"{name}: highest {pairs([load_image(file, 'white') for file in files])[-1]:.4f}")

@@ -51,7 +51,7 @@ def test_bad_input_has_a_message_and_an_exit_code_and_writes_nothing(train, tmp_
         (["lora.rnak=4"], 2, "Did you mean lora.rank?"),
         (["train.epochs=9"], 2, "copy-paste overfitting"),
         (['lora.targets=["convolution"]'], 2, "lora.targets"),
-        (["base.path=nowhere"], 2, "There is no base 'nowhere'"),
+        (["base.path=nowhere"], 2, "'nowhere'"),
         ([f"base.path={empty}"], 2, "model_index.json"),
         (["train.device=tpu9"], 2, "train.device"),
         (["train.precision=fp16"], 2, "fp16"),

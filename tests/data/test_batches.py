@@ -22,7 +22,7 @@ def test_every_exposure_exactly_once_in_batches_of_one_bucket(batch_size: int, r
 
 
 @pytest.mark.parametrize("batch_size", [1, 3])
-def test_every_image_has_repeats_of_its_own_spread_over_the_epoch(batch_size: int) -> None:
+def test_repeats_of_each_image_are_spread_over_the_epoch(batch_size: int) -> None:
     repeats = [1, 12, 3, 4, 12, 1, 6]
     batches = epoch_batches(["s"] * 7, repeats, batch_size, 2, seed=1)
     order = [exposure for batch in batches for exposure in batch]
@@ -40,6 +40,6 @@ def test_order_is_a_function_of_seed_and_epoch() -> None:
     assert len(orders) == 4
 
 
-def test_a_image_rarely_meets_itself() -> None:
+def test_batch_rarely_contains_an_image_twice() -> None:
     batches = epoch_batches(["s"] * 8, 10, 4, 1, 0)
     assert all(len({exposure.example for exposure in batch}) == 4 for batch in batches)

@@ -27,7 +27,7 @@ def test_sizes_of_stable_diffusion_xl_are_among_those_it_was_trained_at() -> Non
     assert upright == {(768, 1344), (832, 1216), (896, 1152), (960, 1088), (1024, 1024)} <= published
 
 
-def test_the_nearest_shape_is_chosen() -> None:
+def test_nearest_aspect_ratio_is_chosen() -> None:
     buckets = make_buckets(512, 64)
     assert choose_bucket(3000, 3000, buckets) == (512, 512)
     assert choose_bucket(1920, 1080, buckets) == (640, 384)

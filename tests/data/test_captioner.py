@@ -56,7 +56,7 @@ def by_hand(kind: str, model: Path, image: Path) -> str:
 
 
 @pytest.mark.parametrize("kind", ["blip", "git"])
-def test_captions_are_the_models_and_stand_beside_the_images(
+def test_generated_captions_are_written_beside_the_images(
     kind: str, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = make(kind, tmp_path / kind)
@@ -69,7 +69,9 @@ def test_captions_are_the_models_and_stand_beside_the_images(
     assert (folder / "b.txt").read_text() == "my own words"
 
 
-def test_what_is_written_is_kept_unless_told(folder: Path, blip: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_existing_captions_are_kept_without_overwrite(
+    folder: Path, blip: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     (folder / "a.txt").write_text("mine, too")
     code, out, _ = call(capsys, "caption", str(folder), "--model", str(blip))
     assert (code, "Every image in" in out) == (0, True)
@@ -89,12 +91,12 @@ def by_hand_of(model: Path, image: Path, max_tokens: int) -> str:
     return found + "\n"
 
 
-def test_a_prompt_is_what_captions_begin_with(folder: Path, blip: Path) -> None:
+def test_captions_begin_with_the_prompt(folder: Path, blip: Path) -> None:
     captioner = Captioner(str(blip), device=torch.device("cpu"), prompt="the red cat")
     assert captioner.caption(Image.open(folder / "a.png")).startswith("the red cat")
 
 
-def test_a_chat_model_is_asked_and_only_its_answer_kept(
+def test_chat_model_gets_the_question_and_only_its_answer_is_kept(
     folder: Path, blip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     captioner = Captioner(str(blip), device=torch.device("cpu"), prompt="What is this?")
@@ -118,17 +120,16 @@ def test_a_chat_model_is_asked_and_only_its_answer_kept(
     assert options["add_generation_prompt"] is True
 
 
-def test_no_words_are_no_caption(folder: Path, blip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_empty_caption_is_not_written(folder: Path, blip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner = Captioner(str(blip), device=torch.device("cpu"))
     monkeypatch.setattr(captioner, "caption", lambda _: "")
     events = list(write_captions([folder / "a.png"], captioner))
-    assert [event.message for event in events if isinstance(event, Notice)] == [
-        "a.png: the model has no words for it; write a.txt yourself."
-    ]
+    (notice,) = (event.message for event in events if isinstance(event, Notice))
+    assert "a.png" in notice and "a.txt" in notice
     assert not (folder / "a.txt").exists()
 
 
-def test_a_caption_that_is_written_meanwhile_stays(folder: Path, blip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_caption_written_in_the_meantime_is_kept(folder: Path, blip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     captioner = Captioner(str(blip), device=torch.device("cpu"))
 
     def slow(_: Image.Image) -> str:
@@ -137,13 +138,13 @@ def test_a_caption_that_is_written_meanwhile_stays(folder: Path, blip: Path, mon
 
     monkeypatch.setattr(captioner, "caption", slow)
     told = [event.message for event in write_captions([folder / "a.png"], captioner) if isinstance(event, Notice)]
-    assert told == ["a.png got a caption meanwhile, which stays."]
+    assert len(told) == 1 and "a.png" in told[0]
     assert (folder / "a.txt").read_text() == "typed while the model thought"
     list(write_captions([folder / "a.png"], captioner, overwrite=True))
     assert (folder / "a.txt").read_text() == "a dog\n"
 
 
-def test_it_waits_for_the_gpu(
+def test_captioner_waits_for_the_gpu(
     folder: Path, blip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lock, other = tmp_path / "gpu.lock", ExitStack()
@@ -155,14 +156,14 @@ def test_it_waits_for_the_gpu(
     assert "Waiting for the GPU, which is in use by" in " ".join(err.split()) and "runs/x" in err
 
 
-def test_a_model_that_cannot_be_had_is_told_and_its_code_never_run(
+def test_unusable_model_is_refused_and_its_code_never_run(
     folder: Path, blip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, out, err = call(capsys, "caption", str(folder), "--model", "nobody/nothing")
     told = " ".join(err.split())
     assert (code, out) == (2, "")
-    assert "The captioner 'nobody/nothing' cannot be had" in told and "HF_HUB_OFFLINE" in told
+    assert "'nobody/nothing'" in told and "HF_HUB_OFFLINE" in told
     evil = tmp_path / "evil"
     evil.mkdir()
     code_of = dict.fromkeys(("AutoConfig", "AutoProcessor", "AutoModelForImageTextToText"), "code.Evil")
@@ -170,7 +171,7 @@ def test_a_model_that_cannot_be_had_is_told_and_its_code_never_run(
     (evil / "config.json").write_text(json.dumps(config))
     (evil / "processor_config.json").write_text(json.dumps({"auto_map": {"AutoProcessor": "code.Evil"}}))
     (evil / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n\n\nclass Evil:\n    pass\n")
-    with pytest.raises(BaseModelError, match="cannot be had"):
+    with pytest.raises(BaseModelError, match="evil"):
         Captioner(str(evil), device=torch.device("cpu"))
     assert not (tmp_path / "ran").exists()
     pickled = tmp_path / "pickled"
@@ -181,7 +182,7 @@ def test_a_model_that_cannot_be_had_is_told_and_its_code_never_run(
         Captioner(str(pickled), device=torch.device("cpu"))
 
 
-def test_a_faulty_folder_is_refused(folder: Path) -> None:
+def test_folder_with_a_broken_image_is_refused(folder: Path) -> None:
     (folder / "d.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"d\.png"):
         images_to_caption(folder, overwrite=False)

@@ -22,7 +22,7 @@ def test_sidecars_and_metadata(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"file_name": "a.png"}', '{"file_name": 3, "text": "x"}', "3"])
-def test_a_broken_line_is_named(tmp_path: Path, line: str) -> None:
+def test_broken_line_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + line + "\n")
     captions, ((file, message),) = read_captions(tmp_path)
     assert (captions, file) == ({"a.png": "x"}, "metadata.jsonl")
@@ -37,18 +37,18 @@ def test_line_separators_in_captions_do_not_end_a_line(tmp_path: Path) -> None:
     assert captions == {line["file_name"]: line["text"] for line in lines} and not faults
 
 
-def test_other_encodings_are_named(tmp_path: Path) -> None:
+def test_files_in_other_encodings_are_named(tmp_path: Path) -> None:
     for name in ("latin.txt", "metadata.jsonl"):
         (tmp_path / name).write_bytes("café".encode("latin-1"))
     (tmp_path / "good.txt").write_text("x")
     captions, faults = read_captions(tmp_path)
     assert captions == {"good.txt": "x"}
     assert [(file, message.split(" (")[0]) for file, message in faults] == [
-        ("metadata.jsonl", "metadata.jsonl: not UTF-8 text"), ("latin.txt", "latin.txt: not UTF-8 text"),
+        ("metadata.jsonl", "metadata.jsonl: not valid UTF-8"), ("latin.txt", "latin.txt: not valid UTF-8"),
     ]  # fmt: skip
 
 
-def test_the_trigger_stands_in_front_once() -> None:
+def test_trigger_is_put_in_front_unless_contained() -> None:
     assert with_trigger("a cat", "zumi") == "zumi, a cat"
     assert with_trigger("a big Zumi, waving", "zumi") == "a big Zumi, waving"
     assert with_trigger("zumis", "zumi") == "zumi, zumis"
@@ -56,7 +56,7 @@ def test_the_trigger_stands_in_front_once() -> None:
     assert with_trigger("a cat", None) == "a cat"
 
 
-def test_tags_are_shuffled_by_exposure_and_kept_tags_stay() -> None:
+def test_tags_are_shuffled_by_exposure_except_kept_tags() -> None:
     found = [exposure(number, shuffle_tags=True, keep_tags=2) for number in range(30)]
     assert all(text.startswith("a, b, ") for text in found)
     assert all(sorted(text.split(", ")) == list("abcde") for text in found)
@@ -72,7 +72,7 @@ def test_dropout_is_a_share_of_exposures() -> None:
     assert all(exposure(number) == "a, b, c, d, e" for number in range(100))
 
 
-def test_a_class_word_takes_the_place_of_the_trigger() -> None:
+def test_class_word_replaces_the_trigger_in_prior_captions() -> None:
     def drawn(caption: str, number: int) -> str:
         return prior_caption(
             caption, trigger="zumi", class_words=["cat", "red \\1 dog"], seed=0, example="x.png", exposure=number

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from sdlora.common.bundled import resolve_data_folder
-from sdlora.data.checks import Checkup, Finding, examine, examine_sizes, warnings_in_short
+from sdlora.data.checks import Checkup, Finding, examine, examine_sizes, summarize_warnings
 from sdlora.data.dataset import Source, load_dataset
 from sdlora.errors import DataError
 from sdlora.pocket.world import random_scene, render
@@ -25,21 +25,21 @@ def put(tmp_path: Path) -> Callable[..., None]:
     return write
 
 
-def look(folder: Path, trigger: str | None = None) -> Checkup:
+def check(folder: Path, trigger: str | None = None) -> Checkup:
     return examine(folder, background="white", trigger=trigger)
 
 
 def only(folder: Path, kind: str, trigger: str | None = None) -> Finding:
     """The one finding, which is of this kind."""
-    (found,) = look(folder, trigger).findings
+    (found,) = check(folder, trigger).findings
     assert found.kind == kind
     return found
 
 
-def test_a_sound_folder_has_no_findings(tmp_path: Path, put: Callable[..., None]) -> None:
+def test_valid_folder_has_no_findings(tmp_path: Path, put: Callable[..., None]) -> None:
     put("a.png", 1)
     put("b.png", 2)
-    checkup = look(tmp_path, trigger="zumi")
+    checkup = check(tmp_path, trigger="zumi")
     assert (checkup.num_files, checkup.findings) == (2, ())
     assert [(p.path.name, p.caption, p.size) for p in checkup.images] == [
         ("a.png", "a zumi", (64, 64)), ("b.png", "a zumi", (64, 64)),
@@ -47,122 +47,119 @@ def test_a_sound_folder_has_no_findings(tmp_path: Path, put: Callable[..., None]
 
 
 @pytest.mark.parametrize("name", ["zumi", "blueprint"])
-def test_the_shipped_sets_are_sound(name: str) -> None:
-    assert look(resolve_data_folder(f"builtin:{name}"), trigger=name).findings == ()
-    assert look(resolve_data_folder(f"builtin:{name}/holdout"), trigger=name).findings == ()
+def test_bundled_sets_have_no_findings(name: str) -> None:
+    assert check(resolve_data_folder(f"builtin:{name}"), trigger=name).findings == ()
+    assert check(resolve_data_folder(f"builtin:{name}/holdout"), trigger=name).findings == ()
 
 
-def test_unreadable_files(tmp_path: Path, put: Callable[..., None]) -> None:
+def test_truncated_file_is_an_error(tmp_path: Path, put: Callable[..., None]) -> None:
     put("cut.png")
     (tmp_path / "cut.png").write_bytes((tmp_path / "cut.png").read_bytes()[:300])
     found = only(tmp_path, "unreadable")
     assert (found.severity, found.files) == ("error", ("cut.png",))
-    assert "cut.png: broken or cut off" in found.message
-    assert "Save it anew or take it out." in found.message
-    assert look(tmp_path).num_files == 1
-    assert look(tmp_path).images == ()
+    assert "cut.png: broken or truncated" in found.message
+    assert check(tmp_path).num_files == 1
+    assert check(tmp_path).images == ()
 
 
-def test_refused_files(tmp_path: Path, put: Callable[..., None]) -> None:
+def test_file_with_unsupported_pixels_is_an_error(tmp_path: Path, put: Callable[..., None]) -> None:
     put("deep.tif")
     Image.new("F", (8, 8)).save(tmp_path / "deep.tif")
-    assert "deep.tif: floating-point pixels are not read. Save it with" in only(tmp_path, "unreadable").message
+    assert "deep.tif: floating-point" in only(tmp_path, "unreadable").message
 
 
-def test_missing_captions(tmp_path: Path, put: Callable[..., None]) -> None:
+def test_missing_captions_are_one_error(tmp_path: Path, put: Callable[..., None]) -> None:
     put("a.png", 1)
     put("b.png", 2, caption=None)
     put("c.png", 3, caption=" ")
     found = only(tmp_path, "no caption")
     assert (found.severity, found.files) == ("error", ("b.png", "c.png"))
-    assert "2 of 3 images have no caption: b.png, c.png. Write one into NAME.txt" in found.message
+    assert "2 of 3 images have no caption: b.png, c.png." in found.message
 
 
-def test_captions_that_cannot_be_read_are_not_missing_too(tmp_path: Path, put: Callable[..., None]) -> None:
+def test_unreadable_caption_is_not_reported_as_missing(tmp_path: Path, put: Callable[..., None]) -> None:
     put("a.png", 1)
     (tmp_path / "a.txt").write_bytes("café".encode("latin-1"))
     found = only(tmp_path, "caption")
     assert (found.severity, found.files) == ("error", ("a.txt",))
-    assert "not UTF-8" in found.message
+    assert "UTF-8" in found.message
     put("a.png", 1, caption=None)
     (tmp_path / "a.txt").unlink()
     (tmp_path / "metadata.jsonl").write_text("{\n[]\n")
-    first, second = look(tmp_path).findings
+    first, second = check(tmp_path).findings
     assert first.files == second.files == ("metadata.jsonl",)
     assert ("line 1" in first.message, "line 2" in second.message) == (True, True)
 
 
-def test_two_captions(tmp_path: Path, put: Callable[..., None]) -> None:
+def test_two_different_captions_are_an_error(tmp_path: Path, put: Callable[..., None]) -> None:
     put("a.png")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "another"}))
     found = only(tmp_path, "caption")
     assert (found.severity, found.files) == ("error", ("a.png",))
-    assert "a.txt and metadata.jsonl give two different captions; remove one" in found.message
+    assert "a.txt and metadata.jsonl" in found.message
 
 
-def test_duplicates_and_near_duplicates(tmp_path: Path, put: Callable[..., None]) -> None:
+def test_duplicates_and_near_duplicates_are_warnings(tmp_path: Path, put: Callable[..., None]) -> None:
     put("a.png", 1)
     put("b.bmp", 1)  # other bytes, the same pixels
     put("c.png", 2)
     put("d.png", 1, mirrored=True)
-    same, near = look(tmp_path).findings
+    same, near = check(tmp_path).findings
     assert (same.kind, same.severity, same.files) == ("duplicate", "warning", ("a.png", "b.bmp"))
-    assert same.message == "a.png and b.bmp are the same image; keep one of them."
+    assert "a.png and b.bmp" in same.message
     assert (near.kind, near.severity, near.files) == ("near-duplicate", "warning", ("a.png", "d.png"))
-    assert near.message == "a.png and d.png are near-duplicates; keep one of them."
+    assert "a.png and d.png" in near.message
 
 
-def test_captions_without_the_trigger(tmp_path: Path, put: Callable[..., None]) -> None:
+def test_captions_without_the_trigger_are_a_warning(tmp_path: Path, put: Callable[..., None]) -> None:
     put("a.png", 1, caption="a big Zumi")
     put("b.png", 2, caption="a zumiish thing")
     found = only(tmp_path, "no trigger", trigger="zumi")
     assert (found.severity, found.files) == ("warning", ("b.png",))
-    assert "1 of 2 captions do not hold the trigger 'zumi': b.png. It is put in front" in found.message
-    assert look(tmp_path).findings == ()
+    assert all(fact in found.message for fact in ("1 of 2", "'zumi'", "b.png"))
+    assert check(tmp_path).findings == ()
 
 
-def test_what_is_left_out(tmp_path: Path, put: Callable[..., None]) -> None:
+def test_ignored_subfolders_and_captions_are_warnings(tmp_path: Path, put: Callable[..., None]) -> None:
     put("a.png")
     (tmp_path / "more").mkdir()
     (tmp_path / "lonely.txt").write_text("x")
-    subfolder, unused = look(tmp_path).findings
+    subfolder, unused = check(tmp_path).findings
     assert (subfolder.kind, subfolder.files) == ("subfolder", ("more",))
     assert (unused.kind, unused.files) == ("unused caption", ("lonely.txt",))
 
 
-def test_sizes() -> None:
+def test_small_images_and_lone_buckets_are_warnings() -> None:
     sizes = {"a.png": (64, 64), "b.png": (80, 64), "c.png": (64, 128)}
     buckets = {"a.png": (64, 64), "b.png": (64, 64), "c.png": (64, 72)}
     assert examine_sizes({"a.png": (64, 64)}, {"a.png": (64, 64)}) == []
     (alone,) = examine_sizes(sizes, buckets)
     assert (alone.kind, alone.severity, alone.files) == ("lone bucket", "warning", ("c.png",))
-    assert "1 image is alone in a bucket, in a batch with no other: c.png (64 x 72)." in alone.message
+    assert "c.png (64 x 72)" in alone.message
     sizes["a.png"] = (64, 63)
     small, _ = examine_sizes(sizes, buckets)
     assert (small.kind, small.severity, small.files) == ("too small", "warning", ("a.png",))
-    assert "1 image is smaller than the training size and will be enlarged: a.png (64 x 63 for 64 x 64)." in (
-        small.message
-    )
+    assert "a.png (64 x 63 for 64 x 64)" in small.message
 
 
-def test_a_run_hears_of_a_kind_once(tmp_path: Path, put: Callable[..., None]) -> None:
+def test_warnings_are_summarized_by_kind(tmp_path: Path, put: Callable[..., None]) -> None:
     for number, name in enumerate("abc"):
         put(f"{name}1.png", number)
         put(f"{name}2.png", number, mirrored=True)
     expected = ["3 near-duplicate pairs: a1.png and a2.png, b1.png and b2.png, c1.png and c2.png; keep one of each."]
-    assert warnings_in_short(look(tmp_path).findings) == expected
+    assert summarize_warnings(check(tmp_path).findings) == expected
     put("a3.bmp", 0)
     put("b3.bmp", 1)
     put("b4.bmp", 1)
-    assert warnings_in_short(look(tmp_path).findings)[0] == (
+    assert summarize_warnings(check(tmp_path).findings)[0] == (
         "2 duplicate groups: a1.png and a3.bmp, b1.png and b3.bmp and b4.bmp; keep one of each."
     )
 
 
-def test_training_refuses_what_is_an_error_in_the_same_words(tmp_path: Path, put: Callable[..., None]) -> None:
+def test_loading_raises_all_errors_of_the_check(tmp_path: Path, put: Callable[..., None]) -> None:
     put("a.png", caption=None)
     (tmp_path / "b.png").write_bytes(b"")
-    errors = [finding.message for finding in look(tmp_path).findings]
+    errors = [finding.message for finding in check(tmp_path).findings]
     assert len(errors) == 2
     with pytest.raises(DataError) as caught:
         load_dataset(Source(tmp_path))

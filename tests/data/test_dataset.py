@@ -22,7 +22,7 @@ def test_examples_have_captions_and_buckets(images: Path) -> None:
     assert load_pixels(wide, "white").size == (40, 24)
 
 
-def test_all_faulty_files_are_named_at_once(tmp_path: Path) -> None:
+def test_all_invalid_files_are_named_at_once(tmp_path: Path) -> None:
     for name in ("a.png", "b.png", "good.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     (tmp_path / "good.txt").write_text("fine")
@@ -35,7 +35,7 @@ def test_all_faulty_files_are_named_at_once(tmp_path: Path) -> None:
     assert "good" not in str(caught.value)
 
 
-def test_captions_for_those_without(tmp_path: Path) -> None:
+def test_images_without_a_caption_get_the_common_one(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         Image.new("RGB", (8, 8)).save(tmp_path / name)
     (tmp_path / "b.txt").write_text("own")
@@ -47,7 +47,7 @@ def test_captions_for_those_without(tmp_path: Path) -> None:
         load(tmp_path, allow_trigger_only=True)
 
 
-def test_two_different_captions_for_one_image(tmp_path: Path) -> None:
+def test_two_different_captions_for_one_image_are_refused(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("one")
     (tmp_path / "metadata.jsonl").write_text(json.dumps({"file_name": "a.png", "text": "two"}))
@@ -57,14 +57,14 @@ def test_two_different_captions_for_one_image(tmp_path: Path) -> None:
     assert load(tmp_path).examples[0].caption == "two"
 
 
-def test_missing_and_empty_folders(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="There is no folder"):
+def test_missing_and_empty_folders_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere"):
         load(tmp_path / "nowhere")
-    with pytest.raises(DataError, match="holds no images"):
+    with pytest.raises(DataError, match="contains no images"):
         load(tmp_path)
 
 
-def test_what_is_left_out_is_said(tmp_path: Path) -> None:
+def test_ignored_subfolders_and_captions_are_in_the_notices(tmp_path: Path) -> None:
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "lonely.txt").write_text("y")
@@ -75,7 +75,7 @@ def test_what_is_left_out_is_said(tmp_path: Path) -> None:
     assert "lonely.txt" in second
 
 
-def test_pixels_are_read_by_name_when_they_are_asked_for(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pixels_are_read_on_access(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     data = load(images).with_buckets(32, 8, buckets=True)
     read: list[str] = []
 

@@ -7,14 +7,14 @@ import torch
 from PIL import Image, ImageOps
 
 from sdlora.common.bundled import resolve_data_folder
-from sdlora.data.duplicates import ALIKE, near_duplicates, thumbnail
+from sdlora.data.duplicates import MIN_CORRELATION, near_duplicates, thumbnail
 from sdlora.data.images import load_image
 from sdlora.pocket.world import random_scene, render
 
 SCENES = [render(random_scene(number)) for number in range(20_000, 20_300)]
 
 
-def test_a_thumbnail_is_detail_in_colour() -> None:
+def test_thumbnail_is_detail_in_colour() -> None:
     small = SCENES[0].resize((16, 16), Image.Resampling.BOX)
     pixels = torch.from_numpy(np.array(small, dtype=np.float64)).permute(2, 0, 1).unsqueeze(0)
     padded = torch.nn.functional.pad(pixels, (2, 2, 2, 2), mode="replicate")
@@ -24,13 +24,13 @@ def test_a_thumbnail_is_detail_in_colour() -> None:
     np.testing.assert_allclose(thumbnail(SCENES[0]), expected.numpy(), atol=1e-6)
 
 
-def test_a_flat_image_has_no_similarity() -> None:
+def test_flat_images_are_not_near_duplicates() -> None:
     flat = [thumbnail(Image.new("RGB", (40, 40), color)) for color in ("red", "blue", "black")]
     assert not np.any(flat)
     assert near_duplicates(np.stack(flat)) == []
 
 
-def test_different_scenes_are_no_near_duplicates() -> None:
+def test_different_scenes_are_not_near_duplicates() -> None:
     assert near_duplicates(np.stack([thumbnail(scene) for scene in SCENES])) == []
 
 
@@ -41,17 +41,17 @@ def test_copies_are_near_duplicates(change: Callable[[Image.Image], Image.Image]
     assert found == [(index, index + 50) for index in range(50)]
 
 
-def test_what_is_not_promised_is_not_found() -> None:
+def test_strong_changes_are_not_found() -> None:
     for change in duplicates.HARD.values():
-        assert duplicates.copies(SCENES[:50], change).min() < ALIKE
+        assert duplicates.copies(SCENES[:50], change).min() < MIN_CORRELATION
 
 
-def test_a_group_holds_all_that_are_linked() -> None:
+def test_group_contains_all_linked_images() -> None:
     copies = [SCENES[0], SCENES[1], ImageOps.mirror(SCENES[0]), SCENES[1], duplicates.warmer(SCENES[0])]
     assert near_duplicates(np.stack([thumbnail(copy) for copy in copies])) == [(0, 2, 4), (1, 3)]
 
 
 @pytest.mark.parametrize("name", ["zumi", "blueprint"])
-def test_the_shipped_sets_hold_none(name: str) -> None:
+def test_bundled_sets_contain_no_near_duplicates(name: str) -> None:
     files = sorted(resolve_data_folder(f"builtin:{name}").glob("**/*.png"))
     assert near_duplicates(np.stack([thumbnail(load_image(file, "white")) for file in files])) == []

@@ -32,7 +32,7 @@ def test_exif_orientation_is_applied(tmp_path: Path, orientation: int) -> None:
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
-def test_transparency_shows_the_stated_colour(tmp_path: Path, mode: str) -> None:
+def test_transparent_pixels_show_the_background(tmp_path: Path, mode: str) -> None:
     image = Image.new("RGBA", (2, 1), (200, 200, 200, 255))
     image.putpixel((1, 0), (0, 0, 0, 0))
     path = tmp_path / "clear.png"
@@ -42,7 +42,7 @@ def test_transparency_shows_the_stated_colour(tmp_path: Path, mode: str) -> None
     assert found[1] == (10, 20, 30)
 
 
-def test_half_transparency_is_a_mixture(tmp_path: Path) -> None:
+def test_half_transparent_pixels_are_blended(tmp_path: Path) -> None:
     Image.new("RGBA", (1, 1), (255, 0, 0, 128)).save(tmp_path / "half.png")
     assert pixels(load_image(tmp_path / "half.png", "white")) == [[(255, 127, 127)]]
 
@@ -53,7 +53,7 @@ def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path: Path) -> None:
     assert pixels(load_image(tmp_path / "deep.png", "white"))[0] == [(0,) * 3, (1,) * 3, (156,) * 3, (255,) * 3]
 
 
-def test_cmyk_grey_and_palette(tmp_path: Path) -> None:
+def test_cmyk_grey_and_bilevel_images_become_rgb(tmp_path: Path) -> None:
     Image.new("CMYK", (8, 8), (0, 255, 255, 0)).save(tmp_path / "print.jpg", quality=100)
     red = pixels(load_image(tmp_path / "print.jpg", "white"))[4][4]
     assert red[0] > 245 and red[1] < 10 and red[2] < 10
@@ -75,14 +75,14 @@ def test_animated_and_unreadable_files_are_refused_by_name(tmp_path: Path) -> No
     (tmp_path / "empty.png").write_bytes(b"")
     Image.new("F", (4, 4)).save(tmp_path / "deep.tif")
     for name, reason in {
-        "film.webp": "animated", "film.png": "animated", "still.gif": "not an image", "cut.png": "cut off",
-        "page.jpg": "not an image", "empty.png": "not an image", "deep.tif": "floating-point",
+        "film.webp": "frames", "film.png": "frames", "still.gif": "supported format", "cut.png": "truncated",
+        "page.jpg": "supported format", "empty.png": "supported format", "deep.tif": "floating-point",
     }.items():  # fmt: skip
         with pytest.raises(DataError, match=rf"^{name}.*{reason}"):
             load_image(tmp_path / name, "white")
 
 
-def test_crop_keeps_the_middle_and_the_shape() -> None:
+def test_crop_keeps_the_centre_and_the_aspect_ratio() -> None:
     wide = Image.new("RGB", (90, 30), "red")
     wide.paste((0, 0, 255), (30, 0, 60, 30))
     square = crop_to_bucket(wide, 30, 30)
@@ -103,7 +103,7 @@ def test_tensor_range_and_hash() -> None:
 
 
 @pytest.mark.parametrize(("size", "bucket"), [((60, 30), (30, 30)), ((200, 400), (32, 48)), ((50, 70), (80, 64))])
-def test_a_crop_begins_where_it_is_said_to(size: tuple[int, int], bucket: tuple[int, int]) -> None:
+def test_crop_origin_is_where_the_crop_begins(size: tuple[int, int], bucket: tuple[int, int]) -> None:
     ramp = np.add.outer(np.linspace(0, 120, size[1]), np.linspace(0, 130, size[0])).astype(np.uint8)
     image = Image.fromarray(ramp).convert("RGB")
     scale = max(bucket[0] / size[0], bucket[1] / size[1])

@@ -14,7 +14,7 @@ from sdlora.common.files import write_text
 from sdlora.common.text import format_bytes
 from sdlora.data.buckets import assign_buckets
 from sdlora.data.captions import METADATA, read_captions, with_trigger
-from sdlora.data.checks import Finding, Look, examine, examine_sizes, look_at
+from sdlora.data.checks import Decoded, Finding, decode, examine, examine_sizes
 from sdlora.data.images import SUFFIXES
 from sdlora.errors import DataError
 
@@ -66,17 +66,17 @@ class SetView:
 
 
 @functools.lru_cache(maxsize=4096)
-def _look(path: Path, background: str, _modified_ns: int, _size: int) -> Look | str:
+def _decode(path: Path, background: str, _modified_ns: int, _size: int) -> Decoded | str:
     """The result of decoding a file, cached until the file changes."""
     try:
-        return look_at(path, background)
+        return decode(path, background)
     except DataError as error:
         return str(error)
 
 
-def _cached_look(path: Path, background: str) -> Look:
+def _cached_decode(path: Path, background: str) -> Decoded:
     facts = path.stat()
-    found = _look(path, background, facts.st_mtime_ns, facts.st_size)
+    found = _decode(path, background, facts.st_mtime_ns, facts.st_size)
     if isinstance(found, str):
         raise DataError(found)
     return found
@@ -93,7 +93,7 @@ def view(folder: Path, *, trigger: str | None = None, resolution_px: int = 512, 
     """
     if not folder.is_dir() or not any(image_files(folder)):
         return SetView(folder, (), (), ())
-    checkup = examine(folder, background=background, trigger=trigger, look=_cached_look)
+    checkup = examine(folder, background=background, trigger=trigger, decode=_cached_decode)
     sizes = {image.path.name: image.size for image in checkup.images}
     assigned = assign_buckets(list(sizes.values()), resolution_px, 64, buckets=True)
     buckets = dict(zip(sizes, assigned, strict=True))

@@ -124,6 +124,6 @@ def test_large_set_is_paged(folder: Path) -> None:
 
 def test_unchanged_image_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image_set.view(folder)
-    monkeypatch.setattr(image_set, "look_at", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(image_set, "decode", lambda *_: pytest.fail("decoded again"))
     image_set.write_caption(folder, "a.png", "new words")
     assert image_set.view(folder).cards[0].caption == "new words"
