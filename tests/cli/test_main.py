@@ -45,9 +45,9 @@ def test_bad_input_has_a_message_and_an_exit_code_and_writes_nothing(train, tmp_
     torn = folder_with(tmp_path / "torn", a_png=png[:50], a_txt=b"a ball")
     cases: list[tuple[list[str], int, str]] = [
         (["data.folder=nowhere"], 3, "There is no folder 'nowhere'"),
-        ([f"data.folder={empty}"], 3, "holds no images"),
+        ([f"data.folder={empty}"], 3, "contains no images"),
         ([f"data.folder={bare}"], 3, "1 of 1 images have no caption: a.png"),
-        ([f"data.folder={torn}"], 3, "a.png: broken or cut off"),
+        ([f"data.folder={torn}"], 3, "a.png: broken or truncated"),
         (["lora.rnak=4"], 2, "Did you mean lora.rank?"),
         (["train.epochs=9"], 2, "copy-paste overfitting"),
         (['lora.targets=["convolution"]'], 2, "lora.targets"),

@@ -148,7 +148,7 @@ def test_folders_named_for_two_purposes_are_refused(
         (tmp_path / name).mkdir()
         Image.new("RGB", (32, 32), "red").save(tmp_path / name / "a.png")
     faulty = f'data.sets=[{{folder="{tmp_path}/one"}}, {{folder="{tmp_path}/two"}}, {{folder="{others}"}}]'
-    with pytest.raises(DataError, match=r"(?s)one' has faults.*two' has faults"):
+    with pytest.raises(DataError, match=r"(?s)one' has errors.*two' has errors"):
         run(tmp_path / "run", [*overrides, "data.folder=", faulty])
     assert not (tmp_path / "run").exists()
 

@@ -308,8 +308,8 @@ def test_warnings_about_images_come_before_training(tmp_path: Path, overrides: l
     first_step = next(index for index, event in enumerate(events) if isinstance(event, StepDone))
     told = [event.message for event in events[:first_step] if isinstance(event, Notice)]
     assert "a.png and b.png are near-duplicates; keep one of them." in told
-    assert any("3 of 3 captions do not hold the trigger 'zumi'" in message for message in told)
-    assert any("alone in a bucket, in a batch with no other: c.png (24 x 40)" in message for message in told)
+    assert any("3 of 3 captions" in message and "'zumi'" in message for message in told)
+    assert any("alone in a bucket" in message and "c.png (24 x 40)" in message for message in told)
     events = run(tmp_path / "ones", [*overrides, *changes, "train.batch_size=1", "data.resolution_px=64"])
     told = [event.message for event in events if isinstance(event, Notice)]
     assert any("smaller than the training size and will be enlarged: c.png" in message for message in told)

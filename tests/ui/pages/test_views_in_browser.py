@@ -137,7 +137,7 @@ def test_what_is_sent_for_is_told_in_words(browser: Any, filled: Open) -> None:
         page.click("#all-captions > button")
         page.locator("#captioner input, #captioner textarea").fill("nobody/nothing")
         page.click("#ask-captions")
-        page.locator("#caption-told", has_text="'nobody/nothing' cannot be had").wait_for()
+        page.locator("#caption-told", has_text="'nobody/nothing' could not be loaded").wait_for()
         page.click("#caption-end")
         page.locator("#caption-told .verdict").wait_for(state="detached")
         choose_run(page, "copies")

@@ -66,7 +66,7 @@ def test_model_captions_only_uncaptioned_images(context: Context, folder: Path, 
 def test_missing_model_is_reported_in_one_sentence(context: Context, folder: Path, model: str) -> None:
     start_captioning(context, model)
     told = ended(context, "caption")
-    assert "cannot be had" in told and "verdict copying" in told and "Traceback" not in told
+    assert "could not be loaded" in told and "verdict copying" in told and "Traceback" not in told
     assert [path.name for path in folder.glob("*.txt")] == ["b.txt"]
 
 
