@@ -26,12 +26,12 @@ _FAMILY_TAGS = {
 
 
 def write_card(context: RunContext, plan: PlanMade, epoch: int) -> None:
-    """Write the card of a run that is done.
+    """Write the card of a finished run.
 
     Args:
-        context: What it worked with.
-        plan: What it did, in numbers.
-        epoch: Whose file is the run's.
+        context: Of the run.
+        plan: Of the run.
+        epoch: The epoch that was kept.
     """
     write_text(context.folder.card, f"---\n{_front_matter(context, epoch)}---\n\n{_body(context, plan, epoch)}")
 
