@@ -19,8 +19,9 @@ from pydantic.fields import FieldInfo
 
 from sdlora.common.bundled import shipped_config, shipped_configs
 from sdlora.config.renamed import current_name, with_current_names
-from sdlora.config.schema import MAX_EPOCHS, RunConfig
+from sdlora.config.schema import RunConfig
 from sdlora.config.schema_data import Section, SetOptions
+from sdlora.config.schema_training import MAX_EPOCHS
 from sdlora.errors import ConfigError
 
 FREE_WHEN_RESUMING = {

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 import torch
 
-from sdlora.config.schema import MAX_EPOCHS
+from sdlora.config.schema_training import MAX_EPOCHS
 from sdlora.errors import OutOfMemoryError
 from sdlora.estimate.hints import Stage, out_of_memory_message
 from sdlora.run.folder import RunFolder

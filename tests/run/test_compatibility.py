@@ -1,6 +1,7 @@
 from typing import Any
 
-from sdlora.config.schema import LoraConfig, LossConfig, RunConfig
+from sdlora.config.schema import LoraConfig, RunConfig
+from sdlora.config.schema_training import LossConfig
 from sdlora.run.compatibility import limits_elsewhere
 
 
