@@ -1,8 +1,8 @@
-"""Latent moments and text states, computed once and kept on disk under the hash of what they were made from.
+"""Latent moments and text embeddings on disk, each computed once and keyed by a hash of its inputs.
 
-A key holds the content (pixels after the crop, or the caption) and the identity of the network, so that a
-file is either right or not there: a changed caption recomputes that caption and nothing else. Both are kept in
-float16, whose rounding (.05 %) is an eighth of bfloat16's, in which most bases compute.
+A key covers the content (the cropped pixels, or the caption) and the identity of the network, so a file is either right
+or missing: a changed caption recomputes that caption and nothing else. Both are stored in float16, whose rounding error
+(.05 %) is an eighth of that of bfloat16, in which most base models compute.
 Shapes: C latent channels, H/W pixels, h/w latents.
 """
 
@@ -29,25 +29,25 @@ from sdlora.events import Progress
 from sdlora.models.base import BaseModel, TextEmbeddings
 
 MOST_MAPPED = 30_000
-"""So many files are mapped into memory at most; Linux lets a process have 65,530 maps."""
-_FORMAT = "2"  # raised when what is stored under a key changes its meaning
+"""The most files that are mapped into memory; Linux allows a process 65,530 maps."""
+_FORMAT = "2"  # increased when the meaning of stored tensors changes
 
 
 class Cache:
-    """A folder of small safetensors files, those of this run mapped into memory.
+    """A folder of small safetensors files; those of this run are memory-mapped.
 
-    Mapped numbers lie in the system's own cache of files, which gives way where memory is short.
+    Mapped tensors live in the page cache, which the system reclaims when memory is short.
 
     Args:
-        folder: Where the files are; None takes the user's cache folder.
-        base: The model whose VAE and text encoder fill the cache.
+        folder: Where the files are; None for the user's cache folder.
+        base: The base model whose VAE and text encoders compute the entries.
 
     Attributes:
-        keeps_text: Whether captions are encoded before they are asked for and kept; otherwise they are encoded
-            whenever they are asked for, with the same result.
+        keeps_text: Whether captions are encoded once and kept; otherwise they are encoded at every use, with the same
+            result.
 
     Raises:
-        ConfigError: The folder cannot be made.
+        ConfigError: The folder cannot be created.
     """
 
     def __init__(self, folder: Path | None, base: BaseModel) -> None:
@@ -57,7 +57,7 @@ class Cache:
             self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(
-                f"cache.dir: {self.folder} cannot be made ({error.strerror}). Choose a folder that you can write to."
+                f"cache.dir: cannot create {self.folder} ({error.strerror}). Choose a folder that you can write to."
             ) from error
         self.keeps_text = True
         self._masks: dict[Example, Tensor] = {}
@@ -67,32 +67,32 @@ class Cache:
         self._mapped: dict[str, TextEmbeddings] = {}
 
     def knows(self, example: Example) -> bool:
-        """Whether an image was filled in this run."""
+        """Whether an image is in the cache of this run."""
         return example in self._keys
 
     def moments(self, examples: Sequence[Example]) -> Tensor:
-        """The VAE's posterior moments of filled images of one size, (B, 2C, h, w) float16 on the CPU."""
+        """The VAE's posterior moments of cached images of one size, (B, 2C, h, w) float16 on the CPU."""
         return torch.stack([self._filled("moments", self._moment_keys[example])["moments"] for example in examples])
 
     def mask(self, example: Example) -> Tensor | None:
-        """What counts of a filled image, (1, h, w) in [0, 1]; None if all of it does."""
+        """The loss mask of a cached image, (1, h, w) in [0, 1]; None if it has none."""
         return self._masks.get(example)
 
     def identity(self, example: Example) -> str:
-        """A hash of a filled image, its mask, its caption, and the VAE and text encoder that read them."""
+        """A hash of a cached image, its mask, its caption, and the VAE and text encoders that encoded them."""
         return content_key(self._keys[example], content_key("text", self.base.text_identity, example.caption))
 
     def text(self, captions: Sequence[str]) -> TextEmbeddings:
-        """Text states of filled captions, or of any if text is not kept, the batch first, float32 on the CPU."""
+        """Text embeddings of cached captions, or of any if text is not kept: batch first, float32 on the CPU."""
         found = [self._text_of(caption) for caption in captions]
-        return {name: torch.stack([states[name] for states in found]).float() for name in found[0]}
+        return {name: torch.stack([embeddings[name] for embeddings in found]).float() for name in found[0]}
 
     def fill_moments(self, examples: Sequence[Example], background: str) -> Iterator[Progress]:
         """Encode the images that are not on disk yet.
 
         Args:
             examples: The images.
-            background: The colour laid under transparent pixels.
+            background: The colour behind transparent pixels.
         """
         for done, example in enumerate(examples, start=1):
             image = load_pixels(example, background)
@@ -105,12 +105,12 @@ class Cache:
             if not bool(tensors["moments"].isfinite().all()):
                 self._path("moments", key).unlink()
                 raise DivergedError(
-                    f"The base's VAE makes NaN or infinite numbers of {example.name}. Take the image out, or use a "
-                    "VAE that is made for float16, too."
+                    f"The VAE returns NaN or infinite values for {example.name}. Remove the image, or use a base model whose "
+                    "VAE works in float16."
                 )
             self._map(key, tensors)
             self._keys[example] = self._moment_keys[example] = key
-            # Made anew every time: reading a mask is all the work there is.
+            # Not cached: reading a mask is all the work there is.
             if (mask := load_mask_pixels(example)) is not None:
                 self._masks[example] = mask_shares(mask, *tensors["moments"].shape[1:])
                 self._keys[example] = content_key(key, pixel_hash(mask))
@@ -129,40 +129,40 @@ class Cache:
             yield Progress("cache captions", done, len(wanted))
 
     def text_bytes(self, num_captions: int) -> int:
-        """How much disk, and memory, so many captions take."""
+        """The size of the embeddings of a number of captions, on disk and in memory."""
         return num_captions * sum(value.nbytes for value in self._encoded("").values())
 
     def _encode(self, caption: str) -> TextEmbeddings:
-        # One at a time: the states of a caption must not depend on what it was encoded with.
+        # One at a time: the embeddings of a caption must not depend on its batch.
         return {name: value[0] for name, value in self.base.encode_captions([caption]).items()}
 
     def _encoded(self, caption: str) -> TextEmbeddings:
         return _as_kept(partial(self._encode, caption), torch.float16)
 
     def holds(self, kind: str, key: str) -> bool:
-        """Whether something is kept under a key."""
+        """Whether there is an entry under a key."""
         return self._path(kind, key).exists()
 
     def fetch(
         self, kind: str, key: str, make: Callable[[], TextEmbeddings], dtype: torch.dtype = torch.float32
     ) -> TextEmbeddings:
-        """What is kept under a key, made and kept if it is not there.
+        """The entry under a key, computed and stored if it is missing.
 
         Args:
             kind: The subfolder.
-            key: From `content_key`, of everything that the tensors follow from.
-            make: Makes named tensors.
-            dtype: What they are kept in.
+            key: From `content_key`, of everything that the tensors depend on.
+            make: Computes the named tensors.
+            dtype: The dtype in which they are stored.
 
         Returns:
-            The tensors as they lie in the file, mapped and not read.
+            The tensors of the file, mapped and not yet read.
         """
         path = self._path(kind, key)
         if path.exists():
             try:
                 return load_file(path)
             except (SafetensorError, OSError):
-                path.unlink(missing_ok=True)  # torn by a crash of the machine: made anew below
+                path.unlink(missing_ok=True)  # damaged by a crash: computed again below
         with atomic_path(path) as temporary:
             save_file(_as_kept(make, dtype), temporary)
         return load_file(path)
@@ -171,7 +171,7 @@ class Cache:
         return self._filled("text", self._text_keys[caption]) if self.keeps_text else self._encoded(caption)
 
     def _map(self, key: str, tensors: TextEmbeddings) -> None:
-        """Hold mapped tensors while there may be more maps; the rest is mapped whenever it is asked for."""
+        """Keep tensors mapped up to the limit; the others are mapped at every use."""
         if len(self._mapped) < MOST_MAPPED:
             self._mapped.setdefault(key, tensors)
 
@@ -183,8 +183,8 @@ class Cache:
             return load_file(self._path(kind, key))
         except (SafetensorError, OSError) as error:
             raise DataError(
-                f"{self._path(kind, key)} was in the cache and is gone or broken now ({error}). Start again with "
-                "--resume, which makes it anew, and let nothing delete the cache meanwhile."
+                f"{self._path(kind, key)} disappeared from the cache or is damaged ({error}). Run again with "
+                "--resume, which computes it again, and let nothing delete the cache meanwhile."
             ) from error
 
     def _path(self, kind: str, key: str) -> Path:
@@ -193,10 +193,10 @@ class Cache:
 
 @torch.no_grad()
 def _as_kept(make: Callable[[], TextEmbeddings], dtype: torch.dtype) -> TextEmbeddings:
-    """Tensors as they come back from the disk, so that it makes no difference whether they were there."""
+    """Tensors as they come back from disk, so that a cache hit and a miss give the same values."""
     return {name: value.to(dtype).cpu().contiguous() for name, value in make().items()}
 
 
 def content_key(*parts: str) -> str:
-    """A hash of texts, in their order, for file names."""
+    """A hash of strings, in their order, for file names."""
     return hashlib.blake2b("\x1f".join([_FORMAT, *parts]).encode("utf-8"), digest_size=20).hexdigest()

@@ -144,10 +144,10 @@ class LatentDiffusion:
         # diffusers computes on the device of the first network it finds, and reads only these of a text encoder.
         held = vars(self._pipeline)
         encoders = {name: held[name] for name in ("text_encoder", "text_encoder_2") if name in held}
-        told = {name: SimpleNamespace(dtype=e.dtype, config=e.config) for name, e in encoders.items()}
+        stand_ins = {name: SimpleNamespace(dtype=e.dtype, config=e.config) for name, e in encoders.items()}
         before = self.unet.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
         after = self.unet.register_forward_hook(_cast_outputs)
-        held.update(told)
+        held.update(stand_ins)
         try:
             yield self._pipeline
         finally:
@@ -160,9 +160,9 @@ class LatentDiffusion:
         self._use()
 
     def _use(self, *wanted: nn.Module) -> None:
-        """Bring VAE or text encoders to the device, once those that are not wanted are off it.
+        """Move the wanted networks to the device, after moving the others off it.
 
-        What is trained stays: an optimizer knows its numbers where they are.
+        Trained adapters stay where they are, because the optimizer refers to them.
         """
         others = [network for network in (self.vae, *self.text_encoders) if network not in wanted]
         for network in others:
@@ -172,41 +172,41 @@ class LatentDiffusion:
             move(network, self.device)
 
     def fresh_pipeline(self) -> DiffusionPipeline:
-        """The same base loaded anew in float32 on the CPU."""
+        """The same base model loaded again in float32 on the CPU."""
         return self._reload()
 
 
 def move(network: nn.Module, device: torch.device) -> None:
-    """Put a network on a device, if it is on another."""
+    """Move a network to a device unless it is there."""
     if next(network.parameters()).device != device:
         network.to(device)
 
 
 def _one_or_two(pipeline: DiffusionPipeline, part: str) -> Any:
-    """A part of a pipeline, and its second of the kind if there is one."""
+    """A component of a pipeline, and the second of its kind if there is one."""
     found = (getattr(pipeline, name, None) for name in (part, f"{part}_2"))
     return tuple(component for component in found if component is not None)
 
 
 def refuse_other_inputs(source: Source) -> None:
-    """Refuse a UNet that takes more than noisy latents and text.
+    """Refuse a UNet with inputs other than noisy latents and text.
 
     Raises:
-        BaseModelError: It is for inpainting, depth, edits or images as prompts.
+        BaseModelError: It is made for inpainting, depth, editing or image prompts.
     """
     unet, vae = source.pipeline.unet, source.pipeline.vae
     channels, own = unet.config.in_channels, vae.config.latent_channels
     if channels != own:
         kinds = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits images"}
-        kind = kinds.get(channels, "no plain text-to-image model")
+        kind = kinds.get(channels, "not a text-to-image model")
         raise BaseModelError(
-            f"The UNet of {source.path!r} takes {channels} channels and its VAE makes {own}: this is {kind}. "
-            "Train on the plain model it was made from; the LoRA works on both."
+            f"The UNet of {source.path!r} takes {channels} channels but its VAE has {own}: it is {kind}. "
+            "Train on the base model that it was made from; the LoRA works on both."
         )
     if unet.config.class_embed_type is not None or unet.config.encoder_hid_dim_type is not None:
         raise BaseModelError(
-            f"The UNet of {source.path!r} takes images as prompts (unCLIP or the like), which sdlora does not train. "
-            "Choose a text-to-image base."
+            f"The UNet of {source.path!r} is conditioned on images (as unCLIP is), which sdlora does not train. "
+            "Choose a text-to-image base model."
         )
 
 
@@ -215,7 +215,7 @@ def _cast_inputs(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
 
     def cast(value: Any) -> Any:
         if isinstance(value, dict):
-            # Sizes in pixels stay exact: bfloat16 knows no odd number above 256.
+            # Sizes in pixels stay exact: bfloat16 has no odd integers above 256.
             return {name: inner if name == "time_ids" else cast(inner) for name, inner in value.items()}
         return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 

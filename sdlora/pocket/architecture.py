@@ -132,5 +132,5 @@ def build_scheduler() -> DDIMScheduler:
 
 
 def num_parameters(module: torch.nn.Module) -> int:
-    """How many numbers a module holds."""
+    """The number of a module's parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
