@@ -105,8 +105,8 @@ class Cache:
             if not bool(tensors["moments"].isfinite().all()):
                 self._path("moments", key).unlink()
                 raise DivergedError(
-                    f"The VAE returns NaN or infinite values for {example.name}. Remove the image, or use a base model whose "
-                    "VAE works in float16."
+                    f"The VAE returns NaN or infinite values for {example.name}. Remove the image, or use a base "
+                    "model whose VAE works in float16."
                 )
             self._map(key, tensors)
             self._keys[example] = self._moment_keys[example] = key

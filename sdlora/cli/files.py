@@ -221,7 +221,7 @@ def extract(
 
 def _check_output(path: Path) -> None:
     if path.suffix != ".safetensors":
-        raise OutputError(f"{path} does not end in .safetensors; programs recognise LoRA files by that extension.")
+        raise OutputError(f"{path} does not end in .safetensors; programs identify LoRA files by that extension.")
     if path.exists():
         raise OutputError(f"{path} already exists. Choose another name, or move the file away.")
 

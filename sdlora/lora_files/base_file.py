@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from sdlora.errors import BaseModelError
 from sdlora.lora_files.base_folder import BaseWeights, Place, empty_networks, folder_weights, weight_names
 from sdlora.models.architectures import ARCHITECTURES, Family
-from sdlora.models.detect import TEXT_ENCODERS, recognise
+from sdlora.models.detect import TEXT_ENCODERS, identify
 from sdlora.models.safetensors_header import Header, read_header
 
 # More than any tensor has rows.
@@ -40,7 +40,7 @@ def base_weights(path: Path) -> BaseWeights:
             f"The base model {path} does not exist. Give a folder in diffusers' layout or a .safetensors checkpoint."
         )
     header = read_header(path)
-    return file_weights(path, header, recognise(header, path.name).family)
+    return file_weights(path, header, identify(header, path.name).family)
 
 
 def file_weights(file: Path, header: Header, family: Family) -> BaseWeights:

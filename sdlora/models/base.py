@@ -54,7 +54,7 @@ class BaseModel(Protocol):
     vae_identity: str
     text_identity: str
 
-    def bring_text_encoders(self) -> tuple[nn.Module, ...]:
+    def move_text_encoders(self) -> tuple[nn.Module, ...]:
         """The text encoders, moved to the device, where encoding and training their adapters need them."""
         ...
 
@@ -70,11 +70,11 @@ class BaseModel(Protocol):
         """Captions to the text embeddings that `predict` takes; gradients reach a text encoder's adapter."""
         ...
 
-    def image_states(self, examples: Sequence[Example]) -> TextEmbeddings:
+    def size_conditions(self, examples: Sequence[Example]) -> TextEmbeddings:
         """Further conditioning of `predict` that depends on each image's size and crop alone."""
         ...
 
-    def preview_prompts(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
+    def prompt_embeddings(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
         """Keyword arguments for the pipeline in place of prompts, encoded as captions are."""
         ...
 
@@ -93,11 +93,11 @@ class BaseModel(Protocol):
     def pipeline(self) -> AbstractContextManager[DiffusionPipeline]:
         """A diffusers pipeline around UNet and VAE, adapters included, within a `with` block.
 
-        It takes the arguments that `preview_prompts` returns.
+        It takes the arguments that `prompt_embeddings` returns.
         """
         ...
 
-    def set_aside(self) -> None:
+    def offload(self) -> None:
         """Move VAE and text encoders off the device; the next use moves them back."""
         ...
 

@@ -36,21 +36,21 @@ _OTHERS = {
 
 
 @dataclass(frozen=True)
-class Recognised:
+class Identified:
     """The identified checkpoint.
 
     Attributes:
         family: Its family.
         prediction_type: "epsilon" or "v_prediction"; None where the file does not say.
-        ends_in_noise: Whether it was trained with zero terminal SNR.
+        zero_terminal_snr: Whether it was trained with zero terminal SNR.
     """
 
     family: Family
     prediction_type: PredictionType | None
-    ends_in_noise: bool
+    zero_terminal_snr: bool
 
 
-def recognise(header: Header, name: str) -> Recognised:
+def identify(header: Header, name: str) -> Identified:
     """Identify a checkpoint in its authors' layout (LDM, sgm).
 
     Args:
@@ -81,7 +81,7 @@ def recognise(header: Header, name: str) -> Recognised:
         raise BaseModelError(f"{name} is conditioned on images (unCLIP), which sdlora does not train.")
     _check_whole(header, family, name)
     _check_shapes(header, family, name)
-    return Recognised(family, _prediction_type(header, family), "ztsnr" in header.shapes)
+    return Identified(family, _prediction_type(header, family), "ztsnr" in header.shapes)
 
 
 def _is_something_else(header: Header, name: str) -> BaseModelError:

@@ -92,7 +92,7 @@ class LatentDiffusion:
         ]
         return hashlib.blake2b("".join([*parts, str(self.text)]).encode("utf-8"), digest_size=16).hexdigest()
 
-    def bring_text_encoders(self) -> tuple[Any, ...]:
+    def move_text_encoders(self) -> tuple[Any, ...]:
         """The text encoders, moved to the device."""
         self._use(*self.text_encoders)
         return self.text_encoders
@@ -138,7 +138,7 @@ class LatentDiffusion:
     def pipeline(self) -> Iterator[DiffusionPipeline]:
         """The pipeline around these networks; latents stay in float32 whatever the UNet's dtype.
 
-        It takes the arguments that `preview_prompts` returns and has no text encoders of its own.
+        It takes the arguments that `prompt_embeddings` returns and has no text encoders of its own.
         """
         self._use(self.vae)
         # diffusers computes on the device of the first network it finds, and reads only these of a text encoder.
@@ -155,7 +155,7 @@ class LatentDiffusion:
             before.remove()
             after.remove()
 
-    def set_aside(self) -> None:
+    def offload(self) -> None:
         """Move VAE and text encoders off the device; the next use moves them back."""
         self._use()
 

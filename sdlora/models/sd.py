@@ -14,7 +14,7 @@ from torch import Tensor
 from sdlora.data.dataset import Example
 from sdlora.models.base import TextEmbeddings
 from sdlora.models.latent_diffusion import LatentDiffusion, Source, refuse_other_inputs
-from sdlora.models.text import TextOptions, check_clip_skip, layer_states, tokens_in_windows
+from sdlora.models.text import TextOptions, check_clip_skip, layer_embeddings, tokens_in_windows
 
 
 class StableDiffusion(LatentDiffusion):
@@ -46,14 +46,14 @@ class StableDiffusion(LatentDiffusion):
     def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
         """Captions to {"states": (B, N L, D)}; longer captions are cut off."""
         tokens = tokens_in_windows(self.tokenizers[0], captions, self.text.max_windows)
-        states = layer_states(self.bring_text_encoders()[0], tokens.flatten(0, 1).to(self.device), self._layer)
+        states = layer_embeddings(self.move_text_encoders()[0], tokens.flatten(0, 1).to(self.device), self._layer)
         return {"states": states.reshape(len(captions), -1, states.shape[-1])}
 
-    def image_states(self, examples: Sequence[Example]) -> TextEmbeddings:
+    def size_conditions(self, examples: Sequence[Example]) -> TextEmbeddings:
         """Nothing: this family is not conditioned on an image's size."""
         return {}
 
-    def preview_prompts(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
+    def prompt_embeddings(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
         """Keyword arguments for the pipeline in place of prompts, encoded as captions are."""
         return {
             "prompt_embeds": self.encode_captions(prompts)["states"],

@@ -6,7 +6,7 @@ import torch
 
 from sdlora.models.latent_diffusion import Source
 from sdlora.models.sd import StableDiffusion
-from sdlora.models.text import TextOptions, check_no_clip_skip
+from sdlora.models.text import TextOptions, refuse_clip_skip
 
 
 class StableDiffusion2(StableDiffusion):
@@ -23,5 +23,5 @@ class StableDiffusion2(StableDiffusion):
         self.architecture = "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512"
 
     def _choose_layer(self, source: Source, text: TextOptions) -> int:
-        check_no_clip_skip(text.clip_skip, "Stable Diffusion 2.x")
+        refuse_clip_skip(text.clip_skip, "Stable Diffusion 2.x")
         return 1

@@ -17,7 +17,7 @@ from sdlora.data.images import crop_origin
 from sdlora.errors import BaseModelError
 from sdlora.models.base import TextEmbeddings
 from sdlora.models.latent_diffusion import LatentDiffusion, Source, refuse_other_inputs
-from sdlora.models.text import TextOptions, check_no_clip_skip, tokens_in_windows
+from sdlora.models.text import TextOptions, refuse_clip_skip, tokens_in_windows
 
 _NUM_SIZES = 6
 
@@ -44,14 +44,14 @@ class StableDiffusionXL(LatentDiffusion):
     def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype, text: TextOptions) -> None:
         refuse_other_inputs(source)
         _refuse_refiner(source)
-        check_no_clip_skip(text.clip_skip, "Stable Diffusion XL")
+        refuse_clip_skip(text.clip_skip, "Stable Diffusion XL")
         super().__init__(source, device=device, dtype=dtype, text=text)
 
     def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
         """Captions to {"states": (B, N L, D), "pooled": (B, P)}; the pooled embedding is the first window's."""
         states: list[Tensor] = []
         pooled = torch.empty(0)
-        for encoder, tokenizer in zip(self.bring_text_encoders(), self.tokenizers, strict=True):
+        for encoder, tokenizer in zip(self.move_text_encoders(), self.tokenizers, strict=True):
             tokens = tokens_in_windows(tokenizer, captions, self.text.max_windows)
             output = encoder(tokens.flatten(0, 1).to(self.device), output_hidden_states=True)
             states.append(output.hidden_states[-2])
@@ -62,7 +62,7 @@ class StableDiffusionXL(LatentDiffusion):
             "pooled": pooled.reshape(len(captions), self.text.max_windows, -1)[:, 0],
         }
 
-    def image_states(self, examples: Sequence[Example]) -> TextEmbeddings:
+    def size_conditions(self, examples: Sequence[Example]) -> TextEmbeddings:
         """{"sizes": (B, 6)}: height and width of the image, top and left of the crop, height and width trained."""
         rows = []
         for example in examples:
@@ -71,7 +71,7 @@ class StableDiffusionXL(LatentDiffusion):
             rows.append([height, width, top, left, to_height, to_width])
         return {"sizes": torch.tensor(rows, dtype=torch.float32)}
 
-    def preview_prompts(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
+    def prompt_embeddings(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
         """Keyword arguments for the pipeline in place of prompts, encoded as captions are."""
         wanted, unwanted = self.encode_captions(prompts), self.encode_captions(negative_prompts)
         return {

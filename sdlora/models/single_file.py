@@ -19,7 +19,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
 from sdlora.models.architectures import ARCHITECTURES, Family
-from sdlora.models.detect import recognise
+from sdlora.models.detect import identify
 from sdlora.models.safetensors_header import read_header
 from sdlora.models.tokenizer import clip_tokenizer
 
@@ -40,7 +40,7 @@ def load_single_file(path: str, file: Path, prediction_type: PredictionType | No
     Raises:
         BaseModelError: The file is not a complete base model of a known family, or its prediction type is unknown.
     """
-    found = recognise(read_header(file), path)
+    found = identify(read_header(file), path)
     predicts = prediction_type or found.prediction_type
     if predicts is None:
         raise BaseModelError(
@@ -49,7 +49,7 @@ def load_single_file(path: str, file: Path, prediction_type: PredictionType | No
         )
     kind = getattr(diffusers, ARCHITECTURES[found.family].pipeline)
     with tempfile.TemporaryDirectory() as folder:
-        components = _components(found.family, predicts, found.ends_in_noise)
+        components = _components(found.family, predicts, found.zero_terminal_snr)
         _write_configs(Path(folder), found.family, predicts)
         try:
             pipeline: DiffusionPipeline = kind.from_single_file(
@@ -67,10 +67,10 @@ def load_single_file(path: str, file: Path, prediction_type: PredictionType | No
     return pipeline
 
 
-def _components(family: Family, prediction_type: PredictionType, ends_in_noise: bool) -> dict[str, Any]:
+def _components(family: Family, prediction_type: PredictionType, zero_terminal_snr: bool) -> dict[str, Any]:
     """The components that have no weights."""
     settings = dict(ARCHITECTURES[family].scheduler) | {"prediction_type": prediction_type}
-    if ends_in_noise:
+    if zero_terminal_snr:
         settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
     scheduler = getattr(diffusers, settings.pop("_class_name")).from_config(settings)
     first = clip_tokenizer("!" if family == "sd2" else "<|endoftext|>")

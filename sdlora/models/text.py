@@ -49,7 +49,7 @@ def tokens_in_windows(tokenizer: CLIPTokenizer, captions: Sequence[str], max_win
     return torch.tensor(found)
 
 
-def layer_states(encoder: Any, tokens: Tensor, clip_skip: int) -> Tensor:
+def layer_embeddings(encoder: Any, tokens: Tensor, clip_skip: int) -> Tensor:
     """The hidden states of a layer, counted from the last (1), after the final layer norm: (B, L, D)."""
     if clip_skip == 1:
         last: Tensor = encoder(tokens).last_hidden_state
@@ -72,7 +72,7 @@ def check_clip_skip(clip_skip: int | None, num_layers: int, path: str) -> int:
     return clip_skip or 1
 
 
-def check_no_clip_skip(clip_skip: int | None, family: str) -> None:
+def refuse_clip_skip(clip_skip: int | None, family: str) -> None:
     """Refuse any layer but the second to last, on which the family's UNet was trained.
 
     Raises:
@@ -84,6 +84,6 @@ def check_no_clip_skip(clip_skip: int | None, family: str) -> None:
         )
 
 
-def calls_of_other_files(caption: str) -> list[str]:
+def references_to_other_files(caption: str) -> list[str]:
     """References to textual inversions and other networks in a caption, which are not words."""
     return _CALLS.findall(caption)

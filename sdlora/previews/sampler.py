@@ -124,7 +124,7 @@ def settings(base: BaseModel, request: PreviewRequest) -> list[str]:
 
 @torch.no_grad()
 def _encode(base: BaseModel, request: PreviewRequest, batch: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    return base.preview_prompts([prompt for prompt, _ in batch], [request.negative_prompt] * len(batch))
+    return base.prompt_embeddings([prompt for prompt, _ in batch], [request.negative_prompt] * len(batch))
 
 
 def _draw(

@@ -15,7 +15,7 @@ from sdlora.data.masks import MaskKind
 from sdlora.data.split import split_validation
 from sdlora.errors import ConfigError, DataError
 from sdlora.models.base import BaseModel
-from sdlora.models.text import calls_of_other_files
+from sdlora.models.text import references_to_other_files
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def _refuse_calls(*datasets: Dataset | None) -> None:
         f"  {example.name}: {calls[0]}"
         for dataset in datasets
         for example in (dataset.examples if dataset else ())
-        if (calls := calls_of_other_files(example.caption))
+        if (calls := references_to_other_files(example.caption))
     ]
     if faults:
         raise DataError(

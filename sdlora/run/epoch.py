@@ -42,7 +42,7 @@ def close_epoch(context: RunContext, event: EpochDone, losses: dict[int, float])
         if context.previews is not None:
             with hints_in("preview", context):
                 yield from _draw_previews(context, context.previews, event.epoch)
-        context.base.set_aside()
+        context.base.offload()
         done = f"Epoch {event.epoch} of {context.config.train.epochs}" if event.epoch else "The base, before training"
         write_page(context, [f"{done}. This page is written anew after every epoch."])
         yield Progress("page", 1, 1)

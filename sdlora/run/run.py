@@ -173,12 +173,12 @@ def _events(
     with hints_in("cache", context):
         yield from _fill_caches(context)
     if not resume:
-        context.base.set_aside()
+        context.base.offload()
         yield StepRehearsed(step_seconds(trainer, context.config.data.background))
     if context.checker is not None:
         with hints_in("preview", context):
             yield from context.checker.prepare(context.config.data.background)
-    context.base.set_aside()
+    context.base.offload()
     trainer.processes.agree("the cache is filled")
     if _restore(context, recorder, losses, resume):
         yield Notice(f"Resumed at step {trainer.position.step} of {trainer.total_steps}.")
@@ -290,7 +290,7 @@ def _follow(arguments: Arguments, folder: RunFolder, should_stop: Callable[[], b
         processes.agree("")
         for _ in _fill_training_cache(context):
             pass  # from the disk, where the main process has just put it
-        context.base.set_aside()
+        context.base.offload()
         load_newest([], context.trainer)
         processes.agree("")
         for event in context.trainer.events(should_stop):

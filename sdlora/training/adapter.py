@@ -44,7 +44,7 @@ def make_adapter(settings: AdapterSettings, base: BaseModel) -> Adapter:
     """
     paths = find_targets(base.unet, settings.targets, base.text_encoders)
     text_is_trained = any(path.startswith(TEXT_ENCODER) for path in paths)
-    texts = base.bring_text_encoders() if text_is_trained else base.text_encoders
+    texts = base.move_text_encoders() if text_is_trained else base.text_encoders
     return inject(
         base.unet, paths, settings.rank, settings.alpha, settings.seed, spec=settings.spec, text_encoders=texts
     )

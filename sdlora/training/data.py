@@ -81,7 +81,7 @@ class TrainingData:
     def _encoded(self, captions: list[str], exposures: list[tuple[int, int]]) -> TextEmbeddings:
         base = self.cache.base
         text = base.encode_captions(captions) if self.text_is_trained else self.cache.text(captions)
-        return text | base.image_states([self.dataset.examples[index] for index, _ in exposures])
+        return text | base.size_conditions([self.dataset.examples[index] for index, _ in exposures])
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def draw_images(base: BaseModel, prompts: Sequence[str], *, guidance: float, ste
         group = list(prompts[first : first + 16])
         generators = [torch.Generator().manual_seed(1000 + first + i) for i in range(len(group))]
         with torch.no_grad():
-            encoded = base.preview_prompts(group, [""] * len(group))
+            encoded = base.prompt_embeddings(group, [""] * len(group))
             with base.pipeline() as pipeline:
                 pipeline.set_progress_bar_config(disable=True)
                 made = pipeline(**encoded, num_inference_steps=steps, guidance_scale=guidance, generator=generators)

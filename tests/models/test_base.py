@@ -46,7 +46,7 @@ def test_embeddings_and_predictions_equal_those_of_diffusers(family: Family, fol
         Example("a", Path("a"), "", bucket=(32, 48), size_px=(200, 400)),
         Example("b", Path("b"), "", bucket=(32, 32), size_px=(96, 64)),
     ]
-    more = base.image_states(examples)
+    more = base.size_conditions(examples)
     added = {}
     if family == "sdxl":
         # 200 x 400 is scaled to 32 x 64, and 8 rows are cut off above; 96 x 64 to 48 x 32, and 8 columns at the left.
@@ -69,7 +69,7 @@ def test_previews_equal_those_of_diffusers(family: Family, folders: dict[Family,
     options = {"num_inference_steps": 2, "guidance_scale": 3.0, "output_type": "np"}
     expected = pipeline(["a cat"], negative_prompt=["blue"], generator=torch.Generator().manual_seed(0), **options)
     with torch.no_grad():
-        prompts = base.preview_prompts(["a cat"], ["blue"])
+        prompts = base.prompt_embeddings(["a cat"], ["blue"])
     with base.pipeline() as own, torch.no_grad():
         found = own(**prompts, generator=torch.Generator().manual_seed(0), **options)
     assert abs(found.images - expected.images).max() < 1e-5

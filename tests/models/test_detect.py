@@ -12,7 +12,7 @@ from helpers.tiny import tiny_networks
 from safetensors.torch import save_file
 
 from sdlora.models.architectures import Family
-from sdlora.models.detect import recognise
+from sdlora.models.detect import identify
 from sdlora.models.safetensors_header import read_header
 
 UNET = "model.diffusion_model."
@@ -87,8 +87,8 @@ def test_prediction_type_of_a_single_file_comes_from_its_header(tmp_path: Path, 
 
     def found(family: Family, metadata: dict[str, str] | None = None, **more: torch.Tensor) -> tuple[str | None, bool]:
         write_checkpoint(file, layouts[family] | more, metadata=metadata)
-        recognised = recognise(read_header(file), "base")
-        return recognised.prediction_type, recognised.ends_in_noise
+        identified = identify(read_header(file), "base")
+        return identified.prediction_type, identified.zero_terminal_snr
 
     assert found("sd2") == (None, False)
     assert found("sd2", {"modelspec.architecture": "stable-diffusion-v2-768-v"}) == ("v_prediction", False)

@@ -94,13 +94,13 @@ def test_never_both_of_them_and_none_in_the_end(tiny_base: Path, monkeypatch: py
     assert waiting.present() == {"AutoencoderKL"}
     assert base.encode_captions(["a cat"])["states"].isfinite().all()
     assert waiting.present() == {"CLIPTextModel"}
-    prompts = base.preview_prompts(["a cat"], [""])
+    prompts = base.prompt_embeddings(["a cat"], [""])
     with base.pipeline() as pipeline, torch.no_grad():
         assert waiting.present() == {"AutoencoderKL"}
         assert not isinstance(pipeline.text_encoder, nn.Module)
         pipeline(**prompts, num_inference_steps=1)
     assert pipeline.text_encoder is base.text_encoders[0]
-    base.set_aside()
+    base.offload()
     assert waiting.present() == set()
 
 
@@ -108,7 +108,7 @@ def test_counting_and_naming_move_nothing(tiny_base: Path, monkeypatch: pytest.M
     waiting = Waiting(monkeypatch)
     bases = BasePool()
     base = bases(RunConfig(base=BaseConfig(path=str(tiny_base))), torch.device("cpu"), torch.float32)
-    base.set_aside()
+    base.offload()
     assert waiting.known and waiting.present() == set()
     targets: list[Target] = ["cross_attention", "text_encoder"]
     assert shapes_of_base(base).text_bytes > 0
@@ -118,7 +118,7 @@ def test_counting_and_naming_move_nothing(tiny_base: Path, monkeypatch: pytest.M
     # What is trained must be where it stays, before an optimizer knows it.
     adapter = make_adapter(Arguments(RunConfig(lora=LoraConfig(targets=targets))).adapter, base)
     assert waiting.present() == {"CLIPTextModel"}
-    base.set_aside()
+    base.offload()
     assert waiting.present() == {"CLIPTextModel"}
     assert all(bool(parameter.isfinite().all()) for parameter in adapter.parameters())
 

@@ -32,7 +32,7 @@ def test_tensors_equal_those_of_diffusers_modules(tiny_base: Path) -> None:
 
 def test_previews_work_in_bf16_with_latents_in_fp32(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), device=CPU, dtype=torch.bfloat16)
-    prompts = base.preview_prompts(["a cat"], [""])
+    prompts = base.prompt_embeddings(["a cat"], [""])
     with base.pipeline() as pipeline:
         options = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.0}
         latents = pipeline(**prompts, generator=torch.Generator().manual_seed(0), **options).images

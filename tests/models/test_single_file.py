@@ -82,6 +82,6 @@ def test_single_file_has_the_weights_of_the_folder(
         assert all(torch.equal(found[key], expected[key].to(dtype).float()) for key in expected)
     assert base.encode_captions(["a cat"])["states"].shape == (1, 77, TINY[family].text_width)
     with torch.no_grad():
-        prompts = base.preview_prompts(["a cat"], [""])
+        prompts = base.prompt_embeddings(["a cat"], [""])
     with base.pipeline() as pipeline, torch.no_grad():
         pipeline(**prompts, num_inference_steps=1, output_type="latent")

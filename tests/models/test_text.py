@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers.tiny import small_tokenizer
 
-from sdlora.models.text import calls_of_other_files, tokens_in_windows
+from sdlora.models.text import references_to_other_files, tokens_in_windows
 from sdlora.models.tokenizer import clip_tokenizer
 
 # From the documentation and examples of CLIP and Stable Diffusion.
@@ -48,5 +48,5 @@ def test_windows_are_consecutive_and_the_rest_is_cut_off() -> None:
 
 
 def test_references_to_other_files_are_found() -> None:
-    assert calls_of_other_files("a cat, embedding:zumi, <lora:hero:0.8>") == ["embedding:zumi,", "<lora:hero:0.8>"]
-    assert calls_of_other_files("a <zumi> with embedding on the lora farm") == []
+    assert references_to_other_files("a cat, embedding:zumi, <lora:hero:0.8>") == ["embedding:zumi,", "<lora:hero:0.8>"]
+    assert references_to_other_files("a <zumi> with embedding on the lora farm") == []

@@ -21,7 +21,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, parse_config
 from sdlora.errors import SdloraError
 from sdlora.estimate.meta_model import Shapes, shapes_of_configs, shapes_of_family
-from sdlora.models.detect import recognise
+from sdlora.models.detect import identify
 from sdlora.models.safetensors_header import read_header
 from sdlora.run.estimate import Estimate, device_memory, estimate_shapes
 
@@ -51,7 +51,7 @@ def shapes_of(path: str) -> Shapes | None:
     folder = pocket_folder() if path == "pocket" else Path(path).expanduser()
     try:
         if folder.is_file():
-            return shapes_of_family(recognise(read_header(folder), folder.name).family)
+            return shapes_of_family(identify(read_header(folder), folder.name).family)
         if not folder.is_dir():
             folder = _cached(path) or folder
         return _shapes_of_folder(folder)

@@ -35,8 +35,8 @@ def test_shapes_of_single_file_follow_from_its_header(tmp_path: Path, monkeypatc
     file = tmp_path / "xl.safetensors"
     save_file({"x": torch.zeros(1)}, file)
     assert base_models.shapes_of(str(file)) is None
-    recognised = type("Recognised", (), {"family": "sdxl"})
-    monkeypatch.setattr(base_models, "recognise", lambda *_: recognised)
+    identified = type("Identified", (), {"family": "sdxl"})
+    monkeypatch.setattr(base_models, "identify", lambda *_: identified)
     assert base_models.shapes_of(str(file)) == shapes_of_family("sdxl")
     assert estimate.base_resolution_px(str(file)) == 1024
     assert estimate.base_resolution_px("owner/name") == 512
