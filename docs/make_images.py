@@ -24,7 +24,7 @@ from playwright.sync_api import Browser, Page, sync_playwright
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
-from helpers.browsing import CHROMIUM, enter, open_studio
+from helpers.browsing import CHROMIUM, PATIENCE_MS, enter, open_studio
 
 from sdlora.common.bundled import resolve_data_folder
 from sdlora.copycheck.verdict import EpochCheck, read_checks
@@ -124,6 +124,7 @@ def pages(browser: Browser, studio: Any, theme: str, size: tuple[int, int], scal
     context = browser.new_context(
         viewport={"width": size[0], "height": size[1]}, color_scheme=theme, device_scale_factor=scale
     )
+    context.set_default_timeout(PATIENCE_MS)
     page = context.new_page()
     enter(page, studio)
     shots = [shoot(page, tab) for tab in range(page.get_by_role("tab").count())]
