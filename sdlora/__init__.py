@@ -8,12 +8,13 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from sdlora.common.version import __version__
+
 if TYPE_CHECKING:
     from sdlora.common.bundled import pocket_folder
     from sdlora.lora_files.pipelines import apply_timestep_rank
 
 __all__ = ["__version__", "apply_timestep_rank", "pocket_folder"]
-__version__ = "0.1.0"
 
 _HOMES = {"apply_timestep_rank": "sdlora.lora_files.pipelines", "pocket_folder": "sdlora.common.bundled"}
 

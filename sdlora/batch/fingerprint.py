@@ -9,9 +9,9 @@ import hashlib
 import json
 from pathlib import Path
 
-from sdlora import __version__
 from sdlora.common.bundled import pocket_folder, resolve_data_folder
 from sdlora.common.files import sha256
+from sdlora.common.version import __version__
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import FREE_WHEN_RESUMING, options
 from sdlora.data.captions import METADATA

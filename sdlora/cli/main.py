@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import typer
 
-from sdlora import __version__
 from sdlora.cli import files
 from sdlora.cli.batch import batch
 from sdlora.cli.cache import cache
@@ -29,6 +28,7 @@ from sdlora.cli.train import train
 from sdlora.cli.ui import ui
 from sdlora.common.quiet import is_main_process
 from sdlora.common.signals import EXIT_INTERRUPTED
+from sdlora.common.version import __version__
 from sdlora.errors import RenamedOptionWarning, SdloraError
 
 EXIT_INTERNAL = 1

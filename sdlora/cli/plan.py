@@ -74,13 +74,9 @@ def plan(
         document: dict[str, Any] = {"data": {"folder": "none"}}
         settings = parse_config(document, name="plan", overrides=[*overrides, *(set_ or [])])
     quiet_libraries()
-    from sdlora.estimate.meta_model import shapes_of_family
     from sdlora.run.estimate import estimate_config, estimate_shapes
 
-    if family:
-        found = estimate_shapes(settings, shapes_of_family(family), memory_bytes)
-    else:
-        found = estimate_config(settings, memory_bytes)
+    found = estimate_shapes(settings, family, memory_bytes) if family else estimate_config(settings, memory_bytes)
     if json_:
         typer.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
     else:

@@ -19,8 +19,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-import sdlora
 from sdlora.common.files import atomic_path
+from sdlora.common.version import __version__
 from sdlora.errors import DataError, ExportError, SdloraError
 from sdlora.lora.inject import LoraState
 from sdlora.lora.timestep_rank import TimestepRank
@@ -253,7 +253,7 @@ def _training_header(state: LoraState, metadata: LoraMetadata) -> dict[str, str]
         "ss_epoch": str(metadata.epoch),
         "ss_steps": str(metadata.step),
         "ss_training_started_at": str(metadata.started),
-        "sdlora.version": sdlora.__version__,
+        "sdlora.version": __version__,
         "sdlora.settings": json.dumps(metadata.settings, sort_keys=True),
     }
     if metadata.clip_skip is not None:

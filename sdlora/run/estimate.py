@@ -20,6 +20,7 @@ import torch
 from sdlora.config.schema import RunConfig
 from sdlora.copycheck.null_distribution import MIN_DRAWN, SIZE
 from sdlora.data.batches import Exposure
+from sdlora.data.dataset import Dataset
 from sdlora.estimate.disk import (
     bytes_in,
     cache_bytes,
@@ -30,14 +31,16 @@ from sdlora.estimate.disk import (
 )
 from sdlora.estimate.hints import CountedHint, hints_to_fit, with_values
 from sdlora.estimate.memory import MemoryEstimate, MemoryInputs, estimate_memory
-from sdlora.estimate.meta_model import Shapes, num_bytes, shapes_of_base
+from sdlora.estimate.meta_model import Shapes, num_bytes, shapes_of_base, shapes_of_family
 from sdlora.estimate.timing import step_seconds
 from sdlora.events import saved_as, to_json
 from sdlora.lora.quantize import num_weights
+from sdlora.models.architectures import Family
 from sdlora.run.arguments import Arguments
 from sdlora.run.folder import RunFolder
 from sdlora.run.setup import RunContext, prepare
 from sdlora.training.data import TrainingData, evaluation_data
+from sdlora.training.schedule import make_schedule
 
 _SMALL_BASE = 100_000_000
 
@@ -82,20 +85,28 @@ class Estimate(MemoryEstimate):
         return {**to_json(self), **derived}
 
 
-def estimate_shapes(config: RunConfig, shapes: Shapes, memory_bytes: int | None, *, on_cpu: bool = False) -> Estimate:
+def estimate_shapes(
+    config: RunConfig, shapes: Shapes | Family, memory_bytes: int | None, *, on_cpu: bool = False
+) -> Estimate:
     """Estimate a run on a base model of given shapes, without weights and images.
 
     Args:
         config: Of the run; its training size is the base model's if it has none.
-        shapes: The base model's.
+        shapes: The base model's; those of a family by its name.
         memory_bytes: What the device has, if it is known.
         on_cpu: Whether it is trained on a CPU.
     """
+    shapes = shapes_of_family(shapes) if isinstance(shapes, str) else shapes
     edge, precision = config.data.resolution_px or shapes.resolution_px, config.train.precision
     # GPUs that train these models have bf16.
     dtype = torch.float32 if precision == "fp32" or (precision == "auto" and on_cpu) else torch.bfloat16
     inputs = MemoryInputs(config, Arguments(config).adapter.spec, shapes, dtype, (edge, edge), on_cpu=on_cpu)
     return _estimate(inputs, memory_bytes, exposures_per_image=config.data.repeats_range[1] * config.train.epochs)
+
+
+def count_steps(config: RunConfig, dataset: Dataset) -> int:
+    """Optimizer steps of a run on images with their buckets."""
+    return len(make_schedule(Arguments(config).schedule, dataset).steps)
 
 
 def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:

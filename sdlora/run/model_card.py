@@ -10,8 +10,8 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 
-import sdlora
 from sdlora.common.files import write_text
+from sdlora.common.version import __version__
 from sdlora.copycheck.verdict import EpochCheck
 from sdlora.events import PlanMade
 from sdlora.run.export import presentable
@@ -77,7 +77,7 @@ def _body(context: RunContext, plan: PlanMade, epoch: int) -> str:
         if base
         else f"a base model of the family {context.base.architecture}"
     )
-    lines += [f"A LoRA for {base_name}, trained with sdlora {sdlora.__version__}.", ""]
+    lines += [f"A LoRA for {base_name}, trained with sdlora {__version__}.", ""]
     if triggers := config.data.triggers:
         words = " or ".join(f"`{trigger}`" for trigger in triggers)
         lines += [f"Use {words} in the prompt.", ""]

@@ -16,8 +16,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora import __version__
 from sdlora.common.files import atomic_path, write_json
+from sdlora.common.version import __version__
 from sdlora.errors import OutputError
 from sdlora.events import fields_from_json, to_json
 from sdlora.training.trainer import Position, Trainer

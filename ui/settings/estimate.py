@@ -16,9 +16,8 @@ from typing import Any
 from sdlora.common.text import format_bytes, format_range, format_seconds
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml
-from sdlora.run.arguments import Arguments
 from sdlora.run.datasets import read_images
-from sdlora.training.schedule import make_schedule
+from sdlora.run.estimate import count_steps
 
 from ..state.folders import StudioError
 from .base_models import shapes_of
@@ -38,7 +37,7 @@ def describe_run(config: RunConfig) -> list[str]:
     images = read_images(data, config.seed)
     resolution_px = data.resolution_px or base_resolution_px(config.base.path)
     dataset = images.training.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
-    steps = len(make_schedule(Arguments(config).schedule, dataset).steps)
+    steps = count_steps(config, dataset)
     seen, per_epoch = format_range(*(train.epochs * each for each in repeats)), format_range(*repeats)
     per_step = train.batch_size * train.gradient_accumulation_steps
     told = [
