@@ -34,7 +34,7 @@ from sdlora.ui.state.folders import Studio
 
 TARGET = Path(__file__).parent / "images"
 COPY_CHECK = 3  # the page that the README shows, counted from the left
-PROMPTS = ("a small zumi by the sea", "a red cat in the forest")
+PROMPTS = ("zumi in a meadow", "a red cat in the forest")
 SPRITE_PX = 64  # shown at twice its size on a page, and drawn at four times for screens of two pixels a point
 COLORS = {
     "light": {"text": "#1f2328", "faint": "#59636e", "clean": "#1a7f37", "watch": "#9a6700", "copying": "#cf222e"},

@@ -55,8 +55,8 @@ def environment(*folders: Path) -> Environment:
 
 
 def render(template: str, **values: object) -> str:
-    """A page from one of the report's templates."""
-    return environment().get_template(template).render(values)
+    """A page from one of the report's templates, ending in a line feed."""
+    return environment().get_template(template).render(values) + "\n"
 
 
 def epoch_name(epoch: int) -> str:

@@ -468,4 +468,4 @@ def test_a_network_that_cannot_be_had_is_told_and_the_run_goes_on(
     assert asked == [(True, False), (False, True)]
     # Stopping is a test of the whole run's.
     assert outcome("copycheck.stop=true").startswith("ConfigError: ")
-    assert "needs preview.enabled" in outcome(checked, "copycheck.sscd=true", "preview.enabled=false")
+    assert "preview.enabled" in outcome(checked, "copycheck.sscd=true", "preview.enabled=false")

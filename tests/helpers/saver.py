@@ -24,7 +24,7 @@ def trainer_at(step: int) -> Trainer:
         for parameter in parameters:
             parameter.fill_(float(step))
             optimizer.state[parameter]["exp_avg"].fill_(float(step))
-    adapter = SimpleNamespace(starts=lambda: [], parameters=lambda: parameters)
+    adapter = SimpleNamespace(initial_factors=lambda: [], parameters=lambda: parameters)
     step_ = SimpleNamespace(parameters=parameters, optimizer=optimizer, average=None)
     return cast(Trainer, SimpleNamespace(adapter=adapter, step=step_, position=Position(step)))
 

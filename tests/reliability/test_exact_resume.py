@@ -54,7 +54,7 @@ WARM = [
     Place("save", "sdlora.training.checkpoint:write_json", ("before", "after"), 3),
     Place("save", "sdlora.training.checkpoint:shutil.rmtree", ("before", "after"), 2),
     Place("epoch's edge", "sdlora.training.trainer:Trainer._epoch_done", ("before", "after"), 2),
-    Place("epoch's edge", "sdlora.training.validation:picture_losses", ("after",), 2),
+    Place("epoch's edge", "sdlora.training.validation:image_losses", ("after",), 2),
     Place("preview", "sdlora.previews.sampler:_draw", ("before", "after"), 2),
     Place("preview", "PIL.Image:Image.save", ("torn",), 2),
     Place("check", "sdlora.copycheck.checker:check_previews", ("before", "after"), 2),

@@ -19,7 +19,7 @@ def start_two(scene: Scene, folder: Path) -> list[str]:
     """Start two runs in one folder, which both find free; what is wrong then."""
     gate = folder / "gate"
     gate.mkdir(parents=True)
-    at_gate = Point("sdlora.run.run:check_room", 1, "after", mishaps.wait_for_two)
+    at_gate = Point("sdlora.run.run:check_disks", 1, "after", mishaps.wait_for_two)
     commands = [
         scene.command.start(
             scene.arguments(folder / "run", changes=SHORT), points=[at_gate], environment={"GATE": str(gate)}

@@ -2,10 +2,10 @@ import math
 
 import pytest
 
-from sdlora.training.lr_schedule import Schedule, learning_rate
+from sdlora.training.lr_schedule import LrSchedule, learning_rate
 
 
-def rates(schedule: Schedule, warmup: int, total: int = 10) -> list[float]:
+def rates(schedule: LrSchedule, warmup: int, total: int = 10) -> list[float]:
     return [
         learning_rate(step, total_steps=total, peak=2.0, schedule=schedule, warmup_steps=warmup)
         for step in range(1, total + 1)

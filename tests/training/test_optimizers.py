@@ -200,9 +200,9 @@ def test_8bit_adamw_without_a_gpu_is_refused() -> None:
     ("train", "message"),
     [
         ({"optimizer": "schedule_free", "lr_schedule": "cosine"}, "constant"),
-        ({"optimizer": "schedule_free", "ema_decay": 0.9}, "averages by itself"),
+        ({"optimizer": "schedule_free", "ema_decay": 0.9}, "train.ema_decay"),
         ({"optimizer": "prodigy"}, "set it to 1"),
-        ({"optimizer": "prodigy", "learning_rate": 1, "loraplus_lr_ratio": 4}, "one learning rate for everything"),
+        ({"optimizer": "prodigy", "learning_rate": 1, "loraplus_lr_ratio": 4}, "train.loraplus_lr_ratio"),
     ],
 )
 def test_incompatible_settings_are_refused(train: dict[str, Any], message: str) -> None:
