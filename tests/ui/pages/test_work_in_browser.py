@@ -212,7 +212,7 @@ def test_the_queue_is_put_into_another_order(page: Any, opened: Open, settings: 
             jobs.cancel(name)
         jobs.studio.job_record("busy").unlink()
         taken.kill()
-    page.locator("#strip", has_text="Nothing is being trained").wait_for()
+    page.locator("#strip", has_text="Nothing is training").wait_for()
 
 
 def test_what_was_asked_about_is_what_is_published(page: Any, opened: Open) -> None:
