@@ -7,7 +7,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from sdlora.common.bundled import resolve_data_folder
 from sdlora.common.files import write_json
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import parse_config
+from sdlora.events import to_json
 from sdlora.run.run import start
 from sdlora.ui.settings.draft import Draft, read_draft, write_draft
 from sdlora.ui.state.background_tasks import BackgroundTasks
@@ -183,7 +183,7 @@ def test_the_queue_is_put_into_another_order(page: Any, opened: Open, settings: 
     # It stands for a run at work: the device is taken for as long as it lives.
     with subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"]) as taken:
         began = psutil.Process(taken.pid).create_time()
-        write_json(jobs.studio.job_record("busy"), asdict(Job("busy", "cpu", 0.0, "started", False, taken.pid, began)))
+        write_json(jobs.studio.job_record("busy"), to_json(Job("busy", "cpu", 0.0, "started", False, taken.pid, began)))
         for name in ("a", "b", "c"):
             jobs.add(settings(name))
         tab(page, "Training")
