@@ -59,11 +59,6 @@ class SetView:
     findings: tuple[Finding, ...]
     twins: tuple[tuple[str, ...], ...]
 
-    @property
-    def num_errors(self) -> int:
-        """How many findings keep the set from being trained."""
-        return sum(finding.severity == "error" for finding in self.findings)
-
 
 @functools.lru_cache(maxsize=4096)
 def _decode(path: Path, background: str, _modified_ns: int, _size: int) -> Decoded | str:
