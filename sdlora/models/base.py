@@ -102,5 +102,5 @@ class BaseModel(Protocol):
         ...
 
     def fresh_pipeline(self) -> DiffusionPipeline:
-        """The base model loaded again from its source, in float32 on the CPU, without adapters."""
+        """The base model in float32 on the CPU without adapters: loaded again, but for what has none."""
         ...

@@ -31,16 +31,16 @@ class Source:
     """A loaded pipeline and where it came from.
 
     Attributes:
-        pipeline: In float32 on the CPU.
+        pipeline: On the CPU, with the UNet in float32 or the compute dtype, everything else in float32.
         path: As the user gave it.
         revision: The commit on the hub, or None.
-        reload: Loads the same pipeline again.
+        reload: Loads the same pipeline again, with the UNet in the given dtype and the given components as they are.
     """
 
     pipeline: DiffusionPipeline
     path: str
     revision: str | None
-    reload: Callable[[], DiffusionPipeline]
+    reload: Callable[..., DiffusionPipeline]
 
 
 class LatentDiffusion:
@@ -166,14 +166,25 @@ class LatentDiffusion:
         """
         others = [network for network in (self.vae, *self.text_encoders) if network not in wanted]
         for network in others:
-            if not any(parameter.requires_grad for parameter in network.parameters()):
+            if not _has_adapter(network):
                 move(network, _ASIDE)
         for network in wanted:
             move(network, self.device)
 
     def fresh_pipeline(self) -> DiffusionPipeline:
-        """The same base model loaded again in float32 on the CPU."""
-        return self._reload()
+        """The same base model in float32 on the CPU without adapters: loaded again, but for what has none."""
+        pipeline = self._pipeline
+        names = [
+            name for name in ("vae", "text_encoder", "text_encoder_2") if getattr(pipeline, name, None) is not None
+        ]
+        plain = {name: network for name in names if not _has_adapter(network := getattr(pipeline, name))}
+        for network in plain.values():
+            move(network, torch.device("cpu"))
+        return self._reload(torch.float32, **plain)
+
+
+def _has_adapter(network: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in network.parameters())
 
 
 def move(network: nn.Module, device: torch.device) -> None:

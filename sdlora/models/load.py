@@ -9,8 +9,9 @@ import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
@@ -81,14 +82,16 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
     options = options or LoadOptions()
     load, revision = _loader(path, options)
 
-    def reload() -> DiffusionPipeline:
-        pipeline = load()
+    def reload(unet_dtype: torch.dtype, **present: Any) -> DiffusionPipeline:
+        pipeline = load(unet_dtype=unet_dtype, **present)
         if options.prediction_type is not None:
             pipeline.scheduler.register_to_config(prediction_type=options.prediction_type)
         pipeline.set_progress_bar_config(disable=True)
         return pipeline
 
-    source = Source(reload(), path, revision, reload)
+    # Quantization rounds the weights as they were stored, not those of the compute dtype.
+    first = reload(dtype if options.quantization == "none" else torch.float32)
+    source = Source(first, path, revision, reload)
     family = _family(source)
     if options.quantization != "none":
         # Before it moves to a device that may be too small for the unquantized weights.
@@ -109,19 +112,19 @@ def _family(source: Source) -> type[StableDiffusion] | type[StableDiffusionXL]:
     return StableDiffusion2 if linear else StableDiffusion
 
 
-def _loader(path: str, options: LoadOptions) -> tuple[Callable[[], DiffusionPipeline], str | None]:
+def _loader(path: str, options: LoadOptions) -> tuple[Callable[..., DiffusionPipeline], str | None]:
     """A function that loads the pipeline, and the commit that a hub id was resolved to."""
     if path == "pocket":
-        return lambda: _load_folder(path, pocket_folder(), None), None
+        return partial(_load_folder, path, pocket_folder(), None), None
     place = Path(path).expanduser()
     if place.is_dir():
-        return lambda: _load_folder(path, place, options.variant), None
+        return partial(_load_folder, path, place, options.variant), None
     if place.is_file():
-        return lambda: load_single_file(path, place, options.prediction_type), None
+        return partial(load_single_file, path, place, options.prediction_type), None
     if _HUB_ID.fullmatch(path):
         snapshot = _download(path, options)
         # In the hub's cache a snapshot's folder is named by its commit.
-        return lambda: _load_folder(path, snapshot, options.variant), snapshot.name
+        return partial(_load_folder, path, snapshot, options.variant), snapshot.name
     raise BaseModelError(
         f"Base model {path!r} was not found. base.path takes 'pocket' (built in), a folder with a model_index.json, a "
         ".safetensors checkpoint, or a hub id such as 'owner/name'."
@@ -139,15 +142,20 @@ def _download(path: str, options: LoadOptions) -> Path:
     return Path(folder)
 
 
-def _load_folder(path: str, folder: Path, variant: str | None) -> DiffusionPipeline:
+def _load_folder(
+    path: str, folder: Path, variant: str | None, unet_dtype: torch.dtype, **present: Any
+) -> DiffusionPipeline:
+    """Load a diffusers folder; `present` are components that are in memory already."""
     kind = _check_folder(path, folder)
     absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         pipeline: DiffusionPipeline = _PIPELINES[kind].from_pretrained(
             folder,
             variant=variant,
-            torch_dtype=torch.float32,
+            # The UNet's dtype at once: SDXL's takes 10 GB in float32, which a small machine does not have.
+            dtype={"unet": unet_dtype, "default": torch.float32},
             use_safetensors=True,
+            **present,
             **(absent if kind == "StableDiffusionPipeline" else {"add_watermarker": False}),
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:

@@ -26,16 +26,21 @@ from sdlora.models.tokenizer import clip_tokenizer
 _SD2_512_LATENTS = 64
 
 
-def load_single_file(path: str, file: Path, prediction_type: PredictionType | None) -> DiffusionPipeline:
+def load_single_file(
+    path: str,
+    file: Path,
+    prediction_type: PredictionType | None,
+    unet_dtype: torch.dtype = torch.float32,
+    **present: Any,
+) -> DiffusionPipeline:
     """Load a checkpoint in its authors' layout (LDM, sgm).
 
     Args:
         path: What the user called it, for messages.
         file: The .safetensors file.
         prediction_type: "epsilon" or "v_prediction"; None to take it from the file.
-
-    Returns:
-        The pipeline in float32.
+        unet_dtype: The UNet's dtype; everything else is in float32.
+        present: Components that are in memory already, by name.
 
     Raises:
         BaseModelError: The file is not a complete base model of a known family, or its prediction type is unknown.
@@ -53,7 +58,7 @@ def load_single_file(path: str, file: Path, prediction_type: PredictionType | No
         _write_configs(Path(folder), found.family, predicts)
         try:
             pipeline: DiffusionPipeline = kind.from_single_file(
-                str(file), config=folder, local_files_only=True, torch_dtype=torch.float32, **components
+                str(file), config=folder, local_files_only=True, torch_dtype=None, **(components | present)
             )
         except NotImplementedError as error:  # weights that the file lacks are left on the meta device
             raise BaseModelError(
@@ -64,6 +69,11 @@ def load_single_file(path: str, file: Path, prediction_type: PredictionType | No
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise BaseModelError(f"{path!r} could not be loaded: {reason[0]}") from error
     _check_loaded(pipeline, path)
+    # Until here the weights lie in the mapped file, so that none is in memory in a dtype that is not wanted.
+    pipeline.unet.to(unet_dtype)
+    for name in ("vae", "text_encoder", "text_encoder_2"):
+        if name not in present and (network := getattr(pipeline, name, None)) is not None:
+            network.float()
     return pipeline
 
 

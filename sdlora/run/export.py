@@ -38,6 +38,7 @@ def export_epoch(context: RunContext, event: EpochDone) -> None:
     dtype = DTYPES_BY_NAME[config.file.precision]
     save_lora(file, state, metadata=_metadata(context, event), spelling=config.file.format, dtype=dtype)
     proof = verify_lora(file, state, context.base.fresh_pipeline(), Arguments(config).timestep_rank, dtype)
+    context.base.offload()
     write_json(file.with_name("proof.json"), asdict(proof))
 
 
