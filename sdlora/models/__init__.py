@@ -1,1 +1,1 @@
-"""Base models: the protocol they share, one file per family, loading and detection."""
+"""Base models: what they share, one file per family, loading and detection."""

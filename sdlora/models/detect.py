@@ -5,7 +5,7 @@ File names are not trusted.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
@@ -35,15 +35,8 @@ _OTHERS = {
 }
 
 
-@dataclass(frozen=True)
-class Identified:
-    """The identified checkpoint.
-
-    Attributes:
-        family: Its family.
-        prediction_type: "epsilon" or "v_prediction"; None where the file does not say.
-        zero_terminal_snr: Whether it was trained with zero terminal SNR.
-    """
+class Identified(NamedTuple):
+    """What a checkpoint is; its prediction type is None where the file does not say."""
 
     family: Family
     prediction_type: PredictionType | None
@@ -51,18 +44,19 @@ class Identified:
 
 
 def identify(header: Header, name: str) -> Identified:
-    """Identify a checkpoint in its authors' layout (LDM, sgm).
-
-    Args:
-        header: The file's header.
-        name: The file's name, for messages.
+    """Identify a checkpoint in its authors' layout (LDM, sgm); `name` is for messages.
 
     Raises:
         BaseModelError: It is something else, its UNet needs further inputs, or a part is missing.
     """
     if not header.has(_UNET + "input_blocks."):
         raise _is_something_else(header, name)
-    _refuse_refiner(header, name)
+    only_second = header.has("conditioner.embedders.0.model.") and not header.has("conditioner.embedders.1.")
+    if only_second or _num_inputs(header, _UNET + "label_emb.0.0.weight") == _REFINER_WIDTH:
+        raise BaseModelError(
+            f"{name} is the refiner of Stable Diffusion XL, which only refines finished images. Train on "
+            "the base model."
+        )
     channels = _num_inputs(header, _UNET + "input_blocks.0.0.weight")
     if channels != 4:
         kinds = {9: "an inpainting", 5: "a depth", 8: "an image-editing"}
@@ -80,7 +74,6 @@ def identify(header: Header, name: str) -> Identified:
     if header.has(_UNET + "label_emb.") != (family == "sdxl"):
         raise BaseModelError(f"{name} is conditioned on images (unCLIP), which sdlora does not train.")
     _check_whole(header, family, name)
-    _check_shapes(header, family, name)
     return Identified(family, _prediction_type(header, family), "ztsnr" in header.shapes)
 
 
@@ -97,15 +90,6 @@ def _is_something_else(header: Header, name: str) -> BaseModelError:
         f"{name} is {kind or 'an unknown kind of file'}. sdlora trains Stable Diffusion 1.x, 2.x and XL: use a "
         "complete checkpoint of one of them, with its text encoders and its VAE."
     )
-
-
-def _refuse_refiner(header: Header, name: str) -> None:
-    only_second = header.has("conditioner.embedders.0.model.") and not header.has("conditioner.embedders.1.")
-    if only_second or _num_inputs(header, _UNET + "label_emb.0.0.weight") == _REFINER_WIDTH:
-        raise BaseModelError(
-            f"{name} is the refiner of Stable Diffusion XL, which only refines finished images. Train on "
-            "the base model."
-        )
 
 
 def _family(header: Header) -> Family:
@@ -129,9 +113,10 @@ def _text_widths(header: Header) -> list[int]:
 
 
 def _check_whole(header: Header, family: Family, name: str) -> None:
-    title = ARCHITECTURES[family].title
-    missing = [beginning for beginning in TEXT_ENCODERS[family] if not header.has(beginning)]
-    if missing:
+    """Check that the text encoders and the VAE are there, and that the UNet has the family's shape."""
+    architecture = ARCHITECTURES[family]
+    title = architecture.title
+    if missing := [beginning for beginning in TEXT_ENCODERS[family] if not header.has(beginning)]:
         raise BaseModelError(
             f"{name} holds the UNet of {title} without its text encoder{'s' if len(TEXT_ENCODERS[family]) > 1 else ''}"
             f" (no {missing[0]}...). Use a complete checkpoint."
@@ -140,18 +125,14 @@ def _check_whole(header: Header, family: Family, name: str) -> None:
         raise BaseModelError(
             f"{name} holds the UNet of {title} without its VAE (no {_VAE}...). Use a complete checkpoint."
         )
-
-
-def _check_shapes(header: Header, family: Family, name: str) -> None:
-    """Check that the UNet has the family's true shape, since its configuration is not in the file."""
-    architecture = ARCHITECTURES[family]
+    # The UNet must have the family's true shape, since its configuration is not in the file.
     expected = (architecture.unet["block_out_channels"][0], architecture.text_width)
     first, *_ = (*header.shapes.get(_UNET + "input_blocks.0.0.weight", ()), 0)
     widths = _text_widths(header)
     if (first, *widths) != expected:
         found = " and ".join(str(width) for width in (first, *widths))
         raise BaseModelError(
-            f"{name} has the text encoders of {architecture.title}, but its UNet has another shape (widths {found}, "
+            f"{name} has the text encoders of {title}, but its UNet has another shape (widths {found}, "
             f"not {expected[0]} and {expected[1]}). Convert it to a diffusers folder with its own configuration files."
         )
 

@@ -1,40 +1,41 @@
 """From base.path ("pocket", a folder, a file, a hub id) to a loaded base model.
 
-Only safetensors files are read: a pickled checkpoint can run code.
+Only safetensors files are read: a pickled checkpoint can run code. A checkpoint in one file is converted by diffusers,
+offline; the configurations that it lacks are written to a temporary folder from the families' true shapes.
 """
 
 from __future__ import annotations
 
+import inspect
 import json
 import re
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
-from diffusers import DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from sdlora.common.bundled import pocket_folder
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
 from sdlora.lora.quantize import Quantization, quantize_linears
-from sdlora.models.base import BaseModel
-from sdlora.models.latent_diffusion import Source
+from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.models.base import BaseModel, Source
+from sdlora.models.detect import identify
 from sdlora.models.safetensors_header import read_header
 from sdlora.models.sd import StableDiffusion
 from sdlora.models.sd2 import StableDiffusion2
 from sdlora.models.sdxl import StableDiffusionXL
-from sdlora.models.single_file import load_single_file
-from sdlora.models.text import TextOptions
+from sdlora.models.text import TextOptions, clip_tokenizer
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PIPELINES = {
-    "StableDiffusionPipeline": StableDiffusionPipeline,
-    "StableDiffusionXLPipeline": StableDiffusionXLPipeline,
-}
+_PIPELINES = {architecture.pipeline for architecture in ARCHITECTURES.values()}
 _PLAIN = "Train on the base model that it was made from; the LoRA works on both."
 _REFUSED = {
     "Inpaint": f"an inpainting model. {_PLAIN}",
@@ -43,7 +44,6 @@ _REFUSED = {
     "StableDiffusionXLImg2Img": "the refiner of Stable Diffusion XL, which only refines finished images. Train on the "
     "base model.",
 }
-_OTHER = "which sdlora does not train. It trains Stable Diffusion 1.x, 2.x and XL."
 
 
 @dataclass(frozen=True)
@@ -71,9 +71,7 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
     Args:
         path: "pocket", a folder in diffusers' layout, a checkpoint in one .safetensors file, or a hub id such as
             "owner/name".
-        device: Where to compute.
         dtype: The frozen UNet's dtype.
-        options: How to load it.
 
     Raises:
         BaseModelError: It does not exist, cannot be read, or is not a text-to-image model of a known family.
@@ -92,24 +90,23 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
     # Quantization rounds the weights as they were stored, not those of the compute dtype.
     first = reload(dtype if options.quantization == "none" else torch.float32)
     source = Source(first, path, revision, reload)
-    family = _family(source)
+    unet = source.pipeline.unet
+    family = _family(unet)
     if options.quantization != "none":
         # Before it moves to a device that may be too small for the unquantized weights.
-        quantize_linears(source.pipeline.unet, options.quantization)
+        quantize_linears(unet, options.quantization)
         # The other weights still point into the mapped file, which would keep the unquantized ones in memory as well.
-        for parameter in source.pipeline.unet.parameters():
+        for parameter in unet.parameters():
             parameter.data = parameter.data.clone()
     return family(source, device=device, dtype=dtype, text=options.text)
 
 
-def _family(source: Source) -> type[StableDiffusion] | type[StableDiffusionXL]:
+def _family(unet: UNet2DConditionModel) -> type[BaseModel]:
     """The family by the UNet's layers: nothing else distinguishes 1.x from 2.x at any size."""
-    unet = source.pipeline.unet
     if unet.config.addition_embed_type == "text_time":
         return StableDiffusionXL
     projections = (module for name, module in unet.named_modules() if name.endswith(".proj_in"))
-    linear = isinstance(next(projections, None), nn.Linear)
-    return StableDiffusion2 if linear else StableDiffusion
+    return StableDiffusion2 if isinstance(next(projections, None), nn.Linear) else StableDiffusion
 
 
 def _loader(path: str, options: LoadOptions) -> tuple[Callable[..., DiffusionPipeline], str | None]:
@@ -120,7 +117,7 @@ def _loader(path: str, options: LoadOptions) -> tuple[Callable[..., DiffusionPip
     if place.is_dir():
         return partial(_load_folder, path, place, options.variant), None
     if place.is_file():
-        return partial(load_single_file, path, place, options.prediction_type), None
+        return partial(_load_single_file, path, place, options.prediction_type), None
     if _HUB_ID.fullmatch(path):
         snapshot = _download(path, options)
         # In the hub's cache a snapshot's folder is named by its commit.
@@ -149,7 +146,7 @@ def _load_folder(
     kind = _check_folder(path, folder)
     absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
-        pipeline: DiffusionPipeline = _PIPELINES[kind].from_pretrained(
+        pipeline: DiffusionPipeline = getattr(diffusers, kind).from_pretrained(
             folder,
             variant=variant,
             # The UNet's dtype at once: SDXL's takes 10 GB in float32, which a small machine does not have.
@@ -172,7 +169,7 @@ def _not_loaded(path: str, error: Exception) -> BaseModelError:
 
 
 def _check_folder(path: str, folder: Path) -> str:
-    """The pipeline class of a diffusers folder, after checking that it is supported and complete."""
+    """The pipeline class of a diffusers folder, which must be supported and complete."""
     index = folder / "model_index.json"
     if not index.is_file():
         lora = any(read_header(file).has("unet.", "lora_") for file in sorted(folder.glob("*lora*.safetensors")))
@@ -185,12 +182,13 @@ def _check_folder(path: str, folder: Path) -> str:
         kind = str(entries.get("_class_name"))
     except (ValueError, AttributeError) as error:
         raise BaseModelError(f"{index} is not valid JSON: {error}.") from error
-    refused = next((sentence for mark, sentence in _REFUSED.items() if mark in kind), None)
-    if refused is not None:
+    if refused := next((sentence for mark, sentence in _REFUSED.items() if mark in kind), None):
         raise BaseModelError(f"{path!r} is {refused}")
     if kind not in _PIPELINES:
-        raise BaseModelError(f"{path!r} is a {kind}, {_OTHER}")
-    encoders = ["text_encoder", *(["text_encoder_2"] if kind == "StableDiffusionXLPipeline" else [])]
+        raise BaseModelError(
+            f"{path!r} is a {kind}, which sdlora does not train. It trains Stable Diffusion 1.x, 2.x and XL."
+        )
+    encoders = ["text_encoder", "text_encoder_2"] if kind == "StableDiffusionXLPipeline" else ["text_encoder"]
     for part in encoders:
         if not (folder / part).is_dir() or None in (entries.get(part) or [None]):
             raise BaseModelError(f"Base model {path!r} has no {part}, without which captions cannot be encoded.")
@@ -198,3 +196,91 @@ def _check_folder(path: str, folder: Path) -> str:
         for file in sorted((folder / part).glob("*.safetensors")):
             read_header(file)
     return kind
+
+
+def _load_single_file(
+    path: str, file: Path, prediction_type: PredictionType | None, unet_dtype: torch.dtype, **present: Any
+) -> DiffusionPipeline:
+    """Load a checkpoint in its authors' layout (LDM, sgm); without a prediction type it is taken from the file."""
+    found = identify(read_header(file), path)
+    predicts = prediction_type or found.prediction_type
+    if predicts is None:
+        raise BaseModelError(
+            f"{path!r} is a Stable Diffusion 2.x checkpoint that does not state its prediction type. Set "
+            "base.prediction_type to 'v_prediction' if it was trained at 768 px, to 'epsilon' if at 512 px."
+        )
+    kind = getattr(diffusers, ARCHITECTURES[found.family].pipeline)
+    with tempfile.TemporaryDirectory() as folder:
+        components = _components(found.family, predicts, found.zero_terminal_snr)
+        _write_configs(Path(folder), found.family, predicts)
+        try:
+            pipeline: DiffusionPipeline = kind.from_single_file(
+                str(file), config=folder, local_files_only=True, torch_dtype=None, **(components | present)
+            )
+        except NotImplementedError as error:  # weights that the file lacks are left on the meta device, here and below
+            raise BaseModelError(
+                f"{path!r} lacks weights of its UNet. If it is a smaller variant of its family, convert it to a "
+                "diffusers folder with its own configuration files."
+            ) from error
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            reason = str(error).strip().splitlines() or [type(error).__name__]
+            raise BaseModelError(f"{path!r} could not be loaded: {reason[0]}") from error
+    networks = {name: getattr(pipeline, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
+    for name, network in networks.items():
+        if network is not None and (missing := [key for key, p in network.named_parameters() if p.is_meta]):
+            raise BaseModelError(
+                f"{path!r} lacks {len(missing)} weights of its {name}, the first of which is {missing[0]!r}. If it is "
+                "a smaller variant of its family, convert it to a diffusers folder with its own configuration files."
+            )
+    # Until here the weights lie in the mapped file, so that none is in memory in a dtype that is not wanted.
+    for name, network in networks.items():
+        if network is not None and name not in present:
+            network.to(unet_dtype if name == "unet" else torch.float32)
+    return pipeline
+
+
+def _components(family: Family, prediction_type: PredictionType, zero_terminal_snr: bool) -> dict[str, Any]:
+    """The components that have no weights."""
+    settings = ARCHITECTURES[family].scheduler | {"prediction_type": prediction_type}
+    if zero_terminal_snr:
+        settings |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+    scheduler = getattr(diffusers, settings.pop("_class_name")).from_config(settings)
+    first = clip_tokenizer("!" if family == "sd2" else "<|endoftext|>")
+    parts: dict[str, Any] = {"scheduler": scheduler, "tokenizer": first, "feature_extractor": None}
+    if family == "sdxl":
+        return parts | {"tokenizer_2": clip_tokenizer("!"), "image_encoder": None, "add_watermarker": False}
+    return parts | {"safety_checker": None, "image_encoder": None, "requires_safety_checker": False}
+
+
+def _write_configs(folder: Path, family: Family, prediction_type: PredictionType) -> None:
+    architecture = ARCHITECTURES[family]
+    unet = _complete(UNet2DConditionModel, architecture.unet)
+    if family == "sd2" and prediction_type == "epsilon":
+        unet["sample_size"] = 64  # latents of 512 px
+    configs = {"unet": unet, "vae": _complete(AutoencoderKL, architecture.vae)}
+    index: dict[str, Any] = {
+        "_class_name": architecture.pipeline,
+        "unet": ["diffusers", "UNet2DConditionModel"],
+        "vae": ["diffusers", "AutoencoderKL"],
+        "scheduler": ["diffusers", architecture.scheduler["_class_name"]],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+    }
+    if family == "sdxl":
+        index |= {
+            "tokenizer_2": ["transformers", "CLIPTokenizer"],
+            "text_encoder_2": ["transformers", "CLIPTextModelWithProjection"],
+            "force_zeros_for_empty_prompt": True,
+        }
+    for name, config in zip(("text_encoder", "text_encoder_2"), architecture.text_encoders, strict=False):
+        configs[name] = {"model_type": "clip_text_model", **config}
+    for name, config in configs.items():
+        (folder / name).mkdir()
+        (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
+
+
+def _complete(kind: type, config: dict[str, Any]) -> dict[str, Any]:
+    """A configuration with the class's own defaults, since diffusers' converter reads keys that may be left out."""
+    parameters = inspect.signature(kind).parameters.values()
+    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty} | config

@@ -20,9 +20,8 @@ class Header:
     """What a safetensors file holds, without its data.
 
     Attributes:
-        shapes: The shape of every tensor, by name.
-        metadata: Its metadata.
-        dtypes: The dtype of every tensor as the file spells it, such as "F16", by name.
+        shapes: By name.
+        dtypes: As the file spells them, such as "F16", by name.
         starts: The offset of every tensor's data in the file, in bytes, by name.
     """
 

@@ -1,14 +1,16 @@
-"""Captions to windows of 77 tokens, and a CLIP text encoder's layer to text embeddings.
+"""Captions to windows of 77 tokens, and CLIP's tokenizer for checkpoints in one file, which hold none.
 
-Shapes: B batch, N windows, L tokens of a window (77), D text width.
+Shapes: B batch, N windows, L tokens of a window (77).
 """
 
 from __future__ import annotations
 
+import gzip
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from importlib.resources import files
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -16,6 +18,8 @@ from transformers import CLIPTokenizer
 
 from sdlora.errors import ConfigError
 
+_MAX_TOKENS = 77
+_START, _END = "<|startoftext|>", "<|endoftext|>"
 # References to other files in ComfyUI and A1111, which remove them from a prompt before encoding it.
 _CALLS = re.compile(r"embedding:\S+|<(?:lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
 
@@ -49,29 +53,6 @@ def tokens_in_windows(tokenizer: CLIPTokenizer, captions: Sequence[str], max_win
     return torch.tensor(found)
 
 
-def layer_embeddings(encoder: Any, tokens: Tensor, clip_skip: int) -> Tensor:
-    """The hidden states of a layer, counted from the last (1), after the final layer norm: (B, L, D)."""
-    if clip_skip == 1:
-        last: Tensor = encoder(tokens).last_hidden_state
-        return last
-    states: Tensor = encoder(tokens, output_hidden_states=True).hidden_states[-clip_skip]
-    normed: Tensor = getattr(encoder, "text_model", encoder).final_layer_norm(states)
-    return normed
-
-
-def check_clip_skip(clip_skip: int | None, num_layers: int, path: str) -> int:
-    """The layer to read, counted from the last (1).
-
-    Raises:
-        ConfigError: The encoder has fewer layers.
-    """
-    if clip_skip is not None and clip_skip > num_layers:
-        raise ConfigError(
-            f"base.clip_skip is {clip_skip}, but the text encoder of {path!r} has only {num_layers} layers."
-        )
-    return clip_skip or 1
-
-
 def refuse_clip_skip(clip_skip: int | None, family: str) -> None:
     """Refuse any layer but the second to last, on which the family's UNet was trained.
 
@@ -87,3 +68,22 @@ def refuse_clip_skip(clip_skip: int | None, family: str) -> None:
 def references_to_other_files(caption: str) -> list[str]:
     """References to textual inversions and other networks in a caption, which are not words."""
     return _CALLS.findall(caption)
+
+
+def clip_tokenizer(padding: Literal["<|endoftext|>", "!"]) -> CLIPTokenizer:
+    """The tokenizer that OpenAI's and OpenCLIP's text encoders share, from the bundled merges.
+
+    Args:
+        padding: The padding token: the end token for OpenAI's encoder, "!" (token 0) for OpenCLIP's.
+
+    Source: Radford et al. 2103.00020, section 2.4: byte-pair encoding, lower-cased, of 49,152 words and two special
+    tokens.
+    """
+    packed = files("sdlora.models").joinpath("clip/merges.txt.gz").read_bytes()
+    merges = [tuple(line.split()) for line in gzip.decompress(packed).decode("utf-8").splitlines()]
+    # The 256 bytes as characters: printable ones unchanged, then the others, moved beyond them.
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(code) for code in (*printable, *range(256, 512 - len(printable)))]
+    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), _START, _END]
+    vocabulary = {token: index for index, token in enumerate(tokens)}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=padding, model_max_length=_MAX_TOKENS)

@@ -20,8 +20,7 @@ from sdlora.copycheck.null_distribution import make_gallery
 from sdlora.data.dataset import Dataset
 from sdlora.errors import ConfigError
 from sdlora.lora.inject import Adapter
-from sdlora.models.base import BaseModel
-from sdlora.models.latent_diffusion import weights_identity
+from sdlora.models.base import BaseModel, weights_identity
 from sdlora.models.load import load_base
 from sdlora.previews.prompts import novel_prompts
 from sdlora.previews.sampler import PreviewRequest

@@ -10,6 +10,7 @@ import diffusers
 import pytest
 import torch
 from helpers.adapters import UNET_TARGETS, perturb
+from helpers.bases import load
 from helpers.command import call
 from helpers.ldm import Tensors, authors_layout, write_checkpoint
 from helpers.tiny import TINY, tiny_networks
@@ -26,8 +27,7 @@ from sdlora.lora_files.merge import differences, merge_into
 from sdlora.lora_files.write import LoraMetadata, save_lora
 from sdlora.models.architectures import ARCHITECTURES, Family
 from sdlora.models.safetensors_header import Header
-from sdlora.models.single_file import load_single_file
-from sdlora.models.tokenizer import clip_tokenizer
+from sdlora.models.text import clip_tokenizer
 
 FAMILIES: list[Family] = ["sd1", "sd2", "sdxl"]
 SPEC = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-768-v", "sdxl": "stable-diffusion-xl-v1-base"}
@@ -96,7 +96,7 @@ def checkpoint(tmp_path: Path, small: None) -> Any:
 
 
 def loaded(family: Family, file: Path) -> Any:
-    return load_single_file(str(file), file, TINY[family].scheduler["prediction_type"])
+    return load(file, prediction_type=TINY[family].scheduler["prediction_type"]).fresh_pipeline()
 
 
 def lora_for(family: Family, pipeline: Any, file: Path) -> Path:

@@ -6,8 +6,7 @@ import pytest
 import torch
 from helpers.tiny import small_tokenizer
 
-from sdlora.models.text import references_to_other_files, tokens_in_windows
-from sdlora.models.tokenizer import clip_tokenizer
+from sdlora.models.text import clip_tokenizer, references_to_other_files, tokens_in_windows
 
 # From the documentation and examples of CLIP and Stable Diffusion.
 KNOWN = {

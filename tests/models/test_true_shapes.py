@@ -11,7 +11,7 @@ from interop import true_pipeline
 from sdlora.common import seeds
 from sdlora.lora.inject import inject
 from sdlora.lora.targets import find_targets
-from sdlora.models.latent_diffusion import Source
+from sdlora.models.base import Source
 from sdlora.models.sd import StableDiffusion
 from sdlora.models.text import TextOptions
 from sdlora.training.loss import Batch, diffusion_loss

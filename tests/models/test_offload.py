@@ -15,7 +15,7 @@ from torch import nn
 from sdlora.config.schema import BaseConfig, LoraConfig, RunConfig, Target
 from sdlora.config.toml import load_config
 from sdlora.estimate.meta_model import shapes_of_base
-from sdlora.models import latent_diffusion
+from sdlora.models import base as base_model
 from sdlora.models.load import load_base
 from sdlora.run.arguments import Arguments
 from sdlora.run.base_pool import BasePool
@@ -33,8 +33,8 @@ class Waiting:
         self.kept: dict[nn.Module, list[torch.Tensor]] = {}
         self.known: set[nn.Module] = set()
         self.seen: list[set[str]] = []
-        monkeypatch.setattr(latent_diffusion, "_ASIDE", AWAY)
-        monkeypatch.setattr(latent_diffusion, "move", self.move)
+        monkeypatch.setattr(base_model, "_ASIDE", AWAY)
+        monkeypatch.setattr(base_model, "move", self.move)
         plain = UNet2DConditionModel.forward
 
         def watched(unet: Any, *args: Any, **kwargs: Any) -> Any:
@@ -126,7 +126,7 @@ def test_counting_and_naming_move_nothing(tiny_base: Path, monkeypatch: pytest.M
 def test_a_network_is_moved_only_where_it_is_not() -> None:
     network, moved = nn.Linear(2, 2), list[Any]()
     network.to = moved.append  # type: ignore[assignment, method-assign]
-    latent_diffusion.move(network, torch.device("cpu"))
+    base_model.move(network, torch.device("cpu"))
     assert moved == []
-    latent_diffusion.move(network, AWAY)
+    base_model.move(network, AWAY)
     assert moved == [AWAY]
