@@ -18,82 +18,50 @@ Target = Literal["cross_attention", "self_attention", "mlp", "projection", "conv
 class BaseConfig(Section):
     """The base model that the LoRA is trained on."""
 
-    path: str = Field(
-        "pocket",
-        description="Base model: 'pocket' (built in), a folder in diffusers layout, a .safetensors checkpoint, or a "
-        "Hugging Face Hub id.",
-    )
-    revision: str | None = Field(
-        None, description="Branch, tag or commit of a Hub id; the repository's default branch if unset."
-    )
-    variant: str | None = Field(
-        None, description="Variant of the weight files, such as 'fp16'; the files without a variant if unset."
-    )
-    prediction_type: Literal["epsilon", "v_prediction"] | None = Field(
-        None,
-        description="What the base model predicts; needed only if its files do not say. 'v_prediction' for Stable "
-        "Diffusion 2.x at 768 px.",
-    )
-    clip_skip: int | None = Field(
-        None,
-        ge=1,
-        le=24,
-        description="Text encoder layer whose output is used, counted from the last (1); the model family's default if "
-        "unset.",
-    )
-    quantization: Literal["none", "int8", "nf4"] = Field(
-        "none",
-        description="Quantize the weights of the UNet's attention blocks, the largest part of a big base model, to 8 "
-        "or 4 bits during training. Rounding changes them by about 1 % (int8) or 10 % (nf4); previews show the "
-        "quantized model.",
-    )
+    path: str = "pocket"
+    """Base model: 'pocket' (built in), a folder in diffusers layout, a .safetensors checkpoint, or a Hugging Face Hub
+    id."""
+    revision: str | None = None
+    """Branch, tag or commit of a Hub id; the repository's default branch if unset."""
+    variant: str | None = None
+    """Variant of the weight files, such as 'fp16'; the files without a variant if unset."""
+    prediction_type: Literal["epsilon", "v_prediction"] | None = None
+    """What the base model predicts; needed only if its files do not say. 'v_prediction' for Stable Diffusion 2.x at 768
+    px."""
+    clip_skip: int | None = Field(None, ge=1, le=24)
+    """Text encoder layer whose output is used, counted from the last (1); the model family's default if unset."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Quantize the weights of the UNet's attention blocks, the largest part of a big base model, to 8 or 4 bits during
+    training. Rounding changes them by about 1 % (int8) or 10 % (nf4); previews show the quantized model."""
 
 
 class LoraConfig(Section):
     """The adapter: its size, where it is attached and how it starts."""
 
-    rank: int = Field(
-        8, ge=1, le=256, description="Capacity of the adapter; above 32 it tends to copy the training images."
-    )
-    alpha: float = Field(8.0, gt=0.0, le=1024.0, description="Strength of the update, which is scaled by alpha / rank.")
-    targets: list[Target] = Field(
-        ["cross_attention"], min_length=1, description="Kinds of layers that get an adapter, one or more."
-    )
-    target_ranks: dict[Target, Annotated[int, Field(ge=1, le=256)]] = Field(
-        {}, description="Rank of individual targets where it differs from lora.rank, such as { mlp = 4 }."
-    )
-    target_alphas: dict[Target, Annotated[float, Field(gt=0.0, le=1024.0)]] = Field(
-        {}, description="Alpha of individual targets where it differs from lora.alpha."
-    )
-    rslora: bool = Field(
-        False, description="Scale the update by alpha / sqrt(rank) instead of alpha / rank (rank-stabilised LoRA)."
-    )
-    dora: bool = Field(
-        False,
-        description="Train the magnitude of each output separately from its direction (DoRA); fewer programs can load "
-        "the file.",
-    )
-    dropout: float = Field(
-        0.0, ge=0.0, lt=1.0, description="Share of the adapter's inputs that are set to zero during training."
-    )
-    init: Literal["gaussian", "orthogonal", "pissa"] = Field(
-        "gaussian",
-        description="Initial A and B: A random and B zero ('gaussian'), or the singular vectors of a random matrix "
-        "('orthogonal') or of the layer's weights ('pissa'), with their product subtracted from the weights.",
-    )
-    timestep_rank_min: int | None = Field(
-        None,
-        ge=1,
-        le=256,
-        description="Use fewer ranks at noisier timesteps, down to this many at the noisiest (T-LoRA); all ranks "
-        "everywhere if unset.",
-    )
-    timestep_rank_alpha: float = Field(
-        1.0,
-        gt=0.0,
-        le=10.0,
-        description="How fast the rank falls with noise under lora.timestep_rank_min; 1 is linear.",
-    )
+    rank: int = Field(8, ge=1, le=256)
+    """Capacity of the adapter; above 32 it tends to copy the training images."""
+    alpha: float = Field(8.0, gt=0.0, le=1024.0)
+    """Strength of the update, which is scaled by alpha / rank."""
+    targets: list[Target] = Field(["cross_attention"], min_length=1)
+    """Kinds of layers that get an adapter, one or more."""
+    target_ranks: dict[Target, Annotated[int, Field(ge=1, le=256)]] = Field({})
+    """Rank of individual targets where it differs from lora.rank, such as { mlp = 4 }."""
+    target_alphas: dict[Target, Annotated[float, Field(gt=0.0, le=1024.0)]] = Field({})
+    """Alpha of individual targets where it differs from lora.alpha."""
+    rslora: bool = False
+    """Scale the update by alpha / sqrt(rank) instead of alpha / rank (rank-stabilised LoRA)."""
+    dora: bool = False
+    """Train the magnitude of each output separately from its direction (DoRA); fewer programs can load the file."""
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of the adapter's inputs that are set to zero during training."""
+    init: Literal["gaussian", "orthogonal", "pissa"] = "gaussian"
+    """Initial A and B: A random and B zero ('gaussian'), or the singular vectors of a random matrix ('orthogonal') or
+    of the layer's weights ('pissa'), with their product subtracted from the weights."""
+    timestep_rank_min: int | None = Field(None, ge=1, le=256)
+    """Use fewer ranks at noisier timesteps, down to this many at the noisiest (T-LoRA); all ranks everywhere if
+    unset."""
+    timestep_rank_alpha: float = Field(1.0, gt=0.0, le=10.0)
+    """How fast the rank falls with noise under lora.timestep_rank_min; 1 is linear."""
 
     def ranks(self, *, unet_only: bool = False) -> list[int]:
         """The rank of every target; the text encoder is left out with `unet_only`."""
@@ -139,38 +107,34 @@ class LoraConfig(Section):
 class PreviewConfig(Section):
     """Preview images, generated from the base model and after every epoch."""
 
-    enabled: bool = Field(True, description="Generate previews from the base model and after every epoch.")
-    prompts: list[str] = Field(
-        [],
-        description="Prompts that no caption contains; if empty, three are made from the trigger word in new places.",
-    )
-    num_captions: int = Field(
-        3,
-        ge=0,
-        le=64,
-        description="Number of training captions that are used as prompts, too; copies show up there first.",
-    )
-    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field(
-        [0, 1], min_length=1, description="Seeds; every prompt is generated once per seed."
-    )
-    negative_prompt: str = Field("", description="Negative prompt of the previews.")
-    num_steps: int = Field(25, ge=1, le=1000, description="Denoising steps per preview.")
-    guidance: float = Field(7.5, ge=1.0, le=50.0, description="Guidance scale; 1 disables classifier-free guidance.")
+    enabled: bool = True
+    """Generate previews from the base model and after every epoch."""
+    prompts: list[str] = Field([])
+    """Prompts that no caption contains; if empty, three are made from the trigger word in new places."""
+    num_captions: int = Field(3, ge=0, le=64)
+    """Number of training captions that are used as prompts, too; copies show up there first."""
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field([0, 1], min_length=1)
+    """Seeds; every prompt is generated once per seed."""
+    negative_prompt: str = ""
+    """Negative prompt of the previews."""
+    num_steps: int = Field(25, ge=1, le=1000)
+    """Denoising steps per preview."""
+    guidance: float = Field(7.5, ge=1.0, le=50.0)
+    """Guidance scale; 1 disables classifier-free guidance."""
 
 
 class CopyCheckConfig(Section):
     """The copy check: whether previews are copies of training images."""
 
-    enabled: bool = Field(True, description="Compare the previews of every epoch with the training images.")
-    stop: bool = Field(False, description="Stop training after the first epoch that copies; all files are kept.")
-    sscd: bool = Field(
-        False, description="Also use SSCD, a network trained for copy detection, which is downloaded from the Hub."
-    )
-    dinov2: bool = Field(
-        False,
-        description="Choose the epoch by how well the previews show the concept, measured with DINOv2, which is "
-        "downloaded from the Hub.",
-    )
+    enabled: bool = True
+    """Compare the previews of every epoch with the training images."""
+    stop: bool = False
+    """Stop training after the first epoch that copies; all files are kept."""
+    sscd: bool = False
+    """Also use SSCD, a network trained for copy detection, which is downloaded from the Hub."""
+    dinov2: bool = False
+    """Choose the epoch by how well the previews show the concept, measured with DINOv2, which is downloaded from the
+    Hub."""
 
     def needing_previews(self) -> list[str]:
         """The options in use that need previews to check."""
@@ -186,49 +150,35 @@ class CopyCheckConfig(Section):
 class FileConfig(Section):
     """The LoRA file of a run, and the model card beside it."""
 
-    format: Literal["kohya", "peft"] = Field(
-        "kohya",
-        description="Naming of the tensors: kohya's, which all programs load, or PEFT's, for diffusers and PEFT.",
-    )
-    precision: Literal["fp32", "fp16", "bf16"] = Field(
-        "fp32", description="Precision of the stored weights; fp16 and bf16 round them and halve the file size."
-    )
-    thumbnail: bool = Field(
-        True, description="Store a small preview in the file; never one of a caption or one that copies."
-    )
-    licence: str | None = Field(
-        None,
-        pattern=r"^[a-z0-9.-]+$",
-        description="Licence in the model card, under its name on the Hub, such as 'cc-by-4.0'.",
-    )
-    include_captions: bool = Field(
-        False,
-        description="Include captions and folder names in the file and the model card; otherwise they stay private.",
-    )
+    format: Literal["kohya", "peft"] = "kohya"
+    """Naming of the tensors: kohya's, which all programs load, or PEFT's, for diffusers and PEFT."""
+    precision: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the stored weights; fp16 and bf16 round them and halve the file size."""
+    thumbnail: bool = True
+    """Store a small preview in the file; never one of a caption or one that copies."""
+    licence: str | None = Field(None, pattern=r"^[a-z0-9.-]+$")
+    """Licence in the model card, under its name on the Hub, such as 'cc-by-4.0'."""
+    include_captions: bool = False
+    """Include captions and folder names in the file and the model card; otherwise they stay private."""
 
 
 class CacheConfig(Section):
     """The cache of encoded images and captions, which runs share."""
 
-    dir: str | None = Field(None, description="Folder of the cache; the user's cache folder if unset.")
-    max_text_gib: float = Field(
-        2.0,
-        ge=0.0,
-        le=1000.0,
-        description="Disk and memory limit for encoded captions, in GiB. If shuffled tags need more, captions are "
-        "encoded at every exposure instead; the result is the same.",
-    )
+    dir: str | None = None
+    """Folder of the cache; the user's cache folder if unset."""
+    max_text_gib: float = Field(2.0, ge=0.0, le=1000.0)
+    """Disk and memory limit for encoded captions, in GiB. If shuffled tags need more, captions are encoded at every
+    exposure instead; the result is the same."""
 
 
 class RunConfig(Section):
     """A whole run."""
 
-    name: str | None = Field(
-        None,
-        pattern=r"^[\w][\w. -]{0,99}$",
-        description="Name of the LoRA; the name of the configuration file if unset.",
-    )
-    seed: int = Field(0, ge=0, lt=2**63, description="Seed of everything random.")
+    name: str | None = Field(None, pattern=r"^[\w][\w. -]{0,99}$")
+    """Name of the LoRA; the name of the configuration file if unset."""
+    seed: int = Field(0, ge=0, lt=2**63)
+    """Seed of everything random."""
     base: BaseConfig = BaseConfig()
     data: DataConfig = DataConfig()
     lora: LoraConfig = LoraConfig()

@@ -25,9 +25,19 @@ from sdlora.errors import ConfigError
 
 
 class Section(BaseModel):
-    """The base of all sections: unknown keys are refused, and values never change."""
+    """The base of all sections: unknown keys are refused, values never change, and docstrings describe the options."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False, serialize_by_alias=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, allow_inf_nan=False, serialize_by_alias=True, use_attribute_docstrings=True,
+        defer_build=True,
+    )  # fmt: skip
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        """Join the lines of the options' descriptions."""
+        super().__pydantic_init_subclass__(**kwargs)
+        for option in cls.model_fields.values():
+            option.description = option.description and " ".join(option.description.split())
 
 
 @dataclass(frozen=True)
@@ -57,15 +67,16 @@ class TrainingSet:
 class SetOptions(Section):
     """One entry of data.sets; options left out are taken from `data`."""
 
-    folder: str = Field(min_length=1, description="Like data.folder.")
-    name: str | None = Field(
-        None,
-        pattern=r"^[\w][\w. -]{0,99}$",
-        description="Prefix of its images' names; the last part of the folder if unset.",
-    )
-    repeats: int | None = Field(None, ge=1, le=1000, description="Like data.repeats.")
-    trigger: str | None = Field(None, description="Like data.trigger.")
-    caption: str | None = Field(None, description="Like data.caption.")
+    folder: str = Field(min_length=1)
+    """Like data.folder."""
+    name: str | None = Field(None, pattern=r"^[\w][\w. -]{0,99}$")
+    """Prefix of its images' names; the last part of the folder if unset."""
+    repeats: int | None = Field(None, ge=1, le=1000)
+    """Like data.repeats."""
+    trigger: str | None = None
+    """Like data.trigger."""
+    caption: str | None = None
+    """Like data.caption."""
 
     @model_serializer(mode="wrap")
     def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -80,75 +91,52 @@ class SetOptions(Section):
 class DataConfig(Section):
     """Which images are trained on, and with which captions."""
 
-    raw_folder: str = Field(
-        "",
-        alias="folder",
-        description="Folder of images with captions, relative to the working directory; 'builtin:NAME' is a bundled "
-        "set, and a URL such as 's3://BUCKET/FOLDER' is downloaded.",
-    )
-    raw_sets: list[SetOptions] = Field(
-        [],
-        alias="sets",
-        description="Several folders in one run, instead of data.folder: one table per set with its folder and, where "
-        "they differ from [data], its repeats, trigger, caption and name.",
-    )
-    validation_folder: str | None = Field(
-        None, description="Folder of images that are never trained on; the validation loss is measured on them."
-    )
-    validation_split: bool = Field(
-        True,
-        description="Without data.validation_folder, and with 20 images or more, keep 2 to 4 of them out of training "
-        "to measure the validation loss.",
-    )
-    raw_caption: str | None = Field(
-        None, alias="caption", description="Caption of every image that has none of its own."
-    )
-    raw_trigger: str | None = Field(
-        None, alias="trigger", description="Trigger word, put in front of every caption that does not contain it."
-    )
-    class_words: list[Annotated[str, Field(min_length=1)]] = Field(
-        [],
-        description="Words for the kind of thing the trigger stands for ('cat', 'red house'). The base model's own "
-        "predictions for them are preserved, without further images; see train.preservation_weight.",
-    )
-    preservation_folder: str | None = Field(
-        None,
-        description="Folder of images and captions to preserve (regularisation images), instead of class words. They "
-        "are trained alongside the training images; see train.preservation_weight.",
-    )
-    preservation_caption: str | None = Field(
-        None, description="Caption of images in data.preservation_folder that have none, such as 'a cat'."
-    )
-    allow_trigger_only: bool = Field(
-        False, description="Train images without a caption on the trigger word alone, instead of refusing them."
-    )
-    raw_repeats: int = Field(1, alias="repeats", ge=1, le=1000, description="Exposures of each image per epoch.")
-    resolution_px: int | None = Field(
-        None, ge=16, le=4096, description="Training resolution: the edge of a square; the base model's own if unset."
-    )
-    buckets: bool = Field(
-        True, description="Keep the aspect ratio of wide and tall images (bucketing); false crops all to squares."
-    )
-    bucket_step_px: int = Field(64, ge=8, le=512, description="Widths and heights of buckets are multiples of this.")
-    background: str = Field(
-        "white", description="Colour that transparent pixels are blended onto, by name or as #rrggbb."
-    )
-    masks: Literal["none", "alpha", "file"] = Field(
-        "none",
-        description="Which part of each image is trained: all of it ('none'), the opaque part ('alpha'), or the white "
-        "part of NAME-mask.png beside it ('file').",
-    )
-    shuffle_tags: bool = Field(False, description="Shuffle the comma-separated tags of captions at every exposure.")
-    keep_tags: int = Field(1, ge=0, le=100, description="Number of tags that stay in front when tags are shuffled.")
-    max_token_windows: int = Field(
-        1, ge=1, le=8, description="Windows of 75 tokens that are read of each caption; the rest is cut off."
-    )
-    caption_dropout: float = Field(
-        0.0,
-        ge=0.0,
-        le=1.0,
-        description="Share of exposures with an empty caption, so that classifier-free guidance keeps working.",
-    )
+    raw_folder: str = Field("", alias="folder")
+    """Folder of images with captions, relative to the working directory; 'builtin:NAME' is a bundled set, and a URL
+    such as 's3://BUCKET/FOLDER' is downloaded."""
+    raw_sets: list[SetOptions] = Field([], alias="sets")
+    """Several folders in one run, instead of data.folder: one table per set with its folder and, where they differ from
+    [data], its repeats, trigger, caption and name."""
+    validation_folder: str | None = None
+    """Folder of images that are never trained on; the validation loss is measured on them."""
+    validation_split: bool = True
+    """Without data.validation_folder, and with 20 images or more, keep 2 to 4 of them out of training to measure the
+    validation loss."""
+    raw_caption: str | None = Field(None, alias="caption")
+    """Caption of every image that has none of its own."""
+    raw_trigger: str | None = Field(None, alias="trigger")
+    """Trigger word, put in front of every caption that does not contain it."""
+    class_words: list[Annotated[str, Field(min_length=1)]] = Field([])
+    """Words for the kind of thing the trigger stands for ('cat', 'red house'). The base model's own predictions for
+    them are preserved, without further images; see train.preservation_weight."""
+    preservation_folder: str | None = None
+    """Folder of images and captions to preserve (regularisation images), instead of class words. They are trained
+    alongside the training images; see train.preservation_weight."""
+    preservation_caption: str | None = None
+    """Caption of images in data.preservation_folder that have none, such as 'a cat'."""
+    allow_trigger_only: bool = False
+    """Train images without a caption on the trigger word alone, instead of refusing them."""
+    raw_repeats: int = Field(1, alias="repeats", ge=1, le=1000)
+    """Exposures of each image per epoch."""
+    resolution_px: int | None = Field(None, ge=16, le=4096)
+    """Training resolution: the edge of a square; the base model's own if unset."""
+    buckets: bool = True
+    """Keep the aspect ratio of wide and tall images (bucketing); false crops all to squares."""
+    bucket_step_px: int = Field(64, ge=8, le=512)
+    """Widths and heights of buckets are multiples of this."""
+    background: str = "white"
+    """Colour that transparent pixels are blended onto, by name or as #rrggbb."""
+    masks: Literal["none", "alpha", "file"] = "none"
+    """Which part of each image is trained: all of it ('none'), the opaque part ('alpha'), or the white part of
+    NAME-mask.png beside it ('file')."""
+    shuffle_tags: bool = False
+    """Shuffle the comma-separated tags of captions at every exposure."""
+    keep_tags: int = Field(1, ge=0, le=100)
+    """Number of tags that stay in front when tags are shuffled."""
+    max_token_windows: int = Field(1, ge=1, le=8)
+    """Windows of 75 tokens that are read of each caption; the rest is cut off."""
+    caption_dropout: float = Field(0.0, ge=0.0, le=1.0)
+    """Share of exposures with an empty caption, so that classifier-free guidance keeps working."""
 
     @property
     def sets(self) -> list[TrainingSet]:

@@ -17,80 +17,53 @@ MAX_EPOCHS = 5
 class TrainConfig(Section):
     """The training loop: length, batches, optimizer, memory and checkpoints."""
 
-    epochs: int = Field(4, ge=1, le=MAX_EPOCHS, description="Passes over the training images, 1 to 5.")
-    batch_size: int = Field(1, ge=1, le=512, description="Images per forward pass.")
-    gradient_accumulation_steps: int = Field(1, ge=1, le=512, description="Batches per optimizer step.")
-    auto_batch: bool = Field(
-        False,
-        description="If the device runs out of memory, split every batch into smaller parts and continue; the result "
-        "is the same.",
-    )
-    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedule_free"] = Field(
-        "adamw", description="The optimizer; adamw8bit needs a GPU and the bitsandbytes package."
-    )
-    learning_rate: float = Field(
-        2e-4,
-        gt=0.0,
-        le=1.0,
-        description="Peak learning rate; use 1 with prodigy, and about a third of AdamW's with lion.",
-    )
-    loraplus_lr_ratio: float = Field(
-        1.0, ge=1.0, le=100.0, description="LoRA+: learning rate of B divided by that of A; 1 is plain LoRA."
-    )
-    text_encoder_learning_rate: float | None = Field(
-        None,
-        gt=0.0,
-        le=1.0,
-        description="Learning rate of the text encoder's adapter; train.learning_rate if unset.",
-    )
-    lr_schedule: Literal["constant", "cosine"] = Field("constant", description="Learning rate schedule after warmup.")
-    warmup_steps: int = Field(0, ge=0, description="Steps over which the learning rate rises from zero.")
-    weight_decay: float = Field(
-        1e-2, ge=0.0, le=1.0, description="Weight decay of A and B, which pulls the model towards the base model."
-    )
-    ema_decay: float = Field(
-        0.0,
-        ge=0.0,
-        lt=1.0,
-        description="Decay of an exponential moving average (EMA) of the adapter, used for previews and files; 0 "
-        "disables it.",
-    )
-    max_grad_norm: float = Field(1.0, ge=0.0, description="Clip the gradient norm to this value; 0 disables clipping.")
-    preservation_weight: float = Field(
-        0.0,
-        ge=0.0,
-        le=100.0,
-        description="Weight of prior preservation in the loss, relative to 1 for the training images: keeps what the "
-        "base model knows beside your subject, given by data.class_words or data.preservation_folder. Above 0, a step "
-        "takes 2 to 2.5 times as long.",
-    )
-    preservation_every: int = Field(
-        1,
-        ge=1,
-        le=16,
-        description="With data.class_words, compare with the base model at one in this many exposures, and weight "
-        "each comparison accordingly; at 4, a step takes a little more than half as long as at 1.",
-    )
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
-        "auto",
-        description="Precision of the frozen base model; 'auto' is bf16 on GPUs that support it, otherwise fp32.",
-    )
-    gradient_checkpointing: bool = Field(
-        False,
-        description="Recompute activations in the backward pass, which needs far less memory and makes a step about a "
-        "third slower.",
-    )
-    compile: bool = Field(
-        False,
-        description="Compile the UNet's transformer blocks with torch.compile; the result is the same. Needs a C++ "
-        "compiler (on GPUs also Triton), and a minute or more once per image size. Meant for long runs on GPUs, where "
-        "it has not been timed; on a CPU, a step is 2 to 4 % faster.",
-    )
-    device: str = Field("auto", description="Device to train on: 'auto', 'cpu', 'cuda', or one GPU such as 'cuda:1'.")
-    log_every_steps: int = Field(10, ge=1, le=1000, description="Steps between reads of the loss from the device.")
-    checkpoint_every_steps: int = Field(
-        0, ge=0, description="Steps between checkpoints for --resume; 0 saves only at the end of every epoch."
-    )
+    epochs: int = Field(4, ge=1, le=MAX_EPOCHS)
+    """Passes over the training images, 1 to 5."""
+    batch_size: int = Field(1, ge=1, le=512)
+    """Images per forward pass."""
+    gradient_accumulation_steps: int = Field(1, ge=1, le=512)
+    """Batches per optimizer step."""
+    auto_batch: bool = False
+    """If the device runs out of memory, split every batch into smaller parts and continue; the result is the same."""
+    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedule_free"] = "adamw"
+    """The optimizer; adamw8bit needs a GPU and the bitsandbytes package."""
+    learning_rate: float = Field(2e-4, gt=0.0, le=1.0)
+    """Peak learning rate; use 1 with prodigy, and about a third of AdamW's with lion."""
+    loraplus_lr_ratio: float = Field(1.0, ge=1.0, le=100.0)
+    """LoRA+: learning rate of B divided by that of A; 1 is plain LoRA."""
+    text_encoder_learning_rate: float | None = Field(None, gt=0.0, le=1.0)
+    """Learning rate of the text encoder's adapter; train.learning_rate if unset."""
+    lr_schedule: Literal["constant", "cosine"] = "constant"
+    """Learning rate schedule after warmup."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises from zero."""
+    weight_decay: float = Field(1e-2, ge=0.0, le=1.0)
+    """Weight decay of A and B, which pulls the model towards the base model."""
+    ema_decay: float = Field(0.0, ge=0.0, lt=1.0)
+    """Decay of an exponential moving average (EMA) of the adapter, used for previews and files; 0 disables it."""
+    max_grad_norm: float = Field(1.0, ge=0.0)
+    """Clip the gradient norm to this value; 0 disables clipping."""
+    preservation_weight: float = Field(0.0, ge=0.0, le=100.0)
+    """Weight of prior preservation in the loss, relative to 1 for the training images: keeps what the base model knows
+    beside your subject, given by data.class_words or data.preservation_folder. Above 0, a step takes 2 to 2.5 times as
+    long."""
+    preservation_every: int = Field(1, ge=1, le=16)
+    """With data.class_words, compare with the base model at one in this many exposures, and weight each comparison
+    accordingly; at 4, a step takes a little more than half as long as at 1."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Precision of the frozen base model; 'auto' is bf16 on GPUs that support it, otherwise fp32."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass, which needs far less memory and makes a step about a third slower."""
+    compile: bool = False
+    """Compile the UNet's transformer blocks with torch.compile; the result is the same. Needs a C++ compiler (on GPUs
+    also Triton), and a minute or more once per image size. Meant for long runs on GPUs, where it has not been timed; on
+    a CPU, a step is 2 to 4 % faster."""
+    device: str = "auto"
+    """Device to train on: 'auto', 'cpu', 'cuda', or one GPU such as 'cuda:1'."""
+    log_every_steps: int = Field(10, ge=1, le=1000)
+    """Steps between reads of the loss from the device."""
+    checkpoint_every_steps: int = Field(0, ge=0)
+    """Steps between checkpoints for --resume; 0 saves only at the end of every epoch."""
 
     @model_validator(mode="after")
     def _check_optimizer(self) -> TrainConfig:
@@ -115,27 +88,21 @@ class TrainConfig(Section):
 class TimestepsConfig(Section):
     """Which timesteps are trained, and how often."""
 
-    density: Literal["uniform", "logit_normal", "cubic_high", "cubic_low", "speed"] = Field(
-        "uniform", description="Distribution that training timesteps are drawn from."
-    )
-    mean: float = Field(
-        0.0, ge=-10.0, le=10.0, description="Mean of logit_normal; values above 0 shift it towards noisier timesteps."
-    )
-    std: float = Field(1.0, gt=0.0, le=10.0, description="Standard deviation of logit_normal.")
-    min: int = Field(0, ge=0, le=999, description="Lowest timestep that is trained.")
-    max: int = Field(999, ge=0, le=999, description="Highest (noisiest) timestep that is trained.")
-    high_noise_keep: float = Field(
-        1.0,
-        gt=0.0,
-        le=1.0,
-        description="Share of the draws at timestep 800 and above that are kept; less than 1 puts more weight on "
-        "details.",
-    )
-    coverage: Literal["none", "batch", "image"] = Field(
-        "image",
-        description="How evenly timesteps are spread: independent draws ('none'), stratified within each batch "
-        "('batch'), or also over the exposures of each image ('image').",
-    )
+    density: Literal["uniform", "logit_normal", "cubic_high", "cubic_low", "speed"] = "uniform"
+    """Distribution that training timesteps are drawn from."""
+    mean: float = Field(0.0, ge=-10.0, le=10.0)
+    """Mean of logit_normal; values above 0 shift it towards noisier timesteps."""
+    std: float = Field(1.0, gt=0.0, le=10.0)
+    """Standard deviation of logit_normal."""
+    min: int = Field(0, ge=0, le=999)
+    """Lowest timestep that is trained."""
+    max: int = Field(999, ge=0, le=999)
+    """Highest (noisiest) timestep that is trained."""
+    high_noise_keep: float = Field(1.0, gt=0.0, le=1.0)
+    """Share of the draws at timestep 800 and above that are kept; less than 1 puts more weight on details."""
+    coverage: Literal["none", "batch", "image"] = "image"
+    """How evenly timesteps are spread: independent draws ('none'), stratified within each batch ('batch'), or also over
+    the exposures of each image ('image')."""
 
     @model_validator(mode="after")
     def _check_combination(self) -> TimestepsConfig:
@@ -154,35 +121,20 @@ class TimestepsConfig(Section):
 class LossConfig(Section):
     """The training loss and its weight at each timestep."""
 
-    kind: Literal["mse", "huber"] = Field(
-        "mse", description="Squared error ('mse'), or the Huber loss, which is less sensitive to outliers."
-    )
-    huber_delta: float = Field(
-        0.1, gt=0.0, le=10.0, description="With loss.kind = 'huber', errors above this count linearly."
-    )
-    weighting: Literal["constant", "min_snr", "soft_min_snr", "p2", "debiased"] = Field(
-        "constant", description="Weight of the loss at each timestep."
-    )
-    gamma: float | None = Field(
-        None, gt=0.0, le=100.0, description="Gamma of min_snr and soft_min_snr (5 if unset) and of p2 (1 if unset)."
-    )
-    mask_floor: float = Field(
-        0.1,
-        ge=0.0,
-        lt=1.0,
-        description="With data.masks, weight of the masked-out parts of an image; 0 ignores them.",
-    )
-    noise_offset: float = Field(
-        0.0,
-        ge=0.0,
-        le=1.0,
-        description="Strength of noise that shifts whole channels, which helps with very dark and very bright images.",
-    )
-    zero_terminal_snr: bool = Field(
-        False,
-        description="Rescale the noise schedule so that the last timestep is pure noise; only for base models with "
-        "v-prediction.",
-    )
+    kind: Literal["mse", "huber"] = "mse"
+    """Squared error ('mse'), or the Huber loss, which is less sensitive to outliers."""
+    huber_delta: float = Field(0.1, gt=0.0, le=10.0)
+    """With loss.kind = 'huber', errors above this count linearly."""
+    weighting: Literal["constant", "min_snr", "soft_min_snr", "p2", "debiased"] = "constant"
+    """Weight of the loss at each timestep."""
+    gamma: float | None = Field(None, gt=0.0, le=100.0)
+    """Gamma of min_snr and soft_min_snr (5 if unset) and of p2 (1 if unset)."""
+    mask_floor: float = Field(0.1, ge=0.0, lt=1.0)
+    """With data.masks, weight of the masked-out parts of an image; 0 ignores them."""
+    noise_offset: float = Field(0.0, ge=0.0, le=1.0)
+    """Strength of noise that shifts whole channels, which helps with very dark and very bright images."""
+    zero_terminal_snr: bool = False
+    """Rescale the noise schedule so that the last timestep is pure noise; only for base models with v-prediction."""
 
     @model_validator(mode="after")
     def _check_combination(self) -> LossConfig:
