@@ -22,8 +22,7 @@ from torch import Tensor
 
 from sdlora.common.files import atomic_path
 from sdlora.data.dataset import Example, load_mask_pixels, load_pixels
-from sdlora.data.images import pixel_hash, to_tensor
-from sdlora.data.masks import mask_shares
+from sdlora.data.images import mask_shares, pixel_hash, to_tensor
 from sdlora.errors import ConfigError, DataError, DivergedError
 from sdlora.events import Progress
 from sdlora.models.base import BaseModel, TextEmbeddings

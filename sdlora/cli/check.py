@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
@@ -21,9 +21,6 @@ from sdlora.common.quiet import quiet_libraries
 from sdlora.config.toml import parse_config
 from sdlora.errors import ConfigError, OutputError
 from sdlora.events import CopyChecked
-
-if TYPE_CHECKING:
-    from sdlora.copycheck.verdict import EpochCheck
 
 EXIT_COPYING = 7
 
@@ -80,7 +77,18 @@ def check(
     if json_:
         typer.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
     else:
-        _print_check(found, folder)
+        console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        table = Table("preview", "prompt", "nearest image", "similarity", "p-value", box=None, pad_edge=False)
+        for match in found.previews:
+            style = "bold red" if match.significant else ""
+            figures = (f"{match.similarity:.2f}", f"{match.p_value:.1%}")
+            cells = (match.file.rpartition("/")[2], match.prompt, match.nearest, *figures)
+            table.add_row(*(Text(cell, style=style) for cell in cells))
+        console.print(table)
+        for signal in found.signals.values():
+            console.print(Text(("! " if signal["outside"] else "  ") + signal["meaning"]))
+        console.print(Text(f"{found.verdict}: {found.reason}"))
+        console.print(Text(f"Previews: {folder / 'previews'}"))
     if found.verdict == "copying":
         raise typer.Exit(EXIT_COPYING)
 
@@ -95,23 +103,3 @@ def _read_prompts(file: Path) -> list[str]:
     if not any(found):
         raise ConfigError(f"--prompts: {file} contains no prompt. Write one per line.")
     return [line for line in found if line]
-
-
-def _print_check(found: EpochCheck, folder: Path) -> None:
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
-    table = Table("preview", "prompt", "nearest image", "similarity", "p-value", box=None, pad_edge=False)
-    for match in found.previews:
-        style = "bold red" if match.significant else ""
-        cells = [
-            match.file.rpartition("/")[2],
-            match.prompt,
-            match.nearest,
-            f"{match.similarity:.2f}",
-            f"{match.p_value:.1%}",
-        ]
-        table.add_row(*(Text(cell, style=style) for cell in cells))
-    console.print(table)
-    for signal in found.signals.values():
-        console.print(Text(("! " if signal["outside"] else "  ") + signal["meaning"]))
-    console.print(Text(f"{found.verdict}: {found.reason}"))
-    console.print(Text(f"Previews: {folder / 'previews'}"))

@@ -1,13 +1,35 @@
-"""The commands `sdlora config show` and `sdlora config schema`: configurations as text and as a schema."""
+"""The commands for configurations: `sdlora config` prints them, `sdlora plan` estimates what a run of one needs.
+
+The estimates are `sdlora.run.estimate`'s; this module parses the options and prints.
+"""
 
 from __future__ import annotations
 
 import json
+import sys
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from rich.console import Console
+from rich.table import Table
 
-from sdlora.cli.options import ConfigArgument, Overrides
-from sdlora.config.toml import dump_toml, json_schema, load_config
+from sdlora.cli.options import ConfigArgument, JsonResult, Overrides
+from sdlora.common.quiet import quiet_libraries
+from sdlora.common.text import format_bytes, format_seconds, parse_bytes
+from sdlora.config.toml import dump_toml, json_schema, load_config, parse_config
+from sdlora.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sdlora.run.estimate import Estimate
+
+_PARTS = {
+    "weights": "frozen weights",
+    "adapter": "adapter, gradients and optimizer",
+    "activations": "activations of the largest step",
+    "caches": "cached latents and text embeddings",
+    "overhead": "work buffers of kernels",
+    "previews": "previews, encoding or verification, beyond the step",
+}
 
 config_app = typer.Typer(help="Print a configuration or the schema of all settings.", no_args_is_help=True)
 
@@ -22,3 +44,92 @@ def show(config: ConfigArgument, set_: Overrides = None) -> None:
 def schema() -> None:
     """Print the JSON schema of configurations."""
     typer.echo(json.dumps(json_schema(), indent=2))
+
+
+def plan(
+    config: Annotated[
+        str | None,
+        typer.Argument(metavar="[CONFIG]", help="A TOML file, or a built-in configuration; or give --family."),
+    ] = None,
+    set_: Overrides = None,
+    family: Annotated[
+        Literal["sd1", "sd2", "sdxl"] | None, typer.Option(help="A model family instead; needs no weights.")
+    ] = None,
+    resolution: Annotated[int | None, typer.Option(min=16, max=4096, help="Training size, with --family.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Rank, with --family; default 8.")] = None,
+    targets: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help="Targets, with --family; default cross_attention.")
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(help="Images per forward pass, with --family; default 1.")] = None,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory to fit into, such as 8GiB; default: what is free here.")
+    ] = None,
+    json_: JsonResult = False,
+) -> None:
+    """Estimate the memory, steps, time and disk space of a run.
+
+    Nothing is trained.
+    """
+    try:
+        memory_bytes = None if memory is None else parse_bytes(memory)
+    except ConfigError as error:
+        raise ConfigError(f"--memory: {error}") from error
+    given = {"data.resolution_px": resolution, "lora.rank": rank, "train.batch_size": batch_size}
+    overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if targets is not None:
+        overrides.append(f"lora.targets={json.dumps(targets.split(','))}")
+    if (config is None) == (family is None):
+        raise ConfigError("Give a configuration, as in 'sdlora plan quickstart', or --family sd1, sd2 or sdxl.")
+    if config is not None:
+        if overrides:
+            raise ConfigError("--resolution, --rank, --targets and --batch-size go with --family; use --set.")
+        settings = load_config(config, set_ or [])
+    else:
+        document: dict[str, Any] = {"data": {"folder": "none"}}
+        settings = parse_config(document, name="plan", overrides=[*overrides, *(set_ or [])])
+    quiet_libraries()
+    from sdlora.run.estimate import estimate_config, estimate_shapes
+
+    found = estimate_shapes(settings, family, memory_bytes) if family else estimate_config(settings, memory_bytes)
+    if json_:
+        typer.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+    else:
+        _print(found)
+
+
+def _print(found: Estimate) -> None:
+    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
+    if found.images is not None:
+        sizes = ", ".join(f"{count} of {size}" for size, count in found.buckets.items())
+        console.print(
+            f"{found.images} images ({sizes}), each seen {found.exposures_per_image} times: {found.steps} steps."
+        )
+    share = found.trainable_parameters / found.base_parameters
+    whole, added = found.largest_layer
+    console.print(
+        f"{found.trainable_parameters:,} parameters are trained, {share:.2%} of the base model's "
+        f"{found.base_parameters:,}; in the largest adapted layer {added:,} beside {whole:,}."
+    )
+    table = Table("memory", "GiB", box=None, pad_edge=False)
+    for part, num_bytes in found.parts.items():
+        table.add_row(_PARTS[part], f"{num_bytes / 2**30:.2f}")
+    table.add_row("peak", f"{found.peak_bytes / 2**30:.2f}")
+    console.print(table)
+    if found.memory_bytes is not None:
+        verdict = "It fits" if found.fits else "It does not fit"
+        console.print(f"{verdict} into {format_bytes(found.memory_bytes)}.")
+    for change in found.changes:
+        console.print(
+            f"  with {change.change}: {format_bytes(change.peak_bytes)}, {change.time:.2f} times the arithmetic per "
+            f"image ({change.price})"
+        )
+    if found.fits is False and not found.can_fit:
+        console.print("  No setting makes it fit. Use a smaller base model, or a device with more memory.")
+    console.print(
+        f"Full fine-tuning would hold {format_bytes(found.full_training_bytes)} before any activation: 16 bytes for "
+        "every parameter of the base model."
+    )
+    if found.seconds is not None:
+        console.print(f"Training takes about {format_seconds(found.seconds)} here, without previews and caching.")
+    if found.cache_bytes is not None:
+        console.print(f"The cache takes up to {format_bytes(found.cache_bytes)} of disk space.")

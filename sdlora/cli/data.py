@@ -1,33 +1,21 @@
-"""The command `sdlora data`: what is wrong with a folder of images, before training.
-
-Exit code 3 means that training would refuse the folder.
-"""
+"""The commands for images: `sdlora data` checks a folder of them before training, `sdlora caption` captions them."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
-from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
+from rich.console import Console
 
 from sdlora.cli.options import JsonResult
 from sdlora.common.bundled import resolve_data_folder
+from sdlora.common.quiet import quiet_libraries
 from sdlora.config.schema_data import DataConfig
 from sdlora.errors import DataError
-
-if TYPE_CHECKING:
-    from sdlora.data.checks import Finding
-
-
-class Masks(StrEnum):
-    """The values of data.masks."""
-
-    NONE = "none"
-    ALPHA = "alpha"
-    FILE = "file"
 
 
 def data(
@@ -37,8 +25,9 @@ def data(
         int | None, typer.Option("--resolution-px", min=16, max=4096, help="Training size; also checks image sizes.")
     ] = None,
     masks: Annotated[
-        Masks, typer.Option(help="Where masks are: nowhere, in alpha channels, or in NAME-mask.png files.")
-    ] = Masks.NONE,
+        Literal["none", "alpha", "file"],
+        typer.Option(help="Where masks are: nowhere, in alpha channels, or in NAME-mask.png files."),
+    ] = "none",
     json_: JsonResult = False,
 ) -> None:
     """Check a folder of images and captions.
@@ -46,42 +35,72 @@ def data(
     Exits with code 3 if training would refuse the folder.
     """
     path, settings = resolve_data_folder(folder), DataConfig()
-    from sdlora.data.buckets import assign_buckets
-    from sdlora.data.checks import examine, examine_sizes
+    from sdlora.data.batches import assign_buckets
+    from sdlora.data.checks import NUM_NAMED, examine, examine_sizes
 
-    checkup = examine(path, background=settings.background, trigger=trigger, masks=masks.value)
-    findings, num_buckets = list(checkup.findings), None
+    checkup = examine(path, background=settings.background, trigger=trigger, masks=masks)
+    counts = {"image": checkup.num_files, "caption": sum(image.caption is not None for image in checkup.images)}
+    findings = list(checkup.findings)
     if resolution_px is not None:
         sizes = {image.path.name: image.size for image in checkup.images}
         found = assign_buckets(list(sizes.values()), resolution_px, settings.bucket_step_px, buckets=settings.buckets)
         findings += examine_sizes(sizes, dict(zip(sizes, found, strict=True)))
-        num_buckets = len(set(found))
+        counts["bucket"] = len(set(found))
+    chosen = {kind: [f for f in findings if f.severity == kind] for kind in ("error", "warning")}
     if json_:
         report = {"folder": str(path), "pictures": checkup.num_files, "findings": [asdict(f) for f in findings]}
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
-        num_captions = sum(image.caption is not None for image in checkup.images)
-        _print_findings(findings, {"image": checkup.num_files, "caption": num_captions, "bucket": num_buckets})
-    if any(finding.severity == "error" for finding in findings):
+        for severity in filter(chosen.get, chosen):
+            typer.echo(f"{severity.capitalize()}s:")
+            for finding in chosen[severity]:
+                typer.echo(f"  {finding.message}")
+                if len(finding.files) > NUM_NAMED:
+                    typer.echo(f"    All: {', '.join(finding.files)}")
+        seen = ", ".join(_count(number, noun) for noun, number in counts.items())
+        totals = ", ".join(_count(len(some), severity) for severity, some in chosen.items() if some)
+        typer.echo(f"{seen}: {totals or 'no problems found'}.")
+    if chosen["error"]:
         raise typer.Exit(DataError.exit_code)
 
 
-def _print_findings(findings: Sequence[Finding], counts: Mapping[str, int | None]) -> None:
-    """Print errors, then warnings, then a line that counts everything."""
-    from sdlora.data.checks import NUM_NAMED
+def caption(
+    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of images.")],
+    model: Annotated[str, typer.Option(metavar="ID", help="An image-to-text model: a hub id, or a folder.")],
+    prompt: Annotated[
+        str | None,
+        typer.Option(metavar="TEXT", help="The question for a chat model, or the beginning of other models' captions."),
+    ] = None,
+    max_tokens: Annotated[
+        int, typer.Option("--max-tokens", min=1, max=500, help="Maximum length of a caption in tokens.")
+    ] = 60,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace captions in existing .txt files.")] = False,
+) -> None:
+    """Caption the images that have no caption, with a model."""
+    quiet_libraries()
+    import torch
 
-    totals = []
-    for severity in ("error", "warning"):
-        chosen = [finding for finding in findings if finding.severity == severity]
-        if chosen:
-            totals.append(_count(len(chosen), severity))
-            typer.echo(f"{severity.capitalize()}s:")
-        for finding in chosen:
-            typer.echo(f"  {finding.message}")
-            if len(finding.files) > NUM_NAMED:
-                typer.echo(f"    All: {', '.join(finding.files)}")
-    seen = ", ".join(_count(number, noun) for noun, number in counts.items() if number is not None)
-    typer.echo(f"{seen}: {', '.join(totals) or 'no problems found'}.")
+    from sdlora.cli.progress import ProgressBar
+    from sdlora.common.device_lock import device_lock, take_turns
+    from sdlora.data.captioner import Captioner, images_to_caption, write_captions
+    from sdlora.events import Notice
+
+    # Before the model is loaded, which may take minutes.
+    images = images_to_caption(folder, overwrite=overwrite)
+    if not images:
+        typer.echo(f"Every image in {folder} has a caption. Use --overwrite to replace them.")
+        return
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    skipped = 0
+    with ExitStack() as held, ProgressBar(Console(stderr=True)) as view:
+        if (lock := device_lock(device)) is not None:
+            for notice in take_turns(lock, "sdlora caption", held, wait=True, should_stop=lambda: False):
+                view.show(notice)
+        captioner = Captioner(model, device=device, prompt=prompt, max_tokens=max_tokens)
+        for event in write_captions(images, captioner, overwrite=overwrite):
+            skipped += isinstance(event, Notice)
+            view.show(event)
+    typer.echo(f"{_count(len(images) - skipped, 'caption')} written. Read them before you train: models make mistakes.")
 
 
 def _count(number: int, noun: str) -> str:

@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from typer.core import TyperCommand
@@ -21,42 +19,20 @@ from sdlora.common.text import format_range
 from sdlora.errors import ConfigError, DataError, OutputError
 
 if TYPE_CHECKING:
+    from sdlora.lora.inject import LoraState
     from sdlora.lora_files.algebra import Cost
-    from sdlora.lora_files.read import LoraFile
 
 _BASE = "A diffusers folder, or a single .safetensors checkpoint"
 _NUMBERS = re.compile(r"[-+]?[\d.][-+\d.,e]*")
-
-
-class Names(StrEnum):
-    """The naming schemes that sdlora writes."""
-
-    KOHYA = "kohya"
-    PEFT = "peft"
-
-
-class Precision(StrEnum):
-    """The types that files can store."""
-
-    FP32 = "fp32"
-    FP16 = "fp16"
-    BF16 = "bf16"
 
 
 FileArgument = Annotated[Path, typer.Argument(metavar="FILE", help="A LoRA .safetensors file of any trainer.")]
 OutArgument = Annotated[
     Path, typer.Argument(metavar="OUT", help="The .safetensors file to write; it must not exist yet.")
 ]
-BaseOption = Annotated[
-    Path | None,
-    typer.Option(metavar="FOLDER", help="Base model as a diffusers folder; by default that of the file's family."),
-]
 
 
-def info(
-    file: FileArgument,
-    json_: JsonResult = False,
-) -> None:
+def info(file: FileArgument, json_: JsonResult = False) -> None:
     """Print what a LoRA file contains."""
     quiet_libraries()
     from sdlora.lora_files.read import describe_lora
@@ -68,23 +44,26 @@ def info(
     width = max(len(key) for key in description)
     for key, value in description.items():
         if isinstance(value, dict):
-            value = {name: _short(entry) for name, entry in value.items()}
-            value = "".join(f"\n  {name}: {entry}" for name, entry in value.items())
+            value = "".join(f"\n  {name}: {_short(str(entry))}" for name, entry in value.items())
         typer.echo(f"{key.replace('_', ' '):<{width}}  {value}")
 
 
-def _short(value: Any) -> str:
+def _short(text: str) -> str:
     """A metadata entry as a line; of an image, only the size."""
-    text = str(value)
     return f"an image of {len(text) * 3 // 4} bytes" if text.startswith("data:image/") else text
 
 
 def convert(
     file: FileArgument,
     out: OutArgument,
-    to: Annotated[Names, typer.Option(help="The names to write.")],
-    base: BaseOption = None,
-    precision: Annotated[Precision | None, typer.Option(help="Type to store weights in; unchanged by default.")] = None,
+    to: Annotated[Literal["kohya", "peft"], typer.Option(help="The names to write.")],
+    base: Annotated[
+        Path | None,
+        typer.Option(metavar="FOLDER", help="Base model as a diffusers folder; by default that of the file's family."),
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Type to store weights in; unchanged by default.")
+    ] = None,
     missing_alpha: MissingAlpha = None,
 ) -> None:
     """Rename a LoRA's tensors: kohya's names or PEFT's.
@@ -101,15 +80,14 @@ def convert(
     from sdlora.lora_files.write import write_file
 
     source = read_file(file, missing_alpha)
-    if to == Names.KOHYA:
+    if to == "kohya":
         refuse_dora(source.state, file.name)
-    paths = paths_for(source.state, base) if to == Names.PEFT or base is not None else None
-    named = paths if to == Names.PEFT else None
-    dtype = source.dtype if precision is None else DTYPES_BY_NAME[precision.value]
-    write_file(out, source.state, metadata=source.metadata, dtype=dtype, paths=named)
+    paths = paths_for(source.state, base) if to == "peft" or base is not None else None
+    dtype = source.dtype if precision is None else DTYPES_BY_NAME[precision]
+    write_file(out, source.state, metadata=source.metadata, dtype=dtype, paths=paths if to == "peft" else None)
     same = dtype in (source.dtype, torch.float32)
     change = "weights and alphas unchanged" if same else f"weights rounded to {dtype}".replace("torch.", "")
-    typer.echo(f"{out}: {len(source.state)} modules under {to.value} names, {change}.")
+    typer.echo(f"{out}: {len(source.state)} modules under {to} names, {change}.")
 
 
 class WeightsCommand(TyperCommand):
@@ -150,13 +128,16 @@ def merge(
     from sdlora.lora_files import algebra
     from sdlora.lora_files.base_file import base_weights
     from sdlora.lora_files.merge import merge_into
-    from sdlora.lora_files.read import read_file
+    from sdlora.lora_files.read import family_of, read_file
     from sdlora.lora_files.write import metadata_of_new_ranks, write_file
 
     sources = [read_file(file, missing_alpha) for file in files]
     for source in sources:
         algebra.refuse_dora(source.state, source.name)
-    _check_families(sources)
+    families = {family: source.name for source in sources if (family := family_of(source.state)) is not None}
+    if len(families) > 1:
+        (one, first), (other, second), *_ = families.items()
+        raise DataError(f"{first} is for {one} and {second} for {other}: LoRAs of different families cannot be merged.")
     state, cost = algebra.merge([source.state for source in sources], factors, rank)
     if into is not None:
         num_layers = merge_into(base_weights(into), output, state)
@@ -166,8 +147,7 @@ def merge(
         write_file(output, state, metadata=sources[0].metadata, dtype=sources[0].dtype)
     else:
         write_file(output, state, metadata=metadata_of_new_ranks(sources))
-    typer.echo(f"{output}: ranks {_rank_range(w.down.shape[0] for w in state.values())} in {len(state)} modules.")
-    typer.echo("Exact up to float32 rounding." if rank is None else _format_cost(cost))
+    _print_result(output, state, None if rank is None else cost)
 
 
 def resize(
@@ -190,8 +170,7 @@ def resize(
     algebra.refuse_dora(source.state, file.name)
     state, cost = algebra.resize(source.state, rank=rank, energy=energy)
     write_file(out, state, metadata=metadata_of_new_ranks([source]))
-    typer.echo(f"{out}: ranks {_rank_range(cost.ranks.values())} in {len(state)} modules.")
-    typer.echo(_format_cost(cost))
+    _print_result(out, state, cost)
 
 
 def extract(
@@ -211,8 +190,7 @@ def extract(
     found, others = differences(base_weights(fine_tuned), base_weights(base))
     state, cost = algebra.extract(found, rank)
     write_file(out, state, metadata={"ss_sd_model_name": base.resolve().name})
-    typer.echo(f"{out}: ranks {_rank_range(cost.ranks.values())} in {len(state)} modules.")
-    typer.echo(_format_cost(cost))
+    _print_result(out, state, cost)
     if others:
         typer.echo(
             f"Left out, because a LoRA cannot hold them: {len(others)} other weights that differ, such as {others[0]}."
@@ -242,20 +220,12 @@ def _parse_weights(weights: str | None, num_files: int) -> list[float]:
     return found
 
 
-def _check_families(sources: list[LoraFile]) -> None:
-    from sdlora.lora_files.read import family_of
-
-    families = {family: source.name for source in sources if (family := family_of(source.state)) is not None}
-    if len(families) > 1:
-        (one, first), (other, second), *_ = families.items()
-        raise DataError(f"{first} is for {one} and {second} for {other}: LoRAs of different families cannot be merged.")
-
-
-def _format_cost(cost: Cost) -> str:
+def _print_result(file: Path, state: LoraState, cost: Cost | None) -> None:
+    """Print the ranks of a written file and its loss of accuracy, which is None if it is exact."""
+    ranks = [weights.down.shape[0] for weights in state.values()]
+    typer.echo(f"{file}: ranks {format_range(min(ranks), max(ranks))} in {len(ranks)} modules.")
+    if cost is None:
+        typer.echo("Exact up to float32 rounding.")
+        return
     worst = f", at most {cost.worst:.3g} in a module ({cost.worst_module})" if cost.worst_module else ""
-    return f"Kept {cost.kept_energy:.4%} of the energy; relative error {cost.relative_error:.3g} in total{worst}."
-
-
-def _rank_range(ranks: Iterable[int]) -> str:
-    found = list(ranks)
-    return format_range(min(found), max(found))
+    typer.echo(f"Kept {cost.kept_energy:.4%} of the energy; relative error {cost.relative_error:.3g} in total{worst}.")

@@ -16,16 +16,11 @@ from typing import Annotated, Any
 import typer
 
 from sdlora.cli import files
-from sdlora.cli.batch import batch
-from sdlora.cli.cache import cache
 from sdlora.cli.check import check
-from sdlora.cli.config import config_app
-from sdlora.cli.data import data
-from sdlora.cli.hub import caption, push
+from sdlora.cli.config import config_app, plan
+from sdlora.cli.data import caption, data
 from sdlora.cli.options import print_message
-from sdlora.cli.plan import plan
-from sdlora.cli.train import train
-from sdlora.cli.ui import ui
+from sdlora.cli.runs import batch, cache, push, train, ui
 from sdlora.common.quiet import is_main_process
 from sdlora.common.signals import EXIT_INTERRUPTED
 from sdlora.common.version import __version__
@@ -33,11 +28,7 @@ from sdlora.errors import RenamedOptionWarning, SdloraError
 
 EXIT_INTERNAL = 1
 
-app = typer.Typer(
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 for _command in (train, ui, data, caption, plan, cache, check, batch, push, files.info, files.convert):
     app.command()(_command)
 app.command(cls=files.WeightsCommand)(files.merge)

@@ -1,24 +1,26 @@
-"""Views of a run's events: a progress bar for people, JSON lines for programs.
+"""A run's events for a person at a terminal, as a progress bar with words, and for programs, as JSON lines.
 
-Commands pass every event to one of the two; the wording is in `describe`.
+Commands pass every event to one of the two views.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from types import TracebackType
 from typing import IO, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.table import Table
+from rich.text import Text
 
 from sdlora import events
-from sdlora.cli.describe import describe_check, describe_losses, describe_plan
 from sdlora.common.metrics import LossSmoother
-from sdlora.common.text import format_seconds
-from sdlora.events import Event
+from sdlora.common.text import format_bytes, format_seconds
+from sdlora.copycheck.verdict import EpochCheck
 from sdlora.run.eta import Timer
+
+_VERDICT_STYLES = {"clean": "green", "watch": "yellow", "copying": "bold red"}
 
 
 class JsonLines:
@@ -30,72 +32,128 @@ class JsonLines:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self._stream.flush()
 
-    def show(self, event: Event | Mapping[str, Any]) -> None:
+    def show(self, event: events.Event | Mapping[str, Any]) -> None:
         """Print an event."""
         line = event if isinstance(event, Mapping) else event.to_json()
         print(json.dumps(line, ensure_ascii=False), file=self._stream, flush=True)
 
 
-class ProgressBar:
+class ProgressBar(Progress):
     """Shows phase, step, loss, images per second and the time left, with a line for every event that matters."""
 
     def __init__(self, console: Console) -> None:
-        self._console = console
-        self._bar = Progress(
-            TextColumn("{task.description:<15}"), BarColumn(), TaskProgressColumn(),
-            TextColumn("{task.fields[detail]}"), console=console, transient=True,
-        )  # fmt: skip
-        self._task = self._bar.add_task("loading", total=None, detail="")
-        self._plan: events.PlanMade | None = None
+        columns = (TextColumn("{task.description:<15}"), BarColumn(), TaskProgressColumn())
+        super().__init__(*columns, TextColumn("{task.fields[detail]}"), console=console, transient=True)
+        self._phase = self.add_task("loading", total=None, detail="")
+        self._num_steps: int | None = None
         self._smoother = LossSmoother()
         self._timer = Timer()
 
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def show(self, event: Event) -> None:
+    def show(self, event: events.Event) -> None:
         """Show an event."""
         self._timer.see(event)
-        if isinstance(event, events.PlanMade):
-            self._plan = event
-            self._print(describe_plan(event))
-        elif isinstance(event, events.Notice):
-            self._print(event.message)
-        elif isinstance(event, events.Progress):
-            self._update(event.phase, event.done, event.total, self._eta())
-        elif isinstance(event, events.StepDone):
-            loss = self._smoother.add(event.loss)
-            rate = len(event.examples) / event.seconds if event.seconds else 0.0
-            detail = f"epoch {event.epoch} step {event.step} loss {loss:.4f} {rate:.1f} images/s {self._eta()}"
-            self._update("training", event.step, self._plan.steps if self._plan else event.step, detail)
-        elif isinstance(event, events.EpochDone):
-            if (losses := describe_losses(event)) is not None:
-                self._print(losses)
-        elif isinstance(event, events.CopyChecked):
-            self._print(describe_check(event))
-        elif isinstance(event, events.Exported):
-            self._print(f"Loaded back through diffusers: {event.num_modules} modules, max error {event.max_error:g}.")
-        elif isinstance(event, events.RunDone):
-            self._print(f"Done in {format_seconds(event.seconds)}: {event.file}")
-            self._print(f"Report: {event.folder}/report.html, previews: {event.folder}/previews.png")
-
-    def _eta(self) -> str:
         left = self._timer.eta_seconds
-        return "" if left is None else f"{format_seconds(left)} left"
+        eta = "" if left is None else f"{format_seconds(left)} left"
+        match event:
+            case events.PlanMade():
+                self._num_steps = event.steps
+                self._say(describe_plan(event))
+            case events.Notice():
+                self._say(event.message)
+            case events.Progress():
+                self._move(event.phase, event.done, event.total, eta)
+            case events.StepDone():
+                loss = self._smoother.add(event.loss)
+                rate = len(event.examples) / event.seconds if event.seconds else 0.0
+                detail = f"epoch {event.epoch} step {event.step} loss {loss:.4f} {rate:.1f} images/s {eta}"
+                self._move("training", event.step, self._num_steps or event.step, detail)
+            case events.EpochDone():
+                losses = (("training loss", event.train_loss), ("validation loss", event.validation_loss))
+                measured = [f"{label} {value:.5f}" for label, value in losses if value is not None]
+                if measured:
+                    self._say(f"{_epoch_name(event.epoch)}: {', '.join(measured)}")
+            case events.CopyChecked():
+                self._say(describe_check(event))
+            case events.Exported():
+                modules, error = event.num_modules, event.max_error
+                self._say(f"Loaded back through diffusers: {modules} modules, max error {error:g}.")
+            case events.RunDone():
+                self._say(f"Done in {format_seconds(event.seconds)}: {event.file}")
+                self._say(f"Report: {event.folder}/report.html, previews: {event.folder}/previews.png")
 
-    def _update(self, phase: str, done: int, total: int, detail: str) -> None:
-        self._bar.update(self._task, description=phase, completed=done, total=total, detail=detail)
+    def _move(self, phase: str, done: int, total: int, detail: str) -> None:
+        self.update(self._phase, description=phase, completed=done, total=total, detail=detail)
 
-    def _print(self, text: str) -> None:
-        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+    def _say(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def describe_plan(plan: events.PlanMade) -> str:
+    """What a run will train, a line for each fact."""
+    parts: list[events.PlannedSet | events.PlanMade] = [*plan.sets] or [plan]
+    lines = [
+        (f"{part.name}: " if isinstance(part, events.PlannedSet) else "")
+        + f"{part.images} images x {part.repeats} repeats x {plan.epochs} epochs: "
+        f"each image is seen {part.exposures_per_image} times."
+        for part in parts
+    ]
+    images_per_step = plan.batch_size * plan.gradient_accumulation_steps
+    lines.append(f"{plan.steps} steps of {images_per_step} images on {plan.device} ({plan.precision}).")
+    if plan.prior_images:
+        lines.append(
+            f"Each step also trains as many of the {plan.prior_images} images of data.preservation_folder, "
+            "which preserves what they show."
+        )
+    if plan.split_off:
+        lines.append(
+            f"{len(plan.split_off)} more images ({', '.join(plan.split_off)}) are only used to measure the validation "
+            "loss. Set data.validation_split = false to train on them, too."
+        )
+    elif plan.validation_images:
+        lines.append(f"The validation loss is measured on {plan.validation_images} images of data.validation_folder.")
+    targets, share = ", ".join(plan.targets), plan.trained_parameters / plan.base_parameters
+    lines.append(
+        f"Training {plan.trained_parameters:,} parameters in {targets}: {share:.2%} of the base model's "
+        f"{plan.base_parameters:,}, which stay frozen."
+    )
+    if plan.peak_bytes is not None and plan.memory_bytes is not None:
+        need = f"Peak memory: {format_bytes(plan.peak_bytes)} of {format_bytes(plan.memory_bytes)} free"
+        advice = ", so it will probably run out. `sdlora plan` says what to change first."
+        lines.append(need + ("." if plan.peak_bytes <= plan.memory_bytes else advice))
+    return "\n".join(lines)
+
+
+def describe_check(event: events.CopyChecked) -> str:
+    """A copy check in one line."""
+    training, preview = event.most_similar
+    return (
+        f"{_epoch_name(event.epoch)}: {event.verdict}, {event.share:.0%} of previews match (at least "
+        f"{event.share_lower_bound:.0%}). Most similar: {preview} and {training}, {event.similarity:.2f}. "
+        f"{event.reason}"
+    )
+
+
+def _epoch_name(epoch: int) -> str:
+    return f"epoch {epoch}" if epoch else "base model"
+
+
+def copy_table(checks: Mapping[int, EpochCheck]) -> Table:
+    """The copy checks of a run, a row for each epoch."""
+    header = ("epoch", "verdict", "matches", "most similar preview", "nearest image", "reason")
+    table = Table(*header, box=None, pad_edge=False)
+    for epoch, check in sorted(checks.items()):
+        best, total = check.most_similar(), len(check.previews)
+        found = sum(match.significant for match in check.previews)
+        table.add_row(
+            str(epoch) if epoch else "base",
+            Text(check.verdict, style=_VERDICT_STYLES[check.verdict]),
+            f"{found} of {total} (at least {check.share_lower_bound:.0%})",
+            # File names may hold brackets, which would be read as styles.
+            Text(f"{best.file.rpartition('/')[2]} ({best.similarity:.2f})"),
+            Text(best.nearest),
+            Text("" if check.verdict == "clean" else check.reason),
+        )
+    return table

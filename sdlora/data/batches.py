@@ -1,24 +1,62 @@
-"""The order of exposures and the batches of an epoch, as a function of (seed, epoch).
+"""Which images are trained together, at which size and in which order.
 
-The schedule of a run in `training` is made of these batches.
+Aspect-ratio buckets are a few training sizes, so that wide and tall images lose little to the crop; all images of a
+batch are in one bucket. The schedule of a run in `training` is made of the batches of each epoch.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 from sdlora.common import seeds
 
+Bucket = tuple[int, int]
+"""Width and height in pixels."""
+
+
+def make_buckets(resolution_px: int, step_px: int, max_aspect: float = 2.0) -> list[Bucket]:
+    """The training sizes of about the same area as a square.
+
+    Args:
+        resolution_px: Edge of the square, whose area no bucket exceeds.
+        step_px: Widths and heights are multiples of this, except those of the square itself.
+        max_aspect: Longest edge divided by the shortest, at least 1.
+
+    Returns:
+        Sizes from tall to wide, including the square; for every width the tallest that fits.
+    """
+    found = {(resolution_px, resolution_px)}
+    for short in range(step_px, resolution_px + 1, step_px):
+        long = resolution_px**2 // short // step_px * step_px
+        if short <= long <= short * max_aspect:
+            found |= {(short, long), (long, short)}
+    return sorted(found)
+
+
+def choose_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
+    """The bucket with the nearest aspect ratio (by the ratio of the two), the larger one of two equally near."""
+    aspect = math.log(width / height)
+    return min(buckets, key=lambda b: (round(abs(math.log(b[0] / b[1]) - aspect), 9), -b[0] * b[1]))
+
+
+def assign_buckets(sizes: Sequence[Bucket], resolution_px: int, step_px: int, *, buckets: bool) -> list[Bucket]:
+    """The bucket of each image.
+
+    Args:
+        sizes: Width and height of each image in pixels.
+        resolution_px: Edge of the square; see `make_buckets`.
+        step_px: See `make_buckets`.
+        buckets: False crops all images to the square.
+    """
+    choices = make_buckets(resolution_px, step_px) if buckets else [(resolution_px, resolution_px)]
+    return [choose_bucket(*size, choices) for size in sizes]
+
 
 @dataclass(frozen=True)
 class Exposure:
-    """One look at one image.
-
-    Attributes:
-        example: Index of the image.
-        number: Counts the exposures of this image over the whole run, from 1.
-    """
+    """One look at the image with the index `example`; `number` counts its exposures over the whole run, from 1."""
 
     example: int
     number: int
@@ -27,7 +65,7 @@ class Exposure:
 def epoch_batches(
     buckets: Sequence[Hashable], repeats: int | Sequence[int], batch_size: int, epoch: int, seed: int
 ) -> list[tuple[Exposure, ...]]:
-    """The batches of an epoch, in which every image has exactly as many exposures as its repeats.
+    """The batches of an epoch in the order of training; every image has exactly as many exposures as its repeats.
 
     All images of a batch are in one bucket. Exposures come in rounds, as many as the most repeated image has
     exposures; those of the other images are spread evenly over the rounds. A round ends before the next begins, so an
@@ -39,9 +77,6 @@ def epoch_batches(
         batch_size: Images in a batch; the last batch of a bucket may be smaller.
         epoch: From 1.
         seed: The run's seed.
-
-    Returns:
-        Batches in the order of training.
     """
     each = [repeats] * len(buckets) if isinstance(repeats, int) else list(repeats)
     num_rounds = max(each, default=0)

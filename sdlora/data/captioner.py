@@ -15,9 +15,9 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sdlora.common.files import write_text
 from sdlora.data.captions import read_captions
-from sdlora.data.checks import examine
+from sdlora.data.checks import examine, refuse_errors
 from sdlora.data.images import load_image
-from sdlora.errors import BaseModelError, DataError
+from sdlora.errors import BaseModelError
 from sdlora.events import Event, Notice, Progress
 
 QUESTION = "Describe this image in one short sentence."
@@ -28,10 +28,9 @@ class Captioner:
 
     Args:
         model: A Hub id or a folder.
-        device: The device to run it on.
         prompt: The question to a chat model (one short sentence by default), or the beginning of the captions of
             other models.
-        max_tokens: Maximum length of a caption.
+        max_tokens: Maximum length of a caption in tokens.
 
     Raises:
         BaseModelError: It cannot be loaded, or is not an image-to-text model.
@@ -41,11 +40,9 @@ class Captioner:
         self._name, self._device, self._prompt, self._max_tokens = model, device, prompt, max_tokens
         try:
             self._processor: Any = AutoProcessor.from_pretrained(model, trust_remote_code=False)
+            dtype = "auto" if device.type == "cuda" else torch.float32
             self._model: Any = AutoModelForImageTextToText.from_pretrained(
-                model,
-                trust_remote_code=False,
-                use_safetensors=True,
-                dtype="auto" if device.type == "cuda" else torch.float32,
+                model, trust_remote_code=False, use_safetensors=True, dtype=dtype
             )
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise BaseModelError(
@@ -64,7 +61,15 @@ class Captioner:
         """
         is_chat = getattr(self._processor, "chat_template", None) is not None
         try:
-            inputs = self._chat(image) if is_chat else self._plain(image)
+            if is_chat:
+                content = [{"type": "image", "image": image}, {"type": "text", "text": self._prompt or QUESTION}]
+                inputs = self._processor.apply_chat_template(
+                    [{"role": "user", "content": content}],
+                    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+                )  # fmt: skip
+            else:
+                text = {} if self._prompt is None else {"text": self._prompt}
+                inputs = self._processor(images=image, return_tensors="pt", **text)
             inputs = inputs.to(self._device, self._model.dtype)
             output = self._model.generate(**inputs, max_new_tokens=self._max_tokens, do_sample=False)
         except (ValueError, TypeError) as error:
@@ -72,20 +77,6 @@ class Captioner:
         if is_chat:
             output = output[:, inputs["input_ids"].shape[1] :]
         return " ".join(self._processor.batch_decode(output, skip_special_tokens=True)[0].split())
-
-    def _plain(self, image: Image.Image) -> Any:
-        text = {} if self._prompt is None else {"text": self._prompt}
-        return self._processor(images=image, return_tensors="pt", **text)
-
-    def _chat(self, image: Image.Image) -> Any:
-        content = [{"type": "image", "image": image}, {"type": "text", "text": self._prompt or QUESTION}]
-        return self._processor.apply_chat_template(
-            [{"role": "user", "content": content}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
 
 
 def _first_line(error: Exception) -> str:
@@ -96,16 +87,13 @@ def images_to_caption(folder: Path, *, overwrite: bool) -> list[Path]:
     """The images that need a caption, by name.
 
     Args:
-        folder: The folder of images.
         overwrite: Whether to include images with a caption in a `.txt` file; those in `metadata.jsonl` never are.
 
     Raises:
         DataError: The folder is missing or empty, or has errors other than missing captions.
     """
     checkup = examine(folder, background="white")
-    faults = [f.message for f in checkup.findings if f.severity == "error" and f.kind != "no caption"]
-    if faults:
-        raise DataError(f"The folder {str(folder)!r} has errors:\n" + "\n".join(f"  {fault}" for fault in faults))
+    refuse_errors(folder, (finding for finding in checkup.findings if finding.kind != "no caption"))
     captions, _ = read_captions(folder)
     listed = {name for name in captions if not name.endswith(".txt")}
     return [p.path for p in checkup.images if p.path.name not in listed and (overwrite or p.caption is None)]
@@ -116,7 +104,6 @@ def write_captions(images: list[Path], captioner: Captioner, *, overwrite: bool 
 
     Args:
         images: From `images_to_caption`.
-        captioner: Called once per image.
         overwrite: Whether to replace a caption that was written in the meantime.
 
     Yields:

@@ -99,11 +99,10 @@ def caption_for_exposure(
 
     Args:
         caption: The image's caption as written.
-        trigger: Trigger word, put in front if the caption does not contain it.
+        trigger: Put in front if the caption does not contain it.
         shuffle_tags: Whether comma-separated tags are shuffled.
         keep_tags: Number of tags that stay in front.
         dropout: Share of exposures with an empty caption, 0 to 1.
-        seed: The run's seed.
         example: The image's name.
         exposure: Number of the exposure, from 1.
     """
@@ -127,12 +126,9 @@ def prior_caption(
     classifier-free guidance uses the prediction for it in every image (Ho & Salimans 2207.12598, equation 6).
 
     Args:
-        caption: From `caption_for_exposure`.
-        trigger: The trigger word, which is replaced.
+        caption: From `caption_for_exposure`, as are `example` and `exposure`.
+        trigger: The word that is replaced.
         class_words: One of them is drawn at random.
-        seed: The run's seed.
-        example: The image's name.
-        exposure: Number of the exposure, from 1.
     """
     if seeds.uniform(seed, "preserved caption", example, exposure) < 0.5:
         return ""

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -14,35 +14,32 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdlora.data.buckets import Bucket
+from sdlora.data.batches import Bucket
 from sdlora.data.captions import METADATA, has_word, read_captions
 from sdlora.data.duplicates import near_duplicates, thumbnail
-from sdlora.data.images import SUFFIXES, load_image, pixel_hash
-from sdlora.data.masks import MASK_SUFFIX, MaskKind, load_mask, separate_masks
+from sdlora.data.images import MASK_SUFFIX, SUFFIXES, MaskKind, load_image, load_mask, pixel_hash, separate_masks
 from sdlora.errors import DataError
 
 Kind = Literal[
     "unreadable", "caption", "no caption", "subfolder", "unused caption", "duplicate", "near-duplicate", "no trigger",
     "too small", "lone bucket", "mask", "lone mask", "no mask", "unused mask",
 ]  # fmt: skip
-
+Severity = Literal["error", "warning"]
 
 NUM_NAMED = 5
 
 
 @dataclass(frozen=True)
 class Finding:
-    """A problem with some files.
+    """A problem with some files; an error keeps the folder from being trained.
 
     Attributes:
-        kind: Which problem it is.
-        severity: "error" if it keeps the folder from being trained.
         files: The names of all files concerned.
         message: What is wrong and what to do; it names the first five files.
     """
 
     kind: Kind
-    severity: Literal["error", "warning"]
+    severity: Severity
     files: tuple[str, ...]
     message: str
 
@@ -52,54 +49,38 @@ class Image:
     """A readable image.
 
     Attributes:
-        path: The file.
-        caption: Its own caption, or the common one; None if there is neither, or it cannot be read.
         size: Width and height in pixels.
         pixels: Hash of its pixels.
         thumbnail: (n,), see `sdlora.data.duplicates`.
+        caption: Its own caption, or the common one; None if there is neither, or it cannot be read.
         mask: Its mask file, the image itself if its alpha channel is the mask; None if all of it is trained.
     """
 
     path: Path
-    caption: str | None
     size: Bucket
     pixels: str
     thumbnail: NDArray[np.float32]
+    caption: str | None = None
     mask: Path | None = None
-
-
-@dataclass(frozen=True, eq=False)
-class Decoded:
-    """What is known of an image once it is decoded; see `Image`."""
-
-    size: Bucket
-    pixels: str
-    thumbnail: NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class Checkup:
-    """The result of checking a folder.
-
-    Attributes:
-        num_files: Number of images, including those that cannot be read.
-        images: The readable images, by name.
-        findings: All problems.
-    """
+    """All findings about a folder and its readable images by name; `num_files` includes those that are not readable."""
 
     num_files: int
     images: tuple[Image, ...]
     findings: tuple[Finding, ...]
 
 
-def decode(path: Path, background: str) -> Decoded:
-    """Decode an image and compute what the checks need.
+def decode(path: Path, background: str) -> Image:
+    """Decode an image and compute what the checks need, which does not include its caption and mask.
 
     Raises:
         DataError: It cannot be read.
     """
     image = load_image(path, background)
-    return Decoded(image.size, pixel_hash(image), thumbnail(image))
+    return Image(path, image.size, pixel_hash(image), thumbnail(image))
 
 
 def examine(
@@ -110,7 +91,7 @@ def examine(
     trigger: str | None = None,
     allow_trigger_only: bool = False,
     masks: MaskKind = "none",
-    decode: Callable[[Path, str], Decoded] = decode,
+    decode: Callable[[Path, str], Image] = decode,
 ) -> Checkup:
     """Check all images and captions of a folder; each image is decoded once.
 
@@ -140,21 +121,31 @@ def examine(
             message = f"{shown}: the file name is not valid UTF-8. Rename the file."
             findings.append(Finding("unreadable", "error", (shown,), message))
             continue
-        own, conflict = _own_caption(path, captions)
-        findings += conflict
-        text = caption if own is None else own
+        sidecar, listed = captions.get(f"{path.stem}.txt"), captions.get(path.name)
+        if sidecar and listed and sidecar != listed:
+            message = f"{path.name}: {path.stem}.txt and {METADATA} give two different captions; remove one."
+            findings.append(Finding("caption", "error", (path.name,), message))
+        text = sidecar or listed or caption
         # An unreadable caption is not reported as missing as well.
         if text is None and not (trigger and allow_trigger_only) and not broken & {METADATA, f"{path.stem}.txt"}:
             uncaptioned.append(path.name)
         try:
-            decoded = decode(path, background)
+            image = decode(path, background)
         except DataError as error:
             findings.append(Finding("unreadable", "error", (path.name,), str(error)))
             continue
-        mask, faulty = _mask(path, decoded.size, mask_files, masks)
-        findings += faulty
-        images.append(Image(path, text, decoded.size, decoded.pixels, decoded.thumbnail, mask))
-    findings += _missing_captions(uncaptioned, len(files))
+        if (file := {"none": None, "alpha": path, "file": mask_files.get(path.stem)}[masks]) is not None:
+            mask, fault = _mask(image, file)
+            findings += _about("mask", [file.name] if fault else [], fault, "error")
+            image = replace(image, mask=mask)
+        images.append(replace(image, caption=text))
+    findings += _about(
+        "no caption",
+        uncaptioned,
+        f"{len(uncaptioned)} of {len(files)} images have no caption: {first_names(uncaptioned)}. Write one into "
+        "NAME.txt beside each, set data.caption for all, or set data.trigger and data.allow_trigger_only.",
+        "error",
+    )
     findings += _ignored_files(folder, files, captions)
     findings += _duplicates(images)
     findings += _missing_triggers(images, trigger)
@@ -163,11 +154,11 @@ def examine(
 
 
 def examine_sizes(sizes: Mapping[str, Bucket], buckets: Mapping[str, Bucket]) -> list[Finding]:
-    """Check whether images suit the sizes they are trained at.
+    """Check whether images, by name, suit the sizes they are trained at.
 
     Args:
-        sizes: Width and height of each image in pixels, by name.
-        buckets: Width and height of each image's bucket, by name.
+        sizes: Width and height of each image in pixels.
+        buckets: Width and height of each image's bucket.
     """
     small = {
         name: f"{name} ({width} x {height} for {buckets[name][0]} x {buckets[name][1]})"
@@ -176,35 +167,40 @@ def examine_sizes(sizes: Mapping[str, Bucket], buckets: Mapping[str, Bucket]) ->
     }
     used = Counter(buckets.values())
     alone = {name: f"{name} ({b[0]} x {b[1]})" for name, b in buckets.items() if used[b] == 1 < len(buckets)}
-    found: list[Finding] = []
-    if small:
-        message = (
+    return [
+        *_about(
+            "too small",
+            small,
             f"{_count(small)} smaller than the training size and will be enlarged: "
-            f"{first_names(list(small.values()))}. Use larger originals, or lower data.resolution_px."
-        )
-        found.append(Finding("too small", "warning", tuple(small), message))
-    if alone:
-        message = (
-            f"{_count(alone)} alone in a bucket, and so in a batch: {first_names(list(alone.values()))}. "
-            "Crop to the aspect ratio of other images, add images like it, or set data.buckets = false."
-        )
-        found.append(Finding("lone bucket", "warning", tuple(alone), message))
-    return found
+            f"{first_names([*small.values()])}. Use larger originals, or lower data.resolution_px.",
+        ),
+        *_about(
+            "lone bucket",
+            alone,
+            f"{_count(alone)} alone in a bucket, and so in a batch: {first_names([*alone.values()])}. "
+            "Crop to the aspect ratio of other images, add images like it, or set data.buckets = false.",
+        ),
+    ]
 
 
 def copies_between(sets: Mapping[str, Sequence[Image]]) -> list[Finding]:
-    """Duplicates and near-duplicates between sets.
-
-    Args:
-        sets: Images by the name of their set, which becomes part of their names.
-    """
+    """Duplicates and near-duplicates between sets of images, whose names become part of those of their images."""
     if len(sets) < 2:
         return []
-    renamed = {
-        name: [replace(image, path=Path(name, image.path.name)) for image in images] for name, images in sets.items()
-    }
-    found = _duplicates([image for images in renamed.values() for image in images], whole_path=True)
+    renamed = [replace(image, path=Path(name, image.path.name)) for name, images in sets.items() for image in images]
+    found = _duplicates(renamed, whole_path=True)
     return [finding for finding in found if len({Path(file).parent for file in finding.files}) > 1]
+
+
+def refuse_errors(folder: Path, findings: Iterable[Finding]) -> None:
+    """Raise the errors among the findings about a folder, all at once.
+
+    Raises:
+        DataError: There is one.
+    """
+    errors = [f"\n  {finding.message}" for finding in findings if finding.severity == "error"]
+    if errors:
+        raise DataError(f"The folder {str(folder)!r} has errors:{''.join(errors)}")
 
 
 def summarize_warnings(findings: Sequence[Finding]) -> list[str]:
@@ -216,14 +212,25 @@ def summarize_warnings(findings: Sequence[Finding]) -> list[str]:
     return [found[0].message if len(found) == 1 else _group_summary(found) for found in groups.values()]
 
 
+def _group_summary(found: Sequence[Finding]) -> str:
+    what = "pairs" if all(len(finding.files) == 2 for finding in found) else "groups"
+    groups = first_names([first_names(finding.files, " and ") for finding in found])
+    return f"{len(found)} {found[0].kind} {what}: {groups}; keep one of each."
+
+
 def first_names(names: Sequence[str], joint: str = ", ") -> str:
     """The first five names of a list, and how many more there are."""
     more = f" and {len(names) - NUM_NAMED} more" if len(names) > NUM_NAMED else ""
     return joint.join(names[:NUM_NAMED]) + more
 
 
-def _count(names: Mapping[str, str]) -> str:
+def _count(names: Collection[str]) -> str:
     return "1 image is" if len(names) == 1 else f"{len(names)} images are"
+
+
+def _about(kind: Kind, names: Collection[str], message: str, severity: Severity = "warning") -> list[Finding]:
+    """The finding about some files; none if there are no files."""
+    return [Finding(kind, severity, tuple(names), message)] if names else []
 
 
 def _image_files(folder: Path) -> list[Path]:
@@ -231,116 +238,80 @@ def _image_files(folder: Path) -> list[Path]:
         raise DataError(f"There is no folder {str(folder)!r}. Check the path; it is relative to the working directory.")
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
     if not files:
-        kinds = ", ".join(sorted(SUFFIXES))
-        raise DataError(f"The folder {str(folder)!r} contains no images ({kinds}).")
+        raise DataError(f"The folder {str(folder)!r} contains no images ({', '.join(sorted(SUFFIXES))}).")
     return files
 
 
-def _own_caption(path: Path, captions: Mapping[str, str]) -> tuple[str | None, list[Finding]]:
-    sidecar, listed = captions.get(f"{path.stem}.txt"), captions.get(path.name)
-    if sidecar is None or listed is None or sidecar == listed:
-        return sidecar or listed, []
-    message = f"{path.name}: {path.stem}.txt and {METADATA} give two different captions; remove one."
-    return sidecar, [Finding("caption", "error", (path.name,), message)]
-
-
-def _missing_captions(names: list[str], num_files: int) -> list[Finding]:
-    if not names:
-        return []
-    message = (
-        f"{len(names)} of {num_files} images have no caption: {first_names(names)}. Write one into "
-        "NAME.txt beside each, set data.caption for all, or set data.trigger and data.allow_trigger_only."
-    )
-    return [Finding("no caption", "error", tuple(names), message)]
-
-
 def _ignored_files(folder: Path, files: list[Path], captions: Mapping[str, str]) -> list[Finding]:
-    found: list[Finding] = []
     folders = (path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
     # A subfolder `holdout` contains validation images, which must not be trained on.
     subfolders = sorted(name for name in folders if name != "holdout")
-    if subfolders:
-        names = first_names(subfolders)
-        message = f"Subfolders of {folder.name} are ignored: {names}. Move their images up to train on them."
-        found.append(Finding("subfolder", "warning", tuple(subfolders), message))
-    used = {path.name for path in files} | {f"{path.stem}.txt" for path in files}
-    unused = sorted(set(captions) - used)
-    if unused:
-        message = f"Captions without an image: {first_names(unused)}. Rename them to match an image, or remove them."
-        found.append(Finding("unused caption", "warning", tuple(unused), message))
-    return found
+    names = first_names(subfolders)
+    ignored = f"Subfolders of {folder.name} are ignored: {names}. Move their images up to train on them."
+    unused = sorted(set(captions) - {path.name for path in files} - {f"{path.stem}.txt" for path in files})
+    unmatched = f"Captions without an image: {first_names(unused)}. Rename them to match an image, or remove them."
+    return [*_about("subfolder", subfolders, ignored), *_about("unused caption", unused, unmatched)]
 
 
 def _duplicates(images: list[Image], *, whole_path: bool = False) -> list[Finding]:
+    def finding(kind: Kind, what: str, images: list[Image]) -> Finding:
+        names = tuple(image.path.as_posix() if whole_path else image.path.name for image in images)
+        return Finding(kind, "warning", names, f"{first_names(names, ' and ')} are {what}; keep one of them.")
+
     same: dict[str, list[Image]] = {}
     for image in images:
         same.setdefault(image.pixels, []).append(image)
-    groups = [group for group in same.values() if len(group) > 1]
-    found = [_duplicate_finding("duplicate", "the same image", group, whole_path=whole_path) for group in groups]
+    found = [finding("duplicate", "the same image", group) for group in same.values() if len(group) > 1]
     distinct = [group[0] for group in same.values()]
-    if distinct:
-        for indices in near_duplicates(np.stack([image.thumbnail for image in distinct])):
-            similar = [distinct[index] for index in indices]
-            found.append(_duplicate_finding("near-duplicate", "near-duplicates", similar, whole_path=whole_path))
-    return found
-
-
-def _duplicate_finding(kind: Kind, what: str, images: list[Image], *, whole_path: bool) -> Finding:
-    names = tuple(image.path.as_posix() if whole_path else image.path.name for image in images)
-    return Finding(kind, "warning", names, f"{first_names(names, ' and ')} are {what}; keep one of them.")
-
-
-def _group_summary(found: Sequence[Finding]) -> str:
-    what = "pairs" if all(len(finding.files) == 2 for finding in found) else "groups"
-    groups = first_names([first_names(finding.files, " and ") for finding in found])
-    return f"{len(found)} {found[0].kind} {what}: {groups}; keep one of each."
+    groups = near_duplicates(np.stack([image.thumbnail for image in distinct])) if distinct else []
+    return found + [finding("near-duplicate", "near-duplicates", [distinct[i] for i in group]) for group in groups]
 
 
 def _missing_triggers(images: list[Image], trigger: str | None) -> list[Finding]:
-    captioned = [image for image in images if image.caption]
-    names = [p.path.name for p in captioned if trigger and p.caption and not has_word(p.caption, trigger)]
-    if not names:
-        return []
+    captions = {image.path.name: image.caption for image in images if image.caption}
+    names = [name for name, caption in captions.items() if trigger and not has_word(caption, trigger)]
     message = (
-        f"{len(names)} of {len(captioned)} captions do not contain the trigger {trigger!r}: {first_names(names)}. "
+        f"{len(names)} of {len(captions)} captions do not contain the trigger {trigger!r}: {first_names(names)}. "
         "It is put in front of them; to have it elsewhere, add it to the caption."
     )
-    return [Finding("no trigger", "warning", tuple(names), message)]
+    return _about("no trigger", names, message)
 
 
-def _mask(path: Path, size: Bucket, files: Mapping[str, Path], kind: MaskKind) -> tuple[Path | None, list[Finding]]:
-    """The mask of an image, and the problem with it."""
-    mask = {"none": None, "alpha": path, "file": files.get(path.stem)}[kind]
-    if mask is None:
-        return None, []
+def _mask(image: Image, file: Path) -> tuple[Path | None, str]:
+    """The mask of an image, None if the whole image is trained, and what is wrong with it, empty if nothing is."""
     try:
-        image = load_mask(mask, path)
+        mask = load_mask(file, image.path)
     except DataError as error:
-        return None, [Finding("mask", "error", (mask.name,), str(error))]
-    if image is None:
-        return None, []
-    fault = None
-    if image.size != size:
-        own, other = (f"{width} x {height}" for width, height in (size, image.size))
-        fault = f"{mask.name} has {other} pixels, but its image {own}; save it in the size of the image."
-    elif image.getextrema() == (0, 0):
-        fault = f"The mask of {path.name} hides the whole image; correct it, or remove the image."
-    return mask, [] if fault is None else [Finding("mask", "error", (mask.name,), fault)]
+        return None, str(error)
+    if mask is None:
+        return None, ""
+    if mask.size != image.size:
+        own, other = (f"{width} x {height}" for width, height in (image.size, mask.size))
+        return file, f"{file.name} has {other} pixels, but its image {own}; save it in the size of the image."
+    if mask.getextrema() == (0, 0):
+        return file, f"The mask of {image.path.name} hides the whole image; correct it, or remove the image."
+    return file, ""
 
 
 def _mask_warnings(images: list[Image], files: Mapping[str, Path], lone: list[Path], kind: MaskKind) -> list[Finding]:
-    found: list[Finding] = []
-    if lone:
-        names = tuple(path.name for path in lone)
-        message = f"Masks without an image: {first_names(names)}. The mask of NAME.png is called NAME{MASK_SUFFIX}."
-        found.append(Finding("lone mask", "warning", names, message))
-    whole = tuple(image.path.name for image in images if image.mask is None)
-    if kind != "none" and whole:
-        what = "no mask" if kind == "file" else "no transparent pixels"
-        message = f"{len(whole)} of {len(images)} images have {what} and are trained in full: {first_names(whole)}."
-        found.append(Finding("no mask", "warning", whole, message))
-    if kind != "file" and files:
-        names = tuple(path.name for path in files.values())
-        message = f"{first_names(names)}: masks are ignored; set data.masks = 'file' to use them."
-        found.append(Finding("unused mask", "warning", names, message))
-    return found
+    alone = [path.name for path in lone]
+    whole = [image.path.name for image in images if image.mask is None and kind != "none"]
+    unused = [path.name for path in files.values() if kind != "file"]
+    what = "no mask" if kind == "file" else "no transparent pixels"
+    return [
+        *_about(
+            "lone mask",
+            alone,
+            f"Masks without an image: {first_names(alone)}. The mask of NAME.png is called NAME{MASK_SUFFIX}.",
+        ),
+        *_about(
+            "no mask",
+            whole,
+            f"{len(whole)} of {len(images)} images have {what} and are trained in full: {first_names(whole)}.",
+        ),
+        *_about(
+            "unused mask",
+            unused,
+            f"{first_names(unused)}: masks are ignored; set data.masks = 'file' to use them.",
+        ),
+    ]

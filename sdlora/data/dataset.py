@@ -1,6 +1,7 @@
 """Datasets: from folders to examples, every image decoded once, all errors reported at once.
 
-A run loads its training, validation and prior images here; the cache and the trainer read them by index.
+A run loads its training, validation and prior images here, or splits a few off for validation; the cache and the
+trainer read them by index.
 """
 
 from __future__ import annotations
@@ -11,12 +12,15 @@ from pathlib import Path
 
 from PIL import Image
 
-from sdlora.data.buckets import Bucket, assign_buckets
+from sdlora.common import seeds
+from sdlora.data.batches import Bucket, assign_buckets
 from sdlora.data.captions import with_trigger
-from sdlora.data.checks import Checkup, copies_between, examine, summarize_warnings
-from sdlora.data.images import crop_to_bucket, load_image
-from sdlora.data.masks import MaskKind, load_mask
+from sdlora.data.checks import Checkup, copies_between, examine, refuse_errors, summarize_warnings
+from sdlora.data.images import MaskKind, crop_to_bucket, load_image, load_mask
 from sdlora.errors import DataError
+
+MIN_IMAGES_TO_SPLIT = 20
+MAX_VALIDATION_IMAGES = 4
 
 
 @dataclass(frozen=True)
@@ -25,12 +29,10 @@ class Example:
 
     Attributes:
         name: File name, after the set's name and a slash if the set has a name; unique.
-        path: The image file.
-        caption: The caption as written.
+        caption: As written.
         bucket: Width and height that it is trained at, in pixels; its own size until buckets are assigned.
         size_px: Width and height of the file, upright.
         mask: The mask file; the image itself if its alpha channel is the mask, None to train all of it.
-        trigger: The trigger word, if there is one.
         repeats: Exposures per epoch.
     """
 
@@ -64,13 +66,7 @@ class Dataset:
     notices: tuple[str, ...]
 
     def with_buckets(self, resolution_px: int, bucket_step_px: int, *, buckets: bool) -> Dataset:
-        """The same images, each with the bucket nearest to its aspect ratio.
-
-        Args:
-            resolution_px: Edge of the square that sets the buckets' area.
-            bucket_step_px: Widths and heights of buckets are multiples of this.
-            buckets: False crops all images to the square.
-        """
+        """The same images, each with the bucket nearest to its aspect ratio; see `assign_buckets`."""
         sizes = [example.bucket for example in self.examples]
         found = assign_buckets(sizes, resolution_px, bucket_step_px, buckets=buckets)
         assigned = tuple(replace(e, bucket=bucket) for e, bucket in zip(self.examples, found, strict=True))
@@ -89,7 +85,6 @@ class Source:
         folder: Only its own files are read; subfolders are skipped with a notice.
         name: Prefix of the images' names, followed by a slash; None for no prefix.
         caption: Caption of images that have none of their own.
-        trigger: The trigger word.
         repeats: Exposures of each image per epoch.
     """
 
@@ -116,47 +111,46 @@ def load_dataset(
     """
     checkups: dict[str, Checkup] = {}
     errors: list[str] = []
-    for source in sources:
-        try:
-            checkups[source.name or ""] = _checked(
-                source, allow_trigger_only=allow_trigger_only, background=background, masks=masks
-            )
-        except DataError as error:
-            errors.append(str(error))
-    if errors:
-        raise DataError("\n".join(errors))
     examples: list[Example] = []
     notices: list[str] = []
-    for source, (name, checkup) in zip(sources, checkups.items(), strict=True):
-        examples += _examples(source, checkup)
-        notices += [f"{name}: {told}" if name else told for told in summarize_warnings(checkup.findings)]
+    for source in sources:
+        name, caption, trigger = source.name or "", source.caption, source.trigger
+        try:
+            checkup = examine(
+                source.folder, background=background, caption=caption, trigger=trigger,
+                allow_trigger_only=allow_trigger_only, masks=masks,
+            )  # fmt: skip
+            refuse_errors(source.folder, checkup.findings)
+        except DataError as error:
+            errors.append(str(error))
+            continue
+        checkups[name] = checkup
+        prefix = name and f"{name}/"
+        examples += [
+            Example(prefix + p.path.name, p.path, p.caption or "", p.size, p.size, p.mask, trigger, source.repeats)
+            for p in checkup.images
+        ]
+        notices += [f"{name}: {warning}" if name else warning for warning in summarize_warnings(checkup.findings)]
+    if errors:
+        raise DataError("\n".join(errors))
     shared = copies_between({name: checkup.images for name, checkup in checkups.items()})
     return Dataset(sources[0].folder, tuple(examples), (*notices, *summarize_warnings(shared)))
 
 
-def _checked(source: Source, *, allow_trigger_only: bool, background: str, masks: MaskKind) -> Checkup:
-    """The content of a folder, if it has no errors."""
-    checkup = examine(
-        source.folder,
-        background=background,
-        caption=source.caption,
-        trigger=source.trigger,
-        allow_trigger_only=allow_trigger_only,
-        masks=masks,
-    )
-    errors = [finding.message for finding in checkup.findings if finding.severity == "error"]
-    if errors:
-        told = "\n".join(f"  {error}" for error in errors)
-        raise DataError(f"The folder {str(source.folder)!r} has errors:\n{told}")
-    return checkup
+def split_validation(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset | None]:
+    """Split a dataset into training and validation images: 2 of 20 images, 3 of 30, 4 of 40 or more; None of fewer.
 
-
-def _examples(source: Source, checkup: Checkup) -> list[Example]:
-    prefix = "" if source.name is None else f"{source.name}/"
-    return [
-        Example(prefix + p.path.name, p.path, p.caption or "", p.size, p.size, p.mask, source.trigger, source.repeats)
-        for p in checkup.images
-    ]
+    Each image's place in the draw depends only on the run's seed and its own name, so adding an image replaces at most
+    one of the validation images, as long as their number stays the same.
+    """
+    names = [example.name for example in dataset.examples]
+    if len(names) < MIN_IMAGES_TO_SPLIT:
+        return dataset, None
+    count = min(MAX_VALIDATION_IMAGES, len(names) // 10)
+    chosen = set(sorted(names, key=lambda name: seeds.derive(seed, "heldout split", name))[:count])
+    trained = tuple(example for example in dataset.examples if example.name not in chosen)
+    validation = tuple(example for example in dataset.examples if example.name in chosen)
+    return replace(dataset, examples=trained), replace(dataset, examples=validation, notices=())
 
 
 def load_pixels(example: Example, background: str) -> Image.Image:
@@ -184,12 +178,7 @@ def load_mask_pixels(example: Example) -> Image.Image | None:
 
 
 class Pixels(Mapping[str, Image.Image]):
-    """The images of a dataset by name, cropped to their buckets; each is read on access.
-
-    Args:
-        dataset: With its buckets assigned.
-        background: Colour that transparent pixels are blended onto.
-    """
+    """The images of a dataset by name, cropped to their buckets; each is read on access."""
 
     def __init__(self, dataset: Dataset, background: str) -> None:
         self._examples = {example.name: example for example in dataset.examples}

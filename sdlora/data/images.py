@@ -1,19 +1,21 @@
-"""Reading images as people see them: upright, opaque, 8-bit RGB.
+"""Reading images as people see them, upright, opaque and in 8-bit RGB, and masks, which say what of them is trained.
 
 Pillow leaves orientation, transparency and 16-bit pixels to the caller; all are handled here or refused by name.
-Shapes: H/W pixels.
+A mask is white where its image is trained; it has the size of the image and is cropped with it.
+Shapes: H/W pixels, h/w latents.
 """
 
 from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
@@ -28,6 +30,8 @@ _BROKEN = (
     Image.DecompressionBombError,
 )  # fmt: skip
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
+MaskKind = Literal["none", "alpha", "file"]
+MASK_SUFFIX = "-mask.png"
 T = TypeVar("T")
 
 
@@ -47,13 +51,18 @@ def load_image(path: Path, background: str) -> Image.Image:
     return _decode(path, lambda image: _to_rgb(image, background))
 
 
-def load_alpha(path: Path) -> Image.Image | None:
-    """The alpha channel of an image as 8-bit greyscale, upright; None if it is opaque everywhere.
+def load_mask(path: Path, image: Path) -> Image.Image | None:
+    """The mask of an image as 8-bit greyscale, upright, in the size of its file.
+
+    Args:
+        path: The mask file, or the image itself, whose alpha channel is then the mask: None if it is opaque everywhere.
+        image: The image.
 
     Raises:
         DataError: As `load_image`.
     """
-    return _decode(path, _alpha)
+    # Transparent pixels of a mask file are masked out, whatever their colour.
+    return _decode(path, _alpha) if path == image else load_image(path, "black").convert("L")
 
 
 def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
@@ -73,9 +82,8 @@ def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
             ImageOps.exif_transpose(opened, in_place=True)  # a copy would double the memory
             return convert(opened)
     except UnidentifiedImageError as error:
-        allowed = ", ".join(FORMATS)
         raise DataError(
-            f"{path.name}: not an image in a supported format ({allowed}). Save it in one of them."
+            f"{path.name}: not an image in a supported format ({', '.join(FORMATS)}). Save it in one of them."
         ) from error
     except _BROKEN as error:
         raise DataError(f"{path.name}: broken or truncated ({error}). Save it again or remove it.") from error
@@ -84,13 +92,11 @@ def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode in _SIXTEEN_BITS:
         # Pillow would clip at 255 instead of scaling.
-        values = np.asarray(image).astype(np.float64)
-        grey = Image.fromarray(np.clip(np.rint(values / 257), 0, 255).astype(np.uint8))
-        return grey.convert("RGB")
+        values = np.rint(np.asarray(image).astype(np.float64) / 257)
+        return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
     if _has_alpha(image):
-        color = ImageColor.getrgb(background)[:3]
         front = image.convert("RGBA")
-        paper = Image.new("RGBA", front.size, (*color, 255))
+        paper = Image.new("RGBA", front.size, (*ImageColor.getrgb(background)[:3], 255))
         return Image.alpha_composite(paper, front).convert("RGB")
     return image.convert("RGB")
 
@@ -112,12 +118,7 @@ def crop_to_bucket(image: Image.Image, width_px: int, height_px: int) -> Image.I
 
 
 def crop_origin(size: tuple[int, int], bucket: tuple[int, int]) -> tuple[int, int]:
-    """Left and top of the crop of `crop_to_bucket`, in pixels of the scaled image.
-
-    Args:
-        size: Width and height of the image.
-        bucket: Width and height of the crop.
-    """
+    """Left and top of the crop of `crop_to_bucket`, in pixels of the scaled image, from two widths and heights."""
     scale = max(bucket[0] / size[0], bucket[1] / size[1])
     left, top = ((length * scale - kept) / 2 for length, kept in zip(size, bucket, strict=True))
     return round(left), round(top)
@@ -134,3 +135,36 @@ def pixel_hash(image: Image.Image) -> str:
     digest = hashlib.sha256(f"{image.mode} {image.width}x{image.height} ".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()
+
+
+def separate_masks(files: Sequence[Path], kind: MaskKind) -> tuple[list[Path], dict[str, Path], list[Path]]:
+    """Separate masks, named NAME-mask.png beside an image named NAME, from images.
+
+    Args:
+        files: The image files of a folder.
+        kind: Where masks are looked for. Unless it is "file", a NAME-mask.png without a NAME counts as an image.
+
+    Returns:
+        The images; the masks by the stem of their image; and, if masks are files, masks without an image.
+    """
+    stems = {path.stem for path in files}
+    named = {path: path.name[: -len(MASK_SUFFIX)] for path in files if path.name.lower().endswith(MASK_SUFFIX)}
+    masks = {stem: path for path, stem in named.items() if stem in stems}
+    lone = [path for path, stem in named.items() if kind == "file" and stem not in stems]
+    others = {*masks.values(), *lone}
+    return [path for path in files if path not in others], masks, lone
+
+
+def mask_shares(mask: Image.Image, height: int, width: int) -> Tensor:
+    """The share of each latent's pixels that a mask lets through.
+
+    Args:
+        mask: Greyscale, cropped like its image.
+        height: Height of the latents.
+        width: Width of the latents.
+
+    Returns:
+        (1, h, w) float32 in [0, 1]: means over the pixels of each latent.
+    """
+    pixels = torch.from_numpy(np.array(mask, dtype=np.float32)) / 255
+    return F.adaptive_avg_pool2d(pixels.unsqueeze(0), (height, width))

@@ -10,9 +10,8 @@ from dataclasses import dataclass, replace
 from sdlora.common.bundled import resolve_data_folder
 from sdlora.config.schema_data import DataConfig, TrainingSet
 from sdlora.data.checks import examine_sizes, summarize_warnings
-from sdlora.data.dataset import Dataset, Source, load_dataset, load_mask_pixels
-from sdlora.data.masks import MaskKind
-from sdlora.data.split import split_validation
+from sdlora.data.dataset import Dataset, Source, load_dataset, load_mask_pixels, split_validation
+from sdlora.data.images import MaskKind
 from sdlora.errors import ConfigError, DataError
 from sdlora.models.base import BaseModel
 from sdlora.models.text import references_to_other_files

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdlora.data.dataset import Dataset, Example, Pixels, Source, load_dataset, load_pixels
+from sdlora.data.dataset import Dataset, Example, Pixels, Source, load_dataset, load_pixels, split_validation
 from sdlora.errors import DataError
 
 
@@ -89,3 +89,34 @@ def test_pixels_are_read_on_access(images: Path, monkeypatch: pytest.MonkeyPatch
     assert not read
     assert pixels["purple.png"].size == (40, 24)
     assert read == ["purple.png"]
+
+
+def dataset_of(count: int) -> Dataset:
+    names = [f"picture{index:03d}.png" for index in range(count)]
+    return Dataset(Path("set"), tuple(Example(name, Path(name), "x", (8, 8), (8, 8)) for name in names), ("a notice",))
+
+
+def names(data: Dataset) -> list[str]:
+    return [example.name for example in data.examples]
+
+
+@pytest.mark.parametrize(("count", "held"), [(20, 2), (29, 2), (30, 3), (40, 4), (400, 4)])
+def test_two_to_four_images_are_split_off(count: int, held: int) -> None:
+    whole = dataset_of(count)
+    trained, validation = split_validation(whole, 0)
+    assert validation is not None
+    assert len(validation.examples) == held
+    assert sorted(names(trained) + names(validation)) == names(whole)
+    assert (trained.notices, validation.notices) == (("a notice",), ())
+
+
+def test_fewer_than_twenty_images_are_not_split() -> None:
+    assert split_validation(dataset_of(19), 0) == (dataset_of(19), None)
+
+
+def test_split_is_a_function_of_seed_and_names() -> None:
+    chosen = [names(part) for seed in range(8) if (part := split_validation(dataset_of(20), seed)[1])]
+    assert len({tuple(names) for names in chosen}) > 4
+    assert chosen[0] == names(split_validation(dataset_of(20), 0)[1] or dataset_of(0))
+    one_more = names(split_validation(dataset_of(21), 0)[1] or dataset_of(0))
+    assert len(set(one_more) & set(chosen[0])) >= 1

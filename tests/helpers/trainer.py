@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from sdlora.cache.tensors import Cache
 from sdlora.config.toml import parse_config
 from sdlora.data.dataset import Source, load_dataset
-from sdlora.data.masks import MaskKind
+from sdlora.data.images import MaskKind
 from sdlora.lora.inject import AdapterSpec, inject
 from sdlora.lora.targets import find_targets
 from sdlora.models.load import load_base

@@ -9,7 +9,7 @@ import psutil
 import pytest
 import torch
 
-from sdlora.cli.describe import describe_plan
+from sdlora.cli.progress import describe_plan
 from sdlora.common.text import format_bytes
 from sdlora.config.toml import load_config, parse_config
 from sdlora.estimate.meta_model import num_bytes, shapes_of_family

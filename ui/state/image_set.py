@@ -12,9 +12,9 @@ from pathlib import Path
 
 from sdlora.common.files import write_text
 from sdlora.common.text import format_bytes
-from sdlora.data.buckets import assign_buckets
+from sdlora.data.batches import assign_buckets
 from sdlora.data.captions import METADATA, read_captions, with_trigger
-from sdlora.data.checks import Decoded, Finding, decode, examine, examine_sizes
+from sdlora.data.checks import Finding, Image, decode, examine, examine_sizes
 from sdlora.data.images import SUFFIXES
 from sdlora.errors import DataError
 
@@ -61,7 +61,7 @@ class SetView:
 
 
 @functools.lru_cache(maxsize=4096)
-def _decode(path: Path, background: str, _modified_ns: int, _size: int) -> Decoded | str:
+def _decode(path: Path, background: str, _modified_ns: int, _size: int) -> Image | str:
     """The result of decoding a file, cached until the file changes."""
     try:
         return decode(path, background)
@@ -69,7 +69,7 @@ def _decode(path: Path, background: str, _modified_ns: int, _size: int) -> Decod
         return str(error)
 
 
-def _cached_decode(path: Path, background: str) -> Decoded:
+def _cached_decode(path: Path, background: str) -> Image:
     facts = path.stat()
     found = _decode(path, background, facts.st_mtime_ns, facts.st_size)
     if isinstance(found, str):

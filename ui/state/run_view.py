@@ -19,7 +19,7 @@ from sdlora.common.metrics import Metrics, read_metrics
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config, options
 from sdlora.copycheck.verdict import EpochCheck, read_checks, recommend
-from sdlora.data.buckets import assign_buckets
+from sdlora.data.batches import assign_buckets
 from sdlora.data.images import crop_to_bucket, load_image
 from sdlora.errors import DataError, SdloraError
 

@@ -1,4 +1,4 @@
-"""`sdlora batch` on the command line: exit codes, names of failed jobs, a dry run that writes nothing."""
+"""`sdlora cache` and `sdlora batch`: what is encoded, exit codes, failed jobs, a dry run that writes nothing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from helpers.command import call
 
-from sdlora.cli.batch import EXIT_NOT_ALL_DONE
+from sdlora.cli.runs import EXIT_NOT_ALL_DONE
 from sdlora.config.toml import dump_toml, parse_config
 
 
@@ -61,3 +61,19 @@ def test_dry_run_estimates_every_job_and_writes_nothing(
     assert "There is no folder 'nowhere'" in b["fault"]
     assert "lora.rank" in c["fault"]
     assert not (tmp_path / "out").exists()
+
+
+def test_cache_is_filled_and_nothing_is_trained(
+    tmp_path: Path, overrides: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.toml").write_text("")
+    settings = [part for change in overrides for part in ("--set", change)]
+    code, out, err = call(capsys, "cache", "mine.toml", *settings, "--workers", "1", "--json")
+    assert code == 0, err
+    events = [json.loads(line) for line in out.splitlines()]
+    assert events[-1] == {"event": "progress", "phase": "cache", "done": 10, "total": 10}
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 10
+    assert not (tmp_path / "runs").exists()
+    code, _, err = call(capsys, "cache", "mine.toml", *settings, "--set", "data.folder=nowhere")
+    assert code == 3 and "nowhere" in err

@@ -1,4 +1,4 @@
-"""The command `sdlora plan`."""
+"""The command `sdlora plan`; `sdlora config` is in `test_main`."""
 
 from __future__ import annotations
 
