@@ -5,7 +5,6 @@ Both are commands of the command line in a process of their own, which these con
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,43 +23,24 @@ from ..html.words import WORDS
 from ..state import run_view
 from ..state.background_tasks import Kind
 from ..state.folders import StudioError
-from .context import Context, need
+from .context import Context, Live, need
 
 _EXAMPLE_MODEL = "Salesforce/blip-image-captioning-base"
 
 
-@dataclass(frozen=True)
-class TaskControls:
-    """The controls that show a background task.
-
-    Attributes:
-        status: How the task stands, from the snapshot.
-        end: Stops the task, or hides the status of one that has ended.
-        note: What became of the last click.
-        events: Clicks after which the page is refreshed.
-    """
-
-    status: gr.HTML
-    end: gr.Button
-    note: gr.HTML
-    events: list[Any]
-
-
-def _task_controls(context: Context, kind: Kind) -> TaskControls:
+def _task_controls(context: Context, live: Live, kind: Kind) -> gr.HTML:
+    """Lay out how a task stands and the button that ends it; returns where the last click's outcome is shown."""
     note = gr.HTML(elem_id=f"{kind}-note")
-    status = gr.HTML(elem_id=f"{kind}-told")
-    end = gr.Button("Stop", min_width=110, elem_id=f"{kind}-end", visible=False)
-
-    def end_task() -> str:
-        return context.attempt(lambda: context.tasks.end(kind))
-
-    return TaskControls(status, end, note, [end.click(end_task, None, note)])
+    live.parts[kind] = gr.HTML(elem_id=f"{kind}-told")
+    live.parts[f"end {kind}"] = end = gr.Button("Stop", min_width=110, elem_id=f"{kind}-end", visible=False)
+    live.events.append(end.click(lambda: context.attempt(context.tasks.end, kind), None, note))
+    return note
 
 
 # --- Captions ---------------------------------------------------------------------------------------------------------
 
 
-def caption_controls(context: Context) -> TaskControls:
+def caption_controls(context: Context, live: Live) -> None:
     """Lay out the controls of captions by a model."""
     with gr.Row(elem_classes="ends"):
         model = gr.Textbox(
@@ -69,10 +49,8 @@ def caption_controls(context: Context) -> TaskControls:
             info="A hub id, or the folder of an image-to-text model. Existing captions are kept.",
         )  # fmt: skip
         ask = gr.Button("Caption the remaining images", min_width=160, elem_id="ask-captions")
-    controls = _task_controls(context, "caption")
-    clicked = ask.click(lambda name: context.attempt(lambda: start_captioning(context, name)), model, controls.note)
-    controls.events.append(clicked)
-    return controls
+    note = _task_controls(context, live, "caption")
+    live.events.append(ask.click(lambda name: context.attempt(start_captioning, context, name), model, note))
 
 
 def start_captioning(context: Context, model: str | None) -> str:
@@ -103,7 +81,7 @@ def start_captioning(context: Context, model: str | None) -> str:
 # --- Publishing -------------------------------------------------------------------------------------------------------
 
 
-def publish_controls(context: Context, run: gr.Dropdown) -> TaskControls:
+def publish_controls(context: Context, live: Live) -> None:
     """Lay out the controls that upload the chosen run, after a confirmation."""
     repo = gr.Textbox(
         label="Publish on the Hugging Face Hub as", placeholder="your-name/zumi-lora", max_lines=1, elem_id="repo"
@@ -114,44 +92,37 @@ def publish_controls(context: Context, run: gr.Dropdown) -> TaskControls:
     with gr.Row(visible=False) as confirmation:
         confirm = gr.Button("Publish it", variant="primary", elem_id="really-publish")
         cancel = gr.Button("Not now", elem_id="not-now")
-    controls = _task_controls(context, "publish")
+    note = _task_controls(context, live, "publish")
     asked = gr.Textbox(visible=False)  # the chosen run may be gone by then, and another one chosen instead
-    question = [controls.note, confirmation]
 
-    def ask(name: Any, repository: str, is_private: bool) -> list[Any]:
+    def ask(name: Any, text: str, is_private: bool) -> list[Any]:
         try:
-            text = _question(context, name, repository, is_private)
+            repository, files = _repository(text), ", ".join(files_to_upload(context, name))
         except SdloraError as error:
             return [views.failure(error), gr.update(visible=False), ""]
-        return [views.message(text, "watch", title=f"Publish {name}?"), gr.update(visible=True), name]
+        audience = "visible to you alone" if is_private else "visible to everyone"
+        question = f"It will be at https://huggingface.co/{repository}, {audience}.\nThese files are uploaded: {files}."
+        return [views.message(question, "watch", title=f"Publish {name}?"), gr.update(visible=True), name]
 
-    def upload(name: Any, repository: str, is_private: bool) -> list[Any]:
-        message = context.attempt(lambda: _start_upload(context, name, repository, is_private))
-        return [message, gr.update(visible=False)]
+    def upload(name: Any, text: str, is_private: bool) -> None:
+        files_to_upload(context, name)
+        command = ["push", str(context.studio.run(name).absolute()), f"--repo={_repository(text)}"]
+        context.tasks.start("publish", name, command if is_private else [*command, "--public"])
 
     def dismiss() -> list[Any]:
         return ["", gr.update(visible=False)]
 
-    publish.click(ask, [run, repo, private], [*question, asked])
-    cancel.click(dismiss, None, question, show_progress="hidden")
+    publish.click(ask, [live.run, repo, private], [note, confirmation, asked])
+    cancel.click(dismiss, None, [note, confirmation], show_progress="hidden")
     # What is confirmed is what is shown: another name or another run is another question.
-    gr.on([repo.input, private.input, run.input], dismiss, None, question, show_progress="hidden")
-    controls.events.append(confirm.click(upload, [asked, repo, private], question))
-    return controls
-
-
-def _question(context: Context, name: Any, repository: str, is_private: bool) -> str:
-    address = f"https://huggingface.co/{_repository(repository)}"
-    audience = "visible to you alone" if is_private else "visible to everyone"
-    files = ", ".join(files_to_upload(context, name))
-    return f"It will be at {address}, {audience}.\nThese files are uploaded: {files}."
-
-
-def _start_upload(context: Context, name: Any, repository: str, is_private: bool) -> None:
-    files_to_upload(context, name)
-    folder = context.studio.run(name).absolute()
-    public = [] if is_private else ["--public"]
-    context.tasks.start("publish", name, ["push", str(folder), f"--repo={_repository(repository)}", *public])
+    changes = [repo.input, private.input, live.run.input]
+    gr.on(changes, dismiss, None, [note, confirmation], show_progress="hidden")
+    live.events.append(
+        confirm.click(
+            lambda *values: [context.attempt(upload, *values), gr.update(visible=False)],
+            [asked, repo, private], [note, confirmation],
+        )
+    )  # fmt: skip
 
 
 def files_to_upload(context: Context, name: Any) -> list[str]:

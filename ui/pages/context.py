@@ -1,4 +1,4 @@
-"""What all pages of the studio share: its folder, its queue, its sampler, and how a handler fails.
+"""What all pages of the studio share: its folder, its queue, its sampler, its controls, and how a handler fails.
 
 Here an unexpected error becomes a message on the page, and its traceback goes to the studio's log.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+import gradio as gr
 
 from sdlora.common.bundled import BUILTIN, shipped_sets
 from sdlora.errors import ConfigError, SdloraError
@@ -24,6 +26,21 @@ from ..state.image_set import SetView, view
 from ..state.queue import Jobs
 from ..state.run_status import Status
 from ..state.try_lora import LoraSampler
+
+
+@dataclass(frozen=True)
+class Live:
+    """What is kept up to date on the pages of runs.
+
+    Attributes:
+        run: The run that is looked at.
+        parts: The components to update, by name: those of a snapshot's HTML, then buttons and choices.
+        events: Clicks after which the pages are refreshed.
+    """
+
+    run: gr.Dropdown
+    parts: dict[str, Any] = field(default_factory=dict)
+    events: list[Any] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -99,10 +116,10 @@ class Context:
         files = [file for file in (folder / "state.json", folder / "config.toml") if file.is_file()]
         return max((file.stat().st_mtime for file in files), default=0.0)
 
-    def attempt(self, action: Callable[[], str | None]) -> str:
+    def attempt(self, action: Callable[..., str | None], *arguments: Any) -> str:
         """Run an action; returns its message as HTML, or the error's."""
         try:
-            text = action()
+            text = action(*arguments)
             return views.message(text, "busy") if text else ""
         except SdloraError as error:
             return views.failure(error)

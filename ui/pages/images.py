@@ -6,7 +6,7 @@ Every handler returns what the page shows then, from the draft's set of images.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,29 +19,12 @@ from ..settings.draft import Draft, write_draft
 from ..state import image_set
 from ..state.image_set import Card, SetView
 from ..state.uploads import store_upload
-from .background_tasks import TaskControls, caption_controls
-from .context import Context
+from .background_tasks import caption_controls
+from .context import Context, Live
 
 MAX_CARDS = 48
 _NEW_SET = "my images"
 _KINDS = ["image", ".txt", ".jsonl", ".zip"]
-
-
-@dataclass(frozen=True)
-class ImagesPage:
-    """The controls of the page that others fill.
-
-    Attributes:
-        choice: The set.
-        parts: The components that `show` gives values for.
-        captions: The captions by a model.
-        next: Leads on to the recipe.
-    """
-
-    choice: gr.Dropdown
-    parts: list[gr.components.Component]
-    captions: TaskControls
-    next: gr.Button
 
 
 def show(context: Context, draft: Draft, wanted: str | None = None) -> list[Any]:
@@ -77,8 +60,12 @@ def cards_by_page(view: SetView) -> dict[str, tuple[Card, ...]]:
     return pages
 
 
-def images_page(context: Context) -> ImagesPage:
-    """Lay out the page and connect its controls."""
+def images_page(context: Context, live: Live) -> tuple[list[gr.components.Component], gr.Button]:
+    """Lay out the page and connect its controls.
+
+    Returns:
+        The choice of a set and the components that `show` gives values for, and the button that leads on.
+    """
     with gr.Row(equal_height=True):
         drop = gr.File(
             label="Drop images, captions (.txt) or a zip of both here", file_count="multiple", file_types=_KINDS,
@@ -94,39 +81,62 @@ def images_page(context: Context) -> ImagesPage:
     summary = gr.HTML(elem_id="set-summary")
     onward = gr.Button("Next: the recipe", variant="primary", elem_id="to-recipe")
     duplicates = gr.HTML()
-    with gr.Accordion("Edit or write all captions at once", open=False, elem_id="all-captions"):
-        editor = _caption_editor()
-        captions = caption_controls(context)
-    page = gr.Dropdown([], label="Images shown", visible=False, elem_id="cards-page")
-    cards = gr.HTML(elem_id="cards")
-    refresh = gr.Button(elem_id="refresh-set", visible="hidden")
+    page = gr.Dropdown([], label="Images shown", visible=False, elem_id="cards-page", render=False)
+    cards = gr.HTML(elem_id="cards", render=False)
     parts: list[gr.components.Component] = [summary, duplicates, page, cards]
-    handlers = _Handlers(context)
+    with gr.Accordion("Edit or write all captions at once", open=False, elem_id="all-captions"):
+        _caption_editor(context, page, [note, *parts])
+        caption_controls(context, live)
+    page.render()  # type: ignore[no-untyped-call]
+    cards.render()  # type: ignore[no-untyped-call]
+    refresh = gr.Button(elem_id="refresh-set", visible="hidden")
+
+    def choose(images: str | None) -> list[Any]:
+        draft = replace(context.draft(), images=(images or "").strip())
+        write_draft(context.studio, draft)
+        return ["", *show(context, draft)]
+
+    def show_page(chosen: str | None) -> list[Any]:
+        return show(context, context.draft(), chosen)
+
+    def show_when_captioned(chosen: str | None) -> list[Any]:
+        task = context.tasks.find("caption")
+        ended = task is not None and context.tasks.stage(task) != "running"
+        # A person may edit captions while the model writes others: their text must not change under the cursor.
+        return show_page(chosen) if ended else [gr.skip() for _ in parts]
 
     for upload in (drop, whole):
-        upload.upload(handlers.add, [upload, choice], [note, choice, upload, *parts])
-    choice.input(handlers.choose, choice, [note, *parts], show_progress="hidden")
-    editor.replace.click(handlers.replace_words, [page, editor.find, editor.replacement], [note, *parts])
-    editor.add_trigger.click(handlers.add_trigger, page, [note, *parts])
-    editor.fill.click(handlers.fill_missing, [page, editor.caption], [note, *parts])
-    page.input(handlers.show_page, page, parts, show_progress="hidden")
+        upload.upload(lambda *values: _add(context, *values), [upload, choice], [note, choice, upload, *parts])
+    choice.input(choose, choice, [note, *parts], show_progress="hidden")
+    page.input(show_page, page, parts, show_progress="hidden")
     # Outside of the queue, whose stream would be cut off by every reload.
-    captions.status.change(handlers.show_when_captioned, page, parts, show_progress="hidden", queue=False)
-    refresh.click(lambda page: handlers.show_page(page)[:2], page, [summary, duplicates], show_progress="hidden")
-    return ImagesPage(choice, parts, captions, onward)
+    live.parts["caption"].change(show_when_captioned, page, parts, show_progress="hidden", queue=False)
+    refresh.click(lambda chosen: show_page(chosen)[:2], page, [summary, duplicates], show_progress="hidden")
+    return [choice, *parts], onward
 
 
-@dataclass(frozen=True)
-class _CaptionEditor:
-    find: gr.Textbox
-    replacement: gr.Textbox
-    replace: gr.Button
-    caption: gr.Textbox
-    fill: gr.Button
-    add_trigger: gr.Button
+def _add(context: Context, files: list[str] | None, images: str | None) -> list[Any]:
+    """Take uploaded files into the chosen set."""
+    draft = context.draft()
+    draft = replace(draft, images=images or draft.images or _NEW_SET)
+
+    def action() -> str:
+        uploaded = [Path(file) for file in files or []]
+        try:
+            intake = store_upload([(file.name, file) for file in uploaded], context.own_folder(draft.images))
+        finally:
+            for file in uploaded:
+                file.unlink(missing_ok=True)
+        write_draft(context.studio, draft)
+        added = f"{len(intake.images)} images and {intake.num_captions} captions were added."
+        return "\n".join([added, *(f"Left out: {reason}" for reason in intake.refused)])
+
+    message = context.attempt(action)
+    return [message, gr.update(choices=context.sets(), value=draft.images), None, *show(context, draft)]
 
 
-def _caption_editor() -> _CaptionEditor:
+def _caption_editor(context: Context, page: gr.Dropdown, outputs: list[gr.components.Component]) -> None:
+    """Lay out what changes all captions of the set; `outputs` are a message and what `show` fills."""
     with gr.Row(elem_classes="ends"):
         find = gr.Textbox(label="Find", min_width=160)
         replacement = gr.Textbox(label="Replace with", min_width=160)
@@ -135,71 +145,18 @@ def _caption_editor() -> _CaptionEditor:
         caption = gr.Textbox(label="Caption for images without one", min_width=260)
         fill = gr.Button("Use it for all of them", min_width=200)
         add_trigger = gr.Button("Add the trigger word to all captions", min_width=200)
-    return _CaptionEditor(find, replacement, replace_all, caption, fill, add_trigger)
 
+    def on_click(button: gr.Button, edit: Callable[..., int], done: str, *words: gr.Textbox) -> None:
+        def change(chosen: str | None, *texts: str) -> list[Any]:
+            draft = context.draft()
+            message = context.attempt(lambda: f"{edit(context.own_folder(draft.images), *texts)} {done}")
+            return [message, *show(context, draft, chosen)]
 
-@dataclass(frozen=True)
-class _Handlers:
-    """The page's handlers; `page` is the chosen page of a large set."""
+        button.click(change, [page, *words], outputs)
 
-    context: Context
+    def prepend_trigger(folder: Path) -> int:
+        return image_set.prepend_trigger(folder, context.draft().trigger)
 
-    def add(self, files: list[str] | None, images: str | None) -> list[Any]:
-        """Take uploaded files into the chosen set."""
-        draft = self.context.draft()
-        draft = replace(draft, images=images or draft.images or _NEW_SET)
-
-        def action() -> str:
-            uploaded = [Path(file) for file in files or []]
-            try:
-                intake = store_upload([(file.name, file) for file in uploaded], self.context.own_folder(draft.images))
-            finally:
-                for file in uploaded:
-                    file.unlink(missing_ok=True)
-            write_draft(self.context.studio, draft)
-            added = f"{len(intake.images)} images and {intake.num_captions} captions were added."
-            return "\n".join([added, *(f"Left out: {reason}" for reason in intake.refused)])
-
-        message = self.context.attempt(action)
-        choice = gr.update(choices=self.context.sets(), value=draft.images)
-        return [message, choice, None, *show(self.context, draft)]
-
-    def choose(self, images: str | None) -> list[Any]:
-        """Make a set the draft's."""
-        draft = replace(self.context.draft(), images=(images or "").strip())
-        write_draft(self.context.studio, draft)
-        return ["", *show(self.context, draft)]
-
-    def replace_words(self, page: str | None, find: str, replacement: str) -> list[Any]:
-        """Replace words in all captions."""
-        return self._edit(
-            page, lambda folder, _: image_set.replace_words(folder, find, replacement), "captions were changed."
-        )
-
-    def add_trigger(self, page: str | None) -> list[Any]:
-        """Put the trigger word into all captions."""
-        return self._edit(
-            page, lambda folder, draft: image_set.prepend_trigger(folder, draft.trigger), "captions were changed."
-        )
-
-    def fill_missing(self, page: str | None, caption: str) -> list[Any]:
-        """Give all images without a caption the same one."""
-        return self._edit(
-            page, lambda folder, _: image_set.fill_missing_captions(folder, caption), "images got this caption."
-        )
-
-    def _edit(self, page: str | None, edit: Callable[[Path, Draft], int], done: str) -> list[Any]:
-        draft = self.context.draft()
-        message = self.context.attempt(lambda: f"{edit(self.context.own_folder(draft.images), draft)} {done}")
-        return [message, *show(self.context, draft, page)]
-
-    def show_page(self, page: str | None) -> list[Any]:
-        """The set as it is now."""
-        return show(self.context, self.context.draft(), page)
-
-    def show_when_captioned(self, page: str | None) -> list[Any]:
-        """The set as it is now, unless captions are being written."""
-        task = self.context.tasks.find("caption")
-        ended = task is not None and self.context.tasks.stage(task) != "running"
-        # A person may edit captions while the model writes others: their text must not change under the cursor.
-        return self.show_page(page) if ended else [gr.skip() for _ in range(4)]
+    on_click(replace_all, image_set.replace_words, "captions were changed.", find, replacement)
+    on_click(add_trigger, prepend_trigger, "captions were changed.")
+    on_click(fill, image_set.fill_missing_captions, "images got this caption.", caption)

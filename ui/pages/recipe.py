@@ -5,8 +5,9 @@ Every control under "More" is made from the schema.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,26 +28,8 @@ from .context import Context
 
 # An estimate takes seconds: one at a time, or an earlier one could arrive last.
 IN_TURN: dict[str, Any] = {"concurrency_id": "recipe", "concurrency_limit": 1}
+NAME = 4  # where the run's name is among the decisions
 _DECIDED = {"name", "data.folder", "data.trigger", "base.path"}
-
-
-@dataclass(frozen=True)
-class RecipePage:
-    """The controls of the page that others fill or wait for.
-
-    Attributes:
-        controls: The components that `fill` gives values for: the decisions, then every field under "More".
-        name: The run's name.
-        plan: What the run will do and need.
-        note: What became of the last click.
-        start: Starts the run.
-    """
-
-    controls: list[gr.components.Component]
-    name: gr.Textbox
-    plan: gr.HTML
-    note: gr.HTML
-    start: gr.Button
 
 
 def more_fields() -> list[Field]:
@@ -92,29 +75,34 @@ def plan_html(context: Context, draft: Draft) -> str:
 
 
 def load_settings(context: Context, file: str) -> str:
-    """Make the settings of an uploaded file the draft, and delete the file; returns the message to show."""
+    """Make the settings of an uploaded file the draft, and delete the file; returns the message to show.
 
-    def action() -> str:
-        try:
-            document, stem = read_config(file)
-        finally:
-            Path(file).unlink(missing_ok=True)
-        draft = from_config(parse_config(document, name=stem), context.studio)
-        draft.config(context.studio)
-        write_draft(context.studio, replace(draft, name=context.free_name(draft.run_name())))
-        return " ".join(["The settings were loaded, and their images are chosen.", *renaming_notes(document)])
+    Raises:
+        SdloraError: They are not valid, or their images may not be read.
+    """
+    try:
+        document, stem = read_config(file)
+    finally:
+        Path(file).unlink(missing_ok=True)
+    draft = from_config(parse_config(document, name=stem), context.studio)
+    draft.config(context.studio)
+    write_draft(context.studio, replace(draft, name=context.free_name(draft.run_name())))
+    return " ".join(["The settings were loaded, and their images are chosen.", *renaming_notes(document)])
 
-    return context.attempt(action)
 
+def recipe_page(context: Context) -> tuple[list[gr.components.Component], gr.HTML, gr.HTML, gr.Button]:
+    """Lay out the page and connect its controls, except for the start, which leads to another page.
 
-def recipe_page(context: Context) -> RecipePage:
-    """Lay out the page and connect its controls, except for the start, which leads to another page."""
+    Returns:
+        The components that `fill` gives values for; what the run will do and need; what became of the last click; and
+        the button that starts the run.
+    """
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=280):
             decisions = _decisions(context)
         with gr.Column(scale=2, min_width=280):
             plan_box = gr.HTML(elem_id="plan")
-            measure = gr.Button("Measure time and memory")
+            measure_button = gr.Button("Measure time and memory")
             start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
             note = gr.HTML(elem_id="recipe-note")
     with gr.Accordion("More: all settings", open=False, elem_id="more"):
@@ -123,19 +111,52 @@ def recipe_page(context: Context) -> RecipePage:
         upload = gr.UploadButton("Load settings from a file (.toml)", file_types=[".toml"], min_width=220)
         with gr.Column(min_width=220):
             gr.HTML(render("settings_link.html"))
-    everything: list[gr.components.Component] = [*decisions, *more]
+    everything = [*decisions, *more]
     subject, trigger, base, length, name = decisions
-    handlers = _Handlers(context, len(decisions))
+
+    def apply_presets(*values: Any) -> list[Any]:
+        try:
+            draft = read(context, values).with_answers(values[0], values[3], (values[2] or "pocket").strip())
+        except ConfigError as error:
+            return [views.failure(error), *(gr.skip() for _ in more)]
+        write_draft(context.studio, draft)
+        return [plan_html(context, draft), *fill(context, draft)[len(decisions) :]]
+
+    def keep(*values: Any) -> str:
+        try:
+            draft = read(context, values)
+        except ConfigError as error:
+            return views.failure(error)
+        write_draft(context.studio, draft)
+        return plan_html(context, draft)
+
+    def measure(*values: Any) -> str:
+        try:
+            config = read(context, values).config(context.studio)
+            measured = estimate.describe_measured(estimate.measure(config))
+            return views.plan_card([*estimate.describe_run(config), *measured])
+        except SdloraError as error:
+            return views.failure(error)
+
+    def load(file: str) -> list[Any]:
+        message = context.attempt(load_settings, context, file)
+        draft = context.draft()
+        return [message, plan_html(context, draft), None, *fill(context, draft)]
+
     for choice in (subject, length, base):
-        choice.input(handlers.apply_presets, everything, [plan_box, *more], show_progress="hidden", **IN_TURN)
-    settled = [_settled(control) for control in [trigger, name, *more]]
-    gr.on(settled, handlers.keep, everything, plan_box, show_progress="hidden", **IN_TURN)
-    measure.click(handlers.measure, everything, plan_box)
-    upload.upload(handlers.load, upload, [note, plan_box, upload, *everything], **IN_TURN)
-    return RecipePage(everything, name, plan_box, note, start)
+        choice.input(apply_presets, everything, [plan_box, *more], show_progress="hidden", **IN_TURN)
+    # Once the editing of a control has ended.
+    settled = [
+        control.blur if isinstance(control, (gr.Textbox, gr.Number)) else control.input
+        for control in (trigger, name, *more)
+    ]
+    gr.on(settled, keep, everything, plan_box, show_progress="hidden", **IN_TURN)
+    measure_button.click(measure, everything, plan_box)
+    upload.upload(load, upload, [note, plan_box, upload, *everything], **IN_TURN)
+    return everything, plan_box, note, start
 
 
-def _decisions(context: Context) -> tuple[gr.Radio, gr.Textbox, gr.Dropdown, gr.Radio, gr.Textbox]:
+def _decisions(context: Context) -> list[Any]:
     """Lay out the decisions; returned in the order that `read` and `fill` use."""
     subject = gr.Radio(list(SUBJECTS), label="What should it learn?", elem_id="subject")
     trigger = gr.Textbox(
@@ -149,62 +170,13 @@ def _decisions(context: Context) -> tuple[gr.Radio, gr.Textbox, gr.Dropdown, gr.
         "owner/name. Models in the studio's folder 'bases' are in the list.",
     )  # fmt: skip
     name = gr.Textbox(label="Name of the run", max_lines=1, elem_id="name")
-    return subject, trigger, base, length, name
+    return [subject, trigger, base, length, name]
 
 
-@dataclass(frozen=True)
-class _Handlers:
-    """The page's handlers; `values` are those of all controls."""
-
-    context: Context
-    num_decisions: int
-
-    def apply_presets(self, *values: Any) -> list[Any]:
-        """Keep the recipe, with the settings that suit the subject, the length and the base model."""
-        try:
-            draft = read(self.context, values).with_answers(values[0], values[3], (values[2] or "pocket").strip())
-        except ConfigError as error:
-            return [views.failure(error), *(gr.skip() for _ in more_fields())]
-        write_draft(self.context.studio, draft)
-        return [plan_html(self.context, draft), *fill(self.context, draft)[self.num_decisions :]]
-
-    def keep(self, *values: Any) -> str:
-        """Keep the recipe as it is."""
-        try:
-            draft = read(self.context, values)
-        except ConfigError as error:
-            return views.failure(error)
-        write_draft(self.context.studio, draft)
-        return plan_html(self.context, draft)
-
-    def measure(self, *values: Any) -> str:
-        """Measure a step's time and memory."""
-        try:
-            config = read(self.context, values).config(self.context.studio)
-            measured = estimate.describe_measured(estimate.measure(config))
-            return views.plan_card([*estimate.describe_run(config), *measured])
-        except SdloraError as error:
-            return views.failure(error)
-
-    def load(self, file: str) -> list[Any]:
-        """Take the recipe from an uploaded file."""
-        message = load_settings(self.context, file)
-        draft = self.context.draft()
-        return [message, plan_html(self.context, draft), None, *fill(self.context, draft)]
-
-
-def _settled(control: Any) -> Any:
-    """The event that ends the editing of a control."""
-    return control.blur if isinstance(control, (gr.Textbox, gr.Number)) else control.input
-
-
-def _more() -> list[gr.components.Component]:
-    controls: list[gr.components.Component] = []
+def _more() -> list[Any]:
+    controls = []
     about = form.sections()
-    by_section: dict[str, list[Field]] = {}
-    for field in more_fields():
-        by_section.setdefault(field.section, []).append(field)
-    for section, members in by_section.items():
+    for section, members in itertools.groupby(more_fields(), key=lambda field: field.section):
         with gr.Accordion(f"{section or 'run'}: {about[section]}", open=False), gr.Row():
             controls += [_control(field) for field in members]
     return controls

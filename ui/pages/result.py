@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,62 +23,17 @@ from ..state import run_view
 from ..state.folders import StudioError
 from ..state.run_view import RunView, read_run
 from ..state.try_lora import SampleRequest
-from .background_tasks import TaskControls, publish_controls
-from .context import Context, need
+from .background_tasks import publish_controls
+from .context import Context, Live, need
 
 _STRIP = (0.0, 0.5, 1.0)
 
 
-@dataclass(frozen=True)
-class ResultPage:
-    """The controls that are filled from a snapshot.
-
-    Attributes:
-        slots: By the snapshot's names.
-        prompt: The prompt to draw.
-        epochs: The controls that choose an epoch: the one to draw with, and another.
-        upload: Of the run, to the Hub.
-    """
-
-    slots: dict[str, gr.HTML]
-    prompt: gr.Textbox
-    epochs: list[gr.Dropdown]
-    upload: TaskControls
-
-
-@dataclass(frozen=True)
-class RunsPage:
-    """The controls that are filled from a snapshot, or lead to other pages.
-
-    Attributes:
-        slots: By the snapshot's names.
-        other: The run that is compared with.
-        clone: Makes a run's settings the recipe.
-        note: What became of the last click.
-        events: Clicks after which the page is refreshed.
-    """
-
-    slots: dict[str, gr.HTML]
-    other: gr.Dropdown
-    clone: gr.Button
-    note: gr.HTML
-    events: list[Any]
-
-
-# --- Result -----------------------------------------------------------------------------------------------------------
-
-
 def draw(context: Context, run: RunView, epochs: Sequence[int], request: SampleRequest) -> str:
-    """Draw a prompt with epochs at strengths, as HTML.
-
-    Args:
-        context: The studio.
-        run: Its files and base model are used.
-        epochs: Of each, an image for every strength.
-        request: What to draw.
+    """Draw a prompt with epochs of a run, with each at every strength of the request; the images as HTML.
 
     Raises:
-        SdloraError: An epoch has no file, or cannot be drawn with.
+        SdloraError: The prompt is empty, or an epoch has no file or cannot be drawn with.
     """
     if not request.prompt.strip():
         raise ConfigError("The prompt is empty. Describe an image, and include the trigger word.")
@@ -98,62 +53,61 @@ def draw(context: Context, run: RunView, epochs: Sequence[int], request: SampleR
     return run_views.tried(context.studio.shown, images, key)
 
 
-def result_page(context: Context, run: gr.Dropdown) -> ResultPage:
+def result_page(context: Context, live: Live) -> None:
     """Lay out the result's page and connect its controls."""
-    result = gr.HTML(elem_id="result")
+    parts, run = live.parts, live.run
+    parts["result"] = gr.HTML(elem_id="result")
     gr.HTML(render("heading.html", title="Try it"))
     with gr.Row(elem_classes="ends"):
-        prompt = gr.Textbox(label="Prompt", scale=3, min_width=260, elem_id="try-prompt")
-        epoch = gr.Dropdown(label="Epoch", min_width=110, elem_id="try-epoch")
+        parts["prompt"] = prompt = gr.Textbox(label="Prompt", scale=3, min_width=260, elem_id="try-prompt")
+        parts["epoch"] = epoch = gr.Dropdown(label="Epoch", min_width=110, elem_id="try-epoch")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, min_width=110, elem_id="try-seed")
     with gr.Row(elem_classes="ends"):
         strength = gr.Slider(0, 2, 1, step=0.05, label="Strength", min_width=260, elem_id="try-strength")
         one = gr.Button("Draw", variant="primary", min_width=110, elem_id="try")
         strip = gr.Button("Draw at strengths 0, 0.5 and 1", min_width=140, elem_id="try-strip")
     with gr.Row(elem_classes="ends"):
-        other = gr.Dropdown(label="Compare with epoch", min_width=160, elem_id="try-other")
+        parts["other epoch"] = other = gr.Dropdown(label="Compare with epoch", min_width=160, elem_id="try-other")
         both = gr.Button("Draw both epochs", min_width=140)
     tried = gr.HTML(elem_id="tried")
 
-    def draw_one(name: Any, text: str, number: Any, first: Any, at: float) -> str:
-        return _draw_chosen(context, name, [first], SampleRequest(text, int(number or 0), (at,)))
+    def draw_chosen(name: Any, text: str, number: Any, strengths: tuple[float, ...], epochs: Sequence[Any]) -> str:
+        images = ""
+
+        def action() -> None:
+            nonlocal images
+            view = read_run(context.studio, need(name))
+            if view is None or any(epoch is None for epoch in epochs):
+                raise StudioError("There is no epoch to draw with yet. Wait for the first one, and choose it.")
+            images = draw(context, view, list(map(int, epochs)), SampleRequest(text, int(number or 0), strengths))
+
+        return context.attempt(action) or images
 
     def draw_strip(name: Any, text: str, number: Any, first: Any) -> str:
-        return _draw_chosen(context, name, [first], SampleRequest(text, int(number or 0), _STRIP))
+        return draw_chosen(name, text, number, _STRIP, [first])
 
-    def draw_both(name: Any, text: str, number: Any, first: Any, second: Any, at: float) -> str:
-        return _draw_chosen(context, name, [first, second], SampleRequest(text, int(number or 0), (at,)))
+    def draw_at(name: Any, text: str, number: Any, at: float, *epochs: Any) -> str:
+        return draw_chosen(name, text, number, (at,), epochs)
 
-    one.click(draw_one, [run, prompt, seed, epoch, strength], tried)
+    one.click(draw_at, [run, prompt, seed, strength, epoch], tried)
     strip.click(draw_strip, [run, prompt, seed, epoch], tried)
-    both.click(draw_both, [run, prompt, seed, epoch, other, strength], tried)
+    both.click(draw_at, [run, prompt, seed, strength, epoch, other], tried)
     with gr.Accordion("Publish", open=False, elem_id="publishing"):
-        upload = publish_controls(context, run)
-    return ResultPage({"result": result}, prompt, [epoch, other], upload)
+        publish_controls(context, live)
 
 
-def _draw_chosen(context: Context, name: Any, epochs: Sequence[Any], request: SampleRequest) -> str:
-    """Draw with the epochs that are chosen; the images, or an error, as HTML."""
-    images = ""
+def runs_page(context: Context, live: Live) -> tuple[gr.Button, gr.HTML]:
+    """Lay out the page of all runs and connect its controls, except for clone, which leads to another page.
 
-    def action() -> None:
-        nonlocal images
-        view = read_run(context.studio, need(name))
-        if view is None or any(epoch is None for epoch in epochs):
-            raise StudioError("There is no epoch to draw with yet. Wait for the first one, and choose it.")
-        images = draw(context, view, [int(epoch) for epoch in epochs], request)
-
-    return context.attempt(action) or images
-
-
-# --- Runs -------------------------------------------------------------------------------------------------------------
-
-
-def runs_page(context: Context, run: gr.Dropdown) -> RunsPage:
-    """Lay out the page of all runs and connect its controls, except for clone, which leads to another page."""
+    Returns:
+        The button that clones a run, and what became of the last click.
+    """
+    run = live.run
     gr.HTML(render("quiet.html", words="The buttons act on the run chosen at the top of the page."))
     with gr.Row(elem_classes="ends"):
-        other = gr.Dropdown(label="Compare its settings with", min_width=200, elem_id="compare-with")
+        live.parts["other"] = other = gr.Dropdown(
+            label="Compare its settings with", min_width=200, elem_id="compare-with"
+        )
         compare = gr.Button("Compare settings", min_width=200)
     with gr.Row():
         clone = gr.Button("Clone into the recipe", min_width=200, elem_id="clone")
@@ -163,7 +117,14 @@ def runs_page(context: Context, run: gr.Dropdown) -> RunsPage:
         cancel = gr.Button("Keep it")
     note = gr.HTML(elem_id="runs-note")
     asked = gr.Textbox(visible=False)  # the chosen run may be another one by then
-    cards = gr.HTML(elem_id="run-cards")
+    live.parts["cards"] = gr.HTML(elem_id="run-cards")
+
+    def compare_settings(first: Any, second: Any) -> str:
+        try:
+            one, two = (run_view.settings_of(context.studio, need(name)) for name in (first, second))
+            return run_views.settings_table(first, second, run_view.differences(one, two))
+        except SdloraError as error:
+            return views.failure(error)
 
     def ask(name: Any) -> list[Any]:
         if not name:
@@ -172,41 +133,27 @@ def runs_page(context: Context, run: gr.Dropdown) -> RunsPage:
         text = f"{name!r} and everything in its folder is deleted: epochs, previews, LoRA files. Its images are kept."
         return [views.message(text, "watch", title="Delete this run?"), gr.update(visible=True), name]
 
-    compare.click(lambda first, second: compare_settings(context, first, second), [run, other], note)
-    delete.click(ask, run, [note, confirmation, asked])
-    cancel.click(lambda: ["", gr.update(visible=False)], None, [note, confirmation])
-    deleted = confirm.click(
-        lambda name: [delete_run(context, name), gr.update(visible=False)], asked, [note, confirmation]
-    )
-    return RunsPage({"cards": cards}, other, clone, note, [deleted])
-
-
-def compare_settings(context: Context, first: Any, second: Any) -> str:
-    """The settings in which two runs differ, as HTML."""
-    try:
-        one, two = (run_view.settings_of(context.studio, need(name)) for name in (first, second))
-        return run_views.settings_table(first, second, run_view.differences(one, two))
-    except SdloraError as error:
-        return views.failure(error)
-
-
-def delete_run(context: Context, name: Any) -> str:
-    """Delete a run; returns the message to show."""
-
-    def action() -> str:
+    def delete_run(name: Any) -> str:
         context.jobs.forget(need(name))
         run_view.delete_run(context.studio, name)
         return f"{name!r} was deleted."
 
-    return context.attempt(action)
+    compare.click(compare_settings, [run, other], note)
+    delete.click(ask, run, [note, confirmation, asked])
+    cancel.click(lambda: ["", gr.update(visible=False)], None, [note, confirmation])
+    deleted = confirm.click(
+        lambda name: [context.attempt(delete_run, name), gr.update(visible=False)], asked, [note, confirmation]
+    )
+    live.events.append(deleted)
+    return clone, note
 
 
 def clone_into_draft(context: Context, name: Any) -> str:
-    """Make a run's settings the recipe; returns the message to show."""
+    """Make a run's settings the recipe; returns the message to show.
 
-    def action() -> str:
-        draft = from_config(run_view.settings_of(context.studio, need(name)), context.studio)
-        write_draft(context.studio, replace(draft, name=context.free_name(need(name))))
-        return f"The settings of {name!r} are in the recipe now."
-
-    return context.attempt(action)
+    Raises:
+        SdloraError: No run is chosen, or its settings cannot be used.
+    """
+    draft = from_config(run_view.settings_of(context.studio, need(name)), context.studio)
+    write_draft(context.studio, replace(draft, name=context.free_name(name)))
+    return f"The settings of {name!r} are in the recipe now."

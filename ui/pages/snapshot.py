@@ -14,10 +14,6 @@ from ..state.run_status import Status
 from ..state.run_view import read_run
 from .context import Context
 
-SLOTS = (
-    "strip", "queue", "status", "charts", "grid", "banner", "pairs", "signs", "result", "cards", "caption", "publish",
-)  # fmt: skip
-
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -81,12 +77,12 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
             "result": run_views.result_panel(run, status),
         }
     recommended = run.recommended() if run else None
+    tasks = {kind: context.tasks.find(kind) for kind in KINDS}
     drawn = run.checks[last].previews if run and last in run.checks else []
     prompts = [match.prompt for match in drawn if match.kind == "novel"]
-    paused = status.word == "paused"
     can = {
         "pause": status.word == "running",
-        "proceed": paused,
+        "proceed": status.word == "paused",
         "stop": status.word in ("running", "starting", "paused"),
         "resume": status.can_resume,
     }
@@ -99,15 +95,11 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
         recommended[0] if recommended else None,
         prompts[0] if prompts else "",
         can,
-        {kind: _end(context, kind) for kind in KINDS},
+        {
+            kind: task and ("Stop" if context.tasks.stage(task) == "running" else "Hide this")
+            for kind, task in tasks.items()
+        },
     )
-
-
-def _end(context: Context, kind: Kind) -> str | None:
-    task = context.tasks.find(kind)
-    if task is None:
-        return None
-    return "Stop" if context.tasks.stage(task) == "running" else "Hide this"
 
 
 # A run's view is one object for as long as none of its files change.
