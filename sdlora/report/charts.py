@@ -27,12 +27,10 @@ Scale = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart.
+    """One line of a chart, named where it ends.
 
     Attributes:
-        label: Written where the line ends.
         values: One per place on the x axis; the line passes over None.
-        color: Of the line and of its label.
         width: Of the stroke, in px.
     """
 
@@ -44,15 +42,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Point:
-    """One point of a scatter chart.
-
-    Attributes:
-        label: Written beside it.
-        x: Its value on the x axis.
-        y: Its value on the y axis.
-        color: Of the dot and its label.
-        joined: Whether it is filled and the dashed line goes through it.
-    """
+    """One point of a scatter chart, with a label beside it; the joined ones are filled, with a dashed line through."""
 
     label: str
     x: float
@@ -62,10 +52,10 @@ class Point:
 
 
 def line_chart(lines: Sequence[Line], x: Sequence[int], *, x_name: str, y_name: str, log: bool = False) -> Markup:
-    """Lines over whole numbers such as steps or epochs.
+    """Lines over whole numbers such as steps or epochs, the last on top.
 
     Args:
-        lines: Drawn in order, the last on top.
+        lines: At least one.
         x: Positions of the values, ascending.
         x_name: Written below the x axis.
         y_name: Written above the y axis.
@@ -97,14 +87,7 @@ def line_chart(lines: Sequence[Line], x: Sequence[int], *, x_name: str, y_name: 
 
 
 def bar_chart(counts: Sequence[int], marks: Sequence[int], *, x_name: str, y_name: str) -> Markup:
-    """A histogram over an axis of equal bins.
-
-    Args:
-        counts: One per bin.
-        marks: Numbers written below the axis, at equal distances from its beginning to its end.
-        x_name: Written below the x axis.
-        y_name: Written above the y axis.
-    """
+    """A histogram over an axis of equal bins, with marks at equal distances from its beginning to its end."""
     right, high = WIDTH - 16, max([*counts, 1])
     width = (right - _LEFT) / len(counts)
     at_y, at_mark = _scale(0, high, _FLOOR, _TOP), _scale(0, len(marks) - 1, _LEFT, right)
@@ -118,13 +101,7 @@ def bar_chart(counts: Sequence[int], marks: Sequence[int], *, x_name: str, y_nam
 
 
 def scatter_chart(points: Sequence[Point], *, x_name: str, y_name: str) -> Markup:
-    """Points with their labels, and a line through those that are joined, from left to right.
-
-    Args:
-        points: At least one.
-        x_name: Written below the x axis.
-        y_name: Written above the y axis.
-    """
+    """One point or more with their labels, and a line through those that are joined, from left to right."""
     right = WIDTH - 24
     left_value, right_value = _padded([point.x for point in points])
     low, high = _padded([point.y for point in points])

@@ -6,8 +6,8 @@ The macros `epoch_grids` and `pairs` of `templates/parts.html` write what is gat
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image, ImageChops, ImageOps, ImageStat
 
@@ -24,51 +24,32 @@ _HEADINGS = {
 }
 
 
-@dataclass(frozen=True)
-class Tile:
-    """A preview in a grid.
-
-    Attributes:
-        href: Where it leads.
-        image: The attributes of its `<img>`.
-        tone: As in `tone`.
-    """
+class Tile(NamedTuple):
+    """A preview in a grid, where it leads, and how serious its match is; see `tone`."""
 
     href: str
     image: Attributes
     tone: str
 
 
-Prompts = Sequence[tuple[str, Sequence[Sequence[Tile | None]]]]
-"""Every prompt with its tiles: a row for each seed, a column for each epoch or job."""
-
-
-@dataclass(frozen=True)
-class Grid:
+class Grid(NamedTuple):
     """The previews of one kind of prompt.
 
     Attributes:
-        heading: What kind that is.
         heads: What each column shows, and a detail that may be empty.
-        prompts: The rows.
+        prompts: Every prompt with its tiles: a row for each seed, a column for each epoch or job.
     """
 
     heading: str
     heads: Sequence[tuple[str, str]]
-    prompts: Prompts
+    prompts: Sequence[tuple[str, Sequence[Sequence[Tile | None]]]]
 
 
-@dataclass(frozen=True)
-class Pair:
-    """A preview beside its nearest training image.
+class Pair(NamedTuple):
+    """A preview beside its nearest training image, which is also laid over it.
 
     Attributes:
         id: Of the element.
-        match: What the copy check found.
-        tone: As in `tone`.
-        preview: The attributes of the preview's `<img>`.
-        overlay: Those of the training image that is laid over it.
-        training: Those of the training image beside it.
         is_mirrored: Whether the training image is more like the preview when it is mirrored.
     """
 
@@ -114,17 +95,13 @@ class Comparisons:
         return grids
 
     def _rows(self, kind: str, prompt: str) -> list[list[Tile | None]]:
-        tiles = {
-            (match.seed, epoch): self._tile(epoch, index, match)
-            for epoch, check in self._checks.items()
-            for index, match in enumerate(check.previews)
-            if (match.kind, match.prompt) == (kind, prompt)
-        }
+        tiles: dict[tuple[int, int], Tile] = {}
+        for epoch, check in self._checks.items():
+            for index, match in enumerate(check.previews):
+                if (match.kind, match.prompt) == (kind, prompt):
+                    image = self._preview(epoch, match, f"{prompt}, {epoch_name(epoch)}, seed {match.seed}")
+                    tiles[match.seed, epoch] = Tile(f"#pair-{epoch}-{index}", image, tone(match))
         return [[tiles.get((seed, epoch)) for epoch in self._checks] for seed in sorted({seed for seed, _ in tiles})]
-
-    def _tile(self, epoch: int, index: int, match: Match) -> Tile:
-        image = self._preview(epoch, match, f"{match.prompt}, {epoch_name(epoch)}, seed {match.seed}")
-        return Tile(f"#pair-{epoch}-{index}", image, tone(match))
 
     def pairs(self, epoch: int) -> list[Pair]:
         """Every preview of an epoch beside its nearest training image, the most serious matches first."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sdlora.common.metrics import Metrics
+from sdlora.common.text import format_range
 from sdlora.copycheck.verdict import ALPHA, CONFIDENCE, EpochCheck, Match
-from sdlora.events import StepDone
 from sdlora.report.charts import COLORS, GREY, Line, line_chart
 from sdlora.report.html import Figure
 
@@ -31,15 +31,11 @@ _SIGNALS = {
 _KINDS = (("training", "captions", COLORS[3]), ("novel", "new", COLORS[1]))
 
 
-@dataclass(frozen=True)
-class EpochRow:
-    """An epoch in a row of a table.
+class EpochRow(NamedTuple):
+    """An epoch, of which 0 is the base model, in a row of a table.
 
     Attributes:
-        epoch: 0 is the base model.
-        check: Its copy check, if there was one.
         exposures: Of each image by then: a number or a range.
-        validation_loss: None if it was not measured.
         is_kept: Whether its file is the run's.
     """
 
@@ -56,40 +52,20 @@ class EpochRow:
 
 
 def judged_epoch(checks: Checks, kept: int | None) -> int:
-    """The epoch whose verdict stands on top: the one that is kept, or the latest while that is open.
-
-    Args:
-        checks: By epoch, at least one.
-        kept: The epoch whose file is the run's; None while that is open.
-    """
+    """The epoch whose verdict stands on top: the one that is kept, or the latest while that is open."""
     return kept if kept in checks and kept is not None else max(checks)
 
 
 def epoch_rows(checks: Checks, metrics: Metrics, kept: int | None) -> list[EpochRow]:
-    """A row for every epoch.
-
-    Args:
-        checks: By epoch.
-        metrics: The run's steps and epochs.
-        kept: The epoch whose file is the run's.
-    """
-    return [
-        EpochRow(
-            event.epoch,
-            checks.get(event.epoch),
-            _exposures(metrics.steps, event.epoch),
-            event.validation_loss,
-            event.epoch == kept,
-        )
-        for event in metrics.epochs
-    ]
-
-
-def _exposures(steps: Sequence[StepDone], epoch: int) -> str:
-    names = {name for event in steps for name in event.examples}
-    counts = Counter(name for event in steps if event.epoch <= epoch for name in event.examples)
-    fewest, most = min((counts[name] for name in names), default=0), max(counts.values(), default=0)
-    return str(most) if fewest == most else f"{fewest} to {most}"
+    """A row for every epoch; `kept` is the one whose file is the run's."""
+    names = {name for event in metrics.steps for name in event.examples}
+    rows = []
+    for done in metrics.epochs:
+        counts = Counter(name for event in metrics.steps if event.epoch <= done.epoch for name in event.examples)
+        exposures = format_range(min((counts[name] for name in names), default=0), max(counts.values(), default=0))
+        check = checks.get(done.epoch)
+        rows.append(EpochRow(done.epoch, check, exposures, done.validation_loss, done.epoch == kept))
+    return rows
 
 
 def copy_figures(checks: Checks) -> list[Figure]:

@@ -41,7 +41,7 @@ class Album:
         shape: Attributes = {"width": image.width, "height": image.height, "class": crisp}
         identity = f"picture-{len(self._known)}"
         self._known[key] = {**shape, "data-same": identity}
-        return {"alt": alt, **shape, "id": identity, "src": _data_url(image)}
+        return {"alt": alt, **shape, "id": identity, "src": _encoded(image)}
 
 
 def read_image(file: Path) -> Image.Image:
@@ -51,8 +51,13 @@ def read_image(file: Path) -> Image.Image:
         return image
 
 
-def _data_url(image: Image.Image) -> str:
+def data_url(kind: str, content: bytes) -> str:
+    """An image file of a kind, such as "png", as an address that holds all of it."""
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode('ascii')}"
+
+
+def _encoded(image: Image.Image) -> str:
     content = io.BytesIO()
     kind = "png" if max(image.size) <= CRISP_PX else "jpeg"
     image.save(content, format=kind, optimize=True, **({} if kind == "png" else {"quality": _JPEG_QUALITY}))
-    return f"data:image/{kind};base64,{base64.b64encode(content.getvalue()).decode('ascii')}"
+    return data_url(kind, content.getvalue())

@@ -5,9 +5,7 @@ Written from the run's folder by `templates/report.html`; images are embedded.
 
 from __future__ import annotations
 
-import base64
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,86 +15,51 @@ from sdlora.common.files import write_text
 from sdlora.common.metrics import read_metrics
 from sdlora.copycheck.verdict import EpochCheck
 from sdlora.report.comparisons import Comparisons
-from sdlora.report.copy_section import Checks, copy_figures, epoch_rows, judged_epoch
+from sdlora.report.copy_section import copy_figures, epoch_rows, judged_epoch
 from sdlora.report.html import render
-from sdlora.report.images import Album
+from sdlora.report.images import Album, data_url
 from sdlora.report.training_section import coverage_figures, loss_figures, loss_tables
 
 
-@dataclass(frozen=True)
-class Report:
-    """What the page is made of.
+def write_report(
+    folder: Path, title: str, sentences: Sequence[str], gallery: Mapping[str, Image.Image], kept: int | None = None
+) -> None:
+    """Write a run's page, `report.html`, from the other files in its folder.
 
-    Attributes:
+    Args:
+        folder: The run's. The contact sheet is shown where no epoch was checked for copies.
         title: The run's name.
         sentences: What a person should know first, one paragraph each.
-        epochs: The folder that holds one folder for each epoch.
-        sheet: The contact sheet, shown where no epoch was checked for copies; left out if it does not exist.
-        metrics: `metrics.jsonl`, from which every figure of the training comes.
-        config: `config.toml`, shown as it is.
         gallery: The training images by name, as cropped for training.
         kept: The epoch whose file is the run's; None while that is open.
     """
-
-    title: str
-    sentences: Sequence[str]
-    epochs: Path
-    sheet: Path
-    metrics: Path
-    config: Path
-    gallery: Mapping[str, Image.Image]
-    kept: int | None = None
-
-
-def write_report(target: Path, report: Report) -> None:
-    """Write the page.
-
-    Args:
-        target: The HTML file.
-        report: What is shown.
-    """
-    metrics = read_metrics(report.metrics)
+    metrics, epochs, sheet = read_metrics(folder / "metrics.jsonl"), folder / "epochs", folder / "previews.png"
     # Only epochs of the metrics: a run resumed from an earlier checkpoint leaves newer folders behind.
-    found = {event.epoch: EpochCheck.read(report.epochs / str(event.epoch)) for event in metrics.epochs}
+    found = {event.epoch: EpochCheck.read(epochs / str(event.epoch)) for event in metrics.epochs}
     checks = {epoch: check for epoch, check in found.items() if check is not None}
     album = Album()
     values: dict[str, Any] = {
-        "title": report.title,
-        "sentences": report.sentences,
-        "kept": report.kept,
+        "title": title,
+        "sentences": sentences,
+        "kept": kept,
         "latest": None,
         "coverage_figures": [],
-        "sheet": _data_url(report.sheet),
+        "sheet": data_url("png", sheet.read_bytes()) if sheet.exists() else "",
         "tables": loss_tables(metrics.epochs),
-        "config": report.config.read_text(encoding="utf-8"),
+        "config": (folder / "config.toml").read_text(encoding="utf-8"),
     }
     if checks:
-        values |= _copy_values(checks, report, album)
-        values["glance_rows"] = epoch_rows(checks, metrics, report.kept)
+        comparisons = Comparisons(checks, epochs, gallery, album)
+        values["grids"] = comparisons.grids()
+        values["latest"], *values["earlier_checks"] = (
+            {"epoch": epoch, "check": checks[epoch], "pairs": comparisons.pairs(epoch)}
+            for epoch in sorted(checks, reverse=True)
+        )
+        judged = judged_epoch(checks, kept)
+        values["judged"] = {"epoch": judged, "check": checks[judged]}
+        values["copy_figures"] = copy_figures(checks)
+        values["glance_rows"] = epoch_rows(checks, metrics, kept)
     if metrics.steps:
         values["loss_figures"] = loss_figures(metrics)
-        values["coverage_figures"] = coverage_figures(metrics.steps, report.gallery, album)
-    write_text(target, render("report.html", **values))
-
-
-def _copy_values(checks: Checks, report: Report, album: Album) -> dict[str, Any]:
-    comparisons = Comparisons(checks, report.epochs, report.gallery, album)
-    grids = comparisons.grids()
-    latest, *earlier = (
-        {"epoch": epoch, "check": checks[epoch], "pairs": comparisons.pairs(epoch)}
-        for epoch in sorted(checks, reverse=True)
-    )
-    judged = judged_epoch(checks, report.kept)
-    return {
-        "judged": {"epoch": judged, "check": checks[judged]},
-        "grids": grids,
-        "latest": latest,
-        "earlier_checks": earlier,
-        "copy_figures": copy_figures(checks),
-    }
-
-
-def _data_url(png: Path) -> str:
-    if not png.exists():
-        return ""
-    return f"data:image/png;base64,{base64.b64encode(png.read_bytes()).decode('ascii')}"
+        values["coverage_figures"] = coverage_figures(metrics.steps, gallery, album)
+    write_text(folder / "report.html", render("report.html", **values))

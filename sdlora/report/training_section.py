@@ -36,28 +36,20 @@ class _Bands(NamedTuple):
 
 _BANDS = (
     _Bands(
-        lambda event: event.train_bands,
-        "Training loss by timestep",
-        "training loss",
-        "From little noise (timesteps 0-199) to the most (800-999).",
-        "Training loss by timesteps",
+        lambda event: event.train_bands, "Training loss by timestep", "training loss",
+        "From little noise (timesteps 0-199) to the most (800-999).", "Training loss by timesteps",
     ),
     _Bands(
-        lambda event: event.validation_bands,
-        "Validation loss by timestep",
-        "validation loss",
+        lambda event: event.validation_bands, "Validation loss by timestep", "validation loss",
         "Of images that are never trained on: where it rises again, the LoRA starts to memorize.",
         "Validation loss by timesteps",
     ),
     _Bands(
-        lambda event: event.validation_change,
-        "Effect of the LoRA on the validation loss",
-        "with minus without",
+        lambda event: event.validation_change, "Effect of the LoRA on the validation loss", "with minus without",
         "The validation loss with the LoRA minus that of the base model: below 0 the LoRA is better, above 0 worse.",
-        "Validation loss, with the LoRA minus without",
-        is_change=True,
+        "Validation loss, with the LoRA minus without", is_change=True,
     ),
-)
+)  # fmt: skip
 
 
 def _by_epoch(bands: _Bands, epochs: Sequence[EpochDone]) -> dict[int, Sequence[float | None]]:
@@ -65,23 +57,15 @@ def _by_epoch(bands: _Bands, epochs: Sequence[EpochDone]) -> dict[int, Sequence[
 
 
 def loss_figures(metrics: Metrics) -> list[Figure]:
-    """The training loss by step, then every loss by timestep and epoch that was measured.
-
-    Args:
-        metrics: With one step or more.
-    """
+    """The training loss by step, of which there is at least one, then every loss by timestep and epoch."""
     losses = [event.loss for event in metrics.steps]
     means = list(map(LossSmoother().add, losses))
     lines = [Line("step", losses, GREY, width=0.7), Line("mean", means, COLORS[1])]
     chart = line_chart(lines, [event.step for event in metrics.steps], x_name="step", y_name="training loss")
     note = "The loss of each step and its moving average. It is noisy because some timesteps are harder than others."
-    return [Figure("Training loss by step", chart, note), *_band_figures(metrics.epochs)]
-
-
-def _band_figures(epochs: Sequence[EpochDone]) -> list[Figure]:
-    figures = []
+    figures = [Figure("Training loss by step", chart, note)]
     for bands in _BANDS:
-        rows = _by_epoch(bands, epochs)
+        rows = _by_epoch(bands, metrics.epochs)
         lines = [Line(name, [row[b] for row in rows.values()], COLORS[b]) for b, name in enumerate(band_names())]
         values = [value for line in lines for value in line.values if value is not None]
         # A weighting may take a band's only exposure to exactly 0, which no logarithmic axis holds.
@@ -96,25 +80,19 @@ def _band_figures(epochs: Sequence[EpochDone]) -> list[Figure]:
 def loss_tables(epochs: Sequence[EpochDone]) -> list[Table]:
     """The losses of the epochs as numbers: of all timesteps together, then by band."""
     whole = [
-        [_name(event.epoch), _number(event.train_loss), _number(event.validation_loss), f"{event.seconds:.1f}"]
+        [str(event.epoch or "base"), _number(event.train_loss), _number(event.validation_loss), f"{event.seconds:.1f}"]
         for event in epochs
     ]
     tables = [Table("All timesteps", ["epoch", "training loss", "validation loss", "seconds"], whole)]
     for bands in _BANDS:
-        rows = [[_name(epoch), *map(_number, losses)] for epoch, losses in _by_epoch(bands, epochs).items()]
+        rows = [[str(epoch or "base"), *map(_number, losses)] for epoch, losses in _by_epoch(bands, epochs).items()]
         if rows:
             tables.append(Table(bands.table_title, ["epoch", *band_names()], rows))
     return tables
 
 
 def coverage_figures(steps: Sequence[StepDone], gallery: Mapping[str, Image.Image], album: Album) -> list[Figure]:
-    """How often each range of timesteps was seen: of all images, and of the one with the widest gap.
-
-    Args:
-        steps: At least one.
-        gallery: The training images by name.
-        album: Where images are embedded.
-    """
+    """How often each range of timesteps was seen: of all images, and of the one with the widest gap."""
     exposed = exposed_timesteps(steps)
     gaps = {name: largest_gap(timesteps) for name, timesteps in exposed.items()}
     name = max(gaps, key=lambda image: gaps[image][1] - gaps[image][0])
@@ -161,10 +139,6 @@ def timestep_chart(timesteps: Sequence[int]) -> Markup:
         counts[timestep * NUM_BINS // NUM_TIMESTEPS] += 1
     marks = list(range(0, NUM_TIMESTEPS + 1, NUM_TIMESTEPS // NUM_BANDS))
     return bar_chart(counts, marks, x_name="timestep (more noise to the right)", y_name="exposures")
-
-
-def _name(epoch: int) -> str:
-    return str(epoch or "base")
 
 
 def _number(value: float | None) -> str:

@@ -12,7 +12,7 @@ from sdlora.data.dataset import Pixels
 from sdlora.events import EpochDone, Event, Progress
 from sdlora.previews.contact_sheet import contact_sheet
 from sdlora.previews.sampler import PreviewRequest, draw_epoch
-from sdlora.report.report import Report, write_report
+from sdlora.report.report import write_report
 from sdlora.run.export import add_thumbnail, export_epoch
 from sdlora.run.failure_hints import hints_in
 from sdlora.run.folder import RunFolder
@@ -57,17 +57,8 @@ def write_page(context: RunContext, sentences: list[str], kept: int | None = Non
         kept: The epoch whose file is the run's, once it is known.
     """
     folder = context.folder
-    report = Report(
-        title=folder.name,
-        sentences=sentences,
-        epochs=folder.path / "epochs",
-        sheet=folder.sheet,
-        metrics=folder.metrics,
-        config=folder.config,
-        gallery=Pixels(context.data.dataset, context.config.data.background),
-        kept=kept,
-    )
-    write_report(folder.report, report)
+    gallery = Pixels(context.data.dataset, context.config.data.background)
+    write_report(folder.path, folder.name, sentences, gallery, kept)
 
 
 def _draw_previews(context: RunContext, previews: PreviewRequest, epoch: int) -> Iterator[Event]:

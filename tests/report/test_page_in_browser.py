@@ -14,7 +14,7 @@ from helpers.checks import CLEAN, COPY, GALLERY, check, signal, write_epochs
 from helpers.metrics import epoch, write_metrics
 from PIL import Image
 
-from sdlora.report.report import Report, write_report
+from sdlora.report.report import write_report
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -31,13 +31,11 @@ def page_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_epochs(folder / "epochs", checks)
     losses = {"train_loss": 0.4, "validation_loss": 0.3}
     bands = {"train_bands": [0.1] * 5, "validation_bands": [0.1] * 5, "validation_change": [0.0] * 5}
-    write_metrics(folder / "m.jsonl", [epoch(number, **losses, **bands) for number in checks])
-    (folder / "c.toml").write_text("[data]")
-    metrics, config = folder / "m.jsonl", folder / "c.toml"
-    report = Report("run", ["Kept. " * 40], folder / "epochs", folder / "none.png", metrics, config, GALLERY)
-    write_report(folder / "r.html", report)
+    write_metrics(folder / "metrics.jsonl", [epoch(number, **losses, **bands) for number in checks])
+    (folder / "config.toml").write_text("[data]")
+    write_report(folder, "run", ["Kept. " * 40], GALLERY)
     shutil.rmtree(folder / "epochs")
-    return folder / "r.html"
+    return folder / "report.html"
 
 
 @pytest.fixture(scope="module")

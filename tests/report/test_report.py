@@ -7,22 +7,18 @@ from helpers.metrics import ROWS, epoch, step, write_metrics
 from PIL import Image
 
 from sdlora.events import EpochDone, StepDone
-from sdlora.report.report import Report, write_report
+from sdlora.report.report import write_report
 
 
 def page(folder: Path, rows: Sequence[StepDone | EpochDone], title: str = "run", kept: int | None = None) -> str:
-    write_metrics(folder / "m.jsonl", rows)
-    (folder / "c.toml").write_text('caption = "<script>alert(1)</script>"')
-    report = Report(
-        title, ["Epoch 1 & more."], folder / "epochs", folder / "sheet.png", folder / "m.jsonl", folder / "c.toml",
-        {**GALLERY, "x.png": GALLERY["a.png"]}, kept,
-    )  # fmt: skip
-    write_report(folder / "r.html", report)
-    return (folder / "r.html").read_text()
+    write_metrics(folder / "metrics.jsonl", rows)
+    (folder / "config.toml").write_text('caption = "<script>alert(1)</script>"')
+    write_report(folder, title, ["Epoch 1 & more."], {**GALLERY, "x.png": GALLERY["a.png"]}, kept)
+    return (folder / "report.html").read_text()
 
 
 def test_page_is_self_contained_and_escaped(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "sheet.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "previews.png")
     found = page(tmp_path, ROWS, title="<b>x")
     assert "<script>alert" not in found and "<a>" not in found
     assert "&lt;b&gt;x" in found
@@ -50,7 +46,7 @@ def test_page_before_training_and_without_validation_images(tmp_path: Path) -> N
 
 
 def test_verdict_comes_first_and_the_grid_replaces_the_sheet(tmp_path: Path) -> None:
-    Image.new("RGB", (4, 4)).save(tmp_path / "sheet.png")
+    Image.new("RGB", (4, 4)).save(tmp_path / "previews.png")
     write_epochs(tmp_path / "epochs", {0: check(), 1: check("copying", CLEAN, COPY)})
     found = page(tmp_path, ROWS)
     order = [

@@ -10,6 +10,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import parse_config
@@ -17,7 +18,6 @@ from sdlora.ui.pages.context import Context
 from sdlora.ui.state import subprocesses
 from sdlora.ui.state.folders import Studio
 from sdlora.ui.state.queue import Jobs
-from sdlora.ui.state.subprocesses import Identity
 from sdlora.ui.state.try_lora import LoraSampler
 
 
@@ -48,18 +48,16 @@ def sleepers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[psutil.Process]]:
     """Stands for training: every job that is started is a process that waits; SIGTERM ends it."""
     started: list[psutil.Process] = []
 
-    def start(
-        arguments: list[str], log: Path, *, output: Path | None = None
-    ) -> tuple[subprocess.Popen[bytes], Identity]:
+    def start(arguments: list[str], log: Path, *, output: Path | None = None) -> tuple[subprocess.Popen[bytes], float]:
         log.parent.mkdir(parents=True, exist_ok=True)
         log.write_text(f"started with {' '.join(arguments)}\n", encoding="utf-8")
         child = subprocess.Popen([sys.executable, "-c", "import signal; signal.pause()"], start_new_session=True)
         process = psutil.Process(child.pid)
         started.append(process)
-        return child, Identity(child.pid, process.create_time())
+        return child, process.create_time()
 
     monkeypatch.setattr(subprocesses, "start", start)
-    monkeypatch.setattr(subprocesses, "default_device", lambda: "cpu")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     yield started
     for process in started:
         if process.is_running():

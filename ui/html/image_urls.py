@@ -46,11 +46,7 @@ def image_url(folder: Path, key: str, read: Callable[[], Image.Image], *, longes
 
 
 def file_url(folder: Path, image: Path) -> str:
-    """The address of an image file's copy.
-
-    Args:
-        folder: The folder that is served.
-        image: Any image that sdlora reads.
+    """The address of an image file's copy in the folder that is served.
 
     Raises:
         DataError: It cannot be read as an image.

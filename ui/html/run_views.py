@@ -30,9 +30,7 @@ _MAX_POINTS = 300
 def status_panel(status: Status) -> str:
     """A run's state, and how to continue where it ended early."""
     if status.word == "none":
-        return message(
-            "Choose one at the top of the page, or start one under Recipe.", title="No run is chosen"
-        )  # fmt: skip
+        return message("Choose one at the top of the page, or start one under Recipe.", title="No run is chosen")
     share = 1.0 if status.word == "done" else 0.0
     if status.word != "done" and status.state is not None and status.state.total_steps:
         share = status.state.step / status.state.total_steps
@@ -74,7 +72,8 @@ def epoch_grid(run: RunView, shown: Path) -> str:
     if not run.previews:
         return render("quiet.html", words="The first previews, by the base model, come before training.")
     columns = [
-        (epoch, [_image(shown, file, f"epoch {epoch}") for file in files]) for epoch, files in run.previews.items()
+        (epoch, [img(file_url(shown, file), f"epoch {epoch}") for file in files])
+        for epoch, files in run.previews.items()
     ]
     return render("previews.html", columns=columns)
 
@@ -83,19 +82,14 @@ def copy_banner(run: RunView, status: Status) -> str:
     """The verdict on top, and what to do if an epoch copies."""
     if not run.checks:
         if not (run.config.copycheck.enabled and run.config.preview.enabled):
-            return message(
-                "It needs both copycheck.enabled and preview.enabled.", "watch", title="The copy check is off"
-            )  # fmt: skip
+            needs = "It needs both copycheck.enabled and preview.enabled."
+            return message(needs, "watch", title="The copy check is off")
         return message("The first check comes with the first previews.", title="Nothing was compared yet")
     copying = [epoch for epoch, check in run.checks.items() if epoch > 0 and check.verdict == "copying"]
     warning = None
     if copying:
-        advice = (
-            "Stop here: later epochs copy more."
-            if status.alive
-            else "Keep an earlier epoch; the Result page recommends one."
-        )
-        warning = {"title": f"Epoch {copying[0]} copies training images", "lines": [advice]}
+        stop, keep = "Stop here: later epochs copy more.", "Keep an earlier epoch; the Result page recommends one."
+        warning = {"title": f"Epoch {copying[0]} copies training images", "lines": [stop if status.alive else keep]}
     latest = judged_epoch(run.checks, None)
     return render("copy_banner.html", warning=warning, check=run.checks[latest], epoch=latest)
 
@@ -119,16 +113,9 @@ def result_panel(run: RunView, status: Status) -> str:
         return message("The first epoch is not complete yet.", title="No result yet")
     kept, reason = recommended
     return render(
-        "result.html",
-        kept=kept,
-        reason=reason,
-        is_final=status.word == "done",
-        rows=epoch_rows(run.checks, run.metrics, kept),
-        epochs=list(run.loras),
-        name=run.name,
-        url=f"/studio/run/{run.name}",
-        triggers=run.config.data.triggers,
-    )
+        "result.html", run=run, kept=kept, reason=reason, is_final=status.word == "done",
+        rows=epoch_rows(run.checks, run.metrics, kept), url=f"/studio/run/{run.name}",
+    )  # fmt: skip
 
 
 def tried(shown: Path, images: Mapping[str, Image.Image], key: str) -> str:
@@ -139,11 +126,10 @@ def tried(shown: Path, images: Mapping[str, Image.Image], key: str) -> str:
         images: By the label below each.
         key: The same for the same images alone.
     """
-    found = [
-        img(image_url(shown, f"{key} {label}", image.copy, longest_px=LARGE_PX), label)
-        for label, image in images.items()
-    ]
-    return render("tried.html", images=found)
+    urls = {
+        label: image_url(shown, f"{key} {label}", image.copy, longest_px=LARGE_PX) for label, image in images.items()
+    }
+    return render("tried.html", images=[img(url, label) for label, url in urls.items()])
 
 
 def run_cards(runs: Sequence[tuple[Status, RunView | None]], shown: Path) -> str:
@@ -162,7 +148,7 @@ def _run_card(status: Status, run: RunView | None, shown: Path) -> dict[str, obj
     return {
         "status": status,
         "verdict": run.checks[recommended[0]].verdict if recommended is not None and is_judged else None,
-        "images": [_image(shown, file, f"{run.name}, epoch {last}") for file in run.previews.get(last, [])[:3]],
+        "images": [img(file_url(shown, file), f"{run.name}, epoch {last}") for file in run.previews.get(last, [])[:3]],
         "facts": f"{config.train.epochs} epochs × {format_range(*config.data.repeats_range)} repeats, "
         f"rank {config.lora.rank}, base model {config.base.path}",
     }
@@ -177,7 +163,3 @@ def settings_table(first: str, second: str, rows: Sequence[tuple[str, object, ob
 
 def _comparisons(run: RunView, shown: Path) -> Comparisons:
     return Comparisons(run.checks, run.folder / "epochs", run.training_images(), LinkedAlbum(shown, run.key))
-
-
-def _image(shown: Path, file: Path, alt: str) -> dict[str, object]:
-    return img(file_url(shown, file), alt)

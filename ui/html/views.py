@@ -20,10 +20,10 @@ _MAX_DUPLICATES = 12  # groups that are shown side by side
 
 
 def message(text: str, tone: str = "", *, title: str = "") -> str:
-    """One or more lines that should be read, such as an error's.
+    """Lines that should be read, such as an error's, a paragraph each.
 
     Args:
-        text: A paragraph for each line.
+        text: The lines.
         tone: "clean", "watch", "copying" (an error) or "busy"; empty for a placeholder.
         title: Stands above it.
     """
@@ -53,11 +53,11 @@ def set_summary(view: SetView) -> str:
 
 
 def set_cards(cards: Sequence[Card], folder: Path, shown: Path, set_name: str) -> str:
-    """A card for each image: thumbnail with its crop, the doctor's findings, and its caption to edit.
+    """A card for each image of a set: thumbnail with its crop, the doctor's findings, and its caption to edit.
 
     Args:
-        cards: Of a set.
-        folder: The set's.
+        cards: Of the set.
+        folder: Of the set.
         shown: The folder that images are served from.
         set_name: As the page calls the set, to be sent with captions.
     """

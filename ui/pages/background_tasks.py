@@ -19,7 +19,7 @@ from sdlora.run.folder import RunFolder
 from sdlora.run.push import files_to_push
 
 from ..html import views
-from ..html.words import WORDS
+from ..html.render import WORDS
 from ..state import run_view
 from ..state.background_tasks import Kind
 from ..state.folders import StudioError

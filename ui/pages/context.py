@@ -136,7 +136,7 @@ class Context:
 
     def log(self, text: str) -> None:
         """Append to the studio's own log."""
-        with (self.studio.runs / ".studio" / "studio.log").open("a", encoding="utf-8") as handle:
+        with (self.studio.own / "studio.log").open("a", encoding="utf-8") as handle:
             handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
 
 

@@ -21,9 +21,8 @@ from ..html import views
 from ..html.render import render
 from ..settings import estimate, form
 from ..settings.base_models import known_bases
-from ..settings.draft import Draft, from_config, write_draft
+from ..settings.draft import LENGTHS, SUBJECTS, Draft, from_config, write_draft
 from ..settings.form import Field
-from ..settings.presets import LENGTHS, SUBJECTS
 from .context import Context
 
 # An estimate takes seconds: one at a time, or an earlier one could arrive last.

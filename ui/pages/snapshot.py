@@ -96,7 +96,7 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
         prompts[0] if prompts else "",
         can,
         {
-            kind: task and ("Stop" if context.tasks.stage(task) == "running" else "Hide this")
+            kind: None if task is None else "Stop" if context.tasks.stage(task) == "running" else "Hide this"
             for kind, task in tasks.items()
         },
     )

@@ -14,7 +14,7 @@ import re
 import secrets
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
@@ -116,7 +116,7 @@ def _hash(password: str, salt: bytes) -> bytes:
 
 
 class PasswordGate:
-    """Asks for the password, and refuses an address for a minute after five wrong ones.
+    """Asks for the password of an app, and refuses an address for a minute after five wrong ones.
 
     Args:
         app: The protected app.
@@ -172,11 +172,7 @@ class PasswordGate:
 
 
 class RequestFilter:
-    """Refuses requests that no page of the studio makes, and adds headers that isolate its pages.
-
-    Args:
-        app: The protected app.
-    """
+    """Refuses requests that no page of the studio makes to an app, and adds headers that isolate its pages."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -225,7 +221,7 @@ def _is_same_origin(headers: Headers) -> bool:
     return urlsplit(origin).netloc == headers.get("host")
 
 
-def _limited(receive: Receive) -> Callable[[], Awaitable[Message]]:
+def _limited(receive: Receive) -> Receive:
     """Like `receive`, but ends a request whose body is longer than allowed, whatever its header says."""
     seen = 0
 

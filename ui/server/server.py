@@ -14,7 +14,6 @@ import traceback
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import gradio as gr
 import uvicorn
@@ -36,13 +35,12 @@ from ..pages.context import Context
 from ..state import image_set
 from ..state.folders import Studio, StudioError
 from ..state.queue import Jobs
-from ..state.run_view import read_run
+from ..state.run_view import RunView, read_run
 from ..state.try_lora import LoraSampler
 from ..state.uploads import MOST_BYTES, MOST_CAPTION_BYTES
 from .access import Account, PasswordGate, RequestFilter, check_host
 
 DISPATCH_EVERY_SECONDS = 1.0
-_HERE = Path(__file__).parents[1] / "pages"
 
 
 def make_app(context: Context, *, host: str, account: Account | None = None) -> ASGIApp:
@@ -54,24 +52,21 @@ def make_app(context: Context, *, host: str, account: Account | None = None) -> 
         account: The account that may log in; None needs no login.
     """
     # Before Gradio reads them: uploads stay in the studio's folder, and no statistics are sent.
-    os.environ["GRADIO_TEMP_DIR"] = str((context.studio.runs / ".studio" / "uploads").resolve())
+    os.environ["GRADIO_TEMP_DIR"] = str((context.studio.own / "uploads").resolve())
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     _add_routes(app, context)
-    blocks = build(context)
     gr.mount_gradio_app(
-        app, blocks, path="/", theme=theme(), head=HEAD, footer_links=[], run_history=False, show_error=False,
+        app, build(context), path="/", theme=theme(), head=HEAD, footer_links=[], run_history=False, show_error=False,
         max_file_size=MOST_BYTES * 64, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
     # From the outside in: the host, the request, the account.
     guarded: ASGIApp = app if account is None else PasswordGate(app, account)
-    hosts = ["localhost", "127.0.0.1", "[::1]"] if account is None else _hosts(host)
+    hosts = ["localhost", "127.0.0.1", "[::1]"]
+    if account is not None:
+        # Any name if the studio listens on all addresses.
+        hosts = ["*"] if host in ("0.0.0.0", "::") else [host, *hosts]
     return TrustedHostMiddleware(RequestFilter(guarded), allowed_hosts=hosts, www_redirect=False)
-
-
-def _hosts(host: str) -> list[str]:
-    """Host names that requests may use; any if the studio listens on all addresses, which needs a password."""
-    return ["*"] if host in ("0.0.0.0", "::") else [host, "localhost", "127.0.0.1", "[::1]"]
 
 
 def _add_routes(app: FastAPI, context: Context) -> None:
@@ -90,12 +85,11 @@ def _add_routes(app: FastAPI, context: Context) -> None:
         return FileResponse(file, media_type=kind, headers={"cache-control": "private, max-age=31536000, immutable"})
 
     @app.get("/studio/studio.css")
-    def _style() -> Response:
-        return FileResponse(_HERE / "studio.css", media_type="text/css", headers={"cache-control": "no-cache"})
-
     @app.get("/studio/studio.js")
-    def _script() -> Response:
-        return FileResponse(_HERE / "studio.js", media_type="text/javascript", headers={"cache-control": "no-cache"})
+    def _asset(request: Request) -> Response:
+        file = Path(__file__).parents[1] / "pages" / Path(request.url.path).name
+        kind = "text/css" if file.suffix == ".css" else "text/javascript"
+        return FileResponse(file, media_type=kind, headers={"cache-control": "no-cache"})
 
     @app.put("/studio/caption")
     async def _caption(request: Request) -> Response:
@@ -118,11 +112,8 @@ def _add_routes(app: FastAPI, context: Context) -> None:
 
     @app.get("/studio/run/{name}/config.toml")
     def _config(name: str) -> Response:
-        return (
-            _toml((studio.run(name) / "config.toml").read_text(encoding="utf-8"), name)
-            if _view(context, name)
-            else _gone()
-        )
+        view = _view(context, name)
+        return _gone() if view is None else _toml((view.folder / "config.toml").read_text(encoding="utf-8"), name)
 
     @app.get("/studio/run/{name}/epoch/{epoch}")
     def _lora(name: str, epoch: int) -> Response:
@@ -138,7 +129,7 @@ def _add_routes(app: FastAPI, context: Context) -> None:
         view = _view(context, name)
         if view is None or not view.loras:
             return _gone()
-        handle, path = tempfile.mkstemp(suffix=".zip", dir=studio.runs / ".studio")
+        handle, path = tempfile.mkstemp(suffix=".zip", dir=studio.own)
         with os.fdopen(handle, "wb") as target, zipfile.ZipFile(target, "w", zipfile.ZIP_STORED) as archive:
             for epoch, file in view.loras.items():
                 archive.write(file, f"{name}-epoch-{epoch}.safetensors")
@@ -146,7 +137,7 @@ def _add_routes(app: FastAPI, context: Context) -> None:
         return _attachment(Path(path), f"{name}.zip", BackgroundTask(Path(path).unlink))
 
 
-def _view(context: Context, name: str) -> Any:
+def _view(context: Context, name: str) -> RunView | None:
     try:
         return read_run(context.studio, name)
     except StudioError:
@@ -191,31 +182,14 @@ async def _json(request: Request, *names: str) -> dict[str, str]:
     return found
 
 
-class QueueThread(threading.Thread):
-    """Starts queued runs when a device is free, once a second.
-
-    Args:
-        context: The studio with the queue.
-    """
-
-    def __init__(self, context: Context) -> None:
-        super().__init__(name="queue", daemon=True)
-        self._context = context
-        self._stopping = threading.Event()
-
-    def run(self) -> None:
-        """Dispatch until `stop`."""
-        while not self._stopping.wait(DISPATCH_EVERY_SECONDS):
-            try:
-                self._context.jobs.dispatch()
-            except Exception:
-                # The queue must survive any failure of one job.
-                self._context.log(traceback.format_exc())
-
-    def stop(self) -> None:
-        """Stop the thread and wait for its end."""
-        self._stopping.set()
-        self.join()
+def _dispatch(context: Context, stopping: threading.Event) -> None:
+    """Start queued runs when a device is free, once a second."""
+    while not stopping.wait(DISPATCH_EVERY_SECONDS):
+        try:
+            context.jobs.dispatch()
+        except Exception:
+            # The queue must survive any failure of one job.
+            context.log(traceback.format_exc())
 
 
 class _Server(uvicorn.Server):
@@ -253,11 +227,12 @@ def serve(
     studio.create()
     context = Context(studio, Jobs(studio), LoraSampler())
     app = make_app(context, host=host, account=account)
-    queue = QueueThread(context)
+    stopping = threading.Event()
+    queue = threading.Thread(name="queue", target=_dispatch, args=(context, stopping), daemon=True)
     queue.start()
+    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
     try:
-        _Server(
-            uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2), opened
-        ).run()
+        _Server(config, opened).run()
     finally:
-        queue.stop()
+        stopping.set()
+        queue.join()

@@ -1,4 +1,7 @@
-"""The recipe that is being written: kept on disk at every change, so that a reload or another tab finds it."""
+"""The recipe that is being written, and its starting points: what a first run asks of an artist.
+
+It is kept on disk at every change, so that a reload or another tab finds it.
+"""
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ from sdlora.common.bundled import BUILTIN, resolve_data_folder
 from sdlora.common.files import write_json
 from sdlora.config.renamed import RENAMED, renaming_note
 from sdlora.config.schema import RunConfig
+from sdlora.config.toml import load_config, options
 from sdlora.errors import ConfigError
 from sdlora.events import fields_from_json, saved_as, to_json
 from sdlora.run.estimate import Estimate
@@ -18,9 +22,29 @@ from sdlora.run.estimate import Estimate
 from ..state.folders import Studio, safe_name
 from . import form
 from .base_models import estimate
-from .presets import LENGTHS, SUBJECTS, recipe
 
 _OWN = {"name", "data.folder"}
+
+SUBJECTS: dict[str, dict[str, Any]] = {
+    "character": {"lora.rank": 16, "lora.alpha": 16.0},
+    "style": {"lora.rank": 16, "lora.alpha": 16.0, "lora.targets": ["cross_attention", "self_attention"]},
+    "object": {"lora.rank": 8, "lora.alpha": 8.0},
+}
+"""What is taught: options by kind of subject, on a base of ordinary size."""
+
+LENGTHS: dict[str, tuple[int, int]] = {"a first look": (2, 12), "as usual": (4, 36), "thorough": (5, 50)}
+"""How long to train: epochs, and repeats in each."""
+
+FITTED: dict[str, Any] = {
+    "train.precision": "auto", "train.gradient_accumulation_steps": 1, "train.gradient_checkpointing": False,
+    "base.quantization": "none", "data.resolution_px": None,
+}  # fmt: skip
+"""What is changed where memory is short, beside the batch size, as it is where there is enough."""
+
+_OF_POCKET = (
+    "lora.rank", "lora.alpha", "lora.targets", "train.batch_size", "train.learning_rate", "train.lr_schedule",
+    "preview.guidance",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -31,8 +55,8 @@ class Draft:
         images: A set's name in the studio, a folder, or "builtin:NAME"; empty until one is chosen, or where
             data.sets names several.
         name: The run's; empty takes the set's.
-        subject: A key of `recipes.SUBJECTS`.
-        length: A key of `recipes.LENGTHS`.
+        subject: A key of `SUBJECTS`.
+        length: A key of `LENGTHS`.
         fitted: What was changed so that it fits into this machine's memory, in words.
         values: Every option that is not at its default, by its dotted name, apart from name and folder.
     """
@@ -63,17 +87,13 @@ class Draft:
         return replace(self, values=_changed(self.values | values))
 
     def with_answers(self, subject: str, length: str, base: str) -> Draft:
-        """The same with the options that three answers stand for."""
-        changed = replace(self, subject=subject, length=length)
-        return changed.with_values(recipe(subject, length, base)).made_to_fit()
-
-    def made_to_fit(self) -> Draft:
-        """The same, changed to fit into this machine's memory if it does not."""
-        found = self.needs()
+        """The same with the options that three answers stand for, changed to fit into this machine's memory."""
+        changed = replace(self, subject=subject, length=length).with_values(recipe(subject, length, base))
+        found = changed.needs()
         if found is None:
-            return self
+            return changed
         values = {name: value for change in found.changes for name, value in change.values.items()}
-        return replace(self.with_values(values), fitted=[str(change) for change in found.changes])
+        return replace(changed.with_values(values), fitted=[str(change) for change in found.changes])
 
     def needs(self) -> Estimate | None:
         """What it needs as it stands; None if its base model is not on this machine.
@@ -126,8 +146,23 @@ class Draft:
         return config
 
 
+def recipe(subject: str, length: str, base: str) -> dict[str, Any]:
+    """The options that three answers stand for; all others stay as they are.
+
+    Args:
+        subject: A key of `SUBJECTS`.
+        length: A key of `LENGTHS`.
+        base: base.path.
+    """
+    epochs, repeats = LENGTHS[length]
+    # The built-in base is small: what suits larger ones teaches it nothing.
+    defaults = dict(options(load_config("quickstart"))) if base == "pocket" else _defaults()
+    values = {name: defaults[name] for name in _OF_POCKET} | ({} if base == "pocket" else SUBJECTS[subject])
+    return values | FITTED | {"base.path": base, "train.epochs": epochs, "data.repeats": repeats}
+
+
 def _defaults() -> dict[str, Any]:
-    return form.to_values(RunConfig())
+    return dict(options(RunConfig()))
 
 
 def _changed(values: dict[str, Any]) -> dict[str, Any]:
@@ -137,7 +172,7 @@ def _changed(values: dict[str, Any]) -> dict[str, Any]:
 
 def from_config(config: RunConfig, studio: Studio) -> Draft:
     """A configuration, from a file or from another run, as a draft."""
-    values = form.to_values(config)
+    values = dict(options(config))
     images = values["data.folder"]
     if images and not images.startswith(BUILTIN) and Path(images).resolve().parent == studio.sets.resolve():
         images = Path(images).name

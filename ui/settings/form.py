@@ -30,8 +30,6 @@ class Field:
     Attributes:
         name: Dotted, as in files and after `--set`.
         kind: Which control shows it; "lines" is a list of texts, a line each, and "toml" anything else.
-        help: What it does.
-        default: The schema's.
         optional: Whether it may be left empty, which means None.
         choices: Of "choice" and "choices".
         minimum: The lowest value, itself allowed or not; None if there is no limit.
@@ -112,11 +110,6 @@ def to_document(values: Mapping[str, Any]) -> dict[str, Any]:
         section, _, key = name.rpartition(".")
         (document.setdefault(section, {}) if section else document)[key] = value
     return document
-
-
-def to_values(config: RunConfig) -> dict[str, Any]:
-    """A configuration as options by their dotted names."""
-    return dict(options(config))
 
 
 def make_config(values: Mapping[str, Any], name: str) -> RunConfig:

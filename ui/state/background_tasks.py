@@ -16,7 +16,6 @@ from sdlora.common.files import write_json
 from . import subprocesses
 from .folders import Studio, StudioError
 from .run_status import last_lines
-from .subprocesses import Identity
 
 Kind = Literal["caption", "publish"]
 Stage = Literal["running", "done", "stopped", "failed"]
@@ -29,10 +28,8 @@ class BackgroundTask:
     """The record of a task.
 
     Attributes:
-        kind: What it does.
         subject: The set of images or the run, as the page calls it.
-        pid: Of its process.
-        began: Start time of that process, in seconds since 1970.
+        began: Start time of its process, in seconds since 1970.
         files: The files it writes, in order; empty if unknown.
         stopping: Whether it was asked to stop.
     """
@@ -47,11 +44,7 @@ class BackgroundTask:
 
 @dataclass(frozen=True)
 class BackgroundTasks:
-    """The background tasks of a studio.
-
-    Args:
-        studio: With existing folders.
-    """
+    """The background tasks of a studio."""
 
     studio: Studio
 
@@ -65,7 +58,7 @@ class BackgroundTasks:
 
     def stage(self, task: BackgroundTask) -> Stage:
         """The stage of a task."""
-        if subprocesses.find(Identity(task.pid, task.began)) is not None:
+        if subprocesses.find(task.pid, task.began) is not None:
             return "running"
         # Commands report success on stdout and errors on stderr.
         if self.output(task):
@@ -86,13 +79,7 @@ class BackgroundTasks:
         return sum(Path(file).is_file() and Path(file).stat().st_size > 0 for file in task.files)
 
     def start(self, kind: Kind, subject: str, arguments: Sequence[str], files: Sequence[Path] = ()) -> None:
-        """Start a task.
-
-        Args:
-            kind: What it does.
-            subject: The set or run.
-            arguments: As on the command line, without `sdlora` itself.
-            files: The files it will write.
+        """Start a task with arguments as on the command line, which will write some files.
 
         Raises:
             StudioError: A task of this kind is running.
@@ -102,15 +89,15 @@ class BackgroundTasks:
             if before is not None and self.stage(before) == "running":
                 raise StudioError(f"{_RUNNING[kind]}, for {before.subject!r}. Wait until it ends, or stop it.")
             self._clear(kind)
-            _, identity = subprocesses.start(arguments, self._file(kind, ".log"), output=self._file(kind, ".out"))
-            task = BackgroundTask(kind, subject, identity.pid, identity.began, tuple(map(str, files)))
+            child, began = subprocesses.start(arguments, self._file(kind, ".log"), output=self._file(kind, ".out"))
+            task = BackgroundTask(kind, subject, child.pid, began, tuple(map(str, files)))
             write_json(self._file(kind, ".json"), asdict(task))
 
     def end(self, kind: Kind) -> None:
         """Stop the last task of a kind, or clear it if it has ended."""
         with self.studio.lock():
             task = self.find(kind)
-            process = None if task is None else subprocesses.find(Identity(task.pid, task.began))
+            process = None if task is None else subprocesses.find(task.pid, task.began)
             if task is None or process is None:
                 self._clear(kind)
             else:

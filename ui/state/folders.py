@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock
@@ -25,7 +24,6 @@ class StudioError(SdloraError):
     exit_code = 2
 
 
-@dataclass(frozen=True)
 class Studio:
     """The studio's folder.
 
@@ -34,33 +32,15 @@ class Studio:
         any_folder: Whether images and bases may be anywhere on this machine; only if nobody else can reach the page.
     """
 
-    runs: Path
-    any_folder: bool = True
-
-    @property
-    def sets(self) -> Path:
-        """Uploaded image sets."""
-        return self.runs / "pictures"
-
-    @property
-    def jobs(self) -> Path:
-        """A configuration and a record per job."""
-        return self.runs / ".studio" / "jobs"
-
-    @property
-    def logs(self) -> Path:
-        """Logs of training processes."""
-        return self.runs / ".studio" / "logs"
-
-    @property
-    def shown(self) -> Path:
-        """The only folder that images are served from; sdlora encoded every file in it itself."""
-        return self.runs / ".studio" / "shown"
-
-    @property
-    def draft(self) -> Path:
-        """The current recipe."""
-        return self.runs / ".studio" / "draft.json"
+    def __init__(self, runs: Path, any_folder: bool = True) -> None:
+        self.runs, self.any_folder = runs, any_folder
+        self.sets = runs / "pictures"
+        self.own = runs / ".studio"
+        self.jobs = self.own / "jobs"
+        self.logs = self.own / "logs"
+        self.draft = self.own / "draft.json"
+        # The only folder that images are served from; sdlora encoded every file in it itself.
+        self.shown = self.own / "shown"
 
     def create(self) -> None:
         """Create missing folders."""
@@ -69,7 +49,7 @@ class Studio:
 
     def lock(self) -> FileLock:
         """The lock for changing jobs and starting processes, across processes."""
-        return FileLock(self.runs / ".studio" / "lock", timeout=10)
+        return FileLock(self.own / "lock", timeout=10)
 
     def run(self, name: str) -> Path:
         """The folder of a run.

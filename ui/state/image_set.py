@@ -27,8 +27,7 @@ class Card:
     """An image of a set.
 
     Attributes:
-        name: Its file name.
-        caption: Its caption; empty if there is none.
+        caption: Empty if there is none.
         size: Width and height in pixels; None if it cannot be read.
         severity: The worst finding: "error", "warning" or "fine".
         findings: A sentence per finding.
@@ -45,14 +44,7 @@ class Card:
 
 @dataclass(frozen=True)
 class SetView:
-    """The content of a set.
-
-    Attributes:
-        folder: Its folder.
-        cards: Its images, sorted by name.
-        findings: All findings of the data checks.
-        twins: Groups of duplicate or near-duplicate images.
-    """
+    """The content of a set: its images by name, all findings, and groups of duplicates and near-duplicates."""
 
     folder: Path
     cards: tuple[Card, ...]
@@ -77,18 +69,17 @@ def _cached_decode(path: Path, background: str) -> Image:
     return found
 
 
-def view(folder: Path, *, trigger: str | None = None, resolution_px: int = 512, background: str = "white") -> SetView:
+def view(folder: Path, *, trigger: str | None = None, resolution_px: int = 512) -> SetView:
     """Read and check a set.
 
     Args:
         folder: Its folder; without images the view is empty.
         trigger: The word that captions should contain.
         resolution_px: Training resolution, for buckets and for finding images that are too small.
-        background: Colour under transparent pixels.
     """
     if not folder.is_dir() or not any(image_files(folder)):
         return SetView(folder, (), (), ())
-    checkup = examine(folder, background=background, trigger=trigger, decode=_cached_decode)
+    checkup = examine(folder, background="white", trigger=trigger, decode=_cached_decode)
     sizes = {image.path.name: image.size for image in checkup.images}
     assigned = assign_buckets(list(sizes.values()), resolution_px, 64, buckets=True)
     buckets = dict(zip(sizes, assigned, strict=True))

@@ -10,60 +10,22 @@ import json
 import signal
 import subprocess
 import time
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Literal
+from dataclasses import replace
 
 import psutil
 
 from sdlora.common.files import write_json, write_text
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, load_config
-from sdlora.events import fields_from_json, saved_as, to_json
+from sdlora.events import fields_from_json, to_json
 
 from . import subprocesses
 from .folders import Studio, StudioError
-from .run_status import Status, read_status
-from .subprocesses import Identity
-
-Stage = Literal["waiting", "started"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """The record of a queued or started run.
-
-    Attributes:
-        name: Of the run.
-        device: Where it trains, as a `subprocesses.device_name`.
-        position: Sorts the queue.
-        stage: Whether its process was started.
-        resume: Whether it resumes from the run's newest checkpoint.
-        pid: Of its process, once started.
-        began: Start time of that process, in seconds since 1970.
-        stopping: Whether it was asked to stop.
-    """
-
-    name: str
-    device: str
-    position: float = field(metadata=saved_as("place"))
-    stage: Stage = "waiting"
-    resume: bool = False
-    pid: int = 0
-    began: float = 0.0
-    stopping: bool = False
-
-    def process(self) -> psutil.Process | None:
-        """Its process, if alive."""
-        return subprocesses.find(Identity(self.pid, self.began)) if self.stage == "started" else None
+from .run_status import Job, Status, read_status
 
 
 class Jobs:
-    """All jobs of a studio.
-
-    Args:
-        studio: With existing folders.
-    """
+    """All jobs of a studio."""
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
@@ -71,7 +33,7 @@ class Jobs:
 
     def find(self, name: str) -> Job | None:
         """The job of a run."""
-        file = self._record(name)
+        file = self.studio.job_record(name)
         if not file.is_file():
             return None
         return Job(**fields_from_json(Job, json.loads(file.read_text(encoding="utf-8"))))
@@ -87,13 +49,8 @@ class Jobs:
 
     def status(self, name: str) -> Status:
         """The status of a run."""
-        job, waiting = self.find(name), [other.name for other in self.waiting()]
-        position = waiting.index(name) + 1 if name in waiting else None
-        process = job.process() if job else None
-        return read_status(
-            self.studio, name, position=position, process=process,
-            began=job.began if job else 0.0, stopping=job.stopping if job else False,
-        )  # fmt: skip
+        waiting = [job.name for job in self.waiting()]
+        return read_status(self.studio, name, self.find(name), waiting.index(name) + 1 if name in waiting else None)
 
     def names(self) -> list[str]:
         """All runs, started here or from the command line; waiting ones come last, in the order of the queue."""
@@ -102,13 +59,10 @@ class Jobs:
         folders = {path.parent.name for path in self.studio.runs.glob("[!.]*/config.toml")}
         return [*sorted((started | folders) - set(waiting)), *waiting]
 
-    # --- What a person can do ---------------------------------------------------------------------------------------
+    # --- What a person can do; each returns a message for the page ---------------------------------------------------
 
     def add(self, config: RunConfig) -> str:
         """Add a run to the queue; adding the same configuration again has no effect.
-
-        Returns:
-            A message for the page.
 
         Raises:
             StudioError: Another run has this name.
@@ -117,9 +71,9 @@ class Jobs:
         wanted = dump_toml(config)
         with self.studio.lock():
             file, folder = self.studio.job_config(name), self.studio.run(name)
-            if self._record(name).is_file() and file.read_text(encoding="utf-8") == wanted:
+            if self.studio.job_record(name).is_file() and file.read_text(encoding="utf-8") == wanted:
                 return f"{name!r} was already started."
-            if self._record(name).is_file() or (folder.exists() and any(folder.iterdir())):
+            if self.studio.job_record(name).is_file() or (folder.exists() and any(folder.iterdir())):
                 raise StudioError(f"There is already a run called {name!r}. Choose another name.")
             write_text(file, wanted)
             self._write(Job(name, subprocesses.device_name(config.train.device), self._last_position() + 1))
@@ -238,9 +192,7 @@ class Jobs:
         with self.studio.lock():
             self._children = [child for child in self._children if child.poll() is None]
             queue = self.waiting()
-            if not queue:
-                return
-            busy = self._busy_devices()
+            busy = self._busy_devices() if queue else set()
             for job in queue:
                 if job.device not in busy:
                     self._start(job)
@@ -250,9 +202,9 @@ class Jobs:
         folder = self.studio.run(job.name)
         config = folder / "config.toml" if job.resume else self.studio.job_config(job.name)
         arguments = ["train", str(config), "--output", str(folder), "--json", *(["--resume"] if job.resume else [])]
-        child, identity = subprocesses.start(arguments, self.studio.log(job.name))
+        child, began = subprocesses.start(arguments, self.studio.log(job.name))
         self._children.append(child)
-        self._write(replace(job, stage="started", pid=identity.pid, began=identity.began, stopping=False))
+        self._write(replace(job, stage="started", pid=child.pid, began=began, stopping=False))
 
     def _busy_devices(self) -> set[str]:
         busy = {job.device for job in self.all() if job.process() is not None}
@@ -264,8 +216,7 @@ class Jobs:
 
     def _process(self, name: str) -> psutil.Process | None:
         job = self.find(name)
-        found = job.process() if job else None
-        return found or self.status(name).process
+        return (job.process() if job else None) or self.status(name).process
 
     def _living(self, name: str) -> psutil.Process:
         process = self._process(name)
@@ -279,14 +230,11 @@ class Jobs:
             return f"{name!r} has started."
         return f"{name!r} is waiting for its device; it is number {waiting.index(name) + 1} in the queue."
 
-    def _record(self, name: str) -> Path:
-        return self.studio.job_record(name)
-
     def _write(self, job: Job) -> None:
-        write_json(self._record(job.name), to_json(job))
+        write_json(self.studio.job_record(job.name), to_json(job))
 
     def _forget(self, job: Job) -> None:
-        self._record(job.name).unlink(missing_ok=True)
+        self.studio.job_record(job.name).unlink(missing_ok=True)
         self.studio.job_config(job.name).unlink(missing_ok=True)
 
     def _last_position(self) -> float:

@@ -1,4 +1,4 @@
-"""Status of a run, from its files and its process.
+"""Status of a run, from its job in the queue, its files and its process.
 
 Shown by every page; a run whose process has died has failed, whatever its last state says.
 """
@@ -14,6 +14,7 @@ from typing import Literal
 import psutil
 
 from sdlora.common.run_state import RunState, read_state
+from sdlora.events import saved_as
 
 from . import subprocesses
 from .folders import Studio
@@ -24,11 +25,37 @@ _MAX_BYTES = 20_000
 
 
 @dataclass(frozen=True)
+class Job:
+    """The record of a queued or started run.
+
+    Attributes:
+        device: Where it trains, as a `subprocesses.device_name`.
+        position: Sorts the queue.
+        resume: Whether it resumes from the run's newest checkpoint.
+        pid: Of its process, once started.
+        began: Start time of that process, in seconds since 1970.
+        stopping: Whether it was asked to stop.
+    """
+
+    name: str
+    device: str
+    position: float = field(metadata=saved_as("place"))
+    stage: Literal["waiting", "started"] = "waiting"
+    resume: bool = False
+    pid: int = 0
+    began: float = 0.0
+    stopping: bool = False
+
+    def process(self) -> psutil.Process | None:
+        """Its process, if alive."""
+        return subprocesses.find(self.pid, self.began) if self.stage == "started" else None
+
+
+@dataclass(frozen=True)
 class Status:
     """The status of a run.
 
     Attributes:
-        name: Of the run.
         word: The status in a word; "none" if there is no such run.
         state: Its progress; None until its process has written it.
         error: Why it failed; None if it did not.
@@ -56,22 +83,20 @@ class Status:
         return self.word in ("stopped", "failed")
 
 
-def read_status(
-    studio: Studio, name: str, *, position: int | None, process: psutil.Process | None, began: float, stopping: bool
-) -> Status:
+def read_status(studio: Studio, name: str, job: Job | None, position: int | None) -> Status:
     """Read the status of a run.
 
     Args:
         studio: Its studio.
         name: Its name.
+        job: Its job; None if it was started from the command line.
         position: In the queue, from 1; None if it is not waiting.
-        process: The process that the studio started for it, if alive.
-        began: Start time of that process in seconds since 1970; 0 if there was none.
-        stopping: Whether it was asked to stop.
     """
     folder = studio.run(name)
     if position is not None:
         return Status(name, "waiting", position=position)
+    process = job.process() if job else None
+    began, stopping = (job.began, job.stopping) if job else (0.0, False)
     state = read_state(folder / "state.json")
     if state is not None:
         started = datetime.fromisoformat(state.started).timestamp()
@@ -83,14 +108,8 @@ def read_status(
     if state is None and process is None and not began:
         return Status(name, "none")
     word, error = _word(state, process, stopping)
-    return Status(
-        name,
-        word,
-        state,
-        error,
-        log=last_lines(studio.log(name), folder / "log.txt") if word == "failed" else "",
-        process=process,
-    )
+    log = last_lines(studio.log(name), folder / "log.txt") if word == "failed" else ""
+    return Status(name, word, state, error, log, process=process)
 
 
 def _word(state: RunState | None, process: psutil.Process | None, stopping: bool) -> tuple[Word, str | None]:

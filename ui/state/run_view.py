@@ -31,9 +31,6 @@ class RunView:
     """A run's content.
 
     Attributes:
-        name: Of the run.
-        folder: Its folder.
-        config: Its settings.
         metrics: Its steps and epochs so far.
         checks: Copy checks by epoch.
         previews: Previews by epoch, sorted by name.
@@ -60,14 +57,11 @@ class RunView:
 
     def training_images(self) -> Mapping[str, Image.Image]:
         """What it trained on, by name and cropped as it was trained; grey where an image is no longer there."""
-        return _Gallery(self.config, self._preview_px())
-
-    def _preview_px(self) -> int:
-        first = next((files[0] for files in self.previews.values() if files), None)
-        if first is None:
-            return 512
-        with Image.open(first) as image:
-            return max(image.size)
+        preview_px = 512
+        if self.previews:
+            with Image.open(next(iter(self.previews.values()))[0]) as image:
+                preview_px = max(image.size)
+        return _Gallery(self.config, preview_px)
 
 
 def read_run(studio: Studio, name: str) -> RunView | None:

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -18,22 +17,7 @@ import psutil
 _TOLERANCE_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
-class Identity:
-    """A process, unambiguously.
-
-    Attributes:
-        pid: Its process id.
-        began: Its start time, in seconds since 1970.
-    """
-
-    pid: int
-    began: float
-
-
-def start(
-    arguments: Sequence[str], log: Path, *, output: Path | None = None
-) -> tuple[subprocess.Popen[bytes], Identity]:
+def start(arguments: Sequence[str], log: Path, *, output: Path | None = None) -> tuple[subprocess.Popen[bytes], float]:
     """Start `sdlora` in its own session, so that it outlives the studio.
 
     Args:
@@ -42,43 +26,35 @@ def start(
         output: File to which its stdout is appended; None discards it.
 
     Returns:
-        The child, which must be polled (a dead child keeps its pid until then), and its identity.
+        The child, which must be polled (a dead child keeps its pid until then), and its start time in seconds since
+        1970.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("ab") as handle, Path(output or os.devnull).open("ab") as stdout:
         child = subprocess.Popen(
             [sys.executable, "-m", "sdlora", *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=handle,
-            start_new_session=True,
-        )
-    return child, Identity(child.pid, psutil.Process(child.pid).create_time())
+            stdin=subprocess.DEVNULL, stdout=stdout, stderr=handle, start_new_session=True,
+        )  # fmt: skip
+    return child, psutil.Process(child.pid).create_time()
 
 
-def find(identity: Identity) -> psutil.Process | None:
+def find(pid: int, began: float) -> psutil.Process | None:
     """The process if it is alive; None once it has ended, even if its pid was reused."""
     try:
-        process = psutil.Process(identity.pid)
-        same = abs(process.create_time() - identity.began) < _TOLERANCE_SECONDS
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - began) < _TOLERANCE_SECONDS
         return process if same and process.status() != psutil.STATUS_ZOMBIE else None
     except psutil.NoSuchProcess:
         return None
 
 
 def find_by_pid(pid: int, wrote_at: float) -> psutil.Process | None:
-    """The living process with this pid, if it had already started when its state was written.
-
-    Args:
-        pid: From the state.
-        wrote_at: When the state was written, in seconds since 1970.
-    """
+    """The living process with the pid of a state, if it had started when that was written, in seconds since 1970."""
     try:
-        process = psutil.Process(pid)
-        began = process.create_time()
+        began = psutil.Process(pid).create_time()
     except psutil.NoSuchProcess:
         return None
-    return find(Identity(pid, began)) if began <= wrote_at + _TOLERANCE_SECONDS else None
+    return find(pid, began) if began <= wrote_at + _TOLERANCE_SECONDS else None
 
 
 def is_paused(process: psutil.Process) -> bool:
@@ -100,15 +76,10 @@ def set_paused(process: psutil.Process, *, paused: bool) -> None:
         time.sleep(0.01)
 
 
-def default_device() -> str:
-    """The device that "auto" means here: "cuda:0" or "cpu"."""
-    import torch
-
-    return "cuda:0" if torch.cuda.is_available() else "cpu"
-
-
 def device_name(setting: str) -> str:
     """The canonical name of a device, such as "cuda:0" for "auto" and "cuda" on a machine with a GPU."""
+    import torch
+
     if setting == "auto":
-        return default_device()
+        setting = "cuda" if torch.cuda.is_available() else "cpu"
     return "cuda:0" if setting == "cuda" else setting

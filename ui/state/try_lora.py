@@ -6,8 +6,8 @@ Called by the result page; one request is drawn at a time, whoever sends it.
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from PIL import Image
 
@@ -20,15 +20,8 @@ from sdlora.run.base_pool import BasePool
 from sdlora.run.setup import choose_device
 
 
-@dataclass(frozen=True)
-class SampleRequest:
-    """What to draw.
-
-    Attributes:
-        prompt: The prompt.
-        seed: Of the initial noise.
-        strengths: One image for each; 0 is the base, 1 the LoRA as trained.
-    """
+class SampleRequest(NamedTuple):
+    """What to draw: an image for each strength, of which 0 is the base and 1 the LoRA as trained."""
 
     prompt: str
     seed: int

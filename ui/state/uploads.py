@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import IO
+from typing import IO, NamedTuple
 
 from sdlora.common.files import atomic_path, write_text
 from sdlora.common.text import format_bytes
@@ -34,27 +34,12 @@ _MAX_ZIP_RATIO = 200  # images hardly shrink in a zip
 _DRIVE = re.compile(r"[A-Za-z]:")
 # Python's reader raises all of these for a malformed zip.
 _ZIP_ERRORS = (
-    OSError,
-    ValueError,
-    RuntimeError,
-    EOFError,
-    zipfile.BadZipFile,
-    zlib.error,
-    lzma.LZMAError,
-    struct.error,
-)
-_NOTHING = "not an image, a caption (.txt) or a zip"
+    OSError, ValueError, RuntimeError, EOFError, zipfile.BadZipFile, zlib.error, lzma.LZMAError, struct.error,
+)  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Intake:
-    """The result of an upload.
-
-    Attributes:
-        images: Names of the stored images.
-        num_captions: Number of stored captions.
-        refused: A sentence for every refused file.
-    """
+class Intake(NamedTuple):
+    """The names of stored images, the number of stored captions, and a sentence for every refused file."""
 
     images: tuple[str, ...]
     num_captions: int
@@ -73,9 +58,15 @@ class _Entry:
     def suffix(self) -> str:
         return PurePosixPath(self.name).suffix.lower()
 
+    @property
+    def key(self) -> tuple[str, str]:
+        """What an image and its caption have in common: folder and stem."""
+        path = PurePosixPath(self.name)
+        return str(path.parent), path.stem
+
 
 def store_upload(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
-    """Store the images and captions of an upload in a set; zips are unpacked.
+    """Store the images and captions of an upload in a set's folder; zips are unpacked.
 
     Args:
         files: The name of each file as sent, and its temporary path.
@@ -100,16 +91,16 @@ def store_upload(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
     for entry in entries:
         try:
             if entry.suffix in SUFFIXES:
-                name = f"{stems[_key(entry)]}{entry.suffix}"
-                _store(entry, folder / name, MOST_BYTES, _check_image)
+                name = f"{stems[entry.key]}{entry.suffix}"
+                _store(entry, folder / name, MOST_BYTES, lambda file: load_image(file, "white"))
                 images.append(name)
             elif entry.suffix == ".txt":
-                _store(entry, folder / f"{stems[_key(entry)]}.txt", MOST_CAPTION_BYTES, _check_text)
+                _store(entry, folder / f"{stems[entry.key]}.txt", MOST_CAPTION_BYTES, _check_text)
                 num_captions += 1
             elif PurePosixPath(entry.name).name == METADATA:
                 num_captions += _store_metadata(entry, folder, stems)
             else:
-                raise DataError(f"{entry.name}: {_NOTHING}.")
+                raise DataError(f"{entry.name}: not an image, a caption (.txt) or a zip.")
         except DataError as error:
             refused.append(str(error))
     return Intake(tuple(images), num_captions, tuple(refused))
@@ -118,17 +109,11 @@ def store_upload(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
 # --- Names ------------------------------------------------------------------------------------------------------------
 
 
-def _key(entry: _Entry) -> tuple[str, str]:
-    """What an image and its caption have in common: folder and stem."""
-    path = PurePosixPath(entry.name)
-    return str(path.parent), path.stem
-
-
 def _stems(entries: Sequence[_Entry], folder: Path) -> dict[tuple[str, str], str]:
     """A new stem for every image and its caption that no other image has."""
     taken = {path.stem.lower() for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
     found: dict[tuple[str, str], str] = {}
-    for key in dict.fromkeys(_key(entry) for entry in entries if entry.suffix in SUFFIXES):
+    for key in dict.fromkeys(entry.key for entry in entries if entry.suffix in SUFFIXES):
         wanted = stem = safe_name(key[1])
         number = 2
         while stem.lower() in taken:
@@ -137,19 +122,26 @@ def _stems(entries: Sequence[_Entry], folder: Path) -> dict[tuple[str, str], str
         found[key] = stem
     for entry in entries:
         # A caption without its image belongs to an image already in the set.
-        found.setdefault(_key(entry), safe_name(_key(entry)[1]))
+        found.setdefault(entry.key, safe_name(entry.key[1]))
     return found
 
 
 # --- Single files -----------------------------------------------------------------------------------------------------
 
 
-def _store(entry: _Entry, target: Path, most_bytes: int, check: Callable[[Path], None]) -> None:
+def _store(entry: _Entry, target: Path, most_bytes: int, check: Callable[[Path], object]) -> None:
     if entry.size > most_bytes:
         raise DataError(f"{entry.name}: larger than {format_bytes(most_bytes)}.")
     with atomic_path(target) as temporary:
+        written = 0
         with temporary.open("wb") as sink:
-            _copy(_chunks(entry), sink, entry.name, most_bytes)
+            for chunk in _chunks(entry):
+                written += len(chunk)
+                if written > most_bytes:
+                    raise DataError(
+                        f"{entry.name}: larger than {format_bytes(most_bytes)}, and than its declared size."
+                    )
+                sink.write(chunk)
         try:
             check(temporary)
         except DataError as error:
@@ -163,19 +155,6 @@ def _chunks(entry: _Entry) -> Iterator[bytes]:
                 yield chunk
     except _ZIP_ERRORS as error:
         raise DataError(f"{entry.name}: its zip entry is broken ({error}).") from error
-
-
-def _copy(chunks: Iterator[bytes], sink: IO[bytes], name: str, most_bytes: int) -> None:
-    written = 0
-    for chunk in chunks:
-        written += len(chunk)
-        if written > most_bytes:
-            raise DataError(f"{name}: larger than {format_bytes(most_bytes)}, and than its declared size.")
-        sink.write(chunk)
-
-
-def _check_image(path: Path) -> None:
-    load_image(path, "white")
 
 
 def _check_text(path: Path) -> None:
@@ -192,7 +171,7 @@ def _store_metadata(entry: _Entry, folder: Path, stems: dict[tuple[str, str], st
         captions, faults = read_captions(Path(scratch))
     if faults:
         raise DataError(faults[0][1])
-    parent = _key(entry)[0]
+    parent = entry.key[0]
     for name, text in captions.items():
         stem = stems.get((parent, PurePosixPath(name).stem), safe_name(PurePosixPath(name).stem))
         write_text(folder / f"{stem}.txt", text)

@@ -12,11 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 from sdlora.common.bundled import pocket_folder
-from sdlora.config.toml import load_config
+from sdlora.config.toml import load_config, options
 from sdlora.estimate.meta_model import shapes_of_base, shapes_of_family
-from sdlora.ui.settings import base_models, estimate, form
-from sdlora.ui.settings.draft import Draft
-from sdlora.ui.settings.presets import SUBJECTS
+from sdlora.ui.settings import base_models, estimate
+from sdlora.ui.settings.draft import SUBJECTS, Draft
 from sdlora.ui.state.folders import Studio
 
 
@@ -110,7 +109,7 @@ def test_estimate_accepts_settings_that_depend_on_images(
     changes: dict[str, Any], on_a_gpu: Callable[[int], None]
 ) -> None:
     on_a_gpu(2**33)
-    draft = Draft(values=form.to_values(load_config("quickstart")) | changes)
+    draft = Draft(values=dict(options(load_config("quickstart"))) | changes)
     found = draft.needs()
     assert found is not None and found.peak_bytes > 0
 

@@ -13,8 +13,7 @@ from sdlora.config.toml import dump_toml, load_config, parse_config
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.ui.pages.context import Context
 from sdlora.ui.settings import form
-from sdlora.ui.settings.draft import Draft, from_config, read_draft, write_draft
-from sdlora.ui.settings.presets import recipe
+from sdlora.ui.settings.draft import Draft, from_config, read_draft, recipe, write_draft
 from sdlora.ui.state.folders import Studio
 
 SETS = next(field for field in form.fields() if field.name == "data.sets")

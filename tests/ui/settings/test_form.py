@@ -12,7 +12,7 @@ from sdlora.config.toml import dump_toml, json_schema, load_config, option_names
 from sdlora.errors import ConfigError
 from sdlora.ui.pages.recipe import more_fields
 from sdlora.ui.settings import form
-from sdlora.ui.settings.presets import LENGTHS, SUBJECTS, recipe
+from sdlora.ui.settings.draft import LENGTHS, SUBJECTS, recipe
 
 FIELDS = {field.name: field for field in form.fields()}
 
@@ -55,7 +55,7 @@ def test_a_file_of_the_command_line_comes_through_the_form_unchanged(tmp_path: A
     assert dict(options(config)) | VALUES == dict(options(config))
     # Through the browser, which knows JSON alone.
     browser = {
-        name: json.loads(json.dumps(form.shown(field, form.to_values(config)[name]))) for name, field in FIELDS.items()
+        name: json.loads(json.dumps(form.shown(field, dict(options(config))[name]))) for name, field in FIELDS.items()
     }
     entered = {name: form.entered(FIELDS[name], value) for name, value in browser.items()}
     assert form.make_config(entered, "mine") == config

@@ -41,7 +41,7 @@ def ended(context: Context, kind: Any) -> str:
     """Wait for an background task's process; what is told of it then."""
     task = context.tasks.find(kind)
     assert task is not None
-    if (process := subprocesses.find(subprocesses.Identity(task.pid, task.began))) is not None:
+    if (process := subprocesses.find(task.pid, task.began)) is not None:
         psutil.wait_procs([process], timeout=120)
     return snapshot(context, None, None).html[kind]
 

@@ -13,11 +13,10 @@ from helpers.studios import write_state
 
 from sdlora.common.run_state import RunState
 from sdlora.config.schema import RunConfig
-from sdlora.ui.html.words import progress_words
+from sdlora.ui.html.render import progress_words
 from sdlora.ui.pages.context import Context
 from sdlora.ui.state.folders import Studio
-from sdlora.ui.state.queue import Job
-from sdlora.ui.state.run_status import Status, last_lines
+from sdlora.ui.state.run_status import Job, Status, last_lines
 
 Make = Callable[..., RunConfig]
 
