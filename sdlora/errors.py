@@ -75,19 +75,13 @@ class DiskFullError(SdloraError):
 class ProcessLostError(SdloraError):
     """Another process of the same run ended, so this one cannot continue."""
 
-    exit_code = 1
-
 
 class ExportError(SdloraError):
     """A written LoRA file did not reproduce the trained model when loaded back."""
 
-    exit_code = 1
-
 
 class EmbedderError(SdloraError):
     """An optional network of the copy check could not be loaded; the run continues without it and says so."""
-
-    exit_code = 1
 
 
 class RenamedOptionWarning(UserWarning):

@@ -17,9 +17,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from sdlora.config.renamed import RENAMED, with_current_names
 from sdlora.config.schema import RunConfig
-from sdlora.config.toml import option_names, parse_config, read_config
+from sdlora.config.toml import RENAMED, option_fields, parse_config, read_config, with_current_names
 from sdlora.errors import ConfigError
 
 _NAME = re.compile(r"\w[\w. -]{0,99}")
@@ -112,7 +111,7 @@ def _read(path: Path) -> _File:
 
 def _check_keys(path: Path, where: str, keys: Mapping[str, Any]) -> None:
     """Report an unknown setting once, rather than as a fault of every job."""
-    known = (*option_names(), *RENAMED)
+    known = (*option_fields(), *RENAMED)
     for key in keys:
         if not any(key == name or key.startswith(f"{name}.") for name in known):
             near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)

@@ -16,7 +16,8 @@ from rich.table import Table
 from sdlora.cli.options import ConfigArgument, JsonResult, Overrides
 from sdlora.common.quiet import quiet_libraries
 from sdlora.common.text import format_bytes, format_seconds, parse_bytes
-from sdlora.config.toml import dump_toml, json_schema, load_config, parse_config
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import dump_toml, load_config, parse_config
 from sdlora.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def show(config: ConfigArgument, set_: Overrides = None) -> None:
 @config_app.command("schema")
 def schema() -> None:
     """Print the JSON schema of configurations."""
-    typer.echo(json.dumps(json_schema(), indent=2))
+    typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
 def plan(

@@ -198,9 +198,9 @@ def ui(
     quiet_libraries()
     # It is installed inside this package and lies beside it in a checkout, where a type checker does not see it.
     server = importlib.import_module("sdlora.ui.server.server")
-    shown_host = f"[{host}]" if ":" in host else host
+    address = f"http://[{host}]" if ":" in host else f"http://{host}"
 
     def opened(port: int) -> None:
-        print_message(f"The studio is at http://{shown_host}:{port} (Ctrl-C closes it; runs continue)")
+        print_message(f"The studio is at {address}:{port} (Ctrl-C closes it; runs continue)")
 
     server.serve(runs=runs, host=host, port=port, auth_file=auth_file, opened=opened)

@@ -191,25 +191,13 @@ class RunConfig(Section):
     cache: CacheConfig = CacheConfig()
 
     @model_validator(mode="after")
-    def _check_text_encoder(self) -> RunConfig:
+    def _check_combination(self) -> RunConfig:
         if self.train.text_encoder_learning_rate is not None and "text_encoder" not in self.lora.targets:
             raise ValueError("train.text_encoder_learning_rate requires 'text_encoder' in lora.targets")
-        return self
-
-    @model_validator(mode="after")
-    def _check_previews(self) -> RunConfig:
         if not self.preview.enabled and (used := self.copycheck.needing_previews()):
             raise ValueError(f"{used[0]} requires preview.enabled = true: the copy check compares previews")
-        return self
-
-    @model_validator(mode="after")
-    def _check_masks(self) -> RunConfig:
         if self.loss.mask_floor != 0.1 and self.data.masks == "none":
             raise ValueError("loss.mask_floor has no effect unless data.masks is 'alpha' or 'file'")
-        return self
-
-    @model_validator(mode="after")
-    def _check_compile(self) -> RunConfig:
         if self.train.compile and self.lora.dropout > 0:
             raise ValueError("train.compile requires lora.dropout = 0, since dropout draws a new mask at every step")
         if self.train.compile and self.base.quantization != "none":

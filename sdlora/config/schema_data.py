@@ -48,8 +48,7 @@ class TrainingSet:
         name: Prefix of its images' names; None for the only folder of a run, whose images keep their file names.
         folder: Path, 'builtin:NAME' or URL.
         repeats: Exposures of each image per epoch, at least 1.
-        trigger: The trigger word, or None.
-        caption: The caption of images that have none, or None.
+        caption: The caption of images that have none.
     """
 
     name: str | None
@@ -141,32 +140,25 @@ class DataConfig(Section):
     @property
     def sets(self) -> list[TrainingSet]:
         """The folders that are trained on, one or more, each with everything that applies to it resolved."""
+        common: dict[str, Any] = {"repeats": self.raw_repeats, "trigger": self.raw_trigger, "caption": self.raw_caption}
         if not self.raw_sets:
-            return [TrainingSet(None, self.raw_folder, self.raw_repeats, self.raw_trigger, self.raw_caption)]
+            return [TrainingSet(None, self.raw_folder, **common)]
         return [
-            TrainingSet(
-                one.title,
-                one.folder,
-                self.raw_repeats if one.repeats is None else one.repeats,
-                self.raw_trigger if one.trigger is None else one.trigger,
-                self.raw_caption if one.caption is None else one.caption,
-            )
+            TrainingSet(one.title, one.folder, **common | one.model_dump(exclude={"name", "folder"}))
             for one in self.raw_sets
         ]
 
     @property
     def validation_set(self) -> TrainingSet | None:
         """The folder of validation images, with the trigger and caption that [data] gives; None if it is unset."""
-        if not self.validation_folder:
-            return None
-        return TrainingSet(None, self.validation_folder, trigger=self.raw_trigger, caption=self.raw_caption)
+        folder = self.validation_folder
+        return TrainingSet(None, folder, trigger=self.raw_trigger, caption=self.raw_caption) if folder else None
 
     @property
     def prior_set(self) -> TrainingSet | None:
         """The folder of images to preserve, with their caption; None if it is unset."""
-        if not self.preservation_folder:
-            return None
-        return TrainingSet(None, self.preservation_folder, caption=self.preservation_caption)
+        folder = self.preservation_folder
+        return TrainingSet(None, folder, caption=self.preservation_caption) if folder else None
 
     @property
     def folders(self) -> list[str]:
@@ -186,7 +178,7 @@ class DataConfig(Section):
         return min(repeats), max(repeats)
 
     @model_validator(mode="after")
-    def _check_set_names(self) -> DataConfig:
+    def _check_folders(self) -> DataConfig:
         if self.raw_sets and self.raw_folder:
             raise ValueError("data.folder and data.sets exclude each other; list every folder in data.sets")
         names = [one.title for one in self.raw_sets]
@@ -196,10 +188,6 @@ class DataConfig(Section):
                 f"data.sets: set names must be unique and not empty, found {', '.join(duplicates)}; give each of those "
                 "sets a different name"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_urls(self) -> DataConfig:
         for folder in filter(is_url, self.folders):
             try:
                 check_url(folder)

@@ -1,6 +1,7 @@
 """Configurations as files: read from TOML with overrides, validated as a whole, written with every default.
 
-All ways in (command line, batches, studio) and run folders go through here.
+All ways in (command line, batches, studio) and run folders go through here. Earlier names of options are read under
+their current name, with a warning.
 """
 
 from __future__ import annotations
@@ -8,7 +9,9 @@ from __future__ import annotations
 import copy
 import difflib
 import functools
+import re
 import tomllib
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,11 +21,10 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sdlora.common.bundled import shipped_config, shipped_configs
-from sdlora.config.renamed import current_name, with_current_names
 from sdlora.config.schema import RunConfig
 from sdlora.config.schema_data import Section, SetOptions
 from sdlora.config.schema_training import MAX_EPOCHS
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, RenamedOptionWarning
 
 FREE_WHEN_RESUMING = {
     "cache.dir",
@@ -38,17 +40,19 @@ FREE_WHEN_RESUMING = {
 }
 """Options that do not change the result, so that a run may resume with other values."""
 
+RENAMED = {
+    "data.holdout": "data.validation_folder",
+    "data.holdout_split": "data.validation_split",
+    "lora.start": "lora.init",
+    "train.schedule": "train.lr_schedule",
+    "train.plus_ratio": "train.loraplus_lr_ratio",
+    "file.tell_captions": "file.include_captions",
+}
+"""The current name of every renamed option, both dotted."""
+
 
 def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read and validate a configuration.
-
-    Args:
-        source: A TOML file's path, or the name of a bundled configuration.
-        overrides: Of the form "section.key=value"; a value that is not TOML is taken as a string.
-
-    Raises:
-        ConfigError: The file does not exist or is not TOML, or options are invalid; all of them are reported at once.
-    """
+    """Read and validate a configuration; see `read_config` and `parse_config`."""
     document, name = read_config(source)
     return parse_config(document, name=name, overrides=overrides)
 
@@ -67,10 +71,8 @@ def read_config(source: str) -> tuple[dict[str, Any], str]:
         shipped = shipped_config(source)
         if shipped is None:
             near = difflib.get_close_matches(source, shipped_configs(), n=1)
-            hint = (
-                f" Did you mean {near[0]!r}?" if near else f" Bundled configurations: {', '.join(shipped_configs())}."
-            )
-            raise ConfigError(f"No configuration file or bundled configuration {source!r}.{hint}")
+            hint = f"Did you mean {near[0]!r}?" if near else f"Bundled configurations: {', '.join(shipped_configs())}."
+            raise ConfigError(f"No configuration file or bundled configuration {source!r}. {hint}")
         path = shipped
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -85,7 +87,7 @@ def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[
     Args:
         document: Nested tables.
         name: The run's name if the document has none.
-        overrides: As in `load_config`.
+        overrides: Of the form "section.key=value"; a value that is not TOML is taken as a string.
 
     Raises:
         ConfigError: Options are invalid; all of them are reported at once.
@@ -99,7 +101,9 @@ def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[
         faults.append("data.folder: not set; give the folder with your images.")
     try:
         config = RunConfig.model_validate({"name": name, **changed})
-        faults += [f"{key}: {value!r} is not valid UTF-8." for key, value in options(config) if not _is_utf8(value)]
+        # Command-line arguments hold lone surrogates for bytes that are not text; no file can store them.
+        broken = [(key, value) for key, value in options(config) if re.search("[\ud800-\udfff]", str(value))]
+        faults += [f"{key}: {value!r} is not valid UTF-8." for key, value in broken]
     except ValidationError as error:
         faults = [_describe(dict(fault)) for fault in error.errors()] + faults
     if faults:
@@ -107,18 +111,9 @@ def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[
     return config
 
 
-def _is_utf8(value: Any) -> bool:
-    """Whether a value can be written to a file: command-line arguments may contain undecodable bytes."""
-    try:
-        str(value).encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _apply(document: dict[str, Any], override: str) -> None:
     key, separator, text = override.partition("=")
-    names = current_name(key.strip()).split(".")
+    names = _current_name(key.strip()).split(".")
     if not separator or not all(names):
         raise ConfigError(f"--set {override!r}: expected section.key=value.")
     try:
@@ -138,7 +133,8 @@ def _describe(fault: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     found, limits = fault["input"], fault.get("ctx", {})
     if fault["type"] == "extra_forbidden":
-        known = [f"data.sets.{name}" for name in SetOptions.model_fields] if "sets" in fault["loc"] else option_names()
+        in_sets = [f"data.sets.{name}" for name in SetOptions.model_fields]
+        known = in_sets if "sets" in fault["loc"] else [*option_fields()]
         key = ".".join(str(part) for part in fault["loc"] if not isinstance(part, int))
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         return f"{key}: unknown option." + (f" Did you mean {near[0]}?" if near else "")
@@ -168,11 +164,6 @@ def option_fields() -> dict[str, FieldInfo]:
         else:
             fields[name] = field
     return fields
-
-
-def option_names() -> list[str]:
-    """Every option by its dotted name, in the schema's order."""
-    return list(option_fields())
 
 
 def options(config: RunConfig) -> Iterator[tuple[str, Any]]:
@@ -205,6 +196,41 @@ def toml_value(value: Any) -> str:
     return array.as_string()[1:-1]
 
 
-def json_schema() -> dict[str, Any]:
-    """The JSON schema of configurations."""
-    return RunConfig.model_json_schema()
+def renaming_note(name: str) -> str:
+    """The warning about an earlier name of an option."""
+    return f"{name} is now called {RENAMED[name]}; the old name still works."
+
+
+def renaming_notes(document: Mapping[str, Any]) -> list[str]:
+    """One warning per earlier name that is used in a configuration's nested tables."""
+    given = {f"{name}.{key}" for name, table in document.items() if isinstance(table, Mapping) for key in table}
+    return [renaming_note(name) for name in RENAMED if name in given]
+
+
+def _current_name(name: str) -> str:
+    """The current dotted name of an option, with a warning about an earlier one."""
+    if name not in RENAMED:
+        return name
+    warnings.warn(renaming_note(name), RenamedOptionWarning, stacklevel=2)
+    return RENAMED[name]
+
+
+def with_current_names(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Options under their current names.
+
+    Args:
+        settings: Values by dotted name, or nested tables as in TOML; not modified.
+
+    Raises:
+        ConfigError: An option is given under both of its names.
+    """
+    renamed: dict[str, Any] = {}
+    for key, value in settings.items():
+        if isinstance(value, Mapping):
+            table = with_current_names({f"{key}.{inner}": entry for inner, entry in value.items()})
+            renamed[key] = {name.removeprefix(f"{key}."): entry for name, entry in table.items()}
+        elif (name := _current_name(key)) != key and name in settings:
+            raise ConfigError(f"{key} and {name} are the same option; remove {key}.")
+        else:
+            renamed[name] = value
+    return renamed

@@ -26,32 +26,22 @@ def read_captions(folder: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
     captions: dict[str, str] = {}
     faults: list[tuple[str, str]] = []
     metadata = folder / METADATA
-    if metadata.is_file():
+    for file in ([metadata] if metadata.is_file() else []) + sorted(folder.glob("*.txt")):
         try:
-            lines = _read(metadata).split("\n")  # not `splitlines`: captions may hold U+2028
-        except DataError as error:
-            lines = []
-            faults.append((METADATA, str(error)))
-        for number, line in enumerate(lines, start=1):
+            text = file.read_text(encoding="utf-8-sig")
+        except UnicodeDecodeError as error:
+            where = f"{error.reason} at byte {error.start}"
+            faults.append((file.name, f"{file.name}: not valid UTF-8 ({where}). Save it as UTF-8."))
+            continue
+        if file != metadata:
+            captions[file.name] = text.strip()
+            continue
+        for number, line in enumerate(text.split("\n"), start=1):  # not `splitlines`: captions may hold U+2028
             try:
                 captions |= _entry(line, number) if line.strip() else {}
             except DataError as error:
                 faults.append((METADATA, str(error)))
-    for sidecar in sorted(folder.glob("*.txt")):
-        try:
-            captions[sidecar.name] = _read(sidecar).strip()
-        except DataError as error:
-            faults.append((sidecar.name, str(error)))
     return {name: text for name, text in captions.items() if text}, faults
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path.name}: not valid UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
-        ) from error
 
 
 def _entry(line: str, number: int) -> dict[str, str]:

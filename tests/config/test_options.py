@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
 
-from sdlora.config.toml import load_config, option_names
+from sdlora.config.toml import load_config, option_fields
 from sdlora.errors import BaseModelError, ConfigError, DataError, OutOfMemoryError
 from sdlora.models import load
 from sdlora.run import setup
@@ -207,7 +207,7 @@ TESTED_BELOW = {
 
 
 def test_every_option_is_covered() -> None:
-    assert set(CHANGES) | TESTED_BELOW == set(option_names())
+    assert set(CHANGES) | TESTED_BELOW == set(option_fields())
 
 
 def filled(change: str, scene: dict[str, str]) -> str:

@@ -11,9 +11,16 @@ import pytest
 from helpers.command import call
 
 from sdlora.batch.jobs import read_jobs
-from sdlora.config.renamed import RENAMED, renaming_note, with_current_names
 from sdlora.config.schema import RunConfig
-from sdlora.config.toml import load_config, option_names, options, toml_value
+from sdlora.config.toml import (
+    RENAMED,
+    load_config,
+    option_fields,
+    options,
+    renaming_note,
+    toml_value,
+    with_current_names,
+)
 from sdlora.errors import ConfigError, RenamedOptionWarning
 from sdlora.ui.pages.context import Context
 from sdlora.ui.pages.recipe import load_settings
@@ -94,7 +101,7 @@ def new_studio(tmp_path: Path) -> Studio:
 
 def test_every_renamed_option_has_a_current_name() -> None:
     assert VALUES.keys() == RENAMED.keys()
-    assert set(RENAMED.values()) <= set(option_names()) and not RENAMED.keys() & set(option_names())
+    assert set(RENAMED.values()) <= set(option_fields()) and not RENAMED.keys() & set(option_fields())
 
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)

@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 
-from sdlora.config.toml import json_schema, option_fields, option_names, parse_config
+from sdlora.config.schema import RunConfig
+from sdlora.config.toml import option_fields, parse_config
 from sdlora.errors import ConfigError
 
 
 def names(**document: object) -> list[str]:
     """The options that the message about a configuration names, in its order."""
-    any_option = "|".join(map(re.escape, option_names()))
+    any_option = "|".join(map(re.escape, option_fields()))
     named = re.findall(rf"\b(?:{any_option})\b", faults(**document))
     return list(dict.fromkeys(named))
 
@@ -22,7 +23,7 @@ def faults(**document: object) -> str:
 
 
 def test_list_of_options_is_frozen() -> None:
-    assert option_names() == [
+    assert list(option_fields()) == [
         "name", "seed", "base.path", "base.revision", "base.variant", "base.prediction_type",
         "base.clip_skip", "base.quantization", "data.folder", "data.sets", "data.validation_folder",
         "data.validation_split", "data.caption",
@@ -144,7 +145,7 @@ def test_name_that_is_a_path_is_refused() -> None:
 
 
 def test_every_option_is_described_and_in_the_schema() -> None:
-    schema = json.dumps(json_schema())
+    schema = json.dumps(RunConfig.model_json_schema())
     for name, field in option_fields().items():
         assert (field.description or "").endswith("."), name
         assert f'"{name.rpartition(".")[2]}"' in schema

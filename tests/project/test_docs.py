@@ -10,11 +10,11 @@ import pytest
 import typer
 
 from sdlora.cli.main import app
-from sdlora.config.toml import option_names
+from sdlora.config.toml import option_fields
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", ROOT / "SECURITY.md", *sorted((ROOT / "docs").rglob("*.md"))]
-OPTIONS = option_names()
+OPTIONS = list(option_fields())
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
 
 pytestmark = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

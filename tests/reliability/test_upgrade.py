@@ -16,8 +16,7 @@ from helpers.scene import Scene
 from safetensors.torch import load_file
 
 from sdlora.common.metrics import read_metrics
-from sdlora.config.renamed import RENAMED, renaming_note
-from sdlora.config.toml import load_config
+from sdlora.config.toml import RENAMED, load_config, renaming_note
 from sdlora.errors import OutputError
 from sdlora.lora_files.read import describe_lora, read_tensors
 from sdlora.lora_files.write import tensors_sha256

@@ -13,8 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from sdlora.config.renamed import renaming_notes
-from sdlora.config.toml import parse_config, read_config
+from sdlora.config.toml import parse_config, read_config, renaming_notes
 from sdlora.errors import ConfigError, SdloraError
 
 from ..html import views

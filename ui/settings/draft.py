@@ -12,9 +12,8 @@ from typing import Any
 
 from sdlora.common.bundled import BUILTIN, resolve_data_folder
 from sdlora.common.files import write_json
-from sdlora.config.renamed import RENAMED, renaming_note
 from sdlora.config.schema import RunConfig
-from sdlora.config.toml import load_config, options
+from sdlora.config.toml import RENAMED, load_config, options, renaming_note
 from sdlora.errors import ConfigError
 from sdlora.events import fields_from_json, saved_as, to_json
 from sdlora.run.estimate import Estimate

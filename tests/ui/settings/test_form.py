@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from sdlora.config.schema import RunConfig
-from sdlora.config.toml import dump_toml, json_schema, load_config, option_names, options, parse_config
+from sdlora.config.toml import dump_toml, load_config, option_fields, options, parse_config
 from sdlora.errors import ConfigError
 from sdlora.ui.pages.recipe import more_fields
 from sdlora.ui.settings import form
@@ -18,8 +18,8 @@ FIELDS = {field.name: field for field in form.fields()}
 
 
 def test_every_option_is_a_field_with_the_schemas_words() -> None:
-    assert list(FIELDS) == option_names()
-    definitions = json_schema()
+    assert list(FIELDS) == list(option_fields())
+    definitions = RunConfig.model_json_schema()
     for name, field in FIELDS.items():
         section, _, key = name.rpartition(".")
         properties = definitions["properties"]
@@ -32,7 +32,7 @@ def test_every_option_is_a_field_with_the_schemas_words() -> None:
         assert set(field.choices) == set(found.get("enum") or found.get("items", {}).get("enum") or ())
 
 
-@pytest.mark.parametrize("name", option_names())
+@pytest.mark.parametrize("name", option_fields())
 def test_what_is_shown_and_not_touched_comes_back(name: str) -> None:
     default = dict(options(RunConfig()))[name]
     assert form.entered(FIELDS[name], form.shown(FIELDS[name], default)) == default
