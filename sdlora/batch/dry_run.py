@@ -25,10 +25,8 @@ from sdlora.errors import SdloraError
 from sdlora.estimate.timing import step_seconds
 from sdlora.events import saved_as, to_json
 from sdlora.previews.sampler import draw
-from sdlora.run.arguments import Arguments
-from sdlora.run.base_pool import BasePool, forget_accelerator
 from sdlora.run.folder import RunFolder
-from sdlora.run.setup import RunContext, prepare
+from sdlora.run.setup import BasePool, RunContext, forget_accelerator, prepare
 
 
 @dataclass(frozen=True)
@@ -111,7 +109,7 @@ def estimate_jobs(jobs: Sequence[Job], folder: Path) -> list[JobEstimate]:
 def _try(name: str, config: RunConfig, folder: Path, bases: BasePool) -> JobEstimate:
     forget_accelerator()
     peak = PeakMemory()
-    context = prepare(Arguments(config), RunFolder(folder, name), bases)
+    context = prepare(config, RunFolder(folder, name), bases)
     try:
         trainer = context.trainer
         return JobEstimate(

@@ -20,9 +20,8 @@ from sdlora.common.remote import open_run
 from sdlora.config.schema import RunConfig
 from sdlora.errors import SdloraError, StoreError
 from sdlora.events import Exported
-from sdlora.run.base_pool import forget_accelerator
 from sdlora.run.run import Stopped, start
-from sdlora.run.setup import BaseSource
+from sdlora.run.setup import BaseSource, forget_accelerator
 
 
 def run_task(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) -> Iterator[Message]:

@@ -26,7 +26,7 @@ def main() -> None:
     quiet_libraries()
     from sdlora.batch.messages import Task
     from sdlora.batch.task import run_task
-    from sdlora.run.base_pool import BasePool
+    from sdlora.run.setup import BasePool
 
     tasks: queue.Queue[Task | None] = queue.Queue()
     stopping = threading.Event()

@@ -13,7 +13,6 @@ from sdlora.errors import ConfigError
 from sdlora.events import EpochDone, Event, Notice
 from sdlora.lora_files.attach import attach
 from sdlora.lora_files.read import LoraFile
-from sdlora.run.arguments import Arguments
 from sdlora.run.setup import load, make_checker, make_validation, preview_request
 
 
@@ -33,13 +32,11 @@ def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Even
     """
     if not (config.preview.enabled and config.copycheck.enabled):
         raise ConfigError("A check needs previews: set preview.enabled and copycheck.enabled to true.")
-    arguments = Arguments(config)
-    loaded = load(arguments)
+    loaded = load(config)
     adapter = attach(loaded.base.unet, file, text_encoders=loaded.base.text_encoders)
-    validation = make_validation(arguments, loaded, adapter)
-    checker = make_checker(
-        arguments, loaded, adapter, preview_request(config.preview, loaded.images.training), validation
-    )
+    validation = make_validation(config, loaded, adapter)
+    request = preview_request(config.preview, loaded.images.training)
+    checker = make_checker(config, loaded, adapter, request, validation)
     for message in loaded.notices:
         yield Notice(message)
     yield from checker.prepare(config.data.background)

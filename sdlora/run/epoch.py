@@ -14,9 +14,8 @@ from sdlora.previews.contact_sheet import contact_sheet
 from sdlora.previews.sampler import PreviewRequest, draw_epoch
 from sdlora.report.report import write_report
 from sdlora.run.export import add_thumbnail, export_epoch
-from sdlora.run.failure_hints import hints_in
 from sdlora.run.folder import RunFolder
-from sdlora.run.setup import RunContext
+from sdlora.run.setup import RunContext, hints_in
 
 
 def close_epoch(context: RunContext, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:

@@ -36,7 +36,7 @@ from sdlora.estimate.timing import step_seconds
 from sdlora.events import saved_as, to_json
 from sdlora.lora.quantize import num_weights
 from sdlora.models.architectures import Family
-from sdlora.run.arguments import Arguments
+from sdlora.run.arguments import adapter_spec, training_settings
 from sdlora.run.folder import RunFolder
 from sdlora.run.setup import RunContext, prepare
 from sdlora.training.data import TrainingData, evaluation_data
@@ -100,13 +100,13 @@ def estimate_shapes(
     edge, precision = config.data.resolution_px or shapes.resolution_px, config.train.precision
     # GPUs that train these models have bf16.
     dtype = torch.float32 if precision == "fp32" or (precision == "auto" and on_cpu) else torch.bfloat16
-    inputs = MemoryInputs(config, Arguments(config).adapter.spec, shapes, dtype, (edge, edge), on_cpu=on_cpu)
+    inputs = MemoryInputs(config, adapter_spec(config), shapes, dtype, (edge, edge), on_cpu=on_cpu)
     return _estimate(inputs, memory_bytes, exposures_per_image=config.data.repeats_range[1] * config.train.epochs)
 
 
 def count_steps(config: RunConfig, dataset: Dataset) -> int:
     """Optimizer steps of a run on images with their buckets."""
-    return len(make_schedule(Arguments(config).schedule, dataset).steps)
+    return len(make_schedule(training_settings(config), dataset).steps)
 
 
 def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
@@ -118,7 +118,7 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
     with tempfile.TemporaryDirectory() as scratch:
         # Gradients take as long for any optimizer, and this machine need not have the run's.
         simple = {"cache.dir": scratch, "copycheck.enabled": False, "train.compile": False, "train.optimizer": "adamw"}
-        context = prepare(Arguments(with_values(config, simple)), RunFolder(Path(scratch) / "run", "plan"))
+        context = prepare(with_values(config, simple), RunFolder(Path(scratch) / "run", "plan"))
         inputs, examples = memory_inputs(context, config), context.data.dataset.examples
         memory = _free_bytes(context, inputs) if memory_bytes is None else memory_bytes
         cache, steps, seconds = cache_bytes_of_run(context, config), context.trainer.total_steps, None
@@ -160,7 +160,7 @@ def memory_inputs(context: RunContext, config: RunConfig) -> MemoryInputs:
     on_cpu = context.loaded.device.type == "cpu"
     return MemoryInputs(
         config,
-        Arguments(config).adapter.spec,
+        adapter_spec(config),
         shapes_of_base(context.base),
         context.base.unet.dtype,
         max((example.bucket for example in context.data.dataset.examples), key=prod),

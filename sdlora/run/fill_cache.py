@@ -10,7 +10,6 @@ import multiprocessing
 import os
 import queue
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +23,7 @@ from sdlora.data.dataset import Example
 from sdlora.errors import SdloraError
 from sdlora.estimate.disk import cached_content
 from sdlora.events import Notice, Progress
-from sdlora.run.arguments import Arguments
+from sdlora.run.arguments import training_settings
 from sdlora.run.setup import Loaded, choose_device, fresh_base, load
 from sdlora.training.data import TrainingData, evaluation_data, training_data
 from sdlora.training.prior_preservation import schedule_prior_images
@@ -36,31 +35,22 @@ if TYPE_CHECKING:
 _POLL_SECONDS = 1.0
 
 
-@dataclass(frozen=True)
-class Share:
-    """The images and captions that one process encodes."""
-
-    examples: Sequence[Example]
-    captions: Sequence[str]
+Share = tuple[Sequence[Example], Sequence[str]]
+"""The images and captions that one process encodes."""
 
 
 def fill_cache(config: RunConfig, num_workers: int) -> Iterator[Notice | Progress]:
-    """Encode all images and captions that a run needs.
-
-    Args:
-        config: Of the run; `base`, `data`, `train` and `cache` are used.
-        num_workers: Number of processes, at least 1; each loads the base model.
+    """Encode all images and captions that a run needs, in `num_workers` processes that each load the base model.
 
     Raises:
         SdloraError: Images, base or cache cannot be used.
     """
-    loaded = load(Arguments(config))
+    loaded = load(config)
     for message in loaded.notices:
         yield Notice(message)
     examples, captions = _needed(config, loaded)
-    shares = [Share(examples[index::num_workers], captions[index::num_workers]) for index in range(num_workers)]
-    total = len(examples) + len(captions)
-    done = 0
+    shares = [(examples[index::num_workers], captions[index::num_workers]) for index in range(num_workers)]
+    total, done = len(examples) + len(captions), 0
     num_threads = max(1, (os.cpu_count() or 1) // num_workers)
     context = multiprocessing.get_context("spawn")
     results: Queue[str | None] = context.Queue()
@@ -93,25 +83,25 @@ def fill_cache(config: RunConfig, num_workers: int) -> Iterator[Notice | Progres
 
 def _needed(config: RunConfig, loaded: Loaded) -> tuple[list[Example], list[str]]:
     """All images of a run, and its captions without repetition: of its exposures and of the copy check."""
-    arguments, cache = Arguments(config), loaded.cache
-    text_is_trained = arguments.text_is_trained
-    schedule = make_schedule(arguments.schedule, loaded.images.training)
+    settings, images, cache = training_settings(config), loaded.images, loaded.cache
+    is_live = settings.text_is_trained
+    schedule = make_schedule(settings, images.training)
     sources: list[tuple[TrainingData, list[Exposure] | None]] = [
-        (training_data(arguments.captions, loaded.images.training, cache), list(schedule.timesteps)),
-        (evaluation_data(loaded.images.training, cache, text_is_trained=text_is_trained), None),
+        (training_data(settings, images.training, cache), list(schedule.timesteps)),
+        (evaluation_data(images.training, cache, text_is_trained=is_live), None),
     ]
-    if loaded.images.prior is not None:
-        beside = schedule_prior_images(arguments.schedule, loaded.images.prior, schedule)
-        sources.append((training_data(arguments.captions, loaded.images.prior, cache), list(beside.timesteps)))
-    if loaded.images.validation is not None:
-        sources.append((evaluation_data(loaded.images.validation, cache, text_is_trained=text_is_trained), None))
+    if images.prior is not None:
+        beside = schedule_prior_images(settings, images.prior, schedule)
+        sources.append((training_data(settings, images.prior, cache), list(beside.timesteps)))
+    if images.validation is not None:
+        sources.append((evaluation_data(images.validation, cache, text_is_trained=is_live), None))
     examples, captions = cached_content(sources)
-    return examples, [] if text_is_trained else captions
+    return examples, [] if is_live else captions
 
 
 def _fill(cache: Cache, share: Share, background: str) -> Iterator[Progress]:
-    yield from cache.fill_moments(share.examples, background)
-    yield from cache.fill_text(share.captions)
+    yield from cache.fill_moments(share[0], background)
+    yield from cache.fill_text(share[1])
 
 
 def _work(config: RunConfig, share: Share, num_threads: int, results: Queue[str | None]) -> None:

@@ -19,6 +19,7 @@ import torch
 from sdlora.common.device_lock import device_lock, take_turns
 from sdlora.common.files import atomic_path, disk_full_errors, remove_partial
 from sdlora.config.schema import RunConfig
+from sdlora.config.schema_training import MAX_EPOCHS
 from sdlora.config.toml import dump_toml
 from sdlora.copycheck.verdict import EpochCheck, read_checks, recommend
 from sdlora.errors import DivergedError, OutOfMemoryError, ProcessLostError, SdloraError
@@ -36,16 +37,13 @@ from sdlora.events import (
     RunDone,
     StepRehearsed,
 )
-from sdlora.run.arguments import Arguments
-from sdlora.run.compatibility import limits_elsewhere
 from sdlora.run.epoch import close_epoch, write_page
 from sdlora.run.estimate import check_disks, memory_of_run
-from sdlora.run.export import caption_metadata
-from sdlora.run.failure_hints import diverged_message, hints_in
+from sdlora.run.export import caption_metadata, limits_elsewhere
 from sdlora.run.folder import Recorder, RunFolder
 from sdlora.run.model_card import write_card
 from sdlora.run.resume import check_same_content, image_identities, load_newest, pinned, resumed_config
-from sdlora.run.setup import BaseSource, RunContext, choose_device, fresh_base, prepare
+from sdlora.run.setup import BaseSource, RunContext, choose_device, fresh_base, hints_in, prepare
 from sdlora.training.checkpoint import complete_checkpoints, save_checkpoint, tidy_checkpoints
 from sdlora.training.distributed import Processes, join
 
@@ -85,8 +83,7 @@ def start(
     processes = join(config.train.device)
     folder = RunFolder(output, config.name or "lora")
     if not processes.is_main:
-        arguments = Arguments(config)
-        _follow(arguments, folder, should_stop, processes)
+        _follow(config, folder, should_stop, processes)
         return
     folder.check(resume=resume)
     with ExitStack() as held:
@@ -99,8 +96,7 @@ def start(
             yield from take_turns(lock, f"sdlora train in {output}", held, wait=wait, should_stop=should_stop)
             if should_stop():
                 raise Stopped
-        arguments = Arguments(config)
-        context = _prepare(arguments, folder, bases, processes)
+        context = _prepare(config, folder, bases, processes)
         check_disks(context, resume=resume)
         if not resume:
             held.enter_context(folder.occupied("sdlora train"))
@@ -112,10 +108,9 @@ def start(
         yield from _recorded(context, resume, should_stop, begin)
 
 
-def _prepare(arguments: Arguments, folder: RunFolder, bases: BaseSource, processes: Processes) -> RunContext:
-    config = arguments.config
+def _prepare(config: RunConfig, folder: RunFolder, bases: BaseSource, processes: Processes) -> RunContext:
     try:
-        context = prepare(arguments, folder, bases, processes)
+        context = prepare(config, folder, bases, processes)
     except torch.OutOfMemoryError as error:
         message = out_of_memory_message(config, "load", config.data.resolution_px or 512)
         raise OutOfMemoryError(f"{message} {error}") from error
@@ -157,6 +152,14 @@ def _recorded(context: RunContext, resume: bool, should_stop: Callable[[], bool]
         context.adapter.remove()
         context.trainer.processes.leave()
     recorder.finish("done")
+
+
+def diverged_message(message: str, folder: RunFolder) -> str:
+    """What to say when the loss or the adapter is no longer finite: the cause, and the last epoch that is good."""
+    whole = [number for number in range(1, MAX_EPOCHS + 1) if folder.epoch_lora(number).exists()]
+    if not whole:
+        return f"{message} No epoch was finished before."
+    return f"{message} The last good epoch is kept: {folder.epoch_lora(whole[-1])}."
 
 
 # --- The stages of a run -------------------------------------------------------------------------------------------
@@ -278,7 +281,7 @@ def _export(context: RunContext, epoch: int, reason: str) -> Iterator[Event]:
     write_page(context, [reason, verified, *limits], kept=epoch)
 
 
-def _follow(arguments: Arguments, folder: RunFolder, should_stop: Callable[[], bool], processes: Processes) -> None:
+def _follow(config: RunConfig, folder: RunFolder, should_stop: Callable[[], bool], processes: Processes) -> None:
     """Take part in a run as a process other than the main one: compute a share of every batch, write nothing.
 
     Raises:
@@ -286,7 +289,7 @@ def _follow(arguments: Arguments, folder: RunFolder, should_stop: Callable[[], b
         Stopped: The processes agreed to stop.
     """
     try:
-        context = prepare(arguments, folder, processes=processes)
+        context = prepare(config, folder, processes=processes)
         processes.agree("")
         for _ in _fill_training_cache(context):
             pass  # from the disk, where the main process has just put it

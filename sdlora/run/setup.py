@@ -1,16 +1,18 @@
-"""What a run works with, checked and loaded before anything is written.
+"""What a run works with, checked and loaded before anything is written, and the base model that processes keep.
 
 The second step of a run, after its folder was checked; also used by estimates, the cache and the check of a file.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
 
 from sdlora.cache.tensors import Cache
 from sdlora.config.schema import PreviewConfig, RunConfig
@@ -18,16 +20,17 @@ from sdlora.copycheck.checker import Checker, Subject
 from sdlora.copycheck.embedders import load_embedders
 from sdlora.copycheck.null_distribution import make_gallery
 from sdlora.data.dataset import Dataset
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, OutOfMemoryError
+from sdlora.estimate.hints import Stage, out_of_memory_message
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel, weights_identity
-from sdlora.models.load import load_base
+from sdlora.models.load import LoadOptions, load_base
+from sdlora.models.text import TextOptions
 from sdlora.previews.prompts import novel_prompts
 from sdlora.previews.sampler import PreviewRequest
-from sdlora.run.arguments import Arguments
+from sdlora.run.arguments import make_adapter, text_is_trained, training_settings
 from sdlora.run.datasets import Images, fit_images, read_images
 from sdlora.run.folder import RunFolder
-from sdlora.training.adapter import make_adapter
 from sdlora.training.data import TrainingData, evaluation_data, training_data
 from sdlora.training.distributed import ALONE, Processes
 from sdlora.training.trainer import Trainer
@@ -45,10 +48,8 @@ class Loaded:
     """Images and base model, before there is an adapter.
 
     Attributes:
-        base: Its networks, without adapters.
-        identity: A hash of its UNet.
+        identity: A hash of the UNet.
         images: Their buckets assigned.
-        cache: Of latents, text embeddings and what the copy check compares with.
         device: Where the UNet is.
         precision: What it computes in, such as "bf16".
         notices: What the user should know, a sentence each; grows until training starts.
@@ -68,11 +69,7 @@ class RunContext:
     """What the stages of a run share.
 
     Attributes:
-        config: What the user asked for.
-        folder: Where the run's files go.
-        loaded: Images and base model.
-        trainer: Trains the adapter.
-        validation: Measures it on validation images, or None.
+        validation: Measures the adapter on validation images, or None.
         previews: What is drawn after every epoch, or None.
         checker: Draws previews and checks whether they are copies, or None.
     """
@@ -101,13 +98,22 @@ class RunContext:
         return self.trainer.data
 
 
-def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> BaseModel:
-    """Load the base model of a configuration.
+@contextmanager
+def hints_in(stage: Stage, context: RunContext) -> Iterator[None]:
+    """Say what to set if the device runs out of memory inside the block, at a stage of a run.
 
-    Args:
-        config: `base` is read, and whether the noise schedule ends in pure noise.
-        device: Where to compute.
-        dtype: The frozen UNet's type.
+    Raises:
+        OutOfMemoryError: The device ran out of memory.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        resolution_px = context.config.data.resolution_px or context.base.resolution_px
+        raise OutOfMemoryError(out_of_memory_message(context.config, stage, resolution_px)) from error
+
+
+def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> BaseModel:
+    """Load the base model of a configuration, its frozen UNet in a type.
 
     Raises:
         SdloraError: There is no such base model, or it cannot be used that way.
@@ -115,19 +121,59 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
     if device.type == "cuda":
         # VAE and text encoders stay in float32; beside a 16-bit UNet, TF32 is fine enough for their products.
         torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
-    base = load_base(config.base.path, device=device, dtype=dtype, options=Arguments(config).load_options)
+    text = TextOptions(config.base.clip_skip, config.data.max_token_windows)
+    options = LoadOptions(
+        config.base.revision, config.base.variant, config.base.prediction_type, text, config.base.quantization
+    )
+    base = load_base(config.base.path, device=device, dtype=dtype, options=options)
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
     return base
 
 
-def load(arguments: Arguments, bases: BaseSource = fresh_base) -> Loaded:
+class BasePool:
+    """The base model that a process keeps between runs and previews, a `BaseSource`.
+
+    It is loaded again for another base, or if an adapter was left in it.
+    """
+
+    def __init__(self) -> None:
+        self._key: object = None
+        self._base: BaseModel | None = None
+        self._modules: list[object] = []
+
+    def __call__(self, config: RunConfig, device: torch.device, dtype: torch.dtype) -> BaseModel:
+        """The base of a configuration; see `fresh_base`."""
+        key = (config.base, config.data.max_token_windows, device, dtype, config.loss.zero_terminal_snr)
+        # A run that failed while its adapter was being injected leaves other modules, or hooks, behind.
+        if self._base is None or key != self._key or _modules(self._base) != self._modules:
+            self._base = None  # before the next one is loaded, so that memory never holds two
+            self._base = fresh_base(config, device, dtype)
+            self._key, self._modules = key, _modules(self._base)
+        return self._base
+
+
+def _modules(base: BaseModel) -> list[object]:
+    """The modules of a base's networks, with their hooks."""
+    return [
+        (name, id(module), *module._forward_hooks, *module._forward_pre_hooks)
+        for network in (base.unet, *base.text_encoders)
+        for name, module in network.named_modules()
+    ]
+
+
+def forget_accelerator() -> None:
+    """Let the next run choose its own precision; Accelerate keeps that of a process's first run."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def load(config: RunConfig, bases: BaseSource = fresh_base) -> Loaded:
     """Check and load images and base model.
 
     Raises:
         SdloraError: Anything is wrong with them.
     """
-    config = arguments.config
     device, dtype, precision = choose_device(config.train.device, config.train.precision)
     # Images are checked before the base model is loaded, which may take minutes.
     images = read_images(config.data, config.seed)
@@ -146,121 +192,92 @@ def load(arguments: Arguments, bases: BaseSource = fresh_base) -> Loaded:
 
 
 def prepare(
-    arguments: Arguments, folder: RunFolder, bases: BaseSource = fresh_base, processes: Processes = ALONE
+    config: RunConfig, folder: RunFolder, bases: BaseSource = fresh_base, processes: Processes = ALONE
 ) -> RunContext:
-    """Check and load everything that a run needs.
-
-    Args:
-        arguments: What to do.
-        folder: The run's folder, which is not touched.
-        bases: Where the base model comes from.
-        processes: Those that share every batch.
+    """Check and load everything that a run needs; its folder is not touched.
 
     Raises:
         SdloraError: Anything is wrong with the settings, the images or the base model.
     """
-    config = arguments.config
-    loaded = load(arguments, bases)
-    adapter = make_adapter(arguments.adapter, loaded.base)
-    trainer = _make_trainer(arguments, loaded, adapter, processes)
-    loaded.notices.extend(
-        [
-            *_high_rank(max(config.lora.ranks())),
-            *_unreached(trainer),
-            *_limit_text_cache(trainer, loaded.cache, config.cache.max_text_gib),
-        ]
-    )
-    validation = make_validation(arguments, loaded, adapter)
+    loaded = load(config, bases)
+    adapter = make_adapter(config, loaded.base)
+    trainer = _make_trainer(config, loaded, adapter, processes)
+    loaded.notices.extend(_notices(config, trainer, loaded.cache))
+    validation = make_validation(config, loaded, adapter)
     previews = preview_request(config.preview, loaded.images.training) if config.preview.enabled else None
     checker = None
     if previews is not None and config.copycheck.enabled:
-        checker = make_checker(arguments, loaded, adapter, previews, validation)
+        checker = make_checker(config, loaded, adapter, previews, validation)
     return RunContext(config, folder, loaded, trainer, validation, previews, checker)
 
 
-def _make_trainer(arguments: Arguments, loaded: Loaded, adapter: Adapter, processes: Processes) -> Trainer:
+def _make_trainer(config: RunConfig, loaded: Loaded, adapter: Adapter, processes: Processes) -> Trainer:
     images, on_cpu = loaded.images, loaded.device.type == "cpu"
-    data = training_data(arguments.captions, images.training, loaded.cache)
-    prior = None if images.prior is None else training_data(arguments.captions, images.prior, loaded.cache)
+    settings = training_settings(config)
+    data = training_data(settings, images.training, loaded.cache)
+    prior = None if images.prior is None else training_data(settings, images.prior, loaded.cache)
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")
-    trainer = Trainer(arguments.training, loaded.base, adapter, data, accelerator, prior, processes)
-    warmup_steps = arguments.optimizer.warmup_steps
-    if warmup_steps >= trainer.total_steps:
+    trainer = Trainer(settings, adapter, data, accelerator, prior, processes)
+    if settings.warmup_steps >= trainer.total_steps:
         raise ConfigError(
-            f"train.warmup_steps = {warmup_steps} never ends in {trainer.total_steps} steps. Choose a tenth of them or "
-            "less, or raise data.repeats."
+            f"train.warmup_steps = {settings.warmup_steps} never ends in {trainer.total_steps} steps. Choose a tenth "
+            "of them or less, or raise data.repeats."
         )
     return trainer
 
 
-def _high_rank(rank: int) -> list[str]:
-    if rank <= HIGH_RANK:
-        return []
-    return [
-        f"Rank {rank} needs more memory and copies the training images more easily than rank 8 to {HIGH_RANK}. Compare "
-        "a lower rank before you keep it."
-    ]
-
-
-def _unreached(trainer: Trainer) -> list[str]:
-    """Says how many images for prior preservation the run is too short for."""
+def _notices(config: RunConfig, trainer: Trainer, cache: Cache) -> Iterator[str]:
+    """What the user should know; decides as well whether the cache keeps the embeddings of all captions."""
+    if (rank := max(config.lora.ranks())) > HIGH_RANK:
+        yield (
+            f"Rank {rank} needs more memory and copies the training images more easily than rank 8 to {HIGH_RANK}. "
+            "Compare a lower rank before you keep it."
+        )
     for term in trainer.terms[1:]:
         known, reached = len(term.loss.data.dataset.examples), len({e.example for e in term.schedule.timesteps})
         if reached < known:
-            return [
+            yield (
                 f"{known - reached} of {known} images of data.preservation_folder are not reached in a run of this "
                 "length."
-            ]
-    return []
-
-
-def _limit_text_cache(trainer: Trainer, cache: Cache, max_text_gib: float) -> list[str]:
-    """Encode captions at every exposure if keeping all of them would take too much space; says so."""
-    if trainer.data.text_is_trained:
-        return []
-    captions = {caption for term in trainer.terms for caption in term.loss.data.captions(term.schedule.timesteps)}
-    needed_gib = cache.text_bytes(len(captions)) / 2**30
-    cache.keeps_text = needed_gib <= max_text_gib
-    if cache.keeps_text:
-        return []
-    return [
-        f"{len(captions):,} different captions would take {needed_gib:.2g} GiB (cache.max_text_gib = "
-        f"{max_text_gib:g}), so each is encoded at its exposure: a step takes a little longer, and the result is the "
-        "same."
-    ]
+            )
+    if not trainer.data.text_is_trained:
+        captions = {caption for term in trainer.terms for caption in term.loss.data.captions(term.schedule.timesteps)}
+        needed_gib, max_gib = cache.text_bytes(len(captions)) / 2**30, config.cache.max_text_gib
+        cache.keeps_text = needed_gib <= max_gib
+        if not cache.keeps_text:
+            yield (
+                f"{len(captions):,} different captions would take {needed_gib:.2g} GiB (cache.max_text_gib = "
+                f"{max_gib:g}), so each is encoded at its exposure: a step takes a little longer, and the result is "
+                "the same."
+            )
 
 
 def make_checker(
-    arguments: Arguments, loaded: Loaded, adapter: Adapter, previews: PreviewRequest, validation: Validation | None
+    config: RunConfig, loaded: Loaded, adapter: Adapter, previews: PreviewRequest, validation: Validation | None
 ) -> Checker:
     """The copy check of an adapter against the images that were loaded with its base model.
 
     A network that was asked for and is not available is reported in the notices.
     """
-    config, images = arguments.config, loaded.images
+    images, copycheck = loaded.images, config.copycheck
     gallery = make_gallery(images.training, images.validation, config.data.background)
-    copycheck = config.copycheck
     embedders, missing = load_embedders(sscd=copycheck.sscd, dinov2=copycheck.dinov2, device=loaded.device)
     loaded.notices.extend(missing)
-    data = evaluation_data(images.training, loaded.cache, text_is_trained=arguments.text_is_trained)
+    data = evaluation_data(images.training, loaded.cache, text_is_trained=text_is_trained(config))
     subject = Subject(adapter, data, validation, loaded.identity, config.seed)
     return Checker(subject, previews, gallery, embedders)
 
 
-def make_validation(arguments: Arguments, loaded: Loaded, adapter: Adapter) -> Validation | None:
+def make_validation(config: RunConfig, loaded: Loaded, adapter: Adapter) -> Validation | None:
     """Measures an adapter on the validation images, if there are any."""
     if loaded.images.validation is None:
         return None
-    data = evaluation_data(loaded.images.validation, loaded.cache, text_is_trained=arguments.text_is_trained)
-    return Validation(data, adapter, arguments.config.seed)
+    data = evaluation_data(loaded.images.validation, loaded.cache, text_is_trained=text_is_trained(config))
+    return Validation(data, adapter, config.seed)
 
 
 def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype, str]:
-    """The device to train on, the frozen UNet's type, and its name.
-
-    Args:
-        name: `train.device`.
-        precision: `train.precision`.
+    """The device to train on, the frozen UNet's type, and its name, by `train.device` and `train.precision`.
 
     Raises:
         ConfigError: The device is not available, or fp16 is set for a CPU.

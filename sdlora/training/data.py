@@ -6,7 +6,7 @@ per distinct caption and never in the loop, unless it is trained itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -17,6 +17,7 @@ from sdlora.data.captions import caption_for_exposure, prior_caption
 from sdlora.data.dataset import Dataset
 from sdlora.events import Progress
 from sdlora.models.base import TextEmbeddings
+from sdlora.training.settings import TrainingSettings
 
 CaptionForExposure = Callable[[int, int], str]
 
@@ -26,7 +27,6 @@ class TrainingData:
     """A dataset and its cached tensors.
 
     Args:
-        dataset: The images.
         cache: Filled with the moments and captions of the exposures that are read.
         caption: (index of the example, exposure) to the caption of that exposure.
         prior_caption: The same to the caption with a class word, for prior preservation; None without class words.
@@ -84,28 +84,7 @@ class TrainingData:
         return text | base.size_conditions([self.dataset.examples[index] for index, _ in exposures])
 
 
-@dataclass(frozen=True)
-class CaptionSettings:
-    """What becomes of captions at an exposure.
-
-    Attributes:
-        shuffle_tags: Shuffle their comma-separated parts.
-        keep_tags: How many parts stay in front, at least 0.
-        dropout: Share of exposures without a caption, in [0, 1].
-        class_words: Words in the trigger's place, for prior preservation; none if empty.
-        text_is_trained: The adapter is on the text encoder, too.
-        seed: The run's seed.
-    """
-
-    shuffle_tags: bool
-    keep_tags: int
-    dropout: float
-    class_words: Sequence[str]
-    text_is_trained: bool
-    seed: int
-
-
-def training_data(settings: CaptionSettings, dataset: Dataset, cache: Cache) -> TrainingData:
+def training_data(settings: TrainingSettings, dataset: Dataset, cache: Cache) -> TrainingData:
     """A dataset with a caption for every exposure."""
 
     def caption(index: int, exposure: int) -> str:
@@ -115,7 +94,7 @@ def training_data(settings: CaptionSettings, dataset: Dataset, cache: Cache) -> 
             trigger=example.trigger,
             shuffle_tags=settings.shuffle_tags,
             keep_tags=settings.keep_tags,
-            dropout=settings.dropout,
+            dropout=settings.caption_dropout,
             seed=settings.seed,
             example=example.name,
             exposure=exposure,

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
 import torch
 from torch import Tensor
@@ -21,37 +20,10 @@ from sdlora.diffusion.noise import add_noise, prediction_target
 from sdlora.models.base import BaseModel, TextEmbeddings
 from sdlora.training.data import TrainingData
 from sdlora.training.schedule import ExposureSchedule
+from sdlora.training.settings import TrainingSettings
 
 Error = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 """(predicted, target, weights), (B, C, h, w) twice and (B, 1, h, w) or None, to a loss per example, (B,)."""
-
-
-@dataclass(frozen=True)
-class LossSettings:
-    """How predictions are compared with the target.
-
-    Attributes:
-        kind: Squared error, or Huber's.
-        huber_delta: Errors above this count linearly, above 0.
-        weighting: The weighting's name, as `loss_weight` takes it.
-        gamma: The weighting's parameter; its default if None.
-        mask_floor: Weight of masked places, in [0, 1).
-        noise_offset: Strength of noise that shifts whole channels, in [0, 1].
-        seed: The run's seed, for the noise.
-    """
-
-    kind: Literal["mse", "huber"]
-    huber_delta: float
-    weighting: str
-    gamma: float | None
-    mask_floor: float
-    noise_offset: float
-    seed: int
-
-    @property
-    def error(self) -> Error:
-        """The loss per example that `kind` names."""
-        return mse_per_example if self.kind == "mse" else partial(huber_per_example, delta=self.huber_delta)
 
 
 @dataclass(frozen=True)
@@ -81,44 +53,35 @@ class ExposureLoss:
     """The loss of exposures of one set of images; noise is a function of (seed, image, exposure).
 
     Args:
-        base: The model, with the adapter in it.
-        data: The images, their cache filled for every exposure that is asked for.
+        data: Its cache is filled for every exposure that is asked for.
         settings: How predictions are compared with the target.
         extra: Computes the loss together with what is added to it; None adds nothing.
     """
 
-    def __init__(
-        self, base: BaseModel, data: TrainingData, settings: LossSettings, extra: ExtraLoss | None = None
-    ) -> None:
-        self.base, self.data, self.settings, self.extra = base, data, settings, extra
+    def __init__(self, data: TrainingData, settings: TrainingSettings, extra: ExtraLoss | None = None) -> None:
+        self.base, self.data, self.settings, self.extra = data.cache.base, data, settings, extra
+        huber = partial(huber_per_example, delta=settings.huber_delta)
+        self._error: Error = mse_per_example if settings.kind == "mse" else huber
 
     def __call__(self, exposures: Sequence[Exposure], timesteps: Sequence[int]) -> tuple[Tensor, Tensor]:
-        """The loss of a batch at given timesteps.
-
-        Args:
-            exposures: B of them, of images of one size.
-            timesteps: One for each.
+        """The loss of B exposures of images of one size at given timesteps.
 
         Returns:
             The loss before any weighting, and the objective that is minimised, each (B,) float32.
         """
-        batch = self.batch(exposures, timesteps)
+        latents, noise = self.latents_and_noise(exposures)
+        text = self.data.text([(exposure.example, exposure.number) for exposure in exposures])
+        batch = Batch(latents, noise, torch.tensor(list(timesteps)), text, self._mask_weights(exposures, latents))
         if self.extra is None:
-            loss, extra = diffusion_loss(self.base, batch, self.settings.error), None
+            loss, extra = diffusion_loss(self.base, batch, self._error), None
         else:
-            loss, extra = self.extra(batch, exposures, self.settings.error)
+            loss, extra = self.extra(batch, exposures, self._error)
         alphas_cumprod = self.base.alphas_cumprod[batch.timesteps.to(self.base.device)]
         weight = loss_weight(self.settings.weighting, alphas_cumprod, self.base.prediction_type, self.settings.gamma)
         return loss, weight * loss if extra is None else weight * loss + extra
 
-    def batch(self, exposures: Sequence[Exposure], timesteps: Sequence[int]) -> Batch:
-        """The tensors of exposures, on the CPU."""
-        latents, noise = self.latents_and_noise(exposures)
-        text = self.data.text([(exposure.example, exposure.number) for exposure in exposures])
-        return Batch(latents, noise, torch.tensor(list(timesteps)), text, self._mask_weights(exposures, latents))
-
     def latents_and_noise(self, exposures: Sequence[Exposure]) -> tuple[Tensor, Tensor]:
-        """Latents drawn from the VAE's posterior, and the noise that is added to them, each (B, C, h, w)."""
+        """Latents drawn from the VAE's posterior, and the noise that is added to them, each (B, C, h, w) on the CPU."""
         moments = self.data.moments(exposure.example for exposure in exposures)
         names = [(self.data.name(exposure.example), exposure.number) for exposure in exposures]
         num_channels, height, width = moments.shape[1] // 2, *moments.shape[2:]
@@ -147,9 +110,8 @@ class Term:
     """One term of the objective: in every step, the mean over its exposures times its weight.
 
     Attributes:
-        loss: The loss of its images.
-        schedule: Their exposures, by optimizer step.
-        weight: What its mean is multiplied by, above 0.
+        schedule: The exposures of its images.
+        weight: Above 0.
     """
 
     loss: ExposureLoss
@@ -158,12 +120,7 @@ class Term:
 
 
 def diffusion_loss(base: BaseModel, batch: Batch, error: Error = mse_per_example) -> Tensor:
-    """The simple loss of each example at its timestep.
-
-    Args:
-        base: The model, its adapter in whatever state it is.
-        batch: On any device.
-        error: Compares prediction and target.
+    """The simple loss of each example of a batch, on any device, at its timestep.
 
     Returns:
         (B,) float32 on the base model's device.

@@ -1,4 +1,4 @@
-"""Optimizers by name, each from its own library, and parameter groups with their own learning rates.
+"""Optimizers by name, each from its own library, the learning rate of each step, and groups with rates of their own.
 
 Made by the training step; the groups come from the adapter.
 """
@@ -6,9 +6,9 @@ Made by the training step; the groups come from the adapter.
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -18,32 +18,19 @@ from sdlora.errors import ConfigError
 from sdlora.lora.dora import DoraLayer
 from sdlora.lora.inject import Adapter
 from sdlora.lora.targets import TEXT_ENCODER
-from sdlora.training.lr_schedule import LrSchedule
+from sdlora.training.settings import LrSchedule
 
-
-@dataclass(frozen=True)
-class OptimizerSettings:
-    """Which optimizer, and its learning rates.
-
-    Attributes:
-        name: "adamw", "adamw8bit", "prodigy", "adafactor", "lion" or "schedule_free".
-        learning_rate: The highest learning rate, above 0.
-        lr_schedule: The learning rate after the warm-up.
-        warmup_steps: Steps over which it rises from zero.
-        loraplus_lr_ratio: The learning rate of B over that of A, at least 1.
-        text_encoder_factor: The text encoder's learning rate over the UNet's, above 0.
-        weight_decay: Decay towards zero of the groups that decay, at least 0.
-        ema_decay: Decay of the moving average of the parameters, in [0, 1); 0 is off.
-    """
-
-    name: str
-    learning_rate: float
-    lr_schedule: LrSchedule = "constant"
-    warmup_steps: int = 0
-    loraplus_lr_ratio: float = 1.0
-    text_encoder_factor: float = 1.0
-    weight_decay: float = 0.0
-    ema_decay: float = 0.0
+# Module, class and arguments.
+_OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
+    "adamw": ("torch.optim", "AdamW", {}),
+    "adamw8bit": ("bitsandbytes.optim", "AdamW8bit", {}),
+    # As its authors advise for diffusion models.
+    "prodigy": ("prodigyopt", "Prodigy", {"use_bias_correction": True, "safeguard_warmup": True}),
+    # Not torch's, which multiplies the rate by the parameter's size: zero for B at the start.
+    "adafactor": ("transformers.optimization", "Adafactor", {"scale_parameter": False, "relative_step": False}),
+    "lion": ("lion_pytorch", "Lion", {}),
+    "schedule_free": ("schedulefree", "AdamWScheduleFree", {}),
+}
 
 
 @dataclass(frozen=True)
@@ -59,6 +46,25 @@ class Group:
     parameters: Sequence[nn.Parameter]
     rate_factor: float
     decays: bool = True
+
+
+def learning_rate(step: int, total_steps: int, peak: float, schedule: LrSchedule, warmup_steps: int) -> float:
+    """The learning rate of one optimizer step, in [0, peak].
+
+    Args:
+        step: From 1 to `total_steps`.
+        total_steps: Of the run.
+        peak: The highest learning rate.
+        schedule: "constant" keeps the peak after the warm-up, "cosine" falls to zero along half a cosine
+            (Loshchilov & Hutter 1608.03983, equation 5 without restarts).
+        warmup_steps: Steps over which the rate rises linearly to the peak.
+    """
+    if step <= warmup_steps:
+        return peak * step / warmup_steps
+    if schedule == "constant":
+        return peak
+    progress = (step - warmup_steps - 1) / max(1, total_steps - warmup_steps)
+    return peak * 0.5 * (1 + math.cos(math.pi * progress))
 
 
 def adapter_groups(adapter: Adapter, loraplus_lr_ratio: float, text_encoder_factor: float) -> list[Group]:
@@ -91,12 +97,16 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         options["lr"] = rate * options["rate_factor"]
 
 
-def make_optimizer(settings: OptimizerSettings, groups: Sequence[Group]) -> torch.optim.Optimizer:
+def make_optimizer(
+    name: str, groups: Sequence[Group], *, learning_rate: float, weight_decay: float = 0.0
+) -> torch.optim.Optimizer:
     """An optimizer in training mode.
 
     Args:
-        settings: Which optimizer.
+        name: "adamw", "adamw8bit", "prodigy", "adafactor", "lion" or "schedule_free".
         groups: The parameters it trains, all on one device.
+        learning_rate: Above 0; of a group whose factor is 1.
+        weight_decay: Decay towards zero of the groups that decay, at least 0.
 
     Raises:
         ConfigError: The optimizer's package, or the GPU it needs, is missing.
@@ -104,62 +114,34 @@ def make_optimizer(settings: OptimizerSettings, groups: Sequence[Group]) -> torc
     Source: AdamW 1711.05101, 8-bit AdamW 2110.02861, Prodigy 2306.06101, Adafactor 1804.04235, Lion 2302.06675,
     schedule-free AdamW 2405.15682.
     """
-    # The decay is set per group, because Prodigy prints a line if it is an argument.
-    options: list[dict[str, Any]] = [
-        {
-            "params": list(group.parameters),
-            "lr": settings.learning_rate * group.rate_factor,
-            "weight_decay": settings.weight_decay if group.decays else 0.0,
-            "rate_factor": group.rate_factor,
-        }
-        for group in groups
-    ]
-    made = _construct(settings.name, options, groups[0].parameters[0].device)
-    if settings.name == "schedule_free":
-        made.train()  # type: ignore[attr-defined]
-    return made
-
-
-def _construct(name: str, options: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
-    made: torch.optim.Optimizer
-    if name == "adamw":
-        made = torch.optim.AdamW(options)
-    elif name == "adamw8bit":
-        made = _eight_bit_adamw(options, device)
-    elif name == "prodigy":
-        # As its authors advise for diffusion models.
-        made = _library("prodigyopt", name).Prodigy(options, use_bias_correction=True, safeguard_warmup=True)
-    elif name == "adafactor":
-        # Not torch's, which multiplies the rate by the parameter's size: zero for B at the start.
-        adafactor = importlib.import_module("transformers.optimization").Adafactor
-        made = adafactor(options, scale_parameter=False, relative_step=False)
-    elif name == "lion":
-        made = _library("lion_pytorch", name).Lion(options)
-    elif name == "schedule_free":
-        made = _library("schedulefree", name).AdamWScheduleFree(options)
-    else:
-        raise AssertionError(f"{name} is not in the schema")
-    return made
-
-
-def _eight_bit_adamw(options: list[dict[str, Any]], device: torch.device) -> torch.optim.Optimizer:
-    if device.type != "cuda":
+    device = groups[0].parameters[0].device
+    if name == "adamw8bit" and device.type != "cuda":
         raise ConfigError(
             f"train.optimizer = 'adamw8bit' needs a GPU, and this run is on {device.type}. "
             "Choose 'adamw', the same in 32 bits."
         )
-    made: torch.optim.Optimizer = _library("bitsandbytes", "adamw8bit").optim.AdamW8bit(options)
-    return made
-
-
-def _library(module: str, name: str) -> ModuleType:
+    # The decay is set per group, because Prodigy prints a line if it is an argument.
+    options: list[dict[str, Any]] = [
+        {
+            "params": list(group.parameters),
+            "lr": learning_rate * group.rate_factor,
+            "weight_decay": weight_decay if group.decays else 0.0,
+            "rate_factor": group.rate_factor,
+        }
+        for group in groups
+    ]
+    module, kind, arguments = _OPTIMIZERS[name]
+    package = module.partition(".")[0]
     try:
-        return importlib.import_module(module)
+        made: torch.optim.Optimizer = getattr(importlib.import_module(module), kind)(options, **arguments)
     except ModuleNotFoundError as error:
-        if error.name != module:
+        if error.name != package:
             raise
-        extra = "bitsandbytes" if module == "bitsandbytes" else "optimizers"
+        extra = "bitsandbytes" if package == "bitsandbytes" else "optimizers"
         raise ConfigError(
-            f"train.optimizer = '{name}' needs the package {module.replace('_', '-')}, which is not installed. "
+            f"train.optimizer = '{name}' needs the package {package.replace('_', '-')}, which is not installed. "
             f"Run: pip install 'sdlora[{extra}]', or choose 'adamw'."
         ) from error
+    if name == "schedule_free":
+        made.train()  # type: ignore[attr-defined]
+    return made

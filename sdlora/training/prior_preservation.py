@@ -8,7 +8,6 @@ Shapes: B batch, K of it compared with the base model, C latent channels, h/w la
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import chain, count, islice
 
 import torch
@@ -22,49 +21,31 @@ from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel, TextEmbeddings
 from sdlora.training.data import TrainingData
 from sdlora.training.loss import Batch, Error, diffusion_loss, noised, on_device, text_on_device
-from sdlora.training.schedule import ExposureSchedule, ScheduleSettings, with_timesteps
-
-
-@dataclass(frozen=True)
-class PriorSettings:
-    """How strongly the prior is preserved.
-
-    Attributes:
-        weight: The term's weight beside 1 for the training images, at least 0.
-        every: With class words, one in this many exposures is compared with the base model, and counts this often.
-    """
-
-    weight: float
-    every: int = 1
+from sdlora.training.schedule import ExposureSchedule, with_timesteps
+from sdlora.training.settings import TrainingSettings
 
 
 class ClassWords:
     """Adds how far the adapter moves the base model's predictions for captions with a class word as the subject.
 
+    One in `preservation_every` exposures is compared, and counts this often.
+
     Args:
-        base: The model, with the adapter in it.
         adapter: Switched off for the predictions that are to be kept.
         data: Its captions with class words are used.
-        settings: Weight, and the share of exposures that is compared.
+        settings: The weight, and how many exposures are compared.
         schedule: Of the training images.
-        seed: The run's seed.
 
     Attributes:
         compared: The exposures that are compared with the base model.
     """
 
     def __init__(
-        self,
-        base: BaseModel,
-        adapter: Adapter,
-        data: TrainingData,
-        settings: PriorSettings,
-        schedule: ExposureSchedule,
-        seed: int,
+        self, adapter: Adapter, data: TrainingData, settings: TrainingSettings, schedule: ExposureSchedule
     ) -> None:
-        self.base, self.adapter, self.data, self.settings = base, adapter, data, settings
+        self.base, self.adapter, self.data, self.settings = data.cache.base, adapter, data, settings
         batches = [batch for step in schedule.steps for batch in step]
-        self.compared = one_in(settings.every, batches, schedule.timesteps, seed)
+        self.compared = one_in(settings.preservation_every, batches, schedule.timesteps, settings.seed)
 
     def __call__(self, batch: Batch, exposures: Sequence[Exposure], error: Error) -> tuple[Tensor, Tensor]:
         """The loss of a batch and the weighted distance from the base model, each (B,)."""
@@ -81,9 +62,9 @@ class ClassWords:
         )
         # Those that are compared count for the others, too.
         distance = torch.zeros_like(loss).index_add(
-            0, torch.tensor(rows).to(loss.device), distances, alpha=self.settings.every
+            0, torch.tensor(rows).to(loss.device), distances, alpha=self.settings.preservation_every
         )
-        return loss, self.settings.weight * distance
+        return loss, self.settings.preservation_weight * distance
 
 
 def diffusion_loss_with_prior(
@@ -100,7 +81,7 @@ def diffusion_loss_with_prior(
     Both come from one forward pass over the batch and the chosen examples, which costs less than two passes.
 
     Args:
-        base: The model with the adapter in it.
+        base: With the adapter in it.
         adapter: Switched off for the predictions that are to be kept.
         batch: On any device.
         chosen: The examples whose distance is measured, (K,) distinct indices into the batch, K at least 1.
@@ -140,7 +121,7 @@ def one_in(
     return frozenset(chosen)
 
 
-def schedule_prior_images(settings: ScheduleSettings, dataset: Dataset, training: ExposureSchedule) -> ExposureSchedule:
+def schedule_prior_images(settings: TrainingSettings, dataset: Dataset, training: ExposureSchedule) -> ExposureSchedule:
     """As many batches of images of a folder in each step as the step has of training images.
 
     The images come in shuffled rounds, which continue from step to step and from epoch to epoch. Their mean loss, times

@@ -11,31 +11,10 @@ from functools import cached_property
 from sdlora.data.batches import Exposure, epoch_batches
 from sdlora.data.dataset import Dataset
 from sdlora.diffusion.stratify import cover
-from sdlora.diffusion.timesteps import Density
+from sdlora.training.settings import TrainingSettings
 
 Step = list[tuple[Exposure, ...]]
 """An optimizer step: batches whose gradients are summed."""
-
-
-@dataclass(frozen=True)
-class ScheduleSettings:
-    """What an exposure schedule depends on, beside the images.
-
-    Attributes:
-        epochs: Passes over the images, at least 1.
-        batch_size: Images per batch, at least 1.
-        gradient_accumulation_steps: Batches per optimizer step, at least 1.
-        density: How often each timestep is trained.
-        coverage: How evenly exposures are spread over the timesteps: "none", "batch" or "image".
-        seed: The run's seed.
-    """
-
-    epochs: int
-    batch_size: int
-    gradient_accumulation_steps: int
-    density: Density
-    coverage: str
-    seed: int
 
 
 @dataclass(frozen=True)
@@ -56,7 +35,7 @@ class ExposureSchedule:
         return [step for steps in self.epochs for step in steps]
 
 
-def make_schedule(settings: ScheduleSettings, dataset: Dataset) -> ExposureSchedule:
+def make_schedule(settings: TrainingSettings, dataset: Dataset) -> ExposureSchedule:
     """Expose every image as often as its repeats say, in every epoch."""
     buckets = [example.bucket for example in dataset.examples]
     repeats = [example.repeats for example in dataset.examples]
@@ -69,7 +48,7 @@ def make_schedule(settings: ScheduleSettings, dataset: Dataset) -> ExposureSched
 
 
 def with_timesteps(
-    settings: ScheduleSettings, dataset: Dataset, epochs: list[list[Step]], seed: int
+    settings: TrainingSettings, dataset: Dataset, epochs: list[list[Step]], seed: int
 ) -> ExposureSchedule:
     """Draw the timestep of every exposure, which completes a schedule."""
     steps = [[exposure for batch in step for exposure in batch] for epoch in epochs for step in epoch]

@@ -6,7 +6,7 @@ Called by the trainer's loop for every step of the schedule.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from accelerate import Accelerator
@@ -19,35 +19,13 @@ from sdlora.training.distributed import Processes
 from sdlora.training.divergence import DivergenceCheck, check_finite
 from sdlora.training.ema import MovingAverage
 from sdlora.training.loss import Term
-from sdlora.training.lr_schedule import learning_rate
 from sdlora.training.model import TrainingModel
-from sdlora.training.optimizers import OptimizerSettings, adapter_groups, make_optimizer, set_learning_rate
+from sdlora.training.optimizers import adapter_groups, learning_rate, make_optimizer, set_learning_rate
 from sdlora.training.schedule import Step
+from sdlora.training.settings import TrainingSettings
 
 
-@dataclass(frozen=True)
-class StepSettings:
-    """How a step is computed.
-
-    Attributes:
-        seed: The run's seed, for dropout.
-        batch_size: Images per batch, at least 1.
-        auto_batch: Whether batches are split into micro-batches when memory is full.
-        max_grad_norm: The gradient norm is clipped to this; 0 is off.
-        gradient_checkpointing: Recompute blocks in the backward pass.
-        compile: Let torch compile the UNet's transformer blocks.
-    """
-
-    seed: int
-    batch_size: int
-    auto_batch: bool
-    max_grad_norm: float
-    gradient_checkpointing: bool
-    compile: bool
-
-
-@dataclass(frozen=True)
-class StepResult:
+class StepResult(NamedTuple):
     """What a step leaves.
 
     Attributes:
@@ -65,10 +43,9 @@ class TrainStep:
     """Takes optimizer steps on the sum of a few terms.
 
     Args:
-        settings: How a step is computed.
-        optimizer: Which optimizer, and its learning rate over time.
-        base: The frozen model.
-        adapter: The adapter in it.
+        settings: How a step is computed, and with which optimizer.
+        base: The frozen model, with the adapter in it.
+        adapter: What is trained.
         terms: What is minimised; the first one's losses are reported.
         accelerator: Places the optimizer and scales the loss.
         processes: Those that share every batch.
@@ -79,66 +56,53 @@ class TrainStep:
 
     def __init__(
         self,
-        settings: StepSettings,
-        optimizer: OptimizerSettings,
+        settings: TrainingSettings,
         base: BaseModel,
         adapter: Adapter,
         terms: Sequence[Term],
         accelerator: Accelerator,
         processes: Processes,
     ) -> None:
-        self.settings, self.optimizer_settings = settings, optimizer
-        self.base, self.adapter, self.terms = base, adapter, terms
+        self.settings, self.base, self.adapter, self.terms = settings, base, adapter, terms
         self.accelerator, self.processes = accelerator, processes
         self.model = TrainingModel(
             base.unet,
             adapter,
-            adapter_groups(adapter, optimizer.loraplus_lr_ratio, optimizer.text_encoder_factor),
-            optimizer=optimizer.name,
+            adapter_groups(adapter, settings.loraplus_lr_ratio, settings.text_encoder_factor),
+            optimizer=settings.optimizer,
             gradient_checkpointing=settings.gradient_checkpointing,
             compiled=settings.compile,
         )
         self.parameters = self.model.parameters()
-        self.optimizer = accelerator.prepare(make_optimizer(optimizer, self.model.groups))
-        self.average = MovingAverage(self.parameters, optimizer.ema_decay) if optimizer.ema_decay > 0 else None
+        rate, decay = settings.learning_rate, settings.weight_decay
+        self.optimizer = accelerator.prepare(
+            make_optimizer(settings.optimizer, self.model.groups, learning_rate=rate, weight_decay=decay)
+        )
+        self.average = MovingAverage(self.parameters, settings.ema_decay) if settings.ema_decay > 0 else None
         self.divergence = DivergenceCheck()
 
     def run(self, step: int, micro_batch_size: int) -> StepResult:
-        """Take one step.
-
-        Args:
-            step: From 1.
-            micro_batch_size: So many images at most are computed at once; 0 for whole batches.
+        """Take a step, counted from 1, with at most `micro_batch_size` images computed at once; 0 for whole batches.
 
         Raises:
             DivergedError: Loss or gradient of this step, or of the one before it, is not finite.
             OutOfMemoryError: Torch's own, if memory is full and `auto_batch` is off or one image is too many.
         """
-        rate = self.learning_rate(step)
+        settings, total_steps = self.settings, len(self.terms[0].schedule.steps)
+        rate = learning_rate(step, total_steps, settings.learning_rate, settings.lr_schedule, settings.warmup_steps)
         set_learning_rate(self.optimizer, rate)
         while (losses := self.gradients(step, micro_batch_size)) is None:
             micro_batch_size = self._halve(micro_batch_size)
         norm = self._gradient_norm()
         # Under loss scaling an infinite gradient only skips the step.
         self.divergence.observe(step, rate, losses, norm if self.accelerator.scaler is None else None)
-        if self.settings.max_grad_norm > 0:
-            nn.utils.clip_grads_with_norm_(self.parameters, self.settings.max_grad_norm, norm)
+        if settings.max_grad_norm > 0:
+            nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             self.average.update(step)
         return StepResult(rate, losses, micro_batch_size)
-
-    def learning_rate(self, step: int) -> float:
-        """The learning rate of a step."""
-        optimizer = self.optimizer_settings
-        return learning_rate(
-            step,
-            total_steps=len(self.terms[0].schedule.steps),
-            peak=optimizer.learning_rate,
-            schedule=optimizer.lr_schedule,
-            warmup_steps=optimizer.warmup_steps,
-        )
 
     def gradients(self, step: int, micro_batch_size: int) -> Tensor | None:
         """Leave the gradient of all terms on the parameters.

@@ -17,38 +17,14 @@ from sdlora.data.batches import Exposure
 from sdlora.diffusion.bands import NUM_BANDS, band_of
 from sdlora.events import CheckpointDue, EpochDone, Event, Notice, StepDone, saved_as
 from sdlora.lora.inject import Adapter
-from sdlora.models.base import BaseModel
 from sdlora.training.data import TrainingData
 from sdlora.training.distributed import ALONE, Processes
 from sdlora.training.ema import evaluation_weights
-from sdlora.training.loss import ExposureLoss, LossSettings, Term
-from sdlora.training.optimizers import OptimizerSettings
-from sdlora.training.prior_preservation import ClassWords, PriorSettings, schedule_prior_images
-from sdlora.training.schedule import ScheduleSettings, Step, make_schedule
-from sdlora.training.train_step import StepResult, StepSettings, TrainStep
-
-
-@dataclass(frozen=True)
-class TrainingSettings:
-    """Everything that decides how an adapter is trained.
-
-    Attributes:
-        schedule: Which image is trained when.
-        loss: How predictions are compared with the target.
-        optimizer: Which optimizer, and its learning rates.
-        step: How a step is computed.
-        prior: How strongly the prior is preserved.
-        log_every_steps: Losses are read back from the device this often, at least 1.
-        checkpoint_every_steps: A checkpoint is due this often; 0 for the end of epochs alone.
-    """
-
-    schedule: ScheduleSettings
-    loss: LossSettings
-    optimizer: OptimizerSettings
-    step: StepSettings
-    prior: PriorSettings
-    log_every_steps: int
-    checkpoint_every_steps: int
+from sdlora.training.loss import ExposureLoss, Term
+from sdlora.training.prior_preservation import ClassWords, schedule_prior_images
+from sdlora.training.schedule import Step, make_schedule
+from sdlora.training.settings import TrainingSettings
+from sdlora.training.train_step import StepResult, TrainStep
 
 
 @dataclass
@@ -57,10 +33,8 @@ class Position:
 
     Attributes:
         step: Optimizer steps done in the whole run.
-        loss_sum: Sum of the losses of the current epoch's exposures so far.
-        loss_count: How many exposures that sum covers.
-        band_sums: The same sum by band of timesteps.
-        band_counts: The same count by band of timesteps.
+        loss_sum: Of the current epoch's exposures so far, which `loss_count` counts; `band_sums` and `band_counts` are
+            the same by band of timesteps.
         micro_batch_size: Micro-batch size after an out-of-memory error; 0 is the whole batch.
     """
 
@@ -103,10 +77,9 @@ class Trainer:
 
     Args:
         settings: How it is trained.
-        base: The frozen model, with the adapter in it.
-        adapter: The adapter that is trained.
+        adapter: In the base model of `data`.
         data: The training images; their cache must be filled for every scheduled exposure before a step is taken.
-        accelerator: Accelerate's object, which decides device and loss scaling.
+        accelerator: Decides device and loss scaling.
         prior: Images of a folder for prior preservation, or None.
         processes: The processes that share every batch.
 
@@ -122,23 +95,21 @@ class Trainer:
     def __init__(
         self,
         settings: TrainingSettings,
-        base: BaseModel,
         adapter: Adapter,
         data: TrainingData,
         accelerator: Accelerator,
         prior: TrainingData | None = None,
         processes: Processes = ALONE,
     ) -> None:
-        self.settings, self.base, self.adapter, self.data, self.processes = settings, base, adapter, data, processes
-        self.schedule = make_schedule(settings.schedule, data.dataset)
-        class_words = None
-        if data.prior_caption is not None:
-            class_words = ClassWords(base, adapter, data, settings.prior, self.schedule, settings.schedule.seed)
-        self.terms = [Term(ExposureLoss(base, data, settings.loss, class_words), self.schedule)]
+        self.settings, self.adapter, self.data, self.processes = settings, adapter, data, processes
+        self.base = data.cache.base
+        self.schedule = make_schedule(settings, data.dataset)
+        class_words = None if data.prior_caption is None else ClassWords(adapter, data, settings, self.schedule)
+        self.terms = [Term(ExposureLoss(data, settings, class_words), self.schedule)]
         if prior is not None:
-            beside = schedule_prior_images(settings.schedule, prior.dataset, self.schedule)
-            self.terms.append(Term(ExposureLoss(base, prior, settings.loss), beside, settings.prior.weight))
-        self.step = TrainStep(settings.step, settings.optimizer, base, adapter, self.terms, accelerator, processes)
+            beside = schedule_prior_images(settings, prior.dataset, self.schedule)
+            self.terms.append(Term(ExposureLoss(prior, settings), beside, settings.preservation_weight))
+        self.step = TrainStep(settings, self.base, adapter, self.terms, accelerator, processes)
         self.position = Position()
 
     @property
@@ -169,13 +140,14 @@ class Trainer:
                 yield from self._epoch(epoch, remaining, should_stop)
                 if self.position.step < first_step - 1:
                     return
-                yield self._epoch_done(epoch, time.monotonic() - start)
+                loss, bands = self.position.take_means()
+                yield EpochDone(epoch, self.position.step, loss, None, time.monotonic() - start, bands)
 
     def _epoch(self, epoch: int, steps: Sequence[Step], should_stop: Callable[[], bool]) -> Iterator[Event]:
-        unread = _Unread()
+        unread, every = _Unread(), self.settings.checkpoint_every_steps
         for index, batches in enumerate(steps, start=1):
             yield from self._take_step(batches, unread)
-            due = index == len(steps) or self._checkpoint_is_due()
+            due = index == len(steps) or (every > 0 and self.position.step % every == 0)
             reading = due or len(unread.steps) >= self.settings.log_every_steps
             # All processes stop after the same step; asking the others costs a wait, as reading losses does.
             stopping = (reading or self.processes.alone) and self.processes.any(should_stop())
@@ -199,10 +171,6 @@ class Trainer:
                 f"{result.micro_batch_size} from step {step} on, to the same result."
             )
 
-    def _checkpoint_is_due(self) -> bool:
-        every = self.settings.checkpoint_every_steps
-        return every > 0 and self.position.step % every == 0
-
     def _read_back(self, epoch: int, unread: _Unread) -> Iterator[StepDone]:
         """Bring losses to the host, the loop's only wait for the device."""
         on_device = torch.cat([result.losses for _, _, result in unread.steps])
@@ -223,7 +191,3 @@ class Trainer:
                 losses=losses,
                 seconds=seconds,
             )
-
-    def _epoch_done(self, epoch: int, seconds: float) -> EpochDone:
-        train_loss, train_bands = self.position.take_means()
-        return EpochDone(epoch, self.position.step, train_loss, None, seconds, train_bands)

@@ -13,9 +13,8 @@ from accelerate import Accelerator
 from sdlora.batch.messages import Task
 from sdlora.batch.task import run_task
 from sdlora.config.toml import parse_config
-from sdlora.run import base_pool
-from sdlora.run.base_pool import BasePool, forget_accelerator
-from sdlora.run.setup import fresh_base
+from sdlora.run import setup
+from sdlora.run.setup import BasePool, forget_accelerator, fresh_base
 from sdlora.training.loss import ExposureLoss
 
 
@@ -35,7 +34,7 @@ def test_failures_are_reported_and_keep_the_base(
     tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bases, loads = BasePool(), []
-    monkeypatch.setattr(base_pool, "fresh_base", lambda *arguments: loads.append(1) or fresh_base(*arguments))
+    monkeypatch.setattr(setup, "fresh_base", lambda *arguments: loads.append(1) or fresh_base(*arguments))
     # Left behind by somebody else: a precision that the next run does not have.
     forget_accelerator()
     Accelerator(cpu=True, mixed_precision="bf16")

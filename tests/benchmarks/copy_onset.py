@@ -46,9 +46,8 @@ from sdlora.events import EpochDone
 from sdlora.lora_files.read import read_file
 from sdlora.pocket.pen import SIZE_PX
 from sdlora.run import run, setup
-from sdlora.run.arguments import Arguments
+from sdlora.run.arguments import make_adapter
 from sdlora.run.check_file import check_file
-from sdlora.training.adapter import make_adapter
 
 SEEDS = (0, 1, 2)
 PARTS = ("oracle", "onset", "tenth", "many")
@@ -238,11 +237,11 @@ class Bench:
 
 def _checker(drawn: RunConfig, compared: RunConfig) -> Checker:
     """What compares the previews of one run's settings with the images of another's."""
-    loaded = setup.load(Arguments(compared))
+    loaded = setup.load(compared)
     base = loaded.base
-    adapter = make_adapter(Arguments(compared).adapter, base)
-    request = setup.preview_request(drawn.preview, setup.load(Arguments(drawn)).images.training)
-    checker = setup.make_checker(Arguments(compared), loaded, adapter, request, None)
+    adapter = make_adapter(compared, base)
+    request = setup.preview_request(drawn.preview, setup.load(drawn).images.training)
+    checker = setup.make_checker(compared, loaded, adapter, request, None)
     deque(checker.prepare(compared.data.background), maxlen=0)
     return checker
 

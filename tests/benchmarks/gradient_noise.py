@@ -33,7 +33,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.data.batches import epoch_batches
 from sdlora.diffusion.stratify import cover
 from sdlora.diffusion.timesteps import Density
-from sdlora.run.arguments import Arguments
+from sdlora.run.arguments import training_settings
 from sdlora.training.trainer import Trainer
 
 NUM_PLANS, BATCHES_PER_PLAN = 32, 8
@@ -51,7 +51,7 @@ def plan_gradients(parts: Any, config: RunConfig, num_batches: int) -> tuple[Ten
     config = config.model_copy(update={"train": frozen})
     examples = tuple(replace(e, repeats=config.data.sets[0].repeats) for e in parts.data.dataset.examples)
     data = replace(parts.data, dataset=replace(parts.data.dataset, examples=examples))
-    trainer = Trainer(Arguments(config).training, parts.base, parts.adapter, data, Accelerator(cpu=True))
+    trainer = Trainer(training_settings(config), parts.adapter, data, Accelerator(cpu=True))
     for _ in data.fill(config.data.background, trainer.schedule.timesteps):
         pass
     first = seeds.derive(config.seed, "benchmark place") % (trainer.total_steps - num_batches + 1)

@@ -41,10 +41,9 @@ def measure(folder: Path, base: Path) -> dict[str, Any]:
 
     from sdlora.config.toml import parse_config
     from sdlora.events import EpochDone, StepDone
-    from sdlora.run.arguments import Arguments
+    from sdlora.run.arguments import make_adapter, training_settings
     from sdlora.run.fill_cache import fill_cache
     from sdlora.run.setup import load
-    from sdlora.training.adapter import make_adapter
     from sdlora.training.data import training_data
     from sdlora.training.schedule import make_schedule
     from sdlora.training.trainer import Trainer
@@ -65,15 +64,14 @@ def measure(folder: Path, base: Path) -> dict[str, Any]:
             pass
         figures[f"{name}_cache_seconds"] = time.process_time() - start
     start = time.process_time()
-    arguments = Arguments(config)
-    loaded = load(arguments)
-    data = training_data(arguments.captions, loaded.images.training, loaded.cache)
-    for _ in data.fill(config.data.background, make_schedule(arguments.schedule, loaded.images.training).timesteps):
+    loaded, settings = load(config), training_settings(config)
+    data = training_data(settings, loaded.images.training, loaded.cache)
+    for _ in data.fill(config.data.background, make_schedule(settings, loaded.images.training).timesteps):
         pass
     figures["load_seconds"] = time.process_time() - start
     start = time.process_time()
-    adapter = make_adapter(arguments.adapter, loaded.base)
-    trainer = Trainer(arguments.training, loaded.base, adapter, data, Accelerator(cpu=True))
+    adapter = make_adapter(config, loaded.base)
+    trainer = Trainer(settings, adapter, data, Accelerator(cpu=True))
     figures["plan_seconds"] = time.process_time() - start
     # The first step of the second epoch, against those after it: what is left is the epoch's own beginning.
     events, steps = trainer.events(), list[float]()

@@ -35,7 +35,6 @@ from sdlora.events import StepDone
 from sdlora.lora.targets import find_targets
 from sdlora.models.architectures import ARCHITECTURES
 from sdlora.pocket.architecture import build_scheduler, build_tokenizer
-from sdlora.run.arguments import Arguments
 from sdlora.run.folder import RunFolder
 from sdlora.run.setup import prepare
 
@@ -104,7 +103,7 @@ def own_steps(base: str, folder: Path, work: Path, precision: str, edge: int) ->
         "preview": {"enabled": False},
         "cache": {"dir": str(work / "cache")},
     }
-    parts = prepare(Arguments(parse_config(document, name="loop")), RunFolder(work / "run", "loop"))
+    parts = prepare(parse_config(document, name="loop"), RunFolder(work / "run", "loop"))
     begin = time.perf_counter()
     list(parts.data.fill("white"))
     seconds = (time.perf_counter() - begin) / len(parts.data.dataset.examples)

@@ -73,7 +73,6 @@ def measure(root: Path, number: int, overrides: list[str]) -> dict[str, int]:
     """In this very process: what a run holds at its peak, and what was planned."""
     from sdlora.config.toml import parse_config
     from sdlora.estimate.memory import estimate_memory
-    from sdlora.run.arguments import Arguments
     from sdlora.run.estimate import memory_inputs
     from sdlora.run.folder import RunFolder
     from sdlora.run.run import start
@@ -98,7 +97,7 @@ def measure(root: Path, number: int, overrides: list[str]) -> dict[str, int]:
     for _ in start(asked, root / f"run{number}"):
         pass
     measured = _status("VmHWM") - idle
-    needed = estimate_memory(memory_inputs(prepare(Arguments(asked), RunFolder(root / "none", "none")), asked))
+    needed = estimate_memory(memory_inputs(prepare(asked, RunFolder(root / "none", "none")), asked))
     return {"measured": measured, "planned": needed.peak_bytes, **needed.parts}
 
 

@@ -22,7 +22,6 @@ from sdlora.config.toml import parse_config
 from sdlora.events import CheckpointDue, EpochDone
 from sdlora.models.base import BaseModel
 from sdlora.run import setup
-from sdlora.run.arguments import Arguments
 from sdlora.run.folder import RunFolder
 from sdlora.training.validation import image_losses
 
@@ -59,7 +58,7 @@ def prepare(config: RunConfig, folder: Path) -> Any:
     """A run's parts, its cache filled; see `sdlora.run.setup`."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        made = setup.prepare(Arguments(config), RunFolder(folder, "benchmark"))
+        made = setup.prepare(config, RunFolder(folder, "benchmark"))
     for _ in made.data.fill(config.data.background, made.trainer.schedule.timesteps):
         pass
     for _ in made.validation.data.fill(config.data.background):

@@ -34,7 +34,7 @@ from variants import COPY_VARIANTS, Recipe, variants
 
 from sdlora.copycheck.similarity import hp_ms
 from sdlora.pocket.pen import SIZE_PX
-from sdlora.run.arguments import Arguments
+from sdlora.run.arguments import training_settings
 from sdlora.training.trainer import Trainer
 
 SEEDS = (0, 1, 2)
@@ -169,7 +169,7 @@ def best_scores(concept: Concept, images: list[Image.Image], take: int = 0) -> t
 def seconds_to_plan(parts: Any) -> float:
     """What making a trainer takes per step of its run: it plans all batches and draws all noise levels at once."""
     start = time.perf_counter()
-    trainer = Trainer(Arguments(parts.config).training, parts.base, parts.adapter, parts.data, Accelerator(cpu=True))
+    trainer = Trainer(training_settings(parts.config), parts.adapter, parts.data, Accelerator(cpu=True))
     return (time.perf_counter() - start) / trainer.total_steps
 
 

@@ -13,7 +13,6 @@ from safetensors.torch import load_file
 from sdlora.config.toml import load_config
 from sdlora.errors import DiskFullError
 from sdlora.estimate.disk import bytes_in, check_disk_space, run_folder_bytes
-from sdlora.run.arguments import Arguments
 from sdlora.run.estimate import cache_bytes_of_run, check_disks
 from sdlora.run.folder import RunFolder
 from sdlora.run.run import start
@@ -25,7 +24,7 @@ Usage = namedtuple("Usage", "total used free")
 def prepared(folder: Path, overrides: list[str]) -> RunContext:
     source = folder / "hero.toml"
     source.write_text("[data]\ntrigger = 'zumi'\n", encoding="utf-8")
-    return prepare(Arguments(load_config(str(source), overrides)), RunFolder(folder / "run", "hero"))
+    return prepare(load_config(str(source), overrides), RunFolder(folder / "run", "hero"))
 
 
 def tensor_bytes(cache: Path) -> int:

@@ -19,7 +19,7 @@ from sdlora.estimate.meta_model import MetaBase, num_bytes, shapes_of_family
 from sdlora.estimate.timing import comparison_cost
 from sdlora.lora.inject import AdapterSpec, inject
 from sdlora.lora.targets import find_targets
-from sdlora.training.optimizers import Group, OptimizerSettings, make_optimizer
+from sdlora.training.optimizers import Group, make_optimizer
 
 CROSS = ["cross_attention"]
 BOTH = ["cross_attention", "self_attention"]
@@ -69,7 +69,7 @@ def test_stable_diffusion_step_costs_formula_flops() -> None:
 @pytest.mark.parametrize("optimizer", ["adamw", "prodigy", "lion", "schedule_free", "adafactor"])
 def test_optimizer_state_has_estimated_size(optimizer: str) -> None:
     parameter = nn.Parameter(torch.randn(64, 64))
-    made = make_optimizer(OptimizerSettings(optimizer, 0.5), [Group([parameter], 1.0)])
+    made = make_optimizer(optimizer, [Group([parameter], 1.0)], learning_rate=0.5)
     parameter.grad = torch.randn(64, 64)
     made.step()
     values = [v for state in made.state.values() for v in state.values() if isinstance(v, torch.Tensor)]

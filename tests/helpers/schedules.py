@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from sdlora.config.schema import RunConfig
 from sdlora.data.dataset import Dataset, Example
 from sdlora.diffusion.timesteps import Density
-from sdlora.training.schedule import ScheduleSettings
+from sdlora.run.arguments import training_settings
+from sdlora.training.settings import TrainingSettings
 
 
 def dataset(repeats: list[int], name: str = "p") -> Dataset:
@@ -22,10 +25,7 @@ def dataset(repeats: list[int], name: str = "p") -> Dataset:
     )
 
 
-def schedule_settings(**changes: Any) -> ScheduleSettings:
+def schedule_settings(**changes: Any) -> TrainingSettings:
     """Three epochs in batches of two."""
-    settings = {
-        "epochs": 3, "batch_size": 2, "gradient_accumulation_steps": 1, "density": Density("uniform"),
-        "coverage": "image", "seed": 0,
-    }  # fmt: skip
-    return ScheduleSettings(**{**settings, **changes})
+    settings = {"epochs": 3, "batch_size": 2, "density": Density("uniform"), "coverage": "image", "seed": 0}
+    return replace(training_settings(RunConfig()), **settings | changes)

@@ -14,7 +14,7 @@ from sdlora.data.images import MaskKind
 from sdlora.lora.inject import AdapterSpec, inject
 from sdlora.lora.targets import find_targets
 from sdlora.models.load import load_base
-from sdlora.run.arguments import Arguments
+from sdlora.run.arguments import training_settings
 from sdlora.training.data import TrainingData
 from sdlora.training.trainer import Trainer
 
@@ -55,6 +55,6 @@ def make_trainer(
         (lambda *_: "a cat") if preserving else None,
         text_is_trained="text_encoder" in targets,
     )
-    trainer = Trainer(Arguments(config).training, base, adapter, data, Accelerator(cpu=True))
+    trainer = Trainer(training_settings(config), adapter, data, Accelerator(cpu=True))
     list(data.fill("white", trainer.schedule.timesteps))
     return trainer

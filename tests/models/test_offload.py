@@ -17,10 +17,9 @@ from sdlora.config.toml import load_config
 from sdlora.estimate.meta_model import shapes_of_base
 from sdlora.models import base as base_model
 from sdlora.models.load import load_base
-from sdlora.run.arguments import Arguments
-from sdlora.run.base_pool import BasePool
+from sdlora.run.arguments import make_adapter
 from sdlora.run.run import start
-from sdlora.training.adapter import make_adapter
+from sdlora.run.setup import BasePool
 
 AWAY = torch.device("meta")
 KEPT_TEXT, LIVE_TEXT, TRAINED_TEXT = "cache.max_text_gib=2", "cache.max_text_gib=0", 'lora.targets=["text_encoder"]'
@@ -113,10 +112,10 @@ def test_counting_and_naming_move_nothing(tiny_base: Path, monkeypatch: pytest.M
     targets: list[Target] = ["cross_attention", "text_encoder"]
     assert shapes_of_base(base).text_bytes > 0
     assert bases(RunConfig(base=BaseConfig(path=str(tiny_base))), torch.device("cpu"), torch.float32) is base
-    make_adapter(Arguments(RunConfig()).adapter, base).remove()
+    make_adapter(RunConfig(), base).remove()
     assert waiting.present() == set()
     # What is trained must be where it stays, before an optimizer knows it.
-    adapter = make_adapter(Arguments(RunConfig(lora=LoraConfig(targets=targets))).adapter, base)
+    adapter = make_adapter(RunConfig(lora=LoraConfig(targets=targets)), base)
     assert waiting.present() == {"CLIPTextModel"}
     base.offload()
     assert waiting.present() == {"CLIPTextModel"}

@@ -20,7 +20,6 @@ from sdlora.config.toml import RENAMED, load_config, renaming_note
 from sdlora.errors import OutputError
 from sdlora.lora_files.read import describe_lora, read_tensors
 from sdlora.lora_files.write import tensors_sha256
-from sdlora.run.arguments import Arguments
 from sdlora.run.folder import RunFolder
 from sdlora.run.setup import prepare
 from sdlora.training.checkpoint import load_checkpoint
@@ -30,9 +29,7 @@ VERSIONS = sorted(path.name for path in FIXTURES.iterdir())
 
 def test_files_of_every_version_are_read(scene: Scene, tmp_path: Path, figure: Figure) -> None:
     for version in VERSIONS:
-        parts = prepare(
-            Arguments(load_config(str(scene.config), [f"cache.dir={scene.cache}"])), RunFolder(tmp_path, "hero")
-        )
+        parts = prepare(load_config(str(scene.config), [f"cache.dir={scene.cache}"]), RunFolder(tmp_path, "hero"))
         checkpoint = FIXTURES / version / "checkpoint"
         load_checkpoint(checkpoint, parts.trainer)
         saved = load_file(checkpoint / "state.safetensors")
@@ -67,9 +64,7 @@ def test_a_checkpoint_of_a_later_version_is_refused_with_its_name(scene: Scene, 
     counters = tmp_path / "checkpoint" / "complete.json"
     content = json.loads(counters.read_text(encoding="utf-8"))
     counters.write_text(json.dumps({**content, "format": 99, "version": "9.8.7"}), encoding="utf-8")
-    parts = prepare(
-        Arguments(load_config(str(scene.config), [f"cache.dir={scene.cache}"])), RunFolder(tmp_path, "hero")
-    )
+    parts = prepare(load_config(str(scene.config), [f"cache.dir={scene.cache}"]), RunFolder(tmp_path, "hero"))
     with pytest.raises(OutputError, match=r"written by sdlora 9\.8\.7, in a format \(number 99\)"):
         load_checkpoint(tmp_path / "checkpoint", parts.trainer)
     counters.write_text("{half", encoding="utf-8")

@@ -15,7 +15,6 @@ from sdlora.config.toml import load_config, parse_config
 from sdlora.estimate.meta_model import num_bytes, shapes_of_family
 from sdlora.events import PlanMade
 from sdlora.run import estimate
-from sdlora.run.arguments import Arguments
 from sdlora.run.folder import RunFolder
 from sdlora.run.run import start
 from sdlora.run.setup import RunContext, prepare
@@ -25,7 +24,7 @@ from sdlora.training.train_step import TrainStep
 def prepared(folder: Path, overrides: list[str]) -> RunContext:
     source = folder / "mine.toml"
     source.write_text("[data]\ntrigger = 'zumi'\n")
-    return prepare(Arguments(load_config(str(source), overrides)), RunFolder(folder / "run", "mine"))
+    return prepare(load_config(str(source), overrides), RunFolder(folder / "run", "mine"))
 
 
 def test_estimate_counts_what_the_run_does(tmp_path: Path, overrides: list[str]) -> None:

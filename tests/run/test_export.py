@@ -7,6 +7,7 @@ import io
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,13 +15,15 @@ from helpers.runs import copying_from, run
 from PIL import Image
 from safetensors.torch import load_file
 
+from sdlora.config.schema import LoraConfig, RunConfig
+from sdlora.config.schema_training import LossConfig
 from sdlora.copycheck.verdict import EpochCheck
 from sdlora.data.dataset import Example
 from sdlora.errors import ConfigError
 from sdlora.events import Exported, Notice
 from sdlora.lora_files.read import describe_lora, read_file
 from sdlora.previews.sampler import PreviewRequest
-from sdlora.run.export import caption_metadata, presentable
+from sdlora.run.export import caption_metadata, limits_elsewhere, presentable
 
 CHECKED = ["copycheck.enabled=true", "preview.num_captions=1"]
 
@@ -109,3 +112,24 @@ def test_file_has_the_requested_precision_and_format(
     told = " ".join(event.message for event in events if isinstance(event, Notice))
     assert f"Rounding the file to {precision} changes predictions by up to" in told
     assert ("This file has PEFT's names" in told) == (names == "peft")
+
+
+def limits(proof: dict[str, Any] | None = None, **sections: Any) -> list[str]:
+    return limits_elsewhere(RunConfig(**sections), proof or {})
+
+
+def test_plain_file_has_no_limits() -> None:
+    assert limits() == []
+
+
+def test_ignored_timestep_rank_is_reported_with_the_measured_figure() -> None:
+    lora = LoraConfig(timestep_rank_min=2, timestep_rank_alpha=2.0)
+    (sentence,) = limits({"rank_mask_difference": 0.1234}, lora=lora)
+    assert "12%" in sentence and "apply_timestep_rank" in sentence
+
+
+def test_dora_and_zero_terminal_snr_are_reported() -> None:
+    (sentence,) = limits(lora=LoraConfig(dora=True))
+    assert "DoRA" in sentence
+    (sentence,) = limits(loss=LossConfig(zero_terminal_snr=True))
+    assert "rescale_betas_zero_snr=True" in sentence

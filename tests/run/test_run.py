@@ -28,7 +28,6 @@ from sdlora.events import (
     StepRehearsed,
 )
 from sdlora.pocket.world import random_scene, render
-from sdlora.run.arguments import Arguments
 from sdlora.run.folder import RunFolder
 from sdlora.run.run import Stopped, start
 from sdlora.run.setup import prepare
@@ -268,9 +267,7 @@ def test_previews_of_captions_contain_the_trigger(tmp_path: Path, overrides: lis
     run(tmp_path / "run", [*changes, "train.epochs=1"])
     log = (tmp_path / "run" / "log.txt").read_text()
     assert "prompt05_seed0.png" in log
-    request = prepare(
-        Arguments(load_config(str(tmp_path / "hero.toml"), changes)), RunFolder(tmp_path / "other", "hero")
-    ).previews
+    request = prepare(load_config(str(tmp_path / "hero.toml"), changes), RunFolder(tmp_path / "other", "hero")).previews
     assert request is not None
     assert all(prompt.startswith("zumi, a ") for prompt in request.prompts[:3])
     assert request.kinds() == ["training"] * 3 + ["novel"] * 3

@@ -21,7 +21,7 @@ from sdlora.lora.targets import find_targets
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.training import compile
 from sdlora.training.model import TrainingModel
-from sdlora.training.optimizers import Group, OptimizerSettings, make_optimizer
+from sdlora.training.optimizers import Group, make_optimizer
 
 ATTENTION = ["self_attention", "cross_attention"]
 
@@ -50,7 +50,7 @@ class Side:
         settings = {"optimizer": "adamw", "gradient_checkpointing": False} | options
         groups = [Group(self.adapter.parameters(), 1.0)]
         self.step = TrainingModel(self.unet, self.adapter, groups, **settings)
-        self.optimizer = make_optimizer(OptimizerSettings("adamw", 1e-4, weight_decay=1e-2), self.step.groups)
+        self.optimizer = make_optimizer("adamw", self.step.groups, learning_rate=1e-4, weight_decay=1e-2)
 
     def answer(self, seed: int = 0, size: int = 8, text_is_trained: bool = False) -> torch.Tensor:
         generator = torch.Generator().manual_seed(seed)

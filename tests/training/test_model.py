@@ -15,7 +15,7 @@ from torch import nn
 from sdlora.lora.inject import Adapter, AdapterSpec, inject
 from sdlora.lora.targets import find_targets
 from sdlora.training.model import TrainingModel
-from sdlora.training.optimizers import Group, OptimizerSettings, make_optimizer
+from sdlora.training.optimizers import Group, make_optimizer
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_ten_steps_end_in_the_same_weights_as_with_peft(unet: Any) -> None:
     twin = peft_twin(other, adapter)
     start = [p.detach().clone() for p in adapter.parameters()]
     step = lean(own, adapter)
-    optimizer = make_optimizer(OptimizerSettings("adamw", 1e-4, weight_decay=1e-2), step.groups)
+    optimizer = make_optimizer("adamw", step.groups, learning_rate=1e-4, weight_decay=1e-2)
     theirs = [p for pair in twin.values() for p in pair]
     reference = torch.optim.AdamW(theirs, lr=1e-4, weight_decay=1e-2)
     for index in range(10):
@@ -132,7 +132,7 @@ def test_every_element_of_a_moves_on_a_bfloat16_base(unet: Any) -> None:
     adapter = adapted(own, ["self_attention", "cross_attention"], moved=False)
     before = [p.detach().clone() for p in adapter.down_parameters()]
     step = lean(own, adapter)
-    optimizer = make_optimizer(OptimizerSettings("adamw", 1e-4, weight_decay=1e-2), step.groups)
+    optimizer = make_optimizer("adamw", step.groups, learning_rate=1e-4, weight_decay=1e-2)
     for index in range(50):
         with step.forward_backward():
             loss(own, index).backward()

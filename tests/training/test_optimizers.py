@@ -1,7 +1,8 @@
-"""Optimizers against their papers' formulas in float64, or against their libraries called by hand."""
+"""Optimizers against their papers' formulas in float64, or against their libraries called by hand; learning rates."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -22,7 +23,8 @@ from sdlora.events import CheckpointDue, StepDone
 from sdlora.lora.dora import DoraLayer
 from sdlora.lora.inject import AdapterSpec
 from sdlora.training.checkpoint import load_checkpoint, save_checkpoint
-from sdlora.training.optimizers import Group, OptimizerSettings, adapter_groups, make_optimizer, set_learning_rate
+from sdlora.training.optimizers import Group, adapter_groups, learning_rate, make_optimizer, set_learning_rate
+from sdlora.training.settings import LrSchedule
 
 RATES = {"adamw": 1e-2, "prodigy": 1.0, "adafactor": 1e-2, "lion": 1e-3, "schedule_free": 1e-2}
 
@@ -46,7 +48,7 @@ def gradients() -> list[Tensor]:
 
 def ours(name: str, rate: float) -> list[Tensor]:
     return steps(
-        lambda parameters: make_optimizer(OptimizerSettings(name, rate, weight_decay=0.1), [Group(parameters, 1.0)])
+        lambda parameters: make_optimizer(name, [Group(parameters, 1.0)], learning_rate=rate, weight_decay=0.1)
     )
 
 
@@ -97,7 +99,7 @@ def test_every_group_has_its_learning_rate(tiny_base: Path, images: Path, tmp_pa
         tiny_base, images, tmp_path, targets=("cross_attention", "text_encoder"), spec=AdapterSpec(dora=True)
     )
     adapter = trainer.adapter
-    optimizer = make_optimizer(OptimizerSettings("adamw", 1e-3), adapter_groups(adapter, 16.0, 0.5))
+    optimizer = make_optimizer("adamw", adapter_groups(adapter, 16.0, 0.5), learning_rate=1e-3)
     set_learning_rate(optimizer, 1e-2)
     before = {parameter: parameter.detach().clone() for parameter in adapter.parameters()}
     for parameter in before:
@@ -118,7 +120,7 @@ def test_weight_decay_pulls_towards_the_base_model_only(
 ) -> None:
     trainer = make_trainer(tiny_base, images, tmp_path, spec=spec)
     adapter = trainer.adapter
-    optimizer = make_optimizer(OptimizerSettings("adamw", 0.1, weight_decay=0.5), adapter_groups(adapter, 1.0, 1.0))
+    optimizer = make_optimizer("adamw", adapter_groups(adapter, 1.0, 1.0), learning_rate=0.1, weight_decay=0.5)
     before = {parameter: parameter.detach().clone() for parameter in adapter.parameters()}
     for parameter in before:
         parameter.grad = torch.zeros_like(parameter)
@@ -208,3 +210,17 @@ def test_8bit_adamw_without_a_gpu_is_refused() -> None:
 def test_incompatible_settings_are_refused(train: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config({"data": {"folder": "x"}, "train": train}, name="n")
+
+
+def rates(schedule: LrSchedule, warmup: int, total: int = 10) -> list[float]:
+    return [learning_rate(step, total, 2.0, schedule, warmup) for step in range(1, total + 1)]
+
+
+def test_learning_rate_is_constant_after_a_linear_warmup() -> None:
+    assert rates("constant", 0) == [2.0] * 10
+    assert rates("constant", 4) == [0.5, 1.0, 1.5, 2.0, *[2.0] * 6]
+
+
+def test_cosine_schedule_falls_along_half_a_cosine() -> None:
+    expected = [2.0 * 0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
+    assert rates("cosine", 2) == pytest.approx([1.0, 2.0, *expected])

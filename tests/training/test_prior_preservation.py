@@ -24,7 +24,6 @@ from sdlora.training.checkpoint import load_checkpoint, save_checkpoint
 from sdlora.training.loss import Batch, diffusion_loss
 from sdlora.training.prior_preservation import (
     ClassWords,
-    PriorSettings,
     diffusion_loss_with_prior,
     one_in,
     schedule_prior_images,
@@ -178,8 +177,8 @@ def test_prior_images_add_the_gradient_of_their_mean_loss(
     kept = load_dataset(Source(others))
     kept = kept.with_buckets(32, 8, buckets=True)
     prior = replace(plain.data, dataset=kept, caption=lambda index, _: kept.examples[index].caption)
-    settings = replace(plain.settings, prior=PriorSettings(3.0))
-    trainer = Trainer(settings, plain.base, plain.adapter, plain.data, Accelerator(cpu=True), prior)
+    settings = replace(plain.settings, preservation_weight=3.0)
+    trainer = Trainer(settings, plain.adapter, plain.data, Accelerator(cpu=True), prior)
     list(prior.fill("white", trainer.terms[1].schedule.timesteps))
     with torch.no_grad():
         for parameter in trainer.step.parameters:

@@ -16,8 +16,7 @@ from sdlora.lora_files.attach import attach
 from sdlora.lora_files.read import read_file
 from sdlora.models.base import BaseModel
 from sdlora.previews.sampler import PreviewRequest, draw
-from sdlora.run.base_pool import BasePool
-from sdlora.run.setup import choose_device
+from sdlora.run.setup import BasePool, choose_device
 
 
 class SampleRequest(NamedTuple):

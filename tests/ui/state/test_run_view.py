@@ -19,7 +19,7 @@ from sdlora.copycheck.verdict import read_checks
 from sdlora.data.images import crop_to_bucket, load_image
 from sdlora.errors import SdloraError
 from sdlora.events import EpochDone, Event, RunDone
-from sdlora.run import base_pool
+from sdlora.run import setup
 from sdlora.run.run import Stopped, start
 from sdlora.run.setup import fresh_base
 from sdlora.ui.html import run_views, views
@@ -196,7 +196,7 @@ def test_result_names_the_trigger_of_every_set(
 
 def test_strength_zero_is_the_base_and_one_the_preview(trained: Context, monkeypatch: pytest.MonkeyPatch) -> None:
     loads: list[str] = []
-    monkeypatch.setattr(base_pool, "fresh_base", lambda *args: loads.append("base") or fresh_base(*args))
+    monkeypatch.setattr(setup, "fresh_base", lambda *args: loads.append("base") or fresh_base(*args))
     run = read_run(trained.studio, "small")
     assert run is not None
     wish = SampleRequest("a red ball", 0, (0.0, 1.0, 2.0))

@@ -1,0 +1,70 @@
+"""Everything that decides how an adapter is trained, as one value.
+
+Made from a configuration by `sdlora.run.arguments`, and read by all parts of the trainer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+from sdlora.diffusion.timesteps import Density
+
+LrSchedule = Literal["constant", "cosine"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingSettings:
+    """How an adapter is trained; what has an option's name has its meaning and its range.
+
+    Attributes:
+        density: How often each timestep is trained.
+        text_is_trained: The adapter is on the text encoder, too.
+        gamma: Parameter of the weighting; its default if None.
+        text_encoder_factor: The text encoder's learning rate over the UNet's, above 0.
+        ema_decay: 0 is off, as for `max_grad_norm`.
+        class_words: Words in the trigger's place, for prior preservation; none if empty.
+        checkpoint_every_steps: 0 for the end of epochs alone.
+    """
+
+    seed: int
+
+    epochs: int
+    batch_size: int
+    gradient_accumulation_steps: int
+    density: Density
+    coverage: str
+
+    shuffle_tags: bool
+    keep_tags: int
+    caption_dropout: float
+    text_is_trained: bool
+
+    kind: Literal["mse", "huber"]
+    huber_delta: float
+    weighting: str
+    gamma: float | None
+    mask_floor: float
+    noise_offset: float
+
+    optimizer: str
+    learning_rate: float
+    lr_schedule: LrSchedule
+    warmup_steps: int
+    loraplus_lr_ratio: float
+    text_encoder_factor: float
+    weight_decay: float
+    ema_decay: float
+
+    auto_batch: bool
+    max_grad_norm: float
+    gradient_checkpointing: bool
+    compile: bool
+
+    class_words: Sequence[str]
+    preservation_weight: float
+    preservation_every: int
+
+    log_every_steps: int
+    checkpoint_every_steps: int
