@@ -1,11 +1,12 @@
-"""The files shipped with sdlora, in a checkout and in an installed package alike.
+"""The files shipped with sdlora, in a checkout and in an installed package alike, and folders of images anywhere.
 
-Used wherever a shipped configuration, sample set or the built-in base model is named.
+Used wherever a folder of images, a shipped configuration or the built-in base model is named.
 """
 
 from __future__ import annotations
 
 import difflib
+from dataclasses import dataclass
 from pathlib import Path
 
 from sdlora.common.remote import download_set, is_url
@@ -13,6 +14,29 @@ from sdlora.errors import ConfigError
 
 BUILTIN = "builtin:"
 _PACKAGE = Path(__file__).parents[1]
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """A folder of images, and what applies to all of them.
+
+    Attributes:
+        folder: Path, 'builtin:NAME' or URL. Only its own files are read; subfolders are skipped with a notice.
+        name: Prefix of the images' names, followed by a slash; None for no prefix.
+        caption: Caption of images that have none of their own.
+        repeats: Exposures of each image per epoch, at least 1.
+    """
+
+    folder: str
+    name: str | None = None
+    caption: str | None = None
+    trigger: str | None = None
+    repeats: int = 1
+
+    @property
+    def prefix(self) -> str:
+        """What its images' names begin with."""
+        return "" if self.name is None else f"{self.name}/"
 
 
 def _folder(name: str) -> Path:

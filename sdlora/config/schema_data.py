@@ -6,7 +6,6 @@ Part of `schema`; every room below reads the resolved `DataConfig.sets`, never t
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from PIL import ImageColor
@@ -20,6 +19,7 @@ from pydantic import (
     model_validator,
 )
 
+from sdlora.common.bundled import ImageFolder
 from sdlora.common.remote import check_url, is_url
 from sdlora.errors import ConfigError
 
@@ -38,29 +38,6 @@ class Section(BaseModel):
         super().__pydantic_init_subclass__(**kwargs)
         for option in cls.model_fields.values():
             option.description = option.description and " ".join(option.description.split())
-
-
-@dataclass(frozen=True)
-class TrainingSet:
-    """One folder of training images with everything that applies to it.
-
-    Attributes:
-        name: Prefix of its images' names; None for the only folder of a run, whose images keep their file names.
-        folder: Path, 'builtin:NAME' or URL.
-        repeats: Exposures of each image per epoch, at least 1.
-        caption: The caption of images that have none.
-    """
-
-    name: str | None
-    folder: str
-    repeats: int = 1
-    trigger: str | None = None
-    caption: str | None = None
-
-    @property
-    def prefix(self) -> str:
-        """What its images' names begin with."""
-        return "" if self.name is None else f"{self.name}/"
 
 
 class SetOptions(Section):
@@ -138,27 +115,24 @@ class DataConfig(Section):
     """Share of exposures with an empty caption, so that classifier-free guidance keeps working."""
 
     @property
-    def sets(self) -> list[TrainingSet]:
+    def sets(self) -> list[ImageFolder]:
         """The folders that are trained on, one or more, each with everything that applies to it resolved."""
         common: dict[str, Any] = {"repeats": self.raw_repeats, "trigger": self.raw_trigger, "caption": self.raw_caption}
         if not self.raw_sets:
-            return [TrainingSet(None, self.raw_folder, **common)]
-        return [
-            TrainingSet(one.title, one.folder, **common | one.model_dump(exclude={"name", "folder"}))
-            for one in self.raw_sets
-        ]
+            return [ImageFolder(self.raw_folder, **common)]
+        return [ImageFolder(**common | one.model_dump() | {"name": one.title}) for one in self.raw_sets]
 
     @property
-    def validation_set(self) -> TrainingSet | None:
+    def validation_set(self) -> ImageFolder | None:
         """The folder of validation images, with the trigger and caption that [data] gives; None if it is unset."""
         folder = self.validation_folder
-        return TrainingSet(None, folder, trigger=self.raw_trigger, caption=self.raw_caption) if folder else None
+        return ImageFolder(folder, trigger=self.raw_trigger, caption=self.raw_caption) if folder else None
 
     @property
-    def prior_set(self) -> TrainingSet | None:
+    def prior_set(self) -> ImageFolder | None:
         """The folder of images to preserve, with their caption; None if it is unset."""
         folder = self.preservation_folder
-        return TrainingSet(None, folder, caption=self.preservation_caption) if folder else None
+        return ImageFolder(folder, caption=self.preservation_caption) if folder else None
 
     @property
     def folders(self) -> list[str]:

@@ -13,6 +13,7 @@ from pathlib import Path
 from PIL import Image
 
 from sdlora.common import seeds
+from sdlora.common.bundled import ImageFolder, resolve_data_folder
 from sdlora.data.batches import Bucket, assign_buckets
 from sdlora.data.captions import with_trigger
 from sdlora.data.checks import Checkup, copies_between, examine, refuse_errors, summarize_warnings
@@ -56,12 +57,10 @@ class Dataset:
     """Images that can be trained on.
 
     Attributes:
-        folder: The folder of the images; the first if there are several.
         examples: The images, by name.
         notices: What the user should know about the images, one sentence each.
     """
 
-    folder: Path
     examples: tuple[Example, ...]
     notices: tuple[str, ...]
 
@@ -77,31 +76,13 @@ class Dataset:
         return replace(self, examples=tuple(replace(example, mask=None) for example in self.examples))
 
 
-@dataclass(frozen=True)
-class Source:
-    """A folder of images, and what applies to all of them.
-
-    Attributes:
-        folder: Only its own files are read; subfolders are skipped with a notice.
-        name: Prefix of the images' names, followed by a slash; None for no prefix.
-        caption: Caption of images that have none of their own.
-        repeats: Exposures of each image per epoch.
-    """
-
-    folder: Path
-    name: str | None = None
-    caption: str | None = None
-    trigger: str | None = None
-    repeats: int = 1
-
-
 def load_dataset(
-    *sources: Source, allow_trigger_only: bool = False, background: str = "white", masks: MaskKind = "none"
+    *folders: ImageFolder, allow_trigger_only: bool = False, background: str = "white", masks: MaskKind = "none"
 ) -> Dataset:
     """Read folders of images, with captions in `.txt` sidecars or a `metadata.jsonl`, as one dataset.
 
     Args:
-        sources: At least one; where there are several, each has a name of its own.
+        folders: At least one; where there are several, each has a name of its own.
         allow_trigger_only: Whether images may have an empty caption, to which the trigger is added.
         background: Colour that transparent pixels are blended onto.
         masks: Where masks are looked for.
@@ -113,28 +94,28 @@ def load_dataset(
     errors: list[str] = []
     examples: list[Example] = []
     notices: list[str] = []
-    for source in sources:
-        name, caption, trigger = source.name or "", source.caption, source.trigger
+    for source in folders:
+        folder, name = resolve_data_folder(source.folder), source.name or ""
         try:
             checkup = examine(
-                source.folder, background=background, caption=caption, trigger=trigger,
+                folder, background=background, caption=source.caption, trigger=source.trigger,
                 allow_trigger_only=allow_trigger_only, masks=masks,
             )  # fmt: skip
-            refuse_errors(source.folder, checkup.findings)
+            refuse_errors(folder, checkup.findings)
         except DataError as error:
             errors.append(str(error))
             continue
         checkups[name] = checkup
-        prefix = name and f"{name}/"
+        common = (source.trigger, source.repeats)
         examples += [
-            Example(prefix + p.path.name, p.path, p.caption or "", p.size, p.size, p.mask, trigger, source.repeats)
+            Example(source.prefix + p.path.name, p.path, p.caption or "", p.size, p.size, p.mask, *common)
             for p in checkup.images
         ]
         notices += [f"{name}: {warning}" if name else warning for warning in summarize_warnings(checkup.findings)]
     if errors:
         raise DataError("\n".join(errors))
     shared = copies_between({name: checkup.images for name, checkup in checkups.items()})
-    return Dataset(sources[0].folder, tuple(examples), (*notices, *summarize_warnings(shared)))
+    return Dataset(tuple(examples), (*notices, *summarize_warnings(shared)))
 
 
 def split_validation(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset | None]:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from sdlora.common.bundled import resolve_data_folder
-from sdlora.config.schema_data import DataConfig, TrainingSet
+from sdlora.common.bundled import ImageFolder, resolve_data_folder
+from sdlora.config.schema_data import DataConfig
 from sdlora.data.checks import examine_sizes, summarize_warnings
-from sdlora.data.dataset import Dataset, Source, load_dataset, load_mask_pixels, split_validation
+from sdlora.data.dataset import Dataset, load_dataset, load_mask_pixels, split_validation
 from sdlora.data.images import MaskKind
 from sdlora.errors import ConfigError, DataError
 from sdlora.models.base import BaseModel
@@ -61,13 +61,8 @@ def read_images(data: DataConfig, seed: int) -> Images:
     return Images(training, validation, prior, notices)
 
 
-def _read(data: DataConfig, *sets: TrainingSet, masks: MaskKind = "none") -> Dataset:
-    return load_dataset(
-        *(Source(resolve_data_folder(one.folder), one.name, one.caption, one.trigger, one.repeats) for one in sets),
-        allow_trigger_only=data.allow_trigger_only,
-        background=data.background,
-        masks=masks,
-    )
+def _read(data: DataConfig, *folders: ImageFolder, masks: MaskKind = "none") -> Dataset:
+    return load_dataset(*folders, allow_trigger_only=data.allow_trigger_only, background=data.background, masks=masks)
 
 
 def _refuse_one_folder_twice(data: DataConfig) -> None:

@@ -24,7 +24,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sdlora.cache.tensors import Cache
-from sdlora.data.dataset import Source, load_dataset
+from sdlora.common.bundled import ImageFolder
+from sdlora.data.dataset import load_dataset
 from sdlora.models.base import BaseModel
 
 SHAPE = (8, 64, 64)
@@ -40,7 +41,7 @@ def measure(folder: Path, count: int) -> dict[str, float]:
         vae_identity="vae", text_identity="text", encode_pixels=lambda _: torch.randn(1, *SHAPE), encode_captions=None
     )
     cache = Cache(folder / "cache", cast(BaseModel, stub))
-    data = load_dataset(Source(folder / "set"))
+    data = load_dataset(ImageFolder(str(folder / "set")))
     examples = data.with_buckets(32, 8, buckets=True).examples
     for _ in cache.fill_moments(examples, "white"):
         pass

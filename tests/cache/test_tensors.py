@@ -6,7 +6,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdlora.cache.tensors import Cache
-from sdlora.data.dataset import Dataset, Source, load_dataset
+from sdlora.common.bundled import ImageFolder
+from sdlora.data.dataset import Dataset, load_dataset
 from sdlora.models.base import BaseModel
 from sdlora.models.load import load_base
 
@@ -17,7 +18,7 @@ def base(tiny_base: Path) -> BaseModel:
 
 
 def dataset(folder: Path) -> Dataset:
-    data = load_dataset(Source(folder, caption="x"))
+    data = load_dataset(ImageFolder(str(folder), caption="x"))
     return data.with_buckets(32, 8, buckets=True)
 
 

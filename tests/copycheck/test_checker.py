@@ -9,10 +9,11 @@ import pytest
 import torch
 
 from sdlora.cache.tensors import Cache
+from sdlora.common.bundled import ImageFolder
 from sdlora.copycheck.checker import Checker, Subject
 from sdlora.copycheck.embedders import Embedders
 from sdlora.copycheck.null_distribution import make_gallery
-from sdlora.data.dataset import Source, load_dataset
+from sdlora.data.dataset import load_dataset
 from sdlora.events import CopyChecked, EpochDone, PreviewsDone
 from sdlora.lora.inject import Adapter, inject
 from sdlora.lora.targets import find_targets
@@ -32,7 +33,7 @@ def parts(tiny_base: Path, tmp_path: Path) -> tuple[Adapter, Checker, Validation
         (folder / f"{index}.txt").write_text(f"scene {index}")
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"], base.text_encoders), 2, 2.0, 0)
-    whole = load_dataset(Source(folder))
+    whole = load_dataset(ImageFolder(str(folder)))
     trained, held = replace(whole, examples=whole.examples[:3]), replace(whole, examples=whole.examples[3:])
     cache = Cache(tmp_path / "cache", base)
     data, kept = (TrainingData(d, cache, lambda i, _, d=d: d.examples[i].caption) for d in (trained, held))

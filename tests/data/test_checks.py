@@ -5,9 +5,9 @@ from pathlib import Path
 import pytest
 from PIL import Image, ImageOps
 
-from sdlora.common.bundled import resolve_data_folder
+from sdlora.common.bundled import ImageFolder, resolve_data_folder
 from sdlora.data.checks import Checkup, Finding, examine, examine_sizes, summarize_warnings
-from sdlora.data.dataset import Source, load_dataset
+from sdlora.data.dataset import load_dataset
 from sdlora.errors import DataError
 from sdlora.pocket.world import random_scene, render
 
@@ -162,5 +162,5 @@ def test_loading_raises_all_errors_of_the_check(tmp_path: Path, put: Callable[..
     errors = [finding.message for finding in check(tmp_path).findings]
     assert len(errors) == 2
     with pytest.raises(DataError) as caught:
-        load_dataset(Source(tmp_path))
+        load_dataset(ImageFolder(str(tmp_path)))
     assert str(caught.value).splitlines()[1:] == [f"  {message}" for message in errors]

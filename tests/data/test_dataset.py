@@ -4,12 +4,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdlora.data.dataset import Dataset, Example, Pixels, Source, load_dataset, load_pixels, split_validation
+from sdlora.common.bundled import ImageFolder
+from sdlora.data.dataset import Dataset, Example, Pixels, load_dataset, load_pixels, split_validation
 from sdlora.errors import DataError
 
 
 def load(folder: Path, *, allow_trigger_only: bool = False, **source: str) -> Dataset:
-    return load_dataset(Source(folder, **source), allow_trigger_only=allow_trigger_only)
+    return load_dataset(ImageFolder(str(folder), **source), allow_trigger_only=allow_trigger_only)
 
 
 def test_examples_have_captions_and_buckets(images: Path) -> None:
@@ -93,7 +94,7 @@ def test_pixels_are_read_on_access(images: Path, monkeypatch: pytest.MonkeyPatch
 
 def dataset_of(count: int) -> Dataset:
     names = [f"picture{index:03d}.png" for index in range(count)]
-    return Dataset(Path("set"), tuple(Example(name, Path(name), "x", (8, 8), (8, 8)) for name in names), ("a notice",))
+    return Dataset(tuple(Example(name, Path(name), "x", (8, 8), (8, 8)) for name in names), ("a notice",))
 
 
 def names(data: Dataset) -> list[str]:

@@ -5,8 +5,9 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
+from sdlora.common.bundled import ImageFolder
 from sdlora.data.checks import Checkup, examine
-from sdlora.data.dataset import Example, Source, load_dataset, load_mask_pixels, load_pixels
+from sdlora.data.dataset import Example, load_dataset, load_mask_pixels, load_pixels
 from sdlora.data.images import (
     MaskKind,
     crop_origin,
@@ -168,7 +169,7 @@ def test_mask_is_cropped_like_its_image(tmp_path: Path) -> None:
     # What is white in the image is white in the mask, so both crops must show the same.
     put_mask(tmp_path, "a-mask.png", (64, 32), (20, 8, 44, 31))
     Image.open(tmp_path / "a-mask.png").convert("RGB").save(tmp_path / "a.png")
-    data = load_dataset(Source(tmp_path), masks="file")
+    data = load_dataset(ImageFolder(str(tmp_path)), masks="file")
     for buckets in (True, False):
         (example,) = data.with_buckets(32, 8, buckets=buckets).examples
         mask = load_mask_pixels(example)

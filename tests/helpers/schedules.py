@@ -16,7 +16,6 @@ from sdlora.training.settings import TrainingSettings
 def dataset(repeats: list[int], name: str = "p") -> Dataset:
     """Images in two sizes by turns."""
     return Dataset(
-        Path("set"),
         tuple(
             Example(f"{name}{index}", Path("x"), "x", (32, 32) if index % 2 else (40, 24), (64, 64), repeats=times)
             for index, times in enumerate(repeats)

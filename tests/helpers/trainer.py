@@ -8,8 +8,9 @@ import torch
 from accelerate import Accelerator
 
 from sdlora.cache.tensors import Cache
+from sdlora.common.bundled import ImageFolder
 from sdlora.config.toml import parse_config
-from sdlora.data.dataset import Source, load_dataset
+from sdlora.data.dataset import load_dataset
 from sdlora.data.images import MaskKind
 from sdlora.lora.inject import AdapterSpec, inject
 from sdlora.lora.targets import find_targets
@@ -46,7 +47,7 @@ def make_trainer(
     base = load_base(str(base_folder), device=torch.device("cpu"), dtype=dtype)
     paths = find_targets(base.unet, targets, base.text_encoders)
     adapter = inject(base.unet, paths, 2, 2.0, 0, spec=spec, text_encoders=base.text_encoders)
-    dataset = load_dataset(Source(images, repeats=2), masks=masks)
+    dataset = load_dataset(ImageFolder(str(images), repeats=2), masks=masks)
     dataset = dataset.with_buckets(32, 8, buckets=False)
     data = TrainingData(
         dataset,

@@ -12,7 +12,8 @@ from helpers.commandline import CommandLine
 from helpers.promises import Figure
 from PIL import Image, ImageCms
 
-from sdlora.data.dataset import Source, load_dataset
+from sdlora.common.bundled import ImageFolder
+from sdlora.data.dataset import load_dataset
 from sdlora.data.images import load_image
 from sdlora.errors import DataError
 
@@ -38,7 +39,7 @@ def test_broken_images_are_refused_by_name_in_bounded_memory(
     for name in files:
         (folder / name).with_suffix(".txt").write_text("a thing")
     with pytest.raises(DataError) as caught:
-        load_dataset(Source(folder, caption="x"))
+        load_dataset(ImageFolder(str(folder), caption="x"))
     assert all(f"  {name}: " in str(caught.value) for name in files), "all are named at once"
     figure("Broken images", f"{len(files)} of {len(files)} refused by name; memory rose by {rise} MB")
 

@@ -14,8 +14,9 @@ from accelerate import Accelerator
 from helpers.schedules import dataset, schedule_settings
 from helpers.trainer import make_trainer
 
+from sdlora.common.bundled import ImageFolder
 from sdlora.data.batches import Exposure
-from sdlora.data.dataset import Source, load_dataset
+from sdlora.data.dataset import load_dataset
 from sdlora.events import CheckpointDue, StepDone
 from sdlora.lora.inject import inject
 from sdlora.lora.targets import find_targets
@@ -174,7 +175,7 @@ def test_prior_images_add_the_gradient_of_their_mean_loss(
     tiny_base: Path, images: Path, others: Path, tmp_path: Path
 ) -> None:
     plain = make_trainer(tiny_base, images, tmp_path, max_grad_norm=0.0)
-    kept = load_dataset(Source(others))
+    kept = load_dataset(ImageFolder(str(others)))
     kept = kept.with_buckets(32, 8, buckets=True)
     prior = replace(plain.data, dataset=kept, caption=lambda index, _: kept.examples[index].caption)
     settings = replace(plain.settings, preservation_weight=3.0)

@@ -10,8 +10,8 @@ from helpers.hostile import CAPTIONS
 from helpers.studios import write_image
 from PIL import Image
 
-from sdlora.common.bundled import resolve_data_folder
-from sdlora.data.dataset import Source, load_dataset
+from sdlora.common.bundled import ImageFolder, resolve_data_folder
+from sdlora.data.dataset import load_dataset
 from sdlora.errors import SdloraError
 from sdlora.ui.pages.images import MAX_CARDS, cards_by_page
 from sdlora.ui.state import image_set
@@ -59,7 +59,7 @@ def test_saved_caption_is_what_training_reads(caption: str, folder: Path) -> Non
     before = set(folder.rglob("*"))
     image_set.write_caption(folder, "a.png", caption)
     assert set(folder.rglob("*")) == before
-    dataset = load_dataset(Source(folder, caption="none"))
+    dataset = load_dataset(ImageFolder(str(folder), caption="none"))
     expected = " ".join(caption.replace("\0", " ").split()).removeprefix("\ufeff") or "none"
     assert dataset.examples[0].caption == expected
     assert image_set.view(folder).cards[0].caption == ("" if expected == "none" else expected)
