@@ -9,12 +9,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Literal
 
-from sdlora.batch.engine import Engine
+from sdlora.batch.engine import Engine, Message, Task
 from sdlora.batch.fingerprint import Fingerprints
 from sdlora.batch.jobs import Job
-from sdlora.batch.ledger import Ledger, Record, locked
-from sdlora.batch.location import LEDGER, Location
-from sdlora.batch.messages import Message, Task
+from sdlora.batch.location import LEDGER, Ledger, Location, Record, locked
 from sdlora.errors import SdloraError, StoreError
 
 Action = Literal["skip", "resume", "start", "fault"]
@@ -28,7 +26,7 @@ def run_batch(
     Args:
         jobs: In the order in which they run.
         location: Of the batch; it contains the run of each job.
-        engine: Runs the jobs.
+        engine: Runs the tasks.
         retry: Whether to retry jobs that failed before.
         should_stop: True makes running jobs save their state and end; the same call resumes them.
 
@@ -58,18 +56,25 @@ def run_batch(
             _record(ledger, message)
             yield message
             if message["event"] == "ended":
-                yield from _upload_ledger(location, message["job"])
+                try:
+                    location.upload(LEDGER)
+                except StoreError as error:
+                    notice = f"{error} The batch continues; its record is uploaded later."
+                    yield {"job": message["job"], "event": "notice", "message": notice}
         _write_report(jobs, ledger, location)
-        yield {"event": "batch", "folder": location.output, **_summary(ledger, jobs)}
+        named: dict[str, list[str]] = {"done": [], "failed": [], "open": []}
+        for job in jobs:
+            status = ledger.records[job.name].outcome[0]
+            named["done" if status == "done" else "failed" if status in ("failed", "cut") else "open"].append(job.name)
+        yield {"event": "batch", "folder": location.output, **named}
 
 
 def decide(job: Job, record: Record | None, fingerprint: str, *, retry: bool) -> tuple[Action, Record]:
     """Choose what to do with a job, and update its record.
 
     Args:
-        job: The job.
-        record: Its record from earlier calls, or None.
-        fingerprint: Of its current settings, images and base.
+        record: From earlier calls, or None.
+        fingerprint: Of the job's current settings, images and base.
         retry: Whether to retry a failed job.
     """
     if job.config is None:
@@ -93,13 +98,6 @@ def _fingerprinted(jobs: Sequence[Job]) -> Iterator[tuple[Job, str]]:
             yield replace(job, config=None, fault=str(error)), ""
         except SdloraError:
             yield job, "no such set"  # the run reports it as the failure of this job
-
-
-def _upload_ledger(location: Location, job: str) -> Iterator[Message]:
-    try:
-        location.upload(LEDGER)
-    except StoreError as error:
-        yield {"job": job, "event": "notice", "message": f"{error} The batch continues; its record is uploaded later."}
 
 
 def _record(ledger: Ledger, message: Message) -> None:
@@ -131,10 +129,3 @@ def _write_report(jobs: Sequence[Job], ledger: Ledger, location: Location) -> No
     write_tables(ledger.folder, results)
     write_page(ledger.folder / "report.html", location.name, results, runs)
     location.upload(LEDGER, *TABLES, "report.html")
-
-
-def _summary(ledger: Ledger, jobs: Sequence[Job]) -> dict[str, list[str]]:
-    def named(*statuses: str) -> list[str]:
-        return [job.name for job in jobs if ledger.records[job.name].outcome[0] in statuses]
-
-    return {"done": named("done"), "failed": named("failed", "cut"), "open": named("waiting", "running", "stopped")}

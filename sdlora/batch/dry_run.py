@@ -34,11 +34,8 @@ class JobEstimate:
     """What one job takes on this machine, as busy as it is now.
 
     Attributes:
-        job: Its name.
         fault: What is wrong with it, or None; with a fault nothing else is known.
-        images: How many are trained.
-        exposures: How often each is seen; the highest of several sets.
-        steps: Optimizer steps.
+        exposures: How often each image is seen; the highest of several sets.
         training_seconds: All steps, each as long as one with the largest images.
         preview_seconds: All previews, from the time of a few denoising steps.
         peak_memory_bytes: The peak of memory meanwhile; None where it cannot be measured.
@@ -55,14 +52,9 @@ class JobEstimate:
 
 
 def print_estimates(jobs: Sequence[Job], folder: Path, *, json_: bool) -> None:
-    """Print what a batch takes: a table on stdout, or JSON lines.
-
-    Args:
-        jobs: In the order of their turn.
-        folder: The batch's, which is not touched.
-        json_: For programs.
-    """
-    found = estimate_jobs(jobs, folder)
+    """Print what a batch takes: a table on stdout, or JSON lines; the batch's folder is not touched."""
+    bases = BasePool()
+    found = [_estimate(job, folder / job.name, bases) for job in jobs]
     if json_:
         for one in found:
             print(json.dumps({"event": "forecast", **to_json(one)}, ensure_ascii=False), file=sys.stdout)
@@ -85,25 +77,16 @@ def print_estimates(jobs: Sequence[Job], folder: Path, *, json_: bool) -> None:
     )
 
 
-def estimate_jobs(jobs: Sequence[Job], folder: Path) -> list[JobEstimate]:
-    """Try a step and a preview of every job.
-
-    Args:
-        jobs: In the order of their turn.
-        folder: The batch's, which is not touched.
-    """
-    bases, found = BasePool(), []
-    for job in jobs:
-        try:
-            if job.config is None:
-                found.append(JobEstimate(job.name, job.fault))
-            else:
-                found.append(_try(job.name, job.config, folder / job.name, bases))
-        except SdloraError as error:
-            found.append(JobEstimate(job.name, str(error)))
-        except torch.OutOfMemoryError as error:
-            found.append(JobEstimate(job.name, f"It does not fit into memory: {error}"))
-    return found
+def _estimate(job: Job, folder: Path, bases: BasePool) -> JobEstimate:
+    """Try a step and a preview of a job."""
+    if job.config is None:
+        return JobEstimate(job.name, job.fault)
+    try:
+        return _try(job.name, job.config, folder, bases)
+    except SdloraError as error:
+        return JobEstimate(job.name, str(error))
+    except torch.OutOfMemoryError as error:
+        return JobEstimate(job.name, f"It does not fit into memory: {error}")
 
 
 def _try(name: str, config: RunConfig, folder: Path, bases: BasePool) -> JobEstimate:
@@ -111,14 +94,14 @@ def _try(name: str, config: RunConfig, folder: Path, bases: BasePool) -> JobEsti
     peak = PeakMemory()
     context = prepare(config, RunFolder(folder, name), bases)
     try:
-        trainer = context.trainer
+        steps = context.trainer.total_steps
         return JobEstimate(
             job=name,
             fault=None,
             images=len(context.data.dataset.examples),
             exposures=config.data.repeats_range[1] * config.train.epochs,
-            steps=trainer.total_steps,
-            training_seconds=trainer.total_steps * step_seconds(trainer, config.data.background),
+            steps=steps,
+            training_seconds=steps * step_seconds(context.trainer, config.data.background),
             preview_seconds=(config.train.epochs + 1) * _preview_seconds(context),
             peak_memory_bytes=peak.num_bytes(),
         )

@@ -1,6 +1,7 @@
-"""Tasks on this machine: one worker process per device.
+"""Tasks on this machine, one worker process per device; and the protocol between a batch and its workers.
 
-A worker that dies loses the job it was running and nothing else.
+A task goes in and messages come out, all of them plain JSON values. A worker that dies loses the job it was running and
+nothing else. Imports neither torch nor diffusers, so that a batch with nothing left to do ends at once.
 """
 
 from __future__ import annotations
@@ -16,27 +17,34 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Protocol
-
-from sdlora.batch.messages import Message, Task
+from typing import Any, Protocol
 
 _POLL_SECONDS = 0.2
+
+Message = dict[str, Any]
+"""{"job": name, "event": ...} and the keys of the event; "ended" is the last message of a job."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One job for a worker: its configuration from `RunConfig.model_dump`, and the folder or URL of its run."""
+
+    job: str
+    config: dict[str, Any]
+    folder: str
 
 
 class Engine(Protocol):
     """Runs tasks somewhere."""
 
     def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> Iterator[Message]:
-        """Run tasks in their order.
+        """Run tasks in their order; yield "started" for each, then the messages of `sdlora.batch.task.run_task`.
 
         Args:
             tasks: What to do.
             should_stop: Polled; True makes running tasks save their state, and no other is started.
-
-        Yields:
-            "started" for every task, then the messages of `sdlora.batch.task.run_task`.
         """
         ...
 
@@ -58,10 +66,14 @@ class LocalEngine:
         waiting, inbox, stopping = deque(tasks), queue.Queue[_Received](), False
         self._logs.mkdir(parents=True, exist_ok=True)
         workers: list[_Worker] = []
+
+        def worker_of(number: int) -> _Worker:
+            return _Worker(number, self._environments[number], self._logs / f"worker{number}.txt", inbox)
+
         try:
             for number in range(min(len(self._environments), len(tasks))):
-                workers.append(self._start_worker(number, waiting.popleft(), inbox))
-                yield started(workers[-1].task)
+                workers.append(worker_of(number))
+                yield workers[-1].send(waiting.popleft())
             while any(worker.active for worker in workers):
                 if should_stop() and not stopping:
                     stopping = True
@@ -78,23 +90,19 @@ class LocalEngine:
                         yield worker.lost_message()
                     worker.active = False
                     if waiting:
-                        workers[number] = self._start_worker(number, waiting.popleft(), inbox)
-                        yield started(workers[number].task)
+                        workers[number] = worker_of(number)
+                        yield workers[number].send(waiting.popleft())
                     continue
                 yield message
                 if message["event"] == "ended":
                     worker.task = None
                     if waiting:
-                        worker.send(waiting.popleft())
-                        yield started(worker.task)
+                        yield worker.send(waiting.popleft())
                     else:
                         worker.close()
         finally:
             for worker in workers:
                 worker.end()
-
-    def _start_worker(self, number: int, task: Task, inbox: queue.Queue[_Received]) -> _Worker:
-        return _Worker(number, task, self._environments[number], self._logs / f"worker{number}.txt", inbox)
 
 
 _Received = tuple[int, Message | None]
@@ -104,9 +112,7 @@ _Received = tuple[int, Message | None]
 class _Worker:
     """A worker process and its current task."""
 
-    def __init__(
-        self, number: int, task: Task, environment: Mapping[str, str], log: Path, inbox: queue.Queue[_Received]
-    ) -> None:
+    def __init__(self, number: int, environment: Mapping[str, str], log: Path, inbox: queue.Queue[_Received]) -> None:
         self.active = True
         self.task: Task | None = None
         with log.open("ab") as errors:
@@ -121,14 +127,14 @@ class _Worker:
             )
         self._log = log
         threading.Thread(target=self._listen, args=(number, inbox), daemon=True).start()
-        self.send(task)
 
-    def send(self, task: Task) -> None:
-        """Send the next task."""
+    def send(self, task: Task) -> Message:
+        """Send the next task; returns its first message."""
         self.task, self._since = task, time.monotonic()
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # if it has just died, the listener reports it
             print(json.dumps(asdict(task)), file=self._process.stdin, flush=True)
+        return started(task)
 
     def close(self) -> None:
         """Let it end: at once if it is idle, otherwise once the state of its job is saved."""
@@ -146,11 +152,7 @@ class _Worker:
         else:
             how = f"exited with code {code}"
         error = f"Its worker {how} during the job; see {self._log}. Run the same command again to resume."
-        seconds = time.monotonic() - self._since
-        return {
-            "job": self.task.job, "event": "ended", "status": "cut", "error": error,
-            "exit_code": 128 - code if code < 0 else code, "epoch": None, "seconds": seconds, "peak_memory_bytes": None,
-        }  # fmt: skip
+        return cut_off(self.task, error, 128 - code if code < 0 else code, time.monotonic() - self._since)
 
     def end(self) -> None:
         """Kill the process if it still runs."""
@@ -169,10 +171,17 @@ class _Worker:
         inbox.put((number, None))
 
 
-def started(task: Task | None) -> Message:
+def started(task: Task) -> Message:
     """The first message of a task."""
-    assert task is not None
     return {"job": task.job, "event": "started", "folder": task.folder}
+
+
+def cut_off(task: Task, error: str, exit_code: int, seconds: float) -> Message:
+    """The last message of a task whose process was lost."""
+    return {
+        "job": task.job, "event": "ended", "status": "cut", "error": error, "exit_code": exit_code, "epoch": None,
+        "seconds": seconds, "peak_memory_bytes": None,
+    }  # fmt: skip
 
 
 def environments() -> list[dict[str, str]]:

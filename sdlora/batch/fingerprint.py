@@ -5,6 +5,7 @@ A batch compares it with the ledger to decide whether a finished job is still up
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from pathlib import Path
@@ -26,26 +27,14 @@ class Fingerprints:
     """Fingerprints of jobs; a folder or base that several jobs share is read once."""
 
     def __init__(self) -> None:
-        self._folders: dict[Path, str] = {}
-        self._bases: dict[str, str] = {}
+        self._folder_content, self._base_content = functools.cache(_content), functools.cache(base_content)
 
     def of(self, config: RunConfig) -> str:
         """The fingerprint of a job; see `base_content` for the base."""
         settings = [(name, value) for name, value in options(config) if name not in FREE_WHEN_RESUMING]
-        folders = [self._content(folder) for folder in config.data.folders]
-        text = json.dumps([__version__, settings, folders, self._base(config.base.path)], sort_keys=True)
+        folders = [self._folder_content(resolve_data_folder(folder).resolve()) for folder in config.data.folders]
+        text = json.dumps([__version__, settings, folders, self._base_content(config.base.path)], sort_keys=True)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
-
-    def _base(self, path: str) -> str:
-        if path not in self._bases:
-            self._bases[path] = base_content(path)
-        return self._bases[path]
-
-    def _content(self, folder: str) -> str:
-        path = resolve_data_folder(folder).resolve()
-        if path not in self._folders:
-            self._folders[path] = _content(path)
-        return self._folders[path]
 
 
 def _content(folder: Path) -> str:

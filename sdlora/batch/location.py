@@ -1,4 +1,4 @@
-"""Location of a batch and of its runs: a folder, or a URL with a local working folder.
+"""Location of a batch, a folder or a URL with a local working folder, and the ledger of its jobs' status there.
 
 Runs upload themselves from the machine they run on (`sdlora.common.remote.open_run`); this module moves the batch's
 own files, and what the report reads of the runs.
@@ -6,20 +6,27 @@ own files, and what the report reads of the runs.
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
+from sdlora.common.files import write_json
+from sdlora.common.locks import hold
 from sdlora.common.remote import Store, download_set, is_url, work_folder
+from sdlora.errors import BusyError, OutputError
 
 LEDGER = "batch.json"
 _STOP = ".stop"  # not a valid job name
 
+Status = Literal["waiting", "running", "done", "failed", "cut", "stopped"]
+
 
 class Location:
     """The folder or URL of a batch.
-
-    Args:
-        output: A folder or a URL.
 
     Attributes:
         output: As given.
@@ -89,3 +96,87 @@ class Location:
     def stop_requested(self) -> bool:
         """Whether runs should end."""
         return self._store.has(_STOP)
+
+
+@dataclass(frozen=True)
+class Record:
+    """The record of one job.
+
+    Attributes:
+        status: "cut" if its worker died, "stopped" if the user asked for it; both can be resumed.
+        fingerprint: Of settings, data and version; empty if the settings were never valid.
+        error: Why it failed, or None.
+        fault: What is wrong with its current settings, or None; the other fields then describe earlier settings.
+        exit_code: The exit code of `sdlora train` for it; None while it is open.
+        epoch: The epoch that was kept; None unless it is done.
+        seconds: Time spent on it in all attempts together.
+        peak_memory_bytes: Peak memory of its worker; None if unknown.
+    """
+
+    status: Status = "waiting"
+    fingerprint: str = ""
+    error: str | None = None
+    fault: str | None = None
+    exit_code: int | None = None
+    epoch: int | None = None
+    seconds: float = 0.0
+    peak_memory_bytes: int | None = None
+
+    @property
+    def outcome(self) -> tuple[Status, str | None]:
+        """The status to report, and the error that belongs to it."""
+        return ("failed", self.fault) if self.fault else (self.status, self.error)
+
+
+@dataclass
+class Ledger:
+    """The records of a batch by job name, in `batch.json`, so that the same command resumes it.
+
+    The file is replaced atomically after every change, by the one process that holds the lock.
+    """
+
+    folder: Path
+    records: dict[str, Record] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, folder: Path) -> Ledger:
+        """The ledger of an earlier call, or an empty one.
+
+        Raises:
+            OutputError: The file was not written by sdlora.
+        """
+        file = folder / LEDGER
+        if not file.exists():
+            return cls(folder)
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+            return cls(folder, {name: Record(**record) for name, record in content["jobs"].items()})
+        except (ValueError, TypeError, KeyError) as error:
+            raise OutputError(
+                f"{file} is not the record of a batch ({error}). Move it away, or choose another --output."
+            ) from error
+
+    def put(self, name: str, record: Record) -> None:
+        """Save the record of a job."""
+        self.records[name] = record
+        write_json(self.folder / LEDGER, {"jobs": {key: asdict(value) for key, value in self.records.items()}})
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Lock the folder of a batch within the block.
+
+    Raises:
+        OutputError: Another process works in it, or the folder cannot be created.
+    """
+    with ExitStack() as held:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(hold(folder / "batch.lock", "sdlora batch"))
+        except BusyError as error:
+            raise OutputError(
+                f"Another process works on the batch in {folder}. Wait until it ends, or choose another --output."
+            ) from error
+        except OSError as error:
+            raise OutputError(f"{folder} cannot be written: {error.strerror}. Choose another --output.") from error
+        yield

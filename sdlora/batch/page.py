@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import quote
 
 from sdlora.batch.results import Result, comparable, learned
@@ -26,16 +25,14 @@ _SEVERITY = {"clean": 0, "watch": 1, "copying": 2}
 _ALWAYS = ("#", "job", "status")
 
 
-@dataclass(frozen=True)
-class Cell:
+class Cell(NamedTuple):
     """A cell of the table: what it is sorted by, None last, and what is read."""
 
     value: object
     text: str
 
 
-@dataclass(frozen=True)
-class Column:
+class Column(NamedTuple):
     """A column of the table."""
 
     name: str
@@ -43,14 +40,7 @@ class Column:
 
 
 def write_page(file: Path, title: str, results: Sequence[Result], runs: Mapping[str, Path]) -> None:
-    """Write a batch's page.
-
-    Args:
-        file: What to write.
-        title: The batch's.
-        results: At least one.
-        runs: The run folders of finished jobs, by the job's name.
-    """
+    """Write the page of a batch with at least one result; `runs` are the folders of finished jobs, by name."""
     columns = [
         column for column in _columns(results)
         if column.name in _ALWAYS or any(column.cell(result).text for result in results)

@@ -13,9 +13,8 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from sdlora.batch.engine import started
+from sdlora.batch.engine import Message, Task, cut_off, started
 from sdlora.batch.location import Location
-from sdlora.batch.messages import Message, Task
 from sdlora.common.remote import is_url
 from sdlora.errors import ConfigError, StoreError
 
@@ -79,18 +78,14 @@ class RayEngine:
             return message
         except self._ray.exceptions.RayError as error:
             reason = str(error).strip().splitlines()[0]
-            fault = f"Ray could not run the task: {reason} Run the same command again to resume."
-            return {
-                "job": task.job, "event": "ended", "status": "cut", "error": fault, "exit_code": 1, "epoch": None,
-                "seconds": 0.0, "peak_memory_bytes": None,
-            }  # fmt: skip
+            return cut_off(task, f"Ray could not run the task: {reason} Run the same command again to resume.", 1, 0.0)
 
 
 def run_task_remotely(task: dict[str, Any], output: str, working_dir: str) -> Message:
     """Run a task on this machine, and return its last message.
 
     Args:
-        task: The fields of a `sdlora.batch.messages.Task`.
+        task: The fields of a `Task`.
         output: Folder or URL of the batch, where stops are requested.
         working_dir: What paths in the configuration are relative to; with a URL it may be missing on this machine.
     """

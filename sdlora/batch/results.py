@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.batch.jobs import Job
-from sdlora.batch.ledger import Ledger
+from sdlora.batch.location import Ledger
 from sdlora.common.files import write_json, write_text
 from sdlora.common.metrics import read_metrics
 from sdlora.config.schema import RunConfig
@@ -32,9 +32,7 @@ class Result:
 
     Attributes:
         number: Position in the batch, from 1; labels points and previews.
-        job: Its name.
-        status: As in `sdlora.batch.ledger.Record`.
-        error: Why it failed.
+        status: As in `sdlora.batch.location.Record`.
         settings: The settings in which the jobs of the batch differ.
         group: Jobs of one group share base, images and seed, so that their losses can be compared.
         verdict: Of the copy check on the kept epoch.
@@ -44,7 +42,6 @@ class Result:
         fidelity: DINOv2 similarity of its previews to the concept, in [-1, 1].
         epoch: The recommended epoch, which was kept.
         seconds: Time of all attempts together.
-        peak_memory_bytes: Peak memory.
         pareto: Whether no job of its group is at least as good in copying and learning, and better in one of them.
     """
 
@@ -64,14 +61,9 @@ class Result:
     peak_memory_bytes: int | None = None
     pareto: bool = False
 
-    def row(self) -> dict[str, Any]:
-        """The results by column."""
-        known = {name: value for name, value in to_json(self).items() if name not in ("settings", "group")}
-        return known | self.settings
-
 
 def collect(jobs: Sequence[Job], ledger: Ledger, runs: Mapping[str, Path]) -> list[Result]:
-    """Read the results of all jobs from their run folders.
+    """The results of all jobs, in their order.
 
     Args:
         jobs: In the order in which they run.
@@ -82,15 +74,13 @@ def collect(jobs: Sequence[Job], ledger: Ledger, runs: Mapping[str, Path]) -> li
     results = []
     for number, job in enumerate(jobs, start=1):
         record = ledger.records[job.name]
-        status, error = record.outcome
         values = {} if job.config is None else dict(options(job.config))
         result = Result(
-            number=number,
-            job=job.name,
-            status=status,
-            error=error,
-            settings={name: values.get(name) for name in different},
-            group=_group(job.config),
+            number,
+            job.name,
+            *record.outcome,
+            {name: values.get(name) for name in different},
+            _group(job.config),
             epoch=record.epoch,
             seconds=record.seconds,
             peak_memory_bytes=record.peak_memory_bytes,
@@ -109,16 +99,9 @@ def differing(configs: Sequence[RunConfig]) -> list[str]:
 def _group(config: RunConfig | None) -> str:
     if config is None:
         return ""
-    data = config.data
-    parts = [
-        config.base.model_dump(),
-        ", ".join(one.folder for one in data.sets),
-        data.validation_folder,
-        data.validation_split,
-        data.resolution_px,
-        config.seed,
-    ]
-    return json.dumps(parts)
+    data, folders = config.data, ", ".join(one.folder for one in config.data.sets)
+    validation = (data.validation_folder, data.validation_split)
+    return json.dumps([config.base.model_dump(), folders, *validation, data.resolution_px, config.seed])
 
 
 def _with_figures(result: Result, folder: Path) -> Result:
@@ -171,17 +154,16 @@ def _with_front(results: Sequence[Result]) -> list[Result]:
 
 
 def write_tables(folder: Path, results: Sequence[Result]) -> None:
-    """Write `results.csv` and `results.json`.
-
-    Args:
-        folder: Of the batch.
-        results: At least one.
-    """
-    rows = [result.row() for result in results]
+    """Write `results.csv` and `results.json` of at least one result into the batch's folder."""
+    found = [to_json(result) for result in results]
+    rows = [
+        {name: value for name, value in one.items() if name not in ("settings", "group")} | one["settings"]
+        for one in found
+    ]
     text = io.StringIO()
     writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     csv_file, json_file = (folder / name for name in TABLES)
     write_text(csv_file, text.getvalue())
-    write_json(json_file, [to_json(result) for result in results])
+    write_json(json_file, found)

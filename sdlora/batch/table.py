@@ -6,7 +6,6 @@ Shows the messages of `run_batch`, as `sdlora.cli.progress` shows the events of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -14,7 +13,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from sdlora.batch.messages import Message
+from sdlora.batch.engine import Message
 from sdlora.common.metrics import LossSmoother
 from sdlora.common.text import format_seconds
 
@@ -32,7 +31,7 @@ class _Row:
     seconds: float | None = None
     steps: int = 0
     per_step: float | None = None
-    error: str = field(default="")
+    error: str = ""
 
 
 class BatchTable:
@@ -48,9 +47,7 @@ class BatchTable:
             self._live.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         if self._console.is_terminal:
             self._live.stop()
 
@@ -61,11 +58,8 @@ class BatchTable:
         row = self._rows.setdefault(message["job"], _Row())
         match message["event"]:
             case "planned":
-                row.status, row.progress, row.error = (
-                    message["status"],
-                    _ACTIONS[message["action"]],
-                    message["error"] or "",
-                )
+                row.status, row.error = message["status"], message["error"] or ""
+                row.progress = _ACTIONS[message["action"]]
                 if "moved" in message:
                     self._print(
                         f"{message['job']}: settings, images or version changed; its old run was moved to "

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from sdlora.batch.messages import Message, Task
+from sdlora.batch.engine import Message, Task
 from sdlora.common.files import remove_partial
 from sdlora.common.peak_memory import PeakMemory
 from sdlora.common.remote import open_run
@@ -25,12 +25,7 @@ from sdlora.run.setup import BaseSource, forget_accelerator
 
 
 def run_task(task: Task, bases: BaseSource, should_stop: Callable[[], bool]) -> Iterator[Message]:
-    """Run a job, or resume it; a failure is reported in the last message, not raised.
-
-    Args:
-        task: The job.
-        bases: Provides the base model.
-        should_stop: Polled between steps.
+    """Run a job, or resume it; `should_stop` is polled between steps. Failures are reported, not raised.
 
     Yields:
         The run's events, and finally "ended" with status, error, exit_code, epoch, seconds and peak_memory_bytes.

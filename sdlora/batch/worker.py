@@ -24,7 +24,7 @@ def main() -> None:
     messages = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)
     quiet_libraries()
-    from sdlora.batch.messages import Task
+    from sdlora.batch.engine import Task
     from sdlora.batch.task import run_task
     from sdlora.run.setup import BasePool
 

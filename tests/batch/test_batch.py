@@ -14,11 +14,9 @@ import pytest
 from helpers.batches import QUICK
 
 from sdlora.batch.batch import decide, run_batch
-from sdlora.batch.engine import LocalEngine
+from sdlora.batch.engine import LocalEngine, Message
 from sdlora.batch.jobs import Job, read_jobs
-from sdlora.batch.ledger import Ledger, Record
-from sdlora.batch.location import Location
-from sdlora.batch.messages import Message
+from sdlora.batch.location import Ledger, Location, Record
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config
 from sdlora.events import RunDone

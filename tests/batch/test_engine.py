@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdlora.batch import engine
-from sdlora.batch.engine import LocalEngine
-from sdlora.batch.messages import Task
+from sdlora.batch.engine import LocalEngine, Task
 
 TASKS = [Task(name, {}, name) for name in ("a", "b", "c")]
 

@@ -16,7 +16,7 @@ from sdlora.batch import fingerprint
 from sdlora.batch.batch import _fingerprinted, decide
 from sdlora.batch.fingerprint import Fingerprints, base_content
 from sdlora.batch.jobs import Job
-from sdlora.batch.ledger import Record
+from sdlora.batch.location import Record
 from sdlora.config.toml import parse_config
 
 

@@ -1,4 +1,4 @@
-"""A batch at a URL: what one machine has done, another one finds there."""
+"""A batch at a URL: what one machine has done, another one finds there; and the record of its jobs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from fsspec.implementations.memory import MemoryFileSystem
 from helpers.batches import QUICK
 
 from sdlora.batch.batch import run_batch
-from sdlora.batch.engine import LocalEngine, started
+from sdlora.batch.engine import LocalEngine, Message, Task, started
 from sdlora.batch.jobs import Job, read_jobs
-from sdlora.batch.location import Location
-from sdlora.batch.messages import Message, Task
+from sdlora.batch.location import Ledger, Location, Record, locked
 from sdlora.batch.task import run_task
 from sdlora.common.remote import Store
 from sdlora.config.toml import parse_config
-from sdlora.errors import StoreError
+from sdlora.errors import OutputError, StoreError
 from sdlora.run.setup import fresh_base
 
 
@@ -177,3 +176,24 @@ def test_failed_upload_is_reported_and_retried(
     broken.clear()
     seen.extend(message for message, _ in zip(batch(), range(2), strict=False))
     assert [message.get("action") for message in seen] == ["resume", "resume", None]
+
+
+def test_saved_records_are_read_back(tmp_path: Path) -> None:
+    ledger = Ledger.read(tmp_path)
+    assert ledger.records == {}
+    ledger.put("a", Record("done", "x", None, None, 0, 3, 1.5, 1000))
+    ledger.put("b", Record("failed", "y", "why", None, 5))
+    assert Ledger.read(tmp_path) == ledger
+
+
+def test_foreign_file_is_not_overwritten(tmp_path: Path) -> None:
+    (tmp_path / "batch.json").write_text("[1]")
+    with pytest.raises(OutputError, match=r"batch\.json"):
+        Ledger.read(tmp_path)
+
+
+def test_locked_folder_refuses_a_second_process(tmp_path: Path) -> None:
+    with locked(tmp_path / "out"), pytest.raises(OutputError, match="out"), locked(tmp_path / "out"):
+        pass
+    with locked(tmp_path / "out"):
+        pass

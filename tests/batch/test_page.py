@@ -13,7 +13,7 @@ from helpers.batch_runs import config, runs_in, write_run
 from helpers.checks import CLEAN, NOVEL, image
 
 from sdlora.batch.jobs import Job
-from sdlora.batch.ledger import Ledger, Record
+from sdlora.batch.location import Ledger, Record
 from sdlora.batch.page import write_page
 from sdlora.batch.results import collect
 

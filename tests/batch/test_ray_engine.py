@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 
 from sdlora.batch.batch import run_batch
+from sdlora.batch.engine import Task
 from sdlora.batch.jobs import read_jobs
 from sdlora.batch.location import Location
-from sdlora.batch.messages import Task
 from sdlora.batch.ray_engine import RayEngine, _stop_poll
 from sdlora.config.toml import parse_config
 from sdlora.errors import ConfigError, StoreError

@@ -13,7 +13,7 @@ from helpers.batch_runs import config, runs_in, write_run
 from helpers.checks import CLEAN, COPY, signal
 
 from sdlora.batch.jobs import Job
-from sdlora.batch.ledger import Ledger, Record
+from sdlora.batch.location import Ledger, Record
 from sdlora.batch.results import collect, comparable, differing, pareto_front, write_tables
 from sdlora.config.toml import parse_config
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from sdlora.batch.messages import Task
+from sdlora.batch.engine import Task
 from sdlora.batch.task import run_task
 from sdlora.config.toml import parse_config
 from sdlora.run import setup
