@@ -81,7 +81,7 @@ def caption(
     import torch
 
     from sdlora.cli.progress import ProgressBar
-    from sdlora.common.device_lock import device_lock, take_turns
+    from sdlora.common.locks import device_lock, take_turns
     from sdlora.data.captioner import Captioner, images_to_caption, write_captions
     from sdlora.events import Notice
 

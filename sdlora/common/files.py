@@ -74,11 +74,7 @@ def atomic_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def disk_full_errors(path: Path) -> Iterator[None]:
-    """Turn the errors of a full disk while `path` is written in the block into a `DiskFullError`.
-
-    Raises:
-        DiskFullError: The disk is full.
-    """
+    """Turn the errors of a full disk while `path` is written in the block into a `DiskFullError`."""
     try:
         yield
     except (OSError, SafetensorError) as error:

@@ -1,4 +1,4 @@
-"""Locks between processes: one run in a folder, one run on a GPU.
+"""Locks between processes: one run in a folder, one run on a GPU; a second one waits for the first, or is refused.
 
 The operating system releases a lock when its process ends, however it ends, so no lock outlives its run. The holder is
 written into the lock file, for messages and for programs that only look.
@@ -8,15 +8,24 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from filelock import lock_descriptor, unlock_descriptor
+from platformdirs import user_state_path
 
 from sdlora.errors import BusyError
+from sdlora.events import Notice
+
+if TYPE_CHECKING:
+    import torch
+
+_POLL_SECONDS = 1.0
 
 _LOCKED_BYTES = 1  # Windows locks the first byte against reading, so the text starts behind it.
 
@@ -26,7 +35,6 @@ class Holder:
     """The process that holds a lock.
 
     Attributes:
-        pid: Its process ID.
         birth: When it started, by a clock that nobody sets: process IDs are reused, but not with the same birth.
         purpose: What it does, in a few words.
     """
@@ -65,11 +73,7 @@ def hold(path: Path, purpose: str) -> Iterator[None]:
 
 
 def holder(path: Path) -> Holder | None:
-    """The process that holds a lock, found without touching it; None if it is free or the process was killed.
-
-    Args:
-        path: The lock file, which need not exist.
-    """
+    """The process that holds a lock, found without touching it; None if it is free or the process was killed."""
     try:
         with path.open("rb") as file:
             file.seek(_LOCKED_BYTES)
@@ -86,3 +90,51 @@ def _birth(pid: int) -> str:
         # psutil turns them into a date, which moves when the clock is set.
         return stat.read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()[19]
     return repr(psutil.Process(pid).create_time())
+
+
+def device_lock(device: torch.device) -> Path | None:
+    """The lock file of a GPU, named by its UUID, as CUDA_VISIBLE_DEVICES renumbers; None for a CPU, which is shared."""
+    if device.type != "cuda":
+        return None
+    import torch  # late: programs that only look at locks start without it
+
+    uuid = torch.cuda.get_device_properties(device).uuid
+    return user_state_path("sdlora", ensure_exists=True) / f"cuda-{uuid}.lock"
+
+
+def take_turns(
+    path: Path, purpose: str, held: ExitStack, *, wait: bool, should_stop: Callable[[], bool]
+) -> Iterator[Notice]:
+    """Hold a device until `held` is closed.
+
+    Args:
+        path: From `device_lock`.
+        purpose: What this run does, for those who wait.
+        held: Releases the device.
+        wait: Whether to wait for the run that holds it.
+        should_stop: Called while waiting; true ends the wait.
+
+    Yields:
+        One notice if another run holds the device. When the iteration ends, the device is held, unless `should_stop`
+        ended the wait.
+
+    Raises:
+        BusyError: Another run holds the device, and `wait` is False.
+    """
+    other = holder(path)
+    if other is not None:
+        if not wait:
+            raise BusyError(
+                f"The GPU is in use by {other}. Omit --no-wait to wait for it, or choose another train.device."
+            )
+        yield Notice(f"Waiting for the GPU, which is in use by {other}. Press Ctrl-C to stop waiting.")
+    while True:
+        try:
+            held.enter_context(hold(path, purpose))
+            return
+        except BusyError:
+            if not wait:
+                raise
+        if should_stop():
+            return
+        time.sleep(_POLL_SECONDS)

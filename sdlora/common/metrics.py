@@ -18,12 +18,7 @@ LOSS_DECAY = 0.95
 
 @dataclass(frozen=True)
 class Metrics:
-    """What was recorded of a run, in its order.
-
-    Attributes:
-        steps: The optimizer steps.
-        epochs: The ends of epochs, epoch 0 (the base model) first.
-    """
+    """The optimizer steps and ends of epochs that were recorded of a run, in order; epoch 0 is the base model."""
 
     steps: list[StepDone] = field(default_factory=list)
     epochs: list[EpochDone] = field(default_factory=list)
@@ -37,9 +32,6 @@ def read_metrics(file: Path) -> Metrics:
     """The metrics of a run; empty if it has recorded none.
 
     A last line without its line feed is being written, or was cut off by a crash, and is left out.
-
-    Args:
-        file: `metrics.jsonl`.
 
     Raises:
         OutputError: Another line is not a recorded event.

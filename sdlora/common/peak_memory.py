@@ -5,6 +5,7 @@ Used by a batch, for its results and its dry run.
 
 from __future__ import annotations
 
+import contextlib
 import re
 from pathlib import Path
 
@@ -21,11 +22,9 @@ class PeakMemory:
         if torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
             return
-        try:
+        with contextlib.suppress(OSError):
             (_PROC / "clear_refs").write_text("5")  # Linux: resets the high-water mark to what is resident now
             self._resets = True
-        except OSError:
-            pass
 
     def num_bytes(self) -> int | None:
         """The peak so far; None where the system knows only the peak of the process's whole life."""

@@ -12,7 +12,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -63,7 +63,7 @@ def download_set(url: str, wanted: Callable[[str], object] = bool) -> Path:
     """Download a folder at a URL into a local one named by the hash of its listing; local files are reused.
 
     Args:
-        url: The folder's URL.
+        url: The folder's.
         wanted: Selects files by their name in the folder; by default all.
 
     Raises:
@@ -118,14 +118,18 @@ def open_run(output: str, *, resume: bool | None) -> tuple[Path, Callable[[Itera
     if begun if resume is None else resume:
         if folder is None or not begun:
             raise OutputError(f"There is no run to resume at {store.url}: it contains no {_CONFIG}.")
-        mirror = _resumed(store, there, folder)
-    elif begun:
+        return folder, Mirror(store, folder, _download_run(store, there, folder)).watch
+    if begun:
         raise OutputError(
             f"{store.url} already holds a run. Continue it with --resume, or choose another location with --output."
         )
-    else:
-        mirror = _begun(store, there)
-    return mirror.folder, mirror.watch
+    if there.keys() - {_MARK}:
+        raise OutputError(f"{store.url} is not empty. Choose a new location with --output.")
+    number = uuid.uuid4().hex
+    # Fails before any training if the store is not writable.
+    store.write(_MARK, json.dumps({"run": number}).encode())
+    folder = _home() / "runs" / number
+    return folder, Mirror(store, folder, {}).watch
 
 
 def work_folder(store: Store) -> Path:
@@ -270,7 +274,7 @@ class Mirror:
     """
 
     def __init__(self, store: Store, folder: Path, there: dict[str, tuple[int, int] | None]) -> None:
-        self.folder, self._store, self._there = folder, store, there
+        self._store, self._folder, self._there = store, folder, there
 
     def watch(self, events: Iterator[Event]) -> Iterator[Event]:
         """Pass events on, mirroring after each checkpoint and epoch and at the end.
@@ -287,18 +291,20 @@ class Mirror:
                     fault = self._try()
                     if fault and not before:
                         yield Notice(
-                            f"{fault} The run continues in {self.folder}; missing files will be uploaded later."
+                            f"{fault} The run continues in {self._folder}; missing files will be uploaded later."
                         )
         except BaseException as error:
             if (fault := self._try()) is None:
                 raise
-            message = f"{fault} The run's files are in {self.folder}; resume it on this machine to continue from there."
+            message = (
+                f"{fault} The run's files are in {self._folder}; resume it on this machine to continue from there."
+            )
             if isinstance(error, SdloraError):
                 error.args = (f"{error} {message}",)
                 raise
             raise StoreError(message) from error
         if (fault := self._try()) is not None:
-            raise StoreError(f"{fault} The run is complete in {self.folder}; resume it on this machine to upload it.")
+            raise StoreError(f"{fault} The run is complete in {self._folder}; resume it on this machine to upload it.")
 
     def sync(self) -> None:
         """Upload what is new or has changed, and delete what is gone.
@@ -306,7 +312,7 @@ class Mirror:
         Raises:
             StoreError: The store cannot be reached; the next call tries again.
         """
-        here = _states(self.folder)
+        here = _states(self._folder)
         changed = [name for name, state in here.items() if self._there.get(name) != state]
         gone = [name for name in self._there if name not in here and name != _MARK]
         # A checkpoint is never marked complete at the URL while one of its files is outdated.
@@ -315,7 +321,7 @@ class Mirror:
             del self._there[name]
         # First the file that marks a run, last those that mark complete checkpoints.
         for name in sorted(changed, key=lambda name: (name.endswith(_LAST), name != _CONFIG)):
-            self._store.upload(self.folder / name, name)
+            self._store.upload(self._folder / name, name)
             self._there[name] = here[name]
         for name in [name for name in gone if name in self._there]:
             self._store.remove(name)
@@ -330,23 +336,15 @@ class Mirror:
 
     def _stages(self) -> list[tuple[str, int]]:
         """The files that are written when a checkpoint or an epoch is complete."""
-        marks = [*self.folder.glob(f"checkpoints/*/{_LAST}"), *self.folder.glob("report.html")]
+        marks = [*self._folder.glob(f"checkpoints/*/{_LAST}"), *self._folder.glob("report.html")]
         return sorted((str(mark), mark.stat().st_mtime_ns) for mark in marks)
 
 
-def _begun(store: Store, there: dict[str, str]) -> Mirror:
-    if there.keys() - {_MARK}:
-        raise OutputError(f"{store.url} is not empty. Choose a new location with --output.")
-    number = uuid.uuid4().hex
-    # Fails before any training if the store is not writable.
-    store.write(_MARK, json.dumps({"run": number}).encode())
-    return Mirror(store, _home() / "runs" / number, {})
-
-
-def _resumed(store: Store, there: dict[str, str], folder: Path) -> Mirror:
+def _download_run(store: Store, there: dict[str, str], folder: Path) -> dict[str, tuple[int, int] | None]:
+    """Download a run to resume, unless the local copy is further; returns what `Mirror` takes as `there`."""
     # If mirroring failed, the local copy is further.
     if (folder / _CONFIG).is_file() and _steps(_states(folder)) >= _steps(there):
-        return Mirror(store, folder, dict.fromkeys(there))
+        return dict.fromkeys(there)
     fresh = folder.with_name(f".{folder.name}.sdlora-partial-{uuid.uuid4().hex}")
     try:
         store.download({name: fresh / name for name in there})
@@ -354,7 +352,7 @@ def _resumed(store: Store, there: dict[str, str], folder: Path) -> Mirror:
         fresh.rename(folder)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
-    return Mirror(store, folder, dict(_states(folder)))
+    return dict(_states(folder))
 
 
 def _run_of(store: Store, there: dict[str, str]) -> Path | None:
@@ -368,7 +366,7 @@ def _run_of(store: Store, there: dict[str, str]) -> Path | None:
         raise OutputError(f"{store.url}/{_MARK} was not written by sdlora. Choose another --output.") from error
 
 
-def _steps(names: Sequence[str] | dict[str, Any]) -> int:
+def _steps(names: Iterable[str]) -> int:
     """The step of the newest complete checkpoint; -1 without one."""
     return max((int(match[1]) for name in names if (match := _STEP.fullmatch(name))), default=-1)
 

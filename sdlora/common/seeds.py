@@ -18,9 +18,9 @@ def derive(seed: int, purpose: str, *counters: Counter) -> int:
     """Hash a seed, a purpose and counters to one integer.
 
     Args:
-        seed: The run's seed, any integer.
+        seed: The run's, any integer.
         purpose: What is drawn ("noise", "timestep", ...); different purposes are independent.
-        counters: Integers or strings that identify the draw, such as (example name, exposure).
+        counters: They identify the draw, such as (example name, exposure).
 
     Returns:
         An integer in [0, 2**63), the BLAKE2b digest of the arguments.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from sdlora.copycheck import signals
 from sdlora.copycheck.embedders import Embedders
-from sdlora.copycheck.null_distribution import Gallery, NullDistribution, evenly_spaced, reduced
+from sdlora.copycheck.null_distribution import Gallery, evenly_spaced, null_distribution, reduced
 from sdlora.copycheck.signals import Signal
 from sdlora.copycheck.verdict import EpochCheck, check_previews
 from sdlora.copycheck.warp_alignment import registered_correlation
@@ -51,47 +51,50 @@ class Subject:
 
 
 class Checker:
-    """Draws previews and decides whether they are copies.
-
-    Args:
-        subject: What is checked.
-        request: What to draw.
-        gallery: The images that may have been copied, and validation images.
-        embedders: The networks that add a score or a signal.
-    """
+    """Draws previews and decides whether they are copies of the gallery's images; `prepare` comes first."""
 
     def __init__(self, subject: Subject, request: PreviewRequest, gallery: Gallery, embedders: Embedders) -> None:
         self._subject, self._request, self._gallery, self._embedders = subject, request, gallery, embedders
         self._base = subject.data.cache.base
-        self._null = NullDistribution(
-            subject.data.cache, subject.adapter, request, gallery, subject.identity, embedders
-        )
         count = len(subject.data.dataset.examples)
         self._probed = evenly_spaced(count, signals.MAX_PROBED)
         self._compared = evenly_spaced(count, signals.MAX_COMPARED)
 
     def prepare(self, background: str) -> Iterator[Progress]:
         """Compute, or read from the cache, what epochs are compared with: the null and the base model's signals."""
-        yield from self._subject.data.fill(background)
-        yield from self._null.prepare()
-        with self._subject.adapter.disabled():
-            self._retrieved_off = self._retrieve()
-            self._losses_off = self._losses()
+        subject = self._subject
+        yield from subject.data.fill(background)
+        self._null, self._registered_null = yield from null_distribution(
+            subject.data.cache, subject.adapter, self._request, self._gallery, subject.identity, self._embedders
+        )
+        with subject.adapter.disabled():
+            self._retrieved_off, self._losses_off = self._retrieved(), self._losses()
 
     def epoch(self, epoch: int, folder: Path, base_folder: Path) -> Iterator[Event]:
         """Draw an epoch's previews into its folder, check them and write `copycheck.json` beside them.
 
         Args:
             epoch: 0 is the base model.
-            folder: The epoch's folder.
-            base_folder: The folder of epoch 0, which was drawn and checked before.
+            folder: The epoch's.
+            base_folder: That of epoch 0, which was drawn and checked before.
         """
         watch = SamplerWatch(self._base)
         yield from draw_epoch(self._base, self._request, epoch, folder, watch)
         start = time.monotonic()
         measured = self._signals(folder, base_folder, watch.guidance_norms) if epoch > 0 else []
         check = self.compare(folder, measured, watch.guidance_norms)
-        yield _event(epoch, check, time.monotonic() - start)
+        best = check.most_similar()
+        yield CopyChecked(
+            epoch=epoch,
+            verdict=check.verdict,
+            reason=check.reason,
+            share=check.share,
+            share_lower_bound=check.share_lower_bound,
+            false_alarm_rate=check.false_alarm_rate,
+            most_similar=(best.nearest, best.file),
+            similarity=best.similarity,
+            seconds=time.monotonic() - start,
+        )
 
     def compare(self, folder: Path, measured: Sequence[Signal], norms: Sequence[float] = ()) -> EpochCheck:
         """Check the previews in an epoch's folder and write `copycheck.json` there.
@@ -101,10 +104,7 @@ class Checker:
             measured: The other signals.
             norms: Guidance norms, one per preview, or none at all.
         """
-        assert self._null.scores is not None, "call prepare first"
-        check = check_previews(
-            self._request, folder, self._gallery, self._null.scores, measured, self._embedders, norms
-        )
+        check = check_previews(self._request, folder, self._gallery, self._null, measured, self._embedders, norms)
         check.write(folder)
         return check
 
@@ -112,10 +112,9 @@ class Checker:
         """The signal of warped copies, for the previews in an epoch's folder."""
         images = [image for of_prompt in self._images(folder) for image in of_prompt]
         best = registered_correlation(images, list(self._gallery.images.values())).amax(dim=1)
-        assert self._null.registered is not None, "call prepare first"
-        return signals.registered_similarity(best, self._null.registered)
+        return signals.registered_similarity(best, self._registered_null)
 
-    def _retrieve(self) -> list[bool]:
+    def _retrieved(self) -> list[bool]:
         return signals.retrieve(self._subject.data, self._probed, self._subject.seed)
 
     def _losses(self) -> Tensor:
@@ -133,7 +132,7 @@ class Checker:
             assert measured.losses_on is not None and measured.losses_off is not None, "measure the epoch first"
             validation = (measured.losses_on, measured.losses_off)
         return [
-            signals.self_retrieval(self._retrieve(), self._retrieved_off),
+            signals.self_retrieval(self._retrieved(), self._retrieved_off),
             signals.train_validation_gap((self._losses(), self._losses_off), validation),
             signals.seed_collapse(self._images(folder), self._images(base_folder)),
             signals.guidance_norm((on[:cut], off[:cut]), (on[cut:], off[cut:])),
@@ -148,19 +147,3 @@ class Checker:
     def _images(self, folder: Path) -> list[list[Image.Image]]:
         files = [folder / "previews" / name for name in self._request.file_names()]
         return self._by_prompt([reduced(Image.open(file)) for file in files])
-
-
-def _event(epoch: int, check: EpochCheck, seconds: float) -> CopyChecked:
-    """The event that reports a check."""
-    best = check.most_similar()
-    return CopyChecked(
-        epoch=epoch,
-        verdict=check.verdict,
-        reason=check.reason,
-        share=check.share,
-        share_lower_bound=check.share_lower_bound,
-        false_alarm_rate=check.false_alarm_rate,
-        most_similar=(best.nearest, best.file),
-        similarity=best.similarity,
-        seconds=seconds,
-    )

@@ -8,7 +8,6 @@ Shapes: B batch, P images, G images of the gallery, D elements of an embedding.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from transformers import Dinov2Model
 # transformers downloads with httpx and does not wrap its connection errors.
 from transformers.utils.hub import cached_file, httpx, is_offline_mode
 
+from sdlora.common.files import sha256
 from sdlora.copycheck.similarity import hp_ms, phash
 from sdlora.errors import EmbedderError
 
@@ -37,7 +37,6 @@ class Published:
     """A network's files as its authors published them.
 
     Attributes:
-        name: For messages.
         option: The option that enables it.
         source: A hub repository, or a folder with the files.
         revision: The commit on the hub.
@@ -72,21 +71,19 @@ SSCD = Published(
 )
 
 
+@dataclass(frozen=True)
 class Embedder:
     """A frozen network that turns images into embeddings, from `load_dinov2` or `load_sscd`.
 
-    Args:
+    Attributes:
         network: Maps normalised pixels, (B, 3, H, W), to (B, D).
         prepare: Resizes and crops an RGB image to the network's input size.
-        device: The network's device.
+        device: The network's.
     """
 
-    def __init__(
-        self, network: Callable[[Tensor], Tensor], prepare: Callable[[Image.Image], Image.Image], device: torch.device
-    ) -> None:
-        self._network = network
-        self._prepare = prepare
-        self._device = device
+    network: Callable[[Tensor], Tensor]
+    prepare: Callable[[Image.Image], Image.Image]
+    device: torch.device
 
     @torch.no_grad()
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
@@ -100,19 +97,14 @@ class Embedder:
         return torch.cat([self._batch(images[i : i + _BATCH]) for i in range(0, len(images), _BATCH)])
 
     def _batch(self, images: Sequence[Image.Image]) -> Tensor:
-        pixels = np.stack([np.asarray(self._prepare(p.convert("RGB")), dtype=np.float32) / 255 for p in images])
+        pixels = np.stack([np.asarray(self.prepare(p.convert("RGB")), dtype=np.float32) / 255 for p in images])
         normalised = (torch.from_numpy(pixels) - torch.tensor(MEAN)) / torch.tensor(STD)
-        embeddings = self._network(normalised.permute(0, 3, 1, 2).contiguous().to(self._device))
+        embeddings = self.network(normalised.permute(0, 3, 1, 2).contiguous().to(self.device))
         return F.normalize(embeddings.float().cpu(), dim=1)
 
 
 def concept_fidelity(embedder: Embedder, previews: Sequence[Image.Image], references: Sequence[Image.Image]) -> float:
-    """How well previews show a concept: their mean cosine similarity to images of it, in [-1, 1].
-
-    Args:
-        embedder: DINOv2.
-        previews: At least one.
-        references: Images of the concept, at least one.
+    """How well previews show a concept: the mean cosine similarity of DINOv2 embeddings to images of it, in [-1, 1].
 
     Source: Ruiz et al. 2208.12242, section 4.1 (the metric "DINO", with DINOv2 for DINO).
     """
@@ -124,11 +116,6 @@ def copy_cosines(embedder: Embedder, images: Sequence[Image.Image], gallery: Seq
 
     The threshold for a copy depends on the set of images (0.75 has 90 % precision on the authors' own), so compare
     with a null distribution: see `sdlora.copycheck.statistics.p_values`.
-
-    Args:
-        embedder: SSCD.
-        images: P images, at least one.
-        gallery: G images that may have been copied, at least one.
 
     Returns:
         (P, G) float32 in [-1, 1].
@@ -142,12 +129,7 @@ def copy_cosines(embedder: Embedder, images: Sequence[Image.Image], gallery: Seq
 
 @dataclass(frozen=True)
 class Embedders:
-    """The networks that are enabled and could be loaded.
-
-    Attributes:
-        sscd: Adds a similarity score.
-        dinov2: Measures concept fidelity.
-    """
+    """The networks that are enabled and could be loaded: SSCD adds a score, DINOv2 measures concept fidelity."""
 
     sscd: Embedder | None = None
     dinov2: Embedder | None = None
@@ -166,11 +148,7 @@ class Embedders:
 
 
 def load_embedders(*, sscd: bool, dinov2: bool, device: torch.device) -> tuple[Embedders, list[str]]:
-    """Load the networks that are enabled.
-
-    Returns:
-        Those that could be loaded, and a message for each that could not.
-    """
+    """Load the networks that are enabled; returns those that could be, and a message for each that could not."""
     found: dict[str, Embedder] = {}
     missing: list[str] = []
     for name, wanted, load in (("sscd", sscd, load_sscd), ("dinov2", dinov2, load_dinov2)):
@@ -184,10 +162,6 @@ def load_embedders(*, sscd: bool, dinov2: bool, device: torch.device) -> tuple[E
 
 def load_dinov2(published: Published = DINOV2, *, device: torch.device) -> Embedder:
     """Load DINOv2; its embedding is the class token of the last layer.
-
-    Args:
-        published: The location of its config.json and model.safetensors.
-        device: Where to compute.
 
     Raises:
         EmbedderError: The files could not be downloaded, or are not the published ones.
@@ -206,10 +180,6 @@ def load_dinov2(published: Published = DINOV2, *, device: torch.device) -> Embed
 def load_sscd(published: Published = SSCD, *, device: torch.device) -> Embedder:
     """Load SSCD's ResNet-50 "disc_mixup", the model its authors recommend.
 
-    Args:
-        published: The location of its TorchScript file.
-        device: Where to compute.
-
     Raises:
         EmbedderError: The file could not be downloaded, is not the published one, or PyTorch cannot load it.
 
@@ -220,7 +190,8 @@ def load_sscd(published: Published = SSCD, *, device: torch.device) -> Embedder:
         model = torch.jit.load(str(file), map_location=device).eval()  # type: ignore[no-untyped-call]
     except RuntimeError as error:
         raise _unavailable(published, f"PyTorch {torch.__version__} cannot load {file.name}") from error
-    return Embedder(model, _sscd_input, device)
+    # Resized to a square, as its authors recommend, so that images of any shape form one batch.
+    return Embedder(model, lambda image: image.resize((320, 320), Image.Resampling.BILINEAR), device)
 
 
 def _dinov2_input(image: Image.Image) -> Image.Image:
@@ -231,32 +202,24 @@ def _dinov2_input(image: Image.Image) -> Image.Image:
     return image.resize(size, Image.Resampling.BICUBIC).crop((left, top, left + 224, top + 224))
 
 
-def _sscd_input(image: Image.Image) -> Image.Image:
-    """Resized to a square, as its authors recommend, so that images of any shape form one batch."""
-    return image.resize((320, 320), Image.Resampling.BILINEAR)
-
-
 def _download(published: Published) -> list[Path]:
     """The files, from the folder, the hub's cache or the hub."""
     found = []
-    for name, sha256 in published.sha256.items():
+    for name, expected in published.sha256.items():
         try:
             path = cached_file(published.source, name, revision=published.revision)
         except (OSError, httpx.HTTPError) as error:
-            raise _unavailable(published, _reason(error, published.source)) from error
+            if is_offline_mode() and not Path(published.source).is_dir():
+                reason = "HF_HUB_OFFLINE is set and the files are not in the cache"
+            else:
+                reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".:")
+            raise _unavailable(published, reason) from error
         if path is None:
             raise _unavailable(published, f"{name} does not exist there")
-        with Path(path).open("rb") as handle:
-            if hashlib.file_digest(handle, "sha256").hexdigest() != sha256:
-                raise _unavailable(published, f"the SHA-256 of {path} is not that of the published file; delete it")
+        if sha256(Path(path)) != expected:
+            raise _unavailable(published, f"the SHA-256 of {path} is not that of the published file; delete it")
         found.append(Path(path))
     return found
-
-
-def _reason(error: Exception, source: str) -> str:
-    if is_offline_mode() and not Path(source).is_dir():
-        return "HF_HUB_OFFLINE is set and the files are not in the cache"
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".:")
 
 
 def _unavailable(published: Published, reason: str) -> EmbedderError:

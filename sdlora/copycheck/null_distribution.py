@@ -8,7 +8,7 @@ Shapes: K images of the null distribution, G images of the gallery, S scores.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -51,11 +51,9 @@ class Gallery:
 
 
 def make_gallery(trained: Dataset, validation: Dataset | None, background: str) -> Gallery:
-    """Read the images, leaving out validation images that are near-duplicates of training images.
+    """Read images with their buckets, leaving out validation images that are near-duplicates of training images.
 
     Args:
-        trained: The images that may have been copied, their buckets assigned.
-        validation: Other images of the same kind.
         background: Colour under transparent pixels.
     """
 
@@ -84,7 +82,6 @@ def null_scores(gallery: Gallery, drawn: Sequence[Image.Image], embedders: Embed
         gallery: Every training image is compared with the others except its near-duplicates, and every validation
             image with all of them.
         drawn: Images of the base model without an adapter, compared with all training images.
-        embedders: They decide which scores there are.
     """
     trained = list(gallery.images.values())
     among = embedders.scores(trained, trained)
@@ -97,8 +94,10 @@ def null_scores(gallery: Gallery, drawn: Sequence[Image.Image], embedders: Embed
     return torch.cat(parts)
 
 
-class NullDistribution:
-    """The null distribution of a run, computed or read from the cache.
+def null_distribution(
+    cache: Cache, adapter: Adapter, request: PreviewRequest, gallery: Gallery, identity: str, embedders: Embedders
+) -> Generator[Progress, None, tuple[Tensor, Tensor]]:
+    """Compute a run's null distribution, drawing the images that are missing for it, or read it from the cache.
 
     Args:
         cache: Holds images and scores; its base draws.
@@ -108,71 +107,40 @@ class NullDistribution:
         identity: A hash of the frozen UNet.
         embedders: They decide which scores there are.
 
-    Attributes:
-        scores: Of `null_scores`, (K, S); None before `prepare`.
-        registered: Of `registered_null_scores`, (K,); None before `prepare`.
+    Returns:
+        `null_scores`, (K, S), and `registered_null_scores`, (K,).
     """
-
-    def __init__(
-        self,
-        cache: Cache,
-        adapter: Adapter,
-        request: PreviewRequest,
-        gallery: Gallery,
-        identity: str,
-        embedders: Embedders,
-    ) -> None:
-        self._base, self._adapter, self._request, self._embedders = cache.base, adapter, request, embedders
-        self._gallery, self._cache = gallery, cache
-        self._drawn_by = content_key(
-            "drawn by the base",
-            identity,
-            cache.base.vae_identity,
-            cache.base.text_identity,
-            json.dumps(settings(cache.base, request)),
-        )
-        known = len(gallery.images) + len(gallery.validation)
-        self._wanted = self._base_requests(max(MIN_DRAWN, SIZE - known))
-        self.scores: Tensor | None = None
-        self.registered: Tensor | None = None
-
-    def _base_requests(self, count: int) -> list[tuple[str, int]]:
-        """Prompts and seeds of the base model's images: the prompts in turn."""
-        prompts = list(dict.fromkeys(self._request.prompts))
-        return [(prompts[i % len(prompts)], _FIRST_SEED + i // len(prompts)) for i in range(count)]
-
-    def prepare(self) -> Iterator[Progress]:
-        """Set `scores` and `registered`, drawing the images that are missing for them."""
-        pixels = [[pixel_hash(p) for p in part.values()] for part in (self._gallery.images, self._gallery.validation)]
-        files = [self._file(prompt, seed) for prompt, seed in self._wanted]
-        key = content_key(
-            "null", _VERSION, json.dumps(pixels), *self._embedders.score_names, *(file.stem for file in files)
-        )
-        if not self._cache.holds("null", key):
-            yield from self._draw(files)
-
-        def compute() -> dict[str, Tensor]:
-            drawn = [reduced(Image.open(file)) for file in files]
-            scores = null_scores(self._gallery, drawn, self._embedders)
-            return {"scores": scores, "registered": registered_null_scores(self._gallery, MAX_REGISTERED)}
-
-        found = self._cache.fetch("null", key, compute)
-        self.scores, self.registered = found["scores"], found["registered"]
-
-    def _file(self, prompt: str, seed: int) -> Path:
-        key = content_key(self._drawn_by, prompt, str(seed))
-        return self._cache.folder / "drawn" / key[:2] / f"{key}.png"
-
-    def _draw(self, files: Sequence[Path]) -> Iterator[Progress]:
-        missing = [(wanted, file) for wanted, file in zip(self._wanted, files, strict=True) if not file.exists()]
+    base = cache.base
+    identities = (identity, base.vae_identity, base.text_identity)
+    drawn_by = content_key("drawn by the base", *identities, json.dumps(settings(base, request)))
+    prompts = list(dict.fromkeys(request.prompts))
+    missing: list[tuple[tuple[str, int], Path]] = []
+    files = []
+    for index in range(max(MIN_DRAWN, SIZE - len(gallery.images) - len(gallery.validation))):
+        prompt, seed = prompts[index % len(prompts)], _FIRST_SEED + index // len(prompts)
+        key = content_key(drawn_by, prompt, str(seed))
+        files.append(cache.folder / "drawn" / key[:2] / f"{key}.png")
+        if not files[-1].exists():
+            missing.append(((prompt, seed), files[-1]))
+    pixels = [[pixel_hash(image) for image in part.values()] for part in (gallery.images, gallery.validation)]
+    key = content_key("null", _VERSION, json.dumps(pixels), *embedders.score_names, *(file.stem for file in files))
+    if not cache.holds("null", key):
         done = 0
-        with self._adapter.disabled():
-            for images in draw(self._base, self._request, [wanted for wanted, _ in missing]):
+        with adapter.disabled():
+            for images in draw(base, request, [wanted for wanted, _ in missing]):
                 for image in images:
                     with atomic_path(missing[done][1]) as temporary:
                         image.save(temporary, format="PNG")
                     done += 1
                 yield Progress(PHASE, done, len(missing))
+
+    def compute() -> dict[str, Tensor]:
+        drawn = [reduced(Image.open(file)) for file in files]
+        scores = null_scores(gallery, drawn, embedders)
+        return {"scores": scores, "registered": registered_null_scores(gallery, MAX_REGISTERED)}
+
+    found = cache.fetch("null", key, compute)
+    return found["scores"], found["registered"]
 
 
 def registered_null_scores(gallery: Gallery, most: int) -> Tensor:

@@ -74,7 +74,7 @@ def retrieve(data: TrainingData, indices: Sequence[int], seed: int) -> list[bool
     Args:
         data: The training images, their captions unchanged.
         indices: The captions to probe.
-        seed: The run's seed, for the noise.
+        seed: The run's, for the noise.
 
     Returns:
         Four results per index, two for each of the timesteps 999 and 800. An image whose shape no other image has is
@@ -132,12 +132,7 @@ def _predict(data: TrainingData, indices: Sequence[int], seed: int) -> Tensor:
 
 
 def self_retrieval(on: Sequence[bool], off: Sequence[bool]) -> Signal:
-    """Whether captions retrieve their own images more often with the adapter than without.
-
-    Args:
-        on: Results of `retrieve` with the adapter.
-        off: Results within `adapter.disabled()`.
-    """
+    """Whether captions retrieve their own images more often with the adapter than without: results of `retrieve`."""
     gained = sum(a and not b for a, b in zip(on, off, strict=True))
     lost = sum(b and not a for a, b in zip(on, off, strict=True))
     return Signal(
@@ -214,9 +209,7 @@ Images = Sequence[Sequence[Image.Image]]
 def seed_collapse(on: Images, off: Images) -> Signal:
     """Whether previews of one prompt with different seeds are more similar to each other than the base model's are.
 
-    Args:
-        on: With the adapter; every prompt has the same seeds.
-        off: Without it, the same prompts and seeds.
+    Previews with the adapter and without have the same prompts, and every prompt the same seeds.
     """
     num_prompts, num_seeds = len(on), len(on[0])
     if num_seeds == 1:

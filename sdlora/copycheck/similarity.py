@@ -35,10 +35,6 @@ def hp_ms(images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tens
     and then the other is shrunk to each scale, has its 9x9 box mean subtracted, and is matched at every position of the
     other; the score is the highest zero-mean normalised cross-correlation.
 
-    Args:
-        images: P images of any mode and size.
-        gallery: G images that may have been copied.
-
     Returns:
         (P, G) float32 in [-1, 1]; 1 is a copy, and an image without detail scores 0.
 
@@ -64,13 +60,7 @@ def hp_ms(images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tens
 
 
 def phash(images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
-    """The share of equal bits in the perceptual hashes of every image and every image of a gallery.
-
-    The higher share of the image and its mirror image counts.
-
-    Args:
-        images: P images of any mode and size.
-        gallery: G images that may have been copied.
+    """The share of equal bits in the perceptual hashes of every image, or its mirror image, and every one of a gallery.
 
     Returns:
         (P, G) float32 in [0, 1], in steps of 1/64; 1 is a copy, unrelated images have about a half.
@@ -129,6 +119,11 @@ def detail(values: Tensor) -> Tensor:
     return values - _box_sums(F.pad(values, margin), BOX_PX) / num_inside
 
 
+def unit_vectors(values: Tensor) -> Tensor:
+    """Centred unit vectors, whose products are correlations, same shape (N, D); what is nearly flat stays shorter."""
+    return F.normalize(values - values.mean(dim=1, keepdim=True), dim=1, eps=_FLAT)
+
+
 def _box_sums(values: Tensor, size: int) -> Tensor:
     """Sums over all boxes of size x size, (..., H, W) to (..., H - size + 1, W - size + 1).
 
@@ -142,9 +137,7 @@ def _box_sums(values: Tensor, size: int) -> Tensor:
 def _best_matches(templates: Tensor, images: Tensor, size: int) -> Tensor:
     """The best match of each template, shrunk to size x size, over all positions in each image, (templates, images)."""
     shrunk = F.interpolate(templates, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
-    flat = detail(shrunk).flatten(1)
-    flat = flat - flat.mean(dim=1, keepdim=True)
-    flat = flat / flat.norm(dim=1, keepdim=True).clamp(min=_FLAT)
+    flat = unit_vectors(detail(shrunk).flatten(1))
     fine = detail(images)
     mean, mean_square = (_box_sums(values[:, 0], size) / size**2 for values in (fine, fine.square()))
     deviation = ((mean_square - mean.square()).clamp(min=0).sqrt() * size).clamp(min=_FLAT)
@@ -154,7 +147,7 @@ def _best_matches(templates: Tensor, images: Tensor, size: int) -> Tensor:
     edge = images.shape[-1]
     positions = edge - size + 1
     scores = []
-    for chunk in flat.view(-1, size, size).split(_CHUNK):
+    for chunk in torch.split(flat.view(-1, size, size), _CHUNK):
         template = torch.fft.rfft2(chunk, s=(edge, edge)).conj().mT.contiguous()
         rows = torch.fft.ifft(template.unsqueeze(1) * spectrum)[..., :positions].mT.contiguous()
         correlation = torch.fft.irfft(rows, n=edge)[..., :positions]

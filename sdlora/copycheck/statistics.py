@@ -89,11 +89,7 @@ def lower_bound(successes: int, trials: int, confidence: float) -> float:
 
 
 def mcnemar(first_only: int, second_only: int) -> float:
-    """p-value of the first of two paired methods succeeding more often than the second.
-
-    Args:
-        first_only: Pairs in which only the first succeeded.
-        second_only: Pairs in which only the second did.
+    """p-value of the first of two paired methods succeeding more often, from the pairs in which only one succeeded.
 
     Source: McNemar 1947, in its exact, one-sided form.
     """

@@ -38,7 +38,6 @@ class Match:
     """A preview and the training image that it is most similar to.
 
     Attributes:
-        prompt: The prompt it was drawn from.
         kind: "training" for a caption of the set, "novel" for any other prompt.
         seed: Of the preview's starting noise.
         nearest: The training image's name.
@@ -111,14 +110,9 @@ class EpochCheck:
 
 
 def read_checks(epochs: Path) -> dict[int, EpochCheck]:
-    """The checks of all epochs that have one, 0 included, in their order.
-
-    Args:
-        epochs: The folder that holds a folder per epoch.
-    """
+    """The checks of all epochs that have one, 0 included, in their order; each epoch has a folder in `epochs`."""
     numbers = sorted(int(folder.name) for folder in epochs.glob("*") if folder.name.isdecimal())
-    found = {number: EpochCheck.read(epochs / str(number)) for number in numbers}
-    return {number: check for number, check in found.items() if check is not None}
+    return {number: check for number in numbers if (check := EpochCheck.read(epochs / str(number))) is not None}
 
 
 def check_previews(
@@ -134,7 +128,7 @@ def check_previews(
 
     Args:
         request: What was drawn.
-        folder: The epoch's folder, with the images in `previews`.
+        folder: The epoch's, with the images in `previews`.
         gallery: The images that may have been copied.
         null: Scores of images that copy nothing, (K, S).
         signals: The other signals.
@@ -142,12 +136,8 @@ def check_previews(
         guidance_norms: One per preview, or none at all.
     """
     files = [f"previews/{name}" for name in request.file_names()]
-    images = []
-    for file in files:
-        with Image.open(folder / file) as image:
-            images.append(reduced(image))
-    trained = list(gallery.images.values())
-    scores = embedders.scores(images, trained)  # (P, G, S)
+    images = [reduced(Image.open(folder / file)) for file in files]
+    scores = embedders.scores(images, list(gallery.images.values()))  # (P, G, S)
     p = p_values(scores.amax(dim=1), null).tolist()
     nearest = standardize(scores, null).amax(dim=2).argmax(dim=1).tolist()
     names = list(gallery.images)
@@ -177,12 +167,7 @@ def _fidelity(dinov2: Embedder, images: Sequence[Image.Image], gallery: Gallery)
 
 
 def judge(matches: Sequence[Match], signals: Sequence[Signal]) -> EpochCheck:
-    """The verdict on an epoch.
-
-    Args:
-        matches: One per preview, at least one.
-        signals: The other signals.
-    """
+    """The verdict on an epoch, from a match per preview, at least one, and the other signals."""
     total, significant = len(matches), [match for match in matches if match.significant]
     bound = lower_bound(len(significant), total, CONFIDENCE)
     outside = [signal for signal in signals if signal.outside]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from sdlora.copycheck.similarity import SIZE_PX, blur, detail, luma, require_images
+from sdlora.copycheck.similarity import SIZE_PX, blur, detail, luma, require_images, unit_vectors
 
 NUM_CANDIDATES = 2
 DEGREE = 4
@@ -75,8 +75,7 @@ def register(moving: Tensor, still: Tensor) -> Tensor:
     steps from coarse to fine.
 
     Args:
-        moving: Luma, (N, 64, 64).
-        still: Luma, (N, 64, 64).
+        moving, still: Luma, (N, 64, 64).
 
     Returns:
         u, (N, 2, 64, 64) in pixels, along x and then y; at most 8 px either way.
@@ -158,8 +157,5 @@ def _standard(images: Tensor, inside: Tensor) -> Tensor:
 
 def _layout(images: Tensor) -> Tensor:
     """Blurred images as centred unit vectors, whose products are correlations, (..., H W)."""
-    vectors = blur(images.reshape(-1, SIZE_PX, SIZE_PX), LAYOUT_PX).flatten(1)
-    vectors = vectors - vectors.mean(dim=1, keepdim=True)
-    vectors = vectors / vectors.norm(dim=1, keepdim=True).clamp(min=_FLAT)
-    shaped: Tensor = vectors.view(*images.shape[:-2], -1)
-    return shaped
+    vectors = unit_vectors(blur(images.reshape(-1, SIZE_PX, SIZE_PX), LAYOUT_PX).flatten(1))
+    return vectors.view(*images.shape[:-2], -1)

@@ -16,8 +16,8 @@ from pathlib import Path
 
 import torch
 
-from sdlora.common.device_lock import device_lock, take_turns
 from sdlora.common.files import atomic_path, disk_full_errors, remove_partial
+from sdlora.common.locks import device_lock, take_turns
 from sdlora.config.schema import RunConfig
 from sdlora.config.schema_training import MAX_EPOCHS
 from sdlora.config.toml import dump_toml

@@ -5,20 +5,21 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor
 
 from sdlora.cache.tensors import Cache
-from sdlora.copycheck import null_distribution
 from sdlora.copycheck.embedders import Embedders
 from sdlora.copycheck.null_distribution import (
     SIZE,
     Gallery,
-    NullDistribution,
     evenly_spaced,
+    null_distribution,
     null_scores,
     reduced,
     registered_null_scores,
 )
 from sdlora.copycheck.warp_alignment import registered_correlation
+from sdlora.events import Progress
 from sdlora.lora.inject import inject
 from sdlora.lora.targets import find_targets
 from sdlora.models.load import load_base
@@ -85,60 +86,53 @@ def test_only_large_images_are_reduced() -> None:
     assert reduced(small).tobytes() == small.tobytes()
 
 
-@pytest.fixture
-def null(tiny_base: Path, tmp_path: Path) -> NullDistribution:
-    return make(tiny_base, tmp_path)
-
-
-def make(tiny_base: Path, folder: Path, request: PreviewRequest = REQUEST, identity: str = "unet") -> NullDistribution:
+def make(
+    tiny_base: Path, folder: Path, request: PreviewRequest = REQUEST, identity: str = "unet", up: float = 0.5
+) -> tuple[list[Progress], Tensor, Tensor]:
+    """What is reported while the null distribution is made, its scores, and those after registration."""
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"], base.text_encoders), 2, 2.0, 0)
     with torch.no_grad():
-        for up in adapter.up_parameters():
-            up.fill_(0.5)
+        for factor in adapter.up_parameters():
+            factor.fill_(up)
     gallery = Gallery(scenes(0, 1, 2), scenes(9))
-    return NullDistribution(Cache(folder, base), adapter, request, gallery, identity, Embedders())
+    made = null_distribution(Cache(folder, base), adapter, request, gallery, identity, Embedders())
+    told = []
+    while True:
+        try:
+            told.append(next(made))
+        except StopIteration as end:
+            return told, *end.value
 
 
-def test_null_distribution_has_the_minimum_size(null: NullDistribution) -> None:
-    list(null.prepare())
-    assert null.scores is not None
-    assert null.scores.shape == (SIZE, 2)
+def test_null_distribution_has_the_minimum_size(tiny_base: Path, tmp_path: Path) -> None:
+    _, scores, _ = make(tiny_base, tmp_path)
+    assert scores.shape == (SIZE, 2)
 
 
 def test_second_run_reads_everything_from_the_cache(
-    null: NullDistribution, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    first = list(null.prepare())
+    first, scores, registered = make(tiny_base, tmp_path)
     assert sum(1 for _ in tmp_path.glob("drawn/*/*.png")) == first[-1].total == SIZE - 4
-    again = make(tiny_base, tmp_path)
 
     def refuse(*_: object) -> None:
         raise AssertionError("computed again")
 
-    monkeypatch.setattr(null_distribution, "draw", refuse)
-    monkeypatch.setattr(null_distribution, "null_scores", refuse)
-    monkeypatch.setattr(null_distribution, "registered_null_scores", refuse)
-    assert list(again.prepare()) == []
-    assert again.scores is not None and null.scores is not None
-    assert torch.equal(again.scores, null.scores)
-    assert again.registered is not None and null.registered is not None
-    assert torch.equal(again.registered, null.registered) and len(again.registered) == 4
+    for name in ("draw", "null_scores", "registered_null_scores"):
+        monkeypatch.setattr(f"sdlora.copycheck.null_distribution.{name}", refuse)
+    told, again, registered_again = make(tiny_base, tmp_path)
+    assert told == []
+    assert torch.equal(again, scores)
+    assert torch.equal(registered_again, registered) and len(registered) == 4
     # Another base or other settings miss the cache.
     with pytest.raises(AssertionError, match="computed again"):
-        list(make(tiny_base, tmp_path, identity="another").prepare())
+        make(tiny_base, tmp_path, identity="another")
     with pytest.raises(AssertionError, match="computed again"):
-        list(make(tiny_base, tmp_path, PreviewRequest(("a red cat", "a dog"), (0,), "", 3, 5.0)).prepare())
+        make(tiny_base, tmp_path, PreviewRequest(("a red cat", "a dog"), (0,), "", 3, 5.0))
 
 
-def test_null_distribution_does_not_depend_on_the_adapter(
-    null: NullDistribution, tiny_base: Path, tmp_path: Path
-) -> None:
-    list(null.prepare())
-    other = make(tiny_base, tmp_path / "other")
-    with torch.no_grad():
-        for up in other._adapter.up_parameters():
-            up.fill_(-2.0)
-    list(other.prepare())
-    assert other.scores is not None and null.scores is not None
-    assert torch.allclose(other.scores, null.scores)
+def test_null_distribution_does_not_depend_on_the_adapter(tiny_base: Path, tmp_path: Path) -> None:
+    _, scores, _ = make(tiny_base, tmp_path)
+    _, other, _ = make(tiny_base, tmp_path / "other", up=-2.0)
+    assert torch.allclose(other, scores)

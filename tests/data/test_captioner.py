@@ -18,7 +18,7 @@ from transformers import (
     GitForCausalLM,
 )
 
-from sdlora.common import device_lock
+from sdlora.common import locks
 from sdlora.common.locks import hold, holder
 from sdlora.data.captioner import Captioner, images_to_caption, write_captions
 from sdlora.errors import BaseModelError, DataError
@@ -149,8 +149,8 @@ def test_captioner_waits_for_the_gpu(
 ) -> None:
     lock, other = tmp_path / "gpu.lock", ExitStack()
     other.enter_context(hold(lock, "sdlora train in runs/x"))
-    monkeypatch.setattr(device_lock, "device_lock", lambda _: lock)
-    monkeypatch.setattr(device_lock.time, "sleep", lambda _: other.close())
+    monkeypatch.setattr(locks, "device_lock", lambda _: lock)
+    monkeypatch.setattr(locks.time, "sleep", lambda _: other.close())
     code, _, err = call(capsys, "caption", str(folder), "--model", str(blip))
     assert (code, holder(lock)) == (0, None)
     assert "Waiting for the GPU, which is in use by" in " ".join(err.split()) and "runs/x" in err

@@ -63,10 +63,10 @@ def test_on_one_device_a_run_waits_and_begins_when_the_other_is_killed(scene: Sc
     refused = scene.command.run(*other, "--no-wait", **options)
     assert refused.code == 2 and "The GPU is in use by process" in refused.err, refused.err
     assert not (tmp_path / "second").exists()
-    given_up = Point("sdlora.common.device_lock:time.sleep", 1, "before", "interrupt")
+    given_up = Point("sdlora.common.locks:time.sleep", 1, "before", "interrupt")
     stopped = scene.command.run(*other, points=[given_up], **options)
     assert stopped.code == 130 and "Nothing was written" in stopped.err, stopped.err
-    killing = Point("sdlora.common.device_lock:time.sleep", 1, "before", mishaps.kill_holder)
+    killing = Point("sdlora.common.locks:time.sleep", 1, "before", mishaps.kill_holder)
     waited = scene.command.run(*other, points=[killing], **options)
     assert waited.code == 0, waited.err
     assert "Waiting for the GPU, which is in use by process" in waited.err
