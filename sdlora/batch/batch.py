@@ -52,7 +52,7 @@ def run_batch(
             if action in ("start", "resume") and job.config is not None:
                 tasks.append(Task(job.name, job.config.model_dump(mode="json"), location.run(job.name)))
         location.upload(LEDGER)
-        for message in engine.run(tasks, should_stop):
+        for message in engine(tasks, should_stop):
             _record(ledger, message)
             yield message
             if message["event"] == "ended":

@@ -19,7 +19,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 _POLL_SECONDS = 0.2
 
@@ -36,73 +36,67 @@ class Task:
     folder: str
 
 
-class Engine(Protocol):
-    """Runs tasks somewhere."""
+Engine = Callable[[Sequence[Task], Callable[[], bool]], Iterator[Message]]
+"""Runs tasks in their order; yields "started" for each, then the messages of `sdlora.batch.task.run_task`.
 
-    def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> Iterator[Message]:
-        """Run tasks in their order; yield "started" for each, then the messages of `sdlora.batch.task.run_task`.
-
-        Args:
-            tasks: What to do.
-            should_stop: Polled; True makes running tasks save their state, and no other is started.
-        """
-        ...
+The second argument is polled; True makes running tasks save their state, and no other is started."""
 
 
-class LocalEngine:
-    """Workers on this machine.
+def run_here(
+    tasks: Sequence[Task],
+    should_stop: Callable[[], bool],
+    *,
+    logs: Path,
+    environments: Sequence[Mapping[str, str]],
+) -> Iterator[Message]:
+    """An `Engine` of workers on this machine.
 
     Args:
+        tasks: See `Engine`.
+        should_stop: See `Engine`.
         logs: Folder for the stderr of workers.
         environments: Environment variables of each worker, on top of this process's.
     """
+    waiting, inbox, stopping = deque(tasks), queue.Queue[_Received](), False
+    logs.mkdir(parents=True, exist_ok=True)
+    workers: list[_Worker] = []
 
-    def __init__(self, logs: Path, environments: Sequence[Mapping[str, str]]) -> None:
-        self._logs = logs
-        self._environments = environments
+    def worker_of(number: int) -> _Worker:
+        return _Worker(number, environments[number], logs / f"worker{number}.txt", inbox)
 
-    def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> Iterator[Message]:
-        """See `Engine.run`."""
-        waiting, inbox, stopping = deque(tasks), queue.Queue[_Received](), False
-        self._logs.mkdir(parents=True, exist_ok=True)
-        workers: list[_Worker] = []
-
-        def worker_of(number: int) -> _Worker:
-            return _Worker(number, self._environments[number], self._logs / f"worker{number}.txt", inbox)
-
-        try:
-            for number in range(min(len(self._environments), len(tasks))):
-                workers.append(worker_of(number))
-                yield workers[-1].send(waiting.popleft())
-            while any(worker.active for worker in workers):
-                if should_stop() and not stopping:
-                    stopping = True
-                    waiting.clear()
-                    for worker in workers:
-                        worker.close()
-                try:
-                    number, message = inbox.get(timeout=_POLL_SECONDS)
-                except queue.Empty:
-                    continue
-                worker = workers[number]
-                if message is None:
-                    if worker.task is not None:
-                        yield worker.lost_message()
-                    worker.active = False
-                    if waiting:
-                        workers[number] = worker_of(number)
-                        yield workers[number].send(waiting.popleft())
-                    continue
-                yield message
-                if message["event"] == "ended":
-                    worker.task = None
-                    if waiting:
-                        yield worker.send(waiting.popleft())
-                    else:
-                        worker.close()
-        finally:
-            for worker in workers:
-                worker.end()
+    try:
+        for number in range(min(len(environments), len(tasks))):
+            workers.append(worker_of(number))
+            yield workers[-1].send(waiting.popleft())
+        while any(worker.active for worker in workers):
+            if should_stop() and not stopping:
+                stopping = True
+                waiting.clear()
+                for worker in workers:
+                    worker.close()
+            try:
+                number, message = inbox.get(timeout=_POLL_SECONDS)
+            except queue.Empty:
+                continue
+            worker = workers[number]
+            if message is None:
+                if worker.task is not None:
+                    yield worker.lost_message()
+                worker.active = False
+                if waiting:
+                    workers[number] = worker_of(number)
+                    yield workers[number].send(waiting.popleft())
+                continue
+            yield message
+            if message["event"] == "ended":
+                worker.task = None
+                if waiting:
+                    yield worker.send(waiting.popleft())
+                else:
+                    worker.close()
+    finally:
+        for worker in workers:
+            worker.end()
 
 
 _Received = tuple[int, Message | None]

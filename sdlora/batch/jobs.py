@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import RENAMED, option_fields, parse_config, read_config, with_current_names
@@ -25,23 +25,17 @@ _NAME = re.compile(r"\w[\w. -]{0,99}")
 _LONGEST_VALUE = 24
 
 
-class _Part(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class _Defaults(_Part):
+class _Defaults(BaseModel, extra="forbid", frozen=True):
     config: str | None = None
     set: dict[str, Any] = {}
 
 
-class _Job(_Part):
+class _Job(_Defaults):
     name: str | None = None
-    config: str | None = None
-    set: dict[str, Any] = {}
     priority: int = 0
 
 
-class _File(_Part):
+class _File(BaseModel, extra="forbid", frozen=True):
     defaults: _Defaults = _Defaults()
     jobs: list[_Job] = [_Job()]
     sweep: dict[str, list[Any]] | list[dict[str, Any]] = {}
@@ -55,8 +49,8 @@ class Job:
         name: Job name with its swept values; names the run's folder and its LoRA file.
         priority: Jobs of higher priority run first.
         swept: The swept settings with the values of this job.
-        config: Its configuration; None if that is invalid.
-        fault: What is wrong with its configuration, or None.
+        config: None if it is invalid.
+        fault: What is wrong with the configuration, or None.
     """
 
     name: str
@@ -85,7 +79,10 @@ def read_jobs(path: Path) -> list[Job]:
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise ConfigError(f"{path}: more than one job is named {', '.join(twice)}. Give every job a unique name.")
-    return _in_order(jobs)
+    # A worker reloads the base whenever it differs from the previous job's.
+    bases = {job.name: str(job.config.base) if job.config else "" for job in jobs}
+    order = list(bases.values())
+    return sorted(jobs, key=lambda job: (-job.priority, order.index(bases[job.name])))
 
 
 def _read(path: Path) -> _File:
@@ -134,16 +131,13 @@ def _swept(file: _File, entry: _Job, stem: str) -> Iterator[Job]:
         # A label keeps the name that was written, so that a batch of an earlier version finds its runs.
         full = "-".join([name, *(_label(combinations, key, value) for key, value in combination.items())])
         swept = with_current_names(combination)
-        config, fault = _checked(source, settings | swept, full)
+        config, fault = None, None
+        try:
+            document, _ = read_config(source)
+            config = parse_config(_merged(document, {**settings, **swept, "name": full}), name=full)
+        except ConfigError as error:
+            fault = str(error)
         yield Job(full, entry.priority, swept, config, fault)
-
-
-def _checked(source: str, settings: Mapping[str, Any], name: str) -> tuple[RunConfig | None, str | None]:
-    try:
-        document, _ = read_config(source)
-        return parse_config(_merged(document, {**settings, "name": name}), name=name), None
-    except ConfigError as error:
-        return None, str(error)
 
 
 def _combinations(sweep: Mapping[str, list[Any]] | Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -187,11 +181,3 @@ def _label(combinations: Sequence[Mapping[str, Any]], key: str, value: Any) -> s
         if key in combination and combination[key] not in values:
             values.append(combination[key])
     return f"{short}{values.index(value) + 1}"
-
-
-def _in_order(jobs: Sequence[Job]) -> list[Job]:
-    # A worker reloads the base whenever it differs from the previous job's.
-    bases = [str(job.config.base) if job.config else "" for job in jobs]
-    return [
-        job for _, job in sorted(zip(bases, jobs, strict=True), key=lambda p: (-p[1].priority, bases.index(p[0])))
-    ]  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -66,7 +67,7 @@ def _columns(results: Sequence[Result]) -> list[Column]:
     names = list(results[0].settings)
     short = [name.rpartition(".")[2] for name in names]
     settings = [
-        Column(last.replace("_", " ") if short.count(last) == 1 else name, _setting(name))
+        Column(last.replace("_", " ") if short.count(last) == 1 else name, partial(_setting, name))
         for name, last in zip(names, short, strict=True)
     ]
     return [
@@ -88,21 +89,13 @@ def _columns(results: Sequence[Result]) -> list[Column]:
 
 def _column(name: str, value: Callable[[Result], Any], text: Callable[[Any], str] = str) -> Column:
     """A column of a figure that may be unknown."""
-
-    def cell(result: Result) -> Cell:
-        found = value(result)
-        return Cell(found, "" if found is None else text(found))
-
-    return Column(name, cell)
+    return Column(name, lambda result: Cell(value(result), "" if value(result) is None else text(value(result))))
 
 
-def _setting(name: str) -> Callable[[Result], Cell]:
-    def cell(result: Result) -> Cell:
-        value = result.settings[name]
-        text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
-        return Cell(value if isinstance(value, int | float) else text, text)
-
-    return cell
+def _setting(name: str, result: Result) -> Cell:
+    value = result.settings[name]
+    text = value if isinstance(value, str) else "" if value is None else json.dumps(value, ensure_ascii=False)
+    return Cell(value if isinstance(value, int | float) else text, text)
 
 
 # --- Learning and copying ------------------------------------------------------------------------------------------
@@ -112,29 +105,21 @@ def _group(group: Sequence[Result]) -> dict[str, Any]:
     """Comparable jobs: the one to look at first, if any does not copy, and all of them as points."""
     allowed = [one for one in group if one.verdict != "copying"]
     best = max(allowed, key=lambda one: learned(one, group) or 0.0, default=None)
-    by_fidelity = all(one.fidelity is not None for one in group)
-    measure = ""
-    if best is not None:
-        measure = (
-            f"concept fidelity of {best.fidelity:.3f}"
-            if by_fidelity
-            else f"validation loss of {best.validation_loss:.4f}"
-        )
+    by_fidelity, measure = all(one.fidelity is not None for one in group), ""
+    if best is not None and by_fidelity:
+        measure = f"concept fidelity of {best.fidelity:.3f}"
+    elif best is not None:
+        measure = f"validation loss of {best.validation_loss:.4f}"
     jobs = [one.job for one in group]
     return {"best": best, "measure": measure, "jobs": jobs, "figure": _front(group, by_fidelity)}
 
 
 def _front(group: Sequence[Result], by_fidelity: bool) -> Figure:
-    points = [
-        Point(
-            str(result.number),
-            result.copying or 0.0,
-            abs(learned(result, group) or 0.0),
-            VERDICT_COLORS.get(result.verdict or "", COLORS[3]),
-            result.pareto,
-        )
-        for result in group
-    ]
+    points = []
+    for result in group:
+        color = VERDICT_COLORS.get(result.verdict or "", COLORS[3])
+        learning = abs(learned(result, group) or 0.0)
+        points.append(Point(str(result.number), result.copying or 0.0, learning, color, result.pareto))
     y_name, better = ("fidelity (DINOv2)", "upper") if by_fidelity else ("validation loss", "lower")
     front = ", ".join(str(result.number) for result in group if result.pareto)
     note = (
@@ -182,10 +167,13 @@ def _grid(
     wanted: Sequence[tuple[str, int]], columns: Sequence[tuple[Result, list[Match], Path]], album: Album
 ) -> Grid:  # fmt: skip
     rows: dict[str, list[list[Tile | None]]] = {}
-    for index, (prompt, _) in enumerate(wanted):
-        rows.setdefault(prompt, []).append(
-            [_tile(result, drawn[index], folder / drawn[index].file, album) for result, drawn, folder in columns]
-        )
+    for index, (prompt, seed) in enumerate(wanted):
+        tiles: list[Tile | None] = []
+        for result, drawn, folder in columns:
+            file = folder / drawn[index].file
+            image = album.show(str(file), partial(read_image, file), f"{prompt}, job {result.number}, seed {seed}")
+            tiles.append(Tile(f"{quote(result.job)}/report.html", image, tone(drawn[index])))
+        rows.setdefault(prompt, []).append(tiles)
     return Grid("Previews", [(str(result.number), _swept(result)) for result, _, _ in columns], list(rows.items()))
 
 
@@ -197,10 +185,3 @@ def _swept(result: Result) -> str:
         if isinstance(value, int | float) and not isinstance(value, bool)
     ]
     return ", ".join(values) or result.job
-
-
-def _tile(result: Result, match: Match, file: Path, album: Album) -> Tile:
-    image = album.show(
-        str(file), lambda: read_image(file), f"{match.prompt}, job {result.number}, seed {match.seed}"
-    )  # fmt: skip
-    return Tile(f"{quote(result.job)}/report.html", image, tone(match))

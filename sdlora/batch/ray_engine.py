@@ -23,7 +23,7 @@ _STOP_POLL_SECONDS = 2.0
 
 
 class RayEngine:
-    """Runs tasks on a Ray cluster; see `sdlora.batch.engine.Engine`.
+    """Runs tasks on a Ray cluster; `run` is an `sdlora.batch.engine.Engine`.
 
     Args:
         location: Of the batch, at a URL or on a path that all machines share.
@@ -42,7 +42,7 @@ class RayEngine:
         self._location, self._address, self._num_gpus = location, address, num_gpus
 
     def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> Iterator[Message]:
-        """See `sdlora.batch.engine.Engine.run`; yields only the first and the last message of each task."""
+        """Run tasks in their order; yields only the first and the last message of each."""
         ray: Any = self._ray
         stopping = False
         if not ray.is_initialized():

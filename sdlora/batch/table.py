@@ -30,7 +30,6 @@ class _Row:
     verdict: str = ""
     seconds: float | None = None
     steps: int = 0
-    per_step: float | None = None
     error: str = ""
 
 
@@ -74,7 +73,6 @@ class BatchTable:
                 row.progress = f"{message['phase']} {message['done']}/{message['total']}"
             case "step":
                 row.loss = row.smoother.add(message["loss"])
-                row.per_step = message["seconds"]
                 left = format_seconds((row.steps - message["step"]) * message["seconds"])
                 row.progress = f"step {message['step']}/{row.steps}, {left} left"
             case "copycheck":

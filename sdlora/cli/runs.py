@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -122,7 +123,7 @@ def batch(
 
     planned = read_jobs(jobs)
     from sdlora.batch.batch import run_batch
-    from sdlora.batch.engine import LocalEngine, environments
+    from sdlora.batch.engine import environments, run_here
     from sdlora.batch.location import Location
     from sdlora.batch.table import BatchTable
     from sdlora.cli.progress import JsonLines
@@ -140,9 +141,9 @@ def batch(
     if engine == "ray":
         from sdlora.batch.ray_engine import RayEngine
 
-        chosen = RayEngine(location, address, gpus)
+        chosen = RayEngine(location, address, gpus).run
     else:
-        chosen = LocalEngine(location.folder / "workers", environments())
+        chosen = partial(run_here, logs=location.folder / "workers", environments=environments())
     summary: dict[str, Any] = {}
     with stop_signals(lambda text: console.print(text, markup=False, soft_wrap=True)) as stop_signal, view:
         messages = run_batch(planned, location, chosen, retry=retry, should_stop=lambda: stop_signal() is not None)

@@ -17,7 +17,7 @@ from torch import Tensor
 from sdlora.copycheck import signals
 from sdlora.copycheck.embedders import Embedders
 from sdlora.copycheck.null_distribution import Gallery, evenly_spaced, null_distribution, reduced
-from sdlora.copycheck.signals import Signal
+from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED, Signal
 from sdlora.copycheck.verdict import EpochCheck, check_previews
 from sdlora.copycheck.warp_alignment import registered_correlation
 from sdlora.events import CopyChecked, Event, Progress
@@ -30,9 +30,9 @@ from sdlora.training.validation import Validation, image_losses
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is checked.
+@dataclass(eq=False)
+class Checker:
+    """Draws previews of an adapter and decides whether they are copies; `prepare` comes first.
 
     Attributes:
         adapter: Attached to its base model.
@@ -41,6 +41,9 @@ class Subject:
         validation: Measures the validation images; None if there are none.
         identity: A hash of the base model's UNet.
         seed: The run's.
+        request: What to draw.
+        gallery: The images that may have been copied, and validation images.
+        embedders: The networks that add a score or a signal.
     """
 
     adapter: Adapter
@@ -48,26 +51,17 @@ class Subject:
     validation: Validation | None
     identity: str
     seed: int
-
-
-class Checker:
-    """Draws previews and decides whether they are copies of the gallery's images; `prepare` comes first."""
-
-    def __init__(self, subject: Subject, request: PreviewRequest, gallery: Gallery, embedders: Embedders) -> None:
-        self._subject, self._request, self._gallery, self._embedders = subject, request, gallery, embedders
-        self._base = subject.data.cache.base
-        count = len(subject.data.dataset.examples)
-        self._probed = evenly_spaced(count, signals.MAX_PROBED)
-        self._compared = evenly_spaced(count, signals.MAX_COMPARED)
+    request: PreviewRequest
+    gallery: Gallery
+    embedders: Embedders
 
     def prepare(self, background: str) -> Iterator[Progress]:
         """Compute, or read from the cache, what epochs are compared with: the null and the base model's signals."""
-        subject = self._subject
-        yield from subject.data.fill(background)
+        yield from self.data.fill(background)
         self._null, self._registered_null = yield from null_distribution(
-            subject.data.cache, subject.adapter, self._request, self._gallery, subject.identity, self._embedders
+            self.data.cache, self.adapter, self.request, self.gallery, self.identity, self.embedders
         )
-        with subject.adapter.disabled():
+        with self.adapter.disabled():
             self._retrieved_off, self._losses_off = self._retrieved(), self._losses()
 
     def epoch(self, epoch: int, folder: Path, base_folder: Path) -> Iterator[Event]:
@@ -78,8 +72,9 @@ class Checker:
             folder: The epoch's.
             base_folder: That of epoch 0, which was drawn and checked before.
         """
-        watch = SamplerWatch(self._base)
-        yield from draw_epoch(self._base, self._request, epoch, folder, watch)
+        base = self.data.cache.base
+        watch = SamplerWatch(base)
+        yield from draw_epoch(base, self.request, epoch, folder, watch)
         start = time.monotonic()
         measured = self._signals(folder, base_folder, watch.guidance_norms) if epoch > 0 else []
         check = self.compare(folder, measured, watch.guidance_norms)
@@ -104,31 +99,30 @@ class Checker:
             measured: The other signals.
             norms: Guidance norms, one per preview, or none at all.
         """
-        check = check_previews(self._request, folder, self._gallery, self._null, measured, self._embedders, norms)
+        check = check_previews(self.request, folder, self.gallery, self._null, measured, self.embedders, norms)
         check.write(folder)
         return check
 
     def registered_similarity(self, folder: Path) -> Signal:
         """The signal of warped copies, for the previews in an epoch's folder."""
         images = [image for of_prompt in self._images(folder) for image in of_prompt]
-        best = registered_correlation(images, list(self._gallery.images.values())).amax(dim=1)
+        best = registered_correlation(images, list(self.gallery.images.values())).amax(dim=1)
         return signals.registered_similarity(best, self._registered_null)
 
     def _retrieved(self) -> list[bool]:
-        return signals.retrieve(self._subject.data, self._probed, self._subject.seed)
+        return signals.retrieve(self.data, evenly_spaced(len(self.data.dataset.examples), MAX_PROBED), self.seed)
 
     def _losses(self) -> Tensor:
-        return image_losses(self._subject.data, self._compared, self._subject.seed)
+        return image_losses(self.data, evenly_spaced(len(self.data.dataset.examples), MAX_COMPARED), self.seed)
 
     def _signals(self, folder: Path, base_folder: Path, norms: Sequence[float]) -> list[Signal]:
         base_check = EpochCheck.read(base_folder)
         assert base_check is not None, "check epoch 0 first"
         base_norms = [m.guidance_norm for m in base_check.previews if m.guidance_norm is not None]
         on, off = self._by_prompt(norms), self._by_prompt(base_norms)
-        cut = self._request.num_captions
-        measured = self._subject.validation
+        cut = self.request.num_captions
         validation = None
-        if measured is not None:
+        if (measured := self.validation) is not None:
             assert measured.losses_on is not None and measured.losses_off is not None, "measure the epoch first"
             validation = (measured.losses_on, measured.losses_off)
         return [
@@ -141,9 +135,9 @@ class Checker:
 
     def _by_prompt(self, values: Sequence[T]) -> list[list[T]]:
         """One value per preview, grouped by prompt; an empty list for no values."""
-        num_seeds = len(self._request.seeds)
+        num_seeds = len(self.request.seeds)
         return [list(values[first : first + num_seeds]) for first in range(0, len(values), num_seeds)]
 
     def _images(self, folder: Path) -> list[list[Image.Image]]:
-        files = [folder / "previews" / name for name in self._request.file_names()]
+        files = [folder / "previews" / name for name in self.request.file_names()]
         return self._by_prompt([reduced(Image.open(file)) for file in files])

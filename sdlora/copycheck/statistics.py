@@ -101,13 +101,8 @@ def mcnemar(first_only: int, second_only: int) -> float:
 # move the p-values of earlier runs.
 
 
-def permutation_test(first: Sequence[float], second: Sequence[float], seed: int = 0) -> float:
+def permutation_test(first: Sequence[float], second: Sequence[float]) -> float:
     """One-sided permutation test: p-value of mean(first) > mean(second).
-
-    Args:
-        first: Any number of values.
-        second: Any number of values.
-        seed: Of the permutations drawn where there are too many to enumerate.
 
     Returns:
         The share of permutations whose difference is at least the observed one, which is counted, in (0, 1]; 1 if
@@ -123,17 +118,13 @@ def permutation_test(first: Sequence[float], second: Sequence[float], seed: int 
     if exact:
         members = torch.tensor(list(itertools.combinations(range(len(values)), size)))
     else:
-        generator = torch.Generator().manual_seed(seed)
-        members = torch.rand(_NUM_DRAWN, len(values), generator=generator).argsort(dim=1)[:, :size]
+        draws = torch.rand(_NUM_DRAWN, len(values), generator=torch.Generator().manual_seed(0))
+        members = draws.argsort(dim=1)[:, :size]
     return _share_at_least(values[members].sum(dim=1), values[:size].sum(), values, exact)
 
 
-def sign_flip_test(differences: Sequence[float], seed: int = 0) -> float:
+def sign_flip_test(differences: Sequence[float]) -> float:
     """One-sided sign-flip test of paired differences: p-value of their mean being above zero.
-
-    Args:
-        differences: One per pair.
-        seed: Of the signs drawn where there are too many to enumerate.
 
     Returns:
         The share of sign patterns whose mean is at least the observed one, which is counted, in (0, 1]; 1 if there
@@ -146,8 +137,8 @@ def sign_flip_test(differences: Sequence[float], seed: int = 0) -> float:
     if exact:
         signs = torch.tensor(list(itertools.product((1.0, -1.0), repeat=len(values))), dtype=torch.float64)
     else:
-        generator = torch.Generator().manual_seed(seed)
-        signs = torch.randint(0, 2, (_NUM_DRAWN, len(values)), generator=generator).double() * 2 - 1
+        draws = torch.randint(0, 2, (_NUM_DRAWN, len(values)), generator=torch.Generator().manual_seed(0))
+        signs = draws.double() * 2 - 1
     return _share_at_least(signs @ values, values.sum(), values, exact)
 
 

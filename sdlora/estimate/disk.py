@@ -41,11 +41,9 @@ def cached_content(used: Iterable[tuple[TrainingData, Iterable[Exposure] | None]
 
 
 def cache_bytes(cache: Cache, examples: Iterable[Example], num_captions: int) -> int:
-    """Latents and text embeddings in the cache, in float16 as it keeps them.
+    """Latents of images with their buckets and text embeddings in the cache, in float16 as it keeps them.
 
     Args:
-        cache: Where they are kept.
-        examples: The images, their buckets assigned.
         num_captions: Different captions that are kept; 0 if captions are encoded at every exposure.
     """
     shapes = shapes_of_base(cache.base)
@@ -61,14 +59,7 @@ def image_bytes(num_images: int, edge_px: int) -> int:
 
 
 def run_folder_bytes(config: RunConfig, adapter: Adapter, num_previews: int, preview_px: int) -> int:
-    """What a run's folder holds at most.
-
-    Args:
-        config: Of the run.
-        adapter: What is trained.
-        num_previews: Images drawn after every epoch.
-        preview_px: Their edge.
-    """
+    """What a run's folder holds at most, with `num_previews` images drawn after every epoch."""
     count = adapter.num_parameters()
     start = 4 * sum(tensor.numel() for tensor in adapter.initial_factors())
     per_parameter = 4 + OPTIMIZER_BYTES[config.train.optimizer] + 4 * (config.train.ema_decay > 0)
@@ -81,10 +72,7 @@ def run_folder_bytes(config: RunConfig, adapter: Adapter, num_previews: int, pre
 
 
 def check_disk_space(needs: Mapping[str, tuple[Path, int]]) -> None:
-    """Check that what is going to be written fits onto its disks.
-
-    Args:
-        needs: What is written, in words, to its folder and its bytes.
+    """Check that what is going to be written, in words, fits in bytes onto the disk of its folder.
 
     Raises:
         DiskFullError: A disk is too small; the message names it, its free space and the bytes that are needed.

@@ -64,8 +64,6 @@ class CountedHint:
         change: The options and values as TOML.
         peak_bytes: The peak of memory with it.
         time: Arithmetic per image over that without any hint.
-        price: What it costs, in a few words.
-        values: Options by their dotted names, and what to set them to.
     """
 
     change: str
@@ -82,7 +80,6 @@ def hints(config: RunConfig, dtype: torch.dtype, size_px: tuple[int, int]) -> li
     """Everything that can be lowered, the cheapest first.
 
     Args:
-        config: Of the run.
         dtype: The frozen UNet's type.
         size_px: Width and height of the largest images.
     """
@@ -126,12 +123,7 @@ def hints(config: RunConfig, dtype: torch.dtype, size_px: tuple[int, int]) -> li
 
 
 def hints_to_fit(inputs: MemoryInputs, needed: MemoryEstimate, memory_bytes: int) -> list[CountedHint]:
-    """What to set until a run fits, the cheapest first; each comes on top of those before it.
-
-    Args:
-        inputs: What was asked for.
-        needed: What it needs.
-        memory_bytes: What there is.
+    """What to set until a run that needs `needed` fits, the cheapest first; each comes on top of those before it.
 
     Returns:
         Nothing if it fits as it is; otherwise as few as are enough, or all that save memory.
@@ -155,13 +147,7 @@ def hints_to_fit(inputs: MemoryInputs, needed: MemoryEstimate, memory_bytes: int
 
 
 def out_of_memory_message(config: RunConfig, stage: Stage, resolution_px: int) -> str:
-    """What happened and what to set, after the device ran out of memory.
-
-    Args:
-        config: Of the run.
-        stage: What the run was doing.
-        resolution_px: The training size.
-    """
+    """What happened and what to set, after the device ran out of memory in a run of this training size."""
     dtype = torch.float32 if config.train.precision == "fp32" else torch.bfloat16
     helpful = [hint for hint in hints(config, dtype, (resolution_px, resolution_px)) if stage in hint.stages]
     to_resume = [hint for hint in helpful if hint.can_resume and stage != "load"]

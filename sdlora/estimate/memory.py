@@ -11,7 +11,6 @@ from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from sdlora.config.schema import RunConfig
@@ -41,9 +40,7 @@ class MemoryInputs:
     """What a memory estimate depends on.
 
     Attributes:
-        config: The run's configuration.
         spec: The adapter's kind.
-        shapes: The base model's.
         dtype: The frozen UNet's type.
         size_px: Width and height in pixels of the largest images.
         cached_bytes: Latents and text embeddings that are held in the memory that is estimated.
@@ -67,8 +64,8 @@ class MemoryEstimate:
     """What a run needs.
 
     Attributes:
-        trainable_parameters: Parameters of the adapter.
-        base_parameters: Parameters of the networks that are adapted.
+        trainable_parameters: Of the adapter.
+        base_parameters: Of the networks that are adapted.
         parts: Bytes at the peak: "weights" of the frozen networks that a step needs, "adapter" with gradients and
             optimizer state, "activations" of the largest step, "caches" held beside them, "overhead" of kernels and
             the process, and what "previews", encoding or verifying a file need beyond the activations.
@@ -116,9 +113,8 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
         config.lora.rank,
         config.lora.alpha,
         0,
-        spec=replace(
-            inputs.spec, init="gaussian"
-        ),  # meta tensors have no singular vectors, and all starts take as much
+        # Meta tensors have no singular vectors, and all starts take as much.
+        spec=replace(inputs.spec, init="gaussian"),
         text_encoders=base.text_encoders,
     )
     count = adapter.num_parameters()
@@ -135,7 +131,9 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
     # From the second batch of a step on, the gradients of those before are held beside the activations.
     gradients = 4 * count * (config.train.gradient_accumulation_steps > 1)
     activations = step.peak_bytes + gradients - 4 * count
-    beside = max(_preview_bytes(inputs, base), _encode_bytes(inputs))
+    width, height = inputs.size_px
+    encoding = _peak_bytes(lambda: base.vae.encode(torch.empty(1, 3, height, width, device=META)))  # of one image
+    beside = max(_preview_bytes(inputs, base), encoding)
     if inputs.on_cpu:
         beside = max(beside, 4 * num_parameters + shapes.frozen_bytes + _verification_bytes(inputs, base, count))
     else:
@@ -196,7 +194,7 @@ def _preview_bytes(inputs: MemoryInputs, base: MetaBase) -> int:
     noisy = empty_latents(shapes, number, (edge, edge))
     # Guidance predicts with the prompt and without.
     drawing = _peak_bytes(lambda: _predict(base, noisy.repeat(2, 1, 1, 1)))
-    return max(drawing, _peak_bytes(lambda: _vae(shapes).decode(noisy)))
+    return max(drawing, _peak_bytes(lambda: base.vae.decode(noisy)))
 
 
 def _verification_bytes(inputs: MemoryInputs, base: MetaBase, count: int) -> int:
@@ -204,12 +202,6 @@ def _verification_bytes(inputs: MemoryInputs, base: MetaBase, count: int) -> int
     number, edge = len(VERIFY_TIMESTEPS), VERIFY_LATENT_EDGE * inputs.shapes.latent_factor
     predicting = _peak_bytes(lambda: _predict(base, empty_latents(inputs.shapes, number, (edge, edge))))
     return predicting * 4 // inputs.dtype.itemsize + 3 * 4 * count + _SECOND_BASE_BYTES
-
-
-def _encode_bytes(inputs: MemoryInputs) -> int:
-    """Bytes of encoding one image beside the VAE's weights."""
-    width, height = inputs.size_px
-    return _peak_bytes(lambda: _vae(inputs.shapes).encode(torch.empty(1, 3, height, width, device=META)))
 
 
 def _peak_bytes(compute: Callable[[], object]) -> int:
@@ -221,8 +213,3 @@ def _peak_bytes(compute: Callable[[], object]) -> int:
 def _predict(base: MetaBase, noisy: Tensor) -> Tensor:
     number = len(noisy)
     return base.predict(noisy, torch.zeros(number, dtype=torch.long, device=META), base.text(number))
-
-
-def _vae(shapes: Shapes) -> AutoencoderKL:
-    with META:
-        return AutoencoderKL.from_config(dict(shapes.vae)).eval()

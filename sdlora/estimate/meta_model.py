@@ -26,14 +26,12 @@ _POOLED_WIDTH = 1280
 
 @dataclass(frozen=True)
 class Shapes:
-    """The configurations of a base model's networks.
+    """The configurations of a base model's networks, and bytes of their parameters and buffers.
 
     Attributes:
         unet: Of a UNet2DConditionModel of diffusers.
         vae: Of an AutoencoderKL of diffusers.
         text_encoders: Of each text encoder, as CLIPTextConfig of transformers.
-        vae_bytes: Parameters and buffers of the VAE, in bytes.
-        text_bytes: Parameters and buffers of the text encoders, in bytes.
     """
 
     unet: Mapping[str, Any]
@@ -76,15 +74,10 @@ def shapes_of_configs(
 
 def shapes_of_base(base: BaseModel) -> Shapes:
     """The shapes of a loaded base model."""
-    texts: tuple[Any, ...] = base.text_encoders
+    encoders: tuple[Any, ...] = base.text_encoders
     (vae,) = [network for network in vars(base).values() if isinstance(network, AutoencoderKL)]
-    return Shapes(
-        unet=dict(base.unet.config),
-        vae=dict(vae.config),
-        text_encoders=tuple(network.config.to_dict() for network in texts),
-        vae_bytes=num_bytes(vae),
-        text_bytes=num_bytes(*texts),
-    )
+    texts = tuple(network.config.to_dict() for network in encoders)
+    return Shapes(dict(base.unet.config), dict(vae.config), texts, num_bytes(vae), num_bytes(*encoders))
 
 
 def num_bytes(*networks: nn.Module) -> int:
@@ -98,7 +91,7 @@ class MetaBase:
 
     Args:
         shapes: Of the networks.
-        dtype: The UNet's type.
+        dtype: The UNet's.
         quantization: How the weights of the UNet's linear layers are stored.
         text_is_trained: Whether to build the text encoders as well.
     """
@@ -116,6 +109,7 @@ class MetaBase:
     ) -> None:
         with META:
             self.unet: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(shapes.unet))
+            self.vae: AutoencoderKL = AutoencoderKL.from_config(dict(shapes.vae)).eval()
             configs = shapes.text_encoders if text_is_trained else ()
             self.text_encoders = tuple(CLIPTextModel(CLIPTextConfig(**config)).eval() for config in configs)
             self.alphas_cumprod = torch.empty(1000)

@@ -46,10 +46,7 @@ def comparison_cost(share: float) -> float:
     """Arithmetic of exposures of which a share is compared with the base model, over that without any comparison.
 
     A comparison takes the adapter's prediction forward and backward, as an exposure does, and the base model's forward,
-    half as much.
-
-    Args:
-        share: Of the exposures, 0 to 1.
+    half as much; the share is in [0, 1].
     """
     return 1 + 1.5 * share
 

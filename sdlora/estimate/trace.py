@@ -34,6 +34,11 @@ class Cost:
     held_bytes: int = 0
     flops: int = 0
 
+    def hold(self, num_bytes: int) -> None:
+        """Count a storage that was made or, below 0, released."""
+        self.held_bytes += num_bytes
+        self.peak_bytes = max(self.peak_bytes, self.held_bytes)
+
 
 @contextmanager
 def meta_attention() -> Iterator[None]:
@@ -60,28 +65,22 @@ def meta_attention() -> Iterator[None]:
 _flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 
 
-def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Of the forward pass, by shapes (B, heads, tokens, width)."""
-    return int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
-    """Four products, the forward pass has two; scores that a kernel recomputes do not count."""
-    return 2 * int(sdpa_flop_count(query, key, value))  # type: ignore[no-untyped-call]
-
-
-def _product_flops(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
-    """Of (..., m, k) times (..., k, n)."""
-    return 2 * int(math.prod(left)) * int(right[-1])
-
-
-_shaped: Any = shape_wrapper
+# Operations by the shapes of their arguments; mypy knows no types of these functions.
+_by_shape: Any = shape_wrapper
+_attention_flops: Any = sdpa_flop_count
 # torch's own formulas, and those that it lacks.
 _FLOPS = flop_registry | {
-    torch.ops.aten.addmm_: _shaped(_product_flops),
-    torch.ops.aten.baddbmm_: _shaped(_product_flops),
-    _flash: _shaped(_attention_flops),
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _shaped(_attention_backward_flops),
+    # (..., m, k) times (..., k, n)
+    **dict.fromkeys(
+        (torch.ops.aten.addmm_, torch.ops.aten.baddbmm_),
+        _by_shape(lambda _, left, right, *__, **___: 2 * math.prod(left) * right[-1]),
+    ),
+    # (B, heads, tokens, width)
+    _flash: _by_shape(lambda query, key, value, *_, **__: _attention_flops(query, key, value)),
+    # Four products, the forward pass has two; scores that a kernel recomputes do not count.
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _by_shape(
+        lambda _, query, key, value, *__, **___: 2 * _attention_flops(query, key, value)
+    ),
 }
 
 
@@ -100,30 +99,17 @@ class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_storage(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        given = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         result = func(*args, **(kwargs or {}))
-        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        for tensor in made:
-            if (storage := _storage(tensor)) not in given:
-                self._hold(storage)
+        for leaf in tree_leaves(result):
+            if not isinstance(leaf, Tensor):
+                continue
+            storage = leaf.untyped_storage()
+            if storage not in given and storage not in self._known:
+                self._known.add(storage)
+                self.cost.hold(storage.nbytes())
+                weakref.finalize(storage, self.cost.hold, -storage.nbytes())
         # torch's own FlopCounterMode would keep the graphs that checkpointing makes, and their memory with them.
         if (formula := _FLOPS.get(func.overloadpacket)) is not None:
             self.cost.flops += formula(*args, **(kwargs or {}), out_val=result)
         return result
-
-    def _hold(self, storage: torch.UntypedStorage) -> None:
-        if storage in self._known:
-            return
-        self._known.add(storage)
-        size, cost = storage.nbytes(), self.cost
-        cost.held_bytes += size
-        cost.peak_bytes = max(cost.peak_bytes, cost.held_bytes)
-        weakref.finalize(storage, _release, cost, size)
-
-
-def _release(cost: Cost, size: int) -> None:
-    cost.held_bytes -= size
-
-
-def _storage(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()

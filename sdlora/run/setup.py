@@ -16,7 +16,7 @@ from accelerate.state import AcceleratorState, GradientState
 
 from sdlora.cache.tensors import Cache
 from sdlora.config.schema import PreviewConfig, RunConfig
-from sdlora.copycheck.checker import Checker, Subject
+from sdlora.copycheck.checker import Checker
 from sdlora.copycheck.embedders import load_embedders
 from sdlora.copycheck.null_distribution import make_gallery
 from sdlora.data.dataset import Dataset
@@ -264,8 +264,7 @@ def make_checker(
     embedders, missing = load_embedders(sscd=copycheck.sscd, dinov2=copycheck.dinov2, device=loaded.device)
     loaded.notices.extend(missing)
     data = evaluation_data(images.training, loaded.cache, text_is_trained=text_is_trained(config))
-    subject = Subject(adapter, data, validation, loaded.identity, config.seed)
-    return Checker(subject, previews, gallery, embedders)
+    return Checker(adapter, data, validation, loaded.identity, config.seed, previews, gallery, embedders)
 
 
 def make_validation(config: RunConfig, loaded: Loaded, adapter: Adapter) -> Validation | None:

@@ -8,13 +8,14 @@ import os
 import signal
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 from helpers.batches import QUICK
 
 from sdlora.batch.batch import decide, run_batch
-from sdlora.batch.engine import LocalEngine, Message
+from sdlora.batch.engine import Message, run_here
 from sdlora.batch.jobs import Job, read_jobs
 from sdlora.batch.location import Ledger, Location, Record
 from sdlora.config.schema import RunConfig
@@ -52,7 +53,7 @@ def write_jobs(folder: Path, images: Path, base: str, *, rank: int = 999) -> Pat
 
 def messages(file: Path, *, retry: bool = False, stop: Callable[[], bool] = lambda: False) -> Iterator[Message]:
     output = file.parent / "out"
-    engine = LocalEngine(output / "workers", [{}])
+    engine = partial(run_here, logs=output / "workers", environments=[{}])
     return run_batch(read_jobs(file), Location(str(output)), engine, retry=retry, should_stop=stop)
 
 

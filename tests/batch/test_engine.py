@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from sdlora.batch import engine
-from sdlora.batch.engine import LocalEngine, Task
+from sdlora.batch.engine import Task, run_here
 
 TASKS = [Task(name, {}, name) for name in ("a", "b", "c")]
 
@@ -19,7 +19,7 @@ def run_with(program: str, folder: Path, monkeypatch: pytest.MonkeyPatch, worker
     script.write_text(program, encoding="utf-8")
     real = engine.subprocess.Popen
     monkeypatch.setattr(engine.subprocess, "Popen", lambda _, **kw: real([sys.executable, str(script)], **kw))
-    found = LocalEngine(folder / "logs", [{}] * workers).run(TASKS, lambda: False)
+    found = run_here(TASKS, lambda: False, logs=folder / "logs", environments=[{}] * workers)
     return [(message["job"], message.get("status") or message["event"]) for message in found]
 
 

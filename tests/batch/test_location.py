@@ -6,6 +6,7 @@ import json
 import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +14,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from helpers.batches import QUICK
 
 from sdlora.batch.batch import run_batch
-from sdlora.batch.engine import LocalEngine, Message, Task, started
+from sdlora.batch.engine import Message, Task, run_here, started
 from sdlora.batch.jobs import Job, read_jobs
 from sdlora.batch.location import Ledger, Location, Record, locked
 from sdlora.batch.task import run_task
@@ -23,13 +24,10 @@ from sdlora.errors import OutputError, StoreError
 from sdlora.run.setup import fresh_base
 
 
-class Here:
-    """Carries tasks out in this process."""
-
-    def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> Iterator[Message]:
-        for task in tasks:
-            yield started(task)
-            yield from run_task(task, fresh_base, should_stop)
+def in_this_process(tasks: Sequence[Task], should_stop: Callable[[], bool]) -> Iterator[Message]:
+    for task in tasks:
+        yield started(task)
+        yield from run_task(task, fresh_base, should_stop)
 
 
 def jobs_file(folder: Path, images: Path, base: Path) -> Path:
@@ -74,7 +72,7 @@ def test_batch_at_a_url_resumes_on_another_machine(
     location = lambda: Location(f"file://{bucket}")  # noqa: E731
     first = machine("first")
     seen, killed = [], False
-    engine = LocalEngine(first / "workers", [{}])
+    engine = partial(run_here, logs=first / "workers", environments=[{}])
     for message in run_batch(jobs, location(), engine, retry=False, should_stop=lambda: False):
         seen.append(message)
         if not killed and message.get("job") == "long" and message["event"] == "step" and message["step"] >= 6:
@@ -87,7 +85,7 @@ def test_batch_at_a_url_resumes_on_another_machine(
     assert "2 of 3 jobs are done" in (bucket / "report.html").read_text(encoding="utf-8")
 
     second = machine("second")
-    seen = list(run_batch(jobs, location(), Here(), retry=False, should_stop=lambda: False))
+    seen = list(run_batch(jobs, location(), in_this_process, retry=False, should_stop=lambda: False))
     assert [m["action"] for m in seen if m["event"] == "planned"] == ["skip", "skip", "resume"]
     steps = [m["step"] for m in seen if m["event"] == "step"]
     assert steps == list(range(steps[0], 81)) and steps[0] > 4, "it went on from its checkpoint"
@@ -105,7 +103,7 @@ def test_batch_at_a_url_resumes_on_another_machine(
     assert (bucket / "results.csv").read_text().count("\n") == 4
 
     machine("third")
-    last = run_batch(jobs, location(), Here(), retry=True, should_stop=lambda: False)
+    last = run_batch(jobs, location(), in_this_process, retry=True, should_stop=lambda: False)
     assert {message["event"] for message in last} == {"planned", "batch"}
     assert not [file for file in bucket.rglob("*") if "partial" in file.name]
 
@@ -139,7 +137,7 @@ class Failing:
     def __init__(self, broken: list[str]) -> None:
         self._broken = broken
 
-    def run(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> Iterator[Message]:
+    def __call__(self, tasks: Sequence[Task], should_stop: Callable[[], bool]) -> Iterator[Message]:
         for task in tasks:
             yield started(task)
             self._broken.append(task.job)

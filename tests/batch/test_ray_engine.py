@@ -111,7 +111,7 @@ def test_lost_node_loses_no_job(tmp_path: Path, images: Path, tiny_base: Path, c
     location = Location(f"file://{bucket}")
     engine = RayEngine(location, cluster.address, None)
     jobs = read_jobs(jobs_file(tmp_path, images, tiny_base))
-    *_, standing = run_batch(jobs, location, engine, retry=False, should_stop=kill_when_busy)
+    *_, standing = run_batch(jobs, location, engine.run, retry=False, should_stop=kill_when_busy)
     assert lost, "no job ran on the second node"
     assert (len(standing["done"]), standing["failed"], standing["open"]) == (8, [], [])
     for name in lost:

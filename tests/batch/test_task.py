@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 
 from sdlora.batch.engine import Task
-from sdlora.batch.task import run_task
+from sdlora.batch.task import PeakMemory, run_task
 from sdlora.config.toml import parse_config
 from sdlora.run import setup
 from sdlora.run.setup import BasePool, forget_accelerator, fresh_base
@@ -71,3 +73,17 @@ def test_leftovers_of_an_interrupted_start_are_removed(tmp_path: Path, overrides
     folder.mkdir()
     (folder / ".config.toml.sdlora-partial-123").write_text("half")
     assert last(task(folder, overrides))["status"] == "done"
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux reports it")
+def test_peak_memory_includes_freed_memory_until_the_next_measurement() -> None:
+    first = PeakMemory()
+    before = first.num_bytes()
+    if before is None:
+        pytest.skip("this system does not let the peak be reset")
+    held = np.ones(200 * 2**20, dtype=np.uint8)
+    del held
+    high = first.num_bytes()
+    assert high is not None and high - before > 150 * 2**20
+    later = PeakMemory().num_bytes()
+    assert later is not None and later < high - 150 * 2**20

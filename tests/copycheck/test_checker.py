@@ -10,7 +10,7 @@ import torch
 
 from sdlora.cache.tensors import Cache
 from sdlora.common.bundled import ImageFolder
-from sdlora.copycheck.checker import Checker, Subject
+from sdlora.copycheck.checker import Checker
 from sdlora.copycheck.embedders import Embedders
 from sdlora.copycheck.null_distribution import make_gallery
 from sdlora.data.dataset import load_dataset
@@ -40,8 +40,8 @@ def parts(tiny_base: Path, tmp_path: Path) -> tuple[Adapter, Checker, Validation
     validation = Validation(kept, adapter, 0)
     list(kept.fill("white"))
     request = PreviewRequest(("scene 0", "a dog"), (0, 1), "", 2, 5.0, num_captions=1)
-    subject = Subject(adapter, data, validation, "unet", 0)
-    return adapter, Checker(subject, request, make_gallery(trained, held, "white"), Embedders()), validation
+    gallery = make_gallery(trained, held, "white")
+    return adapter, Checker(adapter, data, validation, "unet", 0, request, gallery, Embedders()), validation
 
 
 def test_epoch_writes_previews_and_check(parts: tuple[Adapter, Checker, Validation], tmp_path: Path) -> None:
