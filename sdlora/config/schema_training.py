@@ -64,6 +64,9 @@ class TrainConfig(Section):
     """Steps between reads of the loss from the device."""
     checkpoint_every_steps: int = Field(0, ge=0)
     """Steps between checkpoints for --resume; 0 saves only at the end of every epoch."""
+    trackers: list[Literal["tensorboard", "wandb"]] = Field([])
+    """Also report losses, rates, copies and previews to TensorBoard (in the run's folder) or Weights & Biases (online,
+    previews included); their packages are installed separately."""
 
     @model_validator(mode="after")
     def _check_optimizer(self) -> TrainConfig:

@@ -37,6 +37,7 @@ FREE_WHEN_RESUMING = {
     "train.compile",
     "train.gradient_checkpointing",
     "train.log_every_steps",
+    "train.trackers",
 }
 """Options that do not change the result, so that a run may resume with other values."""
 

@@ -215,7 +215,7 @@ def _load_single_file(
         _write_configs(Path(folder), found.family, predicts)
         try:
             pipeline: DiffusionPipeline = kind.from_single_file(
-                str(file), config=folder, local_files_only=True, torch_dtype=None, **(components | present)
+                str(file), config=folder, local_files_only=True, **(components | present)
             )
         except NotImplementedError as error:  # weights that the file lacks are left on the meta device, here and below
             raise BaseModelError(

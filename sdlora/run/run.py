@@ -44,6 +44,7 @@ from sdlora.run.folder import Recorder, RunFolder
 from sdlora.run.model_card import write_card
 from sdlora.run.resume import check_same_content, image_identities, load_newest, pinned, resumed_config
 from sdlora.run.setup import BaseSource, RunContext, choose_device, fresh_base, hints_in, prepare
+from sdlora.run.trackers import Trackers, check_trackers
 from sdlora.training.checkpoint import complete_checkpoints, save_checkpoint, tidy_checkpoints
 from sdlora.training.distributed import Processes, join
 
@@ -86,6 +87,7 @@ def start(
         _follow(config, folder, should_stop, processes)
         return
     folder.check(resume=resume)
+    check_trackers(config.train.trackers)
     with ExitStack() as held:
         if resume:
             held.enter_context(folder.occupied("sdlora train"))
@@ -121,12 +123,15 @@ def _prepare(config: RunConfig, folder: RunFolder, bases: BaseSource, processes:
 
 def _recorded(context: RunContext, resume: bool, should_stop: Callable[[], bool], begin: float) -> Iterator[Event]:
     """The run's events, each written to disk before it is yielded, as is how the run ends."""
-    recorder = Recorder(context.folder)
+    recorder, trackers = Recorder(context.folder), Trackers(context.config, context.folder)
     try:
         # Where memory runs out in nothing else, it is in training.
         with disk_full_errors(context.folder.path), hints_in("train", context):
             for event in _events(context, recorder, resume, should_stop, begin):
                 recorder.record(event)
+                if (failure := trackers.record(event)) is not None:
+                    recorder.record(failure)
+                    yield failure
                 yield event
                 if isinstance(event, Progress) and should_stop():
                     raise Stopped  # training itself stops after a step, with a checkpoint; all else is done again
@@ -149,6 +154,7 @@ def _recorded(context: RunContext, resume: bool, should_stop: Callable[[], bool]
         recorder.finish("failed", f"{type(error).__name__}: {error}")
         raise
     finally:
+        trackers.finish()
         context.adapter.remove()
         context.trainer.processes.leave()
     recorder.finish("done")
