@@ -35,11 +35,8 @@ _FORMAT = "2"  # increased when the meaning of stored tensors changes
 class Cache:
     """A folder of small safetensors files; those of this run are memory-mapped.
 
-    Mapped tensors live in the page cache, which the system reclaims when memory is short.
-
-    Args:
-        folder: Where the files are; None for the user's cache folder.
-        base: The base model whose VAE and text encoders compute the entries.
+    Mapped tensors live in the page cache, which the system reclaims when memory is short. The base model's VAE and text
+    encoders compute them. Without a folder, they are in the user's cache folder.
 
     Attributes:
         keeps_text: Whether captions are encoded once and kept; otherwise they are encoded at every use, with the same
@@ -83,16 +80,14 @@ class Cache:
 
     def text(self, captions: Sequence[str]) -> TextEmbeddings:
         """Text embeddings of cached captions, or of any if text is not kept: batch first, float32 on the CPU."""
-        found = [self._text_of(caption) for caption in captions]
+        found = [
+            self._filled("text", self._text_keys[caption]) if self.keeps_text else self._encoded(caption)
+            for caption in captions
+        ]
         return {name: torch.stack([embeddings[name] for embeddings in found]).float() for name in found[0]}
 
     def fill_moments(self, examples: Sequence[Example], background: str) -> Iterator[Progress]:
-        """Encode the images that are not on disk yet.
-
-        Args:
-            examples: The images.
-            background: The colour behind transparent pixels.
-        """
+        """Encode the images that are not on disk yet, with `background` behind transparent pixels."""
         for done, example in enumerate(examples, start=1):
             image = load_pixels(example, background)
             key = content_key("moments", self.base.vae_identity, pixel_hash(image))
@@ -122,7 +117,6 @@ class Cache:
         wanted = list(dict.fromkeys(captions))
         for done, caption in enumerate(wanted, start=1):
             key = content_key("text", self.base.text_identity, caption)
-
             self._map(key, self.fetch("text", key, partial(self._encode, caption), torch.float16))
             self._text_keys[caption] = key
             yield Progress("cache captions", done, len(wanted))
@@ -151,7 +145,7 @@ class Cache:
             kind: The subfolder.
             key: From `content_key`, of everything that the tensors depend on.
             make: Computes the named tensors.
-            dtype: The dtype in which they are stored.
+            dtype: What they are stored in.
 
         Returns:
             The tensors of the file, mapped and not yet read.
@@ -165,9 +159,6 @@ class Cache:
         with atomic_path(path) as temporary:
             save_file(_as_kept(make, dtype), temporary)
         return load_file(path)
-
-    def _text_of(self, caption: str) -> TextEmbeddings:
-        return self._filled("text", self._text_keys[caption]) if self.keeps_text else self._encoded(caption)
 
     def _map(self, key: str, tensors: TextEmbeddings) -> None:
         """Keep tensors mapped up to the limit; the others are mapped at every use."""

@@ -178,7 +178,7 @@ def push(
         )
     quiet_libraries()
     from sdlora.run.folder import RunFolder
-    from sdlora.run.push import files_to_push, push_run
+    from sdlora.run.hub import files_to_push, push_run
 
     folder = RunFolder(run, load_config(str(run / "config.toml")).name or "lora")
     files = files_to_push(folder)

@@ -22,8 +22,7 @@ from sdlora.copycheck.verdict import EpochCheck, check_previews
 from sdlora.copycheck.warp_alignment import registered_correlation
 from sdlora.events import CopyChecked, Event, Progress
 from sdlora.lora.inject import Adapter
-from sdlora.previews.guidance_norm import SamplerWatch
-from sdlora.previews.sampler import PreviewRequest, draw_epoch
+from sdlora.previews.sampler import PreviewRequest, SamplerWatch, draw_epoch
 from sdlora.training.data import TrainingData
 from sdlora.training.validation import Validation, image_losses
 

@@ -19,8 +19,8 @@ from torch import Tensor
 from sdlora.common import seeds
 from sdlora.copycheck.similarity import hp_ms
 from sdlora.copycheck.statistics import fisher_z, mcnemar, permutation_test, sign_flip_test
-from sdlora.diffusion.bands import band_names
 from sdlora.diffusion.noise import add_noise, predicted_latents
+from sdlora.diffusion.timesteps import band_names
 from sdlora.training.data import TrainingData
 
 OUTSIDE = 0.05

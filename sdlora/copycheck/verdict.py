@@ -47,7 +47,7 @@ class Match:
         significant: Whether the p-value is at most 2 %.
         file: The preview, relative to the epoch's folder.
         sscd: The cosine of SSCD's embeddings, in [-1, 1]; None unless `copycheck.sscd` is on.
-        guidance_norm: See `sdlora.previews.guidance_norm`; None without guidance.
+        guidance_norm: See `sdlora.previews.sampler.SamplerWatch`; None without guidance.
     """
 
     prompt: str

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from sdlora.common import seeds
 
@@ -54,8 +54,7 @@ def assign_buckets(sizes: Sequence[Bucket], resolution_px: int, step_px: int, *,
     return [choose_bucket(*size, choices) for size in sizes]
 
 
-@dataclass(frozen=True)
-class Exposure:
+class Exposure(NamedTuple):
     """One look at the image with the index `example`; `number` counts its exposures over the whole run, from 1."""
 
     example: int

@@ -51,16 +51,8 @@ def mean_per_example(errors: Tensor, weights: Tensor | None) -> Tensor:
 def huber_per_example(predicted: Tensor, target: Tensor, weights: Tensor | None = None, *, delta: float) -> Tensor:
     """Huber loss, mean over everything but the batch, in float32.
 
-    Twice the usual one, so that errors below `delta` count as in `mse_per_example`.
-
-    Args:
-        predicted: The network's prediction, (B, C, h, w), any float dtype.
-        target: Its target, (B, C, h, w).
-        weights: Weight of each latent pixel, (B, 1, h, w), see `mean_per_example`.
-        delta: The error above which the loss is linear, above 0.
-
-    Returns:
-        (B,) float32.
+    Twice the usual one, so that errors below `delta`, above which it is linear, count as in `mse_per_example`, whose
+    shapes it has.
 
     Source: Huber 1964, equation 1.1 with k = delta.
     """
@@ -68,32 +60,16 @@ def huber_per_example(predicted: Tensor, target: Tensor, weights: Tensor | None 
     return 2 * mean_per_example(errors, weights)
 
 
-def _min_snr(snr: Tensor, gamma: float) -> Tensor:
-    """min(SNR, gamma): Hang et al. 2303.09556."""
-    return snr.clamp(max=gamma)
-
-
-def _soft_min_snr(snr: Tensor, gamma: float) -> Tensor:
-    """SNR gamma / (SNR + gamma): Crowson et al. 2401.11605, a smooth minimum."""
-    return snr * gamma / (snr + gamma)
-
-
-def _p2(snr: Tensor, gamma: float) -> Tensor:
-    """SNR / (1 + SNR)^gamma: Choi et al. 2204.00227 with k = 1, relative to the simple loss."""
-    return snr / (1 + snr).pow(gamma)
-
-
-def _debiased(snr: Tensor, _: float) -> Tensor:
-    """sqrt(SNR): Yu et al. 2310.08442, whose weight on the epsilon loss is 1 / sqrt(SNR)."""
-    return snr.sqrt()
-
-
 # Weight of the squared error of the clean latents, and its default gamma; weights for predictions follow from it.
 _WEIGHTS: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
-    "min_snr": (_min_snr, 5.0),
-    "soft_min_snr": (_soft_min_snr, 5.0),
-    "p2": (_p2, 1.0),
-    "debiased": (_debiased, 1.0),
+    # min(SNR, gamma): Hang et al. 2303.09556.
+    "min_snr": (lambda snr, gamma: snr.clamp(max=gamma), 5.0),
+    # SNR gamma / (SNR + gamma): Crowson et al. 2401.11605, a smooth minimum.
+    "soft_min_snr": (lambda snr, gamma: snr * gamma / (snr + gamma), 5.0),
+    # SNR / (1 + SNR)^gamma: Choi et al. 2204.00227 with k = 1, relative to the simple loss.
+    "p2": (lambda snr, gamma: snr / (1 + snr).pow(gamma), 1.0),
+    # sqrt(SNR): Yu et al. 2310.08442, whose weight on the epsilon loss is 1 / sqrt(SNR).
+    "debiased": (lambda snr, _: snr.sqrt(), 1.0),
 }
 
 

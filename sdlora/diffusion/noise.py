@@ -6,7 +6,7 @@ Shapes: B batch, C channels, h/w latents, T timesteps (1000).
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, cast
 
 from torch import Tensor
 
@@ -20,7 +20,7 @@ def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
 
     Args:
         latents: Clean latents, (B, C, h, w).
-        noise: Standard normal noise, (B, C, h, w).
+        noise: Standard normal, (B, C, h, w).
         alphas_cumprod: The schedule's cumulative product at each example's timestep, (B,), in (0, 1].
 
     Returns:
@@ -33,10 +33,7 @@ def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
 
 
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:
-    """Rescale a schedule so that its last timestep has no signal.
-
-    Args:
-        alphas_cumprod: The schedule, (T,), falling, in (0, 1).
+    """Rescale a schedule, (T,), falling, in (0, 1), so that its last timestep has no signal.
 
     Returns:
         (T,): sqrt(alphas_cumprod) shifted to end at 0 and scaled to begin where it did, squared.
@@ -95,10 +92,8 @@ def check_prediction_type(name: str) -> PredictionType:
     Raises:
         BaseModelError: It is neither "epsilon" nor "v_prediction".
     """
-    if name == "epsilon":
-        return "epsilon"
-    if name == "v_prediction":
-        return "v_prediction"
+    if name in ("epsilon", "v_prediction"):
+        return cast(PredictionType, name)
     raise BaseModelError(
         f"The base model's scheduler has prediction_type {name!r}; sdlora trains 'epsilon' and 'v_prediction'. Choose "
         "such a base model, or correct prediction_type in its scheduler_config.json."

@@ -7,7 +7,7 @@ processes, trains every exposure at the same timestep.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Hashable, Sequence
 
 from sdlora.common import seeds
 from sdlora.diffusion.timesteps import Draw
@@ -30,17 +30,9 @@ def cover(coverage: str, steps: Sequence[Sequence[Exposure]], seed: int) -> list
     Raises:
         KeyError: The coverage is unknown.
     """
-    methods: dict[str, Callable[[Sequence[Sequence[Exposure]], int], list[list[Draw]]]] = {
-        "none": _independent,
-        "batch": _spread_in_steps,
-        "image": _spread_over_images,
-    }
-    return methods[coverage](steps, seed)
-
-
-def _independent(steps: Sequence[Sequence[Exposure]], seed: int) -> list[list[Draw]]:
-    """Independent draws."""
-    return [[Draw(0, 1, seeds.uniform(seed, "timestep", *exposure)) for exposure in step] for step in steps]
+    if coverage == "none":
+        return [[Draw(0, 1, seeds.uniform(seed, "timestep", *exposure)) for exposure in step] for step in steps]
+    return {"batch": _spread_in_steps, "image": _spread_over_images}[coverage](steps, seed)
 
 
 def _spread_in_steps(steps: Sequence[Sequence[Exposure]], seed: int) -> list[list[Draw]]:

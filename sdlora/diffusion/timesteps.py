@@ -1,4 +1,4 @@
-"""How often each timestep is trained: densities over the timesteps, sampled through their inverse CDF.
+"""How often each timestep is trained: densities over the timesteps, sampled through their inverse CDF; bands of them.
 
 The schedule maps the draws of `stratify`, which decide how evenly they fall, to timesteps. Shapes: T timesteps (1000).
 """
@@ -6,6 +6,7 @@ The schedule maps the draws of `stratify`, which decide how evenly they fall, to
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from math import erf, inf, log, nextafter, sqrt
@@ -14,19 +15,26 @@ from sdlora.errors import ConfigError
 
 NUM_TIMESTEPS = 1000
 HIGH_NOISE = 800
+NUM_BANDS = 5
+"""Equal bands of timesteps, in which losses are averaged: how hard prediction is depends on the noise."""
 # SpeeD's defaults: each timestep below 700 is drawn five times as often as each of the others.
 _SPEED_LIMIT, _SPEED_RATIO = 700, 5
 
 
+def band_of(timestep: int) -> int:
+    """The band of a timestep in [0, 999]: 0 for [0, 200), 4 for [800, 1000)."""
+    return timestep * NUM_BANDS // NUM_TIMESTEPS
+
+
+def band_names() -> list[str]:
+    """The bands' names: first and last timestep, such as "200-399"."""
+    width = NUM_TIMESTEPS // NUM_BANDS
+    return [f"{band * width}-{(band + 1) * width - 1}" for band in range(NUM_BANDS)]
+
+
 @dataclass(frozen=True)
 class Draw:
-    """A quantile of a density: `offset` within one of `num_slices` equal slices of [0, 1).
-
-    Attributes:
-        slice: Index of the slice, 0 to `num_slices` - 1.
-        num_slices: Number of slices, at least 1.
-        offset: Position inside the slice, in [0, 1).
-    """
+    """A quantile of a density: `offset`, in [0, 1), within slice 0 to `num_slices` - 1 of equal slices of [0, 1)."""
 
     slice: int
     num_slices: int
@@ -66,7 +74,7 @@ class Density:
         maximum: int = NUM_TIMESTEPS - 1,
         high_noise_keep: float = 1.0,
     ) -> None:
-        masses = _masses(name, mean, std)
+        masses = _logit_normal_masses(mean, std) if name == "logit_normal" else _MASSES[name]()
         kept = [
             (mass * high_noise_keep if t >= HIGH_NOISE else mass) if minimum <= t <= maximum else 0.0
             for t, mass in enumerate(masses)
@@ -94,18 +102,6 @@ class Density:
         return found
 
 
-def _masses(name: str, mean: float, std: float) -> list[float]:
-    """Unnormalized probabilities of the T timesteps."""
-    if name == "logit_normal":
-        return _logit_normal_masses(mean, std)
-    return {
-        "uniform": [1.0] * NUM_TIMESTEPS,
-        "cubic_high": _cubic_masses()[::-1],
-        "cubic_low": _cubic_masses(),
-        "speed": [float(_SPEED_RATIO if t < _SPEED_LIMIT else 1) for t in range(NUM_TIMESTEPS)],
-    }[name]
-
-
 def _cubic_masses() -> list[float]:
     """P(t) where t / T = u^3: differences of the CDF x^(1/3)."""
     edges = [(t / NUM_TIMESTEPS) ** (1 / 3) for t in range(NUM_TIMESTEPS + 1)]
@@ -121,3 +117,12 @@ def _logit_normal_masses(mean: float, std: float) -> list[float]:
 
     edges = [cdf(t / NUM_TIMESTEPS) for t in range(NUM_TIMESTEPS + 1)]
     return [high - low for low, high in pairwise(edges)]
+
+
+# Unnormalized probabilities of the T timesteps.
+_MASSES: dict[str, Callable[[], list[float]]] = {
+    "uniform": lambda: [1.0] * NUM_TIMESTEPS,
+    "cubic_high": lambda: _cubic_masses()[::-1],
+    "cubic_low": _cubic_masses,
+    "speed": lambda: [float(_SPEED_RATIO if t < _SPEED_LIMIT else 1) for t in range(NUM_TIMESTEPS)],
+}

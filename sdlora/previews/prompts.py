@@ -24,13 +24,7 @@ _PLACES = (
 
 
 def novel_prompts(captions: Sequence[str], trigger: str | None, count: int) -> list[str]:
-    """Prompts of the trigger, or of the captions' common beginning, in the places least mentioned in the captions.
-
-    Args:
-        captions: All captions of the set.
-        trigger: The word for the concept, or None.
-        count: At most ten.
-    """
+    """Up to ten prompts of the trigger, or of the captions' common beginning, in the places they mention least."""
     known = set(_words(" ".join(captions)))
     least_known = sorted(_PLACES, key=lambda place: sum(word in known for word in _words(place) if len(word) > 3))
     subject = trigger or _common_beginning(captions) or "a picture"

@@ -1,31 +1,35 @@
 """Previews: the same prompts and seeds are drawn after every epoch, to show what the adapter has learned.
 
 Called by `copycheck` and `run`. A diffusers pipeline draws them; the noise comes from separate generators, so training
-is not disturbed.
+is not disturbed. Shapes: B previews drawn together, C latent channels, h/w latents.
 """
 
 from __future__ import annotations
 
 import json
+import textwrap
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor, nn
 
 from sdlora.common.files import atomic_path
+from sdlora.diffusion.losses import mse_per_example
 from sdlora.events import Event, PreviewsDone, Progress
 from sdlora.models.base import BaseModel
-from sdlora.previews.guidance_norm import SamplerWatch
 
 Kind = Literal["training", "novel"]
 _PIXELS_PER_BATCH = 8 * 128 * 128
 # Text encoders and VAE take turns on the device; swapping large ones takes about a second.
 _BATCHES_PER_TURN = 16
+_PAPER, _TEXT, _FAINT = (250, 250, 248), (30, 30, 34), (120, 120, 126)
+_TILE_PX, _GAP_PX, _LABEL_PX, _HEADER_PX = 128, 6, 200, 34
 
 
 @dataclass(frozen=True)
@@ -34,8 +38,6 @@ class PreviewRequest:
 
     Attributes:
         prompts: Each is drawn once per seed.
-        seeds: Seeds of the starting noise.
-        negative_prompt: What guidance steers away from.
         num_steps: Denoising steps, at least 1.
         guidance: Classifier-free guidance scale; 1 switches it off.
         num_captions: How many of the prompts, from the first, are captions of training images.
@@ -65,18 +67,52 @@ class PreviewRequest:
         return [f"prompt{p:02d}_seed{seed}.png" for p in range(len(self.prompts)) for seed in self.seeds]
 
 
+class SamplerWatch:
+    """Observes the UNet while previews are drawn, and makes no call itself; passed to `draw_epoch` and read afterwards.
+
+    The norm of classifier-free guidance is a sign of memorization.
+
+    Attributes:
+        guidance_norms: Per preview, in the order of `PreviewRequest.file_names`: the root mean square over the latent
+            of the difference between the predictions for caption and negative prompt, mean over all calls; empty
+            without guidance, which makes no negative predictions.
+
+    Source: Wen et al., "Detecting, Explaining, and Mitigating Memorization in Diffusion Models" (ICLR 2024), section
+    3.1.
+    """
+
+    def __init__(self, base: BaseModel) -> None:
+        self._base = base
+        self.guidance_norms: list[float] = []
+
+    @contextmanager
+    def batch(self, num_previews: int) -> Iterator[None]:
+        """Observe one batch; enter it where predictions are float32 whatever the UNet computes in.
+
+        Args:
+            num_previews: B. With guidance the UNet predicts twice as many, the captions' last.
+        """
+        norms: list[Tensor] = []
+
+        def observe(_: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+            predictions = output[0].detach()
+            if len(predictions) == 2 * num_previews:
+                negative, caption = predictions.chunk(2)
+                norms.append(mse_per_example(caption, negative).sqrt())
+
+        handle = self._base.unet.register_forward_hook(observe)
+        try:
+            yield
+        finally:
+            handle.remove()
+        if norms:
+            self.guidance_norms += torch.stack(norms).mean(dim=0).tolist()
+
+
 def draw_epoch(
     base: BaseModel, request: PreviewRequest, epoch: int, folder: Path, watch: SamplerWatch | None = None
 ) -> Iterator[Event]:
-    """Draw every prompt with every seed and save the images as PNG files.
-
-    Args:
-        base: The model with its adapter.
-        request: What to draw.
-        epoch: The epoch, for the event.
-        folder: The epoch's folder; the files go into `previews`, named by `PreviewRequest.file_names`.
-        watch: Observes the UNet.
-    """
+    """Draw every prompt with every seed into `previews` in an epoch's folder, as `PreviewRequest.file_names`."""
     start = time.monotonic()
     files = [folder / "previews" / name for name in request.file_names()]
     done = 0
@@ -92,19 +128,14 @@ def draw_epoch(
 def draw(
     base: BaseModel, request: PreviewRequest, wanted: Sequence[tuple[str, int]], watch: SamplerWatch | None = None
 ) -> Iterator[list[Image.Image]]:
-    """Draw images of prompts and seeds, in order and in batches.
-
-    Args:
-        base: The model with its adapter.
-        request: How to draw; its own prompts and seeds are ignored.
-        wanted: Prompts and seeds.
-        watch: Observes the UNet.
-    """
+    """Draw images of wanted prompts and seeds, in order and in batches; those of the request are ignored."""
     size = max(1, _PIXELS_PER_BATCH // base.resolution_px**2)
     batches = [wanted[first : first + size] for first in range(0, len(wanted), size)]
     for first in range(0, len(batches), _BATCHES_PER_TURN):
         turn = batches[first : first + _BATCHES_PER_TURN]
-        encoded = [_encode(base, request, batch) for batch in turn]
+        with torch.no_grad():
+            negative = request.negative_prompt
+            encoded = [base.prompt_embeddings([prompt for prompt, _ in b], [negative] * len(b)) for b in turn]
         for batch, prompts in zip(turn, encoded, strict=True):
             yield _draw(base, request, batch, prompts, watch)
 
@@ -120,11 +151,6 @@ def settings(base: BaseModel, request: PreviewRequest) -> list[str]:
         str(base.unet.dtype),
         json.dumps(scheduler, sort_keys=True, default=str),
     ]
-
-
-@torch.no_grad()
-def _encode(base: BaseModel, request: PreviewRequest, batch: Sequence[tuple[str, int]]) -> dict[str, Any]:
-    return base.prompt_embeddings([prompt for prompt, _ in batch], [request.negative_prompt] * len(batch))
 
 
 def _draw(
@@ -144,3 +170,26 @@ def _draw(
         )
     images: list[Image.Image] = result.images
     return images
+
+
+def contact_sheet(labels: Sequence[str], columns: Sequence[tuple[str, Sequence[Path]]], target: Path) -> None:
+    """Write all previews into one PNG: a label for each row; for each column a heading and files from top to bottom."""
+    width = _LABEL_PX + len(columns) * (_TILE_PX + _GAP_PX) + _GAP_PX
+    height = _HEADER_PX + len(labels) * (_TILE_PX + _GAP_PX) + _GAP_PX
+    sheet = Image.new("RGB", (width, height), _PAPER)
+    draw = ImageDraw.Draw(sheet)
+    heading, small = ImageFont.load_default(15), ImageFont.load_default(13)
+    for row, label in enumerate(labels):
+        y = _HEADER_PX + row * (_TILE_PX + _GAP_PX)
+        draw.multiline_text((_GAP_PX * 2, y + 8), textwrap.fill(label, 26), fill=_FAINT, font=small, spacing=4)
+    for column, (title, files) in enumerate(columns):
+        x = _LABEL_PX + column * (_TILE_PX + _GAP_PX)
+        draw.text((x + 2, 9), title, fill=_TEXT, font=heading)
+        for row, file in enumerate(files):
+            with Image.open(file) as image:
+                # Nearest neighbour keeps small sprites crisp; larger images are reduced smoothly.
+                method = Image.Resampling.NEAREST if image.width < _TILE_PX else Image.Resampling.LANCZOS
+                tile = image.convert("RGB").resize((_TILE_PX, _TILE_PX), method)
+            sheet.paste(tile, (x, _HEADER_PX + row * (_TILE_PX + _GAP_PX)))
+    with atomic_path(target) as temporary:
+        sheet.save(temporary, format="PNG")

@@ -13,8 +13,7 @@ from markupsafe import Markup
 from PIL import Image
 
 from sdlora.common.metrics import LossSmoother, Metrics
-from sdlora.diffusion.bands import NUM_BANDS, band_names
-from sdlora.diffusion.timesteps import HIGH_NOISE, NUM_TIMESTEPS
+from sdlora.diffusion.timesteps import HIGH_NOISE, NUM_BANDS, NUM_TIMESTEPS, band_names
 from sdlora.events import EpochDone, StepDone
 from sdlora.report.charts import COLORS, GREY, Line, bar_chart, line_chart
 from sdlora.report.html import Figure, Table

@@ -19,14 +19,7 @@ from sdlora.models.text import references_to_other_files
 
 @dataclass(frozen=True)
 class Images:
-    """All images of a run.
-
-    Attributes:
-        training: The training images.
-        validation: Images that are never trained, or None.
-        prior: Images of a folder for prior preservation, or None.
-        notices: What the user should know about them, a sentence each.
-    """
+    """All images of a run, those for prior preservation from a folder, and what the user should know about them."""
 
     training: Dataset
     validation: Dataset | None
@@ -35,11 +28,7 @@ class Images:
 
 
 def read_images(data: DataConfig, seed: int) -> Images:
-    """Read and check all folders of a configuration.
-
-    Args:
-        data: The folders, and how they are read.
-        seed: The run's seed, for the images that are split off.
+    """Read and check all folders of a configuration; the seed is for the images that are split off.
 
     Raises:
         DataError: A folder has faults.
@@ -101,25 +90,17 @@ def fit_images(images: Images, base: BaseModel, data: DataConfig, batch_size: in
     # Validation is of whole images and unweighted, so that its loss compares across settings.
     validation = None if images.validation is None else fitted(images.validation.without_masks())
     prior = None if images.prior is None else fitted(images.prior)
-    notices = _sizes(images.training, training, batch_size) + _long_captions(base, training)
-    return Images(training, validation, prior, (*images.notices, *notices))
-
-
-def _sizes(unassigned: Dataset, dataset: Dataset, batch_size: int) -> list[str]:
-    sizes, buckets = ({e.name: e.bucket for e in data.examples} for data in (unassigned, dataset))
-    found = examine_sizes(sizes, buckets)
+    sizes, buckets = ({e.name: e.bucket for e in read.examples} for read in (images.training, training))
     # In batches of one, an image alone in its bucket loses nothing.
-    return summarize_warnings([f for f in found if f.kind != "lone bucket" or batch_size > 1])
-
-
-def _long_captions(base: BaseModel, dataset: Dataset) -> list[str]:
-    long = [e.name for e in dataset.examples if base.num_tokens(e.prompt) > base.max_tokens]
-    if not long:
-        return []
-    return [
-        f"{len(long)} captions are longer than {base.max_tokens} tokens and are cut off there. First: {long[0]}. "
-        "To read more windows of 75 tokens, raise data.max_token_windows."
-    ]
+    found = [f for f in examine_sizes(sizes, buckets) if f.kind != "lone bucket" or batch_size > 1]
+    notices = [*images.notices, *summarize_warnings(found)]
+    long = [e.name for e in training.examples if base.num_tokens(e.prompt) > base.max_tokens]
+    if long:
+        notices.append(
+            f"{len(long)} captions are longer than {base.max_tokens} tokens and are cut off there. First: {long[0]}. "
+            "To read more windows of 75 tokens, raise data.max_token_windows."
+        )
+    return Images(training, validation, prior, tuple(notices))
 
 
 def _refuse_calls(*datasets: Dataset | None) -> None:

@@ -6,15 +6,12 @@ Called by the run for epoch 0, the base model before training, and after every e
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 
 from sdlora.data.dataset import Pixels
 from sdlora.events import EpochDone, Event, Progress
-from sdlora.previews.contact_sheet import contact_sheet
-from sdlora.previews.sampler import PreviewRequest, draw_epoch
+from sdlora.previews.sampler import PreviewRequest, contact_sheet, draw_epoch
 from sdlora.report.report import write_report
 from sdlora.run.export import add_thumbnail, export_epoch
-from sdlora.run.folder import RunFolder
 from sdlora.run.setup import RunContext, hints_in
 
 
@@ -22,7 +19,7 @@ def close_epoch(context: RunContext, event: EpochDone, losses: dict[int, float])
     """Do all that belongs to an epoch's end, with the weights that are exported.
 
     Args:
-        context: The run's.
+        context: Of the run.
         event: The epoch, without its validation loss.
         losses: Validation losses by epoch, to which this one is added.
 
@@ -48,13 +45,7 @@ def close_epoch(context: RunContext, event: EpochDone, losses: dict[int, float])
 
 
 def write_page(context: RunContext, sentences: list[str], kept: int | None = None) -> None:
-    """Write the run's page.
-
-    Args:
-        context: The run's.
-        sentences: What its top says.
-        kept: The epoch whose file is the run's, once it is known.
-    """
+    """Write the run's page, with sentences at its top, and the epoch whose file is the run's, once it is known."""
     folder = context.folder
     gallery = Pixels(context.data.dataset, context.config.data.background)
     write_report(folder.path, folder.name, sentences, gallery, kept)
@@ -66,15 +57,9 @@ def _draw_previews(context: RunContext, previews: PreviewRequest, epoch: int) ->
         yield from context.checker.epoch(epoch, folder.epoch(epoch), folder.epoch(0))
     else:
         yield from draw_epoch(context.base, previews, epoch, folder.epoch(epoch))
-    _write_sheet(folder, previews, epoch)
+    titles = ["base", *(f"epoch {number}" for number in range(1, epoch + 1))]
+    drawn = [[folder.epoch(i) / "previews" / name for name in previews.file_names()] for i in range(epoch + 1)]
+    labels = [prompt for prompt, _ in previews.wanted()]
+    contact_sheet(labels, list(zip(titles, drawn, strict=True)), folder.sheet)
     if epoch > 0 and context.config.file.thumbnail:
         add_thumbnail(folder.epoch_lora(epoch), previews, folder.epoch(epoch))
-
-
-def _write_sheet(folder: RunFolder, previews: PreviewRequest, last_epoch: int) -> None:
-    def files(epoch: int) -> list[Path]:
-        return [folder.epoch(epoch) / "previews" / name for name in previews.file_names()]
-
-    labels = [prompt for prompt in previews.prompts for _ in previews.seeds]
-    columns = [("base" if epoch == 0 else f"epoch {epoch}", files(epoch)) for epoch in range(last_epoch + 1)]
-    contact_sheet(labels, columns, folder.sheet)

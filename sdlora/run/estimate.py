@@ -88,13 +88,9 @@ class Estimate(MemoryEstimate):
 def estimate_shapes(
     config: RunConfig, shapes: Shapes | Family, memory_bytes: int | None, *, on_cpu: bool = False
 ) -> Estimate:
-    """Estimate a run on a base model of given shapes, without weights and images.
+    """Estimate a run on a base model of given shapes, or a family's, without weights and images.
 
-    Args:
-        config: Of the run; its training size is the base model's if it has none.
-        shapes: The base model's; those of a family by its name.
-        memory_bytes: What the device has, if it is known.
-        on_cpu: Whether it is trained on a CPU.
+    `memory_bytes` is what the device has, if it is known.
     """
     shapes = shapes_of_family(shapes) if isinstance(shapes, str) else shapes
     edge, precision = config.data.resolution_px or shapes.resolution_px, config.train.precision
@@ -151,12 +147,7 @@ def memory_of_run(context: RunContext) -> tuple[int | None, int | None]:
 
 
 def memory_inputs(context: RunContext, config: RunConfig) -> MemoryInputs:
-    """What the memory estimate of a run depends on.
-
-    Args:
-        context: Of the run.
-        config: Its configuration, from which that of `context` may differ in what a step is timed with.
-    """
+    """What the memory estimate of a run depends on; `context` may differ from `config` in what a step is timed with."""
     on_cpu = context.loaded.device.type == "cpu"
     return MemoryInputs(
         config,
@@ -195,11 +186,7 @@ def _is_checked(config: RunConfig) -> bool:
 
 
 def check_disks(context: RunContext, *, resume: bool) -> None:
-    """Check that a run's folder and what it adds to the cache fit onto their disks.
-
-    Args:
-        context: Of the run.
-        resume: Its cache is filled, and a part of its files is there.
+    """Check that a run's folder, and what it adds to the cache unless it is resumed, fit onto their disks.
 
     Raises:
         DiskFullError: They do not.

@@ -26,9 +26,7 @@ class Timer:
     Before the first end of an epoch, its previews stand for it, at the speed at which the base model draws images for
     the copy check.
 
-    Args:
-        clock: Monotonic seconds.
-        closing_seconds: Of an epoch's end in an earlier part of the run.
+    `closing_seconds` are those of an epoch's end in an earlier part of the run.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, closing_seconds: float | None = None) -> None:

@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 
 _POLL_SECONDS = 1.0
 
-
 Share = tuple[Sequence[Example], Sequence[str]]
 """The images and captions that one process encodes."""
 
@@ -49,7 +48,7 @@ def fill_cache(config: RunConfig, num_workers: int) -> Iterator[Notice | Progres
     for message in loaded.notices:
         yield Notice(message)
     examples, captions = _needed(config, loaded)
-    shares = [(examples[index::num_workers], captions[index::num_workers]) for index in range(num_workers)]
+    shares: list[Share] = [(examples[i::num_workers], captions[i::num_workers]) for i in range(num_workers)]
     total, done = len(examples) + len(captions), 0
     num_threads = max(1, (os.cpu_count() or 1) // num_workers)
     context = multiprocessing.get_context("spawn")
@@ -118,11 +117,7 @@ def _work(config: RunConfig, share: Share, num_threads: int, results: Queue[str 
 
 
 def _count(results: Queue[str | None]) -> int:
-    """The number of items encoded since the last call.
-
-    Raises:
-        SdloraError: A process failed.
-    """
+    """The number of items encoded since the last call; raises the error of a process that failed."""
     count = 0
     while True:
         try:

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 from sdlora.common.files import disk_full_errors, is_partial, write_json, write_text
@@ -25,67 +25,32 @@ _RECORDED = (StepDone, EpochDone)
 _STATE_EVERY_SECONDS = 0.5
 
 
-@dataclass(frozen=True)
 class RunFolder:
-    """The paths of one run.
+    """The paths of one run, whose LoRA file has its name.
 
-    Args:
-        path: The folder.
-        name: Name of the run and of its LoRA file.
+    Attributes:
+        config: The resolved configuration.
+        state: Its `sdlora.common.run_state.RunState`.
+        metrics: One JSON object per step and per epoch.
+        log: Notices and events in words, and tracebacks of failures.
+        lock: Locked by the process that runs here; see `sdlora.common.locks`.
+        checkpoints: Training states for an exact resume.
+        lora: The LoRA of the recommended epoch.
+        sheet: The contact sheet of all previews.
+        card: The model card, for the Hub.
     """
 
-    path: Path
-    name: str
-
-    @property
-    def config(self) -> Path:
-        """The resolved configuration."""
-        return self.path / "config.toml"
-
-    @property
-    def state(self) -> Path:
-        """Its `sdlora.common.run_state.RunState`."""
-        return self.path / "state.json"
-
-    @property
-    def metrics(self) -> Path:
-        """One JSON object per step and per epoch."""
-        return self.path / "metrics.jsonl"
-
-    @property
-    def log(self) -> Path:
-        """Notices and events in words, and tracebacks of failures."""
-        return self.path / "log.txt"
-
-    @property
-    def lock(self) -> Path:
-        """Locked by the process that runs here; see `sdlora.common.locks`."""
-        return self.path / "run.lock"
-
-    @property
-    def checkpoints(self) -> Path:
-        """Training states for an exact resume."""
-        return self.path / "checkpoints"
-
-    @property
-    def lora(self) -> Path:
-        """The LoRA of the recommended epoch."""
-        return self.path / f"{self.name}.safetensors"
-
-    @property
-    def sheet(self) -> Path:
-        """The contact sheet of all previews."""
-        return self.path / "previews.png"
-
-    @property
-    def report(self) -> Path:
-        """The report."""
-        return self.path / "report.html"
-
-    @property
-    def card(self) -> Path:
-        """The model card, for the Hub."""
-        return self.path / "README.md"
+    def __init__(self, path: Path, name: str) -> None:
+        self.path, self.name = path, name
+        self.config = path / "config.toml"
+        self.state = path / "state.json"
+        self.metrics = path / "metrics.jsonl"
+        self.log = path / "log.txt"
+        self.lock = path / "run.lock"
+        self.checkpoints = path / "checkpoints"
+        self.lora = path / f"{name}.safetensors"
+        self.sheet = path / "previews.png"
+        self.card = path / "README.md"
 
     def epoch(self, epoch: int) -> Path:
         """The folder of an epoch; 0 is the base."""
@@ -123,10 +88,7 @@ class RunFolder:
 
     @contextmanager
     def occupied(self, purpose: str) -> Iterator[None]:
-        """Create and lock the folder within the block.
-
-        Args:
-            purpose: Shown to processes that find it locked.
+        """Create and lock the folder within the block, for a purpose that processes are told that find it locked.
 
         Raises:
             BusyError: Another process runs here.
@@ -163,11 +125,7 @@ class RunFolder:
 
 
 class Recorder:
-    """Writes events to `state.json`, `metrics.jsonl` and `log.txt`.
-
-    Args:
-        folder: An existing run folder.
-    """
+    """Writes events to `state.json`, `metrics.jsonl` and `log.txt` in an existing run folder."""
 
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder

@@ -59,33 +59,26 @@ def image_identities(context: RunContext) -> dict[str, str]:
 
 
 def check_same_content(extra: dict[str, Any], context: RunContext) -> None:
-    """Check that base model and images are those that a checkpoint was made with.
+    """Check that base model and images are those that a checkpoint was made with, the cache being filled.
 
     Args:
         extra: What the run had kept in the checkpoint.
-        context: The run as it is now, its cache filled.
+        context: The run as it is now.
 
     Raises:
         SdloraError: They are not, or the base model's own previews were never checked.
     """
-    _check_same_base(extra.get("base"), context.loaded.identity, context.config.base.path)
-    _check_same_images(extra["pictures"], image_identities(context))
-    if context.checker is not None:
-        _check_base_was_checked(context.folder)
-
-
-def _check_same_base(before: str | None, now: str, path: str) -> None:
-    """Compare hashes of the UNet's weights; the other networks are part of the images' hashes."""
+    # A hash of the UNet's weights; the other networks are part of the images' hashes.
+    before, now = extra.get("base"), context.loaded.identity
     if before not in (None, now):
         raise OutputError(
-            f"The run was started with another base: the UNet's weights in {path!r} have changed since (hash {before}, "
-            f"now {now}). Put the old ones back, or start a new run."
+            f"The run was started with another base: the UNet's weights in {context.config.base.path!r} have changed "
+            f"since (hash {before}, now {now}). Put the old ones back, or start a new run."
         )
-
-
-def _check_base_was_checked(folder: RunFolder) -> None:
-    """Epochs are compared with what the copy check found in the base model's previews, before training."""
-    if EpochCheck.read(folder.epoch(0)) is None:
+    _check_same_images(extra["pictures"], image_identities(context))
+    folder = context.folder
+    # Epochs are compared with what the copy check found in the base model's previews, before training.
+    if context.checker is not None and EpochCheck.read(folder.epoch(0)) is None:
         raise OutputError(
             f"The run in {folder.path} was started by a version without the copy check, so the base's images are not "
             f"checked. To resume without the check, write [copycheck] and enabled = false into {folder.config} and add "
@@ -111,7 +104,7 @@ def load_newest(checkpoints: Sequence[Path], trainer: Trainer) -> dict[str, Any]
     Args:
         checkpoints: The main process's, oldest first; empty in the others, which are sent the checkpoint if any of
             them, on another machine, does not see the folder.
-        trainer: This process's.
+        trainer: Of this process.
 
     Returns:
         What the run had kept in the checkpoint; None if there is no checkpoint.

@@ -41,7 +41,7 @@ from sdlora.run.epoch import close_epoch, write_page
 from sdlora.run.estimate import check_disks, memory_of_run
 from sdlora.run.export import caption_metadata, limits_elsewhere
 from sdlora.run.folder import Recorder, RunFolder
-from sdlora.run.model_card import write_card
+from sdlora.run.hub import write_card
 from sdlora.run.resume import check_same_content, image_identities, load_newest, pinned, resumed_config
 from sdlora.run.setup import BaseSource, RunContext, choose_device, fresh_base, hints_in, prepare
 from sdlora.run.trackers import Trackers, check_trackers
@@ -138,20 +138,15 @@ def _recorded(context: RunContext, resume: bool, should_stop: Callable[[], bool]
     except Stopped:
         recorder.finish("stopped")
         raise
-    except OutOfMemoryError as error:
-        recorder.log(traceback.format_exc())
-        recorder.finish("failed", str(error))
-        raise
     except DivergedError as error:
         message = diverged_message(str(error), context.folder)
         recorder.finish("failed", message)
         raise DivergedError(message) from error
-    except SdloraError as error:
-        recorder.finish("failed", str(error))
-        raise
     except Exception as error:
-        recorder.log(traceback.format_exc())
-        recorder.finish("failed", f"{type(error).__name__}: {error}")
+        is_ours = isinstance(error, SdloraError)
+        if not is_ours or isinstance(error, OutOfMemoryError):
+            recorder.log(traceback.format_exc())
+        recorder.finish("failed", str(error) if is_ours else f"{type(error).__name__}: {error}")
         raise
     finally:
         trackers.finish()
@@ -180,7 +175,9 @@ def _events(
     for message in context.loaded.notices:
         yield Notice(message)
     with hints_in("cache", context):
-        yield from _fill_caches(context)
+        yield from _fill_training_cache(context)
+        if context.validation is not None:
+            yield from context.validation.data.fill(context.config.data.background)
     if not resume:
         context.base.offload()
         yield StepRehearsed(step_seconds(trainer, context.config.data.background))
@@ -201,25 +198,15 @@ def _events(
     yield RunDone(str(context.folder.lora), str(context.folder.path), time.monotonic() - begin)
 
 
-def _fill_caches(context: RunContext) -> Iterator[Event]:
-    yield from _fill_training_cache(context)
-    if context.validation is not None:
-        yield from context.validation.data.fill(context.config.data.background)
-
-
 def _fill_training_cache(context: RunContext) -> Iterator[Event]:
     for term in context.trainer.terms:
         yield from term.loss.data.fill(context.config.data.background, term.schedule.timesteps)
 
 
 def _restore(context: RunContext, recorder: Recorder, losses: dict[int, float], resume: bool) -> bool:
-    """Continue from the newest checkpoint, if there is one; else from the beginning.
+    """Continue, if the run is resumed, from the newest checkpoint; else from the beginning.
 
-    Args:
-        context: The run's.
-        recorder: Its metrics are cut back to the checkpoint.
-        losses: Takes the validation losses of the epochs before.
-        resume: Whether to look for a checkpoint.
+    Metrics are cut back to the checkpoint, and `losses` takes the validation losses of the epochs before.
     """
     checkpoints = complete_checkpoints(context.folder.checkpoints) if resume else []
     extra = load_newest(checkpoints, context.trainer)
@@ -235,14 +222,7 @@ def _restore(context: RunContext, recorder: Recorder, losses: dict[int, float], 
 def _train(
     context: RunContext, recorder: Recorder, losses: dict[int, float], should_stop: Callable[[], bool]
 ) -> Generator[Event, None, int]:
-    """Train to the end, save checkpoints, and close every epoch.
-
-    Returns:
-        The last epoch.
-
-    Raises:
-        Stopped: Training stopped before its end.
-    """
+    """Train to the end, save checkpoints, close every epoch, and return the last; `Stopped` if it was not reached."""
     trainer, config = context.trainer, context.config
     for event in trainer.events(should_stop):
         if isinstance(event, CheckpointDue):
@@ -255,8 +235,8 @@ def _train(
             save_checkpoint(context.folder.checkpoints, trainer, extra)
         elif isinstance(event, EpochDone):
             yield from close_epoch(context, event, losses)
-            copies = config.copycheck.stop and _is_copying(context.folder.epoch(event.epoch))
-            if trainer.processes.agree(copies):
+            check = EpochCheck.read(context.folder.epoch(event.epoch)) if config.copycheck.stop else None
+            if trainer.processes.agree(check is not None and check.verdict == "copying"):
                 yield Notice(
                     f"Epoch {event.epoch} copies training images; training ends here, as copycheck.stop asks for."
                 )
@@ -266,11 +246,6 @@ def _train(
     if trainer.position.step < trainer.total_steps:
         raise Stopped
     return config.train.epochs
-
-
-def _is_copying(epoch_folder: Path) -> bool:
-    check = EpochCheck.read(epoch_folder)
-    return check is not None and check.verdict == "copying"
 
 
 def _export(context: RunContext, epoch: int, reason: str) -> Iterator[Event]:
@@ -288,12 +263,7 @@ def _export(context: RunContext, epoch: int, reason: str) -> Iterator[Event]:
 
 
 def _follow(config: RunConfig, folder: RunFolder, should_stop: Callable[[], bool], processes: Processes) -> None:
-    """Take part in a run as a process other than the main one: compute a share of every batch, write nothing.
-
-    Raises:
-        SdloraError: Bad input, or another process has ended.
-        Stopped: The processes agreed to stop.
-    """
+    """Take part in a run as a process other than the main one: compute a share of every batch, write nothing."""
     try:
         context = prepare(config, folder, processes=processes)
         processes.agree("")

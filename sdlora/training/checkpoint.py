@@ -28,11 +28,11 @@ _LAST_FILE = "complete.json"
 
 
 def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Path:
-    """Write the trainer's state into a new folder under `folder` and delete all but the newest two.
+    """Write a trainer's state between two steps into a new folder under `folder`, and delete all but the newest two.
 
     Args:
         folder: The run's folder of checkpoints.
-        trainer: Between two steps.
+        trainer: Whose state is saved.
         extra: JSON values that the run needs when it resumes.
 
     Returns:
@@ -73,10 +73,7 @@ def tidy_checkpoints(folder: Path) -> None:
 
 
 def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
-    """Restore a trainer from a checkpoint.
-
-    Returns:
-        The `extra` that it was saved with.
+    """Restore a trainer from a checkpoint, and return the `extra` that it was saved with.
 
     Raises:
         OutputError: It has a format that this version cannot read, or another adapter, or is damaged.

@@ -6,7 +6,7 @@ per distinct caption and never in the loop, unless it is trained itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -50,7 +50,7 @@ class TrainingData:
     def captions(self, exposures: Iterable[Exposure]) -> list[str]:
         """The distinct captions of exposures."""
         kinds = [self.caption] if self.prior_caption is None else [self.caption, self.prior_caption]
-        asked = sorted((exposure.example, exposure.number) for exposure in exposures)
+        asked = sorted(exposures)
         return list(dict.fromkeys(caption(*exposure) for caption in kinds for exposure in asked))
 
     def identities(self) -> dict[str, str]:
@@ -65,21 +65,17 @@ class TrainingData:
         """The VAE's moments of examples of one size, (B, 2C, h, w) float16."""
         return self.cache.moments([self.dataset.examples[index] for index in indices])
 
-    def mask(self, index: int) -> Tensor | None:
-        """The mask of an example, (1, h, w) in [0, 1]; None without one."""
-        return self.cache.mask(self.dataset.examples[index])
+    def text(self, exposures: Sequence[tuple[int, int]]) -> TextEmbeddings:
+        """Text embeddings of exposures, the batch first."""
+        return self._encoded(self.caption, exposures)
 
-    def text(self, exposures: list[tuple[int, int]]) -> TextEmbeddings:
-        """Text embeddings of (example, exposure) pairs, the batch first."""
-        return self._encoded([self.caption(index, exposure) for index, exposure in exposures], exposures)
-
-    def prior_text(self, exposures: list[tuple[int, int]]) -> TextEmbeddings:
+    def prior_text(self, exposures: Sequence[tuple[int, int]]) -> TextEmbeddings:
         """Text embeddings with a class word in the trigger's place, the batch first."""
         assert self.prior_caption is not None, "only called with class words"
-        return self._encoded([self.prior_caption(index, exposure) for index, exposure in exposures], exposures)
+        return self._encoded(self.prior_caption, exposures)
 
-    def _encoded(self, captions: list[str], exposures: list[tuple[int, int]]) -> TextEmbeddings:
-        base = self.cache.base
+    def _encoded(self, caption: CaptionForExposure, exposures: Sequence[tuple[int, int]]) -> TextEmbeddings:
+        base, captions = self.cache.base, [caption(*exposure) for exposure in exposures]
         text = base.encode_captions(captions) if self.text_is_trained else self.cache.text(captions)
         return text | base.size_conditions([self.dataset.examples[index] for index, _ in exposures])
 

@@ -24,12 +24,9 @@ _PATIENCE = timedelta(hours=24)
 
 
 class Processes:
-    """One process among those of a run.
+    """One process among the `count` of a run, counted from 0, the main process.
 
-    Args:
-        index: This process's, from 0, the main process.
-        count: Number of processes.
-        control: The group in which they agree; None for a single process.
+    Processes agree in the group `control`, None for a single process.
     """
 
     def __init__(self, index: int = 0, count: int = 1, control: dist.ProcessGroup | None = None) -> None:
@@ -50,12 +47,7 @@ class Processes:
         return items[self.index :: self.count]
 
     def placed(self, own: Tensor, length: int) -> Tensor:
-        """Values of this process's share at their positions in the whole batch; zeros elsewhere.
-
-        Args:
-            own: One value for each item of `share`, (n,).
-            length: Of the whole batch.
-        """
+        """Values of this process's share, (n,), at their positions in the whole batch, (length,); zeros elsewhere."""
         if self.alone:
             return own
         whole = own.new_zeros(length)
@@ -108,26 +100,19 @@ class Processes:
 ALONE = Processes()
 
 
-def launched() -> int:
-    """Number of processes that a launcher (`accelerate launch`, `torchrun`) started for this run."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
 def join(device: str) -> Processes:
-    """Join the other processes that a launcher started.
-
-    Args:
-        device: `train.device`.
+    """Join the other processes that a launcher (`accelerate launch`, `torchrun`) started, by `train.device`.
 
     Raises:
-        ConfigError: It names one device for all of them.
+        ConfigError: The device is one for all of them.
     """
-    if launched() == 1:
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
+    if launched == 1:
         return ALONE
     if ":" in device:
         raise ConfigError(
-            f"train.device = {device!r} names one device for {launched()} processes. Use 'auto', which "
-            "gives each its own."
+            f"train.device = {device!r} names one device for {launched} processes. Use 'auto', which gives each its "
+            "own."
         )
     state = PartialState(cpu=device == "cpu" or not torch.cuda.is_available(), timeout=_PATIENCE)
     # A group of its own on the CPU, so that waiting does not occupy a GPU.

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -16,28 +15,17 @@ from torch import Tensor
 from sdlora.errors import DivergedError
 
 
-@dataclass(frozen=True)
-class _Observed:
-    step: int
-    learning_rate: float
-    values: Tensor
-    copied: torch.cuda.Event | None
-
-
 class DivergenceCheck:
     """Checks the loss and the gradient norm of every step."""
 
     def __init__(self) -> None:
-        self._pending: _Observed | None = None
+        # Step, learning rate, the two values, and when they are on the host.
+        self._pending: tuple[int, float, Tensor, torch.cuda.Event | None] | None = None
 
     def observe(self, step: int, learning_rate: float, losses: Tensor, gradient_norm: Tensor | None) -> None:
         """Take the values of a step; checked at once on a CPU, on a GPU with the next step or `check_pending`.
 
-        Args:
-            step: From 1.
-            learning_rate: The step's, for the message.
-            losses: Any shape.
-            gradient_norm: A scalar; None where infinite gradients are expected, as under loss scaling.
+        The gradient norm, a scalar, is None where infinite gradients are expected, as under loss scaling.
 
         Raises:
             DivergedError: A value of this step, or of the one before it, is not finite.
@@ -45,39 +33,31 @@ class DivergenceCheck:
         self.check_pending()
         values = torch.stack([losses.detach().sum(), losses.new_zeros(()) if gradient_norm is None else gradient_norm])
         if values.device.type != "cuda":
-            self._pending = _Observed(step, learning_rate, values, None)
+            self._pending = (step, learning_rate, values, None)
             self.check_pending()
             return
         host = torch.empty(2, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
         copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         copied.record()
-        self._pending = _Observed(step, learning_rate, host, copied)
+        self._pending = (step, learning_rate, host, copied)
 
     def check_pending(self) -> None:
-        """Check the last step, if that was not done yet.
-
-        Raises:
-            DivergedError: A value is not finite.
-        """
-        seen, self._pending = self._pending, None
-        if seen is None:
+        """Check the last step, if that was not done yet; raises as `observe` does."""
+        if self._pending is None:
             return
-        if seen.copied is not None:
-            seen.copied.synchronize()
-        for what, value in zip(("loss", "gradient"), seen.values.tolist(), strict=True):
+        (step, learning_rate, values, copied), self._pending = self._pending, None
+        if copied is not None:
+            copied.synchronize()
+        for what, value in zip(("loss", "gradient"), values.tolist(), strict=True):
             if not math.isfinite(value):
                 raise DivergedError(
-                    f"The {what} became {value} at step {seen.step} (learning rate {seen.learning_rate:g}). Lower "
+                    f"The {what} became {value} at step {step} (learning rate {learning_rate:g}). Lower "
                     "train.learning_rate, or set train.precision to 'fp32'."
                 )
 
 
 def check_finite(named: Mapping[str, Iterable[Tensor]], step: int) -> None:
-    """Check everything that a checkpoint or a file would hold.
-
-    Args:
-        named: Tensors by a name for the message, such as "adapter".
-        step: The last step done, for the message.
+    """Check everything that a checkpoint or a file would hold after a step, by a name such as "adapter".
 
     Raises:
         DivergedError: Any value is NaN or infinite.

@@ -13,11 +13,9 @@ from torch import Tensor, nn
 
 
 class MovingAverage:
-    """An exponential moving average of parameters.
+    """An exponential moving average of parameters, which starts at their values.
 
-    Args:
-        parameters: The parameters to average; the average starts at their values.
-        decay: The largest share of the old average that is kept, in (0, 1).
+    At most a share `decay` in (0, 1) of the old average is kept.
     """
 
     def __init__(self, parameters: Sequence[nn.Parameter], decay: float) -> None:
@@ -27,10 +25,9 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Update after an optimizer step: average = d * average + (1 - d) * parameter.
+        """Update after an optimizer step, from 1: average = d * average + (1 - d) * parameter.
 
-        Args:
-            step: From 1; d = min(decay, (1 + step) / (10 + step)), so that the start is soon forgotten.
+        d = min(decay, (1 + step) / (10 + step)), so that the start is soon forgotten.
 
         Source: Polyak & Juditsky 1992; the warm-up is that of TensorFlow's ExponentialMovingAverage (`num_updates`).
         """

@@ -70,8 +70,8 @@ class ExposureLoss:
             The loss before any weighting, and the objective that is minimised, each (B,) float32.
         """
         latents, noise = self.latents_and_noise(exposures)
-        text = self.data.text([(exposure.example, exposure.number) for exposure in exposures])
-        batch = Batch(latents, noise, torch.tensor(list(timesteps)), text, self._mask_weights(exposures, latents))
+        weights = self._mask_weights(exposures, latents)
+        batch = Batch(latents, noise, torch.tensor(list(timesteps)), self.data.text(exposures), weights)
         if self.extra is None:
             loss, extra = diffusion_loss(self.base, batch, self._error), None
         else:
@@ -97,7 +97,7 @@ class ExposureLoss:
 
     def _mask_weights(self, exposures: Sequence[Exposure], latents: Tensor) -> Tensor | None:
         """The weight of each place, (B, 1, h, w); None if no image has a mask."""
-        masks = [self.data.mask(exposure.example) for exposure in exposures]
+        masks = [self.data.cache.mask(self.data.dataset.examples[exposure.example]) for exposure in exposures]
         if all(mask is None for mask in masks):
             return None
         whole = torch.ones(1, *latents.shape[2:])

@@ -53,7 +53,7 @@ class ClassWords:
         if not rows:
             loss = diffusion_loss(self.base, batch, error)
             return loss, torch.zeros_like(loss)
-        compared = [(exposures[row].example, exposures[row].number) for row in rows]
+        compared = [exposures[row] for row in rows]
         class_text = self.data.prior_text(compared)
         with torch.no_grad(), self.adapter.disabled():
             prior_text = self.data.prior_text(compared)

@@ -44,7 +44,7 @@ class TrainStep:
 
     Args:
         settings: How a step is computed, and with which optimizer.
-        base: The frozen model, with the adapter in it.
+        base: With the adapter in it.
         adapter: What is trained.
         terms: What is minimised; the first one's losses are reported.
         accelerator: Places the optimizer and scales the loss.
@@ -105,10 +105,9 @@ class TrainStep:
         return StepResult(rate, losses, micro_batch_size)
 
     def gradients(self, step: int, micro_batch_size: int) -> Tensor | None:
-        """Leave the gradient of all terms on the parameters.
+        """Leave the gradient of all terms on the parameters, and return the first one's losses, (B,).
 
-        Returns:
-            The first term's losses, (B,); None if memory is full and a smaller micro-batch may be tried.
+        None if memory is full and a smaller micro-batch may be tried.
         """
         size = micro_batch_size or self.settings.batch_size
         try:
@@ -120,11 +119,7 @@ class TrainStep:
         return losses[0]
 
     def check_finite(self, step: int) -> None:
-        """See that everything a checkpoint or a file would hold is finite.
-
-        Raises:
-            DivergedError: It is not.
-        """
+        """Raise a `DivergedError` unless everything that a checkpoint or a file would hold is finite."""
         self.divergence.check_pending()
         states = [value for state in self.optimizer.state.values() for value in state.values()]
         check_finite(

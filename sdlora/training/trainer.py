@@ -14,7 +14,7 @@ import torch
 from accelerate import Accelerator
 
 from sdlora.data.batches import Exposure
-from sdlora.diffusion.bands import NUM_BANDS, band_of
+from sdlora.diffusion.timesteps import NUM_BANDS, band_of
 from sdlora.events import CheckpointDue, EpochDone, Event, Notice, StepDone, saved_as
 from sdlora.lora.inject import Adapter
 from sdlora.training.data import TrainingData

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from sdlora.common import seeds
-from sdlora.diffusion.bands import NUM_BANDS
-from sdlora.diffusion.timesteps import NUM_TIMESTEPS
+from sdlora.diffusion.timesteps import NUM_BANDS, NUM_TIMESTEPS
 from sdlora.events import EpochDone
 from sdlora.lora.inject import Adapter
 from sdlora.training.data import TrainingData
@@ -25,12 +24,7 @@ NUM_MEASURED = NUM_BANDS * TIMESTEPS_PER_BAND
 
 
 class Validation:
-    """Measures an adapter on validation images.
-
-    Args:
-        data: The validation images with their own captions.
-        adapter: Switched off, it gives the base model's losses.
-        seed: The run's seed, for the noise.
+    """Measures an adapter on validation images with their own captions.
 
     Attributes:
         losses_off: The base model's losses of all images, see `image_losses`; None until measured.
@@ -52,7 +46,8 @@ class Validation:
             with self._adapter.disabled():
                 self.losses_off = image_losses(self.data, indices, self._seed)
         self.losses_on = image_losses(self.data, indices, self._seed)
-        bands, off_bands = _means(self.losses_on), _means(self.losses_off)
+        # By band, over (P, NUM_BANDS, TIMESTEPS_PER_BAND).
+        bands, off_bands = (losses.mean(dim=(0, 2)).tolist() for losses in (self.losses_on, self.losses_off))
         return replace(
             event,
             validation_loss=sum(bands) / NUM_BANDS,
@@ -67,13 +62,9 @@ def image_losses(data: TrainingData, indices: Sequence[int], seed: int) -> Tenso
 
     The timesteps are the middles of ten equal slices, two to a band.
 
-    Args:
-        data: Training or validation images.
-        indices: Which of them, P in all.
-        seed: The run's seed, for the noise.
-
     Returns:
-        (P, NUM_BANDS, TIMESTEPS_PER_BAND) on the base model's device, unweighted, from the lowest noise to the highest.
+        (P, NUM_BANDS, TIMESTEPS_PER_BAND) for P indices, on the base model's device, unweighted, from the lowest noise
+        to the highest.
     """
     base = data.cache.base
     timesteps = [int((index + 0.5) * NUM_TIMESTEPS / NUM_MEASURED) for index in range(NUM_MEASURED)]
@@ -86,9 +77,3 @@ def image_losses(data: TrainingData, indices: Sequence[int], seed: int) -> Tenso
         latents = base.sample_latents(moments, torch.zeros_like(mean)).expand(NUM_MEASURED, -1, -1, -1)
         losses.append(diffusion_loss(base, Batch(latents, torch.stack(noise), torch.tensor(timesteps), text)))
     return torch.stack(losses).view(-1, NUM_BANDS, TIMESTEPS_PER_BAND)
-
-
-def _means(losses: Tensor) -> list[float]:
-    """By band, over (P, NUM_BANDS, TIMESTEPS_PER_BAND)."""
-    means: list[float] = losses.mean(dim=(0, 2)).tolist()
-    return means

@@ -15,7 +15,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from sdlora.previews.contact_sheet import contact_sheet
+from sdlora.previews.sampler import contact_sheet
 
 BATCH = 25
 GUIDANCE = 2.0  # what the quickstart draws its previews with

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 import torch
 
-from sdlora.diffusion.timesteps import Density, Draw
+from sdlora.diffusion.timesteps import Density, Draw, band_names, band_of
 from sdlora.errors import ConfigError
 
 
@@ -97,3 +97,10 @@ def test_empty_and_unknown_densities_are_refused() -> None:
         Density("logit_normal", mean=-10.0, std=0.01, minimum=900)
     with pytest.raises(KeyError):
         Density("unifrom")
+
+
+def test_five_bands_of_200_timesteps() -> None:
+    assert [band_of(timestep) for timestep in (0, 199, 200, 399, 400, 600, 799, 800, 999)] == [
+        0, 0, 1, 1, 2, 3, 3, 4, 4,
+    ]  # fmt: skip
+    assert band_names() == ["0-199", "200-399", "400-599", "600-799", "800-999"]

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from sdlora.models.load import load_base
 from sdlora.previews import sampler
-from sdlora.previews.guidance_norm import SamplerWatch
-from sdlora.previews.sampler import PreviewRequest, draw_epoch
+from sdlora.previews.sampler import PreviewRequest, SamplerWatch, draw_epoch
 
 
 class Stub(nn.Module):

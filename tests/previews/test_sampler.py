@@ -5,7 +5,7 @@ from PIL import Image
 
 from sdlora.events import PreviewsDone, Progress
 from sdlora.models.load import load_base
-from sdlora.previews.sampler import PreviewRequest, draw_epoch
+from sdlora.previews.sampler import PreviewRequest, contact_sheet, draw_epoch
 
 
 def test_previews_equal_the_pipelines_images_and_touch_no_global_state(tiny_base: Path, tmp_path: Path) -> None:
@@ -34,3 +34,19 @@ def test_request_lists_captions_first_with_their_kinds() -> None:
     request = PreviewRequest(("zumi in a wood", "zumi at sea"), (3, 4), "", 2, 5.0, num_captions=1)
     assert request.wanted() == [("zumi in a wood", 3), ("zumi in a wood", 4), ("zumi at sea", 3), ("zumi at sea", 4)]
     assert request.kinds() == ["training", "training", "novel", "novel"]
+
+
+def test_contact_sheet_places_every_preview(tmp_path: Path) -> None:
+    colors = {("base", 0): "red", ("base", 1): "lime", ("epoch 1", 0): "blue", ("epoch 1", 1): "yellow"}
+    files: dict[str, list[Path]] = {"base": [], "epoch 1": []}
+    for (column, row), color in colors.items():
+        path = tmp_path / f"{column}{row}.png"
+        Image.new("RGB", (64, 64), color).save(path)
+        files[column].append(path)
+    contact_sheet(
+        ["one prompt", "another, which is long enough to need several lines"], list(files.items()), tmp_path / "s.png"
+    )
+    sheet = Image.open(tmp_path / "s.png").convert("RGB")
+    step = 134
+    found = [[sheet.getpixel((200 + 64 + c * step, 34 + 64 + r * step)) for c in range(2)] for r in range(2)]
+    assert found == [[(255, 0, 0), (0, 0, 255)], [(0, 255, 0), (255, 255, 0)]]

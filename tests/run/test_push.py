@@ -11,9 +11,9 @@ from helpers.runs import run
 from huggingface_hub import errors
 
 from sdlora.errors import HubError, OutputError
-from sdlora.run import push
+from sdlora.run import hub as hub_module
 from sdlora.run.folder import RunFolder
-from sdlora.run.push import push_run
+from sdlora.run.hub import push_run
 
 TOKEN = "hf_averysecrettoken"
 
@@ -46,7 +46,7 @@ def test_only_file_card_and_its_previews_are_uploaded(
     done: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub()
-    monkeypatch.setattr(push, "HfApi", lambda: hub)
+    monkeypatch.setattr(hub_module, "HfApi", lambda: hub)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     code, out, err = call(capsys, "push", str(done), "--repo", "me/hero")
     assert (code, out.split(":")[0]) == (0, "https")
@@ -89,7 +89,7 @@ def test_unfinished_run_is_not_uploaded(
     done: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     hub = Hub()
-    monkeypatch.setattr(push, "HfApi", lambda: hub)
+    monkeypatch.setattr(hub_module, "HfApi", lambda: hub)
     state = done / "state.json"
     state.write_text(state.read_text().replace('"done"', '"stopped"'))
     code, _, err = call(capsys, "push", str(done), "--repo", "me/hero")

@@ -19,7 +19,7 @@ from sdlora.errors import ConfigError
 from sdlora.lora.inject import Adapter, AdapterSpec, inject
 from sdlora.lora.targets import find_targets
 from sdlora.lora.timestep_rank import TimestepRank
-from sdlora.training import compile
+from sdlora.training import model
 from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group, make_optimizer
 
@@ -162,7 +162,7 @@ def test_reused_base_follows_the_next_runs_setting(unet: Any, traced: None) -> N
 
 
 def test_kinds_past_the_limit_run_uncompiled(unet: Any, traced: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compile, "MAX_KINDS", 2)
+    monkeypatch.setattr(model, "MAX_KINDS", 2)
     plain, own = Side(unet, ATTENTION), Side(unet, ATTENTION, compiled=True)
     with compilations() as num:
         for given in ({}, {"size": 4}, {}):
@@ -186,7 +186,7 @@ def test_failed_compilation_says_how_to_resume(unet: Any, monkeypatch: pytest.Mo
     def fail(*_: Any, **__: Any) -> Any:
         raise ValueError("nothing works")
 
-    monkeypatch.setattr(compile, "_check_compiler", lambda _: None)
+    monkeypatch.setattr(model, "_check_compiler", lambda _: None)
     torch.compiler.set_default_backend(fail)
     try:
         with pytest.raises(ConfigError, match=r"nothing works.*--resume --set train\.compile=false"):

@@ -1,6 +1,7 @@
-"""The model card: README.md in a run's folder, which the Hub shows beside the files.
+"""What the Hub gets of a run: the model card, and the upload of it with the LoRA file and the previews on it.
 
-Written by `run` at its end. It reveals captions, folders and file names only if `file.include_captions` is set.
+Written by `run` at its end; it reveals captions, folders and file names only if `file.include_captions` is set. Sent by
+`sdlora push`: huggingface_hub reads the token from its own store; sdlora never sees it.
 """
 
 from __future__ import annotations
@@ -8,13 +9,23 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from huggingface_hub import ModelCardData
+from huggingface_hub import HfApi, ModelCard, ModelCardData
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is the HTTP library's own
+    HfHubHTTPError,
+    HFValidationError,
+    HTTPError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+)
 
 from sdlora.common.files import write_text
+from sdlora.common.run_state import read_state
 from sdlora.common.version import __version__
 from sdlora.copycheck.verdict import EpochCheck
+from sdlora.errors import HubError, OutputError
 from sdlora.events import PlanMade
 from sdlora.run.export import presentable
+from sdlora.run.folder import RunFolder
 from sdlora.run.setup import RunContext
 
 MAX_PREVIEWS = 6
@@ -26,13 +37,7 @@ _FAMILY_TAGS = {
 
 
 def write_card(context: RunContext, plan: PlanMade, epoch: int) -> None:
-    """Write the card of a finished run.
-
-    Args:
-        context: Of the run.
-        plan: Of the run.
-        epoch: The epoch that was kept.
-    """
+    """Write the card of a finished run, of which an epoch was kept."""
     write_text(context.folder.card, f"---\n{_front_matter(context, epoch)}---\n\n{_body(context, plan, epoch)}")
 
 
@@ -128,3 +133,57 @@ def _facts(context: RunContext, plan: PlanMade, epoch: int) -> list[str]:
         f"- {context.config.train.optimizer}, learning rate {context.config.train.learning_rate:g}",
         "- loaded back through diffusers and compared with the trained weights before it was given away",
     ]
+
+
+def push_run(folder: RunFolder, repo: str, *, private: bool, api: HfApi | None = None) -> str:
+    """Upload a finished run to a repository, "owner/name", and return its URL.
+
+    The repository is created, privately if so asked, if it does not exist.
+
+    Raises:
+        OutputError: The folder has no finished run.
+        HubError: The Hub cannot be reached, or refuses.
+    """
+    files = files_to_push(folder)
+    api = api or HfApi()
+    try:
+        url = api.create_repo(repo, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=repo, folder_path=folder.path, allow_patterns=files, commit_message=f"Upload {folder.name}"
+        )
+    except HFValidationError as error:
+        raise HubError(f"--repo {repo!r} is not a valid repository name; use 'owner/name'.") from error
+    except LocalTokenNotFoundError as error:
+        raise HubError("You are not logged in to the Hub. Run: hf auth login") from error
+    except HfHubHTTPError as error:
+        status = error.response.status_code
+        if status in (401, 403):
+            refusal = f"You cannot write to {repo!r} on the Hub ({status}). Log in with a token that can: hf auth login"
+        else:
+            refusal = f"The Hub refused {repo!r} with status {status}. Try again later, or see status.huggingface.co."
+        raise HubError(refusal) from error
+    except (OfflineModeIsEnabled, HTTPError, OSError) as error:
+        raise HubError(
+            f"The Hub cannot be reached ({type(error).__name__}). Check the network, and that "
+            "HF_HUB_OFFLINE is not set."
+        ) from error
+    return str(url)
+
+
+def files_to_push(folder: RunFolder) -> list[str]:
+    """The files of a run to upload, as paths within its folder.
+
+    Raises:
+        OutputError: It is not a run folder, or the run is not done.
+    """
+    state = read_state(folder.state)
+    if state is None:
+        raise OutputError(f"{folder.path} is not a run folder: it has no readable state.json.")
+    if state.status != "done" or not folder.lora.is_file() or not folder.card.is_file():
+        raise OutputError(
+            f"The run in {folder.path} is not done (its status is {state.status!r}). Finish it with --resume."
+        )
+    card = ModelCard.load(folder.card)
+    shown = [entry["output"]["url"] for entry in card.data.to_dict().get("widget") or []]
+    inside = [url for url in shown if (folder.path / url).resolve().is_relative_to(folder.path.resolve())]
+    return [folder.card.name, folder.lora.name, *(url for url in inside if Path(url).suffix == ".png")]
