@@ -55,7 +55,6 @@ class Estimate(MemoryEstimate):
         exposures_per_image: How often each image is seen; the highest of several sets.
         images: How many are trained; None without images, as the next four.
         buckets: Width and height in pixels, and how many images have them.
-        steps: Optimizer steps.
         seconds: Of all steps, from one that was timed; None also if it did not fit into memory.
         cache_bytes: What the run keeps in the cache on disk, at most.
     """

@@ -121,9 +121,7 @@ def presentable(request: PreviewRequest, folder: Path, *, captions: bool = False
 def limits_elsewhere(config: RunConfig, proof: Mapping[str, Any]) -> list[str]:
     """What other programs than diffusers do differently with a file of this kind, a sentence each.
 
-    Args:
-        config: Of the run.
-        proof: The figures of `sdlora.lora_files.verify.Verification`, by name.
+    `proof` holds the figures of `sdlora.lora_files.verify.Verification`, by name.
     """
     lora, sentences = config.lora, []
     if lora.timestep_rank_min is not None:

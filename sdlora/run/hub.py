@@ -76,26 +76,29 @@ def _previews(context: RunContext, epoch: int) -> list[tuple[str, str]]:
 def _body(context: RunContext, plan: PlanMade, epoch: int) -> str:
     config, name = context.config, context.folder.name
     base = _hub_id(config.base.path)
-    lines = [f"# {name}", ""]
-    base_name = (
-        f"[{base}](https://huggingface.co/{base})"
-        if base
-        else f"a base model of the family {context.base.architecture}"
-    )
-    lines += [f"A LoRA for {base_name}, trained with sdlora {__version__}.", ""]
+    family = f"a base model of the family {context.base.architecture}"
+    base_name = f"[{base}](https://huggingface.co/{base})" if base else family
+    lines = [f"# {name}", "", f"A LoRA for {base_name}, trained with sdlora {__version__}.", ""]
     if triggers := config.data.triggers:
         words = " or ".join(f"`{trigger}`" for trigger in triggers)
         lines += [f"Use {words} in the prompt.", ""]
     lines += ["## Does it copy its training images?", "", _verdict(context, epoch), ""]
-    lines += ["## Use", "", "```python", *_code(context, base), "```", ""]
+    prompt = context.previews.prompts[-1] if context.previews is not None else ", ".join(config.data.triggers)
+    lines += [
+        "## Use",
+        "",
+        "```python",
+        "from diffusers import AutoPipelineForText2Image",
+        f"pipe = AutoPipelineForText2Image.from_pretrained({json.dumps(base or 'path/to/the/base')})",
+        f'pipe.load_lora_weights("path/to/this/folder", weight_name={json.dumps(context.folder.lora.name)})',
+        f"image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]",
+        "```",
+        "",
+    ]
     lines += ["## Training", "", *_facts(context, plan, epoch), ""]
     if config.file.licence is None:
-        lines += [
-            "## Licence",
-            "",
-            "No licence was chosen. The licence of the base model may restrict models derived from it.",
-            "",
-        ]
+        terms = "No licence was chosen. The licence of the base model may restrict models derived from it."
+        lines += ["## Licence", "", terms, ""]
     return "\n".join(lines)
 
 
@@ -108,16 +111,6 @@ def _verdict(context: RunContext, epoch: int) -> str:
         f"**{check.verdict}**: {found} of {total} previews are more similar to a training image than images that copy "
         "nothing, according to sdlora's copy check against every training image and its mirror image."
     )
-
-
-def _code(context: RunContext, base: str | None) -> list[str]:
-    prompt = context.previews.prompts[-1] if context.previews is not None else ", ".join(context.config.data.triggers)
-    return [
-        "from diffusers import AutoPipelineForText2Image",
-        f"pipe = AutoPipelineForText2Image.from_pretrained({json.dumps(base or 'path/to/the/base')})",
-        f'pipe.load_lora_weights("path/to/this/folder", weight_name={json.dumps(context.folder.lora.name)})',
-        f"image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]",
-    ]
 
 
 def _facts(context: RunContext, plan: PlanMade, epoch: int) -> list[str]:

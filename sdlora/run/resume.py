@@ -75,7 +75,16 @@ def check_same_content(extra: dict[str, Any], context: RunContext) -> None:
             f"The run was started with another base: the UNet's weights in {context.config.base.path!r} have changed "
             f"since (hash {before}, now {now}). Put the old ones back, or start a new run."
         )
-    _check_same_images(extra["pictures"], image_identities(context))
+    # The schedule depends on all images.
+    old, new = extra["pictures"], image_identities(context)
+    kinds = {
+        "added": sorted(new.keys() - old.keys()),
+        "no longer there": sorted(old.keys() - new.keys()),
+        "changed, or its caption": sorted(name for name in new.keys() & old.keys() if new[name] != old[name]),
+    }
+    if any(kinds.values()):
+        found = "\n".join(f"  {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
+        raise DataError(f"The run was started with other images. Put them back, or start a new run:\n{found}")
     folder = context.folder
     # Epochs are compared with what the copy check found in the base model's previews, before training.
     if context.checker is not None and EpochCheck.read(folder.epoch(0)) is None:
@@ -84,18 +93,6 @@ def check_same_content(extra: dict[str, Any], context: RunContext) -> None:
             f"checked. To resume without the check, write [copycheck] and enabled = false into {folder.config} and add "
             "--set copycheck.enabled=false; or start a new run."
         )
-
-
-def _check_same_images(before: dict[str, str], now: dict[str, str]) -> None:
-    """Compare the images, since the schedule depends on all of them."""
-    kinds = {
-        "added": sorted(now.keys() - before.keys()),
-        "no longer there": sorted(before.keys() - now.keys()),
-        "changed, or its caption": sorted(name for name in now.keys() & before.keys() if now[name] != before[name]),
-    }
-    if any(kinds.values()):
-        found = "\n".join(f"  {kind}: {', '.join(names)}" for kind, names in kinds.items() if names)
-        raise DataError(f"The run was started with other images. Put them back, or start a new run:\n{found}")
 
 
 def load_newest(checkpoints: Sequence[Path], trainer: Trainer) -> dict[str, Any] | None:

@@ -100,11 +100,7 @@ class RunContext:
 
 @contextmanager
 def hints_in(stage: Stage, context: RunContext) -> Iterator[None]:
-    """Say what to set if the device runs out of memory inside the block, at a stage of a run.
-
-    Raises:
-        OutOfMemoryError: The device ran out of memory.
-    """
+    """Raise an `OutOfMemoryError` that says what to set if the device runs out of memory at a stage of a run."""
     try:
         yield
     except torch.OutOfMemoryError as error:

@@ -68,7 +68,8 @@ class TrainingModel:
             unet.enable_gradient_checkpointing()
         else:
             unet.disable_gradient_checkpointing()
-        uncompile_blocks(unet)
+        for block in _blocks(unet):
+            vars(block).pop("forward", None)  # undoes `compile_blocks`
         if compiled:
             compile_blocks(unet)
         self._compiled = compiled
@@ -117,12 +118,6 @@ def compile_blocks(unet: nn.Module) -> None:
             if isinstance(module, GEGLU):
                 # The compiler keeps as little by itself, and a patched object would make it compile every block again.
                 vars(module).pop("forward", None)
-
-
-def uncompile_blocks(unet: nn.Module) -> None:
-    """Undo `compile_blocks`, as a base model kept from run to run may still be compiled."""
-    for block in _blocks(unet):
-        vars(block).pop("forward", None)
 
 
 @contextmanager

@@ -27,8 +27,7 @@ _aten = torch.ops.aten
 def keep_little(unet: UNet2DConditionModel) -> None:
     """Make a frozen UNet keep less for the backward pass; without gradients it computes as before.
 
-    Args:
-        unet: Changed in place except for adapters; its parameters keep their names.
+    It is changed in place except for adapters; its parameters keep their names.
     """
     for module in unet.modules():
         if isinstance(module, ResnetBlock2D) and _is_plain(module):
@@ -41,7 +40,7 @@ def keep_little(unet: UNet2DConditionModel) -> None:
     if isinstance(norm, nn.GroupNorm) and isinstance(activation, nn.SiLU):
         # No other module uses this activation, so it can be skipped once the norm has applied it.
         norm.forward = partial(_norm_silu, norm)  # type: ignore[method-assign]
-        activation.forward = _same  # type: ignore[assignment, method-assign]
+        activation.forward = lambda x: x  # type: ignore[assignment, method-assign]
 
 
 def _is_plain(block: ResnetBlock2D) -> bool:
@@ -53,10 +52,6 @@ def _is_plain(block: ResnetBlock2D) -> bool:
         and block.upsample is None
         and block.downsample is None
     )
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _resnet(block: ResnetBlock2D, x: Tensor, temb: Tensor | None, *_: Any, **__: Any) -> Tensor:

@@ -29,7 +29,6 @@ class StepResult(NamedTuple):
     """What a step leaves.
 
     Attributes:
-        learning_rate: The one it was taken with.
         losses: Unweighted loss of each exposure of the first term, (B,), still on the device.
         micro_batch_size: The size that fitted into memory; 0 if whole batches do.
     """

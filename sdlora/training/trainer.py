@@ -64,12 +64,8 @@ class Position:
         return mean, bands
 
 
-@dataclass
-class _Unread:
-    """Steps whose losses are still on the device, and the time since the last ones were read back."""
-
-    steps: list[tuple[int, list[Exposure], StepResult]] = field(default_factory=list)
-    since: float = field(default_factory=time.monotonic)
+Unread = list[tuple[int, list[Exposure], StepResult]]
+"""Steps whose losses are still on the device."""
 
 
 class Trainer:
@@ -81,7 +77,7 @@ class Trainer:
         data: The training images; their cache must be filled for every scheduled exposure before a step is taken.
         accelerator: Decides device and loss scaling.
         prior: Images of a folder for prior preservation, or None.
-        processes: The processes that share every batch.
+        processes: Those that share every batch.
 
     Attributes:
         terms: What is minimised: the loss of the training images, then that of `prior` if there are any.
@@ -144,39 +140,39 @@ class Trainer:
                 yield EpochDone(epoch, self.position.step, loss, None, time.monotonic() - start, bands)
 
     def _epoch(self, epoch: int, steps: Sequence[Step], should_stop: Callable[[], bool]) -> Iterator[Event]:
-        unread, every = _Unread(), self.settings.checkpoint_every_steps
+        unread, since, every = Unread(), time.monotonic(), self.settings.checkpoint_every_steps
         for index, batches in enumerate(steps, start=1):
             yield from self._take_step(batches, unread)
             due = index == len(steps) or (every > 0 and self.position.step % every == 0)
-            reading = due or len(unread.steps) >= self.settings.log_every_steps
+            reading = due or len(unread) >= self.settings.log_every_steps
             # All processes stop after the same step; asking the others costs a wait, as reading losses does.
             stopping = (reading or self.processes.alone) and self.processes.any(should_stop())
             if reading or stopping:
-                yield from self._read_back(epoch, unread)
+                yield from self._read_back(epoch, unread, since)
                 if due or stopping:
                     self.step.check_finite(self.position.step)
                     yield CheckpointDue(epoch, self.position.step)
-                unread = _Unread()  # its clock starts here, so that saving is not counted as training
+                unread, since = [], time.monotonic()  # here, so that saving is not counted as training
             if stopping:
                 return
 
-    def _take_step(self, batches: Step, unread: _Unread) -> Iterator[Notice]:
+    def _take_step(self, batches: Step, unread: Unread) -> Iterator[Notice]:
         step, micro_batch_size = self.position.step + 1, self.position.micro_batch_size
         result = self.step.run(step, micro_batch_size)
         self.position.step, self.position.micro_batch_size = step, result.micro_batch_size
-        unread.steps.append((step, [exposure for batch in batches for exposure in batch], result))
+        unread.append((step, [exposure for batch in batches for exposure in batch], result))
         if result.micro_batch_size != micro_batch_size:
             yield Notice(
                 f"The {self.base.device.type} device ran out of memory: batches are computed in parts of "
                 f"{result.micro_batch_size} from step {step} on, to the same result."
             )
 
-    def _read_back(self, epoch: int, unread: _Unread) -> Iterator[StepDone]:
+    def _read_back(self, epoch: int, unread: Unread, since: float) -> Iterator[StepDone]:
         """Bring losses to the host, the loop's only wait for the device."""
-        on_device = torch.cat([result.losses for _, _, result in unread.steps])
+        on_device = torch.cat([result.losses for _, _, result in unread])
         values: list[float] = self.processes.summed(on_device).tolist()
-        seconds = (time.monotonic() - unread.since) / len(unread.steps)
-        for step, exposures, result in unread.steps:
+        seconds = (time.monotonic() - since) / len(unread)
+        for step, exposures, result in unread:
             losses, values = values[: len(exposures)], values[len(exposures) :]
             timesteps = [self.schedule.timesteps[exposure] for exposure in exposures]
             self.position.add(timesteps, losses)
