@@ -60,9 +60,6 @@ def write_page(file: Path, title: str, results: Sequence[Result], runs: Mapping[
     write_text(file, page)
 
 
-# --- The table -----------------------------------------------------------------------------------------------------
-
-
 def _columns(results: Sequence[Result]) -> list[Column]:
     names = list(results[0].settings)
     short = [name.rpartition(".")[2] for name in names]
@@ -98,9 +95,6 @@ def _setting(name: str, result: Result) -> Cell:
     return Cell(value if isinstance(value, int | float) else text, text)
 
 
-# --- Learning and copying ------------------------------------------------------------------------------------------
-
-
 def _group(group: Sequence[Result]) -> dict[str, Any]:
     """Comparable jobs: the one to look at first, if any does not copy, and all of them as points."""
     allowed = [one for one in group if one.verdict != "copying"]
@@ -130,9 +124,6 @@ def _front(group: Sequence[Result], by_fidelity: bool) -> Figure:
     subjects = dict.fromkeys(str(json.loads(result.group)[1]) for result in group)
     chart = scatter_chart(points, x_name="similarity to training images", y_name=y_name)
     return Figure(" / ".join(subjects), chart, note)
-
-
-# --- Previews ------------------------------------------------------------------------------------------------------
 
 
 def _grids(results: Sequence[Result], runs: Mapping[str, Path]) -> list[Grid]:

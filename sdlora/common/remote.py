@@ -19,7 +19,7 @@ from urllib.parse import urlsplit
 
 from platformdirs import user_cache_dir
 
-from sdlora.common.files import atomic_folder, is_partial
+from sdlora.common.files import atomic_folder, atomic_path, is_partial
 from sdlora.common.quiet import is_main_process
 from sdlora.errors import ConfigError, DataError, OutputError, SdloraError, StoreError
 from sdlora.events import Event, Notice
@@ -63,7 +63,6 @@ def download_set(url: str, wanted: Callable[[str], object] = bool) -> Path:
     """Download a folder at a URL into a local one named by the hash of its listing; local files are reused.
 
     Args:
-        url: The folder's.
         wanted: Selects files by their name in the folder; by default all.
 
     Raises:
@@ -177,16 +176,15 @@ class Store:
                 found: dict[str, Any] = self._files.find(self._root, detail=True)
             except FileNotFoundError:
                 return {}
-        names = {path.removeprefix(self._root).lstrip("/"): info for path, info in found.items()}
-        for name in names:
+        files = {}
+        for path, info in found.items():
+            name = path.removeprefix(self._root).lstrip("/")
             # A store's keys are arbitrary text, and become local paths.
             if ".." in re.split(r"[/\\]", name) or "\0" in name:
                 raise DataError(f"{self.url} contains {name!r}, which leads out of its folder. Delete or rename it.")
-        return {
-            name: json.dumps(info, sort_keys=True, default=str)
-            for name, info in names.items()
-            if name and not is_partial(Path(name))
-        }
+            if name and not is_partial(Path(name)):
+                files[name] = json.dumps(info, sort_keys=True, default=str)
+        return files
 
     def read(self, name: str) -> bytes:
         """A file's content."""
@@ -204,33 +202,21 @@ class Store:
         names = list(targets)
         for start in range(0, len(names), _AT_ONCE):
             some = names[start : start + _AT_ONCE]
-            partial = [targets[name].with_name(_partial_name()) for name in some]
-            for path in partial:
-                path.parent.mkdir(parents=True, exist_ok=True)
-            try:
+            with contextlib.ExitStack() as written:
+                partial = [str(written.enter_context(atomic_path(targets[name]))) for name in some]
                 with self._store_errors():
-                    self._files.get([self._path(name) for name in some], list(map(str, partial)))
-                for path, name in zip(partial, some, strict=True):
-                    path.replace(targets[name])
-            finally:
-                for path in partial:
-                    path.unlink(missing_ok=True)
+                    self._files.get([self._path(name) for name in some], partial)
 
     def upload(self, file: Path, name: str) -> None:
         """Upload a file, completely or not at all."""
+        target = self._path(name)
         with self._store_errors():
-            target = self._path(name)
-            folder = target.rpartition("/")[0]
-            self._files.makedirs(folder, exist_ok=True)
-            if not self._is_disk:
-                self._files.put_file(str(file), target)  # object stores show an object only when complete
-                return
-            partial = f"{folder}/{_partial_name()}"
-            try:
-                self._files.put_file(str(file), partial)
-                Path(partial).replace(target)
-            finally:
-                Path(partial).unlink(missing_ok=True)
+            if self._is_disk:
+                with atomic_path(Path(target)) as partial:
+                    self._files.put_file(str(file), str(partial))
+            else:  # object stores show an object only when complete
+                self._files.makedirs(target.rpartition("/")[0], exist_ok=True)
+                self._files.put_file(str(file), target)
 
     def remove(self, name: str) -> None:
         """Delete a file, if it exists."""
@@ -268,13 +254,11 @@ class Mirror:
     """Uploads the files of a local folder to a URL when they are new or have changed.
 
     Args:
-        store: The destination.
-        folder: The local folder.
         there: Files at the URL with size and time of the local files they are copies of, None where unknown.
     """
 
     def __init__(self, store: Store, folder: Path, there: dict[str, tuple[int, int] | None]) -> None:
-        self._store, self._folder, self._there = store, folder, there
+        self._store, self.folder, self._there = store, folder, there
 
     def watch(self, events: Iterator[Event]) -> Iterator[Event]:
         """Pass events on, mirroring after each checkpoint and epoch and at the end.
@@ -290,21 +274,18 @@ class Mirror:
                     seen, before = now, fault
                     fault = self._try()
                     if fault and not before:
-                        yield Notice(
-                            f"{fault} The run continues in {self._folder}; missing files will be uploaded later."
-                        )
+                        told = f"{fault} The run continues in {self.folder}; missing files will be uploaded later."
+                        yield Notice(told)
         except BaseException as error:
             if (fault := self._try()) is None:
                 raise
-            message = (
-                f"{fault} The run's files are in {self._folder}; resume it on this machine to continue from there."
-            )
+            message = f"{fault} The run's files are in {self.folder}; resume it on this machine to continue from there."
             if isinstance(error, SdloraError):
                 error.args = (f"{error} {message}",)
                 raise
             raise StoreError(message) from error
         if (fault := self._try()) is not None:
-            raise StoreError(f"{fault} The run is complete in {self._folder}; resume it on this machine to upload it.")
+            raise StoreError(f"{fault} The run is complete in {self.folder}; resume it on this machine to upload it.")
 
     def sync(self) -> None:
         """Upload what is new or has changed, and delete what is gone.
@@ -312,7 +293,7 @@ class Mirror:
         Raises:
             StoreError: The store cannot be reached; the next call tries again.
         """
-        here = _states(self._folder)
+        here = _states(self.folder)
         changed = [name for name, state in here.items() if self._there.get(name) != state]
         gone = [name for name in self._there if name not in here and name != _MARK]
         # A checkpoint is never marked complete at the URL while one of its files is outdated.
@@ -321,7 +302,7 @@ class Mirror:
             del self._there[name]
         # First the file that marks a run, last those that mark complete checkpoints.
         for name in sorted(changed, key=lambda name: (name.endswith(_LAST), name != _CONFIG)):
-            self._store.upload(self._folder / name, name)
+            self._store.upload(self.folder / name, name)
             self._there[name] = here[name]
         for name in [name for name in gone if name in self._there]:
             self._store.remove(name)
@@ -336,13 +317,15 @@ class Mirror:
 
     def _stages(self) -> list[tuple[str, int]]:
         """The files that are written when a checkpoint or an epoch is complete."""
-        marks = [*self._folder.glob(f"checkpoints/*/{_LAST}"), *self._folder.glob("report.html")]
+        marks = [*self.folder.glob(f"checkpoints/*/{_LAST}"), *self.folder.glob("report.html")]
         return sorted((str(mark), mark.stat().st_mtime_ns) for mark in marks)
 
 
 def _download_run(store: Store, there: dict[str, str], folder: Path) -> dict[str, tuple[int, int] | None]:
-    """Download a run to resume, unless the local copy is further; returns what `Mirror` takes as `there`."""
-    # If mirroring failed, the local copy is further.
+    """Download a run to resume, unless the local copy is further, as it is where mirroring failed.
+
+    Returns what `Mirror` takes as `there`.
+    """
     if (folder / _CONFIG).is_file() and _steps(_states(folder)) >= _steps(there):
         return dict.fromkeys(there)
     fresh = folder.with_name(f".{folder.name}.sdlora-partial-{uuid.uuid4().hex}")
@@ -380,10 +363,6 @@ def _states(folder: Path) -> dict[str, tuple[int, int]]:
             state = file.stat()
             found[name.as_posix()] = (state.st_size, state.st_mtime_ns)
     return found
-
-
-def _partial_name() -> str:
-    return f".{uuid.uuid4().hex}.sdlora-partial-"
 
 
 def _home() -> Path:

@@ -39,10 +39,8 @@ class Checker:
             distribution.
         validation: Measures the validation images; None if there are none.
         identity: A hash of the base model's UNet.
-        seed: The run's.
         request: What to draw.
         gallery: The images that may have been copied, and validation images.
-        embedders: The networks that add a score or a signal.
     """
 
     adapter: Adapter
@@ -67,9 +65,7 @@ class Checker:
         """Draw an epoch's previews into its folder, check them and write `copycheck.json` beside them.
 
         Args:
-            epoch: 0 is the base model.
-            folder: The epoch's.
-            base_folder: That of epoch 0, which was drawn and checked before.
+            base_folder: That of epoch 0, the base model, which was drawn and checked before.
         """
         base = self.data.cache.base
         watch = SamplerWatch(base)
@@ -91,11 +87,9 @@ class Checker:
         )
 
     def compare(self, folder: Path, measured: Sequence[Signal], norms: Sequence[float] = ()) -> EpochCheck:
-        """Check the previews in an epoch's folder and write `copycheck.json` there.
+        """Check the previews in an epoch's folder and write `copycheck.json` there, with the other signals.
 
         Args:
-            folder: The epoch's folder.
-            measured: The other signals.
             norms: Guidance norms, one per preview, or none at all.
         """
         check = check_previews(self.request, folder, self.gallery, self._null, measured, self.embedders, norms)

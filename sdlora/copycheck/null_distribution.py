@@ -103,7 +103,6 @@ def null_distribution(
         cache: Holds images and scores; its base draws.
         adapter: Disabled while drawing.
         request: The run's previews, for their prompts and settings.
-        gallery: The training and validation images.
         identity: A hash of the frozen UNet.
         embedders: They decide which scores there are.
 

@@ -59,9 +59,6 @@ class Signal:
         return {"value": self.value, "p_value": self.p_value, "outside": self.outside, "meaning": self.meaning}
 
 
-# --- Self-retrieval ------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def retrieve(data: TrainingData, indices: Sequence[int], seed: int) -> list[bool]:
     """Whether the one-step prediction from pure noise and a caption is nearest to the caption's own image.
@@ -74,7 +71,6 @@ def retrieve(data: TrainingData, indices: Sequence[int], seed: int) -> list[bool
     Args:
         data: The training images, their captions unchanged.
         indices: The captions to probe.
-        seed: The run's, for the noise.
 
     Returns:
         Four results per index, two for each of the timesteps 999 and 800. An image whose shape no other image has is
@@ -87,10 +83,9 @@ def retrieve(data: TrainingData, indices: Sequence[int], seed: int) -> list[bool
     by_shape: dict[torch.Size, list[int]] = {}
     for index in indices:
         by_shape.setdefault(means[index].shape, []).append(index)
-    # One batch per shape: small batches leave the device idle.
-    predicted = {
-        i: latents for same in by_shape.values() for i, latents in zip(same, _predict(data, same, seed), strict=True)
-    }
+    predicted: dict[int, Tensor] = {}
+    for same in by_shape.values():  # one batch per shape: small batches leave the device idle
+        predicted |= zip(same, _predict(data, same, seed), strict=True)
     for index in indices:
         gallery = {i: mean for i, mean in means.items() if mean.shape == means[index].shape}
         common = torch.stack(list(gallery.values())).mean(dim=0)
@@ -144,9 +139,6 @@ def self_retrieval(on: Sequence[bool], off: Sequence[bool]) -> Signal:
     )
 
 
-# --- The gap between training and validation images ----------------------------------------------------------------
-
-
 def train_validation_gap(training: tuple[Tensor, Tensor], validation: tuple[Tensor, Tensor] | None) -> Signal:
     """How much more the adapter lowers the loss on training images than on validation images.
 
@@ -170,8 +162,6 @@ def train_validation_gap(training: tuple[Tensor, Tensor], validation: tuple[Tens
         f"images; the gap is widest at timesteps {band_names()[widest]}.",
     )
 
-
-# --- While previews are drawn ---------------------------------------------------------------------------------------
 
 ByPrompt = Sequence[Sequence[float]]
 """One value per preview: for every prompt, one per seed."""
@@ -199,8 +189,6 @@ def guidance_norm(training: tuple[ByPrompt, ByPrompt], novel: tuple[ByPrompt, By
         f"prompts, {fmean(new):.2f} times.",
     )
 
-
-# --- Previews that look like one another ----------------------------------------------------------------------------
 
 Images = Sequence[Sequence[Image.Image]]
 """One image per preview: for every prompt, one per seed."""
@@ -232,9 +220,6 @@ def seed_collapse(on: Images, off: Images) -> Signal:
         f"The mean similarity of previews of one prompt with different seeds is {means[0]:.2f} (1 is identical); "
         f"without the LoRA, {means[1]:.2f}.",
     )
-
-
-# --- Previews that look like warped training images ---------------------------------------------------------------
 
 
 def registered_similarity(previews: Tensor, among: Tensor) -> Signal:

@@ -75,7 +75,7 @@ class EpochCheck:
     Attributes:
         verdict: "copying" if the lower bound of the share exceeds 2 %; "watch" if any preview or at least two other
             signals are significant; else "clean".
-        reason: Why, in one sentence.
+        reason: One sentence.
         share: The share of previews that are significant, in [0, 1].
         share_lower_bound: Its lower confidence bound at 99.9 %.
         false_alarm_rate: The probability of "copying" for this many previews if none of them copies anything.
@@ -127,12 +127,9 @@ def check_previews(
     """Compare the previews of an epoch with the training images.
 
     Args:
-        request: What was drawn.
         folder: The epoch's, with the images in `previews`.
-        gallery: The images that may have been copied.
         null: Scores of images that copy nothing, (K, S).
         signals: The other signals.
-        embedders: The networks that add a score or a signal.
         guidance_norms: One per preview, or none at all.
     """
     files = [f"previews/{name}" for name in request.file_names()]
@@ -222,9 +219,6 @@ def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int
         checks: The check of every epoch from 1 on; empty if nothing was checked.
         losses: Validation losses by epoch, used without DINOv2; empty if none were measured.
         last: The last epoch.
-
-    Returns:
-        The epoch, and the reason in one to three sentences.
     """
     fidelities = {
         epoch: float(check.signals[FIDELITY]["value"]) for epoch, check in checks.items() if FIDELITY in check.signals
@@ -247,9 +241,6 @@ def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int
         best = min(allowed, key=lambda epoch: losses[epoch])
         criterion = f"the lowest validation loss, {losses[best]:.5f}"
     else:
-        last_allowed = allowed[-1]
-        return last_allowed, (
-            f"Keeping epoch {last_allowed}, the last one: without validation images there is nothing to compare epochs "
-            f"by.{excluded}"
-        )
+        why = f"the last one: without validation images there is nothing to compare epochs by.{excluded}"
+        return allowed[-1], f"Keeping epoch {allowed[-1]}, {why}"
     return best, f"Keeping epoch {best}: it has {criterion}, of {len(allowed)} epochs.{excluded}"
