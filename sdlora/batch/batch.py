@@ -21,12 +21,9 @@ Action = Literal["skip", "resume", "start", "fault"]
 def run_batch(
     jobs: Sequence[Job], location: Location, engine: Engine, *, retry: bool, should_stop: Callable[[], bool]
 ) -> Iterator[Message]:
-    """Run the jobs of a batch that are not done yet.
+    """Run the jobs of a batch that are not done yet, in their order.
 
     Args:
-        jobs: In the order in which they run.
-        location: Of the batch; it contains the run of each job.
-        engine: Runs the tasks.
         retry: Whether to retry jobs that failed before.
         should_stop: True makes running jobs save their state and end; the same call resumes them.
 

@@ -52,8 +52,6 @@ def run_here(
     """An `Engine` of workers on this machine.
 
     Args:
-        tasks: See `Engine`.
-        should_stop: See `Engine`.
         logs: Folder for the stderr of workers.
         environments: Environment variables of each worker, on top of this process's.
     """

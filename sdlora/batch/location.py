@@ -73,11 +73,7 @@ class Location:
             self._store.upload(self.folder / name, name)
 
     def move_aside(self, job: str) -> str | None:
-        """Rename a run of other settings or images instead of deleting it.
-
-        Returns:
-            Its new location; None if there was no such run.
-        """
+        """Rename a run of other settings or images; returns its new location, None if there was no such run."""
         if not self._store.has(job):
             return None
         number = 1
@@ -105,7 +101,6 @@ class Record:
     Attributes:
         status: "cut" if its worker died, "stopped" if the user asked for it; both can be resumed.
         fingerprint: Of settings, data and version; empty if the settings were never valid.
-        error: Why it failed, or None.
         fault: What is wrong with its current settings, or None; the other fields then describe earlier settings.
         exit_code: The exit code of `sdlora train` for it; None while it is open.
         epoch: The epoch that was kept; None unless it is done.

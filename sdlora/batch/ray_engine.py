@@ -82,10 +82,9 @@ class RayEngine:
 
 
 def run_task_remotely(task: dict[str, Any], output: str, working_dir: str) -> Message:
-    """Run a task on this machine, and return its last message.
+    """Run the `Task` of these fields on this machine, and return its last message.
 
     Args:
-        task: The fields of a `Task`.
         output: Folder or URL of the batch, where stops are requested.
         working_dir: What paths in the configuration are relative to; with a URL it may be missing on this machine.
     """

@@ -63,13 +63,7 @@ class Result:
 
 
 def collect(jobs: Sequence[Job], ledger: Ledger, runs: Mapping[str, Path]) -> list[Result]:
-    """The results of all jobs, in their order.
-
-    Args:
-        jobs: In the order in which they run.
-        ledger: Their records.
-        runs: Run folders of finished jobs by job name.
-    """
+    """The results of all jobs, in their order; `runs` are the folders of finished jobs by name."""
     different = differing([job.config for job in jobs if job.config is not None])
     results = []
     for number, job in enumerate(jobs, start=1):

@@ -49,11 +49,7 @@ class Holder:
 
 @contextmanager
 def hold(path: Path, purpose: str) -> Iterator[None]:
-    """Hold a lock for the length of the block.
-
-    Args:
-        path: The lock file; it stays when the lock is released.
-        purpose: What the block does, for those who find the lock held.
+    """Hold a lock for the length of the block; its file stays, and tells those who find it held the purpose.
 
     Raises:
         BusyError: Another process holds it.
@@ -105,14 +101,7 @@ def device_lock(device: torch.device) -> Path | None:
 def take_turns(
     path: Path, purpose: str, held: ExitStack, *, wait: bool, should_stop: Callable[[], bool]
 ) -> Iterator[Notice]:
-    """Hold a device until `held` is closed.
-
-    Args:
-        path: From `device_lock`.
-        purpose: What this run does, for those who wait.
-        held: Releases the device.
-        wait: Whether to wait for the run that holds it.
-        should_stop: Called while waiting; true ends the wait.
+    """Hold the device of a `device_lock` until `held` is closed, or `wait` for the run that holds it.
 
     Yields:
         One notice if another run holds the device. When the iteration ends, the device is held, unless `should_stop`

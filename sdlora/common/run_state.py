@@ -20,13 +20,10 @@ class RunState:
     """What a run says about itself; "running" stays in the file if its process is killed.
 
     Attributes:
-        status: Whether it runs, or how it ended.
         phase: "start", "train", or the phase of the last `Progress` event.
         epoch: The epoch it is in; 0 before training.
-        step: The last optimizer step done.
         total_steps: Steps of the whole run; None until they are known.
         done: Progress within the phase, of `total`.
-        total: Length of the phase.
         eta_seconds: Time to the end of the run, previews included; None while unknown.
         pid: The process that wrote the file.
         started: When that process started, as an ISO date with its time zone, to the second.

@@ -17,9 +17,6 @@ EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], int | None]]:
     """Turn the first Ctrl-C or SIGTERM into a request to stop; the second one raises KeyboardInterrupt.
 
-    Args:
-        say: Called with a message for the user.
-
     Yields:
         A function that returns the signal received so far, or None.
     """

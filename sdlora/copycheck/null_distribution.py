@@ -51,11 +51,7 @@ class Gallery:
 
 
 def make_gallery(trained: Dataset, validation: Dataset | None, background: str) -> Gallery:
-    """Read images with their buckets, leaving out validation images that are near-duplicates of training images.
-
-    Args:
-        background: Colour under transparent pixels.
-    """
+    """Read images with their buckets, leaving out validation images that are near-duplicates of training images."""
 
     def read(dataset: Dataset | None) -> dict[str, Image.Image]:
         return {e.name: reduced(load_pixels(e, background)) for e in (dataset.examples if dataset else ())}

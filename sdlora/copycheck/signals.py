@@ -195,10 +195,7 @@ Images = Sequence[Sequence[Image.Image]]
 
 
 def seed_collapse(on: Images, off: Images) -> Signal:
-    """Whether previews of one prompt with different seeds are more similar to each other than the base model's are.
-
-    Previews with the adapter and without have the same prompts, and every prompt the same seeds.
-    """
+    """Whether previews of one prompt with different seeds are more similar to each other than the base model's are."""
     num_prompts, num_seeds = len(on), len(on[0])
     if num_seeds == 1:
         return Signal("seed_collapse", None, None, "Needs two seeds, so that each prompt has two previews to compare.")

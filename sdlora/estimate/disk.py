@@ -28,8 +28,7 @@ _MARGIN_BYTES = 2_000_000  # for small files
 def cached_content(used: Iterable[tuple[TrainingData, Iterable[Exposure] | None]]) -> tuple[list[Example], list[str]]:
     """Every image and every caption that is encoded, each once.
 
-    Args:
-        used: Data sets, each with the exposures that ask for it; None for the first exposure of every image.
+    Data sets come with the exposures that ask for them; None stands for the first exposure of every image.
     """
     examples: dict[Example, None] = {}
     captions: dict[str, None] = {}

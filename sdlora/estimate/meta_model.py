@@ -89,11 +89,7 @@ def num_bytes(*networks: nn.Module) -> int:
 class MetaBase:
     """Networks of given shapes on the meta device, with the part of `sdlora.models.base.BaseModel` that a loss needs.
 
-    Args:
-        shapes: Of the networks.
-        dtype: The UNet's.
-        quantization: How the weights of the UNet's linear layers are stored.
-        text_is_trained: Whether to build the text encoders as well.
+    Type and quantization are the UNet's; text encoders are only built where they are trained.
     """
 
     device = META

@@ -19,9 +19,7 @@ _REPEATS = 3  # the first one warms up, and the median leaves it out
 def step_seconds(trainer: Trainer, background: str) -> float:
     """Seconds of an average step, from the one with the largest batch, without the optimizer's own arithmetic.
 
-    Args:
-        trainer: Of the run; it is left as it was, but for the step's images and captions in the cache.
-        background: The colour laid under transparent pixels.
+    The trainer is left as it was, but for the step's images and captions in the cache.
     """
     number = _largest_step(trainer)
     for term in trainer.terms:
