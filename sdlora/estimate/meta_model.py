@@ -74,9 +74,8 @@ def shapes_of_configs(
 
 def shapes_of_base(base: BaseModel) -> Shapes:
     """The shapes of a loaded base model."""
-    encoders: tuple[Any, ...] = base.text_encoders
-    (vae,) = [network for network in vars(base).values() if isinstance(network, AutoencoderKL)]
-    texts = tuple(network.config.to_dict() for network in encoders)
+    vae, encoders = base.vae, base.text_encoders
+    texts = tuple(encoder.config.to_dict() for encoder in encoders)
     return Shapes(dict(base.unet.config), dict(vae.config), texts, num_bytes(vae), num_bytes(*encoders))
 
 

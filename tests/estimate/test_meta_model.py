@@ -14,7 +14,7 @@ def test_meta_model_has_shapes_and_sizes_of_loaded_base(tiny_base: Path) -> None
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     shapes = shapes_of_base(base)
     assert (shapes.latent_factor, shapes.resolution_px) == (base.latent_factor, base.resolution_px)
-    assert shapes.frozen_bytes == num_bytes(base.vae, *base.text_encoders)  # type: ignore[attr-defined]
+    assert shapes.frozen_bytes == num_bytes(base.vae, *base.text_encoders)
     made = MetaBase(shapes, torch.float32, text_is_trained=True)
     assert {n: p.shape for n, p in made.unet.named_parameters()} == {
         n: p.shape for n, p in base.unet.named_parameters()
