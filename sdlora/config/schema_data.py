@@ -137,8 +137,8 @@ class DataConfig(Section):
     @property
     def folders(self) -> list[str]:
         """Every folder the run reads: training sets first, then validation and preservation."""
-        others = (self.validation_set, self.prior_set)
-        return [one.folder for one in (*self.sets, *others) if one is not None and one.folder]
+        training = [one.folder for one in self.sets]
+        return [folder for folder in (*training, self.validation_folder, self.preservation_folder) if folder]
 
     @property
     def triggers(self) -> list[str]:

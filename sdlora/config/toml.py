@@ -67,14 +67,11 @@ def read_config(source: str) -> tuple[dict[str, Any], str]:
     Raises:
         ConfigError: The file does not exist or is not TOML.
     """
-    path = Path(source)
-    if not path.is_file():
-        shipped = shipped_config(source)
-        if shipped is None:
-            near = difflib.get_close_matches(source, shipped_configs(), n=1)
-            hint = f"Did you mean {near[0]!r}?" if near else f"Bundled configurations: {', '.join(shipped_configs())}."
-            raise ConfigError(f"No configuration file or bundled configuration {source!r}. {hint}")
-        path = shipped
+    path = Path(source) if Path(source).is_file() else shipped_config(source)
+    if path is None:
+        near = difflib.get_close_matches(source, shipped_configs(), n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Bundled configurations: {', '.join(shipped_configs())}."
+        raise ConfigError(f"No configuration file or bundled configuration {source!r}. {hint}")
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:

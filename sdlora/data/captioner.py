@@ -102,9 +102,7 @@ def images_to_caption(folder: Path, *, overwrite: bool) -> list[Path]:
 def write_captions(images: list[Path], captioner: Captioner, *, overwrite: bool = False) -> Iterator[Event]:
     """Generate captions and write each to NAME.txt beside its image.
 
-    Args:
-        images: From `images_to_caption`.
-        overwrite: Whether to replace a caption that was written in the meantime.
+    A caption that was written since `images_to_caption` is replaced only if `overwrite` is set.
 
     Yields:
         Progress, and a notice for each image without a new caption.

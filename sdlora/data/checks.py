@@ -99,7 +99,7 @@ def examine(
         folder: Only its own files are read, not subfolders.
         background: Colour that transparent pixels are blended onto.
         caption: Caption of images that have none of their own.
-        trigger: The trigger word, which captions should contain.
+        trigger: What captions should contain.
         allow_trigger_only: Whether images need no caption if there is a trigger.
         masks: Where masks are looked for.
         decode: Replaces `decode`, for example by one that caches.

@@ -156,15 +156,10 @@ def separate_masks(files: Sequence[Path], kind: MaskKind) -> tuple[list[Path], d
 
 
 def mask_shares(mask: Image.Image, height: int, width: int) -> Tensor:
-    """The share of each latent's pixels that a mask lets through.
-
-    Args:
-        mask: Greyscale, cropped like its image.
-        height: Height of the latents.
-        width: Width of the latents.
+    """The share of each latent's pixels that a greyscale mask, cropped like its image, lets through.
 
     Returns:
-        (1, h, w) float32 in [0, 1]: means over the pixels of each latent.
+        (1, h, w) float32 in [0, 1], h by w being the latents' size: means over the pixels of each latent.
     """
     pixels = torch.from_numpy(np.array(mask, dtype=np.float32)) / 255
     return F.adaptive_avg_pool2d(pixels.unsqueeze(0), (height, width))
