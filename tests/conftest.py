@@ -73,7 +73,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def overrides(tiny_base: Path, images: Path, tmp_path: Path) -> list[str]:
     """Settings of a run that takes a second or two."""
     return [
-        f"base.path={tiny_base}", f"data.folder={images}", f"cache.dir={tmp_path / 'cache'}",
+        f"base.path={tiny_base}", "base.family=any", f"data.folder={images}", f"cache.dir={tmp_path / 'cache'}",
         "data.resolution_px=32", "data.bucket_step_px=8", "preview.num_steps=2", 'preview.prompts=["a red ball"]',
         "train.device=cpu", "train.precision=fp32", "train.epochs=2", "train.batch_size=2", "lora.rank=4",
         "lora.alpha=4", "preview.seeds=[0]", "preview.num_captions=0", "copycheck.enabled=false",

@@ -37,13 +37,16 @@ def train(
         bool, typer.Option("--resume", help="Continue from the newest checkpoint in the folder.")
     ] = False,
     no_wait: Annotated[bool, typer.Option("--no-wait", help="Exit at once if another run uses the GPU.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Train with settings that are made for another family of base models.")
+    ] = False,
     json_: JsonEvents = False,
 ) -> None:
     """Train a LoRA.
 
     Ctrl-C saves a checkpoint; the same command with --resume continues from it.
     """
-    settings = load_config(config, set_ or [])
+    settings = load_config(config, [*(set_ or []), *(["base.family=any"] if force else [])])
     quiet_libraries()
     from sdlora.cli.progress import JsonLines, ProgressBar, copy_table
     from sdlora.copycheck.verdict import read_checks

@@ -5,10 +5,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from sdlora.config.exposures import spread_exposures
 from sdlora.config.schema_data import DataConfig, Section
 from sdlora.config.schema_training import LossConfig, TimestepsConfig, TrainConfig
 
@@ -21,6 +22,8 @@ class BaseConfig(Section):
     path: str = "pocket"
     """Base model: 'pocket' (built in), a folder in diffusers layout, a .safetensors checkpoint, or a Hugging Face Hub
     id."""
+    family: Literal["any", "pocket", "sd1", "sd2", "sdxl"] = "any"
+    """Family that the settings are made for, as presets say: a base model of another one is refused."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id; the repository's default branch if unset."""
     variant: str | None = None
@@ -110,7 +113,8 @@ class PreviewConfig(Section):
     enabled: bool = True
     """Generate previews from the base model and after every epoch."""
     prompts: list[str] = Field([])
-    """Prompts that no caption contains; if empty, three are made from the trigger word in new places."""
+    """Prompts that no caption contains, in which '{trigger}' stands for the trigger word; if empty, three are made from
+    it in new places."""
     num_captions: int = Field(3, ge=0, le=64)
     """Number of training captions that are used as prompts, too; copies show up there first."""
     seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field([0, 1], min_length=1)
@@ -189,6 +193,11 @@ class RunConfig(Section):
     copycheck: CopyCheckConfig = CopyCheckConfig()
     file: FileConfig = FileConfig()
     cache: CacheConfig = CacheConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _spread_exposures(cls, document: Any) -> Any:
+        return spread_exposures(document) if isinstance(document, dict) else document
 
     @model_validator(mode="after")
     def _check_combination(self) -> RunConfig:

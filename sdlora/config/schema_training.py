@@ -19,6 +19,9 @@ class TrainConfig(Section):
 
     epochs: int = Field(4, ge=1, le=MAX_EPOCHS)
     """Passes over the training images, 1 to 5."""
+    exposures: int | None = Field(None, ge=1, le=5000)
+    """How often each image is seen in the whole run, spread over the epochs; it decides data.repeats. Of several sets
+    the one with the most repeats is seen this often, the others in proportion."""
     batch_size: int = Field(1, ge=1, le=512)
     """Images per forward pass."""
     gradient_accumulation_steps: int = Field(1, ge=1, le=512)

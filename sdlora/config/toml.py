@@ -21,12 +21,14 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sdlora.common.bundled import shipped_config, shipped_configs
+from sdlora.config.kohya_folders import with_kohya_folders
 from sdlora.config.schema import RunConfig
 from sdlora.config.schema_data import Section, SetOptions
 from sdlora.config.schema_training import MAX_EPOCHS
 from sdlora.errors import ConfigError, RenamedOptionWarning
 
 FREE_WHEN_RESUMING = {
+    "base.family",
     "cache.dir",
     "cache.max_text_gib",
     "file.licence",
@@ -59,24 +61,53 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
 
 
 def read_config(source: str) -> tuple[dict[str, Any], str]:
-    """A configuration as written, not validated, and the name of its file without the suffix.
+    """A configuration as written, over the one that it `extends`, and the name of its file without the suffix.
 
     Args:
         source: A TOML file's path, or the name of a bundled configuration.
 
     Raises:
-        ConfigError: The file does not exist or is not TOML.
+        ConfigError: The file, or one it extends, does not exist or is not TOML.
     """
-    path = Path(source) if Path(source).is_file() else shipped_config(source)
-    if path is None:
-        near = difflib.get_close_matches(source, shipped_configs(), n=1)
-        hint = f"Did you mean {near[0]!r}?" if near else f"Bundled configurations: {', '.join(shipped_configs())}."
-        raise ConfigError(f"No configuration file or bundled configuration {source!r}. {hint}")
+    path = _find(source)
+    return _read(path, ()), path.stem
+
+
+def _find(source: str, folder: Path = Path()) -> Path:
+    """The file of a configuration, by its path relative to a folder or by the name of a bundled one."""
+    path = folder / source
+    if path.is_file():
+        return path
+    if (shipped := shipped_config(source)) is not None:
+        return shipped
+    near = difflib.get_close_matches(source, shipped_configs(), n=1)
+    hint = f"Did you mean {near[0]!r}?" if near else f"Bundled configurations: {', '.join(shipped_configs())}."
+    raise ConfigError(f"No configuration file or bundled configuration {source!r}. {hint}")
+
+
+def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+    """A configuration's tables over those of the one that it extends."""
+    if path.resolve() in (file.resolve() for file in extended_by):
+        raise ConfigError(f"{path} extends itself: {' extends '.join(file.stem for file in (*extended_by, path))}.")
     try:
         document = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
-    return document, path.stem
+    if (parent := document.pop("extends", None)) is None:
+        return document
+    if not isinstance(parent, str):
+        raise ConfigError(f"{path}: extends = {parent!r}; give one file's path or the name of a bundled configuration.")
+    return _over(_read(_find(parent, path.parent), (*extended_by, path)), document)
+
+
+def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Tables merged key by key; any other value replaces the one below."""
+    both = {
+        key: _over(below[key], value)
+        for key, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(key), dict)
+    }
+    return below | above | both
 
 
 def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[str] = ()) -> RunConfig:
@@ -93,6 +124,7 @@ def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[
     changed = with_current_names(copy.deepcopy(dict(document)))
     for override in overrides:
         _apply(changed, override)
+    changed = with_kohya_folders(changed)
     data = changed.get("data")
     faults = []
     if not isinstance(data, Mapping) or not (data.get("folder") or data.get("sets")):

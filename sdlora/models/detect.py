@@ -5,12 +5,14 @@ File names are not trusted.
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import NamedTuple
 
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
 from sdlora.models.architectures import ARCHITECTURES, Family
-from sdlora.models.safetensors_header import Header
+from sdlora.models.safetensors_header import Header, read_header
 
 _UNET = "model.diffusion_model."
 _VAE = "first_stage_model."
@@ -33,6 +35,24 @@ _OTHERS = {
     ("encoder.down.", "decoder.up."): "a VAE alone",
     ("text_model.", "transformer.text_model."): "a text encoder alone",
 }
+
+
+def family_on_disk(path: str) -> Family | None:
+    """The family of a base model by its header or configuration, without its weights; None if it is not on the disk.
+
+    Raises:
+        BaseModelError: It is a file that is no base model.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return identify(read_header(place), path).family
+    try:
+        unet = json.loads((place / "unet" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # a hub id, or a folder that loading it will say more about
+    if unet.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    return "sd2" if unet.get("use_linear_projection") else "sd1"
 
 
 class Identified(NamedTuple):

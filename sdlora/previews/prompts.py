@@ -27,8 +27,12 @@ def novel_prompts(captions: Sequence[str], trigger: str | None, count: int) -> l
     """Up to ten prompts of the trigger, or of the captions' common beginning, in the places they mention least."""
     known = set(_words(" ".join(captions)))
     least_known = sorted(_PLACES, key=lambda place: sum(word in known for word in _words(place) if len(word) > 3))
-    subject = trigger or _common_beginning(captions) or "a picture"
-    return [f"{subject} {place}" for place in least_known[:count]]
+    return [f"{concept(captions, trigger)} {place}" for place in least_known[:count]]
+
+
+def concept(captions: Sequence[str], trigger: str | None) -> str:
+    """What the set is about: the trigger, or else the captions' common beginning."""
+    return trigger or _common_beginning(captions) or "a picture"
 
 
 def _common_beginning(captions: Sequence[str]) -> str:

@@ -15,7 +15,9 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from sdlora.cache.tensors import Cache
-from sdlora.config.schema import PreviewConfig, RunConfig
+from sdlora.config.exposures import exposures_warning
+from sdlora.config.presets import presets
+from sdlora.config.schema import BaseConfig, PreviewConfig, RunConfig
 from sdlora.copycheck.checker import Checker
 from sdlora.copycheck.embedders import load_embedders
 from sdlora.copycheck.null_distribution import make_gallery
@@ -23,10 +25,12 @@ from sdlora.data.dataset import Dataset
 from sdlora.errors import ConfigError, OutOfMemoryError
 from sdlora.estimate.hints import Stage, out_of_memory_message
 from sdlora.lora.inject import Adapter
+from sdlora.models.architectures import ARCHITECTURES, family_named
 from sdlora.models.base import BaseModel, weights_identity
+from sdlora.models.detect import family_on_disk
 from sdlora.models.load import LoadOptions, load_base
 from sdlora.models.text import TextOptions
-from sdlora.previews.prompts import novel_prompts
+from sdlora.previews.prompts import concept, novel_prompts
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.arguments import make_adapter, text_is_trained, training_settings
 from sdlora.run.datasets import Images, fit_images, read_images
@@ -39,6 +43,9 @@ from sdlora.training.validation import Validation
 BaseSource = Callable[[RunConfig, torch.device, torch.dtype], BaseModel]
 """Where a run's base model comes from; it has no adapter in it."""
 
+_TITLES: dict[str, str] = {name: family.title for name, family in ARCHITECTURES.items()} | {
+    "pocket": "the built-in base"
+}
 HIGH_RANK = 32
 NUM_NOVEL = 3
 
@@ -121,10 +128,31 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
     options = LoadOptions(
         config.base.revision, config.base.variant, config.base.prediction_type, text, config.base.quantization
     )
+    found = "pocket" if config.base.path == "pocket" else family_on_disk(config.base.path)
+    check_family(config.base, found)
     base = load_base(config.base.path, device=device, dtype=dtype, options=options)
+    if found is None:  # a hub id
+        own = family_named(base.architecture)
+        check_family(config.base, next(name for name, family in ARCHITECTURES.items() if family is own))
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
     return base
+
+
+def check_family(base: BaseConfig, found: str | None) -> None:
+    """Check that a configuration is made for the family of its base model; None is a family that is not known yet.
+
+    Raises:
+        ConfigError: It is made for another one.
+    """
+    if found is None or base.family in ("any", found):
+        return
+    fitting = [preset.name for preset in presets() if preset.family == found]
+    advice = f"Start from {' or '.join(fitting)}" if fitting else "Write a configuration for it"
+    raise ConfigError(
+        f"The configuration is made for {_TITLES[base.family]} (base.family = {base.family!r}), and base.path = "
+        f"{base.path!r} is {_TITLES[found]}. {advice}, or give --force to train with these settings."
+    )
 
 
 class BasePool:
@@ -224,6 +252,10 @@ def _make_trainer(config: RunConfig, loaded: Loaded, adapter: Adapter, processes
 
 def _notices(config: RunConfig, trainer: Trainer, cache: Cache) -> Iterator[str]:
     """What the user should know; decides as well whether the cache keeps the embeddings of all captions."""
+    epochs = config.train.epochs
+    repeats = [example.repeats for example in trainer.data.dataset.examples]
+    if (warning := exposures_warning(min(repeats) * epochs, max(repeats) * epochs)) is not None:
+        yield warning
     if (rank := max(config.lora.ranks())) > HIGH_RANK:
         yield (
             f"Rank {rank} needs more memory and copies the training images more easily than rank 8 to {HIGH_RANK}. "
@@ -300,7 +332,10 @@ def preview_request(preview: PreviewConfig, dataset: Dataset) -> PreviewRequest:
     number = min(preview.num_captions, len(captions))
     drawn = list(dict.fromkeys(captions[index * len(captions) // number] for index in range(number)))
     triggers = list(dict.fromkeys(example.trigger for example in dataset.examples))
-    novel = preview.prompts or [
+    given = [
+        prompt.replace("{trigger}", concept(captions, trigger)) for prompt in preview.prompts for trigger in triggers
+    ]
+    novel = list(dict.fromkeys(given)) or [
         prompt for trigger in triggers for prompt in novel_prompts(captions, trigger, -(-NUM_NOVEL // len(triggers)))
     ]
     return PreviewRequest(

@@ -11,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 
-from sdlora.config.schema import RunConfig
+from sdlora.common.bundled import ImageFolder
+from sdlora.config.schema import PreviewConfig, RunConfig
 from sdlora.config.toml import load_config, parse_config
-from sdlora.errors import OutOfMemoryError
+from sdlora.data.dataset import load_dataset
+from sdlora.errors import ConfigError, OutOfMemoryError
 from sdlora.models.base import BaseModel
 from sdlora.models.load import load_base
 from sdlora.run import setup
 from sdlora.run.arguments import make_adapter
 from sdlora.run.folder import RunFolder
 from sdlora.run.run import diverged_message, start
-from sdlora.run.setup import BasePool
+from sdlora.run.setup import BasePool, fresh_base, preview_request
 
 
 @pytest.fixture
@@ -148,3 +150,26 @@ def test_diverged_message_names_the_last_good_epoch(tmp_path: Path) -> None:
         folder.epoch(epoch).mkdir(parents=True)
         folder.epoch_lora(epoch).touch()
     assert diverged_message("It broke.", folder).endswith(f"{folder.epoch_lora(2)}.")
+
+
+def test_settings_for_another_family_are_refused_with_the_presets_that_fit(
+    tiny_base: Path, overrides: list[str]
+) -> None:
+    config = load_config("quickstart", [*overrides, "base.family=pocket"])
+    with pytest.raises(ConfigError, match=r"base\.family = 'pocket'.*sd15-character.*--force"):
+        fresh_base(config, torch.device("cpu"), torch.float32)
+    config = load_config("sdxl-style", ["data.folder=x"])
+    with pytest.raises(ConfigError, match=r"base\.family = 'sdxl'.*quickstart"):
+        fresh_base(config, torch.device("cpu"), torch.float32)
+
+
+@pytest.mark.parametrize("family", ["any", "sd1"])
+def test_settings_for_the_family_or_for_any_are_taken(family: str, overrides: list[str]) -> None:
+    config = load_config("quickstart", [*overrides, f"base.family={family}"])
+    assert fresh_base(config, torch.device("cpu"), torch.float32).architecture == "stable-diffusion-v1"
+
+
+def test_trigger_stands_in_the_prompts_of_a_configuration(images: Path) -> None:
+    dataset = load_dataset(ImageFolder(str(images), trigger="zumi"), ImageFolder(str(images), name="b", trigger="kolo"))
+    request = preview_request(PreviewConfig(prompts=["{trigger}, night", "a red ball"], num_captions=0), dataset)
+    assert request.prompts == ("zumi, night", "kolo, night", "a red ball")

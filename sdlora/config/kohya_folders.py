@@ -1,0 +1,83 @@
+"""Folders as kohya's trainers name them: subfolders `REPEATS_NAME` of images, and `reg` with images to preserve.
+
+Applied to a configuration before it is validated; a run's own configuration lists the folders it was started with.
+"""
+
+from __future__ import annotations
+
+import mimetypes
+import re
+from pathlib import Path
+from typing import Any
+
+from sdlora.common.bundled import BUILTIN
+from sdlora.common.remote import is_url
+from sdlora.errors import ConfigError
+
+_NAMED = re.compile(r"(\d{1,4})_(.+)")
+_IMAGES, _REGULARISATION = "img", "reg"
+
+
+def with_kohya_folders(document: dict[str, Any]) -> dict[str, Any]:
+    """A document whose data.folder, if it holds nothing but kohya's subfolders, is replaced by one set for each.
+
+    A set's repeats are those of its folder's name; the rest of the name captions images that have no caption, as it
+    does there. Images in `reg`, inside the folder or beside `img`, are preserved with weight 1, unless the document
+    says what to preserve.
+
+    Raises:
+        ConfigError: `reg` holds several kinds of images.
+    """
+    data = document.get("data")
+    if not isinstance(data, dict) or data.get("sets"):
+        return document
+    folder = data.get("folder")
+    if not isinstance(folder, str) or not folder or is_url(folder) or folder.startswith(BUILTIN):
+        return document
+    top = Path(folder).expanduser()
+    named = _named(top)
+    if not named and (named := _named(top / _IMAGES)):
+        top /= _IMAGES
+    if not named:
+        return document
+    sets = [{"folder": str(path), "repeats": repeats, "caption": name} for path, repeats, name in named]
+    if data.get("caption"):
+        sets = [{key: value for key, value in one.items() if key != "caption"} for one in sets]
+    found = {key: value for key, value in data.items() if key != "folder"} | {"sets": sets}
+    train = document.get("train", {})
+    preserves = data.get("class_words") or data.get("preservation_folder")
+    if isinstance(train, dict) and not preserves and (reg := _regularisation(top)) is not None:
+        found |= {"preservation_folder": str(reg[0]), "preservation_caption": reg[1]}
+        train = {"preservation_weight": 1.0} | train
+    return document | {"data": found, "train": train}
+
+
+def _named(folder: Path) -> list[tuple[Path, int, str]]:
+    """The subfolders `REPEATS_NAME` of a folder with their repeats and names; none if it holds files with images."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return []  # reported by name when images are read
+    matches = [(path, _NAMED.fullmatch(path.name)) for path in entries if path.is_dir()]
+    found = [(path, int(match[1]), match[2].strip()) for path, match in matches if match and int(match[1]) > 0]
+    is_mixed = any(_is_image(path) for path in entries)
+    return [] if is_mixed else found
+
+
+def _is_image(path: Path) -> bool:
+    kind, _ = mimetypes.guess_type(path.name)
+    return path.is_file() and (kind or "").startswith("image/")
+
+
+def _regularisation(top: Path) -> tuple[Path, str] | None:
+    """The folder of images to preserve that belongs to a folder of sets, and their caption."""
+    places = [top / _REGULARISATION, *([top.parent / _REGULARISATION] if top.name == _IMAGES else [])]
+    for place in places:
+        if len(named := _named(place)) > 1:
+            raise ConfigError(
+                f"{place} holds {len(named)} kinds of images to preserve, and a run preserves one. Name it with "
+                "data.preservation_folder."
+            )
+        if named:
+            return named[0][0], named[0][2]
+    return None
