@@ -75,7 +75,7 @@ def convert(
     import torch
 
     from sdlora.lora_files.algebra import refuse_dora
-    from sdlora.lora_files.base_folder import paths_for
+    from sdlora.lora_files.base_weights import paths_for
     from sdlora.lora_files.read import DTYPES_BY_NAME, read_file
     from sdlora.lora_files.write import write_file
 
@@ -126,7 +126,7 @@ def merge(
         )
     quiet_libraries()
     from sdlora.lora_files import algebra
-    from sdlora.lora_files.base_file import base_weights
+    from sdlora.lora_files.base_weights import base_weights
     from sdlora.lora_files.merge import merge_into
     from sdlora.lora_files.read import family_of, read_file
     from sdlora.lora_files.write import metadata_of_new_ranks, write_file
@@ -183,7 +183,7 @@ def extract(
     _check_output(out)
     quiet_libraries()
     from sdlora.lora_files import algebra
-    from sdlora.lora_files.base_file import base_weights
+    from sdlora.lora_files.base_weights import base_weights
     from sdlora.lora_files.merge import differences
     from sdlora.lora_files.write import write_file
 

@@ -65,11 +65,7 @@ def update(weights: LoraWeights) -> Tensor:
 
 
 def refuse_dora(state: LoraState, name: str) -> None:
-    """Refuse a DoRA where a sum of updates is needed.
-
-    Raises:
-        DataError: A module has magnitudes.
-    """
+    """Refuse a DoRA, with a `DataError`, where a sum of updates is needed."""
     dora = [module for module, weights in state.items() if weights.magnitude is not None]
     if dora:
         raise DataError(
@@ -79,15 +75,12 @@ def refuse_dora(state: LoraState, name: str) -> None:
 
 
 def merge(states: Sequence[LoraState], weights: Sequence[float], rank: int | None = None) -> tuple[LoraState, Cost]:
-    """The weighted sum of LoRAs: exact, by concatenating their ranks, or cut to a rank.
+    """The weighted sum of LoRAs without magnitudes, and its cost; a single one of weight 1 stays as it is.
 
     Args:
-        states: LoRAs by kohya module name, without magnitudes.
+        states: By kohya module name.
         weights: One factor per LoRA.
-        rank: Largest rank per module; None keeps all ranks.
-
-    Returns:
-        The sum, and what the rank cost. A single LoRA of weight 1 without `rank` is returned as it is.
+        rank: Largest rank per module; None concatenates all ranks, which is exact.
 
     Raises:
         DataError: A module has different shapes in two LoRAs.
@@ -98,9 +91,7 @@ def merge(states: Sequence[LoraState], weights: Sequence[float], rank: int | Non
     for module in dict.fromkeys(module for state in states for module in state):
         terms = [(state[module], w) for state, w in zip(states, weights, strict=True) if module in state]
         sums[module] = _sum(module, terms)
-    if rank is not None:
-        return resize(sums, rank=rank)
-    return _with_one_alpha(sums), Cost()
+    return (_with_one_alpha(sums), Cost()) if rank is None else resize(sums, rank=rank)
 
 
 def _sum(module: str, terms: Sequence[tuple[LoraWeights, float]]) -> LoraWeights:
@@ -118,23 +109,19 @@ def _sum(module: str, terms: Sequence[tuple[LoraWeights, float]]) -> LoraWeights
 def _with_one_alpha(state: LoraState) -> LoraState:
     """The same updates in float32, with the largest rank as alpha of every module; B absorbs the difference."""
     alpha = float(max(weights.down.shape[0] for weights in state.values()))
-    found: LoraState = {}
-    for module, weights in state.items():
-        up = weights.up.double() * (weights.alpha / alpha)
-        found[module] = LoraWeights(weights.down.float(), up.float(), alpha)
-    return found
+    return {
+        module: LoraWeights(w.down.float(), (w.up.double() * (w.alpha / alpha)).float(), alpha)
+        for module, w in state.items()
+    }
 
 
 def resize(state: LoraState, *, rank: int | None = None, energy: float | None = None) -> tuple[LoraState, Cost]:
-    """The nearest LoRA of fewer ranks, by the singular values of every module's update.
+    """The nearest LoRA of fewer ranks, by the singular values of every module's update, and what that cost.
 
     Args:
         state: A LoRA without magnitudes.
         rank: Largest rank per module.
         energy: Instead of `rank`, keep as few ranks as hold this share of the squared singular values, in (0, 1].
-
-    Returns:
-        The smaller LoRA, and what that cost.
 
     Raises:
         ConfigError: Not exactly one of `rank` and `energy` is given, or it is out of its range.
@@ -149,8 +136,11 @@ def resize(state: LoraState, *, rank: int | None = None, energy: float | None = 
         down_q, down_r = torch.linalg.qr(weights.down.double().flatten(1).T)
         left, values, right = torch.linalg.svd(up_r @ down_r.T * (weights.alpha / weights.down.shape[0]))
         left, right = left[:, : len(values)], right[: len(values)]
-        kept = min(rank, len(values)) if rank is not None else _rank_of(values.square(), energy or 1.0)
-        cost.add(module, values.square(), kept)
+        energies = values.square()
+        sums = energies.cumsum(0)
+        kept = rank or int((sums < (energy or 1.0) * sums[-1]).sum()) + 1
+        kept = min(kept, len(values))
+        cost.add(module, energies, kept)
         found[module] = _factors(up_q @ left, values, right @ down_q.T, kept, weights.down.shape[1:])
     return _with_one_alpha(found), cost
 
@@ -164,12 +154,6 @@ def _check_measure(rank: int | None, energy: float | None) -> None:
         raise ConfigError(f"--energy must be above 0 and at most 1, such as 0.99, found {energy}")
 
 
-def _rank_of(energies: Tensor, share: float) -> int:
-    """Number of energies, largest first, whose sum reaches the share."""
-    sums = energies.cumsum(0)
-    return min(int((sums < share * sums[-1]).sum()) + 1, len(energies))
-
-
 def _factors(left: Tensor, values: Tensor, right: Tensor, rank: int, inputs: Sequence[int]) -> LoraWeights:
     """The first ranks of left diag(values) right as A and B, each scaled by the root of the singular values."""
     root = values[:rank].sqrt()
@@ -179,14 +163,11 @@ def _factors(left: Tensor, values: Tensor, right: Tensor, rank: int, inputs: Seq
 
 
 def extract(differences: Iterable[tuple[str, Tensor]], rank: int) -> tuple[LoraState, Cost]:
-    """The LoRA that is nearest to differences of weights.
+    """The LoRA that is nearest to differences of weights, without modules that do not differ, and what its rank cost.
 
     Args:
         differences: Kohya module names with fine-tuned minus base, (o, i) or (o, i, k, k).
         rank: Largest rank per module.
-
-    Returns:
-        The LoRA, without modules that do not differ, and what the rank cost.
 
     Raises:
         ConfigError: The rank is below 1.

@@ -16,8 +16,8 @@ from sdlora.errors import DataError
 from sdlora.lora.inject import Adapter, LoraState, LoraWeights, inject_state
 from sdlora.lora.layers import LoraLayer
 from sdlora.lora.targets import NETWORKS, TEXT_ENCODER
-from sdlora.lora.timestep_rank import TimestepRank, timestep_rank_in
-from sdlora.lora_files.base_folder import check_fit, layers_by_name
+from sdlora.lora.timestep_rank import timestep_rank_in
+from sdlora.lora_files.base_weights import check_fit, layers_by_name
 from sdlora.lora_files.read import LoraFile, family_of
 
 
@@ -29,7 +29,6 @@ def attach(unet: nn.Module, file: LoraFile, *, text_encoders: Sequence[nn.Module
 
     Args:
         unet: Frozen and changed in place, unless an error is raised.
-        file: The LoRA, as `sdlora.lora_files.read.read_file` returns it.
         text_encoders: Frozen, and changed in place where the file adapts them.
 
     Raises:
@@ -62,8 +61,13 @@ def attach(unet: nn.Module, file: LoraFile, *, text_encoders: Sequence[nn.Module
             weights = replace(weights, magnitude=magnitude)
         state[path] = weights
     setting = timestep_rank_in(file.metadata, file.name)
-    if setting is not None:
-        _check_ranks(file.name, state, setting)
+    for path, weights in state.items():
+        rank = weights.down.shape[0]
+        if setting is not None and not path.startswith(TEXT_ENCODER) and rank < setting.rank_min:
+            raise DataError(
+                f"{file.name}: by its metadata every module has at least {setting.rank_min} ranks, but {path!r} has "
+                f"{rank}. The file was changed after training; export it again."
+            )
     return inject_state(unet, state, text_encoders=text_encoders, timestep_rank=setting)
 
 
@@ -78,13 +82,3 @@ def _with_initial(file: str, name: str, weights: LoraWeights) -> LoraWeights:
     down, up = weights.down, weights.up
     initial = (down[rank:], -up[:, rank:])
     return replace(weights, down=down[:rank], up=up[:, :rank], alpha=weights.alpha / 2, initial=initial)
-
-
-def _check_ranks(file: str, state: LoraState, setting: TimestepRank) -> None:
-    for path, weights in state.items():
-        rank = weights.down.shape[0]
-        if not path.startswith(TEXT_ENCODER) and rank < setting.rank_min:
-            raise DataError(
-                f"{file}: by its metadata every module has at least {setting.rank_min} ranks, but {path!r} has {rank}. "
-                "The file was changed after training; export it again."
-            )

@@ -1,6 +1,6 @@
 """Merge LoRAs into a base model's weights, and find what differs between two: one tensor at a time.
 
-`sdlora merge --into` and `sdlora extract` call it; `base_folder` and `base_file` say where weights lie on the disk.
+`sdlora merge --into` and `sdlora extract` call it; `base_weights` says where weights lie on the disk.
 """
 
 from __future__ import annotations
@@ -21,10 +21,11 @@ from sdlora.common.files import atomic_folder, atomic_path
 from sdlora.errors import BaseModelError, DataError, ExportError, OutputError
 from sdlora.lora.inject import LoraState, LoraWeights
 from sdlora.lora_files.algebra import update
-from sdlora.lora_files.base_folder import BaseWeights, Place, check_fit
+from sdlora.lora_files.base_weights import BaseWeights, Place, check_fit
 from sdlora.models.safetensors_header import read_header
 
-_SUMMED = ("F32", "F16", "BF16")
+# What to add to a file's tensors: by key, with the place in the tensor.
+_Terms = dict[str, list[tuple[Place, LoraWeights]]]
 # ModelSpec's hash of all tensors in a file.
 _HASH = re.compile(rb'"modelspec\.hash_sha256"\s*:\s*"0x([0-9a-fA-F]{64})"')
 
@@ -36,7 +37,6 @@ def merge_into(base: BaseWeights, output: Path, state: LoraState) -> int:
     tensors, other files.
 
     Args:
-        base: A folder or a file.
         output: The folder or file to write; it must not exist.
         state: A LoRA by kohya module name, without magnitudes. W + Delta is summed in float32 and rounded to W's dtype.
 
@@ -58,10 +58,6 @@ def merge_into(base: BaseWeights, output: Path, state: LoraState) -> int:
     return len(state)
 
 
-# What to add to a file's tensors: by key, with the place in the tensor.
-_Terms = dict[str, list[tuple[Place, LoraWeights]]]
-
-
 def _terms(base: BaseWeights, state: LoraState) -> dict[Path, _Terms]:
     """What to add where; reads headers alone, so that a misfit is refused before anything is written."""
     places = {layer: base.places[name] for layer, name in base.layers.items()}
@@ -72,7 +68,7 @@ def _terms(base: BaseWeights, state: LoraState) -> dict[Path, _Terms]:
             found.setdefault(place.file, {}).setdefault(place.key, []).append((place, weights))
     for file, terms in found.items():
         dtypes = read_header(file).dtypes
-        if coarse := [key for key in terms if dtypes[key] not in _SUMMED]:
+        if coarse := [key for key in terms if dtypes[key] not in ("F32", "F16", "BF16")]:
             raise BaseModelError(
                 f"{file.name} stores {coarse[0]!r} as {dtypes[coarse[0]]}, which is too coarse for a LoRA's update. "
                 "Use the base model in float16, bfloat16 or float32."
@@ -142,17 +138,15 @@ def differences(fine_tuned: BaseWeights, base: BaseWeights) -> tuple[Iterator[tu
         DataError: The names or shapes of their weights differ.
     """
     ours, theirs = _single(fine_tuned), _single(base)
-    tuned_name, base_name = fine_tuned.path.name, base.path.name
+    differ = f"{fine_tuned.path.name} and {base.path.name} have different architectures"
     if only_one := sorted(set(ours) ^ set(theirs)):
         raise DataError(
-            f"{tuned_name} and {base_name} have different architectures: only one of them has {only_one[0]!r}. Give "
-            "the base model that the other was fine-tuned from."
+            f"{differ}: only one of them has {only_one[0]!r}. Give the base model that the other was fine-tuned from."
         )
     for name, place in ours.items():
         if place.shape != theirs[name].shape:
             raise DataError(
-                f"{tuned_name} and {base_name} have different architectures: {name!r} has the shape {place.shape} in "
-                f"one and {theirs[name].shape} in the other."
+                f"{differ}: {name!r} has the shape {place.shape} in one and {theirs[name].shape} in the other."
             )
     with _reading() as read:
         changed = [name for name in ours if not torch.equal(read(ours[name]).float(), read(theirs[name]).float())]

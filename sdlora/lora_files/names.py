@@ -2,6 +2,9 @@
 
 Used by the reader and the writer. Kohya's names are the only ones that diffusers, ComfyUI, A1111 and Forge all read,
 provided that every module has its alpha. DoRA has PEFT's names, since diffusers drops the magnitudes under kohya's.
+A UNet's layer has two of them: by its authors' blocks (`input_blocks_4_1_…`) and by diffusers' (`down_blocks_1_…`).
+The reader turns the first into the second; the writer uses the first for Stable Diffusion XL, as sd-scripts does,
+because A1111 converts the second by a rule for 1.x, whose first upsampler has another place.
 Shapes: i in, o out, r rank, k kernel.
 """
 
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -17,11 +21,42 @@ from torch import Tensor
 
 from sdlora.lora.inject import LoraState, LoraWeights
 from sdlora.lora.targets import NETWORKS, network_of
-from sdlora.lora_files.names_sgm import authors_name
 
 UNET_PREFIX = "lora_unet_"
 PEFT_METADATA = "lora_adapter_metadata"
 _PEFT_KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight")
+# Authors' names to diffusers', each: whole layers, blocks, and what follows a resnet's block.
+_LAYERS = {
+    "input_blocks_0_0": "conv_in",
+    "out_2": "conv_out",
+    "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2",
+    "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}
+_BLOCKS = {
+    "middle_block_0": "mid_block_resnets_0",
+    "middle_block_1": "mid_block_attentions_0",
+    "middle_block_2": "mid_block_resnets_1",
+}
+_ENDINGS = {
+    "in_layers_2": "conv1",
+    "out_layers_3": "conv2",
+    "skip_connection": "conv_shortcut",
+    "emb_layers_1": "time_emb_proj",
+}
+# All families have two resnets per level on the way down and three on the way up: a block's number gives its level.
+for _level in range(4):
+    # Block 0 on the way down is conv_in, and every third one is a downsampler.
+    _LAYERS[f"input_blocks_{3 * _level + 3}_0_op"] = f"down_blocks_{_level}_downsamplers_0_conv"
+    # The upsampler comes after an attention if there is one, as on both levels of Stable Diffusion XL.
+    for _place in (1, 2):
+        _LAYERS[f"output_blocks_{3 * _level + 2}_{_place}_conv"] = f"up_blocks_{_level}_upsamplers_0_conv"
+    for _place, _kind in enumerate(("resnets", "attentions")):
+        for _layer in range(2):
+            _BLOCKS[f"input_blocks_{3 * _level + _layer + 1}_{_place}"] = f"down_blocks_{_level}_{_kind}_{_layer}"
+        for _layer in range(3):
+            _BLOCKS[f"output_blocks_{3 * _level + _layer}_{_place}"] = f"up_blocks_{_level}_{_kind}_{_layer}"
 
 
 def portable_state(state: LoraState) -> LoraState:
@@ -33,25 +68,19 @@ def portable_state(state: LoraState) -> LoraState:
     Returns:
         Weights without initial factors, with one alpha per network.
     """
-    plain = {path: _without_initial(weights) for path, weights in state.items()}
     portable: LoraState = {}
+    for path, w in state.items():
+        portable[path] = w
+        if w.initial is not None:
+            down, up = w.initial
+            portable[path] = LoraWeights(torch.cat([w.down, down]), torch.cat([w.up, -up], dim=1), 2 * w.alpha)
     for network in NETWORKS:
-        own = {path: weights for path, weights in plain.items() if network_of(path) == network}
-        if own:
-            alpha = Counter(weights.alpha for weights in own.values()).most_common(1)[0][0]
-            portable |= {path: w if w.alpha == alpha else _with_alpha(w, alpha) for path, w in own.items()}
-    return {path: portable[path] for path in state}
-
-
-def _without_initial(weights: LoraWeights) -> LoraWeights:
-    if weights.initial is None:
-        return weights
-    down, up = weights.initial
-    return LoraWeights(torch.cat([weights.down, down]), torch.cat([weights.up, -up], dim=1), 2 * weights.alpha)
-
-
-def _with_alpha(weights: LoraWeights, alpha: float) -> LoraWeights:
-    return replace(weights, up=weights.up * (weights.alpha / alpha), alpha=alpha)
+        own = {path: weights for path, weights in portable.items() if network_of(path) == network}
+        alphas = Counter(weights.alpha for weights in own.values())
+        for path, w in own.items():
+            if w.alpha != (alpha := alphas.most_common(1)[0][0]):
+                portable[path] = replace(w, up=w.up * (w.alpha / alpha), alpha=alpha)
+    return portable
 
 
 def rounded(state: LoraState, dtype: torch.dtype) -> LoraState:
@@ -91,21 +120,15 @@ def kohya_name(path: str, *, two_text_encoders: bool = False) -> str:
 
 
 def to_kohya(state: LoraState, *, two_text_encoders: bool = False) -> dict[str, Tensor]:
-    """Weights by module path as the tensors of a file under kohya's names; see `kohya_tensors`.
-
-    Args:
-        state: Weights by module path.
-        two_text_encoders: Whether the family is Stable Diffusion XL.
-    """
+    """Weights by module path as the tensors of a file under kohya's names; see `kohya_tensors`."""
     named = {kohya_name(path, two_text_encoders=two_text_encoders): weights for path, weights in state.items()}
     return kohya_tensors(named, authors_blocks=two_text_encoders)
 
 
 def kohya_tensors(state: LoraState, *, authors_blocks: bool = False) -> dict[str, Tensor]:
-    """Weights by kohya module name as the tensors of a file.
+    """Plain LoRA by kohya module name as the tensors of a file.
 
     Args:
-        state: Plain LoRA by kohya module name.
         authors_blocks: Name the UNet's layers by its authors' blocks, as for Stable Diffusion XL.
 
     Returns:
@@ -114,8 +137,8 @@ def kohya_tensors(state: LoraState, *, authors_blocks: bool = False) -> dict[str
     """
     tensors: dict[str, Tensor] = {}
     for known, weights in state.items():
-        name = authors_name(known) if authors_blocks else known
         assert weights.initial is None and weights.magnitude is None, "kohya's names hold plain LoRA alone"
+        name = authors_name(known) if authors_blocks else known
         tensors[f"{name}.lora_down.weight"] = weights.down.contiguous()
         tensors[f"{name}.lora_up.weight"] = weights.up.contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(weights.alpha, dtype=torch.float32)
@@ -153,3 +176,26 @@ def to_peft(state: LoraState) -> tuple[dict[str, Tensor], str]:
             kinds = zip(_PEFT_KINDS, (weights.down, weights.up, weights.magnitude), strict=True)
             tensors |= {f"{network}.{names[path]}.{kind}": t.contiguous() for kind, t in kinds if t is not None}
     return tensors, json.dumps(metadata)
+
+
+def diffusers_name(name: str) -> str:
+    """A kohya module name by diffusers' blocks; a name without the authors' blocks stays as it is."""
+    return _renamed(name, _LAYERS, _BLOCKS, _ENDINGS)
+
+
+def authors_name(name: str) -> str:
+    """The reverse of `diffusers_name`, for Stable Diffusion XL; text encoders' names stay as they are."""
+    return _renamed(name, *({ours: theirs for theirs, ours in names.items()} for names in (_LAYERS, _BLOCKS, _ENDINGS)))
+
+
+def _renamed(name: str, layers: Mapping[str, str], blocks: Mapping[str, str], endings: Mapping[str, str]) -> str:
+    if not name.startswith(UNET_PREFIX):
+        return name
+    inside = name.removeprefix(UNET_PREFIX)
+    if inside in layers:
+        return UNET_PREFIX + layers[inside]
+    for block, other in blocks.items():
+        if inside.startswith(f"{block}_"):
+            ending = inside.removeprefix(f"{block}_")
+            return f"{UNET_PREFIX}{other}_{endings.get(ending, ending)}"
+    return name

@@ -22,7 +22,6 @@ def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name:
 
     Args:
         pipe: A diffusers pipeline after `pipe.load_lora_weights(file)`.
-        file: The same LoRA file.
         adapter_name: The name it was loaded under; optional if the pipeline has only one LoRA.
 
     Raises:

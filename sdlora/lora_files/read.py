@@ -25,8 +25,7 @@ from sdlora.errors import DataError
 from sdlora.lora.inject import LoraState, LoraWeights
 from sdlora.lora.targets import NETWORKS, network_of
 from sdlora.lora_files.algebra import update
-from sdlora.lora_files.names import PEFT_METADATA, UNET_PREFIX, kohya_name
-from sdlora.lora_files.names_sgm import diffusers_name
+from sdlora.lora_files.names import PEFT_METADATA, UNET_PREFIX, diffusers_name, kohya_name
 from sdlora.models.architectures import ARCHITECTURES, Architecture
 
 # ComfyUI refuses headers above 1 MiB.
@@ -60,9 +59,7 @@ class LoraFile:
     """The content of a LoRA file.
 
     Attributes:
-        name: The file's name, for messages.
         state: Weights by kohya module name; alpha is NaN where the file has none.
-        metadata: The file's metadata, unchanged.
         dtype: Dtype of the stored weights; float32 where they differ.
         spelling: Naming scheme: "kohya", or "peft" for the dotted names of PEFT and diffusers.
     """
@@ -78,7 +75,6 @@ def read_file(path: Path, missing_alpha: str | None = None) -> LoraFile:
     """Read a LoRA file in which every module has an alpha.
 
     Args:
-        path: The .safetensors file.
         missing_alpha: "rank" or a number above 0, used where the file has no alpha; None refuses such files.
 
     Raises:
@@ -94,21 +90,17 @@ def read_file(path: Path, missing_alpha: str | None = None) -> LoraFile:
             "is unknown. Ask whoever trained it, then give --missing-alpha rank (what diffusers assumes) or "
             "--missing-alpha NUMBER."
         )
+    try:
+        alpha = 1.0 if missing_alpha == "rank" else float(missing_alpha)
+    except ValueError:
+        alpha = math.nan
+    if not math.isfinite(alpha) or alpha <= 0:
+        raise DataError(f"cannot use {missing_alpha!r} for --missing-alpha; give 'rank' or a number above 0")
     state = dict(file.state)
     for name in unknown:
         rank = float(state[name].down.shape[0])
-        state[name] = replace(state[name], alpha=rank if missing_alpha == "rank" else _number(missing_alpha))
+        state[name] = replace(state[name], alpha=rank if missing_alpha == "rank" else alpha)
     return replace(file, state=state)
-
-
-def _number(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value) or value <= 0:
-        raise DataError(f"cannot use {text!r} for --missing-alpha; give 'rank' or a number above 0")
-    return value
 
 
 def header_bytes(path: Path) -> int:
@@ -277,21 +269,15 @@ def family_of(state: LoraState) -> str | None:
     if (width := text_width(state)) is not None:
         family = BY_TEXT_WIDTH.get(width)
         return f"text of width {width}" if family is None else family.modelspec
-    return (
-        ARCHITECTURES["sdxl"].modelspec if any(name.startswith(("lora_te1_", "lora_te2_")) for name in state) else None
-    )
-
-
-def is_sdxl(state: LoraState) -> bool:
-    """Whether a LoRA is for Stable Diffusion XL."""
-    return family_of(state) == ARCHITECTURES["sdxl"].modelspec
+    two = any(name.startswith(("lora_te1_", "lora_te2_")) for name in state)
+    return ARCHITECTURES["sdxl"].modelspec if two else None
 
 
 def describe_lora(path: Path) -> dict[str, Any]:
     """What a LoRA file of any trainer contains, as JSON values.
 
     Raises:
-        DataError: It cannot be read; see `read_tensors` and `parse_lora`.
+        DataError: It cannot be read.
     """
     file = parse_lora(*read_tensors(path), name=path.name)
     state, metadata = file.state, file.metadata
@@ -301,9 +287,8 @@ def describe_lora(path: Path) -> dict[str, Any]:
         modules[kind if name.startswith(UNET_PREFIX) else "text_encoder"] += 1
     unknown = any(math.isnan(weights.alpha) for weights in state.values())
     dora, frozen_start = any(w.magnitude is not None for w in state.values()), "sdlora.frozen_start" in metadata
-    num_parameters = sum(
-        w.down.numel() + w.up.numel() + (0 if w.magnitude is None else w.magnitude.numel()) for w in state.values()
-    )
+    factors = [factor for w in state.values() for factor in (w.down, w.up, w.magnitude) if factor is not None]
+    num_parameters = sum(factor.numel() for factor in factors)
     norm = math.sqrt(sum(float(torch.linalg.matrix_norm(update(weights))) ** 2 for weights in state.values()))
     return {
         "file": path.name,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import DiffusionPipeline, UNet2DConditionModel
+from diffusers import DiffusionPipeline
 from torch import Tensor
 
 from sdlora.common import seeds
@@ -61,7 +61,6 @@ def verify_lora(
     """Load a file through diffusers and compare its predictions with those of the weights it was written from.
 
     Args:
-        path: The LoRA file.
         state: The trained weights, by module path.
         pipeline: A freshly loaded base in float32; its networks keep diffusers' adapter.
         timestep_rank: Ranks by timestep in training; their effect is measured.
@@ -82,9 +81,16 @@ def verify_lora(
             pipeline.load_lora_weights(path.parent, weight_name=path.name)
     except (ValueError, KeyError, RuntimeError, OSError) as error:
         raise ExportError(f"diffusers cannot load {path}: {error}") from error
-    _align(pipeline)
+    # Out of the file's memory map, where weights may be unaligned: products of unaligned tensors are summed in another
+    # order, so that the same weights would give predictions that differ in the last bit.
+    networks, found = by_prefix(pipeline.unet, _text_encoders(pipeline)), set()
+    for prefix, network in networks.items():
+        for name, parameter in network.named_parameters():
+            if ".lora_" in name:
+                parameter.data = parameter.data.clone()
+        adapted = [name for name, _ in network.named_modules() if name.endswith(".lora_A")]
+        found |= {prefix + name.removesuffix(".lora_A") for name in adapted}
     loaded = _predictions(pipeline)
-    found = _adapted(pipeline)
     if different := sorted(set(state) ^ found):
         raise ExportError(f"{path}: diffusers loaded other modules than were trained, the first is {different[0]!r}.")
     verification = Verification(
@@ -103,28 +109,22 @@ def verify_lora(
 
 def _predictions(pipeline: DiffusionPipeline) -> list[Tensor]:
     """Outputs for fixed inputs: the UNet's at three timesteps, (3, C, h, w), then each text encoder's, (2, L, D)."""
-    unet = pipeline.unet
+    unet, batch, more = pipeline.unet, len(VERIFY_TIMESTEPS), {}
     size = min(VERIFY_LATENT_EDGE, unet.config.sample_size)
-    batch = len(VERIFY_TIMESTEPS)
     latents = seeds.normal((batch, unet.config.in_channels, size, size), 0, "proof latents")
     text = seeds.normal((batch, 77, unet.config.cross_attention_dim), 0, "proof text")
-    more = _added_conditions(unet, batch)
+    if unet.config.addition_embed_type == "text_time":
+        # Stable Diffusion XL: pooled text embeddings (B, P) and sizes (B, 6).
+        sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]).repeat(batch, 1)
+        width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+        pooled = seeds.normal((batch, width), 0, "proof pooled text")
+        more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
     predictions: list[Tensor] = [unet(latents, torch.tensor(VERIFY_TIMESTEPS), text, return_dict=False, **more)[0]]
     for encoder in _text_encoders(pipeline):
         length = encoder.config.max_position_embeddings
         tokens = torch.arange(2 * length).reshape(2, length) % encoder.config.vocab_size
         predictions.append(encoder(tokens).last_hidden_state)
     return predictions
-
-
-def _added_conditions(unet: UNet2DConditionModel, batch: int) -> dict[str, Any]:
-    """Additional inputs of Stable Diffusion XL's UNet: pooled text embeddings (B, P) and sizes (B, 6)."""
-    if unet.config.addition_embed_type != "text_time":
-        return {}
-    sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]).repeat(batch, 1)
-    width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-    pooled = seeds.normal((batch, width), 0, "proof pooled text")
-    return {"added_cond_kwargs": {"text_embeds": pooled, "time_ids": sizes}}
 
 
 def _text_encoders(pipeline: DiffusionPipeline) -> list[Any]:
@@ -135,8 +135,7 @@ def _text_encoders(pipeline: DiffusionPipeline) -> list[Any]:
 def _predictions_with(
     pipeline: DiffusionPipeline, state: LoraState, timestep_rank: TimestepRank | None = None
 ) -> list[Tensor]:
-    text_encoders = _text_encoders(pipeline)
-    adapter = inject_state(pipeline.unet, state, text_encoders=text_encoders, timestep_rank=timestep_rank)
+    adapter = inject_state(pipeline.unet, state, text_encoders=_text_encoders(pipeline), timestep_rank=timestep_rank)
     predictions = _predictions(pipeline)
     adapter.remove()
     return predictions
@@ -151,28 +150,6 @@ def _distance(one: list[Tensor], other: list[Tensor]) -> float:
 def _share(unmasked: Tensor, masked: Tensor, plain: Tensor) -> float:
     changed = float((masked - plain).square().mean().sqrt())
     return float((unmasked - masked).square().mean().sqrt()) / changed if changed > 0 else 0.0
-
-
-def _adapted(pipeline: DiffusionPipeline) -> set[str]:
-    """The paths of the modules that diffusers put an adapter on."""
-    return {
-        prefix + name.removesuffix(".lora_A")
-        for prefix, network in by_prefix(pipeline.unet, _text_encoders(pipeline)).items()
-        for name, _ in network.named_modules()
-        if name.endswith(".lora_A")
-    }
-
-
-def _align(pipeline: DiffusionPipeline) -> None:
-    """Move the loaded weights out of the file's memory map.
-
-    There they may be unaligned, and products of unaligned tensors are summed in another order, so that the same
-    weights would give predictions that differ in the last bit.
-    """
-    for network in (pipeline.unet, *_text_encoders(pipeline)):
-        for name, parameter in network.named_parameters():
-            if ".lora_" in name:
-                parameter.data = parameter.data.clone()
 
 
 @contextmanager

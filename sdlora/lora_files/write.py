@@ -30,11 +30,11 @@ from sdlora.lora_files.read import (
     MAX_HEADER_BYTES,
     LoraFile,
     Spelling,
+    family_of,
     header_bytes,
-    is_sdxl,
     text_width,
 )
-from sdlora.models.architectures import family_named
+from sdlora.models.architectures import ARCHITECTURES, family_named
 
 _SPEC = {
     "modelspec.sai_model_spec": "1.0.1",
@@ -59,15 +59,12 @@ class LoraMetadata:
         name: The LoRA's title.
         base: The base model, as the user named it; only the last part of a path is written.
         architecture: ModelSpec's name of the family, such as "stable-diffusion-v1".
-        resolution_px: Edge of the training images in pixels.
-        trigger: The trigger word, or None.
         epoch: Number of epochs trained.
         step: Number of optimizer steps trained.
         started: When training began, in seconds since 1970.
         settings: The settings worth knowing later, as JSON values.
         timestep_rank: Ranks by timestep, which the weights alone do not tell.
         private: Captions and folder names under other trainers' keys, if the artist wants them in the file.
-        prediction_type: What the base predicts.
         clip_skip: Which of the text encoder's layers was read, counted from the last; None for the family's own.
     """
 
@@ -97,9 +94,7 @@ def save_lora(
     """Write a trained adapter, atomically.
 
     Args:
-        path: The .safetensors file.
         state: Weights by module path; they are written as `portable_state` returns them.
-        metadata: What the file says of itself.
         spelling: Naming scheme; DoRA always has PEFT's, since kohya's lose the magnitudes.
         dtype: Dtype of the stored weights; alphas are always float32.
 
@@ -132,7 +127,6 @@ def write_file(
     """Write a LoRA made of other files, atomically: under kohya's names, or under PEFT's where `paths` are given.
 
     Args:
-        path: The .safetensors file.
         state: Weights by kohya module name.
         metadata: Metadata of the source; hashes, rank and alpha are replaced by true ones.
         dtype: Dtype of the stored weights; alphas are always float32.
@@ -149,7 +143,7 @@ def write_file(
     header |= {key: value for key, value in metadata.items() if key not in (*_HASHES, PEFT_METADATA, "format")}
     header |= _rank_and_alpha(state)
     if paths is None:
-        tensors = kohya_tensors(state, authors_blocks=is_sdxl(state))
+        tensors = kohya_tensors(state, authors_blocks=family_of(state) == ARCHITECTURES["sdxl"].modelspec)
     else:
         tensors, header[PEFT_METADATA] = to_peft({paths[name]: weights for name, weights in state.items()})
     _save(path, tensors, header, dtype, DataError)
@@ -218,17 +212,12 @@ def metadata_of_new_ranks(files: list[LoraFile]) -> dict[str, str]:
     first, *others = (file.metadata for file in files)
     if not others:
         return {key: value for key, value in first.items() if not key.startswith(_OF_SINGLE_RANKS)}
-    return {
-        key: value
-        for key, value in first.items()
-        if key in _OF_THE_BASE and all(other.get(key) == value for other in others)
-    }
+    return {k: v for k, v in first.items() if k in _OF_THE_BASE and all(other.get(k) == v for other in others)}
 
 
 def _rank_and_alpha(state: LoraState) -> dict[str, str]:
     """The most common rank and alpha, under kohya's keys."""
-    ranks = Counter(weights.down.shape[0] for weights in state.values())
-    alphas = Counter(weights.alpha for weights in state.values())
+    ranks, alphas = Counter(w.down.shape[0] for w in state.values()), Counter(w.alpha for w in state.values())
     return {
         "ss_network_dim": str(ranks.most_common(1)[0][0]),
         "ss_network_alpha": str(alphas.most_common(1)[0][0]),

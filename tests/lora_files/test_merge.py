@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from sdlora.errors import BaseModelError, DataError, ExportError, OutputError
 from sdlora.lora.inject import LoraState, LoraWeights
 from sdlora.lora_files.algebra import update
-from sdlora.lora_files.base_folder import folder_weights
+from sdlora.lora_files.base_weights import base_weights
 from sdlora.lora_files.merge import differences, merge_into
 from sdlora.lora_files.read import read_file
 
@@ -31,11 +31,11 @@ def header_bytes(file: Path) -> bytes:
 
 
 def merge(base: Path, output: Path, state: LoraState) -> int:
-    return merge_into(folder_weights(base), output, state)
+    return merge_into(base_weights(base), output, state)
 
 
 def differ(tuned: Path, base: Path) -> tuple[dict[str, torch.Tensor], list[str]]:
-    found, others = differences(folder_weights(tuned), folder_weights(base))
+    found, others = differences(base_weights(tuned), base_weights(base))
     return dict(found), others
 
 

@@ -4,9 +4,11 @@ from typing import Any
 import pytest
 import torch
 from helpers.adapters import UNET_TARGETS, injected
+from helpers.readers import unet_names
 
 from sdlora.lora.inject import AdapterSpec, LoraState, LoraWeights
-from sdlora.lora_files.names import kohya_name, portable_state, to_kohya, to_peft
+from sdlora.lora_files.names import authors_name, diffusers_name, kohya_name, portable_state, to_kohya, to_peft
+from sdlora.models.architectures import Family
 
 
 def update(weights: LoraWeights) -> torch.Tensor:
@@ -70,3 +72,25 @@ def test_two_text_encoders_have_different_names() -> None:
     assert first == "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     assert kohya_name("text_encoder_2.text_model.encoder.layers.0.mlp.fc1") == first.replace("te1", "te2")
     assert kohya_name("text_encoder_2.text_projection") == "lora_te2_text_projection"
+
+
+SINGLE = {
+    "input_blocks_0_0": "conv_in", "out_2": "conv_out", "time_embed_0": "time_embedding_linear_1",
+    "time_embed_2": "time_embedding_linear_2", "label_emb_0_0": "add_embedding_linear_1",
+    "label_emb_0_2": "add_embedding_linear_2",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["sd1", "sd2", "sdxl"])
+def test_every_layer_converts_between_both_names(family: Family) -> None:
+    names = unet_names(family) | SINGLE
+    assert {diffusers_name(f"lora_unet_{authors}") for authors in names} == {f"lora_unet_{n}" for n in names.values()}
+    for authors, diffusers in names.items():
+        assert diffusers_name(f"lora_unet_{authors}") == f"lora_unet_{diffusers}"
+        if family == "sdxl":
+            assert authors_name(f"lora_unet_{diffusers}") == f"lora_unet_{authors}"
+
+
+@pytest.mark.parametrize("name", ["lora_te1_text_model_encoder_layers_0_mlp_fc1", "lora_unet_mid_block", "x"])
+def test_other_names_are_unchanged(name: str) -> None:
+    assert diffusers_name(name) == authors_name(name) == name

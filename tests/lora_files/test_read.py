@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from sdlora.errors import DataError
 from sdlora.lora.inject import LoraState, LoraWeights
-from sdlora.lora_files.base_folder import paths_for
+from sdlora.lora_files.base_weights import paths_for
 from sdlora.lora_files.names import PEFT_METADATA, to_peft
 from sdlora.lora_files.read import describe_lora, family_of, parse_lora, read_file, read_tensors
 from sdlora.lora_files.write import metadata_of_new_ranks, tensors_sha256, write_file

@@ -13,7 +13,7 @@ from sdlora.config.toml import parse_config
 from sdlora.copycheck.verdict import EpochCheck
 from sdlora.errors import ConfigError, DataError
 from sdlora.events import CopyChecked
-from sdlora.lora_files.base_folder import paths_for
+from sdlora.lora_files.base_weights import paths_for
 from sdlora.lora_files.read import read_file
 from sdlora.lora_files.write import write_file
 from sdlora.run.check_file import check_file

@@ -1,4 +1,4 @@
-"""Merging into a single-file checkpoint and extracting from it, against diffusers' own fusing."""
+"""Layers and weights of bases on the disk; merging into single files, against diffusers' own fusing."""
 
 from __future__ import annotations
 
@@ -14,16 +14,18 @@ from helpers.bases import load
 from helpers.command import call
 from helpers.ldm import Tensors, authors_layout, write_checkpoint
 from helpers.tiny import TINY, tiny_networks
+from helpers.trainers import kohya_trainer
 from interop import on_meta
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sdlora.errors import BaseModelError, DataError, OutputError
-from sdlora.lora.inject import LoraWeights, inject
+from sdlora.lora.inject import LoraState, LoraWeights, inject
 from sdlora.lora.targets import adaptable, find_targets
 from sdlora.lora_files.algebra import update
-from sdlora.lora_files.base_file import base_weights, file_weights
+from sdlora.lora_files.base_weights import base_weights, empty_networks, file_weights, layers_by_name, paths_for
 from sdlora.lora_files.merge import differences, merge_into
+from sdlora.lora_files.read import read_file
 from sdlora.lora_files.write import LoraMetadata, save_lora
 from sdlora.models.architectures import ARCHITECTURES, Family
 from sdlora.models.safetensors_header import Header
@@ -277,3 +279,48 @@ def test_refused_merge_leaves_no_file(checkpoint: Any, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"sd1.*sdxl"):
         differences(base_weights(base), base_weights(checkpoint("sdxl")))
     assert {path.name for path in tmp_path.iterdir()} == {"sd1.safetensors", "sdxl.safetensors", "torn.safetensors"}
+
+
+@pytest.fixture
+def theirs(pipeline: Any, tmp_path: Path) -> LoraState:
+    kohya_trainer(tmp_path / "theirs.safetensors", pipeline, text=True, conv=True)
+    return read_file(tmp_path / "theirs.safetensors").state
+
+
+def test_stable_diffusion_1_has_the_layers_that_kohya_trains() -> None:
+    found = layers_by_name(empty_networks(None))
+    blocks = [name for name in found if name.startswith("lora_unet_") and "_attentions_" in name]
+    text = [name for name in found if name.startswith("lora_te_text_model_encoder_layers_")]
+    assert (len(blocks), len(text)) == (192, 72)
+    path, shape = found["lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn2_to_k"]
+    assert (path, shape) == ("down_blocks.1.attentions.0.transformer_blocks.0.attn2.to_k", (640, 768))
+    assert found["lora_unet_mid_block_attentions_0_proj_in"][1] == (1280, 1280, 1, 1)
+
+
+def test_module_missing_in_the_base_is_refused_by_name(theirs: LoraState, tiny_base: Path) -> None:
+    assert paths_for(theirs, tiny_base).keys() == theirs.keys()
+    with pytest.raises(DataError, match=r"\(16, .*\(320, .*--base FOLDER"):
+        paths_for(theirs, None)
+    with pytest.raises(DataError, match=r"tiny: 1 of its 1 modules.*lora_unet_input_blocks"):
+        paths_for({"lora_unet_input_blocks_1_1": next(iter(theirs.values()))}, tiny_base)
+    with pytest.raises(BaseModelError, match=r"unet/config\.json"):
+        paths_for(theirs, tiny_base / "unet")
+
+
+def test_paths_without_a_base_are_those_of_the_files_family() -> None:
+    inside = "attentions_0_transformer_blocks_0_attn2_to_k"
+    for width, name, path in (
+        (768, f"lora_unet_down_blocks_0_{inside}", "down_blocks.0"),
+        (1024, f"lora_unet_down_blocks_0_{inside}", "down_blocks.0"),
+        (2048, f"lora_unet_up_blocks_1_{inside}", "up_blocks.1"),
+    ):
+        own = {name: LoraWeights(torch.ones(2, width), torch.ones(640 if width == 2048 else 320, 2), 1.0)}
+        assert paths_for(own, None)[name].startswith(f"{path}.attentions.0.")
+        more = own | {
+            "lora_te1_text_model_encoder_layers_11_mlp_fc1": LoraWeights(torch.ones(2, 768), torch.ones(3072, 2), 1.0)
+        }
+        if width == 2048:
+            assert paths_for(more, None)["lora_te1_text_model_encoder_layers_11_mlp_fc1"].startswith("text_encoder.")
+        else:
+            with pytest.raises(DataError, match=r"Stable Diffusion [12]\.x: 1 of its 2.*'lora_te1_"):
+                paths_for(more, None)

@@ -1,7 +1,7 @@
 """Base models on the disk: where their weights lie, and which of their layers a LoRA can be on.
 
-Merging and extracting read folders in diffusers' layout by this module and single files by `base_file`. Only the UNet
-and the text encoders matter, for no LoRA changes anything else; nothing is computed with them.
+Merging and extracting read folders in diffusers' layout and single files (LDM, sgm) by this module. Only the UNet and
+the text encoders matter, for no LoRA changes anything else; nothing is computed with them.
 """
 
 from __future__ import annotations
@@ -14,6 +14,11 @@ from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
+from diffusers.loaders.single_file_utils import (
+    convert_ldm_clip_checkpoint,
+    convert_ldm_unet_checkpoint,
+    convert_open_clip_checkpoint,
+)
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -23,10 +28,13 @@ from sdlora.lora.quantize import frozen_weight
 from sdlora.lora.targets import NETWORKS, adaptable, network_of
 from sdlora.lora_files.names import kohya_name
 from sdlora.lora_files.read import family_of
-from sdlora.models.architectures import ARCHITECTURES, Architecture
-from sdlora.models.safetensors_header import read_header
+from sdlora.models.architectures import ARCHITECTURES, Architecture, Family
+from sdlora.models.detect import TEXT_ENCODERS, identify
+from sdlora.models.safetensors_header import Header, read_header
 
 Shape = tuple[int, ...]
+# More than any tensor has rows.
+_ROWS = 1 << 32
 
 
 @dataclass(frozen=True)
@@ -34,8 +42,7 @@ class Place:
     """Where a weight of a network lies on the disk.
 
     Attributes:
-        file: The safetensors file.
-        key: Name of the tensor in it.
+        key: Name of the tensor in the safetensors file.
         shape: Shape of the weight in diffusers' network.
         rows: First row of the tensor that belongs to the weight and first row behind it; None for all.
         transposed: Whether the weight is stored transposed.
@@ -66,6 +73,116 @@ class BaseWeights:
     path: Path
     places: Mapping[str, Sequence[Place]]
     layers: Mapping[str, str]
+
+
+def base_weights(path: Path) -> BaseWeights:
+    """Where the weights of a base lie: a folder in diffusers' layout, or a single-file checkpoint.
+
+    Raises:
+        BaseModelError: It is neither, or incomplete, or its weights are not .safetensors files.
+    """
+    if path.is_dir():
+        return _folder_weights(path)
+    if not path.is_file():
+        raise BaseModelError(
+            f"The base model {path} does not exist. Give a folder in diffusers' layout or a .safetensors checkpoint."
+        )
+    header = read_header(path)
+    return file_weights(path, header, identify(header, path.name).family)
+
+
+def _folder_weights(base: Path) -> BaseWeights:
+    places: dict[str, list[Place]] = {}
+    for file, network in _weight_files(base).items():
+        header = read_header(file)
+        for key, shape in header.shapes.items():
+            if header.dtypes[key].startswith(("I", "U", "BOOL")):
+                continue  # position_ids, which only old files have
+            # From transformers 5 on, CLIP's weights are no longer inside one named text_model.
+            name = f"{network}.{key.removeprefix('text_model.')}"
+            places.setdefault(name, []).append(Place(file, key, shape))
+    layers = _weight_names(empty_networks(base))
+    return BaseWeights(base, places, {layer: name for layer, name in layers.items() if name in places})
+
+
+def _weight_files(base: Path) -> dict[Path, str]:
+    """The safetensors files of a base's UNet and text encoders, with their network's name."""
+    if not (base / "model_index.json").is_file():
+        raise BaseModelError(f"{base} has no model_index.json. Give a base model folder in diffusers' layout.")
+    files: dict[Path, str] = {}
+    for network in NETWORKS:
+        folder = base / network
+        found = sorted(folder.glob("*.safetensors"))
+        other = sorted(file.name for ending in ("bin", "ckpt", "msgpack", "h5") for file in folder.glob(f"*.{ending}"))
+        if other:
+            raise BaseModelError(
+                f"{folder / other[0]} is not .safetensors. Save the base model with safetensors alone."
+            )
+        if folder.is_dir() and not found:
+            raise BaseModelError(f"{folder} contains no .safetensors file. Download or copy the base model again.")
+        files |= dict.fromkeys(found, network)
+    return files
+
+
+def file_weights(file: Path, header: Header, family: Family) -> BaseWeights:
+    """Where the weights of a single-file checkpoint lie.
+
+    The map comes from diffusers' own conversion: it is given, for every tensor, one column of numbers that identify
+    the tensor's rows, and where those come out is the map. No weights are read.
+
+    Raises:
+        BaseModelError: Weights of its family's networks are missing or have other shapes.
+    """
+    title, networks = ARCHITECTURES[family].title, empty_networks(None, ARCHITECTURES[family])
+    converted = _converted(header, family, networks)
+    keys = list(header.shapes)
+    places: dict[str, list[Place]] = {}
+    for network, module in networks.items():
+        for path, weight in module.state_dict().items():
+            path = path.removeprefix("text_model.")
+            rows = converted[network].get(path)
+            if rows is None:
+                raise BaseModelError(
+                    f"{file.name} has no weight {path!r}, which the {network} of {title} needs. If it is a smaller "
+                    "variant of its family, give a folder in diffusers' layout, with its configs."
+                )
+            place = _place(file, header, keys, rows)
+            if place.shape != tuple(weight.shape):
+                raise BaseModelError(
+                    f"{file.name}: {place.key!r} has the shape {header.shapes[place.key]}, which makes a weight of "
+                    f"{place.shape}; {title} needs {tuple(weight.shape)}."
+                )
+            places[f"{network}.{path}"] = [place]
+    return BaseWeights(file, places, _weight_names(networks))
+
+
+def _converted(header: Header, family: Family, networks: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
+    """Where diffusers' conversion puts the numbered rows, (rows, 1) or (rows,), by network and path."""
+    numbered: dict[str, Tensor] = {}
+    for index, (key, shape) in enumerate(header.shapes.items()):
+        rows = index * _ROWS + torch.arange(shape[0] if shape else 1)
+        numbered[key] = rows[:, None] if len(shape) > 1 else rows
+    unet: Any = networks["unet"]
+    found = {"unet": convert_ldm_unet_checkpoint(numbered, config=dict(unet.config))}
+    for network, beginning in zip(NETWORKS[1:], TEXT_ENCODERS[family], strict=False):
+        if beginning.endswith(".model."):
+            found[network] = convert_open_clip_checkpoint(networks[network], numbered, prefix=beginning)
+        else:
+            found[network] = convert_ldm_clip_checkpoint(numbered)
+    return {
+        network: {path.removeprefix("text_model."): rows for path, rows in state.items()}
+        for network, state in found.items()
+    }
+
+
+def _place(file: Path, header: Header, keys: list[str], rows: Tensor) -> Place:
+    first, last = int(rows.flatten()[0]), int(rows.flatten()[-1])
+    key, start, stop = keys[first // _ROWS], first % _ROWS, last % _ROWS + 1
+    assert torch.equal(rows.flatten(), torch.arange(first, last + 1)), "diffusers' conversion changed the order of rows"
+    shape = header.shapes[key]
+    transposed = rows.dim() == 2 and rows.shape[1] > 1
+    own = (stop - start, *shape[1:])
+    return Place(file, key, own[::-1] if transposed else own, None if own[0] == shape[0] else (start, stop), transposed)
 
 
 def empty_networks(base: Path | None, architecture: Architecture = ARCHITECTURES["sd1"]) -> dict[str, nn.Module]:
@@ -121,7 +238,7 @@ def layers_by_name(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, Sh
     return found
 
 
-def weight_names(networks: Mapping[str, nn.Module]) -> dict[str, str]:
+def _weight_names(networks: Mapping[str, nn.Module]) -> dict[str, str]:
     """The layers of networks: kohya module name to the weight's name in `BaseWeights.places`."""
     found = {}
     for layer, (path, _) in layers_by_name(networks).items():
@@ -138,9 +255,7 @@ def check_fit(
     Args:
         state: Weights by kohya module name.
         layers: Kohya module names and weight shapes of the base's layers; a name may occur several times.
-        base: Name of the base, for the message.
-        file: Name of the LoRA, for the message.
-        hint: What to do about it, for the message.
+        base, file, hint: For the message: the base, the LoRA, and what to do about it.
 
     Raises:
         DataError: A module is not among the layers, or its update has another shape.
@@ -175,41 +290,3 @@ def paths_for(state: LoraState, base: Path | None) -> dict[str, str]:
     shapes = [(name, shape) for name, (_, shape) in known.items()]
     check_fit(state, shapes, base=published.title if base is None else base.name, hint=hint)
     return {name: known[name][0] for name in state}
-
-
-def folder_weights(base: Path) -> BaseWeights:
-    """Where the weights of a folder in diffusers' layout lie.
-
-    Raises:
-        BaseModelError: It is not such a folder, or its weights are not whole .safetensors files.
-    """
-    places: dict[str, list[Place]] = {}
-    for file, network in _weight_files(base).items():
-        header = read_header(file)
-        for key, shape in header.shapes.items():
-            if header.dtypes[key].startswith(("I", "U", "BOOL")):
-                continue  # position_ids, which only old files have
-            # From transformers 5 on, CLIP's weights are no longer inside one named text_model.
-            name = f"{network}.{key.removeprefix('text_model.')}"
-            places.setdefault(name, []).append(Place(file, key, shape))
-    layers = weight_names(empty_networks(base))
-    return BaseWeights(base, places, {layer: name for layer, name in layers.items() if name in places})
-
-
-def _weight_files(base: Path) -> dict[Path, str]:
-    """The safetensors files of a base's UNet and text encoders, with their network's name."""
-    if not (base / "model_index.json").is_file():
-        raise BaseModelError(f"{base} has no model_index.json. Give a base model folder in diffusers' layout.")
-    files: dict[Path, str] = {}
-    for network in NETWORKS:
-        folder = base / network
-        found = sorted(folder.glob("*.safetensors"))
-        other = sorted(file.name for ending in ("bin", "ckpt", "msgpack", "h5") for file in folder.glob(f"*.{ending}"))
-        if other:
-            raise BaseModelError(
-                f"{folder / other[0]} is not .safetensors. Save the base model with safetensors alone."
-            )
-        if folder.is_dir() and not found:
-            raise BaseModelError(f"{folder} contains no .safetensors file. Download or copy the base model again.")
-        files |= dict.fromkeys(found, network)
-    return files
