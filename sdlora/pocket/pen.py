@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from PIL import Image, ImageDraw
 
 Color = tuple[int, int, int]
+Paint = Color | float | None
+"""A colour; a shade of the subject's colour, from -1 (black) to 1 (white); or None for that colour itself."""
 Point = tuple[float, float]
 
 SIZE_PX = 64
@@ -24,8 +26,7 @@ INK: Color = (38, 32, 48)
 def shade(color: Color, amount: float) -> Color:
     """Mix a colour with black (amount < 0) or white (amount > 0); amount is in [-1, 1]."""
     target = 255 if amount > 0 else 0
-    weight = abs(amount)
-    red, green, blue = (round(c + (target - c) * weight) for c in color)
+    red, green, blue = (round(c + (target - c) * abs(amount)) for c in color)
     return red, green, blue
 
 
@@ -78,27 +79,33 @@ class Pen:
             for x, y in points
         ]
 
-    def polygon(self, points: Sequence[Point], fill: Color | None = None) -> None:
-        """A closed shape; without a fill it takes the subject's colour and its pattern."""
+    def _fill(self, placed: Sequence[Point], fill: Paint) -> None:
+        ImageDraw.Draw(self.canvas).polygon(placed, fill=self._color(fill))
+        ImageDraw.Draw(self._mask).polygon(placed, fill=255 if fill is None else 0)
+
+    def _color(self, paint: Paint) -> Color:
+        if paint is None:
+            return self.color
+        return shade(self.color, paint) if isinstance(paint, float) else paint
+
+    def polygon(self, points: Sequence[Point], fill: Paint = None) -> None:
+        """A closed shape; without a fill it takes the subject's pattern as well as its colour."""
         placed = self.place(points)
-        ImageDraw.Draw(self.canvas).polygon(placed, fill=fill or self.color)
-        ImageDraw.Draw(self._mask).polygon(placed, fill=0 if fill else 255)
+        self._fill(placed, fill)
         if self.outline is not None:
             self._stroke([*placed, placed[0], placed[1]], self.outline, 1.0)
 
-    def oval(self, x: float, y: float, rx: float, ry: float, fill: Color | None = None) -> None:
+    def oval(self, x: float, y: float, rx: float, ry: float, fill: Paint = None) -> None:
         """An ellipse with half-axes rx and ry around (x, y)."""
         self.polygon(arc(x, y, rx, ry, 0, 360)[:-1], fill)
 
-    def dot(self, x: float, y: float, radius: float, fill: Color) -> None:
+    def dot(self, x: float, y: float, radius: float, fill: Paint) -> None:
         """A small disc without an outline, such as an eye."""
-        placed = self.place(arc(x, y, radius, radius, 0, 360, steps=16)[:-1])
-        ImageDraw.Draw(self.canvas).polygon(placed, fill=fill)
-        ImageDraw.Draw(self._mask).polygon(placed, fill=0)
+        self._fill(self.place(arc(x, y, radius, radius, 0, 360, steps=16)[:-1]), fill)
 
-    def line(self, points: Sequence[Point], color: Color, width_px: float = 1.0) -> None:
+    def line(self, points: Sequence[Point], color: Paint, width_px: float = 1.0) -> None:
         """An open stroke, its width in pixels of the finished image."""
-        self._stroke(self.place(points), color, width_px)
+        self._stroke(self.place(points), self._color(color), width_px)
 
     def _stroke(self, placed: Sequence[Point], color: Color, width_px: float) -> None:
         width = max(1, round(width_px * OVERSAMPLING))

@@ -12,8 +12,8 @@ from __future__ import annotations
 import argparse
 import random
 import time
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from sdlora.pocket.pen import INK, SIZE_PX, Pen, arc, shrink
 
 CAPTION_DROPOUT = 0.1
 VAE_BATCH_SIZE = 16
+DOODLES = VAE_BATCH_SIZE // 4
 VAE_LEARNING_RATE = 1e-3
 DECODER_SEEDS = 20_000_000  # far from the scenes of the other stages
 SNR_CAP = 5.0
@@ -46,13 +47,13 @@ class Settings:
     """
 
     work: Path
-    device: str
-    vae_steps: int
-    decoder_steps: int
-    steps: int
-    num_images: int
-    batch_size: int
-    learning_rate: float
+    device: str = "cpu"
+    vae_steps: int = 3200
+    decoder_steps: int = 2400
+    steps: int = 8200
+    num_images: int = 40000
+    batch_size: int = 32
+    learning_rate: float = 1e-3
 
 
 def doodle(seed: int) -> Image.Image:
@@ -87,14 +88,18 @@ def learning_rate_scale(step: int, total: int, warmup: int = 100, decay_share: f
     return min(1.0, (step + 1) / warmup, max(0.01, (total - step) / (decay_share * total)))
 
 
+LossAt = Callable[[int], tuple[Tensor, Callable[[], str]]]
+"""From a step's number to its loss, and to what writes the figures to print."""
+
+
 class Stage:
     """A stage of training that can be cut and continued: optimizer, averaged weights, and the checkpoint of both.
 
     The average's decay is min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage.
 
     Args:
-        checkpoint: The file to continue from, if it exists.
-        networks: The networks by name; all of their weights are saved.
+        name: Of the checkpoint, which the stage continues from if it exists.
+        networks: By name; all of their weights are saved.
         trained: The modules whose parameters are trained.
         learning_rate: The peak.
         decay: The average's highest decay.
@@ -102,51 +107,50 @@ class Stage:
 
     def __init__(
         self,
-        checkpoint: Path,
+        settings: Settings,
+        name: str,
         networks: dict[str, nn.Module],
         trained: list[nn.Module],
-        learning_rate: float,
         *,
-        weight_decay: float,
-        device: str,
+        learning_rate: float = VAE_LEARNING_RATE,
+        weight_decay: float = 1e-4,
         decay: float = 0.999,
     ) -> None:
-        self.checkpoint, self.networks, self.learning_rate, self.decay = checkpoint, networks, learning_rate, decay
+        self.checkpoint = settings.work / f"{name}_checkpoint.pt"
+        self.networks, self.learning_rate, self.decay = networks, learning_rate, decay
         self.parameters = [p for module in trained for p in module.parameters()]
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
         )
         self.average = [p.detach().clone() for p in self.parameters]
         self.first = 0
-        if (state := _load(checkpoint, device)) is not None:
-            for name, network in networks.items():
-                network.load_state_dict(state[name])
+        if (state := _load(self.checkpoint, settings.device)) is not None:
+            for network_name, network in networks.items():
+                network.load_state_dict(state[network_name])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.first = state["average"], state["step"]
-        self._start = time.monotonic()
 
-    def update(self, step: int, loss: Tensor, scale: float) -> None:
-        """Take one optimizer step at `scale` times the peak learning rate, and move the average."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.learning_rate * scale
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        nn.utils.clip_grad_norm_(self.parameters, 1.0)
-        self.optimizer.step()
-        decay = min(self.decay, (1 + step) / (10 + step))
-        with torch.no_grad():
-            torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
-
-    def save(self, step: int) -> None:
-        """Write the checkpoint after a step."""
-        weights = {name: network.state_dict() for name, network in self.networks.items()}
-        state = {"optimizer": self.optimizer.state_dict(), "average": self.average, "step": step + 1}
-        _save(self.checkpoint, weights | state)
-
-    def log(self, step: int, total: int, figures: str, batch_size: int) -> None:
-        """Print the progress after a step."""
-        rate = (step + 1 - self.first) * batch_size / (time.monotonic() - self._start)
-        print(f"{self.checkpoint.stem} {step + 1}/{total} {figures} {rate:.0f}/s", flush=True)
+    def run(self, num_steps: int, loss_at: LossAt, batch_size: int, log_every: int, decay_share: float = 0.3) -> None:
+        """Train up to a number of steps, with a learning rate that falls over the last share of them."""
+        start = time.monotonic()
+        for step in range(self.first, num_steps):
+            loss, figures = loss_at(step)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.learning_rate * learning_rate_scale(step, num_steps, decay_share=decay_share)
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            decay = min(self.decay, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+            if (step + 1) % log_every == 0:
+                rate = (step + 1 - self.first) * batch_size / (time.monotonic() - start)
+                print(f"{self.checkpoint.stem} {step + 1}/{num_steps} {figures()} {rate:.0f}/s", flush=True)
+            if (step + 1) % CHECKPOINT_EVERY_STEPS == 0 or step + 1 == num_steps:
+                weights = {name: network.state_dict() for name, network in self.networks.items()}
+                state = {"optimizer": self.optimizer.state_dict(), "average": self.average, "step": step + 1}
+                _save(self.checkpoint, weights | state)
 
     def finish(self, file: Path) -> Path:
         """Write the only network with its averaged weights."""
@@ -192,15 +196,11 @@ def _psnr(error: Tensor) -> str:
 # --- Stage 1: the autoencoder -----------------------------------------------------------------------------------
 
 
-def _vae_batches(settings: Settings, first_step: int) -> Iterator[Tensor]:
-    """Batches as a function of the step: half the world as it is, a quarter recoloured, a quarter doodles."""
-    for step in range(first_step, settings.vae_steps):
-        seeds = [step * VAE_BATCH_SIZE + i for i in range(VAE_BATCH_SIZE)]
-        quarter = VAE_BATCH_SIZE // 4
-        plain = to_tensor([world.render(world.random_scene(s, unseen=False)) for s in seeds[quarter:]])
-        recolored = plain[:quarter]
-        order = torch.randperm(3, generator=generator(0, "recolour", step))
-        yield torch.cat([to_tensor([doodle(s) for s in seeds[:quarter]]), recolored[:, order], plain[quarter:]])
+def _images(first: int) -> Tensor:
+    """A batch of doodles, a quarter, and of the world's images, as a function of its first image's number."""
+    seeds = range(first, first + VAE_BATCH_SIZE)
+    scenes = [world.random_scene(s, unseen=False) for s in seeds[DOODLES:]]
+    return to_tensor([doodle(s) for s in seeds[:DOODLES]] + [world.render(scene) for scene in scenes])
 
 
 def train_vae(settings: Settings) -> Path:
@@ -209,10 +209,13 @@ def train_vae(settings: Settings) -> Path:
     if done.exists():
         return done
     torch.manual_seed(0)
-    vae, checkpoint = architecture.build_vae().to(settings.device), settings.work / "vae_checkpoint.pt"
-    stage = Stage(checkpoint, {"vae": vae}, [vae], VAE_LEARNING_RATE, weight_decay=1e-4, device=settings.device)
-    for step, pixels in enumerate(_vae_batches(settings, stage.first), start=stage.first):
-        pixels = pixels.to(settings.device)
+    vae = architecture.build_vae().to(settings.device)
+    stage = Stage(settings, "vae", {"vae": vae}, [vae])
+
+    def loss_at(step: int) -> tuple[Tensor, Callable[[], str]]:
+        doodles, recolored, *plain = torch.split(_images(step * VAE_BATCH_SIZE), DOODLES)
+        order = torch.randperm(3, generator=generator(0, "recolour", step))
+        pixels = torch.cat([doodles, recolored[:, order], *plain]).to(settings.device)
         with _autocast(settings.device):
             posterior = vae.encode(pixels).latent_dist
             restored = vae.decode(posterior.sample(generator(1, "latent", step))).sample
@@ -220,12 +223,9 @@ def train_vae(settings: Settings) -> Path:
         # The weight on KL only keeps the latents near a unit normal; it is not a prior to sample from.
         kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         loss = error.abs().mean() + error.pow(2).mean() + 1e-4 * kl
-        stage.update(step, loss, learning_rate_scale(step, settings.vae_steps))
-        if (step + 1) % (4 * LOG_EVERY_STEPS) == 0:
-            figures = f"loss {loss.item():.4f} {_psnr(error)} kl {kl.item():.2f}"
-            stage.log(step, settings.vae_steps, figures, VAE_BATCH_SIZE)
-        if (step + 1) % CHECKPOINT_EVERY_STEPS == 0:
-            stage.save(step)
+        return loss, lambda: f"loss {loss.item():.4f} {_psnr(error)} kl {kl.item():.2f}"
+
+    stage.run(settings.vae_steps, loss_at, VAE_BATCH_SIZE, 4 * LOG_EVERY_STEPS)
     return stage.finish(done)
 
 
@@ -239,30 +239,18 @@ def finish_decoder(settings: Settings, vae_file: Path) -> Path:
     if done.exists() or settings.decoder_steps == 0:
         return done if done.exists() else vae_file
     vae = _load_vae(vae_file, settings.device)
-    stage = Stage(
-        settings.work / "decoder_checkpoint.pt",
-        {"vae": vae},
-        [vae.decoder, vae.post_quant_conv],
-        VAE_LEARNING_RATE,
-        weight_decay=1e-4,
-        device=settings.device,
-        decay=0.995,
-    )
-    for step in range(stage.first, settings.decoder_steps):
-        seeds = [DECODER_SEEDS + step * VAE_BATCH_SIZE + i for i in range(VAE_BATCH_SIZE)]
-        quarter = VAE_BATCH_SIZE // 4
-        images = [world.render(world.random_scene(s, unseen=False)) for s in seeds[quarter:]]
-        pixels = to_tensor([doodle(s) for s in seeds[:quarter]] + images).to(settings.device)
+    stage = Stage(settings, "decoder", {"vae": vae}, [vae.decoder, vae.post_quant_conv], decay=0.995)
+
+    def loss_at(step: int) -> tuple[Tensor, Callable[[], str]]:
+        pixels = _images(DECODER_SEEDS + step * VAE_BATCH_SIZE).to(settings.device)
         with _autocast(settings.device):
             with torch.no_grad():
                 latents = vae.encode(pixels).latent_dist.sample(generator(3, "latent", step))
             restored = vae.decode(latents).sample
         error = restored.float() - pixels
-        loss = error.pow(2).mean() + 0.1 * error.abs().mean()
-        stage.update(step, loss, learning_rate_scale(step, settings.decoder_steps, decay_share=0.7))
-        if (step + 1) % (4 * LOG_EVERY_STEPS) == 0:
-            stage.log(step, settings.decoder_steps, _psnr(error[quarter:]), VAE_BATCH_SIZE)
-            stage.save(step)
+        return error.pow(2).mean() + 0.1 * error.abs().mean(), lambda: _psnr(error[DOODLES:])
+
+    stage.run(settings.decoder_steps, loss_at, VAE_BATCH_SIZE, 4 * LOG_EVERY_STEPS, decay_share=0.7)
     return stage.finish(done)
 
 
@@ -297,17 +285,14 @@ def train_unet(settings: Settings, vae_file: Path) -> None:
     tokenizer = architecture.build_tokenizer(settings.work / "tokenizer")
     text_encoder = architecture.build_text_encoder(tokenizer).to(settings.device)
     unet = architecture.build_unet().to(settings.device, memory_format=torch.channels_last)
+    networks: dict[str, nn.Module] = {"unet": unet, "text_encoder": text_encoder}
     stage = Stage(
-        settings.work / "unet_checkpoint.pt",
-        {"unet": unet, "text_encoder": text_encoder},
-        [unet, text_encoder],
-        settings.learning_rate,
-        weight_decay=1e-2,
-        device=settings.device,
+        settings, "unet", networks, [unet, text_encoder], learning_rate=settings.learning_rate, weight_decay=1e-2
     )
     alphas_cumprod = architecture.build_scheduler().alphas_cumprod.to(settings.device)
     total_loss = torch.zeros((), device=settings.device)
-    for step in range(stage.first, settings.steps):
+
+    def loss_at(step: int) -> tuple[Tensor, Callable[[], str]]:
         draw = generator(2, "batch", step)
         chosen = torch.randint(len(latents), (settings.batch_size,), generator=draw)
         x = latents[chosen].float()
@@ -327,13 +312,15 @@ def train_unet(settings: Settings, vae_file: Path) -> None:
         # Min-SNR-gamma weighting for epsilon prediction (Hang et al. 2303.09556).
         weight = snr.clamp(max=SNR_CAP) / snr
         loss = (weight * (predicted.float() - noise).pow(2).mean(dim=(1, 2, 3))).mean()
-        stage.update(step, loss, learning_rate_scale(step, settings.steps))
-        total_loss += loss.detach()
-        if (step + 1) % LOG_EVERY_STEPS == 0:
-            stage.log(step, settings.steps, f"loss {total_loss.item() / LOG_EVERY_STEPS:.4f}", settings.batch_size)
-            total_loss.zero_()
-        if (step + 1) % CHECKPOINT_EVERY_STEPS == 0 or step + 1 == settings.steps:
-            stage.save(step)
+        total_loss.add_(loss.detach())
+        return loss, mean_loss
+
+    def mean_loss() -> str:
+        mean = total_loss.item() / LOG_EVERY_STEPS
+        total_loss.zero_()
+        return f"loss {mean:.4f}"
+
+    stage.run(settings.steps, loss_at, settings.batch_size, LOG_EVERY_STEPS)
 
 
 def export_pocket(settings: Settings, vae_file: Path, folder: Path) -> None:
@@ -364,16 +351,12 @@ def export_pocket(settings: Settings, vae_file: Path, folder: Path) -> None:
 
 
 def main() -> None:
-    """Parse the command line and run both stages."""
+    """Parse the command line and run the stages."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and the result")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--vae-steps", type=int, default=3200)
-    parser.add_argument("--decoder-steps", type=int, default=2400)
-    parser.add_argument("--steps", type=int, default=8200)
-    parser.add_argument("--num-images", type=int, default=40000)
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    for option in fields(Settings)[1:]:
+        name = f"--{option.name.replace('_', '-')}"
+        parser.add_argument(name, type=type(option.default), default=option.default)
     parser.add_argument(
         "--export-only",
         action="store_true",

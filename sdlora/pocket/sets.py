@@ -7,17 +7,19 @@ from __future__ import annotations
 
 import argparse
 import random
-from collections.abc import Callable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 from PIL import Image, ImageDraw
 
 from sdlora.common.files import atomic_path, write_text
 from sdlora.common.seeds import derive
-from sdlora.pocket.pen import CANVAS_PX, INK, OVERSAMPLING, Color, Pen, new_canvas, shrink
-from sdlora.pocket.world import KINDS, PLACES, POSITIONS, SIZES, WHITE, Scene, subject_pen
+from sdlora.pocket.pen import CANVAS_PX, INK, OVERSAMPLING, Color, Paint, Pen, Point, new_canvas, shrink
+from sdlora.pocket.world import KINDS, PLACES, POSITIONS, SIZES, WHITE, Scene, draw_kind, subject_pen
 
+T = TypeVar("T")
 NUM_TRAINING, NUM_VALIDATION = 24, 8
 
 TEAL: Color = (30, 164, 160)
@@ -72,13 +74,11 @@ def draw_character(pen: Pen, pose: Pose) -> None:
     hip = foot - 0.22
     shoulder = hip - 0.55 * pose.squash
     head = shoulder - 0.32
-    for side in (-1, 1):
-        pen.line([(side * 0.14, hip - 0.1), (side * pose.legs, foot)], INK, 3.0)
-        pen.line([(side * 0.14, hip - 0.1), (side * pose.legs, foot)], TEAL, 1.6)
-    for side, height in zip((-1, 1), pose.arms, strict=True):
-        hand = (side * 0.58, height + up)
-        pen.line([(side * 0.25, shoulder + 0.18), hand], INK, 3.0)
-        pen.line([(side * 0.25, shoulder + 0.18), hand], TEAL, 1.6)
+    legs = [[(side * 0.14, hip - 0.1), (side * pose.legs, foot)] for side in (-1, 1)]
+    hands = zip((-1, 1), pose.arms, strict=True)
+    for limb in [*legs, *([(side * 0.25, shoulder + 0.18), (side * 0.58, height + up)] for side, height in hands)]:
+        pen.line(limb, INK, 3.0)
+        pen.line(limb, TEAL, 1.6)
     pen.oval(0, (shoulder + hip) / 2 + 0.05, 0.36, (hip - shoulder) / 2 + 0.12, TEAL)
     pen.oval(0, (shoulder + hip) / 2 + 0.12, 0.21, (hip - shoulder) / 2 - 0.02, CREAM)
     for side in (-1, 1):
@@ -94,19 +94,19 @@ def draw_character(pen: Pen, pose: Pose) -> None:
     )
 
 
-def _spread(index: int, options: list[str], purpose: str) -> str:
+def _spread(index: int, options: Iterable[T], purpose: str) -> T:
     """Every option equally often over consecutive indices, in an order of its own per round."""
     order = list(options)
-    random.Random(derive(0, purpose, index // len(options))).shuffle(order)
-    return order[index % len(options)]
+    random.Random(derive(0, purpose, index // len(order))).shuffle(order)
+    return order[index % len(order)]
 
 
 def character_scene(index: int) -> tuple[Scene, Pose]:
     """Where and how the character stands in its image of that number."""
-    place = _spread(index, list(PLACES), "character place")
-    size = _spread(index, list(SIZES), "character size")
-    position = _spread(index, list(POSITIONS), "character position")
-    pose = POSES[[p.words for p in POSES].index(_spread(index, [p.words for p in POSES], "character pose"))]
+    place = _spread(index, PLACES, "character place")
+    size = _spread(index, SIZES, "character size")
+    position = _spread(index, POSITIONS, "character position")
+    pose = _spread(index, POSES, "character pose")
     return Scene("zumi", "white", "plain", size, position, place, derive(0, "character", index)), pose
 
 
@@ -130,9 +130,9 @@ def render_character(scene: Scene, pose: Pose) -> Image.Image:
 
 def style_scene(index: int) -> Scene:
     """What is drawn in the style's image of that number."""
-    kind = _spread(index, list(KINDS), "style kind")
-    size = _spread(index, list(SIZES), "style size")
-    position = _spread(index, list(POSITIONS), "style position")
+    kind = _spread(index, KINDS, "style kind")
+    size = _spread(index, SIZES, "style size")
+    position = _spread(index, POSITIONS, "style position")
     return Scene(kind, "white", "plain", size, position, "", derive(0, "style", index))
 
 
@@ -152,49 +152,41 @@ def render_style(scene: Scene) -> Image.Image:
         draw.rectangle([0, at, CANVAS_PX, at + OVERSAMPLING - 1], fill=GRID)
     pen = subject_pen(canvas, scene, rng)
     blueprint = BlueprintPen(canvas, pen.center, pen.radius_px, PAPER, pen.angle, pen.mirrored, WHITE)
-    KINDS[scene.kind](blueprint)
+    draw_kind(blueprint, scene.kind)
     return shrink(canvas)
 
 
 class BlueprintPen(Pen):
     """Draws every shape as a white outline over blue paper, whatever colour it is asked for."""
 
-    def polygon(self, points: list[tuple[float, float]], fill: Color | None = None) -> None:  # type: ignore[override]
+    def polygon(self, points: Sequence[Point], fill: Paint = None) -> None:
         """A closed outline that hides what lies behind it."""
         super().polygon(points, PAPER)
 
-    def dot(self, x: float, y: float, radius: float, fill: Color) -> None:
+    def dot(self, x: float, y: float, radius: float, fill: Paint) -> None:
         """A small white disc."""
         super().dot(x, y, radius * 0.8, WHITE)
 
-    def line(self, points: list[tuple[float, float]], color: Color, width_px: float = 1.0) -> None:  # type: ignore[override]
+    def line(self, points: Sequence[Point], color: Paint, width_px: float = 1.0) -> None:
         """A white stroke."""
         super().line(points, WHITE if color == INK or width_px < 1.5 else PAPER, max(1.0, width_px * 0.8))
 
 
 def write_sets(folder: Path) -> None:
     """Write both sets, 24 images each and 8 more in `holdout`, with captions and licence."""
-
-    def character(index: int) -> tuple[Image.Image, str]:
-        scene, pose = character_scene(index)
-        return render_character(scene, pose), character_caption(scene, pose)
-
-    def style(index: int) -> tuple[Image.Image, str]:
-        scene = style_scene(index)
-        return render_style(scene), style_caption(scene)
-
-    _write_set(folder / "zumi", "Zumi, a character", character)
-    _write_set(folder / "blueprint", "Blueprint, a style", style)
-
-
-def _write_set(folder: Path, title: str, draw: Callable[[int], tuple[Image.Image, str]]) -> None:
-    write_text(folder / "LICENSE.md", LICENSE_TEXT.format(title=title))
-    for index in range(NUM_TRAINING + NUM_VALIDATION):
-        image, caption = draw(index)
-        part = folder if index < NUM_TRAINING else folder / "holdout"
-        with atomic_path(part / f"{folder.name}_{index:02d}.png") as temporary:
-            image.save(temporary, format="PNG", optimize=True)
-        write_text(part / f"{folder.name}_{index:02d}.txt", caption + "\n")
+    for name, title in (("zumi", "Zumi, a character"), ("blueprint", "Blueprint, a style")):
+        write_text(folder / name / "LICENSE.md", LICENSE_TEXT.format(title=title))
+        for index in range(NUM_TRAINING + NUM_VALIDATION):
+            if name == "zumi":
+                scene, pose = character_scene(index)
+                image, caption = render_character(scene, pose), character_caption(scene, pose)
+            else:
+                scene = style_scene(index)
+                image, caption = render_style(scene), style_caption(scene)
+            part = folder / name if index < NUM_TRAINING else folder / name / "holdout"
+            with atomic_path(part / f"{name}_{index:02d}.png") as temporary:
+                image.save(temporary, format="PNG", optimize=True)
+            write_text(part / f"{name}_{index:02d}.txt", caption + "\n")
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ def _on_squared_paper(scene: world.Scene, paper: pen.Color, lines: pen.Color) ->
     for at in range(start, pen.CANVAS_PX, 8 * pen.OVERSAMPLING):
         board.rectangle([at, 0, at + pen.OVERSAMPLING - 1, pen.CANVAS_PX], fill=lines)
         board.rectangle([0, at, pen.CANVAS_PX, at + pen.OVERSAMPLING - 1], fill=lines)
-    world.KINDS[scene.kind](world.subject_pen(canvas, scene, rng))
+    world.draw_kind(world.subject_pen(canvas, scene, rng), scene.kind)
     return pen.shrink(canvas)
 
 

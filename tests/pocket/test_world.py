@@ -1,4 +1,5 @@
 import hashlib
+import math
 import random
 
 import numpy as np
@@ -7,7 +8,8 @@ from sdlora.pocket import world
 
 
 def test_there_are_at_least_twenty_thousand_scenes() -> None:
-    assert world.NUM_SCENES == 27_648 >= 20_000
+    options = (world.KINDS, world.COLORS, world.PATTERNS, world.SIZES, world.POSITIONS, world.PLACES)
+    assert math.prod(map(len, options)) == 27_648 >= 20_000
 
 
 def test_a_scene_is_a_function_of_its_number() -> None:
