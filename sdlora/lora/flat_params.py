@@ -8,23 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from sdlora.lora.dora import DoraLayer
 from sdlora.lora.fused import SharedInput
 from sdlora.lora.inject import Adapter
-from sdlora.lora.layers import LoraLayer, LoraLinear
+from sdlora.lora.layers import DoraLayer, LoraLayer, LoraLinear
 from sdlora.lora.quantize import frozen_weight
 
 _ON_ONE_INPUT = {"attn1": ("to_q", "to_k", "to_v"), "attn2": ("to_k", "to_v")}
 
 
-@dataclass(frozen=True)
-class _Leaf:
+class _Leaf(NamedTuple):
     """One long tensor, the parameters that are its parts, and the dtype that their layers compute in."""
 
     values: nn.Parameter

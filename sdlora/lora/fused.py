@@ -7,6 +7,7 @@ Shapes: N samples times tokens, J layers on one input, i in, o out (of each), r 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 
-from sdlora.lora.quantize import Packed, QuantizedLinear, stack, unstack
+from sdlora.lora.quantize import Packed, QuantizedLinear
 
 if TYPE_CHECKING:
     from sdlora.lora.layers import LoraLinear
@@ -86,10 +87,11 @@ def _stacked(members: Sequence[LoraLinear]) -> Tensor | Packed:
     bases = [member.base for member in members]
     packed = [base for base in bases if isinstance(base, QuantizedLinear)]
     if len(packed) == len(bases):
-        whole = stack([base.packed for base in packed])
-        for layer, part in zip(packed, unstack(whole, len(packed)), strict=True):
-            layer.codes, layer.scales = part.codes, part.scales
-        return whole
+        codes, scales = torch.cat([base.codes for base in packed]), torch.cat([base.scales for base in packed])
+        pieces = zip(packed, codes.chunk(len(packed)), scales.chunk(len(packed)), strict=True)
+        for layer, own_codes, own_scales in pieces:
+            layer.codes, layer.scales = own_codes, own_scales
+        return replace(packed[0].packed, codes=codes, scales=scales)
     weight = torch.cat([base.weight for base in bases]).detach()
     for base, rows in zip(bases, weight.chunk(len(bases)), strict=True):
         base.weight.data = rows

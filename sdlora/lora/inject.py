@@ -10,6 +10,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +18,7 @@ from torch.utils.hooks import RemovableHandle
 
 from sdlora.common import seeds
 from sdlora.errors import ConfigError
-from sdlora.lora.dora import DoraConv2d, DoraLayer, DoraLinear
-from sdlora.lora.init import Init, initial_factors
-from sdlora.lora.layers import LoraConv2d, LoraLayer, LoraLinear
+from sdlora.lora.layers import DoraConv2d, DoraLayer, DoraLinear, LoraConv2d, LoraLayer, LoraLinear
 from sdlora.lora.quantize import QuantizedLinear, num_weights
 from sdlora.lora.targets import TEXT_ENCODER, by_prefix, network_of, target_of
 from sdlora.lora.timestep_rank import TimestepRank, rank_mask, watch_timesteps
@@ -44,6 +43,8 @@ class LoraWeights:
     initial: tuple[Tensor, Tensor] | None = None
 
 
+Init = Literal["gaussian", "orthogonal", "pissa"]
+"""A random A and a zero B, or singular triplets whose product is then subtracted."""
 LoraState = dict[str, LoraWeights]
 """Module path, as `sdlora.lora.targets` writes it, to its weights."""
 
@@ -75,8 +76,8 @@ class Adapter:
     """All adapter layers of a base; made by `inject`.
 
     Args:
-        networks: Networks by the prefix of their module paths, "" for the UNet.
-        layers: Adapter layers by module path.
+        networks: By the prefix of their module paths, "" for the UNet.
+        layers: By module path.
         timestep_rank: Fewer ranks of the UNet's layers at high noise, or None; every call of the UNet sets them.
     """
 
@@ -169,14 +170,14 @@ class Adapter:
     @contextmanager
     def disabled(self) -> Iterator[None]:
         """Switch the adapter off inside the block; afterwards every layer is as it was before."""
-        before = {path: layer.enabled for path, layer in self.layers.items()}
-        for layer in self.layers.values():
+        before = [(layer, layer.enabled) for layer in self.layers.values()]
+        for layer, _ in before:
             layer.enabled = False
         try:
             yield
         finally:
-            for path, layer in self.layers.items():
-                layer.enabled = before[path]
+            for layer, enabled in before:
+                layer.enabled = enabled
 
     @contextmanager
     def dropping(self, seed: int, exposures: Sequence[tuple[str, int]]) -> Iterator[None]:
@@ -200,7 +201,7 @@ class Adapter:
         if self._watch is not None:
             self._watch.remove()
         for path, layer in self.layers.items():
-            _replace(self._networks, path, layer.base)
+            setattr(*_place(self._networks, path), layer.base)
 
     def _mask_ranks(self, timesteps: Tensor, setting: TimestepRank) -> None:
         layers = [layer for path, layer in self.layers.items() if not path.startswith(TEXT_ENCODER)]
@@ -222,13 +223,12 @@ def inject(
     """Freeze a base's networks and put a new adapter on some of their layers.
 
     Args:
-        unet: Changed in place.
+        unet: Changed in place, as the text encoders are where paths name their modules.
         paths: Module paths, as `find_targets` returns them.
         rank: r of every layer whose target is not in `spec.target_ranks`.
         alpha: alpha of every layer whose target is not in `spec.target_alphas`.
         seed: The run's seed; a layer's initial weights depend on it and on the module path alone.
         spec: Kind of adapter; plain LoRA if None.
-        text_encoders: Changed in place where paths name their modules.
 
     Raises:
         ConfigError: `spec.init` needs more singular values than a layer has.
@@ -271,9 +271,7 @@ def inject_state(
 
 
 def _shapes(state: LoraState) -> dict[str, tuple[object, ...]]:
-    return {
-        path: (w.down.shape, w.up.shape, w.magnitude is None, w.initial is None) for path, w in state.items()
-    }  # fmt: skip
+    return {p: (w.down.shape, w.up.shape, w.magnitude is None, w.initial is None) for p, w in state.items()}
 
 
 def _frozen(unet: nn.Module, text_encoders: Sequence[nn.Module]) -> dict[str, nn.Module]:
@@ -294,8 +292,8 @@ def _adapt(
     generator: torch.Generator | None = None,
 ) -> LoraLayer:
     """Replace the module at a path by its adapter layer."""
-    prefix = _prefix(path)
-    module = networks[prefix].get_submodule(path.removeprefix(prefix))
+    parent, name = _place(networks, path)
+    module = parent.get_submodule(name)
     layer: LoraLayer
     if isinstance(module, nn.Conv2d):
         assert module.groups == 1, "no convolution among the targets has groups"
@@ -303,16 +301,54 @@ def _adapt(
     else:
         assert isinstance(module, nn.Linear | QuantizedLinear), f"{type(module).__name__} cannot be adapted"
         layer = (DoraLinear if dora else LoraLinear)(module, rank, alpha, generator=generator)
-    _replace(networks, path, layer)
+    setattr(parent, name, layer)
     return layer
 
 
-def _replace(networks: Mapping[str, nn.Module], path: str, module: nn.Module) -> None:
-    prefix = _prefix(path)
-    parent, _, name = path.removeprefix(prefix).rpartition(".")
-    setattr(networks[prefix].get_submodule(parent), name, module)
-
-
-def _prefix(path: str) -> str:
+def _place(networks: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
+    """The module that holds the one at a path, and its name there."""
     network = network_of(path)
-    return "" if network == "unet" else f"{network}."
+    prefix = "" if network == "unet" else f"{network}."
+    parent, _, name = path.removeprefix(prefix).rpartition(".")
+    return networks[prefix].get_submodule(parent), name
+
+
+def initial_factors(
+    init: Init, weight: Tensor, rank: int, scale: float, *, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """A0 and B0 of a layer, float32 on the CPU.
+
+    "orthogonal" takes the last r triplets of a random matrix of the layer's shape, so that ranks start small and
+    orthogonal to each other. "pissa" takes the first r triplets of the layer's own weights, divided by the scale, so
+    that s B0 A0 is their best approximation of rank r.
+
+    Args:
+        weight: W0, (o, i) or (o, i, k, k).
+        rank: r, at most min(i k k, o).
+        scale: s = alpha / r.
+        generator: Source of the random matrix, N(0, 1/r^2).
+
+    Returns:
+        A0, (r, i) or (r, i, k, k), and B0, (o, r) or (o, r, 1, 1), each scaled by the root of the singular values.
+
+    Raises:
+        ConfigError: The layer has fewer than r triplets.
+
+    Source: Soboleva et al. 2507.05964, section 3.2, with the deviation 1/r of its code; Meng et al. 2404.02948,
+    equations 2 to 4.
+    """
+    matrix = weight.detach().float().cpu().flatten(1)
+    if rank > min(matrix.shape):
+        raise ConfigError(
+            f"lora.init = {init!r} needs a rank of at most {min(matrix.shape)} on a layer of {matrix.shape[0]} "
+            f"outputs and {matrix.shape[1]} inputs, found {rank}. Lower lora.rank or set lora.init = 'gaussian'."
+        )
+    if init == "orthogonal":
+        matrix = torch.randn(matrix.shape, generator=generator) / rank
+    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
+    if init == "orthogonal":
+        u, s, v = u[:, -rank:], s[-rank:], v[-rank:]
+    else:
+        u, s, v = u[:, :rank], s[:rank] / scale, v[:rank]
+    down, up = s.sqrt()[:, None] * v, u * s.sqrt()
+    return down.reshape(rank, *weight.shape[1:]), up.reshape(-1, rank, *(1 for _ in weight.shape[2:]))

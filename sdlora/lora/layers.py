@@ -1,14 +1,15 @@
-"""LoRA layers: a frozen linear layer or convolution with a trained low-rank update.
+"""LoRA and DoRA layers: a frozen linear layer or convolution with a trained low-rank update.
 
-`inject` puts them into a base's networks; `sdlora.lora.dora` adds magnitudes, `sdlora.lora.fused` the fast path.
-Shapes: B batch, i in, o out, r rank, k kernel, H/W pixels; x is (B, ..., i) for a linear layer and (B, i, H, W) for a
-convolution.
+`inject` puts them into a base's networks; `sdlora.lora.fused` is the fast path.
+Shapes: B batch, i in, o out, r rank, k kernel, H/W pixels; for a linear layer x is (B, ..., i) and the magnitude (o,),
+for a convolution (B, i, H, W) and (1, o, 1, 1).
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -100,12 +101,7 @@ class LoraLayer(nn.Module, ABC):
 
     @torch.no_grad()
     def set_initial(self, down: Tensor, up: Tensor) -> None:
-        """Start at A = A0 and B = B0, and subtract their product from now on.
-
-        Args:
-            down: A0, of A's shape.
-            up: B0, of B's shape.
-        """
+        """Start at A = A0 and B = B0, of the shapes of A and B, and subtract their product from now on."""
         self.down.copy_(down)
         self.up.copy_(up)
         self.down_init, self.up_init = self.down.detach().clone(), self.up.detach().clone()
@@ -175,17 +171,73 @@ class LoraConv2d(LoraLayer):
         return F.conv2d(inner, up)
 
 
+class DoraLayer(LoraLayer):
+    """A frozen layer W0 with trained direction and magnitude: y = m (W0 + s B A) x / ||W0 + s B A||.
+
+    The norm is that of every output's weights. It follows the update, but no gradient passes through it.
+
+    Attributes:
+        magnitude: m, which starts at ||W0 + s B A||, float32.
+
+    Source: Liu et al. 2402.09353, equation 5; section 4.3 for the norm without a gradient.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.magnitude = nn.Parameter(self._norm().detach())
+
+    @property
+    def is_plain(self) -> bool:
+        """False: the output depends on the norm as well."""
+        return False
+
+    def trained(self) -> tuple[nn.Parameter, ...]:
+        """A, B and m."""
+        return self.down, self.up, self.magnitude
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The adapted layer's output, in the dtype of x."""
+        output: Tensor = self.base(x)
+        if not self.enabled:
+            return output
+        ratio = self.factors()[2] / self._norm().detach()
+        without_bias = output if self.base.bias is None else output - self.base.bias.view_as(ratio)
+        change = (ratio - 1).to(x.dtype) * without_bias + ratio.to(x.dtype) * self._update(x) * self.scale
+        return output + change * self.strength
+
+    @abstractmethod
+    def _norm(self) -> Tensor:
+        """||W0 + s B A|| of every output's weights, in the shape of m."""
+
+
+class DoraLinear(DoraLayer, LoraLinear):
+    """The DoRA of a linear layer."""
+
+    def _norm(self) -> Tensor:
+        # B A by applying it to all unit vectors, which rounds as PEFT does.
+        units = torch.eye(self.down.shape[1], dtype=self.down.dtype, device=self.down.device)
+        product = F.linear(F.linear(units, self.down), self.up).T
+        norm: Tensor = torch.linalg.norm(self.base.weight.to(self.down.dtype) + self.scale * product, dim=1)
+        return norm
+
+
+class DoraConv2d(DoraLayer, LoraConv2d):
+    """The DoRA of a convolution."""
+
+    def _norm(self) -> Tensor:
+        product = torch.mm(self.up.flatten(1), self.down.flatten(1)).view_as(self.base.weight)
+        weight = self.base.weight.to(self.down.dtype) + self.scale * product
+        norm: Tensor = weight.norm(p=2, dim=(1, 2, 3), keepdim=True).transpose(1, 0)
+        return norm
+
+
 def seeded_dropout(x: Tensor, share: float, seeds: Sequence[int]) -> Tensor:
-    """Inverted dropout whose zeros depend on each sample's seed alone.
+    """Inverted dropout whose zeros depend on each sample's seed alone; other elements are divided by 1 - share.
 
     Args:
         x: (B, ...), where B is a multiple of the number of seeds: a batch may hold several predictions of the same
             samples one after the other, which all drop the same elements.
         share: Share of elements to zero, in (0, 1).
-        seeds: One seed per sample.
-
-    Returns:
-        x with zeros, the other elements divided by 1 - share.
 
     Source: Srivastava et al. 2014, section 10.
     """

@@ -6,8 +6,8 @@ neither, so that memory falls by what packing saves. Shapes: i in, o out.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
 
@@ -55,12 +55,7 @@ class Packed:
 
     @classmethod
     def of(cls, weight: Tensor, kind: Quantization) -> Packed:
-        """Pack a weight.
-
-        Args:
-            weight: (o, i); i is a multiple of 64 for "nf4".
-            kind: The format.
-        """
+        """Pack a weight (o, i); i is a multiple of 64 for "nf4"."""
         smallest = torch.finfo(torch.float32).tiny  # so that a row of zeros is not divided by zero
         if kind == "int8":
             values = weight.detach().float()
@@ -85,25 +80,8 @@ class Packed:
         return torch.mul(blocks, self.scales.unsqueeze(2), out=torch.empty_like(blocks, dtype=self.dtype)).flatten(1)
 
 
-def stack(parts: Sequence[Packed]) -> Packed:
-    """Put weights of one kind and width on top of each other."""
-    codes, scales = ([getattr(part, name) for part in parts] for name in ("codes", "scales"))
-    return replace(parts[0], codes=torch.cat(codes), scales=torch.cat(scales))
-
-
-def unstack(whole: Packed, count: int) -> list[Packed]:
-    """Split a stack of `count` weights of the same height into views."""
-    pairs = zip(whole.codes.chunk(count), whole.scales.chunk(count), strict=True)
-    return [replace(whole, codes=codes, scales=scales) for codes, scales in pairs]
-
-
 class QuantizedLinear(nn.Module):
-    """A frozen linear layer whose weight is packed.
-
-    Args:
-        linear: The layer to replace; its bias is not packed.
-        kind: The format.
-    """
+    """A frozen linear layer whose weight is packed, though not its bias."""
 
     codes: Tensor
     scales: Tensor
@@ -156,19 +134,13 @@ class _Frozen(Function):
 
 
 def quantize_linears(unet: nn.Module, kind: Quantization) -> None:
-    """Pack the linear layers of a UNet's attention blocks, which have most of its parameters.
+    """Pack the linear layers of a UNet's attention blocks, in place; they have most of its parameters.
 
-    Args:
-        unet: Changed in place; it has no adapter yet.
-        kind: The format; "nf4" leaves layers whose width is not a multiple of 64 unpacked.
+    The UNet has no adapter yet. "nf4" leaves layers whose width is not a multiple of 64 unpacked.
     """
-    found = [
-        (path, module)
-        for path, module in unet.named_modules()
-        if ".attentions." in f".{path}" and isinstance(module, nn.Linear)
-    ]
-    for path, module in found:
-        if kind == "int8" or module.in_features % _NF4_BLOCK == 0:
+    for path, module in list(unet.named_modules()):
+        in_attention = ".attentions." in f".{path}" and isinstance(module, nn.Linear)
+        if in_attention and (kind == "int8" or module.in_features % _NF4_BLOCK == 0):
             parent, _, name = path.rpartition(".")
             setattr(unet.get_submodule(parent), name, QuantizedLinear(module, kind))
 

@@ -53,20 +53,14 @@ def adaptable(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> list[
 
 
 def find_targets(unet: nn.Module, names: Sequence[str], text_encoders: Sequence[nn.Module] = ()) -> list[str]:
-    """The paths of all layers of the named targets, in the networks' order.
-
-    Args:
-        unet: The UNet.
-        names: Names in `TARGETS`.
-        text_encoders: The networks of the target "text_encoder".
+    """The paths of all layers of the targets with these names in `TARGETS`, in the networks' order.
 
     Raises:
         ConfigError: A name matches no layer of this base.
     """
     layers = adaptable(unet, text_encoders)
     found = {name: [path for path in layers if TARGETS[name].fullmatch(path)] for name in names}
-    empty = [name for name, paths in found.items() if not paths]
-    if empty:
+    if empty := [name for name, paths in found.items() if not paths]:
         present = [name for name in TARGETS if any(TARGETS[name].fullmatch(path) for path in layers)]
         raise ConfigError(
             f"lora.targets: {', '.join(map(repr, empty))} matches no layer of this base model; "

@@ -33,11 +33,7 @@ class TimestepRank:
 
 
 def timestep_rank_in(metadata: Mapping[str, str], file: str) -> TimestepRank | None:
-    """The setting that a LoRA file was trained with, or None for all ranks at every timestep.
-
-    Args:
-        metadata: The file's metadata.
-        file: Its name, for messages.
+    """The setting that a LoRA file was trained with, or None for all ranks at every timestep; `file` is its name.
 
     Raises:
         DataError: The metadata is not as sdlora writes it.
@@ -63,7 +59,6 @@ def active_ranks(timesteps: Tensor, rank: int, setting: TimestepRank) -> Tensor:
     Args:
         timesteps: t in [0, T - 1], (B,), where T is 1000.
         rank: r, at least r_min.
-        setting: r_min and alpha.
 
     Returns:
         Integers in [r_min, r], (B,).
@@ -81,14 +76,11 @@ def rank_mask(timesteps: Tensor, rank: int, setting: TimestepRank) -> Tensor:
 
 
 def watch_timesteps(unet: nn.Module, callback: Callable[[Tensor], None]) -> RemovableHandle:
-    """Call back with the timesteps of every forward pass of a UNet before it begins.
+    """Call back with the timesteps of every forward pass of a UNet before it begins, until the handle is removed.
 
     Args:
         unet: Called as unet(sample, timestep, ...), as in diffusers.
         callback: Receives the timesteps of all samples, (B,), even if one timestep is given for all.
-
-    Returns:
-        The handle that removes the callback.
     """
 
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

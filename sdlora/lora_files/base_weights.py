@@ -29,8 +29,7 @@ from sdlora.lora.targets import NETWORKS, adaptable, network_of
 from sdlora.lora_files.names import kohya_name
 from sdlora.lora_files.read import family_of
 from sdlora.models.architectures import ARCHITECTURES, Architecture, Family
-from sdlora.models.detect import TEXT_ENCODERS, identify
-from sdlora.models.safetensors_header import Header, read_header
+from sdlora.models.detect import TEXT_ENCODERS, Header, identify, read_header
 
 Shape = tuple[int, ...]
 # More than any tensor has rows.

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from diffusers import DiffusionPipeline
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from sdlora.errors import DataError
-from sdlora.lora.timestep_rank import TimestepRank, rank_mask, timestep_rank_in, watch_timesteps
+from sdlora.lora.timestep_rank import rank_mask, timestep_rank_in, watch_timesteps
+from sdlora.lora_files.read import read_tensors
 
 
 def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name: str | None = None) -> None:
@@ -30,7 +30,12 @@ def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name:
 
     Source: Soboleva et al. 2507.05964, equation 5.
     """
-    setting, copies = _read_setting(Path(file))
+    _, metadata = read_tensors(Path(file))
+    setting = timestep_rank_in(metadata, Path(file).name)
+    if setting is None:
+        raise DataError(f"{file} was trained without a timestep rank. Use it as it is, without this call.")
+    # The ranks lie in the file once or, beside frozen initial factors, twice.
+    copies = 2 if "sdlora.frozen_start" in metadata else 1
     unet = pipe.unet
     adapters = sorted(getattr(unet, "peft_config", {}))
     name = adapters[0] if adapter_name is None and len(adapters) == 1 else adapter_name
@@ -57,16 +62,3 @@ def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name:
         down = downs[name] if isinstance(downs, nn.ModuleDict) and name in downs else None
         if isinstance(down, nn.Linear | nn.Conv2d):
             down.register_forward_hook(hook(down.weight.shape[0]))
-
-
-def _read_setting(file: Path) -> tuple[TimestepRank, int]:
-    """The setting, and how many copies of the ranks the file contains one after the other."""
-    try:
-        with safe_open(file, framework="pt") as opened:
-            metadata: dict[str, str] = dict(opened.metadata() or {})
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"cannot read {file} as safetensors: {error}. Check the path, or download it again.") from error
-    setting = timestep_rank_in(metadata, file.name)
-    if setting is None:
-        raise DataError(f"{file} was trained without a timestep rank. Use it as it is, without this call.")
-    return setting, 2 if "sdlora.frozen_start" in metadata else 1

@@ -42,38 +42,28 @@ class Architecture:
         return width
 
 
-_CLIP_TOKENS = {"vocab_size": 49408, "max_position_embeddings": 77, "bos_token_id": 49406, "eos_token_id": 49407}
-_CLIP_L: dict[str, Any] = {
-    **_CLIP_TOKENS,
-    "hidden_size": 768,
-    "intermediate_size": 3072,
-    "num_hidden_layers": 12,
-    "num_attention_heads": 12,
-    "hidden_act": "quick_gelu",
-    "projection_dim": 768,
-    "pad_token_id": 49407,
-}
+def _clip(
+    width: int, num_layers: int, num_heads: int, activation: str, projection: int, padding: int
+) -> dict[str, Any]:
+    return {
+        "vocab_size": 49408,
+        "max_position_embeddings": 77,
+        "bos_token_id": 49406,
+        "eos_token_id": 49407,
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": num_layers,
+        "num_attention_heads": num_heads,
+        "hidden_act": activation,
+        "projection_dim": projection,
+        "pad_token_id": padding,
+    }
+
+
+_CLIP_L = _clip(768, 12, 12, "quick_gelu", 768, 49407)
 # The encoder has 24 layers; Stable Diffusion 2.x reads the second to last, so the last is left out.
-_OPENCLIP_H: dict[str, Any] = {
-    **_CLIP_TOKENS,
-    "hidden_size": 1024,
-    "intermediate_size": 4096,
-    "num_hidden_layers": 23,
-    "num_attention_heads": 16,
-    "hidden_act": "gelu",
-    "projection_dim": 512,
-    "pad_token_id": 0,
-}
-_OPENCLIP_BIGG: dict[str, Any] = {
-    **_CLIP_TOKENS,
-    "hidden_size": 1280,
-    "intermediate_size": 5120,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 20,
-    "hidden_act": "gelu",
-    "projection_dim": 1280,
-    "pad_token_id": 0,
-}
+_OPENCLIP_H = _clip(1024, 23, 16, "gelu", 512, 0)
+_OPENCLIP_BIGG = _clip(1280, 32, 20, "gelu", 1280, 0)
 _VAE: dict[str, Any] = {
     "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2,

@@ -27,8 +27,7 @@ from sdlora.errors import BaseModelError
 from sdlora.lora.quantize import Quantization, quantize_linears
 from sdlora.models.architectures import ARCHITECTURES, Family
 from sdlora.models.base import BaseModel, Source
-from sdlora.models.detect import identify
-from sdlora.models.safetensors_header import read_header
+from sdlora.models.detect import identify, read_header
 from sdlora.models.sd import StableDiffusion
 from sdlora.models.sd2 import StableDiffusion2
 from sdlora.models.sdxl import StableDiffusionXL

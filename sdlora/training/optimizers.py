@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 from sdlora.errors import ConfigError
-from sdlora.lora.dora import DoraLayer
 from sdlora.lora.inject import Adapter
+from sdlora.lora.layers import DoraLayer
 from sdlora.lora.targets import TEXT_ENCODER
 from sdlora.training.settings import LrSchedule
 

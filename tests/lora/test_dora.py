@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from sdlora.lora.dora import DoraConv2d, DoraLinear
+from sdlora.lora.layers import DoraConv2d, DoraLinear
 
 
 def test_dora_linear_matches_equation_5() -> None:

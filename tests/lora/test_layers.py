@@ -7,9 +7,8 @@ from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, injected, outputs, pe
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from sdlora.lora.dora import DoraLayer
 from sdlora.lora.inject import AdapterSpec, inject
-from sdlora.lora.layers import LoraLayer, LoraLinear, seeded_dropout
+from sdlora.lora.layers import DoraLayer, LoraLayer, LoraLinear, seeded_dropout
 from sdlora.lora.targets import find_targets
 
 

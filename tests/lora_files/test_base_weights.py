@@ -28,7 +28,7 @@ from sdlora.lora_files.merge import differences, merge_into
 from sdlora.lora_files.read import read_file
 from sdlora.lora_files.write import LoraMetadata, save_lora
 from sdlora.models.architectures import ARCHITECTURES, Family
-from sdlora.models.safetensors_header import Header
+from sdlora.models.detect import Header
 from sdlora.models.text import clip_tokenizer
 
 FAMILIES: list[Family] = ["sd1", "sd2", "sdxl"]

@@ -12,8 +12,7 @@ from helpers.tiny import tiny_networks
 from safetensors.torch import save_file
 
 from sdlora.models.architectures import Family
-from sdlora.models.detect import identify
-from sdlora.models.safetensors_header import read_header
+from sdlora.models.detect import identify, read_header
 
 UNET = "model.diffusion_model."
 

@@ -20,8 +20,8 @@ from transformers.optimization import Adafactor
 from sdlora.config.toml import parse_config
 from sdlora.errors import ConfigError
 from sdlora.events import CheckpointDue, StepDone
-from sdlora.lora.dora import DoraLayer
 from sdlora.lora.inject import AdapterSpec
+from sdlora.lora.layers import DoraLayer
 from sdlora.training.checkpoint import load_checkpoint, save_checkpoint
 from sdlora.training.optimizers import Group, adapter_groups, learning_rate, make_optimizer, set_learning_rate
 from sdlora.training.settings import LrSchedule

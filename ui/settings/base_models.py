@@ -21,8 +21,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, parse_config
 from sdlora.errors import SdloraError
 from sdlora.estimate.meta_model import Shapes, shapes_of_configs, shapes_of_family
-from sdlora.models.detect import identify
-from sdlora.models.safetensors_header import read_header
+from sdlora.models.detect import identify, read_header
 from sdlora.run.estimate import Estimate, device_memory, estimate_shapes
 
 from ..state.folders import Studio
