@@ -52,14 +52,11 @@ class TrainingAttention:
 def use_training_attention(unet: nn.Module) -> None:
     """Replace diffusers' attention processors wherever `TrainingAttention` computes the same."""
     for module in unet.modules():
-        if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0 and _is_plain(module):
-            module.set_processor(TrainingAttention())
-
-
-def _is_plain(attn: Attention) -> bool:
-    """Whether an attention has none of the options that Stable Diffusion's UNets do not use."""
-    others = (attn.spatial_norm, attn.group_norm, attn.norm_cross, attn.norm_q, attn.norm_k)
-    return not any(others) and not attn.residual_connection and attn.rescale_output_factor == 1.0
+        if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0:
+            # Options that Stable Diffusion's UNets do not use.
+            others = (module.spatial_norm, module.group_norm, module.norm_cross, module.norm_q, module.norm_k)
+            if not any(others) and not module.residual_connection and module.rescale_output_factor == 1.0:
+                module.set_processor(TrainingAttention())
 
 
 def _project(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:

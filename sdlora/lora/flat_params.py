@@ -31,13 +31,9 @@ class _Leaf(NamedTuple):
 
 
 class FlatWeights:
-    """An adapter's parameters laid end to end, with its layers' parameters as views.
+    """An adapter's parameters laid end to end, as an optimizer groups them, with its layers' parameters as views.
 
     Layers of one attention that take the same input are computed as one.
-
-    Args:
-        adapter: Its parameters become views; their values stay.
-        groups: Its parameters, as an optimizer groups them.
     """
 
     def __init__(self, adapter: Adapter, groups: Sequence[Sequence[nn.Parameter]]) -> None:
@@ -126,13 +122,8 @@ def _share_inputs(layers: dict[str, LoraLayer]) -> list[SharedInput]:
         members = {path.rpartition(".")[2]: layers[path] for path in paths}
         names = _ON_ONE_INPUT.get(parent.rpartition(".")[2], ())
         chosen = [member for name in names if isinstance(member := members.get(name), LoraLinear)]
-        if names and len(chosen) == len(names) and len({_kind(layer) for layer in chosen}) == 1:
+        weights = [(frozen_weight(layer.base), layer) for layer in chosen if layer.is_plain and layer.base.bias is None]
+        kinds = {(type(w), w.shape, w.dtype, layer.rank, layer.scale) for w, layer in weights}
+        if names and len(weights) == len(names) and len(kinds) == 1:
             found.append(SharedInput(chosen))
     return found
-
-
-def _kind(layer: LoraLayer) -> tuple[object, ...]:
-    """Layers of the same kind can be computed as one; a layer that is not plain is the only one of its kind."""
-    weight = frozen_weight(layer.base)
-    plain = layer.is_plain and layer.base.bias is None
-    return (type(weight), weight.shape, weight.dtype, layer.rank, layer.scale, None if plain else id(layer))

@@ -26,21 +26,13 @@ from sdlora.lora.timestep_rank import TimestepRank, rank_mask, watch_timesteps
 
 @dataclass(frozen=True)
 class LoraWeights:
-    """One module's weights, all float32.
+    """One module's weights, all float32."""
 
-    Attributes:
-        down: A, (r, i) or (r, i, k, k).
-        up: B, (o, r) or (o, r, 1, 1).
-        alpha: Numerator of the scale alpha / r.
-        magnitude: DoRA's magnitudes, (o,) or (1, o, 1, 1), or None.
-        initial: The frozen A0 and B0 whose product is subtracted, of the shapes of A and B, or None.
-    """
-
-    down: Tensor
-    up: Tensor
-    alpha: float
-    magnitude: Tensor | None = None
-    initial: tuple[Tensor, Tensor] | None = None
+    down: Tensor  # A, (r, i) or (r, i, k, k)
+    up: Tensor  # B, (o, r) or (o, r, 1, 1)
+    alpha: float  # numerator of the scale alpha / r
+    magnitude: Tensor | None = None  # DoRA's magnitudes, (o,) or (1, o, 1, 1), or None
+    initial: tuple[Tensor, Tensor] | None = None  # the frozen A0 and B0 of the same shapes, whose product is subtracted
 
 
 Init = Literal["gaussian", "orthogonal", "pissa"]
@@ -51,25 +43,15 @@ LoraState = dict[str, LoraWeights]
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """The kind of an adapter, apart from rank and alpha.
+    """The kind of an adapter, apart from rank and alpha."""
 
-    Attributes:
-        target_ranks: Ranks of targets that differ from the adapter's, by target name.
-        target_alphas: Alphas of targets that differ from the adapter's, by target name.
-        rslora: Scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2312.03732, equation 3).
-        dora: Train magnitudes as well.
-        dropout: Share of inputs that is zeroed inside `Adapter.dropping`, in [0, 1).
-        init: How A and B are initialised.
-        timestep_rank: Fewer ranks of the UNet's layers at high noise, or None.
-    """
-
-    target_ranks: Mapping[str, int] = field(default_factory=dict)
-    target_alphas: Mapping[str, float] = field(default_factory=dict)
-    rslora: bool = False
-    dora: bool = False
-    dropout: float = 0.0
-    init: Init = "gaussian"
-    timestep_rank: TimestepRank | None = None
+    target_ranks: Mapping[str, int] = field(default_factory=dict)  # by target, where they differ from the adapter's
+    target_alphas: Mapping[str, float] = field(default_factory=dict)  # by target, where they differ from the adapter's
+    rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2312.03732, equation 3)
+    dora: bool = False  # train magnitudes as well
+    dropout: float = 0.0  # share of inputs that is zeroed inside `Adapter.dropping`, in [0, 1)
+    init: Init = "gaussian"  # how A and B are initialised
+    timestep_rank: TimestepRank | None = None  # fewer ranks of the UNet's layers at high noise, or None
 
 
 class Adapter:

@@ -21,15 +21,10 @@ _NUM_TIMESTEPS = 1000
 
 @dataclass(frozen=True)
 class TimestepRank:
-    """Settings of timestep-dependent ranks.
+    """Settings of timestep-dependent ranks."""
 
-    Attributes:
-        rank_min: r_min, the number of ranks at the highest noise, at least 1 and at most r.
-        alpha: Exponent of the fall of ranks with noise, above 0; 1 is linear.
-    """
-
-    rank_min: int
-    alpha: float
+    rank_min: int  # r_min, the number of ranks at the highest noise, at least 1 and at most r
+    alpha: float  # exponent of the fall of ranks with noise, above 0; 1 is linear
 
 
 def timestep_rank_in(metadata: Mapping[str, str], file: str) -> TimestepRank | None:

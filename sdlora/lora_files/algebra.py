@@ -19,21 +19,13 @@ from sdlora.lora.inject import LoraState, LoraWeights
 
 @dataclass
 class Cost:
-    """What lowering the ranks of a LoRA costs.
+    """What lowering the ranks of a LoRA costs."""
 
-    Attributes:
-        total: Sum of all modules' squared singular values.
-        lost: Sum of those that were cut off.
-        worst: Largest relative error of a module, sqrt(its lost / its total), in [0, 1].
-        worst_module: The module with that error.
-        ranks: New rank of each module.
-    """
-
-    total: float = 0.0
-    lost: float = 0.0
-    worst: float = 0.0
-    worst_module: str | None = None
-    ranks: dict[str, int] = field(default_factory=dict)
+    total: float = 0.0  # sum of all modules' squared singular values
+    lost: float = 0.0  # sum of those that were cut off
+    worst: float = 0.0  # largest relative error of a module, sqrt(its lost / its total), in [0, 1]
+    worst_module: str | None = None  # the module with that error
+    ranks: dict[str, int] = field(default_factory=dict)  # new rank of each module
 
     def add(self, module: str, energies: Tensor, rank: int) -> None:
         """Add a module's squared singular values (r,), largest first, of which the first `rank` are kept."""

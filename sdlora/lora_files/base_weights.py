@@ -7,7 +7,7 @@ the text encoders matter, for no LoRA changes anything else; nothing is computed
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,40 +38,31 @@ _ROWS = 1 << 32
 
 @dataclass(frozen=True)
 class Place:
-    """Where a weight of a network lies on the disk.
-
-    Attributes:
-        key: Name of the tensor in the safetensors file.
-        shape: Shape of the weight in diffusers' network.
-        rows: First row of the tensor that belongs to the weight and first row behind it; None for all.
-        transposed: Whether the weight is stored transposed.
-    """
+    """Where a weight of a network lies on the disk."""
 
     file: Path
-    key: str
-    shape: Shape
-    rows: tuple[int, int] | None = None
-    transposed: bool = False
+    key: str  # name of the tensor in the safetensors file
+    shape: Shape  # shape of the weight in diffusers' network
+    rows: tuple[int, int] | None = None  # first row that belongs to the weight and first row behind it; None for all
+    transposed: bool = False  # whether the weight is stored transposed
 
     def of(self, tensor: Tensor) -> Tensor:
         """The weight as a view of the tensor."""
         own = tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
         return own.T if self.transposed else own
 
+    def load(self, read: Callable[[Path, str], Tensor]) -> Tensor:
+        """The weight in float32, by a function that reads a tensor of a file."""
+        return self.of(read(self.file, self.key)).float()
+
 
 @dataclass(frozen=True)
 class BaseWeights:
-    """Where all weights of a base's UNet and text encoders lie.
+    """Where all weights of a base's UNet and text encoders lie."""
 
-    Attributes:
-        path: The folder or the file.
-        places: By NETWORK.PATH.weight or .bias; several if a folder contains several variants.
-        layers: The layers that a LoRA can be on: kohya module name to name in `places`.
-    """
-
-    path: Path
-    places: Mapping[str, Sequence[Place]]
-    layers: Mapping[str, str]
+    path: Path  # the folder or the file
+    places: Mapping[str, Sequence[Place]]  # by NETWORK.PATH.weight or .bias; several if a folder has variants
+    layers: Mapping[str, str]  # the layers that a LoRA can be on: kohya module name to name in `places`
 
 
 def base_weights(path: Path) -> BaseWeights:
@@ -194,8 +185,10 @@ def empty_networks(base: Path | None, architecture: Architecture = ARCHITECTURES
     Raises:
         BaseModelError: The folder does not exist, or its configs are not those of a UNet and CLIP text encoders.
     """
-    published = [architecture.unet, *architecture.text_encoders, None][:3]
-    unet_config, text_config, second_config = published if base is None else [_config(base, n) for n in NETWORKS]
+    configs: list[Any] = [architecture.unet, *architecture.text_encoders, None][:3]
+    if base is not None:
+        configs = [_config(base / network / "config.json") for network in NETWORKS]
+    unet_config, text_config, second_config = configs
     if unet_config is None:
         raise BaseModelError(f"{base} has no unet/config.json. Give a base model folder in diffusers' layout.")
     try:
@@ -211,15 +204,12 @@ def empty_networks(base: Path | None, architecture: Architecture = ARCHITECTURES
     return {name: network for name, network in networks if network is not None}
 
 
-def _config(base: Path, network: str) -> dict[str, Any] | None:
-    file = base / network / "config.json"
-    if not file.is_file():
-        return None
+def _config(file: Path) -> Any:
+    """A network's configuration; None without a file."""
     try:
-        config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
     except ValueError as error:
         raise BaseModelError(f"{file} is not valid JSON: {error}.") from error
-    return config
 
 
 def layers_by_name(networks: Mapping[str, nn.Module]) -> dict[str, tuple[str, Shape]]:

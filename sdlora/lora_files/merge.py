@@ -98,9 +98,9 @@ def _copy(base: Path, output: Path) -> Iterator[Path]:
 def _add(source: Path, copy: Path, terms: _Terms) -> None:
     """Add updates to tensors of a copied file, each in its place."""
     starts = read_header(source).starts
-    with _opened(source) as opened, copy.open("r+b") as handle:
+    with _reading() as read, copy.open("r+b") as handle:
         for key, parts in terms.items():
-            weight = opened.get_tensor(key)
+            weight = read(source, key)
             total = weight.to(torch.float32, copy=True)
             for place, weights in parts:
                 view = place.of(total)
@@ -149,14 +149,16 @@ def differences(fine_tuned: BaseWeights, base: BaseWeights) -> tuple[Iterator[tu
                 f"{differ}: {name!r} has the shape {place.shape} in one and {theirs[name].shape} in the other."
             )
     with _reading() as read:
-        changed = [name for name in ours if not torch.equal(read(ours[name]).float(), read(theirs[name]).float())]
+        changed = [
+            name for name in ours if not torch.equal(*(place.load(read) for place in (ours[name], theirs[name])))
+        ]
     layers = {name: layer for layer, name in base.layers.items()}
 
     def subtracted() -> Iterator[tuple[str, Tensor]]:
         with _reading() as read:
             for name in changed:
                 if name in layers:
-                    yield layers[name], read(ours[name]).float() - read(theirs[name]).float()
+                    yield layers[name], ours[name].load(read) - theirs[name].load(read)
 
     return subtracted(), [name for name in changed if name not in layers]
 
@@ -169,24 +171,20 @@ def _single(base: BaseWeights) -> dict[str, Place]:
 
 
 @contextmanager
-def _reading() -> Iterator[Callable[[Place], Tensor]]:
-    """Yield a function that reads a weight and opens every file once."""
+def _reading() -> Iterator[Callable[[Path, str], Tensor]]:
+    """Yield a function that reads a tensor of a file and opens every file once."""
     with ExitStack() as stack:
         files: dict[Path, Any] = {}
 
-        def read(place: Place) -> Tensor:
-            if place.file not in files:
-                files[place.file] = stack.enter_context(_opened(place.file))
-            return place.of(files[place.file].get_tensor(place.key))
+        def read(file: Path, key: str) -> Tensor:
+            try:
+                if file not in files:
+                    files[file] = stack.enter_context(safe_open(file, framework="pt"))
+            except SafetensorError as error:
+                raise BaseModelError(
+                    f"cannot read {file} as safetensors: {error}. Download or copy it again."
+                ) from error
+            tensor: Tensor = files[file].get_tensor(key)
+            return tensor
 
         yield read
-
-
-@contextmanager
-def _opened(file: Path) -> Iterator[Any]:
-    try:
-        opened = safe_open(file, framework="pt")
-    except SafetensorError as error:
-        raise BaseModelError(f"cannot read {file} as safetensors: {error}. Download or copy it again.") from error
-    with opened as handle:
-        yield handle

@@ -56,19 +56,13 @@ _KINDS = {
 
 @dataclass(frozen=True)
 class LoraFile:
-    """The content of a LoRA file.
-
-    Attributes:
-        state: Weights by kohya module name; alpha is NaN where the file has none.
-        dtype: Dtype of the stored weights; float32 where they differ.
-        spelling: Naming scheme: "kohya", or "peft" for the dotted names of PEFT and diffusers.
-    """
+    """The content of a LoRA file."""
 
     name: str
-    state: LoraState
+    state: LoraState  # weights by kohya module name; alpha is NaN where the file has none
     metadata: dict[str, str]
-    dtype: torch.dtype
-    spelling: Spelling
+    dtype: torch.dtype  # dtype of the stored weights; float32 where they differ
+    spelling: Spelling  # naming scheme: "kohya", or "peft" for the dotted names of PEFT and diffusers
 
 
 def read_file(path: Path, missing_alpha: str | None = None) -> LoraFile:

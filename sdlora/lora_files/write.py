@@ -53,34 +53,21 @@ _OF_THE_BASE = {
 
 @dataclass(frozen=True)
 class LoraMetadata:
-    """What the file of a trained adapter says of itself.
+    """What the file of a trained adapter says of itself."""
 
-    Attributes:
-        name: The LoRA's title.
-        base: The base model, as the user named it; only the last part of a path is written.
-        architecture: ModelSpec's name of the family, such as "stable-diffusion-v1".
-        epoch: Number of epochs trained.
-        step: Number of optimizer steps trained.
-        started: When training began, in seconds since 1970.
-        settings: The settings worth knowing later, as JSON values.
-        timestep_rank: Ranks by timestep, which the weights alone do not tell.
-        private: Captions and folder names under other trainers' keys, if the artist wants them in the file.
-        clip_skip: Which of the text encoder's layers was read, counted from the last; None for the family's own.
-    """
-
-    name: str
-    base: str
-    architecture: str
+    name: str  # the LoRA's title
+    base: str  # the base model, as the user named it; only the last part of a path is written
+    architecture: str  # ModelSpec's name of the family, such as "stable-diffusion-v1"
     resolution_px: int
     trigger: str | None
-    epoch: int
-    step: int
-    started: float
-    settings: dict[str, Any]
-    timestep_rank: TimestepRank | None = None
-    private: Mapping[str, str] = field(default_factory=dict)
+    epoch: int  # number of epochs trained
+    step: int  # number of optimizer steps trained
+    started: float  # when training began, in seconds since 1970
+    settings: dict[str, Any]  # the settings worth knowing later, as JSON values
+    timestep_rank: TimestepRank | None = None  # ranks by timestep, which the weights alone do not tell
+    private: Mapping[str, str] = field(default_factory=dict)  # captions and folder names, if the artist wants them
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
-    clip_skip: int | None = None
+    clip_skip: int | None = None  # the text encoder's layer, counted from the last; None for the family's own
 
 
 def save_lora(

@@ -13,27 +13,16 @@ Family = Literal["sd1", "sd2", "sdxl"]
 
 @dataclass(frozen=True)
 class Architecture:
-    """One family of base models.
+    """One family of base models."""
 
-    Attributes:
-        title: Its common name.
-        modelspec: Its ModelSpec name, such as "stable-diffusion-v1"; for SD 2.x the prefix.
-        base_version: The value of `ss_base_model_version` in A1111.
-        pipeline: diffusers' class.
-        unet: The configuration of its UNet2DConditionModel, where it differs from the class's defaults.
-        vae: The same of its AutoencoderKL.
-        text_encoders: The same of its CLIP text encoders, CLIPTextConfig's values.
-        scheduler: The same of its scheduler, with the class under "_class_name".
-    """
-
-    title: str
-    modelspec: str
-    base_version: str
-    pipeline: str
-    unet: dict[str, Any]
-    vae: dict[str, Any]
-    text_encoders: tuple[dict[str, Any], ...]
-    scheduler: dict[str, Any]
+    title: str  # its common name
+    modelspec: str  # its ModelSpec name, such as "stable-diffusion-v1"; for SD 2.x the prefix
+    base_version: str  # the value of `ss_base_model_version` in A1111
+    pipeline: str  # diffusers' class
+    unet: dict[str, Any]  # the configuration of its UNet2DConditionModel, where it differs from the class's defaults
+    vae: dict[str, Any]  # the same of its AutoencoderKL
+    text_encoders: tuple[dict[str, Any], ...]  # the same of its CLIP text encoders, CLIPTextConfig's values
+    scheduler: dict[str, Any]  # the same of its scheduler, with the class under "_class_name"
 
     @property
     def text_width(self) -> int:

@@ -33,19 +33,12 @@ _ASIDE = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Source:
-    """A loaded pipeline and where it came from.
+    """A loaded pipeline and where it came from."""
 
-    Attributes:
-        pipeline: On the CPU, with the UNet in float32 or the compute dtype, everything else in float32.
-        path: As the user gave it.
-        revision: The commit on the hub, or None.
-        reload: Loads the same pipeline again, with the UNet in the given dtype and the given components as they are.
-    """
-
-    pipeline: DiffusionPipeline
-    path: str
-    revision: str | None
-    reload: Callable[..., DiffusionPipeline]
+    pipeline: DiffusionPipeline  # on the CPU, with the UNet in float32 or the compute dtype, everything else in float32
+    path: str  # as the user gave it
+    revision: str | None  # the commit on the hub, or None
+    reload: Callable[..., DiffusionPipeline]  # loads it again, given the UNet's dtype and the components to keep
 
 
 class BaseModel(ABC):

@@ -41,18 +41,12 @@ _OTHERS = {
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file holds, without its data.
+    """What a safetensors file holds, without its data."""
 
-    Attributes:
-        shapes: By name.
-        dtypes: As the file spells them, such as "F16", by name.
-        starts: The offset of every tensor's data in the file, in bytes, by name.
-    """
-
-    shapes: dict[str, tuple[int, ...]]
+    shapes: dict[str, tuple[int, ...]]  # by name
     metadata: dict[str, str]
-    dtypes: dict[str, str]
-    starts: dict[str, int]
+    dtypes: dict[str, str]  # as the file spells them, such as "F16", by name
+    starts: dict[str, int]  # the offset of every tensor's data in the file, in bytes, by name
 
     def has(self, *beginnings: str) -> bool:
         """Whether the name of any tensor starts with one of these."""

@@ -47,21 +47,13 @@ _REFUSED = {
 
 @dataclass(frozen=True)
 class LoadOptions:
-    """How to load a base model.
+    """How to load a base model."""
 
-    Attributes:
-        revision: A branch, tag or commit on the hub; None for the default.
-        variant: The variant of the weight files, such as "fp16".
-        prediction_type: Overrides the prediction type in its files.
-        text: How captions are encoded.
-        quantization: The format of the linear weights in the UNet's attention blocks, or "none".
-    """
-
-    revision: str | None = None
-    variant: str | None = None
-    prediction_type: PredictionType | None = None
-    text: TextOptions = field(default_factory=TextOptions)
-    quantization: Quantization | Literal["none"] = "none"
+    revision: str | None = None  # a branch, tag or commit on the hub; None for the default
+    variant: str | None = None  # the variant of the weight files, such as "fp16"
+    prediction_type: PredictionType | None = None  # overrides the prediction type in its files
+    text: TextOptions = field(default_factory=TextOptions)  # how captions are encoded
+    quantization: Quantization | Literal["none"] = "none"  # of the linear weights in its attention blocks
 
 
 def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: LoadOptions | None = None) -> BaseModel:

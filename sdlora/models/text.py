@@ -26,15 +26,10 @@ _CALLS = re.compile(r"embedding:\S+|<(?:lora|lyco|hypernet):[^>]*>", re.IGNORECA
 
 @dataclass(frozen=True)
 class TextOptions:
-    """How captions are read.
+    """How captions are read."""
 
-    Attributes:
-        clip_skip: The layer to read, counted from the last (1); None for the family's own.
-        max_windows: How many windows of 75 tokens a caption may fill.
-    """
-
-    clip_skip: int | None = None
-    max_windows: int = 1
+    clip_skip: int | None = None  # the layer to read, counted from the last (1); None for the family's own
+    max_windows: int = 1  # how many windows of 75 tokens a caption may fill
 
 
 def tokens_in_windows(tokenizer: CLIPTokenizer, captions: Sequence[str], max_windows: int) -> Tensor:

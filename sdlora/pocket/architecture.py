@@ -28,7 +28,9 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges: list[tuple[str, str]] = []
-    for word in sorted(_words()):
+    phrases = [*world.KINDS, *world.COLORS, *world.PATTERNS, *world.SIZES, *world.POSITIONS, "named", "a", "an"]
+    phrases += [phrase for phrase, _ in world.PLACES.values()]
+    for word in sorted({word for phrase in phrases for word in phrase.split() if len(word) > 1}):
         # Joining what the earlier merges leave of a word never changes the words before it.
         pieces = _merged(word, merges)
         while len(pieces) > 1:
@@ -46,12 +48,6 @@ def _merged(word: str, merges: list[tuple[str, str]]) -> list[str]:
         _, at = min(pairs)
         pieces = [*pieces[:at], pieces[at] + pieces[at + 1], *pieces[at + 2 :]]
     return pieces
-
-
-def _words() -> set[str]:
-    phrases = [*world.KINDS, *world.COLORS, *world.PATTERNS, *world.SIZES, *world.POSITIONS, "named", "a", "an"]
-    phrases += [phrase for phrase, _ in world.PLACES.values()]
-    return {word for phrase in phrases for word in phrase.split() if len(word) > 1}
 
 
 def build_tokenizer(folder: Path) -> CLIPTokenizer:

@@ -42,25 +42,15 @@ def shrink(canvas: Image.Image) -> Image.Image:
 
 @dataclass
 class Pen:
-    """Draws in local coordinates and remembers where the patterned colour went.
+    """Draws in local coordinates and remembers where the patterned colour went."""
 
-    Args:
-        canvas: The oversampled image, drawn on in place.
-        center: Where the local origin lies, in pixels of the finished image.
-        radius_px: How long one local unit is, in pixels of the finished image.
-        angle: Turn, in radians, clockwise.
-        mirrored: Whether left and right are exchanged.
-        color: The subject's colour.
-        outline: Colour of all outlines; None draws none.
-    """
-
-    canvas: Image.Image
-    center: Point
-    radius_px: float
-    color: Color
-    angle: float = 0.0
-    mirrored: bool = False
-    outline: Color | None = INK
+    canvas: Image.Image  # the oversampled image, drawn on in place
+    center: Point  # where the local origin lies, in pixels of the finished image
+    radius_px: float  # how long one local unit is, in pixels of the finished image
+    color: Color  # the subject's colour
+    angle: float = 0.0  # turn, in radians, clockwise
+    mirrored: bool = False  # whether left and right are exchanged
+    outline: Color | None = INK  # colour of all outlines; None draws none
     _mask: Image.Image = field(init=False)
 
     def __post_init__(self) -> None:

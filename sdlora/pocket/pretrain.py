@@ -39,19 +39,14 @@ LOG_EVERY_STEPS = 50
 
 @dataclass(frozen=True)
 class Settings:
-    """How long pocket is trained, and on what.
+    """How long pocket is trained, and on what."""
 
-    Attributes:
-        work: Folder for checkpoints and the result.
-        num_images: Scenes that the UNet is trained on.
-    """
-
-    work: Path
+    work: Path  # folder for checkpoints and the result
     device: str = "cpu"
     vae_steps: int = 3200
     decoder_steps: int = 2400
     steps: int = 8200
-    num_images: int = 40000
+    num_images: int = 40000  # scenes that the UNet is trained on
     batch_size: int = 32
     learning_rate: float = 1e-3
 
@@ -100,9 +95,7 @@ class Stage:
     Args:
         name: Of the checkpoint, which the stage continues from if it exists.
         networks: By name; all of their weights are saved.
-        trained: The modules whose parameters are trained.
         learning_rate: The peak.
-        decay: The average's highest decay.
     """
 
     def __init__(
@@ -125,8 +118,8 @@ class Stage:
         self.average = [p.detach().clone() for p in self.parameters]
         self.first = 0
         if (state := _load(self.checkpoint, settings.device)) is not None:
-            for network_name, network in networks.items():
-                network.load_state_dict(state[network_name])
+            for network in networks:
+                networks[network].load_state_dict(state[network])
             self.optimizer.load_state_dict(state["optimizer"])
             self.average, self.first = state["average"], state["step"]
 
@@ -185,7 +178,7 @@ def _load(path: Path, device: str) -> dict[str, Any] | None:
 
 def _load_vae(file: Path, device: str) -> AutoencoderKL:
     vae = architecture.build_vae().to(device)
-    vae.load_state_dict(torch.load(file, map_location=device, weights_only=True))
+    vae.load_state_dict(_load(file, device))
     return vae
 
 
@@ -232,8 +225,7 @@ def train_vae(settings: Settings) -> Path:
 def finish_decoder(settings: Settings, vae_file: Path) -> Path:
     """Sharpen the decoder for unchanged latents; returns the file with the finished autoencoder.
 
-    The encoder is frozen, so the UNet's latents keep their meaning and this may run before or after stage 2
-    (Stability's ft-MSE autoencoders were made so).
+    The encoder is frozen, so the UNet's latents keep their meaning (Stability's ft-MSE autoencoders were made so).
     """
     done = settings.work / "vae_finished.pt"
     if done.exists() or settings.decoder_steps == 0:
@@ -336,16 +328,9 @@ def export_pocket(settings: Settings, vae_file: Path, folder: Path) -> None:
     unet.half()
     vae.half()
     vae.register_to_config(scaling_factor=float(data["scaling_factor"]))
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=text_encoder,
-        tokenizer=tokenizer,
-        unet=unet,
-        scheduler=architecture.build_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    parts = {"vae": vae, "text_encoder": text_encoder, "tokenizer": tokenizer, "unet": unet}
+    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline(**parts, scheduler=architecture.build_scheduler(), **absent)
     pipeline.save_pretrained(folder)
     architecture.build_tokenizer(folder / "tokenizer")
 

@@ -38,23 +38,14 @@ Dedicated to the public domain under CC0 1.0: https://creativecommons.org/public
 
 @dataclass(frozen=True)
 class Pose:
-    """How the character stands.
+    """How the character stands."""
 
-    Attributes:
-        words: The caption's words for it; empty for standing.
-        lift: How far it is above its place, in local units.
-        lean: Turn in radians.
-        arms: Heights of the two hands, in local units; up is negative.
-        legs: Half the distance between the feet.
-        squash: Height of the body over its usual height.
-    """
-
-    words: str
-    lift: float = 0.0
-    lean: float = 0.0
-    arms: tuple[float, float] = (0.5, 0.5)
-    legs: float = 0.22
-    squash: float = 1.0
+    words: str  # the caption's words for it; empty for standing
+    lift: float = 0.0  # how far it is above its place, in local units
+    lean: float = 0.0  # turn in radians
+    arms: tuple[float, float] = (0.5, 0.5)  # heights of the two hands, in local units; up is negative
+    legs: float = 0.22  # half the distance between the feet
+    squash: float = 1.0  # height of the body over its usual height
 
 
 POSES = (

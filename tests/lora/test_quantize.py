@@ -12,8 +12,10 @@ from helpers.adapters import UNET_TARGETS, perturb, small_unet
 from torch import Tensor, nn
 
 from sdlora.estimate.trace import counted
+from sdlora.lora.fused import SharedInput
 from sdlora.lora.inject import Adapter, AdapterSpec, inject
-from sdlora.lora.quantize import Packed, Quantization, QuantizedLinear, num_weights, quantize_linears, stack, unstack
+from sdlora.lora.layers import LoraLinear
+from sdlora.lora.quantize import Packed, Quantization, QuantizedLinear, num_weights, quantize_linears
 from sdlora.lora.targets import find_targets
 from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group
@@ -86,12 +88,19 @@ def test_injection_unpacks_no_weight(unet: Any, kind: Quantization, monkeypatch:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_stack_of_weights_unstacks_to_the_same(weight: Tensor, kind: Quantization) -> None:
-    parts = [Packed.of(weight, kind), Packed.of(weight.flip(0), kind)]
-    whole = stack(parts)
-    assert torch.equal(whole.dense(), torch.cat([part.dense() for part in parts]))
-    for part, again in zip(parts, unstack(whole, 2), strict=True):
-        assert torch.equal(again.dense(), part.dense())
+def test_layers_on_one_input_keep_views_of_one_packed_weight(weight: Tensor, kind: Quantization) -> None:
+    layers = []
+    for own in (weight, weight.flip(0)):
+        linear = nn.Linear(128, 48, bias=False)
+        linear.weight.data = own
+        layers.append(QuantizedLinear(linear, kind))
+    before = [layer.weight for layer in layers]
+    whole = SharedInput([LoraLinear(layer, 2, 1.0) for layer in layers]).weight
+    assert isinstance(whole, Packed)
+    assert torch.equal(whole.dense(), torch.cat(before))
+    for layer, own in zip(layers, before, strict=True):
+        assert torch.equal(layer.weight, own)
+        assert layer.codes.untyped_storage().data_ptr() == whole.codes.untyped_storage().data_ptr()
 
 
 @pytest.mark.parametrize("kind", KINDS)
