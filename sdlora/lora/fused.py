@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def fused_lora(
     x: Tensor, weight: Tensor | Packed, bias: Tensor | None, downs: Tensor, ups: Tensor, scale: float
 ) -> Tensor:
-    """W_j x + b_j + s B_j A_j x for every layer j, in one tensor.
+    """W_j x + b_j + s B_j A_j x for every layer j, in one tensor (..., J o).
 
     Only x is kept for the backward pass; A x, and the dense form of a packed W, are computed again. An x that needs
     no gradient gets none.
@@ -36,9 +36,6 @@ def fused_lora(
         downs: A_j on top of each other, (J r, i), of the weight's dtype.
         ups: B_j, (J, o, r), of the weight's dtype.
         scale: s.
-
-    Returns:
-        (..., J o).
 
     Source: Hu et al. 2106.09685, equation 3.
     """
@@ -55,14 +52,12 @@ class SharedInput:
     Args:
         members: Layers of one shape, rank and scale, plain and without biases; their frozen weights become views of
             one tensor.
-
-    Attributes:
-        live: Every A on top of each other, (J r, i), and every B, (J, o, r); None outside a training step.
     """
 
     def __init__(self, members: Sequence[LoraLinear]) -> None:
         self.members = tuple(members)
         self.weight = _stacked(members)
+        # Every A on top of each other, (J r, i), and every B, (J, o, r); None outside a training step.
         self.live: tuple[Tensor, Tensor] | None = None
         for member in members:
             member.shared = self

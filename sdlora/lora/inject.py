@@ -210,7 +210,6 @@ def inject(
         rank: r of every layer whose target is not in `spec.target_ranks`.
         alpha: alpha of every layer whose target is not in `spec.target_alphas`.
         seed: The run's seed; a layer's initial weights depend on it and on the module path alone.
-        spec: Kind of adapter; plain LoRA if None.
 
     Raises:
         ConfigError: `spec.init` needs more singular values than a layer has.
@@ -298,7 +297,7 @@ def _place(networks: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str
 def initial_factors(
     init: Init, weight: Tensor, rank: int, scale: float, *, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """A0 and B0 of a layer, float32 on the CPU.
+    """A0 and B0, of the shapes of A and B, each scaled by the root of the singular values; float32 on the CPU.
 
     "orthogonal" takes the last r triplets of a random matrix of the layer's shape, so that ranks start small and
     orthogonal to each other. "pissa" takes the first r triplets of the layer's own weights, divided by the scale, so
@@ -309,9 +308,6 @@ def initial_factors(
         rank: r, at most min(i k k, o).
         scale: s = alpha / r.
         generator: Source of the random matrix, N(0, 1/r^2).
-
-    Returns:
-        A0, (r, i) or (r, i, k, k), and B0, (o, r) or (o, r, 1, 1), each scaled by the root of the singular values.
 
     Raises:
         ConfigError: The layer has fewer than r triplets.

@@ -1,8 +1,8 @@
 """LoRA and DoRA layers: a frozen linear layer or convolution with a trained low-rank update.
 
-`inject` puts them into a base's networks; `sdlora.lora.fused` is the fast path.
-Shapes: B batch, i in, o out, r rank, k kernel, H/W pixels; for a linear layer x is (B, ..., i) and the magnitude (o,),
-for a convolution (B, i, H, W) and (1, o, 1, 1).
+`inject` puts them into a base's networks; `sdlora.lora.fused` is the fast path, which `TrainingAttention` takes, too.
+Shapes: B batch, T tokens, d width, i in, o out, r rank, k kernel, H/W pixels; for a linear layer x is (B, ..., i) and
+m is (o,), for a convolution (B, i, H, W) and (1, o, 1, 1).
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from torch import Tensor, nn
 
 from sdlora.lora.fused import SharedInput, fused_lora
@@ -35,11 +36,6 @@ class LoraLayer(nn.Module, ABC):
     Attributes:
         down: A, (r, i) or (r, i, k, k), float32.
         up: B, (o, r) or (o, r, 1, 1), float32.
-        enabled: False makes the layer the plain base.
-        strength: Factor on the update; 1 as trained.
-        rank_mask: Ranks that each sample uses, (B, r) of zeros and ones, or None for all.
-        dropout: Share of A's inputs that is zeroed while `dropout_seeds` is set, in [0, 1).
-        dropout_seeds: One seed per sample.
         live: Tensors to compute with instead of `trained()`, in its order; set during a training step by
             `sdlora.lora.flat_params.FlatWeights.live`.
 
@@ -62,11 +58,11 @@ class LoraLayer(nn.Module, ABC):
         self.base = base.requires_grad_(False)
         self.rank = rank
         self.alpha = torch.tensor(alpha, dtype=torch.float32).item()
-        self.enabled = True
-        self.strength = 1.0
-        self.rank_mask: Tensor | None = None
-        self.dropout = 0.0
-        self.dropout_seeds: tuple[int, ...] = ()
+        self.enabled = True  # False makes the layer the plain base
+        self.strength = 1.0  # factor on the update; 1 as trained
+        self.rank_mask: Tensor | None = None  # ranks that each sample uses, (B, r) of zeros and ones, or None for all
+        self.dropout = 0.0  # share of A's inputs that is zeroed while `dropout_seeds` is set, in [0, 1)
+        self.dropout_seeds: tuple[int, ...] = ()  # one per sample
         weight = frozen_weight(base)
         (num_outputs, *inputs), device = weight.shape, weight.device
         down = torch.randn((rank, *inputs), generator=generator, dtype=torch.float32) / rank
@@ -136,13 +132,9 @@ class LoraLayer(nn.Module, ABC):
 
 
 class LoraLinear(LoraLayer):
-    """The LoRA of a linear layer.
+    """The LoRA of a linear layer."""
 
-    Attributes:
-        shared: Layers on the same input that are computed together with this one, or None.
-    """
-
-    shared: SharedInput | None = None
+    shared: SharedInput | None = None  # layers on the same input that are computed together with this one
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, ..., i) to (B, ..., o); in training by one fused operation where the layer allows it."""
@@ -174,10 +166,8 @@ class LoraConv2d(LoraLayer):
 class DoraLayer(LoraLayer):
     """A frozen layer W0 with trained direction and magnitude: y = m (W0 + s B A) x / ||W0 + s B A||.
 
-    The norm is that of every output's weights. It follows the update, but no gradient passes through it.
-
-    Attributes:
-        magnitude: m, which starts at ||W0 + s B A||, float32.
+    The norm is that of every output's weights, where m starts (`magnitude`, float32). It follows the update, but no
+    gradient passes through it.
 
     Source: Liu et al. 2402.09353, equation 5; section 4.3 for the norm without a gradient.
     """
@@ -245,3 +235,54 @@ def seeded_dropout(x: Tensor, share: float, seeds: Sequence[int]) -> Tensor:
     generator = torch.Generator(device=x.device)
     kept = [torch.rand(x.shape[1:], generator=generator.manual_seed(seed), device=x.device) >= share for seed in seeds]
     return x * torch.stack(kept * (len(x) // len(seeds))).to(x.dtype) / (1 - share)
+
+
+class TrainingAttention:
+    """A replacement for diffusers' AttnProcessor2_0 with the same outputs, and no division by one.
+
+    Source: Vaswani et al. 1706.03762, section 3.2.
+    """
+
+    def __call__(
+        self,
+        attn: Attention,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        temb: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Hidden states (B, T, d) to the same shape."""
+        if attention_mask is not None:
+            plain: Tensor = AttnProcessor2_0()(
+                attn, hidden_states, encoder_hidden_states, attention_mask, temb, **kwargs
+            )
+            return plain
+        if encoder_hidden_states is None:
+            query, key, value = _project([attn.to_q, attn.to_k, attn.to_v], hidden_states)
+        else:
+            query = attn.to_q(hidden_states)
+            key, value = _project([attn.to_k, attn.to_v], encoder_hidden_states)
+        query, key, value = (
+            x.view(*x.shape[:-1], attn.heads, x.shape[-1] // attn.heads).transpose(1, 2) for x in (query, key, value)
+        )
+        mixed = F.scaled_dot_product_attention(query, key, value)
+        output: Tensor = attn.to_out[1](attn.to_out[0](mixed.transpose(1, 2).flatten(2)))
+        return output
+
+
+def use_training_attention(unet: nn.Module) -> None:
+    """Replace diffusers' attention processors wherever `TrainingAttention` computes the same."""
+    for module in unet.modules():
+        if isinstance(module, Attention) and type(module.processor) is AttnProcessor2_0:
+            # Options that Stable Diffusion's UNets do not use.
+            others = (module.spatial_norm, module.group_norm, module.norm_cross, module.norm_q, module.norm_k)
+            if not any(others) and not module.residual_connection and module.rescale_output_factor == 1.0:
+                module.set_processor(TrainingAttention())
+
+
+def _project(layers: Sequence[nn.Module], x: Tensor) -> Sequence[Tensor]:
+    first = layers[0]
+    if isinstance(first, LoraLinear) and first.shared is not None and tuple(layers) == first.shared.members:
+        return first.shared(x)
+    return [layer(x) for layer in layers]

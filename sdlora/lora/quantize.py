@@ -26,21 +26,17 @@ _NF4_BLOCK = 64
 class Packed:
     """A weight in few bits.
 
-    Attributes:
-        kind: "int8" rounds each row to multiples, -127 to 127, of the row's own step. "nf4" divides each block of 64
-            elements by its largest and rounds to 16 levels.
-        codes: (o, i) int8, or (o, i / 2) uint8, two elements a byte.
-        scales: Steps (o, 1), or the largest element of each block (o, i / 64); float32.
-        dtype: Dtype of the unpacked weight.
+    "int8" rounds each row to multiples, -127 to 127, of the row's own step. "nf4" divides each block of 64 elements by
+    its largest and rounds to 16 levels.
 
     Source: Jacob et al. 1712.05877, section 2.1, without a zero point (int8); Dettmers et al. 2305.14314, section 3,
     without double quantization (NF4).
     """
 
     kind: Quantization
-    codes: Tensor
-    scales: Tensor
-    dtype: torch.dtype
+    codes: Tensor  # (o, i) int8, or (o, i / 2) uint8, two elements a byte
+    scales: Tensor  # steps (o, 1), or the largest element of each block (o, i / 64); float32
+    dtype: torch.dtype  # of the unpacked weight
 
     @property
     def shape(self) -> torch.Size:

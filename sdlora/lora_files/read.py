@@ -1,8 +1,7 @@
 """The reader of LoRA files of any trainer: every naming scheme becomes one form, and nothing is guessed or left out.
 
 Three schemes are read: kohya's, PEFT's and diffusers' older one. Modules go by kohya's names in all of them, because
-kohya's underscores cannot be turned back into dots without the network, and the reverse always works. Layers named by
-the UNet's original blocks, as sd-scripts does for Stable Diffusion XL, are renamed to diffusers' blocks.
+kohya's underscores cannot be turned back into dots without the network, and the reverse always works.
 Shapes: i in, o out, r rank, k kernel.
 """
 

@@ -31,22 +31,16 @@ VERIFY_LATENT_EDGE = 16
 
 @dataclass(frozen=True)
 class Verification:
-    """Differences measured between a trained adapter and its file.
+    """Largest differences between the predictions of a base, a trained adapter and its file.
 
-    Attributes:
-        max_error: Largest difference between predictions with the weights as written and with the loaded file.
-        max_effect: Largest difference that the adapter makes to the base's predictions.
-        num_modules: Number of modules that diffusers put an adapter on.
-        max_rewriting_error: Largest difference between predictions with the weights as trained and as written: above
-            0 where frozen initial factors or different alphas are rewritten, or weights are rounded.
-        rank_mask_difference: Difference between predictions without and with the timestep rank's mask, as a share of
-            the adapter's effect (root mean squares); None without a timestep rank.
+    As written, weights have no initial factors, one alpha per network, and the dtype of the file.
     """
 
-    max_error: float
-    max_effect: float
-    num_modules: int
-    max_rewriting_error: float
+    max_error: float  # between the weights as written and the loaded file
+    max_effect: float  # between the base and the trained adapter
+    num_modules: int  # that diffusers put an adapter on
+    max_rewriting_error: float  # between the weights as trained and as written
+    # Without and with the timestep rank's mask, as a share of the adapter's effect (root mean squares).
     rank_mask_difference: float | None
 
 

@@ -20,9 +20,9 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor, nn
 
 from sdlora.errors import ConfigError
-from sdlora.lora.attention import use_training_attention
 from sdlora.lora.flat_params import FlatWeights
 from sdlora.lora.inject import Adapter
+from sdlora.lora.layers import use_training_attention
 from sdlora.training.optimizers import Group
 from sdlora.training.recompute import keep_little
 

@@ -8,7 +8,7 @@ import torch
 from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 from helpers.adapters import outputs
 
-from sdlora.lora.attention import TrainingAttention, use_training_attention
+from sdlora.lora.layers import TrainingAttention, use_training_attention
 
 
 def test_outputs_equal_diffusers_attention(unet: Any) -> None:
