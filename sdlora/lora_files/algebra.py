@@ -82,20 +82,16 @@ def merge(states: Sequence[LoraState], weights: Sequence[float], rank: int | Non
     sums: dict[str, LoraWeights] = {}
     for module in dict.fromkeys(module for state in states for module in state):
         terms = [(state[module], w) for state, w in zip(states, weights, strict=True) if module in state]
-        sums[module] = _sum(module, terms)
+        shapes = [(tuple(w.down.shape[1:]), w.up.shape[0]) for w, _ in terms]
+        if len(set(shapes)) > 1:
+            raise DataError(
+                f"cannot add LoRAs of different families: {module!r} has the inputs {shapes[0][0]} and {shapes[0][1]} "
+                f"outputs in one, {shapes[1][0]} and {shapes[1][1]} in another"
+            )
+        down = torch.cat([w.down.double() for w, _ in terms])
+        up = torch.cat([w.up.double() * (w.alpha / w.down.shape[0] * factor) for w, factor in terms], dim=1)
+        sums[module] = LoraWeights(down, up, float(down.shape[0]))
     return (_with_one_alpha(sums), Cost()) if rank is None else resize(sums, rank=rank)
-
-
-def _sum(module: str, terms: Sequence[tuple[LoraWeights, float]]) -> LoraWeights:
-    shapes = [(tuple(w.down.shape[1:]), w.up.shape[0]) for w, _ in terms]
-    if len(set(shapes)) > 1:
-        raise DataError(
-            f"cannot add LoRAs of different families: {module!r} has the inputs {shapes[0][0]} and {shapes[0][1]} "
-            f"outputs in one, {shapes[1][0]} and {shapes[1][1]} in another"
-        )
-    down = torch.cat([w.down.double() for w, _ in terms])
-    up = torch.cat([w.up.double() * (w.alpha / w.down.shape[0] * factor) for w, factor in terms], dim=1)
-    return LoraWeights(down, up, float(down.shape[0]))
 
 
 def _with_one_alpha(state: LoraState) -> LoraState:

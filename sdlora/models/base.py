@@ -126,6 +126,14 @@ class BaseModel(ABC):
     def _check_family(self, pipeline: DiffusionPipeline) -> None:
         """Refuse what the family's file cannot train or read."""
 
+    def _refuse_clip_skip(self, family: str) -> None:
+        """Refuse any layer but the second to last, on which the family's UNet was trained."""
+        if self.text.clip_skip not in (None, 2):
+            raise ConfigError(
+                f"base.clip_skip is {self.text.clip_skip}, but {family} always reads the second to last layer (2). "
+                "Leave it unset."
+            )
+
     def move_text_encoders(self) -> tuple[Any, ...]:
         """The text encoders, moved to the device, where encoding and training their adapters need them."""
         self._use(*self.text_encoders)

@@ -7,7 +7,6 @@ from typing import Any
 from diffusers import DiffusionPipeline
 
 from sdlora.models.sd import StableDiffusion
-from sdlora.models.text import refuse_clip_skip
 
 
 class StableDiffusion2(StableDiffusion):
@@ -23,4 +22,4 @@ class StableDiffusion2(StableDiffusion):
         self.architecture = "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512"
 
     def _check_family(self, pipeline: DiffusionPipeline) -> None:
-        refuse_clip_skip(self.text.clip_skip, "Stable Diffusion 2.x")
+        self._refuse_clip_skip("Stable Diffusion 2.x")

@@ -15,7 +15,7 @@ from sdlora.data.dataset import Example
 from sdlora.data.images import crop_origin
 from sdlora.errors import BaseModelError
 from sdlora.models.base import BaseModel, TextEmbeddings
-from sdlora.models.text import refuse_clip_skip, tokens_in_windows
+from sdlora.models.text import tokens_in_windows
 
 _NUM_SIZES = 6
 
@@ -40,7 +40,7 @@ class StableDiffusionXL(BaseModel):
                 f"{self.path!r} is the refiner of Stable Diffusion XL, which only refines finished images. "
                 "Train on the base model."
             )
-        refuse_clip_skip(self.text.clip_skip, "Stable Diffusion XL")
+        self._refuse_clip_skip("Stable Diffusion XL")
 
     def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
         """Captions to {"states": (B, N L, D), "pooled": (B, P)}; the pooled embedding is the first window's."""

@@ -16,8 +16,6 @@ import torch
 from torch import Tensor
 from transformers import CLIPTokenizer
 
-from sdlora.errors import ConfigError
-
 _MAX_TOKENS = 77
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 # References to other files in ComfyUI and A1111, which remove them from a prompt before encoding it.
@@ -46,18 +44,6 @@ def tokens_in_windows(tokenizer: CLIPTokenizer, captions: Sequence[str], max_win
         marked = [[tokenizer.bos_token_id, *part, tokenizer.eos_token_id] for part in parts]
         found.append([part + [tokenizer.pad_token_id] * (length - len(part)) for part in marked])
     return torch.tensor(found)
-
-
-def refuse_clip_skip(clip_skip: int | None, family: str) -> None:
-    """Refuse any layer but the second to last, on which the family's UNet was trained.
-
-    Raises:
-        ConfigError: Another layer was requested.
-    """
-    if clip_skip not in (None, 2):
-        raise ConfigError(
-            f"base.clip_skip is {clip_skip}, but {family} always reads the second to last layer (2). Leave it unset."
-        )
 
 
 def references_to_other_files(caption: str) -> list[str]:
