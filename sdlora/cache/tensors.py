@@ -139,16 +139,9 @@ class Cache:
     def fetch(
         self, kind: str, key: str, make: Callable[[], TextEmbeddings], dtype: torch.dtype = torch.float32
     ) -> TextEmbeddings:
-        """The entry under a key, computed and stored if it is missing.
+        """The entry under a key in the subfolder of a kind, computed and stored in a dtype if it is missing.
 
-        Args:
-            kind: The subfolder.
-            key: From `content_key`, of everything that the tensors depend on.
-            make: Computes the named tensors.
-            dtype: What they are stored in.
-
-        Returns:
-            The tensors of the file, mapped and not yet read.
+        The key is from `content_key`, of everything that the tensors depend on. The tensors are mapped, not yet read.
         """
         path = self._path(kind, key)
         if path.exists():

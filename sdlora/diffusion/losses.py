@@ -16,15 +16,9 @@ from sdlora.diffusion.noise import PredictionType
 
 
 def mse_per_example(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
-    """Mean squared error over everything but the batch, in float32.
+    """Mean squared error of a prediction, (B, C, h, w) of any float dtype, over everything but the batch, (B,) float32.
 
-    Args:
-        predicted: The network's prediction, (B, C, h, w), any float dtype.
-        target: Its target, (B, C, h, w).
-        weights: Weight of each latent pixel, (B, 1, h, w), see `mean_per_example`.
-
-    Returns:
-        (B,) float32.
+    For the weights see `mean_per_example`.
 
     Source: Ho et al. 2006.11239, equation 14 (the simple loss).
     """
@@ -32,15 +26,10 @@ def mse_per_example(predicted: Tensor, target: Tensor, weights: Tensor | None = 
 
 
 def mean_per_example(errors: Tensor, weights: Tensor | None) -> Tensor:
-    """Weighted mean per example, sum(w e) / (C sum(w)): an image weighs the same however much of it is masked.
+    """Weighted mean of errors (B, C, h, w) per example, sum(w e) / (C sum(w)), (B,).
 
-    Args:
-        errors: (B, C, h, w).
-        weights: Weight of each latent pixel, (B, 1, h, w), at least 0 and not all 0 in any example; None for equal
-            weights.
-
-    Returns:
-        (B,).
+    An image weighs the same however much of it is masked. The weight of each latent pixel, (B, 1, h, w), is at least 0,
+    and not all are 0 in any example; None for equal weights.
     """
     if weights is None:
         return errors.flatten(1).mean(dim=1)

@@ -16,12 +16,9 @@ PredictionType = Literal["epsilon", "v_prediction"]
 
 
 def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
-    """Move latents along the forward process to their timesteps.
+    """Move clean latents along the forward process to their timesteps, with standard normal noise, all (B, C, h, w).
 
-    Args:
-        latents: Clean latents, (B, C, h, w).
-        noise: Standard normal, (B, C, h, w).
-        alphas_cumprod: The schedule's cumulative product at each example's timestep, (B,), in (0, 1].
+    `alphas_cumprod` is the schedule's cumulative product at each example's timestep, (B,), in (0, 1].
 
     Returns:
         sqrt(alphas_cumprod) * latents + sqrt(1 - alphas_cumprod) * noise, (B, C, h, w).

@@ -20,7 +20,6 @@ def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Even
     """Draw previews with a LoRA and compare them with the images of a folder.
 
     Args:
-        file: The LoRA.
         config: `base`, `data`, `preview`, `copycheck` and `cache` are used.
         output: Folder for `previews` and `copycheck.json`; those of the base go to `base` in it.
 

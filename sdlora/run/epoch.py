@@ -18,10 +18,7 @@ from sdlora.run.setup import RunContext, hints_in
 def close_epoch(context: RunContext, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
     """Do all that belongs to an epoch's end, with the weights that are exported.
 
-    Args:
-        context: Of the run.
-        event: The epoch, without its validation loss.
-        losses: Validation losses by epoch, to which this one is added.
+    Its validation loss is added to `losses`, by epoch.
 
     Yields:
         The event with its validation loss, then the events of what is drawn and checked.

@@ -49,7 +49,7 @@ def resumed_config(config: RunConfig, folder: RunFolder) -> RunConfig:
 
 
 def image_identities(context: RunContext) -> dict[str, str]:
-    """A hash of pixels, caption and networks of all images of a run, by name."""
+    """A hash of pixels, mask, caption and networks of all images of a run, by name."""
     found: dict[str, str] = {}
     for term in context.trainer.terms:
         found |= term.loss.data.identities()
@@ -59,11 +59,7 @@ def image_identities(context: RunContext) -> dict[str, str]:
 
 
 def check_same_content(extra: dict[str, Any], context: RunContext) -> None:
-    """Check that base model and images are those that a checkpoint was made with, the cache being filled.
-
-    Args:
-        extra: What the run had kept in the checkpoint.
-        context: The run as it is now.
+    """Check that base model and images, in a filled cache, are those that a checkpoint with `extra` was made with.
 
     Raises:
         SdloraError: They are not, or the base model's own previews were never checked.
@@ -98,13 +94,8 @@ def check_same_content(extra: dict[str, Any], context: RunContext) -> None:
 def load_newest(checkpoints: Sequence[Path], trainer: Trainer) -> dict[str, Any] | None:
     """Restore a trainer from the main process's newest checkpoint, in every process alike.
 
-    Args:
-        checkpoints: The main process's, oldest first; empty in the others, which are sent the checkpoint if any of
-            them, on another machine, does not see the folder.
-        trainer: Of this process.
-
-    Returns:
-        What the run had kept in the checkpoint; None if there is no checkpoint.
+    `checkpoints`, oldest first, are empty in the other processes, which are sent the checkpoint if any of them, on
+    another machine, does not see the folder. Returns what the run had kept in it; None if there is no checkpoint.
     """
     processes = trainer.processes
     newest = processes.agree(list(checkpoints[-1:]))

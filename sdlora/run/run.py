@@ -65,7 +65,6 @@ def start(
     """Run a configuration.
 
     Args:
-        config: What to do.
         output: The run's folder.
         resume: Continue from the newest complete checkpoint in `output`.
         wait: Whether to wait for the GPU if another run is on it.

@@ -30,13 +30,7 @@ _LAST_FILE = "complete.json"
 def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Path:
     """Write a trainer's state between two steps into a new folder under `folder`, and delete all but the newest two.
 
-    Args:
-        folder: The run's folder of checkpoints.
-        trainer: Whose state is saved.
-        extra: JSON values that the run needs when it resumes.
-
-    Returns:
-        The checkpoint's folder.
+    `extra` holds JSON values that the run needs when it resumes. Returns the checkpoint's folder.
     """
     target = folder / f"step-{trainer.position.step:08d}"
     shutil.rmtree(target, ignore_errors=True)

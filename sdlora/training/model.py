@@ -38,7 +38,6 @@ class TrainingModel:
 
     Args:
         unet: With the adapter in it.
-        adapter: What is trained.
         groups: The adapter's parameters, by learning rate.
         optimizer: Its name, since some need matrices.
         gradient_checkpointing: Recompute blocks in the backward pass instead of keeping their activations.

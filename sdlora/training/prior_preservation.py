@@ -30,11 +30,7 @@ class ClassWords:
 
     One in `preservation_every` exposures is compared, and counts this often.
 
-    Args:
-        adapter: Switched off for the predictions that are to be kept.
-        data: Its captions with class words are used.
-        settings: The weight, and how many exposures are compared.
-        schedule: Of the training images.
+    The adapter is switched off for the predictions that are to be kept.
 
     Attributes:
         compared: The exposures that are compared with the base model.
