@@ -27,17 +27,12 @@ Scale = Callable[[float], float]
 
 @dataclass(frozen=True)
 class Line:
-    """One line of a chart, named where it ends.
-
-    Attributes:
-        values: One per place on the x axis; the line passes over None.
-        width: Of the stroke, in px.
-    """
+    """One line of a chart, named where it ends."""
 
     label: str
-    values: Sequence[float | None]
+    values: Sequence[float | None]  # one per place on the x axis; the line passes over None
     color: str
-    width: float = 2.0
+    width: float = 2.0  # of the stroke, in px
 
 
 @dataclass(frozen=True)
@@ -67,7 +62,11 @@ def line_chart(lines: Sequence[Line], x: Sequence[int], *, x_name: str, y_name: 
     values = [value for line in lines for value in line.values if value is not None]
     if not values:
         return Markup("")
-    low, high = _limits(values, log=log)
+    low, high = min(values), max(values)
+    if log:
+        low, high = low / 1.15, high * 1.15
+    else:
+        low, high = (min(low, 0.0), max(high, 0.0)) if low or high else (0.0, 1.0)
     right = WIDTH - _RIGHT
     at_x, at_y = _scale(x[0], max(x[-1], x[0] + 1), _LEFT, right), _scale(low, high, _FLOOR, _TOP, log=log)
     marks = x if len(x) <= _MAX_MARKED else [mark for mark in ticks(x[0], x[-1]) if mark >= x[0] and mark == int(mark)]
@@ -169,14 +168,6 @@ def spread(wanted: Sequence[float]) -> list[float]:
         placed[index] = min(placed[index], ceiling)
         ceiling = placed[index] - _LABEL_GAP
     return placed
-
-
-def _limits(values: Sequence[float], *, log: bool) -> tuple[float, float]:
-    low, high = min(values), max(values)
-    if log:
-        return low / 1.15, high * 1.15
-    low, high = min(low, 0.0), max(high, 0.0)
-    return (low, high) if high > low else (0.0, 1.0)
 
 
 def _scale(low: float, high: float, start: float, end: float, *, log: bool = False) -> Scale:

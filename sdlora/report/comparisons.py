@@ -33,33 +33,24 @@ class Tile(NamedTuple):
 
 
 class Grid(NamedTuple):
-    """The previews of one kind of prompt.
-
-    Attributes:
-        heads: What each column shows, and a detail that may be empty.
-        prompts: Every prompt with its tiles: a row for each seed, a column for each epoch or job.
-    """
+    """The previews of one kind of prompt."""
 
     heading: str
-    heads: Sequence[tuple[str, str]]
+    heads: Sequence[tuple[str, str]]  # what each column shows, and a detail that may be empty
+    # Every prompt with its tiles: a row for each seed, a column for each epoch or job.
     prompts: Sequence[tuple[str, Sequence[Sequence[Tile | None]]]]
 
 
 class Pair(NamedTuple):
-    """A preview beside its nearest training image, which is also laid over it.
+    """A preview beside its nearest training image, which is also laid over it."""
 
-    Attributes:
-        id: Of the element.
-        is_mirrored: Whether the training image is more like the preview when it is mirrored.
-    """
-
-    id: str
+    id: str  # of the element
     match: Match
     tone: str
     preview: Attributes
     overlay: Attributes
     training: Attributes
-    is_mirrored: bool
+    is_mirrored: bool  # whether the training image is more like the preview when it is mirrored
 
 
 def tone(match: Match) -> str:

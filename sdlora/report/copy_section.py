@@ -32,18 +32,13 @@ _KINDS = (("training", "captions", COLORS[3]), ("novel", "new", COLORS[1]))
 
 
 class EpochRow(NamedTuple):
-    """An epoch, of which 0 is the base model, in a row of a table.
-
-    Attributes:
-        exposures: Of each image by then: a number or a range.
-        is_kept: Whether its file is the run's.
-    """
+    """An epoch, of which 0 is the base model, in a row of a table."""
 
     epoch: int
     check: EpochCheck | None
-    exposures: str
+    exposures: str  # of each image by then: a number or a range
     validation_loss: float | None
-    is_kept: bool
+    is_kept: bool  # whether its file is the run's
 
     @property
     def num_matches(self) -> int:

@@ -14,7 +14,7 @@ from sdlora.common.text import format_seconds
 from sdlora.copycheck.null_distribution import PHASE as NULL_PHASE
 from sdlora.report.html import environment
 
-from ..state.run_status import Status
+from ..state.queue import Status
 
 _PHASES = {
     "start": "preparing", "train": "training", "previews": "generating previews",

@@ -18,7 +18,7 @@ from sdlora.report.copy_section import copy_figures, epoch_rows, judged_epoch
 from sdlora.report.html import Figure
 from sdlora.report.training_section import timestep_chart
 
-from ..state.run_status import Status
+from ..state.queue import Status
 from ..state.run_view import RunView
 from .image_urls import LARGE_PX, LinkedAlbum, file_url, image_url, img
 from .render import render

@@ -10,9 +10,9 @@ from pathlib import Path
 
 from sdlora.errors import DataError, SdloraError
 
-from ..state.background_tasks import BackgroundTask, BackgroundTasks
+from ..state.background_tasks import BackgroundTasks, Kind
 from ..state.image_set import Card, SetView
-from ..state.run_status import Status
+from ..state.queue import Status
 from .image_urls import file_url, img
 from .render import render
 
@@ -55,20 +55,11 @@ def set_summary(view: SetView) -> str:
 def set_cards(cards: Sequence[Card], folder: Path, shown: Path, set_name: str) -> str:
     """A card for each image of a set: thumbnail with its crop, the doctor's findings, and its caption to edit.
 
-    Args:
-        cards: Of the set.
-        folder: Of the set.
-        shown: The folder that images are served from.
-        set_name: As the page calls the set, to be sent with captions.
+    Images are served from `shown`; the set's name is sent with captions.
     """
     if not cards:
         return ""
     return render("cards.html", cards=[(card, _photo(folder, card, shown)) for card in cards], set_name=set_name)
-
-
-def doctor(card: Card) -> str:
-    """The doctor's findings on one image."""
-    return render("doctor.html", card=card)
 
 
 def duplicates(view: SetView, shown: Path) -> str:
@@ -101,12 +92,7 @@ def _crop_inset(card: Card) -> str:
     return f"{y:.2%} {x:.2%}" if max(x, y) >= 0.005 else ""
 
 
-# --- The estimate, the queue and the strip ----------------------------------------------------------------------------
-
-
-def plan_card(sentences: Sequence[str]) -> str:
-    """What a run will do and need, in sentences."""
-    return render("plan.html", sentences=sentences)
+# --- Runs and background tasks ----------------------------------------------------------------------------------------
 
 
 def strip(statuses: Sequence[Status]) -> str:
@@ -122,39 +108,24 @@ def queue(statuses: Sequence[Status]) -> str:
     return render("queue.html", statuses=waiting)
 
 
-# --- Background tasks -------------------------------------------------------------------------------------------------
-
-
-def caption_task(tasks: BackgroundTasks) -> str:
-    """How the captions by a model stand."""
-    task = tasks.find("caption")
+def background_task(tasks: BackgroundTasks, kind: Kind) -> str:
+    """How the captions by a model, or a run's upload, stand."""
+    task = tasks.find(kind)
     if task is None:
         return ""
     stage, written, total = tasks.stage(task), tasks.written(task), len(task.files)
-    title = f"Captions for {task.subject}"
-    if stage == "running":
+    if kind == "caption":
+        title, kept = f"Captions for {task.subject}", f"{written} of {total} were written and are kept."
+    else:
+        title, kept = f"Upload of {task.subject}", "Files that were uploaded stay on the Hub."
+    if stage == "running" and kind == "caption":
         words = f"{written} of {total} written." if written else "Loading the model; the first time it is downloaded."
         return render("task_progress.html", title=title, share=written / total if total else 0.0, words=words)
-    return _ended(tasks, task, stage, title, f"{written} of {total} were written and are kept.")
-
-
-def publish_task(tasks: BackgroundTasks) -> str:
-    """How a run's upload stands."""
-    task = tasks.find("publish")
-    if task is None:
-        return ""
-    stage, title = tasks.stage(task), f"Upload of {task.subject}"
     if stage == "running":
         return message("It continues if you leave this page.", "busy", title=f"{title}: running")
-    return _ended(tasks, task, stage, title, "Files that were uploaded stay on the Hub.")
-
-
-def _ended(tasks: BackgroundTasks, task: BackgroundTask, stage: str, title: str, kept: str) -> str:
     if stage == "done":
         return message(f"{tasks.output(task)}\n{tasks.errors(task)}", "clean", title=f"{title}: done")
     if stage == "stopped":
         return message(kept, "watch", title=f"{title}: stopped")
-    reason = tasks.errors(task) or (
-        "The process died unexpectedly (killed, out of memory, or the machine was switched off)."
-    )
-    return message(f"{reason}\n{kept}", "copying", title=f"{title}: failed")
+    died = "The process died unexpectedly (killed, out of memory, or the machine was switched off)."
+    return message(f"{tasks.errors(task) or died}\n{kept}", "copying", title=f"{title}: failed")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import traceback
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -116,8 +115,7 @@ def _keep_up_to_date(context: Context, live: Live, blocks: gr.Blocks) -> None:
             return updates | {seen: json.dumps(now)}
         except Exception as error:
             # The rest stays as it is; the next refresh, two seconds from now, may succeed.
-            context.log(traceback.format_exc())
-            return {live.parts["strip"]: views.failure(context.unexpected(error))}
+            return {live.parts["strip"]: context.unexpected(error)}
 
     for event in (
         blocks.load, gr.Timer(EVERY_SECONDS).tick, live.run.input, live.parts["epochs"].input,
@@ -129,15 +127,7 @@ def _keep_up_to_date(context: Context, live: Live, blocks: gr.Blocks) -> None:
 def _updates(
     context: Context, live: Live, name: str | None, epoch: Any, before: dict[str, str]
 ) -> tuple[dict[Any, Any], dict[str, str]]:
-    """The updates of all that a page shows of a run, and a digest of every part as it is shown then.
-
-    Args:
-        context: The studio.
-        live: What is updated.
-        name: The run; if it is gone, another one is shown.
-        epoch: The epoch that is chosen on the page of the copy check.
-        before: The digests of what is shown; parts that would not change are left out.
-    """
+    """What has changed of all that a page shows of a run, and a digest of every part; `before` are those shown."""
     if name not in context.jobs.names():
         name = context.default_run()
     # A chosen epoch means nothing in another run, and a page that shows the last epoch follows it.

@@ -23,24 +23,17 @@ from ..settings.estimate import base_resolution_px
 from ..state.background_tasks import BackgroundTasks
 from ..state.folders import Studio, StudioError
 from ..state.image_set import SetView, view
-from ..state.queue import Jobs
-from ..state.run_status import Status
+from ..state.queue import Jobs, Status
 from ..state.try_lora import LoraSampler
 
 
 @dataclass(frozen=True)
 class Live:
-    """What is kept up to date on the pages of runs.
+    """What is kept up to date on the pages of runs."""
 
-    Attributes:
-        run: The run that is looked at.
-        parts: The components to update, by name: those of a snapshot's HTML, then buttons and choices.
-        events: Clicks after which the pages are refreshed.
-    """
-
-    run: gr.Dropdown
-    parts: dict[str, Any] = field(default_factory=dict)
-    events: list[Any] = field(default_factory=list)
+    run: gr.Dropdown  # the run that is looked at
+    parts: dict[str, Any] = field(default_factory=dict)  # components by name: of a snapshot's HTML, buttons, choices
+    events: list[Any] = field(default_factory=list)  # clicks after which the pages are refreshed
 
 
 @dataclass(frozen=True)
@@ -124,14 +117,15 @@ class Context:
         except SdloraError as error:
             return views.failure(error)
         except Exception as error:
-            self.log(traceback.format_exc())
-            return views.failure(self.unexpected(error))
+            return self.unexpected(error)
 
-    def unexpected(self, error: Exception) -> SdloraError:
-        """An internal error as a message."""
-        return StudioError(
+    def unexpected(self, error: Exception) -> str:
+        """Log the traceback of an internal error, which is being handled; returns a message as HTML."""
+        self.log(traceback.format_exc())
+        return views.message(
             f"Internal error of the studio: {type(error).__name__}: {error}. Runs are not affected. "
-            f"Details are in {self.studio.runs / '.studio' / 'studio.log'}."
+            f"Details are in {self.studio.own / 'studio.log'}.",
+            "copying",
         )
 
     def log(self, text: str) -> None:

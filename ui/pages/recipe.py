@@ -19,7 +19,6 @@ from sdlora.errors import ConfigError, SdloraError
 from ..html import views
 from ..html.render import render
 from ..settings import estimate, form
-from ..settings.base_models import known_bases
 from ..settings.draft import LENGTHS, SUBJECTS, Draft, from_config, write_draft
 from ..settings.form import Field
 from .context import Context
@@ -67,7 +66,8 @@ def plan_html(context: Context, draft: Draft) -> str:
         return views.message("Add images under Images first.", title="No images yet")
     try:
         config = draft.config(context.studio)
-        return views.plan_card([*estimate.describe_run(config), *estimate.describe_memory(draft)])
+        needed = estimate.describe_memory(draft.needs(), draft.fitted)
+        return render("plan.html", sentences=[*estimate.describe_run(config), *needed])
     except SdloraError as error:
         return views.failure(error)
 
@@ -132,7 +132,7 @@ def recipe_page(context: Context) -> tuple[list[gr.components.Component], gr.HTM
         try:
             config = read(context, values).config(context.studio)
             measured = estimate.describe_measured(estimate.measure(config))
-            return views.plan_card([*estimate.describe_run(config), *measured])
+            return render("plan.html", sentences=[*estimate.describe_run(config), *measured])
         except SdloraError as error:
             return views.failure(error)
 
@@ -163,7 +163,7 @@ def _decisions(context: Context) -> list[Any]:
     )  # fmt: skip
     length = gr.Radio(list(LENGTHS), label="How long?", elem_id="length")
     base = gr.Dropdown(
-        known_bases(context.studio), label="Base model", allow_custom_value=True, elem_id="base",
+        estimate.known_bases(context.studio), label="Base model", allow_custom_value=True, elem_id="base",
         info="pocket is small and built in. Or enter a .safetensors checkpoint, a diffusers folder or a hub id such as "
         "owner/name. Models in the studio's folder 'bases' are in the list.",
     )  # fmt: skip

@@ -28,8 +28,8 @@ from sdlora.common.text import format_bytes
 from sdlora.config.toml import dump_toml
 from sdlora.errors import SdloraError
 
-from ..html import views
 from ..html.image_urls import NAME, ROUTE
+from ..html.render import render
 from ..pages.app import HEAD, build, theme
 from ..pages.context import Context
 from ..state import image_set
@@ -97,7 +97,7 @@ def _add_routes(app: FastAPI, context: Context) -> None:
         image_set.write_caption(context.own_folder(fields["set"]), fields["picture"], fields["caption"])
         view = context.view_set(context.draft())
         card = next((card for card in view.cards if card.name == fields["picture"]), None)
-        return JSONResponse({"doctor": "" if card is None else views.doctor(card)})
+        return JSONResponse({"doctor": "" if card is None else render("doctor.html", card=card)})
 
     @app.delete("/studio/picture")
     async def _remove(request: Request) -> Response:
@@ -159,11 +159,7 @@ def _toml(text: str, name: str) -> Response:
 
 
 async def _json(request: Request, *names: str) -> dict[str, str]:
-    """The text fields of a request in JSON.
-
-    Raises:
-        StudioError: The request has another form.
-    """
+    """The text fields of a request in JSON."""
     malformed = StudioError(f"The request needs a JSON object with the texts {', '.join(names)}. Reload the page.")
     if request.headers.get("content-type", "").partition(";")[0] != "application/json":
         raise malformed
@@ -214,7 +210,7 @@ def serve(
     Args:
         runs: The folder of runs and images.
         host: The address to listen on.
-        port: The port; 0 takes any free one.
+        port: 0 takes any free one.
         auth_file: A file with NAME:PASSWORD; None needs no login.
         opened: Called with the port once it can be reached.
 

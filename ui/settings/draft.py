@@ -20,7 +20,7 @@ from sdlora.run.estimate import Estimate
 
 from ..state.folders import Studio, safe_name
 from . import form
-from .base_models import estimate
+from .estimate import estimate
 
 _OWN = {"name", "data.folder"}
 
@@ -48,23 +48,15 @@ _OF_POCKET = (
 
 @dataclass(frozen=True)
 class Draft:
-    """A recipe on its way.
+    """A recipe on its way."""
 
-    Attributes:
-        images: A set's name in the studio, a folder, or "builtin:NAME"; empty until one is chosen, or where
-            data.sets names several.
-        name: The run's; empty takes the set's.
-        subject: A key of `SUBJECTS`.
-        length: A key of `LENGTHS`.
-        fitted: What was changed so that it fits into this machine's memory, in words.
-        values: Every option that is not at its default, by its dotted name, apart from name and folder.
-    """
-
+    # A set's name in the studio, a folder or "builtin:NAME"; empty until one is chosen, or if data.sets names several.
     images: str = field(default="", metadata=saved_as("pictures"))
-    name: str = ""
-    subject: str = "character"
-    length: str = "as usual"
-    fitted: list[str] = field(default_factory=list)
+    name: str = ""  # the run's; empty takes the set's
+    subject: str = "character"  # a key of `SUBJECTS`
+    length: str = "as usual"  # a key of `LENGTHS`
+    fitted: list[str] = field(default_factory=list)  # in words: what was changed to fit into this machine's memory
+    # Every option that is not at its default, by its dotted name, apart from name and folder.
     values: dict[str, Any] = field(default_factory=lambda: _changed(recipe("character", "as usual", "pocket")))
 
     @property

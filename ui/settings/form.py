@@ -25,25 +25,16 @@ _BIGGEST_IN_A_BROWSER = 2**53
 
 @dataclass(frozen=True)
 class Field:
-    """One option, as it is shown.
+    """One option, as it is shown."""
 
-    Attributes:
-        name: Dotted, as in files and after `--set`.
-        kind: Which control shows it; "lines" is a list of texts, a line each, and "toml" anything else.
-        optional: Whether it may be left empty, which means None.
-        choices: Of "choice" and "choices".
-        minimum: The lowest value, itself allowed or not; None if there is no limit.
-        maximum: The highest.
-    """
-
-    name: str
-    kind: Kind
+    name: str  # dotted, as in files and after `--set`
+    kind: Kind  # which control shows it; "lines" is a list of texts, a line each, and "toml" anything else
     help: str
     default: Any
-    optional: bool = False
-    choices: tuple[str, ...] = ()
-    minimum: float | None = None
-    maximum: float | None = None
+    optional: bool = False  # whether it may be left empty, which means None
+    choices: tuple[str, ...] = ()  # of "choice" and "choices"
+    minimum: float | None = None  # the lowest value, itself allowed or not; None if there is no limit
+    maximum: float | None = None  # the highest
 
     @property
     def section(self) -> str:
@@ -123,20 +114,15 @@ def make_config(values: Mapping[str, Any], name: str) -> RunConfig:
 
 def _field(name: str, default: Any) -> Field:
     info = option_fields()[name]
-    annotation, optional = _without_none(info.annotation)
+    annotation, optional = info.annotation, False
+    if get_origin(annotation) in (Union, types.UnionType):
+        rest = [one for one in get_args(annotation) if one is not type(None)]
+        annotation, optional = (rest[0], True) if len(rest) == 1 else (annotation, False)
     limits = {type(limit): limit for limit in info.metadata}
     low = limits[Ge].ge if Ge in limits else limits[Gt].gt if Gt in limits else None
     high = limits[Le].le if Le in limits else limits[Lt].lt if Lt in limits else None
     kind, choices = _kind(annotation, high)
     return Field(name, kind, info.description or "", default, optional, choices, low, high)
-
-
-def _without_none(annotation: Any) -> tuple[Any, bool]:
-    if get_origin(annotation) in (Union, types.UnionType):
-        rest = [one for one in get_args(annotation) if one is not type(None)]
-        if len(rest) == 1:
-            return rest[0], True
-    return annotation, False
 
 
 def _kind(annotation: Any, high: Any) -> tuple[Kind, tuple[str, ...]]:

@@ -15,7 +15,7 @@ from sdlora.common.files import write_json
 
 from . import subprocesses
 from .folders import Studio, StudioError
-from .run_status import last_lines
+from .queue import last_lines
 
 Kind = Literal["caption", "publish"]
 Stage = Literal["running", "done", "stopped", "failed"]
@@ -25,21 +25,14 @@ _RUNNING = {"caption": "Captions are already being written", "publish": "A run i
 
 @dataclass(frozen=True)
 class BackgroundTask:
-    """The record of a task.
-
-    Attributes:
-        subject: The set of images or the run, as the page calls it.
-        began: Start time of its process, in seconds since 1970.
-        files: The files it writes, in order; empty if unknown.
-        stopping: Whether it was asked to stop.
-    """
+    """The record of a task."""
 
     kind: Kind
-    subject: str
+    subject: str  # the set of images or the run, as the page calls it
     pid: int
-    began: float
-    files: tuple[str, ...] = ()
-    stopping: bool = False
+    began: float  # start time of its process, in seconds since 1970
+    files: tuple[str, ...] = ()  # the files it writes, in order; empty if unknown
+    stopping: bool = False  # whether it was asked to stop
 
 
 @dataclass(frozen=True)

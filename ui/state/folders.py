@@ -30,6 +30,9 @@ class Studio:
     Args:
         runs: Contains a folder per run, `pictures` with a folder per image set, and `.studio` for everything else.
         any_folder: Whether images and bases may be anywhere on this machine; only if nobody else can reach the page.
+
+    Raises:
+        StudioError: A run or an image set is asked for by a name that is not valid.
     """
 
     def __init__(self, runs: Path, any_folder: bool = True) -> None:
@@ -52,11 +55,7 @@ class Studio:
         return FileLock(self.own / "lock", timeout=10)
 
     def run(self, name: str) -> Path:
-        """The folder of a run.
-
-        Raises:
-            StudioError: The name is not valid.
-        """
+        """The folder of a run."""
         return self.runs / run_name(name)
 
     def job_config(self, name: str) -> Path:
@@ -72,11 +71,7 @@ class Studio:
         return self.logs / f"{run_name(name)}.log"
 
     def image_set(self, name: str) -> Path:
-        """The folder of an image set.
-
-        Raises:
-            StudioError: The name is not valid.
-        """
+        """The folder of an image set."""
         if name != safe_name(name):
             raise StudioError(
                 f"{name!r} is not a valid name for a set of images; use letters, digits, spaces, '-' and '_'."
@@ -103,12 +98,8 @@ def run_name(name: str) -> str:
     Raises:
         StudioError: It has characters other than letters, digits, spaces, '.', '-' and '_', or is reserved.
     """
-    if (
-        not _RUN_NAME.fullmatch(name)
-        or name != name.rstrip(". ")
-        or _is_reserved(name)
-        or name.lower() in _RESERVED_NAMES
-    ):
+    is_reserved = _is_reserved(name) or name.lower() in _RESERVED_NAMES
+    if is_reserved or not _RUN_NAME.fullmatch(name) or name != name.rstrip(". "):
         raise StudioError(
             f"{name!r} is not a valid name for a run; use up to 100 letters, digits, spaces, '.', '-' and '_', "
             "starting with a letter or digit. 'pictures' and device names such as 'con' are reserved."

@@ -24,22 +24,14 @@ from .uploads import MOST_CAPTION_BYTES
 
 @dataclass(frozen=True)
 class Card:
-    """An image of a set.
-
-    Attributes:
-        caption: Empty if there is none.
-        size: Width and height in pixels; None if it cannot be read.
-        severity: The worst finding: "error", "warning" or "fine".
-        findings: A sentence per finding.
-        bucket: Width and height it is trained at, in pixels; None if it cannot be read.
-    """
+    """An image of a set."""
 
     name: str
-    caption: str
-    size: tuple[int, int] | None
-    severity: str
-    findings: tuple[str, ...]
-    bucket: tuple[int, int] | None
+    caption: str  # empty if there is none
+    size: tuple[int, int] | None  # width and height in pixels; None if it cannot be read
+    severity: str  # the worst finding: "error", "warning" or "fine"
+    findings: tuple[str, ...]  # a sentence per finding
+    bucket: tuple[int, int] | None  # width and height it is trained at, in pixels; None if it cannot be read
 
 
 @dataclass(frozen=True)
@@ -70,10 +62,10 @@ def _cached_decode(path: Path, background: str) -> Image:
 
 
 def view(folder: Path, *, trigger: str | None = None, resolution_px: int = 512) -> SetView:
-    """Read and check a set.
+    """Read and check a set, which may have no images.
 
     Args:
-        folder: Its folder; without images the view is empty.
+        folder: Of the set.
         trigger: The word that captions should contain.
         resolution_px: Training resolution, for buckets and for finding images that are too small.
     """
@@ -89,16 +81,10 @@ def view(folder: Path, *, trigger: str | None = None, resolution_px: int = 512) 
     cards = []
     for path in image_files(folder):
         about = [finding for finding in findings if path.name in finding.files]
-        cards.append(
-            Card(
-                path.name,
-                captions.get(f"{path.stem}.txt") or captions.get(path.name) or "",
-                sizes.get(path.name),
-                min((finding.severity for finding in about), default="fine"),
-                tuple(_about(path.name, finding) for finding in about),
-                buckets.get(path.name),
-            )
-        )
+        caption = captions.get(f"{path.stem}.txt") or captions.get(path.name) or ""
+        severity = min((finding.severity for finding in about), default="fine")
+        told = tuple(_about(path.name, finding) for finding in about)
+        cards.append(Card(path.name, caption, sizes.get(path.name), severity, told, buckets.get(path.name)))
     twins = tuple(f.files for f in findings if f.kind in ("duplicate", "near-duplicate"))
     return SetView(folder, tuple(cards), findings, twins)
 

@@ -1,4 +1,4 @@
-"""The queue: jobs that wait for a device or run on it, and how to start, stop and reorder them.
+"""The queue and the runs in it: jobs that wait for a device or run on it, their status, and what a person can do.
 
 A job is a configuration and a record in the studio's folder, so that the queue outlives the studio. Changes hold the
 studio's lock, so that two clicks, tabs or studios start a job once.
@@ -7,25 +7,80 @@ studio's lock, so that two clicks, tabs or studios start a job once.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import time
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Literal
 
 import psutil
 
 from sdlora.common.files import write_json, write_text
+from sdlora.common.run_state import RunState, read_state
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, load_config
-from sdlora.events import fields_from_json, to_json
+from sdlora.events import fields_from_json, saved_as, to_json
 
 from . import subprocesses
 from .folders import Studio, StudioError
-from .run_status import Job, Status, read_status
+
+Word = Literal["none", "waiting", "starting", "running", "paused", "stopping", "stopped", "failed", "done"]
+_MAX_LINES = 12
+_MAX_BYTES = 20_000
+
+
+@dataclass(frozen=True)
+class Job:
+    """The record of a queued or started run."""
+
+    name: str
+    device: str  # where it trains, as a `subprocesses.device_name`
+    position: float = field(metadata=saved_as("place"))  # sorts the queue
+    stage: Literal["waiting", "started"] = "waiting"
+    resume: bool = False  # whether it resumes from the run's newest checkpoint
+    pid: int = 0  # of its process, once started
+    began: float = 0.0  # start time of that process, in seconds since 1970
+    stopping: bool = False  # whether it was asked to stop
+
+    def process(self) -> psutil.Process | None:
+        """Its process, if alive."""
+        return subprocesses.find(self.pid, self.began) if self.stage == "started" else None
+
+
+@dataclass(frozen=True)
+class Status:
+    """The status of a run."""
+
+    name: str
+    word: Word  # the status in a word; "none" if there is no such run
+    state: RunState | None = None  # its progress; None until its process has written it
+    error: str | None = None  # why it failed; None if it did not
+    log: str = ""  # the last lines of its logs, if it failed
+    position: int | None = None  # in the queue, from 1; None if it is not waiting
+    process: psutil.Process | None = field(default=None, compare=False)  # its process, if alive
+
+    @property
+    def alive(self) -> bool:
+        """Whether its process is alive."""
+        return self.process is not None
+
+    @property
+    def can_resume(self) -> bool:
+        """Whether it ended early and can be resumed."""
+        return self.word in ("stopped", "failed")
 
 
 class Jobs:
-    """All jobs of a studio."""
+    """All jobs of a studio.
+
+    What a person can do returns a message for the page.
+
+    Raises:
+        StudioError: There is no such run, or its state does not allow what is asked for.
+    """
 
     def __init__(self, studio: Studio) -> None:
         self.studio = studio
@@ -59,14 +114,10 @@ class Jobs:
         folders = {path.parent.name for path in self.studio.runs.glob("[!.]*/config.toml")}
         return [*sorted((started | folders) - set(waiting)), *waiting]
 
-    # --- What a person can do; each returns a message for the page ---------------------------------------------------
+    # --- What a person can do ---------------------------------------------------------------------------------------
 
     def add(self, config: RunConfig) -> str:
-        """Add a run to the queue; adding the same configuration again has no effect.
-
-        Raises:
-            StudioError: Another run has this name.
-        """
+        """Add a run to the queue; adding the same configuration again has no effect."""
         name = config.name or ""
         wanted = dump_toml(config)
         with self.studio.lock():
@@ -76,16 +127,11 @@ class Jobs:
             if self.studio.job_record(name).is_file() or (folder.exists() and any(folder.iterdir())):
                 raise StudioError(f"There is already a run called {name!r}. Choose another name.")
             write_text(file, wanted)
-            self._write(Job(name, subprocesses.device_name(config.train.device), self._last_position() + 1))
-        self.dispatch()
-        return self._queue_message(name)
+            self._append(name, config)
+        return self._dispatch_and_tell(name)
 
     def resume(self, name: str) -> str:
-        """Add a run that ended early to the queue again, to resume from its newest checkpoint.
-
-        Raises:
-            StudioError: There is no such run, or it is done.
-        """
+        """Add a run that ended early to the queue again, to resume from its newest checkpoint."""
         with self.studio.lock():
             status = self.status(name)
             if status.word in ("waiting", "starting", "running", "paused", "stopping"):
@@ -96,18 +142,11 @@ class Jobs:
             source = self.studio.run(name) / "config.toml" if started else self.studio.job_config(name)
             if not source.is_file():
                 raise StudioError(f"There is no run called {name!r}.")
-            config = load_config(str(source))
-            device = subprocesses.device_name(config.train.device)
-            self._write(Job(name, device, self._last_position() + 1, resume=started))
-        self.dispatch()
-        return self._queue_message(name)
+            self._append(name, load_config(str(source)), resume=started)
+        return self._dispatch_and_tell(name)
 
     def stop(self, name: str) -> str:
-        """Ask a run to save its state and end.
-
-        Raises:
-            StudioError: It is not running.
-        """
+        """Ask a run to save its state and end."""
         with self.studio.lock():
             job, process = self.find(name), self._process(name)
             if job is not None and job.stage == "waiting":
@@ -124,29 +163,17 @@ class Jobs:
         return f"Stopping {name!r} after the current step. Its state is saved, so that it can be resumed."
 
     def pause(self, name: str) -> str:
-        """Pause a run, which keeps its memory and its device.
-
-        Raises:
-            StudioError: It is not running.
-        """
+        """Pause a run, which keeps its memory and its device."""
         subprocesses.set_paused(self._living(name), paused=True)
         return f"{name!r} is paused. It keeps its memory until it is continued or stopped."
 
     def proceed(self, name: str) -> str:
-        """Continue a paused run.
-
-        Raises:
-            StudioError: It is not running.
-        """
+        """Continue a paused run."""
         subprocesses.set_paused(self._living(name), paused=False)
         return f"{name!r} continues."
 
     def cancel(self, name: str) -> str:
-        """Remove a run from the queue.
-
-        Raises:
-            StudioError: It is not waiting.
-        """
+        """Remove a run from the queue."""
         with self.studio.lock():
             job = self.find(name)
             if job is None or job.stage != "waiting":
@@ -155,11 +182,7 @@ class Jobs:
         return f"{name!r} was removed from the queue."
 
     def move(self, name: str, by: int) -> str:
-        """Move a waiting job towards the front (below 0) or the back of the queue.
-
-        Raises:
-            StudioError: It is not waiting.
-        """
+        """Move a waiting job towards the front (below 0) or the back of the queue."""
         with self.studio.lock():
             queue = self.waiting()
             order = [job.name for job in queue]
@@ -173,11 +196,7 @@ class Jobs:
         return f"The queue is now: {', '.join(job.name for job in queue)}."
 
     def forget(self, name: str) -> None:
-        """Delete the record of a run that is not running.
-
-        Raises:
-            StudioError: It is running.
-        """
+        """Delete the record of a run that is not running."""
         with self.studio.lock():
             if self._process(name) is not None:
                 raise StudioError(f"{name!r} is running. Stop it first.")
@@ -224,11 +243,16 @@ class Jobs:
             raise StudioError(f"{name!r} is not running.")
         return process
 
-    def _queue_message(self, name: str) -> str:
+    def _dispatch_and_tell(self, name: str) -> str:
+        self.dispatch()
         waiting = [job.name for job in self.waiting()]
         if name not in waiting:
             return f"{name!r} has started."
         return f"{name!r} is waiting for its device; it is number {waiting.index(name) + 1} in the queue."
+
+    def _append(self, name: str, config: RunConfig, *, resume: bool = False) -> None:
+        position = max((job.position for job in self.all()), default=time.time()) + 1
+        self._write(Job(name, subprocesses.device_name(config.train.device), position, resume=resume))
 
     def _write(self, job: Job) -> None:
         write_json(self.studio.job_record(job.name), to_json(job))
@@ -237,5 +261,60 @@ class Jobs:
         self.studio.job_record(job.name).unlink(missing_ok=True)
         self.studio.job_config(job.name).unlink(missing_ok=True)
 
-    def _last_position(self) -> float:
-        return max((job.position for job in self.all()), default=time.time())
+
+# --- The status of a run; one whose process has died has failed, whatever its last state says -------------------------
+
+
+def read_status(studio: Studio, name: str, job: Job | None, position: int | None) -> Status:
+    """The status of a run, which has no job if it was started from the command line."""
+    folder = studio.run(name)
+    if position is not None:
+        return Status(name, "waiting", position=position)
+    process = job.process() if job else None
+    began, stopping = (job.began, job.stopping) if job else (0.0, False)
+    state = read_state(folder / "state.json")
+    if state is not None:
+        started = datetime.fromisoformat(state.started).timestamp()
+        # A state from before this process belongs to an earlier attempt. Its times are whole seconds.
+        if started < began - 1:
+            state = None
+        elif process is None and state.status == "running":
+            process = subprocesses.find_by_pid(state.pid, started + 1)
+    if state is None and process is None and not began:
+        return Status(name, "none")
+    word, error = _word(state, process, stopping)
+    log = last_lines(studio.log(name), folder / "log.txt") if word == "failed" else ""
+    return Status(name, word, state, error, log, process=process)
+
+
+def _word(state: RunState | None, process: psutil.Process | None, stopping: bool) -> tuple[Word, str | None]:
+    if process is not None:
+        if subprocesses.is_paused(process):
+            return "paused", None
+        if stopping:
+            return "stopping", None
+        return ("running" if state else "starting"), None
+    if state is not None and state.status != "running":
+        return state.status, state.error
+    if stopping:
+        return "stopped", None
+    if state is not None:
+        return "failed", (
+            "The training process died unexpectedly: it was killed, or the machine ran out of memory or was switched "
+            "off."
+        )
+    return "failed", "The training process ended before training started."
+
+
+def last_lines(*files: Path) -> str:
+    """The last lines of logs, concatenated, as plain text."""
+    parts = []
+    for file in files:
+        if file.is_file():
+            with file.open("rb") as handle:
+                handle.seek(max(0, file.stat().st_size - _MAX_BYTES))
+                text = handle.read().decode("utf-8", errors="replace")
+            # Colours and cursor movements of terminals.
+            lines = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", text).splitlines()
+            parts += [line for line in lines if line.strip()][-_MAX_LINES:]
+    return "\n".join(parts)

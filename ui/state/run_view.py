@@ -28,24 +28,16 @@ from .folders import Studio, StudioError
 
 @dataclass(frozen=True, eq=False)
 class RunView:
-    """A run's content.
-
-    Attributes:
-        metrics: Its steps and epochs so far.
-        checks: Copy checks by epoch.
-        previews: Previews by epoch, sorted by name.
-        loras: LoRA files by epoch.
-        key: Identifies the run, even if another one gets its name later.
-    """
+    """A run's content."""
 
     name: str
     folder: Path
     config: RunConfig
-    metrics: Metrics
-    checks: dict[int, EpochCheck]
-    previews: dict[int, list[Path]]
-    loras: dict[int, Path]
-    key: str
+    metrics: Metrics  # its steps and epochs so far
+    checks: dict[int, EpochCheck]  # copy checks by epoch
+    previews: dict[int, list[Path]]  # previews by epoch, sorted by name
+    loras: dict[int, Path]  # LoRA files by epoch
+    key: str  # identifies the run, even if another one gets its name later
 
     def recommended(self) -> tuple[int, str] | None:
         """The epoch to keep so far, and why; None until the first one is complete and checked for copies."""
@@ -89,17 +81,12 @@ def _read(folder: Path, name: str, _marks: tuple[tuple[str, int, int], ...]) -> 
     numbers = sorted(int(path.name) for path in epochs.glob("*") if path.name.isdecimal())
     loras = {number: epochs / str(number) / "adapter.safetensors" for number in numbers}
     previews = {number: sorted((epochs / str(number) / "previews").glob("[!.]*.png")) for number in numbers}
-    return RunView(
-        name,
-        folder,
-        load_config(str(folder / "config.toml")),
-        read_metrics(folder / "metrics.jsonl"),
-        read_checks(epochs),
-        {number: files for number, files in previews.items() if files},
-        # The proof is written last: without it the file may be incomplete.
-        {number: file for number, file in loras.items() if file.with_name("proof.json").is_file()},
-        f"{folder.resolve()} {(folder / 'config.toml').stat().st_mtime_ns}",
-    )
+    previews = {number: files for number, files in previews.items() if files}
+    # The proof is written last: without it the file may be incomplete.
+    loras = {number: file for number, file in loras.items() if file.with_name("proof.json").is_file()}
+    config, metrics = load_config(str(folder / "config.toml")), read_metrics(folder / "metrics.jsonl")
+    key = f"{folder.resolve()} {(folder / 'config.toml').stat().st_mtime_ns}"
+    return RunView(name, folder, config, metrics, read_checks(epochs), previews, loras, key)
 
 
 class _Gallery(Mapping[str, Image.Image]):

@@ -14,7 +14,6 @@ from PIL import Image
 from sdlora.config.schema import RunConfig
 from sdlora.lora_files.attach import attach
 from sdlora.lora_files.read import read_file
-from sdlora.models.base import BaseModel
 from sdlora.previews.sampler import PreviewRequest, draw
 from sdlora.run.setup import BasePool, choose_device
 
@@ -35,10 +34,10 @@ class LoraSampler:
         self._bases = BasePool()
 
     def draw(self, config: RunConfig, lora: Path | None, sample: SampleRequest) -> list[Image.Image]:
-        """Draw a prompt once for every strength.
+        """Draw a prompt once for every strength, with the base and the preview settings of a run.
 
         Args:
-            config: Of the run, for its base and the settings of its previews.
+            config: Of the run.
             lora: The LoRA file; None draws with the base alone.
             sample: What to draw.
 
@@ -53,18 +52,13 @@ class LoraSampler:
             device, dtype, _ = choose_device(config.train.device, config.train.precision)
             base = self._bases(config, device, dtype)
             if lora is None:
-                return [_one(base, request) for _ in sample.strengths]
+                return [next(draw(base, request, request.wanted()))[0] for _ in sample.strengths]
             adapter = attach(base.unet, read_file(lora), text_encoders=base.text_encoders)
             try:
-                images = []
+                images: list[Image.Image] = []
                 for strength in sample.strengths:
                     adapter.set_strength(strength)
-                    images.append(_one(base, request))
+                    images += next(draw(base, request, request.wanted()))
                 return images
             finally:
                 adapter.remove()
-
-
-def _one(base: BaseModel, request: PreviewRequest) -> Image.Image:
-    (images,) = draw(base, request, request.wanted())
-    return images[0]

@@ -24,8 +24,7 @@ from sdlora.run.run import start
 from sdlora.ui.settings.draft import Draft, read_draft, write_draft
 from sdlora.ui.state.background_tasks import BackgroundTasks
 from sdlora.ui.state.folders import Studio
-from sdlora.ui.state.queue import Jobs
-from sdlora.ui.state.run_status import Job
+from sdlora.ui.state.queue import Job, Jobs
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 pytestmark = [pytest.mark.skipif(CHROMIUM is None, reason="there is no Chromium"), pytest.mark.slow]

@@ -1,16 +1,131 @@
-"""What the studio says of a recipe: counted here, and by the run itself."""
+"""Base models by their files alone, recipes that fit into memory, and what the studio says of a recipe."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from sdlora.config.toml import load_config, parse_config
+from sdlora.common.bundled import pocket_folder
+from sdlora.config.toml import load_config, options, parse_config
 from sdlora.errors import DataError
+from sdlora.estimate.meta_model import shapes_of_base, shapes_of_family
 from sdlora.events import PlanMade
 from sdlora.run.run import start
 from sdlora.ui.settings import estimate
+from sdlora.ui.settings.draft import SUBJECTS, Draft
+from sdlora.ui.state.folders import Studio
+
+
+def test_shapes_of_folder_are_those_of_loaded_base(tiny_base: Path) -> None:
+    from sdlora.models.load import load_base
+
+    loaded = shapes_of_base(load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32))
+    found = estimate.shapes_of(str(tiny_base))
+    assert found is not None
+    assert (found.frozen_bytes, found.resolution_px, len(found.text_encoders)) == (
+        loaded.frozen_bytes, loaded.resolution_px, len(loaded.text_encoders)
+    )  # fmt: skip
+
+
+def test_shapes_of_single_file_follow_from_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "xl.safetensors"
+    save_file({"x": torch.zeros(1)}, file)
+    assert estimate.shapes_of(str(file)) is None
+    identified = type("Identified", (), {"family": "sdxl"})
+    monkeypatch.setattr(estimate, "identify", lambda *_: identified)
+    assert estimate.shapes_of(str(file)) == shapes_of_family("sdxl")
+    assert estimate.base_resolution_px(str(file)) == 1024
+    assert estimate.base_resolution_px("owner/name") == 512
+
+
+def test_known_bases_include_the_studios_folder(studio: Studio) -> None:
+    folder = studio.runs / "bases"
+    (folder / "mine").mkdir(parents=True)
+    (folder / "mine" / "model_index.json").write_text("{}")
+    for name in ("a.safetensors", "notes.txt"):
+        (folder / name).write_bytes(b"")
+    closed = Studio(studio.runs, any_folder=False)
+    assert estimate.known_bases(closed) == ["pocket", str(folder / "a.safetensors"), str(folder / "mine")]
+
+
+@pytest.fixture
+def large(tmp_path: Path) -> str:
+    """The built-in base's shapes at 512 px, without weights."""
+    for part in ("unet", "vae", "text_encoder"):
+        content = json.loads((pocket_folder() / part / "config.json").read_text(encoding="utf-8"))
+        if part == "unet":
+            content["sample_size"] *= 8
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "config.json").write_text(json.dumps(content))
+    return str(tmp_path)
+
+
+@pytest.fixture
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Says how much memory this machine has, in bytes."""
+    monkeypatch.setattr(estimate, "device_name", lambda _: "cuda:0")
+    return lambda memory_bytes: monkeypatch.setattr(estimate, "usable_memory", lambda _: memory_bytes)
+
+
+@pytest.mark.parametrize(("subject", "share"), [("character", 0.75), ("style", 0.6)])
+def test_recipe_is_changed_to_fit_into_memory_and_back(
+    subject: str, share: float, large: str, on_a_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # Recipes for large bases are frugal already: here they begin where there is something to change.
+    monkeypatch.setitem(SUBJECTS, subject, {**SUBJECTS[subject], "train.batch_size": 2})
+    on_a_gpu(1 << 40)
+    answered = Draft().with_answers(subject, "as usual", large)
+    needed = answered.needs()
+    assert needed is not None and answered.fitted == []
+    memory_bytes = int(share * needed.peak_bytes) >> 26 << 26
+    on_a_gpu(memory_bytes)
+    fitted = Draft().with_answers(subject, "as usual", large)
+    found = fitted.needs()
+    assert found is not None and found.peak_bytes <= memory_bytes
+    told = estimate.describe_memory(fitted.needs(), fitted.fitted)
+    assert told[0].startswith("Changed to fit") and told[-1].endswith("It fits.")
+    order = [told.split(" = ")[0] for told in fitted.fitted]
+    assert (
+        order
+        == ["train.batch_size", "base.quantization", "train.gradient_checkpointing", "data.resolution_px"][: len(order)]
+        != []
+    )
+    on_a_gpu(1 << 40)
+    assert fitted.with_answers(subject, "as usual", large).values == answered.values, "changes are undone once it fits"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"loss.mask_floor": 0.3, "data.masks": "file"},
+        {"data.class_words": [], "data.preservation_folder": "others", "train.preservation_every": 1},
+    ],
+)
+def test_estimate_accepts_settings_that_depend_on_images(
+    changes: dict[str, Any], on_a_gpu: Callable[[int], None]
+) -> None:
+    on_a_gpu(2**33)
+    draft = Draft(values=dict(options(load_config("quickstart"))) | changes)
+    found = draft.needs()
+    assert found is not None and found.peak_bytes > 0
+
+
+def test_base_that_cannot_fit_or_is_absent_is_reported(tiny_base: Path, on_a_gpu: Callable[[int], None]) -> None:
+    on_a_gpu(0)
+    draft = Draft().with_values({"base.path": str(tiny_base)})
+    assert "choose a smaller base" in estimate.describe_memory(draft.needs(), draft.fitted)[-1]
+    absent = draft.with_values({"base.path": "no/where"})
+    assert "not on this machine" in estimate.describe_memory(absent.needs(), absent.fitted)[0]
+
+
+# --- In words ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(

@@ -89,9 +89,9 @@ def test_stopped_task_keeps_written_captions(context: Context, folder: Path, sle
     start_captioning(context, "owner/model")
     said = context.studio.logs / ".caption.log"
     assert said.read_text(encoding="utf-8") == f"started with caption {folder.absolute()} --model=owner/model\n"
-    assert "Loading the model" in views.caption_task(context.tasks)
+    assert "Loading the model" in views.background_task(context.tasks, "caption")
     (folder / "a.txt").write_text("a red thing", encoding="utf-8")
-    assert "1 of 2 written" in views.caption_task(context.tasks)
+    assert "1 of 2 written" in views.background_task(context.tasks, "caption")
     context.tasks.end("caption")
     assert "1 of 2 were written" in ended(context, "caption")
     assert len(sleepers) == 1

@@ -27,8 +27,7 @@ from sdlora.ui.pages.context import Context
 from sdlora.ui.pages.result import clone_into_draft, draw
 from sdlora.ui.pages.snapshot import snapshot
 from sdlora.ui.state.folders import Studio
-from sdlora.ui.state.queue import Jobs
-from sdlora.ui.state.run_status import Status
+from sdlora.ui.state.queue import Jobs, Status
 from sdlora.ui.state.run_view import RunView, delete_run, differences, read_run, settings_of
 from sdlora.ui.state.try_lora import LoraSampler, SampleRequest
 
