@@ -50,10 +50,7 @@ def line_chart(lines: Sequence[Line], x: Sequence[int], *, x_name: str, y_name: 
     """Lines over whole numbers such as steps or epochs, the last on top.
 
     Args:
-        lines: At least one.
         x: Positions of the values, ascending.
-        x_name: Written below the x axis.
-        y_name: Written above the y axis.
         log: Whether the y axis is logarithmic; all values must then be above 0. Otherwise the axis includes 0.
 
     Returns:

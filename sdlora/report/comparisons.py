@@ -67,7 +67,6 @@ class Comparisons:
         checks: By epoch, at least one.
         epochs: The folder that holds one folder for each epoch.
         gallery: The training images by name, as they are trained.
-        album: Where images are embedded.
     """
 
     def __init__(self, checks: Checks, epochs: Path, gallery: Mapping[str, Image.Image], album: Album) -> None:
@@ -100,15 +99,14 @@ class Comparisons:
         return sorted(pairs, key=lambda p: (_TONES.index(p.tone), p.match.p_value, -p.match.similarity))
 
     def _pair(self, epoch: int, index: int, match: Match) -> Pair:
-        return Pair(
-            f"pair-{epoch}-{index}",
-            match,
-            tone(match),
-            self._preview(epoch, match, f"preview: {match.prompt}"),
-            self._training(match, f"{match.nearest}, laid over the preview"),
-            self._training(match, f"training image {match.nearest}"),
-            match.significant and self._is_mirrored(epoch, match),
-        )
+        def training(alt: str) -> Attributes:
+            return self._album.show(f"training {match.nearest}", lambda: self._gallery[match.nearest], alt)
+
+        preview = self._preview(epoch, match, f"preview: {match.prompt}")
+        overlay = training(f"{match.nearest}, laid over the preview")
+        beside = training(f"training image {match.nearest}")
+        is_mirrored = match.significant and self._is_mirrored(epoch, match)
+        return Pair(f"pair-{epoch}-{index}", match, tone(match), preview, overlay, beside, is_mirrored)
 
     def _is_mirrored(self, epoch: int, match: Match) -> bool:
         preview, training = read_image(self._epochs / str(epoch) / match.file), self._gallery[match.nearest]
@@ -117,9 +115,6 @@ class Comparisons:
     def _preview(self, epoch: int, match: Match, alt: str) -> Attributes:
         file = self._epochs / str(epoch) / match.file
         return self._album.show(str(file), lambda: read_image(file), alt)
-
-    def _training(self, match: Match, alt: str) -> Attributes:
-        return self._album.show(f"training {match.nearest}", lambda: self._gallery[match.nearest], alt)
 
 
 def _difference(first: Image.Image, second: Image.Image) -> float:

@@ -44,12 +44,9 @@ class Table:
 def environment(*folders: Path) -> Environment:
     """The templates of some folders and of the report; a value that a template misses is an error."""
     made = Environment(
-        loader=FileSystemLoader([*folders, TEMPLATES]),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
+        loader=FileSystemLoader([*folders, TEMPLATES]), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True,
+    )  # fmt: skip
     made.filters |= {"epoch_name": epoch_name, "one_in": one_in, "duration": format_seconds}
     return made
 

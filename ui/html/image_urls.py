@@ -62,12 +62,7 @@ def img(url: str, alt: str) -> Attributes:
 
 
 class LinkedAlbum(Album):
-    """An album whose images are fetched from the studio, instead of embedded.
-
-    Args:
-        folder: The folder that is served.
-        run: The same for the same run alone.
-    """
+    """An album whose images are fetched from the studio instead of embedded; `run` is the same for that run alone."""
 
     def __init__(self, folder: Path, run: str) -> None:
         super().__init__()

@@ -23,7 +23,6 @@ def message(text: str, tone: str = "", *, title: str = "") -> str:
     """Lines that should be read, such as an error's, a paragraph each.
 
     Args:
-        text: The lines.
         tone: "clean", "watch", "copying" (an error) or "busy"; empty for a placeholder.
         title: Stands above it.
     """

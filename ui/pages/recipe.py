@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from sdlora.config.toml import parse_config, read_config, renaming_notes
+from sdlora.config.toml import dump_toml, parse_config, read_config, renaming_notes
 from sdlora.errors import ConfigError, SdloraError
 
 from ..html import views
@@ -131,7 +131,7 @@ def recipe_page(context: Context) -> tuple[list[gr.components.Component], gr.HTM
     def measure(*values: Any) -> str:
         try:
             config = read(context, values).config(context.studio)
-            measured = estimate.describe_measured(estimate.measure(config))
+            measured = estimate.describe_measured(estimate.measure(dump_toml(config)))
             return render("plan.html", sentences=[*estimate.describe_run(config), *measured])
         except SdloraError as error:
             return views.failure(error)

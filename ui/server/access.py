@@ -54,12 +54,10 @@ _HEADERS = {
 
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach an address."""
-    if host == "localhost":
-        return True
     try:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
-        return False
+        return host == "localhost"
 
 
 def check_host(host: str, auth_file: Path | None) -> None:
@@ -119,8 +117,6 @@ class PasswordGate:
     """Asks for the password of an app, and refuses an address for a minute after five wrong ones.
 
     Args:
-        app: The protected app.
-        account: The account that may pass.
         clock: Monotonic time in seconds.
     """
 

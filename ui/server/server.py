@@ -47,7 +47,6 @@ def make_app(context: Context, *, host: str, account: Account | None = None) -> 
     """The whole studio as an ASGI app.
 
     Args:
-        context: The studio behind the pages.
         host: The address it listens on; requests that name another host are refused.
         account: The account that may log in; None needs no login.
     """

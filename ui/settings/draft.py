@@ -138,13 +138,7 @@ class Draft:
 
 
 def recipe(subject: str, length: str, base: str) -> dict[str, Any]:
-    """The options that three answers stand for; all others stay as they are.
-
-    Args:
-        subject: A key of `SUBJECTS`.
-        length: A key of `LENGTHS`.
-        base: base.path.
-    """
+    """The options that a subject, a length and a base.path stand for; all others stay as they are."""
     epochs, repeats = LENGTHS[length]
     # The built-in base is small: what suits larger ones teaches it nothing.
     defaults = dict(options(load_config("quickstart"))) if base == "pocket" else _defaults()

@@ -160,17 +160,13 @@ def describe_memory(found: Estimate | None, fitted: Sequence[str]) -> list[str]:
     return [*changed, f"{told} No setting makes it fit: choose a smaller base model, or a machine with more memory."]
 
 
-def measure(config: RunConfig) -> dict[str, Any]:
+@functools.lru_cache(maxsize=32)
+def measure(toml: str) -> Mapping[str, Any]:
     """What `sdlora plan` says of a configuration.
 
     Raises:
         StudioError: It refuses the configuration, or fails.
     """
-    return dict(_measure(dump_toml(config)))
-
-
-@functools.lru_cache(maxsize=32)
-def _measure(toml: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "plan.toml"
         file.write_text(toml, encoding="utf-8")
@@ -185,7 +181,7 @@ def _measure(toml: str) -> dict[str, Any]:
     return found
 
 
-def describe_measured(found: dict[str, Any]) -> list[str]:
+def describe_measured(found: Mapping[str, Any]) -> list[str]:
     """Time and memory as sentences."""
     told = []
     if (seconds := found.get("seconds")) is not None:

@@ -108,11 +108,9 @@ def run_name(name: str) -> str:
 
 
 def safe_name(text: str, fallback: str = "image") -> str:
-    """A file name close to `text` that is safe on every system.
+    """A file name that is safe on every system, close to what follows the last slash or backslash of a text.
 
-    Args:
-        text: Any text; only what follows the last slash or backslash counts.
-        fallback: Used if nothing of it can be kept.
+    If nothing of it can be kept, the name is `fallback`.
     """
     last = re.split(r"[\\/]", unicodedata.normalize("NFC", text))[-1]
     found = re.search(r"\.[A-Za-z0-9]{1,5}\Z", last)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,11 +68,9 @@ def _marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
     files = [folder / "config.toml", folder / "metrics.jsonl", *sorted(folder.glob("epochs/*/[!.]*"))]
     found = []
     for file in files:
-        try:
+        with suppress(FileNotFoundError):  # being replaced at this moment
             facts = file.stat()
-        except FileNotFoundError:  # being replaced at this moment
-            continue
-        found.append((str(file), facts.st_mtime_ns, facts.st_size))
+            found.append((str(file), facts.st_mtime_ns, facts.st_size))
     return tuple(found)
 
 

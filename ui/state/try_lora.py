@@ -34,12 +34,7 @@ class LoraSampler:
         self._bases = BasePool()
 
     def draw(self, config: RunConfig, lora: Path | None, sample: SampleRequest) -> list[Image.Image]:
-        """Draw a prompt once for every strength, with the base and the preview settings of a run.
-
-        Args:
-            config: Of the run.
-            lora: The LoRA file; None draws with the base alone.
-            sample: What to draw.
+        """Draw with the base and the preview settings of a run, and with a LoRA file, or with the base alone if None.
 
         Raises:
             SdloraError: The base or the file cannot be loaded.

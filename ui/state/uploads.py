@@ -66,11 +66,7 @@ class _Entry:
 
 
 def store_upload(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
-    """Store the images and captions of an upload in a set's folder; zips are unpacked.
-
-    Args:
-        files: The name of each file as sent, and its temporary path.
-        folder: Of the set.
+    """Store files, each with its name as sent and its temporary path, in a set's folder; zips are unpacked.
 
     Raises:
         DataError: The upload is too large, or a zip is malformed; then nothing is written.
@@ -207,24 +203,17 @@ def _refusal(info: zipfile.ZipInfo) -> str | None:
     """Why a zip entry is refused, or None."""
     name = info.orig_filename
     parts = name.split("/")
-    if not info.filename:
-        return "has no name"
-    if "\\" in name or "\0" in name:
-        return "has a forbidden character in its name"
-    if name.startswith("/") or _DRIVE.match(name):
-        return "has an absolute path"
-    if ".." in parts:
-        return "points outside of its folder"
-    if stat.S_ISLNK(info.external_attr >> 16):
-        return "is a symbolic link"
-    if info.flag_bits & 1:
-        return "is encrypted"
-    if name.lower().endswith((".zip", ".7z", ".rar", ".tar", ".gz")):
-        return "is a nested archive"
-    if any(safe_name(part) == f"_{part.strip('. ')}" for part in parts if part):
-        return "has a reserved device name"
-    if info.file_size > MOST_BYTES:
-        return f"is larger than {format_bytes(MOST_BYTES)}"
-    if info.file_size > 2**20 and info.file_size > _MAX_ZIP_RATIO * max(1, info.compress_size):
-        return f"unpacks to more than {_MAX_ZIP_RATIO} times its compressed size"
-    return None
+    refusals = {
+        "has no name": not info.filename,
+        "has a forbidden character in its name": "\\" in name or "\0" in name,
+        "has an absolute path": name.startswith("/") or _DRIVE.match(name),
+        "points outside of its folder": ".." in parts,
+        "is a symbolic link": stat.S_ISLNK(info.external_attr >> 16),
+        "is encrypted": info.flag_bits & 1,
+        "is a nested archive": name.lower().endswith((".zip", ".7z", ".rar", ".tar", ".gz")),
+        "has a reserved device name": any(safe_name(part) == f"_{part.strip('. ')}" for part in parts if part),
+        f"is larger than {format_bytes(MOST_BYTES)}": info.file_size > MOST_BYTES,
+        f"unpacks to more than {_MAX_ZIP_RATIO} times its compressed size": info.file_size > 2**20
+        and info.file_size > _MAX_ZIP_RATIO * max(1, info.compress_size),
+    }
+    return next((reason for reason, applies in refusals.items() if applies), None)
