@@ -15,7 +15,7 @@ from sdlora.common.files import sha256
 from sdlora.common.version import __version__
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import FREE_WHEN_RESUMING, options
-from sdlora.data.captions import METADATA
+from sdlora.data.captions import METADATA, SIDECARS
 from sdlora.data.images import SUFFIXES
 
 _HEAD_BYTES = 1 << 20
@@ -32,19 +32,24 @@ class Fingerprints:
     def of(self, config: RunConfig) -> str:
         """The fingerprint of a job; see `base_content` for the base."""
         settings = [(name, value) for name, value in options(config) if name not in FREE_WHEN_RESUMING]
-        folders = [self._folder_content(resolve_data_folder(folder).resolve()) for folder in config.data.folders]
+        folders = [
+            self._folder_content(resolve_data_folder(one.folder).resolve(), one.recursive)
+            for one in (*config.data.sets, config.data.validation_set, config.data.prior_set)
+            if one is not None
+        ]
         text = json.dumps([__version__, settings, folders, self._base_content(config.base.path)], sort_keys=True)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
 
-def _content(folder: Path) -> str:
+def _content(folder: Path, recursive: bool) -> str:
     """A hash of the names and bytes of all images and captions, or "missing" for a missing folder."""
     if not folder.is_dir():
         return "missing"
     digest = hashlib.blake2b(digest_size=16)
-    for file in sorted(folder.iterdir()):
-        if file.is_file() and (file.suffix.lower() in SUFFIXES | {".txt"} or file.name == METADATA):
-            digest.update(f"{file.name}\x1f{sha256(file)}\x1e".encode())
+    for file in sorted(folder.rglob("*") if recursive else folder.iterdir()):
+        if file.is_file() and (file.suffix.lower() in SUFFIXES | SIDECARS or file.name == METADATA):
+            name = file.relative_to(folder).as_posix()
+            digest.update(f"{name}\x1f{sha256(file)}\x1e".encode())
     return digest.hexdigest()
 
 

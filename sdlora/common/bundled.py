@@ -21,10 +21,11 @@ class ImageFolder:
     """A folder of images, and what applies to all of them.
 
     Attributes:
-        folder: Path, 'builtin:NAME' or URL. Only its own files are read; subfolders are skipped with a notice.
+        folder: Path, 'builtin:NAME' or URL.
         name: Prefix of the images' names, followed by a slash; None for no prefix.
         caption: Caption of images that have none of their own.
         repeats: Exposures of each image per epoch, at least 1.
+        recursive: Whether the images of its subfolders are read, too; they are skipped with a notice otherwise.
     """
 
     folder: str
@@ -32,6 +33,7 @@ class ImageFolder:
     caption: str | None = None
     trigger: str | None = None
     repeats: int = 1
+    recursive: bool = False
 
     @property
     def prefix(self) -> str:

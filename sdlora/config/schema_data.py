@@ -53,6 +53,8 @@ class SetOptions(Section):
     """Like data.trigger."""
     caption: str | None = None
     """Like data.caption."""
+    recursive: bool | None = None
+    """Like data.recursive."""
 
     @model_serializer(mode="wrap")
     def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -73,6 +75,9 @@ class DataConfig(Section):
     raw_sets: list[SetOptions] = Field([], alias="sets")
     """Several folders in one run, instead of data.folder: one table per set with its folder and, where they differ from
     [data], its repeats, trigger, caption and name."""
+    recursive: bool = False
+    """Read the images of all subfolders, too, with their captions beside them; hidden folders and 'holdout' are left
+    out."""
     validation_folder: str | None = None
     """Folder of images that are never trained on; the validation loss is measured on them."""
     validation_split: bool = True
@@ -117,7 +122,12 @@ class DataConfig(Section):
     @property
     def sets(self) -> list[ImageFolder]:
         """The folders that are trained on, one or more, each with everything that applies to it resolved."""
-        common: dict[str, Any] = {"repeats": self.raw_repeats, "trigger": self.raw_trigger, "caption": self.raw_caption}
+        common: dict[str, Any] = {
+            "repeats": self.raw_repeats,
+            "trigger": self.raw_trigger,
+            "caption": self.raw_caption,
+            "recursive": self.recursive,
+        }
         if not self.raw_sets:
             return [ImageFolder(self.raw_folder, **common)]
         return [ImageFolder(**common | one.model_dump() | {"name": one.title}) for one in self.raw_sets]
@@ -126,13 +136,15 @@ class DataConfig(Section):
     def validation_set(self) -> ImageFolder | None:
         """The folder of validation images, with the trigger and caption that [data] gives; None if it is unset."""
         folder = self.validation_folder
-        return ImageFolder(folder, trigger=self.raw_trigger, caption=self.raw_caption) if folder else None
+        if not folder:
+            return None
+        return ImageFolder(folder, trigger=self.raw_trigger, caption=self.raw_caption, recursive=self.recursive)
 
     @property
     def prior_set(self) -> ImageFolder | None:
         """The folder of images to preserve, with their caption; None if it is unset."""
         folder = self.preservation_folder
-        return ImageFolder(folder, caption=self.preservation_caption) if folder else None
+        return ImageFolder(folder, caption=self.preservation_caption, recursive=self.recursive) if folder else None
 
     @property
     def folders(self) -> list[str]:

@@ -14,7 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from sdlora.common.files import write_text
-from sdlora.data.captions import read_captions
+from sdlora.data.captions import read_captions, text_sidecar
 from sdlora.data.checks import examine, refuse_errors
 from sdlora.data.images import load_image
 from sdlora.errors import BaseModelError
@@ -87,16 +87,19 @@ def images_to_caption(folder: Path, *, overwrite: bool) -> list[Path]:
     """The images that need a caption, by name.
 
     Args:
-        overwrite: Whether to include images with a caption in a `.txt` file; those in `metadata.jsonl` never are.
+        overwrite: Whether to include images with a caption in a `.txt` file; those with another never are.
 
     Raises:
         DataError: The folder is missing or empty, or has errors other than missing captions.
     """
     checkup = examine(folder, background="white")
     refuse_errors(folder, (finding for finding in checkup.findings if finding.kind != "no caption"))
-    captions, _ = read_captions(folder)
-    listed = {name for name in captions if not name.endswith(".txt")}
-    return [p.path for p in checkup.images if p.path.name not in listed and (overwrite or p.caption is None)]
+    sources = read_captions(folder, [image.name for image in checkup.images]).by_image
+
+    def is_replaced(name: str) -> bool:
+        return overwrite and all(file.lower().endswith(".txt") for file, text in sources[name].items() if text)
+
+    return [image.path for image in checkup.images if image.caption is None or is_replaced(image.name)]
 
 
 def write_captions(images: list[Path], captioner: Captioner, *, overwrite: bool = False) -> Iterator[Event]:
@@ -109,7 +112,7 @@ def write_captions(images: list[Path], captioner: Captioner, *, overwrite: bool 
     """
     for done, path in enumerate(images, start=1):
         caption = captioner.caption(load_image(path, "white"))
-        file = path.with_suffix(".txt")
+        file = text_sidecar(path)
         if not overwrite and file.is_file() and file.read_text(encoding="utf-8").strip():
             yield Notice(f"{path.name}: a caption was written in the meantime and is kept.")
         elif caption:

@@ -7,53 +7,166 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Collection, Sequence
+from pathlib import Path, PurePosixPath
+from typing import NamedTuple
 
 from sdlora.common import seeds
 from sdlora.errors import DataError
 
 METADATA = "metadata.jsonl"
+SIDECARS = frozenset({".txt", ".caption", ".json"})
 
 
-def read_captions(folder: Path) -> tuple[dict[str, str], list[tuple[str, str]]]:
-    """The captions of a folder, from `metadata.jsonl` and `.txt` sidecars.
+class FolderCaptions(NamedTuple):
+    """The captions of a folder's images.
 
-    Returns:
-        Captions by image file name (from `metadata.jsonl`) or "STEM.txt" (from sidecars), stripped and not empty; and
-        errors as pairs of a file name and a message.
+    Attributes:
+        by_image: For every image, its captions by the file that they are in; empty where that is empty or unreadable.
+        unused: Caption files, and names in `metadata.jsonl`, that belong to no image.
+        faults: Pairs of a file name and a message.
     """
-    captions: dict[str, str] = {}
+
+    by_image: dict[str, dict[str, str]]
+    unused: list[str]
+    faults: list[tuple[str, str]]
+
+
+def read_captions(folder: Path, images: Collection[str]) -> FolderCaptions:
+    """The captions of images, from sidecars (`.txt`, `.caption`, `.json`) and `metadata.jsonl` beside them.
+
+    Sidecars have their image's name with another suffix. Case counts only where two images differ in nothing else.
+
+    Args:
+        images: Paths relative to the folder.
+    """
+    found: dict[str, dict[str, str]] = {name: {} for name in images}
+    unused: list[str] = []
     faults: list[tuple[str, str]] = []
-    metadata = folder / METADATA
-    for file in ([metadata] if metadata.is_file() else []) + sorted(folder.glob("*.txt")):
+    by_name, by_stem = (
+        _finder(images, str),
+        _finder(images, lambda name: PurePosixPath(name).with_suffix("").as_posix()),
+    )
+
+    def read(source: str, file: Path, owners: list[str]) -> None:
         try:
-            text = file.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            where = f"{error.reason} at byte {error.start}"
-            faults.append((file.name, f"{file.name}: not valid UTF-8 ({where}). Save it as UTF-8."))
-            continue
-        if file != metadata:
-            captions[file.name] = text.strip()
-            continue
-        for number, line in enumerate(text.split("\n"), start=1):  # not `splitlines`: captions may hold U+2028
-            try:
-                captions |= _entry(line, number) if line.strip() else {}
-            except DataError as error:
-                faults.append((METADATA, str(error)))
-    return {name: text for name, text in captions.items() if text}, faults
+            text = caption_in(file, source)
+        except DataError as error:
+            faults.append((source, str(error)))
+            text = None
+        if text and not owners:
+            unused.append(source)
+        for owner in owners:
+            found[owner][source] = text or ""
+
+    for parent in sorted({PurePosixPath(), *(PurePosixPath(name).parent for name in images)}):
+        files = sorted(path for path in (folder / parent).iterdir() if path.is_file())
+        for file in (path for path in files if path.name == METADATA):
+            source = (parent / METADATA).as_posix()
+            captions, messages = read_metadata(file, source)
+            faults += [(source, message) for message in messages]
+            for name, text in captions.items():
+                owners = by_name((parent / name).as_posix())
+                unused += [] if owners else [(parent / name).as_posix()]
+                for owner in owners:
+                    found[owner][source] = text
+        for file in (path for path in files if path.suffix.lower() in SIDECARS):
+            owners = by_stem((parent / file.stem).as_posix())
+            # A lone JSON file may be anything.
+            if owners or file.suffix.lower() != ".json":
+                read((parent / file.name).as_posix(), file, owners)
+    return FolderCaptions(found, unused, faults)
 
 
-def _entry(line: str, number: int) -> dict[str, str]:
+def _finder(images: Collection[str], key: Callable[[str], str]) -> Callable[[str], list[str]]:
+    """Finds images by a key, ignoring case unless one has exactly that key."""
+    exact: dict[str, list[str]] = {}
+    folded: dict[str, list[str]] = {}
+    for name in images:
+        exact.setdefault(key(name), []).append(name)
+        folded.setdefault(key(name).casefold(), []).append(name)
+    return lambda wanted: exact.get(wanted) or folded.get(wanted.casefold(), [])
+
+
+def text_sidecar(image: Path) -> Path:
+    """The `.txt` file of an image's caption, whether it exists or not; its name may differ in case."""
+    named = [path for path in image.parent.iterdir() if path.stem.casefold() == image.stem.casefold()]
+    is_alone = all(path.stem == image.stem for path in named if path.suffix.lower() not in SIDECARS)
+    texts = (path for path in sorted(named, reverse=True) if path.suffix.lower() == ".txt")  # ".txt" before ".TXT"
+    return next((path for path in texts if path.stem == image.stem or is_alone), image.with_suffix(".txt"))
+
+
+def caption_in(file: Path, name: str) -> str:
+    """The caption in a sidecar, stripped.
+
+    A JSON file holds a string, or an object with "caption" or "text" and "tags", each a string or a list: a list of
+    captions becomes lines, tags are joined by commas and follow the caption. An object without them has no caption.
+
+    Raises:
+        DataError: It is not UTF-8, or not such a JSON file; the message uses `name` for it.
+    """
+    text = _read_text(file, name)
+    if file.suffix.lower() != ".json":
+        return text.strip()
+    try:
+        value = json.loads(text)
+        entry: dict[str, object] = value if isinstance(value, dict) else {"caption": value}
+        captions = [_joined(entry[key], "\n") for key in ("caption", "text") if entry.get(key)]
+        tags = _joined(entry.get("tags") or "", ", ")
+        # JSON can escape lone surrogates, which are not valid text.
+        "\n".join([*captions, tags]).encode()
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f'{name}: expected a string, or an object with "caption", "text" or "tags", each a string or a list of '
+            "strings."
+        ) from error
+    if len(set(captions)) > 1:
+        raise DataError(f'{name}: "caption" and "text" differ; remove one.')
+    lines = captions[0].split("\n") if captions else []
+    return "\n".join(f"{line}, {tags}" if tags else line for line in lines if line) or tags
+
+
+def _joined(value: object, joint: str) -> str:
+    entries = [value] if isinstance(value, str) else value
+    if not isinstance(entries, list):
+        raise TypeError
+    return joint.join(entry.strip() for entry in entries).strip()
+
+
+def _read_text(file: Path, name: str) -> str:
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        where = f"{error.reason} at byte {error.start}"
+        raise DataError(f"{name}: not valid UTF-8 ({where}). Save it as UTF-8.") from error
+
+
+def read_metadata(file: Path, name: str = METADATA) -> tuple[dict[str, str], list[str]]:
+    """The captions of a `metadata.jsonl` by image, stripped and not empty, and error messages, which call it `name`."""
+    captions: dict[str, str] = {}
+    try:
+        text = _read_text(file, name)
+    except DataError as error:
+        return {}, [str(error)]
+    faults = []
+    for number, line in enumerate(text.split("\n"), start=1):  # not `splitlines`: captions may hold U+2028
+        try:
+            captions |= _entry(line, f"{name}, line {number}") if line.strip() else {}
+        except DataError as error:
+            faults.append(str(error))
+    return {image: caption for image, caption in captions.items() if caption}, faults
+
+
+def _entry(line: str, where: str) -> dict[str, str]:
     try:
         entry = json.loads(line)
         name, text = entry["file_name"], entry["text"]
         # JSON can escape lone surrogates, which are not valid text.
         f"{name}{text}".encode()
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f'{METADATA}, line {number}: expected {{"file_name": …, "text": …}}.') from error
+        raise DataError(f'{where}: expected {{"file_name": …, "text": …}}.') from error
     if not isinstance(name, str) or not isinstance(text, str):
-        raise DataError(f"{METADATA}, line {number}: file_name and text must be strings.")
+        raise DataError(f"{where}: file_name and text must be strings.")
     return {name: text.strip()}
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Literal
 
 import numpy as np
@@ -49,6 +49,7 @@ class Image:
     """A readable image.
 
     Attributes:
+        name: Its path in the folder; its file name unless subfolders are read.
         size: Width and height in pixels.
         pixels: Hash of its pixels.
         thumbnail: (n,), see `sdlora.data.duplicates`.
@@ -57,6 +58,7 @@ class Image:
     """
 
     path: Path
+    name: str
     size: Bucket
     pixels: str
     thumbnail: NDArray[np.float32]
@@ -80,7 +82,7 @@ def decode(path: Path, background: str) -> Image:
         DataError: It cannot be read.
     """
     image = load_image(path, background)
-    return Image(path, image.size, pixel_hash(image), thumbnail(image))
+    return Image(path, path.name, image.size, pixel_hash(image), thumbnail(image))
 
 
 def examine(
@@ -91,52 +93,65 @@ def examine(
     trigger: str | None = None,
     allow_trigger_only: bool = False,
     masks: MaskKind = "none",
+    recursive: bool = False,
     decode: Callable[[Path, str], Image] = decode,
 ) -> Checkup:
     """Check all images and captions of a folder; each image is decoded once.
 
     Args:
-        folder: Only its own files are read, not subfolders.
         background: Colour that transparent pixels are blended onto.
         caption: Caption of images that have none of their own.
         trigger: What captions should contain.
         allow_trigger_only: Whether images need no caption if there is a trigger.
         masks: Where masks are looked for.
+        recursive: Whether images of subfolders are read; see `image_files`.
         decode: Replaces `decode`, for example by one that caches.
 
     Raises:
         DataError: The folder is missing or contains no images.
     """
-    files, mask_files, lone = separate_masks(_image_files(folder), masks)
+    everything = image_files(folder, recursive=recursive)
+    if not everything:
+        raise DataError(_no_images(folder))
+    files, mask_files, lone = separate_masks(everything, masks)
     if not files:
         raise DataError(f"The folder {str(folder)!r} contains only masks. Add the images that they belong to.")
-    captions, faults = read_captions(folder)
-    findings = [Finding("caption", "error", (name,), message) for name, message in faults]
-    broken = {name for name, _ in faults}
+    names = {path: path.relative_to(folder).as_posix() for path in files}
+    captions = read_captions(folder, names.values())
+    findings = [Finding("caption", "error", (name,), message) for name, message in captions.faults]
+    broken = {name for name, _ in captions.faults}
+    is_metadata_broken = any(PurePath(name).name == METADATA for name in broken)
     images: list[Image] = []
     uncaptioned: list[str] = []
-    for path in files:
-        shown = path.name.encode("utf-8", errors="backslashreplace").decode("utf-8")
-        if shown != path.name:
+    for path, name in names.items():
+        shown = name.encode("utf-8", errors="backslashreplace").decode("utf-8")
+        if shown != name:
             message = f"{shown}: the file name is not valid UTF-8. Rename the file."
             findings.append(Finding("unreadable", "error", (shown,), message))
             continue
-        sidecar, listed = captions.get(f"{path.stem}.txt"), captions.get(path.name)
-        if sidecar and listed and sidecar != listed:
-            message = f"{path.name}: {path.stem}.txt and {METADATA} give two different captions; remove one."
-            findings.append(Finding("caption", "error", (path.name,), message))
-        text = sidecar or listed or caption
+        found = captions.by_image[name]
+        texts = {source: text for source, text in found.items() if text}
+        if len(set(texts.values())) > 1:
+            *some, last = sorted(PurePath(source).name for source in texts)
+            message = f"{name}: {', '.join(some)} and {last} give different captions; keep one."
+            findings.append(Finding("caption", "error", (name,), message))
+        text = next(iter(texts.values()), caption)
         # An unreadable caption is not reported as missing as well.
-        if text is None and not (trigger and allow_trigger_only) and not broken & {METADATA, f"{path.stem}.txt"}:
-            uncaptioned.append(path.name)
+        if (
+            text is None
+            and not (trigger and allow_trigger_only)
+            and not is_metadata_broken
+            and not broken & found.keys()
+        ):
+            uncaptioned.append(name)
         try:
-            image = decode(path, background)
+            image = replace(decode(path, background), name=name)
         except DataError as error:
-            findings.append(Finding("unreadable", "error", (path.name,), str(error)))
+            findings.append(Finding("unreadable", "error", (name,), str(error)))
             continue
-        if (file := {"none": None, "alpha": path, "file": mask_files.get(path.stem)}[masks]) is not None:
+        if (file := {"none": None, "alpha": path, "file": mask_files.get(path.with_suffix(""))}[masks]) is not None:
             mask, fault = _mask(image, file)
-            findings += _about("mask", [file.name] if fault else [], fault, "error")
+            findings += _about("mask", [file.relative_to(folder).as_posix()] if fault else [], fault, "error")
             image = replace(image, mask=mask)
         images.append(replace(image, caption=text))
     findings += _about(
@@ -146,10 +161,11 @@ def examine(
         "NAME.txt beside each, set data.caption for all, or set data.trigger and data.allow_trigger_only.",
         "error",
     )
-    findings += _ignored_files(folder, files, captions)
+    findings += _ignored_files(folder, captions.unused, recursive=recursive)
     findings += _duplicates(images)
     findings += _missing_triggers(images, trigger)
-    findings += _mask_warnings(images, mask_files, lone, masks)
+    relative = {path: path.relative_to(folder).as_posix() for path in (*mask_files.values(), *lone)}
+    findings += _mask_warnings(images, [relative[p] for p in mask_files.values()], [relative[p] for p in lone], masks)
     return Checkup(len(files), tuple(images), tuple(findings))
 
 
@@ -187,9 +203,9 @@ def copies_between(sets: Mapping[str, Sequence[Image]]) -> list[Finding]:
     """Duplicates and near-duplicates between sets of images, whose names become part of those of their images."""
     if len(sets) < 2:
         return []
-    renamed = [replace(image, path=Path(name, image.path.name)) for name, images in sets.items() for image in images]
-    found = _duplicates(renamed, whole_path=True)
-    return [finding for finding in found if len({Path(file).parent for file in finding.files}) > 1]
+    owners = {f"{name}/{image.name}": name for name, images in sets.items() for image in images}
+    renamed = [replace(image, name=f"{name}/{image.name}") for name, images in sets.items() for image in images]
+    return [finding for finding in _duplicates(renamed) if len({owners[file] for file in finding.files}) > 1]
 
 
 def refuse_errors(folder: Path, findings: Iterable[Finding]) -> None:
@@ -233,29 +249,57 @@ def _about(kind: Kind, names: Collection[str], message: str, severity: Severity 
     return [Finding(kind, severity, tuple(names), message)] if names else []
 
 
-def _image_files(folder: Path) -> list[Path]:
+def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
+    """The images and masks of a folder, by name.
+
+    Args:
+        recursive: Whether to include those of its subfolders, except hidden ones and `holdout`, which contains
+            validation images.
+
+    Raises:
+        DataError: There is no such folder.
+    """
     if not folder.is_dir():
         raise DataError(f"There is no folder {str(folder)!r}. Check the path; it is relative to the working directory.")
     files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
-    if not files:
-        raise DataError(f"The folder {str(folder)!r} contains no images ({', '.join(sorted(SUFFIXES))}).")
+    for subfolder in _subfolders(folder) if recursive else ():
+        files += image_files(subfolder, recursive=True)
     return files
 
 
-def _ignored_files(folder: Path, files: list[Path], captions: Mapping[str, str]) -> list[Finding]:
-    folders = (path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    # A subfolder `holdout` contains validation images, which must not be trained on.
-    subfolders = sorted(name for name in folders if name != "holdout")
+def _subfolders(folder: Path) -> list[Path]:
+    above = (folder.resolve(), *folder.resolve().parents)
+    found = (path for path in folder.iterdir() if path.is_dir() and path.resolve() not in above)
+    return sorted(path for path in found if not path.name.startswith(".") and path.name != "holdout")
+
+
+def _no_images(folder: Path) -> str:
+    """What is wrong with a folder without images: which of its subfolders have some, and how to train on them."""
+    counts: Counter[str] = Counter()
+    for path in image_files(folder, recursive=True):
+        counts[path.parent.relative_to(folder).as_posix()] += 1
+    if not counts:
+        return f"The folder {str(folder)!r} contains no images ({', '.join(sorted(SUFFIXES))})."
+    found = first_names([f"{name} ({number})" for name, number in counts.items()])
+    return (
+        f"The folder {str(folder)!r} contains no images itself; its subfolders do: {found}. To train on all of them, "
+        "set data.recursive = true; for repeats or a trigger of their own, list them in data.sets, or name each "
+        "REPEATS_NAME (such as 10_zumi)."
+    )
+
+
+def _ignored_files(folder: Path, unused_captions: list[str], *, recursive: bool) -> list[Finding]:
+    subfolders = [] if recursive else [path.name for path in _subfolders(folder)]
     names = first_names(subfolders)
-    ignored = f"Subfolders of {folder.name} are ignored: {names}. Move their images up to train on them."
-    unused = sorted(set(captions) - {path.name for path in files} - {f"{path.stem}.txt" for path in files})
+    ignored = f"Subfolders of {folder.name} are ignored: {names}. Set data.recursive = true to train on their images."
+    unused = sorted(unused_captions)
     unmatched = f"Captions without an image: {first_names(unused)}. Rename them to match an image, or remove them."
     return [*_about("subfolder", subfolders, ignored), *_about("unused caption", unused, unmatched)]
 
 
-def _duplicates(images: list[Image], *, whole_path: bool = False) -> list[Finding]:
+def _duplicates(images: list[Image]) -> list[Finding]:
     def finding(kind: Kind, what: str, images: list[Image]) -> Finding:
-        names = tuple(image.path.as_posix() if whole_path else image.path.name for image in images)
+        names = tuple(image.name for image in images)
         return Finding(kind, "warning", names, f"{first_names(names, ' and ')} are {what}; keep one of them.")
 
     same: dict[str, list[Image]] = {}
@@ -268,7 +312,7 @@ def _duplicates(images: list[Image], *, whole_path: bool = False) -> list[Findin
 
 
 def _missing_triggers(images: list[Image], trigger: str | None) -> list[Finding]:
-    captions = {image.path.name: image.caption for image in images if image.caption}
+    captions = {image.name: image.caption for image in images if image.caption}
     names = [name for name, caption in captions.items() if trigger and not has_word(caption, trigger)]
     message = (
         f"{len(names)} of {len(captions)} captions do not contain the trigger {trigger!r}: {first_names(names)}. "
@@ -289,20 +333,19 @@ def _mask(image: Image, file: Path) -> tuple[Path | None, str]:
         own, other = (f"{width} x {height}" for width, height in (image.size, mask.size))
         return file, f"{file.name} has {other} pixels, but its image {own}; save it in the size of the image."
     if mask.getextrema() == (0, 0):
-        return file, f"The mask of {image.path.name} hides the whole image; correct it, or remove the image."
+        return file, f"The mask of {image.name} hides the whole image; correct it, or remove the image."
     return file, ""
 
 
-def _mask_warnings(images: list[Image], files: Mapping[str, Path], lone: list[Path], kind: MaskKind) -> list[Finding]:
-    alone = [path.name for path in lone]
-    whole = [image.path.name for image in images if image.mask is None and kind != "none"]
-    unused = [path.name for path in files.values() if kind != "file"]
+def _mask_warnings(images: list[Image], masks: list[str], lone: list[str], kind: MaskKind) -> list[Finding]:
+    whole = [image.name for image in images if image.mask is None and kind != "none"]
+    unused = masks if kind != "file" else []
     what = "no mask" if kind == "file" else "no transparent pixels"
     return [
         *_about(
             "lone mask",
-            alone,
-            f"Masks without an image: {first_names(alone)}. The mask of NAME.png is called NAME{MASK_SUFFIX}.",
+            lone,
+            f"Masks without an image: {first_names(lone)}. The mask of NAME.png is called NAME{MASK_SUFFIX}.",
         ),
         *_about(
             "no mask",

@@ -29,7 +29,7 @@ class Example:
     """One image with its caption.
 
     Attributes:
-        name: File name, after the set's name and a slash if the set has a name; unique.
+        name: Path in its folder, after the set's name and a slash if the set has a name; unique.
         caption: As written.
         bucket: Width and height that it is trained at, in pixels; its own size until buckets are assigned.
         size_px: Width and height of the file, upright.
@@ -79,7 +79,7 @@ class Dataset:
 def load_dataset(
     *folders: ImageFolder, allow_trigger_only: bool = False, background: str = "white", masks: MaskKind = "none"
 ) -> Dataset:
-    """Read folders of images, with captions in `.txt` sidecars or a `metadata.jsonl`, as one dataset.
+    """Read folders of images, with captions in sidecars or a `metadata.jsonl`, as one dataset.
 
     Args:
         folders: At least one; where there are several, each has a name of its own.
@@ -99,7 +99,7 @@ def load_dataset(
         try:
             checkup = examine(
                 folder, background=background, caption=source.caption, trigger=source.trigger,
-                allow_trigger_only=allow_trigger_only, masks=masks,
+                allow_trigger_only=allow_trigger_only, masks=masks, recursive=source.recursive,
             )  # fmt: skip
             refuse_errors(folder, checkup.findings)
         except DataError as error:
@@ -108,7 +108,7 @@ def load_dataset(
         checkups[name] = checkup
         common = (source.trigger, source.repeats)
         examples += [
-            Example(source.prefix + p.path.name, p.path, p.caption or "", p.size, p.size, p.mask, *common)
+            Example(source.prefix + p.name, p.path, p.caption or "", p.size, p.size, p.mask, *common)
             for p in checkup.images
         ]
         notices += [f"{name}: {warning}" if name else warning for warning in summarize_warnings(checkup.findings)]

@@ -8,6 +8,7 @@ Shapes: H/W pixels, h/w latents.
 from __future__ import annotations
 
 import hashlib
+import importlib
 import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,13 +17,21 @@ from typing import Literal, TypeVar
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageColor, ImageOps, UnidentifiedImageError, features
 from torch import Tensor
 
 from sdlora.errors import DataError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF")
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".gif"})
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "AVIF")
+PLUGINS = {
+    ".heic": ("heic", "pillow_heif", "HEIF"),
+    ".heif": ("heic", "pillow_heif", "HEIF"),
+    ".jxl": ("jxl", "pillow_jxl", "JXL"),
+}
+"""Suffixes of formats that Pillow reads with a plugin: sdlora's extra with it, its module, and the format's name."""
+SUFFIXES = frozenset(
+    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif"} | PLUGINS.keys()
+)
 MAX_PIXELS = 100_000_000
 # Pillow's decoders raise all of these on broken files.
 _BROKEN = (
@@ -39,7 +48,7 @@ def load_image(path: Path, background: str) -> Image.Image:
     """Decode an image to RGB.
 
     Args:
-        path: PNG, JPEG, WebP, BMP or TIFF, at most 100 million pixels.
+        path: PNG, JPEG, WebP, BMP, TIFF or AVIF, HEIC or JPEG XL with its plugin, at most 100 million pixels.
         background: Colour that transparent pixels are blended onto, in the syntax of Pillow's ImageColor.
 
     Returns:
@@ -66,8 +75,9 @@ def load_mask(path: Path, image: Path) -> Image.Image | None:
 
 
 def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
+    formats = [*FORMATS, *_plugged_in(path)]
     try:
-        with Image.open(path, formats=FORMATS) as opened:
+        with Image.open(path, formats=formats) as opened:
             if getattr(opened, "n_frames", 1) > 1:
                 raise DataError(f"{path.name}: has several frames or pages. Save the one you want as a PNG.")
             if opened.width * opened.height > MAX_PIXELS:
@@ -83,10 +93,33 @@ def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
             return convert(opened)
     except UnidentifiedImageError as error:
         raise DataError(
-            f"{path.name}: not an image in a supported format ({', '.join(FORMATS)}). Save it in one of them."
+            f"{path.name}: not an image in a supported format ({', '.join(formats)}). Save it in one of them."
         ) from error
     except _BROKEN as error:
         raise DataError(f"{path.name}: broken or truncated ({error}). Save it again or remove it.") from error
+
+
+def _plugged_in(path: Path) -> list[str]:
+    """The format of a file that only a plugin reads, after loading the plugin; none for other files.
+
+    Raises:
+        DataError: The plugin is not installed, or Pillow was built without AVIF.
+    """
+    if path.suffix.lower() == ".avif" and not features.check("avif"):
+        raise DataError(f"{path.name}: this Pillow was built without AVIF. Save the image as PNG.")
+    if path.suffix.lower() not in PLUGINS:
+        return []
+    extra, module, name = PLUGINS[path.suffix.lower()]
+    try:
+        plugin = importlib.import_module(module)
+    except ImportError as error:
+        raise DataError(
+            f'{path.name}: not readable without {module}. Install it (pip install "sdlora[{extra}]"), or save the '
+            "image as PNG."
+        ) from error
+    if module == "pillow_heif":
+        plugin.register_heif_opener()
+    return [name]
 
 
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
@@ -137,7 +170,7 @@ def pixel_hash(image: Image.Image) -> str:
     return digest.hexdigest()
 
 
-def separate_masks(files: Sequence[Path], kind: MaskKind) -> tuple[list[Path], dict[str, Path], list[Path]]:
+def separate_masks(files: Sequence[Path], kind: MaskKind) -> tuple[list[Path], dict[Path, Path], list[Path]]:
     """Separate masks, named NAME-mask.png beside an image named NAME, from images.
 
     Args:
@@ -145,10 +178,12 @@ def separate_masks(files: Sequence[Path], kind: MaskKind) -> tuple[list[Path], d
         kind: Where masks are looked for. Unless it is "file", a NAME-mask.png without a NAME counts as an image.
 
     Returns:
-        The images; the masks by the stem of their image; and, if masks are files, masks without an image.
+        The images; the masks by the path of their image without its suffix; and, if masks are files, masks without an
+        image.
     """
-    stems = {path.stem for path in files}
-    named = {path: path.name[: -len(MASK_SUFFIX)] for path in files if path.name.lower().endswith(MASK_SUFFIX)}
+    stems = {path.with_suffix("") for path in files}
+    masked = (path for path in files if path.name.lower().endswith(MASK_SUFFIX) and len(path.name) > len(MASK_SUFFIX))
+    named = {path: path.with_name(path.name[: -len(MASK_SUFFIX)]) for path in masked}
     masks = {stem: path for path, stem in named.items() if stem in stems}
     lone = [path for path, stem in named.items() if kind == "file" and stem not in stems]
     others = {*masks.values(), *lone}

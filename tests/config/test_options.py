@@ -33,6 +33,9 @@ def scene(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str
     for index, color in enumerate([(200, 30, 30, 255), (30, 200, 30, 90), (30, 30, 200, 255)]):
         Image.new("RGBA", (64, 32) if index == 2 else (32, 32), color).save(folder / f"p{index}.png")
         (folder / f"p{index}.txt").write_text(f"first {index}, second, third, fourth")
+    (folder / "more").mkdir()
+    Image.new("RGB", (32, 32), "yellow").save(folder / "more/p3.png")
+    (folder / "more/p3.txt").write_text("first 3, second")
     mask = Image.new("L", (32, 32))
     mask.paste(255, (0, 0, 16, 32))
     mask.save(folder / "p0-mask.png")
@@ -117,6 +120,7 @@ CHANGES: dict[str, list[str]] = {
     "base.clip_skip": ["base.path={deep}", "base.clip_skip=2"],
     "data.folder": ["data.folder=builtin:zumi"],
     "data.sets": ["data.folder=", 'data.sets=[{folder="{set}", repeats=1}, {folder="builtin:zumi"}]'],
+    "data.recursive": ["data.recursive=true"],
     "data.caption": ["data.folder={bare}", "data.caption=a thing"],
     "data.trigger": ["data.trigger=mizu"],
     "data.class_words": ['data.class_words=["cat"]', "train.preservation_weight=1"],

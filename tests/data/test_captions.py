@@ -3,7 +3,14 @@ from pathlib import Path
 
 import pytest
 
-from sdlora.data.captions import caption_for_exposure, prior_caption, read_captions, with_trigger
+from sdlora.data.captions import (
+    caption_for_exposure,
+    prior_caption,
+    read_captions,
+    read_metadata,
+    text_sidecar,
+    with_trigger,
+)
 
 
 def exposure(number: int, caption: str = "a, b, c, d, e", **changes: object) -> str:
@@ -16,16 +23,93 @@ def exposure(number: int, caption: str = "a, b, c, d, e", **changes: object) -> 
 def test_sidecars_and_metadata(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("\ufeff one \n", encoding="utf-8")
     (tmp_path / "empty.txt").write_text(" \n")
+    (tmp_path / "d.caption").write_text("four\n")
     lines = [{"file_name": "b.png", "text": "two"}, {"file_name": "c.png", "text": "drei ü"}]
     (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n\n")
-    assert read_captions(tmp_path) == ({"a.txt": "one", "b.png": "two", "c.png": "drei ü"}, [])
+    names = ["a.png", "b.png", "d.png", "empty.png", "none.png"]
+    assert read_captions(tmp_path, names) == (
+        {
+            "a.png": {"a.txt": "one"}, "b.png": {"metadata.jsonl": "two"}, "d.png": {"d.caption": "four"},
+            "empty.png": {"empty.txt": ""}, "none.png": {},
+        },
+        ["c.png"],
+        [],
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("value", "caption"),
+    [
+        ("a cat ", "a cat"),
+        (["a cat", "a grey cat"], "a cat\na grey cat"),
+        ({"caption": "a cat"}, "a cat"),
+        ({"text": "a cat", "score": 3}, "a cat"),
+        ({"tags": "cat, grey"}, "cat, grey"),
+        ({"tags": ["cat", " grey"]}, "cat, grey"),
+        ({"caption": ["one", "two"], "tags": ["cat", "grey"]}, "one, cat, grey\ntwo, cat, grey"),
+        ({"caption": "same", "text": "same"}, "same"),
+        ({"rating": "safe", "tags": None}, ""),
+        (None, ""),
+    ],
+)
+def test_json_sidecars(tmp_path: Path, value: object, caption: str) -> None:
+    (tmp_path / "a.json").write_text(json.dumps(value))
+    assert read_captions(tmp_path, ["a.png"]) == ({"a.png": {"a.json": caption}}, [], [])
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "3", '{"tags": 3}', '{"caption": [1]}', '"\\ud800"', '{"caption": "a", "text": "b"}']
+)
+def test_broken_json_sidecar_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text)
+    found, _, ((file, message),) = read_captions(tmp_path, ["a.png"])
+    assert (found, file) == ({"a.png": {"a.json": ""}}, "a.json")
+    assert message.startswith("a.json: ")
+
+
+def test_case_counts_only_between_images_that_differ_in_it(tmp_path: Path) -> None:
+    for name, text in {
+        "b.TXT": "b",
+        "C.Caption": "c",
+        "D.TXT": "D",
+        "d.txt": "d",
+        "other.JSON": "{",
+        "e.txt": "e",
+    }.items():
+        (tmp_path / name).write_text(text)
+    found, unused, faults = read_captions(tmp_path, ["B.PNG", "c.jpg", "D.png", "d.png"])
+    assert found == {
+        "B.PNG": {"b.TXT": "b"}, "c.jpg": {"C.Caption": "c"}, "D.png": {"D.TXT": "D"}, "d.png": {"d.txt": "d"},
+    }  # fmt: skip
+    assert (unused, faults) == (["e.txt"], [])
+    files = {"B.PNG": "b.TXT", "D.png": "D.TXT", "d.png": "d.txt", "new.png": "new.txt"}
+    for name in ("D.png", "d.png"):
+        (tmp_path / name).touch()
+    assert {name: text_sidecar(tmp_path / name).name for name in files} == files
+    (tmp_path / "D.TXT").unlink()
+    assert text_sidecar(tmp_path / "D.png").name == "D.txt"
+
+
+def test_captions_of_subfolders_are_beside_their_images_or_in_any_metadata_above(tmp_path: Path) -> None:
+    for folder in ("x", "y/z"):
+        (tmp_path / folder).mkdir(parents=True)
+    (tmp_path / "x/a.txt").write_text("in x")
+    (tmp_path / "a.txt").write_text("alone")
+    (tmp_path / "y/z/metadata.jsonl").write_text('{"file_name": "b.png", "text": "in z"}')
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "x/c.png", "text": "in x, too"}\n{')
+    found, unused, faults = read_captions(tmp_path, ["x/a.png", "x/c.png", "y/z/b.png"])
+    assert found == {
+        "x/a.png": {"x/a.txt": "in x"}, "x/c.png": {"metadata.jsonl": "in x, too"},
+        "y/z/b.png": {"y/z/metadata.jsonl": "in z"},
+    }  # fmt: skip
+    assert (unused, [file for file, _ in faults]) == (["a.txt"], ["metadata.jsonl"])
 
 
 @pytest.mark.parametrize("line", ["{", "[]", '{"file_name": "a.png"}', '{"file_name": 3, "text": "x"}', "3"])
 def test_broken_line_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x"}\n' + line + "\n")
-    captions, ((file, message),) = read_captions(tmp_path)
-    assert (captions, file) == ({"a.png": "x"}, "metadata.jsonl")
+    captions, (message,) = read_metadata(tmp_path / "metadata.jsonl")
+    assert captions == {"a.png": "x"}
     assert "metadata.jsonl, line 2: " in message
 
 
@@ -33,7 +117,7 @@ def test_line_separators_in_captions_do_not_end_a_line(tmp_path: Path) -> None:
     lines = [{"file_name": f"{name}\u2028.png", "text": "one\u2028two\x85three"} for name in "ab"]
     text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8")
-    captions, faults = read_captions(tmp_path)
+    captions, faults = read_metadata(tmp_path / "metadata.jsonl")
     assert captions == {line["file_name"]: line["text"] for line in lines} and not faults
 
 
@@ -41,8 +125,8 @@ def test_files_in_other_encodings_are_named(tmp_path: Path) -> None:
     for name in ("latin.txt", "metadata.jsonl"):
         (tmp_path / name).write_bytes("café".encode("latin-1"))
     (tmp_path / "good.txt").write_text("x")
-    captions, faults = read_captions(tmp_path)
-    assert captions == {"good.txt": "x"}
+    captions, _, faults = read_captions(tmp_path, ["latin.png", "good.png"])
+    assert captions == {"latin.png": {"latin.txt": ""}, "good.png": {"good.txt": "x"}}
     assert [(file, message.split(" (")[0]) for file, message in faults] == [
         ("metadata.jsonl", "metadata.jsonl: not valid UTF-8"), ("latin.txt", "latin.txt: not valid UTF-8"),
     ]  # fmt: skip

@@ -97,6 +97,60 @@ def test_two_different_captions_are_an_error(tmp_path: Path, put: Callable[..., 
     found = only(tmp_path, "caption")
     assert (found.severity, found.files) == ("error", ("a.png",))
     assert "a.txt and metadata.jsonl" in found.message
+    (tmp_path / "metadata.jsonl").unlink()
+    for suffix in ("caption", "json"):
+        (tmp_path / f"a.{suffix}").write_text(f'"{suffix}"')
+    assert "a.png: a.caption, a.json and a.txt give different captions" in only(tmp_path, "caption").message
+    for name in ("a.caption", "a.txt"):
+        (tmp_path / name).write_text("json")
+    assert check(tmp_path).findings == ()
+    assert check(tmp_path).images[0].caption == "json"
+
+
+def test_names_in_any_case_and_jpegs_by_any_name_are_read(tmp_path: Path) -> None:
+    for number, name in enumerate(["A.PNG", "b.jfif", "C.JPE"]):
+        format_ = "PNG" if name.endswith("PNG") else "JPEG"
+        render(random_scene(number)).save(tmp_path / name, format=format_)
+    for name in ("a.TXT", "B.Caption", "C.txt"):
+        (tmp_path / name).write_text(name)
+    checkup = check(tmp_path)
+    assert checkup.findings == ()
+    found = {image.name: image.caption for image in checkup.images}
+    assert found == {"A.PNG": "a.TXT", "b.jfif": "B.Caption", "C.JPE": "C.txt"}
+
+
+def test_folder_of_subfolders_says_which_hold_images(tmp_path: Path, put: Callable[..., None]) -> None:
+    for name in ("one", "two/deep", "empty", ".hidden", "holdout"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("one/a.png", "one/b.png", "two/deep/c.png", ".hidden/d.png", "holdout/e.png"):
+        put(name)
+    with pytest.raises(DataError) as caught:
+        check(tmp_path)
+    assert "subfolders do: one (2), two/deep (1). " in str(caught.value)
+    assert all(way in str(caught.value) for way in ("data.recursive = true", "data.sets", "10_zumi"))
+
+
+def test_images_of_subfolders_have_relative_names(tmp_path: Path, put: Callable[..., None]) -> None:
+    for number, name in enumerate(["a.png", "x/a.png", "x/y/a.png", "holdout/b.png", ".cache/b.png"]):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        put(name, number, caption=f"in {name}")
+    put("x/b.png", 0, caption=None)
+    (tmp_path / "x/loop").symlink_to(tmp_path)
+    checkup = examine(tmp_path, background="white", recursive=True)
+    found = [(image.name, image.caption) for image in checkup.images]
+    assert found == [
+        ("a.png", "in a.png"), ("x/a.png", "in x/a.png"), ("x/b.png", None), ("x/y/a.png", "in x/y/a.png"),
+    ]  # fmt: skip
+    assert [(finding.kind, finding.files) for finding in checkup.findings] == [
+        ("no caption", ("x/b.png",)), ("duplicate", ("a.png", "x/b.png")),
+    ]  # fmt: skip
+    Image.new("L", (64, 64)).save(tmp_path / "x/a-mask.png")
+    Image.new("L", (64, 64), 255).save(tmp_path / "a-mask.png")
+    checkup = examine(tmp_path, background="white", caption="x", recursive=True, masks="file")
+    (fault,) = (finding for finding in checkup.findings if finding.kind == "mask")
+    assert fault.files == ("x/a-mask.png",) and "x/a.png" in fault.message
+    masks = {image.name: image.mask for image in checkup.images if image.mask}
+    assert masks == {"a.png": tmp_path / "a-mask.png", "x/a.png": tmp_path / "x/a-mask.png"}
 
 
 def test_duplicates_and_near_duplicates_are_warnings(tmp_path: Path, put: Callable[..., None]) -> None:

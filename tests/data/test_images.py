@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,36 @@ def test_animated_and_unreadable_files_are_refused_by_name(tmp_path: Path) -> No
             load_image(tmp_path / name, "white")
 
 
+def test_formats_that_plugins_read_are_read_or_name_the_plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    image = Image.new("RGB", (64, 32), (200, 40, 40))
+    image.save(tmp_path / "a.avif")
+    assert load_image(tmp_path / "a.avif", "white").size == (64, 32)
+    monkeypatch.setattr("sdlora.data.images.features.check", lambda _: False)
+    with pytest.raises(DataError, match=r"a\.avif: this Pillow was built without AVIF"):
+        load_image(tmp_path / "a.avif", "white")
+    for name, module, extra in [("B.HEIC", "pillow_heif", "heic"), ("c.jxl", "pillow_jxl", "jxl")]:
+        with monkeypatch.context() as missing:
+            missing.setitem(sys.modules, module, None)
+            with pytest.raises(DataError, match=rf'^{name}: .*pip install "sdlora\[{extra}\]"'):
+                load_image(tmp_path / name, "white")
+
+
+@pytest.mark.parametrize(
+    ("name", "module"), [("a.heic", "pillow_heif"), ("a.HEIF", "pillow_heif"), ("a.jxl", "pillow_jxl")]
+)
+def test_plugins_read_their_formats(tmp_path: Path, name: str, module: str) -> None:
+    plugin = pytest.importorskip(module)
+    if module == "pillow_heif":
+        plugin.register_heif_opener()
+    Image.new("RGB", (64, 32), (200, 40, 40)).save(tmp_path / name, format="JXL" if module == "pillow_jxl" else "HEIF")
+    found = np.asarray(load_image(tmp_path / name, "white")).astype(int)
+    assert found.shape == (32, 64, 3)
+    assert abs(found - (200, 40, 40)).max() < 8
+    (tmp_path / name).write_bytes(b"broken")
+    with pytest.raises(DataError, match=f"^{name}"):
+        load_image(tmp_path / name, "white")
+
+
 def test_crop_keeps_the_centre_and_the_aspect_ratio() -> None:
     wide = Image.new("RGB", (90, 30), "red")
     wide.paste((0, 0, 255), (30, 0, 60, 30))
@@ -149,7 +180,7 @@ def test_masks_are_matched_to_images_by_name() -> None:
     files = [Path(name) for name in ("a.jpg", "a-mask.png", "b.png", "carnival-mask.png", "c-MASK.PNG", "c.png")]
     images, masks, lone = separate_masks(files, "file")
     assert [path.name for path in images] == ["a.jpg", "b.png", "c.png"]
-    assert {stem: path.name for stem, path in masks.items()} == {"a": "a-mask.png", "c": "c-MASK.PNG"}
+    assert {image.name: path.name for image, path in masks.items()} == {"a": "a-mask.png", "c": "c-MASK.PNG"}
     assert [path.name for path in lone] == ["carnival-mask.png"]
     # An image that is only called so is one, as long as nobody asks for mask files.
     images, _, lone = separate_masks(files, "alpha")

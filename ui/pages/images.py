@@ -24,7 +24,7 @@ from .context import Context, Live
 
 MAX_CARDS = 48
 _NEW_SET = "my images"
-_KINDS = ["image", ".txt", ".jsonl", ".zip"]
+_KINDS = ["image", ".txt", ".caption", ".json", ".jsonl", ".zip"]
 
 
 def show(context: Context, draft: Draft, wanted: str | None = None) -> list[Any]:
@@ -68,8 +68,8 @@ def images_page(context: Context, live: Live) -> tuple[list[gr.components.Compon
     """
     with gr.Row(equal_height=True):
         drop = gr.File(
-            label="Drop images, captions (.txt) or a zip of both here", file_count="multiple", file_types=_KINDS,
-            height=150, scale=3, elem_id="drop",
+            label="Drop images, captions (.txt, .caption, .json) or a zip of both here", file_count="multiple",
+            file_types=_KINDS, height=150, scale=3, elem_id="drop",
         )  # fmt: skip
         with gr.Column(scale=2, min_width=260):
             choice = gr.Dropdown(

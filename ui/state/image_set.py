@@ -13,9 +13,8 @@ from pathlib import Path
 from sdlora.common.files import write_text
 from sdlora.common.text import format_bytes
 from sdlora.data.batches import assign_buckets
-from sdlora.data.captions import METADATA, read_captions, with_trigger
-from sdlora.data.checks import Finding, Image, decode, examine, examine_sizes
-from sdlora.data.images import SUFFIXES
+from sdlora.data.captions import METADATA, read_captions, text_sidecar, with_trigger
+from sdlora.data.checks import Finding, Image, decode, examine, examine_sizes, image_files
 from sdlora.errors import DataError
 
 from .folders import StudioError
@@ -77,21 +76,17 @@ def view(folder: Path, *, trigger: str | None = None, resolution_px: int = 512) 
     buckets = dict(zip(sizes, assigned, strict=True))
     small = [finding for finding in examine_sizes(sizes, buckets) if finding.kind == "too small"]
     findings = (*checkup.findings, *small)
-    captions, _ = read_captions(folder)
+    files = image_files(folder)
+    captions = read_captions(folder, [path.name for path in files]).by_image
     cards = []
-    for path in image_files(folder):
+    for path in files:
         about = [finding for finding in findings if path.name in finding.files]
-        caption = captions.get(f"{path.stem}.txt") or captions.get(path.name) or ""
+        caption = next(filter(None, captions[path.name].values()), "")
         severity = min((finding.severity for finding in about), default="fine")
         told = tuple(_about(path.name, finding) for finding in about)
         cards.append(Card(path.name, caption, sizes.get(path.name), severity, told, buckets.get(path.name)))
     twins = tuple(f.files for f in findings if f.kind in ("duplicate", "near-duplicate"))
     return SetView(folder, tuple(cards), findings, twins)
-
-
-def image_files(folder: Path) -> list[Path]:
-    """The images of a folder, by name."""
-    return sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
 
 
 def _about(name: str, finding: Finding) -> str:
@@ -123,7 +118,10 @@ def write_caption(folder: Path, image: str, text: str) -> None:
     if len(caption.encode("utf-8", errors="replace")) > MOST_CAPTION_BYTES:
         raise StudioError(f"The caption of {image} is longer than {format_bytes(MOST_CAPTION_BYTES)}. Shorten it.")
     _split_metadata(folder)
-    write_text(path.with_suffix(".txt"), caption.encode("utf-8", errors="replace").decode("utf-8"))
+    for other in read_captions(folder, [file.name for file in image_files(folder)]).by_image[image]:
+        if not other.lower().endswith(".txt"):  # it would contradict the new caption
+            (folder / other).rename(folder / f"{other}.before")
+    write_text(text_sidecar(path), caption.encode("utf-8", errors="replace").decode("utf-8"))
 
 
 def replace_words(folder: Path, find: str, replacement: str) -> int:
@@ -159,9 +157,11 @@ def fill_missing_captions(folder: Path, text: str) -> int:
 def remove_image(folder: Path, image: str) -> None:
     """Remove an image and its caption from a set."""
     path = _image(folder, image)
+    captions = read_captions(folder, [file.name for file in image_files(folder)]).by_image
+    shared = {file for name, found in captions.items() if name != image for file in found}
     path.unlink()
-    if not any(other.stem == path.stem for other in image_files(folder)):
-        path.with_suffix(".txt").unlink(missing_ok=True)
+    for file in set(captions[image]) - shared - {METADATA}:
+        (folder / file).unlink()
 
 
 def _rewrite(folder: Path, change: Callable[[str], str]) -> int:
@@ -182,8 +182,8 @@ def _split_metadata(folder: Path) -> None:
     """Turn `metadata.jsonl` into a caption file per image, because the two could contradict each other."""
     if not (folder / METADATA).is_file():
         return
-    captions, _ = read_captions(folder)
-    for path in image_files(folder):
-        if path.name in captions and f"{path.stem}.txt" not in captions:
-            write_text(path.with_suffix(".txt"), captions[path.name])
+    files = image_files(folder)
+    for name, found in read_captions(folder, [path.name for path in files]).by_image.items():
+        if METADATA in found and not any(file != METADATA and text for file, text in found.items()):
+            write_text(text_sidecar(folder / name), found[METADATA])
     (folder / METADATA).rename(folder / f"{METADATA}.before")

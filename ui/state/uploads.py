@@ -20,7 +20,7 @@ from typing import IO, NamedTuple
 
 from sdlora.common.files import atomic_path, write_text
 from sdlora.common.text import format_bytes
-from sdlora.data.captions import METADATA, read_captions
+from sdlora.data.captions import METADATA, SIDECARS, caption_in, read_metadata
 from sdlora.data.images import SUFFIXES, load_image
 from sdlora.errors import DataError
 
@@ -90,13 +90,14 @@ def store_upload(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
                 name = f"{stems[entry.key]}{entry.suffix}"
                 _store(entry, folder / name, MOST_BYTES, lambda file: load_image(file, "white"))
                 images.append(name)
-            elif entry.suffix == ".txt":
-                _store(entry, folder / f"{stems[entry.key]}.txt", MOST_CAPTION_BYTES, _check_text)
+            elif entry.suffix in SIDECARS:
+                target = folder / f"{stems[entry.key]}{entry.suffix}"
+                _store(entry, target, MOST_CAPTION_BYTES, lambda file: caption_in(file, file.name))
                 num_captions += 1
             elif PurePosixPath(entry.name).name == METADATA:
                 num_captions += _store_metadata(entry, folder, stems)
             else:
-                raise DataError(f"{entry.name}: not an image, a caption (.txt) or a zip.")
+                raise DataError(f"{entry.name}: not an image, a caption (.txt, .caption, .json) or a zip.")
         except DataError as error:
             refused.append(str(error))
     return Intake(tuple(images), num_captions, tuple(refused))
@@ -153,20 +154,13 @@ def _chunks(entry: _Entry) -> Iterator[bytes]:
         raise DataError(f"{entry.name}: its zip entry is broken ({error}).") from error
 
 
-def _check_text(path: Path) -> None:
-    try:
-        path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path.name} is not valid UTF-8. Save it as UTF-8.") from error
-
-
 def _store_metadata(entry: _Entry, folder: Path, stems: dict[tuple[str, str], str]) -> int:
     """Turn a `metadata.jsonl` into a caption file for each of its images."""
     with tempfile.TemporaryDirectory() as scratch:
-        _store(entry, Path(scratch) / METADATA, MOST_BYTES, _check_text)
-        captions, faults = read_captions(Path(scratch))
+        _store(entry, Path(scratch) / METADATA, MOST_BYTES, lambda _: None)
+        captions, faults = read_metadata(Path(scratch) / METADATA)
     if faults:
-        raise DataError(faults[0][1])
+        raise DataError(faults[0])
     parent = entry.key[0]
     for name, text in captions.items():
         stem = stems.get((parent, PurePosixPath(name).stem), safe_name(PurePosixPath(name).stem))
