@@ -47,6 +47,43 @@ def schema() -> None:
     typer.echo(json.dumps(RunConfig.model_json_schema(), indent=2))
 
 
+def presets(json_: JsonResult = False) -> None:
+    """List the configurations that come with sdlora, and what they need.
+
+    The time is the least that this machine's arithmetic allows for 20 images, without previews.
+    """
+    quiet_libraries()
+
+    from sdlora.config.presets import presets as shipped
+    from sdlora.estimate.timing import arithmetic_rate
+    from sdlora.run.setup import choose_device
+
+    device, dtype, _ = choose_device("auto", "auto")
+    rate = arithmetic_rate(device, dtype)
+    rows = []
+    for preset in shipped():
+        config = load_config(preset.name, [] if preset.family == "pocket" else ["data.folder=none"])
+        exposures = config.train.exposures or config.data.repeats_range[1] * config.train.epochs
+        seconds = 20 * exposures * preset.flops_per_exposure / rate
+        rows.append({**preset._asdict(), "exposures": exposures, "least_seconds": round(seconds)})
+    if json_:
+        typer.echo(json.dumps(rows, indent=2))
+        return
+    console = Console(file=sys.stdout, highlight=False, markup=False)
+    table = Table(
+        "preset", "what it is for", "memory on a GPU", f"20 images on this {device.type}", box=None, pad_edge=False
+    )
+    for row in rows:
+        memory, time = format_bytes(row["peak_bytes"]), format_seconds(row["least_seconds"])
+        table.add_row(row["name"], row["purpose"], memory, f"at least {time}")
+    console.print(table)
+    console.print(
+        "\nFor example: sdlora train sdxl-character --set base.path=CHECKPOINT.safetensors --set data.folder=IMAGES "
+        "--set data.trigger=WORD",
+        soft_wrap=True,
+    )
+
+
 def plan(
     config: Annotated[
         str | None,

@@ -17,7 +17,7 @@ import typer
 
 from sdlora.cli import files
 from sdlora.cli.check import check
-from sdlora.cli.config import config_app, plan
+from sdlora.cli.config import config_app, plan, presets
 from sdlora.cli.data import caption, data
 from sdlora.cli.options import print_message
 from sdlora.cli.runs import batch, cache, push, train, ui
@@ -29,7 +29,7 @@ from sdlora.errors import RenamedOptionWarning, SdloraError
 EXIT_INTERNAL = 1
 
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
-for _command in (train, ui, data, caption, plan, cache, check, batch, push, files.info, files.convert):
+for _command in (train, presets, ui, data, caption, plan, cache, check, batch, push, files.info, files.convert):
     app.command()(_command)
 app.command(cls=files.WeightsCommand)(files.merge)
 app.command()(files.resize)

@@ -57,6 +57,11 @@ def shipped_configs() -> list[str]:
     return sorted(path.stem for path in _folder("configs").glob("*.toml"))
 
 
+def counted_file() -> Path:
+    """The file of what shipped configurations need, counted at their families' true shapes."""
+    return _folder("configs") / "counted.json"
+
+
 def shipped_config(name: str) -> Path | None:
     """The file of a shipped configuration, or None if no configuration has that name."""
     return _folder("configs") / f"{name}.toml" if name in shipped_configs() else None

@@ -10,6 +10,8 @@ from itertools import chain
 from math import prod
 from statistics import median
 
+import torch
+
 from sdlora.training.prior_preservation import ClassWords
 from sdlora.training.trainer import Trainer
 
@@ -38,6 +40,18 @@ def step_seconds(trainer: Trainer, background: str) -> float:
         return median(seconds)
     here, average = len(words.compared.intersection(exposures)), len(words.compared) / len(trainer.schedule.timesteps)
     return median(seconds) * comparison_cost(average) / comparison_cost(here / len(exposures))
+
+
+def arithmetic_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP per second of large matrix products on a device, the fastest that any step can go."""
+    edge = 4096 if device.type == "cuda" else 1024
+    one, other = (torch.randn(edge, edge, device=device, dtype=dtype) for _ in range(2))
+    fastest = float("inf")
+    for _ in range(5):
+        begin = time.monotonic()
+        (one @ other).sum().item()  # waits for the device
+        fastest = min(fastest, time.monotonic() - begin)
+    return 2 * edge**3 / fastest
 
 
 def comparison_cost(share: float) -> float:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -12,12 +13,15 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import psutil
 import torch
 
+from sdlora.common.bundled import pocket_folder
+from sdlora.config.presets import Preset
 from sdlora.config.schema import RunConfig
+from sdlora.config.toml import load_config
 from sdlora.copycheck.null_distribution import MIN_DRAWN, SIZE
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Dataset
@@ -31,7 +35,7 @@ from sdlora.estimate.disk import (
 )
 from sdlora.estimate.hints import CountedHint, hints_to_fit, with_values
 from sdlora.estimate.memory import MemoryEstimate, MemoryInputs, estimate_memory
-from sdlora.estimate.meta_model import Shapes, num_bytes, shapes_of_base, shapes_of_family
+from sdlora.estimate.meta_model import Shapes, num_bytes, shapes_of_base, shapes_of_configs, shapes_of_family
 from sdlora.estimate.timing import step_seconds
 from sdlora.events import saved_as, to_json
 from sdlora.lora.quantize import num_weights
@@ -97,6 +101,19 @@ def estimate_shapes(
     dtype = torch.float32 if precision == "fp32" or (precision == "auto" and on_cpu) else torch.bfloat16
     inputs = MemoryInputs(config, adapter_spec(config), shapes, dtype, (edge, edge), on_cpu=on_cpu)
     return _estimate(inputs, memory_bytes, exposures_per_image=config.data.repeats_range[1] * config.train.epochs)
+
+
+def count_preset(preset: Preset) -> dict[str, int]:
+    """What a bundled configuration needs at its family's true shapes: the figures of `Preset`."""
+    config = load_config(preset.name, [] if preset.family == "pocket" else ["data.folder=none"])
+    if preset.family == "pocket":
+        parts = [
+            json.loads((pocket_folder() / part / "config.json").read_text()) for part in ("unet", "vae", "text_encoder")
+        ]
+        found = estimate_shapes(config, shapes_of_configs(parts[0], parts[1], parts[2:]), None)
+    else:
+        found = estimate_shapes(config, cast(Family, preset.family), None)
+    return {"peak_bytes": found.peak_bytes, "flops_per_exposure": found.flops_per_step // config.train.batch_size}
 
 
 def count_steps(config: RunConfig, dataset: Dataset) -> int:
