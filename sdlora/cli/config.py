@@ -69,13 +69,11 @@ def presets(json_: JsonResult = False) -> None:
     if json_:
         typer.echo(json.dumps(rows, indent=2))
         return
-    console = Console(file=sys.stdout, highlight=False, markup=False)
-    table = Table(
-        "preset", "what it is for", "memory on a GPU", f"20 images on this {device.type}", box=None, pad_edge=False
-    )
+    console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
+    table = Table("preset", "teaches", "GPU memory", "20 images here", box=None, pad_edge=False)
     for row in rows:
-        memory, time = format_bytes(row["peak_bytes"]), format_seconds(row["least_seconds"])
-        table.add_row(row["name"], row["purpose"], memory, f"at least {time}")
+        figures = format_bytes(row["peak_bytes"]), f"at least {format_seconds(row['least_seconds'])}"
+        table.add_row(row["name"], row["purpose"].partition(",")[0].rstrip("."), *figures)
     console.print(table)
     console.print(
         "\nFor example: sdlora train sdxl-character --set base.path=CHECKPOINT.safetensors --set data.folder=IMAGES "

@@ -13,12 +13,14 @@ _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**
 
 
 def format_seconds(seconds: float) -> str:
-    """Seconds as 42 s, 3 min 05 s or 2 h 07 min."""
+    """Seconds as 42 s, 3 min 05 s, 2 h 07 min or, from two days on, 2.5 days."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
+    if whole >= 2 * 86400:
+        return f"{whole / 86400:.1f} days"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 

@@ -9,7 +9,8 @@ from sdlora.errors import ConfigError
 
 
 @pytest.mark.parametrize(
-    ("seconds", "text"), [(0.4, "0 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7620, "2 h 07 min")]
+    ("seconds", "text"),
+    [(0.4, "0 s"), (59.6, "1 min 00 s"), (185, "3 min 05 s"), (7620, "2 h 07 min"), (216_000, "2.5 days")],
 )
 def test_seconds_are_formatted_in_the_largest_unit_that_fits(seconds: float, text: str) -> None:
     assert format_seconds(seconds) == text

@@ -115,6 +115,7 @@ CHANGES: dict[str, list[str]] = {
     "name": ["name=other"],
     "seed": ["seed=1"],
     "base.path": ["base.path={v}"],
+    "base.family": ["base.family=pocket"],
     "base.variant": ["base.variant=fp16"],
     "base.prediction_type": ["base.prediction_type=v_prediction"],
     "base.clip_skip": ["base.path={deep}", "base.clip_skip=2"],
@@ -151,6 +152,7 @@ CHANGES: dict[str, list[str]] = {
     "lora.init": ["lora.init=pissa"],
     "lora.timestep_rank_min": ["lora.timestep_rank_min=1"],
     "lora.timestep_rank_alpha": ["lora.rank=8", "lora.timestep_rank_min=1", "lora.timestep_rank_alpha=0.2"],
+    "train.exposures": ["train.exposures=12"],
     "train.epochs": ["train.epochs=1"],
     "train.batch_size": ["train.batch_size=1"],
     "train.gradient_accumulation_steps": ["train.gradient_accumulation_steps=2"],
@@ -197,7 +199,7 @@ CHANGES: dict[str, list[str]] = {
     "file.format": ["file.format=peft"],
     "file.precision": ["file.precision=fp16"],
 }
-REFUSED_HERE = {"base.variant", "train.device"}
+REFUSED_HERE = {"base.family", "base.variant", "train.device"}
 TESTED_BELOW = {
     "base.revision", "data.validation_folder", "data.validation_split", "data.keep_tags", "train.log_every_steps",
     "cache.dir",
@@ -206,7 +208,7 @@ TESTED_BELOW = {
     "file.licence",
     "file.include_captions",
     "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "train.gradient_checkpointing",
-    "train.auto_batch", "train.compile",
+    "train.auto_batch", "train.compile", "train.trackers",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from sdlora.common.bundled import shipped_configs
-from sdlora.config.presets import presets
+from sdlora.config.presets import Preset, presets
 from sdlora.config.toml import load_config, read_config
 from sdlora.errors import ConfigError
 
@@ -24,8 +24,8 @@ def test_every_family_has_a_preset_for_every_subject() -> None:
 
 
 @pytest.mark.parametrize("preset", presets(), ids=lambda preset: preset.name)
-def test_preset_is_valid_and_says_its_purpose(preset: object) -> None:
-    name, family, purpose = preset  # type: ignore[misc]
+def test_preset_is_valid_and_says_its_purpose(preset: Preset) -> None:
+    name, family, purpose = preset[:3]
     config = load_config(name, ["data.folder=images"] if name != "quickstart" else [])
     assert config.base.family == family
     assert purpose.endswith(".")
