@@ -54,14 +54,18 @@ def with_kohya_folders(document: dict[str, Any]) -> dict[str, Any]:
 
 def _named(folder: Path) -> list[tuple[Path, int, str]]:
     """The subfolders `REPEATS_NAME` of a folder with their repeats and names; none if it holds files with images."""
+    found = numbered(folder)
+    return [] if found and any(_is_image(path) for path in folder.iterdir()) else found
+
+
+def numbered(folder: Path) -> list[tuple[Path, int, str]]:
+    """The subfolders `REPEATS_NAME` of a folder with their repeats and names, whatever else it holds."""
     try:
-        entries = sorted(folder.iterdir())
-    except OSError:
+        entries = sorted(path for path in folder.iterdir() if path.is_dir())
+    except (OSError, ValueError):
         return []  # reported by name when images are read
-    matches = [(path, _NAMED.fullmatch(path.name)) for path in entries if path.is_dir()]
-    found = [(path, int(match[1]), match[2].strip()) for path, match in matches if match and int(match[1]) > 0]
-    is_mixed = any(_is_image(path) for path in entries)
-    return [] if is_mixed else found
+    matches = [(path, _NAMED.fullmatch(path.name)) for path in entries]
+    return [(path, int(match[1]), match[2].strip()) for path, match in matches if match and int(match[1]) > 0]
 
 
 def _is_image(path: Path) -> bool:
