@@ -1,0 +1,95 @@
+"""Which trainer a file comes from, and its translation.
+
+The command line calls `import_file`; the form follows from what the file holds, not from its name.
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from sdlora.config.imports import ai_toolkit, command, kohya, kohya_gui, onetrainer
+from sdlora.config.imports.rules import Imported, Rule, Source, settle, translate
+from sdlora.config.toml import option_fields
+from sdlora.errors import ConfigError
+
+MAX_BYTES = 4_000_000
+FORMS = (
+    "kohya_ss (JSON), sd-scripts (TOML), OneTrainer (JSON), ai-toolkit (YAML) and diffusers' scripts (a command line)"
+)
+
+
+def import_file(path: Path) -> Imported:
+    """Another trainer's configuration, translated.
+
+    Args:
+        path: A JSON, TOML or YAML file, or a text with a command line.
+
+    Raises:
+        ConfigError: The file cannot be read, or is of no form that sdlora knows.
+    """
+    try:
+        content = path.read_bytes()[: MAX_BYTES + 1].decode("utf-8-sig")
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path} is not valid UTF-8.") from error
+    if len(content) > MAX_BYTES:
+        raise ConfigError(f"{path} is too large for a configuration.")
+    try:
+        source, rules = _source(_parse(content), content, path)
+        return settle(source, translate(source, rules))
+    except RecursionError as error:
+        raise ConfigError(f"{path} is nested too deeply.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} cannot be read: {error}.") from error
+
+
+def _parse(content: str) -> Mapping[str, Any] | None:
+    """The tables of a file in JSON, TOML or YAML; None if it is none of them."""
+    for parse, error in (
+        (json.loads, ValueError),
+        (tomllib.loads, tomllib.TOMLDecodeError),
+        (_yaml, yaml.YAMLError),
+    ):
+        try:
+            found = parse(content)
+        except error:
+            continue
+        if isinstance(found, dict) and found:
+            return {str(key): value for key, value in found.items()}
+    return None
+
+
+def _yaml(content: str) -> Any:
+    try:
+        return yaml.safe_load(content)
+    except ValueError as error:  # a date such as 2026-99-99
+        raise yaml.YAMLError(str(error)) from error
+
+
+def _source(document: Mapping[str, Any] | None, content: str, path: Path) -> tuple[Source, dict[str, Rule]]:
+    folder = path.parent
+    if document is None:
+        return command.read(content, folder)
+    keys = set(document)
+    if {"job", "config"} <= keys:
+        return ai_toolkit.read(document), ai_toolkit.RULES
+    if keys & {"LoRA_type", "max_resolution", "sdxl_no_half_vae"}:
+        return kohya_gui.read(document, folder), kohya_gui.RULES
+    if keys & {"training_method", "base_model_name", "layer_filter_preset", "concept_file_name", "model_type"}:
+        return onetrainer.read(document, folder), onetrainer.RULES
+    of_sections = {key for value in document.values() if isinstance(value, dict) for key in value}
+    if "datasets" in keys or (keys | of_sections) & {"network_module", "network_dim", "pretrained_model_name_or_path"}:
+        return kohya.read(document, folder), kohya.RULES
+    if ".py" in content and "--" in content:
+        return command.read(content, folder)
+    ours = {name.partition(".")[0] for name in option_fields() if "." in name}
+    if keys and keys <= {*ours, "name", "seed"}:
+        raise ConfigError(f"{path} is already a configuration of sdlora.")
+    raise ConfigError(f"{path} is not a configuration that sdlora can translate. It knows those of {FORMS}.")

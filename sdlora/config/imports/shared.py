@@ -1,0 +1,344 @@
+"""What all trainers have in common: lengths, folders, base models, optimizers, schedules and resolutions.
+
+The tables' functions call these; each returns an outcome or the values of options.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from sdlora.config.imports.rules import Outcome, compute, dropped, flag, number, refused, text, translated, whole
+from sdlora.config.schema_training import MAX_EPOCHS
+
+IMAGE_SUFFIXES = frozenset(
+    {
+        ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif", ".heic", ".heif",
+        ".jxl",
+    }
+)  # fmt: skip
+MASK_SUFFIXES = ("-mask.png", "-masklabel.png", "-condlabel.png")
+TRANSFORMER_BLOCKS = ["cross_attention", "self_attention", "mlp", "projection"]
+MIN_SNR = compute(
+    lambda value, source: (
+        translated({"loss.weighting": "min_snr", "loss.gamma": number(value)}) if number(value) else dropped("off")
+    ),
+    "`loss.weighting` = min_snr, `loss.gamma`",
+)
+CAP = f"More than {MAX_EPOCHS} epochs make a LoRA reproduce its images"
+
+# The optimizer, its library's own weight decay, and the arguments that sdlora gives it.
+_ADAM = {"betas": (0.9, 0.999), "eps": 1e-8, "amsgrad": False}
+_OPTIMIZERS: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "adamw": ("adamw", 0.01, _ADAM),
+    "adamw8bit": ("adamw8bit", 0.01, _ADAM),
+    "prodigy": (
+        "prodigy",
+        0.0,
+        {
+            **_ADAM, "beta3": None, "d0": 1e-6, "d_coef": 1.0, "growth_rate": math.inf, "decouple": True,
+            "use_bias_correction": True, "safeguard_warmup": True, "slice_p": 1, "fsdp_in_use": False,
+        },
+    ),
+    "adafactor": (
+        "adafactor",
+        0.0,
+        {
+            "scale_parameter": False, "relative_step": False, "warmup_init": False, "clip_threshold": 1.0,
+            "decay_rate": -0.8, "eps": (1e-30, 1e-3), "beta1": None,
+        },
+    ),
+    "lion": ("lion", 0.0, {"betas": (0.9, 0.99)}),
+    "adamwschedulefree": ("schedule_free", 0.0, {**_ADAM, "r": 0.0, "weight_lr_power": 2.0}),
+}  # fmt: skip
+_SAME_AS = {
+    "pagedadamw8bit": "adamw8bit",
+    "adamw_8bit": "adamw8bit",
+    "adamw8": "adamw8bit",
+    "pagedadamw": "adamw",
+    "pagedadamw32bit": "adamw",
+    "schedule_free_adamw": "adamwschedulefree",
+}
+_REMARKS = {"prodigy": "sdlora's Prodigy always has bias correction and safeguard_warmup, as its authors advise"}
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """One folder of images as another trainer names it; `caption` is that of images without one of their own."""
+
+    folder: str
+    repeats: float = 1
+    caption: str | None = None
+    trigger: str | None = None
+    recursive: bool = False
+
+
+@dataclass(frozen=True)
+class Length:
+    """How long a run is: epochs of ours, repeats of every folder, and a sentence on what changed."""
+
+    epochs: int
+    repeats: list[int]
+    remark: str = ""
+
+
+def count_images(folder: str, *, recursive: bool = False) -> int | None:
+    """The number of images in a folder, masks left out; None if it is not on this computer or holds none."""
+    path = Path(folder).expanduser()
+    try:
+        files = [file for file in (path.rglob("*") if recursive else path.iterdir()) if file.is_file()]
+    except (OSError, ValueError):
+        return None
+    names = [file.name.lower() for file in files]
+    return sum(Path(name).suffix in IMAGE_SUFFIXES and not name.endswith(MASK_SUFFIXES) for name in names) or None
+
+
+def _counts(folders: Sequence[TrainingFolder]) -> list[int | None]:
+    return [count_images(one.folder, recursive=one.recursive) for one in folders]
+
+
+def spread(epochs: float, repeats: Sequence[float]) -> Length:
+    """Another trainer's epochs and repeats as at most five epochs with the same exposures of each image.
+
+    Where that is not possible, the number of epochs, 3 to 5 if there are as many exposures, with the smallest error is
+    chosen.
+    """
+    wanted = [max(epochs * one, 1.0) for one in repeats] or [max(epochs, 1.0)]
+    if epochs in range(1, MAX_EPOCHS + 1) and all(float(one).is_integer() and one >= 1 for one in repeats):
+        return Length(int(epochs), [int(one) for one in repeats])
+
+    def error(candidate: int) -> float:
+        return max(abs(max(round(one / candidate), 1) * candidate / one - 1) for one in wanted)
+
+    candidates = [5, 4, 3] if min(wanted) >= 3 else [3, 2, 1]
+    best = min(candidates, key=error)
+    found = [max(round(one / best), 1) for one in wanted]
+    same = error(best) < 1e-9
+    exposures = ", ".join(dict.fromkeys(f"{one:g}" for one in wanted))
+    ours = "" if same else " become " + ", ".join(dict.fromkeys(f"{one * best}" for one in found))
+    repeats_of_ours = ", ".join(map(str, dict.fromkeys(found)))
+    remark = (
+        f"{epochs:g} epochs become {best}, and repeats {repeats_of_ours}: exposures per image "
+        f"{'stay the same' if same else 'are nearly the same'} ({exposures}{ours})."
+    )
+    return Length(best, found, f"{remark} {CAP}." if epochs > MAX_EPOCHS else remark)
+
+
+def spread_steps(steps: float, images_per_step: float, folders: Sequence[TrainingFolder], what: str) -> Length | str:
+    """A length in steps as epochs and repeats; a sentence on what to set if the images cannot be counted.
+
+    Args:
+        steps: Optimizer steps.
+        images_per_step: Training images per optimizer step.
+        folders: The folders of training images.
+        what: The length as the file says it, such as "max_train_steps = 2000".
+    """
+    counts = _counts(folders)
+    total = steps * images_per_step
+    if not folders or None in counts:
+        missing = [one.folder for one, count in zip(folders, counts, strict=True) if count is None]
+        return (
+            f"{what} are {total:g} exposures in all, and the images of {', '.join(map(repr, missing)) or 'the data'} "
+            f"cannot be counted on this computer. Divide {total:g} by the number of your images, and set "
+            "train.exposures to the result."
+        )
+    per_epoch = sum(count * one.repeats for count, one in zip(counts, folders, strict=True) if count)
+    if per_epoch <= 0 or total <= 0:
+        return f"{what} leave nothing to train; set train.exposures"
+    images = sum(filter(None, counts))
+    length = spread(total / per_epoch, [one.repeats for one in folders])
+    exposures = f"{what} on {images} images are {total / images:.4g} exposures per image"
+    remark = f"{exposures}: {length.epochs} epochs with {', '.join(map(str, dict.fromkeys(length.repeats)))} repeats."
+    return Length(length.epochs, length.repeats, remark)
+
+
+def num_steps(length: Length, folders: Sequence[TrainingFolder], images_per_step: float) -> int | None:
+    """The optimizer steps of a run; None if its images cannot be counted."""
+    counts = _counts(folders)
+    exposures = sum(count * repeats for count, repeats in zip(counts, length.repeats, strict=True) if count)
+    return math.ceil(exposures * length.epochs / images_per_step) if counts and None not in counts else None
+
+
+def data_options(folders: Sequence[TrainingFolder], length: Length | None) -> dict[str, Any]:
+    """The options of the training images' folders; without a length, with the repeats that the file gives."""
+    repeats = length.repeats if length else [max(round(one.repeats), 1) for one in folders]
+    if len(folders) == 1:
+        found = {
+            "data.folder": folders[0].folder,
+            "data.repeats": repeats[0] if length or repeats[0] > 1 else None,
+            "data.caption": folders[0].caption,
+            "data.trigger": folders[0].trigger,
+            "data.recursive": True if folders[0].recursive else None,
+        }
+        return {key: value for key, value in found.items() if value is not None}
+    titles = [re.split(r"[/\\]", one.folder.rstrip("/\\"))[-1] for one in folders]
+    sets = []
+    for index, (one, count, title) in enumerate(zip(folders, repeats, titles, strict=True), start=1):
+        name = f"{title} {index}" if titles.count(title) > 1 else None
+        entry = {
+            "folder": one.folder, "name": name, "repeats": count, "trigger": one.trigger, "caption": one.caption,
+            "recursive": True if one.recursive else None,
+        }  # fmt: skip
+        sets.append({key: value for key, value in entry.items() if value is not None})
+    return {"data.sets": sets}
+
+
+def base_path(value: Any) -> Outcome:
+    """The base model."""
+    path = text(value)
+    if path.lower().endswith((".ckpt", ".pt", ".bin")):
+        return refused("sdlora reads .safetensors files, folders in diffusers' layout and Hub ids; convert the file")
+    return translated({"base.path": path})
+
+
+def optimizer(name: Any, weight_decay: Any = None, remark: str = "") -> Outcome:
+    """An optimizer by the name that other trainers give it.
+
+    Args:
+        name: In upper or lower case.
+        weight_decay: What the file gives; the library's own if None.
+        remark: What else differs.
+    """
+    plain = _plain(name)
+    if plain not in _OPTIMIZERS:
+        return refused(
+            f"sdlora has no {text(name)}. Set train.optimizer to adamw, adamw8bit, prodigy, adafactor, lion or "
+            "schedule_free, and train.learning_rate to go with it"
+        )
+    ours, decay, _ = _OPTIMIZERS[plain]
+    given = decay if weight_decay is None else number(weight_decay)
+    remarks = [_REMARKS.get(plain, ""), remark]
+    return translated({"train.optimizer": ours, "train.weight_decay": given}, "; ".join(filter(None, remarks)))
+
+
+def optimizer_argument(optimizer: Any, name: str, value: Any) -> Outcome:
+    """An argument of an optimizer: dropped if sdlora gives it the same value."""
+    plain = _plain(optimizer)
+    if plain not in _OPTIMIZERS:
+        return refused(f"sdlora has no {optimizer}")
+    ours, _, known = _OPTIMIZERS[plain]
+    if name not in known:
+        return refused(f"sdlora does not set {name} of {ours}")
+    if _same(value, known[name]):
+        return dropped(f"what sdlora's {ours} has")
+    return refused(f"sdlora's {ours} has {name} = {known[name]}")
+
+
+def optimizer_arguments() -> list[str]:
+    """The names of all arguments that sdlora knows of its optimizers."""
+    return sorted({name for _, _, known in _OPTIMIZERS.values() for name in known})
+
+
+def _plain(name: Any) -> str:
+    lowered = text(name).lower().rpartition(".")[2]
+    return _SAME_AS.get(lowered, lowered)
+
+
+def _same(value: Any, ours: Any) -> bool:
+    if isinstance(ours, bool):
+        return flag(value) is ours
+    if isinstance(ours, tuple):
+        parts = value if isinstance(value, list | tuple) else text(value).strip("()[] ").split(",")
+        return len(parts) == len(ours) and all(_same(part, one) for part, one in zip(parts, ours, strict=True))
+    if ours is None:
+        return value in (None, "", "None", "null")
+    return value is not None and math.isclose(float(text(value)), ours, rel_tol=1e-9)
+
+
+def schedule(name: Any, cycles: Any = None) -> Outcome:
+    """A learning rate schedule by diffusers' names; `cycles` is the number of restarts."""
+    plain = text(name).lower()
+    if plain in ("constant", "constant_with_warmup"):
+        return translated({"train.lr_schedule": "constant"})
+    if plain == "cosine":
+        return translated({"train.lr_schedule": "cosine"})
+    if plain in ("cosine_with_restarts", "cosine_with_hard_restarts"):
+        if cycles is None or number(cycles) <= 1:
+            return translated({"train.lr_schedule": "cosine"}, "without restarts, it is the cosine")
+        return refused(
+            f"sdlora has no restarts ({cycles} cycles); set train.lr_schedule = 'cosine', which falls once from the "
+            "highest rate to zero"
+        )
+    return refused(f"sdlora has no schedule {plain!r}; set train.lr_schedule to 'cosine', the nearest, or 'constant'")
+
+
+def resolution(value: Any) -> Outcome:
+    """A resolution: a number, a text such as "1024,1024" or "512x768", or a list of width and height."""
+    parts = value if isinstance(value, list) else re.split(r"[,xX]", text(value).strip("()[] "))
+    edges = [whole(part) for part in parts]
+    if len(edges) in (1, 2) and len(set(edges)) == 1:
+        return translated({"data.resolution_px": edges[0]})
+    if len(edges) == 2 and min(edges) > 0:
+        area = round(math.sqrt(edges[0] * edges[1]))
+        return refused(
+            f"data.resolution_px is the edge of a square, and images keep their shape; {area} has the same area"
+        )
+    return refused("sdlora trains at one resolution; set data.resolution_px")
+
+
+def precision(value: Any) -> Outcome:
+    """The precision of the base model during training, by any trainer's name."""
+    plain = text(value).lower()
+    ours = {
+        "no": "fp32", "fp32": "fp32", "float": "fp32", "float32": "fp32", "float_32": "fp32", "tfloat_32": "fp32",
+        "fp16": "fp16", "float16": "fp16", "float_16": "fp16", "half": "fp16",
+        "bf16": "bf16", "bfloat16": "bf16", "bfloat_16": "bf16",
+    }.get(plain)  # fmt: skip
+    if ours is None:
+        return refused(f"sdlora trains in fp32, bf16 or fp16, not in {plain}; set train.precision")
+    return translated({"train.precision": ours})
+
+
+def trackers(value: Any) -> Outcome:
+    """Where losses are reported to, by the names that Accelerate has."""
+    given = value if isinstance(value, list) else text(value).split(",")
+    found = ["tensorboard", "wandb"] if "all" in given else [name for name in ("tensorboard", "wandb") if name in given]
+    if not found:
+        return dropped("sdlora reports to TensorBoard and Weights & Biases, with train.trackers")
+    return translated({"train.trackers": found})
+
+
+def file_precision(value: Any) -> Outcome:
+    """The precision of the stored weights, by any trainer's name."""
+    found = precision(value)
+    return translated({"file.precision": found.options["train.precision"]}) if found.options else found
+
+
+def warmup(value: Any, length: Length | str, folders: Sequence[TrainingFolder], images_per_step: float) -> Outcome:
+    """Warmup steps; a number below 1 is a share of all steps."""
+    steps = number(value)
+    if steps == 0 or steps >= 1:
+        return translated({"train.warmup_steps": round(steps)})
+    total = num_steps(length, folders, images_per_step) if isinstance(length, Length) else None
+    if total is None:
+        return refused(
+            f"{steps:.3g} of all steps, and the images cannot be counted on this computer; set train.warmup_steps"
+        )
+    found = round(steps * total)
+    return translated({"train.warmup_steps": found}, f"{steps:.3g} of {total} steps")
+
+
+def previews(
+    prompts: Sequence[str],
+    *,
+    seeds: Sequence[Any] = (),
+    negative: Any = None,
+    num_steps: Any = None,
+    guidance: Any = None,
+) -> dict[str, Any]:
+    """The options of preview images; prompts that occur twice are drawn once."""
+    unique = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
+    if not unique:
+        return {}
+    found: Mapping[str, Any] = {
+        "preview.prompts": unique,
+        "preview.seeds": list(dict.fromkeys(whole(seed) for seed in seeds if seed is not None and whole(seed) >= 0)),
+        "preview.negative_prompt": negative,
+        "preview.num_steps": num_steps,
+        "preview.guidance": guidance,
+    }
+    return {key: value for key, value in found.items() if value not in (None, [], "")}
