@@ -19,6 +19,7 @@ from sdlora.cli import files
 from sdlora.cli.check import check
 from sdlora.cli.config import config_app, plan, presets
 from sdlora.cli.data import caption, data
+from sdlora.cli.import_ import import_
 from sdlora.cli.options import print_message
 from sdlora.cli.runs import batch, cache, push, train, ui
 from sdlora.common.quiet import is_main_process
@@ -31,6 +32,7 @@ EXIT_INTERNAL = 1
 app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
 for _command in (train, presets, ui, data, caption, plan, cache, check, batch, push, files.info, files.convert):
     app.command()(_command)
+app.command(name="import")(import_)
 app.command(cls=files.WeightsCommand)(files.merge)
 app.command()(files.resize)
 app.command()(files.extract)
