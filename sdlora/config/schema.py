@@ -125,6 +125,13 @@ class PreviewConfig(Section):
     """Denoising steps per preview."""
     guidance: float = Field(7.5, ge=1.0, le=50.0)
     """Guidance scale; 1 disables classifier-free guidance."""
+    sampler: Literal["base", "euler", "euler_a", "dpmpp_2m_karras", "unipc"] = "base"
+    """Sampler of the previews: the base model's own, Euler, Euler a, DPM++ 2M Karras or UniPC; the last two need only
+    10 to 15 steps."""
+    width_px: int | None = Field(None, ge=64, le=4096, multiple_of=8)
+    """Width of the previews; the base model's own resolution if unset."""
+    height_px: int | None = Field(None, ge=64, le=4096, multiple_of=8)
+    """Height of the previews; the base model's own resolution if unset."""
 
 
 class CopyCheckConfig(Section):

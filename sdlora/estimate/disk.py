@@ -52,12 +52,12 @@ def cache_bytes(cache: Cache, examples: Iterable[Example], num_captions: int) ->
     return per_latent * latents + (cache.text_bytes(num_captions) if num_captions else 0)
 
 
-def image_bytes(num_images: int, edge_px: int) -> int:
-    """Square images as PNG files, at most."""
-    return num_images * 3 * edge_px**2
+def image_bytes(num_images: int, num_pixels: int) -> int:
+    """Images of so many pixels as PNG files, at most."""
+    return num_images * 3 * num_pixels
 
 
-def run_folder_bytes(config: RunConfig, adapter: Adapter, num_previews: int, preview_px: int) -> int:
+def run_folder_bytes(config: RunConfig, adapter: Adapter, num_previews: int, preview_pixels: int) -> int:
     """What a run's folder holds at most, with `num_previews` images drawn after every epoch."""
     count = adapter.num_parameters()
     start = 4 * sum(tensor.numel() for tensor in adapter.initial_factors())
@@ -66,7 +66,7 @@ def run_folder_bytes(config: RunConfig, adapter: Adapter, num_previews: int, pre
     checkpoints = (KEPT + 1) * (per_parameter * count + start)
     lora_files = (config.train.epochs + 2) * (4 * count + start)
     # Every image as it is, twice on the contact sheet, and, as text on the page, which is replaced, thrice more.
-    images = 6 * image_bytes(num_previews * (config.train.epochs + 1), preview_px)
+    images = 6 * image_bytes(num_previews * (config.train.epochs + 1), preview_pixels)
     return checkpoints + lora_files + images
 
 

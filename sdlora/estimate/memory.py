@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from math import prod
 from typing import cast
 
 import torch
@@ -187,11 +188,11 @@ def _step_cost(inputs: MemoryInputs, base: MetaBase, adapter: Adapter, model: Tr
 
 def _preview_bytes(inputs: MemoryInputs, base: MetaBase) -> int:
     """Bytes of drawing previews beside the weights: of the UNet's prediction, or of decoding the images."""
-    shapes, edge = inputs.shapes, inputs.shapes.resolution_px
-    if not inputs.config.preview.enabled:
+    shapes, preview = inputs.shapes, inputs.config.preview
+    if not preview.enabled:
         return 0
-    number = max(1, _PREVIEW_PIXELS // edge**2)
-    noisy = empty_latents(shapes, number, (edge, edge))
+    size = preview.width_px or shapes.resolution_px, preview.height_px or shapes.resolution_px
+    noisy = empty_latents(shapes, max(1, _PREVIEW_PIXELS // prod(size)), size)
     # Guidance predicts with the prompt and without.
     drawing = _peak_bytes(lambda: _predict(base, noisy.repeat(2, 1, 1, 1)))
     return max(drawing, _peak_bytes(lambda: base.vae.decode(noisy)))

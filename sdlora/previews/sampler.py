@@ -12,11 +12,19 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from PIL import Image, ImageDraw, ImageFont
+from diffusers import (
+    DiffusionPipeline,
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 from sdlora.common.files import atomic_path
@@ -25,6 +33,13 @@ from sdlora.events import Event, PreviewsDone, Progress
 from sdlora.models.base import BaseModel
 
 Kind = Literal["training", "novel"]
+SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "euler": (EulerDiscreteScheduler, {}),
+    "euler_a": (EulerAncestralDiscreteScheduler, {}),
+    "dpmpp_2m_karras": (DPMSolverMultistepScheduler, {"algorithm_type": "dpmsolver++", "use_karras_sigmas": True}),
+    "unipc": (UniPCMultistepScheduler, {}),
+}
+"""Samplers by name: diffusers' scheduler, and what it sets beside the base model's noise schedule."""
 _PIXELS_PER_BATCH = 8 * 128 * 128
 # Text encoders and VAE take turns on the device; swapping large ones takes about a second.
 _BATCHES_PER_TURN = 16
@@ -41,6 +56,8 @@ class PreviewRequest:
         num_steps: Denoising steps, at least 1.
         guidance: Classifier-free guidance scale; 1 switches it off.
         num_captions: How many of the prompts, from the first, are captions of training images.
+        sampler: A key of `SAMPLERS`, or "base" for the base model's own.
+        size_px: Width and height; None is the base model's own resolution.
     """
 
     prompts: tuple[str, ...]
@@ -49,6 +66,13 @@ class PreviewRequest:
     num_steps: int
     guidance: float
     num_captions: int = 0
+    sampler: str = "base"
+    size_px: tuple[int | None, int | None] = (None, None)
+
+    def pixels(self, resolution_px: int) -> tuple[int, int]:
+        """Width and height on a base model of a resolution."""
+        width, height = self.size_px
+        return width or resolution_px, height or resolution_px
 
     def wanted(self) -> list[tuple[str, int]]:
         """Every image's prompt and seed, prompts first."""
@@ -129,7 +153,7 @@ def draw(
     base: BaseModel, request: PreviewRequest, wanted: Sequence[tuple[str, int]], watch: SamplerWatch | None = None
 ) -> Iterator[list[Image.Image]]:
     """Draw images of wanted prompts and seeds, in order and in batches; those of the request are ignored."""
-    size = max(1, _PIXELS_PER_BATCH // base.resolution_px**2)
+    size = max(1, _PIXELS_PER_BATCH // prod(request.pixels(base.resolution_px)))
     batches = [wanted[first : first + size] for first in range(0, len(wanted), size)]
     for first in range(0, len(batches), _BATCHES_PER_TURN):
         turn = batches[first : first + _BATCHES_PER_TURN]
@@ -150,6 +174,8 @@ def settings(base: BaseModel, request: PreviewRequest) -> list[str]:
         str(request.guidance),
         str(base.unet.dtype),
         json.dumps(scheduler, sort_keys=True, default=str),
+        *([request.sampler] if request.sampler != "base" else []),
+        *([f"{request.size_px}"] if request.size_px != (None, None) else []),
     ]
 
 
@@ -161,15 +187,32 @@ def _draw(
     watch: SamplerWatch | None,
 ) -> list[Image.Image]:
     # The watch's context is the inner one, so that it sees float32 predictions.
-    with base.pipeline() as pipeline, watch.batch(len(batch)) if watch else nullcontext(), torch.no_grad():
+    width, height = request.pixels(base.resolution_px)
+    watching = watch.batch(len(batch)) if watch else nullcontext()
+    with base.pipeline() as pipeline, _sampling(pipeline, request.sampler), watching, torch.no_grad():
         result = pipeline(
             **prompts,
+            width=width,
+            height=height,
             num_inference_steps=request.num_steps,
             guidance_scale=request.guidance,
             generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
         )
     images: list[Image.Image] = result.images
     return images
+
+
+@contextmanager
+def _sampling(pipeline: DiffusionPipeline, name: str) -> Iterator[None]:
+    """Exchange a pipeline's sampler, which keeps the base model's noise schedule and prediction type."""
+    own = pipeline.scheduler
+    if name != "base":
+        kind, options = SAMPLERS[name]
+        pipeline.scheduler = kind.from_config(own.config, **options)
+    try:
+        yield
+    finally:
+        pipeline.scheduler = own
 
 
 def contact_sheet(labels: Sequence[str], columns: Sequence[tuple[str, Sequence[Path]]], target: Path) -> None:
@@ -189,7 +232,8 @@ def contact_sheet(labels: Sequence[str], columns: Sequence[tuple[str, Sequence[P
             with Image.open(file) as image:
                 # Nearest neighbour keeps small sprites crisp; larger images are reduced smoothly.
                 method = Image.Resampling.NEAREST if image.width < _TILE_PX else Image.Resampling.LANCZOS
-                tile = image.convert("RGB").resize((_TILE_PX, _TILE_PX), method)
-            sheet.paste(tile, (x, _HEADER_PX + row * (_TILE_PX + _GAP_PX)))
+                tile = ImageOps.contain(image.convert("RGB"), (_TILE_PX, _TILE_PX), method)
+            y = _HEADER_PX + row * (_TILE_PX + _GAP_PX)
+            sheet.paste(tile, (x + (_TILE_PX - tile.width) // 2, y + (_TILE_PX - tile.height) // 2))
     with atomic_path(target) as temporary:
         sheet.save(temporary, format="PNG")

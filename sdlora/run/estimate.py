@@ -181,7 +181,7 @@ def memory_inputs(context: RunContext, config: RunConfig) -> MemoryInputs:
 def cache_bytes_of_run(context: RunContext, config: RunConfig) -> int:
     """What a run keeps in the cache, at most; for `config` see `memory_inputs`."""
     num_drawn = max(MIN_DRAWN, SIZE - len(context.data.dataset.examples)) if _is_checked(config) else 0
-    return _tensor_bytes(context, config) + image_bytes(num_drawn, context.base.resolution_px)
+    return _tensor_bytes(context, config) + image_bytes(num_drawn, _preview_pixels(context))
 
 
 def _tensor_bytes(context: RunContext, config: RunConfig) -> int:
@@ -197,6 +197,10 @@ def _tensor_bytes(context: RunContext, config: RunConfig) -> int:
     return cache_bytes(cache, examples, len(captions) if cache.keeps_text and not data.text_is_trained else 0)
 
 
+def _preview_pixels(context: RunContext) -> int:
+    return 0 if context.previews is None else prod(context.previews.pixels(context.base.resolution_px))
+
+
 def _is_checked(config: RunConfig) -> bool:
     return config.copycheck.enabled and config.preview.enabled
 
@@ -208,7 +212,7 @@ def check_disks(context: RunContext, *, resume: bool) -> None:
         DiskFullError: They do not.
     """
     num_previews = 0 if context.previews is None else len(context.previews.wanted())
-    written = run_folder_bytes(context.config, context.adapter, num_previews, context.base.resolution_px)
+    written = run_folder_bytes(context.config, context.adapter, num_previews, _preview_pixels(context))
     needs = {"The run's folder": (context.folder.path, max(0, written - bytes_in(context.folder.path)))}
     if not resume:
         needs["the cache"] = (context.data.cache.folder, cache_bytes_of_run(context, context.config))

@@ -345,4 +345,6 @@ def preview_request(preview: PreviewConfig, dataset: Dataset) -> PreviewRequest:
         num_steps=preview.num_steps,
         guidance=preview.guidance,
         num_captions=len(drawn),
+        sampler=preview.sampler,
+        size_px=(preview.width_px, preview.height_px),
     )

@@ -80,7 +80,7 @@ def test_run_folder_estimate_is_above_what_the_run_writes(
 ) -> None:
     parts = prepared(tmp_path, [*overrides, "lora.target_ranks={ cross_attention = 64 }", *changes])
     assert parts.previews is not None
-    estimated = run_folder_bytes(parts.config, parts.adapter, len(parts.previews.wanted()), 32)
+    estimated = run_folder_bytes(parts.config, parts.adapter, len(parts.previews.wanted()), 32 * 32)
     parts.adapter.remove()
     list(start(parts.config, tmp_path / "run"))
     written = bytes_in(tmp_path / "run")

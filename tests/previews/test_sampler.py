@@ -1,11 +1,26 @@
-from pathlib import Path
+"""Previews: what is drawn, with which sampler and size, and the sheet of all of them."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
 import torch
+from diffusers import (
+    DPMSolverMultistepScheduler,
+    EulerAncestralDiscreteScheduler,
+    EulerDiscreteScheduler,
+    UniPCMultistepScheduler,
+)
 from PIL import Image
 
 from sdlora.events import PreviewsDone, Progress
 from sdlora.models.load import load_base
-from sdlora.previews.sampler import PreviewRequest, contact_sheet, draw_epoch
+from sdlora.previews.sampler import PreviewRequest, contact_sheet, draw_epoch, settings
 
 
 def test_previews_equal_the_pipelines_images_and_touch_no_global_state(tiny_base: Path, tmp_path: Path) -> None:
@@ -50,3 +65,51 @@ def test_contact_sheet_places_every_preview(tmp_path: Path) -> None:
     step = 134
     found = [[sheet.getpixel((200 + 64 + c * step, 34 + 64 + r * step)) for c in range(2)] for r in range(2)]
     assert found == [[(255, 0, 0), (0, 0, 255)], [(0, 255, 0), (255, 255, 0)]]
+
+
+@pytest.mark.parametrize(
+    ("name", "scheduler"),
+    [
+        ("euler", EulerDiscreteScheduler),
+        ("euler_a", EulerAncestralDiscreteScheduler),
+        ("dpmpp_2m_karras", partial(DPMSolverMultistepScheduler, use_karras_sigmas=True)),
+        ("unipc", UniPCMultistepScheduler),
+    ],
+)
+def test_sampler_and_size_are_those_of_diffusers(
+    name: str, scheduler: Callable[..., Any], tiny_base: Path, tmp_path: Path
+) -> None:
+    base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
+    request = PreviewRequest(("a dog",), (3,), "", 4, 5.0, sampler=name, size_px=(48, None))
+    list(draw_epoch(base, request, 1, tmp_path))
+    pipeline = base.fresh_pipeline()
+    own = pipeline.scheduler.config
+    kept = {key: own[key] for key in ("beta_start", "beta_end", "beta_schedule", "prediction_type", "timestep_spacing")}
+    pipeline.scheduler = scheduler(num_train_timesteps=1000, steps_offset=own.get("steps_offset", 0), **kept)
+    result = pipeline(
+        ["a dog"], negative_prompt=[""], num_inference_steps=4, guidance_scale=5.0, width=48, height=base.resolution_px,
+        generator=[torch.Generator().manual_seed(3)],
+    )  # fmt: skip
+    found = Image.open(tmp_path / "previews" / "prompt00_seed3.png")
+    assert found.size == (48, base.resolution_px)
+    difference = torch.tensor(list(found.tobytes())) - torch.tensor(list(result.images[0].tobytes()))
+    assert difference.abs().max() <= 1
+    own_kind = type(base.fresh_pipeline().scheduler)
+    with base.pipeline() as after:
+        assert type(after.scheduler) is own_kind
+
+
+def test_cache_key_of_a_request_holds_sampler_and_size_only_where_they_differ(tiny_base: Path) -> None:
+    base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
+    plain = PreviewRequest(("a dog",), (3,), "", 4, 5.0)
+    others = [replace(plain, sampler="unipc"), replace(plain, size_px=(48, None)), replace(plain, size_px=(None, 48))]
+    assert len(settings(base, plain)) == 5
+    assert len({tuple(settings(base, one)) for one in (plain, *others)}) == 4
+
+
+def test_contact_sheet_keeps_the_shape_of_previews(tmp_path: Path) -> None:
+    Image.new("RGB", (64, 128), "red").save(tmp_path / "tall.png")
+    contact_sheet(["tall"], [("base", [tmp_path / "tall.png"])], tmp_path / "s.png")
+    sheet = Image.open(tmp_path / "s.png").convert("RGB")
+    row = [sheet.getpixel((200 + x, 34 + 64)) == (255, 0, 0) for x in range(128)]
+    assert row == [32 <= x < 96 for x in range(128)]

@@ -41,7 +41,13 @@ class LoraSampler:
         """
         preview = config.preview
         request = PreviewRequest(
-            (sample.prompt,), (sample.seed,), preview.negative_prompt, preview.num_steps, preview.guidance
+            (sample.prompt,),
+            (sample.seed,),
+            preview.negative_prompt,
+            preview.num_steps,
+            preview.guidance,
+            sampler=preview.sampler,
+            size_px=(preview.width_px, preview.height_px),
         )
         with self._lock:
             device, dtype, _ = choose_device(config.train.device, config.train.precision)
