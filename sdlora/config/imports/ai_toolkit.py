@@ -56,9 +56,7 @@ def read(document: Mapping[str, Any]) -> Source:
     first, *others = processes if isinstance(processes, list) and processes else [{}]
     first = dict(first) if isinstance(first, dict) else {}
     name = str(config.get("name", ""))
-    source = Source(
-        FORM, flatten({key: value for key, value in document.items() if key != "config"}), defaults=DEFAULTS
-    )
+    source = Source(FORM, {key: value for key, value in document.items() if key != "config"}, defaults=DEFAULTS)
     source.values |= {f"config.{key}": value for key, value in config.items() if key != "process"}
     source.rows["process.datasets"] = _rows(first.pop("datasets", None))
     for row in source.rows["process.datasets"]:
@@ -67,7 +65,7 @@ def read(document: Mapping[str, Any]) -> Source:
     if isinstance(sample, dict):
         first["sample"] = {key: value for key, value in sample.items() if key != "samples"}
         source.rows["process.sample.samples"] = _rows(sample.get("samples"))
-    opaque = keys(_OTHER_PROCESSES, "process")
+    opaque = [*keys(_OTHER_PROCESSES, "process"), *keys("model_kwargs model_paths quantize_kwargs", "process.model")]
     flat = flatten(first, opaque, "process.")
     source.values |= {
         key: value.replace("[name]", name) if isinstance(value, str) else value for key, value in flat.items()
@@ -101,7 +99,7 @@ _MODEL = table(
     {
         "job": refuse("sdlora trains LoRAs", off=("extension", "train", "custom", "")),
         "config.name": rename("name", text),
-        keys("name version", "meta"): drop("sdlora writes its own metadata and model card"),
+        "meta": drop("sdlora writes its own metadata and model card"),
         "process.type": refuse(
             "sdlora trains LoRAs", off=("sd_trainer", "diffusion_trainer", "ui_trainer", "train", "lora_train")
         ),

@@ -42,7 +42,7 @@ def import_file(path: Path) -> Imported:
     if len(content) > MAX_BYTES:
         raise ConfigError(f"{path} is too large for a configuration.")
     try:
-        source, rules = _source(_parse(content), content, path)
+        source, rules = _source(_parse(content, path), content, path)
         return settle(source, translate(source, rules))
     except RecursionError as error:
         raise ConfigError(f"{path} is nested too deeply.") from error
@@ -50,16 +50,19 @@ def import_file(path: Path) -> Imported:
         raise ConfigError(f"{path} cannot be read: {error}.") from error
 
 
-def _parse(content: str) -> Mapping[str, Any] | None:
-    """The tables of a file in JSON, TOML or YAML; None if it is none of them."""
-    for parse, error in (
-        (json.loads, ValueError),
-        (tomllib.loads, tomllib.TOMLDecodeError),
-        (_yaml, yaml.YAMLError),
-    ):
+def _parse(content: str, path: Path) -> Mapping[str, Any] | None:
+    """The tables of a file in JSON, TOML or YAML; None if it is none of them, and not called so.
+
+    Raises:
+        ConfigError: The file is named after a form that it does not have.
+    """
+    suffix = path.suffix.lower().replace(".yml", ".yaml")
+    for name, parse in ((".json", json.loads), (".toml", tomllib.loads), (".yaml", _yaml)):
         try:
             found = parse(content)
-        except error:
+        except ValueError as error:
+            if suffix == name:
+                raise ConfigError(f"{path} is not valid {name[1:].upper()}: {error}.") from error
             continue
         if isinstance(found, dict) and found:
             return {str(key): value for key, value in found.items()}
@@ -69,8 +72,8 @@ def _parse(content: str) -> Mapping[str, Any] | None:
 def _yaml(content: str) -> Any:
     try:
         return yaml.safe_load(content)
-    except ValueError as error:  # a date such as 2026-99-99
-        raise yaml.YAMLError(str(error)) from error
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def _source(document: Mapping[str, Any] | None, content: str, path: Path) -> tuple[Source, dict[str, Rule]]:

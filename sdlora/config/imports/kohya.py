@@ -143,7 +143,7 @@ _SUBSET = table(
         "enable_bucket": rename("data.buckets", flag),
         "bucket_reso_steps": rename("data.bucket_step_px", whole),
         keys("min_bucket_reso max_bucket_reso"): drop("sdlora's buckets reach from 1:2 to 2:1 at the same area"),
-        "bucket_no_upscale": refuse("sdlora enlarges images that are smaller than the resolution; add larger ones"),
+        "bucket_no_upscale": compute(take.no_upscale, "the same where no image is smaller, or refused"),
         "image_dir": compute(take.data_of, "`data.folder` or `data.sets`", "all"),
         keys("num_repeats class_tokens"): part_of("image_dir"),
         "is_reg": compute(take.reg, "`data.preservation_folder`, `train.preservation_weight`", "all"),

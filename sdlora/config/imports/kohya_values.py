@@ -28,9 +28,11 @@ from sdlora.config.imports.shared import (
     Length,
     TrainingFolder,
     data_options,
+    num_smaller,
     optimizer,
     optimizer_argument,
     previews,
+    resolution,
     spread,
     spread_steps,
     warmup,
@@ -166,8 +168,9 @@ def module(value: Any, source: Source) -> Outcome:
     name = text(value)
     if name not in PLAIN:
         return refused(
-            f"sdlora trains plain LoRA, also of convolutions, and DoRA (lora.dora), not {name}; set lora.targets and "
-            "lora.rank for one of these"
+            f"sdlora trains plain LoRA, also of convolutions, and DoRA (lora.dora), not {name}; a plain LoRA of "
+            "the same layers is the nearest",
+            {"lora.targets": [*TRANSFORMER_BLOCKS, "text_encoder"] if _parts(source)[1] else TRANSFORMER_BLOCKS},
         )
     unet, encoder = _parts(source)
     conv = source.get("network_args.conv_dim") is not None
@@ -266,6 +269,23 @@ def clip_skip(value: Any, source: Source) -> Outcome:
     if flag(source.get("sdxl", False)):
         return dropped("sd-scripts does not use it for SDXL, whose second to last layer is always read")
     return translated({"base.clip_skip": whole(value)}) if whole(value) else dropped("off")
+
+
+def no_upscale(value: Any, source: Source) -> Outcome:
+    """Whether smaller images keep their size."""
+    if not flag(value):
+        return dropped("off")
+    edges = source.column("resolution") or [source.get("resolution", 512)]
+    edge = resolution(edges[0]).options.get("data.resolution_px")
+    found = _folders(source)
+    smaller = num_smaller(found[0], edge) if edge and not isinstance(found, str) else None
+    if smaller == 0:
+        return dropped("no image is smaller than the resolution")
+    found_here = "" if smaller is None else f" ({smaller} here)"
+    return refused(
+        f"sdlora enlarges images that are smaller than the resolution{found_here}; use larger ones, or lower "
+        "data.resolution_px"
+    )
 
 
 def tokens(value: Any, source: Source) -> Outcome:

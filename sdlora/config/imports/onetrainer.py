@@ -78,7 +78,8 @@ def read(document: Mapping[str, Any], folder: Path) -> Source:
         folder: The file's folder, where its lists of concepts and samples may be.
     """
     plain = {key: value for key, value in document.items() if key not in ("concepts", "samples")}
-    source = Source(FORM, flatten(plain, _OPAQUE), defaults=DEFAULTS)
+    values = {key: value for key, value in flatten(plain, _OPAQUE).items() if not key.endswith("__version")}
+    source = Source(FORM, values, defaults=DEFAULTS)
     for key, named in (("concepts", "concept_file_name"), ("samples", "sample_definition_file_name")):
         entries = document.get(key)
         if not isinstance(entries, list):
@@ -322,7 +323,7 @@ _OTHER = table(
             "gradient_reduce_precision fused_gradient_reduce async_gradient_reduce async_gradient_reduce_buffer "
             "async_offloading enable_async_offloading enable_activation_offloading layer_offload_fraction "
             "dataloader_threads train_device temp_device fallback_train_dtype enable_autocast_cache "
-            "attention_mechanism cloud secrets __version",
+            "attention_mechanism cloud secrets",
         ): drop(_UNCHANGED),
     }
 )

@@ -72,7 +72,9 @@ def epochs(value: Any, source: Source) -> Outcome:
     """The length in epochs."""
     found = _length(source)
     if not _folders(source):
-        return refused("the repeats are not known, since no concept is; set train.epochs and data.repeats")
+        return refused(
+            f"the repeats are not known, since no concept is; set train.exposures, {value} if there are none"
+        )
     return translated({"train.epochs": found.epochs}, found.remark)
 
 

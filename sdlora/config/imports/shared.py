@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from sdlora.config.imports.rules import Outcome, compute, dropped, flag, number, refused, text, translated, whole
 from sdlora.config.schema_training import MAX_EPOCHS
 
@@ -88,13 +90,29 @@ class Length:
 
 def count_images(folder: str, *, recursive: bool = False) -> int | None:
     """The number of images in a folder, masks left out; None if it is not on this computer or holds none."""
+    return len(_files(folder, recursive=recursive)) or None
+
+
+def _files(folder: str, *, recursive: bool) -> list[Path]:
     path = Path(folder).expanduser()
     try:
         files = [file for file in (path.rglob("*") if recursive else path.iterdir()) if file.is_file()]
     except (OSError, ValueError):
-        return None
-    names = [file.name.lower() for file in files]
-    return sum(Path(name).suffix in IMAGE_SUFFIXES and not name.endswith(MASK_SUFFIXES) for name in names) or None
+        return []
+    images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
+    return [file for file in images if not file.name.lower().endswith(MASK_SUFFIXES)]
+
+
+def num_smaller(folders: Sequence[TrainingFolder], edge_px: int) -> int | None:
+    """The number of images with fewer pixels than a square of the resolution; None if there are none to look at."""
+    sizes: list[tuple[int, int]] = []
+    for file in [file for one in folders for file in _files(one.folder, recursive=one.recursive)]:
+        try:
+            with Image.open(file) as image:
+                sizes.append(image.size)
+        except (OSError, ValueError, Image.DecompressionBombError):
+            continue  # reported by name when images are read
+    return sum(width * height < edge_px**2 for width, height in sizes) if sizes else None
 
 
 def _counts(folders: Sequence[TrainingFolder]) -> list[int | None]:

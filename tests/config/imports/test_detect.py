@@ -42,6 +42,13 @@ def test_a_table_that_holds_itself_has_a_message(folder: Path) -> None:
         import_file(folder / "file")
 
 
+@pytest.mark.parametrize("name", ["a.json", "a.toml", "a.yml"])
+def test_a_broken_file_says_where(folder: Path, name: str) -> None:
+    (folder / name).write_text('{"a": [1,\n"', encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"is not valid (JSON|TOML|YAML): .*line"):
+        import_file(folder / name)
+
+
 def test_a_byte_order_mark_is_skipped(folder: Path) -> None:
     (folder / "file").write_text("\ufeffnetwork_dim = 8\n", encoding="utf-8")
     assert option(import_file(folder / "file"), "lora.rank") == 8

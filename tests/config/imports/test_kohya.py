@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from helpers.imports import FIXTURES, fate_of, flat, of_arguments, option
+from PIL import Image
 
 from sdlora.config.imports.detect import import_file
 from sdlora.config.imports.kohya_values import sample_prompts
@@ -227,6 +228,15 @@ def test_what_would_be_another_result_is_refused(key: str, arguments: dict[str, 
         assert found.open_keys == ["min_snr_gamma"], "the pair is refused once"
     else:
         assert key in found.open_keys
+
+
+def test_images_smaller_than_the_resolution_are_counted(folder: Path) -> None:
+    given = {"train_data_dir": "photos", "max_train_epochs": 1, "bucket_no_upscale": True, "resolution": "512,512"}
+    assert "bucket_no_upscale" in of_arguments(**given).open_keys, "files that are no images say nothing"
+    for number, edge in enumerate((512, 600, 511)):
+        Image.new("RGB", (edge, edge)).save(folder / "photos" / "10_hero" / f"{number}.png")
+    assert "(1 here)" in fate_of(of_arguments(**given), "bucket_no_upscale").reason
+    assert not of_arguments(**{**given, "resolution": 256}).open_keys
 
 
 def test_a_dataset_configuration_goes_before_the_arguments(folder: Path) -> None:
