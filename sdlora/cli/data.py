@@ -15,7 +15,10 @@ from sdlora.cli.options import JsonResult
 from sdlora.common.bundled import resolve_data_folder
 from sdlora.common.quiet import quiet_libraries
 from sdlora.config.schema_data import DataConfig
-from sdlora.errors import DataError
+from sdlora.errors import ConfigError, DataError
+
+_MODEL_OPTIONS = ("prompt", "max_tokens")
+_TAGGER_OPTIONS = ("trigger", "general_threshold", "character_threshold", "with_", "exclude")
 
 
 def data(
@@ -65,8 +68,15 @@ def data(
 
 
 def caption(
+    context: typer.Context,
     folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder of images.")],
-    model: Annotated[str, typer.Option(metavar="ID", help="An image-to-text model: a hub id, or a folder.")],
+    model: Annotated[
+        str | None, typer.Option(metavar="ID", help="An image-to-text model: a hub id, or a folder.")
+    ] = None,
+    tagger: Annotated[
+        str | None,
+        typer.Option(metavar="ID", help="A booru tagger of the WD14 family instead: a hub id, or a folder."),
+    ] = None,
     prompt: Annotated[
         str | None,
         typer.Option(metavar="TEXT", help="The question for a chat model, or the beginning of other models' captions."),
@@ -74,17 +84,41 @@ def caption(
     max_tokens: Annotated[
         int, typer.Option("--max-tokens", min=1, max=500, help="Maximum length of a caption in tokens.")
     ] = 60,
+    trigger: Annotated[
+        str | None, typer.Option(metavar="WORD", help="Tagger: the word in front of all captions.")
+    ] = None,
+    general_threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Tagger: the lowest probability of general tags.")
+    ] = 0.35,
+    character_threshold: Annotated[
+        float, typer.Option(min=0, max=1, help="Tagger: that of characters, artists and copyrights.")
+    ] = 0.85,
+    with_: Annotated[
+        str, typer.Option("--with", metavar="CATEGORY,...", help="Tagger: also write rating, artist or copyright.")
+    ] = "",
+    exclude: Annotated[str, typer.Option(metavar="TAG,...", help="Tagger: tags that are never written.")] = "",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace captions in existing .txt files.")] = False,
 ) -> None:
-    """Caption the images that have no caption, with a model."""
+    """Caption the images that have no caption, with a model or a booru tagger."""
+    if (model is None) == (tagger is None):
+        raise ConfigError("Give one of --model, for captions in sentences, and --tagger, for booru tags.")
+    own, foreign = ("--model", _TAGGER_OPTIONS) if tagger is None else ("--tagger", _MODEL_OPTIONS)
+    given = [name for name in foreign if getattr(context.get_parameter_source(name), "name", "") == "COMMANDLINE"]
+    if given:
+        options = ", ".join("--" + name.strip("_").replace("_", "-") for name in given)
+        raise ConfigError(f"{options} cannot be combined with {own}.")
+    include = _split(with_)
     quiet_libraries()
     import torch
 
     from sdlora.cli.progress import ProgressBar
     from sdlora.common.locks import device_lock, take_turns
-    from sdlora.data.captioner import Captioner, images_to_caption, write_captions
+    from sdlora.data.captioner import Captioner, CaptionModel, images_to_caption, write_captions
+    from sdlora.data.tagger import OPTIONAL_CATEGORIES, TagSettings, load_tagger
     from sdlora.events import Notice
 
+    if unknown := [name for name in include if name not in OPTIONAL_CATEGORIES]:
+        raise ConfigError(f"--with is {', '.join(unknown)!r}; it takes {', '.join(OPTIONAL_CATEGORIES)}.")
     # Before the model is loaded, which may take minutes.
     images = images_to_caption(folder, overwrite=overwrite)
     if not images:
@@ -96,11 +130,21 @@ def caption(
         if (lock := device_lock(device)) is not None:
             for notice in take_turns(lock, "sdlora caption", held, wait=True, should_stop=lambda: False):
                 view.show(notice)
-        captioner = Captioner(model, device=device, prompt=prompt, max_tokens=max_tokens)
+        captioner: CaptionModel
+        if tagger:
+            settings = TagSettings(general_threshold, character_threshold, trigger, frozenset(include), _split(exclude))
+            captioner = load_tagger(tagger, settings, device=device)
+        else:
+            assert model is not None
+            captioner = Captioner(model, device=device, prompt=prompt, max_tokens=max_tokens)
         for event in write_captions(images, captioner, overwrite=overwrite):
             skipped += isinstance(event, Notice)
             view.show(event)
     typer.echo(f"{_count(len(images) - skipped, 'caption')} written. Read them before you train: models make mistakes.")
+
+
+def _split(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
 
 
 def _count(number: int, noun: str) -> str:

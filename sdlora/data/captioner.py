@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
@@ -21,6 +21,13 @@ from sdlora.errors import BaseModelError
 from sdlora.events import Event, Notice, Progress
 
 QUESTION = "Describe this image in one short sentence."
+
+
+class CaptionModel(Protocol):
+    """What captions images: an image-to-text model, or a tagger."""
+
+    def caption(self, image: Image.Image) -> str:
+        """The caption of an RGB image on one line, empty if there is none."""
 
 
 class Captioner:
@@ -102,7 +109,7 @@ def images_to_caption(folder: Path, *, overwrite: bool) -> list[Path]:
     return [image.path for image in checkup.images if image.caption is None or is_replaced(image.name)]
 
 
-def write_captions(images: list[Path], captioner: Captioner, *, overwrite: bool = False) -> Iterator[Event]:
+def write_captions(images: list[Path], captioner: CaptionModel, *, overwrite: bool = False) -> Iterator[Event]:
     """Generate captions and write each to NAME.txt beside its image.
 
     A caption that was written since `images_to_caption` is replaced only if `overwrite` is set.

@@ -25,7 +25,12 @@ from ..state.background_tasks import Kind
 from ..state.folders import StudioError
 from .context import Context, Live, need
 
-_EXAMPLE_MODEL = "Salesforce/blip-image-captioning-base"
+# What captions are written as: the option of `sdlora caption`, and an example of its models.
+_CAPTION_KINDS = {
+    "sentences": ("model", "Salesforce/blip-image-captioning-base"),
+    "booru tags": ("tagger", "SmilingWolf/wd-vit-tagger-v3"),
+}
+_SENTENCES = "sentences"
 
 
 def _task_controls(context: Context, live: Live, kind: Kind) -> gr.HTML:
@@ -45,25 +50,36 @@ def caption_controls(context: Context, live: Live) -> None:
     with gr.Row(elem_classes="ends"):
         model = gr.Textbox(
             label="Captioning model", min_width=260, scale=2, max_lines=1, elem_id="captioner",
-            placeholder=_EXAMPLE_MODEL,
-            info="A hub id, or the folder of an image-to-text model. Existing captions are kept.",
+            placeholder=_CAPTION_KINDS[_SENTENCES][1],
+            info="A hub id, or the folder of a model. Existing captions are kept.",
+        )  # fmt: skip
+        written_as = gr.Radio(
+            [*_CAPTION_KINDS], value=_SENTENCES, label="Captions as", min_width=200, elem_id="captions-as",
+            info="By an image-to-text model, or by a tagger of the WD14 family for bases prompted in tags.",
         )  # fmt: skip
         ask = gr.Button("Caption the remaining images", min_width=160, elem_id="ask-captions")
     note = _task_controls(context, live, "caption")
-    live.events.append(ask.click(lambda name: context.attempt(start_captioning, context, name), model, note))
+    written_as.input(
+        lambda kind: gr.update(placeholder=_CAPTION_KINDS[kind][1]), written_as, model, show_progress="hidden"
+    )
+    live.events.append(
+        ask.click(lambda *values: context.attempt(start_captioning, context, *values), [model, written_as], note)
+    )
 
 
-def start_captioning(context: Context, model: str | None) -> str:
+def start_captioning(context: Context, model: str | None, written_as: str = _SENTENCES) -> str:
     """Let a model caption every image of the draft's set that has no caption; returns the message to show.
+
+    Args:
+        written_as: A key of `_CAPTION_KINDS`.
 
     Raises:
         SdloraError: There is no such set or folder, its images have faults, or captions are being written already.
     """
     images, wanted = context.draft().images, (model or "").strip()
+    option, example = _CAPTION_KINDS[written_as]
     if not wanted:
-        raise StudioError(
-            f"Name the captioning model: a hub id such as {_EXAMPLE_MODEL}, or the folder of an image-to-text model."
-        )
+        raise StudioError(f"Name the captioning model: a hub id such as {example}, or the folder of a model.")
     path = Path(wanted).expanduser()
     if path.exists():
         wanted = str(context.studio.allowed(path).absolute())
@@ -74,7 +90,7 @@ def start_captioning(context: Context, model: str | None) -> str:
     if not rest:
         return "Every image has a caption already. Clear a caption to have it rewritten."
     files = [image.with_suffix(".txt") for image in rest]
-    context.tasks.start("caption", images, ["caption", str(folder), f"--model={wanted}"], files)
+    context.tasks.start("caption", images, ["caption", str(folder), f"--{option}={wanted}"], files)
     return ""
 
 

@@ -97,6 +97,14 @@ def test_stopped_task_keeps_written_captions(context: Context, folder: Path, sle
     assert len(sleepers) == 1
 
 
+def test_booru_tags_are_written_by_a_tagger(context: Context, folder: Path, sleepers: list[psutil.Process]) -> None:
+    with pytest.raises(SdloraError, match="tagger"):
+        start_captioning(context, "", "booru tags")
+    start_captioning(context, "owner/tagger", "booru tags")
+    said = context.studio.logs / ".caption.log"
+    assert said.read_text(encoding="utf-8") == f"started with caption {folder.absolute()} --tagger=owner/tagger\n"
+
+
 def test_killed_task_has_failed(context: Context, folder: Path, sleepers: list[psutil.Process]) -> None:
     start_captioning(context, "owner/model")
     (context.studio.logs / ".caption.log").write_text("")
