@@ -34,7 +34,7 @@ _ORDER = ("artist", "character", "copyright", "general", "rating")
 _WEIGHTS = {"onnxruntime": ("model.onnx",), "timm": ("config.json", "model.safetensors")}
 # Comes with models that need another preprocessing (imgutils' format), which is not guessed at.
 _OTHER_FORM = "preprocess.json"
-_MAX_SIDE_PX = 16_384
+_MAX_SIDE_PX = 8192
 
 
 class Tag(NamedTuple):
