@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Console
 
-from sdlora.cli.options import JsonResult
+from sdlora.cli.options import JsonResult, Overrides
 from sdlora.common.bundled import resolve_data_folder
 from sdlora.common.quiet import quiet_libraries
-from sdlora.config.schema_data import DataConfig
 from sdlora.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+    from sdlora.data.batches import Bucket
+    from sdlora.data.checks import Finding, Image
 
 _MODEL_OPTIONS = ("prompt", "max_tokens")
 _TAGGER_OPTIONS = ("trigger", "general_threshold", "character_threshold", "with_", "exclude")
@@ -31,27 +35,54 @@ def data(
         Literal["none", "alpha", "file"],
         typer.Option(help="Where masks are: nowhere, in alpha channels, or in NAME-mask.png files."),
     ] = "none",
+    overrides: Overrides = None,
     json_: JsonResult = False,
 ) -> None:
-    """Check a folder of images and captions.
+    """Check a folder of images and captions, or every set of a folder of kohya's REPEATS_NAME folders.
 
     Exits with code 3 if training would refuse the folder.
     """
-    path, settings = resolve_data_folder(folder), DataConfig()
+    from sdlora.config.toml import parse_config
     from sdlora.data.batches import assign_buckets
-    from sdlora.data.checks import NUM_NAMED, examine, examine_sizes
+    from sdlora.data.captions import fixed_captions
+    from sdlora.data.checks import NUM_NAMED, copies_between, examine, examine_lengths, examine_sizes
 
-    checkup = examine(path, background=settings.background, trigger=trigger, masks=masks)
-    counts = {"image": checkup.num_files, "caption": sum(image.caption is not None for image in checkup.images)}
-    findings = list(checkup.findings)
-    if resolution_px is not None:
-        sizes = {image.path.name: image.size for image in checkup.images}
-        found = assign_buckets(list(sizes.values()), resolution_px, settings.bucket_step_px, buckets=settings.buckets)
+    given = {"trigger": trigger, "resolution_px": resolution_px, "masks": masks}
+    document = {"data": {"folder": folder} | {key: value for key, value in given.items() if value is not None}}
+    settings = parse_config(document, name="data", overrides=overrides or ()).data
+    counts = {"image": 0, "caption": 0}
+    findings: list[Finding] = []
+    sizes: dict[str, Bucket] = {}
+    sets: dict[str, Sequence[Image]] = {}
+    texts: dict[str, list[str]] = {}
+    for source in settings.sets:
+        checkup = examine(
+            resolve_data_folder(source.folder), background=settings.background, caption=source.caption,
+            trigger=source.trigger, allow_trigger_only=settings.allow_trigger_only, masks=settings.masks,
+            recursive=source.recursive, options=source.captions,
+        )  # fmt: skip
+        counts["image"] += checkup.num_files
+        counts["caption"] += sum(image.caption is not None for image in checkup.images)
+        findings += [finding.of_set(source.name) for finding in checkup.findings]
+        sets[source.name or ""] = checkup.images
+        for image in checkup.images:
+            sizes[source.prefix + image.name] = image.size
+            texts[source.prefix + image.name] = fixed_captions(image.caption or "", source.captions, source.trigger)
+    findings += copies_between(sets)
+    findings += examine_lengths(_num_tokens(texts, settings.max_token_windows), settings.max_token_windows * 75 + 2)
+    if settings.resolution_px is not None:
+        found = assign_buckets(
+            list(sizes.values()), settings.resolution_px, settings.bucket_step_px, buckets=settings.buckets
+        )
         findings += examine_sizes(sizes, dict(zip(sizes, found, strict=True)))
         counts["bucket"] = len(set(found))
     chosen = {kind: [f for f in findings if f.severity == kind] for kind in ("error", "warning")}
     if json_:
-        report = {"folder": str(path), "pictures": checkup.num_files, "findings": [asdict(f) for f in findings]}
+        report = {
+            "folder": str(resolve_data_folder(folder)),
+            "pictures": counts["image"],
+            "findings": [asdict(f) for f in findings],
+        }
         typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
     else:
         for severity in filter(chosen.get, chosen):
@@ -65,6 +96,21 @@ def data(
         typer.echo(f"{seen}: {totals or 'no problems found'}.")
     if chosen["error"]:
         raise typer.Exit(DataError.exit_code)
+
+
+def _num_tokens(texts: Mapping[str, Sequence[str]], num_windows: int) -> dict[str, int]:
+    """The length of each image's longest text in CLIP's tokens, start and end included, if it may exceed windows."""
+    # A token has at least one byte, so most folders need no tokenizer.
+    long = {name: some for name, some in texts.items() if max(len(text.encode()) for text in some) > 75 * num_windows}
+    if not long:
+        return {}
+    from sdlora.models.text import clip_tokenizer
+
+    tokenizer = clip_tokenizer("<|endoftext|>")
+    return {
+        name: max(len(tokenizer(text, truncation=False, verbose=False).input_ids) for text in some)
+        for name, some in long.items()
+    }
 
 
 def caption(

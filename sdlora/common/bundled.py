@@ -17,6 +17,25 @@ _PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
+class CaptionOptions:
+    """How captions become the texts that are trained; the options of the same names in the data section."""
+
+    caption_lines: bool = False
+    wildcards: bool = False
+    caption_prefix: str = ""
+    caption_suffix: str = ""
+    shuffle_tags: bool = False
+    keep_tags: int = 1
+    keep_separator: str = ""
+    tag_dropout: float = 0.0
+    protected_tags: tuple[str, ...] = ()
+    caption_dropout: float = 0.0
+
+
+AS_WRITTEN = CaptionOptions()
+
+
+@dataclass(frozen=True)
 class ImageFolder:
     """A folder of images, and what applies to all of them.
 
@@ -25,6 +44,7 @@ class ImageFolder:
         name: Prefix of the images' names, followed by a slash; None for no prefix.
         caption: Caption of images that have none of their own.
         repeats: Exposures of each image per epoch, at least 1.
+        captions: How captions are made of those that are written.
         recursive: Whether the images of its subfolders are read, too; they are skipped with a notice otherwise.
     """
 
@@ -33,6 +53,7 @@ class ImageFolder:
     caption: str | None = None
     trigger: str | None = None
     repeats: int = 1
+    captions: CaptionOptions = AS_WRITTEN
     recursive: bool = False
 
     @property

@@ -6,6 +6,7 @@ Part of `schema`; every room below reads the resolved `DataConfig.sets`, never t
 from __future__ import annotations
 
 import re
+from dataclasses import fields, replace
 from typing import Annotated, Any, Literal
 
 from PIL import ImageColor
@@ -19,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from sdlora.common.bundled import ImageFolder
+from sdlora.common.bundled import CaptionOptions, ImageFolder
 from sdlora.common.remote import check_url, is_url
 from sdlora.errors import ConfigError
 
@@ -55,6 +56,20 @@ class SetOptions(Section):
     """Like data.caption."""
     recursive: bool | None = None
     """Like data.recursive."""
+    caption_prefix: str | None = None
+    """Like data.caption_prefix."""
+    caption_suffix: str | None = None
+    """Like data.caption_suffix."""
+    caption_lines: bool | None = None
+    """Like data.caption_lines."""
+    wildcards: bool | None = None
+    """Like data.wildcards."""
+    shuffle_tags: bool | None = None
+    """Like data.shuffle_tags."""
+    keep_tags: int | None = Field(None, ge=0, le=100)
+    """Like data.keep_tags."""
+    tag_dropout: float | None = Field(None, ge=0.0, le=1.0)
+    """Like data.tag_dropout."""
 
     @model_serializer(mode="wrap")
     def _without_unset(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
@@ -110,10 +125,26 @@ class DataConfig(Section):
     masks: Literal["none", "alpha", "file"] = "none"
     """Which part of each image is trained: all of it ('none'), the opaque part ('alpha'), or the white part of
     NAME-mask.png beside it ('file')."""
+    caption_prefix: str = ""
+    """Text in front of every caption, followed by a space; never shuffled or dropped."""
+    caption_suffix: str = ""
+    """Text at the end of every caption, after a space unless it starts with punctuation; never shuffled or dropped."""
+    caption_lines: bool = False
+    """Every line of a caption file is a caption of its own; each exposure uses one, all of them equally often."""
+    wildcards: bool = False
+    """Replace {a|b} in captions by 'a' or 'b', drawn at every exposure."""
     shuffle_tags: bool = False
     """Shuffle the comma-separated tags of captions at every exposure."""
     keep_tags: int = Field(1, ge=0, le=100)
-    """Number of tags that stay in front when tags are shuffled."""
+    """Number of tags that stay in front when tags are shuffled or dropped."""
+    keep_separator: str = ""
+    """Tags before this separator, such as '|||', stay in front instead of data.keep_tags; tags after a second one stay
+    at the end. The separator is removed."""
+    tag_dropout: float = Field(0.0, ge=0.0, le=1.0)
+    """Share of the comma-separated tags that is dropped at every exposure, except kept tags, the trigger and
+    data.protected_tags."""
+    protected_tags: list[Annotated[str, Field(min_length=1)]] = Field([])
+    """Tags that are never dropped."""
     max_token_windows: int = Field(1, ge=1, le=8)
     """Windows of 75 tokens that are read of each caption; the rest is cut off."""
     caption_dropout: float = Field(0.0, ge=0.0, le=1.0)
@@ -127,10 +158,26 @@ class DataConfig(Section):
             "trigger": self.raw_trigger,
             "caption": self.raw_caption,
             "recursive": self.recursive,
+            "captions": self.captions,
         }
         if not self.raw_sets:
             return [ImageFolder(self.raw_folder, **common)]
-        return [ImageFolder(**common | one.model_dump() | {"name": one.title}) for one in self.raw_sets]
+        varied = {field.name for field in fields(CaptionOptions)}
+        return [
+            ImageFolder(
+                **common
+                | {key: value for key, value in one if value is not None and key not in varied}
+                | {"name": one.title}
+                | {"captions": replace(self.captions, **{key: v for key, v in one if v is not None and key in varied})}
+            )
+            for one in self.raw_sets
+        ]
+
+    @property
+    def captions(self) -> CaptionOptions:
+        """How captions vary, where a set does not say otherwise."""
+        values = {field.name: getattr(self, field.name) for field in fields(CaptionOptions)}
+        return CaptionOptions(**values | {"protected_tags": tuple(self.protected_tags)})
 
     @property
     def validation_set(self) -> ImageFolder | None:
@@ -138,13 +185,22 @@ class DataConfig(Section):
         folder = self.validation_folder
         if not folder:
             return None
-        return ImageFolder(folder, trigger=self.raw_trigger, caption=self.raw_caption, recursive=self.recursive)
+        return ImageFolder(
+            folder,
+            trigger=self.raw_trigger,
+            caption=self.raw_caption,
+            captions=self.captions,
+            recursive=self.recursive,
+        )
 
     @property
     def prior_set(self) -> ImageFolder | None:
         """The folder of images to preserve, with their caption; None if it is unset."""
         folder = self.preservation_folder
-        return ImageFolder(folder, caption=self.preservation_caption, recursive=self.recursive) if folder else None
+        if not folder:
+            return None
+        captions = replace(self.captions, caption_prefix="", caption_suffix="")
+        return ImageFolder(folder, caption=self.preservation_caption, captions=captions, recursive=self.recursive)
 
     @property
     def folders(self) -> list[str]:

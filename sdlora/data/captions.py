@@ -12,10 +12,12 @@ from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from sdlora.common import seeds
+from sdlora.common.bundled import CaptionOptions
 from sdlora.errors import DataError
 
 METADATA = "metadata.jsonl"
 SIDECARS = frozenset({".txt", ".caption", ".json"})
+_WILDCARD = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 
 
 class FolderCaptions(NamedTuple):
@@ -187,37 +189,111 @@ def with_trigger(caption: str, trigger: str | None) -> str:
     return f"{trigger}, {caption}" if caption else trigger
 
 
+def fixed_captions(caption: str, options: CaptionOptions, trigger: str | None) -> list[str]:
+    """The texts of a caption as written: one, or one for each of its lines, the first of which is evaluated.
+
+    Wildcards are their first alternative, all tags are kept in their order, and the trigger word, prefix and suffix are
+    added.
+    """
+    texts = []
+    for line in _lines(caption, options):
+        text = _triggered(_with_wildcards(line, options, lambda *_: 0), options, trigger)
+        if _is_separated(text, options):
+            first, rest, last = _tags(text, options)
+            text = ", ".join([*first, *rest, *last])
+        texts.append(_framed(text, options))
+    return texts
+
+
 def caption_for_exposure(
-    caption: str,
-    *,
-    trigger: str | None,
-    shuffle_tags: bool,
-    keep_tags: int,
-    dropout: float,
-    seed: int,
-    example: str,
-    exposure: int,
+    caption: str, options: CaptionOptions, *, trigger: str | None, seed: int, example: str, exposure: int
 ) -> str:
     """The text that an image is trained on at one exposure; a pure function of the arguments.
 
     Args:
         caption: The image's caption as written.
         trigger: Put in front if the caption does not contain it.
-        shuffle_tags: Whether comma-separated tags are shuffled.
-        keep_tags: Number of tags that stay in front.
-        dropout: Share of exposures with an empty caption, 0 to 1.
         example: The image's name.
         exposure: Number of the exposure, from 1.
     """
-    if seeds.uniform(seed, "caption dropout", example, exposure) < dropout:
+
+    def uniform(purpose: str, *more: int | str) -> float:
+        return seeds.uniform(seed, purpose, example, exposure, *more)
+
+    if uniform("caption dropout") < options.caption_dropout:
         return ""
-    text = with_trigger(caption, trigger)
-    if not shuffle_tags:
-        return text
-    tags = [tag.strip() for tag in text.split(",") if tag.strip()]
-    kept, rest = tags[:keep_tags], tags[keep_tags:]
-    order = seeds.permutation(len(rest), seed, "tag order", example, exposure)
-    return ", ".join(kept + [rest[index] for index in order])
+    lines = _lines(caption, options)
+    # Every line once before any is used again.
+    round_, place = divmod(exposure - 1, len(lines))
+    line = lines[seeds.permutation(len(lines), seed, "caption line", example, round_)[place]]
+    line = _with_wildcards(line, options, lambda count, number: int(uniform("wildcard", number) * count))
+    text = _triggered(line, options, trigger)
+    if options.shuffle_tags or options.tag_dropout or _is_separated(text, options):
+        first, rest, last = _tags(text, options)
+        protected = {tag.casefold() for tag in options.protected_tags}
+        if options.tag_dropout:
+            rest = [
+                tag
+                for tag in rest
+                if tag.casefold() in protected
+                or (trigger and has_word(tag, trigger))
+                or uniform("tag dropout", tag) >= options.tag_dropout
+            ]
+        if options.shuffle_tags:
+            rest = [rest[index] for index in seeds.permutation(len(rest), seed, "tag order", example, exposure)]
+        text = ", ".join([*first, *rest, *last])
+    return _framed(text, options)
+
+
+def lacks_trigger(caption: str, options: CaptionOptions, trigger: str) -> bool:
+    """Whether the trigger word is put in front of a caption, or of one of its lines."""
+    return any(_triggered(line, options, trigger) != line for line in _lines(caption, options))
+
+
+def _lines(caption: str, options: CaptionOptions) -> list[str]:
+    found = [line.strip() for line in caption.split("\n") if line.strip()] if options.caption_lines else []
+    return found or [caption]
+
+
+def _with_wildcards(text: str, options: CaptionOptions, choose: Callable[[int, int], int]) -> str:
+    """The text with one alternative of every wildcard, from the innermost out.
+
+    Args:
+        choose: (number of alternatives, number of the wildcard) to the index of an alternative.
+    """
+    number = 0
+    while options.wildcards and (found := _WILDCARD.search(text)) is not None:
+        alternatives = found[1].split("|")
+        text = text[: found.start()] + alternatives[choose(len(alternatives), number)] + text[found.end() :]
+        number += 1
+    return text
+
+
+def _triggered(text: str, options: CaptionOptions, trigger: str | None) -> str:
+    """The text with the trigger word in front, unless it, the prefix or the suffix contains it."""
+    around = f"{options.caption_prefix} {options.caption_suffix}"
+    return text if trigger and has_word(around, trigger) else with_trigger(text, trigger)
+
+
+def _is_separated(text: str, options: CaptionOptions) -> bool:
+    return bool(options.keep_separator) and options.keep_separator in text
+
+
+def _tags(text: str, options: CaptionOptions) -> list[list[str]]:
+    """The tags that stay in front, those that vary, and those that stay at the end."""
+    is_separated = _is_separated(text, options)
+    parts = text.split(options.keep_separator, 2) if is_separated else [text]
+    tags = [[tag.strip() for tag in part.split(",") if tag.strip()] for part in parts]
+    if not is_separated:
+        tags = [tags[0][: options.keep_tags], tags[0][options.keep_tags :]]
+    return [*tags, []][:3]
+
+
+def _framed(text: str, options: CaptionOptions) -> str:
+    """The text between prefix and suffix, each after a space, but for a suffix that starts with punctuation."""
+    framed = f"{options.caption_prefix.strip()} {text}" if options.caption_prefix.strip() else text
+    suffix = options.caption_suffix.strip()
+    return f"{framed}{'' if suffix[0] in ',.;:' else ' '}{suffix}" if suffix else framed
 
 
 def prior_caption(

@@ -14,8 +14,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from sdlora.common.bundled import AS_WRITTEN, CaptionOptions
 from sdlora.data.batches import Bucket
-from sdlora.data.captions import METADATA, has_word, read_captions
+from sdlora.data.captions import METADATA, lacks_trigger, read_captions
 from sdlora.data.duplicates import near_duplicates, thumbnail
 from sdlora.data.images import MASK_SUFFIX, SUFFIXES, MaskKind, load_image, load_mask, pixel_hash, separate_masks
 from sdlora.errors import DataError
@@ -23,6 +24,7 @@ from sdlora.errors import DataError
 Kind = Literal[
     "unreadable", "caption", "no caption", "subfolder", "unused caption", "duplicate", "near-duplicate", "no trigger",
     "too small", "lone bucket", "mask", "lone mask", "no mask", "unused mask",
+    "long caption",
 ]  # fmt: skip
 Severity = Literal["error", "warning"]
 
@@ -42,6 +44,12 @@ class Finding:
     severity: Severity
     files: tuple[str, ...]
     message: str
+
+    def of_set(self, name: str | None) -> Finding:
+        """The same finding with the name of the set that it is about, if the set has one."""
+        if name is None:
+            return self
+        return replace(self, files=tuple(f"{name}/{file}" for file in self.files), message=f"{name}: {self.message}")
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +102,7 @@ def examine(
     allow_trigger_only: bool = False,
     masks: MaskKind = "none",
     recursive: bool = False,
+    options: CaptionOptions = AS_WRITTEN,
     decode: Callable[[Path, str], Image] = decode,
 ) -> Checkup:
     """Check all images and captions of a folder; each image is decoded once.
@@ -105,6 +114,7 @@ def examine(
         allow_trigger_only: Whether images need no caption if there is a trigger.
         masks: Where masks are looked for.
         recursive: Whether images of subfolders are read; see `image_files`.
+        options: How captions become texts, as far as it concerns the trigger.
         decode: Replaces `decode`, for example by one that caches.
 
     Raises:
@@ -163,7 +173,7 @@ def examine(
     )
     findings += _ignored_files(folder, captions.unused, recursive=recursive)
     findings += _duplicates(images)
-    findings += _missing_triggers(images, trigger)
+    findings += _missing_triggers(images, trigger, options)
     relative = {path: path.relative_to(folder).as_posix() for path in (*mask_files.values(), *lone)}
     findings += _mask_warnings(images, [relative[p] for p in mask_files.values()], [relative[p] for p in lone], masks)
     return Checkup(len(files), tuple(images), tuple(findings))
@@ -197,6 +207,20 @@ def examine_sizes(sizes: Mapping[str, Bucket], buckets: Mapping[str, Bucket]) ->
             "Crop to the aspect ratio of other images, add images like it, or set data.buckets = false.",
         ),
     ]
+
+
+def examine_lengths(num_tokens: Mapping[str, int], max_tokens: int) -> list[Finding]:
+    """Check whether captions, by the name of their image, are read as a whole.
+
+    Args:
+        num_tokens: The length of each caption, start and end tokens included, as in `max_tokens`.
+    """
+    long = [name for name, number in num_tokens.items() if number > max_tokens]
+    message = (
+        f"{len(long)} captions are longer than {max_tokens} tokens and are cut off there: {first_names(long)}. To read "
+        "more windows of 75 tokens, raise data.max_token_windows."
+    )
+    return _about("long caption", long, message)
 
 
 def copies_between(sets: Mapping[str, Sequence[Image]]) -> list[Finding]:
@@ -311,9 +335,9 @@ def _duplicates(images: list[Image]) -> list[Finding]:
     return found + [finding("near-duplicate", "near-duplicates", [distinct[i] for i in group]) for group in groups]
 
 
-def _missing_triggers(images: list[Image], trigger: str | None) -> list[Finding]:
+def _missing_triggers(images: list[Image], trigger: str | None, options: CaptionOptions) -> list[Finding]:
     captions = {image.name: image.caption for image in images if image.caption}
-    names = [name for name, caption in captions.items() if trigger and not has_word(caption, trigger)]
+    names = [name for name, caption in captions.items() if trigger and lacks_trigger(caption, options, trigger)]
     message = (
         f"{len(names)} of {len(captions)} captions do not contain the trigger {trigger!r}: {first_names(names)}. "
         "It is put in front of them; to have it elsewhere, add it to the caption."

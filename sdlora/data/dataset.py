@@ -13,9 +13,9 @@ from pathlib import Path
 from PIL import Image
 
 from sdlora.common import seeds
-from sdlora.common.bundled import ImageFolder, resolve_data_folder
+from sdlora.common.bundled import AS_WRITTEN, CaptionOptions, ImageFolder, resolve_data_folder
 from sdlora.data.batches import Bucket, assign_buckets
-from sdlora.data.captions import with_trigger
+from sdlora.data.captions import fixed_captions
 from sdlora.data.checks import Checkup, copies_between, examine, refuse_errors, summarize_warnings
 from sdlora.data.images import MaskKind, crop_to_bucket, load_image, load_mask
 from sdlora.errors import DataError
@@ -35,6 +35,7 @@ class Example:
         size_px: Width and height of the file, upright.
         mask: The mask file; the image itself if its alpha channel is the mask, None to train all of it.
         repeats: Exposures per epoch.
+        captions: How its caption varies.
     """
 
     name: str
@@ -45,11 +46,17 @@ class Example:
     mask: Path | None = None
     trigger: str | None = None
     repeats: int = 1
+    captions: CaptionOptions = AS_WRITTEN
 
     @property
     def prompt(self) -> str:
-        """The caption with the trigger word in front, unless it already contains it."""
-        return with_trigger(self.caption, self.trigger)
+        """The caption in the one form that is evaluated; see `fixed_captions`."""
+        return self.texts[0]
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts of the caption as written, one for each of its lines if lines are captions."""
+        return fixed_captions(self.caption, self.captions, self.trigger)
 
 
 @dataclass(frozen=True)
@@ -100,13 +107,14 @@ def load_dataset(
             checkup = examine(
                 folder, background=background, caption=source.caption, trigger=source.trigger,
                 allow_trigger_only=allow_trigger_only, masks=masks, recursive=source.recursive,
+                options=source.captions,
             )  # fmt: skip
             refuse_errors(folder, checkup.findings)
         except DataError as error:
             errors.append(str(error))
             continue
         checkups[name] = checkup
-        common = (source.trigger, source.repeats)
+        common = (source.trigger, source.repeats, source.captions)
         examples += [
             Example(source.prefix + p.name, p.path, p.caption or "", p.size, p.size, p.mask, *common)
             for p in checkup.images

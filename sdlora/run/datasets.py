@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 
 from sdlora.common.bundled import ImageFolder, resolve_data_folder
 from sdlora.config.schema_data import DataConfig
-from sdlora.data.checks import examine_sizes, summarize_warnings
+from sdlora.data.checks import examine_lengths, examine_sizes, summarize_warnings
 from sdlora.data.dataset import Dataset, load_dataset, load_mask_pixels, split_validation
 from sdlora.data.images import MaskKind
 from sdlora.errors import ConfigError, DataError
@@ -93,14 +93,8 @@ def fit_images(images: Images, base: BaseModel, data: DataConfig, batch_size: in
     sizes, buckets = ({e.name: e.bucket for e in read.examples} for read in (images.training, training))
     # In batches of one, an image alone in its bucket loses nothing.
     found = [f for f in examine_sizes(sizes, buckets) if f.kind != "lone bucket" or batch_size > 1]
-    notices = [*images.notices, *summarize_warnings(found)]
-    long = [e.name for e in training.examples if base.num_tokens(e.prompt) > base.max_tokens]
-    if long:
-        notices.append(
-            f"{len(long)} captions are longer than {base.max_tokens} tokens and are cut off there. First: {long[0]}. "
-            "To read more windows of 75 tokens, raise data.max_token_windows."
-        )
-    return Images(training, validation, prior, tuple(notices))
+    found += examine_lengths({e.name: max(map(base.num_tokens, e.texts)) for e in training.examples}, base.max_tokens)
+    return Images(training, validation, prior, (*images.notices, *summarize_warnings(found)))
 
 
 def _refuse_calls(*datasets: Dataset | None) -> None:
@@ -109,7 +103,7 @@ def _refuse_calls(*datasets: Dataset | None) -> None:
         f"  {example.name}: {calls[0]}"
         for dataset in datasets
         for example in (dataset.examples if dataset else ())
-        if (calls := references_to_other_files(example.caption))
+        if (calls := references_to_other_files("\n".join([example.caption, *example.texts])))
     ]
     if faults:
         raise DataError(

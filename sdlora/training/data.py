@@ -87,10 +87,8 @@ def training_data(settings: TrainingSettings, dataset: Dataset, cache: Cache) ->
         example = dataset.examples[index]
         return caption_for_exposure(
             example.caption,
+            example.captions,
             trigger=example.trigger,
-            shuffle_tags=settings.shuffle_tags,
-            keep_tags=settings.keep_tags,
-            dropout=settings.caption_dropout,
             seed=settings.seed,
             example=example.name,
             exposure=exposure,
@@ -113,6 +111,6 @@ def training_data(settings: TrainingSettings, dataset: Dataset, cache: Cache) ->
 
 
 def evaluation_data(dataset: Dataset, cache: Cache, *, text_is_trained: bool) -> TrainingData:
-    """A dataset with its own captions at every exposure, as validation and the copy check need it."""
+    """A dataset with the fixed form of its captions at every exposure, as validation and the copy check need it."""
     captions = [example.prompt for example in dataset.examples]
     return TrainingData(dataset, cache, lambda index, _: captions[index], text_is_trained=text_is_trained)

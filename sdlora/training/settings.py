@@ -36,9 +36,6 @@ class TrainingSettings:
     density: Density
     coverage: str
 
-    shuffle_tags: bool
-    keep_tags: int
-    caption_dropout: float
     text_is_trained: bool
 
     kind: Literal["mse", "huber"]

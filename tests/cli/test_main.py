@@ -17,6 +17,7 @@ from PIL import Image
 from sdlora import __version__
 from sdlora.cli import config
 from sdlora.config.toml import load_config, parse_config
+from sdlora.pocket.world import random_scene, render
 
 
 @pytest.fixture
@@ -148,6 +149,41 @@ def test_data_checks_masks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     assert (code, "a-mask.png" in out, "data.masks = 'file'" in out) == (0, True, True)
     code, out, _ = call(capsys, "data", str(tmp_path), "--masks", "file")
     assert (code, *(fact in out for fact in ("a-mask.png", "8 x 8", "64 x 64"))) == (3, True, True, True)
+
+
+def test_data_names_captions_that_are_cut_off(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for index, name in enumerate("abc"):
+        Image.new("RGB", (32, 32), (80 * index, 0, 0)).save(tmp_path / f"{name}.png")
+    (tmp_path / "a.txt").write_text("cat " * 75)
+    (tmp_path / "b.txt").write_text("cat " * 76)
+    (tmp_path / "c.txt").write_text("a cat\n" + "cat " * 76)
+    lines = ("--set", "data.caption_lines=true")
+    for options, long in [
+        ((), "2 captions are longer than 77 tokens and are cut off there: b.png, c.png."),
+        (lines, "2 captions are longer than 77 tokens and are cut off there: b.png, c.png."),
+        (("--trigger", "zumi"), "3 captions are longer than 77 tokens and are cut off there: a.png, b.png, c.png."),
+    ]:
+        code, out, _ = call(capsys, "data", str(tmp_path), *options)
+        assert (code, long in out) == (0, True)
+    _, out, _ = call(capsys, "data", str(tmp_path), "--set", "data.max_token_windows=2")
+    assert "tokens" not in out
+
+
+def test_data_examines_every_set_of_a_folder_of_sets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number, name in enumerate(["10_zumi/a.png", "10_zumi/b.png", "2_big cat/a.png", "2_big cat/b.png"]):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        render(random_scene(number % 3)).save(tmp_path / name)
+    (tmp_path / "10_zumi/a.txt").write_text("a thing")
+    code, out, _ = call(capsys, "data", str(tmp_path), "--trigger", "zumi", "--resolution-px", "128")
+    assert code == 0
+    assert out.endswith("4 images, 4 captions, 1 bucket: 4 warnings.\n")
+    assert "10_zumi: 1 of 2 captions do not contain the trigger 'zumi': a.png." in out
+    assert "10_zumi/a.png and 2_big cat/b.png are the same image" in out
+    assert "10_zumi/b.png (64 x 64 for 128 x 128)" in out
+    (tmp_path / "2_big cat/a.png").write_bytes(b"")
+    code, out, _ = call(capsys, "data", str(tmp_path), "--json")
+    found = {finding["kind"]: finding["files"] for finding in json.loads(out)["findings"]}
+    assert (code, found["unreadable"]) == (3, ["2_big cat/a.png"])
 
 
 def test_data_json_has_every_finding(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

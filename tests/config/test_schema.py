@@ -1,9 +1,11 @@
 import json
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
+from sdlora.common.bundled import CaptionOptions
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import option_fields, parse_config
 from sdlora.errors import ConfigError
@@ -28,20 +30,21 @@ def test_list_of_options_is_frozen() -> None:
         "base.clip_skip", "base.quantization", "data.folder", "data.sets", "data.recursive", "data.validation_folder",
         "data.validation_split", "data.caption", "data.trigger", "data.class_words", "data.preservation_folder",
         "data.preservation_caption", "data.allow_trigger_only", "data.repeats", "data.resolution_px", "data.buckets",
-        "data.bucket_step_px", "data.background", "data.masks", "data.shuffle_tags", "data.keep_tags",
-        "data.max_token_windows", "data.caption_dropout", "lora.rank", "lora.alpha", "lora.targets",
-        "lora.target_ranks", "lora.target_alphas", "lora.rslora", "lora.dora", "lora.dropout", "lora.init",
-        "lora.timestep_rank_min", "lora.timestep_rank_alpha", "train.epochs", "train.exposures", "train.batch_size",
-        "train.gradient_accumulation_steps", "train.auto_batch", "train.optimizer", "train.learning_rate",
-        "train.loraplus_lr_ratio", "train.text_encoder_learning_rate", "train.lr_schedule", "train.warmup_steps",
-        "train.weight_decay", "train.ema_decay", "train.max_grad_norm", "train.preservation_weight",
-        "train.preservation_every", "train.precision", "train.gradient_checkpointing", "train.compile", "train.device",
-        "train.log_every_steps", "train.checkpoint_every_steps", "train.trackers", "timesteps.density",
-        "timesteps.mean", "timesteps.std", "timesteps.min", "timesteps.max", "timesteps.high_noise_keep",
-        "timesteps.coverage", "loss.kind", "loss.huber_delta", "loss.weighting", "loss.gamma", "loss.mask_floor",
-        "loss.noise_offset", "loss.zero_terminal_snr", "preview.enabled", "preview.prompts", "preview.num_captions",
-        "preview.seeds", "preview.negative_prompt", "preview.num_steps", "preview.guidance",
-        "preview.sampler", "preview.width_px", "preview.height_px", "copycheck.enabled",
+        "data.bucket_step_px", "data.background", "data.masks", "data.caption_prefix", "data.caption_suffix",
+        "data.caption_lines", "data.wildcards", "data.shuffle_tags", "data.keep_tags", "data.keep_separator",
+        "data.tag_dropout", "data.protected_tags", "data.max_token_windows", "data.caption_dropout", "lora.rank",
+        "lora.alpha", "lora.targets", "lora.target_ranks", "lora.target_alphas", "lora.rslora", "lora.dora",
+        "lora.dropout", "lora.init", "lora.timestep_rank_min", "lora.timestep_rank_alpha", "train.epochs",
+        "train.exposures", "train.batch_size", "train.gradient_accumulation_steps", "train.auto_batch",
+        "train.optimizer", "train.learning_rate", "train.loraplus_lr_ratio", "train.text_encoder_learning_rate",
+        "train.lr_schedule", "train.warmup_steps", "train.weight_decay", "train.ema_decay", "train.max_grad_norm",
+        "train.preservation_weight", "train.preservation_every", "train.precision", "train.gradient_checkpointing",
+        "train.compile", "train.device", "train.log_every_steps", "train.checkpoint_every_steps", "train.trackers",
+        "timesteps.density", "timesteps.mean", "timesteps.std", "timesteps.min", "timesteps.max",
+        "timesteps.high_noise_keep", "timesteps.coverage", "loss.kind", "loss.huber_delta", "loss.weighting",
+        "loss.gamma", "loss.mask_floor", "loss.noise_offset", "loss.zero_terminal_snr", "preview.enabled",
+        "preview.prompts", "preview.num_captions", "preview.seeds", "preview.negative_prompt", "preview.num_steps",
+        "preview.guidance", "preview.sampler", "preview.width_px", "preview.height_px", "copycheck.enabled",
         "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "file.format", "file.precision", "file.thumbnail",
         "file.licence", "file.include_captions", "cache.dir", "cache.max_text_gib",
     ]  # fmt: skip
@@ -145,3 +148,23 @@ def test_every_option_is_described_and_in_the_schema() -> None:
     for name, field in option_fields().items():
         assert (field.description or "").endswith("."), name
         assert f'"{name.rpartition(".")[2]}"' in schema
+
+
+def test_captions_vary_by_the_set_or_by_what_holds_for_all() -> None:
+    document = {
+        "sets": [{"folder": "a", "tag_dropout": 0.5, "caption_prefix": "best,", "keep_tags": 0}, {"folder": "b"}],
+        "tag_dropout": 0.1, "caption_suffix": "outside", "protected_tags": ["x"], "recursive": True,
+        "validation_folder": "v", "preservation_folder": "p",
+    }  # fmt: skip
+    data = parse_config({"data": document, "train": {"preservation_weight": 1.0}}, name="n").data
+    first, second = data.sets
+    common = CaptionOptions(tag_dropout=0.1, caption_suffix="outside", protected_tags=("x",))
+    assert first.captions == replace(common, tag_dropout=0.5, caption_prefix="best,", keep_tags=0)
+    assert second.captions == common
+    assert data.validation_set is not None and data.validation_set.captions == common
+    # What is preserved gets neither trigger nor prefix nor suffix.
+    assert data.prior_set is not None and data.prior_set.captions == replace(common, caption_suffix="")
+    assert all(one.recursive for one in (first, second, data.validation_set, data.prior_set))
+    assert not parse_config({"data": {"sets": [{"folder": "a"}]}}, name="n").data.sets[0].recursive
+    found = faults(data={"sets": [{"folder": "a", "tag_dropout": 2}]})
+    assert "data.sets.0.tag_dropout: found 2" in found

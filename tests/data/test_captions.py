@@ -1,10 +1,15 @@
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from sdlora.common.bundled import CaptionOptions
 from sdlora.data.captions import (
     caption_for_exposure,
+    fixed_captions,
+    lacks_trigger,
     prior_caption,
     read_captions,
     read_metadata,
@@ -13,11 +18,21 @@ from sdlora.data.captions import (
 )
 
 
-def exposure(number: int, caption: str = "a, b, c, d, e", **changes: object) -> str:
-    options = {
-        "trigger": None, "shuffle_tags": False, "keep_tags": 1, "dropout": 0.0, "seed": 0, "example": "x.png",
-    }  # fmt: skip
-    return caption_for_exposure(caption, exposure=number, **{**options, **changes})  # type: ignore[arg-type]
+def exposure(number: int, caption: str = "a, b, c, d, e", trigger: str | None = None, **options: Any) -> str:
+    chosen = CaptionOptions(**options)
+    return caption_for_exposure(caption, chosen, trigger=trigger, seed=0, example="x.png", exposure=number)
+
+
+def exposures(caption: str, count: int = 200, trigger: str | None = None, **options: Any) -> list[str]:
+    """The texts of the first exposures, which are the same when asked for again in another order."""
+    found = [exposure(number, caption, trigger, **options) for number in range(1, count + 1)]
+    again = [exposure(number, caption, trigger, **options) for number in range(count, 0, -1)]
+    assert found == again[::-1]
+    return found
+
+
+def fixed(caption: str, trigger: str | None = None, **options: Any) -> list[str]:
+    return fixed_captions(caption, CaptionOptions(**options), trigger)
 
 
 def test_sidecars_and_metadata(tmp_path: Path) -> None:
@@ -150,10 +165,74 @@ def test_tags_are_shuffled_by_exposure_except_kept_tags() -> None:
 
 
 def test_dropout_is_a_share_of_exposures() -> None:
-    dropped = sum(exposure(number, dropout=0.3) == "" for number in range(2000))
+    dropped = sum(exposure(number, caption_dropout=0.3) == "" for number in range(2000))
     assert 520 < dropped < 680
-    assert exposure(1, dropout=1.0, trigger="zumi") == ""
+    assert exposure(1, caption_dropout=1.0, trigger="zumi") == ""
     assert all(exposure(number) == "a, b, c, d, e" for number in range(100))
+
+
+def test_tags_are_dropped_except_kept_and_protected_ones_and_the_trigger() -> None:
+    found = exposures("a, b, C, big Zumi, e", 1000, "zumi", tag_dropout=0.4, protected_tags=("c",))
+    assert all(text.startswith("a") and "C, big Zumi" in text for text in found)
+    assert set(found) == {f"a{b}, C, big Zumi{e}" for b in ("", ", b") for e in ("", ", e")}
+    kept = Counter(tag for text in found for tag in text.split(", "))
+    assert 550 < kept["b"] < 650 and 550 < kept["e"] < 650
+    assert exposure(1, tag_dropout=1.0, keep_tags=2) == "a, b"
+    assert exposure(1, trigger="zumi", tag_dropout=1.0, keep_tags=0) == "zumi"
+    assert exposure(1, "a,b , c", tag_dropout=0.0) == "a,b , c"
+    # Another tag changes nothing for those that are there.
+    fewer, more = (exposures(caption, tag_dropout=0.5) for caption in ("a, b, c", "a, new, b, c"))
+    assert [text.replace(", new", "") for text in more] == fewer
+
+
+def test_dropped_tags_are_shuffled_with_the_rest() -> None:
+    found = exposures("a, b, c", tag_dropout=0.5, shuffle_tags=True)
+    assert set(found) == {"a", "a, b", "a, c", "a, b, c", "a, c, b"}
+
+
+def test_separator_keeps_tags_in_front_and_at_the_end() -> None:
+    found = exposures("a, b ||| c, d ||| e", keep_separator="|||", shuffle_tags=True, keep_tags=0)
+    assert set(found) == {"a, b, c, d, e", "a, b, d, c, e"}
+    assert set(exposures("a ||| b, c", keep_separator="|||", tag_dropout=1.0)) == {"a"}
+    assert set(exposures("a ||| b", trigger="zumi", keep_separator="|||", tag_dropout=1.0)) == {"zumi, a"}
+    assert set(exposures("a, b ||| c", keep_separator="|||")) == {"a, b, c"}
+    assert fixed("a, b ||| c ||| d", keep_separator="|||") == ["a, b, c, d"]
+    # Without one, as many tags as ever stay in front.
+    assert set(exposures("a, b, c", keep_separator="|||", shuffle_tags=True)) == {"a, b, c", "a, c, b"}
+    assert exposure(1, "a ||| b") == "a ||| b"
+
+
+def test_prefix_and_suffix_frame_every_caption() -> None:
+    frame = {"caption_prefix": "best quality,", "caption_suffix": ", white background"}
+    assert exposure(1, "a cat", **frame) == fixed("a cat", **frame)[0] == "best quality, a cat, white background"
+    assert exposure(1, "a cat", "zumi", **frame) == "best quality, zumi, a cat, white background"
+    assert exposure(1, "a cat", caption_prefix="a photo of ", caption_suffix="at night") == "a photo of a cat at night"
+    assert exposure(1, "a cat", "zumi", caption_prefix="zumi style,") == "zumi style, a cat"
+    assert set(exposures("a, b", tag_dropout=1.0, **frame)) == {"best quality, a, white background"}
+    assert exposure(1, "a cat", caption_dropout=1.0, **frame) == ""
+
+
+def test_every_line_is_used_equally_often() -> None:
+    caption = "one\n\n two \nthree"
+    found = exposures(caption, 300, caption_lines=True)
+    assert all(sorted(found[first : first + 3]) == ["one", "three", "two"] for first in range(0, 300, 3))
+    assert len({tuple(found[first : first + 3]) for first in range(0, 300, 3)}) == 6
+    assert fixed(caption, "zumi", caption_lines=True) == ["zumi, one", "zumi, two", "zumi, three"]
+    assert exposure(1, caption) == caption
+    assert exposure(1, "", "zumi", caption_lines=True) == "zumi"
+    assert lacks_trigger("a zumi\na cat", CaptionOptions(caption_lines=True), "zumi")
+    assert not lacks_trigger("a zumi\na cat", CaptionOptions(), "zumi")
+    assert not lacks_trigger("a cat", CaptionOptions(caption_prefix="zumi"), "zumi")
+
+
+def test_wildcards_are_drawn_at_every_exposure() -> None:
+    found = Counter(exposures("a {red|blue} {cat|dog}", 1000, wildcards=True))
+    assert set(found) == {"a red cat", "a red dog", "a blue cat", "a blue dog"}
+    assert all(200 < number < 300 for number in found.values())
+    assert set(exposures("{a|b{c|d}} {e}", wildcards=True)) == {"a {e}", "bc {e}", "bd {e}"}
+    assert set(exposures("a{| big} cat", wildcards=True)) == {"a cat", "a big cat"}
+    assert fixed("a {red|{x|y}} {cat|dog}", wildcards=True) == ["a red cat"]
+    assert exposure(1, "a {red|blue}") == "a {red|blue}"
 
 
 def test_class_word_replaces_the_trigger_in_prior_captions() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -57,6 +58,26 @@ def test_run_after_filling_encodes_nothing(
     for _ in start(config, tmp_path / "run"):
         pass
     assert files(config) == made
+
+
+def test_captions_that_vary_are_all_known(
+    overrides: list[str], images: Path, others: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "varied"
+    shutil.copytree(images, folder)
+    (folder / "red.txt").write_text("a {red|crimson} ball, one ||| two, three\na ball, four, five, six")
+    config = settings(
+        overrides, others, f"data.folder={folder}", "data.tag_dropout=0.5", "data.keep_separator=|||",
+        "data.wildcards=true", "data.caption_lines=true", "data.caption_prefix=best,", "data.shuffle_tags=true",
+    )  # fmt: skip
+    for _ in fill_cache(config, 2):
+        pass
+    made = files(config)
+    monkeypatch.setattr(StableDiffusion, "encode_pixels", None)
+    for _ in start(config, tmp_path / "run"):
+        pass
+    assert files(config) == made
+    assert sum(name.startswith("text/") for name in made) > 9
 
 
 def test_several_processes_fill_the_same_cache_and_resume(overrides: list[str], others: Path, tmp_path: Path) -> None:
