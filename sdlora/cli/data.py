@@ -71,9 +71,7 @@ def data(
     findings += copies_between(sets)
     findings += examine_lengths(_num_tokens(texts, settings.max_token_windows), settings.max_token_windows * 75 + 2)
     if settings.resolution_px is not None:
-        found = assign_buckets(
-            list(sizes.values()), settings.resolution_px, settings.bucket_step_px, buckets=settings.buckets
-        )
+        found = assign_buckets(list(sizes.values()), settings.resolution_px, settings.bucket_options)
         findings += examine_sizes(sizes, dict(zip(sizes, found, strict=True)))
         counts["bucket"] = len(set(found))
     chosen = {kind: [f for f in findings if f.severity == kind] for kind in ("error", "warning")}

@@ -36,6 +36,23 @@ AS_WRITTEN = CaptionOptions()
 
 
 @dataclass(frozen=True)
+class BucketOptions:
+    """Which sizes images are trained at, apart from their area.
+
+    Attributes:
+        step_px: Widths and heights are multiples of this, except those of the square itself.
+        buckets: False crops all images to squares.
+        max_aspect: Longest edge divided by the shortest, at least 1.
+        no_upscale: Whether images that are smaller than their bucket get the largest that they fill.
+    """
+
+    step_px: int = 64
+    buckets: bool = True
+    max_aspect: float = 2.0
+    no_upscale: bool = False
+
+
+@dataclass(frozen=True)
 class ImageFolder:
     """A folder of images, and what applies to all of them.
 
@@ -45,6 +62,7 @@ class ImageFolder:
         caption: Caption of images that have none of their own.
         repeats: Exposures of each image per epoch, at least 1.
         captions: How captions are made of those that are written.
+        flip: Whether its images are mirrored at every second exposure.
         recursive: Whether the images of its subfolders are read, too; they are skipped with a notice otherwise.
     """
 
@@ -55,6 +73,7 @@ class ImageFolder:
     repeats: int = 1
     captions: CaptionOptions = AS_WRITTEN
     recursive: bool = False
+    flip: bool = False
 
     @property
     def prefix(self) -> str:

@@ -20,7 +20,7 @@ from pydantic import (
     model_validator,
 )
 
-from sdlora.common.bundled import CaptionOptions, ImageFolder
+from sdlora.common.bundled import BucketOptions, CaptionOptions, ImageFolder
 from sdlora.common.remote import check_url, is_url
 from sdlora.errors import ConfigError
 
@@ -56,6 +56,8 @@ class SetOptions(Section):
     """Like data.caption."""
     recursive: bool | None = None
     """Like data.recursive."""
+    flip: bool | None = None
+    """Like data.flip."""
     caption_prefix: str | None = None
     """Like data.caption_prefix."""
     caption_suffix: str | None = None
@@ -120,6 +122,13 @@ class DataConfig(Section):
     """Keep the aspect ratio of wide and tall images (bucketing); false crops all to squares."""
     bucket_step_px: int = Field(64, ge=8, le=512)
     """Widths and heights of buckets are multiples of this."""
+    max_aspect: float = Field(2.0, ge=1.0, le=8.0)
+    """Longest edge of a bucket divided by its shortest, at most; images beyond it are cropped."""
+    no_upscale: bool = False
+    """Train images that are smaller than their bucket at the largest size that they fill, instead of enlarging them."""
+    flip: bool = False
+    """Mirror every image, with its mask, at every second exposure. Not for subjects with writing, or whose left and
+    right differ."""
     background: str = "white"
     """Colour that transparent pixels are blended onto, by name or as #rrggbb."""
     masks: Literal["none", "alpha", "file"] = "none"
@@ -159,6 +168,7 @@ class DataConfig(Section):
             "caption": self.raw_caption,
             "recursive": self.recursive,
             "captions": self.captions,
+            "flip": self.flip,
         }
         if not self.raw_sets:
             return [ImageFolder(self.raw_folder, **common)]
@@ -172,6 +182,11 @@ class DataConfig(Section):
             )
             for one in self.raw_sets
         ]
+
+    @property
+    def bucket_options(self) -> BucketOptions:
+        """Which sizes images are trained at."""
+        return BucketOptions(self.bucket_step_px, self.buckets, self.max_aspect, self.no_upscale)
 
     @property
     def captions(self) -> CaptionOptions:

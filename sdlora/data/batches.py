@@ -11,6 +11,7 @@ from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
 from sdlora.common import seeds
+from sdlora.common.bundled import BucketOptions
 
 Bucket = tuple[int, int]
 """Width and height in pixels."""
@@ -41,17 +42,32 @@ def choose_bucket(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
     return min(buckets, key=lambda b: (round(abs(math.log(b[0] / b[1]) - aspect), 9), -b[0] * b[1]))
 
 
-def assign_buckets(sizes: Sequence[Bucket], resolution_px: int, step_px: int, *, buckets: bool) -> list[Bucket]:
+def assign_buckets(sizes: Sequence[Bucket], resolution_px: int, options: BucketOptions) -> list[Bucket]:
     """The bucket of each image.
 
     Args:
         sizes: Width and height of each image in pixels.
         resolution_px: Edge of the square; see `make_buckets`.
-        step_px: See `make_buckets`.
-        buckets: False crops all images to the square.
     """
-    choices = make_buckets(resolution_px, step_px) if buckets else [(resolution_px, resolution_px)]
-    return [choose_bucket(*size, choices) for size in sizes]
+    step_px, max_aspect = options.step_px, options.max_aspect if options.buckets else 1.0
+    square = [(resolution_px, resolution_px)]
+    choices = make_buckets(resolution_px, step_px, max_aspect) if options.buckets else square
+    found = [choose_bucket(*size, choices) for size in sizes]
+    if not options.no_upscale:
+        return found
+    return [
+        bucket if size[0] >= bucket[0] and size[1] >= bucket[1] else _filled_bucket(size, bucket, step_px, max_aspect)
+        for size, bucket in zip(sizes, found, strict=True)
+    ]
+
+
+def _filled_bucket(size: Bucket, bucket: Bucket, step_px: int, max_aspect: float) -> Bucket:
+    """The largest size in steps that an image fills, no edge of it above its bucket's and none below a step."""
+    short, long = sorted(
+        max(step_px, min(edge, most) // step_px * step_px) for edge, most in zip(size, bucket, strict=True)
+    )
+    long = min(long, int(short * max_aspect) // step_px * step_px)
+    return (short, long) if size[0] < size[1] else (long, short)
 
 
 class Exposure(NamedTuple):

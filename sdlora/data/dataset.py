@@ -10,10 +10,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from sdlora.common import seeds
-from sdlora.common.bundled import AS_WRITTEN, CaptionOptions, ImageFolder, resolve_data_folder
+from sdlora.common.bundled import AS_WRITTEN, BucketOptions, CaptionOptions, ImageFolder, resolve_data_folder
 from sdlora.data.batches import Bucket, assign_buckets
 from sdlora.data.captions import fixed_captions
 from sdlora.data.checks import Checkup, copies_between, examine, refuse_errors, summarize_warnings
@@ -36,6 +36,8 @@ class Example:
         mask: The mask file; the image itself if its alpha channel is the mask, None to train all of it.
         repeats: Exposures per epoch.
         captions: How its caption varies.
+        flip: Whether every second exposure shows the mirror image.
+        is_mirrored: Whether it is the mirror image.
     """
 
     name: str
@@ -47,6 +49,12 @@ class Example:
     trigger: str | None = None
     repeats: int = 1
     captions: CaptionOptions = AS_WRITTEN
+    flip: bool = False
+    is_mirrored: bool = False
+
+    def at_exposure(self, number: int) -> Example:
+        """The example as it is seen at an exposure, numbered from 1: mirrored at even ones if it is flipped."""
+        return replace(self, is_mirrored=True) if self.flip and number % 2 == 0 else self
 
     @property
     def prompt(self) -> str:
@@ -71,10 +79,10 @@ class Dataset:
     examples: tuple[Example, ...]
     notices: tuple[str, ...]
 
-    def with_buckets(self, resolution_px: int, bucket_step_px: int, *, buckets: bool) -> Dataset:
+    def with_buckets(self, resolution_px: int, options: BucketOptions) -> Dataset:
         """The same images, each with the bucket nearest to its aspect ratio; see `assign_buckets`."""
         sizes = [example.bucket for example in self.examples]
-        found = assign_buckets(sizes, resolution_px, bucket_step_px, buckets=buckets)
+        found = assign_buckets(sizes, resolution_px, options)
         assigned = tuple(replace(e, bucket=bucket) for e, bucket in zip(self.examples, found, strict=True))
         return replace(self, examples=assigned)
 
@@ -114,7 +122,7 @@ def load_dataset(
             errors.append(str(error))
             continue
         checkups[name] = checkup
-        common = (source.trigger, source.repeats, source.captions)
+        common = (source.trigger, source.repeats, source.captions, source.flip)
         examples += [
             Example(source.prefix + p.name, p.path, p.caption or "", p.size, p.size, p.mask, *common)
             for p in checkup.images
@@ -143,12 +151,13 @@ def split_validation(dataset: Dataset, seed: int) -> tuple[Dataset, Dataset | No
 
 
 def load_pixels(example: Example, background: str) -> Image.Image:
-    """The image of an example, cropped to its bucket."""
-    return crop_to_bucket(load_image(example.path, background), *example.bucket)
+    """The image of an example, cropped to its bucket and mirrored if the example is."""
+    image = crop_to_bucket(load_image(example.path, background), *example.bucket)
+    return ImageOps.mirror(image) if example.is_mirrored else image
 
 
 def load_mask_pixels(example: Example) -> Image.Image | None:
-    """The mask of an example, cropped like its image; None if all of it is trained.
+    """The mask of an example, cropped and mirrored like its image; None if all of it is trained.
 
     Raises:
         DataError: Nothing unmasked is left after the crop.
@@ -163,7 +172,7 @@ def load_mask_pixels(example: Example) -> Image.Image | None:
             f"The crop to {width} x {height} pixels cuts off everything that the mask of {example.name} lets through. "
             "Crop the image yourself, or remove it."
         )
-    return cropped
+    return ImageOps.mirror(cropped) if example.is_mirrored else cropped
 
 
 class Pixels(Mapping[str, Image.Image]):

@@ -34,7 +34,7 @@ def cached_content(used: Iterable[tuple[TrainingData, Iterable[Exposure] | None]
     captions: dict[str, None] = {}
     for data, planned in used:
         exposures = [Exposure(i, 1) for i in range(len(data.dataset.examples))] if planned is None else list(planned)
-        examples |= {data.dataset.examples[exposure.example]: None for exposure in exposures}
+        examples |= dict.fromkeys(data.seen(exposures))
         captions |= dict.fromkeys(data.captions(exposures))
     return list(examples), list(captions)
 

@@ -82,7 +82,7 @@ def fit_images(images: Images, base: BaseModel, data: DataConfig, batch_size: in
     """
 
     def fitted(dataset: Dataset) -> Dataset:
-        return dataset.with_buckets(data.resolution_px or base.resolution_px, data.bucket_step_px, buckets=data.buckets)
+        return dataset.with_buckets(data.resolution_px or base.resolution_px, data.bucket_options)
 
     training = fitted(images.training)
     for example in training.examples:

@@ -14,7 +14,7 @@ from torch import Tensor
 from sdlora.cache.tensors import Cache
 from sdlora.data.batches import Exposure
 from sdlora.data.captions import caption_for_exposure, prior_caption
-from sdlora.data.dataset import Dataset
+from sdlora.data.dataset import Dataset, Example
 from sdlora.events import Progress
 from sdlora.models.base import TextEmbeddings
 from sdlora.training.settings import TrainingSettings
@@ -42,10 +42,14 @@ class TrainingData:
     def fill(self, background: str, exposures: Iterable[Exposure] | None = None) -> Iterator[Progress]:
         """Fill the cache for exposures; for the first exposure of every image if none are given."""
         planned = [Exposure(i, 1) for i in range(len(self.dataset.examples))] if exposures is None else list(exposures)
-        met = sorted({exposure.example for exposure in planned})
-        yield from self.cache.fill_moments([self.dataset.examples[index] for index in met], background)
+        yield from self.cache.fill_moments(self.seen(planned), background)
         if not self.text_is_trained:
             yield from self.cache.fill_text(self.captions(planned))
+
+    def seen(self, exposures: Iterable[Exposure]) -> list[Example]:
+        """The distinct examples of exposures, as they are and mirrored."""
+        met = sorted({(e.example, 2 - e.number % 2) for e in exposures})
+        return list(dict.fromkeys(self.dataset.examples[index].at_exposure(number) for index, number in met))
 
     def captions(self, exposures: Iterable[Exposure]) -> list[str]:
         """The distinct captions of exposures."""

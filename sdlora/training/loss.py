@@ -15,6 +15,7 @@ from torch import Tensor
 
 from sdlora.common import seeds
 from sdlora.data.batches import Exposure
+from sdlora.data.dataset import Example
 from sdlora.diffusion.losses import huber_per_example, loss_weight, mse_per_example
 from sdlora.diffusion.noise import add_noise, prediction_target
 from sdlora.models.base import BaseModel, TextEmbeddings
@@ -82,7 +83,7 @@ class ExposureLoss:
 
     def latents_and_noise(self, exposures: Sequence[Exposure]) -> tuple[Tensor, Tensor]:
         """Latents drawn from the VAE's posterior, and the noise that is added to them, each (B, C, h, w) on the CPU."""
-        moments = self.data.moments(exposure.example for exposure in exposures)
+        moments = self.data.cache.moments(self._seen(exposures))
         names = [(self.data.name(exposure.example), exposure.number) for exposure in exposures]
         num_channels, height, width = moments.shape[1] // 2, *moments.shape[2:]
 
@@ -95,9 +96,12 @@ class ExposureLoss:
             noise = noise + self.settings.noise_offset * draw("noise offset", num_channels, 1, 1)
         return latents, noise
 
+    def _seen(self, exposures: Sequence[Exposure]) -> list[Example]:
+        return [self.data.dataset.examples[exposure.example].at_exposure(exposure.number) for exposure in exposures]
+
     def _mask_weights(self, exposures: Sequence[Exposure], latents: Tensor) -> Tensor | None:
         """The weight of each place, (B, 1, h, w); None if no image has a mask."""
-        masks = [self.data.cache.mask(self.data.dataset.examples[exposure.example]) for exposure in exposures]
+        masks = [self.data.cache.mask(example) for example in self._seen(exposures)]
         if all(mask is None for mask in masks):
             return None
         whole = torch.ones(1, *latents.shape[2:])

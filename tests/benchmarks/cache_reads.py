@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from sdlora.cache.tensors import Cache
-from sdlora.common.bundled import ImageFolder
+from sdlora.common.bundled import BucketOptions, ImageFolder
 from sdlora.data.dataset import load_dataset
 from sdlora.models.base import BaseModel
 
@@ -42,7 +42,7 @@ def measure(folder: Path, count: int) -> dict[str, float]:
     )
     cache = Cache(folder / "cache", cast(BaseModel, stub))
     data = load_dataset(ImageFolder(str(folder / "set")))
-    examples = data.with_buckets(32, 8, buckets=True).examples
+    examples = data.with_buckets(32, BucketOptions(8)).examples
     for _ in cache.fill_moments(examples, "white"):
         pass
     files = list((folder / "cache").rglob("*.safetensors"))

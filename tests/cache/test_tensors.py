@@ -6,7 +6,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from sdlora.cache.tensors import Cache
-from sdlora.common.bundled import ImageFolder
+from sdlora.common.bundled import BucketOptions, ImageFolder
 from sdlora.data.dataset import Dataset, load_dataset
 from sdlora.models.base import BaseModel
 from sdlora.models.load import load_base
@@ -19,7 +19,7 @@ def base(tiny_base: Path) -> BaseModel:
 
 def dataset(folder: Path) -> Dataset:
     data = load_dataset(ImageFolder(str(folder), caption="x"))
-    return data.with_buckets(32, 8, buckets=True)
+    return data.with_buckets(32, BucketOptions(8))
 
 
 def fill(cache: Cache, data: Dataset, captions: list[str]) -> None:

@@ -30,12 +30,12 @@ def test_list_of_options_is_frozen() -> None:
         "base.clip_skip", "base.quantization", "data.folder", "data.sets", "data.recursive", "data.validation_folder",
         "data.validation_split", "data.caption", "data.trigger", "data.class_words", "data.preservation_folder",
         "data.preservation_caption", "data.allow_trigger_only", "data.repeats", "data.resolution_px", "data.buckets",
-        "data.bucket_step_px", "data.background", "data.masks", "data.caption_prefix", "data.caption_suffix",
-        "data.caption_lines", "data.wildcards", "data.shuffle_tags", "data.keep_tags", "data.keep_separator",
-        "data.tag_dropout", "data.protected_tags", "data.max_token_windows", "data.caption_dropout", "lora.rank",
-        "lora.alpha", "lora.targets", "lora.target_ranks", "lora.target_alphas", "lora.rslora", "lora.dora",
-        "lora.dropout", "lora.init", "lora.timestep_rank_min", "lora.timestep_rank_alpha", "train.epochs",
-        "train.exposures", "train.batch_size", "train.gradient_accumulation_steps", "train.auto_batch",
+        "data.bucket_step_px", "data.max_aspect", "data.no_upscale", "data.flip", "data.background", "data.masks",
+        "data.caption_prefix", "data.caption_suffix", "data.caption_lines", "data.wildcards", "data.shuffle_tags",
+        "data.keep_tags", "data.keep_separator", "data.tag_dropout", "data.protected_tags", "data.max_token_windows",
+        "data.caption_dropout", "lora.rank", "lora.alpha", "lora.targets", "lora.target_ranks", "lora.target_alphas",
+        "lora.rslora", "lora.dora", "lora.dropout", "lora.init", "lora.timestep_rank_min", "lora.timestep_rank_alpha",
+        "train.epochs", "train.exposures", "train.batch_size", "train.gradient_accumulation_steps", "train.auto_batch",
         "train.optimizer", "train.learning_rate", "train.loraplus_lr_ratio", "train.text_encoder_learning_rate",
         "train.lr_schedule", "train.warmup_steps", "train.weight_decay", "train.ema_decay", "train.max_grad_norm",
         "train.preservation_weight", "train.preservation_every", "train.precision", "train.gradient_checkpointing",
@@ -152,7 +152,10 @@ def test_every_option_is_described_and_in_the_schema() -> None:
 
 def test_captions_vary_by_the_set_or_by_what_holds_for_all() -> None:
     document = {
-        "sets": [{"folder": "a", "tag_dropout": 0.5, "caption_prefix": "best,", "keep_tags": 0}, {"folder": "b"}],
+        "sets": [
+            {"folder": "a", "tag_dropout": 0.5, "caption_prefix": "best,", "keep_tags": 0},
+            {"folder": "b", "flip": True},
+        ],
         "tag_dropout": 0.1, "caption_suffix": "outside", "protected_tags": ["x"], "recursive": True,
         "validation_folder": "v", "preservation_folder": "p",
     }  # fmt: skip
@@ -166,5 +169,6 @@ def test_captions_vary_by_the_set_or_by_what_holds_for_all() -> None:
     assert data.prior_set is not None and data.prior_set.captions == replace(common, caption_suffix="")
     assert all(one.recursive for one in (first, second, data.validation_set, data.prior_set))
     assert not parse_config({"data": {"sets": [{"folder": "a"}]}}, name="n").data.sets[0].recursive
+    assert [one.flip for one in (first, second, data.validation_set, data.prior_set)] == [False, True, False, False]
     found = faults(data={"sets": [{"folder": "a", "tag_dropout": 2}]})
     assert "data.sets.0.tag_dropout: found 2" in found

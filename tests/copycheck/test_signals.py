@@ -13,7 +13,7 @@ from torch import Tensor
 
 from sdlora.cache.tensors import Cache
 from sdlora.common import seeds
-from sdlora.common.bundled import ImageFolder
+from sdlora.common.bundled import BucketOptions, ImageFolder
 from sdlora.copycheck import signals
 from sdlora.copycheck.signals import (
     Signal,
@@ -133,7 +133,7 @@ def test_duplicate_image_is_found_by_either_caption() -> None:
 def test_retrieve_has_no_side_effects(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
     dataset = load_dataset(ImageFolder(str(images)))
-    dataset = dataset.with_buckets(32, 8, buckets=True)
+    dataset = dataset.with_buckets(32, BucketOptions(8))
     data = TrainingData(dataset, Cache(tmp_path, base), lambda index, _: dataset.examples[index].caption)
     list(data.fill("white"))
     unet: Any = base.unet

@@ -1,8 +1,10 @@
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
 
+from sdlora.common.bundled import BucketOptions
 from sdlora.data.batches import assign_buckets, choose_bucket, epoch_batches, make_buckets
 
 BUCKETS = ["s", "s", "w", "s", "w", "s", "s"]
@@ -79,5 +81,25 @@ def test_nearest_aspect_ratio_is_chosen() -> None:
 
 def test_buckets_are_assigned_in_order() -> None:
     sizes = [(100, 100), (300, 150), (150, 300)]
-    assert assign_buckets(sizes, 32, 8, buckets=True) == [(32, 32), (40, 24), (24, 40)]
-    assert assign_buckets(sizes, 32, 8, buckets=False) == [(32, 32)] * 3
+    assert assign_buckets(sizes, 32, BucketOptions(8)) == [(32, 32), (40, 24), (24, 40)]
+    assert assign_buckets(sizes, 32, BucketOptions(8, buckets=False)) == [(32, 32)] * 3
+
+
+def test_small_images_get_the_largest_size_that_they_fill() -> None:
+    sizes = {
+        (512, 512): (512, 512), (2000, 100): (128, 64), (500, 700): (448, 576), (500, 500): (448, 448),
+        (300, 500): (256, 448), (500, 300): (448, 256), (200, 399): (192, 384), (60, 70): (64, 64),
+        (1000, 1000): (512, 512),
+    }  # fmt: skip
+    options = BucketOptions(64, no_upscale=True)
+    assert dict(zip(sizes, assign_buckets([*sizes], 512, options), strict=True)) == sizes
+    squares = assign_buckets([(300, 500), (800, 900)], 512, replace(options, buckets=False))
+    assert squares == [(256, 256), (512, 512)]
+
+
+def test_aspect_ratio_of_buckets_is_limited() -> None:
+    sizes = [(1000, 200), (700, 500), (200, 1000)]
+    found = [assign_buckets(sizes, 512, BucketOptions(64, max_aspect=aspect)) for aspect in (1.0, 2.0, 5.0)]
+    assert found == [
+        [(512, 512)] * 3, [(640, 384), (576, 448), (384, 640)], [(1024, 256), (576, 448), (256, 1024)],
+    ]  # fmt: skip

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from sdlora.common.bundled import ImageFolder
+from sdlora.common.bundled import BucketOptions, ImageFolder
 from sdlora.data.dataset import Dataset, Example, Pixels, load_dataset, load_pixels, split_validation
 from sdlora.errors import DataError
 
@@ -14,11 +14,11 @@ def load(folder: Path, *, allow_trigger_only: bool = False, **source: str) -> Da
 
 
 def test_examples_have_captions_and_buckets(images: Path) -> None:
-    data = load(images).with_buckets(32, 8, buckets=True)
+    data = load(images).with_buckets(32, BucketOptions(8))
     found = {e.name: (e.caption, e.bucket) for e in data.examples}
     assert found["red.png"] == ("a red ball", (32, 32))
     assert found["purple.png"] == ("a purple ball", (40, 24))
-    assert {e.bucket for e in load(images).with_buckets(32, 8, buckets=False).examples} == {(32, 32)}
+    assert {e.bucket for e in load(images).with_buckets(32, BucketOptions(8, buckets=False)).examples} == {(32, 32)}
     wide = next(e for e in data.examples if e.name == "purple.png")
     assert load_pixels(wide, "white").size == (40, 24)
 
@@ -77,7 +77,7 @@ def test_ignored_subfolders_and_captions_are_in_the_notices(tmp_path: Path) -> N
 
 
 def test_pixels_are_read_on_access(images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    data = load(images).with_buckets(32, 8, buckets=True)
+    data = load(images).with_buckets(32, BucketOptions(8))
     read: list[str] = []
 
     def noted(example: Example, background: str) -> Image.Image:

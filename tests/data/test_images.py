@@ -6,7 +6,7 @@ import pytest
 import torch
 from PIL import Image, ImageDraw
 
-from sdlora.common.bundled import ImageFolder
+from sdlora.common.bundled import BucketOptions, ImageFolder
 from sdlora.data.checks import Checkup, examine
 from sdlora.data.dataset import Example, load_dataset, load_mask_pixels, load_pixels
 from sdlora.data.images import (
@@ -202,7 +202,7 @@ def test_mask_is_cropped_like_its_image(tmp_path: Path) -> None:
     Image.open(tmp_path / "a-mask.png").convert("RGB").save(tmp_path / "a.png")
     data = load_dataset(ImageFolder(str(tmp_path)), masks="file")
     for buckets in (True, False):
-        (example,) = data.with_buckets(32, 8, buckets=buckets).examples
+        (example,) = data.with_buckets(32, BucketOptions(8, buckets=buckets)).examples
         mask = load_mask_pixels(example)
         assert mask is not None
         assert np.array_equal(np.asarray(mask), np.asarray(load_pixels(example, "white"))[:, :, 0])

@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 
 from sdlora.cache.tensors import Cache
-from sdlora.common.bundled import ImageFolder
+from sdlora.common.bundled import BucketOptions, ImageFolder
 from sdlora.config.toml import parse_config
 from sdlora.data.dataset import load_dataset
 from sdlora.data.images import MaskKind
@@ -48,7 +48,7 @@ def make_trainer(
     paths = find_targets(base.unet, targets, base.text_encoders)
     adapter = inject(base.unet, paths, 2, 2.0, 0, spec=spec, text_encoders=base.text_encoders)
     dataset = load_dataset(ImageFolder(str(images), repeats=2), masks=masks)
-    dataset = dataset.with_buckets(32, 8, buckets=False)
+    dataset = dataset.with_buckets(32, BucketOptions(8, buckets=False))
     data = TrainingData(
         dataset,
         Cache(cache, base),

@@ -62,7 +62,7 @@ def test_sets_resume_in_the_same_bytes_with_everything_on(tmp_path: Path, sets: 
         *(option.replace(str(images), str(tmp_path / "masked")) for option in sets),
         "data.masks=file", "data.shuffle_tags=true", "data.caption_dropout=0.2", "train.preservation_weight=0.5",
         "data.tag_dropout=0.3", "data.protected_tags=['two']", "data.keep_separator=|||", "data.wildcards=true",
-        "data.caption_lines=true", "data.caption_prefix=best,", "data.caption_suffix=at night",
+        "data.caption_lines=true", "data.flip=true", "data.caption_prefix=best,", "data.caption_suffix=at night",
         f"data.preservation_folder={images}", "data.preservation_caption=a ball",
         f"cache.dir={tmp_path / 'shared'}",
     ]  # fmt: skip

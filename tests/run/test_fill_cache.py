@@ -69,6 +69,7 @@ def test_captions_that_vary_are_all_known(
     config = settings(
         overrides, others, f"data.folder={folder}", "data.tag_dropout=0.5", "data.keep_separator=|||",
         "data.wildcards=true", "data.caption_lines=true", "data.caption_prefix=best,", "data.shuffle_tags=true",
+        "data.flip=true",
     )  # fmt: skip
     for _ in fill_cache(config, 2):
         pass
@@ -78,6 +79,8 @@ def test_captions_that_vary_are_all_known(
         pass
     assert files(config) == made
     assert sum(name.startswith("text/") for name in made) > 9
+    # 5 images, which are plain colours, so that their mirror images are the same, and 3 validation images.
+    assert sum(name.startswith("moments/") for name in made) == 8
 
 
 def test_several_processes_fill_the_same_cache_and_resume(overrides: list[str], others: Path, tmp_path: Path) -> None:

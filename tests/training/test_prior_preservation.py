@@ -14,7 +14,7 @@ from accelerate import Accelerator
 from helpers.schedules import dataset, schedule_settings
 from helpers.trainer import make_trainer
 
-from sdlora.common.bundled import ImageFolder
+from sdlora.common.bundled import BucketOptions, ImageFolder
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import load_dataset
 from sdlora.events import CheckpointDue, StepDone
@@ -176,7 +176,7 @@ def test_prior_images_add_the_gradient_of_their_mean_loss(
 ) -> None:
     plain = make_trainer(tiny_base, images, tmp_path, max_grad_norm=0.0)
     kept = load_dataset(ImageFolder(str(others)))
-    kept = kept.with_buckets(32, 8, buckets=True)
+    kept = kept.with_buckets(32, BucketOptions(8))
     prior = replace(plain.data, dataset=kept, caption=lambda index, _: kept.examples[index].caption)
     settings = replace(plain.settings, preservation_weight=3.0)
     trainer = Trainer(settings, plain.adapter, plain.data, Accelerator(cpu=True), prior)

@@ -128,7 +128,7 @@ def describe_run(config: RunConfig) -> list[str]:
     data, train, repeats = config.data, config.train, config.data.repeats_range
     images = read_images(data, config.seed)
     resolution_px = data.resolution_px or base_resolution_px(config.base.path)
-    dataset = images.training.with_buckets(resolution_px, data.bucket_step_px, buckets=data.buckets)
+    dataset = images.training.with_buckets(resolution_px, data.bucket_options)
     steps = count_steps(config, dataset)
     seen, per_epoch = format_range(*(train.epochs * each for each in repeats)), format_range(*repeats)
     per_step = train.batch_size * train.gradient_accumulation_steps

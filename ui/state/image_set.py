@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from sdlora.common.bundled import BucketOptions
 from sdlora.common.files import write_text
 from sdlora.common.text import format_bytes
 from sdlora.data.batches import assign_buckets
@@ -72,7 +73,7 @@ def view(folder: Path, *, trigger: str | None = None, resolution_px: int = 512) 
         return SetView(folder, (), (), ())
     checkup = examine(folder, background="white", trigger=trigger, decode=_cached_decode)
     sizes = {image.path.name: image.size for image in checkup.images}
-    assigned = assign_buckets(list(sizes.values()), resolution_px, 64, buckets=True)
+    assigned = assign_buckets(list(sizes.values()), resolution_px, BucketOptions())
     buckets = dict(zip(sizes, assigned, strict=True))
     small = [finding for finding in examine_sizes(sizes, buckets) if finding.kind == "too small"]
     findings = (*checkup.findings, *small)

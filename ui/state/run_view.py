@@ -21,6 +21,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config, options
 from sdlora.copycheck.verdict import EpochCheck, read_checks, recommend
 from sdlora.data.batches import assign_buckets
+from sdlora.data.checks import image_files
 from sdlora.data.images import crop_to_bucket, load_image
 from sdlora.errors import DataError, SdloraError
 
@@ -96,7 +97,8 @@ class _Gallery(Mapping[str, Image.Image]):
         self._files: dict[str, Path] = {}
         for one in filter(None, (data.validation_set, *data.sets)):
             folder = resolve_data_folder(one.folder)
-            self._files |= {one.prefix + path.name: path for path in (folder.iterdir() if folder.is_dir() else ())}
+            files = image_files(folder, recursive=one.recursive) if folder.is_dir() else ()
+            self._files |= {one.prefix + path.relative_to(folder).as_posix(): path for path in files}
         self._data, self._px = data, data.resolution_px or preview_px
 
     def __getitem__(self, name: str) -> Image.Image:
@@ -104,8 +106,7 @@ class _Gallery(Mapping[str, Image.Image]):
             image = load_image(self._files[name], self._data.background)
         except (KeyError, OSError, DataError):
             return Image.new("RGB", (self._px, self._px), "#888888")
-        step, buckets = self._data.bucket_step_px, self._data.buckets
-        return crop_to_bucket(image, *assign_buckets([image.size], self._px, step, buckets=buckets)[0])
+        return crop_to_bucket(image, *assign_buckets([image.size], self._px, self._data.bucket_options)[0])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._files)
