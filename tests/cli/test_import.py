@@ -40,7 +40,7 @@ def test_every_setting_is_printed_under_what_became_of_it(capsys: pytest.Capture
         out.index(word) for word in ("Translated (", "Dropped (", "Refused", "Unknown")
     )
     assert translated < out.index("network_dim = 32 -> lora.rank = 32") < dropped
-    assert dropped < out.index("sample_sampler = euler_a") < refused
+    assert dropped < out.index("save_model_as = safetensors") < refused
     assert refused < out.index("optimizer = DAdaptAdam: sdlora has no DAdaptAdam") < unknown
     assert unknown < out.index(
         "lr_sheduler = cosine: not a key of kohya_ss that sdlora knows; did you mean lr_scheduler?"

@@ -35,6 +35,8 @@ from sdlora.config.imports.shared import (
     file_precision,
     optimizer_arguments,
     precision,
+    preview_edge,
+    sampler,
 )
 
 FORM = "ai-toolkit"
@@ -356,11 +358,17 @@ _OTHER = table(
         f"{_S}.samples.seed": part_of(f"{_S}.samples.prompt"),
         keys("seed", _S): compute(take.seed, "`preview.seeds`"),
         keys("walk_seed", _S): drop("every prompt is drawn with the same seeds"),
-        keys("neg samples.neg", _S): rename("preview.negative_prompt", text, "first"),
-        keys("guidance_scale samples.guidance_scale", _S): rename("preview.guidance", number, "first"),
-        keys("sample_steps samples.sample_steps", _S): rename("preview.num_steps", whole, "first"),
-        keys("width height samples.width samples.height", _S): drop("previews have the base model's own size"),
-        keys("sampler", _S): drop("previews use the base model's own sampler"),
+        "process.sample.neg": take.for_all("preview.negative_prompt", text, "neg"),
+        "process.sample.samples.neg": rename("preview.negative_prompt", text, "first"),
+        "process.sample.guidance_scale": take.for_all("preview.guidance", number, "guidance_scale"),
+        "process.sample.samples.guidance_scale": rename("preview.guidance", number, "first"),
+        "process.sample.sample_steps": take.for_all("preview.num_steps", whole, "sample_steps"),
+        "process.sample.samples.sample_steps": rename("preview.num_steps", whole, "first"),
+        "process.sample.width": take.for_all("preview.width_px", preview_edge, "width"),
+        "process.sample.samples.width": rename("preview.width_px", preview_edge, "first"),
+        "process.sample.height": take.for_all("preview.height_px", preview_edge, "height"),
+        "process.sample.samples.height": rename("preview.height_px", preview_edge, "first"),
+        keys("sampler", _S): compute(sampler, "`preview.sampler`"),
         keys("sample_every sample_start_step", _S): drop(
             "sdlora draws previews from the base model and after every epoch"
         ),

@@ -5,6 +5,7 @@ Each takes a value and all settings, and returns what becomes of it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from sdlora.config.imports.rules import (
@@ -298,6 +299,17 @@ def samples(value: Any, source: Source) -> Outcome:
         [_with_trigger(row.get("prompt", ""), source) for row in rows], seeds=[row.get("seed") for row in rows]
     )
     return translated(found) if found else dropped("no prompts")
+
+
+def for_all(name: str, convert: Callable[[Any], Any], own: str) -> Rule:
+    """The rule of a setting for all previews, before which those of single samples go."""
+
+    def apply(value: Any, source: Source) -> Outcome:
+        if source.column(f"process.sample.samples.{own}"):
+            return dropped("the samples have their own")
+        return translated({name: convert(value)})
+
+    return compute(apply, f"`{name}`")
 
 
 def seed(value: Any, source: Source) -> Outcome:

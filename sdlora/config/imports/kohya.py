@@ -38,6 +38,7 @@ from sdlora.config.imports.shared import (
     optimizer_arguments,
     precision,
     resolution,
+    sampler,
     schedule,
     trackers,
 )
@@ -273,7 +274,7 @@ _TRAINING = table(
         keys("sample_every_n_epochs sample_every_n_steps sample_at_first"): drop(
             "sdlora draws previews from the base model and after every epoch"
         ),
-        "sample_sampler": drop("previews use the base model's own sampler"),
+        "sample_sampler": compute(sampler, "`preview.sampler`"),
         "output_name": rename("name", text),
         "output_dir": drop("a run's folder is runs/NAME, or what `sdlora train --output` says"),
         "save_precision": compute(lambda value, source: file_precision(value), "`file.precision`"),

@@ -368,12 +368,9 @@ def sample_prompts(lines: list[str]) -> Outcome:
             for argument in arguments:
                 name, _, value = argument.partition(" ")
                 found.get(name.lower(), others).append(value.strip() if name.lower() in found else f"--{name}")
-    dropped_keys = sorted({*others, *(f"--{key}" for key in "wh" if found[key])})
-    differing = [f"--{key}" for key in "nsl" if len(set(found[key])) > 1]
+    differing = [f"--{key}" for key in "nslwh" if len(set(found[key])) > 1]
     remarks = [
-        f"{', '.join(dropped_keys)} dropped: previews have the base model's own size and sampler"
-        if dropped_keys
-        else "",
+        f"{', '.join(sorted(set(others)))} dropped: one sampler for all previews" if others else "",
         f"{', '.join(differing)} differ between prompts: the first is taken for all" if differing else "",
     ]
     options = previews(
@@ -382,5 +379,7 @@ def sample_prompts(lines: list[str]) -> Outcome:
         negative=next(iter(found["n"]), None),
         num_steps=whole(found["s"][0]) if found["s"] else None,
         guidance=number(found["l"][0]) if found["l"] else None,
+        width=next(iter(found["w"]), None),
+        height=next(iter(found["h"]), None),
     )
     return translated(options, "; ".join(filter(None, remarks))) if options else dropped("no prompts")

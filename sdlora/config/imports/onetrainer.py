@@ -30,7 +30,15 @@ from sdlora.config.imports.rules import (
     text,
     whole,
 )  # fmt: skip
-from sdlora.config.imports.shared import MIN_SNR, base_path, file_precision, precision, resolution
+from sdlora.config.imports.shared import (
+    MIN_SNR,
+    base_path,
+    file_precision,
+    precision,
+    preview_edge,
+    resolution,
+    sampler,
+)
 
 FORM = "OneTrainer"
 DEFAULTS: dict[str, Any] = {
@@ -269,8 +277,9 @@ _OTHER = table(
         "samples.negative_prompt": rename("preview.negative_prompt", text, "first"),
         "samples.diffusion_steps": rename("preview.num_steps", whole, "first"),
         "samples.cfg_scale": rename("preview.guidance", number, "first"),
-        keys("samples.width samples.height"): drop("previews have the base model's own size"),
-        "samples.noise_scheduler": drop("previews use the base model's own sampler"),
+        "samples.width": rename("preview.width_px", preview_edge, "first"),
+        "samples.height": rename("preview.height_px", preview_edge, "first"),
+        "samples.noise_scheduler": compute(sampler, "`preview.sampler`", "first"),
         keys(
             "enabled frames length text_encoder_1_layer_skip text_encoder_1_sequence_length text_encoder_2_layer_skip "
             "text_encoder_2_sequence_length text_encoder_3_layer_skip text_encoder_4_layer_skip "

@@ -14,7 +14,18 @@ from typing import Any
 
 from PIL import Image
 
-from sdlora.config.imports.rules import Outcome, compute, dropped, flag, number, refused, text, translated, whole
+from sdlora.config.imports.rules import (
+    Outcome,
+    Source,
+    compute,
+    dropped,
+    flag,
+    number,
+    refused,
+    text,
+    translated,
+    whole,
+)
 from sdlora.config.schema_training import MAX_EPOCHS
 
 IMAGE_SUFFIXES = frozenset(
@@ -65,6 +76,10 @@ _SAME_AS = {
     "pagedadamw32bit": "adamw",
     "schedule_free_adamw": "adamwschedulefree",
 }
+_SAMPLERS = {
+    "euler": "euler", "k_euler": "euler", "euler_a": "euler_a", "k_euler_a": "euler_a",
+    "dpmpp_karras": "dpmpp_2m_karras", "unipc": "unipc",
+}  # fmt: skip
 _REMARKS = {"prodigy": "sdlora's Prodigy always has bias correction and safeguard_warmup, as its authors advise"}
 
 
@@ -340,6 +355,19 @@ def warmup(value: Any, length: Length | str, folders: Sequence[TrainingFolder], 
     return translated({"train.warmup_steps": found}, f"{steps:.3g} of {total} steps")
 
 
+def preview_edge(value: Any) -> int:
+    """Width or height of previews, which are multiples of 8."""
+    return whole(value) // 8 * 8
+
+
+def sampler(value: Any, source: Source) -> Outcome:
+    """The sampler of previews, by any trainer's name."""
+    ours = _SAMPLERS.get(text(value).lower())
+    if ours is None:
+        return dropped("previews use the base model's own sampler, or one of preview.sampler")
+    return translated({"preview.sampler": ours})
+
+
 def previews(
     prompts: Sequence[str],
     *,
@@ -347,6 +375,8 @@ def previews(
     negative: Any = None,
     num_steps: Any = None,
     guidance: Any = None,
+    width: Any = None,
+    height: Any = None,
 ) -> dict[str, Any]:
     """The options of preview images; prompts that occur twice are drawn once."""
     unique = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
@@ -358,5 +388,7 @@ def previews(
         "preview.negative_prompt": negative,
         "preview.num_steps": num_steps,
         "preview.guidance": guidance,
+        "preview.width_px": None if width is None else preview_edge(width),
+        "preview.height_px": None if height is None else preview_edge(height),
     }
     return {key: value for key, value in found.items() if value not in (None, [], "")}

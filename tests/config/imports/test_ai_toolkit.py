@@ -64,6 +64,8 @@ DOCUMENT = {
     "preview.negative_prompt": "blurry",
     "preview.guidance": 6,
     "preview.num_steps": 20,
+    "preview.width_px": 832,
+    "preview.height_px": 1216,
     "file.precision": "fp16",
 }
 
@@ -130,6 +132,10 @@ def test_own_defaults_count_where_they_differ(folder: Path) -> None:
         (
             {"model": {"arch": "sd15"}, "logging": {"use_wandb": True}},
             {"base.family": "sd1", "train.trackers": ["wandb"]},
+        ),
+        (
+            {"sample": {"width": 512, "neg": "x", "samples": [{"prompt": "a", "width": 832}]}},
+            {"preview.width_px": 832, "preview.negative_prompt": "x"},
         ),
         ({"trigger_word": "zumi"}, {"data.trigger": "zumi"}),
         (

@@ -56,6 +56,9 @@ DOCUMENT = {
     "preview.negative_prompt": "blurry",
     "preview.num_steps": 25,
     "preview.guidance": 6,
+    "preview.width_px": 832,
+    "preview.height_px": 1216,
+    "preview.sampler": "euler_a",
     "name": "hero",
     "file.precision": "fp16",
 }

@@ -64,6 +64,9 @@ DOCUMENT = {
     "preview.negative_prompt": "blurry",
     "preview.num_steps": 25,
     "preview.guidance": 5.5,
+    "preview.width_px": 832,
+    "preview.height_px": 1216,
+    "preview.sampler": "euler_a",
     "file.precision": "fp16",
     "file.format": "peft",
     "name": "hero",
@@ -101,6 +104,11 @@ def test_own_defaults_count_where_they_differ(folder: Path) -> None:
     [
         ({"model_type": "STABLE_DIFFUSION_21"}, {"base.prediction_type": "v_prediction", "base.family": "sd2"}),
         ({"concepts": [{"path": "photos", "include_subdirectories": True}]}, {"data.recursive": True}),
+        (
+            {"samples": [{"prompt": "a", "noise_scheduler": "DPMPP_KARRAS", "width": 700}]},
+            {"preview.sampler": "dpmpp_2m_karras", "preview.width_px": 696},
+        ),
+        ({"samples": [{"prompt": "a", "noise_scheduler": "DDIM"}]}, {"preview.sampler": None}),
         ({"tensorboard": True}, {"train.trackers": ["tensorboard"]}),
         (
             {"layer_filter_preset": "attn-mlp"},
