@@ -140,6 +140,8 @@ def test_what_is_sent_for_is_told_in_words(browser: Any, filled: Open) -> None:
         page.locator("#caption-told", has_text="'nobody/nothing' could not be loaded").wait_for()
         page.click("#caption-end")
         page.locator("#caption-told .verdict").wait_for(state="detached")
+        page.locator("#captions-as label", has_text="booru tags").click()
+        page.locator("#captioner [placeholder*='tagger']").wait_for()
         choose_run(page, "copies")
         tab(page, "Result")
         page.click("#publishing > button")
