@@ -58,7 +58,7 @@ def test_options_exist(page: Path) -> None:
     sections = {name.partition(".")[0] for name in OPTIONS if "." in name}
     for name in re.findall(rf"(?<![\w./-])((?:{'|'.join(sections)})\.[a-z]\w*)", code(page)):
         assert name in OPTIONS or name.endswith((".md", ".py", ".toml", ".png", ".txt", ".jsonl")), name
-    keys = {name.partition(".")[2] or name for name in OPTIONS}
+    keys = {"extends", *(name.partition(".")[2] or name for name in OPTIONS)}
     for key in re.findall(r"`(\w+) = [^`]*`", code(page)):
         assert key in keys, f"no section has an option {key}"
 
