@@ -10,8 +10,7 @@ from dataclasses import replace
 from typing import Literal
 
 from sdlora.batch.engine import Engine, Message, Task
-from sdlora.batch.fingerprint import Fingerprints
-from sdlora.batch.jobs import Job
+from sdlora.batch.jobs import Fingerprints, Job
 from sdlora.batch.location import LEDGER, Ledger, Location, Record, locked
 from sdlora.errors import SdloraError, StoreError
 
@@ -114,8 +113,7 @@ def _record(ledger: Ledger, message: Message) -> None:
 
 def _write_report(jobs: Sequence[Job], ledger: Ledger, location: Location) -> None:
     # Imported only now: these load torch and diffusers, which takes seconds.
-    from sdlora.batch.page import write_page
-    from sdlora.batch.results import TABLES, collect, write_tables
+    from sdlora.batch.results import TABLES, collect, write_page, write_tables
 
     runs = {
         job.name: location.run_here(job.name, record.epoch)

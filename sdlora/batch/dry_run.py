@@ -23,7 +23,7 @@ from sdlora.batch.task import PeakMemory
 from sdlora.common.text import format_bytes, format_seconds
 from sdlora.config.schema import RunConfig
 from sdlora.errors import SdloraError
-from sdlora.estimate.timing import step_seconds
+from sdlora.estimate.costs import step_seconds
 from sdlora.previews.sampler import draw
 from sdlora.run.folder import RunFolder
 from sdlora.run.setup import BasePool, RunContext, forget_accelerator, prepare

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdlora.batch.engine import Message
-from sdlora.common.metrics import LossSmoother
+from sdlora.common.run_files import LossSmoother
 from sdlora.common.text import format_seconds
 
 _STYLES = {"done": "green", "failed": "bold red", "cut": "bold red", "stopped": "yellow", "running": "cyan"}

@@ -13,7 +13,7 @@ import signal
 import sys
 import threading
 
-from sdlora.common.quiet import quiet_libraries
+from sdlora.common.process import quiet_libraries
 
 
 def main() -> None:

@@ -17,7 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdlora.cli.options import JsonResult, MissingAlpha, Overrides
-from sdlora.common.quiet import quiet_libraries
+from sdlora.common.process import quiet_libraries
 from sdlora.config.toml import parse_config
 from sdlora.errors import ConfigError, OutputError
 from sdlora.events import CopyChecked

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from sdlora.cli.options import ConfigArgument, JsonResult, Overrides
-from sdlora.common.quiet import quiet_libraries
+from sdlora.common.process import quiet_libraries
 from sdlora.common.text import format_bytes, format_seconds, parse_bytes
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, load_config, parse_config
@@ -55,7 +55,7 @@ def presets(json_: JsonResult = False) -> None:
     quiet_libraries()
 
     from sdlora.config.presets import presets as shipped
-    from sdlora.estimate.timing import arithmetic_rate
+    from sdlora.estimate.costs import arithmetic_rate
     from sdlora.run.setup import choose_device
 
     device, dtype, _ = choose_device("auto", "auto")

@@ -14,7 +14,7 @@ from rich.console import Console
 
 from sdlora.cli.options import JsonResult, Overrides
 from sdlora.common.bundled import resolve_data_folder
-from sdlora.common.quiet import quiet_libraries
+from sdlora.common.process import quiet_libraries
 from sdlora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def _num_tokens(texts: Mapping[str, Sequence[str]], num_windows: int) -> dict[st
     long = {name: some for name, some in texts.items() if max(len(text.encode()) for text in some) > 75 * num_windows}
     if not long:
         return {}
-    from sdlora.models.text import clip_tokenizer
+    from sdlora.models.base import clip_tokenizer
 
     tokenizer = clip_tokenizer("<|endoftext|>")
     return {

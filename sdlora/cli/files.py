@@ -14,7 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from sdlora.cli.options import JsonResult, MissingAlpha
-from sdlora.common.quiet import quiet_libraries
+from sdlora.common.process import quiet_libraries
 from sdlora.common.text import format_range
 from sdlora.errors import ConfigError, DataError, OutputError
 

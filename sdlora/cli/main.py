@@ -22,8 +22,7 @@ from sdlora.cli.data import caption, data
 from sdlora.cli.import_ import import_
 from sdlora.cli.options import print_message
 from sdlora.cli.runs import batch, cache, push, train, ui
-from sdlora.common.quiet import is_main_process
-from sdlora.common.signals import EXIT_INTERRUPTED
+from sdlora.common.process import EXIT_INTERRUPTED, is_main_process
 from sdlora.common.version import __version__
 from sdlora.errors import RenamedOptionWarning, SdloraError
 

@@ -15,10 +15,10 @@ from rich.table import Table
 from rich.text import Text
 
 from sdlora import events
-from sdlora.common.metrics import LossSmoother
+from sdlora.common.run_files import LossSmoother
 from sdlora.common.text import format_bytes, format_seconds
 from sdlora.copycheck.verdict import EpochCheck
-from sdlora.run.eta import Timer
+from sdlora.run.folder import Timer
 
 _VERDICT_STYLES = {"clean": "green", "watch": "yellow", "copying": "bold red"}
 

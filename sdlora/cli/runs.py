@@ -17,9 +17,8 @@ import typer
 from rich.console import Console
 
 from sdlora.cli.options import ConfigArgument, JsonEvents, Overrides, print_message
-from sdlora.common.quiet import is_main_process, quiet_libraries
+from sdlora.common.process import exit_code_of, is_main_process, quiet_libraries, stop_signals
 from sdlora.common.remote import open_run
-from sdlora.common.signals import exit_code_of, stop_signals
 from sdlora.config.toml import load_config
 from sdlora.errors import OutputError
 
@@ -142,7 +141,7 @@ def batch(
     view = JsonLines(sys.stdout) if json_ else BatchTable(console)
     chosen: Engine
     if engine == "ray":
-        from sdlora.batch.ray_engine import RayEngine
+        from sdlora.batch.engine import RayEngine
 
         chosen = RayEngine(location, address, gpus).run
     else:
@@ -180,8 +179,8 @@ def push(
             f"{run} is not a run folder: it has no config.toml. Give a finished run, such as runs/quickstart."
         )
     quiet_libraries()
+    from sdlora.run.export import files_to_push, push_run
     from sdlora.run.folder import RunFolder
-    from sdlora.run.hub import files_to_push, push_run
 
     folder = RunFolder(run, load_config(str(run / "config.toml")).name or "lora")
     files = files_to_push(folder)

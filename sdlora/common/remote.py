@@ -20,7 +20,7 @@ from urllib.parse import urlsplit
 from platformdirs import user_cache_dir
 
 from sdlora.common.files import atomic_folder, atomic_path, is_partial
-from sdlora.common.quiet import is_main_process
+from sdlora.common.process import is_main_process
 from sdlora.errors import ConfigError, DataError, OutputError, SdloraError, StoreError
 from sdlora.events import Event, Notice
 

@@ -18,13 +18,13 @@ from sdlora.copycheck import signals
 from sdlora.copycheck.embedders import Embedders
 from sdlora.copycheck.null_distribution import Gallery, evenly_spaced, null_distribution, reduced
 from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED, Signal
+from sdlora.copycheck.similarity import registered_correlation
 from sdlora.copycheck.verdict import EpochCheck, check_previews
-from sdlora.copycheck.warp_alignment import registered_correlation
 from sdlora.events import CopyChecked, Event, Progress
 from sdlora.lora.inject import Adapter
 from sdlora.previews.sampler import PreviewRequest, SamplerWatch, draw_epoch
 from sdlora.training.data import TrainingData
-from sdlora.training.validation import Validation, image_losses
+from sdlora.training.loss import Validation, image_losses
 
 T = TypeVar("T")
 

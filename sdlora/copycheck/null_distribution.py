@@ -20,7 +20,7 @@ from torch import Tensor
 from sdlora.cache.tensors import Cache, content_key
 from sdlora.common.files import atomic_path
 from sdlora.copycheck.embedders import Embedders
-from sdlora.copycheck.warp_alignment import registered_correlation
+from sdlora.copycheck.similarity import registered_correlation
 from sdlora.data.dataset import Dataset, load_pixels
 from sdlora.data.duplicates import near_duplicates, thumbnail
 from sdlora.data.images import pixel_hash

@@ -15,11 +15,9 @@ import torch
 from torch import Tensor
 
 from sdlora.config.schema import RunConfig
-from sdlora.estimate.meta_model import META, MetaBase, Shapes, empty_latents, num_bytes
-from sdlora.estimate.trace import Cost, counted
-from sdlora.lora.inject import Adapter, AdapterSpec, inject
+from sdlora.estimate.meta_model import META, Cost, MetaBase, Shapes, counted, empty_latents, num_bytes
+from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
 from sdlora.lora.quantize import num_weights
-from sdlora.lora.targets import find_targets
 from sdlora.lora_files.verify import VERIFY_LATENT_EDGE, VERIFY_TIMESTEPS
 from sdlora.models.base import BaseModel
 from sdlora.training.loss import Batch, diffusion_loss

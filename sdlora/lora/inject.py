@@ -1,12 +1,14 @@
-"""Injection: put an adapter's layers into a base model's networks, and take them out again.
+"""Targets, the layers that get an adapter, and injection: put its layers into a base model, and take them out again.
 
-The trainer trains an `Adapter`, `lora_files` writes and reads its `LoraState`.
+A path is a module's name in the UNet, or in a text encoder behind "text_encoder." or "text_encoder_2.". The trainer
+trains an `Adapter`, `lora_files` writes and reads its `LoraState`.
 Shapes: B batch, i in, o out, r rank, k kernel.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -20,8 +22,62 @@ from sdlora.common import seeds
 from sdlora.errors import ConfigError
 from sdlora.lora.layers import DoraConv2d, DoraLayer, DoraLinear, LoraConv2d, LoraLayer, LoraLinear
 from sdlora.lora.quantize import QuantizedLinear, num_weights
-from sdlora.lora.targets import TEXT_ENCODER, by_prefix, network_of, target_of
 from sdlora.lora.timestep_rank import TimestepRank, rank_mask, watch_timesteps
+
+NETWORKS = ("unet", "text_encoder", "text_encoder_2")
+TEXT_ENCODER = "text_encoder"  # prefix of all text encoders' paths, and of none in a UNet
+_ATTENTION = r"(to_q|to_k|to_v|to_out\.0)"
+TARGETS: dict[str, re.Pattern[str]] = {
+    "cross_attention": re.compile(rf".*\.attn2\.{_ATTENTION}"),
+    "self_attention": re.compile(rf".*\.attn1\.{_ATTENTION}"),
+    "mlp": re.compile(r".*\.ff\.net\.(0\.proj|2)"),
+    "projection": re.compile(r".*\.attentions\.\d+\.(proj_in|proj_out)"),
+    "conv": re.compile(r".*\.(resnets\.\d+\.(conv1|conv2|conv_shortcut)|(down|up)samplers\.\d+\.conv)"),
+    "text_encoder": re.compile(rf"{TEXT_ENCODER}.*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"),
+}
+
+
+def target_of(path: str) -> str | None:
+    """The name of the target that a module path belongs to, or None."""
+    return next((name for name, pattern in TARGETS.items() if pattern.fullmatch(path)), None)
+
+
+def network_of(path: str) -> str:
+    """The network of a module path, one of `NETWORKS`."""
+    return next((name for name in NETWORKS[1:] if path.startswith(f"{name}.")), "unet")
+
+
+def by_prefix(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> dict[str, nn.Module]:
+    """Networks by the prefix of their modules' paths, "" for the UNet."""
+    return {"": unet} | {f"{name}.": encoder for name, encoder in zip(NETWORKS[1:], text_encoders, strict=False)}
+
+
+def adaptable(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> list[str]:
+    """The paths of all linear and convolution layers, in the networks' order."""
+    return [
+        prefix + path
+        for prefix, network in by_prefix(unet, text_encoders).items()
+        for path, module in network.named_modules()
+        if isinstance(module, nn.Linear | QuantizedLinear | nn.Conv2d)
+    ]
+
+
+def find_targets(unet: nn.Module, names: Sequence[str], text_encoders: Sequence[nn.Module] = ()) -> list[str]:
+    """The paths of all layers of the targets with these names in `TARGETS`, in the networks' order.
+
+    Raises:
+        ConfigError: A name matches no layer of this base.
+    """
+    layers = adaptable(unet, text_encoders)
+    found = {name: [path for path in layers if TARGETS[name].fullmatch(path)] for name in names}
+    if empty := [name for name, paths in found.items() if not paths]:
+        present = [name for name in TARGETS if any(TARGETS[name].fullmatch(path) for path in layers)]
+        raise ConfigError(
+            f"lora.targets: {', '.join(map(repr, empty))} matches no layer of this base model; "
+            f"its targets are: {', '.join(present) or 'none'}."
+        )
+    wanted = {path for paths in found.values() for path in paths}
+    return [path for path in layers if path in wanted]
 
 
 @dataclass(frozen=True)
@@ -38,7 +94,7 @@ class LoraWeights:
 Init = Literal["gaussian", "orthogonal", "pissa"]
 """A random A and a zero B, or singular triplets whose product is then subtracted."""
 LoraState = dict[str, LoraWeights]
-"""Module path, as `sdlora.lora.targets` writes it, to its weights."""
+"""Module path, as `sdlora.lora.inject` writes it, to its weights."""
 
 
 @dataclass(frozen=True)

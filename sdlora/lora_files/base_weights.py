@@ -23,13 +23,19 @@ from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.errors import BaseModelError, DataError
-from sdlora.lora.inject import LoraState
+from sdlora.lora.inject import NETWORKS, LoraState, adaptable, network_of
 from sdlora.lora.quantize import frozen_weight
-from sdlora.lora.targets import NETWORKS, adaptable, network_of
 from sdlora.lora_files.names import kohya_name
 from sdlora.lora_files.read import family_of
-from sdlora.models.architectures import ARCHITECTURES, Architecture, Family
-from sdlora.models.detect import TEXT_ENCODERS, Header, identify, read_header
+from sdlora.models.architectures import (
+    ARCHITECTURES,
+    TEXT_ENCODERS,
+    Architecture,
+    Family,
+    Header,
+    identify,
+    read_header,
+)
 
 Shape = tuple[int, ...]
 # More than any tensor has rows.

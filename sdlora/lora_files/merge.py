@@ -22,7 +22,7 @@ from sdlora.errors import BaseModelError, DataError, ExportError, OutputError
 from sdlora.lora.inject import LoraState, LoraWeights
 from sdlora.lora_files.algebra import update
 from sdlora.lora_files.base_weights import BaseWeights, Place, check_fit
-from sdlora.models.detect import read_header
+from sdlora.models.architectures import read_header
 
 # What to add to a file's tensors: by key, with the place in the tensor.
 _Terms = dict[str, list[tuple[Place, LoraWeights]]]

@@ -19,8 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdlora.lora.inject import LoraState, LoraWeights
-from sdlora.lora.targets import NETWORKS, network_of
+from sdlora.lora.inject import NETWORKS, LoraState, LoraWeights, network_of
 
 UNET_PREFIX = "lora_unet_"
 PEFT_METADATA = "lora_adapter_metadata"

@@ -21,8 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from sdlora.errors import DataError
-from sdlora.lora.inject import LoraState, LoraWeights
-from sdlora.lora.targets import NETWORKS, network_of
+from sdlora.lora.inject import NETWORKS, LoraState, LoraWeights, network_of
 from sdlora.lora_files.algebra import update
 from sdlora.lora_files.names import PEFT_METADATA, UNET_PREFIX, diffusers_name, kohya_name
 from sdlora.models.architectures import ARCHITECTURES, Architecture
@@ -183,7 +182,7 @@ def _split_kohya(key: str, file: str) -> tuple[str, str]:
 
 
 def _split_dotted(key: str, file: str) -> tuple[str, str]:
-    """A dotted key as a module path of `sdlora.lora.targets` and the kind of tensor."""
+    """A dotted key as a module path of `sdlora.lora.inject` and the kind of tensor."""
     ending = next((ending for ending in _ENDINGS if key.endswith(ending)), None)
     # diffusers' oldest files hold a UNet's attention processors alone, without the network's name.
     bare = key.startswith(("down_blocks.", "mid_block.", "up_blocks."))

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from sdlora.common import seeds
 from sdlora.errors import ExportError
-from sdlora.lora.inject import LoraState, inject_state
-from sdlora.lora.targets import NETWORKS, by_prefix
+from sdlora.lora.inject import NETWORKS, LoraState, by_prefix, inject_state
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora_files.names import portable_state, rounded
 

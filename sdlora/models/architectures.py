@@ -1,14 +1,45 @@
-"""The families' true shapes, as configurations of diffusers' and transformers' classes: pure data.
+"""The families' true shapes, as configurations of diffusers' and transformers' classes, and the family of a checkpoint.
 
-Checkpoints in one file are completed from here, and the memory estimate counts with it.
+Checkpoints in one file are completed from here, and the memory estimate counts with it. The family is told by the names
+and shapes in the file's header: a base model has gigabytes, its header a few hundred kilobytes. File names are not
+trusted.
 """
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from sdlora.diffusion.noise import PredictionType
+from sdlora.errors import BaseModelError
 
 Family = Literal["sd1", "sd2", "sdxl"]
+
+_MAX_HEADER_BYTES = 100 << 20
+_PICKLED = (".ckpt", ".pt", ".pth", ".bin")
+_UNET = "model.diffusion_model."
+_VAE_PREFIX = "first_stage_model."
+# Prefixes of the text encoders' tensor names, in the order of diffusers' pipelines.
+TEXT_ENCODERS: dict[Family, tuple[str, ...]] = {
+    "sd1": ("cond_stage_model.transformer.",),
+    "sd2": ("cond_stage_model.model.",),
+    "sdxl": ("conditioner.embedders.0.transformer.", "conditioner.embedders.1.model."),
+}
+_REFINER_WIDTH = 2560
+# Prefixes found only in other kinds of files, and what those are.
+_OTHERS = {
+    ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_"): "a LoRA",
+    ("double_blocks.", f"{_UNET}double_blocks."): "Flux",
+    ("joint_blocks.", f"{_UNET}joint_blocks."): "Stable Diffusion 3",
+    ("double_layers.",): "AuraFlow",
+    ("control_model.", "controlnet_"): "a ControlNet",
+    ("emb_params", "clip_g", "clip_l", "string_to_param"): "a textual inversion",
+    ("down_blocks.", "up_blocks."): "a UNet alone",
+    ("encoder.down.", "decoder.up."): "a VAE alone",
+    ("text_model.", "transformer.text_model."): "a text encoder alone",
+}
 
 
 @dataclass(frozen=True)
@@ -132,3 +163,190 @@ ARCHITECTURES: dict[Family, Architecture] = {
 def family_named(modelspec: str) -> Architecture:
     """The family of a ModelSpec architecture name such as "stable-diffusion-v2-768-v"."""
     return next(family for family in ARCHITECTURES.values() if modelspec.startswith(family.modelspec))
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a safetensors file holds, without its data."""
+
+    shapes: dict[str, tuple[int, ...]]  # by name
+    metadata: dict[str, str]
+    dtypes: dict[str, str]  # as the file spells them, such as "F16", by name
+    starts: dict[str, int]  # the offset of every tensor's data in the file, in bytes, by name
+
+    def has(self, *beginnings: str) -> bool:
+        """Whether the name of any tensor starts with one of these."""
+        return any(name.startswith(beginnings) for name in self.shapes)
+
+
+def read_header(file: Path) -> Header:
+    """Read a header and check that the file is complete.
+
+    Raises:
+        BaseModelError: The file is a pickled checkpoint, not a safetensors file, or truncated.
+    """
+    if file.suffix.lower() in _PICKLED:
+        raise BaseModelError(
+            f"{file.name} is a pickled checkpoint, which can run code when it is opened; sdlora reads only "
+            ".safetensors files. Look for one on the page it came from, or convert it: in A1111, use the "
+            "Checkpoint Merger tab with the format safetensors; in Python, run "
+            "weights = torch.load(FILE, weights_only=True) and "
+            "safetensors.torch.save_file(weights.get('state_dict', weights), NEW_FILE)."
+        )
+    size = file.stat().st_size
+    with file.open("rb") as handle:
+        length = int.from_bytes(handle.read(8), "little")
+        if not 2 <= length <= _MAX_HEADER_BYTES:
+            raise BaseModelError(f"{file.name} is not a safetensors file. Use a checkpoint that ends in .safetensors.")
+        if length + 8 > size:
+            raise _cut_off(file, size, length + 8)
+        text = handle.read(length)
+    try:
+        entries = json.loads(text)
+        metadata = {str(key): str(value) for key, value in entries.pop("__metadata__", {}).items()}
+        shapes = {name: tuple(entry["shape"]) for name, entry in entries.items()}
+        dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
+        starts = {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in entries.items()}
+        end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
+    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        raise BaseModelError(f"{file.name} is not a safetensors file: its header cannot be read ({error}).") from error
+    if 8 + length + end > size:
+        raise _cut_off(file, size, 8 + length + end)
+    return Header(shapes, metadata, dtypes, starts)
+
+
+def _cut_off(file: Path, size: int, promised: int) -> BaseModelError:
+    return BaseModelError(
+        f"{file.name} is truncated: it has {size:,} bytes of at least {promised:,}. Download or copy it again."
+    )
+
+
+def family_on_disk(path: str) -> Family | None:
+    """The family of a base model by its header or configuration, without its weights; None if it is not on the disk.
+
+    Raises:
+        BaseModelError: It is a file that is no base model.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return identify(read_header(place), path).family
+    try:
+        unet = json.loads((place / "unet" / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None  # a hub id, or a folder that loading it will say more about
+    if unet.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    return "sd2" if unet.get("use_linear_projection") else "sd1"
+
+
+class Identified(NamedTuple):
+    """What a checkpoint is; its prediction type is None where the file does not say."""
+
+    family: Family
+    prediction_type: PredictionType | None
+    zero_terminal_snr: bool
+
+
+def identify(header: Header, name: str) -> Identified:
+    """Identify a checkpoint in its authors' layout (LDM, sgm); `name` is for messages.
+
+    Raises:
+        BaseModelError: It is something else, its UNet needs further inputs, or a part is missing.
+    """
+    if not header.has(_UNET + "input_blocks."):
+        raise _is_something_else(header, name)
+    only_second = header.has("conditioner.embedders.0.model.") and not header.has("conditioner.embedders.1.")
+    if only_second or _num_inputs(header, _UNET + "label_emb.0.0.weight") == _REFINER_WIDTH:
+        raise BaseModelError(
+            f"{name} is the refiner of Stable Diffusion XL, which only refines finished images. Train on "
+            "the base model."
+        )
+    channels = _num_inputs(header, _UNET + "input_blocks.0.0.weight")
+    if channels != 4:
+        kinds = {9: "an inpainting", 5: "a depth", 8: "an image-editing"}
+        kind = kinds.get(channels, "an unsupported")
+        raise BaseModelError(
+            f"{name} is {kind} checkpoint: its UNet takes {channels} input channels instead of 4. Train on the base "
+            "model that it was made from; the LoRA works on both."
+        )
+    if header.has("edm_mean"):
+        raise BaseModelError(
+            f"{name} uses the EDM formulation (as Playground v2.5 does), whose noise schedule sdlora does not train. "
+            "Choose another base model."
+        )
+    family = _family(header)
+    if header.has(_UNET + "label_emb.") != (family == "sdxl"):
+        raise BaseModelError(f"{name} is conditioned on images (unCLIP), which sdlora does not train.")
+    _check_whole(header, family, name)
+    return Identified(family, _prediction_type(header, family), "ztsnr" in header.shapes)
+
+
+def _is_something_else(header: Header, name: str) -> BaseModelError:
+    kind = next((kind for beginnings, kind in _OTHERS.items() if header.has(*beginnings)), None)
+    if kind is None and any(".lora_" in key or ".lora." in key or "_lora." in key for key in header.shapes):
+        kind = "a LoRA"
+    if kind == "a LoRA":
+        return BaseModelError(
+            f"{name} is a LoRA, not a base model. Set base.path to the model that it was trained on; `sdlora info` "
+            "shows which one that is."
+        )
+    return BaseModelError(
+        f"{name} is {kind or 'an unknown kind of file'}. sdlora trains Stable Diffusion 1.x, 2.x and XL: use a "
+        "complete checkpoint of one of them, with its text encoders and its VAE."
+    )
+
+
+def _family(header: Header) -> Family:
+    """By the kind of its text encoders or, without any, by the width of the UNet's text embeddings."""
+    for family, beginnings in TEXT_ENCODERS.items():
+        if any(header.has(beginning) for beginning in beginnings):
+            return family
+    widths = _text_widths(header)
+    return next((f for f, architecture in ARCHITECTURES.items() if architecture.text_width in widths), "sd1")
+
+
+def _num_inputs(header: Header, name: str) -> int:
+    """How many inputs a layer has; 0 if the layer does not exist."""
+    _, inputs, *_ = (*header.shapes.get(name, ()), 0, 0)
+    return inputs
+
+
+def _text_widths(header: Header) -> list[int]:
+    """The widths of the text embeddings that the cross-attention layers take."""
+    return sorted({_num_inputs(header, name) for name in header.shapes if name.endswith("attn2.to_k.weight")})
+
+
+def _check_whole(header: Header, family: Family, name: str) -> None:
+    """Check that the text encoders and the VAE are there, and that the UNet has the family's shape."""
+    architecture = ARCHITECTURES[family]
+    title = architecture.title
+    if missing := [beginning for beginning in TEXT_ENCODERS[family] if not header.has(beginning)]:
+        raise BaseModelError(
+            f"{name} holds the UNet of {title} without its text encoder{'s' if len(TEXT_ENCODERS[family]) > 1 else ''}"
+            f" (no {missing[0]}...). Use a complete checkpoint."
+        )
+    if not header.has(_VAE_PREFIX):
+        raise BaseModelError(
+            f"{name} holds the UNet of {title} without its VAE (no {_VAE_PREFIX}...). Use a complete checkpoint."
+        )
+    # The UNet must have the family's true shape, since its configuration is not in the file.
+    expected = (architecture.unet["block_out_channels"][0], architecture.text_width)
+    first, *_ = (*header.shapes.get(_UNET + "input_blocks.0.0.weight", ()), 0)
+    widths = _text_widths(header)
+    if (first, *widths) != expected:
+        found = " and ".join(str(width) for width in (first, *widths))
+        raise BaseModelError(
+            f"{name} has the text encoders of {title}, but its UNet has another shape (widths {found}, "
+            f"not {expected[0]} and {expected[1]}). Convert it to a diffusers folder with its own configuration files."
+        )
+
+
+def _prediction_type(header: Header, family: Family) -> PredictionType | None:
+    stated = header.metadata.get("modelspec.prediction_type", "").lower()
+    architecture = header.metadata.get("modelspec.architecture", "")
+    if "v_pred" in header.shapes or stated in ("v", "v_prediction") or architecture.endswith("-v"):
+        return "v_prediction"
+    if stated == "epsilon" or architecture.endswith("v2-512"):
+        return "epsilon"
+    # SD 2.x exists with both prediction types, with the same tensor names and shapes.
+    return None if family == "sd2" else "epsilon"

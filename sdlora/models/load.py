@@ -25,13 +25,11 @@ from sdlora.common.bundled import pocket_folder
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
 from sdlora.lora.quantize import Quantization, quantize_linears
-from sdlora.models.architectures import ARCHITECTURES, Family
-from sdlora.models.base import BaseModel, Source
-from sdlora.models.detect import identify, read_header
+from sdlora.models.architectures import ARCHITECTURES, Family, identify, read_header
+from sdlora.models.base import BaseModel, Source, TextOptions, clip_tokenizer
 from sdlora.models.sd import StableDiffusion
 from sdlora.models.sd2 import StableDiffusion2
 from sdlora.models.sdxl import StableDiffusionXL
-from sdlora.models.text import TextOptions, clip_tokenizer
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PIPELINES = {architecture.pipeline for architecture in ARCHITECTURES.values()}

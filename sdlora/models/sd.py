@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from diffusers import DiffusionPipeline
 
 from sdlora.errors import ConfigError
-from sdlora.models.base import BaseModel, TextEmbeddings
-from sdlora.models.text import tokens_in_windows
+from sdlora.models.base import BaseModel, TextEmbeddings, tokens_in_windows
 
 
 class StableDiffusion(BaseModel):

@@ -14,8 +14,7 @@ from torch import Tensor
 from sdlora.data.dataset import Example
 from sdlora.data.images import crop_origin
 from sdlora.errors import BaseModelError
-from sdlora.models.base import BaseModel, TextEmbeddings
-from sdlora.models.text import tokens_in_windows
+from sdlora.models.base import BaseModel, TextEmbeddings, tokens_in_windows
 
 _NUM_SIZES = 6
 

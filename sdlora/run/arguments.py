@@ -1,18 +1,24 @@
-"""Turns settings into arguments: the one place where a configuration becomes what the rooms below take.
+"""Turns settings into what the rooms below take: their arguments, and the images, read and fitted to the base model.
 
-Used by whatever starts from a configuration: the run, the cache, estimates and the studio.
+Used by whatever starts from a configuration: the run, the cache, estimates and the studio. Images are read first, so
+that what is wrong with them is found before anything is loaded.
 """
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 
+from sdlora.common.bundled import ImageFolder, resolve_data_folder
 from sdlora.config.schema import RunConfig
+from sdlora.config.schema_data import DataConfig
+from sdlora.data.checks import examine_lengths, examine_sizes, summarize_warnings
+from sdlora.data.dataset import Dataset, load_dataset, load_mask_pixels, split_validation
+from sdlora.data.images import MaskKind
 from sdlora.diffusion.timesteps import Density
-from sdlora.lora.inject import Adapter, AdapterSpec, inject
-from sdlora.lora.targets import find_targets
+from sdlora.errors import ConfigError, DataError
+from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
 from sdlora.lora.timestep_rank import TimestepRank
-from sdlora.models.base import BaseModel
+from sdlora.models.base import BaseModel, references_to_other_files
 from sdlora.training.settings import TrainingSettings
 
 
@@ -74,3 +80,98 @@ def training_settings(config: RunConfig) -> TrainingSettings:
         "text_encoder_factor": (train.text_encoder_learning_rate or train.learning_rate) / train.learning_rate,
     }
     return TrainingSettings(**{field.name: values[field.name] for field in fields(TrainingSettings)})
+
+
+@dataclass(frozen=True)
+class Images:
+    """All images of a run, those for prior preservation from a folder, and what the user should know about them."""
+
+    training: Dataset
+    validation: Dataset | None
+    prior: Dataset | None
+    notices: tuple[str, ...]
+
+
+def read_images(data: DataConfig, seed: int) -> Images:
+    """Read and check all folders of a configuration; the seed is for the images that are split off.
+
+    Raises:
+        DataError: A folder has faults.
+        ConfigError: A folder is named for two purposes.
+    """
+    _refuse_one_folder_twice(data)
+    training = _read(data, *data.sets, masks=data.masks)
+    validation = None if data.validation_set is None else _read(data, data.validation_set)
+    prior = None if data.prior_set is None else _read(data, data.prior_set)
+    if validation is None and data.validation_split:
+        training, validation = split_validation(training, seed)
+    _refuse_calls(training, validation, prior)
+    notices = training.notices
+    if prior is not None:
+        # Their names, which noise depends on, must differ from those of training images.
+        named = tuple(replace(example, name=f"preserved: {example.name}") for example in prior.examples)
+        notices += tuple(f"data.preservation_folder: {notice}" for notice in prior.notices)
+        prior = replace(prior, examples=named)
+    return Images(training, validation, prior, notices)
+
+
+def _read(data: DataConfig, *folders: ImageFolder, masks: MaskKind = "none") -> Dataset:
+    return load_dataset(*folders, allow_trigger_only=data.allow_trigger_only, background=data.background, masks=masks)
+
+
+def _refuse_one_folder_twice(data: DataConfig) -> None:
+    training = [resolve_data_folder(one.folder).resolve() for one in data.sets]
+    validation, prior = (
+        None if folder is None else resolve_data_folder(folder).resolve()
+        for folder in (data.validation_folder, data.preservation_folder)
+    )
+    if len(set(training)) < len(training):
+        raise ConfigError("data.sets names a folder twice. Name each once, and give it more repeats.")
+    if validation in training:
+        raise ConfigError(
+            "data.validation_folder is data.folder: images that are trained on cannot validate. Leave "
+            "data.validation_folder unset to split a few images off, or name another folder."
+        )
+    if prior is not None and prior in (*training, validation):
+        raise ConfigError(
+            "data.preservation_folder is also a training or validation folder. Name a folder with images of what the "
+            "base model should keep, such as other subjects of the same class."
+        )
+
+
+def fit_images(images: Images, base: BaseModel, data: DataConfig, batch_size: int) -> Images:
+    """The same images in the base model's training sizes, with more notices.
+
+    Raises:
+        DataError: All white of a mask is cropped away.
+    """
+
+    def fitted(dataset: Dataset) -> Dataset:
+        return dataset.with_buckets(data.resolution_px or base.resolution_px, data.bucket_options)
+
+    training = fitted(images.training)
+    for example in training.examples:
+        load_mask_pixels(example)  # raises now, and not after the run's folder was made
+    # Validation is of whole images and unweighted, so that its loss compares across settings.
+    validation = None if images.validation is None else fitted(images.validation.without_masks())
+    prior = None if images.prior is None else fitted(images.prior)
+    sizes, buckets = ({e.name: e.bucket for e in read.examples} for read in (images.training, training))
+    # In batches of one, an image alone in its bucket loses nothing.
+    found = [f for f in examine_sizes(sizes, buckets) if f.kind != "lone bucket" or batch_size > 1]
+    found += examine_lengths({e.name: max(map(base.num_tokens, e.texts)) for e in training.examples}, base.max_tokens)
+    return Images(training, validation, prior, (*images.notices, *summarize_warnings(found)))
+
+
+def _refuse_calls(*datasets: Dataset | None) -> None:
+    """Refuse captions that call up other files, whose content the words around them would be trained for."""
+    faults = [
+        f"  {example.name}: {calls[0]}"
+        for dataset in datasets
+        for example in (dataset.examples if dataset else ())
+        if (calls := references_to_other_files("\n".join([example.caption, *example.texts])))
+    ]
+    if faults:
+        raise DataError(
+            "Captions call up a textual inversion or another network, which sdlora does not load. Describe in words "
+            "what the image shows:\n" + "\n".join(faults)
+        )

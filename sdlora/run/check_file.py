@@ -11,7 +11,7 @@ from pathlib import Path
 from sdlora.config.schema import RunConfig
 from sdlora.errors import ConfigError
 from sdlora.events import EpochDone, Event, Notice
-from sdlora.lora_files.attach import attach
+from sdlora.lora_files.pipelines import attach
 from sdlora.lora_files.read import LoraFile
 from sdlora.run.setup import load, make_checker, make_validation, preview_request
 

@@ -25,26 +25,25 @@ from sdlora.config.toml import load_config
 from sdlora.copycheck.null_distribution import MIN_DRAWN, SIZE
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Dataset
-from sdlora.estimate.disk import (
+from sdlora.estimate.costs import (
     bytes_in,
     cache_bytes,
     cached_content,
     check_disk_space,
     image_bytes,
     run_folder_bytes,
+    step_seconds,
 )
 from sdlora.estimate.hints import CountedHint, hints_to_fit, with_values
 from sdlora.estimate.memory import MemoryEstimate, MemoryInputs, estimate_memory
 from sdlora.estimate.meta_model import Shapes, num_bytes, shapes_of_base, shapes_of_configs, shapes_of_family
-from sdlora.estimate.timing import step_seconds
 from sdlora.events import saved_as, to_json
 from sdlora.lora.quantize import num_weights
 from sdlora.models.architectures import Family
 from sdlora.run.arguments import adapter_spec, training_settings
 from sdlora.run.folder import RunFolder
 from sdlora.run.setup import RunContext, prepare
-from sdlora.training.data import TrainingData, evaluation_data
-from sdlora.training.schedule import make_schedule
+from sdlora.training.data import TrainingData, evaluation_data, make_schedule
 
 _SMALL_BASE = 100_000_000
 

@@ -16,18 +16,17 @@ from typing import TYPE_CHECKING
 import torch
 
 from sdlora.cache.tensors import Cache
-from sdlora.common.quiet import quiet_libraries
+from sdlora.common.process import quiet_libraries
 from sdlora.config.schema import RunConfig
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Example
 from sdlora.errors import SdloraError
-from sdlora.estimate.disk import cached_content
+from sdlora.estimate.costs import cached_content
 from sdlora.events import Notice, Progress
 from sdlora.run.arguments import training_settings
 from sdlora.run.setup import Loaded, choose_device, fresh_base, load
-from sdlora.training.data import TrainingData, evaluation_data, training_data
+from sdlora.training.data import TrainingData, evaluation_data, make_schedule, training_data
 from sdlora.training.prior_preservation import schedule_prior_images
-from sdlora.training.schedule import make_schedule
 
 if TYPE_CHECKING:
     from multiprocessing.queues import Queue

@@ -22,9 +22,10 @@ from sdlora.config.schema import RunConfig
 from sdlora.config.schema_training import MAX_EPOCHS
 from sdlora.config.toml import dump_toml
 from sdlora.copycheck.verdict import EpochCheck, read_checks, recommend
+from sdlora.data.dataset import Pixels
 from sdlora.errors import DivergedError, OutOfMemoryError, ProcessLostError, SdloraError
+from sdlora.estimate.costs import step_seconds
 from sdlora.estimate.hints import out_of_memory_message
-from sdlora.estimate.timing import step_seconds
 from sdlora.events import (
     CheckpointDue,
     EpochDone,
@@ -37,11 +38,11 @@ from sdlora.events import (
     RunDone,
     StepRehearsed,
 )
-from sdlora.run.epoch import close_epoch, write_page
+from sdlora.previews.sampler import PreviewRequest, contact_sheet, draw_epoch
+from sdlora.report.report import write_report
 from sdlora.run.estimate import check_disks, memory_of_run
-from sdlora.run.export import caption_metadata, limits_elsewhere
+from sdlora.run.export import add_thumbnail, caption_metadata, export_epoch, limits_elsewhere, write_card
 from sdlora.run.folder import Recorder, RunFolder
-from sdlora.run.hub import write_card
 from sdlora.run.resume import check_same_content, image_identities, load_newest, pinned, resumed_config
 from sdlora.run.setup import BaseSource, RunContext, choose_device, fresh_base, hints_in, prepare
 from sdlora.run.trackers import Trackers, check_trackers
@@ -320,3 +321,50 @@ def _plan(context: RunContext) -> PlanMade:
         memory_bytes=memory_bytes,
         previews=0 if context.previews is None else len(context.previews.wanted()),
     )
+
+
+def close_epoch(context: RunContext, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
+    """Do all that belongs to an epoch's end, with the weights that are exported.
+
+    Its validation loss is added to `losses`, by epoch.
+
+    Yields:
+        The event with its validation loss, then the events of what is drawn and checked.
+    """
+    with context.trainer.averaged():
+        if context.validation is not None:
+            event = context.validation.measure(event)
+            assert event.validation_loss is not None, "measure fills it in"
+            losses[event.epoch] = event.validation_loss
+        yield event
+        if event.epoch > 0:
+            with hints_in("export", context):
+                export_epoch(context, event)
+        if context.previews is not None:
+            with hints_in("preview", context):
+                yield from _draw_previews(context, context.previews, event.epoch)
+        context.base.offload()
+        done = f"Epoch {event.epoch} of {context.config.train.epochs}" if event.epoch else "The base, before training"
+        write_page(context, [f"{done}. This page is written anew after every epoch."])
+        yield Progress("page", 1, 1)
+
+
+def write_page(context: RunContext, sentences: list[str], kept: int | None = None) -> None:
+    """Write the run's page, with sentences at its top, and the epoch whose file is the run's, once it is known."""
+    folder = context.folder
+    gallery = Pixels(context.data.dataset, context.config.data.background)
+    write_report(folder.path, folder.name, sentences, gallery, kept)
+
+
+def _draw_previews(context: RunContext, previews: PreviewRequest, epoch: int) -> Iterator[Event]:
+    folder = context.folder
+    if context.checker is not None:
+        yield from context.checker.epoch(epoch, folder.epoch(epoch), folder.epoch(0))
+    else:
+        yield from draw_epoch(context.base, previews, epoch, folder.epoch(epoch))
+    titles = ["base", *(f"epoch {number}" for number in range(1, epoch + 1))]
+    drawn = [[folder.epoch(i) / "previews" / name for name in previews.file_names()] for i in range(epoch + 1)]
+    labels = [prompt for prompt, _ in previews.wanted()]
+    contact_sheet(labels, list(zip(titles, drawn, strict=True)), folder.sheet)
+    if epoch > 0 and context.config.file.thumbnail:
+        add_thumbnail(folder.epoch_lora(epoch), previews, folder.epoch(epoch))

@@ -25,20 +25,17 @@ from sdlora.data.dataset import Dataset
 from sdlora.errors import ConfigError, OutOfMemoryError
 from sdlora.estimate.hints import Stage, out_of_memory_message
 from sdlora.lora.inject import Adapter
-from sdlora.models.architectures import ARCHITECTURES, family_named
-from sdlora.models.base import BaseModel, weights_identity
-from sdlora.models.detect import family_on_disk
+from sdlora.models.architectures import ARCHITECTURES, family_named, family_on_disk
+from sdlora.models.base import BaseModel, TextOptions, weights_identity
 from sdlora.models.load import LoadOptions, load_base
-from sdlora.models.text import TextOptions
 from sdlora.previews.prompts import concept, novel_prompts
 from sdlora.previews.sampler import PreviewRequest
-from sdlora.run.arguments import make_adapter, text_is_trained, training_settings
-from sdlora.run.datasets import Images, fit_images, read_images
+from sdlora.run.arguments import Images, fit_images, make_adapter, read_images, text_is_trained, training_settings
 from sdlora.run.folder import RunFolder
 from sdlora.training.data import TrainingData, evaluation_data, training_data
 from sdlora.training.distributed import ALONE, Processes
+from sdlora.training.loss import Validation
 from sdlora.training.trainer import Trainer
-from sdlora.training.validation import Validation
 
 BaseSource = Callable[[RunConfig, torch.device, torch.dtype], BaseModel]
 """Where a run's base model comes from; it has no adapter in it."""

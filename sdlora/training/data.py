@@ -1,25 +1,76 @@
-"""Training data: a dataset's cached tensors, by example and exposure.
+"""Training data: which image is trained in which step and at which timestep, and the cached tensors of its exposures.
 
-Read by the loss. Captions are a function of counters, so all are known before training, and the text encoder runs once
-per distinct caption and never in the loop, unless it is trained itself.
+Read by the loss. Schedule and captions are functions of settings, images and counters, so all are known before
+training, and a resumed run follows the same ones; the text encoder runs once per distinct caption and never in the
+loop, unless it is trained itself.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from torch import Tensor
 
 from sdlora.cache.tensors import Cache
-from sdlora.data.batches import Exposure
+from sdlora.data.batches import Exposure, epoch_batches
 from sdlora.data.captions import caption_for_exposure, prior_caption
 from sdlora.data.dataset import Dataset, Example
+from sdlora.diffusion.timesteps import cover
 from sdlora.events import Progress
 from sdlora.models.base import TextEmbeddings
 from sdlora.training.settings import TrainingSettings
 
+Step = list[tuple[Exposure, ...]]
+"""An optimizer step: batches whose gradients are summed."""
+
 CaptionForExposure = Callable[[int, int], str]
+
+
+@dataclass(frozen=True)
+class ExposureSchedule:
+    """All exposures of one set of images.
+
+    Attributes:
+        epochs: The optimizer steps of each epoch; a step without batches exposes none of these images.
+        timesteps: The timestep of each exposure, in the order of training.
+    """
+
+    epochs: list[list[Step]]
+    timesteps: dict[Exposure, int]
+
+    @cached_property
+    def steps(self) -> list[Step]:
+        """The optimizer steps of all epochs."""
+        return [step for steps in self.epochs for step in steps]
+
+
+def make_schedule(settings: TrainingSettings, dataset: Dataset) -> ExposureSchedule:
+    """Expose every image as often as its repeats say, in every epoch."""
+    buckets = [example.bucket for example in dataset.examples]
+    repeats = [example.repeats for example in dataset.examples]
+    size = settings.gradient_accumulation_steps
+    epochs: list[list[Step]] = []
+    for epoch in range(1, settings.epochs + 1):
+        batches = epoch_batches(buckets, repeats, settings.batch_size, epoch, settings.seed)
+        epochs.append([batches[first : first + size] for first in range(0, len(batches), size)])
+    return with_timesteps(settings, dataset, epochs, settings.seed)
+
+
+def with_timesteps(
+    settings: TrainingSettings, dataset: Dataset, epochs: list[list[Step]], seed: int
+) -> ExposureSchedule:
+    """Draw the timestep of every exposure, which completes a schedule."""
+    steps = [[exposure for batch in step for exposure in batch] for epoch in epochs for step in epoch]
+    named = [[(dataset.examples[exposure.example].name, exposure.number) for exposure in step] for step in steps]
+    draws = cover(settings.coverage, named, seed)
+    timesteps = {
+        exposure: settings.density.timestep(draw)
+        for step, drawn in zip(steps, draws, strict=True)
+        for exposure, draw in zip(step, drawn, strict=True)
+    }
+    return ExposureSchedule(epochs, timesteps)
 
 
 @dataclass(frozen=True)

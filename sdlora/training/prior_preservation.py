@@ -19,9 +19,8 @@ from sdlora.data.dataset import Dataset
 from sdlora.diffusion.losses import mse_per_example
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel, TextEmbeddings
-from sdlora.training.data import TrainingData
+from sdlora.training.data import ExposureSchedule, TrainingData, with_timesteps
 from sdlora.training.loss import Batch, Error, diffusion_loss, noised, on_device, text_on_device
-from sdlora.training.schedule import ExposureSchedule, with_timesteps
 from sdlora.training.settings import TrainingSettings
 
 

@@ -1,11 +1,13 @@
-"""One optimizer step: learning rate, gradients, clipping, optimizer, average.
+"""One optimizer step: learning rate, gradients, clipping, optimizer, average; it stops at a value that is not finite.
 
-Called by the trainer's loop for every step of the schedule.
+Called by the trainer's loop for every step of the schedule. Waiting for a GPU at every step would slow training down,
+so a step's values are checked after the next step.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -13,15 +15,14 @@ from accelerate import Accelerator
 from torch import Tensor, nn
 
 from sdlora.data.batches import Exposure
+from sdlora.errors import DivergedError
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel
+from sdlora.training.data import Step
 from sdlora.training.distributed import Processes
-from sdlora.training.divergence import DivergenceCheck, check_finite
-from sdlora.training.ema import MovingAverage
 from sdlora.training.loss import Term
 from sdlora.training.model import TrainingModel
-from sdlora.training.optimizers import adapter_groups, learning_rate, make_optimizer, set_learning_rate
-from sdlora.training.schedule import Step
+from sdlora.training.optimizers import MovingAverage, adapter_groups, learning_rate, make_optimizer, set_learning_rate
 from sdlora.training.settings import TrainingSettings
 
 
@@ -160,3 +161,59 @@ class TrainStep:
         if self.base.device.type == "cuda":
             torch.cuda.empty_cache()
         return (micro_batch_size or self.settings.batch_size) // 2
+
+
+class DivergenceCheck:
+    """Checks the loss and the gradient norm of every step."""
+
+    def __init__(self) -> None:
+        # Step, learning rate, the two values, and when they are on the host.
+        self._pending: tuple[int, float, Tensor, torch.cuda.Event | None] | None = None
+
+    def observe(self, step: int, learning_rate: float, losses: Tensor, gradient_norm: Tensor | None) -> None:
+        """Take the values of a step; checked at once on a CPU, on a GPU with the next step or `check_pending`.
+
+        The gradient norm, a scalar, is None where infinite gradients are expected, as under loss scaling.
+
+        Raises:
+            DivergedError: A value of this step, or of the one before it, is not finite.
+        """
+        self.check_pending()
+        values = torch.stack([losses.detach().sum(), losses.new_zeros(()) if gradient_norm is None else gradient_norm])
+        if values.device.type != "cuda":
+            self._pending = (step, learning_rate, values, None)
+            self.check_pending()
+            return
+        host = torch.empty(2, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        self._pending = (step, learning_rate, host, copied)
+
+    def check_pending(self) -> None:
+        """Check the last step, if that was not done yet; raises as `observe` does."""
+        if self._pending is None:
+            return
+        (step, learning_rate, values, copied), self._pending = self._pending, None
+        if copied is not None:
+            copied.synchronize()
+        for what, value in zip(("loss", "gradient"), values.tolist(), strict=True):
+            if not math.isfinite(value):
+                raise DivergedError(
+                    f"The {what} became {value} at step {step} (learning rate {learning_rate:g}). Lower "
+                    "train.learning_rate, or set train.precision to 'fp32'."
+                )
+
+
+def check_finite(named: Mapping[str, Iterable[Tensor]], step: int) -> None:
+    """Check everything that a checkpoint or a file would hold after a step, by a name such as "adapter".
+
+    Raises:
+        DivergedError: Any value is NaN or infinite.
+    """
+    for name, tensors in named.items():
+        found = [tensor.isfinite().all() for tensor in tensors]
+        if found and not bool(torch.stack(found).all()):
+            raise DivergedError(
+                f"The {name} holds NaN or infinite values after step {step}. Nothing of it is saved. Lower "
+                "train.learning_rate."
+            )

@@ -17,12 +17,11 @@ from sdlora.data.batches import Exposure
 from sdlora.diffusion.timesteps import NUM_BANDS, band_of
 from sdlora.events import CheckpointDue, EpochDone, Event, Notice, StepDone, saved_as
 from sdlora.lora.inject import Adapter
-from sdlora.training.data import TrainingData
+from sdlora.training.data import Step, TrainingData, make_schedule
 from sdlora.training.distributed import ALONE, Processes
-from sdlora.training.ema import evaluation_weights
 from sdlora.training.loss import ExposureLoss, Term
+from sdlora.training.optimizers import evaluation_weights
 from sdlora.training.prior_preservation import ClassWords, schedule_prior_images
-from sdlora.training.schedule import Step, make_schedule
 from sdlora.training.settings import TrainingSettings
 from sdlora.training.train_step import StepResult, TrainStep
 

@@ -18,8 +18,7 @@ from diffusers.models.attention import BasicTransformerBlock
 from torch import Tensor
 from torch._dynamo.utils import counters
 
-from sdlora.lora.inject import inject
-from sdlora.lora.targets import find_targets
+from sdlora.lora.inject import find_targets, inject
 from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group
 

@@ -33,9 +33,8 @@ from torch import Tensor
 
 from sdlora.common.bundled import pocket_folder
 from sdlora.common.seeds import derive
-from sdlora.copycheck.similarity import hp_ms, phash
+from sdlora.copycheck.similarity import hp_ms, phash, registered_correlation
 from sdlora.copycheck.statistics import fisher_z, standardize
-from sdlora.copycheck.warp_alignment import registered_correlation
 
 STEPS = 10
 STRENGTHS = tuple(tenth / 10 for tenth in range(1, 10))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from sdlora.estimate.trace import Cost
+from sdlora.estimate.meta_model import Cost
 
 
 @contextmanager

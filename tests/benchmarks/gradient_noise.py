@@ -31,8 +31,7 @@ from torch import Tensor
 from sdlora.common import seeds
 from sdlora.config.schema import RunConfig
 from sdlora.data.batches import epoch_batches
-from sdlora.diffusion.stratify import cover
-from sdlora.diffusion.timesteps import Density
+from sdlora.diffusion.timesteps import Density, cover
 from sdlora.run.arguments import training_settings
 from sdlora.training.trainer import Trainer
 

@@ -44,8 +44,7 @@ def measure(folder: Path, base: Path) -> dict[str, Any]:
     from sdlora.run.arguments import make_adapter, training_settings
     from sdlora.run.fill_cache import fill_cache
     from sdlora.run.setup import load
-    from sdlora.training.data import training_data
-    from sdlora.training.schedule import make_schedule
+    from sdlora.training.data import make_schedule, training_data
     from sdlora.training.trainer import Trainer
 
     document = {

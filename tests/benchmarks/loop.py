@@ -32,7 +32,7 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from sdlora.config.toml import parse_config
 from sdlora.data.images import to_tensor
 from sdlora.events import StepDone
-from sdlora.lora.targets import find_targets
+from sdlora.lora.inject import find_targets
 from sdlora.models.architectures import ARCHITECTURES
 from sdlora.pocket.architecture import build_scheduler, build_tokenizer
 from sdlora.run.folder import RunFolder

@@ -28,9 +28,8 @@ from peft import LoraConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from sdlora.estimate.trace import counted
-from sdlora.lora.inject import inject
-from sdlora.lora.targets import find_targets
+from sdlora.estimate.meta_model import counted
+from sdlora.lora.inject import find_targets, inject
 from sdlora.models.architectures import ARCHITECTURES, Family
 from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group

@@ -20,7 +20,7 @@ from typing import Any
 from sdlora import events
 from sdlora.config.toml import load_config
 from sdlora.events import Event
-from sdlora.run.eta import Timer
+from sdlora.run.folder import Timer
 
 FROM = 0.1
 WITHIN = 0.2

@@ -15,13 +15,12 @@ from sdlora.copycheck.embedders import Embedders
 from sdlora.copycheck.null_distribution import make_gallery
 from sdlora.data.dataset import load_dataset
 from sdlora.events import CopyChecked, EpochDone, PreviewsDone
-from sdlora.lora.inject import Adapter, inject
-from sdlora.lora.targets import find_targets
+from sdlora.lora.inject import Adapter, find_targets, inject
 from sdlora.models.load import load_base
 from sdlora.pocket.world import random_scene, render
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.training.data import TrainingData
-from sdlora.training.validation import Validation
+from sdlora.training.loss import Validation
 
 
 @pytest.fixture

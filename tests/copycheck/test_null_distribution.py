@@ -18,10 +18,9 @@ from sdlora.copycheck.null_distribution import (
     reduced,
     registered_null_scores,
 )
-from sdlora.copycheck.warp_alignment import registered_correlation
+from sdlora.copycheck.similarity import registered_correlation
 from sdlora.events import Progress
-from sdlora.lora.inject import inject
-from sdlora.lora.targets import find_targets
+from sdlora.lora.inject import find_targets, inject
 from sdlora.models.load import load_base
 from sdlora.pocket.world import random_scene, render
 from sdlora.previews.sampler import PreviewRequest

@@ -12,8 +12,7 @@ from copy_sets import degrade, warp
 from PIL import Image, ImageOps
 from scipy.ndimage import map_coordinates
 
-from sdlora.copycheck.similarity import SIZE_PX, hp_ms, luma
-from sdlora.copycheck.warp_alignment import register, registered_correlation
+from sdlora.copycheck.similarity import SIZE_PX, hp_ms, luma, register, registered_correlation
 
 
 @pytest.fixture(scope="module")

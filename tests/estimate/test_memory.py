@@ -14,11 +14,10 @@ from torch import nn
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import parse_config
 from sdlora.estimate import memory
+from sdlora.estimate.costs import comparison_cost
 from sdlora.estimate.memory import MemoryEstimate, MemoryInputs, estimate_memory
 from sdlora.estimate.meta_model import MetaBase, num_bytes, shapes_of_family
-from sdlora.estimate.timing import comparison_cost
-from sdlora.lora.inject import AdapterSpec, inject
-from sdlora.lora.targets import find_targets
+from sdlora.lora.inject import AdapterSpec, find_targets, inject
 from sdlora.training.optimizers import Group, make_optimizer
 
 CROSS = ["cross_attention"]

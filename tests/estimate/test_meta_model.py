@@ -5,8 +5,20 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
+from counts import saved_for_backward
+from torch import nn
 
-from sdlora.estimate.meta_model import META, MetaBase, empty_latents, num_bytes, shapes_of_base, shapes_of_family
+from sdlora.estimate.meta_model import (
+    META,
+    MetaBase,
+    counted,
+    empty_latents,
+    meta_attention,
+    num_bytes,
+    shapes_of_base,
+    shapes_of_family,
+)
 from sdlora.models.load import load_base
 
 
@@ -33,3 +45,60 @@ def test_families_text_encoders_have_published_sizes() -> None:
     vae = 83_653_863 * 4
     assert shapes_of_family("sd1").frozen_bytes - vae < 124e6 * 4
     assert abs(shapes_of_family("sdxl").frozen_bytes - vae - (123.1e6 + 693.4e6) * 4) < 4e7
+
+
+def test_linear_layer_costs_formula_flops_and_bytes() -> None:
+    layer, x = nn.Linear(30, 50, device=META).requires_grad_(False), torch.empty(7, 30, device=META)
+    with counted() as forward:
+        layer(x)
+    assert forward.flops == 2 * 7 * 30 * 50
+    assert forward.peak_bytes == 4 * 7 * 50
+    with counted() as both:
+        layer(x.requires_grad_()).view(-1).unsqueeze(0).sum().backward()
+    assert both.flops == 2 * forward.flops
+
+
+def test_freed_storage_is_no_longer_held() -> None:
+    x = torch.empty(1000, device=META)
+    with counted() as cost:
+        for _ in range(5):
+            y = x + 1
+            y = y.view(10, 100)[2:]
+        assert cost.held_bytes == 4000
+        # The new tensor is made while the old one is still there.
+        assert cost.peak_bytes == 8000
+        del y
+        assert cost.held_bytes == 0
+
+
+def test_real_and_meta_tensors_cost_the_same() -> None:
+    def step(device: str) -> tuple[int, int]:
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Conv2d(4, 8, 3), nn.SiLU(), nn.Conv2d(8, 4, 3)).to(device)
+        with counted() as cost:
+            net(torch.ones(2, 4, 16, 16, device=device)).square().mean().backward()
+        return cost.flops, cost.held_bytes
+
+    assert step("cpu") == step("meta")
+
+
+def test_attention_holds_no_scores_and_counts_four_products_backward() -> None:
+    q = torch.empty(1, 2, 64, 8, device=META, requires_grad=True)
+    with counted() as cost:
+        F.scaled_dot_product_attention(q, q, q)
+    assert cost.flops == 2 * (2 * 2 * 64 * 64 * 8)
+    assert cost.peak_bytes < 4 * 2 * 64 * 64
+    with counted() as both:
+        F.scaled_dot_product_attention(q, q, q).sum().backward()
+    assert both.flops == 3 * cost.flops
+    before = F.scaled_dot_product_attention
+    with meta_attention():
+        assert F.scaled_dot_product_attention is not before
+    assert F.scaled_dot_product_attention is before
+
+
+def test_saved_tensors_are_counted_once_without_weights() -> None:
+    layer, x = nn.Linear(10, 10), torch.ones(5, 10, requires_grad=True)
+    with saved_for_backward(layer) as saved:
+        (layer(x) + layer(x)).sum()
+    assert saved.held_bytes == 4 * 5 * 10

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from diffusers import UNet2DConditionModel
 
-from sdlora.lora.inject import Adapter, AdapterSpec, inject
-from sdlora.lora.targets import find_targets
+from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
 
 LINEAR_TARGETS = ["cross_attention", "self_attention", "mlp"]
 UNET_TARGETS = [*LINEAR_TARGETS, "projection", "conv"]

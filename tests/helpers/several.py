@@ -13,7 +13,7 @@ import socket
 import sys
 from dataclasses import dataclass
 
-from sdlora.common.quiet import quiet_libraries
+from sdlora.common.process import quiet_libraries
 from sdlora.common.remote import open_run
 from sdlora.config.toml import load_config
 from sdlora.run.run import Stopped, start

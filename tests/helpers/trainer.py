@@ -12,8 +12,7 @@ from sdlora.common.bundled import BucketOptions, ImageFolder
 from sdlora.config.toml import parse_config
 from sdlora.data.dataset import load_dataset
 from sdlora.data.images import MaskKind
-from sdlora.lora.inject import AdapterSpec, inject
-from sdlora.lora.targets import find_targets
+from sdlora.lora.inject import AdapterSpec, find_targets, inject
 from sdlora.models.load import load_base
 from sdlora.run.arguments import training_settings
 from sdlora.training.data import TrainingData

@@ -7,9 +7,8 @@ from helpers.adapters import LINEAR_TARGETS, UNET_TARGETS, injected, outputs, pe
 from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 
-from sdlora.lora.inject import AdapterSpec, inject
+from sdlora.lora.inject import AdapterSpec, find_targets, inject
 from sdlora.lora.layers import DoraLayer, LoraLayer, LoraLinear, seeded_dropout
-from sdlora.lora.targets import find_targets
 
 
 def test_linear_outputs_and_gradients_equal_peft_in_float64(unet: Any) -> None:

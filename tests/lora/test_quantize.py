@@ -11,12 +11,11 @@ from counts import saved_for_backward
 from helpers.adapters import UNET_TARGETS, perturb, small_unet
 from torch import Tensor, nn
 
-from sdlora.estimate.trace import counted
+from sdlora.estimate.meta_model import counted
 from sdlora.lora.fused import SharedInput
-from sdlora.lora.inject import Adapter, AdapterSpec, inject
+from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
 from sdlora.lora.layers import LoraLinear
 from sdlora.lora.quantize import Packed, Quantization, QuantizedLinear, num_weights, quantize_linears
-from sdlora.lora.targets import find_targets
 from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group
 

@@ -15,8 +15,7 @@ from safetensors.torch import load_file, save_file
 from sdlora.errors import DataError
 from sdlora.lora.inject import Adapter, AdapterSpec, LoraWeights
 from sdlora.lora.timestep_rank import TimestepRank
-from sdlora.lora_files.attach import attach
-from sdlora.lora_files.pipelines import apply_timestep_rank
+from sdlora.lora_files.pipelines import apply_timestep_rank, attach
 from sdlora.lora_files.read import LoraFile, read_file
 from sdlora.lora_files.write import LoraMetadata, save_lora
 

@@ -20,16 +20,14 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from sdlora.errors import BaseModelError, DataError, OutputError
-from sdlora.lora.inject import LoraState, LoraWeights, inject
-from sdlora.lora.targets import adaptable, find_targets
+from sdlora.lora.inject import LoraState, LoraWeights, adaptable, find_targets, inject
 from sdlora.lora_files.algebra import update
 from sdlora.lora_files.base_weights import base_weights, empty_networks, file_weights, layers_by_name, paths_for
 from sdlora.lora_files.merge import differences, merge_into
 from sdlora.lora_files.read import read_file
 from sdlora.lora_files.write import LoraMetadata, save_lora
-from sdlora.models.architectures import ARCHITECTURES, Family
-from sdlora.models.detect import Header
-from sdlora.models.text import clip_tokenizer
+from sdlora.models.architectures import ARCHITECTURES, Family, Header
+from sdlora.models.base import clip_tokenizer
 
 FAMILIES: list[Family] = ["sd1", "sd2", "sdxl"]
 SPEC = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-768-v", "sdxl": "stable-diffusion-xl-v1-base"}

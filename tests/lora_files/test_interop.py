@@ -16,7 +16,7 @@ from helpers.tiny import TINY, make_tiny
 from interop import CELLS, FAMILIES, UNET_TARGETS, Cell, on_meta, random_state, save_and_verify
 from torch import nn
 
-from sdlora.lora.targets import TARGETS, adaptable, find_targets
+from sdlora.lora.inject import TARGETS, adaptable, find_targets
 from sdlora.lora_files.names import to_kohya
 from sdlora.models.architectures import ARCHITECTURES, Family
 

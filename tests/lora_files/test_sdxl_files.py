@@ -16,10 +16,9 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from sdlora.cli.main import app
-from sdlora.lora.inject import AdapterSpec, inject
-from sdlora.lora.targets import adaptable, find_targets
+from sdlora.lora.inject import AdapterSpec, adaptable, find_targets, inject
 from sdlora.lora.timestep_rank import TimestepRank
-from sdlora.lora_files.attach import attach
+from sdlora.lora_files.pipelines import attach
 from sdlora.lora_files.read import describe_lora, read_file
 from sdlora.lora_files.verify import verify_lora
 from sdlora.lora_files.write import LoraMetadata, save_lora

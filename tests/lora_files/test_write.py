@@ -13,8 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from sdlora.errors import DataError, ExportError
-from sdlora.lora.inject import AdapterSpec, LoraState, inject
-from sdlora.lora.targets import find_targets
+from sdlora.lora.inject import AdapterSpec, LoraState, find_targets, inject
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora_files.names import kohya_name, portable_state
 from sdlora.lora_files.read import describe_lora, read_file

@@ -10,7 +10,7 @@ from helpers.bases import CAPTIONS, load
 
 from sdlora.errors import ConfigError
 from sdlora.models.architectures import Family
-from sdlora.models.text import TextOptions
+from sdlora.models.base import TextOptions
 
 
 @pytest.mark.parametrize("family", ["sd2", "sdxl"])

@@ -9,11 +9,9 @@ import torch
 from interop import true_pipeline
 
 from sdlora.common import seeds
-from sdlora.lora.inject import inject
-from sdlora.lora.targets import find_targets
-from sdlora.models.base import Source
+from sdlora.lora.inject import find_targets, inject
+from sdlora.models.base import Source, TextOptions
 from sdlora.models.sd import StableDiffusion
-from sdlora.models.text import TextOptions
 from sdlora.training.loss import Batch, diffusion_loss
 
 NUM_PARAMETERS = 859_520_964

@@ -13,8 +13,7 @@ from diffusers import StableDiffusionPipeline
 from helpers.command import call
 
 from sdlora import pocket_folder
-from sdlora.lora.inject import inject
-from sdlora.lora.targets import find_targets
+from sdlora.lora.inject import find_targets, inject
 from sdlora.lora_files.write import LoraMetadata, save_lora
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ from helpers.promises import Figure
 from helpers.scene import Scene
 from safetensors.torch import load_file
 
-from sdlora.common.metrics import read_metrics
+from sdlora.common.run_files import read_metrics
 from sdlora.config.toml import RENAMED, load_config, renaming_note
 from sdlora.errors import OutputError
 from sdlora.lora_files.read import describe_lora, read_tensors

@@ -5,9 +5,8 @@ import pytest
 from helpers.checks import CLEAN, COPY, GALLERY, NOVEL, check, write_epochs
 from PIL import ImageOps
 
-from sdlora.report.comparisons import Comparisons
-from sdlora.report.html import environment
-from sdlora.report.images import Album
+from sdlora.report.copy_section import Comparisons
+from sdlora.report.html import Album, environment
 
 CHECKS = {0: check(), 1: check("watch", replace(CLEAN, significant=True), COPY)}
 

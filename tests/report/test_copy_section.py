@@ -6,7 +6,7 @@ import pytest
 from helpers.checks import CLEAN, COPY, NOVEL, check, signal
 from helpers.metrics import epoch, step
 
-from sdlora.common.metrics import Metrics
+from sdlora.common.run_files import Metrics
 from sdlora.report.copy_section import copy_figures, epoch_rows, judged_epoch
 from sdlora.report.html import environment
 

@@ -23,7 +23,7 @@ from sdlora.events import (
     StepDone,
     StepRehearsed,
 )
-from sdlora.run.eta import Timer
+from sdlora.run.folder import Timer
 
 PLAN = PlanMade(
     images=24, validation_images=8, split_off=[], repeats=10, epochs=4, exposures_per_image=40, batch_size=4,

@@ -8,7 +8,7 @@ import pytest
 from helpers.runs import copying_from, run
 from huggingface_hub import ModelCard
 
-from sdlora.run.hub import _hub_id
+from sdlora.run.export import _hub_id
 
 CHECKED = ["copycheck.enabled=true", "preview.num_captions=1", 'preview.prompts=["a red ball: \\"big\\"", "zumi"]']
 

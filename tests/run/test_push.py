@@ -11,9 +11,9 @@ from helpers.runs import run
 from huggingface_hub import errors
 
 from sdlora.errors import HubError, OutputError
-from sdlora.run import hub as hub_module
+from sdlora.run import export as hub_module
+from sdlora.run.export import push_run
 from sdlora.run.folder import RunFolder
-from sdlora.run.hub import push_run
 
 TOKEN = "hf_averysecrettoken"
 

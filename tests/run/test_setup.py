@@ -122,9 +122,9 @@ def full(*_: object, **__: object) -> None:
         ("sdlora.run.run.prepare", "base.quantization = 'int8'"),
         ("sdlora.cache.tensors.Cache.fill_moments", "data.resolution_px = 24 (now 32"),
         ("sdlora.training.loss.diffusion_loss", "--resume --set train.auto_batch=true"),
-        ("sdlora.run.epoch.export_epoch", "base.quantization = 'int8'"),
+        ("sdlora.run.run.export_epoch", "base.quantization = 'int8'"),
         ("sdlora.previews.sampler._draw", "--resume --set preview.enabled=false"),
-        ("sdlora.training.validation.diffusion_loss", "--resume --set train.auto_batch=true"),
+        ("sdlora.training.loss.diffusion_loss", "--resume --set train.auto_batch=true"),
     ],
 )
 def test_out_of_memory_in_a_stage_gives_its_hints(

@@ -16,8 +16,7 @@ from torch import nn
 from torch._dynamo.utils import counters
 
 from sdlora.errors import ConfigError
-from sdlora.lora.inject import Adapter, AdapterSpec, inject
-from sdlora.lora.targets import find_targets
+from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.training import model
 from sdlora.training.model import TrainingModel

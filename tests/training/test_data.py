@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
 
 import torch
+from helpers.schedules import dataset, schedule_settings
 from helpers.trainer import make_trainer
 from PIL import Image, ImageOps
 
@@ -18,7 +20,7 @@ from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Dataset, load_pixels
 from sdlora.run.arguments import training_settings
 from sdlora.run.setup import preview_request
-from sdlora.training.data import evaluation_data, training_data
+from sdlora.training.data import evaluation_data, make_schedule, training_data
 from sdlora.training.loss import ExposureLoss
 
 
@@ -96,3 +98,25 @@ def test_flipped_images_are_mirrored_at_every_second_exposure_with_their_masks(t
         torch.testing.assert_close(latents, data.cache.base.sample_latents(moments[[expected, 2]], noise))
     # What is evaluated is never mirrored.
     assert torch.equal(data.moments([0])[0], moments[0])
+
+
+def test_every_image_is_exposed_as_often_as_its_repeats() -> None:
+    repeats = [1, 5, 2, 3, 5, 1]
+    schedule = make_schedule(schedule_settings(gradient_accumulation_steps=2), dataset(repeats))
+    for number, epoch in enumerate(schedule.epochs, start=1):
+        met: dict[int, list[int]] = defaultdict(list)
+        for step in epoch:
+            assert 1 <= len(step) <= 2
+            for exposure in (exposure for batch in step for exposure in batch):
+                met[exposure.example].append(exposure.number)
+        for index, times in enumerate(repeats):
+            assert sorted(met[index]) == list(range((number - 1) * times + 1, number * times + 1))
+    assert len(schedule.timesteps) == 3 * sum(repeats)
+
+
+def test_exposures_of_an_image_are_spread_over_the_timesteps() -> None:
+    schedule = make_schedule(schedule_settings(), dataset([1, 5, 2, 4]))
+    for index, times in enumerate([1, 5, 2, 4]):
+        found = sorted(t for exposure, t in schedule.timesteps.items() if exposure.example == index)
+        width = 1000 / (3 * times)
+        assert [int(timestep // width) for timestep in found] == list(range(3 * times))

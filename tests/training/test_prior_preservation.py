@@ -18,10 +18,10 @@ from sdlora.common.bundled import BucketOptions, ImageFolder
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import load_dataset
 from sdlora.events import CheckpointDue, StepDone
-from sdlora.lora.inject import inject
-from sdlora.lora.targets import find_targets
+from sdlora.lora.inject import find_targets, inject
 from sdlora.models.load import load_base
 from sdlora.training.checkpoint import load_checkpoint, save_checkpoint
+from sdlora.training.data import make_schedule
 from sdlora.training.loss import Batch, diffusion_loss
 from sdlora.training.prior_preservation import (
     ClassWords,
@@ -29,7 +29,6 @@ from sdlora.training.prior_preservation import (
     one_in,
     schedule_prior_images,
 )
-from sdlora.training.schedule import make_schedule
 from sdlora.training.trainer import Trainer
 
 

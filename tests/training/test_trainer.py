@@ -9,8 +9,7 @@ import torch
 from helpers.trainer import make_trainer
 
 from sdlora.data.batches import Exposure
-from sdlora.diffusion.stratify import cover
-from sdlora.diffusion.timesteps import Density
+from sdlora.diffusion.timesteps import Density, cover
 from sdlora.errors import DivergedError
 from sdlora.events import StepDone
 from sdlora.lora.inject import AdapterSpec

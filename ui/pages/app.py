@@ -18,11 +18,10 @@ from ..html.render import render
 from ..settings.draft import update_draft, write_draft
 from . import images as images_tab
 from . import recipe as recipe_form
-from .context import Context, Live
+from .context import Context, Live, snapshot
 from .images import images_page
 from .recipe import recipe_page
 from .result import clone_into_draft, result_page, runs_page
-from .snapshot import snapshot
 from .training import copy_page, training_page
 
 EVERY_SECONDS = 2

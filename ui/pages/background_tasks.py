@@ -15,8 +15,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from sdlora.data.captioner import images_to_caption
 from sdlora.errors import SdloraError
+from sdlora.run.export import files_to_push
 from sdlora.run.folder import RunFolder
-from sdlora.run.hub import files_to_push
 
 from ..html import views
 from ..html.render import WORDS

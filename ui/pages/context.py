@@ -1,10 +1,12 @@
-"""What all pages of the studio share: its folder, its queue, its sampler, its controls, and how a handler fails.
+"""What all pages of the studio share: its folder, queue, sampler and controls, and what they show of runs at a moment.
 
-Here an unexpected error becomes a message on the page, and its traceback goes to the studio's log.
+Here an unexpected error becomes a message on the page, and its traceback goes to the studio's log. Pages ask for a
+snapshot every two seconds; what is slow to make is made once for every change of a run's files.
 """
 
 from __future__ import annotations
 
+import functools
 import time
 import traceback
 from collections.abc import Callable
@@ -20,10 +22,11 @@ from sdlora.errors import ConfigError, SdloraError
 from ..html import views
 from ..settings.draft import Draft, read_draft
 from ..settings.estimate import base_resolution_px
-from ..state.background_tasks import BackgroundTasks
+from ..state.background_tasks import KINDS, BackgroundTasks, Kind
 from ..state.folders import Studio, StudioError
 from ..state.image_set import SetView, view
 from ..state.queue import Jobs, Status
+from ..state.run_view import read_run
 from ..state.try_lora import LoraSampler
 
 
@@ -143,3 +146,75 @@ def need(run: Any) -> str:
     if not run:
         raise ConfigError("No run is chosen. Choose one at the top of the page.")
     return str(run)
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything that the pages of a run show at a moment."""
+
+    html: dict[str, str]  # by slot
+    names: list[str]  # all runs
+    waiting: list[str]  # runs in the queue
+    epochs: list[int]  # epochs with a copy check
+    loras: list[int]  # epochs with a LoRA file
+    kept: int | None  # the recommended epoch so far; None before there is one
+    prompt: str  # a prompt to try the run with
+    can: dict[str, bool]  # which actions are possible: "pause", "proceed", "stop", "resume"
+    ends: dict[Kind, str | None]  # the label of the button of each background task; None where there is no task
+
+
+def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
+    """Everything to show of one run, if one is chosen, with the comparisons of an epoch or the last one."""
+    statuses, shown = context.statuses(), context.studio.shown
+    status = next((other for other in statuses if other.name == name), None) or Status(name or "", "none")
+    runs = {other.name: read_run(context.studio, other.name) for other in statuses}
+    run = runs.get(name or "")
+    last = max(run.checks, default=0) if run else 0
+    tasks = {kind: context.tasks.find(kind) for kind in KINDS}
+    html: dict[str, str] = {
+        "strip": views.strip(statuses),
+        "queue": views.queue(statuses),
+        "status": views.status_panel(status),
+        "cards": views.run_cards([(other, runs[other.name]) for other in statuses], shown),
+        **{kind: views.background_task(context.tasks, kind) for kind in KINDS},
+    }
+    if run is None:
+        empty = views.message("It appears once a run has started.", title="Nothing to see yet")
+        html |= {"charts": "", "grid": "", "banner": empty, "pairs": "", "signs": "", "result": empty}
+    else:
+        html |= {
+            "charts": _charts(run),
+            "grid": _grid(run, shown),
+            "banner": views.copy_banner(run, status),
+            "pairs": _pairs(run, epoch if epoch in run.checks and epoch is not None else last, shown),
+            "signs": _signs(run),
+            "result": views.result_panel(run, status),
+        }
+    recommended = run.recommended() if run else None
+    drawn = run.checks[last].previews if run and last in run.checks else []
+    return Snapshot(
+        html,
+        names=[other.name for other in statuses],
+        waiting=[other.name for other in statuses if other.position is not None],
+        epochs=sorted(run.checks) if run else [],
+        loras=sorted(run.loras) if run else [],
+        kept=recommended[0] if recommended else None,
+        prompt=next((match.prompt for match in drawn if match.kind == "novel"), ""),
+        can={
+            "pause": status.word == "running",
+            "proceed": status.word == "paused",
+            "stop": status.word in ("running", "starting", "paused"),
+            "resume": status.can_resume,
+        },
+        ends={
+            kind: None if task is None else "Stop" if context.tasks.stage(task) == "running" else "Hide this"
+            for kind, task in tasks.items()
+        },
+    )
+
+
+# A run's view is one object for as long as none of its files change.
+_charts = functools.lru_cache(maxsize=16)(views.training_charts)
+_grid = functools.lru_cache(maxsize=16)(views.epoch_grid)
+_pairs = functools.lru_cache(maxsize=32)(views.copy_pairs)
+_signs = functools.lru_cache(maxsize=16)(views.copy_charts)

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sdlora.errors import ConfigError, SdloraError
 
-from ..html import run_views, views
+from ..html import views
 from ..html.render import render
 from ..settings.draft import from_config, write_draft
 from ..state import run_view
@@ -50,7 +50,7 @@ def draw(context: Context, run: RunView, epochs: Sequence[int], request: SampleR
         }
     state = [(str(file), file.stat().st_mtime_ns) for file in files]
     key = hashlib.sha256(repr((run.key, state, request)).encode()).hexdigest()
-    return run_views.tried(context.studio.shown, images, key)
+    return views.tried(context.studio.shown, images, key)
 
 
 def result_page(context: Context, live: Live) -> None:
@@ -122,7 +122,7 @@ def runs_page(context: Context, live: Live) -> tuple[gr.Button, gr.HTML]:
     def compare_settings(first: Any, second: Any) -> str:
         try:
             one, two = (run_view.settings_of(context.studio, need(name)) for name in (first, second))
-            return run_views.settings_table(first, second, run_view.differences(one, two))
+            return views.settings_table(first, second, run_view.differences(one, two))
         except SdloraError as error:
             return views.failure(error)
 

@@ -28,8 +28,7 @@ from sdlora.common.text import format_bytes
 from sdlora.config.toml import dump_toml
 from sdlora.errors import SdloraError
 
-from ..html.image_urls import NAME, ROUTE
-from ..html.render import render
+from ..html.render import NAME, ROUTE, render
 from ..pages.app import HEAD, build, theme
 from ..pages.context import Context
 from ..state import image_set

@@ -25,8 +25,8 @@ from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, parse_config
 from sdlora.errors import SdloraError
 from sdlora.estimate.meta_model import Shapes, shapes_of_configs, shapes_of_family
-from sdlora.models.detect import identify, read_header
-from sdlora.run.datasets import read_images
+from sdlora.models.architectures import identify, read_header
+from sdlora.run.arguments import read_images
 from sdlora.run.estimate import Estimate, count_steps, device_memory, estimate_shapes
 
 from ..state.folders import Studio, StudioError

@@ -19,7 +19,7 @@ from typing import Literal
 import psutil
 
 from sdlora.common.files import write_json, write_text
-from sdlora.common.run_state import RunState, read_state
+from sdlora.common.run_files import RunState, read_state
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, load_config
 from sdlora.events import fields_from_json, saved_as, to_json

@@ -16,7 +16,7 @@ from typing import Any
 from PIL import Image
 
 from sdlora.common.bundled import resolve_data_folder
-from sdlora.common.metrics import Metrics, read_metrics
+from sdlora.common.run_files import Metrics, read_metrics
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config, options
 from sdlora.copycheck.verdict import EpochCheck, read_checks, recommend

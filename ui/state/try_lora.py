@@ -12,7 +12,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from sdlora.config.schema import RunConfig
-from sdlora.lora_files.attach import attach
+from sdlora.lora_files.pipelines import attach
 from sdlora.lora_files.read import read_file
 from sdlora.previews.sampler import PreviewRequest, draw
 from sdlora.run.setup import BasePool, choose_device

@@ -19,7 +19,7 @@ from PIL import Image
 
 from sdlora.config.toml import dump_toml, load_config, parse_config
 from sdlora.errors import ConfigError
-from sdlora.ui.html.image_urls import file_url
+from sdlora.ui.html.render import file_url
 from sdlora.ui.pages.context import Context
 from sdlora.ui.server.access import MAX_WRONG_LOGINS, Account, PasswordGate, check_host
 from sdlora.ui.server.server import make_app

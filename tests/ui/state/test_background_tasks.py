@@ -17,8 +17,7 @@ from sdlora.errors import SdloraError
 from sdlora.ui.html import views
 from sdlora.ui.pages import background_tasks
 from sdlora.ui.pages.background_tasks import files_to_upload, start_captioning
-from sdlora.ui.pages.context import Context
-from sdlora.ui.pages.snapshot import snapshot
+from sdlora.ui.pages.context import Context, snapshot
 from sdlora.ui.settings.draft import Draft, write_draft
 from sdlora.ui.state import subprocesses
 from sdlora.ui.state.folders import Studio

@@ -12,7 +12,7 @@ import psutil
 import pytest
 from helpers.studios import write_state
 
-from sdlora.common.run_state import RunState
+from sdlora.common.run_files import RunState
 from sdlora.config.schema import RunConfig
 from sdlora.errors import SdloraError
 from sdlora.ui.html.render import progress_words

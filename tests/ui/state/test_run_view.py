@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image, ImageChops
 
-from sdlora.common.metrics import Metrics
+from sdlora.common.run_files import Metrics
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config, parse_config
 from sdlora.copycheck.verdict import read_checks
@@ -22,10 +22,9 @@ from sdlora.events import EpochDone, Event, RunDone
 from sdlora.run import setup
 from sdlora.run.run import Stopped, start
 from sdlora.run.setup import fresh_base
-from sdlora.ui.html import run_views, views
-from sdlora.ui.pages.context import Context
+from sdlora.ui.html import views
+from sdlora.ui.pages.context import Context, snapshot
 from sdlora.ui.pages.result import clone_into_draft, draw
-from sdlora.ui.pages.snapshot import snapshot
 from sdlora.ui.state.folders import Studio
 from sdlora.ui.state.queue import Jobs, Status
 from sdlora.ui.state.run_view import RunView, delete_run, differences, read_run, settings_of
@@ -188,7 +187,7 @@ def test_result_names_the_trigger_of_every_set(
     run = run_of(tmp_path, {"sets": sets})
     unchecked = run.config.model_copy(update={"copycheck": run.config.copycheck.model_copy(update={"enabled": False})})
     run = replace(run, config=unchecked, loras={1: tmp_path / "a.safetensors"})
-    html = run_views.result_panel(run, Status("mine", "done"))
+    html = views.result_panel(run, Status("mine", "done"))
     assert all(words in html for words in told)
     assert ("no trigger word" in html) == (told == ["no trigger word"])
 
@@ -226,7 +225,7 @@ def test_settings_can_be_compared_and_cloned(trained: Context) -> None:
     config = config_of(trained)
     other = config.model_copy(update={"seed": 5, "name": "b"})
     assert differences(config, other) == [("name", "small", "b"), ("seed", 0, 5)]
-    table = run_views.settings_table("a<b", "c", differences(config, other))
+    table = views.settings_table("a<b", "c", differences(config, other))
     assert "a&lt;b" in table and ">seed<" in table
     assert "in the recipe now" in clone_into_draft(trained, "small")
     draft = trained.draft()

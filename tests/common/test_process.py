@@ -1,9 +1,14 @@
+"""The first signal is a wish, the second one an order, and afterwards everything is as before."""
+
+from __future__ import annotations
+
 import logging
+import signal
 
 import pytest
 from diffusers.utils import logging as diffusers_logging
 
-from sdlora.common.quiet import is_main_process, quiet_libraries
+from sdlora.common.process import exit_code_of, is_main_process, quiet_libraries, stop_signals
 
 
 def test_warnings_are_silent_and_errors_are_not(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -31,3 +36,22 @@ def test_only_rank_zero_is_the_main_process(monkeypatch: pytest.MonkeyPatch) -> 
     assert is_main_process()
     monkeypatch.setenv("RANK", "1")
     assert not is_main_process()
+
+
+def test_first_signal_requests_a_stop_and_the_second_interrupts() -> None:
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    said: list[str] = []
+    with stop_signals(said.append) as received:
+        assert received() is None
+        signal.raise_signal(signal.SIGTERM)
+        assert received() == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+        assert received() == signal.SIGTERM
+    assert len(said) == 1
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+
+
+def test_exit_codes() -> None:
+    assert exit_code_of(signal.SIGINT) == 130
+    assert exit_code_of(signal.SIGTERM) == 143

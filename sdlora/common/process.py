@@ -1,16 +1,41 @@
-"""Ctrl-C and SIGTERM as a request to stop, so that a run can save its state first.
+"""How a process of sdlora behaves: other libraries are quiet, and Ctrl-C and SIGTERM ask it to save its state and stop.
 
-Used by the command line around everything that takes long.
+Used by the commands and by worker processes, before libraries are imported and around everything that takes long.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import signal
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from sdlora.errors import RenamedOptionWarning
+
 EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+
+
+def quiet_libraries() -> None:
+    """Silence warnings and progress bars; errors still arrive as exceptions."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+    warnings.simplefilter("ignore")
+    warnings.simplefilter("always", RenamedOptionWarning)
+    for name in ("accelerate", "torch", "huggingface_hub", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    import diffusers.utils.logging
+    import transformers.utils.logging
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
+def is_main_process() -> bool:
+    """Whether this process reports for its run: launchers of several processes set RANK."""
+    return os.environ.get("RANK", "0") == "0"
 
 
 @contextmanager
