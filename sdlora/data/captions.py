@@ -105,10 +105,10 @@ def caption_in(file: Path, name: str) -> str:
     captions becomes lines, tags are joined by commas and follow the caption. An object without them has no caption.
 
     Raises:
-        DataError: It is not UTF-8, or not such a JSON file; the message uses `name` for it.
+        DataError: It is not UTF-8, or not such a JSON file; the message uses `name` for it, whose suffix counts.
     """
     text = _read_text(file, name)
-    if file.suffix.lower() != ".json":
+    if PurePosixPath(name).suffix.lower() != ".json":
         return text.strip()
     try:
         value = json.loads(text)

@@ -44,12 +44,13 @@ MASK_SUFFIX = "-mask.png"
 T = TypeVar("T")
 
 
-def load_image(path: Path, background: str) -> Image.Image:
+def load_image(path: Path, background: str, suffix: str | None = None) -> Image.Image:
     """Decode an image to RGB.
 
     Args:
         path: PNG, JPEG, WebP, BMP, TIFF or AVIF, HEIC or JPEG XL with its plugin, at most 100 million pixels.
         background: Colour that transparent pixels are blended onto, in the syntax of Pillow's ImageColor.
+        suffix: The file's own one where the path has another, such as ".heic".
 
     Returns:
         An RGB image with its EXIF orientation applied.
@@ -57,7 +58,7 @@ def load_image(path: Path, background: str) -> Image.Image:
     Raises:
         DataError: The file is broken, animated, too large, or in another format; the message names it.
     """
-    return _decode(path, lambda image: _to_rgb(image, background))
+    return _decode(path, lambda image: _to_rgb(image, background), suffix)
 
 
 def load_mask(path: Path, image: Path) -> Image.Image | None:
@@ -74,8 +75,8 @@ def load_mask(path: Path, image: Path) -> Image.Image | None:
     return _decode(path, _alpha) if path == image else load_image(path, "black").convert("L")
 
 
-def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
-    formats = [*FORMATS, *_plugged_in(path)]
+def _decode(path: Path, convert: Callable[[Image.Image], T], suffix: str | None = None) -> T:
+    formats = [*FORMATS, *_plugged_in(path.name, (suffix or path.suffix).lower())]
     try:
         with Image.open(path, formats=formats) as opened:
             if getattr(opened, "n_frames", 1) > 1:
@@ -99,27 +100,27 @@ def _decode(path: Path, convert: Callable[[Image.Image], T]) -> T:
         raise DataError(f"{path.name}: broken or truncated ({error}). Save it again or remove it.") from error
 
 
-def _plugged_in(path: Path) -> list[str]:
+def _plugged_in(name: str, suffix: str) -> list[str]:
     """The format of a file that only a plugin reads, after loading the plugin; none for other files.
 
     Raises:
         DataError: The plugin is not installed, or Pillow was built without AVIF.
     """
-    if path.suffix.lower() == ".avif" and not features.check("avif"):
-        raise DataError(f"{path.name}: this Pillow was built without AVIF. Save the image as PNG.")
-    if path.suffix.lower() not in PLUGINS:
+    if suffix == ".avif" and not features.check("avif"):
+        raise DataError(f"{name}: this Pillow was built without AVIF. Save the image as PNG.")
+    if suffix not in PLUGINS:
         return []
-    extra, module, name = PLUGINS[path.suffix.lower()]
+    extra, module, format_name = PLUGINS[suffix]
     try:
         plugin = importlib.import_module(module)
     except ImportError as error:
         raise DataError(
-            f'{path.name}: not readable without {module}. Install it (pip install "sdlora[{extra}]"), or save the '
+            f'{name}: not readable without {module}. Install it (pip install "sdlora[{extra}]"), or save the '
             "image as PNG."
         ) from error
     if module == "pillow_heif":
         plugin.register_heif_opener()
-    return [name]
+    return [format_name]
 
 
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:

@@ -88,11 +88,12 @@ def store_upload(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
         try:
             if entry.suffix in SUFFIXES:
                 name = f"{stems[entry.key]}{entry.suffix}"
-                _store(entry, folder / name, MOST_BYTES, lambda file: load_image(file, "white"))
+                check = functools.partial(load_image, background="white", suffix=entry.suffix)
+                _store(entry, folder / name, MOST_BYTES, check)
                 images.append(name)
             elif entry.suffix in SIDECARS:
                 target = folder / f"{stems[entry.key]}{entry.suffix}"
-                _store(entry, target, MOST_CAPTION_BYTES, lambda file: caption_in(file, file.name))
+                _store(entry, target, MOST_CAPTION_BYTES, functools.partial(caption_in, name=entry.name))
                 num_captions += 1
             elif PurePosixPath(entry.name).name == METADATA:
                 num_captions += _store_metadata(entry, folder, stems)

@@ -111,6 +111,21 @@ def test_editing_captions_replaces_metadata_file(folder: Path) -> None:
     assert not [f for f in image_set.view(folder).findings if f.severity == "error"]
 
 
+def test_editing_a_caption_sets_files_aside_that_would_contradict_it(folder: Path) -> None:
+    (folder / "a.txt").rename(folder / "A.TXT")
+    (folder / "b.txt").unlink()
+    (folder / "b.json").write_text('{"tags": ["one", "two"]}')
+    assert [card.caption for card in image_set.view(folder).cards][1] == "one, two"
+    image_set.write_caption(folder, "a.png", "first")
+    image_set.write_caption(folder, "b.png", "second")
+    assert [card.caption for card in image_set.view(folder).cards][:2] == ["first", "second"]
+    assert not [f for f in image_set.view(folder).findings if f.severity == "error"]
+    assert (folder / "A.TXT").read_text() == "first" and not (folder / "a.txt").exists()
+    assert (folder / "b.json.before").exists()
+    image_set.remove_image(folder, "a.png")
+    assert not (folder / "A.TXT").exists()
+
+
 def test_large_set_is_paged(folder: Path) -> None:
     (card,) = image_set.view(folder).cards[:1]
     many = tuple(replace(card, name=f"{n:03}.png", severity="warning" if n % 7 == 0 else "fine") for n in range(500))

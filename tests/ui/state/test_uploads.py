@@ -52,6 +52,18 @@ def test_images_and_captions_are_stored_together(tmp_path: Path) -> None:
     assert (tmp_path / "set" / "p 0.png").read_bytes() == sent[0].read_bytes()
 
 
+def test_captions_in_other_files_are_stored_as_they_are(tmp_path: Path) -> None:
+    file = packed(
+        tmp_path / "z.zip", ("A.PNG", png()), ("A.Caption", b"a red thing"), ("b.png", png("blue")),
+        ("b.json", b'{"tags": ["blue", "thing"]}'), ("c.json", b"{"), ("d.heic", b"x"),
+    )  # fmt: skip
+    intake = store_upload([("z.zip", file)], tmp_path / "set")
+    assert (intake.images, intake.num_captions) == (("A.png", "b.png"), 2)
+    assert [refused.split(":")[0] for refused in intake.refused] == ["c.json", "d.heic"]
+    found = examine(tmp_path / "set", background="white")
+    assert [image.caption for image in found.images] == ["a red thing", "blue, thing"]
+
+
 def test_taken_name_gets_a_number_like_its_caption(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     write_image(folder / "a.png", "red")
