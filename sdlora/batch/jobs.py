@@ -203,6 +203,9 @@ def _label(combinations: Sequence[Mapping[str, Any]], key: str, value: Any) -> s
     return f"{short}{values.index(value) + 1}"
 
 
+_LORA_FILES = ("base.merge", "lora.from_file")
+
+
 class Fingerprints:
     """Fingerprints of jobs; a folder or base that several jobs share is read once."""
 
@@ -217,6 +220,9 @@ class Fingerprints:
             for one in (*config.data.sets, config.data.validation_set, config.data.prior_set)
             if one is not None
         ]
+        # Jobs without LoRA files keep the fingerprint that they had before there were any.
+        settings = [(name, value) for name, value in settings if name not in _LORA_FILES or value]
+        folders += [_file_content(Path(file).expanduser()) for file in config.lora_files]
         text = json.dumps([__version__, settings, folders, self._base_content(config.base.path)], sort_keys=True)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 
@@ -231,6 +237,10 @@ def _content(folder: Path, recursive: bool) -> str:
             name = file.relative_to(folder).as_posix()
             digest.update(f"{name}\x1f{sha256(file)}\x1e".encode())
     return digest.hexdigest()
+
+
+def _file_content(file: Path) -> str:
+    return sha256(file) if file.is_file() else "missing"
 
 
 def base_content(path: str) -> str:

@@ -21,7 +21,7 @@ from sdlora.common.files import write_json, write_text
 from sdlora.common.run_files import read_metrics
 from sdlora.common.text import format_bytes, format_seconds
 from sdlora.config.schema import RunConfig
-from sdlora.config.toml import options
+from sdlora.config.toml import option_fields, options
 from sdlora.copycheck.verdict import FIDELITY, EpochCheck, Match
 from sdlora.events import saved_as, to_json
 from sdlora.report.charts import COLORS, Point, scatter_chart
@@ -94,8 +94,9 @@ def collect(jobs: Sequence[Job], ledger: Ledger, runs: Mapping[str, Path]) -> li
 def differing(configs: Sequence[RunConfig]) -> list[str]:
     """The options in which runs differ, in the order of the schema."""
     listed = [dict(options(config)) for config in configs]
-    names = [name for name in (listed[0] if listed else {}) if name not in _NO_SETTINGS]
-    return [name for name in names if any(values[name] != listed[0][name] for values in listed)]
+    # What the file of lora.from_file decides is not among a configuration's own.
+    names = [name for name in option_fields() if name not in _NO_SETTINGS]
+    return [name for name in names if any(values.get(name) != listed[0].get(name) for values in listed)]
 
 
 def _comparison_group(config: RunConfig | None) -> str:

@@ -7,13 +7,29 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from sdlora.config.exposures import spread_exposures
 from sdlora.config.schema_data import DataConfig, Section
 from sdlora.config.schema_training import LossConfig, TimestepsConfig, TrainConfig
 
 Target = Literal["cross_attention", "self_attention", "mlp", "projection", "conv", "text_encoder"]
+
+
+class MergedLora(Section):
+    """One entry of base.merge."""
+
+    file: str = Field(min_length=1)
+    """LoRA file of any trainer."""
+    weight: float = Field(1.0, ge=-10.0, le=10.0)
+    """Strength; 1 is as trained."""
+
+    @field_validator("weight")
+    @classmethod
+    def _check_weight(cls, value: float) -> float:
+        if value == 0.0:
+            raise ValueError("a weight of 0 merges nothing; leave the entry out")
+        return value
 
 
 class BaseConfig(Section):
@@ -36,6 +52,30 @@ class BaseConfig(Section):
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Quantize the weights of the UNet's attention blocks, the largest part of a big base model, to 8 or 4 bits during
     training. Rounding changes them by about 1 % (int8) or 10 % (nf4); previews show the quantized model."""
+    merge: list[MergedLora] = Field([])
+    """LoRA files merged into the base model before training, such as [{ file = "style.safetensors", weight = 0.8 }];
+    the new LoRA is then made for use together with them."""
+
+    @field_validator("merge")
+    @classmethod
+    def _check_duplicates(cls, value: list[MergedLora]) -> list[MergedLora]:
+        files = [one.file for one in value]
+        if len(set(files)) < len(files):
+            raise ValueError("every file may be listed only once; give it the sum of its weights")
+        return value
+
+
+FROM_FILE = (
+    "rank",
+    "alpha",
+    "targets",
+    "target_ranks",
+    "target_alphas",
+    "dora",
+    "timestep_rank_min",
+    "timestep_rank_alpha",
+)
+"""The options of an adapter that are taken over from lora.from_file."""
 
 
 class LoraConfig(Section):
@@ -65,6 +105,9 @@ class LoraConfig(Section):
     unset."""
     timestep_rank_alpha: float = Field(1.0, gt=0.0, le=10.0)
     """How fast the rank falls with noise under lora.timestep_rank_min; 1 is linear."""
+    from_file: str | None = None
+    """LoRA file of any trainer that training continues from, with its ranks, alphas and targets; a new LoRA if
+    unset."""
 
     def ranks(self, *, unet_only: bool = False) -> list[int]:
         """The rank of every target; the text encoder is left out with `unet_only`."""
@@ -104,7 +147,16 @@ class LoraConfig(Section):
                 )
         if self.dora and (self.timestep_rank_min is not None or self.init != "gaussian"):
             raise ValueError("lora.dora requires lora.init = 'gaussian' and no lora.timestep_rank_min")
+        if self.from_file is not None and (self.init != "gaussian" or self.rslora):
+            name = "rslora" if self.rslora else "init"
+            raise ValueError(f"lora.{name} has no effect with lora.from_file: A, B and alpha are the file's")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_unknown(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """What the file decides is left out until it was read, so that a default is never taken for a setting."""
+        unknown = set(FROM_FILE) - self.model_fields_set if self.from_file is not None else set()
+        return {key: value for key, value in serialize(self).items() if key not in unknown}
 
 
 class PreviewConfig(Section):
@@ -201,6 +253,12 @@ class RunConfig(Section):
     file: FileConfig = FileConfig()
     cache: CacheConfig = CacheConfig()
 
+    @property
+    def lora_files(self) -> list[str]:
+        """The LoRA files that a run starts with: those merged into the base model, then the one that is continued."""
+        start = [] if self.lora.from_file is None else [self.lora.from_file]
+        return [*(one.file for one in self.base.merge), *start]
+
     @model_validator(mode="before")
     @classmethod
     def _spread_exposures(cls, document: Any) -> Any:
@@ -208,7 +266,9 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_combination(self) -> RunConfig:
-        if self.train.text_encoder_learning_rate is not None and "text_encoder" not in self.lora.targets:
+        targets_are_known = self.lora.from_file is None or "targets" in self.lora.model_fields_set
+        text_is_trained = "text_encoder" in self.lora.targets or not targets_are_known
+        if self.train.text_encoder_learning_rate is not None and not text_is_trained:
             raise ValueError("train.text_encoder_learning_rate requires 'text_encoder' in lora.targets")
         if not self.preview.enabled and (used := self.copycheck.needing_previews()):
             raise ValueError(f"{used[0]} requires preview.enabled = true: the copy check compares previews")

@@ -22,7 +22,7 @@ from pydantic.fields import FieldInfo
 
 from sdlora.common.bundled import shipped_config, shipped_configs
 from sdlora.config.kohya_folders import with_kohya_folders
-from sdlora.config.schema import RunConfig
+from sdlora.config.schema import MergedLora, RunConfig
 from sdlora.config.schema_data import Section, SetOptions
 from sdlora.config.schema_training import MAX_EPOCHS
 from sdlora.errors import ConfigError, RenamedOptionWarning
@@ -163,8 +163,9 @@ def _describe(fault: dict[str, Any]) -> str:
     key = ".".join(str(part) for part in fault["loc"])
     found, limits = fault["input"], fault.get("ctx", {})
     if fault["type"] == "extra_forbidden":
-        in_sets = [f"data.sets.{name}" for name in SetOptions.model_fields]
-        known = in_sets if "sets" in fault["loc"] else [*option_fields()]
+        tables = {"sets": [f"data.sets.{name}" for name in SetOptions.model_fields]}
+        tables["merge"] = [f"base.merge.{name}" for name in MergedLora.model_fields]
+        known = next((names for table, names in tables.items() if table in fault["loc"]), [*option_fields()])
         key = ".".join(str(part) for part in fault["loc"] if not isinstance(part, int))
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         return f"{key}: unknown option." + (f" Did you mean {near[0]}?" if near else "")

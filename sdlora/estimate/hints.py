@@ -115,7 +115,7 @@ def hints(config: RunConfig, dtype: torch.dtype, size_px: tuple[int, int]) -> li
             resolution = {"data.resolution_px": min(width, height)}
             found.append(Hint(resolution, "images are trained smaller", ("cache", "train"), (width, height)))
     rank, lowest = lora.rank // 2, (lora.timestep_rank_min or 0) + 1
-    if lora.rank == max(lora.ranks()) and rank >= lowest:
+    if lora.from_file is None and lora.rank == max(lora.ranks()) and rank >= lowest:
         found.append(Hint({"lora.rank": rank}, "an adapter that holds half as much"))
     if train.device != "cpu":
         found.append(Hint({"train.device": "cpu"}, "much slower", ("load", "export")))

@@ -18,6 +18,8 @@ from sdlora.config.schema import RunConfig
 from sdlora.estimate.meta_model import META, Cost, MetaBase, Shapes, counted, empty_latents, num_bytes
 from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
 from sdlora.lora.quantize import num_weights
+from sdlora.lora_files.pipelines import attach
+from sdlora.lora_files.read import LoraFile
 from sdlora.lora_files.verify import VERIFY_LATENT_EDGE, VERIFY_TIMESTEPS
 from sdlora.models.base import BaseModel
 from sdlora.training.loss import Batch, diffusion_loss
@@ -46,6 +48,7 @@ class MemoryInputs:
         on_cpu: Whether the whole run shares this memory: VAE and text encoders stay in it, and the base model is loaded
             a second time to verify every epoch's file. On a device of its own they take turns.
         text_is_live: Whether captions are encoded in every step, because they are too many to keep.
+        file: The LoRA file that training continues from, or None.
     """
 
     config: RunConfig
@@ -56,6 +59,7 @@ class MemoryInputs:
     cached_bytes: int = 0
     on_cpu: bool = False
     text_is_live: bool = False
+    file: LoraFile | None = None
 
 
 @dataclass(frozen=True)
@@ -97,6 +101,7 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
 
     Raises:
         ConfigError: A target matches no layer of the base.
+        DataError: The LoRA file does not fit the base.
     """
     config, shapes = inputs.config, inputs.shapes
     text_is_trained = "text_encoder" in config.lora.targets
@@ -105,17 +110,19 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
     in_a_step = shapes.text_bytes * (text_is_trained or inputs.text_is_live)
     weights = num_bytes(base.unet) + (shapes.frozen_bytes if inputs.on_cpu else in_a_step)
     num_parameters = num_weights(base.unet)
-    paths = find_targets(base.unet, config.lora.targets, base.text_encoders)
-    adapter = inject(
-        base.unet,
-        paths,
-        config.lora.rank,
-        config.lora.alpha,
-        0,
-        # Meta tensors have no singular vectors, and all starts take as much.
-        spec=replace(inputs.spec, init="gaussian"),
-        text_encoders=base.text_encoders,
-    )
+    if inputs.file is not None:
+        adapter = attach(base.unet, inputs.file, text_encoders=base.text_encoders)
+    else:
+        adapter = inject(
+            base.unet,
+            find_targets(base.unet, config.lora.targets, base.text_encoders),
+            config.lora.rank,
+            config.lora.alpha,
+            0,
+            # Meta tensors have no singular vectors, and all starts take as much.
+            spec=replace(inputs.spec, init="gaussian"),
+            text_encoders=base.text_encoders,
+        )
     count = adapter.num_parameters()
     model = TrainingModel(
         base.unet,
@@ -126,7 +133,7 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
     )
     step = _step_cost(inputs, base, adapter, model)
     state = OPTIMIZER_BYTES[config.train.optimizer] + 4 * (config.train.ema_decay > 0)
-    start = 4 * (inputs.spec.init != "gaussian")
+    start = 4 * (inputs.spec.init != "gaussian" or bool(adapter.initial_factors()))
     # From the second batch of a step on, the gradients of those before are held beside the activations.
     gradients = 4 * count * (config.train.gradient_accumulation_steps > 1)
     activations = step.peak_bytes + gradients - 4 * count

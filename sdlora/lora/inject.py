@@ -185,7 +185,11 @@ class Adapter:
         Raises:
             ConfigError: The modules, their shapes or their kind differ.
         """
-        if _shapes(self.state()) != _shapes(state):
+        own = {
+            path: (layer.down.shape, layer.up.shape, not isinstance(layer, DoraLayer), layer.initial is None)
+            for path, layer in self.layers.items()
+        }
+        if own != {p: (w.down.shape, w.up.shape, w.magnitude is None, w.initial is None) for p, w in state.items()}:
             raise ConfigError(
                 "The LoRA weights do not fit this adapter: modules, ranks or kind differ. Set lora.targets, lora.rank, "
                 "lora.init and lora.dora as in the run that trained them."
@@ -305,10 +309,6 @@ def inject_state(
     adapter = Adapter(networks, layers, timestep_rank)
     adapter.load(state)
     return adapter
-
-
-def _shapes(state: LoraState) -> dict[str, tuple[object, ...]]:
-    return {p: (w.down.shape, w.up.shape, w.magnitude is None, w.initial is None) for p, w in state.items()}
 
 
 def _frozen(unet: nn.Module, text_encoders: Sequence[nn.Module]) -> dict[str, nn.Module]:

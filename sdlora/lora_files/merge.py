@@ -1,6 +1,6 @@
 """Merge LoRAs into a base model's weights, and find what differs between two: one tensor at a time.
 
-`sdlora merge --into` and `sdlora extract` call it; `base_weights` says where weights lie on the disk.
+Called by `sdlora merge --into`, `sdlora extract` and runs with base.merge; `base_weights` says where weights lie.
 """
 
 from __future__ import annotations
@@ -8,20 +8,23 @@ from __future__ import annotations
 import hashlib
 import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from sdlora.common.files import atomic_folder, atomic_path
 from sdlora.errors import BaseModelError, DataError, ExportError, OutputError
-from sdlora.lora.inject import LoraState, LoraWeights
+from sdlora.lora.inject import LoraState, LoraWeights, network_of
+from sdlora.lora.timestep_rank import timestep_rank_in
 from sdlora.lora_files.algebra import update
 from sdlora.lora_files.base_weights import BaseWeights, Place, check_fit
+from sdlora.lora_files.pipelines import state_by_path
+from sdlora.lora_files.read import LoraFile
 from sdlora.models.architectures import read_header
 
 # What to add to a file's tensors: by key, with the place in the tensor.
@@ -74,6 +77,44 @@ def _terms(base: BaseWeights, state: LoraState) -> dict[Path, _Terms]:
                 "Use the base model in float16, bfloat16 or float32."
             )
     return found
+
+
+def merge_loras(
+    files: Sequence[tuple[LoraFile, float]], networks: Mapping[str, nn.Module], wanted: Collection[str]
+) -> None:
+    """Merge LoRAs with their weights into a loaded base's networks, one after the other, as diffusers' `fuse_lora`.
+
+    W becomes W + w Delta, and under a DoRA m (W + w Delta) / ||W + w Delta||, computed in float32.
+
+    Args:
+        networks: All of the base, by their names in `sdlora.lora.inject.NETWORKS`, without adapters, not quantized.
+        wanted: The names of those to change, which are float32.
+
+    Raises:
+        DataError: A module is not in the base or has another shape there, or a LoRA's ranks depend on the timestep.
+
+    Source: Hu et al. 2106.09685, equation 3; Liu et al. 2402.09353, equation 5.
+    """
+    for file, weight in files:
+        if timestep_rank_in(file.metadata, file.name) is not None:
+            raise DataError(
+                f"{file.name} uses fewer ranks at high noise (lora.timestep_rank_min), which weights that are the same "
+                "at every timestep cannot hold. Merge a LoRA without a timestep rank."
+            )
+        for path, weights in state_by_path(networks, file).items():
+            if (network := network_of(path)) not in wanted:
+                continue
+            module: Any = networks[network].get_submodule(path.removeprefix(f"{network}."))
+            module.weight = nn.Parameter(_merged(module.weight.detach(), weights, weight), requires_grad=False)
+
+
+def _merged(base: Tensor, weights: LoraWeights, weight: float) -> Tensor:
+    """W with a LoRA's or DoRA's update, (o, i) or (o, i, k, k)."""
+    total = base.float() + (weight * update(weights)).float().view_as(base)
+    if weights.magnitude is not None:
+        rows = total.flatten(1)
+        total = (rows * (weights.magnitude.flatten() / rows.norm(dim=1)).unsqueeze(1)).view_as(base)
+    return total
 
 
 @contextmanager

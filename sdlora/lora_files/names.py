@@ -11,6 +11,7 @@ Shapes: i in, o out, r rank, k kernel.
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import replace
@@ -19,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from sdlora.lora.inject import NETWORKS, LoraState, LoraWeights, network_of
+from sdlora.lora.inject import NETWORKS, TARGETS, LoraState, LoraWeights, network_of
 
 UNET_PREFIX = "lora_unet_"
 PEFT_METADATA = "lora_adapter_metadata"
@@ -116,6 +117,13 @@ def kohya_name(path: str, *, two_text_encoders: bool = False) -> str:
             inside = "" if name == "text_projection" else "text_model_"
             return prefix + inside + name.replace(".", "_")
     return UNET_PREFIX + path.replace(".", "_")
+
+
+def kohya_target(name: str) -> str | None:
+    """The name of the target that a kohya module name belongs to, or None; see `sdlora.lora.inject.target_of`."""
+    path = re.sub(r"^lora_te\d?_", "text_encoder_", name.removeprefix(UNET_PREFIX))
+    patterns = {target: pattern.pattern.replace(r"\.", "_") for target, pattern in TARGETS.items()}
+    return next((target for target, pattern in patterns.items() if re.fullmatch(pattern, path)), None)
 
 
 def to_kohya(state: LoraState, *, two_text_encoders: bool = False) -> dict[str, Tensor]:

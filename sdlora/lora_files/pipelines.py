@@ -7,8 +7,7 @@ Shapes: i in, o out, r rank, k kernel.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from sdlora.lora.inject import NETWORKS, TEXT_ENCODER, Adapter, LoraState, LoraW
 from sdlora.lora.layers import LoraLayer
 from sdlora.lora.timestep_rank import rank_mask, timestep_rank_in, watch_timesteps
 from sdlora.lora_files.base_weights import check_fit, layers_by_name
-from sdlora.lora_files.read import LoraFile, family_of, read_tensors
+from sdlora.lora_files.read import LoraFile, family_of, read_tensors, without_alpha
 
 
 def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name: str | None = None) -> None:
@@ -88,26 +87,12 @@ def attach(unet: nn.Module, file: LoraFile, *, text_encoders: Sequence[nn.Module
     networks = dict(zip(NETWORKS, (unet, *text_encoders), strict=False))
     adapted = any(isinstance(module, LoraLayer) for network in networks.values() for module in network.modules())
     assert not adapted, "a base takes one adapter at a time; remove() the first"
-    known = layers_by_name(networks)
-    # A file with PEFT's names for the first text encoder alone does not tell that there are two.
-    known |= {name.replace("lora_te1_", "lora_te_"): layer for name, layer in known.items()}
-    family = family_of(file.state)
-    trained_on = "another base model" if family is None else f"a base model of the family {family}"
-    hint = f"It was trained on {trained_on}: load that one."
-    shapes = [(name, shape) for name, (_, shape) in known.items()]
-    check_fit(file.state, shapes, base="this base model", file=file.name, hint=hint)
-    if unknown := [name for name, weights in file.state.items() if math.isnan(weights.alpha)]:
-        raise DataError(
-            f"{file.name}: {unknown[0]!r} has no alpha, so the LoRA's strength is unknown. Ask whoever trained it, "
-            "and read the file with that alpha as missing_alpha."
-        )
-    state: LoraState = {}
-    for name, weights in file.state.items():
-        path, shape = known[name]
+    state = state_by_path(networks, file)
+    for path, weights in state.items():
         if "sdlora.frozen_start" in file.metadata:
-            weights = _with_initial(file.name, name, weights)
+            weights = with_initial(file.name, path, weights)
         if weights.magnitude is not None:
-            magnitude = weights.magnitude.reshape((1, -1, 1, 1) if len(shape) == 4 else (-1,))
+            magnitude = weights.magnitude.reshape((1, -1, 1, 1) if weights.down.dim() == 4 else (-1,))
             weights = replace(weights, magnitude=magnitude)
         state[path] = weights
     setting = timestep_rank_in(file.metadata, file.name)
@@ -121,7 +106,29 @@ def attach(unet: nn.Module, file: LoraFile, *, text_encoders: Sequence[nn.Module
     return inject_state(unet, state, text_encoders=text_encoders, timestep_rank=setting)
 
 
-def _with_initial(file: str, name: str, weights: LoraWeights) -> LoraWeights:
+def state_by_path(networks: Mapping[str, nn.Module], file: LoraFile) -> LoraState:
+    """A file's weights by module path, in the networks' order; `networks` are by their names in `NETWORKS`.
+
+    Raises:
+        DataError: A module is not in the base or has another shape there, or its alpha is unknown.
+    """
+    known = layers_by_name(networks)
+    # A file with PEFT's names for the first text encoder alone does not tell that there are two.
+    known |= {name.replace("lora_te1_", "lora_te_"): layer for name, layer in known.items()}
+    family = family_of(file.state)
+    trained_on = "another base model" if family is None else f"a base model of the family {family}"
+    hint = f"It was trained on {trained_on}: load that one."
+    shapes = [(name, shape) for name, (_, shape) in known.items()]
+    check_fit(file.state, shapes, base="this base model", file=file.name, hint=hint)
+    if unknown := without_alpha(file):
+        raise DataError(
+            f"{file.name}: {unknown[0]!r} has no alpha, so the LoRA's strength is unknown. Ask whoever trained it, "
+            "and read the file with that alpha as missing_alpha."
+        )
+    return {path: file.state[name] for name, (path, _) in known.items() if name in file.state}
+
+
+def with_initial(file: str, name: str, weights: LoraWeights) -> LoraWeights:
     """The reverse of what `sdlora.lora_files.names.portable_state` does with frozen initial factors."""
     rank, odd = divmod(weights.down.shape[0], 2)
     if odd:

@@ -73,8 +73,7 @@ def read_file(path: Path, missing_alpha: str | None = None) -> LoraFile:
         DataError: The file cannot be read (see `read_tensors` and `parse_lora`), or modules have no alpha.
     """
     file = parse_lora(*read_tensors(path), name=path.name)
-    unknown = [name for name, weights in file.state.items() if math.isnan(weights.alpha)]
-    if not unknown:
+    if not (unknown := without_alpha(file)):
         return file
     if missing_alpha is None:
         raise DataError(
@@ -93,6 +92,11 @@ def read_file(path: Path, missing_alpha: str | None = None) -> LoraFile:
         rank = float(state[name].down.shape[0])
         state[name] = replace(state[name], alpha=rank if missing_alpha == "rank" else alpha)
     return replace(file, state=state)
+
+
+def without_alpha(file: LoraFile) -> list[str]:
+    """The modules whose alpha is not in the file."""
+    return [name for name, weights in file.state.items() if math.isnan(weights.alpha)]
 
 
 def header_bytes(path: Path) -> int:

@@ -48,6 +48,7 @@ _OF_THE_BASE = {
     *(f"modelspec.{key}" for key in ("prediction_type", "trigger_phrase", "usage_hint")),
     *(f"ss_{key}" for key in ("base_model_version", "v2", "sd_model_name", "sd_model_hash", "new_sd_model_hash")),
     *(f"ss_{key}" for key in ("network_module", "clip_skip", "resolution")),
+    "sdlora.merged_into_base",
 }
 
 
@@ -66,6 +67,7 @@ class LoraMetadata:
     settings: dict[str, Any]  # the settings worth knowing later, as JSON values
     timestep_rank: TimestepRank | None = None  # ranks by timestep, which the weights alone do not tell
     private: Mapping[str, str] = field(default_factory=dict)  # captions and folder names, if the artist wants them
+    origins: Mapping[str, str] = field(default_factory=dict)  # of the LoRA files it was trained from or on, by key
     prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
     clip_skip: int | None = None  # the text encoder's layer, counted from the last; None for the family's own
 
@@ -89,7 +91,7 @@ def save_lora(
         ExportError: A value is too large for the dtype, or the header is larger than other programs read.
     """
     portable = portable_state(state)
-    extra = dict(metadata.private)
+    extra = dict(metadata.private) | dict(metadata.origins)
     if spelling == "peft" or any(weights.magnitude is not None for weights in portable.values()):
         tensors, extra[PEFT_METADATA] = to_peft(portable)
     else:

@@ -10,7 +10,7 @@ import inspect
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from torch import nn
 from sdlora.common.bundled import pocket_folder
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
+from sdlora.lora.inject import NETWORKS
 from sdlora.lora.quantize import Quantization, quantize_linears
 from sdlora.models.architectures import ARCHITECTURES, Family, identify, read_header
 from sdlora.models.base import BaseModel, Source, TextOptions, clip_tokenizer
@@ -52,6 +53,8 @@ class LoadOptions:
     prediction_type: PredictionType | None = None  # overrides the prediction type in its files
     text: TextOptions = field(default_factory=TextOptions)  # how captions are encoded
     quantization: Quantization | Literal["none"] = "none"  # of the linear weights in its attention blocks
+    # Changes weights, given the UNet and the text encoders by name, and the names of the float32 ones to change.
+    change: Callable[[Mapping[str, nn.Module], Collection[str]], None] | None = None
 
 
 def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: LoadOptions | None = None) -> BaseModel:
@@ -70,7 +73,13 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
     load, revision = _loader(path, options)
 
     def reload(unet_dtype: torch.dtype, **present: Any) -> DiffusionPipeline:
-        pipeline = load(unet_dtype=unet_dtype, **present)
+        pipeline = load(unet_dtype=unet_dtype if options.change is None else torch.float32, **present)
+        if options.change is not None:
+            found = {name: getattr(pipeline, name, None) for name in NETWORKS}
+            networks = {name: network for name, network in found.items() if network is not None}
+            # What is present was changed when it was loaded.
+            options.change(networks, networks.keys() - present.keys())
+            pipeline.unet.to(unet_dtype)
         if options.prediction_type is not None:
             pipeline.scheduler.register_to_config(prediction_type=options.prediction_type)
         pipeline.set_progress_bar_config(disable=True)

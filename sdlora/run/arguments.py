@@ -18,7 +18,9 @@ from sdlora.diffusion.timesteps import Density
 from sdlora.errors import ConfigError, DataError
 from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
 from sdlora.lora.timestep_rank import TimestepRank
+from sdlora.lora_files.pipelines import attach
 from sdlora.models.base import BaseModel, references_to_other_files
+from sdlora.run.lora_inputs import starting_file
 from sdlora.training.settings import TrainingSettings
 
 
@@ -50,14 +52,20 @@ def adapter_spec(config: RunConfig) -> AdapterSpec:
 
 
 def make_adapter(config: RunConfig, base: BaseModel) -> Adapter:
-    """Inject a fresh adapter into a base model's UNet, and into its text encoders where they are a target.
+    """Inject an adapter, fresh or of lora.from_file, into a base's UNet, and its text encoders where they are a target.
 
     Raises:
         ConfigError: A target matches no layer, or the initialisation needs more singular values than a layer has.
+        DataError: The file does not fit this base model.
     """
     lora, spec = config.lora, adapter_spec(config)
-    paths = find_targets(base.unet, lora.targets, base.text_encoders)
     texts = base.move_text_encoders() if text_is_trained(config) else base.text_encoders
+    if (file := starting_file(config)) is not None:
+        adapter = attach(base.unet, file, text_encoders=texts)
+        for layer in adapter.layers.values():
+            layer.dropout = lora.dropout
+        return adapter
+    paths = find_targets(base.unet, lora.targets, base.text_encoders)
     return inject(base.unet, paths, lora.rank, lora.alpha, config.seed, spec=spec, text_encoders=texts)
 
 

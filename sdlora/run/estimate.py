@@ -42,6 +42,7 @@ from sdlora.lora.quantize import num_weights
 from sdlora.models.architectures import Family
 from sdlora.run.arguments import adapter_spec, training_settings
 from sdlora.run.folder import RunFolder
+from sdlora.run.lora_inputs import starting_file, with_settings_of_file
 from sdlora.run.setup import RunContext, prepare
 from sdlora.training.data import TrainingData, evaluation_data, make_schedule
 
@@ -94,11 +95,14 @@ def estimate_shapes(
 
     `memory_bytes` is what the device has, if it is known.
     """
+    config = with_settings_of_file(config)
     shapes = shapes_of_family(shapes) if isinstance(shapes, str) else shapes
     edge, precision = config.data.resolution_px or shapes.resolution_px, config.train.precision
     # GPUs that train these models have bf16.
     dtype = torch.float32 if precision == "fp32" or (precision == "auto" and on_cpu) else torch.bfloat16
-    inputs = MemoryInputs(config, adapter_spec(config), shapes, dtype, (edge, edge), on_cpu=on_cpu)
+    inputs = MemoryInputs(
+        config, adapter_spec(config), shapes, dtype, (edge, edge), on_cpu=on_cpu, file=starting_file(config)
+    )
     return _estimate(inputs, memory_bytes, exposures_per_image=config.data.repeats_range[1] * config.train.epochs)
 
 
@@ -126,6 +130,7 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
     Raises:
         SdloraError: Anything is wrong with the settings, the images or the base model.
     """
+    config = with_settings_of_file(config)
     with tempfile.TemporaryDirectory() as scratch:
         # Gradients take as long for any optimizer, and this machine need not have the run's.
         simple = {"cache.dir": scratch, "copycheck.enabled": False, "train.compile": False, "train.optimizer": "adamw"}
@@ -174,6 +179,7 @@ def memory_inputs(context: RunContext, config: RunConfig) -> MemoryInputs:
         cached_bytes=_tensor_bytes(context, config) if on_cpu else 0,
         on_cpu=on_cpu,
         text_is_live=not (context.data.text_is_trained or context.data.cache.keeps_text),
+        file=starting_file(config),
     )
 
 

@@ -40,6 +40,7 @@ from sdlora.lora_files.write import LoraMetadata, add_metadata, save_lora
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.arguments import timestep_rank
 from sdlora.run.folder import RunFolder
+from sdlora.run.lora_inputs import CONTINUED, MERGED
 from sdlora.run.setup import RunContext
 
 THUMBNAIL_PX = 256
@@ -74,13 +75,20 @@ def _metadata(context: RunContext, event: EpochDone) -> LoraMetadata:
         epoch=event.epoch,
         step=event.step,
         started=context.folder.config.stat().st_mtime,
-        settings={"seed": config.seed}
-        | {name: getattr(config, name).model_dump() for name in ("lora", "train", "timesteps", "loss")},
+        settings=_settings(config),
         timestep_rank=timestep_rank(config),
         prediction_type=context.base.prediction_type,
         clip_skip=config.base.clip_skip,
         private=caption_metadata(context.data.dataset.examples) if config.file.include_captions else {},
+        origins=context.origins,
     )
+
+
+def _settings(config: RunConfig) -> dict[str, Any]:
+    sections = {name: getattr(config, name).model_dump() for name in ("lora", "train", "timesteps", "loss")}
+    if (file := sections["lora"].pop("from_file")) is not None:
+        sections["lora"]["from_file"] = Path(file).name
+    return {"seed": config.seed} | sections
 
 
 def caption_metadata(examples: Sequence[Example]) -> dict[str, str]:
@@ -143,6 +151,11 @@ def limits_elsewhere(config: RunConfig, proof: Mapping[str, Any]) -> list[str]:
     `proof` holds the figures of `sdlora.lora_files.verify.Verification`, by name.
     """
     lora, sentences = config.lora, []
+    if config.base.merge:
+        merged = " and ".join(f"{Path(one.file).name} at {one.weight:g}" for one in config.base.merge)
+        sentences.append(
+            f"This LoRA was trained on a base model with {merged} merged into it: use it together with that."
+        )
     if lora.timestep_rank_min is not None:
         timesteps = ", ".join(map(str, VERIFY_TIMESTEPS))
         sentences.append(
@@ -215,6 +228,15 @@ def _body(context: RunContext, plan: PlanMade, epoch: int) -> str:
         words = " or ".join(f"`{trigger}`" for trigger in triggers)
         lines += [f"Use {words} in the prompt.", ""]
     lines += ["## Does it copy its training images?", "", _verdict(context, epoch), ""]
+    merged = [
+        line
+        for one in config.base.merge
+        for line in (
+            f"pipe.load_lora_weights({json.dumps('path/to/' + Path(one.file).name)})",
+            f"pipe.fuse_lora(lora_scale={one.weight:g})",
+            "pipe.unload_lora_weights()",
+        )
+    ]
     prompt = context.previews.prompts[-1] if context.previews is not None else ", ".join(config.data.triggers)
     lines += [
         "## Use",
@@ -222,6 +244,7 @@ def _body(context: RunContext, plan: PlanMade, epoch: int) -> str:
         "```python",
         "from diffusers import AutoPipelineForText2Image",
         f"pipe = AutoPipelineForText2Image.from_pretrained({json.dumps(base or 'path/to/the/base')})",
+        *merged,
         f'pipe.load_lora_weights("path/to/this/folder", weight_name={json.dumps(context.folder.lora.name)})',
         f"image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]",
         "```",
@@ -246,7 +269,15 @@ def _verdict(context: RunContext, epoch: int) -> str:
 
 
 def _facts(context: RunContext, plan: PlanMade, epoch: int) -> list[str]:
-    lora = context.config.lora
+    lora, origins = context.config.lora, []
+    if lora.from_file is not None:
+        source = json.loads(context.origins[CONTINUED])
+        origins.append(f"- continued from {source['file']} (SHA-256 {source['sha256']})")
+    if context.config.base.merge:
+        origins += [
+            f"- on a base model with {one['file']} merged into it at {one['weight']:g} (SHA-256 {one['sha256']})"
+            for one in json.loads(context.origins[MERGED])
+        ]
     exposures = plan.exposures_per_image * epoch // plan.epochs
     seen = f"at most {exposures}" if len({one.repeats for one in plan.sets}) > 1 else str(exposures)
     resolution_px = context.config.data.resolution_px or context.base.resolution_px
@@ -254,6 +285,7 @@ def _facts(context: RunContext, plan: PlanMade, epoch: int) -> list[str]:
         f"- {plan.images} images at {resolution_px} px, each seen {seen} times by epoch {epoch} of "
         f"{plan.epochs}, which is this file",
         f"- rank {lora.rank}, alpha {lora.alpha:g}, in {', '.join(lora.targets)}",
+        *origins,
         f"- {plan.trained_parameters:,} trainable parameters; the base model is unchanged",
         f"- {context.config.train.optimizer}, learning rate {context.config.train.learning_rate:g}",
         "- loaded back through diffusers and compared with the trained weights before it was given away",

@@ -24,6 +24,7 @@ from sdlora.errors import SdloraError
 from sdlora.estimate.costs import cached_content
 from sdlora.events import Notice, Progress
 from sdlora.run.arguments import training_settings
+from sdlora.run.lora_inputs import with_settings_of_file
 from sdlora.run.setup import Loaded, choose_device, fresh_base, load
 from sdlora.training.data import TrainingData, evaluation_data, make_schedule, training_data
 from sdlora.training.prior_preservation import schedule_prior_images
@@ -43,6 +44,7 @@ def fill_cache(config: RunConfig, num_workers: int) -> Iterator[Notice | Progres
     Raises:
         SdloraError: Images, base or cache cannot be used.
     """
+    config = with_settings_of_file(config)
     loaded = load(config)
     for message in loaded.notices:
         yield Notice(message)

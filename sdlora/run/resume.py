@@ -39,9 +39,9 @@ def resumed_config(config: RunConfig, folder: RunFolder) -> RunConfig:
         config = pinned(config, started.base.revision)
     before = dict(options(started))
     different = [
-        f"  {name}: was {before[name]!r}, now {value!r}"
+        f"  {name}: was {before.get(name)!r}, now {value!r}"
         for name, value in options(config)
-        if name not in FREE_WHEN_RESUMING and before[name] != value
+        if name not in FREE_WHEN_RESUMING and before.get(name) != value
     ]
     if different:
         raise ConfigError(f"The run in {folder.path} was started with other settings:\n" + "\n".join(different))
@@ -64,6 +64,12 @@ def check_same_content(extra: dict[str, Any], context: RunContext) -> None:
     Raises:
         SdloraError: They are not, or the base model's own previews were never checked.
     """
+    hashes = extra.get("lora_files", {})
+    if changed := [name for name, content in context.lora_hashes.items() if hashes.get(name) != content]:
+        raise OutputError(
+            f"The run was started with other LoRA files: the content of {', '.join(changed)} has changed since. Put "
+            "the old one back, or start a new run."
+        )
     # A hash of the UNet's weights; the other networks are part of the images' hashes.
     before, now = extra.get("base"), context.loaded.identity
     if before not in (None, now):

@@ -11,7 +11,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 
 import torch
@@ -43,6 +43,7 @@ from sdlora.report.report import write_report
 from sdlora.run.estimate import check_disks, memory_of_run
 from sdlora.run.export import add_thumbnail, caption_metadata, export_epoch, limits_elsewhere, write_card
 from sdlora.run.folder import Recorder, RunFolder
+from sdlora.run.lora_inputs import with_settings_of_file
 from sdlora.run.resume import check_same_content, image_identities, load_newest, pinned, resumed_config
 from sdlora.run.setup import BaseSource, RunContext, choose_device, fresh_base, hints_in, prepare
 from sdlora.run.trackers import Trackers, check_trackers
@@ -81,6 +82,7 @@ def start(
         Stopped: `should_stop` returned True.
     """
     begin = time.monotonic()
+    config = with_settings_of_file(config)
     processes = join(config.train.device)
     folder = RunFolder(output, config.name or "lora")
     if not processes.is_main:
@@ -232,6 +234,8 @@ def _train(
                 "pictures": image_identities(context),
                 "base": context.loaded.identity,
             }
+            if context.lora_hashes:
+                extra["lora_files"] = context.lora_hashes
             save_checkpoint(context.folder.checkpoints, trainer, extra)
         elif isinstance(event, EpochDone):
             yield from close_epoch(context, event, losses)
@@ -331,7 +335,7 @@ def close_epoch(context: RunContext, event: EpochDone, losses: dict[int, float])
     Yields:
         The event with its validation loss, then the events of what is drawn and checked.
     """
-    with context.trainer.averaged():
+    with context.trainer.averaged(), _as_base(context, event.epoch):
         if context.validation is not None:
             event = context.validation.measure(event)
             assert event.validation_loss is not None, "measure fills it in"
@@ -347,6 +351,11 @@ def close_epoch(context: RunContext, event: EpochDone, losses: dict[int, float])
         done = f"Epoch {event.epoch} of {context.config.train.epochs}" if event.epoch else "The base, before training"
         write_page(context, [f"{done}. This page is written anew after every epoch."])
         yield Progress("page", 1, 1)
+
+
+def _as_base(context: RunContext, epoch: int) -> AbstractContextManager[None]:
+    """Epoch 0 is the base model, even where training starts at an adapter that changes it."""
+    return context.adapter.disabled() if epoch == 0 and context.config.lora.from_file else nullcontext()
 
 
 def write_page(context: RunContext, sentences: list[str], kept: int | None = None) -> None:

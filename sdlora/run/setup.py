@@ -32,6 +32,7 @@ from sdlora.previews.prompts import concept, novel_prompts
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.arguments import Images, fit_images, make_adapter, read_images, text_is_trained, training_settings
 from sdlora.run.folder import RunFolder
+from sdlora.run.lora_inputs import content_hashes, merging, origins, with_settings_of_file
 from sdlora.training.data import TrainingData, evaluation_data, training_data
 from sdlora.training.distributed import ALONE, Processes
 from sdlora.training.loss import Validation
@@ -76,6 +77,8 @@ class RunContext:
         validation: Measures the adapter on validation images, or None.
         previews: What is drawn after every epoch, or None.
         checker: Draws previews and checks whether they are copies, or None.
+        origins: Metadata of the LoRA files that the run started with.
+        lora_hashes: Their SHA-256.
     """
 
     config: RunConfig
@@ -85,6 +88,8 @@ class RunContext:
     validation: Validation | None
     previews: PreviewRequest | None
     checker: Checker | None
+    origins: dict[str, str]
+    lora_hashes: dict[str, str]
 
     @property
     def base(self) -> BaseModel:
@@ -123,7 +128,12 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
         torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
     text = TextOptions(config.base.clip_skip, config.data.max_token_windows)
     options = LoadOptions(
-        config.base.revision, config.base.variant, config.base.prediction_type, text, config.base.quantization
+        config.base.revision,
+        config.base.variant,
+        config.base.prediction_type,
+        text,
+        config.base.quantization,
+        merging(config),
     )
     found = "pocket" if config.base.path == "pocket" else family_on_disk(config.base.path)
     check_family(config.base, found)
@@ -165,7 +175,8 @@ class BasePool:
 
     def __call__(self, config: RunConfig, device: torch.device, dtype: torch.dtype) -> BaseModel:
         """The base of a configuration; see `fresh_base`."""
-        key = (config.base, config.data.max_token_windows, device, dtype, config.loss.zero_terminal_snr)
+        merged = [content_hashes(config)[f"base.merge {one.file}"] for one in config.base.merge]
+        key = (config.base, merged, config.data.max_token_windows, device, dtype, config.loss.zero_terminal_snr)
         # A run that failed while its adapter was being injected leaves other modules, or hooks, behind.
         if self._base is None or key != self._key or _modules(self._base) != self._modules:
             self._base = None  # before the next one is loaded, so that memory never holds two
@@ -220,6 +231,7 @@ def prepare(
     Raises:
         SdloraError: Anything is wrong with the settings, the images or the base model.
     """
+    config = with_settings_of_file(config)
     loaded = load(config, bases)
     adapter = make_adapter(config, loaded.base)
     trainer = _make_trainer(config, loaded, adapter, processes)
@@ -229,7 +241,9 @@ def prepare(
     checker = None
     if previews is not None and config.copycheck.enabled:
         checker = make_checker(config, loaded, adapter, previews, validation)
-    return RunContext(config, folder, loaded, trainer, validation, previews, checker)
+    hashes = content_hashes(config)
+    entries = origins(config, hashes)
+    return RunContext(config, folder, loaded, trainer, validation, previews, checker, entries, hashes)
 
 
 def _make_trainer(config: RunConfig, loaded: Loaded, adapter: Adapter, processes: Processes) -> Trainer:
@@ -249,6 +263,11 @@ def _make_trainer(config: RunConfig, loaded: Loaded, adapter: Adapter, processes
 
 def _notices(config: RunConfig, trainer: Trainer, cache: Cache) -> Iterator[str]:
     """What the user should know; decides as well whether the cache keeps the embeddings of all captions."""
+    if config.lora.from_file is not None:
+        yield (
+            f"Training continues from {Path(config.lora.from_file).name}, of rank {config.lora.rank} in "
+            f"{', '.join(config.lora.targets)}. The base model itself is drawn as epoch 0."
+        )
     epochs = config.train.epochs
     repeats = [example.repeats for example in trainer.data.dataset.examples]
     if (warning := exposures_warning(min(repeats) * epochs, max(repeats) * epochs)) is not None:

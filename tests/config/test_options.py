@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 import torch
 from counts import saved_for_backward
+from diffusers import StableDiffusionPipeline
 from helpers.tiny import make_tiny, make_tiny_pipeline
+from helpers.trainers import kohya_trainer
 from PIL import Image
 from safetensors.torch import load_file
 from torch._dynamo.utils import counters
@@ -44,9 +46,11 @@ def scene(tmp_path_factory: pytest.TempPathFactory, tiny_base: Path) -> dict[str
     Image.new("RGB", (32, 32), "red").save(bare / "a.png")
     make_tiny_pipeline(root / "v", prediction_type="v_prediction")
     make_tiny("sd1", root / "deep")
+    theirs = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+    kohya_trainer(root / "theirs.safetensors", theirs, rank=2)
     return {
         "root": str(root), "set": str(folder), "bare": str(bare), "base": str(tiny_base), "v": str(root / "v"),
-        "deep": str(root / "deep"),
+        "deep": str(root / "deep"), "file": str(root / "theirs.safetensors"),
     }  # fmt: skip
 
 
@@ -119,6 +123,7 @@ CHANGES: dict[str, list[str]] = {
     "base.variant": ["base.variant=fp16"],
     "base.prediction_type": ["base.prediction_type=v_prediction"],
     "base.clip_skip": ["base.path={deep}", "base.clip_skip=2"],
+    "base.merge": ['base.merge=[{file="{file}", weight=0.5}]'],
     "data.folder": ["data.folder=builtin:zumi"],
     "data.sets": ["data.folder=", 'data.sets=[{folder="{set}", repeats=1}, {folder="builtin:zumi"}]'],
     "data.recursive": ["data.recursive=true"],
@@ -168,6 +173,7 @@ CHANGES: dict[str, list[str]] = {
     "lora.timestep_rank_min": ["lora.timestep_rank_min=1"],
     "lora.timestep_rank_alpha": ["lora.rank=8", "lora.timestep_rank_min=1", "lora.timestep_rank_alpha=0.2"],
     "train.exposures": ["train.exposures=12"],
+    "lora.from_file": ["lora.from_file={file}"],
     "train.epochs": ["train.epochs=1"],
     "train.batch_size": ["train.batch_size=1"],
     "train.gradient_accumulation_steps": ["train.gradient_accumulation_steps=2"],

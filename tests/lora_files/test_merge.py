@@ -13,7 +13,7 @@ from sdlora.errors import BaseModelError, DataError, ExportError, OutputError
 from sdlora.lora.inject import LoraState, LoraWeights
 from sdlora.lora_files.algebra import update
 from sdlora.lora_files.base_weights import base_weights
-from sdlora.lora_files.merge import differences, merge_into
+from sdlora.lora_files.merge import differences, merge_into, merge_loras
 from sdlora.lora_files.read import read_file
 
 UNET = "unet/diffusion_pytorch_model.safetensors"
@@ -64,6 +64,26 @@ def test_merged_lora_is_the_difference_of_the_bases(
     for name, weights in theirs.items():
         error = (found[name].double().flatten(1) - update(weights)).norm() / update(weights).norm()
         assert error < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+@torch.no_grad()
+def test_loras_merged_into_memory_add_up_in_the_networks_that_are_wanted(pipeline: Any, tmp_path: Path) -> None:
+    files = []
+    for seed, weight in ((5, 0.5), (6, -1.5)):
+        kohya_trainer(tmp_path / f"{seed}.safetensors", pipeline, text=True, conv=True, seed=seed)
+        files.append((read_file(tmp_path / f"{seed}.safetensors"), weight))
+    networks = {"unet": pipeline.unet, "text_encoder": pipeline.text_encoder}
+    before = {name: {key: value.clone() for key, value in n.state_dict().items()} for name, n in networks.items()}
+    merge_loras(files, networks, ["unet"])
+    for key, value in pipeline.unet.state_dict().items():
+        name, expected = "lora_unet_" + key.removesuffix(".weight").replace(".", "_"), before["unet"][key].double()
+        for file, weight in files:
+            if name in file.state and key.endswith(".weight"):
+                expected = expected + weight * update(file.state[name]).view_as(expected)
+        torch.testing.assert_close(value.double(), expected, atol=1e-6, rtol=0)
+    assert all(torch.equal(v, before["text_encoder"][k]) for k, v in pipeline.text_encoder.state_dict().items())
+    with pytest.raises(DataError, match=r"5\.safetensors.*'lora_te_"):
+        merge_loras(files, {"unet": pipeline.unet}, ["unet"])
 
 
 def test_refused_merge_leaves_no_folder(theirs: LoraState, tiny_base: Path, tmp_path: Path) -> None:

@@ -6,8 +6,16 @@ import torch
 from helpers.adapters import UNET_TARGETS, injected
 from helpers.readers import unet_names
 
-from sdlora.lora.inject import AdapterSpec, LoraState, LoraWeights
-from sdlora.lora_files.names import authors_name, diffusers_name, kohya_name, portable_state, to_kohya, to_peft
+from sdlora.lora.inject import TARGETS, AdapterSpec, LoraState, LoraWeights, adaptable, target_of
+from sdlora.lora_files.names import (
+    authors_name,
+    diffusers_name,
+    kohya_name,
+    kohya_target,
+    portable_state,
+    to_kohya,
+    to_peft,
+)
 from sdlora.models.architectures import Family
 
 
@@ -46,6 +54,15 @@ def test_kohya_name_of_unet_and_text_encoder_paths() -> None:
     expected = "lora_te_text_model_encoder_layers_0_self_attn_q_proj"
     assert kohya_name("text_encoder.encoder.layers.0.self_attn.q_proj") == expected
     assert kohya_name("text_encoder.text_model.encoder.layers.0.self_attn.q_proj") == expected
+
+
+def test_target_of_a_kohya_name_is_that_of_its_path(pipeline: Any) -> None:
+    layers = adaptable(pipeline.unet, [pipeline.text_encoder])
+    found = {path: kohya_target(kohya_name(path)) for path in layers}
+    assert found == {path: target_of(path) for path in layers}
+    assert set(found.values()) == {*TARGETS, None}
+    second = "text_encoder_2.encoder.layers.3.mlp.fc1"
+    assert kohya_target(kohya_name(second, two_text_encoders=True)) == target_of(second) == "text_encoder"
 
 
 def test_convolution_tensors_have_locon_shapes(pipeline: Any) -> None:

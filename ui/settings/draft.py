@@ -134,6 +134,8 @@ class Draft:
         for one in config.data.folders:
             if not one.startswith(BUILTIN):
                 studio.allowed(Path(one).expanduser())
+        for file in config.lora_files:
+            studio.allowed(Path(file).expanduser())
         return config
 
 

@@ -28,6 +28,7 @@ from sdlora.estimate.meta_model import Shapes, shapes_of_configs, shapes_of_fami
 from sdlora.models.architectures import identify, read_header
 from sdlora.run.arguments import read_images
 from sdlora.run.estimate import Estimate, count_steps, device_memory, estimate_shapes
+from sdlora.run.lora_inputs import with_settings_of_file
 
 from ..state.folders import Studio, StudioError
 from ..state.subprocesses import device_name
@@ -73,6 +74,7 @@ def base_resolution_px(path: str) -> int:
 
 def estimate(config: RunConfig) -> Estimate | None:
     """What a recipe needs on this machine, and what to set if it does not fit; None if its base model is not here."""
+    config = with_settings_of_file(config)
     device = device_name(config.train.device)
     # Down to a multiple of 64 MiB, so that the last estimate can be reused.
     memory_bytes = usable_memory(device) >> 26 << 26

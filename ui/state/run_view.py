@@ -121,7 +121,7 @@ class _Gallery(Mapping[str, Image.Image]):
 def differences(first: RunConfig, second: RunConfig) -> list[tuple[str, Any, Any]]:
     """The settings in which two runs differ: name, value of the first, value of the second."""
     other = dict(options(second))
-    return [(name, value, other[name]) for name, value in options(first) if value != other[name]]
+    return [(name, value, other.get(name)) for name, value in options(first) if value != other.get(name)]
 
 
 def settings_of(studio: Studio, name: str) -> RunConfig:

@@ -157,7 +157,9 @@ _MODEL = table(
             "sdlora chooses layers by kind; set lora.targets"
         ),
         "process.network.network_kwargs": drop("empty"),
-        "process.network.pretrained_lora_path": refuse("sdlora starts every LoRA at the base model"),
+        "process.network.pretrained_lora_path": refuse(
+            "set lora.from_file, and leave out the ranks and alphas, which are the file's"
+        ),
         keys("lokr_full_rank lokr_factor old_lokr_format", "process.network"): part_of("process.network.type"),
         keys("lorm all_layers", "process.network"): refuse("sdlora trains plain LoRA and DoRA (lora.dora)"),
         keys("transformer_only split_multistage_loras layer_offloading", "process.network"): drop(_OTHERS),

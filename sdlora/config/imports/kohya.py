@@ -188,9 +188,7 @@ _NETWORK = table(
         "clip_skip": compute(take.clip_skip, "`base.clip_skip`"),
         "vae": refuse("sdlora uses the base model's own VAE; put the VAE into the base model"),
         "fp8_base": switch({"base.quantization": "int8"}, "8-bit integers instead of floats"),
-        keys("base_weights base_weights_multiplier"): refuse(
-            "merge the file into the base model with `sdlora merge --into`"
-        ),
+        keys("base_weights base_weights_multiplier"): refuse("name the files and their weights in base.merge"),
         "network_module": compute(take.module, "`lora.targets`; other kinds of adapters are refused"),
         keys("network_train_unet_only network_train_text_encoder_only"): part_of("network_module"),
         "network_dim": rename("lora.rank", whole),
@@ -215,7 +213,7 @@ _NETWORK = table(
             "network_args.block_size network_args.unit network_args.train_on_input",
         ): part_of("network_module"),
         "scale_weight_norms": refuse("sdlora does not limit the norm of the weights"),
-        "network_weights": refuse("sdlora starts every LoRA at the base model"),
+        "network_weights": refuse("set lora.from_file, and leave out the ranks and alphas, which are the file's"),
         "dim_from_weights": part_of("network_weights"),
     }
 )

@@ -146,7 +146,7 @@ _MODEL = table(
         "lora_decompose": compute(take.dora, "`lora.dora`"),
         keys("lora_decompose_norm_epsilon lora_decompose_output_axis"): part_of("lora_decompose"),
         "dropout_probability": rename("lora.dropout", number),
-        "lora_model_name": refuse("sdlora starts every LoRA at the base model"),
+        "lora_model_name": refuse("set lora.from_file, and leave out the ranks and alphas, which are the file's"),
         "lora_weight_dtype": drop("sdlora keeps the adapter in float32"),
         keys(
             "lokr_dim lokr_decompose_both lokr_decompose_factor lokr_use_tucker lokr_weight_decompose "
