@@ -24,7 +24,7 @@ from sdlora.events import CopyChecked, Event, Progress
 from sdlora.lora.inject import Adapter
 from sdlora.previews.sampler import PreviewRequest, SamplerWatch, draw_epoch
 from sdlora.training.data import TrainingData
-from sdlora.training.loss import Validation, image_losses
+from sdlora.training.validation import Validation, image_losses
 
 T = TypeVar("T")
 

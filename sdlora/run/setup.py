@@ -35,8 +35,8 @@ from sdlora.run.folder import RunFolder
 from sdlora.run.lora_inputs import content_hashes, merging, origins, with_settings_of_file
 from sdlora.training.data import TrainingData, evaluation_data, training_data
 from sdlora.training.distributed import ALONE, Processes
-from sdlora.training.loss import Validation
 from sdlora.training.trainer import Trainer
+from sdlora.training.validation import Validation
 
 BaseSource = Callable[[RunConfig, torch.device, torch.dtype], BaseModel]
 """Where a run's base model comes from; it has no adapter in it."""

@@ -23,7 +23,7 @@ from sdlora.events import CheckpointDue, EpochDone
 from sdlora.models.base import BaseModel
 from sdlora.run import setup
 from sdlora.run.folder import RunFolder
-from sdlora.training.loss import image_losses
+from sdlora.training.validation import image_losses
 
 
 def recipe(rank: int, repeats: int, epochs: int = 4) -> Recipe:

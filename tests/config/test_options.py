@@ -172,7 +172,6 @@ CHANGES: dict[str, list[str]] = {
     "lora.init": ["lora.init=pissa"],
     "lora.timestep_rank_min": ["lora.timestep_rank_min=1"],
     "lora.timestep_rank_alpha": ["lora.rank=8", "lora.timestep_rank_min=1", "lora.timestep_rank_alpha=0.2"],
-    "train.exposures": ["train.exposures=12"],
     "lora.from_file": ["lora.from_file={file}"],
     "train.epochs": ["train.epochs=1"],
     "train.batch_size": ["train.batch_size=1"],
@@ -232,7 +231,7 @@ TESTED_BELOW = {
     "file.licence",
     "file.include_captions",
     "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "train.gradient_checkpointing",
-    "train.auto_batch", "train.compile", "train.trackers",
+    "train.auto_batch", "train.compile", "train.trackers", "train.exposures",
 }  # fmt: skip
 
 
@@ -364,9 +363,9 @@ def test_losses_are_read_back_as_seldom_as_asked(monkeypatch: pytest.MonkeyPatch
     sizes: list[int] = []
     original = Trainer._read_back
 
-    def count(self: Trainer, epoch: int, unread: Any) -> Any:
-        sizes.append(len(unread.steps))
-        return original(self, epoch, unread)
+    def count(self: Trainer, epoch: int, unread: Any, since: float) -> Any:
+        sizes.append(len(unread))
+        return original(self, epoch, unread, since)
 
     monkeypatch.setattr(Trainer, "_read_back", count)
     outcome("train.log_every_steps=1")

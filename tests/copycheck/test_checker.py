@@ -20,7 +20,7 @@ from sdlora.models.load import load_base
 from sdlora.pocket.world import random_scene, render
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.training.data import TrainingData
-from sdlora.training.loss import Validation
+from sdlora.training.validation import Validation
 
 
 @pytest.fixture

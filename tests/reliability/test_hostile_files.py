@@ -206,10 +206,12 @@ def test_any_captions_are_read_or_refused(tmp_path_factory: pytest.TempPathFacto
     folder = tmp_path_factory.mktemp("set")
     (folder / "metadata.jsonl").write_bytes(content)
     (folder / "a.txt").write_bytes(content)
-    captions, faults = read_captions(folder)
-    for name, text in captions.items():
-        assert f"{name}{text}".encode() and text == text.strip() != ""
-    assert all(file in ("metadata.jsonl", "a.txt") for file, _ in faults)
+    found = read_captions(folder, ["a.png"])
+    assert found.by_image.keys() == {"a.png"}
+    for file, text in found.by_image["a.png"].items():
+        assert file in ("metadata.jsonl", "a.txt")
+        assert text.encode() == text.strip().encode()
+    assert all(file in ("metadata.jsonl", "a.txt") for file, _ in found.faults)
     shutil.rmtree(folder)
 
 

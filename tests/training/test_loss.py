@@ -15,7 +15,8 @@ from sdlora.data.batches import Exposure
 from sdlora.events import EpochDone
 from sdlora.models.load import load_base
 from sdlora.training.data import TrainingData
-from sdlora.training.loss import Batch, Validation, diffusion_loss, image_losses
+from sdlora.training.loss import Batch, diffusion_loss
+from sdlora.training.validation import Validation, image_losses
 
 
 def test_loss_of_an_exposure_equals_the_formula(tiny_base: Path, images: Path, tmp_path: Path) -> None:
