@@ -63,6 +63,7 @@ def tensors(file: Path) -> str:
     return hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
 
 
+@pytest.mark.slow
 def test_invalid_and_killed_jobs_do_not_affect_the_others(tmp_path: Path, images: Path, tiny_base: Path) -> None:
     file = write_jobs(tmp_path, images, str(tiny_base))
     seen, killed = [], False

@@ -64,6 +64,7 @@ def memory() -> Iterator[dict[str, object]]:
     MemoryFileSystem.pseudo_dirs[:] = [""]
 
 
+@pytest.mark.slow
 def test_batch_at_a_url_resumes_on_another_machine(
     tmp_path: Path, images: Path, tiny_base: Path, machine: Callable[[str], Path]
 ) -> None:

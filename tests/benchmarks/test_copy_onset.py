@@ -229,6 +229,8 @@ def bench(tiny_base: Path, tmp_path: Path) -> copy_onset.Bench:
     return copy_onset.Bench(tiny_base, tmp_path / "work", SMALL, Judge(ALL_KINDS).eval(), Plain(), keep=True)
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_small_over_trained_run(bench: copy_onset.Bench) -> None:
     cell = {"part": "onset", "concept": "tavi", "seed": 0}
     found = bench.measure(cell)
@@ -248,6 +250,8 @@ def test_a_small_over_trained_run(bench: copy_onset.Bench) -> None:
     assert kept.stat().st_mtime_ns == written
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("part", ["tenth", "many"])
 def test_a_small_control(part: str, bench: copy_onset.Bench) -> None:
     found = bench.measure({"part": part, "concept": "pelu", "seed": 1})

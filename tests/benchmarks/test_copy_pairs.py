@@ -138,6 +138,8 @@ def test_the_score_that_stands_out_counts() -> None:
     assert found == pytest.approx([3.0, 2.0])
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_small_run_with_a_base(groups: list[Group], tiny_base: Path, tmp_path: Path) -> None:
     kept = tmp_path / "scores.pt"
     scores = copy_pairs.score(groups[1:], 2, tiny_base, kept)
@@ -152,6 +154,8 @@ def test_a_small_run_with_a_base(groups: list[Group], tiny_base: Path, tmp_path:
     assert all(torch.equal(scores[kind][name], again[kind][name]) for kind in scores for name in scores[kind])
 
 
+@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_program_fills_its_page(
     photos: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

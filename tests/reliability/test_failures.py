@@ -90,6 +90,7 @@ def test_a_vae_without_numbers_is_told_with_the_image(scene: Scene, tmp_path: Pa
     assert scene.go_on(tmp_path / "run", cache=tmp_path / "cache").code == 0, "nothing of it is in the cache"
 
 
+@pytest.mark.slow
 def test_full_memory_names_the_setting_to_lower(
     scene: Scene, expected: dict[str, str], tmp_path: Path, figure: Figure
 ) -> None:
@@ -198,6 +199,7 @@ def check_signals(
     assert not faults, "\n".join(faults)
 
 
+@pytest.mark.slow
 def test_a_signal_stops_a_run_that_can_go_on_here_and_there(
     scene: Scene, expected: dict[str, str], tmp_path: Path
 ) -> None:
@@ -236,6 +238,7 @@ def test_a_folder_that_cannot_be_written_is_told_before_the_base_is_loaded(scene
     assert "is read-only. Choose another --output" in said(outcome)
 
 
+@pytest.mark.slow
 def test_a_base_that_vanishes_stops_the_run_and_it_goes_on_when_the_base_is_back(
     scene: Scene, expected: dict[str, str], tmp_path: Path
 ) -> None:

@@ -34,6 +34,7 @@ def start_two(scene: Scene, folder: Path) -> list[str]:
     return [] if told and "Traceback" not in refused else [refused]
 
 
+@pytest.mark.slow
 def test_of_two_starts_in_a_folder_exactly_one_runs_here_and_there(scene: Scene, tmp_path: Path) -> None:
     assert not [fault for index in range(3) for fault in start_two(scene, tmp_path / str(index))]
 

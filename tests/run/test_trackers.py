@@ -9,13 +9,15 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+from accelerate import PartialState
 from helpers.runs import run
 
 from sdlora.config.toml import load_config
 from sdlora.errors import ConfigError
-from sdlora.events import Notice
+from sdlora.events import StepDone
+from sdlora.run.folder import RunFolder
 from sdlora.run.run import Stopped, start
-from sdlora.run.trackers import FOLDER
+from sdlora.run.trackers import FOLDER, Trackers
 
 SMALL = [
     "name=hero",
@@ -53,42 +55,6 @@ class Interrupt:
         return self.left < 0
 
 
-def test_tensorboard_holds_what_the_metrics_hold(tmp_path: Path, overrides: list[str]) -> None:
-    pytest.importorskip("tensorboard")
-    folder = tmp_path / "run"
-    run(folder, [*overrides, *SMALL, 'train.trackers=["tensorboard"]'])
-    shown = tensorboard(folder)
-    steps, epochs = metrics(folder, "step"), metrics(folder, "epoch")
-    assert shown["loss/step"] == pytest.approx({line["step"]: line["loss"] for line in steps})
-    assert shown["learning_rate"] == pytest.approx({line["step"]: line["lr"] for line in steps})
-    assert shown["loss/epoch"] == pytest.approx({line["step"]: line["train_loss"] for line in epochs[1:]})
-    assert shown["copies/share"].keys() == {line["step"] for line in epochs}
-    names = [file.stem for file in (folder / "epochs/2/previews").iterdir()]
-    assert names
-    assert all(shown[f"previews/{name}"].keys() == {line["step"] for line in epochs} for name in names)
-
-
-def test_interrupted_run_shows_every_step_once(tmp_path: Path, overrides: list[str]) -> None:
-    pytest.importorskip("tensorboard")
-    config = load_config("quickstart", [*overrides, *SMALL, 'train.trackers=["tensorboard"]'])
-    folder = tmp_path / "run"
-    with pytest.raises(Stopped):
-        list(start(config, folder, should_stop=Interrupt(3)))
-    list(start(config, folder, resume=True))
-    assert tensorboard(folder)["loss/step"] == pytest.approx(
-        {line["step"]: line["loss"] for line in metrics(folder, "step")}
-    )
-
-
-def test_missing_package_is_refused_before_anything_is_written(
-    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"wandb.*pip install wandb"):
-        run(tmp_path / "run", [*overrides, 'train.trackers=["wandb"]'])
-    assert not (tmp_path / "run").exists()
-
-
 class Online(ModuleType):
     """A stand-in for the wandb package that takes notes."""
 
@@ -120,31 +86,56 @@ class Online(ModuleType):
         self.options["finished"] = True
 
 
-def test_wandb_gets_losses_and_previews_but_no_captions_and_no_folders(
+def test_interrupted_run_shows_every_step_once_and_no_captions(
     tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("tensorboard")
     online = Online()
     monkeypatch.setitem(sys.modules, "wandb", online)
-    run(tmp_path / "run", [*overrides, *SMALL, 'train.trackers=["wandb"]'])
+    config = load_config("quickstart", [*overrides, *SMALL, 'train.trackers=["tensorboard", "wandb"]'])
+    folder = tmp_path / "run"
+    with pytest.raises(Stopped):
+        list(start(config, folder, should_stop=Interrupt(3)))
+    list(start(config, folder, resume=True))
+    shown, steps, epochs = tensorboard(folder), metrics(folder, "step"), metrics(folder, "epoch")
+    assert shown["loss/step"] == pytest.approx({line["step"]: line["loss"] for line in steps})
+    assert shown["learning_rate"] == pytest.approx({line["step"]: line["lr"] for line in steps})
+    assert shown["loss/epoch"] == pytest.approx({line["step"]: line["train_loss"] for line in epochs[1:]})
+    assert shown["copies/share"].keys() == {line["step"] for line in epochs}
+    names = [file.stem for file in (folder / "epochs/2/previews").iterdir()]
+    assert names
+    assert all(shown[f"previews/{name}"].keys() == {line["step"] for line in epochs} for name in names)
+
     assert online.options["name"] == "hero"
     assert online.options["finished"]
     keys = {key for _, values in online.logged for key in values}
-    assert {"loss/step", "loss/epoch", "copies/share"} < keys
-    assert any(key.startswith("previews/") for key in keys)
-    assert online.settings["lora.rank"] == load_config("quickstart", overrides).lora.rank
+    assert {"loss/step", "loss/epoch", "copies/share", f"previews/{names[0]}"} < keys
+    assert online.settings["lora.rank"] == config.lora.rank
     sent = json.dumps([online.settings, online.logged, online.options["name"]], default=str)
     assert str(tmp_path) not in sent
     assert "zumi" not in sent
 
 
-def test_failing_tracker_ends_tracking_and_not_the_run(
+def test_failing_tracker_is_reported_once_and_asked_no_more(
     tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    online = Online(fails_at=1)
+    online = Online(fails_at=2)
     monkeypatch.setitem(sys.modules, "wandb", online)
-    config = load_config("quickstart", [*overrides, *SMALL, 'train.trackers=["wandb"]'])
-    events = list(start(config, tmp_path / "run"))
-    notices = [event.message for event in events if isinstance(event, Notice) and "no network" in event.message]
-    assert len(notices) == 1
-    assert events[-1].name == "done"
-    assert {step for step, _ in online.logged} == {0}
+    folder = RunFolder(tmp_path / "run", "hero")
+    folder.path.mkdir()
+    folder.config.touch()
+    PartialState()  # as in a run
+    trackers = Trackers(load_config("quickstart", [*overrides, 'train.trackers=["wandb"]']), folder)
+    told = [trackers.record(StepDone(1, step, 1.0, 1e-3, ["a"], [1], [5], [1.0], 0.1)) for step in (1, 2, 3)]
+    assert [notice is None for notice in told] == [True, False, True]
+    assert "no network" in str(told[1])
+    assert {step for step, _ in online.logged} == {1}
+
+
+def test_missing_package_is_refused_before_anything_is_written(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"wandb.*pip install wandb"):
+        run(tmp_path / "run", [*overrides, 'train.trackers=["wandb"]'])
+    assert not (tmp_path / "run").exists()

@@ -40,6 +40,7 @@ def run(file: Path, *runs: Run) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
+@pytest.mark.slow
 def test_one_two_and_four_processes_train_the_same_adapter(
     tmp_path: Path, overrides: list[str], images: Path
 ) -> None:  # fmt: skip

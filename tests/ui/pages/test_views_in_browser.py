@@ -66,6 +66,7 @@ def settled(page: Any, name: str) -> None:
     page.wait_for_function("[...document.images].every(one => one.complete || one.loading === 'lazy')")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("theme", ["light", "dark"])
 @pytest.mark.parametrize("width", [390, 1366])
 def test_every_page_can_be_read_by_everyone(browser: Any, filled: Open, width: int, theme: str) -> None:
@@ -151,6 +152,7 @@ def test_what_is_sent_for_is_told_in_words(browser: Any, filled: Open) -> None:
         assert not page.locator("#really-publish").is_visible()
 
 
+@pytest.mark.slow
 def test_a_large_set_stays_light(browser: Any, tmp_path: Path) -> None:
     studio = Studio(tmp_path / "runs")
     studio.create()
