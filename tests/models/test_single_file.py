@@ -13,10 +13,8 @@ from helpers.tiny import TINY, tiny_networks
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from sdlora.config.toml import parse_config
-from sdlora.events import CopyChecked, Exported, StepDone
-from sdlora.lora_files.read import read_file
+from sdlora.events import Exported, StepDone
 from sdlora.models.architectures import ARCHITECTURES, Family
-from sdlora.run.check_file import check_file
 from sdlora.run.run import start
 
 
@@ -47,7 +45,7 @@ def write_random_checkpoint(family: Family, file: Path) -> None:
 @pytest.mark.parametrize(
     ("family", "modules"), [("sd1", 64), ("sd2", 64), pytest.param("sdxl", 280, marks=pytest.mark.exhaustive)]
 )
-def test_checkpoint_of_true_shape_trains_to_a_verified_file_that_is_checked(
+def test_checkpoint_of_true_shape_trains_to_a_verified_file(
     family: Family, modules: int, tmp_path: Path, images: Path
 ) -> None:
     file = tmp_path / f"{family}.safetensors"
@@ -64,12 +62,6 @@ def test_checkpoint_of_true_shape_trains_to_a_verified_file_that_is_checked(
     assert all(event.loss == pytest.approx(event.loss) for event in events if isinstance(event, StepDone))
     (exported,) = [event for event in events if isinstance(event, Exported)]
     assert (exported.num_modules, exported.max_error) == (modules, 0.0)
-    few = {"num_steps": 1, "guidance": 1.0, "seeds": [0], "num_captions": 1, "prompts": ["a red ball"]}
-    document["preview"] = few | {"width_px": 64, "height_px": 64}
-    checked = check_file(read_file(Path(exported.file)), parse_config(document, name="hero"), tmp_path / "check")
-    *_, result = checked
-    assert isinstance(result, CopyChecked)
-    assert len(list((tmp_path / "check" / "previews").iterdir())) == 2
 
 
 @pytest.mark.parametrize(
