@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib.util
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,38 +52,48 @@ class Trackers:
 
     def __init__(self, config: RunConfig, folder: RunFolder) -> None:
         self._config, self._folder = config, folder
-        self._open: list[GeneralTracker] | None = None
+        self._open: dict[str, GeneralTracker | Callable[[], GeneralTracker]] | None = None
         self._step = 0
 
     def record(self, event: Event) -> Notice | None:
         """Report an event.
 
         Returns:
-            A notice if a tracker fails, which is not asked again; training goes on.
+            A notice if a tracker fails, which is not asked again; the others and training go on.
         """
         if not self._config.train.trackers or not isinstance(event, (StepDone, EpochDone, CopyChecked, PreviewsDone)):
             return None
-        try:
-            if isinstance(event, (StepDone, EpochDone)):
-                self._step = event.step
-            if self._open is None:
-                self._open = self._opened()
-            for tracker in self._open:
-                if isinstance(event, PreviewsDone):
-                    _log_images(tracker, event.files, self._step)
-                else:
-                    tracker.log(scalars(event), step=self._step)
-        except Exception as error:  # a boundary: each tracker has its own errors, and none may end a run
-            self._open = []
-            return Notice(f"Tracking ends here: {type(error).__name__}: {error}. The run continues.")
-        return None
+        if isinstance(event, (StepDone, EpochDone)):
+            self._step = event.step
+        if self._open is None:
+            self._open = {name: partial(self._start, name) for name in self._config.train.trackers}
+        failed = [message for name in list(self._open) if (message := self._attempt(name, event)) is not None]
+        return Notice(" ".join([*failed, "The run continues."])) if failed else None
 
     def finish(self) -> None:
         """Close the trackers."""
-        for tracker in self._open or ():
-            tracker.finish()
+        for tracker in (self._open or {}).values():
+            if isinstance(tracker, GeneralTracker):
+                with suppress(Exception):  # as in `record`
+                    tracker.finish()
 
-    def _opened(self) -> list[GeneralTracker]:
+    def _attempt(self, name: str, event: StepDone | EpochDone | CopyChecked | PreviewsDone) -> str | None:
+        """Report an event to one tracker, which is started before its first; what went wrong, if anything did."""
+        assert self._open is not None
+        try:
+            tracker = self._open[name]
+            if not isinstance(tracker, GeneralTracker):
+                self._open[name] = tracker = tracker()
+            if isinstance(event, PreviewsDone):
+                _log_images(tracker, event.files, self._step)
+            else:
+                tracker.log(scalars(event), step=self._step)
+        except Exception as error:  # a boundary: each tracker has its own errors, and none may end a run
+            del self._open[name]
+            return f"Tracking by {name} ends here: {type(error).__name__}: {error}."
+        return None
+
+    def _start(self, name: str) -> GeneralTracker:
         # The settings that the LoRA file holds as well: neither folders nor captions.
         sections = {name: getattr(self._config, name).model_dump() for name in ("lora", "train", "timesteps", "loss")}
         settings = {
@@ -89,24 +101,21 @@ class Trackers:
             for section, values in sections.items()
             for key, value in values.items()
         }
-        opened: list[GeneralTracker] = []
-        for name in self._config.train.trackers:
-            if name == "tensorboard":
-                logs = self._folder.path / FOLDER
-                is_new = not logs.exists()
-                tracker = TensorBoardTracker(".", logs, purge_step=self._step)
-            else:
-                started = self._folder.config.stat().st_mtime_ns
-                number = hashlib.blake2b(f"{self._folder.path.resolve()} {started}".encode(), digest_size=8).hexdigest()
-                is_new = True  # the same settings again do no harm there
-                tracker = WandBTracker(
-                    _PROJECT, name=self._folder.name, id=number, resume="allow", dir=str(self._folder.path)
-                )
-            tracker.start()
-            if is_new:
-                tracker.store_init_configuration(settings)
-            opened.append(tracker)
-        return opened
+        if name == "tensorboard":
+            logs = self._folder.path / FOLDER
+            is_new = not logs.exists()
+            tracker = TensorBoardTracker(".", logs, purge_step=self._step)
+        else:
+            started = self._folder.config.stat().st_mtime_ns
+            number = hashlib.blake2b(f"{self._folder.path.resolve()} {started}".encode(), digest_size=8).hexdigest()
+            is_new = True  # the same settings again do no harm there
+            tracker = WandBTracker(
+                _PROJECT, name=self._folder.name, id=number, resume="allow", dir=str(self._folder.path)
+            )
+        tracker.start()
+        if is_new:
+            tracker.store_init_configuration(settings)
+        return tracker
 
 
 def scalars(event: StepDone | EpochDone | CopyChecked) -> dict[str, float]:

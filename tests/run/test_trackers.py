@@ -119,17 +119,20 @@ def test_interrupted_run_shows_every_step_once_and_no_captions(
 def test_failing_tracker_is_reported_once_and_asked_no_more(
     tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    pytest.importorskip("tensorboard")
     online = Online(fails_at=2)
     monkeypatch.setitem(sys.modules, "wandb", online)
     folder = RunFolder(tmp_path / "run", "hero")
     folder.path.mkdir()
     folder.config.touch()
     PartialState()  # as in a run
-    trackers = Trackers(load_config("quickstart", [*overrides, 'train.trackers=["wandb"]']), folder)
+    trackers = Trackers(load_config("quickstart", [*overrides, 'train.trackers=["tensorboard", "wandb"]']), folder)
     told = [trackers.record(StepDone(1, step, 1.0, 1e-3, ["a"], [1], [5], [1.0], 0.1)) for step in (1, 2, 3)]
     assert [notice is None for notice in told] == [True, False, True]
     assert "no network" in str(told[1])
     assert {step for step, _ in online.logged} == {1}
+    trackers.finish()
+    assert tensorboard(folder.path)["loss/step"].keys() == {1, 2, 3}, "the other tracker goes on"
 
 
 def test_missing_package_is_refused_before_anything_is_written(
