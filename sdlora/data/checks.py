@@ -281,7 +281,7 @@ def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
             validation images.
 
     Raises:
-        DataError: There is no such folder.
+        DataError: The folder does not exist.
     """
     if not folder.is_dir():
         raise DataError(f"There is no folder {str(folder)!r}. Check the path; it is relative to the working directory.")

@@ -31,6 +31,7 @@ from sdlora.config.imports.rules import (
 )
 from sdlora.config.imports.shared import (
     MIN_SNR,
+    TAG_DROPOUT,
     base_path,
     file_precision,
     optimizer_arguments,
@@ -183,7 +184,7 @@ _DATA = table(
         keys("caption_dropout_rate", _D): rename("data.caption_dropout", number),
         keys("shuffle_tokens", _D): rename("data.shuffle_tags", flag),
         keys("keep_tokens", _D): rename("data.keep_tags", whole),
-        keys("token_dropout_rate", _D): refuse("sdlora does not drop single tags"),
+        keys("token_dropout_rate", _D): TAG_DROPOUT,
         keys("random_triggers replacements use_short_captions caption_type", _D): refuse(
             "sdlora does not change captions in this way; write the captions so"
         ),

@@ -28,9 +28,9 @@ def read(content: str, folder: Path) -> tuple[Source, dict[str, Rule]]:
         folder: The text's folder, where files that the command names may be.
 
     Raises:
-        ConfigError: There is no such command, or its script trains something else.
+        ConfigError: No command is found, or its script trains something else.
     """
-    # In a Windows path, a backslash is no escape.
+    # In a Windows path, a backslash does not escape anything.
     joined = re.sub(r"[\\^`][ \t]*\r?\n", " ", content)
     lines = [line for line in joined.splitlines() if line.strip() and not line.lstrip().startswith("#")]
     command = next((line for line in lines if re.search(r"\.py\b", line) and "--" in line), None)

@@ -24,6 +24,7 @@ from sdlora.config.imports.rules import (
     refuse,
     refused,
     rename,
+    switch,
     table,
     text,
     translated,
@@ -221,7 +222,6 @@ def _num_images(value: Any, source: Source) -> Outcome:
     return translated({"preview.seeds": list(range(min(max(whole(value), 1), 64)))})
 
 
-_AUGMENT = "sdlora trains images as they are, cropped from the middle"
 _HUB_DATA = "download the data set to a folder with metadata.jsonl, and set data.folder"
 
 RULES: dict[str, Rule] = table(
@@ -253,7 +253,7 @@ RULES: dict[str, Rule] = table(
         "max_train_samples": refuse("sdlora trains on all images of a folder; remove some"),
         "resolution": compute(lambda value, source: resolution(value), "`data.resolution_px`"),
         "center_crop": drop("sdlora always crops from the middle"),
-        "random_flip": refuse(_AUGMENT),
+        "random_flip": switch({"data.flip": True}, "mirrored at every second exposure, not by chance"),
         "image_interpolation_mode": drop("sdlora resizes with one high-quality filter"),
         keys("num_train_epochs"): compute(_epochs, "`train.epochs`, with `data.repeats`"),
         keys("max_train_steps"): compute(_steps, "`train.epochs`, with `data.repeats`, if images can be counted"),
@@ -298,7 +298,7 @@ RULES: dict[str, Rule] = table(
         keys("checkpointing_steps checkpoints_total_limit"): drop(
             "sdlora saves every epoch, and a checkpoint to resume from"
         ),
-        "resume_from_checkpoint": refuse("a run of another trainer cannot be continued; train anew"),
+        "resume_from_checkpoint": refuse("a run of another trainer cannot be resumed; start a new one"),
         keys("push_to_hub hub_token hub_model_id"): drop("upload a finished LoRA with `sdlora push`"),
         "report_to": compute(lambda value, source: trackers(value), "`train.trackers`"),
         keys("logging_dir debug_loss"): drop("sdlora writes metrics.jsonl, state.json and report.html"),

@@ -33,6 +33,7 @@ from sdlora.config.imports.rules import (
 )
 from sdlora.config.imports.shared import (
     MIN_SNR,
+    TAG_DROPOUT,
     base_path,
     file_precision,
     optimizer_arguments,
@@ -153,14 +154,17 @@ _SUBSET = table(
         "keep_tokens": rename("data.keep_tags", whole),
         "caption_dropout_rate": rename("data.caption_dropout", number),
         "caption_dropout_every_n_epochs": refuse("sdlora drops captions by chance only; set data.caption_dropout"),
-        "caption_tag_dropout_rate": refuse("sdlora does not drop single tags"),
+        "caption_tag_dropout_rate": TAG_DROPOUT,
         "caption_extension": compute(take.caption_extension, "dropped if .txt, .caption or .json, otherwise refused"),
         "caption_separator": compute(take.separator, "dropped if a comma, otherwise refused"),
-        keys(
-            "keep_tokens_separator secondary_separator enable_wildcard caption_prefix caption_suffix token_warmup_step",
-        ): refuse(_CAPTIONS),
+        "keep_tokens_separator": rename("data.keep_separator", text),
+        "enable_wildcard": switch({"data.wildcards": True, "data.caption_lines": True}),
+        "caption_prefix": rename("data.caption_prefix", text),
+        "caption_suffix": rename("data.caption_suffix", text),
+        keys("secondary_separator token_warmup_step"): refuse(_CAPTIONS),
         "token_warmup_min": drop("only with token_warmup_step"),
-        keys("color_aug flip_aug random_crop face_crop_aug_range"): refuse(_AUGMENT),
+        "flip_aug": switch({"data.flip": True}, "mirrored at every second exposure, not by chance"),
+        keys("color_aug random_crop face_crop_aug_range"): refuse(_AUGMENT),
         "resize_interpolation": drop("sdlora resizes with one high-quality filter"),
         "alpha_mask": part_of("masked_loss"),
         "conditioning_data_dir": part_of("masked_loss"),
@@ -283,7 +287,7 @@ _TRAINING = table(
             "save_last_n_steps save_last_n_steps_state save_state save_state_on_train_end",
         ): drop(_SAVED),
         keys("resume skip_until_initial_step initial_epoch initial_step"): refuse(
-            "a run of another trainer cannot be continued; train anew"
+            "a run of another trainer cannot be resumed; start a new one"
         ),
         keys(
             "no_metadata training_comment metadata_title metadata_author metadata_description metadata_tags",

@@ -176,7 +176,7 @@ def _choose_parts(gui: Mapping[str, Any], unused: dict[str, str]) -> dict[str, A
     """A rate of zero says that a part is not trained, unless both are zero: then both have the general one.
 
     Returns:
-        What sd-scripts is told instead.
+        The value for sd-scripts.
     """
     try:
         encoder, unet = (number(gui.get(key) or 0) for key in ("text_encoder_lr", "unet_lr"))

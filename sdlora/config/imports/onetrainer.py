@@ -190,7 +190,9 @@ _DATA = table(
         "concepts.text.enable_tag_shuffling": rename("data.shuffle_tags", flag),
         "concepts.text.keep_tags_count": rename("data.keep_tags", whole),
         "concepts.text.tag_delimiter": refuse("sdlora splits tags at commas", off=(None, "", ",", ", ")),
-        "concepts.text.tag_dropout_enable": refuse("sdlora does not drop single tags"),
+        "concepts.text.tag_dropout_enable": refuse(
+            "set data.tag_dropout to the probability, and data.protected_tags to the special tags"
+        ),
         keys(
             "concepts.text.tag_dropout_mode concepts.text.tag_dropout_probability "
             "concepts.text.tag_dropout_special_tags_mode concepts.text.tag_dropout_special_tags "

@@ -15,6 +15,7 @@ from typing import Any
 from PIL import Image
 
 from sdlora.config.imports.rules import (
+    OFF,
     Outcome,
     Source,
     compute,
@@ -41,6 +42,10 @@ MIN_SNR = compute(
         translated({"loss.weighting": "min_snr", "loss.gamma": number(value)}) if number(value) else dropped("off")
     ),
     "`loss.weighting` = min_snr, `loss.gamma`",
+)
+TAG_DROPOUT = compute(
+    lambda value, source: dropped("off") if value in OFF else translated({"data.tag_dropout": number(value)}),
+    "`data.tag_dropout`",
 )
 CAP = f"More than {MAX_EPOCHS} epochs make a LoRA reproduce its images"
 

@@ -192,7 +192,6 @@ def test_an_epoch_lasts_as_long_as_its_class_images(folder: Path) -> None:
     [
         ("dataset_name", "--dataset_name lambdalabs/naruto"),
         ("caption_column", "--train_data_dir photos --caption_column caption"),
-        ("random_flip", "--train_data_dir photos --random_flip"),
         ("lr_scheduler", "--train_data_dir photos --lr_scheduler linear"),
         ("max_train_steps", "--train_data_dir nowhere --max_train_steps 100"),
         ("with_prior_preservation", "--train_data_dir photos --with_prior_preservation"),
@@ -205,6 +204,12 @@ def test_an_epoch_lasts_as_long_as_its_class_images(folder: Path) -> None:
 )
 def test_what_would_be_another_result_is_refused(folder: Path, key: str, arguments: str) -> None:
     assert key in run(folder, arguments).open_keys
+
+
+def test_random_flips_become_mirrored_exposures(folder: Path) -> None:
+    found = run(folder, "--train_data_dir photos --random_flip")
+    assert not found.open_keys
+    assert option(found, "data.flip") is True
 
 
 def test_the_launcher_counts_where_the_script_says_nothing(folder: Path) -> None:
