@@ -138,7 +138,8 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
     gradients = 4 * count * (config.train.gradient_accumulation_steps > 1)
     activations = step.peak_bytes + gradients - 4 * count
     width, height = inputs.size_px
-    encoding = _peak_bytes(lambda: base.vae.encode(torch.empty(1, 3, height, width, device=META)))  # of one image
+    one_image = torch.empty(1, 3, height, width, device=META)
+    encoding = num_bytes(base.vae) + _peak_bytes(lambda: base.vae.encode(one_image))
     beside = max(_preview_bytes(inputs, base), encoding)
     if inputs.on_cpu:
         beside = max(beside, 4 * num_parameters + shapes.frozen_bytes + _verification_bytes(inputs, base, count))
@@ -200,7 +201,8 @@ def _preview_bytes(inputs: MemoryInputs, base: MetaBase) -> int:
     noisy = empty_latents(shapes, max(1, _PREVIEW_PIXELS // prod(size)), size)
     # Guidance predicts with the prompt and without.
     drawing = _peak_bytes(lambda: _predict(base, noisy.repeat(2, 1, 1, 1)))
-    return max(drawing, _peak_bytes(lambda: base.vae.decode(noisy)))
+    # The VAE is on the device only while it is used.
+    return max(drawing, num_bytes(base.vae) + _peak_bytes(lambda: base.vae.decode(noisy)))
 
 
 def _verification_bytes(inputs: MemoryInputs, base: MetaBase, count: int) -> int:

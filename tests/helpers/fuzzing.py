@@ -26,10 +26,10 @@ with atheris.instrument_imports(include=["sdlora"]):
 
 
 def captions(folder: Path, content: bytes) -> None:
-    """A list of captions, and one beside its image."""
-    (folder / "metadata.jsonl").write_bytes(content)
-    (folder / "a.txt").write_bytes(content)
-    read_captions(folder)
+    """A list of captions, and two beside their images."""
+    for name in ("metadata.jsonl", "a.txt", "b.json"):
+        (folder / name).write_bytes(content)
+    read_captions(folder, ["a.png", "b.png"])
 
 
 def configuration(folder: Path, content: bytes) -> None:

@@ -45,13 +45,15 @@ def test_badges_say_what_the_package_says() -> None:
     assert project["requires-python"] == ">=3.11" and "3.11+" in (ROOT / "docs/images/python.svg").read_text()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("row", "family", "setting"),
     [
-        ("1.x", "sd1", "none"), ("2.x", "sd2", "none"), ("XL", "sdxl", "none"), ("int8", "sdxl", "int8"),
+        ("1.x", "sd1", "none"),
+        pytest.param("2.x", "sd2", "none", marks=pytest.mark.slow),
+        pytest.param("XL", "sdxl", "none", marks=pytest.mark.slow),
+        pytest.param("int8", "sdxl", "int8", marks=pytest.mark.slow),
     ],
-)  # fmt: skip
+)
 def test_table_of_memory_is_what_the_planner_says(
     row: str, family: str, setting: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
