@@ -21,7 +21,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sdlora.common.bundled import pocket_folder, resolve_data_folder
+from sdlora.common.bundled import IMAGE_SUFFIXES, pocket_folder, resolve_data_folder
 from sdlora.common.files import sha256
 from sdlora.common.version import __version__
 from sdlora.config.schema import RunConfig
@@ -35,7 +35,6 @@ from sdlora.config.toml import (
     with_current_names,
 )
 from sdlora.data.captions import METADATA, SIDECARS
-from sdlora.data.images import SUFFIXES
 from sdlora.errors import ConfigError
 
 _NAME = re.compile(r"\w[\w. -]{0,99}")
@@ -233,7 +232,7 @@ def _content(folder: Path, recursive: bool) -> str:
         return "missing"
     digest = hashlib.blake2b(digest_size=16)
     for file in sorted(folder.rglob("*") if recursive else folder.iterdir()):
-        if file.is_file() and (file.suffix.lower() in SUFFIXES | SIDECARS or file.name == METADATA):
+        if file.is_file() and (file.suffix.lower() in IMAGE_SUFFIXES | SIDECARS or file.name == METADATA):
             name = file.relative_to(folder).as_posix()
             digest.update(f"{name}\x1f{sha256(file)}\x1e".encode())
     return digest.hexdigest()

@@ -13,6 +13,13 @@ from sdlora.common.remote import download_set, is_url
 from sdlora.errors import ConfigError
 
 BUILTIN = "builtin:"
+IMAGE_SUFFIXES = frozenset(
+    {
+        ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif", ".heic", ".heif",
+        ".jxl",
+    }
+)  # fmt: skip
+"""Suffixes of the images in a folder, in lower case; some formats need a plugin."""
 _PACKAGE = Path(__file__).parents[1]
 
 

@@ -5,12 +5,11 @@ Applied to a configuration before it is validated; a run's own configuration lis
 
 from __future__ import annotations
 
-import mimetypes
 import re
 from pathlib import Path
 from typing import Any
 
-from sdlora.common.bundled import BUILTIN
+from sdlora.common.bundled import BUILTIN, IMAGE_SUFFIXES
 from sdlora.common.remote import is_url
 from sdlora.errors import ConfigError
 
@@ -55,7 +54,11 @@ def with_kohya_folders(document: dict[str, Any]) -> dict[str, Any]:
 def _named(folder: Path) -> list[tuple[Path, int, str]]:
     """The subfolders `REPEATS_NAME` of a folder with their repeats and names; none if it holds files with images."""
     found = numbered(folder)
-    return [] if found and any(_is_image(path) for path in folder.iterdir()) else found
+    return (
+        []
+        if found and any(path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+        else found
+    )
 
 
 def numbered(folder: Path) -> list[tuple[Path, int, str]]:
@@ -66,11 +69,6 @@ def numbered(folder: Path) -> list[tuple[Path, int, str]]:
         return []  # reported by name when images are read
     matches = [(path, _NAMED.fullmatch(path.name)) for path in entries]
     return [(path, int(match[1]), match[2].strip()) for path, match in matches if match and int(match[1]) > 0]
-
-
-def _is_image(path: Path) -> bool:
-    kind, _ = mimetypes.guess_type(path.name)
-    return path.is_file() and (kind or "").startswith("image/")
 
 
 def _regularisation(top: Path) -> tuple[Path, str] | None:

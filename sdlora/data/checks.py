@@ -14,11 +14,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from sdlora.common.bundled import AS_WRITTEN, CaptionOptions
+from sdlora.common.bundled import AS_WRITTEN, IMAGE_SUFFIXES, CaptionOptions
 from sdlora.data.batches import Bucket
 from sdlora.data.captions import METADATA, lacks_trigger, read_captions
 from sdlora.data.duplicates import near_duplicates, thumbnail
-from sdlora.data.images import MASK_SUFFIX, SUFFIXES, MaskKind, load_image, load_mask, pixel_hash, separate_masks
+from sdlora.data.images import MASK_SUFFIX, MaskKind, load_image, load_mask, pixel_hash, separate_masks
 from sdlora.errors import DataError
 
 Kind = Literal[
@@ -285,7 +285,7 @@ def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
     """
     if not folder.is_dir():
         raise DataError(f"There is no folder {str(folder)!r}. Check the path; it is relative to the working directory.")
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in SUFFIXES)
+    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES)
     for subfolder in _subfolders(folder) if recursive else ():
         files += image_files(subfolder, recursive=True)
     return files
@@ -303,7 +303,7 @@ def _no_images(folder: Path) -> str:
     for path in image_files(folder, recursive=True):
         counts[path.parent.relative_to(folder).as_posix()] += 1
     if not counts:
-        return f"The folder {str(folder)!r} contains no images ({', '.join(sorted(SUFFIXES))})."
+        return f"The folder {str(folder)!r} contains no images ({', '.join(sorted(IMAGE_SUFFIXES))})."
     found = first_names([f"{name} ({number})" for name, number in counts.items()])
     return (
         f"The folder {str(folder)!r} contains no images itself; its subfolders do: {found}. To train on all of them, "

@@ -29,9 +29,6 @@ PLUGINS = {
     ".jxl": ("jxl", "pillow_jxl", "JXL"),
 }
 """Suffixes of formats that Pillow reads with a plugin: sdlora's extra with it, its module, and the format's name."""
-SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif"} | PLUGINS.keys()
-)
 MAX_PIXELS = 100_000_000
 # Pillow's decoders raise all of these on broken files.
 _BROKEN = (

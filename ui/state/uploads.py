@@ -18,10 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
 
+from sdlora.common.bundled import IMAGE_SUFFIXES
 from sdlora.common.files import atomic_path, write_text
 from sdlora.common.text import format_bytes
 from sdlora.data.captions import METADATA, SIDECARS, caption_in, read_metadata
-from sdlora.data.images import SUFFIXES, load_image
+from sdlora.data.images import load_image
 from sdlora.errors import DataError
 
 from .folders import safe_name
@@ -86,7 +87,7 @@ def store_upload(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
     refused: list[str] = []
     for entry in entries:
         try:
-            if entry.suffix in SUFFIXES:
+            if entry.suffix in IMAGE_SUFFIXES:
                 name = f"{stems[entry.key]}{entry.suffix}"
                 check = functools.partial(load_image, background="white", suffix=entry.suffix)
                 _store(entry, folder / name, MOST_BYTES, check)
@@ -109,9 +110,9 @@ def store_upload(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
 
 def _stems(entries: Sequence[_Entry], folder: Path) -> dict[tuple[str, str], str]:
     """A new stem for every image and its caption that no other image has."""
-    taken = {path.stem.lower() for path in folder.iterdir() if path.suffix.lower() in SUFFIXES}
+    taken = {path.stem.lower() for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
     found: dict[tuple[str, str], str] = {}
-    for key in dict.fromkeys(entry.key for entry in entries if entry.suffix in SUFFIXES):
+    for key in dict.fromkeys(entry.key for entry in entries if entry.suffix in IMAGE_SUFFIXES):
         wanted = stem = safe_name(key[1])
         number = 2
         while stem.lower() in taken:

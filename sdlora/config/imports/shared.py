@@ -14,6 +14,7 @@ from typing import Any
 
 from PIL import Image
 
+from sdlora.common.bundled import IMAGE_SUFFIXES
 from sdlora.config.imports.rules import (
     OFF,
     Outcome,
@@ -29,12 +30,6 @@ from sdlora.config.imports.rules import (
 )
 from sdlora.config.schema_training import MAX_EPOCHS
 
-IMAGE_SUFFIXES = frozenset(
-    {
-        ".png", ".jpg", ".jpeg", ".jpe", ".jfif", ".webp", ".bmp", ".tif", ".tiff", ".avif", ".gif", ".heic", ".heif",
-        ".jxl",
-    }
-)  # fmt: skip
 MASK_SUFFIXES = ("-mask.png", "-masklabel.png", "-condlabel.png")
 TRANSFORMER_BLOCKS = ["cross_attention", "self_attention", "mlp", "projection"]
 MIN_SNR = compute(

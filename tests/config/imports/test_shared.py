@@ -9,7 +9,6 @@ import pytest
 
 from sdlora.config.imports.rules import Outcome, Status
 from sdlora.config.imports.shared import (
-    IMAGE_SUFFIXES,
     Length,
     TrainingFolder,
     base_path,
@@ -27,11 +26,9 @@ from sdlora.config.imports.shared import (
     spread_steps,
     warmup,
 )
-from sdlora.data.images import SUFFIXES
 
 
 def test_images_are_counted_as_training_counts_them(folder: Path) -> None:
-    assert IMAGE_SUFFIXES == SUFFIXES
     (folder / "photos" / "notes.txt").touch()
     (folder / "photos" / "UPPER.JPG").touch()
     (folder / "photos" / "0-mask.png").touch()
