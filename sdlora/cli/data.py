@@ -59,7 +59,7 @@ def data(
         checkup = examine(
             resolve_data_folder(source.folder), background=settings.background, caption=source.caption,
             trigger=source.trigger, allow_trigger_only=settings.allow_trigger_only, masks=settings.masks,
-            recursive=source.recursive, options=source.captions,
+            recursive=source.recursive, exclude=source.exclude, options=source.captions,
         )  # fmt: skip
         counts["image"] += checkup.num_files
         counts["caption"] += sum(image.caption is not None for image in checkup.images)

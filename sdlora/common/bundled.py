@@ -71,6 +71,7 @@ class ImageFolder:
         captions: How captions are made of those that are written.
         flip: Whether its images are mirrored at every second exposure.
         recursive: Whether the images of its subfolders are read, too; they are skipped with a notice otherwise.
+        exclude: Paths, relative to the folder, of images that are left out.
     """
 
     folder: str
@@ -81,6 +82,7 @@ class ImageFolder:
     captions: CaptionOptions = AS_WRITTEN
     recursive: bool = False
     flip: bool = False
+    exclude: tuple[str, ...] = ()
 
     @property
     def prefix(self) -> str:

@@ -21,8 +21,8 @@ def with_kohya_folders(document: dict[str, Any]) -> dict[str, Any]:
     """A document whose data.folder, if it holds nothing but kohya's subfolders, is replaced by one set for each.
 
     A set's repeats are those of its folder's name; the rest of the name captions images that have no caption, as it
-    does there. Images in `reg`, inside the folder or beside `img`, are preserved with weight 1, unless the document
-    says what to preserve.
+    does there. Images in data.exclude, by their path in data.folder, are left out. Images in `reg`, inside the folder
+    or beside `img`, are preserved with weight 1, unless the document says what to preserve.
 
     Raises:
         ConfigError: `reg` holds several kinds of images.
@@ -33,16 +33,22 @@ def with_kohya_folders(document: dict[str, Any]) -> dict[str, Any]:
     folder = data.get("folder")
     if not isinstance(folder, str) or not folder or is_url(folder) or folder.startswith(BUILTIN):
         return document
-    top = Path(folder).expanduser()
+    chosen = top = Path(folder).expanduser()
     named = _named(top)
     if not named and (named := _named(top / _IMAGES)):
         top /= _IMAGES
     if not named:
         return document
-    sets = [{"folder": str(path), "repeats": repeats, "caption": name} for path, repeats, name in named]
+    sets: list[dict[str, Any]] = [
+        {"folder": str(path), "repeats": repeats, "caption": name} for path, repeats, name in named
+    ]
+    if isinstance(exclude := data.get("exclude"), list):
+        for one, (path, _, _) in zip(sets, named, strict=True):
+            inside = f"{path.relative_to(chosen).as_posix()}/"
+            one["exclude"] = [str(name).removeprefix(inside) for name in exclude if str(name).startswith(inside)]
     if data.get("caption"):
         sets = [{key: value for key, value in one.items() if key != "caption"} for one in sets]
-    found = {key: value for key, value in data.items() if key != "folder"} | {"sets": sets}
+    found = {key: value for key, value in data.items() if key not in ("folder", "exclude")} | {"sets": sets}
     train = document.get("train", {})
     preserves = data.get("class_words") or data.get("preservation_folder")
     if isinstance(train, dict) and not preserves and (reg := _regularisation(top)) is not None:

@@ -56,6 +56,8 @@ class SetOptions(Section):
     """Like data.caption."""
     recursive: bool | None = None
     """Like data.recursive."""
+    exclude: list[Annotated[str, Field(min_length=1)]] | None = None
+    """Like data.exclude."""
     flip: bool | None = None
     """Like data.flip."""
     caption_prefix: str | None = None
@@ -95,6 +97,9 @@ class DataConfig(Section):
     recursive: bool = False
     """Read the images of all subfolders, too, with their captions beside them; hidden folders and 'holdout' are left
     out."""
+    exclude: list[Annotated[str, Field(min_length=1)]] = Field([])
+    """Images that are left out of training, by their path in the folder ('blurry.png'); their files stay where they
+    are."""
     validation_folder: str | None = None
     """Folder of images that are never trained on; the validation loss is measured on them."""
     validation_split: bool = True
@@ -167,6 +172,7 @@ class DataConfig(Section):
             "trigger": self.raw_trigger,
             "caption": self.raw_caption,
             "recursive": self.recursive,
+            "exclude": tuple(self.exclude),
             "captions": self.captions,
             "flip": self.flip,
         }
@@ -176,7 +182,8 @@ class DataConfig(Section):
         return [
             ImageFolder(
                 **common
-                | {key: value for key, value in one if value is not None and key not in varied}
+                | {key: value for key, value in one if value is not None and key not in varied | {"exclude"}}
+                | ({} if one.exclude is None else {"exclude": tuple(one.exclude)})
                 | {"name": one.title}
                 | {"captions": replace(self.captions, **{key: v for key, v in one if v is not None and key in varied})}
             )

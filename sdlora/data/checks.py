@@ -24,7 +24,7 @@ from sdlora.errors import DataError
 Kind = Literal[
     "unreadable", "caption", "no caption", "subfolder", "unused caption", "duplicate", "near-duplicate", "no trigger",
     "too small", "lone bucket", "mask", "lone mask", "no mask", "unused mask",
-    "long caption",
+    "long caption", "unused exclude",
 ]  # fmt: skip
 Severity = Literal["error", "warning"]
 
@@ -102,6 +102,7 @@ def examine(
     allow_trigger_only: bool = False,
     masks: MaskKind = "none",
     recursive: bool = False,
+    exclude: Collection[str] = (),
     options: CaptionOptions = AS_WRITTEN,
     decode: Callable[[Path, str], Image] = decode,
 ) -> Checkup:
@@ -114,11 +115,12 @@ def examine(
         allow_trigger_only: Whether images need no caption if there is a trigger.
         masks: Where masks are looked for.
         recursive: Whether images of subfolders are read; see `image_files`.
+        exclude: Paths, relative to the folder, of images that are left out.
         options: How captions become texts, as far as it concerns the trigger.
         decode: Replaces `decode`, for example by one that caches.
 
     Raises:
-        DataError: The folder is missing or contains no images.
+        DataError: The folder is missing or contains no images, or all of them are left out.
     """
     everything = image_files(folder, recursive=recursive)
     if not everything:
@@ -128,8 +130,16 @@ def examine(
         raise DataError(f"The folder {str(folder)!r} contains only masks. Add the images that they belong to.")
     names = {path: path.relative_to(folder).as_posix() for path in files}
     captions = read_captions(folder, names.values())
-    findings = [Finding("caption", "error", (name,), message) for name, message in captions.faults]
-    broken = {name for name, _ in captions.faults}
+    unknown = sorted(set(exclude) - set(names.values()))
+    names = {path: name for path, name in names.items() if name not in exclude}
+    if not names:
+        raise DataError(f"All images of the folder {str(folder)!r} are in data.exclude. Leave some of them in.")
+    mask_files = {stem: file for stem, file in mask_files.items() if stem in {path.with_suffix("") for path in names}}
+    used = {source for name in names.values() for source in captions.by_image[name]}
+    others = {source for found in captions.by_image.values() for source in found} - used
+    faults = [(source, message) for source, message in captions.faults if source not in others]
+    findings = [Finding("caption", "error", (source,), message) for source, message in faults]
+    broken = {source for source, _ in faults}
     is_metadata_broken = any(PurePath(name).name == METADATA for name in broken)
     images: list[Image] = []
     uncaptioned: list[str] = []
@@ -167,7 +177,7 @@ def examine(
     findings += _about(
         "no caption",
         uncaptioned,
-        f"{len(uncaptioned)} of {len(files)} images have no caption: {first_names(uncaptioned)}. Write one into "
+        f"{len(uncaptioned)} of {len(names)} images have no caption: {first_names(uncaptioned)}. Write one into "
         "NAME.txt beside each, set data.caption for all, or set data.trigger and data.allow_trigger_only.",
         "error",
     )
@@ -176,7 +186,10 @@ def examine(
     findings += _missing_triggers(images, trigger, options)
     relative = {path: path.relative_to(folder).as_posix() for path in (*mask_files.values(), *lone)}
     findings += _mask_warnings(images, [relative[p] for p in mask_files.values()], [relative[p] for p in lone], masks)
-    return Checkup(len(files), tuple(images), tuple(findings))
+    findings += _about(
+        "unused exclude", unknown, f"data.exclude names images that are not there: {first_names(unknown)}."
+    )
+    return Checkup(len(names), tuple(images), tuple(findings))
 
 
 def examine_sizes(sizes: Mapping[str, Bucket], buckets: Mapping[str, Bucket]) -> list[Finding]:

@@ -115,7 +115,7 @@ def load_dataset(
             checkup = examine(
                 folder, background=background, caption=source.caption, trigger=source.trigger,
                 allow_trigger_only=allow_trigger_only, masks=masks, recursive=source.recursive,
-                options=source.captions,
+                exclude=source.exclude, options=source.captions,
             )  # fmt: skip
             refuse_errors(folder, checkup.findings)
         except DataError as error:

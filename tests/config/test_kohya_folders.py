@@ -34,6 +34,13 @@ def test_repeats_and_captions_come_from_the_names(tmp_path: Path) -> None:
     ]
 
 
+def test_images_are_left_out_by_their_path_in_the_folder_that_was_chosen(tmp_path: Path) -> None:
+    folder(tmp_path / "img" / "10_zumi", "a.png", "b.png")
+    folder(tmp_path / "img" / "5_style", "b.png")
+    data = parsed(tmp_path, exclude=["img/10_zumi/b.png"]).data
+    assert ([one.exclude for one in data.sets], data.exclude) == ([("b.png",), ()], [])
+
+
 def test_a_common_caption_stays(tmp_path: Path) -> None:
     folder(tmp_path / "10_zumi", "a.png")
     assert parsed(tmp_path, caption="a drawing").data.sets[0].caption == "a drawing"

@@ -127,6 +127,7 @@ CHANGES: dict[str, list[str]] = {
     "data.folder": ["data.folder=builtin:zumi"],
     "data.sets": ["data.folder=", 'data.sets=[{folder="{set}", repeats=1}, {folder="builtin:zumi"}]'],
     "data.recursive": ["data.recursive=true"],
+    "data.exclude": ['data.exclude=["p1.png"]'],
     "data.caption": ["data.folder={bare}", "data.caption=a thing"],
     "data.trigger": ["data.trigger=mizu"],
     "data.class_words": ['data.class_words=["cat"]', "train.preservation_weight=1"],

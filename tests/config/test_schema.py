@@ -28,9 +28,9 @@ def test_list_of_options_is_frozen() -> None:
     assert list(option_fields()) == [
         "name", "seed", "base.path", "base.family", "base.revision", "base.variant", "base.prediction_type",
         "base.clip_skip", "base.quantization", "base.merge", "data.folder", "data.sets", "data.recursive",
-        "data.validation_folder",
-        "data.validation_split", "data.caption", "data.trigger", "data.class_words", "data.preservation_folder",
-        "data.preservation_caption", "data.allow_trigger_only", "data.repeats", "data.resolution_px", "data.buckets",
+        "data.exclude", "data.validation_folder", "data.validation_split", "data.caption", "data.trigger",
+        "data.class_words", "data.preservation_folder", "data.preservation_caption",
+        "data.allow_trigger_only", "data.repeats", "data.resolution_px", "data.buckets",
         "data.bucket_step_px", "data.max_aspect", "data.no_upscale", "data.flip", "data.background", "data.masks",
         "data.caption_prefix", "data.caption_suffix", "data.caption_lines", "data.wildcards", "data.shuffle_tags",
         "data.keep_tags", "data.keep_separator", "data.tag_dropout", "data.protected_tags", "data.max_token_windows",
@@ -161,8 +161,9 @@ def test_captions_vary_by_the_set_or_by_what_holds_for_all() -> None:
     document = {
         "sets": [
             {"folder": "a", "tag_dropout": 0.5, "caption_prefix": "best,", "keep_tags": 0},
-            {"folder": "b", "flip": True},
+            {"folder": "b", "flip": True, "exclude": []},
         ],
+        "exclude": ["x.png"],
         "tag_dropout": 0.1, "caption_suffix": "outside", "protected_tags": ["x"], "recursive": True,
         "validation_folder": "v", "preservation_folder": "p",
     }  # fmt: skip
@@ -174,6 +175,7 @@ def test_captions_vary_by_the_set_or_by_what_holds_for_all() -> None:
     assert data.validation_set is not None and data.validation_set.captions == common
     # What is preserved gets neither trigger nor prefix nor suffix.
     assert data.prior_set is not None and data.prior_set.captions == replace(common, caption_suffix="")
+    assert [one.exclude for one in (first, second, data.validation_set, data.prior_set)] == [("x.png",), (), (), ()]
     assert all(one.recursive for one in (first, second, data.validation_set, data.prior_set))
     assert not parse_config({"data": {"sets": [{"folder": "a"}]}}, name="n").data.sets[0].recursive
     assert [one.flip for one in (first, second, data.validation_set, data.prior_set)] == [False, True, False, False]

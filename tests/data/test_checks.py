@@ -153,6 +153,22 @@ def test_images_of_subfolders_have_relative_names(tmp_path: Path, put: Callable[
     assert masks == {"a.png": tmp_path / "a-mask.png", "x/a.png": tmp_path / "x/a-mask.png"}
 
 
+def test_excluded_images_are_left_out_with_what_is_wrong_with_them(tmp_path: Path, put: Callable[..., None]) -> None:
+    (tmp_path / "x").mkdir()
+    for number, name in enumerate(("a.png", "b.png", "x/c.png")):
+        put(name, number, caption=f"in {name}")
+    (tmp_path / "b.json").write_text("3")  # no caption
+    (tmp_path / "broken.png").write_bytes(b"")
+    put("b-mask.png", 3, caption=None)
+    left_out = ["b.png", "broken.png", "x/c.png"]
+    checkup = examine(tmp_path, background="white", recursive=True, exclude=left_out)
+    assert ([image.name for image in checkup.images], checkup.num_files, checkup.findings) == (["a.png"], 1, ())
+    checkup = examine(tmp_path, background="white", recursive=True, exclude=[*left_out, "gone.png"])
+    assert [(finding.kind, finding.files) for finding in checkup.findings] == [("unused exclude", ("gone.png",))]
+    with pytest.raises(DataError, match=r"data\.exclude"):
+        examine(tmp_path, background="white", exclude=["a.png", *left_out])
+
+
 def test_duplicates_and_near_duplicates_are_warnings(tmp_path: Path, put: Callable[..., None]) -> None:
     put("a.png", 1)
     put("b.bmp", 1)  # other bytes, the same pixels
