@@ -44,6 +44,7 @@ class RunFolder:
         lora: The LoRA of the recommended epoch.
         sheet: The contact sheet of all previews.
         card: The model card, for the Hub.
+        lengthened: How the run was lengthened; missing in most.
     """
 
     def __init__(self, path: Path, name: str) -> None:
@@ -57,6 +58,7 @@ class RunFolder:
         self.lora = path / f"{name}.safetensors"
         self.sheet = path / "previews.png"
         self.card = path / "README.md"
+        self.lengthened = path / "lengthened.json"
 
     def epoch(self, epoch: int) -> Path:
         """The folder of an epoch; 0 is the base."""

@@ -16,9 +16,12 @@ from sdlora.config.toml import FREE_WHEN_RESUMING, load_config, options
 from sdlora.copycheck.verdict import EpochCheck
 from sdlora.errors import ConfigError, DataError, OutputError
 from sdlora.run.folder import RunFolder
+from sdlora.run.lengthen import with_length
 from sdlora.run.setup import RunContext
 from sdlora.training.checkpoint import load_checkpoint
 from sdlora.training.trainer import Trainer
+
+_LENGTH = ("train.epochs", "train.exposures")
 
 
 def pinned(config: RunConfig, revision: str | None) -> RunConfig:
@@ -31,17 +34,21 @@ def pinned(config: RunConfig, revision: str | None) -> RunConfig:
 def resumed_config(config: RunConfig, folder: RunFolder) -> RunConfig:
     """The configuration to resume a run with: on the commit it was started on, unless it names a commit itself.
 
+    It may have more epochs than the run was started with; see `with_length`.
+
     Raises:
-        ConfigError: A setting that matters differs from those the run was started with; all are named with both values.
+        ConfigError: Another setting that matters differs from those the run was started with; all are named with both
+            values.
     """
     started = load_config(str(folder.config))
+    config = with_length(config, started, folder)
     if not (config.base.revision and re.fullmatch(r"[0-9a-f]{40}", config.base.revision)):
         config = pinned(config, started.base.revision)
     before = dict(options(started))
     different = [
         f"  {name}: was {before.get(name)!r}, now {value!r}"
         for name, value in options(config)
-        if name not in FREE_WHEN_RESUMING and before.get(name) != value
+        if name not in (*FREE_WHEN_RESUMING, *_LENGTH) and before.get(name) != value
     ]
     if different:
         raise ConfigError(f"The run in {folder.path} was started with other settings:\n" + "\n".join(different))

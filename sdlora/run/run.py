@@ -43,6 +43,7 @@ from sdlora.report.report import write_report
 from sdlora.run.estimate import check_disks, memory_of_run
 from sdlora.run.export import add_thumbnail, caption_metadata, export_epoch, limits_elsewhere, write_card
 from sdlora.run.folder import Recorder, RunFolder
+from sdlora.run.lengthen import record_length, told_lengthenings, with_length
 from sdlora.run.lora_inputs import with_settings_of_file
 from sdlora.run.resume import check_same_content, image_identities, load_newest, pinned, resumed_config
 from sdlora.run.setup import BaseSource, RunContext, choose_device, fresh_base, hints_in, prepare
@@ -86,14 +87,14 @@ def start(
     processes = join(config.train.device)
     folder = RunFolder(output, config.name or "lora")
     if not processes.is_main:
-        _follow(config, folder, should_stop, processes)
+        _follow(config, folder, should_stop, processes, resume=resume)
         return
     folder.check(resume=resume)
     check_trackers(config.train.trackers)
     with ExitStack() as held:
         if resume:
             held.enter_context(folder.occupied("sdlora train"))
-            config = resumed_config(config, folder)
+            config = processes.agree(resumed_config(config, folder))
         device, _, _ = choose_device(config.train.device, config.train.precision)
         lock = device_lock(device) if processes.alone else None
         if lock is not None:
@@ -192,6 +193,8 @@ def _events(
         yield Notice(f"Resumed at step {trainer.position.step} of {trainer.total_steps}.")
     else:
         yield from close_epoch(context, EpochDone(0, 0, None, None, 0.0), losses)
+    if (told := record_length(context.config, context.folder, trainer)) is not None:
+        yield Notice(told)
     trainer.processes.agree("training begins")
     last_epoch = yield from _train(context, recorder, losses, should_stop)
     epoch, reason = recommend(read_checks(context.folder.path / "epochs"), losses, last_epoch)
@@ -266,9 +269,13 @@ def _export(context: RunContext, epoch: int, reason: str) -> Iterator[Event]:
     write_page(context, [reason, verified, *limits], kept=epoch)
 
 
-def _follow(config: RunConfig, folder: RunFolder, should_stop: Callable[[], bool], processes: Processes) -> None:
+def _follow(
+    config: RunConfig, folder: RunFolder, should_stop: Callable[[], bool], processes: Processes, *, resume: bool
+) -> None:
     """Take part in a run as a process other than the main one: compute a share of every batch, write nothing."""
     try:
+        if resume:
+            config = with_length(config, processes.agree(config), folder)
         context = prepare(config, folder, processes=processes)
         processes.agree("")
         for _ in _fill_training_cache(context):
@@ -362,7 +369,8 @@ def write_page(context: RunContext, sentences: list[str], kept: int | None = Non
     """Write the run's page, with sentences at its top, and the epoch whose file is the run's, once it is known."""
     folder = context.folder
     gallery = Pixels(context.data.dataset, context.config.data.background)
-    write_report(folder.path, folder.name, sentences, gallery, kept)
+    told = told_lengthenings(context.config, folder)
+    write_report(folder.path, folder.name, [*sentences, *told], gallery, kept)
 
 
 def _draw_previews(context: RunContext, previews: PreviewRequest, epoch: int) -> Iterator[Event]:
