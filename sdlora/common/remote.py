@@ -24,7 +24,8 @@ from sdlora.common.process import is_main_process
 from sdlora.errors import ConfigError, DataError, OutputError, SdloraError, StoreError
 from sdlora.events import Event, Notice
 
-_URL = re.compile(r"[a-z][a-z0-9+.-]+://")
+# Of one store, or of one read through others, as in simplecache::s3://BUCKET/FOLDER.
+_URL = re.compile(r"([a-z][a-z0-9+.-]*::)*[a-z][a-z0-9+.-]+://", re.IGNORECASE)
 _AT_ONCE = 64
 # Holds the run's ID, which names its local folder.
 _MARK = "mirror.json"
@@ -46,14 +47,20 @@ def check_url(url: str) -> None:
     Raises:
         ConfigError: It contains a password or a signature, which the message does not repeat, or is a web page.
     """
-    parts = urlsplit(url)
-    if parts.password is not None or parts.query or parts.fragment:
-        raise ConfigError(
-            "The URL contains a password, a signature or other parameters, which would end up in shared files. Use "
-            "SCHEME://BUCKET/FOLDER alone, and put credentials in the store's own settings (for S3, ~/.aws/credentials "
-            "or AWS_ACCESS_KEY_ID)."
-        )
-    if parts.scheme in ("http", "https"):
+    # fsspec reads one store through another: zip://*::s3://BUCKET/set.zip
+    for link in url.split("::"):
+        try:
+            parts = urlsplit(link)
+            has_secret = parts.password is not None or parts.query or parts.fragment
+        except ValueError:  # an address that is not closed, as in s3://[
+            has_secret = True
+        if has_secret:
+            raise ConfigError(
+                "The URL contains a password, a signature or other parameters, which would end up in shared files. Use "
+                "SCHEME://BUCKET/FOLDER alone, and put credentials in the store's own settings (for S3, "
+                "~/.aws/credentials or AWS_ACCESS_KEY_ID)."
+            )
+    if urlsplit(url).scheme in ("http", "https"):
         raise ConfigError(
             f"{url} is a web page, whose files cannot be listed. Use a store, such as s3://BUCKET/FOLDER."
         )

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
 from sdlora.config.exposures import spread_exposures
-from sdlora.config.schema_data import DataConfig, Section
+from sdlora.config.schema_data import LOCATION, DataConfig, Section
 from sdlora.config.schema_training import LossConfig, TimestepsConfig, TrainConfig
 
 Target = Literal["cross_attention", "self_attention", "mlp", "projection", "conv", "text_encoder"]
@@ -19,7 +19,7 @@ Target = Literal["cross_attention", "self_attention", "mlp", "projection", "conv
 class MergedLora(Section):
     """One entry of base.merge."""
 
-    file: str = Field(min_length=1)
+    file: Annotated[str, LOCATION] = Field(min_length=1)
     """LoRA file of any trainer."""
     weight: float = Field(1.0, ge=-10.0, le=10.0)
     """Strength; 1 is as trained."""
@@ -35,7 +35,7 @@ class MergedLora(Section):
 class BaseConfig(Section):
     """The base model that the LoRA is trained on."""
 
-    path: str = "pocket"
+    path: Annotated[str, LOCATION] = "pocket"
     """Base model: 'pocket' (built in), a folder in diffusers layout, a .safetensors checkpoint, or a Hugging Face Hub
     id."""
     family: Literal["any", "pocket", "sd1", "sd2", "sdxl"] = "any"
@@ -105,7 +105,7 @@ class LoraConfig(Section):
     unset."""
     timestep_rank_alpha: float = Field(1.0, gt=0.0, le=10.0)
     """How fast the rank falls with noise under lora.timestep_rank_min; 1 is linear."""
-    from_file: str | None = None
+    from_file: Annotated[str | None, LOCATION] = None
     """LoRA file of any trainer that training continues from, with its ranks, alphas and targets; a new LoRA if
     unset."""
 
@@ -228,7 +228,7 @@ class FileConfig(Section):
 class CacheConfig(Section):
     """The cache of encoded images and captions, which runs share."""
 
-    dir: str | None = None
+    dir: Annotated[str | None, LOCATION] = None
     """Folder of the cache; the user's cache folder if unset."""
     max_text_gib: float = Field(2.0, ge=0.0, le=1000.0)
     """Disk and memory limit for encoded captions, in GiB. If shuffled tags need more, captions are encoded at every

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields, replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Final, Literal
 
 from PIL import ImageColor
 from pydantic import (
@@ -23,6 +23,10 @@ from pydantic import (
 from sdlora.common.bundled import BucketOptions, CaptionOptions, ImageFolder
 from sdlora.common.remote import check_url, is_url
 from sdlora.errors import ConfigError
+
+LOCATION: Final = "location"
+"""Marks an option whose value names a file, a folder or a URL, so that what others ask for can be held to what they may
+read; see `sdlora.config.toml.locations`."""
 
 
 class Section(BaseModel):
@@ -44,7 +48,7 @@ class Section(BaseModel):
 class SetOptions(Section):
     """One entry of data.sets; options left out are taken from `data`."""
 
-    folder: str = Field(min_length=1)
+    folder: Annotated[str, LOCATION] = Field(min_length=1)
     """Like data.folder."""
     name: str | None = Field(None, pattern=r"^[\w][\w. -]{0,99}$")
     """Prefix of its images' names; the last part of the folder if unset."""
@@ -88,7 +92,7 @@ class SetOptions(Section):
 class DataConfig(Section):
     """Which images are trained on, and with which captions."""
 
-    raw_folder: str = Field("", alias="folder")
+    raw_folder: Annotated[str, LOCATION] = Field("", alias="folder")
     """Folder of images with captions, relative to the working directory; 'builtin:NAME' is a bundled set, and a URL
     such as 's3://BUCKET/FOLDER' is downloaded."""
     raw_sets: list[SetOptions] = Field([], alias="sets")
@@ -100,7 +104,7 @@ class DataConfig(Section):
     exclude: list[Annotated[str, Field(min_length=1)]] = Field([])
     """Images that are left out of training, by their path in the folder ('blurry.png'); their files stay where they
     are."""
-    validation_folder: str | None = None
+    validation_folder: Annotated[str | None, LOCATION] = None
     """Folder of images that are never trained on; the validation loss is measured on them."""
     validation_split: bool = True
     """Without data.validation_folder, and with 20 images or more, keep 2 to 4 of them out of training to measure the
@@ -112,7 +116,7 @@ class DataConfig(Section):
     class_words: list[Annotated[str, Field(min_length=1)]] = Field([])
     """Words for the kind of thing the trigger stands for ('cat', 'red house'). The base model's own predictions for
     them are preserved, without further images; see train.preservation_weight."""
-    preservation_folder: str | None = None
+    preservation_folder: Annotated[str | None, LOCATION] = None
     """Folder of images and captions to preserve (regularisation images), instead of class words. They are trained
     alongside the training images; see train.preservation_weight."""
     preservation_caption: str | None = None

@@ -14,7 +14,7 @@ import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import tomlkit
 from pydantic import ValidationError
@@ -23,7 +23,7 @@ from pydantic.fields import FieldInfo
 from sdlora.common.bundled import shipped_config, shipped_configs
 from sdlora.config.kohya_folders import with_kohya_folders
 from sdlora.config.schema import MergedLora, RunConfig
-from sdlora.config.schema_data import Section, SetOptions
+from sdlora.config.schema_data import LOCATION, Section, SetOptions
 from sdlora.config.schema_training import MAX_EPOCHS
 from sdlora.errors import ConfigError, RenamedOptionWarning
 
@@ -60,17 +60,18 @@ def load_config(source: str, overrides: Sequence[str] = ()) -> RunConfig:
     return parse_config(document, name=name, overrides=overrides)
 
 
-def read_config(source: str) -> tuple[dict[str, Any], str]:
+def read_config(source: str, *, alone: bool = False) -> tuple[dict[str, Any], str]:
     """A configuration as written, over the one that it `extends`, and the name of its file without the suffix.
 
     Args:
         source: A TOML file's path, or the name of a bundled configuration.
+        alone: Whether it may extend bundled configurations only, since somebody else wrote it.
 
     Raises:
         ConfigError: The file, or one it extends, does not exist or is not TOML.
     """
     path = _find(source)
-    return _read(path, ()), path.stem
+    return _read(path, (), alone=alone), path.stem
 
 
 def _find(source: str, folder: Path = Path()) -> Path:
@@ -85,7 +86,7 @@ def _find(source: str, folder: Path = Path()) -> Path:
     raise ConfigError(f"No configuration file or bundled configuration {source!r}. {hint}")
 
 
-def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
+def _read(path: Path, extended_by: tuple[Path, ...], *, alone: bool) -> dict[str, Any]:
     """A configuration's tables over those of the one that it extends."""
     if path.resolve() in (file.resolve() for file in extended_by):
         raise ConfigError(f"{path} extends itself: {' extends '.join(file.stem for file in (*extended_by, path))}.")
@@ -97,7 +98,13 @@ def _read(path: Path, extended_by: tuple[Path, ...]) -> dict[str, Any]:
         return document
     if not isinstance(parent, str):
         raise ConfigError(f"{path}: extends = {parent!r}; give one file's path or the name of a bundled configuration.")
-    return _over(_read(_find(parent, path.parent), (*extended_by, path)), document)
+    below = shipped_config(parent) if alone else _find(parent, path.parent)
+    if below is None:
+        raise ConfigError(
+            f"{path.name} extends {parent!r}, which was not uploaded with it. Extend one of the bundled configurations "
+            f"({', '.join(shipped_configs())}), or load what 'sdlora train' wrote as config.toml."
+        )
+    return _over(_read(below, (*extended_by, path), alone=alone), document)
 
 
 def _over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -204,6 +211,30 @@ def options(config: RunConfig) -> Iterator[tuple[str, Any]]:
             yield from ((f"{name}.{key}", entry) for key, entry in value.items())
         else:
             yield name, value
+
+
+def locations(
+    document: Mapping[str, Any], section: type[Section] = RunConfig, prefix: str = ""
+) -> Iterator[tuple[str, str]]:
+    """Every file, folder and URL that a configuration names, with the dotted name of its option.
+
+    Args:
+        document: Nested tables, which need not be valid.
+        section: What the tables are read as.
+        prefix: Of the options' names.
+    """
+    for attribute, option in section.model_fields.items():
+        key = option.alias or attribute
+        value = document.get(key)
+        if LOCATION in option.metadata:
+            if isinstance(value, str) and value:
+                yield prefix + key, value
+            continue
+        kinds = (option.annotation, *get_args(option.annotation))
+        inner = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, Section)), None)
+        for entry in value if isinstance(value, list) else [value]:
+            if inner is not None and isinstance(entry, Mapping):
+                yield from locations(entry, inner, f"{prefix}{key}.")
 
 
 def dump_toml(config: RunConfig) -> str:

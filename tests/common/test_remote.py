@@ -125,7 +125,10 @@ def test_names_that_lead_out_of_the_folder_are_refused(
 
 def test_urls_with_secrets_or_without_a_driver_are_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     for name in ("data.folder", "data.validation_folder", "data.preservation_folder"):
-        for url in ("s3://me:hunter2@bucket/set", "s3://bucket/set?signature=hunter2"):
+        for url in (
+            "s3://me:hunter2@bucket/set", "s3://bucket/set?signature=hunter2", "zip://*::ftp://me:hunter2@host/x.zip",
+            "simplecache::s3://me:hunter2@bucket/set", "S3://me:hunter2@bucket/set",
+        ):  # fmt: skip
             with pytest.raises(ConfigError, match="password, a signature") as caught:
                 parse_config({"data": {"folder": "x"}}, name="a", overrides=[f"{name}={url}"])
             assert "hunter2" not in str(caught.value)

@@ -5,7 +5,6 @@ Both are commands of the command line in a process of their own, which these con
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -23,6 +22,7 @@ from ..html.render import WORDS
 from ..state import run_view
 from ..state.background_tasks import Kind
 from ..state.folders import StudioError
+from ..state.locations import check_model, to_path
 from .context import Context, Live, need
 
 # What captions are written as: the option of `sdlora caption`, and an example of its models.
@@ -80,9 +80,10 @@ def start_captioning(context: Context, model: str | None, written_as: str = _SEN
     option, example = _CAPTION_KINDS[written_as]
     if not wanted:
         raise StudioError(f"Name the captioning model: a hub id such as {example}, or the folder of a model.")
-    path = Path(wanted).expanduser()
+    check_model(context.studio, wanted)
+    path = to_path(wanted)
     if path.exists():
-        wanted = str(context.studio.allowed(path).absolute())
+        wanted = str(path.absolute())
     elif path.is_absolute() or wanted.startswith((".", "~")):
         raise StudioError(f"There is no folder {wanted!r}. Check the spelling, or use a hub id such as owner/name.")
     folder = context.own_folder(images).absolute()

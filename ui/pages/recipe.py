@@ -13,7 +13,7 @@ from typing import Any
 
 import gradio as gr
 
-from sdlora.config.toml import dump_toml, parse_config, read_config, renaming_notes
+from sdlora.config.toml import dump_toml, parse_config, read_config, renaming_notes, with_current_names
 from sdlora.errors import ConfigError, SdloraError
 
 from ..html import views
@@ -21,6 +21,7 @@ from ..html.render import render
 from ..settings import estimate, form
 from ..settings.draft import LENGTHS, SUBJECTS, Draft, from_config, write_draft
 from ..settings.form import Field
+from ..state.locations import check_locations
 from .context import Context
 
 # An estimate takes seconds: one at a time, or an earlier one could arrive last.
@@ -50,12 +51,13 @@ def read(context: Context, values: Sequence[Any]) -> Draft:
     """The draft of the controls' values.
 
     Raises:
-        ConfigError: A field cannot be parsed.
+        ConfigError: A field cannot be parsed, or names what may not be read.
     """
     subject, trigger, base, length, name, *rest = values
     found = {field.name: form.entered(field, value) for field, value in zip(more_fields(), rest, strict=True)}
     found |= {"data.trigger": (trigger or "").strip() or None, "base.path": (base or "pocket").strip()}
     before = context.draft()
+    check_locations(context.studio, form.to_document(found))
     kept = Draft(before.images, (name or "").strip(), subject, length, before.fitted, {})
     return kept.with_values(found)
 
@@ -79,9 +81,10 @@ def load_settings(context: Context, file: str) -> str:
         SdloraError: They are not valid, or their images may not be read.
     """
     try:
-        document, stem = read_config(file)
+        document, stem = read_config(file, alone=True)
     finally:
         Path(file).unlink(missing_ok=True)
+    check_locations(context.studio, with_current_names(document))
     draft = from_config(parse_config(document, name=stem), context.studio)
     draft.config(context.studio)
     write_draft(context.studio, replace(draft, name=context.free_name(draft.run_name())))

@@ -12,6 +12,7 @@ from typing import Any
 
 from sdlora.common.bundled import BUILTIN, resolve_data_folder
 from sdlora.common.files import write_json
+from sdlora.common.remote import is_url
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import RENAMED, load_config, options, renaming_note
 from sdlora.errors import ConfigError
@@ -19,6 +20,7 @@ from sdlora.events import fields_from_json, saved_as, to_json
 from sdlora.run.estimate import Estimate
 
 from ..state.folders import Studio, safe_name
+from ..state.locations import check_location, check_locations, to_path
 from . import form
 from .estimate import estimate
 
@@ -101,18 +103,20 @@ class Draft:
         return bool(self.images or self.value("data.sets"))
 
     def folder(self, studio: Studio) -> Path | None:
-        """Where its images lie, or None until they are chosen.
+        """Where its images lie; None until they are chosen, or if they are in a store.
 
         Raises:
             ConfigError: That is no shipped set, or outside of what may be read.
         """
-        if not self.images:
+        if is_url(self.images):
+            check_location(studio, self.images)
+        if not self.images or is_url(self.images):
             return None
         if self.images.startswith(BUILTIN):
             return resolve_data_folder(self.images)
         if self.images == safe_name(self.images):
             return studio.image_set(self.images).resolve()
-        return studio.allowed(Path(self.images).expanduser())
+        return studio.allowed(to_path(self.images))
 
     def run_name(self) -> str:
         """The name that the run gets."""
@@ -126,17 +130,11 @@ class Draft:
         """
         if not self.has_images:
             raise ConfigError("There are no images yet. Add some under Images.")
-        if self.base != "pocket" and "/" in self.base and Path(self.base).expanduser().exists():
-            studio.allowed(Path(self.base).expanduser())
         folder = self.folder(studio)
         where = self.images if folder is None or self.images.startswith(BUILTIN) else str(folder.absolute())
-        config = form.make_config(self.values | {"data.folder": where, "name": self.run_name()}, self.run_name())
-        for one in config.data.folders:
-            if not one.startswith(BUILTIN):
-                studio.allowed(Path(one).expanduser())
-        for file in config.lora_files:
-            studio.allowed(Path(file).expanduser())
-        return config
+        values = self.values | {"data.folder": where, "name": self.run_name()}
+        check_locations(studio, form.to_document(values))
+        return form.make_config(values, self.run_name())
 
 
 def recipe(subject: str, length: str, base: str) -> dict[str, Any]:

@@ -30,13 +30,14 @@ class Studio:
     Args:
         runs: Contains a folder per run, `pictures` with a folder per image set, and `.studio` for everything else.
         any_folder: Whether images and bases may be anywhere on this machine; only if nobody else can reach the page.
+        stores: URLs that recipes may name, and everything below them.
 
     Raises:
         StudioError: A run or an image set is asked for by a name that is not valid.
     """
 
-    def __init__(self, runs: Path, any_folder: bool = True) -> None:
-        self.runs, self.any_folder = runs, any_folder
+    def __init__(self, runs: Path, any_folder: bool = True, stores: tuple[str, ...] = ()) -> None:
+        self.runs, self.any_folder, self.stores = runs, any_folder, stores
         self.sets = runs / "pictures"
         self.own = runs / ".studio"
         self.jobs = self.own / "jobs"
