@@ -104,7 +104,7 @@ def _comparison_group(config: RunConfig | None) -> str:
         return ""
     data, folders = config.data, ", ".join(one.folder for one in config.data.sets)
     validation = (data.validation_folder, data.validation_split)
-    return json.dumps([config.base.model_dump(), folders, *validation, data.resolution_px, config.seed])
+    return json.dumps([config.base.model_dump(), folders, *validation, data.resolutions(0), config.seed])
 
 
 def _with_figures(result: Result, folder: Path) -> Result:

@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -55,6 +56,7 @@ def data(
     sizes: dict[str, Bucket] = {}
     sets: dict[str, Sequence[Image]] = {}
     texts: dict[str, list[str]] = {}
+    buckets: dict[str, list[Bucket]] = {}
     for source in settings.sets:
         checkup = examine(
             resolve_data_folder(source.folder), background=settings.background, caption=source.caption,
@@ -65,15 +67,20 @@ def data(
         counts["caption"] += sum(image.caption is not None for image in checkup.images)
         findings += [finding.of_set(source.name) for finding in checkup.findings]
         sets[source.name or ""] = checkup.images
+        options = source.sizes or settings.bucket_options
+        edges = options.resolutions_px or (() if settings.resolution_px is None else (settings.resolution_px,))
+        columns = [assign_buckets([image.size for image in checkup.images], edge, options) for edge in edges]
+        for image, *found in zip(checkup.images, *columns, strict=True) if edges else ():
+            buckets[source.prefix + image.name] = found
         for image in checkup.images:
             sizes[source.prefix + image.name] = image.size
             texts[source.prefix + image.name] = fixed_captions(image.caption or "", source.captions, source.trigger)
     findings += copies_between(sets)
     findings += examine_lengths(_num_tokens(texts, settings.max_token_windows), settings.max_token_windows * 75 + 2)
-    if settings.resolution_px is not None:
-        found = assign_buckets(list(sizes.values()), settings.resolution_px, settings.bucket_options)
-        findings += examine_sizes(sizes, dict(zip(sizes, found, strict=True)))
-        counts["bucket"] = len(set(found))
+    if buckets:
+        largest = {name: max(own, key=prod) for name, own in buckets.items()}
+        findings += examine_sizes({name: sizes[name] for name in largest}, largest)
+        counts["bucket"] = len({bucket for own in buckets.values() for bucket in own})
     chosen = {kind: [f for f in findings if f.severity == kind] for kind in ("error", "warning")}
     if json_:
         report = {

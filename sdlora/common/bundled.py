@@ -51,12 +51,14 @@ class BucketOptions:
         buckets: False crops all images to squares.
         max_aspect: Longest edge divided by the shortest, at least 1.
         no_upscale: Whether images that are smaller than their bucket get the largest that they fill.
+        resolutions_px: Edges of the squares whose areas they have, in turn; one that is given elsewhere if empty.
     """
 
     step_px: int = 64
     buckets: bool = True
     max_aspect: float = 2.0
     no_upscale: bool = False
+    resolutions_px: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class ImageFolder:
         flip: Whether its images are mirrored at every second exposure.
         recursive: Whether the images of its subfolders are read, too; they are skipped with a notice otherwise.
         exclude: Paths, relative to the folder, of images that are left out.
+        sizes: Which sizes its images are trained at, where that differs from other folders.
     """
 
     folder: str
@@ -83,6 +86,7 @@ class ImageFolder:
     recursive: bool = False
     flip: bool = False
     exclude: tuple[str, ...] = ()
+    sizes: BucketOptions | None = None
 
     @property
     def prefix(self) -> str:

@@ -45,6 +45,9 @@ class Section(BaseModel):
             option.description = option.description and " ".join(option.description.split())
 
 
+ResolutionPx = Annotated[int, Field(ge=16, le=4096)]
+
+
 class SetOptions(Section):
     """One entry of data.sets; options left out are taken from `data`."""
 
@@ -62,6 +65,12 @@ class SetOptions(Section):
     """Like data.recursive."""
     exclude: list[Annotated[str, Field(min_length=1)]] | None = None
     """Like data.exclude."""
+    resolutions_px: list[ResolutionPx] | None = Field(None, min_length=1)
+    """Like data.resolutions_px; one for a resolution of its own."""
+    max_aspect: float | None = Field(None, ge=1.0, le=8.0)
+    """Like data.max_aspect."""
+    no_upscale: bool | None = None
+    """Like data.no_upscale."""
     flip: bool | None = None
     """Like data.flip."""
     caption_prefix: str | None = None
@@ -127,6 +136,9 @@ class DataConfig(Section):
     """Exposures of each image per epoch."""
     resolution_px: int | None = Field(None, ge=16, le=4096)
     """Training resolution: the edge of a square; the base model's own if unset."""
+    resolutions_px: list[ResolutionPx] = Field([])
+    """Several training resolutions in one run, such as [512, 768, 1024], which the exposures of each image have in
+    turn; data.resolution_px is then the largest."""
     buckets: bool = True
     """Keep the aspect ratio of wide and tall images (bucketing); false crops all to squares."""
     bucket_step_px: int = Field(64, ge=8, le=512)
@@ -179,15 +191,18 @@ class DataConfig(Section):
             "exclude": tuple(self.exclude),
             "captions": self.captions,
             "flip": self.flip,
+            "sizes": None,
         }
         if not self.raw_sets:
             return [ImageFolder(self.raw_folder, **common)]
         varied = {field.name for field in fields(CaptionOptions)}
+        taken = {field.name for field in fields(ImageFolder)} - {"exclude"}
         return [
             ImageFolder(
                 **common
-                | {key: value for key, value in one if value is not None and key not in varied | {"exclude"}}
+                | {key: value for key, value in one if value is not None and key in taken}
                 | ({} if one.exclude is None else {"exclude": tuple(one.exclude)})
+                | {"sizes": self._sizes(one)}
                 | {"name": one.title}
                 | {"captions": replace(self.captions, **{key: v for key, v in one if v is not None and key in varied})}
             )
@@ -196,8 +211,22 @@ class DataConfig(Section):
 
     @property
     def bucket_options(self) -> BucketOptions:
-        """Which sizes images are trained at."""
-        return BucketOptions(self.bucket_step_px, self.buckets, self.max_aspect, self.no_upscale)
+        """Which sizes images are trained at, where a set does not say otherwise."""
+        several = tuple(self.resolutions_px)
+        return BucketOptions(self.bucket_step_px, self.buckets, self.max_aspect, self.no_upscale, several)
+
+    def resolutions(self, base_px: int) -> list[int]:
+        """Every training resolution of the sets, from the smallest to the largest; `base_px` is the base model's."""
+        top = tuple(self.resolutions_px) or (self.resolution_px or base_px,)
+        each = [top if one.sizes is None else one.sizes.resolutions_px or top for one in self.sets]
+        return sorted(set().union(*each))
+
+    def _sizes(self, one: SetOptions) -> BucketOptions | None:
+        """The sizes of a set, None if they are those of all."""
+        own: dict[str, Any] = {"max_aspect": one.max_aspect, "no_upscale": one.no_upscale}
+        own |= {"resolutions_px": one.resolutions_px and tuple(one.resolutions_px)}
+        changed: dict[str, Any] = {key: value for key, value in own.items() if value is not None}
+        return replace(self.bucket_options, **changed) if changed else None
 
     @property
     def captions(self) -> CaptionOptions:
@@ -244,6 +273,18 @@ class DataConfig(Section):
         """Fewest and most exposures of an image per epoch, over all sets."""
         repeats = [one.repeats for one in self.sets]
         return min(repeats), max(repeats)
+
+    @model_validator(mode="after")
+    def _check_resolutions(self) -> DataConfig:
+        if self.resolutions_px and self.resolution_px not in (None, largest := max(self.resolutions_px)):
+            raise ValueError(
+                f"data.resolution_px ({self.resolution_px}) must be the largest of data.resolutions_px, or unset; set "
+                f"it to {largest}"
+            )
+        for name, given in (("data", self.resolutions_px), *((one.title, one.resolutions_px) for one in self.raw_sets)):
+            if given and len(set(given)) < len(given):
+                raise ValueError(f"resolutions_px of {name}: every resolution may be listed only once")
+        return self
 
     @model_validator(mode="after")
     def _check_folders(self) -> DataConfig:

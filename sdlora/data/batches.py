@@ -78,7 +78,7 @@ class Exposure(NamedTuple):
 
 
 def epoch_batches(
-    buckets: Sequence[Hashable], repeats: int | Sequence[int], batch_size: int, epoch: int, seed: int
+    buckets: Sequence[Sequence[Hashable]], repeats: int | Sequence[int], batch_size: int, epoch: int, seed: int
 ) -> list[tuple[Exposure, ...]]:
     """The batches of an epoch in the order of training; every image has exactly as many exposures as its repeats.
 
@@ -87,7 +87,7 @@ def epoch_batches(
     image can be in a batch twice only where two rounds meet.
 
     Args:
-        buckets: Bucket of each image, by index.
+        buckets: The bucket of each image, by index, or several that its exposures have in turn.
         repeats: Exposures of each image per epoch: one number for all images, or one for each.
         batch_size: Images in a batch; the last batch of a bucket may be smaller.
         epoch: From 1.
@@ -102,17 +102,23 @@ def epoch_batches(
         return (round_ + starts[index]) * each[index] // num_rounds - starts[index] * each[index] // num_rounds
 
     groups: dict[Hashable, list[int]] = {}
-    for index, bucket in enumerate(buckets):
-        groups.setdefault(bucket, []).append(index)
-    batches: list[tuple[Exposure, ...]] = []
+    for index, own in enumerate(buckets):
+        groups.setdefault(frozenset(own), []).append(index)
+    exposures: dict[Hashable, list[Exposure]] = {}
     for number, members in enumerate(groups.values()):
-        exposures: list[Exposure] = []
         for round_ in range(1, num_rounds + 1):
             present = [i for i in members if exposures_before(i, round_) > exposures_before(i, round_ - 1)]
             order = seeds.permutation(len(present), seed, "order", epoch, round_, number)
             met = [present[place] for place in order]
-            exposures += [Exposure(index, (epoch - 1) * each[index] + exposures_before(index, round_)) for index in met]
-        batches += [tuple(exposures[first : first + batch_size]) for first in range(0, len(exposures), batch_size)]
-    if len(groups) == 1:
+            for index in met:
+                exposure = Exposure(index, (epoch - 1) * each[index] + exposures_before(index, round_))
+                own = buckets[index]
+                exposures.setdefault(own[(exposure.number - 1) % len(own)], []).append(exposure)
+    batches = [
+        tuple(alike[first : first + batch_size])
+        for alike in exposures.values()
+        for first in range(0, len(alike), batch_size)
+    ]
+    if len(exposures) == 1:
         return batches
     return [batches[index] for index in seeds.permutation(len(batches), seed, "batch order", epoch)]

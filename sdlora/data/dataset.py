@@ -6,8 +6,10 @@ trainer read them by index.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import prod
 from pathlib import Path
 
 from PIL import Image, ImageOps
@@ -31,13 +33,16 @@ class Example:
     Attributes:
         name: Path in its folder, after the set's name and a slash if the set has a name; unique.
         caption: As written.
-        bucket: Width and height that it is trained at, in pixels; its own size until buckets are assigned.
+        bucket: Width and height that it is trained at, in pixels, the largest of several; its own size until buckets
+            are assigned.
         size_px: Width and height of the file, upright.
         mask: The mask file; the image itself if its alpha channel is the mask, None to train all of it.
         repeats: Exposures per epoch.
         captions: How its caption varies.
         flip: Whether every second exposure shows the mirror image.
         is_mirrored: Whether it is the mirror image.
+        turns: The buckets that its exposures have in turn; none if it has only one.
+        sizes: Which sizes it is trained at, where its folder says so.
     """
 
     name: str
@@ -51,10 +56,32 @@ class Example:
     captions: CaptionOptions = AS_WRITTEN
     flip: bool = False
     is_mirrored: bool = False
+    turns: tuple[Bucket, ...] = ()
+    sizes: BucketOptions | None = None
+
+    @property
+    def buckets(self) -> tuple[Bucket, ...]:
+        """The buckets that its exposures have in turn, one or more."""
+        return self.turns or (self.bucket,)
 
     def at_exposure(self, number: int) -> Example:
-        """The example as it is seen at an exposure, numbered from 1: mirrored at even ones if it is flipped."""
-        return replace(self, is_mirrored=True) if self.flip and number % 2 == 0 else self
+        """The example as it is seen at an exposure, numbered from 1, in one size.
+
+        Its buckets take turns; if it is flipped, it is mirrored at every second turn of all of them.
+        """
+        if not self.turns and not self.flip:
+            return self
+        turn, place = divmod(number - 1, len(self.buckets))
+        is_mirrored = self.flip and turn % 2 == 1
+        return replace(self, bucket=self.buckets[place], turns=(), flip=False, is_mirrored=is_mirrored)
+
+    def first_like(self, number: int) -> int:
+        """The first exposure at which it is seen as it is at a later one."""
+        return (number - 1) % (2 * len(self.buckets)) + 1
+
+    def as_evaluated(self) -> Example:
+        """The example as it is seen where nothing is trained: in its largest size, and never mirrored."""
+        return replace(self, turns=(), flip=False)
 
     @property
     def prompt(self) -> str:
@@ -80,11 +107,28 @@ class Dataset:
     notices: tuple[str, ...]
 
     def with_buckets(self, resolution_px: int, options: BucketOptions) -> Dataset:
-        """The same images, each with the bucket nearest to its aspect ratio; see `assign_buckets`."""
-        sizes = [example.bucket for example in self.examples]
-        found = assign_buckets(sizes, resolution_px, options)
-        assigned = tuple(replace(e, bucket=bucket) for e, bucket in zip(self.examples, found, strict=True))
-        return replace(self, examples=assigned)
+        """The same images, each with the bucket nearest to its aspect ratio at every resolution; see `assign_buckets`.
+
+        Args:
+            resolution_px: Where options name none.
+            options: Where an image's folder has none of its own.
+        """
+        assigned = list(self.examples)
+        alike: dict[BucketOptions, list[int]] = {}
+        for index, example in enumerate(self.examples):
+            alike.setdefault(example.sizes or options, []).append(index)
+        for own, indices in alike.items():
+            sizes = [self.examples[index].bucket for index in indices]
+            columns = [assign_buckets(sizes, edge, own) for edge in own.resolutions_px or (resolution_px,)]
+            starts: Counter[tuple[Bucket, ...]] = Counter()
+            for index, *buckets in zip(indices, *columns, strict=True):
+                found = tuple(dict.fromkeys(buckets))
+                # Images of one shape begin with different sizes, so that every epoch has all of them.
+                start = starts[found] % len(found)
+                starts[found] += 1
+                turns = (*found[start:], *found[:start]) if len(found) > 1 else ()
+                assigned[index] = replace(self.examples[index], bucket=max(found, key=prod), turns=turns)
+        return replace(self, examples=tuple(assigned))
 
     def without_masks(self) -> Dataset:
         """The same images without masks."""
@@ -124,7 +168,9 @@ def load_dataset(
         checkups[name] = checkup
         common = (source.trigger, source.repeats, source.captions, source.flip)
         examples += [
-            Example(source.prefix + p.name, p.path, p.caption or "", p.size, p.size, p.mask, *common)
+            Example(
+                source.prefix + p.name, p.path, p.caption or "", p.size, p.size, p.mask, *common, sizes=source.sizes
+            )
             for p in checkup.images
         ]
         notices += [f"{name}: {warning}" if name else warning for warning in summarize_warnings(checkup.findings)]

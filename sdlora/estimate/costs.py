@@ -157,7 +157,7 @@ def _largest_step(trainer: Trainer) -> int:
 
     def size(number: int) -> tuple[int, int]:
         batches = trainer.schedule.steps[number - 1]
-        pixels = max(sum(prod(examples[exposure.example].bucket) for exposure in batch) for batch in batches)
+        pixels = max(sum(prod(examples[e.example].at_exposure(e.number).bucket) for e in batch) for batch in batches)
         return pixels, len(compared.intersection(chain.from_iterable(batches)))
 
     return max(range(1, trainer.total_steps + 1), key=size)

@@ -5,6 +5,7 @@ Used by `sdlora plan` and the studio, which count what each saves, and by the me
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any, Literal
@@ -108,18 +109,25 @@ def hints(config: RunConfig, dtype: torch.dtype, size_px: tuple[int, int]) -> li
             found.append(Hint({"preview.guidance": 1.0}, "previews without guidance, which look worse", ("preview",)))
     if quantization != "nf4":
         found.append(Hint({"base.quantization": "nf4"}, "the base's weights rounded by about a tenth", weights))
-    step_px = config.data.bucket_step_px
-    for share in (3 / 4, 1 / 2):
-        width, height = (max(step_px, round(edge * share / step_px) * step_px) for edge in size_px)
-        if width * height < size_px[0] * size_px[1]:
-            resolution = {"data.resolution_px": min(width, height)}
-            found.append(Hint(resolution, "images are trained smaller", ("cache", "train"), (width, height)))
+    if not any(one.resolutions_px for one in config.data.raw_sets):
+        found += _smaller_images(config, size_px)
     rank, lowest = lora.rank // 2, (lora.timestep_rank_min or 0) + 1
     if lora.from_file is None and lora.rank == max(lora.ranks()) and rank >= lowest:
         found.append(Hint({"lora.rank": rank}, "an adapter that holds half as much"))
     if train.device != "cpu":
         found.append(Hint({"train.device": "cpu"}, "much slower", ("load", "export")))
     return found
+
+
+def _smaller_images(config: RunConfig, size_px: tuple[int, int]) -> Iterator[Hint]:
+    step_px, (*smaller, largest) = config.data.bucket_step_px, config.data.resolutions(1)
+    for share in (smaller[-1] / largest,) if smaller else (3 / 4, 1 / 2):
+        width, height = (max(step_px, round(edge * share / step_px) * step_px) for edge in size_px)
+        if width * height < size_px[0] * size_px[1]:
+            values: dict[str, Any] = {"data.resolution_px": smaller[-1] if smaller else min(width, height)}
+            if smaller:
+                values = (values if config.data.resolution_px else {}) | {"data.resolutions_px": smaller}
+            yield Hint(values, "images are trained smaller", ("cache", "train"), (width, height))
 
 
 def hints_to_fit(inputs: MemoryInputs, needed: MemoryEstimate, memory_bytes: int) -> list[CountedHint]:

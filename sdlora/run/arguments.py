@@ -159,7 +159,8 @@ def fit_images(images: Images, base: BaseModel, data: DataConfig, batch_size: in
 
     training = fitted(images.training)
     for example in training.examples:
-        load_mask_pixels(example)  # raises now, and not after the run's folder was made
+        for bucket in example.buckets:
+            load_mask_pixels(replace(example, bucket=bucket))  # raises now, and not after the run's folder was made
     # Validation is of whole images and unweighted, so that its loss compares across settings.
     validation = None if images.validation is None else fitted(images.validation.without_masks())
     prior = None if images.prior is None else fitted(images.prior)

@@ -97,7 +97,7 @@ def estimate_shapes(
     """
     config = with_settings_of_file(config)
     shapes = shapes_of_family(shapes) if isinstance(shapes, str) else shapes
-    edge, precision = config.data.resolution_px or shapes.resolution_px, config.train.precision
+    edge, precision = config.data.resolutions(shapes.resolution_px)[-1], config.train.precision
     # GPUs that train these models have bf16.
     dtype = torch.float32 if precision == "fp32" or (precision == "auto" and on_cpu) else torch.bfloat16
     inputs = MemoryInputs(
@@ -145,7 +145,10 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
         memory,
         exposures_per_image=config.data.repeats_range[1] * config.train.epochs,
         images=len(examples),
-        buckets={f"{width}x{height}": count for (width, height), count in Counter(e.bucket for e in examples).items()},
+        buckets={
+            f"{width}x{height}": count
+            for (width, height), count in Counter(bucket for e in examples for bucket in e.buckets).items()
+        },
         steps=steps,
         seconds=seconds,
         cache_bytes=cache,

@@ -70,7 +70,7 @@ def _metadata(context: RunContext, event: EpochDone) -> LoraMetadata:
         name=context.folder.name,
         base=context.base.path,
         architecture=context.base.architecture,
-        resolution_px=config.data.resolution_px or context.base.resolution_px,
+        resolution_px=config.data.resolutions(context.base.resolution_px)[-1],
         trigger=", ".join(config.data.triggers) or None,
         epoch=event.epoch,
         step=event.step,
@@ -280,9 +280,9 @@ def _facts(context: RunContext, plan: PlanMade, epoch: int) -> list[str]:
         ]
     exposures = plan.exposures_per_image * epoch // plan.epochs
     seen = f"at most {exposures}" if len({one.repeats for one in plan.sets}) > 1 else str(exposures)
-    resolution_px = context.config.data.resolution_px or context.base.resolution_px
+    resolutions = " and ".join(map(str, context.config.data.resolutions(context.base.resolution_px)))
     return [
-        f"- {plan.images} images at {resolution_px} px, each seen {seen} times by epoch {epoch} of "
+        f"- {plan.images} images at {resolutions} px, each seen {seen} times by epoch {epoch} of "
         f"{plan.epochs}, which is this file",
         f"- rank {lora.rank}, alpha {lora.alpha:g}, in {', '.join(lora.targets)}",
         *origins,

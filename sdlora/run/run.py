@@ -117,7 +117,7 @@ def _prepare(config: RunConfig, folder: RunFolder, bases: BaseSource, processes:
     try:
         context = prepare(config, folder, bases, processes)
     except torch.OutOfMemoryError as error:
-        message = out_of_memory_message(config, "load", config.data.resolution_px or 512)
+        message = out_of_memory_message(config, "load", config.data.resolutions(512)[-1])
         raise OutOfMemoryError(f"{message} {error}") from error
     if config.file.include_captions:
         caption_metadata(context.data.dataset.examples)  # raises now, and not at the end of an epoch

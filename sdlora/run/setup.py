@@ -113,7 +113,7 @@ def hints_in(stage: Stage, context: RunContext) -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        resolution_px = context.config.data.resolution_px or context.base.resolution_px
+        resolution_px = context.config.data.resolutions(context.base.resolution_px)[-1]
         raise OutOfMemoryError(out_of_memory_message(context.config, stage, resolution_px)) from error
 
 

@@ -8,7 +8,7 @@ loop, unless it is trained itself.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 from torch import Tensor
@@ -48,7 +48,7 @@ class ExposureSchedule:
 
 def make_schedule(settings: TrainingSettings, dataset: Dataset) -> ExposureSchedule:
     """Expose every image as often as its repeats say, in every epoch."""
-    buckets = [example.bucket for example in dataset.examples]
+    buckets = [example.buckets for example in dataset.examples]
     repeats = [example.repeats for example in dataset.examples]
     size = settings.gradient_accumulation_steps
     epochs: list[list[Step]] = []
@@ -98,9 +98,10 @@ class TrainingData:
             yield from self.cache.fill_text(self.captions(planned))
 
     def seen(self, exposures: Iterable[Exposure]) -> list[Example]:
-        """The distinct examples of exposures, as they are and mirrored."""
-        met = sorted({(e.example, 2 - e.number % 2) for e in exposures})
-        return list(dict.fromkeys(self.dataset.examples[index].at_exposure(number) for index, number in met))
+        """The distinct examples of exposures, in each of their sizes, as they are and mirrored."""
+        examples = self.dataset.examples
+        met = sorted({(e.example, examples[e.example].first_like(e.number)) for e in exposures})
+        return list(dict.fromkeys(examples[index].at_exposure(number) for index, number in met))
 
     def captions(self, exposures: Iterable[Exposure]) -> list[str]:
         """The distinct captions of exposures."""
@@ -110,15 +111,16 @@ class TrainingData:
 
     def identities(self) -> dict[str, str]:
         """A hash of pixels, mask, caption and networks, by name, of every image in the cache."""
-        return {e.name: self.cache.identity(e) for e in self.dataset.examples if self.cache.knows(e)}
+        first = [example.at_exposure(1) for example in self.dataset.examples]
+        return {example.name: self.cache.identity(example) for example in first if self.cache.knows(example)}
 
     def name(self, index: int) -> str:
         """The file name of an example."""
         return self.dataset.examples[index].name
 
     def moments(self, indices: Iterable[int]) -> Tensor:
-        """The VAE's moments of examples of one size, (B, 2C, h, w) float16."""
-        return self.cache.moments([self.dataset.examples[index] for index in indices])
+        """The VAE's moments of the first exposures of examples of one size, (B, 2C, h, w) float16."""
+        return self.cache.moments([self.dataset.examples[index].at_exposure(1) for index in indices])
 
     def text(self, exposures: Sequence[tuple[int, int]]) -> TextEmbeddings:
         """Text embeddings of exposures, the batch first."""
@@ -132,7 +134,8 @@ class TrainingData:
     def _encoded(self, caption: CaptionForExposure, exposures: Sequence[tuple[int, int]]) -> TextEmbeddings:
         base, captions = self.cache.base, [caption(*exposure) for exposure in exposures]
         text = base.encode_captions(captions) if self.text_is_trained else self.cache.text(captions)
-        return text | base.size_conditions([self.dataset.examples[index] for index, _ in exposures])
+        seen = [self.dataset.examples[index].at_exposure(number) for index, number in exposures]
+        return text | base.size_conditions(seen)
 
 
 def training_data(settings: TrainingSettings, dataset: Dataset, cache: Cache) -> TrainingData:
@@ -168,4 +171,5 @@ def training_data(settings: TrainingSettings, dataset: Dataset, cache: Cache) ->
 def evaluation_data(dataset: Dataset, cache: Cache, *, text_is_trained: bool) -> TrainingData:
     """A dataset with the fixed form of its captions at every exposure, as validation and the copy check need it."""
     captions = [example.prompt for example in dataset.examples]
+    dataset = replace(dataset, examples=tuple(example.as_evaluated() for example in dataset.examples))
     return TrainingData(dataset, cache, lambda index, _: captions[index], text_is_trained=text_is_trained)

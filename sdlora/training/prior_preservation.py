@@ -125,7 +125,7 @@ def schedule_prior_images(settings: TrainingSettings, dataset: Dataset, training
     Source: Ruiz et al. 2208.12242, equation 2.
     """
     seed = seeds.derive(settings.seed, "preserved pictures")
-    buckets = [example.bucket for example in dataset.examples]
+    buckets = [example.buckets for example in dataset.examples]
     rounds = (epoch_batches(buckets, 1, settings.batch_size, number, seed) for number in count(1))
     batches = chain.from_iterable(rounds)
     epochs = [[list(islice(batches, len(step))) for step in steps] for steps in training.epochs]

@@ -122,6 +122,10 @@ def test_info_shows_what_a_file_contains(train, tmp_path: Path, capsys: pytest.C
 def test_data_lists_errors_and_warnings_with_their_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, err = call(capsys, "data", "builtin:zumi", "--trigger", "zumi", "--resolution-px", "64")
     assert (code, out, err) == (0, "24 images, 24 captions, 1 bucket: no problems found.\n", "")
+    # 64 px images, of which the largest size decides what is too small.
+    code, out, _ = call(capsys, "data", "builtin:zumi", "--trigger", "zumi", "--set", "data.resolutions_px=[32, 96]")
+    assert (code, "24 images are smaller than the training size" in out) == (0, True)
+    assert out.endswith("24 captions, 2 buckets: 1 warning.\n")
     Image.new("RGB", (32, 32)).save(tmp_path / "a.png")
     Image.new("RGB", (32, 32)).save(tmp_path / "b.png")
     for name in "ab":

@@ -140,6 +140,7 @@ CHANGES: dict[str, list[str]] = {
     "data.allow_trigger_only": ["data.folder={bare}", "data.allow_trigger_only=true"],
     "data.repeats": ["data.repeats=3"],
     "data.resolution_px": ["data.resolution_px=40"],
+    "data.resolutions_px": ["data.resolution_px=40", "data.resolutions_px=[32, 40]"],
     "data.buckets": ["data.buckets=false"],
     "data.bucket_step_px": ["data.bucket_step_px=16"],
     "data.max_aspect": ["data.max_aspect=1.0"],

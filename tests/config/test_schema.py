@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from sdlora.common.bundled import CaptionOptions
+from sdlora.common.bundled import BucketOptions, CaptionOptions
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import option_fields, parse_config
 from sdlora.errors import ConfigError
@@ -30,7 +30,8 @@ def test_list_of_options_is_frozen() -> None:
         "base.clip_skip", "base.quantization", "base.merge", "data.folder", "data.sets", "data.recursive",
         "data.exclude", "data.validation_folder", "data.validation_split", "data.caption", "data.trigger",
         "data.class_words", "data.preservation_folder", "data.preservation_caption",
-        "data.allow_trigger_only", "data.repeats", "data.resolution_px", "data.buckets",
+        "data.allow_trigger_only", "data.repeats", "data.resolution_px", "data.resolutions_px",
+        "data.buckets",
         "data.bucket_step_px", "data.max_aspect", "data.no_upscale", "data.flip", "data.background", "data.masks",
         "data.caption_prefix", "data.caption_suffix", "data.caption_lines", "data.wildcards", "data.shuffle_tags",
         "data.keep_tags", "data.keep_separator", "data.tag_dropout", "data.protected_tags", "data.max_token_windows",
@@ -135,6 +136,13 @@ IMPOSSIBLE: list[tuple[dict[str, dict[str, Any]], list[str]]] = [
     ({"train": {"text_encoder_learning_rate": 1e-5}}, ["train.text_encoder_learning_rate", "lora.targets"]),
     ({"train": {"learning_rate": float("nan")}}, ["train.learning_rate", "nan"]),
     ({"data": {"folder": "x", "background": "no colour"}}, ["data.background", "'no colour'"]),
+    ({"data": {"folder": "x", "resolutions_px": [64, 64]}}, ["resolutions_px of data", "once"]),
+    ({"data": {"sets": [{"folder": "x", "resolutions_px": [64, 64]}]}}, ["resolutions_px of x", "once"]),
+    ({"data": {"sets": [{"folder": "x", "resolutions_px": []}]}}, ["data.sets.0.resolutions_px", "at least 1"]),
+    (
+        {"data": {"folder": "x", "resolution_px": 64, "resolutions_px": [64, 96]}},
+        ["data.resolution_px (64)", "data.resolutions_px", "96"],
+    ),
     ({"data": {}}, ["data.folder"]),
 ]
 
@@ -155,6 +163,23 @@ def test_every_option_is_described_and_in_the_schema() -> None:
     for name, field in option_fields().items():
         assert (field.description or "").endswith("."), name
         assert f'"{name.rpartition(".")[2]}"' in schema
+
+
+def test_sizes_are_the_sets_or_those_of_all() -> None:
+    sets = [
+        {"folder": "a", "resolutions_px": [96, 32]}, {"folder": "b"}, {"folder": "c", "no_upscale": True},
+        {"folder": "d", "max_aspect": 3.0, "flip": True},
+    ]  # fmt: skip
+    data = parse_config({"data": {"sets": sets, "resolutions_px": [64, 128], "max_aspect": 1.5}}, name="n").data
+    common = BucketOptions(max_aspect=1.5, resolutions_px=(64, 128))
+    assert data.bucket_options == common
+    assert [one.sizes for one in data.sets] == [
+        replace(common, resolutions_px=(96, 32)), None, replace(common, no_upscale=True),
+        replace(common, max_aspect=3.0),
+    ]  # fmt: skip
+    assert data.resolutions(512) == [32, 64, 96, 128]
+    assert parse_config({"data": {"sets": sets}}, name="n").data.resolutions(512) == [32, 96, 512]
+    assert parse_config({"data": {"folder": "x", "resolution_px": 64}}, name="n").data.resolutions(512) == [64]
 
 
 def test_captions_vary_by_the_set_or_by_what_holds_for_all() -> None:

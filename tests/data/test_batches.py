@@ -23,6 +23,22 @@ def test_every_exposure_exactly_once_in_batches_of_one_bucket(batch_size: int, r
         assert len({BUCKETS[exposure.example] for exposure in batch}) == 1
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("repeats", [[1] * 7, [3, 1, 4, 2, 5, 1, 2]])
+def test_buckets_of_an_image_take_turns(batch_size: int, repeats: list[int]) -> None:
+    turns = ["st", "ts", "uvw", "st", "s", "vwu", "ts"]
+    found = [epoch_batches(turns, repeats, batch_size, epoch, seed=1) for epoch in (1, 2, 3)]
+    numbers: dict[int, list[int]] = {}
+    for batch in (batch for batches in found for batch in batches):
+        assert 1 <= len(batch) <= batch_size
+        assert len({turns[e.example][(e.number - 1) % len(turns[e.example])] for e in batch}) == 1
+        for exposure in batch:
+            numbers.setdefault(exposure.example, []).append(exposure.number)
+    assert {index: sorted(some) for index, some in numbers.items()} == {
+        index: list(range(1, 3 * times + 1)) for index, times in enumerate(repeats)
+    }
+
+
 @pytest.mark.parametrize("batch_size", [1, 3])
 def test_repeats_of_each_image_are_spread_over_the_epoch(batch_size: int) -> None:
     repeats = [1, 12, 3, 4, 12, 1, 6]

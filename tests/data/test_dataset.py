@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,36 @@ def test_examples_have_captions_and_buckets(images: Path) -> None:
     assert {e.bucket for e in load(images).with_buckets(32, BucketOptions(8, buckets=False)).examples} == {(32, 32)}
     wide = next(e for e in data.examples if e.name == "purple.png")
     assert load_pixels(wide, "white").size == (40, 24)
+
+
+def test_several_resolutions_take_turns_in_every_epoch(images: Path) -> None:
+    several = BucketOptions(8, resolutions_px=(16, 32))
+    data = load(images).with_buckets(64, several)
+    assert {e.name: (e.bucket, e.turns) for e in data.examples} == {
+        "blue.png": ((32, 32), ((16, 16), (32, 32))), "green.png": ((32, 32), ((32, 32), (16, 16))),
+        "orange.png": ((40, 24), ((16, 16), (40, 24))), "purple.png": ((40, 24), ((40, 24), (16, 16))),
+        "red.png": ((32, 32), ((16, 16), (32, 32))),
+    }  # fmt: skip
+    seen = [replace(data.examples[0], flip=True).at_exposure(number) for number in range(1, 6)]
+    assert [(e.bucket[0], e.is_mirrored) for e in seen] == [
+        (16, False),
+        (32, False),
+        (16, True),
+        (32, True),
+        (16, False),
+    ]
+    assert seen[0] == seen[4] and load_pixels(seen[1], "white").size == (32, 32)
+    assert [data.examples[0].first_like(number) for number in range(1, 8)] == [1, 2, 3, 4, 1, 2, 3]
+    # Resolutions that an image fills alike are one.
+    small = load(images).with_buckets(64, replace(several, resolutions_px=(32, 64), no_upscale=True))
+    assert {(e.bucket, e.turns) for e in small.examples if e.name == "red.png"} == {((32, 32), ())}
+
+
+def test_a_folder_may_have_sizes_of_its_own(images: Path, others: Path) -> None:
+    own = BucketOptions(8, buckets=False, resolutions_px=(24,))
+    data = load_dataset(ImageFolder(str(images), name="a"), ImageFolder(str(others), name="b", sizes=own))
+    found = {e.name[0]: e for e in data.with_buckets(32, BucketOptions(8)).examples if e.size_px == (64, 32)}
+    assert {name: (e.bucket, e.turns) for name, e in found.items()} == {"a": ((40, 24), ()), "b": ((24, 24), ())}
 
 
 def test_all_invalid_files_are_named_at_once(tmp_path: Path) -> None:

@@ -112,6 +112,11 @@ def test_counted_hints_are_valid_together() -> None:
             ["lora.rank = 8 (now 16"],
         ),
         ("cache", {}, ["data.resolution_px = 384 (now 512"]),
+        (
+            "cache",
+            {"data": {"folder": "x", "resolutions_px": [256, 384, 512]}},
+            ["data.resolutions_px = [256, 384] (now [256, 384, 512]"],
+        ),
         ("export", {}, ["base.quantization = 'int8' (now 'none'"]),
         ("preview", {}, ["--resume --set preview.enabled=false (now true", "preview.guidance = 1.0 (now 7.5"]),
     ],
