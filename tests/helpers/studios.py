@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image
 
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml
+from sdlora.models.architectures import ARCHITECTURES, Family
 from sdlora.ui.state.folders import Studio
 
 
@@ -33,3 +34,16 @@ def write_image(path: Path, color: str = "red", size: tuple[int, int] = (48, 32)
     image.putpixel((3, 3), (1, 2, 3))
     image.save(path)
     return path
+
+
+def write_base(folder: Path, family: str, prediction_type: str) -> Path:
+    """The folder of a base model of a family's true shape, in diffusers' layout and without weights."""
+    shape = ARCHITECTURES[cast(Family, family)]
+    encoders = {f"text_encoder{'_2' * n}": config for n, config in enumerate(shape.text_encoders)}
+    for part, config in {"unet": shape.unet, "vae": shape.vae, **encoders}.items():
+        (folder / part).mkdir(parents=True)
+        (folder / part / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "scheduler").mkdir()
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": prediction_type}))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": shape.pipeline}), encoding="utf-8")
+    return folder

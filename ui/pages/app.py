@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import gradio as gr
 
 from ..html import views
 from ..html.render import render
-from ..settings.draft import update_draft, write_draft
+from ..settings.draft import update_draft
 from . import images as images_tab
 from . import recipe as recipe_form
 from .context import Context, Live, snapshot
@@ -67,7 +65,7 @@ def build(context: Context) -> Any:
             with gr.Tab("Images", id="pictures"):
                 images, onward = images_page(context, live)
             with gr.Tab("Recipe", id="recipe") as recipe_tab:
-                recipe, plan, recipe_note, begin = recipe_page(context)
+                recipe, recipe_note = recipe_page(context, live, tabs)
             with gr.Tab("Training", id="training"):
                 training_page(context, live)
             with gr.Tab("Copy check", id="copy"):
@@ -76,14 +74,7 @@ def build(context: Context) -> Any:
                 result_page(context, live)
             with gr.Tab("Runs", id="runs"):
                 clone, runs_note = runs_page(context, live)
-        name = recipe[recipe_form.NAME]
-        draft = [*images, *recipe, plan, recipe_note]
-
-        def update_recipe(typed: str) -> list[Any]:
-            """The parts of the recipe that depend on the images; the others stay as they are being edited."""
-            found = context.draft()
-            proposed = gr.skip() if typed else recipe_form.proposed_name(context, found)
-            return [proposed, recipe_form.plan_html(context, found)]
+        draft = [*images, *recipe, recipe_note]
 
         def clone_run(chosen: Any) -> list[Any]:
             message = context.attempt(clone_into_draft, context, chosen)
@@ -91,11 +82,7 @@ def build(context: Context) -> Any:
 
         blocks.load(lambda: _show_draft(context), None, draft, show_progress="hidden", queue=False)
         onward.click(lambda: gr.Tabs(selected="recipe"), None, tabs, show_progress="hidden")
-        recipe_tab.select(update_recipe, name, [name, plan], show_progress="hidden", **recipe_form.IN_TURN)
-        started = begin.click(
-            lambda *values: _start(context, values), recipe, [recipe_note, tabs, run, name], show_progress="hidden"
-        )
-        live.events.append(started)
+        recipe_tab.select(lambda: recipe_form.show(context, context.draft()), None, recipe, **recipe_form.IN_TURN)
         clone.click(clone_run, run, [runs_note, tabs, *draft], show_progress="hidden")
         _keep_up_to_date(context, live, blocks)
     return blocks
@@ -168,27 +155,6 @@ def _show_draft(context: Context) -> list[Any]:
     return [
         gr.update(choices=context.sets(), value=draft.images or None),
         *images_tab.show(context, draft),
-        *recipe_form.fill(context, draft),
-        recipe_form.plan_html(context, draft),
+        *recipe_form.show(context, draft),
         views.message(" ".join(notes), "busy") if notes else "",
     ]
-
-
-def _start(context: Context, values: Sequence[Any]) -> list[Any]:
-    """Start the recipe's run, or put it into the queue, and lead to its training page."""
-    name = None
-
-    def action() -> str:
-        nonlocal name
-        draft = recipe_form.read(context, values)
-        config = draft.config(context.studio)
-        message = context.jobs.add(config)
-        write_draft(context.studio, replace(draft, name=""))
-        name = config.name
-        return message
-
-    message = context.attempt(action)
-    if name is None:
-        return [message, gr.skip(), gr.skip(), gr.skip()]
-    # The next run needs another name.
-    return [message, gr.Tabs(selected="training"), gr.update(choices=context.jobs.names(), value=name), ""]

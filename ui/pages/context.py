@@ -10,7 +10,7 @@ import functools
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +20,9 @@ from sdlora.common.bundled import BUILTIN, shipped_sets
 from sdlora.errors import ConfigError, SdloraError
 
 from ..html import views
+from ..settings.bases import base_resolution_px
 from ..settings.draft import Draft, read_draft
-from ..settings.estimate import base_resolution_px
+from ..settings.wording import in_words
 from ..state.background_tasks import KINDS, BackgroundTasks, Kind
 from ..state.folders import Studio, StudioError
 from ..state.image_set import SetView, view
@@ -118,7 +119,7 @@ class Context:
             text = action(*arguments)
             return views.message(text, "busy") if text else ""
         except SdloraError as error:
-            return views.failure(error)
+            return views.message(in_words(str(error)), "copying")
         except Exception as error:
             return self.unexpected(error)
 
@@ -174,7 +175,7 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
     html: dict[str, str] = {
         "strip": views.strip(statuses),
         "queue": views.queue(statuses),
-        "status": views.status_panel(status),
+        "status": views.status_panel(replace(status, error=status.error and in_words(status.error))),
         "cards": views.run_cards([(other, runs[other.name]) for other in statuses], shown),
         **{kind: views.background_task(context.tasks, kind) for kind in KINDS},
     }

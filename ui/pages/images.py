@@ -6,7 +6,6 @@ Every handler returns what the page shows then, from the draft's set of images.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +91,7 @@ def images_page(context: Context, live: Live) -> tuple[list[gr.components.Compon
     refresh = gr.Button(elem_id="refresh-set", visible="hidden")
 
     def choose(images: str | None) -> list[Any]:
-        draft = replace(context.draft(), images=(images or "").strip())
+        draft = context.draft().with_images((images or "").strip())
         write_draft(context.studio, draft)
         return ["", *show(context, draft)]
 
@@ -118,7 +117,7 @@ def images_page(context: Context, live: Live) -> tuple[list[gr.components.Compon
 def _add(context: Context, files: list[str] | None, images: str | None) -> list[Any]:
     """Take uploaded files into the chosen set."""
     draft = context.draft()
-    draft = replace(draft, images=images or draft.images or _NEW_SET)
+    draft = draft.with_images(images or draft.images or _NEW_SET)
 
     def action() -> str:
         uploaded = [Path(file) for file in files or []]

@@ -1,11 +1,14 @@
 """The page of the recipe: a few decisions, all other options under "More", what the run will need, and its start.
 
-Every control under "More" is made from the schema.
+Every change of a control sends that control alone and is made in the draft, one after the other; what changes with it
+comes back, with the plan. A plan carries the fingerprint of the settings that it was made for. Start waits for changes
+that are under way, sends all that the page shows, and is refused if the plan was made for anything else.
 """
 
 from __future__ import annotations
 
-import itertools
+import hashlib
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,33 +16,67 @@ from typing import Any
 
 import gradio as gr
 
+from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, parse_config, read_config, renaming_notes, with_current_names
 from sdlora.errors import ConfigError, SdloraError
 
 from ..html import views
 from ..html.render import render
 from ..settings import estimate, form
-from ..settings.draft import LENGTHS, SUBJECTS, Draft, from_config, write_draft
-from ..settings.form import Field
-from ..state.locations import check_locations
-from .context import Context
+from ..settings.bases import POCKET, check_base, describe_base, known_bases
+from ..settings.draft import Draft, from_config, write_draft
+from ..settings.recipes import LENGTHS, OWN, SUBJECTS
+from ..settings.wording import in_a_word, in_words, labels
+from ..state.locations import check_locations, check_model
+from .context import Context, Live
+from .more import marks, more_fields, more_settings
 
-# An estimate takes seconds: one at a time, or an earlier one could arrive last.
-IN_TURN: dict[str, Any] = {"concurrency_id": "recipe", "concurrency_limit": 1}
-NAME = 4  # where the run's name is among the decisions
-_DECIDED = {"name", "data.folder", "data.trigger", "base.path"}
+# An estimate takes seconds: one at a time, or an earlier one could arrive last. None is left out while another runs.
+IN_TURN: dict[str, Any] = {
+    "concurrency_id": "recipe", "concurrency_limit": 1, "trigger_mode": "multiple",
+    "show_progress": "hidden",
+}  # fmt: skip
+_NUM_DECISIONS = 5  # the controls before those under "More"; the name is the last of them
+_STALE = (
+    "The settings on this page were not those of the plan beside them. The plan is made anew: look it over, and press "
+    "Start again."
+)
 
 
-def more_fields() -> list[Field]:
-    """The fields under "More"."""
-    return [field for field in form.fields() if field.name not in _DECIDED]
+# --- What the page shows ----------------------------------------------------------------------------------------------
+
+
+def show(context: Context, draft: Draft) -> list[Any]:
+    """The values of everything on the page for a draft: what it comes to, as `_outcome` gives it, and the controls."""
+    return [*_outcome(context, draft), *fill(context, draft)]
 
 
 def fill(context: Context, draft: Draft) -> list[Any]:
     """The values of all controls for a draft."""
-    name = draft.name or proposed_name(context, draft)
-    decided = [draft.subject, draft.trigger, draft.base, draft.length, name]
+    subject, length = draft.subject, draft.length
+    decided = [
+        gr.update(choices=[*SUBJECTS, *([OWN] if subject == OWN else [])], value=subject),
+        draft.trigger,
+        gr.update(choices=[*LENGTHS, *([OWN] if length == OWN else [])], value=length),
+        draft.base,
+        draft.name or proposed_name(context, draft),
+    ]
     return [*decided, *(form.shown(field, draft.value(field.name)) for field in more_fields())]
+
+
+def _outcome(context: Context, draft: Draft) -> list[Any]:
+    """The note on the base model, what the recipe sets, marks, the plan, its fingerprint, and whether Start can be
+    pressed.
+    """
+    plan, is_ready = plan_html(context, draft)
+    return [
+        _base_note(context, draft.base),
+        changes_html(draft),
+        marks(draft.values),
+        plan,
+        fingerprint(draft) if is_ready else "",
+        gr.update(value="Start training", interactive=is_ready),
+    ]
 
 
 def proposed_name(context: Context, draft: Draft) -> str:
@@ -47,31 +84,161 @@ def proposed_name(context: Context, draft: Draft) -> str:
     return context.free_name(draft.run_name()) if draft.has_images else ""
 
 
-def read(context: Context, values: Sequence[Any]) -> Draft:
-    """The draft of the controls' values.
+def plan_html(context: Context, draft: Draft) -> tuple[str, bool]:
+    """What a draft's run will do and need, or what is wrong with it; and whether it can be started."""
+    if not draft.has_images:
+        return views.message("Add images under Images first.", title="No images yet"), False
+    try:
+        config = draft.config(context.studio)
+        sentences = [*estimate.describe_run(config), *estimate.describe_memory(draft.needs(), draft.fitted)]
+        return render("plan.html", sentences=map(in_words, sentences), warnings=_warnings(config)), True
+    except SdloraError as error:
+        return _failure(error), False
+
+
+def _warnings(config: RunConfig) -> list[str]:
+    return [in_words(sentence) for sentence in estimate.warnings(config)]
+
+
+def changes_html(draft: Draft) -> str:
+    """Every option that is not at its default, by what has set it."""
+    groups: dict[str, list[tuple[str, str]]] = {}
+    for change in draft.changes():
+        title = f"From {change.by}" if change.by == draft.preset else change.by.capitalize() or "Set by you"
+        groups.setdefault(title, []).append((labels()[change.name].label, in_a_word(change.value)))
+    return render("recipe.html", groups=groups)
+
+
+def fingerprint(draft: Draft) -> str:
+    """The images of a draft, and a digest of its settings but for the run's name; the same for what the page sends."""
+    values = [form.shown(f, form.entered(f, form.shown(f, draft.value(f.name)))) for f in more_fields()]
+    settings = [draft.images, draft.subject, draft.length, draft.base, draft.trigger, *values]
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return json.dumps({"images": draft.images, "settings": digest})
+
+
+def _base_note(context: Context, base: str) -> str:
+    try:
+        check_base(context.studio, base)
+    except ConfigError as error:
+        return _failure(error)
+    return render("quiet.html", words=describe_base(base))
+
+
+def _failure(error: SdloraError) -> str:
+    return views.message(in_words(str(error)), "copying")
+
+
+# --- What the page sends ----------------------------------------------------------------------------------------------
+
+
+def read(context: Context, values: Sequence[Any], images: str | None = None) -> Draft:
+    """The draft of all controls' values.
+
+    Args:
+        context: The studio.
+        values: In the order of `fill`; the length follows from the other ones.
+        images: The set of images; the draft's if None.
 
     Raises:
         ConfigError: A field cannot be parsed, or names what may not be read.
     """
-    subject, trigger, base, length, name, *rest = values
+    subject, trigger, _, base, name, *rest = values
     found = {field.name: form.entered(field, value) for field, value in zip(more_fields(), rest, strict=True)}
-    found |= {"data.trigger": (trigger or "").strip() or None, "base.path": (base or "pocket").strip()}
-    before = context.draft()
+    found |= {"data.trigger": (trigger or "").strip() or None, "base.path": (base or POCKET).strip()}
     check_locations(context.studio, form.to_document(found))
-    kept = Draft(before.images, (name or "").strip(), subject, length, before.fitted, {})
-    return kept.with_values(found)
+    before = context.draft()
+    images = before.images if images is None else images
+    kept = replace(before, images=images, name=(name or "").strip(), values={})
+    return replace(kept, subject=subject if subject in SUBJECTS else OWN).with_values(found)
 
 
-def plan_html(context: Context, draft: Draft) -> str:
-    """What a draft's run will do and need, or what is wrong with it."""
-    if not draft.has_images:
-        return views.message("Add images under Images first.", title="No images yet")
+def change(context: Context, place: int, value: Any) -> list[Any]:
+    """Make one change in the draft; returns updates of everything that changes with it, in the order of `show`.
+
+    Args:
+        context: The studio.
+        place: Which control was changed, in the order of `fill`.
+        value: What it holds now.
+    """
+    before = context.draft()
     try:
-        config = draft.config(context.studio)
-        needed = estimate.describe_memory(draft.needs(), draft.fitted)
-        return render("plan.html", sentences=[*estimate.describe_run(config), *needed])
+        after = _changed(context, before, place, value)
     except SdloraError as error:
-        return views.failure(error)
+        return _refused(_failure(error))
+    write_draft(context.studio, after)
+    controls = zip(fill(context, before), fill(context, after), strict=True)
+    return [*_outcome(context, after), *(new if new != old else gr.skip() for old, new in controls)]
+
+
+def _refused(message: str) -> list[Any]:
+    """What the page shows where a change is refused: a message in place of the plan, and nothing to start."""
+    return [*(gr.skip() for _ in range(3)), message, "", gr.update(interactive=False), *_untouched()]
+
+
+def _untouched() -> list[Any]:
+    return [gr.skip() for _ in range(_NUM_DECISIONS + len(more_fields()))]
+
+
+def _changed(context: Context, draft: Draft, place: int, value: Any) -> Draft:
+    text = str(value or "").strip()
+    if place == 0:
+        return draft.with_answers(text if text in SUBJECTS else OWN, draft.length, draft.base)
+    if place == 1:
+        return draft.with_value("data.trigger", text or None)
+    if place == 2:
+        return draft.with_length(text if text in LENGTHS else OWN)
+    if place == 3:
+        return _with_base(context, draft, text or POCKET)
+    if place == 4:
+        return replace(draft, name=text)
+    field = more_fields()[place - _NUM_DECISIONS]
+    entered = form.entered(field, value)
+    check_locations(context.studio, form.to_document({field.name: entered}))
+    return draft.with_value(field.name, entered)
+
+
+def _with_base(context: Context, draft: Draft, base: str) -> Draft:
+    """The draft with another base model and its recipe; one that cannot be is kept as it was typed."""
+    check_model(context.studio, base)
+    try:
+        check_base(context.studio, base)
+    except ConfigError:
+        return draft.with_value("base.path", base)
+    return draft.with_answers(draft.subject, draft.length, base)
+
+
+def start(context: Context, values: Sequence[Any], planned: str) -> tuple[str, str | None, list[Any]]:
+    """Start the run that the page shows, or put it into the queue.
+
+    Args:
+        context: The studio.
+        values: Of all controls, in the order of `fill`.
+        planned: The fingerprint that came with the plan beside them.
+
+    Returns:
+        The message to show; the run's name, None if it was refused; and what the page shows then.
+    """
+    name = None
+    shown = [*(gr.skip() for _ in range(5)), gr.update(value="Start training", interactive=True), *_untouched()]
+
+    def action() -> str:
+        nonlocal name, shown
+        images = json.loads(planned)["images"] if planned else None
+        draft = read(context, values, images)
+        config = draft.config(context.studio)
+        if planned != fingerprint(draft) or values[2] != draft.length:
+            write_draft(context.studio, draft)
+            shown = show(context, draft)
+            return _STALE
+        message = context.jobs.add(config)
+        # The next run needs another name.
+        write_draft(context.studio, replace(draft, name=""))
+        name, shown[5 + _NUM_DECISIONS] = config.name, ""
+        return message
+
+    message = context.attempt(action)
+    return message, name, shown
 
 
 def load_settings(context: Context, file: str) -> str:
@@ -91,74 +258,76 @@ def load_settings(context: Context, file: str) -> str:
     return " ".join(["The settings were loaded, and their images are chosen.", *renaming_notes(document)])
 
 
-def recipe_page(context: Context) -> tuple[list[gr.components.Component], gr.HTML, gr.HTML, gr.Button]:
-    """Lay out the page and connect its controls, except for the start, which leads to another page.
+# --- The page ---------------------------------------------------------------------------------------------------------
+
+
+def recipe_page(context: Context, live: Live, tabs: gr.Tabs) -> tuple[list[gr.components.Component], gr.HTML]:
+    """Lay out the page and connect its controls; a start leads to the page of training.
 
     Returns:
-        The components that `fill` gives values for; what the run will do and need; what became of the last click; and
-        the button that starts the run.
+        The components that `show` gives values for, and what became of the last click.
     """
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=280):
-            decisions = _decisions(context)
+            decisions, base_note = _decisions(context)
+            changes = gr.HTML(elem_id="recipe-changes")
         with gr.Column(scale=2, min_width=280):
-            plan_box = gr.HTML(elem_id="plan")
+            plan = gr.HTML(elem_id="plan")
             measure_button = gr.Button("Measure time and memory")
-            start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
+            begin = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
             note = gr.HTML(elem_id="recipe-note")
     with gr.Accordion("More: all settings", open=False, elem_id="more"):
-        more = _more()
+        controls = [*decisions, *more_settings()]
     with gr.Row():
         upload = gr.UploadButton("Load settings from a file (.toml)", file_types=[".toml"], min_width=220)
         with gr.Column(min_width=220):
             gr.HTML(render("settings_link.html"))
-    everything = [*decisions, *more]
-    subject, trigger, base, length, name = decisions
+    marked, planned = gr.HTML(elem_id="marks"), gr.Textbox(visible=False)
+    everything = [base_note, changes, marked, plan, planned, begin, *controls]
+    places = {control._id: place for place, control in enumerate(controls)}
 
-    def apply_presets(*values: Any) -> list[Any]:
+    def on_change(event: gr.EventData, *values: Any) -> list[Any]:
+        place = places[event.target._id]  # type: ignore[union-attr]
         try:
-            draft = read(context, values).with_answers(values[0], values[3], (values[2] or "pocket").strip())
-        except ConfigError as error:
-            return [views.failure(error), *(gr.skip() for _ in more)]
-        write_draft(context.studio, draft)
-        return [plan_html(context, draft), *fill(context, draft)[len(decisions) :]]
-
-    def keep(*values: Any) -> str:
-        try:
-            draft = read(context, values)
-        except ConfigError as error:
-            return views.failure(error)
-        write_draft(context.studio, draft)
-        return plan_html(context, draft)
+            return change(context, place, values[place])
+        except Exception as error:
+            return _refused(context.unexpected(error))
 
     def measure(*values: Any) -> str:
         try:
             config = read(context, values).config(context.studio)
             measured = estimate.describe_measured(estimate.measure(dump_toml(config)))
-            return render("plan.html", sentences=[*estimate.describe_run(config), *measured])
+            told = map(in_words, [*estimate.describe_run(config), *measured])
+            return render("plan.html", sentences=told, warnings=_warnings(config))
         except SdloraError as error:
-            return views.failure(error)
+            return _failure(error)
+
+    def on_start(*values: Any) -> list[Any]:
+        message, name, shown = start(context, values[:-1], values[-1])
+        if name is None:
+            return [message, gr.skip(), gr.skip(), *shown]
+        return [message, gr.Tabs(selected="training"), gr.update(choices=context.jobs.names(), value=name), *shown]
 
     def load(file: str) -> list[Any]:
         message = context.attempt(load_settings, context, file)
-        draft = context.draft()
-        return [message, plan_html(context, draft), None, *fill(context, draft)]
+        return [message, None, *show(context, context.draft())]
 
-    for choice in (subject, length, base):
-        choice.input(apply_presets, everything, [plan_box, *more], show_progress="hidden", **IN_TURN)
-    # Once the editing of a control has ended.
-    settled = [
-        control.blur if isinstance(control, (gr.Textbox, gr.Number)) else control.input
-        for control in (trigger, name, *more)
-    ]
-    gr.on(settled, keep, everything, plan_box, show_progress="hidden", **IN_TURN)
-    measure_button.click(measure, everything, plan_box)
-    upload.upload(load, upload, [note, plan_box, upload, *everything], **IN_TURN)
-    return everything, plan_box, note, start
+    # Texts once their editing has ended.
+    settled = [control.blur if isinstance(control, gr.Textbox) else control.input for control in controls]
+    gr.on(settled, on_change, controls, everything, **IN_TURN)
+    measure_button.click(measure, controls, plan)
+    # The first step waits in line behind changes that are under way; the second sends what the page then shows.
+    waiting = begin.click(
+        lambda: gr.update(value="Starting …", interactive=False), None, begin, **{**IN_TURN, "trigger_mode": "once"}
+    )
+    started = waiting.then(on_start, [*controls, planned], [note, tabs, live.run, *everything], show_progress="hidden")
+    live.events.append(started)
+    upload.upload(load, upload, [note, upload, *everything], **IN_TURN)
+    return everything, note
 
 
-def _decisions(context: Context) -> list[Any]:
-    """Lay out the decisions; returned in the order that `read` and `fill` use."""
+def _decisions(context: Context) -> tuple[list[Any], gr.HTML]:
+    """Lay out the decisions, in the order that `read` and `fill` use, with the note below the base model."""
     subject = gr.Radio(list(SUBJECTS), label="What should it learn?", elem_id="subject")
     trigger = gr.Textbox(
         label="Trigger word", elem_id="trigger", max_lines=1,
@@ -166,32 +335,10 @@ def _decisions(context: Context) -> list[Any]:
     )  # fmt: skip
     length = gr.Radio(list(LENGTHS), label="How long?", elem_id="length")
     base = gr.Dropdown(
-        estimate.known_bases(context.studio), label="Base model", allow_custom_value=True, elem_id="base",
+        known_bases(context.studio), label="Base model", allow_custom_value=True, elem_id="base",
         info="pocket is small and built in. Or enter a .safetensors checkpoint, a diffusers folder or a hub id such as "
         "owner/name. Models in the studio's folder 'bases' are in the list.",
     )  # fmt: skip
+    base_note = gr.HTML(elem_id="base-note")
     name = gr.Textbox(label="Name of the run", max_lines=1, elem_id="name")
-    return [subject, trigger, base, length, name]
-
-
-def _more() -> list[Any]:
-    controls = []
-    about = form.sections()
-    for section, members in itertools.groupby(more_fields(), key=lambda field: field.section):
-        with gr.Accordion(f"{section or 'run'}: {about[section]}", open=False), gr.Row():
-            controls += [_control(field) for field in members]
-    return controls
-
-
-def _control(field: Field) -> gr.components.Component:
-    shared: dict[str, Any] = {"label": field.label, "info": f"{field.help} ({field.name})", "min_width": 260}
-    if field.kind == "switch":
-        return gr.Checkbox(**shared)
-    if field.kind == "choice":
-        return gr.Dropdown(list(field.choices), **shared)
-    if field.kind == "choices":
-        return gr.CheckboxGroup(list(field.choices), **shared)
-    if field.kind in ("whole", "number"):
-        # No limits here: a browser would silently replace a number outside of them, while the schema explains them.
-        return gr.Number(precision=0 if field.kind == "whole" else None, **shared)
-    return gr.Textbox(lines=2 if field.kind == "lines" else 1, max_lines=6 if field.kind == "lines" else 1, **shared)
+    return [subject, trigger, length, base, name], base_note

@@ -41,9 +41,23 @@
       waiting.set(area, setTimeout(() => save(area), 700));
       tell(area.closest('.card'), '');
     }
+    if (event.target.closest?.('#search-settings')) seek(event.target.value);
     const slider = event.target.closest?.('.sd .pair input[type=range]');
     if (slider) slider.closest('.pair').style.setProperty('--shown', `${slider.value}%`);
   });
+
+  // Under More: only settings that a search finds, in groups that are open while there is one.
+  const seek = (text) => {
+    const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+    for (const group of document.querySelectorAll('.settings-group')) {
+      const blocks = [...group.querySelectorAll('.options .block[id^="set-"]')];
+      for (const block of blocks) {
+        const found = words.every((word) => block.textContent.toLowerCase().includes(word));
+        block.classList.toggle('unmatched', !found);
+      }
+      group.classList.toggle('unmatched', blocks.length > 0 && blocks.every((block) => block.matches('.unmatched')));
+    }
+  };
 
   document.addEventListener('focusout', (event) => {
     if (waiting.has(event.target)) save(event.target);

@@ -14,38 +14,41 @@ from sdlora.common.bundled import BUILTIN, resolve_data_folder
 from sdlora.common.files import write_json
 from sdlora.common.remote import is_url
 from sdlora.config.schema import RunConfig
-from sdlora.config.toml import RENAMED, load_config, options, renaming_note
+from sdlora.config.toml import RENAMED, options, renaming_note
 from sdlora.errors import ConfigError
 from sdlora.events import fields_from_json, saved_as, to_json
+from sdlora.models.architectures import ARCHITECTURES
 from sdlora.run.estimate import Estimate
 
 from ..state.folders import Studio, safe_name
 from ..state.locations import check_location, check_locations, to_path
 from . import form
+from .bases import POCKET, check_base, family_of
 from .estimate import estimate
+from .recipes import (
+    FITTED,
+    LENGTHS,
+    OF_SET,
+    OWN,
+    SUBJECTS,
+    defaults,
+    follow_exposures,
+    length_options,
+    preset_name,
+    preset_options,
+    recipe,
+)
 
-_OWN = {"name", "data.folder"}
+_PROMPTS = "preview.prompts"  # of a preset until the artist writes some
 
-SUBJECTS: dict[str, dict[str, Any]] = {
-    "character": {"lora.rank": 16, "lora.alpha": 16.0},
-    "style": {"lora.rank": 16, "lora.alpha": 16.0, "lora.targets": ["cross_attention", "self_attention"]},
-    "object": {"lora.rank": 8, "lora.alpha": 8.0},
-}
-"""What is taught: options by kind of subject, on a base of ordinary size."""
 
-LENGTHS: dict[str, tuple[int, int]] = {"a first look": (2, 12), "as usual": (4, 36), "thorough": (5, 50)}
-"""How long to train: epochs, and repeats in each."""
+@dataclass(frozen=True)
+class Change:
+    """An option that is not at its default."""
 
-FITTED: dict[str, Any] = {
-    "train.precision": "auto", "train.gradient_accumulation_steps": 1, "train.gradient_checkpointing": False,
-    "base.quantization": "none", "data.resolution_px": None,
-}  # fmt: skip
-"""What is changed where memory is short, beside the batch size, as it is where there is enough."""
-
-_OF_POCKET = (
-    "lora.rank", "lora.alpha", "lora.targets", "train.batch_size", "train.learning_rate", "train.lr_schedule",
-    "preview.guidance",
-)  # fmt: skip
+    name: str
+    value: Any
+    by: str  # a preset, a length or a reason; empty if the artist set it
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,12 @@ class Draft:
     # A set's name in the studio, a folder or "builtin:NAME"; empty until one is chosen, or if data.sets names several.
     images: str = field(default="", metadata=saved_as("pictures"))
     name: str = ""  # the run's; empty takes the set's
-    subject: str = "character"  # a key of `SUBJECTS`
-    length: str = "as usual"  # a key of `LENGTHS`
+    subject: str = "character"  # one of `SUBJECTS`, or `OWN`
     fitted: list[str] = field(default_factory=list)  # in words: what was changed to fit into this machine's memory
     # Every option that is not at its default, by its dotted name, apart from name and folder.
-    values: dict[str, Any] = field(default_factory=lambda: _changed(recipe("character", "as usual", "pocket")))
+    values: dict[str, Any] = field(default_factory=lambda: _changed(recipe("character", "as usual", POCKET)))
+    # What belongs to other sets of images, by set: the options of `OF_SET` that are not at their defaults.
+    of_sets: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @property
     def trigger(self) -> str:
@@ -71,22 +75,115 @@ class Draft:
         """base.path."""
         return str(self.value("base.path"))
 
+    @property
+    def length(self) -> str:
+        """The key of `LENGTHS` whose options it has, or `OWN`."""
+        subject = self.subject if self.subject in SUBJECTS else SUBJECTS[0]
+        found = (name for name in LENGTHS if self._has(length_options(subject, name, self.base)))
+        return next(found, OWN)
+
+    @property
+    def preset(self) -> str | None:
+        """The shipped configuration that its recipe was taken from; None if there is none."""
+        return preset_name(self.subject, self.base)
+
     def value(self, name: str) -> Any:
-        """An option's value."""
-        return self.values.get(name, _defaults()[name])
+        """An option's value; repeats follow from exposures, if those are set."""
+        found = defaults() | self.values
+        if name == "data.repeats" and not found["data.sets"]:
+            return follow_exposures(found, found["train.epochs"])[name]
+        return found[name]
 
     def with_values(self, values: dict[str, Any]) -> Draft:
         """The same with some options changed."""
         return replace(self, values=_changed(self.values | values))
 
+    def with_value(self, name: str, value: Any) -> Draft:
+        """The same with one option changed; repeats that are set take the place of exposures."""
+        if name == "data.repeats" and value != self.value(name):
+            return self.with_values({name: value, "train.exposures": None})
+        return self.with_values({name: value})
+
     def with_answers(self, subject: str, length: str, base: str) -> Draft:
-        """The same with the options that three answers stand for, changed to fit into this machine's memory."""
-        changed = replace(self, subject=subject, length=length).with_values(recipe(subject, length, base))
+        """The same with the options that three answers stand for, changed to fit into this machine's memory.
+
+        `OWN` in place of a subject or a length keeps the options that those stand for.
+        """
+        if subject == OWN:
+            kept = (
+                {"base.path": base}
+                if length == OWN
+                else {"base.path": base, **length_options(SUBJECTS[0], length, base)}
+            )
+            return replace(self, subject=subject, fitted=[]).with_values(kept)
+        values = recipe(subject, length, base)
+        if self.value(_PROMPTS) != preset_options(self.preset)[_PROMPTS]:
+            values.pop(_PROMPTS)
+        changed = replace(self, subject=subject, fitted=[]).with_values(values)
         found = changed.needs()
         if found is None:
             return changed
         values = {name: value for change in found.changes for name, value in change.values.items()}
         return replace(changed.with_values(values), fitted=[str(change) for change in found.changes])
+
+    def with_length(self, length: str) -> Draft:
+        """The same with the options that a length stands for."""
+        subject = self.subject if self.subject in SUBJECTS else SUBJECTS[0]
+        return self if length == OWN else self.with_values(length_options(subject, length, self.base))
+
+    def with_images(self, images: str) -> Draft:
+        """The same with another set of images and what belongs to it, in place of what belongs to this one."""
+        if images == self.images:
+            return self
+        if not self.has_images:
+            return replace(self, images=images)
+        plain = {name: defaults()[name] for name in OF_SET} | {_PROMPTS: preset_options(self.preset)[_PROMPTS]}
+        left = {name: value for name, value in self.values.items() if name in OF_SET and value != plain[name]}
+        others = {name: values for name, values in {**self.of_sets, self.images: left}.items() if name and values}
+        changed = self.with_values(plain | others.pop(images, {}))
+        return replace(changed, images=images, name="", of_sets=others)
+
+    def changes(self) -> list[Change]:
+        """Every option that is not at its default, apart from the trigger and the base model, and what has set it."""
+        from_preset, from_length = preset_options(self.preset), {}
+        length = self.length
+        if self.subject in SUBJECTS and length != OWN:
+            from_length = length_options(self.subject, length, self.base)
+        found = []
+        for name, value in self.values.items():
+            if name in ("data.trigger", "base.path", "base.family"):
+                continue
+            if any(f"{name} = " in words for words in self.fitted):
+                by = "to fit into memory"
+            elif from_preset.get(name) == value and self.preset is not None:
+                by = self.preset
+            elif from_length.get(name) == value:
+                by = length
+            else:
+                by = ""
+            found.append(Change(name, value, by))
+        return found
+
+    def _check_family(self) -> None:
+        """Refuse settings that are made for the family of another base model."""
+        made_for, found = self.value("base.family"), POCKET if self.base == POCKET else family_of(self.base)
+        if found is None or made_for in ("any", found):
+            return
+        titles = {POCKET: "the built-in base model"} | {name: family.title for name, family in ARCHITECTURES.items()}
+        raise ConfigError(
+            f"These settings are made for {titles[made_for]}, but the base model is {titles[found]}. Choose what it "
+            "should learn, which takes the settings of this base model."
+        )
+
+    def is_recipe(self, subject: str) -> bool:
+        """Whether it has a subject's options, apart from length and prompts and from what memory may have changed."""
+        values = preset_options(preset_name(subject, self.base))
+        return self._has(
+            {name: value for name, value in values.items() if name not in {*FITTED, _PROMPTS, "base.family"}}
+        )
+
+    def _has(self, values: dict[str, Any]) -> bool:
+        return all(self.value(name) == value for name, value in values.items())
 
     def needs(self) -> Estimate | None:
         """What it needs as it stands; None if its base model is not on this machine.
@@ -130,29 +227,23 @@ class Draft:
         """
         if not self.has_images:
             raise ConfigError("There are no images yet. Add some under Images.")
+        check_base(studio, self.base)
         folder = self.folder(studio)
         where = self.images if folder is None or self.images.startswith(BUILTIN) else str(folder.absolute())
         values = self.values | {"data.folder": where, "name": self.run_name()}
         check_locations(studio, form.to_document(values))
-        return form.make_config(values, self.run_name())
-
-
-def recipe(subject: str, length: str, base: str) -> dict[str, Any]:
-    """The options that a subject, a length and a base.path stand for; all others stay as they are."""
-    epochs, repeats = LENGTHS[length]
-    # The built-in base is small: what suits larger ones teaches it nothing.
-    defaults = dict(options(load_config("quickstart"))) if base == "pocket" else _defaults()
-    values = {name: defaults[name] for name in _OF_POCKET} | ({} if base == "pocket" else SUBJECTS[subject])
-    return values | FITTED | {"base.path": base, "train.epochs": epochs, "data.repeats": repeats}
-
-
-def _defaults() -> dict[str, Any]:
-    return dict(options(RunConfig()))
+        config = form.make_config(values, self.run_name())
+        self._check_family()
+        return config
 
 
 def _changed(values: dict[str, Any]) -> dict[str, Any]:
-    defaults = _defaults()
-    return {name: value for name, value in values.items() if name not in _OWN and value != defaults[name]}
+    """The values that are not at their defaults; repeats that follow from exposures are left out."""
+    plain = defaults()
+    apart = {"name", "data.folder"}
+    if values.get("train.exposures") is not None and not values.get("data.sets"):
+        apart.add("data.repeats")
+    return {name: value for name, value in values.items() if name not in apart and value != plain[name]}
 
 
 def from_config(config: RunConfig, studio: Studio) -> Draft:
@@ -161,7 +252,8 @@ def from_config(config: RunConfig, studio: Studio) -> Draft:
     images = values["data.folder"]
     if images and not images.startswith(BUILTIN) and Path(images).resolve().parent == studio.sets.resolve():
         images = Path(images).name
-    return Draft(images=images, name=config.name or "", values=_changed(values))
+    draft = Draft(images=images, name=config.name or "", values=_changed(values))
+    return replace(draft, subject=next((one for one in SUBJECTS if draft.is_recipe(one)), OWN))
 
 
 def read_draft(studio: Studio) -> Draft:
@@ -170,7 +262,7 @@ def read_draft(studio: Studio) -> Draft:
         return Draft()
     found = Draft(**fields_from_json(Draft, json.loads(studio.draft.read_text(encoding="utf-8"))))
     found = replace(found, values={RENAMED.get(name, name): value for name, value in found.values.items()})
-    known = found.subject in SUBJECTS and found.length in LENGTHS and found.values.keys() <= _defaults().keys()
+    known = found.subject in (*SUBJECTS, OWN) and found.values.keys() <= defaults().keys()
     return found if known else Draft(images=found.images, name=found.name)
 
 

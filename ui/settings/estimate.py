@@ -1,4 +1,4 @@
-"""What a recipe needs, before anything is loaded: its base model's shapes, memory, images, steps and time, in words.
+"""What a recipe needs, before anything is loaded: memory, images, steps and time, in words.
 
 Only headers and configurations of files are read; memory is estimated as by `sdlora plan`, which also times a step.
 """
@@ -12,78 +12,49 @@ import sys
 import tempfile
 import tomllib
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import scan_cache_dir, try_to_load_from_cache
-from huggingface_hub.errors import CacheNotFound, HFValidationError
 
-from sdlora.common.bundled import pocket_folder
 from sdlora.common.text import format_bytes, format_range, format_seconds
+from sdlora.config.exposures import exposures_warning
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, parse_config
-from sdlora.errors import SdloraError
-from sdlora.estimate.meta_model import Shapes, shapes_of_configs, shapes_of_family
-from sdlora.models.architectures import identify, read_header
 from sdlora.run.arguments import read_images
 from sdlora.run.estimate import Estimate, count_steps, device_memory, estimate_shapes
 from sdlora.run.lora_inputs import with_settings_of_file
 
-from ..state.folders import Studio, StudioError
+from ..state.folders import StudioError
 from ..state.subprocesses import device_name
+from .bases import base_resolution_px, shapes_of
 
-_USUAL_PX = 512
 _TIMEOUT_SECONDS = 600
 _USABLE = 0.9  # of a GPU: the rest is its driver's and the screen's
+_HIGHEST_RATE, _LOWEST_RATE = 0.01, 1e-6  # the built-in base model learns at 0.003
 _OF_MEMORY = ("base", "lora", "train", "preview", "loss")
 _OF_IMAGES = ("resolution_px", "class_words", "preservation_folder", "masks")  # what those sections go with
-
-
-def known_bases(studio: Studio) -> list[str]:
-    """The base models to choose from: the built-in one, `bases` in the studio's folder, and the hub's cache."""
-    own = studio.runs / "bases"
-    files = sorted(own.iterdir()) if own.is_dir() else []
-    found = [str(f.resolve()) for f in files if f.suffix == ".safetensors" or (f / "model_index.json").is_file()]
-    try:
-        repos = scan_cache_dir().repos if studio.any_folder else ()
-    except CacheNotFound:
-        repos = ()
-    cached = sorted(repo.repo_id for repo in repos if _cached(repo.repo_id) is not None)
-    return ["pocket", *found, *cached]
-
-
-def shapes_of(path: str) -> Shapes | None:
-    """The shapes of a base model; None if it is not on this machine, or not known before it is loaded."""
-    folder = pocket_folder() if path == "pocket" else Path(path).expanduser()
-    try:
-        if folder.is_file():
-            return shapes_of_family(identify(read_header(folder), folder.name).family)
-        if not folder.is_dir():
-            folder = _cached(path) or folder
-        return _shapes_of_folder(folder)
-    except (OSError, ValueError, KeyError, SdloraError):
-        return None  # loading it says what is wrong
-
-
-def base_resolution_px(path: str) -> int:
-    """The size that a base model was trained at, by its files; 512 for one that is not on this machine."""
-    shapes = shapes_of(path)
-    return _USUAL_PX if shapes is None else shapes.resolution_px
 
 
 def estimate(config: RunConfig) -> Estimate | None:
     """What a recipe needs on this machine, and what to set if it does not fit; None if its base model is not here."""
     config = with_settings_of_file(config)
     device = device_name(config.train.device)
-    # Down to a multiple of 64 MiB, so that the last estimate can be reused.
-    memory_bytes = usable_memory(device) >> 26 << 26
+    memory_bytes = usable_memory(device)
     document = tomllib.loads(dump_toml(config))
     kept = {section: document[section] for section in _OF_MEMORY if section in document}
     # The trigger takes no memory, but class words need one.
     data = {name: document["data"][name] for name in _OF_IMAGES if name in document["data"]}
     data |= {"folder": "none", "trigger": "trigger"}
-    return _estimate(json.dumps(kept | {"data": data}), device == "cpu", memory_bytes)
+    key = json.dumps(kept | {"data": data}), device == "cpu"
+    # Free memory changes from second to second, so what a recipe needs is counted, and kept, without it.
+    needed = _estimated(*key, None)
+    if needed is None or needed.peak_bytes <= memory_bytes:
+        return needed and replace(needed, memory_bytes=memory_bytes)
+    # Down to a multiple of 256 MiB, so that the last hints can be used again.
+    found = _estimated(*key, memory_bytes >> 28 << 28)
+    return found and replace(found, memory_bytes=memory_bytes)
 
 
 def usable_memory(device: str) -> int:
@@ -94,28 +65,10 @@ def usable_memory(device: str) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _estimate(document: str, on_cpu: bool, memory_bytes: int) -> Estimate | None:
+def _estimated(document: str, on_cpu: bool, memory_bytes: int | None) -> Estimate | None:
     config = parse_config(json.loads(document), name="plan")
     shapes = shapes_of(config.base.path)
     return None if shapes is None else estimate_shapes(config, shapes, memory_bytes, on_cpu=on_cpu)
-
-
-def _shapes_of_folder(folder: Path) -> Shapes:
-    def read(part: str) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-        return found
-
-    parts = [part for part in ("text_encoder", "text_encoder_2") if (folder / part).is_dir()]
-    return shapes_of_configs(read("unet"), read("vae"), [read(part) for part in parts])
-
-
-def _cached(repository: str) -> Path | None:
-    """A model's folder in the hub's cache; None if it is not there."""
-    try:
-        found = try_to_load_from_cache(repository, "model_index.json")
-    except HFValidationError:
-        return None
-    return Path(found).parent if isinstance(found, str) else None
 
 
 # --- In words ---------------------------------------------------------------------------------------------------------
@@ -147,6 +100,21 @@ def describe_run(config: RunConfig) -> list[str]:
     if config.copycheck.enabled and config.preview.enabled:
         told.append("After every epoch, previews are drawn and compared with all of your images.")
     return told
+
+
+def warnings(config: RunConfig) -> list[str]:
+    """What is unusual about a configuration's length and learning rates, and what to set instead, as sentences."""
+    train, (fewest, most) = config.train, config.data.repeats_range
+    told = exposures_warning(fewest * train.epochs, most * train.epochs)
+    found = [] if told is None else [told]
+    rates = {name: getattr(train, name) for name in ("learning_rate", "text_encoder_learning_rate")}
+    for name, rate in rates.items():
+        usual = f"With train.{name} at {rate or 0:g}, {{}}: 0.0001 to 0.001 are usual."
+        if rate is not None and rate > _HIGHEST_RATE and train.optimizer != "prodigy":
+            found.append(usual.format("the LoRA learns noise"))
+        if rate is not None and rate < _LOWEST_RATE:
+            found.append(usual.format("hardly anything is learned"))
+    return found
 
 
 def describe_memory(found: Estimate | None, fitted: Sequence[str]) -> list[str]:

@@ -6,10 +6,12 @@ cannot differ.
 
 from __future__ import annotations
 
+import re
 import tomllib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any, Literal, Union, get_args, get_origin
 
 from annotated_types import Ge, Gt, Le, Lt
@@ -20,7 +22,30 @@ from sdlora.config.toml import option_fields, options, parse_config, toml_value
 from sdlora.errors import ConfigError
 
 Kind = Literal["switch", "choice", "choices", "whole", "number", "text", "lines", "toml"]
-_BIGGEST_IN_A_BROWSER = 2**53
+_WHOLE = re.compile(r"[+-]?[0-9]+")
+_NUMBER = re.compile(r"[+-]?([0-9]+([.,][0-9]*)?|[.,][0-9]+)(e[+-]?[0-9]+)?", re.IGNORECASE)
+
+TITLES = {
+    "": "The run", "base": "Base model", "data": "Images and captions", "lora": "Size and layers", "train": "Training",
+    "timesteps": "Timesteps", "loss": "Loss", "preview": "Previews", "copycheck": "Copy check", "file": "LoRA file",
+    "cache": "Cache",
+}  # fmt: skip
+"""What the groups of options are called, by section."""
+
+# Where the last part of an option's name says too little without its section.
+_LABELS = {
+    "lora.init": "Initial values", "lora.from_file": "Continue from a LoRA file", "base.merge": "Merge LoRA files",
+    "timesteps.min": "Lowest timestep", "timesteps.max": "Highest timestep", "timesteps.mean": "Mean of logit normal",
+    "timesteps.std": "Deviation of logit normal", "loss.kind": "Kind of loss", "preview.enabled": "Draw previews",
+    "copycheck.enabled": "Check for copies", "copycheck.stop": "Stop when an epoch copies",
+    "copycheck.sscd": "Check with SSCD", "copycheck.dinov2": "Choose the epoch with DINOv2",
+    "file.format": "Names of tensors", "file.precision": "Precision of the file", "cache.dir": "Folder of the cache",
+    "data.trigger": "Trigger word", "base.path": "Base model", "data.folder": "Set of images",
+    "name": "Name of the run", "data.sets": "Several sets of images", "data.caption": "Caption of images without one",
+    "lora.dora": "DoRA", "lora.rslora": "Rank-stabilised scale (rsLoRA)", "train.ema_decay": "EMA decay",
+    "train.lr_schedule": "Learning rate schedule", "train.max_grad_norm": "Clip gradients at",
+    "train.loraplus_lr_ratio": "LoRA+ ratio of learning rates", "file.licence": "Licence",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -44,6 +69,8 @@ class Field:
     @property
     def label(self) -> str:
         """Its name in words."""
+        if self.name in _LABELS:
+            return _LABELS[self.name]
         words = self.name.rpartition(".")[2].removesuffix("_px").removesuffix("_steps").replace("_", " ")
         unit = " (px)" if self.name.endswith("_px") else ""
         return words[0].upper() + words[1:] + unit
@@ -66,7 +93,9 @@ def sections() -> dict[str, str]:
 def shown(field: Field, value: Any) -> Any:
     """A value as its control holds it."""
     if value is None:
-        return None if field.kind in ("whole", "number", "choice") else ""
+        return None if field.kind == "choice" else ""
+    if field.kind in ("whole", "number"):
+        return digits(value)
     if field.kind == "lines":
         return "\n".join(value)
     if field.kind == "toml":
@@ -78,7 +107,7 @@ def entered(field: Field, value: Any) -> Any:
     """What a control holds as a value of the schema; what cannot be one is left for the schema to refuse.
 
     Raises:
-        ConfigError: It is no TOML, where TOML is asked for.
+        ConfigError: It is no number or no TOML, where that is asked for.
     """
     if field.kind == "lines":
         return [line.strip() for line in str(value or "").splitlines() if line.strip()]
@@ -86,9 +115,7 @@ def entered(field: Field, value: Any) -> Any:
         return _from_toml(field, str(value or "").strip())
     if value is None or (value == "" and field.kind != "choice"):
         return None if field.optional else field.default
-    if field.kind == "whole" and isinstance(value, float) and value.is_integer():
-        return int(value)
-    return value
+    return _number(field, str(value).strip()) if field.kind in ("whole", "number") else value
 
 
 def to_document(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -121,11 +148,11 @@ def _field(name: str, default: Any) -> Field:
     limits = {type(limit): limit for limit in info.metadata}
     low = limits[Ge].ge if Ge in limits else limits[Gt].gt if Gt in limits else None
     high = limits[Le].le if Le in limits else limits[Lt].lt if Lt in limits else None
-    kind, choices = _kind(annotation, high)
+    kind, choices = _kind(annotation)
     return Field(name, kind, info.description or "", default, optional, choices, low, high)
 
 
-def _kind(annotation: Any, high: Any) -> tuple[Kind, tuple[str, ...]]:
+def _kind(annotation: Any) -> tuple[Kind, tuple[str, ...]]:
     origin, inner = get_origin(annotation), get_args(annotation)
     if annotation is bool:
         return "switch", ()
@@ -135,11 +162,33 @@ def _kind(annotation: Any, high: Any) -> tuple[Kind, tuple[str, ...]]:
         return "choices", tuple(get_args(inner[0]))
     if origin is list and str in (inner[0], *get_args(inner[0])[:1]):
         return "lines", ()
-    if annotation is int and (high is None or high <= _BIGGEST_IN_A_BROWSER):
+    if annotation is int:
         return "whole", ()
     if annotation is float:
         return "number", ()
     return ("text", ()) if annotation is str else ("toml", ())
+
+
+def digits(value: Any) -> str:
+    """A number without an exponent, as people write it."""
+    text = format(Decimal(str(value)), "f") if isinstance(value, (int, float)) else str(value)
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def _number(field: Field, text: str) -> Any:
+    """A number that was typed, with a decimal point or comma.
+
+    Browsers drop a comma in a field for numbers, which would make 1 of "0,001"; so these are fields for text.
+    """
+    if field.kind == "whole":
+        if _WHOLE.fullmatch(text):
+            return int(text)
+        raise ConfigError(f"{field.name}: {text!r} is not a whole number. Write it in digits alone, such as 1000.")
+    if _NUMBER.fullmatch(text):
+        return float(text.replace(",", "."))
+    raise ConfigError(
+        f"{field.name}: {text!r} is not a number. Write it like 0.001, without spaces or thousands' marks."
+    )
 
 
 def _toml(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +14,8 @@ from sdlora.config.toml import dump_toml, load_config, parse_config
 from sdlora.errors import ConfigError, SdloraError
 from sdlora.ui.pages.context import Context
 from sdlora.ui.settings import form
-from sdlora.ui.settings.draft import Draft, from_config, read_draft, recipe, write_draft
+from sdlora.ui.settings.draft import Draft, from_config, read_draft, write_draft
+from sdlora.ui.settings.recipes import OWN, recipe
 from sdlora.ui.state.folders import Studio
 
 SETS = next(field for field in form.fields() if field.name == "data.sets")
@@ -59,8 +61,8 @@ def test_what_is_missing_is_told(studio: Studio, images: str) -> None:
         Draft(images=images).config(closed)
 
 
-def test_a_base_elsewhere_is_not_read_over_the_network(studio: Studio, tmp_path: Path) -> None:
-    draft = Draft(images="builtin:zumi").with_values({"base.path": str(tmp_path)})
+def test_a_base_elsewhere_is_not_read_over_the_network(studio: Studio, tiny_base: Path) -> None:
+    draft = Draft(images="builtin:zumi").with_values({"base.path": str(tiny_base)})
     assert isinstance(draft.config(studio), RunConfig)
     with pytest.raises(ConfigError, match="over the network"):
         draft.config(Studio(studio.runs, any_folder=False))
@@ -103,3 +105,52 @@ def test_several_sets_are_kept_by_a_draft(studio: Studio, images: Path, others: 
         replace(draft, images="set").config(studio)
     with pytest.raises(ConfigError, match=str(images)):
         draft.config(Studio(studio.runs, any_folder=False))
+
+
+OLD = {
+    "pictures": "set", "name": "mine", "subject": "style", "length": "thorough", "fitted": [],
+    "values": {"base.path": "owner/name", "lora.rank": 16, "lora.alpha": 16.0, "train.epochs": 5, "data.repeats": 50,
+               "lora.targets": ["cross_attention", "self_attention"], "data.trigger": "zumi"},
+}  # fmt: skip
+
+
+def test_a_draft_of_an_earlier_version_is_kept(studio: Studio) -> None:
+    studio.draft.write_text(json.dumps(OLD), encoding="utf-8")
+    draft = read_draft(studio)
+    assert (draft.images, draft.name, draft.subject, draft.values) == ("set", "mine", "style", OLD["values"])
+    assert draft.length == OWN
+    assert draft.with_length("as usual").value("train.exposures") == 100
+
+
+def test_what_belongs_to_a_set_goes_with_it_and_comes_back() -> None:
+    own = {
+        "data.trigger": "zumi", "data.validation_folder": "more", "data.class_words": ["a cat"],
+        "train.preservation_weight": 1.0, "preview.prompts": ["zumi at night"], "data.masks": "alpha",
+        "loss.mask_floor": 0.2,
+    }  # fmt: skip
+    first = Draft(images="first", name="first-2").with_values(own | {"seed": 3})
+    second = first.with_images("second")
+    assert (second.images, second.name, second.value("seed")) == ("second", "", 3)
+    assert own.keys().isdisjoint(second.values)
+    assert second.with_values({"data.trigger": "mizu"}).with_images("first").with_images("second").trigger == "mizu"
+    assert second.with_images("first").values == first.values
+    # Several sets are one choice as well; the first choice of all takes over what was typed before it.
+    several = Draft().with_values({"data.sets": [{"folder": "a"}, {"folder": "b"}], "data.masks": "file"})
+    assert several.with_images("set").values == Draft().values
+    assert Draft().with_values({"data.trigger": "zumi"}).with_images("set").trigger == "zumi"
+
+
+def test_loaded_settings_that_are_no_recipe_are_own_settings(studio: Studio) -> None:
+    config = parse_config({"data": {"folder": "x", "repeats": 3}, "lora": {"rank": 5}}, name="a")
+    draft = from_config(config, studio)
+    assert (draft.subject, draft.length) == (OWN, OWN)
+    moved = draft.with_answers(OWN, OWN, "owner/name")
+    assert (moved.value("lora.rank"), moved.base, moved.subject) == (5, "owner/name", OWN)
+
+
+def test_settings_for_another_family_name_what_to_press(studio: Studio, tiny_base: Path) -> None:
+    config = parse_config({"base": {"family": "sdxl"}, "data": {"folder": "builtin:zumi"}}, name="a")
+    draft = from_config(config, studio).with_values({"base.path": str(tiny_base)})
+    with pytest.raises(ConfigError, match="Choose what it should learn"):
+        draft.config(studio)
+    draft.with_answers("style", "as usual", str(tiny_base)).config(studio)

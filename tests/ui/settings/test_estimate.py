@@ -8,50 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import save_file
 
 from sdlora.common.bundled import pocket_folder
 from sdlora.config.toml import load_config, options, parse_config
 from sdlora.errors import DataError
-from sdlora.estimate.meta_model import shapes_of_base, shapes_of_family
 from sdlora.events import PlanMade
 from sdlora.run.run import start
-from sdlora.ui.settings import estimate
-from sdlora.ui.settings.draft import SUBJECTS, Draft
-from sdlora.ui.state.folders import Studio
-
-
-def test_shapes_of_folder_are_those_of_loaded_base(tiny_base: Path) -> None:
-    from sdlora.models.load import load_base
-
-    loaded = shapes_of_base(load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32))
-    found = estimate.shapes_of(str(tiny_base))
-    assert found is not None
-    assert (found.frozen_bytes, found.resolution_px, len(found.text_encoders)) == (
-        loaded.frozen_bytes, loaded.resolution_px, len(loaded.text_encoders)
-    )  # fmt: skip
-
-
-def test_shapes_of_single_file_follow_from_its_header(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    file = tmp_path / "xl.safetensors"
-    save_file({"x": torch.zeros(1)}, file)
-    assert estimate.shapes_of(str(file)) is None
-    identified = type("Identified", (), {"family": "sdxl"})
-    monkeypatch.setattr(estimate, "identify", lambda *_: identified)
-    assert estimate.shapes_of(str(file)) == shapes_of_family("sdxl")
-    assert estimate.base_resolution_px(str(file)) == 1024
-    assert estimate.base_resolution_px("owner/name") == 512
-
-
-def test_known_bases_include_the_studios_folder(studio: Studio) -> None:
-    folder = studio.runs / "bases"
-    (folder / "mine").mkdir(parents=True)
-    (folder / "mine" / "model_index.json").write_text("{}")
-    for name in ("a.safetensors", "notes.txt"):
-        (folder / name).write_bytes(b"")
-    closed = Studio(studio.runs, any_folder=False)
-    assert estimate.known_bases(closed) == ["pocket", str(folder / "a.safetensors"), str(folder / "mine")]
+from sdlora.ui.settings import estimate, recipes
+from sdlora.ui.settings.draft import Draft
 
 
 @pytest.fixture
@@ -78,7 +42,8 @@ def test_recipe_is_changed_to_fit_into_memory_and_back(
     subject: str, share: float, large: str, on_a_gpu: Callable[[int], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # Recipes for large bases are frugal already: here they begin where there is something to change.
-    monkeypatch.setitem(SUBJECTS, subject, {**SUBJECTS[subject], "train.batch_size": 2})
+    frugal = recipes.preset_options
+    monkeypatch.setattr(recipes, "preset_options", lambda preset: frugal(preset) | {"train.batch_size": 2})
     on_a_gpu(1 << 40)
     answered = Draft().with_answers(subject, "as usual", large)
     needed = answered.needs()
@@ -125,6 +90,23 @@ def test_base_that_cannot_fit_or_is_absent_is_reported(tiny_base: Path, on_a_gpu
     assert "not on this machine" in estimate.describe_memory(absent.needs(), absent.fitted)[0]
 
 
+def test_estimate_is_counted_once_while_free_memory_changes(monkeypatch: pytest.MonkeyPatch) -> None:
+    counted: list[int | None] = []
+    needed = Draft().needs()
+
+    def count(_config: object, _shapes: object, memory_bytes: int | None, **_: object) -> object:
+        counted.append(memory_bytes)
+        return needed
+
+    monkeypatch.setattr(estimate, "estimate_shapes", count)
+    draft = Draft().with_value("lora.rank", 13)
+    for memory_bytes in (2**40, 2**40 + 2**30, 2**41):
+        monkeypatch.setattr(estimate, "usable_memory", lambda _, found=memory_bytes: found)
+        found = draft.needs()
+        assert found is not None and (found.memory_bytes, found.fits) == (memory_bytes, True)
+    assert counted == [None]
+
+
 # --- In words ---------------------------------------------------------------------------------------------------------
 
 
@@ -148,13 +130,29 @@ def test_validation_images_are_counted_and_described() -> None:
         assert fact in told
 
 
-def test_resolution_is_the_base_models(tiny_base: Path) -> None:
-    assert [estimate.base_resolution_px(base) for base in ("pocket", str(tiny_base), "owner/name")] == [64, 32, 512]
-
-
 def test_folder_without_images_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError):
         estimate.describe_run(parse_config({"data": {"folder": str(tmp_path)}}, name="a"))
+
+
+@pytest.mark.parametrize(
+    ("document", "word"),
+    [
+        ({"train": {"learning_rate": 1.0}}, "noise"), ({"train": {"learning_rate": 1e-9}}, "hardly anything"),
+        ({"data": {"repeats": 2}}, "8 times"), ({"data": {"repeats": 99}}, "396 times"),
+    ],
+)  # fmt: skip
+def test_absurd_rates_and_lengths_are_objected_to(document: dict[str, Any], word: str) -> None:
+    usual = {"data": {"folder": "x", "repeats": 25, **document.get("data", {})}}
+    (told,) = estimate.warnings(parse_config(document | usual, name="a"))
+    assert word in told
+
+
+def test_usual_rates_are_not_objected_to() -> None:
+    rates = [{"learning_rate": 3e-3}, {"optimizer": "prodigy", "learning_rate": 1.0}, {}]
+    for train in rates:
+        config = parse_config({"data": {"folder": "x", "repeats": 25}, "train": train}, name="a")
+        assert estimate.warnings(config) == []
 
 
 def test_measured_time_and_memory_are_described() -> None:
