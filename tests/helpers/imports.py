@@ -8,7 +8,8 @@ from typing import Any
 
 from sdlora.config.imports import ai_toolkit, diffusers, kohya, kohya_gui, onetrainer
 from sdlora.config.imports.detect import import_file
-from sdlora.config.imports.rules import Fate, Imported, Rule, settle, translate
+from sdlora.config.imports.rules import Fate, Imported, Rule, translate
+from sdlora.config.imports.settle import settle
 
 FIXTURES = Path(__file__).parents[1] / "config" / "imports" / "fixtures"
 TABLES: dict[str, dict[str, Rule]] = {

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from sdlora.config.imports import ai_toolkit_values as take
+from sdlora.config.imports.lora_files import CONTINUED, MERGED
 from sdlora.config.imports.rules import (
     OFF,
     Rule,
@@ -125,10 +126,10 @@ _MODEL = table(
             "process.model",
         ): drop("sdlora quantizes the UNet's attention blocks only"),
         "process.model.vae_path": refuse("sdlora uses the base model's own VAE; put the VAE into the base model"),
-        keys(
-            "lora_path assistant_lora_path inference_lora_path unconditional_lora_path",
-            "process.model",
-        ): refuse("merge the file into the base model with `sdlora merge --into`"),
+        keys("lora_path assistant_lora_path", "process.model"): MERGED,
+        keys("inference_lora_path unconditional_lora_path", "process.model"): refuse(
+            "sdlora draws previews with the LoRA that is trained only"
+        ),
         keys("refiner_name_or_path unet_path te_name_or_path", "process.model"): refuse(
             "sdlora reads the base model as a whole, without a refiner"
         ),
@@ -158,9 +159,7 @@ _MODEL = table(
             "sdlora chooses layers by kind; set lora.targets"
         ),
         "process.network.network_kwargs": drop("empty"),
-        "process.network.pretrained_lora_path": refuse(
-            "set lora.from_file, and leave out the ranks and alphas, which are the file's"
-        ),
+        "process.network.pretrained_lora_path": CONTINUED,
         keys("lokr_full_rank lokr_factor old_lokr_format", "process.network"): part_of("process.network.type"),
         keys("lorm all_layers", "process.network"): refuse("sdlora trains plain LoRA and DoRA (lora.dora)"),
         keys("transformer_only split_multistage_loras layer_offloading", "process.network"): drop(_OTHERS),
@@ -174,7 +173,7 @@ _DATA = table(
         keys("is_reg prior_reg", _D): compute(
             take.reg, "`data.preservation_folder`, `train.preservation_weight`", "all"
         ),
-        keys("resolution", _D): compute(take.resolution_of, "`data.resolution_px`; several are refused"),
+        keys("resolution", _D): compute(take.resolution_of, "`data.resolution_px`, or `data.resolutions_px`"),
         keys("buckets", _D): rename("data.buckets", flag),
         keys("bucket_tolerance", _D): rename("data.bucket_step_px", whole),
         keys("caption_ext", _D): refuse(

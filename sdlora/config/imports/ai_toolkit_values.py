@@ -31,6 +31,7 @@ from sdlora.config.imports.shared import (
     optimizer_argument,
     previews,
     resolution,
+    resolutions,
     schedule,
     spread_steps,
 )
@@ -101,9 +102,7 @@ def reg(value: Any, source: Source) -> Outcome:
 
 def resolution_of(value: Any, source: Source) -> Outcome:
     """The resolution: one, or a list of those that every image is trained at."""
-    if isinstance(value, list) and len(value) != 1:
-        return refused("sdlora trains at one resolution; set data.resolution_px")
-    return resolution(value[0] if isinstance(value, list) else value)
+    return resolutions(value) if isinstance(value, list) else resolution(value)
 
 
 def network_type(value: Any, source: Source) -> Outcome:

@@ -14,7 +14,8 @@ from typing import Any
 import yaml
 
 from sdlora.config.imports import ai_toolkit, command, kohya, kohya_gui, onetrainer
-from sdlora.config.imports.rules import Imported, Rule, Source, settle, translate
+from sdlora.config.imports.rules import Imported, Rule, Source, translate
+from sdlora.config.imports.settle import settle
 from sdlora.config.toml import option_fields
 from sdlora.errors import ConfigError
 

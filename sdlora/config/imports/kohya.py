@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.config.imports import kohya_values as take
+from sdlora.config.imports.lora_files import CONTINUED
 from sdlora.config.imports.rules import (
     OFF,
     Rule,
@@ -145,7 +146,7 @@ _SUBSET = table(
         "enable_bucket": rename("data.buckets", flag),
         "bucket_reso_steps": rename("data.bucket_step_px", whole),
         keys("min_bucket_reso max_bucket_reso"): drop("sdlora's buckets reach from 1:2 to 2:1 at the same area"),
-        "bucket_no_upscale": compute(take.no_upscale, "the same where no image is smaller, or refused"),
+        "bucket_no_upscale": switch({"data.no_upscale": True}),
         "image_dir": compute(take.data_of, "`data.folder` or `data.sets`", "all"),
         keys("num_repeats class_tokens"): part_of("image_dir"),
         "is_reg": compute(take.reg, "`data.preservation_folder`, `train.preservation_weight`", "all"),
@@ -192,7 +193,8 @@ _NETWORK = table(
         "clip_skip": compute(take.clip_skip, "`base.clip_skip`"),
         "vae": refuse("sdlora uses the base model's own VAE; put the VAE into the base model"),
         "fp8_base": switch({"base.quantization": "int8"}, "8-bit integers instead of floats"),
-        keys("base_weights base_weights_multiplier"): refuse("name the files and their weights in base.merge"),
+        "base_weights": compute(take.base_weights, "`base.merge`"),
+        "base_weights_multiplier": part_of("base_weights"),
         "network_module": compute(take.module, "`lora.targets`; other kinds of adapters are refused"),
         keys("network_train_unet_only network_train_text_encoder_only"): part_of("network_module"),
         "network_dim": rename("lora.rank", whole),
@@ -217,7 +219,7 @@ _NETWORK = table(
             "network_args.block_size network_args.unit network_args.train_on_input",
         ): part_of("network_module"),
         "scale_weight_norms": refuse("sdlora does not limit the norm of the weights"),
-        "network_weights": refuse("set lora.from_file, and leave out the ranks and alphas, which are the file's"),
+        "network_weights": CONTINUED,
         "dim_from_weights": part_of("network_weights"),
     }
 )

@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sdlora.config.imports.lora_files import merged
 from sdlora.config.imports.rules import (
     OFF,
     Outcome,
@@ -28,11 +29,9 @@ from sdlora.config.imports.shared import (
     Length,
     TrainingFolder,
     data_options,
-    num_smaller,
     optimizer,
     optimizer_argument,
     previews,
-    resolution,
     spread,
     spread_steps,
     warmup,
@@ -178,6 +177,12 @@ def module(value: Any, source: Source) -> Outcome:
     return translated({"lora.targets": [*targets, *(["text_encoder"] if encoder else [])]})
 
 
+def base_weights(value: Any, source: Source) -> Outcome:
+    """LoRAs that are merged into the base model, with the multiplier of each."""
+    weights = source.get("base_weights_multiplier", [])
+    return merged(value, weights if isinstance(weights, list) else [weights])
+
+
 def alpha(value: Any, source: Source) -> Outcome:
     """Alpha, where 0 stands for the rank."""
     if number(value) == 0:
@@ -269,23 +274,6 @@ def clip_skip(value: Any, source: Source) -> Outcome:
     if flag(source.get("sdxl", False)):
         return dropped("sd-scripts does not use it for SDXL, whose second to last layer is always read")
     return translated({"base.clip_skip": whole(value)}) if whole(value) else dropped("off")
-
-
-def no_upscale(value: Any, source: Source) -> Outcome:
-    """Whether smaller images keep their size."""
-    if not flag(value):
-        return dropped("off")
-    edges = source.column("resolution") or [source.get("resolution", 512)]
-    edge = resolution(edges[0]).options.get("data.resolution_px")
-    found = _folders(source)
-    smaller = num_smaller(found[0], edge) if edge and not isinstance(found, str) else None
-    if smaller == 0:
-        return dropped("no image is smaller than the resolution")
-    found_here = "" if smaller is None else f" ({smaller} here)"
-    return refused(
-        f"sdlora enlarges images that are smaller than the resolution{found_here}; use larger ones, or lower "
-        "data.resolution_px"
-    )
 
 
 def tokens(value: Any, source: Source) -> Outcome:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from sdlora.config.imports import onetrainer_values as take
+from sdlora.config.imports.lora_files import CONTINUED
 from sdlora.config.imports.rules import (
     OFF,
     Rule,
@@ -36,7 +37,6 @@ from sdlora.config.imports.shared import (
     file_precision,
     precision,
     preview_edge,
-    resolution,
     sampler,
 )
 
@@ -146,7 +146,7 @@ _MODEL = table(
         "lora_decompose": compute(take.dora, "`lora.dora`"),
         keys("lora_decompose_norm_epsilon lora_decompose_output_axis"): part_of("lora_decompose"),
         "dropout_probability": rename("lora.dropout", number),
-        "lora_model_name": refuse("set lora.from_file, and leave out the ranks and alphas, which are the file's"),
+        "lora_model_name": CONTINUED,
         "lora_weight_dtype": drop("sdlora keeps the adapter in float32"),
         keys(
             "lokr_dim lokr_decompose_both lokr_decompose_factor lokr_use_tucker lokr_weight_decompose "
@@ -173,13 +173,16 @@ _DATA = table(
         "concepts.loss_weight": refuse("sdlora weights all images alike; see repeats", off=(None, "", 1, 1.0)),
         "concepts.image.enable_crop_jitter": drop("sdlora crops the little that is over from the middle"),
         keys(
-            "enable_random_flip enable_fixed_flip enable_random_rotate enable_fixed_rotate enable_random_brightness "
+            "enable_fixed_flip enable_random_rotate enable_fixed_rotate enable_random_brightness "
             "enable_fixed_brightness enable_random_contrast enable_fixed_contrast enable_random_saturation "
             "enable_fixed_saturation enable_random_hue enable_fixed_hue enable_random_circular_mask_shrink "
             "enable_random_mask_rotate_crop",
             "concepts.image",
         ): refuse(_AUGMENT),
-        "concepts.image.enable_resolution_override": refuse("sdlora trains at one resolution; set data.resolution_px"),
+        "concepts.image.enable_random_flip": switch(
+            {"data.flip": True}, "mirrored at every second exposure, not by chance"
+        ),
+        "concepts.image.enable_resolution_override": refuse("set resolutions_px of the set in data.sets"),
         keys(
             "concepts.image.resolution_override concepts.image.random_rotate_max_angle "
             "concepts.image.random_brightness_max_strength concepts.image.random_contrast_max_strength "
@@ -204,7 +207,7 @@ _DATA = table(
             "concepts.text.caps_randomize_lowercase",
         ): part_of("concepts.text.caps_randomize_enable"),
         keys("concept_file_name concepts"): drop("read"),
-        "resolution": compute(lambda value, source: resolution(value), "`data.resolution_px`"),
+        "resolution": compute(take.resolution_of, "`data.resolution_px`, or `data.resolutions_px`"),
         "aspect_ratio_bucketing": rename("data.buckets", flag),
         "text_encoder.dropout_probability": compute(take.caption_dropout, "`data.caption_dropout`"),
         "text_encoder_2.dropout_probability": part_of("text_encoder.dropout_probability"),

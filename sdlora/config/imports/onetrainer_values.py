@@ -29,6 +29,8 @@ from sdlora.config.imports.shared import (
     optimizer,
     optimizer_argument,
     previews,
+    resolution,
+    resolutions,
     schedule,
     spread,
     warmup,
@@ -92,6 +94,14 @@ def data(value: Any, source: Source) -> Outcome:
     if len(validation) > 1:
         return refused("sdlora has one folder of validation images; set data.validation_folder", found)
     return translated(found | ({"data.validation_folder": validation[0].folder} if validation else {}))
+
+
+def resolution_of(value: Any, source: Source) -> Outcome:
+    """The resolution, or several with commas between them, of which every image gets one by chance."""
+    parts = text(value).split(",")
+    if len(parts) == 1 or any("x" in part for part in parts):
+        return resolution(value)
+    return resolutions(parts)
 
 
 def concept_type(value: Any, source: Source) -> Outcome:

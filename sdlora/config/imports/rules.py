@@ -13,12 +13,12 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any, Literal
 
-from sdlora.config.toml import parse_config
-from sdlora.errors import ConfigError
+from sdlora.config.schema_data import SetOptions
 
 EMPTY: tuple[Any, ...] = (None, "", [], {})
 OFF: tuple[Any, ...] = (*EMPTY, False, 0, "0", "0.0", "false", "False", "none", "None")
 SEVERAL = "differs between the sets, and sdlora has one value for all of them"
+OF_A_SET = "differs between the sets; give each entry of data.sets its own"
 
 
 class Status(StrEnum):
@@ -251,7 +251,8 @@ def _apply(key: str, rule: Rule, source: Source) -> tuple[Any, Outcome]:
         return value, worst
     if rule.several == "first":
         return value, worst if same else replace(worst, reason="differs between the prompts; the first one is taken")
-    return column, refused(SEVERAL)
+    own = {f"data.{name}" for name in SetOptions.model_fields} | {"data.resolution_px"}
+    return column, refused(OF_A_SET if worst.options and own.issuperset(worst.options) else SEVERAL)
 
 
 def _one(rule: Rule, value: Any, source: Source) -> Outcome:
@@ -259,68 +260,6 @@ def _one(rule: Rule, value: Any, source: Source) -> Outcome:
         return rule.apply(value, source)
     except ValueError as error:
         return refused(f"cannot be read: {error}")
-
-
-def settle(source: Source, fates: Sequence[Fate]) -> Imported:
-    """The configuration that the fates make, without what contradicts itself or what the schema refuses."""
-    fates = _without_contradictions(fates)
-    if _fault(_with_folder(_document(fates))):
-        settled: list[Fate] = []
-        for fate in fates:
-            fault = _fault(_with_folder(_document([*settled, fate])))
-            settled.append(replace(fate, status=Status.REFUSED, options={}, reason=fault) if fault else fate)
-        fates = settled
-    document = _document(fates)
-    if document != _with_folder(document):
-        reason = "the file names no folder of images; 'images' stands for it"
-        fates = [*fates, Fate("images", None, Status.REFUSED, {"data.folder": "images"}, reason, given=False)]
-    return Imported(source.form, _document(fates), tuple(fates))
-
-
-def _without_contradictions(fates: Sequence[Fate]) -> list[Fate]:
-    """Refuse a key that sets an option to another value than a key before it does."""
-    found: list[Fate] = []
-    values: dict[str, Fate] = {}
-    for fate in fates:
-        clash = next(
-            (name for name, value in fate.options.items() if name in values and values[name].options[name] != value),
-            None,
-        )
-        if clash:
-            before = values[clash]
-            reason = (
-                f"{before.key} makes {clash} = {before.options[clash]}, and this {fate.options[clash]}; set it yourself"
-            )
-            fate = replace(fate, status=Status.REFUSED, options={}, reason=reason)
-        values |= dict.fromkeys(fate.options, fate)
-        found.append(fate)
-    return found
-
-
-def _fault(document: Mapping[str, Any]) -> str:
-    """Why the schema refuses a configuration, or nothing."""
-    try:
-        parse_config(document, name="imported")
-    except ConfigError as error:
-        # The message's first line is its heading.
-        return " ".join(line.strip() for line in str(error).splitlines()[1:]) or str(error)
-    return ""
-
-
-def _document(fates: Sequence[Fate]) -> dict[str, Any]:
-    document: dict[str, Any] = {}
-    for fate in fates:
-        for name, value in fate.options.items():
-            section, _, key = name.rpartition(".")
-            inside = document.setdefault(section, {}) if section else document
-            inside[key] = {**inside.get(key, {}), **value} if isinstance(value, dict) else value
-    return document
-
-
-def _with_folder(document: dict[str, Any]) -> dict[str, Any]:
-    """The document with a folder of images, without which no configuration is valid."""
-    data = document.get("data", {})
-    return document if data.get("folder") or data.get("sets") else {**document, "data": {**data, "folder": "images"}}
 
 
 def flatten(document: Mapping[str, Any], opaque: Collection[str] = (), prefix: str = "") -> dict[str, Any]:

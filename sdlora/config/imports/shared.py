@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
-
 from sdlora.common.bundled import IMAGE_SUFFIXES
 from sdlora.config.imports.rules import (
     OFF,
@@ -116,18 +114,6 @@ def _files(folder: str, *, recursive: bool) -> list[Path]:
         return []
     images = [file for file in files if file.suffix.lower() in IMAGE_SUFFIXES]
     return [file for file in images if not file.name.lower().endswith(MASK_SUFFIXES)]
-
-
-def num_smaller(folders: Sequence[TrainingFolder], edge_px: int) -> int | None:
-    """The number of images with fewer pixels than a square of the resolution; None if there are none to look at."""
-    sizes: list[tuple[int, int]] = []
-    for file in [file for one in folders for file in _files(one.folder, recursive=one.recursive)]:
-        try:
-            with Image.open(file) as image:
-                sizes.append(image.size)
-        except (OSError, ValueError, Image.DecompressionBombError):
-            continue  # reported by name when images are read
-    return sum(width * height < edge_px**2 for width, height in sizes) if sizes else None
 
 
 def _counts(folders: Sequence[TrainingFolder]) -> list[int | None]:
@@ -310,7 +296,15 @@ def resolution(value: Any) -> Outcome:
         return refused(
             f"data.resolution_px is the edge of a square, and images keep their shape; {area} has the same area"
         )
-    return refused("sdlora trains at one resolution; set data.resolution_px")
+    return refused("several resolutions are given; set data.resolutions_px")
+
+
+def resolutions(values: Sequence[Any]) -> Outcome:
+    """Several resolutions of one run, each the edge of a square."""
+    edges = sorted({whole(value) for value in values})
+    if len(edges) < 2:
+        return resolution(list(values))
+    return translated({"data.resolutions_px": edges}, "the exposures of each image have them in turn")
 
 
 def precision(value: Any) -> Outcome:

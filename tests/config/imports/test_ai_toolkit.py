@@ -130,6 +130,20 @@ def test_own_defaults_count_where_they_differ(folder: Path) -> None:
             {"data.folder": "photos", "data.resolution_px": 768},
         ),
         (
+            {"datasets": [{"folder_path": "photos", "resolution": [768, 512]}]},
+            {"data.resolution_px": None, "data.resolutions_px": [512, 768]},
+        ),
+        (
+            {"model": {"lora_path": "a.safetensors"}, "network": {"pretrained_lora_path": "b.safetensors"}},
+            {
+                "base.merge": [{"file": "a.safetensors", "weight": 1.0}],
+                "lora.from_file": "b.safetensors",
+                "lora.rank": None,
+                "lora.alpha": None,
+                "lora.targets": None,
+            },
+        ),
+        (
             {"model": {"arch": "sd15"}, "logging": {"use_wandb": True}},
             {"base.family": "sd1", "train.trackers": ["wandb"]},
         ),
@@ -168,15 +182,18 @@ def test_regularisation_images_take_half_of_the_steps(folder: Path) -> None:
         ("process.slider", {"slider": {"targets": []}}),
         ("process.model.arch", {"model": {"arch": "flux"}}),
         ("process.model.is_flux", {"model": {"is_flux": True}}),
-        ("process.model.assistant_lora_path", {"model": {"assistant_lora_path": "x.safetensors"}}),
+        ("process.model.inference_lora_path", {"model": {"inference_lora_path": "x.safetensors"}}),
         ("process.model.quantize", {"model": {"quantize": True, "qtype": "uint3"}}),
         ("process.network.type", {"network": {"type": "lokr"}}),
         (
             "process.network.network_kwargs.only_if_contains",
             {"network": {"network_kwargs": {"only_if_contains": ["attn2"]}}},
         ),
-        ("process.network.pretrained_lora_path", {"network": {"pretrained_lora_path": "x.safetensors"}}),
-        ("process.datasets.resolution", {"datasets": [{"folder_path": "photos", "resolution": [512, 768]}]}),
+        ("process.network.pretrained_lora_path", {"network": {"pretrained_lora_path": "x.pt"}}),
+        (
+            "process.datasets.resolution",
+            {"datasets": [{"folder_path": "photos", "resolution": 512}, {"folder_path": "reg", "resolution": 768}]},
+        ),
         (
             "process.datasets.keep_tokens",
             {"datasets": [{"folder_path": "photos"}, {"folder_path": "reg", "keep_tokens": 2}]},

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from helpers.imports import FIXTURES, fate_of, flat, of_arguments, option
-from PIL import Image
 
 from sdlora.config.imports.detect import import_file
 from sdlora.config.imports.kohya_values import sample_prompts
@@ -231,13 +230,9 @@ def test_what_would_be_another_result_is_refused(key: str, arguments: dict[str, 
         assert key in found.open_keys
 
 
-def test_images_smaller_than_the_resolution_are_counted(folder: Path) -> None:
-    given = {"train_data_dir": "photos", "max_train_epochs": 1, "bucket_no_upscale": True, "resolution": "512,512"}
-    assert "bucket_no_upscale" in of_arguments(**given).open_keys, "files that are no images say nothing"
-    for number, edge in enumerate((512, 600, 511)):
-        Image.new("RGB", (edge, edge)).save(folder / "photos" / "10_hero" / f"{number}.png")
-    assert "(1 here)" in fate_of(of_arguments(**given), "bucket_no_upscale").reason
-    assert not of_arguments(**{**given, "resolution": 256}).open_keys
+def test_small_images_are_not_enlarged() -> None:
+    found = of_arguments(train_data_dir="photos", max_train_epochs=1, bucket_no_upscale=True)
+    assert not found.open_keys and option(found, "data.no_upscale") is True
 
 
 def test_a_dataset_configuration_goes_before_the_arguments(folder: Path) -> None:
@@ -276,6 +271,26 @@ def test_sets_that_differ_in_what_sdlora_has_once_are_refused(folder: Path) -> N
     )
     found = import_file(folder / "sets.toml")
     assert found.open_keys == ["resolution", "keep_tokens"]
+    assert all("each entry of data.sets" in fate_of(found, key).reason for key in found.open_keys)
+
+
+def test_a_lora_is_continued_as_it_is_on_a_base_with_others_merged() -> None:
+    found = of_arguments(
+        train_data_dir="photos", max_train_epochs=1, network_weights="old.safetensors", dim_from_weights=True,
+        network_dim=64, network_alpha=1, network_args=["conv_dim=8", "conv_alpha=4"], network_dropout=0.1,
+        base_weights=["a.safetensors", "b.safetensors", "c.safetensors"], base_weights_multiplier=[0.5, 0],
+    )  # fmt: skip
+    assert not found.open_keys
+    assert found.document["lora"] == {"from_file": "old.safetensors", "dropout": 0.1}
+    assert option(found, "base.merge") == [
+        {"file": "a.safetensors", "weight": 0.5}, {"file": "c.safetensors", "weight": 1.0},
+    ]  # fmt: skip
+    assert {fate_of(found, key).status for key in ("network_dim", "network_alpha", "network_args.conv_dim")} == {
+        Status.DROPPED
+    }
+    (one,) = option(of_arguments(train_data_dir="photos", base_weights="a.safetensors"), "base.merge")
+    assert one == {"file": "a.safetensors", "weight": 1.0}
+    assert "network_weights" in of_arguments(train_data_dir="photos", network_weights="x.pt").open_keys
 
 
 def test_prompts_of_previews_are_taken_from_lines() -> None:

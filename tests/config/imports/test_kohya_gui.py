@@ -119,7 +119,7 @@ def test_values(folder: Path, settings: dict[str, Any], expected: dict[str, Any]
         ("lr_scheduler", {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": ""}),
         ("multires_noise_iterations", {"noise_offset_type": "Multires", "multires_noise_iterations": 6}),
         ("down_lr_weight", {"down_lr_weight": "1,1"}),
-        ("network_weights", {"network_weights": "old.safetensors"}),
+        ("network_weights", {"network_weights": "old.ckpt"}),
         ("num_processes", {"num_processes": 2}),
         (
             "additional_parameters: lr_scheduler_type",

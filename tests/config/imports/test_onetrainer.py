@@ -86,6 +86,16 @@ def test_every_documented_key_has_its_value() -> None:
     assert not imported.open_keys
 
 
+def test_several_resolutions_flips_and_a_lora_to_continue(folder: Path) -> None:
+    flipped = {"concepts": [{"path": "photos", "image": {"enable_random_flip": True}}]}
+    assert option(of_json(folder, BASIC | flipped), "data.flip") is True
+    found = of_json(folder, BASIC | {"resolution": "768, 512", "lora_model_name": "x.safetensors", "lora_rank": 32})
+    assert not found.open_keys
+    assert option(found, "data.resolutions_px") == [512, 768] and option(found, "data.resolution_px") is None
+    assert found.document["lora"] == {"from_file": "x.safetensors"}
+    assert fate_of(found, "lora_rank").reason == "the file of lora.from_file has it"
+
+
 def test_own_defaults_count_where_they_differ(folder: Path) -> None:
     found = of_json(folder, BASIC)
     assert not found.open_keys
@@ -171,8 +181,8 @@ def test_values(folder: Path, settings: dict[str, Any], expected: dict[str, Any]
         ("concepts.path", {"concepts": [{"path": "photos", "balancing": 100, "balancing_strategy": "SAMPLES"}]}),
         ("concepts.type", {"concepts": [{"path": "photos"}, {"path": "reg", "type": "PRIOR_PREDICTION"}]}),
         (
-            "concepts.image.enable_random_flip",
-            {"concepts": [{"path": "photos", "image": {"enable_random_flip": True}}]},
+            "concepts.image.enable_random_rotate",
+            {"concepts": [{"path": "photos", "image": {"enable_random_rotate": True}}]},
         ),
         ("concepts.text.prompt_source", {"concepts": [{"path": "photos", "text": {"prompt_source": "filename"}}]}),
         ("concepts.loss_weight", {"concepts": [{"path": "photos", "loss_weight": 0.5}]}),
@@ -186,7 +196,9 @@ def test_values(folder: Path, settings: dict[str, Any], expected: dict[str, Any]
         ("timestep_distribution", {"timestep_distribution": "BETA"}),
         ("timestep_shift", {"timestep_shift": 3.0}),
         ("additional_embeddings", {"additional_embeddings": [{"placeholder": "<x>"}]}),
-        ("resolution", {"resolution": "512,768"}),
+        ("resolution", {"resolution": "512x768"}),
+        ("resolution", {"resolution": "512x512,768x768"}),
+        ("lora_model_name", {"lora_model_name": "x.ckpt"}),
         ("output_model_format", {"output_model_format": "COMFY_LORA"}),
         ("nonsense", {"nonsense": 1}),
     ],

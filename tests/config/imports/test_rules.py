@@ -26,7 +26,6 @@ from sdlora.config.imports.rules import (
     refuse,
     refused,
     rename,
-    settle,
     switch,
     table,
     text,
@@ -34,6 +33,7 @@ from sdlora.config.imports.rules import (
     translated,
     whole,
 )
+from sdlora.config.imports.settle import settle
 
 RULES = table(
     {
