@@ -40,7 +40,7 @@ _ENDINGS = {
     ".lora_magnitude_vector.weight": "magnitude", ".lora_magnitude_vector": "magnitude",
     ".alpha": "alpha",
 }  # fmt: skip
-_KOHYA_KINDS = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
+_KOHYA_KINDS = {"lora_down.weight": "down", "lora_up.weight": "up", "dora_scale": "scale", "alpha": "alpha"}
 _FILE_NAMES = {"down": "lora_down (lora_A)", "up": "lora_up (lora_B)"}
 # How `describe_lora` counts the UNet's modules.
 _KINDS = {
@@ -172,11 +172,6 @@ def parse_lora(tensors: Mapping[str, Tensor], metadata: dict[str, str], *, name:
 def _split_kohya(key: str, file: str) -> tuple[str, str]:
     module, _, ending = key.partition(".")
     module = diffusers_name(module)
-    if ending == "dora_scale":
-        raise DataError(
-            f"{file}: {module!r} is DoRA under kohya's names, which do not say whether magnitudes are of rows or "
-            "columns. sdlora reads DoRA under PEFT's names."
-        )
     if ending not in _KOHYA_KINDS:
         raise DataError(
             f"{file}: the tensor {key!r} is not part of a LoRA under kohya's names. sdlora does not read LoHa, LoKr or "
@@ -206,11 +201,19 @@ def _split_dotted(key: str, file: str) -> tuple[str, str]:
 def _weights(module: str, part: dict[str, Tensor], settings: dict[str, Any], file: str) -> LoraWeights:
     if missing := [_FILE_NAMES[kind] for kind in _FILE_NAMES if kind not in part]:
         raise DataError(f"{file}: the module {module!r} has no {' and no '.join(missing)} tensor.")
-    down, up, magnitude = part["down"], part["up"], part.get("magnitude")
+    down, up, magnitude = part["down"], part["up"], part.get("magnitude", part.get("scale"))
     kernels_fit = down.dim() == up.dim() and down.dim() in (2, 4) and all(size == 1 for size in up.shape[2:])
     shapes = f"down {tuple(down.shape)}, up {tuple(up.shape)}"
     if not kernels_fit or down.shape[0] != up.shape[1] or 0 in (*down.shape, *up.shape):
         raise DataError(f"{file}: the shapes of {module!r} do not match: {shapes}.")
+    # LyCORIS keeps the axis that magnitudes are of: (o, 1) for outputs, as in the paper and here, or (1, i) for inputs.
+    if "scale" in part and part["scale"].dim() > 1 and part["scale"].shape[:2] == (1, down.shape[1]) != (1, 1):
+        raise DataError(
+            f"{file}: {module!r} is a DoRA with a magnitude for each input (dora_scale of the shape "
+            f"{tuple(part['scale'].shape)}), as LyCORIS makes them unless wd_on_output is set. sdlora computes and "
+            "trains a magnitude for each output, which no such file can be turned into. To build on this LoRA, merge "
+            "it into the base model with the program that trained it."
+        )
     if magnitude is not None and magnitude.numel() != up.shape[0]:
         raise DataError(f"{file}: the shapes of {module!r} do not match: {shapes}, {magnitude.numel()} magnitudes.")
     if "alpha" not in part:

@@ -173,6 +173,17 @@ GOOD = {"unet.conv1.lora_A.weight": torch.ones(2, 3), "unet.conv1.lora_B.weight"
 KOHYA = {"lora_unet_x.lora_down.weight": torch.ones(2, 3), "lora_unet_x.lora_up.weight": torch.ones(4, 2)}
 
 
+def test_magnitudes_of_outputs_under_kohyas_names_are_read() -> None:
+    square = {"lora_unet_x.lora_down.weight": torch.ones(2, 4), "lora_unet_x.lora_up.weight": torch.ones(4, 2)}
+    scale = torch.arange(4.0)
+    for part, shape in ((KOHYA, (4, 1)), (square, (4, 1))):
+        found = parse_lora(part | {"lora_unet_x.dora_scale": scale.reshape(shape)}, {}, name="dora")
+        magnitude = found.state["lora_unet_x"].magnitude
+        assert magnitude is not None and torch.equal(magnitude.flatten(), scale) and found.spelling == "kohya"
+    with pytest.raises(DataError, match="for each input"):
+        parse_lora(square | {"lora_unet_x.dora_scale": scale.reshape(1, 4)}, {}, name="dora")
+
+
 @pytest.mark.parametrize(
     ("tensors", "settings", "reason"),
     [
@@ -189,7 +200,8 @@ KOHYA = {"lora_unet_x.lora_down.weight": torch.ones(2, 3), "lora_unet_x.lora_up.
         (GOOD, {"unet.lora_alpha": "much"}, "unet.lora_alpha"),
         (GOOD, {"unet.lora_alpha": 1, "unet.alpha_pattern": {"(a+)+": 2}}, "regular expressions"),
         (GOOD, [1], "JSON object"),
-        (KOHYA | {"lora_unet_x.dora_scale": torch.ones(4, 1)}, {}, "lora_unet_x.*DoRA"),
+        (KOHYA | {"lora_unet_x.dora_scale": torch.ones(1, 3)}, {}, "lora_unet_x.*magnitude for each input.*(1, 3)"),
+        (KOHYA | {"lora_unet_x.dora_scale": torch.ones(3, 1)}, {}, "do not match.*3 magnitudes"),
         (KOHYA | {"lora_unet_x.hada_w1_a": torch.ones(4, 1)}, {}, "hada_w1_a"),
     ],
 )  # fmt: skip

@@ -16,6 +16,7 @@ from helpers.runs import digests, metrics, run, without_times
 from helpers.tiny import make_tiny_pipeline
 from helpers.trainers import diffusers_script, kohya_trainer
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from sdlora.batch.jobs import Fingerprints
 from sdlora.config.schema import LoraConfig
@@ -51,10 +52,34 @@ def own(file: Path, pipeline: Any, spec: AdapterSpec, timestep_rank: TimestepRan
     save_lora(file, adapter.state(), metadata=metadata)
 
 
+def lycoris_dora(file: Path, pipeline: Any) -> None:
+    """kohya's file with LyCORIS' magnitudes by output, moved away from the norms of the base's weights."""
+    kohya_trainer(file, pipeline, text=True)
+    tensors = load_file(file)
+    for name, weight in weights_by_kohya_name(pipeline).items():
+        if f"{name}.alpha" in tensors:
+            norm = weight.flatten(1).norm(dim=1).reshape(-1, *[1] * (weight.dim() - 1))
+            tensors[f"{name}.dora_scale"] = norm * torch.linspace(0.8, 1.3, len(norm)).reshape(norm.shape)
+    save_file(tensors, file)
+
+
+def weights_by_kohya_name(pipeline: Any) -> dict[str, torch.Tensor]:
+    """The weights of a pipeline's layers by the names of their modules in kohya's files."""
+    networks = {"lora_unet": pipeline.unet, "lora_te_text_model": pipeline.text_encoder}
+    return {
+        # From version 5 on, transformers has no text_model.
+        f"{prefix}_{name.removeprefix('text_model.')}".replace(".", "_"): module.weight
+        for prefix, network in networks.items()
+        for name, module in network.named_modules()
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    }
+
+
 WRITERS: dict[str, Callable[[Path, Any], None]] = {
     "kohya": lambda file, pipeline: kohya_trainer(file, pipeline, text=True),
     "PEFT, mixed": lambda file, pipeline: diffusers_script(file, pipeline, old_names=False, **MIXED),
     "PEFT, DoRA": lambda file, pipeline: diffusers_script(file, pipeline, old_names=False, use_dora=True, **MIXED),
+    "kohya, DoRA": lambda file, pipeline: lycoris_dora(file, pipeline),
     "own": lambda file, pipeline: own(file, pipeline, AdapterSpec(target_ranks={"mlp": 3}, rslora=True)),
     "own, DoRA": lambda file, pipeline: own(file, pipeline, AdapterSpec(dora=True)),
     "own, orthogonal": lambda file, pipeline: own(file, pipeline, AdapterSpec(init="orthogonal")),
@@ -119,6 +144,31 @@ def test_continued_adapter_predicts_exactly_as_the_file(
     assert config.lora.timestep_rank_min == (2 if "timestep" in form else None)
     assert ("text_encoder" in config.lora.targets) == ("PEFT" not in form)
     assert training_settings(config).text_is_trained == ("PEFT" not in form)
+
+
+@torch.no_grad()
+def test_kohyas_dora_predicts_as_lycoris_computes_it(tiny_base: Path, lora: Callable[[str], Path]) -> None:
+    tensors, pipeline, base = load_file(file := lora("kohya, DoRA")), fresh(tiny_base), loaded(tiny_base)
+    plain = predictions(base)
+    make_adapter(with_settings_of_file(settings(tiny_base, f"lora.from_file={file}")), base)
+    mine = predictions(base)
+    merged = loaded(tiny_base)
+    pipeline.unet, pipeline.text_encoder = merged.unet, merged.text_encoders[0]
+    changed = 0
+    # LyCORIS 4.1 (locon.py): W' = dora_scale (W + s B A) / (||W + s B A|| + eps), norms of rows.
+    for name, weight in weights_by_kohya_name(pipeline).items():
+        if f"{name}.alpha" not in tensors:
+            continue
+        down, up = (tensors[f"{name}.lora_{part}.weight"].float() for part in ("down", "up"))
+        update = (up.flatten(1) @ down.flatten(1)).view_as(weight) * float(tensors[f"{name}.alpha"]) / len(down)
+        total = weight + update
+        norm = total.flatten(1).norm(dim=1).reshape(tensors[f"{name}.dora_scale"].shape)
+        weight.copy_(total * tensors[f"{name}.dora_scale"] / (norm + torch.finfo(torch.float32).eps))
+        changed += 1
+    assert changed == len(tensors) // 4
+    for found, expected, before in zip(mine, predictions(merged), plain, strict=True):
+        torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+        assert (found - before).norm() > 0.01 * before.norm()
 
 
 def test_ranks_and_alphas_of_single_modules_are_kept(tiny_base: Path, lora: Callable[[str], Path]) -> None:
