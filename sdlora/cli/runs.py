@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import webbrowser
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -196,14 +197,35 @@ def ui(
         Path | None, typer.Option("--auth-file", metavar="FILE", help="A file with one line, NAME:PASSWORD.")
     ] = None,
     runs: Annotated[Path, typer.Option(metavar="DIR", help="Folder for runs and images.")] = Path("runs"),
+    store: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URL", help="Store that recipes may read images from, such as s3://BUCKET; repeatable."),
+    ] = None,
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADDRESS", help="Proxy in front of the studio, whose X-Forwarded-For is believed."),
+    ] = None,
+    no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open the page in a browser.")] = False,
 ) -> None:
     """Open the studio: prepare, train and compare in a browser."""
     quiet_libraries()
+    print_message("Starting the studio; this takes a few seconds …")
     # It is installed inside this package and lies beside it in a checkout, where a type checker does not see it.
     server = importlib.import_module("sdlora.ui.server.server")
     address = f"http://[{host}]" if ":" in host else f"http://{host}"
 
     def opened(port: int) -> None:
         print_message(f"The studio is at {address}:{port} (Ctrl-C closes it; runs continue)")
+        if not no_browser and _has_screen():
+            webbrowser.open(f"http://localhost:{port}" if host in ("0.0.0.0", "::") else f"{address}:{port}")
 
-    server.serve(runs=runs, host=host, port=port, auth_file=auth_file, opened=opened)
+    server.serve(
+        runs=runs, host=host, port=port, auth_file=auth_file, stores=store or (), trusted_proxies=trusted_proxy or (),
+        opened=opened,
+    )  # fmt: skip
+
+
+def _has_screen() -> bool:
+    """Whether somebody sits at this machine: a terminal without a desktop would get a browser of text in its way."""
+    has_desktop = sys.platform != "linux" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
+    return sys.stderr.isatty() and has_desktop and "SSH_CONNECTION" not in os.environ

@@ -45,7 +45,7 @@ class Open:
 @contextmanager
 def open_studio(runs: Path) -> Iterator[Open]:
     """`sdlora ui` on a free port; everything that it started is ended in the end."""
-    command = [sys.executable, "-m", "sdlora", "ui", "--port", "0", "--runs", str(runs)]
+    command = [sys.executable, "-m", "sdlora", "ui", "--no-browser", "--port", "0", "--runs", str(runs)]
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
     log = runs.parent / f"{runs.name}-ui.log"
     with (
@@ -53,10 +53,11 @@ def open_studio(runs: Path) -> Iterator[Open]:
         subprocess.Popen(command, stderr=subprocess.PIPE, stdout=handle, text=True, env=environment) as process,
     ):
         assert process.stderr is not None
-        said = process.stderr.readline()
-        found = re.search(r"http://\S+", said)
+        said = ""
+        while not (found := re.search(r"http://\S+", said)) and (line := process.stderr.readline()):
+            said += line
         try:
-            assert found, said + process.stderr.read()
+            assert found, said
             yield Open(found[0], runs)
         finally:
             process.send_signal(signal.SIGINT)

@@ -5,15 +5,14 @@ from __future__ import annotations
 import http.client
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import uvicorn
 from starlette.types import ASGIApp
 
-from sdlora.ui.server.server import _Server
+from sdlora.ui.server.server import _Server, listen, server_config
 
 
 @dataclass
@@ -33,7 +32,7 @@ class Live:
     def ask(self, path: str, method: str = "GET", *, body: bytes | None = None, **headers: str) -> Answer:
         """Send a request with its path as it is; `host` and others may be given as headers."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        connection.putrequest(method, path, skip_host=True)
+        connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
         given = {name.replace("_", "-"): value for name, value in headers.items()}
         for name, value in {"host": f"127.0.0.1:{self.port}", **given}.items():
             connection.putheader(name, value)
@@ -49,7 +48,7 @@ class Live:
 
 
 @contextmanager
-def live(app: ASGIApp) -> Iterator[Live]:
+def live(app: ASGIApp, *, trusted_proxies: Sequence[str] = ()) -> Iterator[Live]:
     ports: list[int] = []
     ready = threading.Event()
 
@@ -57,9 +56,9 @@ def live(app: ASGIApp) -> Iterator[Live]:
         ports.append(port)
         ready.set()
 
-    server = _Server(uvicorn.Config(app, host="127.0.0.1", port=0, log_level="error"), opened)
+    server = _Server(server_config(app, trusted_proxies=trusted_proxies), opened)
     server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-    thread = threading.Thread(target=server.run, daemon=True)
+    thread = threading.Thread(target=server.run, args=([listen("127.0.0.1", 0)],), daemon=True)
     thread.start()
     assert ready.wait(60)
     yield Live(ports[0])

@@ -1,55 +1,33 @@
-"""Access control: hosts, passwords, the size of requests, and the paths that are served.
+"""Access control: which address the studio listens on, which proxies it believes, and who knows the password.
 
-Plain ASGI around the whole app, so that no route can be reached around it.
+Plain ASGI around the whole app; `guard` checks what is asked for.
 """
 
 from __future__ import annotations
 
+import asyncio
 import base64
-import binascii
 import hashlib
 import hmac
 import ipaddress
-import re
 import secrets
 import time
-from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import unquote, urlsplit
 
 from starlette.datastructures import Headers
-from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
-from sdlora.common.text import format_bytes
 from sdlora.errors import ConfigError
 
-from ..state.uploads import MOST_BYTES_IN_ALL
+from .guard import refuse
 
 MAX_WRONG_LOGINS = 5
 LOGIN_WINDOW_SECONDS = 60.0
+MOST_GUESSERS = 10_000
+"""Networks whose wrong passwords are remembered; while so many guess within a minute, all others have to wait."""
 _ROUNDS = 200_000
-_SAFE_METHODS = {"GET", "HEAD", "OPTIONS"}
-# The paths that a page of the studio requests. Gradio's routes to files, its proxy, its documentation and its run
-# history are left out.
-_ALLOWED_PATHS = re.compile(
-    r"/|/(config|info|theme\.css|manifest\.json|favicon\.ico|robots\.txt)/?|/(assets|static)/[\w./@+-]+"
-    r"|/gradio_api/(info|app_id|startup-events|queue/(join|data)|run/\w+|heartbeat/\w+|upload|upload_progress|cancel"
-    r"|reset|component_server)/?|/studio/.*"
-)
-POLICY = (
-    "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' 'unsafe-inline'; "
-    "img-src 'self' data: blob:; font-src 'self' data:; connect-src 'self'; worker-src 'self' blob:; "
-    "object-src 'none'; base-uri 'self'; form-action 'self'; frame-ancestors 'none'"
-)
-_HEADERS = {
-    "content-security-policy": POLICY,
-    "x-content-type-options": "nosniff",
-    "x-frame-options": "DENY",
-    "referrer-policy": "no-referrer",
-}
 
 
 def is_loopback(host: str) -> bool:
@@ -71,6 +49,23 @@ def check_host(host: str, auth_file: Path | None) -> None:
             f"--host {host} lets other machines connect, and anyone who reaches the studio can start programs on this "
             "machine. Add --auth-file FILE, a file with one line NAME:PASSWORD, or leave out --host."
         )
+
+
+def check_proxies(proxies: Sequence[str], auth_file: Path | None) -> None:
+    """Check the addresses of trusted proxies.
+
+    Raises:
+        ConfigError: One of them is not an IP address, or there is no password.
+    """
+    if proxies and auth_file is None:
+        raise ConfigError("--trusted-proxy lets other machines reach the studio. Add --auth-file FILE.")
+    for proxy in proxies:
+        try:
+            ipaddress.ip_address(proxy)
+        except ValueError as error:
+            raise ConfigError(
+                f"--trusted-proxy {proxy}: {error}. Give the address that the proxy connects from, such as 127.0.0.1."
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -114,7 +109,7 @@ def _hash(password: str, salt: bytes) -> bytes:
 
 
 class PasswordGate:
-    """Asks for the password of an app, and refuses an address for a minute after five wrong ones.
+    """Asks for the password of an app, and refuses a network for a minute after five wrong ones.
 
     Args:
         clock: Monotonic time in seconds.
@@ -122,7 +117,10 @@ class PasswordGate:
 
     def __init__(self, app: ASGIApp, account: Account, clock: Callable[[], float] = time.monotonic) -> None:
         self._app, self._account, self._clock = app, account, clock
-        self._wrong: dict[str, deque[float]] = {}
+        # The times of wrong passwords by network, those of the last minute.
+        self._wrong: dict[str, list[float]] = {}
+        # One password at a time, or many guesses at once would all count as the first.
+        self._checking = asyncio.Lock()
         # Hashing a password takes a tenth of a second, and every request for an image carries it.
         self._accepted = secrets.token_bytes(32)
         self._known: set[bytes] = set()
@@ -132,108 +130,59 @@ class PasswordGate:
         if scope["type"] not in ("http", "websocket"):
             await self._app(scope, receive, send)
             return
-        address = (scope.get("client") or ("", 0))[0]
         given = Headers(scope=scope).get("authorization", "")
-        wrong = self._recent(address)
-        if len(wrong) >= MAX_WRONG_LOGINS:
-            wait = int(LOGIN_WINDOW_SECONDS - (self._clock() - wrong[0])) + 1
-            await _refuse(scope, receive, send, 429, f"Too many wrong passwords. Try again in {wait} s.")
-        elif given and self._passes(given):
+        wait_seconds, accepted = await self._check(given, network_of((scope.get("client") or ("", 0))[0]))
+        if wait_seconds > 0:
+            await refuse(scope, receive, send, 429, f"Too many wrong passwords. Try again in {wait_seconds} s.")
+        elif accepted:
             await self._app(scope, receive, send)
         else:
-            if given:
-                wrong.append(self._clock())
             challenge = {"www-authenticate": 'Basic realm="sdlora studio", charset="UTF-8"'}
-            await _refuse(scope, receive, send, 401, "Log in with the name and password of the studio.", challenge)
+            message = "Log in with the name and password of the studio."
+            await refuse(scope, receive, send, 401, message, challenge)
 
-    def _recent(self, address: str) -> deque[float]:
-        wrong = self._wrong.setdefault(address, deque(maxlen=MAX_WRONG_LOGINS))
-        while wrong and self._clock() - wrong[0] > LOGIN_WINDOW_SECONDS:
-            wrong.popleft()
-        return wrong
-
-    def _passes(self, header: str) -> bool:
+    async def _check(self, header: str, network: str) -> tuple[int, bool]:
+        """The seconds that a network must wait before its next password, and whether this one is right."""
         token = hmac.digest(self._accepted, header.encode("utf-8"), "sha256")
-        if token in self._known:
-            return True
+        if not header or token in self._known:
+            return self._wait_seconds(network), bool(header)
+        async with self._checking:
+            if (wait_seconds := self._wait_seconds(network)) > 0:
+                return wait_seconds, False
+            accepted = await asyncio.to_thread(self._is_right, header)
+            if accepted:
+                self._known.add(token)
+            else:
+                # To the end, so that the networks stay in the order of their last wrong password.
+                self._wrong[network] = [*self._wrong.pop(network, []), self._clock()][-MAX_WRONG_LOGINS:]
+            return 0, accepted
+
+    def _wait_seconds(self, network: str) -> int:
+        """How long a network must wait; 0 if it may try now."""
+        oldest = self._clock() - LOGIN_WINDOW_SECONDS
+        while self._wrong and next(iter(self._wrong.values()))[-1] < oldest:
+            del self._wrong[next(iter(self._wrong))]
+        recent = [when for when in self._wrong.get(network, []) if when >= oldest]
+        if len(recent) < MAX_WRONG_LOGINS and (recent or len(self._wrong) < MOST_GUESSERS):
+            return 0
+        first = recent[0] if recent else next(iter(self._wrong.values()))[-1]
+        return int(first - oldest) + 1
+
+    def _is_right(self, header: str) -> bool:
         kind, _, encoded = header.partition(" ")
         try:
             name, _, password = base64.b64decode(encoded, validate=True).decode("utf-8").partition(":")
-        except (binascii.Error, UnicodeDecodeError):
+        except ValueError:  # not base64, not UTF-8, or not ASCII
             return False
-        if kind.lower() != "basic" or not self._account.accepts(name, password):
-            return False
-        self._known.add(token)
-        return True
+        return kind.lower() == "basic" and self._account.accepts(name, password)
 
 
-class RequestFilter:
-    """Refuses requests that no page of the studio makes to an app, and adds headers that isolate its pages."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-            return
-        refusal = _refusal(scope)
-        if refusal is not None:
-            await _refuse(scope, receive, send, *refusal)
-            return
-
-        async def guarded(message: Message) -> None:
-            if message["type"] == "http.response.start":
-                kept = [(k, v) for k, v in message["headers"] if k.decode("latin-1").lower() not in _HEADERS]
-                message["headers"] = kept + [(k.encode(), v.encode()) for k, v in _HEADERS.items()]
-            await send(message)
-
-        await self._app(scope, _limited(receive), guarded)
-
-
-def _refusal(scope: Scope) -> tuple[int, str] | None:
-    headers = Headers(scope=scope)
-    raw = scope.get("raw_path", b"").decode("latin-1")
-    # Twice, for a path may have been encoded twice.
-    path = unquote(unquote(raw or scope["path"]))
-    if ".." in path.split("/") or "\\" in path or "\0" in path or "//" in path:
-        return 404, "Page not found."
-    if not _ALLOWED_PATHS.fullmatch(path) or any(part.startswith(".") for part in path.split("/")):
-        return 404, "Page not found."
-    if scope["method"] not in _SAFE_METHODS and not _is_same_origin(headers):
-        return 403, "The request came from another site."
-    length = headers.get("content-length", "0")
-    if not length.isdecimal() or int(length) > MOST_BYTES_IN_ALL:
-        return 413, f"An upload may be up to {format_bytes(MOST_BYTES_IN_ALL)}. Upload fewer images at a time."
-    return None
-
-
-def _is_same_origin(headers: Headers) -> bool:
-    """Whether a request comes from a page of this host, or from a program, which sends no origin."""
-    origin = headers.get("origin")
-    if origin is None:
-        return headers.get("sec-fetch-site", "same-origin") in ("same-origin", "none")
-    return urlsplit(origin).netloc == headers.get("host")
-
-
-def _limited(receive: Receive) -> Receive:
-    """Like `receive`, but ends a request whose body is longer than allowed, whatever its header says."""
-    seen = 0
-
-    async def limited() -> Message:
-        nonlocal seen
-        message = await receive()
-        seen += len(message.get("body", b""))
-        return {"type": "http.disconnect"} if seen > MOST_BYTES_IN_ALL else message
-
-    return limited
-
-
-async def _refuse(
-    scope: Scope, receive: Receive, send: Send, code: int, message: str, headers: dict[str, str] | None = None
-) -> None:
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008})
-        return
-    await PlainTextResponse(message, code, {**_HEADERS, **(headers or {})})(scope, receive, send)
+def network_of(address: str) -> str:
+    """What is likely to belong to one person: an IPv4 address, or the network that an IPv6 address names (64 bits)."""
+    try:
+        found = ipaddress.ip_address(address)
+    except ValueError:
+        return address
+    if isinstance(found, ipaddress.IPv6Address):
+        found = found.ipv4_mapped or ipaddress.IPv6Address(int(found) >> 64 << 64)
+    return str(found)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import socket
@@ -12,7 +13,7 @@ import tempfile
 import threading
 import traceback
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import gradio as gr
@@ -24,9 +25,10 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
+from sdlora.common.remote import check_url, is_url
 from sdlora.common.text import format_bytes
 from sdlora.config.toml import dump_toml
-from sdlora.errors import SdloraError
+from sdlora.errors import ConfigError, SdloraError
 
 from ..html.render import NAME, ROUTE, render
 from ..pages.app import HEAD, build, theme
@@ -37,33 +39,41 @@ from ..state.queue import Jobs
 from ..state.run_view import RunView, read_run
 from ..state.try_lora import LoraSampler
 from ..state.uploads import MOST_BYTES, MOST_CAPTION_BYTES
-from .access import Account, PasswordGate, RequestFilter, check_host
+from .access import Account, PasswordGate, check_host, check_proxies
+from .connections import LimitedConnection
+from .guard import GradioGuard, RequestFilter
 
 DISPATCH_EVERY_SECONDS = 1.0
 
 
-def make_app(context: Context, *, host: str, account: Account | None = None) -> ASGIApp:
+def make_app(context: Context, *, host: str, account: Account | None = None, any_name: bool = False) -> ASGIApp:
     """The whole studio as an ASGI app.
 
     Args:
+        context: The studio.
         host: The address it listens on; requests that name another host are refused.
         account: The account that may log in; None needs no login.
+        any_name: Whether requests may name any host, since a proxy has names of its own; only with an account.
     """
+    uploads = (context.studio.own / "uploads").resolve()
     # Before Gradio reads them: uploads stay in the studio's folder, and no statistics are sent.
-    os.environ["GRADIO_TEMP_DIR"] = str((context.studio.own / "uploads").resolve())
+    os.environ["GRADIO_TEMP_DIR"] = str(uploads)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     _add_routes(app, context)
+    blocks = build(context)
     gr.mount_gradio_app(
-        app, build(context), path="/", theme=theme(), head=HEAD, footer_links=[], run_history=False, show_error=False,
+        app, blocks, path="/", theme=theme(), head=HEAD, footer_links=[], run_history=False, show_error=False,
         max_file_size=MOST_BYTES * 64, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,
     )  # fmt: skip
-    # From the outside in: the host, the request, the account.
-    guarded: ASGIApp = app if account is None else PasswordGate(app, account)
+    # From the outside in: the host, the request, the account, what is sent to Gradio.
+    inputs = {number: len(function.inputs) for number, function in blocks.fns.items()}
+    guarded: ASGIApp = GradioGuard(app, inputs, uploads)
+    guarded = guarded if account is None else PasswordGate(guarded, account)
     hosts = ["localhost", "127.0.0.1", "[::1]"]
     if account is not None:
         # Any name if the studio listens on all addresses.
-        hosts = ["*"] if host in ("0.0.0.0", "::") else [host, *hosts]
+        hosts = ["*"] if any_name or host in ("0.0.0.0", "::") else [host, *hosts]
     return TrustedHostMiddleware(RequestFilter(guarded), allowed_hosts=hosts, www_redirect=False)
 
 
@@ -200,9 +210,53 @@ class _Server(uvicorn.Server):
             self._opened(self.servers[0].sockets[0].getsockname()[1])
 
 
+def server_config(app: ASGIApp, *, trusted_proxies: Sequence[str] = ()) -> uvicorn.Config:
+    """How the app is served.
+
+    Args:
+        app: The studio.
+        trusted_proxies: Addresses of proxies whose word on who asks is taken; nobody else's is.
+    """
+    return uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=2, http=LimitedConnection, ws="none", server_header=False,
+        proxy_headers=bool(trusted_proxies), forwarded_allow_ips=list(trusted_proxies),
+    )  # fmt: skip
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
+
+    Raises:
+        ConfigError: The port is in use, or the address is not this machine's.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"Port {port} is in use, perhaps by a studio that is open already. Close it, or choose another port "
+                f"with --port {port + 1 if port < 65535 else 0}."
+            ) from error
+        raise ConfigError(f"The studio cannot listen on {host}:{port}: {error.strerror or error}.") from error
+
+
+def check_stores(stores: Sequence[str]) -> tuple[str, ...]:
+    """The URLs of stores without a slash at their end.
+
+    Raises:
+        ConfigError: One of them is not a store's URL.
+    """
+    for store in stores:
+        if not is_url(store) or "::" in store:
+            raise ConfigError(f"--store {store}: not a store's URL; use one such as s3://BUCKET/FOLDER.")
+        check_url(store)
+    return tuple(store.rstrip("/") for store in stores)
+
+
 def serve(
-    *, runs: Path, host: str, port: int, auth_file: Path | None, opened: Callable[[int], None] = lambda _: None
-) -> None:
+    *, runs: Path, host: str, port: int, auth_file: Path | None, stores: Sequence[str] = (),
+    trusted_proxies: Sequence[str] = (), opened: Callable[[int], None] = lambda _: None,
+) -> None:  # fmt: skip
     """Run the studio until it is interrupted; training continues without it.
 
     Args:
@@ -210,23 +264,27 @@ def serve(
         host: The address to listen on.
         port: 0 takes any free one.
         auth_file: A file with NAME:PASSWORD; None needs no login.
+        stores: URLs that recipes may read images from.
+        trusted_proxies: Addresses of proxies that say who asks.
         opened: Called with the port once it can be reached.
 
     Raises:
-        ConfigError: Other machines could reach it without a password.
+        ConfigError: Other machines could reach it without a password, or an address, a store or a port is not valid.
     """
     check_host(host, auth_file)
+    check_proxies(trusted_proxies, auth_file)
+    stores = check_stores(stores)
     account = None if auth_file is None else Account.read(auth_file)
-    studio = Studio(runs, any_folder=account is None)
-    studio.create()
-    context = Context(studio, Jobs(studio), LoraSampler())
-    app = make_app(context, host=host, account=account)
-    stopping = threading.Event()
-    queue = threading.Thread(name="queue", target=_dispatch, args=(context, stopping), daemon=True)
-    queue.start()
-    config = uvicorn.Config(app, host=host, port=port, log_level="warning", timeout_graceful_shutdown=2)
-    try:
-        _Server(config, opened).run()
-    finally:
-        stopping.set()
-        queue.join()
+    with listen(host, port) as connections:
+        studio = Studio(runs, any_folder=account is None, stores=stores)
+        studio.create()
+        context = Context(studio, Jobs(studio), LoraSampler())
+        app = make_app(context, host=host, account=account, any_name=bool(trusted_proxies))
+        stopping = threading.Event()
+        queue = threading.Thread(name="queue", target=_dispatch, args=(context, stopping), daemon=True)
+        queue.start()
+        try:
+            _Server(server_config(app, trusted_proxies=trusted_proxies), opened).run([connections])
+        finally:
+            stopping.set()
+            queue.join()

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import base64
+import gzip
 import io
 import json
+import re
 import tomllib
 import zipfile
 from collections.abc import Iterator
@@ -18,10 +19,9 @@ from helpers.studios import write_image, write_state
 from PIL import Image
 
 from sdlora.config.toml import dump_toml, load_config, parse_config
-from sdlora.errors import ConfigError
 from sdlora.ui.html.render import file_url
+from sdlora.ui.pages.app import EVERY_SECONDS
 from sdlora.ui.pages.context import Context
-from sdlora.ui.server.access import MAX_WRONG_LOGINS, Account, PasswordGate, check_host
 from sdlora.ui.server.server import make_app
 from sdlora.ui.settings.draft import Draft, write_draft
 from sdlora.ui.state.folders import Studio
@@ -156,34 +156,25 @@ def test_too_large_request_is_refused(server: Live) -> None:
     assert server.ask("/gradio_api/upload", "POST", content_length=str(10**13)).status == 413
 
 
-@pytest.fixture
-def locked(open_: Context, tmp_path: Path) -> Iterator[tuple[Live, PasswordGate]]:
-    file = tmp_path / "auth"
-    file.write_text("me:correct horse", encoding="utf-8")
-    file.chmod(0o600)
-    now = [0.0]
-    app = PasswordGate(make_app(open_, host="127.0.0.1"), Account.read(file), clock=lambda: now[0])
-    app.now = now  # type: ignore[attr-defined]
-    with live(app) as found:
-        yield found, app
+def test_pages_are_compressed_and_assets_are_kept(server: Live) -> None:
+    page = server.ask("/", accept_encoding="gzip")
+    assert page.headers["content-encoding"] == "gzip" and len(page.body) < 100_000
+    asset = re.findall(r"/assets/[\w./-]+\.js", gzip.decompress(page.body).decode())[0]
+    found = server.ask(asset, accept_encoding="gzip")
+    assert found.headers["content-encoding"] == "gzip" and "immutable" in found.headers["cache-control"]
+    assert "immutable" not in server.ask("/assets/nothing.js").headers.get("cache-control", "")
+    assert "content-encoding" not in server.ask("/studio/run/a/epoch/2", accept_encoding="gzip").headers
 
 
-def basic(name: str, password: str) -> str:
-    return "Basic " + base64.b64encode(f"{name}:{password}".encode()).decode()
-
-
-def test_the_password_is_asked_and_guesses_are_few(locked: tuple[Live, PasswordGate], figure: Figure) -> None:
-    server, logins = locked
-    with pytest.raises(ConfigError, match="--auth-file"):
-        check_host("0.0.0.0", None)
-    for path in ("/", "/studio/draft.toml", "/config", "/studio/studio.css"):
-        assert server.ask(path).status == 401
-    assert server.ask("/", authorization=basic("me", "correct horse")).status == 200
-    for header in (basic("you", "correct horse"), "Basic ???", "Bearer x", basic("me", ""), basic("me", "wrong")):
-        assert server.ask("/", authorization=header).status == 401
-    refused = server.ask("/", authorization=basic("me", "correct horse"))
-    assert (refused.status, MAX_WRONG_LOGINS) == (429, 5)
-    assert b"Try again in" in refused.body
-    logins.now[0] = 61.0  # type: ignore[attr-defined]
-    assert server.ask("/", authorization=basic("me", "correct horse")).status == 200
-    figure("Exposure", f"refused without a password; after {MAX_WRONG_LOGINS} wrong ones a minute's wait")
+def test_tab_at_rest_asks_for_little(server: Live) -> None:
+    config = json.loads(server.ask("/config").body)
+    tick = next(one for one in config["dependencies"] if [name for _, name in one["targets"]] == ["tick"])
+    seen, sizes = "{}", []
+    for _ in range(2):
+        content = {"data": [None, None, seen], "fn_index": tick["id"], "session_hash": "rest", "trigger_id": 1}
+        answer = server.send("POST", "/gradio_api/run/predict", content, accept_encoding="gzip")
+        assert answer.status == 200
+        of_headers = sum(len(name) + len(value) + 4 for name, value in answer.headers.items())
+        sizes.append(len(json.dumps(content)) + 600 + of_headers + len(answer.body))
+        seen = json.loads(gzip.decompress(answer.body))["data"][-1]
+    assert sizes[-1] / EVERY_SECONDS < 2000, sizes
