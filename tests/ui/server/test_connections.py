@@ -79,5 +79,6 @@ def test_connection_is_used_again_for_as_long_as_there_are_requests(monkeypatch:
             one.sendall(b"POST /read HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n\r\nx")
             answer = b""
             while b"here" not in answer:
-                assert (part := one.recv(4096))
+                part = one.recv(4096)
+                assert part
                 answer += part
