@@ -22,7 +22,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sdlora.common.bundled import IMAGE_SUFFIXES, pocket_folder, resolve_data_folder
-from sdlora.common.files import sha256
+from sdlora.common.files import read_text, sha256
 from sdlora.common.version import __version__
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import (
@@ -106,10 +106,10 @@ def read_jobs(path: Path) -> list[Job]:
 
 def _read(path: Path) -> _File:
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(read_text(path))
     except OSError as error:
         raise ConfigError(f"The jobs file {path} cannot be read: {error.strerror}.") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
     try:
         file = _File.model_validate(document)

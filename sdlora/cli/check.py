@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdlora.cli.options import JsonResult, MissingAlpha, Overrides
+from sdlora.common.files import read_text
 from sdlora.common.process import quiet_libraries
 from sdlora.config.toml import parse_config
 from sdlora.errors import ConfigError, OutputError
@@ -95,11 +96,12 @@ def check(
 
 def _read_prompts(file: Path) -> list[str]:
     try:
-        found = [line.strip() for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError(
-            f"--prompts: {file} is not readable as UTF-8 text. Give a file with one prompt per line."
-        ) from error
+        # Not `splitlines`: a prompt may hold U+2028.
+        found = [line.strip() for line in read_text(file).split("\n")]
+    except OSError as error:
+        raise ConfigError(f"--prompts: {file} cannot be read ({error.strerror}).") from error
+    except ValueError as error:
+        raise ConfigError(f"--prompts: {file} is {error}.") from error
     if not any(found):
         raise ConfigError(f"--prompts: {file} contains no prompt. Write one per line.")
     return [line for line in found if line]

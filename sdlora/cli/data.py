@@ -46,7 +46,8 @@ def data(
     from sdlora.config.toml import parse_config
     from sdlora.data.batches import assign_buckets
     from sdlora.data.captions import fixed_captions
-    from sdlora.data.checks import NUM_NAMED, copies_between, examine, examine_lengths, examine_sizes
+    from sdlora.data.checks import NUM_NAMED, copies_between, examine
+    from sdlora.data.fit import examine_lengths, examine_sizes
 
     given = {"trigger": trigger, "resolution_px": resolution_px, "masks": masks}
     document = {"data": {"folder": folder} | {key: value for key, value in given.items() if value is not None}}

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import importlib
 import os
+import shlex
 import sys
 import webbrowser
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -65,13 +67,21 @@ def train(
                 view.show(event)
         except Stopped:
             if (folder / "config.toml").is_file():
-                hint = f"To resume: sdlora train {config} --output {location} --resume"
+                hint = f"To resume: {resume_command(config, location, set_ or [], force=force)}"
             else:
                 hint = "Nothing was written yet."
             console.print(f"Stopped. {hint}", markup=False, soft_wrap=True)
             raise typer.Exit(exit_code_of(stop_signal())) from None
     if not json_ and (checks := read_checks(folder / "epochs")):
         console.print(copy_table(checks))
+
+
+def resume_command(config: str, output: str, overrides: Sequence[str], *, force: bool) -> str:
+    """The command that resumes a run that was started with these arguments, quoted for a shell."""
+    sets = [word for override in overrides for word in ("--set", override)]
+    return shlex.join(
+        ["sdlora", "train", config, "--output", output, "--resume", *sets, *(["--force"] if force else [])]
+    )
 
 
 def cache(

@@ -1,10 +1,12 @@
-"""Atomic writes: a reader, or a crash, only ever sees the old content or the new one.
+"""Atomic writes: a reader, or a crash, only ever sees the old content or the new one; and reading people's texts.
 
-Used by everything that writes files. A file is written under a temporary name next to its target, flushed and renamed.
+Used by everything that writes files, or reads texts from anywhere. A file is written under a temporary name next to its
+target, flushed and renamed.
 """
 
 from __future__ import annotations
 
+import codecs
 import errno
 import hashlib
 import json
@@ -112,6 +114,22 @@ def write_bytes(path: Path, content: bytes) -> None:
 def write_text(path: Path, content: str) -> None:
     """Replace `path` by UTF-8 text atomically."""
     write_bytes(path, content.encode("utf-8"))
+
+
+def read_text(path: Path) -> str:
+    """A text that a person wrote: UTF-8 with or without a byte order mark, its lines ending in a line feed alone.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not UTF-8; the message continues a sentence that names it.
+    """
+    content = path.read_bytes()
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+        raise ValueError("not valid UTF-8 (it looks like UTF-16, which some editors call Unicode). Save it as UTF-8")
+    try:
+        return content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"not valid UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8") from error
 
 
 def write_json(path: Path, value: Any) -> None:

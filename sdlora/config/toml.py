@@ -21,6 +21,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sdlora.common.bundled import shipped_config, shipped_configs
+from sdlora.common.files import read_text
 from sdlora.config.kohya_folders import with_kohya_folders
 from sdlora.config.schema import MergedLora, RunConfig
 from sdlora.config.schema_data import LOCATION, Section, SetOptions
@@ -91,8 +92,10 @@ def _read(path: Path, extended_by: tuple[Path, ...], *, alone: bool) -> dict[str
     if path.resolve() in (file.resolve() for file in extended_by):
         raise ConfigError(f"{path} extends itself: {' extends '.join(file.stem for file in (*extended_by, path))}.")
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as error:
+        document = tomllib.loads(read_text(path))
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{path} is not valid TOML: {error}.") from error
     if (parent := document.pop("extends", None)) is None:
         return document

@@ -120,7 +120,7 @@ def write_captions(images: list[Path], captioner: CaptionModel, *, overwrite: bo
     for done, path in enumerate(images, start=1):
         caption = captioner.caption(load_image(path, "white"))
         file = text_sidecar(path)
-        if not overwrite and file.is_file() and file.read_text(encoding="utf-8").strip():
+        if not overwrite and file.is_file() and file.read_bytes().strip():
             yield Notice(f"{path.name}: a caption was written in the meantime and is kept.")
         elif caption:
             write_text(file, caption + "\n")

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from sdlora.common import seeds
 from sdlora.common.bundled import CaptionOptions
+from sdlora.common.files import read_text
 from sdlora.errors import DataError
 
 METADATA = "metadata.jsonl"
@@ -137,10 +138,9 @@ def _joined(value: object, joint: str) -> str:
 
 def _read_text(file: Path, name: str) -> str:
     try:
-        return file.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        where = f"{error.reason} at byte {error.start}"
-        raise DataError(f"{name}: not valid UTF-8 ({where}). Save it as UTF-8.") from error
+        return read_text(file)
+    except ValueError as error:
+        raise DataError(f"{name}: {error}.") from error
 
 
 def read_metadata(file: Path, name: str = METADATA) -> tuple[dict[str, str], list[str]]:

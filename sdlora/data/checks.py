@@ -23,7 +23,7 @@ from sdlora.errors import DataError
 
 Kind = Literal[
     "unreadable", "caption", "no caption", "subfolder", "unused caption", "duplicate", "near-duplicate", "no trigger",
-    "too small", "lone bucket", "mask", "lone mask", "no mask", "unused mask",
+    "too small", "cropped", "lone bucket", "mask", "lone mask", "no mask", "unused mask",
     "long caption", "unused exclude",
 ]  # fmt: skip
 Severity = Literal["error", "warning"]
@@ -171,10 +171,10 @@ def examine(
             continue
         if (file := {"none": None, "alpha": path, "file": mask_files.get(path.with_suffix(""))}[masks]) is not None:
             mask, fault = _mask(image, file)
-            findings += _about("mask", [file.relative_to(folder).as_posix()] if fault else [], fault, "error")
+            findings += about_files("mask", [file.relative_to(folder).as_posix()] if fault else [], fault, "error")
             image = replace(image, mask=mask)
         images.append(replace(image, caption=text))
-    findings += _about(
+    findings += about_files(
         "no caption",
         uncaptioned,
         f"{len(uncaptioned)} of {len(names)} images have no caption: {first_names(uncaptioned)}. Write one into "
@@ -186,54 +186,10 @@ def examine(
     findings += _missing_triggers(images, trigger, options)
     relative = {path: path.relative_to(folder).as_posix() for path in (*mask_files.values(), *lone)}
     findings += _mask_warnings(images, [relative[p] for p in mask_files.values()], [relative[p] for p in lone], masks)
-    findings += _about(
+    findings += about_files(
         "unused exclude", unknown, f"data.exclude names images that are not there: {first_names(unknown)}."
     )
     return Checkup(len(names), tuple(images), tuple(findings))
-
-
-def examine_sizes(sizes: Mapping[str, Bucket], buckets: Mapping[str, Bucket]) -> list[Finding]:
-    """Check whether images, by name, suit the sizes they are trained at.
-
-    Args:
-        sizes: Width and height of each image in pixels.
-        buckets: Width and height of each image's bucket.
-    """
-    small = {
-        name: f"{name} ({width} x {height} for {buckets[name][0]} x {buckets[name][1]})"
-        for name, (width, height) in sizes.items()
-        if width < buckets[name][0] or height < buckets[name][1]
-    }
-    used = Counter(buckets.values())
-    alone = {name: f"{name} ({b[0]} x {b[1]})" for name, b in buckets.items() if used[b] == 1 < len(buckets)}
-    return [
-        *_about(
-            "too small",
-            small,
-            f"{_count(small)} smaller than the training size and will be enlarged: "
-            f"{first_names([*small.values()])}. Use larger originals, or lower data.resolution_px.",
-        ),
-        *_about(
-            "lone bucket",
-            alone,
-            f"{_count(alone)} alone in a bucket, and so in a batch: {first_names([*alone.values()])}. "
-            "Crop to the aspect ratio of other images, add images like it, or set data.buckets = false.",
-        ),
-    ]
-
-
-def examine_lengths(num_tokens: Mapping[str, int], max_tokens: int) -> list[Finding]:
-    """Check whether captions, by the name of their image, are read as a whole.
-
-    Args:
-        num_tokens: The length of each caption, start and end tokens included, as in `max_tokens`.
-    """
-    long = [name for name, number in num_tokens.items() if number > max_tokens]
-    message = (
-        f"{len(long)} captions are longer than {max_tokens} tokens and are cut off there: {first_names(long)}. To read "
-        "more windows of 75 tokens, raise data.max_token_windows."
-    )
-    return _about("long caption", long, message)
 
 
 def copies_between(sets: Mapping[str, Sequence[Image]]) -> list[Finding]:
@@ -277,11 +233,7 @@ def first_names(names: Sequence[str], joint: str = ", ") -> str:
     return joint.join(names[:NUM_NAMED]) + more
 
 
-def _count(names: Collection[str]) -> str:
-    return "1 image is" if len(names) == 1 else f"{len(names)} images are"
-
-
-def _about(kind: Kind, names: Collection[str], message: str, severity: Severity = "warning") -> list[Finding]:
+def about_files(kind: Kind, names: Collection[str], message: str, severity: Severity = "warning") -> list[Finding]:
     """The finding about some files; none if there are no files."""
     return [Finding(kind, severity, tuple(names), message)] if names else []
 
@@ -331,7 +283,7 @@ def _ignored_files(folder: Path, unused_captions: list[str], *, recursive: bool)
     ignored = f"Subfolders of {folder.name} are ignored: {names}. Set data.recursive = true to train on their images."
     unused = sorted(unused_captions)
     unmatched = f"Captions without an image: {first_names(unused)}. Rename them to match an image, or remove them."
-    return [*_about("subfolder", subfolders, ignored), *_about("unused caption", unused, unmatched)]
+    return [*about_files("subfolder", subfolders, ignored), *about_files("unused caption", unused, unmatched)]
 
 
 def _duplicates(images: list[Image]) -> list[Finding]:
@@ -355,7 +307,7 @@ def _missing_triggers(images: list[Image], trigger: str | None, options: Caption
         f"{len(names)} of {len(captions)} captions do not contain the trigger {trigger!r}: {first_names(names)}. "
         "It is put in front of them; to have it elsewhere, add it to the caption."
     )
-    return _about("no trigger", names, message)
+    return about_files("no trigger", names, message)
 
 
 def _mask(image: Image, file: Path) -> tuple[Path | None, str]:
@@ -379,17 +331,17 @@ def _mask_warnings(images: list[Image], masks: list[str], lone: list[str], kind:
     unused = masks if kind != "file" else []
     what = "no mask" if kind == "file" else "no transparent pixels"
     return [
-        *_about(
+        *about_files(
             "lone mask",
             lone,
             f"Masks without an image: {first_names(lone)}. The mask of NAME.png is called NAME{MASK_SUFFIX}.",
         ),
-        *_about(
+        *about_files(
             "no mask",
             whole,
             f"{len(whole)} of {len(images)} images have {what} and are trained in full: {first_names(whole)}.",
         ),
-        *_about(
+        *about_files(
             "unused mask",
             unused,
             f"{first_names(unused)}: masks are ignored; set data.masks = 'file' to use them.",

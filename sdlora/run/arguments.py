@@ -11,8 +11,9 @@ from dataclasses import dataclass, fields, replace
 from sdlora.common.bundled import ImageFolder, resolve_data_folder
 from sdlora.config.schema import RunConfig
 from sdlora.config.schema_data import DataConfig
-from sdlora.data.checks import examine_lengths, examine_sizes, summarize_warnings
+from sdlora.data.checks import summarize_warnings
 from sdlora.data.dataset import Dataset, load_dataset, load_mask_pixels, split_validation
+from sdlora.data.fit import examine_lengths, examine_sizes
 from sdlora.data.images import MaskKind
 from sdlora.diffusion.timesteps import Density
 from sdlora.errors import ConfigError, DataError

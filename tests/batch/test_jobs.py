@@ -98,6 +98,7 @@ def test_fault_of_one_job_is_kept_with_it(tmp_path: Path) -> None:
     ("text", "reason"),
     [
         ("[defaults", "not valid TOML"),
+        ("\ufeff[default]\nconfig = 'x'", "default: Extra inputs"),
         ("[default]\nconfig = 'x'", "default: Extra inputs"),
         ("[[jobs]]\nnme = 'x'", r"jobs\.0\.nme"),
         ("[[jobs]]\nname = 'x'", "no config"),

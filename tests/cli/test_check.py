@@ -88,6 +88,14 @@ def test_several_triggers_are_not_used_as_a_trigger(lora: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("asked", [0], indirect=True)
+def test_prompts_may_begin_with_a_byte_order_mark(lora: Path, tmp_path: Path, asked: list[Any]) -> None:
+    (tmp_path / "prompts.txt").write_bytes("zumi\u2028 on a horse\r\nzumi asleep".encode("utf-8-sig"))
+    call(lora, tmp_path, "--prompts", str(tmp_path / "prompts.txt"))
+    (config,) = asked
+    assert config.preview.prompts == ["zumi\u2028 on a horse", "zumi asleep"]
+
+
+@pytest.mark.parametrize("asked", [0], indirect=True)
 def test_wrong_options_are_refused_before_drawing(lora: Path, tmp_path: Path, asked: list[Any]) -> None:
     def message(*more: str) -> str:
         result = call(lora, tmp_path, *more)
@@ -97,6 +105,8 @@ def test_wrong_options_are_refused_before_drawing(lora: Path, tmp_path: Path, as
     (tmp_path / "empty.txt").write_text("\n")
     assert "contains no prompt" in message("--prompts", str(tmp_path / "empty.txt"))
     assert "none.txt" in message("--prompts", str(tmp_path / "none.txt"))
+    (tmp_path / "wide.txt").write_text("zumi", encoding="utf-16")
+    assert "UTF-16" in message("--prompts", str(tmp_path / "wide.txt"))
     assert "preview.steps" in message("--set", "preview.steps=3")
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "x").touch()

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 
 import pytest
 from helpers.command import call
 
-from sdlora.cli.runs import EXIT_NOT_ALL_DONE
+from sdlora.cli.runs import EXIT_NOT_ALL_DONE, resume_command
 from sdlora.config.toml import dump_toml, parse_config
 
 
@@ -16,6 +17,16 @@ def jobs_file(folder: Path, text: str) -> Path:
     file = folder / "jobs.toml"
     file.write_text(text, encoding="utf-8")
     return file
+
+
+def test_command_to_resume_has_what_the_run_was_started_with() -> None:
+    sets = ["lora.rank=4", 'preview.prompts=["a cat"]']
+    command = resume_command("my settings.toml", "runs/my cat", sets, force=True)
+    assert shlex.split(command) == [
+        "sdlora", "train", "my settings.toml", "--output", "runs/my cat", "--resume",
+        "--set", sets[0], "--set", sets[1], "--force",
+    ]  # fmt: skip
+    assert resume_command("quickstart", "out", [], force=False) == "sdlora train quickstart --output out --resume"
 
 
 @pytest.mark.parametrize("kind", ["{}/out", "file://{}/out"])

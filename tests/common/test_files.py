@@ -10,7 +10,20 @@ import pytest
 from safetensors import SafetensorError
 
 from sdlora.common import files
+from sdlora.common.files import read_text
 from sdlora.errors import DiskFullError, OutputError
+
+
+def test_texts_are_read_with_or_without_a_byte_order_mark_and_lines_end_in_line_feeds(tmp_path: Path) -> None:
+    file = tmp_path / "text.txt"
+    text = "one\u2028 two\x85\r\nthree\n"
+    for encoding in ("utf-8", "utf-8-sig"):
+        file.write_bytes(text.encode(encoding))
+        assert read_text(file).split("\n") == ["one\u2028 two\x85", "three", ""]
+    for content in (text.encode("utf-16"), "a cat".encode("utf-16-le"), "café".encode("latin-1")):
+        file.write_bytes(content)
+        with pytest.raises(ValueError, match=r"not valid UTF-8.*Save it as UTF-8"):
+            read_text(file)
 
 
 def test_failed_write_leaves_only_the_old_file(tmp_path: Path) -> None:

@@ -31,6 +31,14 @@ def test_a_missing_or_broken_file_says_so(tmp_path: Path) -> None:
     broken.write_text("[data\n")
     with pytest.raises(ConfigError, match="not valid TOML"):
         load_config(str(broken))
+    broken.write_text("seed = 3", encoding="utf-16")
+    with pytest.raises(ConfigError, match="UTF-16"):
+        load_config(str(broken))
+
+
+def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_bytes(b"\xef\xbb\xbfseed = 3\r\n[data]\r\nfolder = 'a'\r\n")
+    assert load_config(str(tmp_path / "mine.toml")).seed == 3
 
 
 def test_what_is_written_reads_back_as_the_same() -> None:

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image, ImageOps
 
 from sdlora.common.bundled import ImageFolder, resolve_data_folder
-from sdlora.data.checks import Checkup, Finding, examine, examine_sizes, summarize_warnings
+from sdlora.data.checks import Checkup, Finding, examine, summarize_warnings
 from sdlora.data.dataset import load_dataset
 from sdlora.errors import DataError
 from sdlora.pocket.world import random_scene, render
@@ -197,19 +197,6 @@ def test_ignored_subfolders_and_captions_are_warnings(tmp_path: Path, put: Calla
     subfolder, unused = check(tmp_path).findings
     assert (subfolder.kind, subfolder.files) == ("subfolder", ("more",))
     assert (unused.kind, unused.files) == ("unused caption", ("lonely.txt",))
-
-
-def test_small_images_and_lone_buckets_are_warnings() -> None:
-    sizes = {"a.png": (64, 64), "b.png": (80, 64), "c.png": (64, 128)}
-    buckets = {"a.png": (64, 64), "b.png": (64, 64), "c.png": (64, 72)}
-    assert examine_sizes({"a.png": (64, 64)}, {"a.png": (64, 64)}) == []
-    (alone,) = examine_sizes(sizes, buckets)
-    assert (alone.kind, alone.severity, alone.files) == ("lone bucket", "warning", ("c.png",))
-    assert "c.png (64 x 72)" in alone.message
-    sizes["a.png"] = (64, 63)
-    small, _ = examine_sizes(sizes, buckets)
-    assert (small.kind, small.severity, small.files) == ("too small", "warning", ("a.png",))
-    assert "a.png (64 x 63 for 64 x 64)" in small.message
 
 
 def test_warnings_are_summarized_by_kind(tmp_path: Path, put: Callable[..., None]) -> None:

@@ -15,7 +15,8 @@ from sdlora.common.files import write_text
 from sdlora.common.text import format_bytes
 from sdlora.data.batches import assign_buckets
 from sdlora.data.captions import METADATA, read_captions, text_sidecar, with_trigger
-from sdlora.data.checks import Finding, Image, decode, examine, examine_sizes, image_files
+from sdlora.data.checks import Finding, Image, decode, examine, image_files
+from sdlora.data.fit import examine_sizes
 from sdlora.errors import DataError
 
 from .folders import StudioError

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdlora.common.files import read_text
 from sdlora.config.imports import kohya_values as take
 from sdlora.config.imports.lora_files import CONTINUED
 from sdlora.config.imports.rules import (
@@ -93,8 +94,8 @@ def _read_dataset_config(source: Source, named: str, folder: Path) -> None:
     """Read the dataset configuration that the arguments name; its values go before theirs."""
     path = next((path for path in (Path(named), folder / named) if path.is_file()), None)
     try:
-        document = tomllib.loads(path.read_text(encoding="utf-8")) if path else {}
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, OSError):
+        document = tomllib.loads(read_text(path)) if path else {}
+    except (ValueError, RecursionError, OSError):
         document = {}
     if not isinstance(document.get("datasets"), list):
         source.decided["dataset_config"] = refused("no dataset configuration can be read there; set data.sets")

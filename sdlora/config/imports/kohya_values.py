@@ -9,6 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+from sdlora.common.files import read_text
 from sdlora.config.imports.lora_files import merged
 from sdlora.config.imports.rules import (
     OFF,
@@ -333,10 +334,10 @@ def loss_type(value: Any, source: Source) -> Outcome:
 def prompts(value: Any, source: Source) -> Outcome:
     """Prompts of previews: a file, or lines as the GUI has them."""
     given = text(value)
-    lines = given.splitlines()
+    lines = given.split("\n")
     if len(lines) == 1 and given.endswith((".txt", ".toml", ".json")):
         try:
-            lines = Path(given).read_text(encoding="utf-8").splitlines() if given.endswith(".txt") else []
+            lines = read_text(Path(given)).split("\n") if given.endswith(".txt") else []
         except (OSError, ValueError):
             lines = []
         if not lines:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from sdlora.common.files import read_text
 from sdlora.config.imports import onetrainer_values as take
 from sdlora.config.imports.lora_files import CONTINUED
 from sdlora.config.imports.rules import (
@@ -110,7 +111,7 @@ def _entries(named: Any, folder: Path) -> list[Any]:
         return []
     for path in (Path(named), folder / named, folder.parent / named):
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))
+            found = json.loads(read_text(path))
         except (OSError, ValueError):
             continue
         return found if isinstance(found, list) else []
