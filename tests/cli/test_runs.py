@@ -1,14 +1,18 @@
-"""`sdlora cache` and `sdlora batch`: what is encoded, exit codes, failed jobs, a dry run that writes nothing."""
+"""`sdlora cache`, `batch` and `ui`: what is encoded, exit codes, failed jobs, a dry run, and how the studio opens."""
 
 from __future__ import annotations
 
 import json
 import shlex
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from helpers.command import call
 
+from sdlora.cli import runs
 from sdlora.cli.runs import EXIT_NOT_ALL_DONE, resume_command
 from sdlora.config.toml import dump_toml, parse_config
 
@@ -88,3 +92,45 @@ def test_cache_is_filled_and_nothing_is_trained(
     assert not (tmp_path / "runs").exists()
     code, _, err = call(capsys, "cache", "mine.toml", *settings, "--set", "data.folder=nowhere")
     assert code == 3 and "nowhere" in err
+
+
+@pytest.mark.parametrize(
+    ("flags", "has_screen", "opened"),
+    [
+        ([], True, ["http://127.0.0.1:7861"]), ([], False, []), (["--no-browser"], True, []),
+        (["--host", "0.0.0.0"], True, ["http://localhost:7861"]),
+    ],
+)  # fmt: skip
+def test_studio_says_at_once_that_it_starts_and_opens_its_page(
+    flags: list[str], has_screen: bool, opened: list[str],
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    pages: list[str] = []
+
+    def serve(**options: Any) -> None:
+        said = capsys.readouterr().err
+        assert "Starting" in said and "http" not in said
+        options["opened"](7861)
+
+    monkeypatch.setitem(sys.modules, "sdlora.ui.server.server", SimpleNamespace(serve=serve))
+    monkeypatch.setattr(runs.webbrowser, "open", pages.append)
+    monkeypatch.setattr(runs, "_has_screen", lambda: has_screen)
+    code, _, err = call(capsys, "ui", *flags)
+    assert (code, pages) == (0, opened) and ":7861" in err
+
+
+def test_browser_is_opened_for_somebody_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("WAYLAND_DISPLAY", "SSH_CONNECTION"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DISPLAY", ":0")
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
+    assert runs._has_screen()
+    monkeypatch.setenv("SSH_CONNECTION", "x")
+    assert not runs._has_screen()
+    monkeypatch.delenv("SSH_CONNECTION")
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: False))
+    assert not runs._has_screen(), "a service, or a test"
+    monkeypatch.setattr(sys, "stderr", SimpleNamespace(isatty=lambda: True))
+    monkeypatch.delenv("DISPLAY")
+    assert not runs._has_screen()

@@ -166,9 +166,15 @@ PROMISES = [
         "ui/server/test_server.py::test_hostile_addresses_give_nothing",
     ),
     Promise(
+        "Hostile requests",
+        "No request makes the studio read, write or fetch anything outside its folder, or fail inside.",
+        "ui/server/test_fuzz.py::test_nothing_was_fetched_and_enough_was_asked",
+        "The requests are random ones of the studio's routes.",
+    ),
+    Promise(
         "Exposure",
         "Other machines need a password: --host 0.0.0.0 is refused without one, and guesses are limited.",
-        "ui/server/test_server.py::test_the_password_is_asked_and_guesses_are_few",
+        "ui/server/test_access.py::test_the_password_is_asked_and_guesses_are_few",
     ),
 ]
 

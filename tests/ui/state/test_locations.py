@@ -67,6 +67,9 @@ def test_url_is_refused_on_the_machine_itself_unless_its_store_is_named(text: st
     opened = Studio(studio.runs, stores=("s3://bucket", "webhdfs://127.0.0.1:8080/x"))
     for url in ("s3://bucket", "s3://bucket/set", "webhdfs://127.0.0.1:8080/x/y"):
         check_locations(opened, {"data": {"folder": url}})
+        assert Draft(images=url, name="x").config(opened).data.folders == [url]
+    with pytest.raises(ConfigError, match="--store"):
+        Draft(images="s3://bucket/set", name="x").config(studio)
 
 
 def test_own_folders_shipped_sets_and_hub_ids_are_allowed(tmp_path: Path) -> None:
