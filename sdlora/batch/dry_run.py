@@ -35,7 +35,7 @@ def print_estimates(jobs: Sequence[Job], folder: Path, *, json_: bool) -> None:
     found = [_estimate(job, folder / job.name, bases) for job in jobs]
     if json_:
         for one in found:
-            print(json.dumps(one, ensure_ascii=False), file=sys.stdout)
+            print(json.dumps(one), file=sys.stdout)
         return
     table = Table("job", "images", "each seen", "steps", "training", "previews", "memory", "", box=None, pad_edge=False)
     for one in found:
@@ -45,7 +45,7 @@ def print_estimates(jobs: Sequence[Job], folder: Path, *, json_: bool) -> None:
             format_seconds(one["preview_seconds"]), "" if peak is None else format_bytes(peak),
         ]  # fmt: skip
         table.add_row(Text(one["job"]), *(known or [""] * 6), Text(one["fault"] or ""))
-    console = Console(file=sys.stdout, highlight=False)
+    console = Console(file=sys.stdout, highlight=False, markup=False, emoji=False)
     console.print(table)
     total = sum(one["training_seconds"] + one["preview_seconds"] for one in found)
     faults = sum(one["fault"] is not None for one in found)

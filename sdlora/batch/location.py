@@ -40,6 +40,7 @@ class Location:
 
     def __init__(self, output: str) -> None:
         self._is_remote = is_url(output)
+        output = output if self._is_remote else str(Path(output).expanduser())
         self._store = Store(output if self._is_remote else str(Path(output).absolute()))
         self.output = self._store.url if self._is_remote else output
         self.folder = work_folder(self._store) if self._is_remote else Path(output)

@@ -47,7 +47,7 @@ class Cache:
     """
 
     def __init__(self, folder: Path | None, base: BaseModel) -> None:
-        self.folder = folder or Path(user_cache_dir("sdlora")) / "tensors"
+        self.folder = (folder or Path(user_cache_dir("sdlora")) / "tensors").expanduser()
         self.base = base
         try:
             self.folder.mkdir(parents=True, exist_ok=True)

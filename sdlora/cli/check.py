@@ -6,17 +6,15 @@ Exit code 7 means that it does.
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from sdlora.cli.options import JsonResult, MissingAlpha, Overrides
+from sdlora.cli.options import JsonResult, MissingAlpha, Overrides, terminal
 from sdlora.common.files import read_text
 from sdlora.common.process import quiet_libraries
 from sdlora.config.toml import parse_config
@@ -69,16 +67,16 @@ def check(
     if phrase is not None and ", " not in phrase:
         document["data"]["trigger"] = phrase
     config = parse_config(document, name="check", overrides=set_ or [])
-    with ProgressBar(Console(stderr=True)) as view:
+    with ProgressBar(terminal()) as view:
         for event in check_file(file, config, folder):
             if not isinstance(event, CopyChecked):  # printed below, in full
                 view.show(event)
     found = EpochCheck.read(folder)
     assert found is not None, "the check has just written it"
     if json_:
-        typer.echo(json.dumps(asdict(found), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(asdict(found), indent=2))
     else:
-        console = Console(file=sys.stdout, highlight=False, soft_wrap=True)
+        console = terminal(stdout=True)
         table = Table("preview", "prompt", "nearest image", "similarity", "p-value", box=None, pad_edge=False)
         for match in found.previews:
             style = "bold red" if match.significant else ""

@@ -6,14 +6,12 @@ The estimates are `sdlora.run.estimate`'s; this module parses the options and pr
 from __future__ import annotations
 
 import json
-import sys
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
-from sdlora.cli.options import ConfigArgument, JsonResult, Overrides
+from sdlora.cli.options import ConfigArgument, JsonResult, Overrides, terminal
 from sdlora.common.process import quiet_libraries
 from sdlora.common.text import format_bytes, format_seconds, parse_bytes
 from sdlora.config.schema import RunConfig
@@ -69,7 +67,7 @@ def presets(json_: JsonResult = False) -> None:
     if json_:
         typer.echo(json.dumps(rows, indent=2))
         return
-    console = Console(file=sys.stdout, highlight=False, markup=False, soft_wrap=True)
+    console = terminal(stdout=True)
     table = Table("preset", "teaches", "GPU memory", "20 images here", box=None, pad_edge=False)
     for row in rows:
         figures = format_bytes(row["peak_bytes"]), f"at least {format_seconds(row['least_seconds'])}"
@@ -128,13 +126,13 @@ def plan(
 
     found = estimate_shapes(settings, family, memory_bytes) if family else estimate_config(settings, memory_bytes)
     if json_:
-        typer.echo(json.dumps(found.to_json(), indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(found.to_json(), indent=2))
     else:
         _print(found)
 
 
 def _print(found: Estimate) -> None:
-    console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
+    console = terminal(stdout=True)
     if found.images is not None:
         sizes = ", ".join(f"{count} of {size}" for size, count in found.buckets.items())
         console.print(

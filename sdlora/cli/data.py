@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
-from rich.console import Console
 
-from sdlora.cli.options import JsonResult, Overrides
+from sdlora.cli.options import JsonResult, Overrides, terminal
 from sdlora.common.bundled import resolve_data_folder
 from sdlora.common.process import quiet_libraries
 from sdlora.errors import ConfigError, DataError
@@ -89,7 +88,7 @@ def data(
             "pictures": counts["image"],
             "findings": [asdict(f) for f in findings],
         }
-        typer.echo(json.dumps(report, indent=2, ensure_ascii=False))
+        typer.echo(json.dumps(report, indent=2))
     else:
         for severity in filter(chosen.get, chosen):
             typer.echo(f"{severity.capitalize()}s:")
@@ -178,7 +177,7 @@ def caption(
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     skipped = 0
-    with ExitStack() as held, ProgressBar(Console(stderr=True)) as view:
+    with ExitStack() as held, ProgressBar(terminal()) as view:
         if (lock := device_lock(device)) is not None:
             for notice in take_turns(lock, "sdlora caption", held, wait=True, should_stop=lambda: False):
                 view.show(notice)

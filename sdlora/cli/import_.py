@@ -45,9 +45,7 @@ def import_(
         raise OutputError(f"{target} exists already, and is not overwritten. Choose another name with --output.")
     writes = partial or not imported.open_keys
     if json_:
-        typer.echo(
-            json.dumps(_report(imported, str(target) if writes else None), indent=2, ensure_ascii=False, default=str)
-        )
+        typer.echo(json.dumps(_report(imported, str(target) if writes else None), indent=2, default=str))
     else:
         _print(imported)
     if not writes:

@@ -5,6 +5,7 @@ Results and JSON go to stdout, everything else to stderr; exit codes are those o
 
 from __future__ import annotations
 
+import io
 import sys
 import tempfile
 import traceback
@@ -75,8 +76,16 @@ def _short_warnings() -> Iterator[None]:
         yield
 
 
+def _print_anything() -> None:
+    """Print what a terminal's encoding lacks, and what is no text in a file's name, in escapes; JSON is in ASCII."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def main() -> None:
     """Run the command line; errors become one message and an exit code, never a traceback."""
+    _print_anything()
     try:
         with _short_warnings():
             app()

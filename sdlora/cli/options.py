@@ -24,6 +24,11 @@ MissingAlpha = Annotated[
 ]
 
 
+def terminal(*, stdout: bool = False, quiet: bool = False) -> Console:
+    """A console on stderr, or stdout, that prints texts as they are: brackets and colons in paths are no markup."""
+    return Console(stderr=not stdout, quiet=quiet, highlight=False, markup=False, emoji=False, soft_wrap=True)
+
+
 def print_message(message: str) -> None:
-    """Print a message on stderr as it is, without markup and without breaking lines."""
-    Console(stderr=True, highlight=False, soft_wrap=True).print(message, markup=False)
+    """Print a message on stderr as it is, without breaking lines."""
+    terminal().print(message)

@@ -38,7 +38,7 @@ class JsonLines:
     def show(self, event: events.Event | Mapping[str, Any]) -> None:
         """Print an event."""
         line = event if isinstance(event, Mapping) else event.to_json()
-        print(json.dumps(line, ensure_ascii=False), file=self._stream, flush=True)
+        print(json.dumps(line), file=self._stream, flush=True)
 
 
 class ProgressBar(Progress):
@@ -88,7 +88,7 @@ class ProgressBar(Progress):
         self.update(self._phase, description=phase, completed=done, total=total, detail=detail)
 
     def _say(self, text: str) -> None:
-        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def describe_plan(plan: events.PlanMade) -> str:

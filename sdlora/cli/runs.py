@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
-from rich.console import Console
 
-from sdlora.cli.options import ConfigArgument, JsonEvents, Overrides, print_message
+from sdlora.cli.options import ConfigArgument, JsonEvents, Overrides, print_message, terminal
 from sdlora.common.process import exit_code_of, is_main_process, quiet_libraries, stop_signals
 from sdlora.common.remote import open_run
 from sdlora.config.toml import load_config
@@ -56,7 +55,7 @@ def train(
 
     location = output or str(Path("runs") / (settings.name or "lora"))
     folder, mirrored = open_run(location, resume=resume)
-    console = Console(stderr=True, highlight=False, quiet=not is_main_process())
+    console = terminal(quiet=not is_main_process())
     view = JsonLines(sys.stdout) if json_ else ProgressBar(console)
     with stop_signals(lambda text: console.print(text, markup=False, soft_wrap=True)) as stop_signal, view:
         try:
@@ -103,7 +102,7 @@ def cache(
     from sdlora.run.fill_cache import fill_cache
 
     count = workers or min(4, max(1, (os.cpu_count() or 1) // 2))
-    with JsonLines(sys.stdout) if json_ else ProgressBar(Console(stderr=True)) as view:
+    with JsonLines(sys.stdout) if json_ else ProgressBar(terminal()) as view:
         for event in fill_cache(settings, count):
             view.show(event)
 
@@ -148,7 +147,7 @@ def batch(
 
         print_estimates(planned, location.folder, json_=json_)
         return
-    console = Console(stderr=True, highlight=False)
+    console = terminal()
     view = JsonLines(sys.stdout) if json_ else BatchTable(console)
     chosen: Engine
     if engine == "ray":

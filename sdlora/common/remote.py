@@ -114,7 +114,7 @@ def open_run(output: str, *, resume: bool | None) -> tuple[Path, Callable[[Itera
         StoreError: The store cannot be reached, or needs a driver that is not installed.
     """
     if not is_url(output):
-        return Path(output), lambda events: events
+        return Path(output).expanduser(), lambda events: events
     if not is_main_process():
         return _home() / "runs", lambda events: events  # unused by these processes
     store = Store(output)

@@ -139,6 +139,8 @@ def _joined(value: object, joint: str) -> str:
 def _read_text(file: Path, name: str) -> str:
     try:
         return read_text(file)
+    except OSError as error:
+        raise DataError(f"{name}: cannot be read ({error.strerror}).") from error
     except ValueError as error:
         raise DataError(f"{name}: {error}.") from error
 
@@ -146,6 +148,7 @@ def _read_text(file: Path, name: str) -> str:
 def read_metadata(file: Path, name: str = METADATA) -> tuple[dict[str, str], list[str]]:
     """The captions of a `metadata.jsonl` by image, stripped and not empty, and error messages, which call it `name`."""
     captions: dict[str, str] = {}
+    lines: dict[str, int] = {}
     try:
         text = _read_text(file, name)
     except DataError as error:
@@ -153,7 +156,12 @@ def read_metadata(file: Path, name: str = METADATA) -> tuple[dict[str, str], lis
     faults = []
     for number, line in enumerate(text.split("\n"), start=1):  # not `splitlines`: captions may hold U+2028
         try:
-            captions |= _entry(line, f"{name}, line {number}") if line.strip() else {}
+            for image, caption in (_entry(line, f"{name}, line {number}") if line.strip() else {}).items():
+                if captions.setdefault(image, caption) != caption:
+                    faults.append(
+                        f"{name}, line {number}: another caption of {image} is in line {lines[image]}; keep one."
+                    )
+                lines.setdefault(image, number)
         except DataError as error:
             faults.append(str(error))
     return {image: caption for image, caption in captions.items() if caption}, faults

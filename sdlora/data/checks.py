@@ -24,11 +24,12 @@ from sdlora.errors import DataError
 Kind = Literal[
     "unreadable", "caption", "no caption", "subfolder", "unused caption", "duplicate", "near-duplicate", "no trigger",
     "too small", "cropped", "lone bucket", "mask", "lone mask", "no mask", "unused mask",
-    "long caption", "unused exclude",
+    "long caption", "unused exclude", "dead link", "other format",
 ]  # fmt: skip
 Severity = Literal["error", "warning"]
 
 NUM_NAMED = 5
+_UNREAD = (".jp2", ".psd", ".tga", ".svg", ".ico", ".dng", ".cr2", ".cr3", ".nef", ".arw", ".raw", ".xcf", ".kra")
 
 
 @dataclass(frozen=True)
@@ -256,6 +257,12 @@ def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
     return files
 
 
+def _places(folder: Path, *, recursive: bool) -> list[Path]:
+    """A folder, and all folders in it whose images are read with it."""
+    inside = [place for one in _subfolders(folder) for place in _places(one, recursive=True)] if recursive else []
+    return [folder, *inside]
+
+
 def _subfolders(folder: Path) -> list[Path]:
     above = (folder.resolve(), *folder.resolve().parents)
     found = (path for path in folder.iterdir() if path.is_dir() and path.resolve() not in above)
@@ -282,8 +289,20 @@ def _ignored_files(folder: Path, unused_captions: list[str], *, recursive: bool)
     names = first_names(subfolders)
     ignored = f"Subfolders of {folder.name} are ignored: {names}. Set data.recursive = true to train on their images."
     unused = sorted(unused_captions)
+    files = [file for place in _places(folder, recursive=recursive) for file in sorted(place.iterdir())]
+    dead = [file.name for file in files if file.suffix.lower() in IMAGE_SUFFIXES and not file.exists()]
+    strange = [file.name for file in files if file.suffix.lower() in _UNREAD and not file.name.startswith(".")]
     unmatched = f"Captions without an image: {first_names(unused)}. Rename them to match an image, or remove them."
-    return [*about_files("subfolder", subfolders, ignored), *about_files("unused caption", unused, unmatched)]
+    return [
+        *about_files("dead link", dead, f"Links to files that do not exist are left out: {first_names(dead)}."),
+        *about_files(
+            "other format",
+            strange,
+            f"Files that sdlora does not read are left out: {first_names(strange)}. Save them as PNG.",
+        ),
+        *about_files("subfolder", subfolders, ignored),
+        *about_files("unused caption", unused, unmatched),
+    ]
 
 
 def _duplicates(images: list[Image]) -> list[Finding]:

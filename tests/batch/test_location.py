@@ -65,6 +65,11 @@ def memory() -> Iterator[dict[str, object]]:
 
 
 @pytest.mark.slow
+def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Location("~/runs/x").folder == tmp_path / "runs" / "x"
+
+
 def test_batch_at_a_url_resumes_on_another_machine(
     tmp_path: Path, images: Path, tiny_base: Path, machine: Callable[[str], Path]
 ) -> None:

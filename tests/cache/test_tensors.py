@@ -31,6 +31,11 @@ def written(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_mtime_ns for path in folder.rglob("*.safetensors")}
 
 
+def test_cache_may_be_in_the_home_folder(base: BaseModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert Cache(Path("~/cache"), base).folder == tmp_path / "cache"
+
+
 def test_values_are_those_of_the_networks(base: BaseModel, images: Path, tmp_path: Path) -> None:
     cache, data = Cache(tmp_path, base), dataset(images)
     fill(cache, data, ["a cat", "a dog"])

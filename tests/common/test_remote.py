@@ -89,6 +89,11 @@ def local(folder: Path) -> dict[str, bytes]:
     return {str(f.relative_to(folder)): f.read_bytes() for f in folder.rglob("*") if f.is_file() if f.suffix != ".lock"}
 
 
+def test_a_run_in_the_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert open_run("~/runs/x", resume=False)[0] == tmp_path / "runs" / "x"
+
+
 def test_set_is_downloaded_once_and_only_changed_files_again(images: Path, home: Path, tmp_path: Path) -> None:
     memory = fsspec.filesystem("memory")
     for file in images.iterdir():

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 
 from sdlora.common.bundled import CaptionOptions
+from sdlora.data import captions as captions_module
 from sdlora.data.captions import (
     caption_for_exposure,
     fixed_captions,
@@ -128,12 +129,34 @@ def test_broken_line_is_named_by_its_number(tmp_path: Path, line: str) -> None:
     assert "metadata.jsonl, line 2: " in message
 
 
+def test_an_image_with_two_captions_in_one_list_is_told(tmp_path: Path) -> None:
+    lines = [{"file_name": "a.png", "text": text} for text in ("one", "one", "two")]
+    (tmp_path / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    captions, (message,) = read_metadata(tmp_path / "metadata.jsonl")
+    assert captions == {"a.png": "one"}
+    assert "line 3: another caption of a.png is in line 1" in message
+
+
 def test_line_separators_in_captions_do_not_end_a_line(tmp_path: Path) -> None:
     lines = [{"file_name": f"{name}\u2028.png", "text": "one\u2028two\x85three"} for name in "ab"]
     text = "\r\n".join(json.dumps(line, ensure_ascii=False) for line in lines)
     (tmp_path / "metadata.jsonl").write_text(text, encoding="utf-8")
     captions, faults = read_metadata(tmp_path / "metadata.jsonl")
     assert captions == {line["file_name"]: line["text"] for line in lines} and not faults
+
+
+def test_unreadable_captions_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(file: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(file))
+
+    for name in ("a.txt", "metadata.jsonl"):
+        (tmp_path / name).write_text("x")
+    monkeypatch.setattr(captions_module, "read_text", refuse)
+    faults = read_captions(tmp_path, ["a.png"]).faults
+    assert faults == [
+        ("metadata.jsonl", "metadata.jsonl: cannot be read (Permission denied)."),
+        ("a.txt", "a.txt: cannot be read (Permission denied)."),
+    ]
 
 
 def test_files_in_other_encodings_are_named(tmp_path: Path) -> None:

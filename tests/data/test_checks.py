@@ -199,6 +199,18 @@ def test_ignored_subfolders_and_captions_are_warnings(tmp_path: Path, put: Calla
     assert (unused.kind, unused.files) == ("unused caption", ("lonely.txt",))
 
 
+def test_what_is_left_out_is_told(tmp_path: Path, put: Callable[..., None]) -> None:
+    put("a.png", 1)
+    (tmp_path / "b.PNG").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "c.psd").touch()
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "d.jp2").touch()
+    found = {f.kind: (f.files, f.severity) for f in check(tmp_path).findings}
+    assert found["dead link"] == (("b.PNG",), "warning") and found["other format"] == (("c.psd",), "warning")
+    deep = examine(tmp_path, background="white", recursive=True).findings
+    assert next(f.files for f in deep if f.kind == "other format") == ("c.psd", "d.jp2")
+
+
 def test_warnings_are_summarized_by_kind(tmp_path: Path, put: Callable[..., None]) -> None:
     for number, name in enumerate("abc"):
         put(f"{name}1.png", number)
