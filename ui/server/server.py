@@ -62,6 +62,8 @@ def make_app(context: Context, *, host: str, account: Account | None = None, any
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     _add_routes(app, context)
     blocks = build(context)
+    # What waits in the queue for its turn cannot be asked for directly.
+    blocks.queue(api_open=False)
     gr.mount_gradio_app(
         app, blocks, path="/", theme=theme(), head=HEAD, footer_links=[], run_history=False, show_error=False,
         max_file_size=MOST_BYTES * 64, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,

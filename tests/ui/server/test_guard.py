@@ -196,6 +196,15 @@ def test_forwarded_headers_and_unknown_parameters_are_dropped(server: Live) -> N
     assert server.ask("/gradio_api/queue/data?session_hash=../x").status == 404
 
 
+def test_functions_of_the_queue_are_not_run_directly(server: Live) -> None:
+    config = json.loads(server.ask("/config").body)
+    queued = [one for one in config["dependencies"] if one["queue"]]
+    assert len(queued) > 20
+    for one in queued:
+        content = {"data": [None] * len(one["inputs"]), "fn_index": one["id"], "session_hash": "s"}
+        assert server.send("POST", "/gradio_api/run/predict", content).status == 404
+
+
 def test_requests_to_gradio_are_limited(server: Live) -> None:
     def send(body: bytes, kind: str = "application/json") -> int:
         return server.ask("/gradio_api/queue/join", "POST", body=body, content_type=kind).status
