@@ -14,7 +14,7 @@ from sdlora.common.remote import is_url
 from sdlora.errors import ConfigError
 
 _NAMED = re.compile(r"(\d{1,4})_(.+)")
-_IMAGES, _REGULARISATION = "img", "reg"
+_IMAGES, REGULARISATION = "img", "reg"
 
 
 def with_kohya_folders(document: dict[str, Any]) -> dict[str, Any]:
@@ -73,13 +73,19 @@ def numbered(folder: Path) -> list[tuple[Path, int, str]]:
         entries = sorted(path for path in folder.iterdir() if path.is_dir())
     except (OSError, ValueError):
         return []  # reported by name when images are read
-    matches = [(path, _NAMED.fullmatch(path.name)) for path in entries]
-    return [(path, int(match[1]), match[2].strip()) for path, match in matches if match and int(match[1]) > 0]
+    matches = [(path, repeats_and_name(path.name)) for path in entries]
+    return [(path, *match) for path, match in matches if match is not None]
+
+
+def repeats_and_name(folder: str) -> tuple[int, str] | None:
+    """The repeats and the name in a folder's name `REPEATS_NAME`; None if it is not of that form."""
+    match = _NAMED.fullmatch(folder)
+    return (int(match[1]), match[2].strip()) if match and int(match[1]) > 0 else None
 
 
 def _regularisation(top: Path) -> tuple[Path, str] | None:
     """The folder of images to preserve that belongs to a folder of sets, and their caption."""
-    places = [top / _REGULARISATION, *([top.parent / _REGULARISATION] if top.name == _IMAGES else [])]
+    places = [top / REGULARISATION, *([top.parent / REGULARISATION] if top.name == _IMAGES else [])]
     for place in places:
         if len(named := _named(place)) > 1:
             raise ConfigError(

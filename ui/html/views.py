@@ -6,6 +6,7 @@ run are those of its own report.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -47,11 +48,20 @@ def failure(error: SdloraError) -> str:
 # --- Images ---------------------------------------------------------------------------------------------------------
 
 
-def set_summary(view: SetView) -> str:
-    """The doctor's findings on the whole set."""
+def set_summary(view: SetView, *, asks_for: Path | None = None) -> str:
+    """The doctor's findings on the whole set, and the question whether anything may be saved in a folder."""
+    if asks_for is not None:
+        question = (
+            f"{asks_for} is a folder of your own. The studio only reads it: images that you take out stay in the "
+            "folder. To write captions here, or to add images, allow it once; nothing in it is ever deleted."
+        )
+        asked = message(question, "busy", title="May the studio save captions in this folder?")
+        return f"{set_summary(view)}{asked}"
     if not view.cards:
         return message("Drop 10 to 40 images of one character, style or object above.", title="No images yet")
     title = f"{len(view.cards)} images, {sum(bool(card.caption) for card in view.cards)} captioned"
+    if view.preserved is not None:
+        title += f", and {view.preserved[1]} in {view.preserved[0]} that keep what the base model knows"
     errors = [finding.message for finding in view.findings if finding.severity == "error"]
     warnings = [finding.message for finding in view.findings if finding.severity == "warning"]
     if errors:
@@ -61,25 +71,24 @@ def set_summary(view: SetView) -> str:
     return message("Ready to train.", "clean", title=f"{title}: no problems found")
 
 
-def set_cards(cards: Sequence[Card], folder: Path, shown: Path, set_name: str) -> str:
+def set_cards(cards: Sequence[Card], folder: Path, shown: Path, set_name: str, *, is_locked: bool = False) -> str:
     """A card for each image of a set: thumbnail with its crop, the doctor's findings, and its caption to edit.
 
-    Images are served from `shown`; the set's name is sent with captions.
+    Images are served from `shown`; the set's name is sent with captions, which cannot be edited if it is locked.
     """
-    if not cards:
-        return ""
-    return render("cards.html", cards=[(card, _photo(folder, card, shown)) for card in cards], set_name=set_name)
+    pairs = [(card, _photo(folder, card, shown)) for card in cards]
+    return render("cards.html", cards=pairs, set_name=set_name, is_locked=is_locked, drawn=time.time_ns())
 
 
-def duplicates(view: SetView, shown: Path) -> str:
-    """Near-duplicates side by side."""
+def duplicates(view: SetView, shown: Path, set_name: str) -> str:
+    """Near-duplicates side by side, each of which can be taken out."""
     if not view.twins:
         return ""
     cards = {card.name: card for card in view.cards}
     groups = [
         [(name, _photo(view.folder, cards[name], shown)) for name in names] for names in view.twins[:_MAX_DUPLICATES]
     ]
-    return render("duplicates.html", groups=groups, num_more=len(view.twins) - len(groups))
+    return render("duplicates.html", groups=groups, num_more=len(view.twins) - len(groups), set_name=set_name)
 
 
 def _photo(folder: Path, card: Card, shown: Path) -> dict[str, object]:

@@ -16,7 +16,7 @@ from ..html.render import render
 from ..settings.draft import update_draft
 from . import images as images_tab
 from . import recipe as recipe_form
-from .context import Context, Live, snapshot
+from .context import ANY_VALUE, Context, Live, snapshot
 from .images import images_page
 from .recipe import recipe_page
 from .result import clone_into_draft, result_page, runs_page
@@ -63,9 +63,9 @@ def build(context: Context) -> Any:
         live = Live(run, {"strip": strip, "run": run})
         with gr.Tabs(elem_id="steps") as tabs:
             with gr.Tab("Images", id="pictures"):
-                images, onward = images_page(context, live)
+                choice, images, onward, connect_trigger = images_page(context, live)
             with gr.Tab("Recipe", id="recipe") as recipe_tab:
-                recipe, recipe_note = recipe_page(context, live, tabs)
+                recipe, recipe_note, trigger, loaded = recipe_page(context, live, tabs, images.images)
             with gr.Tab("Training", id="training"):
                 training_page(context, live)
             with gr.Tab("Copy check", id="copy"):
@@ -74,7 +74,18 @@ def build(context: Context) -> Any:
                 result_page(context, live)
             with gr.Tab("Runs", id="runs"):
                 clone, runs_note = runs_page(context, live)
-        draft = [*images, *recipe, recipe_note]
+        connect_trigger(trigger)
+        images_shown = [choice, *images.all()]
+        draft = [*images_shown, *recipe, recipe_note]
+
+        def show_recipe(shown: str) -> list[Any]:
+            """The recipe of the images that this tab shows, which another tab may have exchanged in the draft."""
+            found = context.draft()
+            return recipe_form.show(context, found.with_images(shown) if shown else found)
+
+        def show_images() -> list[Any]:
+            chosen = context.draft().images
+            return [gr.update(choices=context.sets(), value=chosen or None), *images_tab.show(context, chosen)]
 
         def clone_run(chosen: Any) -> list[Any]:
             message = context.attempt(clone_into_draft, context, chosen)
@@ -82,22 +93,23 @@ def build(context: Context) -> Any:
 
         blocks.load(lambda: _show_draft(context), None, draft, show_progress="hidden", queue=False)
         onward.click(lambda: gr.Tabs(selected="recipe"), None, tabs, show_progress="hidden")
-        recipe_tab.select(lambda: recipe_form.show(context, context.draft()), None, recipe, **recipe_form.IN_TURN)
-        clone.click(clone_run, run, [runs_note, tabs, *draft], show_progress="hidden")
-        _keep_up_to_date(context, live, blocks)
+        recipe_tab.select(show_recipe, images.images, recipe, **recipe_form.IN_TURN)
+        loaded.then(show_images, None, images_shown, show_progress="hidden")
+        clone.click(clone_run, run, [runs_note, tabs, *draft], show_progress="hidden", **ANY_VALUE)
+        _keep_up_to_date(context, live, images.images, blocks)
     return blocks
 
 
-def _keep_up_to_date(context: Context, live: Live, blocks: gr.Blocks) -> None:
+def _keep_up_to_date(context: Context, live: Live, images: gr.Textbox, blocks: gr.Blocks) -> None:
     """Refresh what is live: on loading, at intervals, on a choice and after every click."""
     # What this page shows already, by part. A gr.State would cost every tab a connection that stays open, and a
     # browser has six of them for all its tabs.
     seen = gr.Textbox("{}", visible=False)
-    inputs = [live.run, live.parts["epochs"], seen]
+    inputs = [live.run, live.parts["epochs"], images, seen]
 
-    def refresh(name: str | None, epoch: Any, known: str) -> dict[Any, Any]:
+    def refresh(name: str | None, epoch: Any, shown: str, known: str) -> dict[Any, Any]:
         try:
-            updates, now = _updates(context, live, name, epoch, json.loads(known or "{}"))
+            updates, now = _updates(context, live, name, epoch, shown, json.loads(known or "{}"))
             return updates | {seen: json.dumps(now)}
         except Exception as error:
             # The rest stays as it is; the next refresh, two seconds from now, may succeed.
@@ -107,13 +119,16 @@ def _keep_up_to_date(context: Context, live: Live, blocks: gr.Blocks) -> None:
         blocks.load, gr.Timer(EVERY_SECONDS).tick, live.run.input, live.parts["epochs"].input,
         *(event.then for event in live.events),
     ):  # fmt: skip
-        event(refresh, inputs, [*live.parts.values(), seen], show_progress="hidden", queue=False)
+        event(refresh, inputs, [*live.parts.values(), seen], show_progress="hidden", queue=False, **ANY_VALUE)
 
 
 def _updates(
-    context: Context, live: Live, name: str | None, epoch: Any, before: dict[str, str]
+    context: Context, live: Live, name: str | None, epoch: Any, images: str, before: dict[str, str]
 ) -> tuple[dict[Any, Any], dict[str, str]]:
-    """What has changed of all that a page shows of a run, and a digest of every part; `before` are those shown."""
+    """What has changed of all that a page shows of a run, and a digest of every part; `before` are those shown.
+
+    The set of images that it shows is looked at, too.
+    """
     if name not in context.jobs.names():
         name = context.default_run()
     # A chosen epoch means nothing in another run, and a page that shows the last epoch follows it.
@@ -137,6 +152,7 @@ def _updates(
         show(f"end {kind}", value=label or "", visible=label is not None)
     epochs = [(str(epoch or "base"), epoch) for epoch in now.epochs]
     show("epochs", (name, now.epochs), choices=epochs, value=chosen if chosen in now.epochs else last)
+    show("listing", value=context.fingerprint(images))
     show("copy-stop", visible=now.can["stop"])
     show("waiting", choices=now.waiting, value=next(iter(now.waiting), None))
     show("prompt", placeholder=now.prompt)
@@ -154,7 +170,7 @@ def _show_draft(context: Context) -> list[Any]:
     draft = context.draft()
     return [
         gr.update(choices=context.sets(), value=draft.images or None),
-        *images_tab.show(context, draft),
+        *images_tab.show(context, draft.images),
         *recipe_form.show(context, draft),
         views.message(" ".join(notes), "busy") if notes else "",
     ]

@@ -5,6 +5,7 @@ Both are commands of the command line in a process of their own, which these con
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -22,8 +23,9 @@ from ..html.render import WORDS
 from ..state import run_view
 from ..state.background_tasks import Kind
 from ..state.folders import StudioError
+from ..state.image_set import read_folder
 from ..state.locations import check_model, to_path
-from .context import Context, Live, need
+from .context import ANY_VALUE, Context, Live, need
 
 # What captions are written as: the option of `sdlora caption`, and an example of its models.
 _CAPTION_KINDS = {
@@ -35,7 +37,7 @@ _SENTENCES = "sentences"
 
 def _task_controls(context: Context, live: Live, kind: Kind) -> gr.HTML:
     """Lay out how a task stands and the button that ends it; returns where the last click's outcome is shown."""
-    note = gr.HTML(elem_id=f"{kind}-note")
+    note = live.add_note(f"{kind}-note")
     live.parts[kind] = gr.HTML(elem_id=f"{kind}-told")
     live.parts[f"end {kind}"] = end = gr.Button("Stop", min_width=110, elem_id=f"{kind}-end", visible=False)
     live.events.append(end.click(lambda: context.attempt(context.tasks.end, kind), None, note))
@@ -45,8 +47,8 @@ def _task_controls(context: Context, live: Live, kind: Kind) -> gr.HTML:
 # --- Captions ---------------------------------------------------------------------------------------------------------
 
 
-def caption_controls(context: Context, live: Live) -> None:
-    """Lay out the controls of captions by a model."""
+def caption_controls(context: Context, live: Live, images: gr.Textbox) -> None:
+    """Lay out the controls of captions by a model, for the set that `images` names."""
     with gr.Row(elem_classes="ends"):
         model = gr.Textbox(
             label="Captioning model", min_width=260, scale=2, max_lines=1, elem_id="captioner",
@@ -63,20 +65,23 @@ def caption_controls(context: Context, live: Live) -> None:
         lambda kind: gr.update(placeholder=_CAPTION_KINDS[kind][1]), written_as, model, show_progress="hidden"
     )
     live.events.append(
-        ask.click(lambda *values: context.attempt(start_captioning, context, *values), [model, written_as], note)
+        ask.click(
+            lambda *values: context.attempt(start_captioning, context, *values), [images, model, written_as], note
+        )
     )
 
 
-def start_captioning(context: Context, model: str | None, written_as: str = _SENTENCES) -> str:
-    """Let a model caption every image of the draft's set that has no caption; returns the message to show.
+def start_captioning(context: Context, images: str, model: str | None, written_as: str = _SENTENCES) -> str:
+    """Let a model caption every image of a set that has no caption; returns the message to show.
 
     Args:
+        images: The set, as it was chosen.
         written_as: A key of `_CAPTION_KINDS`.
 
     Raises:
         SdloraError: There is no such set or folder, its images have faults, or captions are being written already.
     """
-    images, wanted = context.draft().images, (model or "").strip()
+    wanted = (model or "").strip()
     option, example = _CAPTION_KINDS[written_as]
     if not wanted:
         raise StudioError(f"Name the captioning model: a hub id such as {example}, or the folder of a model.")
@@ -86,13 +91,14 @@ def start_captioning(context: Context, model: str | None, written_as: str = _SEN
         wanted = str(path.absolute())
     elif path.is_absolute() or wanted.startswith((".", "~")):
         raise StudioError(f"There is no folder {wanted!r}. Check the spelling, or use a hub id such as owner/name.")
-    folder = context.own_folder(images).absolute()
-    rest = images_to_caption(folder, overwrite=False)
-    if not rest:
-        return "Every image has a caption already. Clear a caption to have it rewritten."
-    files = [image.with_suffix(".txt") for image in rest]
-    context.tasks.start("caption", images, ["caption", str(folder), f"--{option}={wanted}"], files)
-    return ""
+    for one in read_folder(context.editor(images).writable()).sets:
+        # A task writes the captions of one folder; the next of kohya's folders is another task.
+        if rest := images_to_caption(Path(one.folder), overwrite=False):
+            files = [image.with_suffix(".txt") for image in rest]
+            command = ["caption", str(Path(one.folder).absolute()), f"--{option}={wanted}"]
+            context.tasks.start("caption", images, command, files)
+            return ""
+    return "Every image has a caption already. Clear a caption to have it rewritten."
 
 
 # --- Publishing -------------------------------------------------------------------------------------------------------
@@ -129,7 +135,7 @@ def publish_controls(context: Context, live: Live) -> None:
     def dismiss() -> list[Any]:
         return ["", gr.update(visible=False)]
 
-    publish.click(ask, [live.run, repo, private], [note, confirmation, asked])
+    publish.click(ask, [live.run, repo, private], [note, confirmation, asked], **ANY_VALUE)
     cancel.click(dismiss, None, [note, confirmation], show_progress="hidden")
     # What is confirmed is what is shown: another name or another run is another question.
     changes = [repo.input, private.input, live.run.input]

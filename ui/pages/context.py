@@ -23,12 +23,19 @@ from ..html import views
 from ..settings.bases import base_resolution_px
 from ..settings.draft import Draft, read_draft
 from ..settings.wording import in_words
+from ..state import image_set
 from ..state.background_tasks import KINDS, BackgroundTasks, Kind
-from ..state.folders import Studio, StudioError
+from ..state.folder_notes import read_notes
+from ..state.folders import Studio
 from ..state.image_set import SetView, view
 from ..state.queue import Jobs, Status
 from ..state.run_view import read_run
+from ..state.set_editor import SetEditor
 from ..state.try_lora import LoraSampler
+
+# For events that send a choice whose list changes while a tab is open, such as a run, an epoch or a page of cards:
+# Gradio answers with an error where it is not in the list any more, while the handlers know what to do.
+ANY_VALUE: dict[str, Any] = {"preprocess": False}
 
 
 @dataclass(frozen=True)
@@ -38,6 +45,12 @@ class Live:
     run: gr.Dropdown  # the run that is looked at
     parts: dict[str, Any] = field(default_factory=dict)  # components by name: of a snapshot's HTML, buttons, choices
     events: list[Any] = field(default_factory=list)  # clicks after which the pages are refreshed
+    notes: dict[str, gr.HTML] = field(default_factory=dict)  # what became of the last click, by element
+
+    def add_note(self, name: str) -> gr.HTML:
+        """Lay out where a page says what became of the last click."""
+        self.notes[name] = note = gr.HTML(elem_id=name)
+        return note
 
 
 @dataclass(frozen=True)
@@ -72,20 +85,23 @@ class Context:
         if folder is None:
             return SetView(Path(), (), (), ())
         resolution_px = draft.value("data.resolution_px") or base_resolution_px(draft.base)
-        return view(folder, trigger=draft.trigger or None, resolution_px=resolution_px)
+        taken_out = read_notes(self.studio, folder).taken_out
+        return view(folder, trigger=draft.trigger or None, resolution_px=resolution_px, taken_out=taken_out)
 
-    def own_folder(self, images: str) -> Path:
-        """The folder of a set that can be changed.
+    def editor(self, images: str) -> SetEditor:
+        """A set of images, as it was chosen, for changing it.
 
         Raises:
-            StudioError: It is a shipped set, or there is none.
+            SdloraError: There is no such set.
         """
-        if images.startswith(BUILTIN):
-            raise StudioError("Shipped sets cannot be changed. Upload your own images instead.")
-        folder = Draft(images=images).folder(self.studio)
-        if folder is None:
-            raise StudioError("There are no images yet. Add some first.")
-        return folder
+        return SetEditor(self.studio, images)
+
+    def fingerprint(self, images: str) -> str:
+        """A value that changes with the images of a set; empty if there is no such set."""
+        try:
+            return image_set.fingerprint(self.editor(images).folder)
+        except SdloraError:
+            return ""
 
     def free_name(self, wanted: str) -> str:
         """An unused name for a run: `wanted`, with a number appended if it is taken."""

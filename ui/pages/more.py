@@ -15,7 +15,7 @@ from ..settings import form
 from ..settings.form import Field
 from ..settings.wording import help_in_words, in_a_word
 
-_DECIDED = {"name", "data.folder", "data.trigger", "base.path"}
+_DECIDED = {"name", "data.folder", "data.exclude", "data.trigger", "base.path"}  # asked for elsewhere
 
 
 def more_fields() -> list[Field]:

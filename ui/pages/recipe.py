@@ -153,15 +153,17 @@ def read(context: Context, values: Sequence[Any], images: str | None = None) -> 
     return replace(kept, subject=subject if subject in SUBJECTS else OWN).with_values(found)
 
 
-def change(context: Context, place: int, value: Any) -> list[Any]:
+def change(context: Context, place: int, value: Any, images: str = "") -> list[Any]:
     """Make one change in the draft; returns updates of everything that changes with it, in the order of `show`.
 
     Args:
         context: The studio.
         place: Which control was changed, in the order of `fill`.
         value: What it holds now.
+        images: The set of images that the tab shows; empty if it shows none, which leaves the draft's.
     """
     before = context.draft()
+    before = before.with_images(images) if images else before
     try:
         after = _changed(context, before, place, value)
     except SdloraError as error:
@@ -261,11 +263,20 @@ def load_settings(context: Context, file: str) -> str:
 # --- The page ---------------------------------------------------------------------------------------------------------
 
 
-def recipe_page(context: Context, live: Live, tabs: gr.Tabs) -> tuple[list[gr.components.Component], gr.HTML]:
+def recipe_page(
+    context: Context, live: Live, tabs: gr.Tabs, images: gr.Textbox
+) -> tuple[list[gr.components.Component], gr.HTML, gr.Textbox, gr.events.Dependency]:
     """Lay out the page and connect its controls; a start leads to the page of training.
 
+    Args:
+        context: The studio.
+        live: What is kept up to date.
+        tabs: The pages.
+        images: The set of images that this tab shows.
+
     Returns:
-        The components that `show` gives values for, and what became of the last click.
+        The components that `show` gives values for, what became of the last click, the trigger, and the event after
+        which other images may be chosen.
     """
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=280):
@@ -286,16 +297,16 @@ def recipe_page(context: Context, live: Live, tabs: gr.Tabs) -> tuple[list[gr.co
     everything = [base_note, changes, marked, plan, planned, begin, *controls]
     places = {control._id: place for place, control in enumerate(controls)}
 
-    def on_change(event: gr.EventData, *values: Any) -> list[Any]:
+    def on_change(event: gr.EventData, shown: str, *values: Any) -> list[Any]:
         place = places[event.target._id]  # type: ignore[union-attr]
         try:
-            return change(context, place, values[place])
+            return change(context, place, values[place], shown)
         except Exception as error:
             return _refused(context.unexpected(error))
 
-    def measure(*values: Any) -> str:
+    def measure(shown: str, *values: Any) -> str:
         try:
-            config = read(context, values).config(context.studio)
+            config = read(context, values, shown or None).config(context.studio)
             measured = estimate.describe_measured(estimate.measure(dump_toml(config)))
             told = map(in_words, [*estimate.describe_run(config), *measured])
             return render("plan.html", sentences=told, warnings=_warnings(config))
@@ -314,16 +325,16 @@ def recipe_page(context: Context, live: Live, tabs: gr.Tabs) -> tuple[list[gr.co
 
     # Texts once their editing has ended.
     settled = [control.blur if isinstance(control, gr.Textbox) else control.input for control in controls]
-    gr.on(settled, on_change, controls, everything, **IN_TURN)
-    measure_button.click(measure, controls, plan)
+    gr.on(settled, on_change, [images, *controls], everything, **IN_TURN)
+    measure_button.click(measure, [images, *controls], plan)
     # The first step waits in line behind changes that are under way; the second sends what the page then shows.
     waiting = begin.click(
         lambda: gr.update(value="Starting …", interactive=False), None, begin, **{**IN_TURN, "trigger_mode": "once"}
     )
     started = waiting.then(on_start, [*controls, planned], [note, tabs, live.run, *everything], show_progress="hidden")
     live.events.append(started)
-    upload.upload(load, upload, [note, upload, *everything], **IN_TURN)
-    return everything, note
+    loaded = upload.upload(load, upload, [note, upload, *everything], **IN_TURN)
+    return everything, note, decisions[1], loaded
 
 
 def _decisions(context: Context) -> tuple[list[Any], gr.HTML]:

@@ -24,7 +24,7 @@ from ..state.folders import StudioError
 from ..state.run_view import RunView, read_run
 from ..state.try_lora import SampleRequest
 from .background_tasks import publish_controls
-from .context import Context, Live, need
+from .context import ANY_VALUE, Context, Live, need
 
 _STRIP = (0.0, 0.5, 1.0)
 
@@ -89,9 +89,9 @@ def result_page(context: Context, live: Live) -> None:
     def draw_at(name: Any, text: str, number: Any, at: float, *epochs: Any) -> str:
         return draw_chosen(name, text, number, (at,), epochs)
 
-    one.click(draw_at, [run, prompt, seed, strength, epoch], tried)
-    strip.click(draw_strip, [run, prompt, seed, epoch], tried)
-    both.click(draw_at, [run, prompt, seed, strength, epoch, other], tried)
+    one.click(draw_at, [run, prompt, seed, strength, epoch], tried, **ANY_VALUE)
+    strip.click(draw_strip, [run, prompt, seed, epoch], tried, **ANY_VALUE)
+    both.click(draw_at, [run, prompt, seed, strength, epoch, other], tried, **ANY_VALUE)
     with gr.Accordion("Publish", open=False, elem_id="publishing"):
         publish_controls(context, live)
 
@@ -115,7 +115,7 @@ def runs_page(context: Context, live: Live) -> tuple[gr.Button, gr.HTML]:
     with gr.Row(visible=False) as confirmation:
         confirm = gr.Button("Delete permanently", variant="stop", elem_id="really-delete")
         cancel = gr.Button("Keep it")
-    note = gr.HTML(elem_id="runs-note")
+    note = live.add_note("runs-note")
     asked = gr.Textbox(visible=False)  # the chosen run may be another one by then
     live.parts["cards"] = gr.HTML(elem_id="run-cards")
 
@@ -138,8 +138,8 @@ def runs_page(context: Context, live: Live) -> tuple[gr.Button, gr.HTML]:
         run_view.delete_run(context.studio, name)
         return f"{name!r} was deleted."
 
-    compare.click(compare_settings, [run, other], note)
-    delete.click(ask, run, [note, confirmation, asked])
+    compare.click(compare_settings, [run, other], note, **ANY_VALUE)
+    delete.click(ask, run, [note, confirmation, asked], **ANY_VALUE)
     cancel.click(lambda: ["", gr.update(visible=False)], None, [note, confirmation])
     deleted = confirm.click(
         lambda name: [context.attempt(delete_run, name), gr.update(visible=False)], asked, [note, confirmation]

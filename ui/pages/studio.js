@@ -14,6 +14,8 @@
 
   const refresh = () => document.querySelector('#refresh-set')?.click();
 
+  const about = (card) => ({ set: card.dataset.set, picture: card.dataset.image });
+
   const save = async (area) => {
     clearTimeout(waiting.get(area));
     waiting.delete(area);
@@ -21,9 +23,7 @@
     const caption = area.value;
     tell(card, 'Saving …');
     try {
-      const answer = await send('PUT', '/studio/caption', {
-        set: card.closest('.cards').dataset.set, picture: card.dataset.image, caption,
-      });
+      const answer = await send('PUT', '/studio/caption', { ...about(card), caption });
       const found = await answer.json();
       if (!answer.ok) throw new Error(found.error);
       if (found.doctor) card.querySelector('.doctor').outerHTML = found.doctor;
@@ -33,6 +33,45 @@
       tell(card, `Not saved: ${error.message}`, true);
     }
   };
+
+  // A card belongs to one image of one set for as long as it exists: what is typed into it is never another image's.
+  const key = (card) => JSON.stringify(about(card));
+
+  const update = (card, fresh) => {
+    for (const part of ['.photo', '.doctor']) {
+      const [before, now] = [card, fresh].map((one) => one.querySelector(part));
+      if (before.outerHTML !== now.outerHTML) before.replaceWith(now);
+    }
+    const [area, other] = [card, fresh].map((one) => one.querySelector('textarea'));
+    area.readOnly = other.readOnly;
+    const isTyped = waiting.has(area) || document.activeElement === area;
+    if (!isTyped && area.value !== other.value) {
+      area.value = other.value;
+      tell(card, '');
+    }
+    return card;
+  };
+
+  document.addEventListener('sdlora:cards', ({ detail: { home, html } }) => {
+    const list = home.querySelector('.cards');
+    const source = document.createElement('template');
+    source.innerHTML = html;
+    const before = new Map([...list.children].map((card) => [key(card), card]));
+    const cards = [...source.content.querySelectorAll('.card')].map((fresh) => {
+      const card = before.get(key(fresh));
+      before.delete(key(fresh));
+      return card ? update(card, fresh) : fresh;
+    });
+    for (const gone of before.values()) {
+      const area = gone.querySelector('textarea');
+      if (waiting.has(area)) save(area);
+      gone.remove();
+    }
+    // Moved only where it must be: a card that is moved loses the focus.
+    cards.forEach((card, place) => {
+      if (list.children[place] !== card) list.insertBefore(card, list.children[place] ?? null);
+    });
+  });
 
   document.addEventListener('input', (event) => {
     const area = event.target.closest?.('.sd .card textarea');
@@ -66,27 +105,24 @@
   // What was typed a moment ago is sent even if the page goes away.
   addEventListener('pagehide', () => {
     for (const area of waiting.keys()) {
-      const card = area.closest('.card');
       fetch('/studio/caption', {
         method: 'PUT', keepalive: true, headers: { 'Content-Type': 'application/json' },
-        body: JSON.stringify({
-          set: card.closest('.cards').dataset.set, picture: card.dataset.image, caption: area.value,
-        }),
+        body: JSON.stringify({ ...about(area.closest('.card')), caption: area.value }),
       });
     }
   });
 
   const takeOut = async (button) => {
-    const card = button.closest('.card');
-    if (!confirm(`Remove ${card.dataset.image} and its caption from the set?`)) return;
-    const answer = await send('DELETE', '/studio/picture', {
-      set: card.closest('.cards').dataset.set, picture: card.dataset.image,
-    });
+    const card = button.closest('[data-image]');
+    const answer = await send('DELETE', '/studio/picture', about(card));
     if (answer.ok) {
-      card.remove();
+      document.querySelectorAll('.sd .card').forEach((other) => key(other) === key(card) && other.remove());
       refresh();
     } else {
-      tell(card, (await answer.json()).error, true);
+      const found = await answer.json();
+      const place = card.querySelector('.saved');
+      if (place) tell(card, found.error, true);
+      else button.textContent = found.error;
     }
   };
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 
 import gradio as gr
 
-from .context import Context, Live, need
+from .context import ANY_VALUE, Context, Live, need
 
 
 def training_page(context: Context, live: Live) -> None:
@@ -23,7 +23,7 @@ def training_page(context: Context, live: Live) -> None:
         parts["resume"] = resume = gr.Button(
             "Resume", variant="primary", min_width=110, elem_id="resume", visible=False
         )
-    note = gr.HTML(elem_id="training-note")
+    note = live.add_note("training-note")
     parts["grid"] = gr.HTML(elem_id="grid")
     parts["charts"] = gr.HTML(elem_id="charts")
     with gr.Accordion("Queue", open=False, elem_id="queue-box"):
@@ -49,7 +49,7 @@ def copy_page(context: Context, live: Live) -> None:
         parts["copy-stop"] = stop = gr.Button(
             "Stop training here", variant="stop", min_width=160, elem_id="copy-stop", visible=False
         )
-    note = gr.HTML(elem_id="copy-note")
+    note = live.add_note("copy-note")
     parts["pairs"], parts["signs"] = gr.HTML(elem_id="pairs"), gr.HTML(elem_id="signs")
     _on_click(context, live, stop, context.jobs.stop, live.run, note)
 
@@ -58,5 +58,5 @@ def _on_click(
     context: Context, live: Live, button: gr.Button, action: Callable[[str], str], target: gr.Dropdown, note: gr.HTML
 ) -> None:
     """Do something with the run that `target` names, and say what became of it."""
-    clicked = button.click(lambda name: context.attempt(lambda: action(need(name))), target, note)
+    clicked = button.click(lambda name: context.attempt(lambda: action(need(name))), target, note, **ANY_VALUE)
     live.events.append(clicked)

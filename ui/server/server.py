@@ -14,6 +14,7 @@ import threading
 import traceback
 import zipfile
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import gradio as gr
@@ -33,7 +34,6 @@ from sdlora.errors import ConfigError, SdloraError
 from ..html.render import NAME, ROUTE, render
 from ..pages.app import HEAD, build, theme
 from ..pages.context import Context
-from ..state import image_set
 from ..state.folders import Studio, StudioError
 from ..state.queue import Jobs
 from ..state.run_view import RunView, read_run
@@ -104,15 +104,15 @@ def _add_routes(app: FastAPI, context: Context) -> None:
     @app.put("/studio/caption")
     async def _caption(request: Request) -> Response:
         fields = await _json(request, "set", "picture", "caption")
-        image_set.write_caption(context.own_folder(fields["set"]), fields["picture"], fields["caption"])
-        view = context.view_set(context.draft())
+        context.editor(fields["set"]).write_caption(fields["picture"], fields["caption"])
+        view = context.view_set(replace(context.draft(), images=fields["set"]))
         card = next((card for card in view.cards if card.name == fields["picture"]), None)
         return JSONResponse({"doctor": "" if card is None else render("doctor.html", card=card)})
 
     @app.delete("/studio/picture")
     async def _remove(request: Request) -> Response:
         fields = await _json(request, "set", "picture")
-        image_set.remove_image(context.own_folder(fields["set"]), fields["picture"])
+        context.editor(fields["set"]).take_out(fields["picture"])
         return JSONResponse({})
 
     @app.get("/studio/draft.toml")

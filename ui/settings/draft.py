@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sdlora.common.bundled import BUILTIN, resolve_data_folder
+from sdlora.common.bundled import BUILTIN
 from sdlora.common.files import write_json
 from sdlora.common.remote import is_url
 from sdlora.config.schema import RunConfig
@@ -20,8 +20,9 @@ from sdlora.events import fields_from_json, saved_as, to_json
 from sdlora.models.architectures import ARCHITECTURES
 from sdlora.run.estimate import Estimate
 
+from ..state.folder_notes import change_notes, read_notes
 from ..state.folders import Studio, safe_name
-from ..state.locations import check_location, check_locations, to_path
+from ..state.locations import check_location, check_locations, images_folder, to_path
 from . import form
 from .bases import POCKET, check_base, family_of
 from .estimate import estimate
@@ -203,17 +204,11 @@ class Draft:
         """Where its images lie; None until they are chosen, or if they are in a store.
 
         Raises:
-            ConfigError: That is no shipped set, or outside of what may be read.
+            SdloraError: It is not the name of a set, or there is no such folder, or it may not be read.
         """
         if is_url(self.images):
             check_location(studio, self.images)
-        if not self.images or is_url(self.images):
-            return None
-        if self.images.startswith(BUILTIN):
-            return resolve_data_folder(self.images)
-        if self.images == safe_name(self.images):
-            return studio.image_set(self.images).resolve()
-        return studio.allowed(to_path(self.images))
+        return images_folder(studio, self.images) if self.images and not is_url(self.images) else None
 
     def run_name(self) -> str:
         """The name that the run gets."""
@@ -231,6 +226,8 @@ class Draft:
         folder = self.folder(studio)
         where = self.images if folder is None or self.images.startswith(BUILTIN) else str(folder.absolute())
         values = self.values | {"data.folder": where, "name": self.run_name()}
+        if folder is not None:
+            values["data.exclude"] = list(read_notes(studio, folder).taken_out)
         check_locations(studio, form.to_document(values))
         config = form.make_config(values, self.run_name())
         self._check_family()
@@ -252,6 +249,13 @@ def from_config(config: RunConfig, studio: Studio) -> Draft:
     images = values["data.folder"]
     if images and not images.startswith(BUILTIN) and Path(images).resolve().parent == studio.sets.resolve():
         images = Path(images).name
+    elif images and not images.startswith(BUILTIN) and not is_url(images):
+        images = str(to_path(images).absolute())
+    if (left_out := values.pop("data.exclude")) and images and not is_url(images):
+        # What a set leaves out is noted for its folder.
+        change_notes(studio, images_folder(studio, images), taken_out=tuple(left_out))
+    elif left_out:
+        values["data.exclude"] = left_out
     draft = Draft(images=images, name=config.name or "", values=_changed(values))
     return replace(draft, subject=next((one for one in SUBJECTS if draft.is_recipe(one)), OWN))
 

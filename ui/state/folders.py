@@ -15,7 +15,7 @@ from sdlora.errors import ConfigError, SdloraError
 
 _RUN_NAME = re.compile(r"\w[\w. -]{0,99}")
 _DEVICE_NAMES = {"con", "prn", "aux", "nul", *(f"{port}{n}" for port in ("com", "lpt") for n in range(10))}
-_RESERVED_NAMES = {"pictures"}
+_RESERVED_NAMES = {"pictures", "bases"}  # folders beside the runs
 
 
 class StudioError(SdloraError):
@@ -43,12 +43,14 @@ class Studio:
         self.jobs = self.own / "jobs"
         self.logs = self.own / "logs"
         self.draft = self.own / "draft.json"
+        self.bin = self.own / "bin"
+        self.folder_notes = self.own / "folders.json"
         # The only folder that images are served from; sdlora encoded every file in it itself.
         self.shown = self.own / "shown"
 
     def create(self) -> None:
         """Create missing folders."""
-        for folder in (self.sets, self.jobs, self.logs, self.shown):
+        for folder in (self.sets, self.jobs, self.logs, self.shown, self.bin):
             folder.mkdir(parents=True, exist_ok=True)
 
     def lock(self) -> FileLock:
@@ -74,10 +76,16 @@ class Studio:
     def image_set(self, name: str) -> Path:
         """The folder of an image set."""
         if name != safe_name(name):
+            odd = ", ".join(sorted(set(re.findall(r"[^\w. -]", name))))
             raise StudioError(
-                f"{name!r} is not a valid name for a set of images; use letters, digits, spaces, '-' and '_'."
+                f"A set cannot be called {name!r}{f' because of {odd}' if odd else ''}. A name may have up to 80 "
+                f"letters, digits, spaces, '.', '-' and '_', such as {safe_name(name, 'my images')!r}."
             )
         return self.sets / name
+
+    def owns(self, folder: Path) -> bool:
+        """Whether a folder of images is one of the studio's own sets."""
+        return folder.resolve().parent == self.sets.resolve()
 
     def allowed(self, folder: Path) -> Path:
         """The same folder, if the studio may read it.
@@ -103,7 +111,7 @@ def run_name(name: str) -> str:
     if is_reserved or not _RUN_NAME.fullmatch(name) or name != name.rstrip(". "):
         raise StudioError(
             f"{name!r} is not a valid name for a run; use up to 100 letters, digits, spaces, '.', '-' and '_', "
-            "starting with a letter or digit. 'pictures' and device names such as 'con' are reserved."
+            "starting with a letter or digit. 'pictures', 'bases' and device names such as 'con' are reserved."
         )
     return name
 

@@ -1,21 +1,26 @@
-"""An image set as it is edited: what the data checks say about each image, and its captions.
+"""An image set as it is shown: what the data checks say about each image, and captions as training reads them.
 
-Captions are saved at once to `.txt` files beside the images, as training reads them.
+A set is a folder of images, or of kohya's `REPEATS_NAME` folders, as the configuration reads it. `set_editor` decides
+what may be changed; here are the files of captions.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-from sdlora.common.bundled import BucketOptions
+from sdlora.common.bundled import BucketOptions, ImageFolder
 from sdlora.common.files import write_text
 from sdlora.common.text import format_bytes
+from sdlora.config.schema_data import DataConfig
+from sdlora.config.toml import parse_config
 from sdlora.data.batches import assign_buckets
 from sdlora.data.captions import METADATA, read_captions, text_sidecar, with_trigger
-from sdlora.data.checks import Finding, Image, decode, examine, image_files
+from sdlora.data.checks import Finding, Image, copies_between, decode, examine, image_files
 from sdlora.data.fit import examine_sizes
 from sdlora.errors import DataError
 
@@ -27,12 +32,13 @@ from .uploads import MOST_CAPTION_BYTES
 class Card:
     """An image of a set."""
 
-    name: str
+    name: str  # its path in the set's folder
     caption: str  # empty if there is none
     size: tuple[int, int] | None  # width and height in pixels; None if it cannot be read
     severity: str  # the worst finding: "error", "warning" or "fine"
     findings: tuple[str, ...]  # a sentence per finding
     bucket: tuple[int, int] | None  # width and height it is trained at, in pixels; None if it cannot be read
+    common_caption: str = ""  # what it is trained on without a caption of its own
 
 
 @dataclass(frozen=True)
@@ -43,6 +49,7 @@ class SetView:
     cards: tuple[Card, ...]
     findings: tuple[Finding, ...]
     twins: tuple[tuple[str, ...], ...]
+    preserved: tuple[str, int] | None = None  # kohya's folder of images to preserve, and their number
 
 
 @functools.lru_cache(maxsize=4096)
@@ -55,40 +62,118 @@ def _decode(path: Path, background: str, _modified_ns: int, _size: int) -> Image
 
 
 def _cached_decode(path: Path, background: str) -> Image:
-    facts = path.stat()
+    try:
+        facts = path.stat()
+    except FileNotFoundError as error:
+        raise DataError(f"{path.name}: it was removed a moment ago.") from error
     found = _decode(path, background, facts.st_mtime_ns, facts.st_size)
     if isinstance(found, str):
         raise DataError(found)
     return found
 
 
-def view(folder: Path, *, trigger: str | None = None, resolution_px: int = 512) -> SetView:
+# --- Which images -----------------------------------------------------------------------------------------------------
+
+
+def read_folder(folder: Path, taken_out: Collection[str] = ()) -> DataConfig:
+    """A set's folder as a run reads it: itself, or a set for each of kohya's folders in it."""
+    return parse_config({"data": {"folder": str(folder), "exclude": sorted(taken_out)}}, name="set").data
+
+
+def images_of(folder: Path) -> dict[str, Path]:
+    """All images of a set by name, those that are taken out included; none if there is no folder."""
+    if not folder.is_dir():
+        return {}
+    files = [path for one in read_folder(folder).sets for path in image_files(Path(one.folder))]
+    return {path.relative_to(folder).as_posix(): path for path in files}
+
+
+def fingerprint(folder: Path) -> str:
+    """A value that changes when images are added to a set, removed or replaced."""
+    facts: list[tuple[str, int, int]] = []
+    for name, path in images_of(folder).items():
+        with suppress(FileNotFoundError):  # removed at this moment
+            facts.append((name, path.stat().st_mtime_ns, path.stat().st_size))
+    return hashlib.sha256(repr((str(folder), facts)).encode()).hexdigest()[:16]
+
+
+def view(
+    folder: Path, *, trigger: str | None = None, resolution_px: int = 512, taken_out: Collection[str] = ()
+) -> SetView:
     """Read and check a set, which may have no images.
 
     Args:
         folder: Of the set.
         trigger: The word that captions should contain.
         resolution_px: Training resolution, for buckets and for finding images that are too small.
+        taken_out: Images that are left out.
     """
-    if not folder.is_dir() or not any(image_files(folder)):
+    images = images_of(folder)
+    if not images.keys() - set(taken_out):
         return SetView(folder, (), (), ())
-    checkup = examine(folder, background="white", trigger=trigger, decode=_cached_decode)
-    sizes = {image.path.name: image.size for image in checkup.images}
+    data = read_folder(folder, taken_out)
+    findings: list[Finding] = []
+    sets: dict[str, tuple[Image, ...]] = {}
+    cards: list[Card] = []
+    for one in data.sets:
+        prefix = _prefix(folder, one)
+        if not image_files(Path(one.folder)) or all(name in taken_out for name in images if name.startswith(prefix)):
+            continue
+        checkup = examine(
+            Path(one.folder), background="white", caption=one.caption, trigger=trigger, exclude=one.exclude,
+            decode=_cached_decode,
+        )  # fmt: skip
+        sets[prefix.removesuffix("/")] = checkup.images
+        ours = (finding for finding in checkup.findings if finding.kind != "unused exclude")
+        findings += [finding.of_set(prefix.removesuffix("/") or None) for finding in ours]
+        cards += _captioned(one, prefix)
+    findings += copies_between(sets)
+    sizes = {
+        f"{name}/{image.name}" if name else image.name: image.size for name, some in sets.items() for image in some
+    }
     assigned = assign_buckets(list(sizes.values()), resolution_px, BucketOptions())
     buckets = dict(zip(sizes, assigned, strict=True))
-    small = [finding for finding in examine_sizes(sizes, buckets) if finding.kind == "too small"]
-    findings = (*checkup.findings, *small)
-    files = image_files(folder)
-    captions = read_captions(folder, [path.name for path in files]).by_image
-    cards = []
-    for path in files:
-        about = [finding for finding in findings if path.name in finding.files]
-        caption = next(filter(None, captions[path.name].values()), "")
-        severity = min((finding.severity for finding in about), default="fine")
-        told = tuple(_about(path.name, finding) for finding in about)
-        cards.append(Card(path.name, caption, sizes.get(path.name), severity, told, buckets.get(path.name)))
+    findings += [finding for finding in examine_sizes(sizes, buckets) if finding.kind == "too small"]
     twins = tuple(f.files for f in findings if f.kind in ("duplicate", "near-duplicate"))
-    return SetView(folder, tuple(cards), findings, twins)
+    checked = tuple(_checked(card, findings, sizes, buckets) for card in cards)
+    return SetView(folder, checked, tuple(findings), twins, _preserved(folder, data))
+
+
+def _prefix(folder: Path, one: ImageFolder) -> str:
+    """What the names of the images in one of a set's folders begin with."""
+    inside = Path(one.folder).relative_to(folder).as_posix()
+    return "" if inside == "." else f"{inside}/"
+
+
+def _captioned(one: ImageFolder, prefix: str) -> list[Card]:
+    """The images of one of a set's folders with their captions, before they are checked."""
+    names = [path.name for path in image_files(Path(one.folder))]
+    captions = read_captions(Path(one.folder), names).by_image
+    return [
+        Card(prefix + name, next(filter(None, captions[name].values()), ""), None, "fine", (), None, one.caption or "")
+        for name in names
+        if name not in one.exclude
+    ]
+
+
+def _checked(
+    card: Card,
+    findings: list[Finding],
+    sizes: Mapping[str, tuple[int, int]],
+    buckets: Mapping[str, tuple[int, int]],
+) -> Card:
+    about = [finding for finding in findings if card.name in finding.files]
+    severity = min((finding.severity for finding in about), default="fine")
+    told = tuple(_about(card.name, finding) for finding in about)
+    return replace(card, size=sizes.get(card.name), severity=severity, findings=told, bucket=buckets.get(card.name))
+
+
+def _preserved(folder: Path, data: DataConfig) -> tuple[str, int] | None:
+    if data.preservation_folder is None:
+        return None
+    place = Path(data.preservation_folder)
+    name = place.relative_to(folder).as_posix() if place.is_relative_to(folder) else str(place)
+    return name, len(image_files(place))
 
 
 def _about(name: str, finding: Finding) -> str:
@@ -97,7 +182,7 @@ def _about(name: str, finding: Finding) -> str:
         others = ", ".join(other for other in finding.files if other != name)
         same = "The same image as" if finding.kind == "duplicate" else "Nearly the same image as"
         return f"{same} {others}. Keep one of them: duplicates are memorized first."
-    if len(finding.files) == 1:
+    if len(finding.files) == 1 and finding.kind != "no caption":
         return finding.message
     return {
         "no caption": "It has no caption. Describe what is in the image.",
@@ -109,75 +194,94 @@ def _about(name: str, finding: Finding) -> str:
 # --- Captions ---------------------------------------------------------------------------------------------------------
 
 
-def write_caption(folder: Path, image: str, text: str) -> None:
-    """Save the caption of an image.
-
-    Raises:
-        StudioError: There is no such image in the set, or the caption is too long.
-    """
-    path = _image(folder, image)
-    caption = " ".join(text.replace("\0", " ").split())
-    if len(caption.encode("utf-8", errors="replace")) > MOST_CAPTION_BYTES:
-        raise StudioError(f"The caption of {image} is longer than {format_bytes(MOST_CAPTION_BYTES)}. Shorten it.")
-    _split_metadata(folder)
-    for other in read_captions(folder, [file.name for file in image_files(folder)]).by_image[image]:
-        if not other.lower().endswith(".txt"):  # it would contradict the new caption
-            (folder / other).rename(folder / f"{other}.before")
-    write_text(text_sidecar(path), caption.encode("utf-8", errors="replace").decode("utf-8"))
+def captions_of(folder: Path) -> dict[str, str]:
+    """The captions of all images of a set, by name; empty where there is none."""
+    found: dict[str, str] = {}
+    by_parent: dict[Path, list[tuple[str, str]]] = {}
+    for name, path in images_of(folder).items():
+        by_parent.setdefault(path.parent, []).append((name, path.name))
+    for parent, names in by_parent.items():
+        captions = read_captions(parent, [file for _, file in names]).by_image
+        found |= {name: next(filter(None, captions[file].values()), "") for name, file in names}
+    return found
 
 
-def replace_words(folder: Path, find: str, replacement: str) -> int:
-    """Replace words in all captions of a set; returns the number of captions changed.
+def changed_captions(view: SetView, change: Callable[[str], str]) -> dict[str, str]:
+    """The captions that a change of all captions would change, by image."""
+    return {card.name: change(card.caption) for card in view.cards if change(card.caption) != card.caption}
+
+
+def replace_words(view: SetView, find: str, replacement: str) -> dict[str, str]:
+    """The captions in which words are replaced, by image.
 
     Raises:
         StudioError: There are no words to find.
     """
     if not find:
         raise StudioError("Enter the words to find.")
-    return _rewrite(folder, lambda caption: caption.replace(find, replacement))
+    return changed_captions(view, lambda caption: caption.replace(find, replacement))
 
 
-def prepend_trigger(folder: Path, trigger: str) -> int:
-    """Prepend the trigger to every caption without it; returns the number of captions changed.
+def prepend_trigger(view: SetView, trigger: str) -> dict[str, str]:
+    """The captions that get the trigger in front, because they do not contain it, by image.
 
     Raises:
         StudioError: There is no trigger.
     """
     if not trigger.strip():
-        raise StudioError("There is no trigger yet. Choose a made-up word for what you train.")
-    return _rewrite(folder, lambda caption: with_trigger(caption, trigger.strip()))
+        raise StudioError("There is no trigger yet. Choose a made-up word for what you train, under Recipe.")
+    return changed_captions(view, lambda caption: with_trigger(caption, trigger.strip()))
 
 
-def fill_missing_captions(folder: Path, text: str) -> int:
-    """Give all images without a caption the same one; returns the number of them."""
-    uncaptioned = [card.name for card in view(folder).cards if not card.caption]
-    for name in uncaptioned:
-        write_caption(folder, name, text)
-    return len(uncaptioned)
+def fill_missing_captions(view: SetView, text: str) -> dict[str, str]:
+    """The same caption for all images that have none, by image.
+
+    Raises:
+        StudioError: The caption is empty.
+    """
+    if not text.strip():
+        raise StudioError("Enter the caption for the images that have none.")
+    return changed_captions(view, lambda caption: caption or text.strip())
 
 
-def remove_image(folder: Path, image: str) -> None:
-    """Remove an image and its caption from a set."""
-    path = _image(folder, image)
-    captions = read_captions(folder, [file.name for file in image_files(folder)]).by_image
-    shared = {file for name, found in captions.items() if name != image for file in found}
-    path.unlink()
-    for file in set(captions[image]) - shared - {METADATA}:
-        (folder / file).unlink()
+def write_captions(folder: Path, captions: Mapping[str, str]) -> None:
+    """Save captions of images, by name, in a `.txt` file beside each.
+
+    Raises:
+        StudioError: There is no such image in the set, or a caption is too long.
+    """
+    images = images_of(folder)
+    texts: dict[Path, dict[str, str]] = {}
+    for name, text in captions.items():
+        if name not in images:
+            raise StudioError(f"There is no image {name!r} in this set any more. Reload the page.")
+        caption = " ".join(text.replace("\0", " ").split()).encode("utf-8", errors="replace").decode("utf-8")
+        if len(caption.encode()) > MOST_CAPTION_BYTES:
+            raise StudioError(f"The caption of {name} is longer than {format_bytes(MOST_CAPTION_BYTES)}. Shorten it.")
+        texts.setdefault(images[name].parent, {})[images[name].name] = caption
+    for parent, some in texts.items():
+        _split_metadata(parent)
+        found = read_captions(parent, [path.name for path in image_files(parent)]).by_image
+        for name, caption in some.items():
+            for other in found[name]:
+                if not other.lower().endswith(".txt"):  # it would contradict the new caption
+                    (parent / other).rename(parent / f"{other}.before")
+            write_text(text_sidecar(parent / name), caption)
 
 
-def _rewrite(folder: Path, change: Callable[[str], str]) -> int:
-    changed = {card.name: change(card.caption) for card in view(folder).cards if change(card.caption) != card.caption}
-    for name, caption in changed.items():
-        write_caption(folder, name, caption)
-    return len(changed)
+def caption_files(folder: Path, image: str) -> list[str]:
+    """The files, by their path in a set's folder, that hold the caption of an image and of no other.
 
-
-def _image(folder: Path, name: str) -> Path:
-    found = next((path for path in image_files(folder) if path.name == name), None) if folder.is_dir() else None
-    if found is None:
-        raise StudioError(f"There is no image {name!r} in this set. Reload the page; it may have been removed.")
-    return found
+    Raises:
+        StudioError: There is no such image in the set.
+    """
+    path = images_of(folder).get(image)
+    if path is None:
+        raise StudioError(f"There is no image {image!r} in this set any more. Reload the page.")
+    captions = read_captions(path.parent, [file.name for file in image_files(path.parent)]).by_image
+    shared = {file for name, found in captions.items() if name != path.name for file in found}
+    own = sorted(set(captions[path.name]) - shared - {METADATA})
+    return [(path.parent / file).relative_to(folder).as_posix() for file in own]
 
 
 def _split_metadata(folder: Path) -> None:

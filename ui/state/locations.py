@@ -10,12 +10,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdlora.common.bundled import BUILTIN
+from sdlora.common.bundled import BUILTIN, resolve_data_folder
 from sdlora.common.remote import check_url, is_url
 from sdlora.config.toml import locations
 from sdlora.errors import ConfigError
 
-from .folders import Studio
+from .folders import Studio, StudioError
 
 _HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
@@ -57,6 +57,32 @@ def check_location(studio: Studio, text: str) -> None:
         _check_store(studio, text)
     elif not text.startswith(BUILTIN) or ".." in text:
         studio.allowed(to_path(text))
+
+
+def images_folder(studio: Studio, images: str) -> Path:
+    """The folder that a choice of images stands for.
+
+    Args:
+        studio: Knows what may be read.
+        images: A set's name in the studio, whose folder may not exist yet; the path of a folder; or "builtin:NAME".
+
+    Raises:
+        StudioError: It is not a valid name, or there is no such folder.
+        ConfigError: That is no shipped set, or outside of what may be read.
+    """
+    if images.startswith(BUILTIN):
+        return resolve_data_folder(images)
+    if not re.search(r"[\\/]", images):
+        return studio.image_set(images).resolve()
+    folder = to_path(images)
+    if not folder.is_absolute():
+        raise StudioError(
+            f"{images!r} is only a part of a path. Give the whole path of a folder, such as "
+            f"{str(Path.home() / 'images')!r}, or a name without slashes for a set in the studio."
+        )
+    if not studio.allowed(folder).is_dir():
+        raise StudioError(f"There is no folder {images!r}, and none was made. Check the spelling.")
+    return folder
 
 
 def to_path(text: str) -> Path:

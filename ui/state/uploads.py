@@ -14,6 +14,7 @@ import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import IO, NamedTuple
@@ -21,6 +22,7 @@ from typing import IO, NamedTuple
 from sdlora.common.bundled import IMAGE_SUFFIXES
 from sdlora.common.files import atomic_path, write_text
 from sdlora.common.text import format_bytes
+from sdlora.config.kohya_folders import REGULARISATION, numbered, repeats_and_name
 from sdlora.data.captions import METADATA, SIDECARS, caption_in, read_metadata
 from sdlora.data.images import load_image
 from sdlora.errors import DataError
@@ -65,12 +67,23 @@ class _Entry:
         path = PurePosixPath(self.name)
         return str(path.parent), path.stem
 
+    @property
+    def subfolder(self) -> str:
+        """Kohya's folder `REPEATS_NAME` that it lies in, below `reg` for images to preserve; empty if it does not."""
+        *above, parent = PurePosixPath(self.name).parent.parts or ("",)
+        if repeats_and_name(parent) is None:
+            return ""
+        return f"{REGULARISATION}/{safe_name(parent)}" if REGULARISATION in above else safe_name(parent)
+
 
 def store_upload(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
     """Store files, each with its name as sent and its temporary path, in a set's folder; zips are unpacked.
 
+    Of a zip, only kohya's folders `REPEATS_NAME` are kept, also those in `reg`: training reads repeats from them.
+
     Raises:
-        DataError: The upload is too large, or a zip is malformed; then nothing is written.
+        DataError: The upload is too large, a zip is malformed, or it has kohya's folders where the set has none, or the
+            other way round; then nothing is written.
     """
     entries = [entry for name, path in files for entry in _entries(name, path)]
     if len(entries) > MOST_FILES:
@@ -80,48 +93,89 @@ def store_upload(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
     if (total := sum(entry.size for entry in entries)) > MOST_BYTES_IN_ALL:
         limit = format_bytes(MOST_BYTES_IN_ALL)
         raise DataError(f"The files are {format_bytes(total)} together; the limit is {limit}. Upload fewer images.")
+    has_folders = any(entry.suffix in IMAGE_SUFFIXES and entry.subfolder for entry in entries)
+    if any(entry.suffix in IMAGE_SUFFIXES for entry in entries):
+        _refuse_mixture(folder, has_folders=has_folders)
+    is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    stems = _stems(entries, folder)
+    targets = _targets(entries, folder, has_folders=has_folders)
     images: list[str] = []
     num_captions = 0
     refused: list[str] = []
     for entry in entries:
         try:
+            if has_folders and not entry.subfolder:
+                raise DataError(f"{entry.name}: not in one of the folders with repeats, such as 10_zumi.")
             if entry.suffix in IMAGE_SUFFIXES:
-                name = f"{stems[entry.key]}{entry.suffix}"
+                target = targets[entry.key].with_name(f"{targets[entry.key].name}{entry.suffix}")
                 check = functools.partial(load_image, background="white", suffix=entry.suffix)
-                _store(entry, folder / name, MOST_BYTES, check)
-                images.append(name)
+                _store(entry, target, MOST_BYTES, check)
+                images.append(target.relative_to(folder).as_posix())
             elif entry.suffix in SIDECARS:
-                target = folder / f"{stems[entry.key]}{entry.suffix}"
+                target = targets[entry.key].with_name(f"{targets[entry.key].name}{entry.suffix}")
                 _store(entry, target, MOST_CAPTION_BYTES, functools.partial(caption_in, name=entry.name))
                 num_captions += 1
             elif PurePosixPath(entry.name).name == METADATA:
-                num_captions += _store_metadata(entry, folder, stems)
+                num_captions += _store_metadata(entry, _place(entry, folder, has_folders=has_folders), targets)
             else:
                 raise DataError(f"{entry.name}: not an image, a caption (.txt, .caption, .json) or a zip.")
         except DataError as error:
             refused.append(str(error))
+    if is_new and not images and not num_captions:
+        _remove_empty(folder)
     return Intake(tuple(images), num_captions, tuple(refused))
+
+
+def _remove_empty(folder: Path) -> None:
+    """Remove a folder and those in it, unless one has a file."""
+    for place in sorted(folder.glob("**/"), reverse=True):
+        with suppress(OSError):
+            place.rmdir()
+
+
+def _refuse_mixture(folder: Path, *, has_folders: bool) -> None:
+    """Refuse images that would keep training from reading a set as it is."""
+    there = numbered(folder)
+    has_images = folder.is_dir() and any(path.suffix.lower() in IMAGE_SUFFIXES for path in folder.iterdir())
+    if has_folders and has_images:
+        raise DataError(
+            "The zip has folders with repeats, such as 10_zumi, but this set has none. Type the name of a new set, and "
+            "drop the zip there."
+        )
+    if there and not has_images and not has_folders:
+        raise DataError(
+            f"This set consists of folders with repeats, such as {there[0][0].name}. Add images in a zip with such a "
+            "folder, or type the name of a new set and drop them there."
+        )
 
 
 # --- Names ------------------------------------------------------------------------------------------------------------
 
 
-def _stems(entries: Sequence[_Entry], folder: Path) -> dict[tuple[str, str], str]:
-    """A new stem for every image and its caption that no other image has."""
-    taken = {path.stem.lower() for path in folder.iterdir() if path.suffix.lower() in IMAGE_SUFFIXES}
-    found: dict[tuple[str, str], str] = {}
-    for key in dict.fromkeys(entry.key for entry in entries if entry.suffix in IMAGE_SUFFIXES):
-        wanted = stem = safe_name(key[1])
+def _place(entry: _Entry, folder: Path, *, has_folders: bool) -> Path:
+    return folder / entry.subfolder if has_folders else folder
+
+
+def _targets(entries: Sequence[_Entry], folder: Path, *, has_folders: bool) -> dict[tuple[str, str], Path]:
+    """A new path without suffix for every image and its caption that no other image of its folder has."""
+    taken: dict[Path, set[str]] = {}
+    found: dict[tuple[str, str], Path] = {}
+    for entry in entries:
+        if entry.suffix not in IMAGE_SUFFIXES or entry.key in found:
+            continue
+        place = _place(entry, folder, has_folders=has_folders)
+        if place not in taken:
+            there = place.iterdir() if place.is_dir() else ()
+            taken[place] = {path.stem.lower() for path in there if path.suffix.lower() in IMAGE_SUFFIXES}
+        wanted = stem = safe_name(entry.key[1])
         number = 2
-        while stem.lower() in taken:
+        while stem.lower() in taken[place]:
             stem, number = f"{wanted}-{number}", number + 1
-        taken.add(stem.lower())
-        found[key] = stem
+        taken[place].add(stem.lower())
+        found[entry.key] = place / stem
     for entry in entries:
         # A caption without its image belongs to an image already in the set.
-        found.setdefault(entry.key, safe_name(entry.key[1]))
+        found.setdefault(entry.key, _place(entry, folder, has_folders=has_folders) / safe_name(entry.key[1]))
     return found
 
 
@@ -156,7 +210,7 @@ def _chunks(entry: _Entry) -> Iterator[bytes]:
         raise DataError(f"{entry.name}: its zip entry is broken ({error}).") from error
 
 
-def _store_metadata(entry: _Entry, folder: Path, stems: dict[tuple[str, str], str]) -> int:
+def _store_metadata(entry: _Entry, folder: Path, targets: dict[tuple[str, str], Path]) -> int:
     """Turn a `metadata.jsonl` into a caption file for each of its images."""
     with tempfile.TemporaryDirectory() as scratch:
         _store(entry, Path(scratch) / METADATA, MOST_BYTES, lambda _: None)
@@ -165,8 +219,9 @@ def _store_metadata(entry: _Entry, folder: Path, stems: dict[tuple[str, str], st
         raise DataError(faults[0])
     parent = entry.key[0]
     for name, text in captions.items():
-        stem = stems.get((parent, PurePosixPath(name).stem), safe_name(PurePosixPath(name).stem))
-        write_text(folder / f"{stem}.txt", text)
+        stem = PurePosixPath(name).stem
+        target = targets.get((parent, stem), folder / safe_name(stem))
+        write_text(target.with_name(f"{target.name}.txt"), text)
     return len(captions)
 
 

@@ -57,7 +57,7 @@ def test_answers_set_the_options_and_keep_the_rest() -> None:
 @pytest.mark.parametrize("images", ["", "builtin:nothing", "nowhere/at all"])
 def test_what_is_missing_is_told(studio: Studio, images: str) -> None:
     closed = Studio(studio.runs, any_folder=False)
-    with pytest.raises(ConfigError):
+    with pytest.raises(SdloraError):
         Draft(images=images).config(closed)
 
 
@@ -77,8 +77,8 @@ def test_a_free_name_has_a_number(context: Context) -> None:
 def test_shipped_sets_are_not_changed(context: Context) -> None:
     for images in ("builtin:zumi", ""):
         with pytest.raises(SdloraError):
-            context.own_folder(images)
-    assert context.own_folder("mine") == context.studio.image_set("mine").resolve()
+            context.editor(images).writable()
+    assert context.editor("mine").writable() == context.studio.image_set("mine").resolve()
     assert context.sets() == ["builtin:blueprint", "builtin:zumi"]
 
 

@@ -18,7 +18,6 @@ from sdlora.ui.html import views
 from sdlora.ui.pages import background_tasks
 from sdlora.ui.pages.background_tasks import files_to_upload, start_captioning
 from sdlora.ui.pages.context import Context, snapshot
-from sdlora.ui.settings.draft import Draft, write_draft
 from sdlora.ui.state import subprocesses
 from sdlora.ui.state.folders import Studio
 
@@ -32,7 +31,6 @@ def folder(context: Context) -> Path:
     for name, color in (("a", "red"), ("b", "blue"), ("c", "green")):
         write_image(made / f"{name}.png", color)
     (made / "b.txt").write_text("my own words", encoding="utf-8")
-    write_draft(context.studio, Draft(images="set"))
     return made
 
 
@@ -47,15 +45,15 @@ def ended(context: Context, kind: Any) -> str:
 
 def test_model_captions_only_uncaptioned_images(context: Context, folder: Path, tmp_path: Path) -> None:
     model = make("blip", tmp_path / "blip")
-    assert start_captioning(context, str(model)) == ""
+    assert start_captioning(context, "set", str(model)) == ""
     with pytest.raises(SdloraError, match="'set'"):
-        start_captioning(context, str(model))
+        start_captioning(context, "set", str(model))
     assert snapshot(context, None, None).ends == {"caption": "Stop", "publish": None}
     told = ended(context, "caption")
     assert "2 captions written" in told and "verdict clean" in told
     assert (folder / "b.txt").read_text(encoding="utf-8") == "my own words"
     assert all((folder / f"{name}.txt").read_text(encoding="utf-8").strip() for name in "ac")
-    assert "caption already" in start_captioning(context, str(model))
+    assert "caption already" in start_captioning(context, "set", str(model))
     assert snapshot(context, None, None).ends["caption"] == "Hide this"
     context.tasks.end("caption")
     assert snapshot(context, None, None).html["caption"] == ""
@@ -63,7 +61,7 @@ def test_model_captions_only_uncaptioned_images(context: Context, folder: Path, 
 
 @pytest.mark.parametrize("model", ["nobody/nothing", "--overwrite", "a b; touch x"])
 def test_missing_model_is_reported_in_one_sentence(context: Context, folder: Path, model: str) -> None:
-    start_captioning(context, model)
+    start_captioning(context, "set", model)
     told = ended(context, "caption")
     assert "could not be loaded" in told and "verdict copying" in told and "Traceback" not in told
     assert [path.name for path in folder.glob("*.txt")] == ["b.txt"]
@@ -74,18 +72,18 @@ def test_missing_model_is_reported_in_one_sentence(context: Context, folder: Pat
 )
 def test_no_model_is_asked_for_at_once(context: Context, folder: Path, model: str, told: str) -> None:
     with pytest.raises(SdloraError, match=told):
-        start_captioning(context, model)
+        start_captioning(context, "set", model)
     assert context.tasks.find("caption") is None
 
 
 def test_folder_elsewhere_is_refused_over_the_network(context: Context, folder: Path, tmp_path: Path) -> None:
     closed = Context(Studio(context.studio.runs, any_folder=False), context.jobs, context.sampler)
     with pytest.raises(SdloraError, match="over the network"):
-        start_captioning(closed, str(tmp_path))
+        start_captioning(closed, "set", str(tmp_path))
 
 
 def test_stopped_task_keeps_written_captions(context: Context, folder: Path, sleepers: list[psutil.Process]) -> None:
-    start_captioning(context, "owner/model")
+    start_captioning(context, "set", "owner/model")
     said = context.studio.logs / ".caption.log"
     assert said.read_text(encoding="utf-8") == f"started with caption {folder.absolute()} --model=owner/model\n"
     assert "Loading the model" in views.background_task(context.tasks, "caption")
@@ -98,14 +96,14 @@ def test_stopped_task_keeps_written_captions(context: Context, folder: Path, sle
 
 def test_booru_tags_are_written_by_a_tagger(context: Context, folder: Path, sleepers: list[psutil.Process]) -> None:
     with pytest.raises(SdloraError, match="tagger"):
-        start_captioning(context, "", "booru tags")
-    start_captioning(context, "owner/tagger", "booru tags")
+        start_captioning(context, "set", "", "booru tags")
+    start_captioning(context, "set", "owner/tagger", "booru tags")
     said = context.studio.logs / ".caption.log"
     assert said.read_text(encoding="utf-8") == f"started with caption {folder.absolute()} --tagger=owner/tagger\n"
 
 
 def test_killed_task_has_failed(context: Context, folder: Path, sleepers: list[psutil.Process]) -> None:
-    start_captioning(context, "owner/model")
+    start_captioning(context, "set", "owner/model")
     (context.studio.logs / ".caption.log").write_text("")
     sleepers[0].kill()
     assert "killed" in ended(context, "caption")

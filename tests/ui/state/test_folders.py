@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ from helpers.hostile import NAMES
 
 from sdlora.errors import SdloraError
 from sdlora.ui.state.folders import Studio, run_name, safe_name
+from sdlora.ui.state.locations import images_folder
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -38,7 +40,30 @@ def test_safe_name_is_unchanged(name: str, studio: Studio) -> None:
     assert studio.image_set(name).parent == studio.sets
 
 
-@pytest.mark.parametrize("name", ["..", "a/b", "", "pictures", "CON", "con.txt", "a.", ".hidden", "x" * 101])
+@pytest.mark.parametrize("name", ["Mia's cat", "zumi 🐈", "<b>x</b>", "zum\u0000i", "..", "con", "a b.", "x" * 90])
+def test_odd_name_of_a_set_is_refused_with_one_that_is_valid(name: str, studio: Studio) -> None:
+    before = set(studio.runs.rglob("*"))
+    with pytest.raises(SdloraError) as caught:
+        images_folder(studio, name)
+    assert set(studio.runs.rglob("*")) == before
+    if "/" not in name:
+        suggested = re.findall(r"such as '(.+)'", str(caught.value))[0]
+        assert images_folder(studio, suggested).parent == studio.sets.resolve()
+
+
+def test_misspelt_folder_is_refused(studio: Studio, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "images").mkdir()
+    assert images_folder(studio, str(tmp_path / "images")) == tmp_path / "images"
+    assert images_folder(studio, "images").parent == studio.sets.resolve(), "a name is never a path"
+    for wrong in (str(tmp_path / "imagse"), "./images", "~nobody-at-all/images", str(tmp_path / "images" / "a.png")):
+        with pytest.raises(SdloraError):
+            images_folder(studio, wrong)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["images", "runs"]
+    assert studio.owns(images_folder(studio, "set")) and not studio.owns(tmp_path / "images")
+
+
+@pytest.mark.parametrize("name", ["..", "a/b", "", "pictures", "bases", "CON", "con.txt", "a.", ".hidden", "x" * 101])
 def test_reserved_names_are_refused(name: str) -> None:
     with pytest.raises(SdloraError):
         run_name(name)

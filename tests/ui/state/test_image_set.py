@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -57,7 +58,7 @@ def test_every_image_has_severity_and_findings(tmp_path: Path) -> None:
 @pytest.mark.parametrize("caption", CAPTIONS)
 def test_saved_caption_is_what_training_reads(caption: str, folder: Path) -> None:
     before = set(folder.rglob("*"))
-    image_set.write_caption(folder, "a.png", caption)
+    image_set.write_captions(folder, {"a.png": caption})
     assert set(folder.rglob("*")) == before
     dataset = load_dataset(ImageFolder(str(folder), caption="none"))
     expected = " ".join(caption.replace("\0", " ").split()).removeprefix("\ufeff") or "none"
@@ -67,38 +68,69 @@ def test_saved_caption_is_what_training_reads(caption: str, folder: Path) -> Non
 
 @pytest.mark.parametrize("name", ["../x.png", "nothing.png", "a.txt", "/etc/passwd", ""])
 def test_caption_of_a_foreign_image_is_refused(name: str, folder: Path) -> None:
-    for action in (lambda: image_set.write_caption(folder, name, "x"), lambda: image_set.remove_image(folder, name)):
+    for action in (
+        lambda: image_set.write_captions(folder, {name: "x"}),
+        lambda: image_set.caption_files(folder, name),
+    ):
         with pytest.raises(SdloraError, match="no image"):
             action()
 
 
 def test_all_captions_can_be_changed(folder: Path) -> None:
-    assert image_set.replace_words(folder, "thing", "ball") == 3
-    assert image_set.replace_words(folder, "red", "dark red") == 1
-    image_set.write_caption(folder, "b.png", "zumi, blue")
-    assert image_set.prepend_trigger(folder, "zumi") == 2
-    assert [card.caption for card in image_set.view(folder).cards] == [
-        "zumi, a dark red ball",
-        "zumi, blue",
-        "zumi, a green ball",
-    ]
-    image_set.write_caption(folder, "c.png", "")
-    assert image_set.fill_missing_captions(folder, "zumi somewhere") == 1
+    def change(edit: Callable[..., dict[str, str]], *words: str) -> int:
+        captions = edit(image_set.view(folder), *words)
+        image_set.write_captions(folder, captions)
+        return len(captions)
+
+    assert change(image_set.replace_words, "thing", "ball") == 3
+    assert change(image_set.replace_words, "red", "dark red") == 1
+    image_set.write_captions(folder, {"b.png": "zumi, blue"})
+    assert change(image_set.prepend_trigger, "zumi") == 2
+    assert image_set.captions_of(folder) == {
+        "a.png": "zumi, a dark red ball", "b.png": "zumi, blue", "c.png": "zumi, a green ball",
+    }  # fmt: skip
+    image_set.write_captions(folder, {"c.png": ""})
+    assert change(image_set.fill_missing_captions, "zumi somewhere") == 1
     assert image_set.view(folder).cards[2].caption == "zumi somewhere"
-    for action in (lambda: image_set.replace_words(folder, "", "x"), lambda: image_set.prepend_trigger(folder, " ")):
-        with pytest.raises(SdloraError):
-            action()
 
 
-def test_removed_image_takes_its_caption_along(folder: Path) -> None:
-    write_image(folder / "a.jpg", "yellow")
-    image_set.remove_image(folder, "a.jpg")
-    assert (folder / "a.txt").exists(), "a.png has it still"
-    image_set.remove_image(folder, "a.png")
-    assert not (folder / "a.txt").exists() and [card.name for card in image_set.view(folder).cards] == [
-        "b.png",
-        "c.png",
-    ]
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (image_set.replace_words, ("", "x")),
+        (image_set.prepend_trigger, (" ",)),
+        (image_set.fill_missing_captions, ("",)),
+        (image_set.fill_missing_captions, (" ",)),
+    ],
+)
+def test_an_empty_field_changes_no_caption(folder: Path, edit: Callable[..., object], words: tuple[str, ...]) -> None:
+    (folder / "a.txt").unlink()
+    with pytest.raises(SdloraError):
+        edit(image_set.view(folder), *words)
+
+
+def test_kohya_folders_are_read_as_training_reads_them(tmp_path: Path) -> None:
+    for name, color in (("10_zumi/a.png", "red"), ("5_style/a.png", "blue"), ("reg/1_cat/c.png", "green")):
+        write_image(tmp_path / name, color, (600, 520))
+    (tmp_path / "10_zumi/a.caption").write_text("zumi waving")
+    view = image_set.view(tmp_path, trigger="zumi")
+    assert [(card.name, card.caption, card.common_caption) for card in view.cards] == [
+        ("10_zumi/a.png", "zumi waving", "zumi"), ("5_style/a.png", "", "style"),
+    ]  # fmt: skip
+    assert view.preserved == ("reg/1_cat", 1) and view.cards[1].severity == "warning"  # its caption lacks the trigger
+    image_set.write_captions(tmp_path, {"5_style/a.png": "zumi in blue"})
+    assert image_set.view(tmp_path, trigger="zumi").findings == ()
+    assert [card.name for card in image_set.view(tmp_path, taken_out=["10_zumi/a.png"]).cards] == ["5_style/a.png"]
+
+
+def test_a_fingerprint_follows_the_images(folder: Path) -> None:
+    before = image_set.fingerprint(folder)
+    image_set.write_captions(folder, {"a.png": "other words"})
+    assert image_set.fingerprint(folder) == before, "text that is being typed is not drawn anew"
+    (folder / "b.png").unlink()
+    after = image_set.fingerprint(folder)
+    write_image(folder / "a.png", "yellow", (500, 500))
+    assert len({before, after, image_set.fingerprint(folder), image_set.fingerprint(folder / "none")}) == 4
 
 
 def test_editing_captions_replaces_metadata_file(folder: Path) -> None:
@@ -106,7 +138,7 @@ def test_editing_captions_replaces_metadata_file(folder: Path) -> None:
         (folder / f"{name}.txt").unlink()
     lines = "".join(f'{{"file_name": "{name}.png", "text": "listed {name}"}}\n' for name in "abc")
     (folder / "metadata.jsonl").write_text(lines, encoding="utf-8")
-    image_set.write_caption(folder, "b.png", "edited")
+    image_set.write_captions(folder, {"b.png": "edited"})
     assert [card.caption for card in image_set.view(folder).cards] == ["listed a", "edited", "listed c"]
     assert not [f for f in image_set.view(folder).findings if f.severity == "error"]
 
@@ -116,14 +148,13 @@ def test_editing_a_caption_sets_files_aside_that_would_contradict_it(folder: Pat
     (folder / "b.txt").unlink()
     (folder / "b.json").write_text('{"tags": ["one", "two"]}')
     assert [card.caption for card in image_set.view(folder).cards][1] == "one, two"
-    image_set.write_caption(folder, "a.png", "first")
-    image_set.write_caption(folder, "b.png", "second")
+    image_set.write_captions(folder, {"a.png": "first"})
+    image_set.write_captions(folder, {"b.png": "second"})
     assert [card.caption for card in image_set.view(folder).cards][:2] == ["first", "second"]
     assert not [f for f in image_set.view(folder).findings if f.severity == "error"]
     assert (folder / "A.TXT").read_text() == "first" and not (folder / "a.txt").exists()
     assert (folder / "b.json.before").exists()
-    image_set.remove_image(folder, "a.png")
-    assert not (folder / "A.TXT").exists()
+    assert image_set.caption_files(folder, "a.png") == ["A.TXT"]
 
 
 def test_large_set_is_paged(folder: Path) -> None:
@@ -143,5 +174,5 @@ def test_large_set_is_paged(folder: Path) -> None:
 def test_unchanged_image_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image_set.view(folder)
     monkeypatch.setattr(image_set, "decode", lambda *_: pytest.fail("decoded again"))
-    image_set.write_caption(folder, "a.png", "new words")
+    image_set.write_captions(folder, {"a.png": "new words"})
     assert image_set.view(folder).cards[0].caption == "new words"

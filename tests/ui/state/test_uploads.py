@@ -13,7 +13,9 @@ from helpers.hostile import NAMES
 from helpers.promises import Figure
 from helpers.studios import write_image
 
+from sdlora.config.toml import parse_config
 from sdlora.data.checks import examine
+from sdlora.data.dataset import load_dataset
 from sdlora.errors import DataError
 from sdlora.ui.state import uploads
 from sdlora.ui.state.uploads import store_upload
@@ -64,6 +66,37 @@ def test_captions_in_other_files_are_stored_as_they_are(tmp_path: Path) -> None:
     assert [image.caption for image in found.images] == ["a red thing", "blue, thing"]
 
 
+def test_kohya_folders_keep_repeats_class_captions_and_what_is_preserved(tmp_path: Path) -> None:
+    file = packed(
+        tmp_path / "z.zip", ("top/img/10_zumi cat/a.png", png()), ("top/img/10_zumi cat/a.caption", b"a red thing"),
+        ("top/img/5_style/a.png", png("blue")), ("top/reg/1_cat/b.png", png("green")), ("top/c.png", png("white")),
+    )  # fmt: skip
+    intake = store_upload([("z.zip", file)], tmp_path / "set")
+    assert intake.images == ("10_zumi cat/a.png", "5_style/a.png", "reg/1_cat/b.png") and intake.num_captions == 1
+    assert ["c.png" in reason for reason in intake.refused] == [True], "it would hide the folders"
+    data = parse_config({"data": {"folder": str(tmp_path / "set")}}, name="x").data
+    assert [(one.name, one.repeats, one.caption) for one in data.sets] == [
+        ("10_zumi cat", 10, "zumi cat"), ("5_style", 5, "style"),
+    ]  # fmt: skip
+    assert data.preservation_folder == str(tmp_path / "set" / "reg" / "1_cat")
+    assert [example.caption for example in load_dataset(*data.sets).examples] == ["a red thing", "style"]
+    again = store_upload([("z.zip", file)], tmp_path / "set")
+    assert again.images[0] == "10_zumi cat/a-2.png"
+    assert (tmp_path / "set" / "10_zumi cat" / "a-2.caption").read_bytes() == b"a red thing"
+
+
+def test_kohya_folders_and_single_images_are_not_mixed(tmp_path: Path) -> None:
+    folders = packed(tmp_path / "z.zip", ("10_zumi/a.png", png()))
+    single = write_image(tmp_path / "in" / "b.png", "blue")
+    store_upload([("z.zip", folders)], tmp_path / "set")
+    with pytest.raises(DataError, match="10_zumi"):
+        store_upload([("b.png", single)], tmp_path / "set")
+    store_upload([("b.png", single)], tmp_path / "other")
+    with pytest.raises(DataError, match="new set"):
+        store_upload([("z.zip", folders)], tmp_path / "other")
+    assert [path.name for path in (tmp_path / "other").iterdir()] == ["b.png"]
+
+
 def test_taken_name_gets_a_number_like_its_caption(tmp_path: Path) -> None:
     folder = tmp_path / "set"
     write_image(folder / "a.png", "red")
@@ -105,7 +138,7 @@ def test_other_file_is_refused_by_name(name: str, content: bytes, tmp_path: Path
     intake = store_upload([(name, file)], tmp_path / "set")
     assert intake.images == () and len(intake.refused) == 1
     assert name.lstrip(".") in intake.refused[0] and "partial" not in intake.refused[0]
-    assert list((tmp_path / "set").iterdir()) == []
+    assert not (tmp_path / "set").exists(), "no empty set is left behind"
 
 
 @pytest.mark.parametrize("name", NAMES)
