@@ -40,7 +40,6 @@ from sdlora.config.imports.shared import (
     file_precision,
     optimizer_arguments,
     precision,
-    resolution,
     sampler,
     schedule,
     trackers,
@@ -119,6 +118,22 @@ def _subsets(document: Mapping[str, Any], inherited: Mapping[str, Any]) -> list[
         subsets = dataset.pop("subsets", None)
         for subset in _tables(subsets if isinstance(subsets, list) else []):
             found.append({**inherited, **(general[0] if general else {}), **dataset, **subset})
+    return _at_several_resolutions(found)
+
+
+def _at_several_resolutions(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Rows of one folder that differ in their resolution alone, as one with all of them, a tuple, and all repeats."""
+    ignored = ("resolution", "min_bucket_reso", "max_bucket_reso")
+    found: list[dict[str, Any]] = []
+    for row in rows:
+        rest = {key: value for key, value in row.items() if key not in ignored}
+        alike = [other for other in rows if {key: value for key, value in other.items() if key not in ignored} == rest]
+        edges = [take.edge_of(other.get("resolution")) for other in alike]
+        repeats = row.get("num_repeats", 1)
+        if len(alike) < 2 or None in edges or len(set(edges)) < len(edges) or not isinstance(repeats, int):
+            found.append(row)
+        elif row is alike[0]:
+            found.append({**row, "resolution": tuple(edges), "num_repeats": len(edges) * repeats})
     return found
 
 
@@ -143,7 +158,7 @@ _FAMILIES = "of model families other than Stable Diffusion 1.x, 2.x and XL, or o
 _SUBSET = table(
     {
         "batch_size": rename("train.batch_size", whole),
-        "resolution": compute(lambda value, source: resolution(value), "`data.resolution_px`"),
+        "resolution": compute(take.resolution_of, "`data.resolution_px`, or `data.resolutions_px`"),
         "enable_bucket": rename("data.buckets", flag),
         "bucket_reso_steps": rename("data.bucket_step_px", whole),
         keys("min_bucket_reso max_bucket_reso"): drop("sdlora's buckets reach from 1:2 to 2:1 at the same area"),

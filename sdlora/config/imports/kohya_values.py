@@ -33,6 +33,8 @@ from sdlora.config.imports.shared import (
     optimizer,
     optimizer_argument,
     previews,
+    resolution,
+    resolutions,
     spread,
     spread_steps,
     warmup,
@@ -275,6 +277,20 @@ def clip_skip(value: Any, source: Source) -> Outcome:
     if flag(source.get("sdxl", False)):
         return dropped("sd-scripts does not use it for SDXL, whose second to last layer is always read")
     return translated({"base.clip_skip": whole(value)}) if whole(value) else dropped("off")
+
+
+def resolution_of(value: Any, source: Source) -> Outcome:
+    """The resolution, or those of several datasets with the same images."""
+    return resolutions(value) if isinstance(value, tuple) else resolution(value)
+
+
+def edge_of(value: Any) -> int | None:
+    """The edge of a square resolution; None if it is none."""
+    try:
+        found: int | None = resolution(value).options.get("data.resolution_px")
+    except ValueError:
+        return None
+    return found
 
 
 def tokens(value: Any, source: Source) -> Outcome:

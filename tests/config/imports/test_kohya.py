@@ -274,6 +274,22 @@ def test_sets_that_differ_in_what_sdlora_has_once_are_refused(folder: Path) -> N
     assert all("each entry of data.sets" in fate_of(found, key).reason for key in found.open_keys)
 
 
+def test_one_folder_in_several_datasets_is_trained_at_all_their_resolutions(folder: Path) -> None:
+    def dataset(px: int, more: str = "") -> str:
+        subsets = "".join(
+            f"[[datasets.subsets]]\nimage_dir = '{name}'\nnum_repeats = 2\n{more}" for name in ("photos", "reg")
+        )
+        return f"[[datasets]]\nresolution = [{px}, {px}]\nmax_bucket_reso = {2 * px}\n{subsets}"
+
+    (folder / "sets.toml").write_text(dataset(512) + dataset(1024), encoding="utf-8")
+    found = import_file(folder / "sets.toml")
+    assert not found.open_keys
+    assert option(found, "data.resolutions_px") == [512, 1024]
+    assert option(found, "data.sets") == [{"folder": "photos", "repeats": 4}, {"folder": "reg", "repeats": 4}]
+    (folder / "sets.toml").write_text(dataset(512) + dataset(1024, "keep_tokens = 3\n"), encoding="utf-8")
+    assert "resolution" in import_file(folder / "sets.toml").open_keys
+
+
 def test_a_lora_is_continued_as_it_is_on_a_base_with_others_merged() -> None:
     found = of_arguments(
         train_data_dir="photos", max_train_epochs=1, network_weights="old.safetensors", dim_from_weights=True,
