@@ -133,7 +133,7 @@ def _updates(
         name = context.default_run()
     # A chosen epoch means nothing in another run, and a page that shows the last epoch follows it.
     same = before.get("name") == name and str(epoch) != before.get("last")
-    chosen = int(epoch) if same and epoch is not None else None
+    chosen = int(epoch) if same and str(epoch).isdecimal() else None
     now = snapshot(context, name, chosen)
     last = max(now.epochs, default=None)
     seen, updates = {"name": name or "", "last": str(last)}, {}

@@ -28,13 +28,13 @@ from ..settings.draft import Draft, from_config, write_draft
 from ..settings.recipes import LENGTHS, OWN, SUBJECTS
 from ..settings.wording import in_a_word, in_words, labels
 from ..state.locations import check_locations, check_model
-from .context import Context, Live
+from .context import ANY_VALUE, Context, Live
 from .more import marks, more_fields, more_settings
 
 # An estimate takes seconds: one at a time, or an earlier one could arrive last. None is left out while another runs.
 IN_TURN: dict[str, Any] = {
     "concurrency_id": "recipe", "concurrency_limit": 1, "trigger_mode": "multiple",
-    "show_progress": "hidden",
+    "show_progress": "hidden", **ANY_VALUE,
 }  # fmt: skip
 _NUM_DECISIONS = 5  # the controls before those under "More"; the name is the last of them
 _STALE = (
@@ -110,11 +110,11 @@ def changes_html(draft: Draft) -> str:
 
 
 def fingerprint(draft: Draft) -> str:
-    """The images of a draft, and a digest of its settings but for the run's name; the same for what the page sends."""
+    """A digest of a draft but for the run's name, and its images; the same for what the page sends back."""
     values = [form.shown(f, form.entered(f, form.shown(f, draft.value(f.name)))) for f in more_fields()]
     settings = [draft.images, draft.subject, draft.length, draft.base, draft.trigger, *values]
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return json.dumps({"images": draft.images, "settings": digest})
+    return f"{digest} {draft.images}"
 
 
 def _base_note(context: Context, base: str) -> str:
@@ -145,11 +145,11 @@ def read(context: Context, values: Sequence[Any], images: str | None = None) -> 
     """
     subject, trigger, _, base, name, *rest = values
     found = {field.name: form.entered(field, value) for field, value in zip(more_fields(), rest, strict=True)}
-    found |= {"data.trigger": (trigger or "").strip() or None, "base.path": (base or POCKET).strip()}
+    found |= {"data.trigger": _text(trigger) or None, "base.path": _text(base) or POCKET}
     check_locations(context.studio, form.to_document(found))
     before = context.draft()
     images = before.images if images is None else images
-    kept = replace(before, images=images, name=(name or "").strip(), values={})
+    kept = replace(before, images=images, name=_text(name), values={})
     return replace(kept, subject=subject if subject in SUBJECTS else OWN).with_values(found)
 
 
@@ -173,6 +173,10 @@ def change(context: Context, place: int, value: Any, images: str = "") -> list[A
     return [*_outcome(context, after), *(new if new != old else gr.skip() for old, new in controls)]
 
 
+def _text(value: Any) -> str:
+    return str(value or "").strip()
+
+
 def _refused(message: str) -> list[Any]:
     """What the page shows where a change is refused: a message in place of the plan, and nothing to start."""
     return [*(gr.skip() for _ in range(3)), message, "", gr.update(interactive=False), *_untouched()]
@@ -183,7 +187,7 @@ def _untouched() -> list[Any]:
 
 
 def _changed(context: Context, draft: Draft, place: int, value: Any) -> Draft:
-    text = str(value or "").strip()
+    text = _text(value)
     if place == 0:
         return draft.with_answers(text if text in SUBJECTS else OWN, draft.length, draft.base)
     if place == 1:
@@ -202,6 +206,8 @@ def _changed(context: Context, draft: Draft, place: int, value: Any) -> Draft:
 
 def _with_base(context: Context, draft: Draft, base: str) -> Draft:
     """The draft with another base model and its recipe; one that cannot be is kept as it was typed."""
+    if base == draft.base:
+        return draft
     check_model(context.studio, base)
     try:
         check_base(context.studio, base)
@@ -210,7 +216,7 @@ def _with_base(context: Context, draft: Draft, base: str) -> Draft:
     return draft.with_answers(draft.subject, draft.length, base)
 
 
-def start(context: Context, values: Sequence[Any], planned: str) -> tuple[str, str | None, list[Any]]:
+def start(context: Context, values: Sequence[Any], planned: Any) -> tuple[str, str | None, list[Any]]:
     """Start the run that the page shows, or put it into the queue.
 
     Args:
@@ -226,7 +232,7 @@ def start(context: Context, values: Sequence[Any], planned: str) -> tuple[str, s
 
     def action() -> str:
         nonlocal name, shown
-        images = json.loads(planned)["images"] if planned else None
+        images = str(planned).partition(" ")[2] if planned else None
         draft = read(context, values, images)
         config = draft.config(context.studio)
         if planned != fingerprint(draft) or values[2] != draft.length:
@@ -295,11 +301,12 @@ def recipe_page(
             gr.HTML(render("settings_link.html"))
     marked, planned = gr.HTML(elem_id="marks"), gr.Textbox(visible=False)
     everything = [base_note, changes, marked, plan, planned, begin, *controls]
-    places = {control._id: place for place, control in enumerate(controls)}
+    # By their elements, since Gradio makes components anew that were updated.
+    places = {control.elem_id: place for place, control in enumerate(controls)}
 
     def on_change(event: gr.EventData, shown: str, *values: Any) -> list[Any]:
-        place = places[event.target._id]  # type: ignore[union-attr]
         try:
+            place = places[event.target.elem_id]  # type: ignore[union-attr]
             return change(context, place, values[place], shown)
         except Exception as error:
             return _refused(context.unexpected(error))
@@ -323,17 +330,22 @@ def recipe_page(
         message = context.attempt(load_settings, context, file)
         return [message, None, *show(context, context.draft())]
 
-    # Texts once their editing has ended.
+    # Texts once their editing has ended; a base model that is typed, too, which has no other event.
     settled = [control.blur if isinstance(control, gr.Textbox) else control.input for control in controls]
-    gr.on(settled, on_change, [images, *controls], everything, **IN_TURN)
-    measure_button.click(measure, [images, *controls], plan)
+    gr.on(
+        [*settled, decisions[3].blur], on_change, [images, *controls], everything,
+        **{**IN_TURN, "show_progress": "minimal", "show_progress_on": plan},
+    )  # fmt: skip
+    measure_button.click(measure, [images, *controls], plan, **ANY_VALUE)
     # The first step waits in line behind changes that are under way; the second sends what the page then shows.
     waiting = begin.click(
         lambda: gr.update(value="Starting …", interactive=False), None, begin, **{**IN_TURN, "trigger_mode": "once"}
     )
-    started = waiting.then(on_start, [*controls, planned], [note, tabs, live.run, *everything], show_progress="hidden")
+    started = waiting.then(
+        on_start, [*controls, planned], [note, tabs, live.run, *everything], show_progress="hidden", **ANY_VALUE
+    )
     live.events.append(started)
-    loaded = upload.upload(load, upload, [note, upload, *everything], **IN_TURN)
+    loaded = upload.upload(load, upload, [note, upload, *everything], **{**IN_TURN, "preprocess": True})
     return everything, note, decisions[1], loaded
 
 

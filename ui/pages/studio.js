@@ -80,13 +80,17 @@
       waiting.set(area, setTimeout(() => save(area), 700));
       tell(area.closest('.card'), '');
     }
-    if (event.target.closest?.('#search-settings')) seek(event.target.value);
+    if (event.target.closest?.('#search-settings')) search(event.target.value);
     const slider = event.target.closest?.('.sd .pair input[type=range]');
     if (slider) slider.closest('.pair').style.setProperty('--shown', `${slider.value}%`);
   });
 
-  // Under More: only settings that a search finds, in groups that are open while there is one.
-  const seek = (text) => {
+  // Under More: only settings that a search finds. Groups are drawn when they are opened, so that is done first.
+  document.addEventListener('focusin', (event) => {
+    if (!event.target.closest?.('#search-settings')) return;
+    document.querySelectorAll('.settings-group > button:not(.open)').forEach((button) => button.click());
+  });
+  const search = (text) => {
     const words = text.toLowerCase().split(/\s+/).filter(Boolean);
     for (const group of document.querySelectorAll('.settings-group')) {
       const blocks = [...group.querySelectorAll('.options .block[id^="set-"]')];

@@ -33,8 +33,22 @@ from .bases import base_resolution_px, shapes_of
 _TIMEOUT_SECONDS = 600
 _USABLE = 0.9  # of a GPU: the rest is its driver's and the screen's
 _HIGHEST_RATE, _LOWEST_RATE = 0.01, 1e-6  # the built-in base model learns at 0.003
-_OF_MEMORY = ("base", "lora", "train", "preview", "loss")
-_OF_IMAGES = ("resolution_px", "class_words", "preservation_folder", "masks")  # what those sections go with
+_OF_MEMORY = ("base", "lora", "train", "preview")
+# Of those sections, what memory does not depend on: a change of it is no reason to count anew.
+_UNCOUNTED = {
+    "base.family", "lora.alpha", "lora.dropout", "train.epochs", "train.exposures", "train.learning_rate",
+    "train.text_encoder_learning_rate", "train.loraplus_lr_ratio", "train.lr_schedule", "train.warmup_steps",
+    "train.weight_decay", "train.max_grad_norm", "train.log_every_steps", "train.checkpoint_every_steps",
+    "train.trackers", "preview.prompts", "preview.num_captions", "preview.seeds", "preview.negative_prompt",
+    "preview.num_steps", "preview.sampler",
+}  # fmt: skip
+_OF_IMAGES = (
+    "resolution_px",
+    "resolutions_px",
+    "class_words",
+    "preservation_folder",
+    "masks",
+)  # what those sections go with
 
 
 def estimate(config: RunConfig) -> Estimate | None:
@@ -43,7 +57,13 @@ def estimate(config: RunConfig) -> Estimate | None:
     device = device_name(config.train.device)
     memory_bytes = usable_memory(device)
     document = tomllib.loads(dump_toml(config))
-    kept = {section: document[section] for section in _OF_MEMORY if section in document}
+    kept = {
+        section: {name: value for name, value in document[section].items() if f"{section}.{name}" not in _UNCOUNTED}
+        for section in _OF_MEMORY
+        if section in document
+    }
+    if config.train.optimizer == "prodigy":
+        kept["train"]["learning_rate"] = config.train.learning_rate
     # The trigger takes no memory, but class words need one.
     data = {name: document["data"][name] for name in _OF_IMAGES if name in document["data"]}
     data |= {"folder": "none", "trigger": "trigger"}

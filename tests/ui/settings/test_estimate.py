@@ -107,6 +107,26 @@ def test_estimate_is_counted_once_while_free_memory_changes(monkeypatch: pytest.
     assert counted == [None]
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        {"train.learning_rate": 1e-5, "train.epochs": 2, "train.exposures": 60, "train.warmup_steps": 3},
+        {"preview.prompts": ["a"], "preview.seeds": [7], "preview.num_steps": 9, "preview.negative_prompt": "b"},
+        {"lora.alpha": 3.0, "lora.dropout": 0.1, "loss.weighting": "min_snr", "seed": 5, "data.trigger": "zumi"},
+    ],
+)  # fmt: skip
+def test_what_takes_no_memory_is_not_counted_anew(values: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    draft = Draft().with_value("lora.rank", 13)
+    needed = draft.needs()
+    monkeypatch.setattr(estimate, "estimate_shapes", lambda *_, **__: pytest.fail("counted anew"))
+    found = draft.with_values(values).needs()
+    assert found is not None and needed is not None and found.peak_bytes == needed.peak_bytes
+
+
+def test_rates_of_prodigy_are_kept_in_what_is_counted() -> None:
+    assert Draft().with_values({"train.optimizer": "prodigy", "train.learning_rate": 1.0}).needs() is not None
+
+
 # --- In words ---------------------------------------------------------------------------------------------------------
 
 
