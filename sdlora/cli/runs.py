@@ -6,6 +6,7 @@ a misspelt option should not cost them.
 
 from __future__ import annotations
 
+import gc
 import importlib
 import os
 import shlex
@@ -217,10 +218,16 @@ def ui(
     no_browser: Annotated[bool, typer.Option("--no-browser", help="Do not open the page in a browser.")] = False,
 ) -> None:
     """Open the studio: prepare, train and compare in a browser."""
-    quiet_libraries()
     print_message("Starting the studio; this takes a few seconds …")
     # It is installed inside this package and lies beside it in a checkout, where a type checker does not see it.
+    access = importlib.import_module("sdlora.ui.server.access")
+    entrance = access.open_entrance(
+        host=host, port=port, auth_file=auth_file, stores=store or (), trusted_proxies=trusted_proxy or ()
+    )
+    gc.disable()  # a fifth of the time that loading takes would go into looking for garbage
+    quiet_libraries()
     server = importlib.import_module("sdlora.ui.server.server")
+    gc.enable()
     address = f"http://[{host}]" if ":" in host else f"http://{host}"
 
     def opened(port: int) -> None:
@@ -228,10 +235,7 @@ def ui(
         if not no_browser and _has_screen():
             webbrowser.open(f"http://localhost:{port}" if host in ("0.0.0.0", "::") else f"{address}:{port}")
 
-    server.serve(
-        runs=runs, host=host, port=port, auth_file=auth_file, stores=store or (), trusted_proxies=trusted_proxy or (),
-        opened=opened,
-    )  # fmt: skip
+    server.serve(runs=runs, entrance=entrance, opened=opened)
 
 
 def _has_screen() -> bool:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from helpers.command import call
+from helpers.studios import auth_file
 
 from sdlora.cli import runs
 from sdlora.cli.runs import EXIT_NOT_ALL_DONE, resume_command
@@ -98,24 +99,26 @@ def test_cache_is_filled_and_nothing_is_trained(
     ("flags", "has_screen", "opened"),
     [
         ([], True, ["http://127.0.0.1:7861"]), ([], False, []), (["--no-browser"], True, []),
-        (["--host", "0.0.0.0"], True, ["http://localhost:7861"]),
+        (["--host", "0.0.0.0", "--auth-file", "auth"], True, ["http://localhost:7861"]),
     ],
 )  # fmt: skip
 def test_studio_says_at_once_that_it_starts_and_opens_its_page(
     flags: list[str], has_screen: bool, opened: list[str],
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
+    monkeypatch.chdir(auth_file(tmp_path).parent)
     pages: list[str] = []
 
     def serve(**options: Any) -> None:
         said = capsys.readouterr().err
         assert "Starting" in said and "http" not in said
+        options["entrance"].connections.close()
         options["opened"](7861)
 
     monkeypatch.setitem(sys.modules, "sdlora.ui.server.server", SimpleNamespace(serve=serve))
     monkeypatch.setattr(runs.webbrowser, "open", pages.append)
     monkeypatch.setattr(runs, "_has_screen", lambda: has_screen)
-    code, _, err = call(capsys, "ui", *flags)
+    code, _, err = call(capsys, "ui", "--port", "0", *flags)
     assert (code, pages) == (0, opened) and ":7861" in err
 
 

@@ -12,7 +12,8 @@ from typing import Any
 
 from starlette.types import ASGIApp
 
-from sdlora.ui.server.server import _Server, listen, server_config
+from sdlora.ui.server.access import listen
+from sdlora.ui.server.server import _Server, server_config
 
 
 @dataclass

@@ -174,7 +174,7 @@ PROMISES = [
     Promise(
         "Exposure",
         "Other machines need a password: --host 0.0.0.0 is refused without one, and guesses are limited.",
-        "ui/server/test_access.py::test_the_password_is_asked_and_guesses_are_few",
+        "ui/server/test_password.py::test_the_password_is_asked_and_guesses_are_few",
     ),
 ]
 

@@ -47,3 +47,11 @@ def write_base(folder: Path, family: str, prediction_type: str) -> Path:
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": prediction_type}))
     (folder / "model_index.json").write_text(json.dumps({"_class_name": shape.pipeline}), encoding="utf-8")
     return folder
+
+
+def auth_file(folder: Path, line: str = "me:correct horse", mode: int = 0o600) -> Path:
+    """A file with an account of the studio."""
+    file = folder / "auth"
+    file.write_text(line, encoding="utf-8")
+    file.chmod(mode)
+    return file

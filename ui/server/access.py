@@ -1,32 +1,23 @@
-"""Access control: which address the studio listens on, which proxies it believes, and who knows the password.
+"""The way into the studio: where it listens, whom it lets in, and which proxies and stores it was told of.
 
-Plain ASGI around the whole app; `guard` checks what is asked for.
+Everything that can be wrong with it is found here, before the rest of the studio takes seconds to load.
 """
 
 from __future__ import annotations
 
-import asyncio
-import base64
+import errno
 import hashlib
 import hmac
 import ipaddress
 import secrets
-import time
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from starlette.datastructures import Headers
-from starlette.types import ASGIApp, Receive, Scope, Send
-
+from sdlora.common.remote import check_url, is_url
 from sdlora.errors import ConfigError
 
-from .guard import refuse
-
-MAX_WRONG_LOGINS = 5
-LOGIN_WINDOW_SECONDS = 60.0
-MOST_GUESSERS = 10_000
-"""Networks whose wrong passwords are remembered; while so many guess within a minute, all others have to wait."""
 _ROUNDS = 200_000
 
 
@@ -108,81 +99,64 @@ def _hash(password: str, salt: bytes) -> bytes:
     return hashlib.pbkdf2_hmac("sha256", password.encode("utf-8"), salt, _ROUNDS)
 
 
-class PasswordGate:
-    """Asks for the password of an app, and refuses a network for a minute after five wrong ones.
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that takes connections.
+
+    Raises:
+        ConfigError: The port is in use, or the address is not this machine's.
+    """
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except OSError as error:
+        if error.errno == errno.EADDRINUSE:
+            raise ConfigError(
+                f"Port {port} is in use, perhaps by a studio that is open already. Close it, or choose another port "
+                f"with --port {port + 1 if port < 65535 else 0}."
+            ) from error
+        raise ConfigError(f"The studio cannot listen on {host}:{port}: {error.strerror or error}.") from error
+
+
+def check_stores(stores: Sequence[str]) -> tuple[str, ...]:
+    """The URLs of stores without a slash at their end.
+
+    Raises:
+        ConfigError: One of them is not a store's URL.
+    """
+    for store in stores:
+        if not is_url(store) or "::" in store:
+            raise ConfigError(f"--store {store}: not a store's URL; use one such as s3://BUCKET/FOLDER.")
+        check_url(store)
+    return tuple(store.rstrip("/") for store in stores)
+
+
+@dataclass(frozen=True)
+class Entrance:
+    """The way in, once it is checked."""
+
+    connections: socket.socket
+    host: str
+    account: Account | None
+    proxies: tuple[str, ...]
+    stores: tuple[str, ...]
+
+
+def open_entrance(
+    *, host: str, port: int, auth_file: Path | None, stores: Sequence[str] = (), trusted_proxies: Sequence[str] = ()
+) -> Entrance:
+    """Take connections; they are answered once the studio runs.
 
     Args:
-        clock: Monotonic time in seconds.
+        host: The address to listen on.
+        port: 0 takes any free one.
+        auth_file: A file with NAME:PASSWORD; None needs no login.
+        stores: URLs that recipes may read images from.
+        trusted_proxies: Addresses of proxies that say who asks.
+
+    Raises:
+        ConfigError: Other machines could reach it without a password, or an address, a store or a port is not valid.
     """
-
-    def __init__(self, app: ASGIApp, account: Account, clock: Callable[[], float] = time.monotonic) -> None:
-        self._app, self._account, self._clock = app, account, clock
-        # The times of wrong passwords by network, those of the last minute.
-        self._wrong: dict[str, list[float]] = {}
-        # One password at a time, or many guesses at once would all count as the first.
-        self._checking = asyncio.Lock()
-        # Hashing a password takes a tenth of a second, and every request for an image carries it.
-        self._accepted = secrets.token_bytes(32)
-        self._known: set[bytes] = set()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or ask for the password."""
-        if scope["type"] not in ("http", "websocket"):
-            await self._app(scope, receive, send)
-            return
-        given = Headers(scope=scope).get("authorization", "")
-        wait_seconds, accepted = await self._check(given, network_of((scope.get("client") or ("", 0))[0]))
-        if wait_seconds > 0:
-            await refuse(scope, receive, send, 429, f"Too many wrong passwords. Try again in {wait_seconds} s.")
-        elif accepted:
-            await self._app(scope, receive, send)
-        else:
-            challenge = {"www-authenticate": 'Basic realm="sdlora studio", charset="UTF-8"'}
-            message = "Log in with the name and password of the studio."
-            await refuse(scope, receive, send, 401, message, challenge)
-
-    async def _check(self, header: str, network: str) -> tuple[int, bool]:
-        """The seconds that a network must wait before its next password, and whether this one is right."""
-        token = hmac.digest(self._accepted, header.encode("utf-8"), "sha256")
-        if not header or token in self._known:
-            return self._wait_seconds(network), bool(header)
-        async with self._checking:
-            if (wait_seconds := self._wait_seconds(network)) > 0:
-                return wait_seconds, False
-            accepted = await asyncio.to_thread(self._is_right, header)
-            if accepted:
-                self._known.add(token)
-            else:
-                # To the end, so that the networks stay in the order of their last wrong password.
-                self._wrong[network] = [*self._wrong.pop(network, []), self._clock()][-MAX_WRONG_LOGINS:]
-            return 0, accepted
-
-    def _wait_seconds(self, network: str) -> int:
-        """How long a network must wait; 0 if it may try now."""
-        oldest = self._clock() - LOGIN_WINDOW_SECONDS
-        while self._wrong and next(iter(self._wrong.values()))[-1] < oldest:
-            del self._wrong[next(iter(self._wrong))]
-        recent = [when for when in self._wrong.get(network, []) if when >= oldest]
-        if len(recent) < MAX_WRONG_LOGINS and (recent or len(self._wrong) < MOST_GUESSERS):
-            return 0
-        first = recent[0] if recent else next(iter(self._wrong.values()))[-1]
-        return int(first - oldest) + 1
-
-    def _is_right(self, header: str) -> bool:
-        kind, _, encoded = header.partition(" ")
-        try:
-            name, _, password = base64.b64decode(encoded, validate=True).decode("utf-8").partition(":")
-        except ValueError:  # not base64, not UTF-8, or not ASCII
-            return False
-        return kind.lower() == "basic" and self._account.accepts(name, password)
-
-
-def network_of(address: str) -> str:
-    """What is likely to belong to one person: an IPv4 address, or the network that an IPv6 address names (64 bits)."""
-    try:
-        found = ipaddress.ip_address(address)
-    except ValueError:
-        return address
-    if isinstance(found, ipaddress.IPv6Address):
-        found = found.ipv4_mapped or ipaddress.IPv6Address(int(found) >> 64 << 64)
-    return str(found)
+    check_host(host, auth_file)
+    check_proxies(trusted_proxies, auth_file)
+    known = check_stores(stores)
+    account = None if auth_file is None else Account.read(auth_file)
+    return Entrance(listen(host, port), host, account, tuple(trusted_proxies), known)

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import socket
@@ -26,10 +25,9 @@ from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
 from starlette.types import ASGIApp
 
-from sdlora.common.remote import check_url, is_url
 from sdlora.common.text import format_bytes
 from sdlora.config.toml import dump_toml
-from sdlora.errors import ConfigError, SdloraError
+from sdlora.errors import SdloraError
 
 from ..html.render import NAME, ROUTE, render
 from ..pages.app import HEAD, build, theme
@@ -39,9 +37,10 @@ from ..state.queue import Jobs
 from ..state.run_view import RunView, read_run
 from ..state.try_lora import LoraSampler
 from ..state.uploads import MOST_BYTES, MOST_CAPTION_BYTES
-from .access import Account, PasswordGate, check_host, check_proxies
+from .access import Account, Entrance
 from .connections import LimitedConnection
 from .guard import GradioGuard, RequestFilter
+from .password import PasswordGate
 
 DISPATCH_EVERY_SECONDS = 1.0
 
@@ -225,68 +224,24 @@ def server_config(app: ASGIApp, *, trusted_proxies: Sequence[str] = ()) -> uvico
     )  # fmt: skip
 
 
-def listen(host: str, port: int) -> socket.socket:
-    """A socket that takes connections.
-
-    Raises:
-        ConfigError: The port is in use, or the address is not this machine's.
-    """
-    try:
-        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
-    except OSError as error:
-        if error.errno == errno.EADDRINUSE:
-            raise ConfigError(
-                f"Port {port} is in use, perhaps by a studio that is open already. Close it, or choose another port "
-                f"with --port {port + 1 if port < 65535 else 0}."
-            ) from error
-        raise ConfigError(f"The studio cannot listen on {host}:{port}: {error.strerror or error}.") from error
-
-
-def check_stores(stores: Sequence[str]) -> tuple[str, ...]:
-    """The URLs of stores without a slash at their end.
-
-    Raises:
-        ConfigError: One of them is not a store's URL.
-    """
-    for store in stores:
-        if not is_url(store) or "::" in store:
-            raise ConfigError(f"--store {store}: not a store's URL; use one such as s3://BUCKET/FOLDER.")
-        check_url(store)
-    return tuple(store.rstrip("/") for store in stores)
-
-
-def serve(
-    *, runs: Path, host: str, port: int, auth_file: Path | None, stores: Sequence[str] = (),
-    trusted_proxies: Sequence[str] = (), opened: Callable[[int], None] = lambda _: None,
-) -> None:  # fmt: skip
+def serve(*, runs: Path, entrance: Entrance, opened: Callable[[int], None] = lambda _: None) -> None:
     """Run the studio until it is interrupted; training continues without it.
 
     Args:
         runs: The folder of runs and images.
-        host: The address to listen on.
-        port: 0 takes any free one.
-        auth_file: A file with NAME:PASSWORD; None needs no login.
-        stores: URLs that recipes may read images from.
-        trusted_proxies: Addresses of proxies that say who asks.
-        opened: Called with the port once it can be reached.
-
-    Raises:
-        ConfigError: Other machines could reach it without a password, or an address, a store or a port is not valid.
+        entrance: Where it listens, and to whom.
+        opened: Called with the port once pages are answered.
     """
-    check_host(host, auth_file)
-    check_proxies(trusted_proxies, auth_file)
-    stores = check_stores(stores)
-    account = None if auth_file is None else Account.read(auth_file)
-    with listen(host, port) as connections:
-        studio = Studio(runs, any_folder=account is None, stores=stores)
+    with entrance.connections:
+        studio = Studio(runs, any_folder=entrance.account is None, stores=entrance.stores)
         studio.create()
         context = Context(studio, Jobs(studio), LoraSampler())
-        app = make_app(context, host=host, account=account, any_name=bool(trusted_proxies))
+        app = make_app(context, host=entrance.host, account=entrance.account, any_name=bool(entrance.proxies))
         stopping = threading.Event()
         queue = threading.Thread(name="queue", target=_dispatch, args=(context, stopping), daemon=True)
         queue.start()
         try:
-            _Server(server_config(app, trusted_proxies=trusted_proxies), opened).run([connections])
+            _Server(server_config(app, trusted_proxies=entrance.proxies), opened).run([entrance.connections])
         finally:
             stopping.set()
             queue.join()

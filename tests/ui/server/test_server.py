@@ -19,11 +19,10 @@ from helpers.studios import write_image, write_state
 from PIL import Image
 
 from sdlora.config.toml import dump_toml, load_config, parse_config
-from sdlora.errors import ConfigError
 from sdlora.ui.html.render import file_url
 from sdlora.ui.pages.app import EVERY_SECONDS
 from sdlora.ui.pages.context import Context
-from sdlora.ui.server.server import check_stores, listen, make_app
+from sdlora.ui.server.server import make_app
 from sdlora.ui.settings.draft import Draft, write_draft
 from sdlora.ui.state.folders import Studio
 from sdlora.ui.state.queue import Jobs
@@ -179,23 +178,3 @@ def test_tab_at_rest_asks_for_little(server: Live) -> None:
         sizes.append(len(json.dumps(content)) + 600 + of_headers + len(answer.body))
         seen = json.loads(gzip.decompress(answer.body))["data"][-1]
     assert sizes[-1] / EVERY_SECONDS < 2000, sizes
-
-
-def test_port_in_use_is_reported_with_another_one() -> None:
-    with listen("127.0.0.1", 0) as first:
-        port = first.getsockname()[1]
-        with pytest.raises(ConfigError, match=rf"{port} is in use.*--port {port + 1}"):
-            listen("127.0.0.1", port)
-    with pytest.raises(ConfigError, match=r"cannot listen on 192\.0\.2\.1"):
-        listen("192.0.2.1", 0)
-    with pytest.raises(ConfigError, match="cannot listen"):
-        listen("no such host", 0)
-
-
-@pytest.mark.parametrize(
-    "store", ["/data", "bucket", "https://host/x", "s3://me:secret@bucket", "zip://*::s3://bucket/x"]
-)
-def test_only_plain_stores_can_be_named(store: str) -> None:
-    with pytest.raises(ConfigError):
-        check_stores([store])
-    assert check_stores(["s3://bucket/", "gs://other/set"]) == ("s3://bucket", "gs://other/set")
