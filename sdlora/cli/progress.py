@@ -6,7 +6,9 @@ Commands pass every event to one of the two views.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import IO, Any, Self
 
 from rich.console import Console
@@ -15,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from sdlora import events
+from sdlora.cli.options import print_message
 from sdlora.common.run_files import LossSmoother
 from sdlora.common.text import format_bytes, format_seconds
 from sdlora.copycheck.verdict import EpochCheck
@@ -24,25 +27,46 @@ _VERDICT_STYLES = {"clean": "green", "watch": "yellow", "copying": "bold red"}
 
 
 class JsonLines:
-    """Prints every event, or every message of a batch, as a line of JSON."""
+    """Prints every event, or every message of a batch, as a line of JSON.
+
+    Where nobody reads them any more, or their disk is full, this is said once, and the run continues.
+    """
 
     def __init__(self, stream: IO[str]) -> None:
-        self._stream = stream
+        self._stream, self._is_lost = stream, False
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._stream.flush()
+        self._write("")
 
     def show(self, event: events.Event | Mapping[str, Any]) -> None:
         """Print an event."""
         line = event if isinstance(event, Mapping) else event.to_json()
-        print(json.dumps(line), file=self._stream, flush=True)
+        self._write(json.dumps(line) + "\n")
+
+    def _write(self, text: str) -> None:
+        if self._is_lost:
+            return
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except OSError as error:
+            self._is_lost = True
+            with suppress(OSError):
+                print_message(f"Events are no longer printed ({error.strerror}); the run continues.")
+            # What the stream still holds would fail again when Python exits.
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
 
 
 class ProgressBar(Progress):
-    """Shows phase, step, loss, images per second and the time left, with a line for every event that matters."""
+    """Shows phase, step, loss, images per second and the time left, with a line for every event that matters.
+
+    A terminal that is closed meanwhile stops nothing.
+    """
 
     def __init__(self, console: Console) -> None:
         columns = (TextColumn("{task.description:<15}"), BarColumn(), TaskProgressColumn())
@@ -52,8 +76,16 @@ class ProgressBar(Progress):
         self._smoother = LossSmoother()
         self._timer = Timer()
 
+    def __exit__(self, *exception: Any) -> None:
+        with suppress(OSError):
+            super().__exit__(*exception)
+
     def show(self, event: events.Event) -> None:
         """Show an event."""
+        with suppress(OSError):
+            self._show(event)
+
+    def _show(self, event: events.Event) -> None:
         self._timer.see(event)
         left = self._timer.eta_seconds
         eta = "" if left is None else f"{format_seconds(left)} left"

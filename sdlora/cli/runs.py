@@ -13,6 +13,7 @@ import shlex
 import sys
 import webbrowser
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -58,7 +59,7 @@ def train(
     folder, mirrored = open_run(location, resume=resume)
     console = terminal(quiet=not is_main_process())
     view = JsonLines(sys.stdout) if json_ else ProgressBar(console)
-    with stop_signals(lambda text: console.print(text, markup=False, soft_wrap=True)) as stop_signal, view:
+    with stop_signals(console.print) as stop_signal, view:
         try:
             events = start(
                 settings, folder, resume=resume, wait=not no_wait, should_stop=lambda: stop_signal() is not None
@@ -70,7 +71,8 @@ def train(
                 hint = f"To resume: {resume_command(config, location, set_ or [], force=force)}"
             else:
                 hint = "Nothing was written yet."
-            console.print(f"Stopped. {hint}", markup=False, soft_wrap=True)
+            with suppress(OSError):  # the terminal may be gone
+                console.print(f"Stopped. {hint}")
             raise typer.Exit(exit_code_of(stop_signal())) from None
     if not json_ and (checks := read_checks(folder / "epochs")):
         console.print(copy_table(checks))
@@ -158,7 +160,7 @@ def batch(
     else:
         chosen = partial(run_here, logs=location.folder / "workers", environments=environments())
     summary: dict[str, Any] = {}
-    with stop_signals(lambda text: console.print(text, markup=False, soft_wrap=True)) as stop_signal, view:
+    with stop_signals(console.print) as stop_signal, view:
         messages = run_batch(planned, location, chosen, retry=retry, should_stop=lambda: stop_signal() is not None)
         for message in messages:
             view.show(message)

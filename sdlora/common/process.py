@@ -1,4 +1,4 @@
-"""How a process of sdlora behaves: other libraries are quiet, and Ctrl-C and SIGTERM ask it to save its state and stop.
+"""How a process of sdlora behaves: other libraries are quiet, and signals ask it to save its state and stop.
 
 Used by the commands and by worker processes, before libraries are imported and around everything that takes long.
 """
@@ -10,12 +10,12 @@ import os
 import signal
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
 from sdlora.errors import RenamedOptionWarning
 
-EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
+EXIT_HUNG_UP, EXIT_INTERRUPTED, EXIT_TERMINATED = 129, 130, 143
 
 
 def quiet_libraries() -> None:
@@ -40,7 +40,9 @@ def is_main_process() -> bool:
 
 @contextmanager
 def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], int | None]]:
-    """Turn the first Ctrl-C or SIGTERM into a request to stop; the second one raises KeyboardInterrupt.
+    """Turn the first Ctrl-C, SIGTERM or SIGHUP into a request to stop; the second one raises KeyboardInterrupt.
+
+    SIGHUP comes when a terminal is closed; `nohup` and the like ignore it, and so does the process then.
 
     Yields:
         A function that returns the signal received so far, or None.
@@ -51,9 +53,14 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], int | None
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        say("Stopping after this step and saving a checkpoint. Press Ctrl-C again to quit now.")
+        with suppress(OSError):  # the terminal may be gone
+            say("Stopping after this step and saving a checkpoint. Press Ctrl-C again to quit now.")
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    asking = {signal.SIGINT, signal.SIGTERM}
+    hang_up = getattr(signal, "SIGHUP", signal.SIGTERM)  # Windows has none
+    if signal.getsignal(hang_up) != signal.SIG_IGN:
+        asking.add(hang_up)
+    previous = {number: signal.signal(number, handle) for number in asking}
     try:
         yield lambda: received[0] if received else None
     finally:
@@ -63,4 +70,6 @@ def stop_signals(say: Callable[[str], None]) -> Iterator[Callable[[], int | None
 
 def exit_code_of(received: int | None) -> int:
     """The exit code of a run that a signal stopped."""
-    return EXIT_TERMINATED if received == signal.SIGTERM else EXIT_INTERRUPTED
+    if received == signal.SIGTERM:
+        return EXIT_TERMINATED
+    return EXIT_HUNG_UP if received == getattr(signal, "SIGHUP", 0) else EXIT_INTERRUPTED

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from dataclasses import replace
 
+import pytest
 from helpers.checks import CLEAN, COPY, check
 from rich.console import Console
 
@@ -52,6 +54,28 @@ def test_progress_bar_prints_plan_notices_losses_and_files() -> None:
         "16 modules, max error 0", "1 min 30 s", "f.safetensors", "run/report.html", "run/previews.png",
     ):  # fmt: skip
         assert fact in shown, fact
+
+
+def test_events_that_nobody_reads_stop_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as stream, JsonLines(stream) as lines:
+        for event in EVENTS:
+            lines.show(event)
+    assert capsys.readouterr().err == "Events are no longer printed (Broken pipe); the run continues.\n"
+    with open("/dev/full", "w", encoding="utf-8") as full, JsonLines(full) as lines:  # noqa: PTH123
+        lines.show(EVENTS[0])
+    assert "No space left" in capsys.readouterr().err
+
+
+def test_a_closed_terminal_stops_nothing() -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise OSError(5, "Input/output error")
+
+    with ProgressBar(Console(file=Gone(), width=200)) as bar:
+        for event in EVENTS:
+            bar.show(event)
 
 
 def test_json_lines_are_one_object_per_line() -> None:

@@ -52,6 +52,25 @@ def test_first_signal_requests_a_stop_and_the_second_interrupts() -> None:
     assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
 
 
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has no SIGHUP")
+def test_a_closed_terminal_requests_a_stop_unless_it_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    def say(text: str) -> None:
+        raise OSError(5, "Input/output error")
+
+    before = signal.getsignal(signal.SIGHUP)
+    with stop_signals(say) as received:
+        signal.raise_signal(signal.SIGHUP)
+        assert received() == signal.SIGHUP
+    assert exit_code_of(signal.SIGHUP) == 129 and signal.getsignal(signal.SIGHUP) == before
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with stop_signals(say) as received:
+            signal.raise_signal(signal.SIGHUP)
+            assert received() is None
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
 def test_exit_codes() -> None:
     assert exit_code_of(signal.SIGINT) == 130
     assert exit_code_of(signal.SIGTERM) == 143
