@@ -63,7 +63,8 @@ class LimitedConnection(H11Protocol):
             self._end_waiting()
         if self._deadline is None and state in (h11.IDLE, h11.SEND_BODY):
             seconds = HEADER_SECONDS if state is h11.IDLE else STALL_SECONDS
-            self._deadline = self.loop.call_later(seconds, self.transport.abort)
+            # Closed, not aborted: the end of the last response may still be on its way to a slow reader.
+            self._deadline = self.loop.call_later(seconds, self.transport.close)
 
     def _end_waiting(self) -> None:
         if self._deadline is not None:

@@ -22,7 +22,7 @@ async def patient(scope: Scope, receive: Receive, send: Send) -> None:
         return
     while scope["path"] == "/read" and (await receive()).get("more_body"):
         pass
-    await PlainTextResponse("here")(scope, receive, send)
+    await PlainTextResponse("x" * 10**7 if scope["path"] == "/large" else "here")(scope, receive, send)
 
 
 @contextmanager
@@ -82,3 +82,13 @@ def test_connection_is_used_again_for_as_long_as_there_are_requests(monkeypatch:
                 part = one.recv(4096)
                 assert part
                 answer += part
+
+
+def test_response_reaches_a_slow_reader_as_a_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connections, "HEADER_SECONDS", 0.05)
+    with live(patient) as server, half_open(server, 1, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n") as (one,):
+        time.sleep(0.3)
+        seen = 0
+        while part := one.recv(2**20):
+            seen += len(part)
+        assert seen > 10**7
