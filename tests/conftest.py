@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from diffusers import StableDiffusionPipeline
 from helpers.adapters import trained
+from helpers.commandline import CommandLine
 from helpers.promises import Figure, record
+from helpers.quick import leave_out_fsync, shrink_null_distribution
 from helpers.tiny import TINY, make_tiny_pipeline
 from PIL import Image, ImageDraw
 
@@ -29,10 +32,23 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker(pytest.mark.skip(reason="needs --slow"))
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _unsynced() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out_fsync(patch.setattr)
+        yield
+
+
 @pytest.fixture
 def figure() -> Figure:
     """Keeps what a test found for docs/reliability.md, if SDLORA_RECORD is set."""
     return record if os.environ.get("SDLORA_RECORD") else lambda *_: None
+
+
+@pytest.fixture(scope="session")
+def command(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
+    """The command line in processes that are forked, so that each begins at once."""
+    return CommandLine(tmp_path_factory.mktemp("commands"))
 
 
 @pytest.fixture(scope="session")
@@ -70,7 +86,13 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def overrides(tiny_base: Path, images: Path, tmp_path: Path) -> list[str]:
+def small_null(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small null distribution, for runs in which what the copy check finds is not the point."""
+    shrink_null_distribution(monkeypatch.setattr)
+
+
+@pytest.fixture
+def overrides(tiny_base: Path, images: Path, tmp_path: Path, small_null: None) -> list[str]:
     """Settings of a run that takes a second or two."""
     return [
         f"base.path={tiny_base}", "base.family=any", f"data.folder={images}", f"cache.dir={tmp_path / 'cache'}",

@@ -8,10 +8,5 @@ from helpers.scene import Scene, make_scene
 
 
 @pytest.fixture(scope="session")
-def command(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
-    return CommandLine(tmp_path_factory.mktemp("commands"))
-
-
-@pytest.fixture(scope="session")
 def scene(tmp_path_factory: pytest.TempPathFactory, command: CommandLine) -> Scene:
     return make_scene(tmp_path_factory.mktemp("scene"), command)
