@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 from helpers.command import call
+from helpers.commandline import CommandLine
 from PIL import Image
 
 from sdlora import __version__
@@ -240,23 +242,23 @@ def test_command_line_does_not_import_torch() -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_signal_saves_a_checkpoint_and_names_resume(
-    tmp_path: Path, overrides: list[str], number: int, code: int
+    command: CommandLine, tmp_path: Path, overrides: list[str], number: int, code: int
 ) -> None:
     source = tmp_path / "hero.toml"
     source.write_text("[data]\ntrigger = 'zumi'\nrepeats = 300\n")
     changes = [part for change in [*overrides, "preview.enabled=false"] for part in ("--set", change)]
-    command = [sys.executable, "-m", "sdlora", "train", str(source), "--output", str(tmp_path / "run"), *changes]
+    started = command.start(["train", str(source), "--output", str(tmp_path / "run"), *changes])
     metrics = tmp_path / "run" / "metrics.jsonl"
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
-        for _ in range(600):
-            if metrics.exists() and metrics.read_text().count("\n") > 20:
-                break
-            time.sleep(0.1)
-        process.send_signal(number)
-        _, err = process.communicate(timeout=60)
-    assert process.returncode == code, err
-    assert "Traceback" not in err
-    assert "--resume" in err
+    for _ in range(600):
+        if metrics.exists() and metrics.read_text().count("\n") > 20:
+            break
+        time.sleep(0.1)
+    assert started.process.pid is not None
+    os.kill(started.process.pid, number)
+    outcome = started.wait()
+    assert outcome.code == code, outcome.err
+    assert "Traceback" not in outcome.err
+    assert "--resume" in outcome.err
     state = json.loads((tmp_path / "run" / "state.json").read_text())
     (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
     assert state["status"] == "stopped"

@@ -1,16 +1,13 @@
-"""Runs one configuration on several processes, as a launcher would: `python several.py CONFIG RUN...`.
+"""Runs one configuration on several processes, as a launcher would.
 
-Each RUN is the JSON of a `Run`. A program of its own: it forks before torch has computed anything, so that all
-libraries are loaded once for all.
+Called in a process of `helpers.commandline`, which can fork since torch has computed nothing in it.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import socket
-import sys
 from dataclasses import dataclass
 
 from sdlora.common.process import quiet_libraries
@@ -65,9 +62,9 @@ def run_on(config: str, run: Run) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-if __name__ == "__main__":
+def run_all(config: str, *runs: Run) -> None:
+    """Carry out one run after another, each to its end."""
     quiet_libraries()
-    for text in sys.argv[2:]:
-        wanted = Run(**json.loads(text))
-        codes = run_on(sys.argv[1], wanted)
+    for wanted in runs:
+        codes = run_on(config, wanted)
         assert codes == [0] * wanted.count, (wanted, codes)

@@ -71,7 +71,7 @@ def test_captions_that_vary_are_all_known(
         "data.wildcards=true", "data.caption_lines=true", "data.caption_prefix=best,", "data.shuffle_tags=true",
         "data.flip=true",
     )  # fmt: skip
-    for _ in fill_cache(config, 2):
+    for _ in fill_cache(config, 1):
         pass
     made = files(config)
     monkeypatch.setattr(StableDiffusion, "encode_pixels", None)

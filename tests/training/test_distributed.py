@@ -8,21 +8,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import psutil
 import pytest
 import torch
-from helpers.several import Run
+from helpers.commandline import CommandLine
+from helpers.several import Run, run_all
 from safetensors.torch import load_file
 from torch import nn
 
 from sdlora.config.toml import dump_toml, parse_config
 from sdlora.errors import ConfigError
 from sdlora.training.distributed import ALONE, Processes, join
-
-SEVERAL = Path(__file__).parents[1] / "helpers" / "several.py"
 
 
 def config_file(folder: Path, overrides: Sequence[str], *changes: str) -> Path:
@@ -34,16 +32,15 @@ def config_file(folder: Path, overrides: Sequence[str], *changes: str) -> Path:
     return file
 
 
-def run(file: Path, *runs: Run) -> None:
-    command = [sys.executable, str(SEVERAL), str(file), *(json.dumps(asdict(one)) for one in runs)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=500)
-    assert result.returncode == 0, result.stderr[-3000:]
+def run(command: CommandLine, file: Path, *runs: Run) -> None:
+    outcome = command.call(run_all, str(file), *runs)
+    assert outcome.code == 0, outcome.err[-3000:]
 
 
 @pytest.mark.slow
 def test_one_two_and_four_processes_train_the_same_adapter(
-    tmp_path: Path, overrides: list[str], images: Path
-) -> None:  # fmt: skip
+    command: CommandLine, tmp_path: Path, overrides: list[str], images: Path
+) -> None:
     # In buckets of 3 and 2 images no batch is divided evenly: of 4 processes some have nothing to compute.
     own_caches = [setting for setting in overrides if not setting.startswith("cache.dir=")]
     changes = ["train.weight_decay=0.1", "train.log_every_steps=1", f"data.folder=file://{images}"]
@@ -51,7 +48,7 @@ def test_one_two_and_four_processes_train_the_same_adapter(
     url, homes = f"file://{tmp_path}/bucket", [str(tmp_path / name) for name in "abcd"]
     together = [Run(count, str(tmp_path / str(count)), homes[:1]) for count in (1, 2, 4)]
     # Two machines that share nothing but the store, and two others that go on.
-    run(file, *together, Run(2, url, homes[:2], stop_at=10), Run(2, url, homes[2:]))
+    run(command, file, *together, Run(2, url, homes[:2], stop_at=10), Run(2, url, homes[2:]))
     alone = load_file(tmp_path / "1" / "hero.safetensors")
     losses = step_losses(tmp_path / "1")
     assert len(losses) == 20
@@ -70,11 +67,13 @@ def test_one_two_and_four_processes_train_the_same_adapter(
     assert [(one / "runs").is_dir() for one in stores] == [True, False, True, False], "the main process alone writes"
 
 
-def test_prior_preservation_on_two_processes_is_the_same(tmp_path: Path, overrides: list[str]) -> None:
+def test_prior_preservation_on_two_processes_is_the_same(
+    command: CommandLine, tmp_path: Path, overrides: list[str]
+) -> None:
     # Of two processes that share a batch, one may have all that is kept of it.
     words = ["data.trigger=a", 'data.class_words=["cat"]', "train.preservation_weight=2", "train.preservation_every=3"]
     file = config_file(tmp_path, overrides, *words, "data.repeats=8")
-    run(file, *(Run(count, str(tmp_path / str(count)), [str(tmp_path / "home")]) for count in (1, 2)))
+    run(command, file, *(Run(count, str(tmp_path / str(count)), [str(tmp_path / "home")]) for count in (1, 2)))
     alone, shared = (load_file(tmp_path / count / "hero.safetensors") for count in ("1", "2"))
     for name, tensor in alone.items():
         # The optimizer makes more of rounding where gradients are small.
@@ -88,9 +87,11 @@ def step_losses(folder: Path) -> list[float]:
 
 
 @pytest.mark.slow
-def test_run_resumes_with_another_number_of_processes_after_one_dies(tmp_path: Path, overrides: list[str]) -> None:
+def test_run_resumes_with_another_number_of_processes_after_one_dies(
+    command: CommandLine, tmp_path: Path, overrides: list[str]
+) -> None:
     file = config_file(tmp_path, overrides, "train.checkpoint_every_steps=4", "train.log_every_steps=1")
-    run(file, Run(1, str(tmp_path / "1"), [str(tmp_path)]))
+    run(command, file, Run(1, str(tmp_path / "1"), [str(tmp_path)]))
     cut, tried = (
         tmp_path / "cut",
         [sys.executable, "-m", "sdlora", "train", str(file), "--output", str(tmp_path / "cut")],
