@@ -34,8 +34,11 @@ def test_family_is_estimated_without_weights() -> None:
     assert found["peak_bytes"] == sum(found["parts"].values())
     assert found["seconds"] is None
     assert found["full_training_bytes"] == 16 * 859_520_964
-    told = plan(*small, "--memory", "2.5GiB", "--set", "train.batch_size=32")
-    assert "It does not fit into 2.50 GiB." in told
+
+
+def test_family_that_does_not_fit_is_told_what_to_change(small: None) -> None:
+    told = plan("--family", "sd1", "--resolution", "128", "--memory", "1MiB", "--set", "train.batch_size=32")
+    assert "It does not fit into 1.0 MiB." in told
     assert "train.batch_size = 1" in told
 
 

@@ -73,12 +73,12 @@ def outcome(scene: dict[str, str]) -> Callable[..., str]:
         rank = 2
         [train]
         batch_size = 2
-        epochs = 2
+        epochs = 1
         learning_rate = 1e-2
         device = "cpu"
         precision = "fp32"
         [preview]
-        num_steps = 2
+        num_steps = 1
         prompts = ["a red ball"]
         num_captions = 0
         seeds = [0]
@@ -175,14 +175,14 @@ CHANGES: dict[str, list[str]] = {
     "lora.timestep_rank_min": ["lora.timestep_rank_min=1"],
     "lora.timestep_rank_alpha": ["lora.rank=8", "lora.timestep_rank_min=1", "lora.timestep_rank_alpha=0.2"],
     "lora.from_file": ["lora.from_file={file}"],
-    "train.epochs": ["train.epochs=1"],
+    "train.epochs": ["train.epochs=2"],
     "train.batch_size": ["train.batch_size=1"],
     "train.gradient_accumulation_steps": ["train.gradient_accumulation_steps=2"],
     "base.quantization": ["base.quantization=int8"],
     "train.learning_rate": ["train.learning_rate=5e-3"],
     "train.text_encoder_learning_rate": ['lora.targets=["text_encoder"]', "train.text_encoder_learning_rate=1e-3"],
     "train.lr_schedule": ["train.lr_schedule=cosine"],
-    "train.warmup_steps": ["train.warmup_steps=3"],
+    "train.warmup_steps": ["train.warmup_steps=2"],
     "train.weight_decay": ["train.weight_decay=0.5"],
     "train.optimizer": ["train.optimizer=lion"],
     "train.loraplus_lr_ratio": ["train.loraplus_lr_ratio=4"],
@@ -218,7 +218,7 @@ CHANGES: dict[str, list[str]] = {
     "preview.width_px": ["preview.width_px=64"],
     "preview.height_px": ["preview.height_px=64"],
     "preview.negative_prompt": ["preview.negative_prompt=red"],
-    "preview.num_steps": ["preview.num_steps=3"],
+    "preview.num_steps": ["preview.num_steps=2"],
     "preview.guidance": ["preview.guidance=2.0"],
     "copycheck.enabled": ["copycheck.enabled=true"],
     "file.format": ["file.format=peft"],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture
-def pipeline(folder: Path) -> Any:
+@pytest.fixture(scope="module")
+def loaded(folder: Path) -> Any:
     return StableDiffusionXLPipeline.from_pretrained(folder)
+
+
+@pytest.fixture
+def pipeline(loaded: Any) -> Any:
+    return copy.deepcopy(loaded)
 
 
 def encoders(pipeline: Any) -> list[Any]:

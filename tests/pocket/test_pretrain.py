@@ -20,10 +20,10 @@ def settings(folder: Path, steps: int) -> pretrain.Settings:
 
 def test_interrupted_pretraining_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY_STEPS", 1)
-    whole = settings(tmp_path / "whole", 3)
+    whole = settings(tmp_path / "whole", 2)
     whole.work.mkdir()
     pretrain.train_unet(whole, pretrain.train_vae(whole))
-    cut = settings(tmp_path / "cut", 3)
+    cut = settings(tmp_path / "cut", 2)
     cut.work.mkdir()
     vae = pretrain.train_vae(cut)
     save = pretrain._save

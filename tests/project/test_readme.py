@@ -48,7 +48,7 @@ def test_badges_say_what_the_package_says() -> None:
 @pytest.mark.parametrize(
     ("row", "family", "setting"),
     [
-        ("1.x", "sd1", "none"),
+        pytest.param("1.x", "sd1", "none", marks=pytest.mark.slow),
         pytest.param("2.x", "sd2", "none", marks=pytest.mark.slow),
         pytest.param("XL", "sdxl", "none", marks=pytest.mark.slow),
         pytest.param("int8", "sdxl", "int8", marks=pytest.mark.slow),

@@ -50,7 +50,9 @@ def test_estimate_without_memory_for_a_step_has_no_time(
 
     config = prepared(tmp_path, overrides).config
     monkeypatch.setattr(TrainStep, "gradients", full)
-    found = estimate.estimate_config(config, 1)
+    whole = estimate.estimate_config(config, None)
+    assert whole.peak_bytes is not None
+    found = estimate.estimate_config(config, whole.peak_bytes - 1)
     assert found.seconds is None and found.fits is False and found.changes
 
 

@@ -14,7 +14,13 @@ CHECKED = ["copycheck.enabled=true", "preview.num_captions=1", 'preview.prompts=
 
 
 def test_card_of_a_run_is_valid_for_the_hub(tmp_path: Path, overrides: list[str], others: Path) -> None:
-    options = [*CHECKED, "file.licence=cc-by-4.0", "data.repeats=2", f"data.validation_folder={others}"]
+    options = [
+        *CHECKED,
+        "file.licence=cc-by-4.0",
+        "train.epochs=1",
+        "data.repeats=2",
+        f"data.validation_folder={others}",
+    ]
     run(tmp_path / "run", [*overrides, *options])
     text = (tmp_path / "run" / "README.md").read_text(encoding="utf-8")
     card = ModelCard(text).data.to_dict()
