@@ -64,7 +64,7 @@ class TrainConfig(Section):
     device: str = "auto"
     """Device to train on: 'auto', 'cpu', 'cuda', or one GPU such as 'cuda:1'."""
     log_every_steps: int = Field(10, ge=1, le=1000)
-    """Steps between reads of the loss from the device."""
+    """Steps between reads of the loss from the device, at most; a single process also reads it after two seconds."""
     checkpoint_every_steps: int = Field(0, ge=0)
     """Steps between checkpoints for --resume; 0 saves only at the end of every epoch."""
     trackers: list[Literal["tensorboard", "wandb"]] = Field([])

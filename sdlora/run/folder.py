@@ -138,16 +138,25 @@ class Recorder:
     def __init__(self, folder: RunFolder) -> None:
         self.folder = folder
         before = read_state(folder.state)  # of the part of the run that is resumed
-        self._state = RunState(
-            pid=os.getpid(),
-            started=time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-            closing_seconds=before.closing_seconds if before else None,
-        )
+        self._state = RunState(pid=os.getpid(), started=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
+        if before is not None:
+            # Where it fails before it continues, it still was as far as before.
+            reached = {name: getattr(before, name) for name in ("epoch", "step", "total_steps", "closing_seconds")}
+            self._state = replace(self._state, **reached)
         self._timer = Timer(closing_seconds=self._state.closing_seconds)
         self._written = 0.0
 
     def record(self, event: Event) -> None:
-        """Write an event to the files it belongs to."""
+        """Write an event to the files it belongs to.
+
+        Raises:
+            OutputError: The run's folder was removed.
+        """
+        if not self.folder.config.is_file():
+            raise OutputError(
+                f"The folder {self.folder.path} was removed or renamed while the run trained, so that it cannot go on. "
+                "Put it back and resume the run, or start it again."
+            )
         state = self._state
         self._timer.see(event)
         if isinstance(event, PlanMade):
@@ -175,7 +184,9 @@ class Recorder:
     def finish(self, status: RunStatus, error: str | None = None) -> None:
         """Record how the run ended: "done", "stopped" or "failed"."""
         self._state = replace(self._state, status=status, error=error, eta_seconds=0.0 if status == "done" else None)
-        # A full disk or a deleted folder may prevent this as well; the caller raises the original error.
+        if not self.folder.path.is_dir():
+            return  # and none is made
+        # A full disk may prevent this as well; the caller raises the original error.
         with suppress(DiskFullError, OSError) if status == "failed" else nullcontext():
             self._write_state()
             if error:

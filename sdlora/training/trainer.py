@@ -65,6 +65,7 @@ class Position:
 
 Unread = list[tuple[int, list[Exposure], StepResult]]
 """Steps whose losses are still on the device."""
+READ_AFTER_SECONDS = 2.0
 
 
 class Trainer:
@@ -143,7 +144,9 @@ class Trainer:
         for index, batches in enumerate(steps, start=1):
             yield from self._take_step(batches, unread)
             due = index == len(steps) or (every > 0 and self.position.step % every == 0)
-            reading = due or len(unread) >= self.settings.log_every_steps
+            # Slow steps are told one by one; several processes cannot agree on a moment.
+            late = self.processes.alone and time.monotonic() - since > READ_AFTER_SECONDS
+            reading = due or late or len(unread) >= self.settings.log_every_steps
             # All processes stop after the same step; asking the others costs a wait, as reading losses does.
             stopping = (reading or self.processes.alone) and self.processes.any(should_stop())
             if reading or stopping:

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -45,6 +46,29 @@ def test_metrics_are_truncated_to_a_checkpoint(folder: RunFolder) -> None:
     recorder.cut_metrics(kept)
     recorder.record(step(2))
     assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [1, 2]
+
+
+def test_a_resumed_run_is_as_far_as_before_until_it_continues(folder: RunFolder) -> None:
+    recorder = Recorder(folder)
+    for event in (step(1), step(2)):
+        recorder.record(event)
+    recorder.finish("stopped")
+    again = Recorder(folder)
+    again.record(Notice("An image is missing."))
+    again.finish("failed", "An image is missing.")
+    state = json.loads(folder.state.read_text())
+    assert (state["status"], state["epoch"], state["step"]) == ("failed", 1, 2)
+
+
+def test_a_folder_that_is_removed_ends_the_run_and_is_not_made_again(folder: RunFolder) -> None:
+    recorder = Recorder(folder)
+    recorder.record(step(1))
+    shutil.rmtree(folder.path)
+    for event in (step(2), Progress("previews", 1, 4)):
+        with pytest.raises(OutputError, match="removed"):
+            recorder.record(event)
+    recorder.finish("failed", "removed")
+    assert not folder.path.exists()
 
 
 def test_folder_with_other_content_is_refused(tmp_path: Path, folder: RunFolder) -> None:

@@ -13,6 +13,7 @@ from sdlora.diffusion.timesteps import Density, cover
 from sdlora.errors import DivergedError
 from sdlora.events import StepDone
 from sdlora.lora.inject import AdapterSpec
+from sdlora.training import trainer as trainer_module
 
 
 def test_dropout_acts_in_training_only(tiny_base: Path, images: Path, tmp_path: Path) -> None:
@@ -45,6 +46,16 @@ def test_nan_loss_stops_training(tiny_base: Path, images: Path, tmp_path: Path) 
     with pytest.raises(DivergedError, match="at step 1") as caught:
         list(trainer.events())
     assert caught.value.exit_code == 5
+
+
+@pytest.mark.parametrize(("seconds", "told_late"), [(0.0, False), (1000.0, True)])
+def test_slow_steps_are_told_at_once(
+    tiny_base: Path, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, seconds: float, told_late: bool
+) -> None:
+    monkeypatch.setattr(trainer_module, "READ_AFTER_SECONDS", seconds)
+    trainer = make_trainer(tiny_base, images, tmp_path, log_every_steps=100)
+    late = [event.step < trainer.position.step for event in trainer.events() if isinstance(event, StepDone)]
+    assert any(late) == told_late
 
 
 def test_training_lowers_the_loss_of_its_images(tiny_base: Path, images: Path, tmp_path: Path) -> None:

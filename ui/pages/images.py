@@ -163,7 +163,8 @@ def images_page(context: Context, live: Live) -> tuple[gr.Dropdown, ShownSet, gr
 
     def follow(images: str, chosen: str | None, now: str, drawn: str) -> list[Any]:
         """Show images that came or went by another way than this tab's."""
-        return [gr.skip() for _ in parts] if now == drawn else show(context, images, chosen)
+        # There is nothing to follow before this tab was asked about its set.
+        return [gr.skip() for _ in parts] if now in ("", drawn) else show(context, images, chosen)
 
     def show_around(images: str, chosen: str | None, drawn: str) -> list[Any]:
         """Show what a saved caption changes around the cards, which are as they should be unless images changed."""

@@ -48,7 +48,8 @@ def page(browser: Any, opened: Open) -> Iterator[Any]:
 
 
 def choose(page: Any, images: str, first: str) -> None:
-    """Choose a set, and wait until the first caption is shown."""
+    """Choose a set, once the page is filled, and wait until the first caption is shown."""
+    page.locator("#set-summary .verdict").wait_for()
     page.fill("#set input", images)
     page.keyboard.press("Enter")
     page.keyboard.press("Tab")
@@ -130,6 +131,7 @@ def test_a_tab_acts_on_the_set_that_it_shows(page: Any, opened: Open) -> None:
 
 def test_a_folder_of_the_artists_own_is_asked_about_once(page: Any, opened: Open) -> None:
     folder = opened.runs.parent / "my drawings"
+    page.locator("#set-summary .verdict").wait_for()
     page.fill("#set input", f"{folder}x")
     page.keyboard.press("Enter")
     page.locator("#set-summary", has_text="There is no folder").wait_for()
