@@ -33,12 +33,13 @@ _PHASES = {
 WORDS = {
     "waiting": "queued", "starting": "starting", "running": "running", "paused": "paused",
     "stopping": "stopping and saving", "stopped": "stopped", "failed": "failed", "done": "done", "none": "not started",
+    "unreadable": "cannot be read",
 }  # fmt: skip
 """The states of runs in words."""
 
 _TONES = {
     "running": "busy", "starting": "busy", "waiting": "busy", "paused": "watch", "stopping": "watch",
-    "stopped": "watch", "failed": "copying", "done": "clean", "none": "",
+    "stopped": "watch", "failed": "copying", "done": "clean", "none": "", "unreadable": "",
 }  # fmt: skip
 """The colours of the states, as classes of the style sheet."""
 

@@ -266,7 +266,8 @@ def run_cards(runs: Sequence[tuple[Status, RunView | None]], shown: Path) -> str
 
 def _run_card(status: Status, run: RunView | None, shown: Path) -> dict[str, object]:
     if run is None:
-        return {"status": status, "verdict": None, "images": [], "facts": ""}
+        facts = status.error or "" if status.word == "unreadable" else ""
+        return {"status": status, "verdict": None, "images": [], "facts": facts}
     last = max(run.previews, default=0)
     config, recommended = run.config, run.recommended()
     is_judged = recommended is not None and recommended[0] in run.checks

@@ -152,6 +152,8 @@ def _updates(
         show(f"end {kind}", value=label or "", visible=label is not None)
     epochs = [(str(epoch or "base"), epoch) for epoch in now.epochs]
     show("epochs", (name, now.epochs), choices=epochs, value=chosen if chosen in now.epochs else last)
+    show("restore", value=f"Undo: {now.deleted.words}" if now.deleted else "Undo", visible=now.deleted is not None)
+    show("deleted", value=now.deleted.key if now.deleted else "")
     show("listing", value=context.fingerprint(images))
     show("copy-stop", visible=now.can["stop"])
     show("waiting", choices=now.waiting, value=next(iter(now.waiting), None))

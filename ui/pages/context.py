@@ -25,11 +25,12 @@ from ..settings.draft import Draft, read_draft
 from ..settings.wording import in_words
 from ..state import image_set
 from ..state.background_tasks import KINDS, BackgroundTasks, Kind
+from ..state.bin import Bin, Change
 from ..state.folder_notes import read_notes
 from ..state.folders import Studio
 from ..state.image_set import SetView, view
 from ..state.queue import Jobs, Status
-from ..state.run_view import read_run
+from ..state.run_view import RunView, read_run
 from ..state.set_editor import SetEditor
 from ..state.try_lora import LoraSampler
 
@@ -112,8 +113,19 @@ class Context:
         return name
 
     def statuses(self) -> list[Status]:
-        """The states of all runs."""
-        return [self.jobs.status(name) for name in self.jobs.names()]
+        """The states of all runs; a folder that cannot be read as one is "unreadable" and stops nothing else."""
+        return [status for status, _ in self.overview()]
+
+    def overview(self) -> list[tuple[Status, RunView | None]]:
+        """The state of every run with its content, which is None before it has started."""
+        found: list[tuple[Status, RunView | None]] = []
+        for status in self.jobs.statuses():
+            try:
+                found.append((status, None if status.word == "unreadable" else read_run(self.studio, status.name)))
+            except SdloraError as error:
+                reason = f"Its files cannot be read; they may be of a later version of sdlora. {error}"
+                found.append((replace(status, word="unreadable", error=reason), None))
+        return found
 
     def default_run(self) -> str | None:
         """The run to show first: one that is training, else the one that changed last."""
@@ -121,7 +133,8 @@ class Context:
         for status in statuses:
             if status.alive:
                 return status.name
-        begun = [status.name for status in statuses if (self.studio.run(status.name) / "config.toml").is_file()]
+        known = [status.name for status in statuses if status.word != "unreadable"]
+        begun = [name for name in known if (self.studio.run(name) / "config.toml").is_file()]
         return max(begun, key=self._changed, default=None)
 
     def _changed(self, name: str) -> float:
@@ -178,21 +191,21 @@ class Snapshot:
     prompt: str  # a prompt to try the run with
     can: dict[str, bool]  # which actions are possible: "pause", "proceed", "stop", "resume"
     ends: dict[Kind, str | None]  # the label of the button of each background task; None where there is no task
+    deleted: Change | None  # the last run that was deleted and can be put back
 
 
 def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
     """Everything to show of one run, if one is chosen, with the comparisons of an epoch or the last one."""
-    statuses, shown = context.statuses(), context.studio.shown
-    status = next((other for other in statuses if other.name == name), None) or Status(name or "", "none")
-    runs = {other.name: read_run(context.studio, other.name) for other in statuses}
-    run = runs.get(name or "")
+    overview, shown = context.overview(), context.studio.shown
+    statuses = [status for status, _ in overview if status.word != "unreadable"]
+    status, run = next((both for both in overview if both[0].name == name), (Status(name or "", "none"), None))
     last = max(run.checks, default=0) if run else 0
     tasks = {kind: context.tasks.find(kind) for kind in KINDS}
     html: dict[str, str] = {
         "strip": views.strip(statuses),
         "queue": views.queue(statuses),
         "status": views.status_panel(replace(status, error=status.error and in_words(status.error))),
-        "cards": views.run_cards([(other, runs[other.name]) for other in statuses], shown),
+        "cards": views.run_cards(overview, shown),
         **{kind: views.background_task(context.tasks, kind) for kind in KINDS},
     }
     if run is None:
@@ -227,6 +240,7 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
             kind: None if task is None else "Stop" if context.tasks.stage(task) == "running" else "Hide this"
             for kind, task in tasks.items()
         },
+        deleted=Bin(context.studio).last(context.studio.runs),
     )
 
 

@@ -200,7 +200,7 @@ def images_page(context: Context, live: Live) -> tuple[gr.Dropdown, ShownSet, gr
     )
     follows = [*looked_at, listing, shown.fingerprint]
     listing.change(follow, follows, parts, show_progress="hidden", queue=False, **ANY_VALUE)
-    refresh.click(show_around, [*looked_at, shown.fingerprint], parts, show_progress="hidden", **ANY_VALUE)
+    refresh.click(show_around, [*looked_at, shown.fingerprint], parts, show_progress="hidden", queue=False, **ANY_VALUE)
     allow.click(change(allow_saving), looked_at, [note, *parts], **ANY_VALUE)
     undo.click(change(SetEditor.undo), [*looked_at, shown.change], [note, *parts], **ANY_VALUE)
     put_back.click(change(SetEditor.put_all_back), looked_at, [note, *parts], **ANY_VALUE)

@@ -113,8 +113,10 @@ def runs_page(context: Context, live: Live) -> tuple[gr.Button, gr.HTML]:
         clone = gr.Button("Clone into the recipe", min_width=200, elem_id="clone")
         delete = gr.Button("Delete …", variant="stop", min_width=200, elem_id="delete")
     with gr.Row(visible=False) as confirmation:
-        confirm = gr.Button("Delete permanently", variant="stop", elem_id="really-delete")
+        confirm = gr.Button("Move it to the bin", variant="stop", elem_id="really-delete")
         cancel = gr.Button("Keep it")
+    live.parts["restore"] = restore = gr.Button("Undo", visible=False, elem_id="restore-run")
+    live.parts["deleted"] = last = gr.Textbox(visible=False)  # what that button puts back
     note = live.add_note("runs-note")
     asked = gr.Textbox(visible=False)  # the chosen run may be another one by then
     live.parts["cards"] = gr.HTML(elem_id="run-cards")
@@ -130,7 +132,10 @@ def runs_page(context: Context, live: Live) -> tuple[gr.Button, gr.HTML]:
         if not name:
             message = views.message("No run is chosen. Choose one at the top of the page.", "copying")
             return [message, gr.update(visible=False), ""]
-        text = f"{name!r} and everything in its folder is deleted: epochs, previews, LoRA files. Its images are kept."
+        text = (
+            f"{name!r} goes to the bin with everything in its folder: epochs, previews, LoRA files. You can put it "
+            "back for a month. The images that it was trained on stay."
+        )
         return [views.message(text, "watch", title="Delete this run?"), gr.update(visible=True), name]
 
     def delete_run(name: Any) -> str:
@@ -138,13 +143,17 @@ def runs_page(context: Context, live: Live) -> tuple[gr.Button, gr.HTML]:
         run_view.delete_run(context.studio, name)
         return f"{name!r} was deleted."
 
+    def put_back(key: str) -> str:
+        return run_view.put_back(context.studio, key)
+
     compare.click(compare_settings, [run, other], note, **ANY_VALUE)
     delete.click(ask, run, [note, confirmation, asked], **ANY_VALUE)
     cancel.click(lambda: ["", gr.update(visible=False)], None, [note, confirmation])
     deleted = confirm.click(
         lambda name: [context.attempt(delete_run, name), gr.update(visible=False)], asked, [note, confirmation]
     )
-    live.events.append(deleted)
+    restored = restore.click(lambda key: context.attempt(put_back, key), last, note)
+    live.events.extend([deleted, restored])
     return clone, note
 
 

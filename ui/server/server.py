@@ -32,6 +32,7 @@ from sdlora.errors import SdloraError
 from ..html.render import NAME, ROUTE, render
 from ..pages.app import HEAD, build, theme
 from ..pages.context import Context
+from ..state.bin import Bin
 from ..state.folders import Studio, StudioError
 from ..state.queue import Jobs
 from ..state.run_view import RunView, read_run
@@ -235,6 +236,7 @@ def serve(*, runs: Path, entrance: Entrance, opened: Callable[[int], None] = lam
     with entrance.connections:
         studio = Studio(runs, any_folder=entrance.account is None, stores=entrance.stores)
         studio.create()
+        Bin(studio).empty()
         context = Context(studio, Jobs(studio), LoraSampler())
         app = make_app(context, host=entrance.host, account=entrance.account, any_name=bool(entrance.proxies))
         stopping = threading.Event()

@@ -116,6 +116,15 @@ def run_name(name: str) -> str:
     return name
 
 
+def is_run_name(name: str) -> bool:
+    """Whether a name is valid for a run."""
+    try:
+        run_name(name)
+    except StudioError:
+        return False
+    return True
+
+
 def safe_name(text: str, fallback: str = "image") -> str:
     """A file name that is safe on every system, close to what follows the last slash or backslash of a text.
 

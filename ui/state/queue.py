@@ -22,12 +22,15 @@ from sdlora.common.files import write_json, write_text
 from sdlora.common.run_files import RunState, read_state
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, load_config
+from sdlora.errors import SdloraError
 from sdlora.events import fields_from_json, saved_as, to_json
 
 from . import subprocesses
-from .folders import Studio, StudioError
+from .folders import Studio, StudioError, is_run_name, safe_name
 
-Word = Literal["none", "waiting", "starting", "running", "paused", "stopping", "stopped", "failed", "done"]
+Word = Literal[
+    "none", "waiting", "starting", "running", "paused", "stopping", "stopped", "failed", "done", "unreadable"
+]
 _MAX_LINES = 12
 _MAX_BYTES = 20_000
 
@@ -55,9 +58,9 @@ class Status:
     """The status of a run."""
 
     name: str
-    word: Word  # the status in a word; "none" if there is no such run
+    word: Word  # the status in a word; "none" if there is no such run, "unreadable" if its folder cannot be read as one
     state: RunState | None = None  # its progress; None until its process has written it
-    error: str | None = None  # why it failed; None if it did not
+    error: str | None = None  # why it failed or cannot be read; None if neither
     log: str = ""  # the last lines of its logs, if it failed
     position: int | None = None  # in the queue, from 1; None if it is not waiting
     process: psutil.Process | None = field(default=None, compare=False)  # its process, if alive
@@ -88,14 +91,12 @@ class Jobs:
 
     def find(self, name: str) -> Job | None:
         """The job of a run."""
-        file = self.studio.job_record(name)
-        if not file.is_file():
-            return None
-        return Job(**fields_from_json(Job, json.loads(file.read_text(encoding="utf-8"))))
+        return _read_job(self.studio.job_record(name))
 
     def all(self) -> list[Job]:
-        """All jobs in the order of the queue."""
-        found = (self.find(file.stem) for file in self.studio.jobs.glob("*.json") if not file.name.startswith("."))
+        """All jobs in the order of the queue; files that are no jobs are left out."""
+        files = (file for file in self.studio.jobs.glob("[!.]*.json") if is_run_name(file.stem))
+        found = (_read_job(file) for file in files)
         return sorted((job for job in found if job is not None), key=lambda job: (job.position, job.name))
 
     def waiting(self) -> list[Job]:
@@ -107,12 +108,22 @@ class Jobs:
         waiting = [job.name for job in self.waiting()]
         return read_status(self.studio, name, self.find(name), waiting.index(name) + 1 if name in waiting else None)
 
+    def statuses(self) -> list[Status]:
+        """The status of every run in the order of `names`, then of folders that have no valid name of a run."""
+        jobs = {job.name: job for job in self.all()}
+        positions = {job.name: place for place, job in enumerate(self.waiting(), start=1)}
+        known = [read_status(self.studio, name, jobs.get(name), positions.get(name)) for name in self.names()]
+        return [*known, *(_misnamed(name) for name in self._folders() if not is_run_name(name))]
+
     def names(self) -> list[str]:
         """All runs, started here or from the command line; waiting ones come last, in the order of the queue."""
         waiting = [job.name for job in self.waiting()]
         started = {job.name for job in self.all()} - set(waiting)
-        folders = {path.parent.name for path in self.studio.runs.glob("[!.]*/config.toml")}
+        folders = set(filter(is_run_name, self._folders()))
         return [*sorted((started | folders) - set(waiting)), *waiting]
+
+    def _folders(self) -> list[str]:
+        return sorted(path.parent.name for path in self.studio.runs.glob("[!.]*/config.toml"))
 
     # --- What a person can do ---------------------------------------------------------------------------------------
 
@@ -230,7 +241,7 @@ class Jobs:
         for name in self.names():
             # Runs started from the command line have no job.
             if self.find(name) is None and self.status(name).alive:
-                busy.add(subprocesses.device_name(load_config(str(self.studio.run(name) / "config.toml")).train.device))
+                busy.add(subprocesses.device_name(_device(self.studio.run(name))))
         return busy
 
     def _process(self, name: str) -> psutil.Process | None:
@@ -281,10 +292,37 @@ def read_status(studio: Studio, name: str, job: Job | None, position: int | None
         elif process is None and state.status == "running":
             process = subprocesses.find_by_pid(state.pid, started + 1)
     if state is None and process is None and not began:
+        if (folder / "state.json").is_file():
+            return Status(
+                name, "unreadable", error="Its state.json is empty, damaged, or of a later version of sdlora."
+            )
         return Status(name, "none")
     word, error = _word(state, process, stopping)
     log = last_lines(studio.log(name), folder / "log.txt") if word == "failed" else ""
     return Status(name, word, state, error, log, process=process)
+
+
+def _misnamed(name: str) -> Status:
+    return Status(
+        name, "unreadable",
+        error=f"Its folder has a name that no run can have. Rename it, for example to {safe_name(name, 'run')!r}.",
+    )  # fmt: skip
+
+
+def _read_job(file: Path) -> Job | None:
+    """The job in a file; None if there is no file, or it is not the record of a job."""
+    try:
+        return Job(**fields_from_json(Job, json.loads(file.read_text(encoding="utf-8"))))
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+
+
+def _device(folder: Path) -> str:
+    """The device that a run trains on; the usual one if its settings cannot be read."""
+    try:
+        return load_config(str(folder / "config.toml")).train.device
+    except SdloraError:
+        return "auto"
 
 
 def _word(state: RunState | None, process: psutil.Process | None, stopping: bool) -> tuple[Word, str | None]:

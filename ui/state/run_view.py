@@ -5,8 +5,6 @@ Read from the run's folder and cached until a file changes, because every open p
 
 from __future__ import annotations
 
-import functools
-import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from sdlora.data.checks import image_files
 from sdlora.data.images import crop_to_bucket, load_image
 from sdlora.errors import DataError, SdloraError
 
+from .bin import Bin
 from .folders import Studio, StudioError
 
 
@@ -61,7 +60,13 @@ class RunView:
 def read_run(studio: Studio, name: str) -> RunView | None:
     """The content of a run, or None if it has not started."""
     folder = studio.run(name)
-    return _read(folder, name, _marks(folder)) if (folder / "config.toml").is_file() else None
+    if not (folder / "config.toml").is_file():
+        _LAST.pop(folder, None)
+        return None
+    marks, last = _marks(folder), _LAST.get(folder)
+    if last is None or last[0] != marks:
+        _LAST[folder] = last = marks, _read(folder, name)
+    return last[1]
 
 
 def _marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
@@ -75,8 +80,11 @@ def _marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple(found)
 
 
-@functools.lru_cache(maxsize=64)
-def _read(folder: Path, name: str, _marks: tuple[tuple[str, int, int], ...]) -> RunView:
+# The content of every run as it was read last: a limit would have all of them read again at every poll.
+_LAST: dict[Path, tuple[tuple[tuple[str, int, int], ...], RunView]] = {}
+
+
+def _read(folder: Path, name: str) -> RunView:
     epochs = folder / "epochs"
     numbers = sorted(int(path.name) for path in epochs.glob("*") if path.name.isdecimal())
     loras = {number: epochs / str(number) / "adapter.safetensors" for number in numbers}
@@ -140,16 +148,26 @@ def settings_of(studio: Studio, name: str) -> RunConfig:
 
 
 def delete_run(studio: Studio, name: str) -> None:
-    """Delete a run's folder; its training images, which are elsewhere, stay.
+    """Move a run's folder into the bin; its training images, which are elsewhere, stay.
 
     Raises:
         StudioError: There is no such run.
     """
     folder = studio.run(name)
-    if folder.is_symlink() or not folder.is_dir():
-        raise StudioError(f"There is no run folder called {name!r}.")
-    # Renamed first, so that a half-deleted run is never shown.
-    hidden = folder.with_name(f".deleted-{name}")
-    shutil.rmtree(hidden, ignore_errors=True)
-    folder.rename(hidden)
-    shutil.rmtree(hidden)
+    if folder.is_symlink() or not (folder / "config.toml").is_file():
+        raise StudioError(f"There is no run called {name!r} that could be deleted.")
+    Bin(studio).record(studio.runs, f"{name} was deleted", move=[name])
+    _LAST.pop(folder, None)
+
+
+def put_back(studio: Studio, key: str) -> str:
+    """Put a deleted run back; returns what was done.
+
+    Raises:
+        StudioError: It is no longer in the bin, or there is another run by its name.
+    """
+    change = Bin(studio).find(key)
+    if change is None or change.folder != str(studio.runs.absolute()):
+        raise StudioError("This run is not in the bin any more.")
+    Bin(studio).put_back(change)
+    return f"{', '.join(change.moved)} is back."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import subprocess
 import sys
 import threading
@@ -16,7 +17,7 @@ from sdlora.common.run_files import RunState
 from sdlora.config.schema import RunConfig
 from sdlora.errors import SdloraError
 from sdlora.ui.html.render import progress_words
-from sdlora.ui.pages.context import Context
+from sdlora.ui.pages.context import Context, snapshot
 from sdlora.ui.state.folders import Studio
 from sdlora.ui.state.queue import Job, Jobs, Status, last_lines
 
@@ -213,6 +214,33 @@ def test_state_of_an_earlier_attempt_is_ignored(
     status = context.jobs.status("a")
     assert status.word == "failed" and "before training" in (status.error or "")
     assert "started with" in status.log
+
+
+def test_an_odd_folder_is_one_row_and_stops_nothing(
+    context: Context, studio: Studio, make_config: Make, sleepers: list[psutil.Process]
+) -> None:
+    write_state(studio, make_config("fine"), status="done")
+    shutil.copytree(studio.run("fine"), studio.runs / "fine (copy)")
+    (write_state(studio, make_config("empty")) / "state.json").write_text("")
+    later = write_state(studio, make_config("later")) / "config.toml"
+    later.write_text(f"{later.read_text()}\n[hologram]\ndepth = 3\n", encoding="utf-8")
+    (write_state(studio, make_config("torn")) / "metrics.jsonl").write_text("[]\n")
+    for name, content in (("fine (copy)", "{}"), ("broken", ""), ("other", '{"name": 3}')):
+        (studio.jobs / f"{name}.json").write_text(content)
+    shown = snapshot(context, None, None)
+    assert shown.names == ["fine"] and context.default_run() == "fine"
+    odd = {status.name: status.error or "" for status in context.statuses() if status.word == "unreadable"}
+    assert odd.keys() == {"fine (copy)", "empty", "later", "torn"}
+    assert "Rename" in odd["fine (copy)"] and "state.json" in odd["empty"] and "hologram" in odd["later"]
+    assert shown.html["cards"].count("unreadable-run") == 4 and "Rename" in shown.html["cards"]
+    assert all("cannot be read" in snapshot(context, name, None).html["status"] for name in odd)
+    assert "has started" in context.jobs.add(make_config("new")) and len(sleepers) == 1
+
+
+@pytest.mark.parametrize("name", ["bases", "Pictures"])
+def test_folders_of_the_studio_are_no_runs(context: Context, make_config: Make, name: str) -> None:
+    with pytest.raises(SdloraError, match="reserved"):
+        context.jobs.add(make_config(name))
 
 
 def test_unknown_run_has_no_status(context: Context) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from helpers.studios import write_state
 from PIL import Image, ImageChops
 
 from sdlora.common.run_files import Metrics
@@ -25,9 +26,11 @@ from sdlora.run.setup import fresh_base
 from sdlora.ui.html import views
 from sdlora.ui.pages.context import Context, snapshot
 from sdlora.ui.pages.result import clone_into_draft, draw
+from sdlora.ui.state import run_view
+from sdlora.ui.state.bin import Bin
 from sdlora.ui.state.folders import Studio
 from sdlora.ui.state.queue import Jobs, Status
-from sdlora.ui.state.run_view import RunView, delete_run, differences, read_run, settings_of
+from sdlora.ui.state.run_view import RunView, delete_run, differences, put_back, read_run, settings_of
 from sdlora.ui.state.try_lora import LoraSampler, SampleRequest
 
 
@@ -244,11 +247,41 @@ def test_deleting_a_run_keeps_its_images(trained: Context, tmp_path: Path, image
     delete_run(studio, "old")
     assert not folder.exists() and sorted(path.name for path in studio.runs.iterdir()) == [".studio", "pictures"]
     assert len(list(images.glob("*.png"))) == 5
+    change = Bin(studio).last(studio.runs)
+    assert change is not None and put_back(studio, change.key) == "old is back."
+    assert (folder / "config.toml").is_file() and Bin(studio).last(studio.runs) is None
+    delete_run(studio, "old")
+    (studio.runs / "bases").mkdir()
+    (studio.runs / "bases" / "model.safetensors").write_bytes(b"x")
+    (studio.runs / "notes").mkdir()
+    for name in ("bases", "notes"):
+        with pytest.raises(SdloraError):
+            delete_run(studio, name)
+    assert (studio.runs / "bases" / "model.safetensors").is_file() and (studio.runs / "notes").is_dir()
     (studio.runs / "link").symlink_to(images)
     for name in ("old", "link", "../x", "pictures"):
         with pytest.raises(SdloraError):
             delete_run(studio, name)
     assert len(list(images.glob("*.png"))) == 5
+
+
+def test_every_run_is_read_once_however_many_there_are(
+    context: Context, make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for number in range(70):
+        write_state(context.studio, make_config(f"run {number}"), status="done")
+    snapshot(context, None, None)
+    read: list[str] = []
+
+    def count(file: str) -> RunConfig:
+        read.append(file)
+        return load_config(file)
+
+    monkeypatch.setattr(run_view, "load_config", count)
+    assert len(snapshot(context, None, None).names) == 70 and read == []
+    (context.studio.run("run 3") / "metrics.jsonl").write_text("")
+    snapshot(context, None, None)
+    assert read == [str(context.studio.run("run 3") / "config.toml")]
 
 
 def test_messages_escape_user_text() -> None:
