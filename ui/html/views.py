@@ -207,7 +207,7 @@ def copy_banner(run: RunView, status: Status) -> str:
     """The verdict on top, and what to do if an epoch copies."""
     if not run.checks:
         if not (run.config.copycheck.enabled and run.config.preview.enabled):
-            needs = "It needs both copycheck.enabled and preview.enabled."
+            needs = "It compares previews. For the next run turn on Draw previews and Check for copies, under More."
             return message(needs, "watch", title="The copy check is off")
         return message("The first check comes with the first previews.", title="Nothing was compared yet")
     copying = [epoch for epoch, check in run.checks.items() if epoch > 0 and check.verdict == "copying"]

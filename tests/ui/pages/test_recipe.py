@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import psutil
 import pytest
+from gradio.state_holder import SessionState
 from helpers.studios import write_image
 
 from sdlora.config.toml import load_config
 from sdlora.ui.pages import recipe
+from sdlora.ui.pages.app import build
 from sdlora.ui.pages.context import Context
 from sdlora.ui.pages.more import marks, more_fields
 from sdlora.ui.settings import draft as drafts
@@ -186,3 +190,20 @@ def test_cloned_settings_leave_what_belongs_to_their_set(page: Page, tmp_path: P
     page.show(recipe.show(page.context, draft))
     assert page.controls[TRIGGER] == "" and page.controls[place("data.validation_folder")] == ""
     assert page.controls[NAME] == "set"
+
+
+def test_values_reach_the_handlers_whatever_gradio_has_listed(page: Page) -> None:
+    blocks = build(page.context)
+    handlers = {fn.name: fn for fn in blocks.fns.values()}
+    for name in ("on_change", "on_start", "measure", "refresh"):
+        assert not handlers[name].preprocess, name
+    # An epoch of the run that was looked at before.
+    sent = ["gone", "7", "", "{}"]
+    assert asyncio.run(blocks.process_api(handlers["refresh"], sent, state=SessionState(blocks)))["data"]
+    # Gradio makes a component anew, with another number, when an update changes more than its value.
+    elements = {block.elem_id for block in handlers["on_change"].inputs if block.elem_id}
+    assert len(elements) >= len(page.controls), "every control has an element of its own"
+    anew = gr.Radio(["own settings"], elem_id="length", render=False)
+    page.parts[CONTROLS + LENGTH] = "a first look"
+    page.show(handlers["on_change"].fn(gr.EventData(anew, None), "set", *page.controls))
+    assert page.controls[place("train.epochs")] == "2"
