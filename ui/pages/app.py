@@ -146,6 +146,10 @@ def _updates(
 
     for slot, html in now.html.items():
         show(slot, value=html)
+    for note, cause in now.causes.items():
+        # A note that is new to this tab stays.
+        before.setdefault(note, hashlib.sha256(repr(cause).encode()).hexdigest()[:16])
+        show(note, cause, value="")
     for action in ("pause", "proceed", "stop", "resume"):
         show(action, visible=now.can[action])
     for kind, label in now.ends.items():

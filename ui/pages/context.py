@@ -46,11 +46,10 @@ class Live:
     run: gr.Dropdown  # the run that is looked at
     parts: dict[str, Any] = field(default_factory=dict)  # components by name: of a snapshot's HTML, buttons, choices
     events: list[Any] = field(default_factory=list)  # clicks after which the pages are refreshed
-    notes: dict[str, gr.HTML] = field(default_factory=dict)  # what became of the last click, by element
 
     def add_note(self, name: str) -> gr.HTML:
-        """Lay out where a page says what became of the last click."""
-        self.notes[name] = note = gr.HTML(elem_id=name)
+        """Lay out where a page says what became of the last click, until what it is about has changed."""
+        self.parts[name] = note = gr.HTML(elem_id=name)
         return note
 
 
@@ -191,6 +190,7 @@ class Snapshot:
     prompt: str  # a prompt to try the run with
     can: dict[str, bool]  # which actions are possible: "pause", "proceed", "stop", "resume"
     ends: dict[Kind, str | None]  # the label of the button of each background task; None where there is no task
+    causes: dict[str, Any]  # what each note is about, by its name: it is cleared once this has changed
     deleted: Change | None  # the last run that was deleted and can be put back
 
 
@@ -240,8 +240,19 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
             kind: None if task is None else "Stop" if context.tasks.stage(task) == "running" else "Hide this"
             for kind, task in tasks.items()
         },
+        causes={
+            "training-note": (status.name, _in_brief(status)),
+            "copy-note": (status.name, _in_brief(status)),
+            "recipe-note": [(other.name, _in_brief(other)) for other in statuses],
+            **{f"{kind}-note": None if task is None else context.tasks.stage(task) for kind, task in tasks.items()},
+        },
         deleted=Bin(context.studio).last(context.studio.runs),
     )
+
+
+def _in_brief(status: Status) -> str:
+    """A run's state; the same for all states of a process that is at work."""
+    return "at work" if status.word in ("starting", "running", "stopping") else status.word
 
 
 # A run's view is one object for as long as none of its files change.

@@ -148,7 +148,7 @@ def images_page(context: Context, live: Live) -> tuple[gr.Dropdown, ShownSet, gr
     shown.page.render()  # type: ignore[no-untyped-call]
     shown.cards.render()  # type: ignore[no-untyped-call]
     refresh = gr.Button(elem_id="refresh-set", visible="hidden")
-    live.parts["listing"] = listing = gr.Textbox(visible=False)
+    live.parts["listing"] = listing = gr.Textbox(visible=False, elem_id="listing")
 
     def choose(images: str | None, before: str) -> list[Any]:
         if before and images == before:  # told twice, by the Enter key and as the field is left
@@ -169,7 +169,7 @@ def images_page(context: Context, live: Live) -> tuple[gr.Dropdown, ShownSet, gr
     def show_around(images: str, chosen: str | None, drawn: str) -> list[Any]:
         """Show what a saved caption changes around the cards, which are as they should be unless images changed."""
         found = show(context, images, chosen)
-        return [*found[:-1], gr.skip()] if found[1] == drawn else found
+        return ["", *found[:-1], gr.skip()] if found[1] == drawn else ["", *found]
 
     def show_when_captioned(images: str, chosen: str | None) -> list[Any]:
         task = context.tasks.find("caption")
@@ -200,7 +200,9 @@ def images_page(context: Context, live: Live) -> tuple[gr.Dropdown, ShownSet, gr
     )
     follows = [*looked_at, listing, shown.fingerprint]
     listing.change(follow, follows, parts, show_progress="hidden", queue=False, **ANY_VALUE)
-    refresh.click(show_around, [*looked_at, shown.fingerprint], parts, show_progress="hidden", queue=False, **ANY_VALUE)
+    refresh.click(
+        show_around, [*looked_at, shown.fingerprint], [note, *parts], show_progress="hidden", queue=False, **ANY_VALUE
+    )
     allow.click(change(allow_saving), looked_at, [note, *parts], **ANY_VALUE)
     undo.click(change(SetEditor.undo), [*looked_at, shown.change], [note, *parts], **ANY_VALUE)
     put_back.click(change(SetEditor.put_all_back), looked_at, [note, *parts], **ANY_VALUE)

@@ -292,7 +292,7 @@ def recipe_page(
             plan = gr.HTML(elem_id="plan")
             measure_button = gr.Button("Measure time and memory")
             begin = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
-            note = gr.HTML(elem_id="recipe-note")
+            note = live.add_note("recipe-note")
     with gr.Accordion("More: all settings", open=False, elem_id="more"):
         controls = [*decisions, *more_settings()]
     with gr.Row():

@@ -179,11 +179,11 @@ def test_what_was_asked_about_is_what_is_deleted(browser: Any, filled: Open, tmp
         choose_run(page, "old")
         tab(page, "Runs")
         page.click("#delete")
-        page.locator("#runs-note", has_text="'old' and everything").wait_for()
+        page.locator("#runs-note", has_text="'old' goes to the bin").wait_for()
         shutil.rmtree(studio.run("old"))  # as by another tab: this one then looks at the next run
         page.wait_for_function("document.querySelector('#run input').value !== 'old'")
         page.click("#really-delete")
-        page.locator("#runs-note", has_text="no run folder called 'old'").wait_for()
+        page.locator("#runs-note", has_text="no run called 'old'").wait_for()
         assert studio.run("copies").is_dir() and studio.run("fails").is_dir()
 
 
