@@ -27,7 +27,7 @@ from ..settings.bases import POCKET, check_base, describe_base, known_bases
 from ..settings.draft import Draft, from_config, write_draft
 from ..settings.recipes import LENGTHS, OWN, SUBJECTS
 from ..settings.wording import in_a_word, in_words, labels
-from ..state.locations import check_locations, check_model
+from ..state.locations import check_locations
 from .context import ANY_VALUE, Context, Live
 from .more import marks, more_fields, more_settings
 
@@ -36,6 +36,7 @@ IN_TURN: dict[str, Any] = {
     "concurrency_id": "recipe", "concurrency_limit": 1, "trigger_mode": "multiple",
     "show_progress": "hidden", **ANY_VALUE,
 }  # fmt: skip
+_BASE = 3  # where the base model is among the controls
 _NUM_DECISIONS = 5  # the controls before those under "More"; the name is the last of them
 _STALE = (
     "The settings on this page were not those of the plan beside them. The plan is made anew: look it over, and press "
@@ -64,13 +65,15 @@ def fill(context: Context, draft: Draft) -> list[Any]:
     return [*decided, *(form.shown(field, draft.value(field.name)) for field in more_fields())]
 
 
-def _outcome(context: Context, draft: Draft) -> list[Any]:
+def _outcome(context: Context, draft: Draft, base: str = "") -> list[Any]:
     """The note on the base model, what the recipe sets, marks, the plan, its fingerprint, and whether Start can be
-    pressed.
+    pressed, which a base model keeps it from that stands in its field and was refused.
     """
     plan, is_ready = plan_html(context, draft)
+    note, is_base = _base_note(context, base or draft.base)
+    is_ready = is_ready and is_base
     return [
-        _base_note(context, draft.base),
+        note,
         changes_html(draft),
         marks(draft.values),
         plan,
@@ -117,12 +120,13 @@ def fingerprint(draft: Draft) -> str:
     return f"{digest} {draft.images}"
 
 
-def _base_note(context: Context, base: str) -> str:
+def _base_note(context: Context, base: str) -> tuple[str, bool]:
+    """What a base model is or why it cannot be one, and whether it can."""
     try:
         check_base(context.studio, base)
     except ConfigError as error:
-        return _failure(error)
-    return render("quiet.html", words=describe_base(base))
+        return _failure(error), False
+    return render("quiet.html", words=describe_base(base)), True
 
 
 def _failure(error: SdloraError) -> str:
@@ -153,7 +157,7 @@ def read(context: Context, values: Sequence[Any], images: str | None = None) -> 
     return replace(kept, subject=subject if subject in SUBJECTS else OWN).with_values(found)
 
 
-def change(context: Context, place: int, value: Any, images: str = "") -> list[Any]:
+def change(context: Context, place: int, value: Any, images: str = "", base: Any = "") -> list[Any]:
     """Make one change in the draft; returns updates of everything that changes with it, in the order of `show`.
 
     Args:
@@ -161,16 +165,19 @@ def change(context: Context, place: int, value: Any, images: str = "") -> list[A
         place: Which control was changed, in the order of `fill`.
         value: What it holds now.
         images: The set of images that the tab shows; empty if it shows none, which leaves the draft's.
+        base: The base model that the tab shows; empty for the draft's.
     """
     before = context.draft()
     before = before.with_images(images) if images else before
     try:
         after = _changed(context, before, place, value)
     except SdloraError as error:
-        return _refused(_failure(error))
+        refused = _refused(_failure(error))
+        # Beside its field as well.
+        return [_failure(error), *refused[1:]] if place == _BASE else refused
     write_draft(context.studio, after)
     controls = zip(fill(context, before), fill(context, after), strict=True)
-    return [*_outcome(context, after), *(new if new != old else gr.skip() for old, new in controls)]
+    return [*_outcome(context, after, _text(base)), *(new if new != old else gr.skip() for old, new in controls)]
 
 
 def _text(value: Any) -> str:
@@ -194,7 +201,7 @@ def _changed(context: Context, draft: Draft, place: int, value: Any) -> Draft:
         return draft.with_value("data.trigger", text or None)
     if place == 2:
         return draft.with_length(text if text in LENGTHS else OWN)
-    if place == 3:
+    if place == _BASE:
         return _with_base(context, draft, text or POCKET)
     if place == 4:
         return replace(draft, name=text)
@@ -205,14 +212,10 @@ def _changed(context: Context, draft: Draft, place: int, value: Any) -> Draft:
 
 
 def _with_base(context: Context, draft: Draft, base: str) -> Draft:
-    """The draft with another base model and its recipe; one that cannot be is kept as it was typed."""
+    """The draft with another base model and its recipe."""
     if base == draft.base:
         return draft
-    check_model(context.studio, base)
-    try:
-        check_base(context.studio, base)
-    except ConfigError:
-        return draft.with_value("base.path", base)
+    check_base(context.studio, base)
     return draft.with_answers(draft.subject, draft.length, base)
 
 
@@ -307,7 +310,7 @@ def recipe_page(
     def on_change(event: gr.EventData, shown: str, *values: Any) -> list[Any]:
         try:
             place = places[event.target.elem_id]  # type: ignore[union-attr]
-            return change(context, place, values[place], shown)
+            return change(context, place, values[place], shown, values[_BASE])
         except Exception as error:
             return _refused(context.unexpected(error))
 

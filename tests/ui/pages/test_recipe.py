@@ -57,7 +57,7 @@ class Page:
     def type(self, where: int, value: Any) -> list[Any]:
         """Change a control; returns the answer, which is not shown yet."""
         self.parts[CONTROLS + where] = value
-        return recipe.change(self.context, where, value)
+        return recipe.change(self.context, where, value, base=self.controls[BASE])
 
     def start(self) -> tuple[str, str | None]:
         message, name, shown = recipe.start(self.context, self.controls, self.parts[PLANNED])
@@ -140,6 +140,12 @@ def test_a_base_that_cannot_be_keeps_start_from_being_pressed(page: Page, base: 
     page.show(answer)
     _, name = page.start()
     assert name is None
+    # It stands there still when something else is changed, and changes nothing of the recipe.
+    page.show(page.type(LENGTH, "thorough"))
+    answer = page.type(place("seed"), "7")
+    assert "There is no base model" in answer[0]
+    assert (answer[PLANNED], answer[START]["interactive"]) == ("", False)
+    assert (page.context.draft().base, page.context.draft().length) == ("pocket", "thorough")
     answer = page.type(BASE, "pocket")
     assert answer[START]["interactive"] and "There is no base model" not in answer[0]
 
