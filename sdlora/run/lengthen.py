@@ -119,8 +119,8 @@ def _told(one: Lengthening, config: RunConfig) -> str:
         differences.append("each image's timesteps are spread over its exposures")
     if not differences:
         return f"{said} The result is that of a run planned with {one.epochs} epochs from the start."
+    before = "1 epoch" if one.epochs_before == 1 else f"{one.epochs_before} epochs"
     return (
-        f"{said} The steps before it are those of a run of {one.epochs_before} epochs, in which "
-        f"{' and '.join(differences)}, so the result is not exactly that of a run planned with {one.epochs} epochs "
-        "from the start."
+        f"{said} The steps before it are those of a run of {before}, in which {' and '.join(differences)}, so the "
+        f"result is not exactly that of a run planned with {one.epochs} epochs from the start."
     )
