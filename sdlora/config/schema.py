@@ -235,6 +235,10 @@ class CacheConfig(Section):
     exposure instead; the result is the same."""
 
 
+MAX_NAME_BYTES = 240
+"""The longest name of a LoRA; with its suffix, systems take 255 bytes."""
+
+
 class RunConfig(Section):
     """A whole run."""
 
@@ -252,6 +256,13 @@ class RunConfig(Section):
     copycheck: CopyCheckConfig = CopyCheckConfig()
     file: FileConfig = FileConfig()
     cache: CacheConfig = CacheConfig()
+
+    @field_validator("name")
+    @classmethod
+    def _check_name(cls, value: str | None) -> str | None:
+        if value is not None and len(value.encode()) > MAX_NAME_BYTES:
+            raise ValueError(f"files have names of at most {MAX_NAME_BYTES} bytes in UTF-8; use a shorter name")
+        return value
 
     @property
     def lora_files(self) -> list[str]:

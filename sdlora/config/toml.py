@@ -125,7 +125,7 @@ def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[
 
     Args:
         document: Nested tables.
-        name: The run's name if the document has none.
+        name: The run's name if the document has none; what names may not contain becomes blanks.
         overrides: Of the form "section.key=value"; a value that is not TOML is taken as a string.
 
     Raises:
@@ -140,7 +140,7 @@ def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[
     if not isinstance(data, Mapping) or not (data.get("folder") or data.get("sets")):
         faults.append("data.folder: not set; give the folder with your images.")
     try:
-        config = RunConfig.model_validate({"name": name, **changed})
+        config = RunConfig.model_validate({"name": _as_name(name), **changed})
         # Command-line arguments hold lone surrogates for bytes that are not text; no file can store them.
         broken = [(key, value) for key, value in options(config) if re.search("[\ud800-\udfff]", str(value))]
         faults += [f"{key}: {value!r} is not valid UTF-8." for key, value in broken]
@@ -149,6 +149,14 @@ def parse_config(document: Mapping[str, Any], *, name: str, overrides: Sequence[
     if faults:
         raise ConfigError("The configuration is invalid:\n" + "\n".join(f"  {fault}" for fault in faults))
     return config
+
+
+def _as_name(stem: str) -> str:
+    """A run's name from the name of a file, such as "small 1" from "small (1)"."""
+    if re.fullmatch(r"\w[\w. -]{0,99}", stem):
+        return stem
+    words = re.sub(r" *[^\w. -]+ *", " ", stem).strip(" .-")
+    return words.encode()[:100].decode(errors="ignore").strip() or "lora"
 
 
 def _apply(document: dict[str, Any], override: str) -> None:

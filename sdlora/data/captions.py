@@ -63,7 +63,8 @@ def read_captions(folder: Path, images: Collection[str]) -> FolderCaptions:
             found[owner][source] = text or ""
 
     for parent in sorted({PurePosixPath(), *(PurePosixPath(name).parent for name in images)}):
-        files = sorted(path for path in (folder / parent).iterdir() if path.is_file())
+        shown = (path for path in (folder / parent).iterdir() if not path.name.startswith("."))
+        files = sorted(path for path in shown if path.is_file())
         for file in (path for path in files if path.name == METADATA):
             source = (parent / METADATA).as_posix()
             captions, messages = read_metadata(file, source)

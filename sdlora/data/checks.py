@@ -240,7 +240,7 @@ def about_files(kind: Kind, names: Collection[str], message: str, severity: Seve
 
 
 def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
-    """The images and masks of a folder, by name.
+    """The images and masks of a folder, by name; hidden files are none.
 
     Args:
         recursive: Whether to include those of its subfolders, except hidden ones and `holdout`, which contains
@@ -251,7 +251,9 @@ def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
     """
     if not folder.is_dir():
         raise DataError(f"There is no folder {str(folder)!r}. Check the path; it is relative to the working directory.")
-    files = sorted(path for path in folder.iterdir() if path.is_file() and path.suffix.lower() in IMAGE_SUFFIXES)
+    # Hidden files are what systems keep of images, such as macOS' ._NAME and Android's .trashed-NAME.
+    shown = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    files = sorted(path for path in shown if path.suffix.lower() in IMAGE_SUFFIXES)
     for subfolder in _subfolders(folder) if recursive else ():
         files += image_files(subfolder, recursive=True)
     return files

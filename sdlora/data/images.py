@@ -11,6 +11,7 @@ import hashlib
 import importlib
 import struct
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -76,7 +77,8 @@ def _decode(path: Path, convert: Callable[[Image.Image], T], suffix: str | None 
     formats = [*FORMATS, *_plugged_in(path.name, (suffix or path.suffix).lower())]
     try:
         with Image.open(path, formats=formats) as opened:
-            if getattr(opened, "n_frames", 1) > 1:
+            # A camera's MPO is a JPEG with a preview behind the image, which Pillow takes for a second frame.
+            if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
                 raise DataError(f"{path.name}: has several frames or pages. Save the one you want as a PNG.")
             if opened.width * opened.height > MAX_PIXELS:
                 raise DataError(
@@ -87,7 +89,8 @@ def _decode(path: Path, convert: Callable[[Image.Image], T], suffix: str | None 
                     f"{path.name}: floating-point pixels are not supported. Save it with 8 or 16 bits per channel."
                 )
             opened.load()
-            ImageOps.exif_transpose(opened, in_place=True)  # a copy would double the memory
+            with suppress(*_BROKEN):  # EXIF that is no EXIF gives no orientation
+                ImageOps.exif_transpose(opened, in_place=True)  # a copy would double the memory
             return convert(opened)
     except UnidentifiedImageError as error:
         raise DataError(

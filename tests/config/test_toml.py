@@ -36,6 +36,25 @@ def test_a_missing_or_broken_file_says_so(tmp_path: Path) -> None:
         load_config(str(broken))
 
 
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("small (1).toml", "small 1"), ("zumi+cat.toml", "zumi cat"), ("[v2].toml", "v2"), ("猫.toml", "猫"),
+        ("---.toml", "lora"), (f"{'x' * 200}.toml", "x" * 100), (f"{'猫' * 80}.toml", "猫" * 80),
+        ("my-run_1.5-.toml", "my-run_1.5-"),
+    ],
+)  # fmt: skip
+def test_any_name_of_a_file_becomes_a_name_of_a_run(tmp_path: Path, file: str, name: str) -> None:
+    (tmp_path / file).write_text("data.folder = 'a'")
+    assert load_config(str(tmp_path / file)).name == name
+
+
+def test_a_name_longer_than_files_names_is_refused() -> None:
+    assert parse_config({"name": "猫" * 80, "data": {"folder": "x"}}, name="n").name == "猫" * 80
+    with pytest.raises(ConfigError, match=r"name: .*240 bytes"):
+        parse_config({"name": "猫" * 81, "data": {"folder": "x"}}, name="n")
+
+
 def test_a_byte_order_mark_is_no_part_of_a_configuration(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_bytes(b"\xef\xbb\xbfseed = 3\r\n[data]\r\nfolder = 'a'\r\n")
     assert load_config(str(tmp_path / "mine.toml")).seed == 3

@@ -199,6 +199,14 @@ def test_ignored_subfolders_and_captions_are_warnings(tmp_path: Path, put: Calla
     assert (unused.kind, unused.files) == ("unused caption", ("lonely.txt",))
 
 
+def test_hidden_files_are_no_images_and_no_captions(tmp_path: Path, put: Callable[..., None]) -> None:
+    put("a.png", 1)
+    for name in ("._a.png", ".trashed-1-a.png", "._a.txt", "._metadata.jsonl"):
+        (tmp_path / name).write_bytes(b"\x00\x05\x16\x07")
+    found = check(tmp_path)
+    assert found.num_files == 1 and not [f for f in found.findings if "._" in f.message or ".trashed" in f.message]
+
+
 def test_what_is_left_out_is_told(tmp_path: Path, put: Callable[..., None]) -> None:
     put("a.png", 1)
     (tmp_path / "b.PNG").symlink_to(tmp_path / "nowhere.png")

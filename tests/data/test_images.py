@@ -76,6 +76,15 @@ def test_cmyk_grey_and_bilevel_images_become_rgb(tmp_path: Path) -> None:
     assert pixels(load_image(tmp_path / "bit.png", "black")) == [[(255, 255, 255)]]
 
 
+def test_a_cameras_preview_and_broken_exif_do_not_matter(tmp_path: Path) -> None:
+    image, preview = Image.new("RGB", (16, 8), "red"), Image.new("RGB", (8, 4), "blue")
+    image.save(tmp_path / "camera.jpg", format="MPO", save_all=True, append_images=[preview])
+    image.save(tmp_path / "odd.jpg", exif=b"Exif\x00\x00II*\x00\xff\xff\xff\x00garbage")
+    for name in ("camera.jpg", "odd.jpg"):
+        found = load_image(tmp_path / name, "white")
+        assert found.size == (16, 8) and pixels(found)[4][8][0] > 240, name
+
+
 def test_animated_and_unreadable_files_are_refused_by_name(tmp_path: Path) -> None:
     frames = [Image.new("RGB", (4, 4), color) for color in ("red", "blue")]
     frames[0].save(tmp_path / "film.webp", save_all=True, append_images=frames[1:])
