@@ -22,6 +22,7 @@ from sdlora.run.trackers import FOLDER, Trackers
 SMALL = [
     "name=hero",
     "train.epochs=2",
+    "data.repeats=2",
     "preview.num_captions=1",
     "train.checkpoint_every_steps=1",
     "copycheck.enabled=true",
