@@ -78,10 +78,10 @@ def build(context: Context) -> Any:
         images_shown = [choice, *images.all()]
         draft = [*images_shown, *recipe, recipe_note]
 
-        def show_recipe(shown: str) -> list[Any]:
+        def show_recipe(shown: str, *values: Any) -> list[Any]:
             """The recipe of the images that this tab shows, which another tab may have exchanged in the draft."""
             found = context.draft()
-            return recipe_form.show(context, found.with_images(shown) if shown else found)
+            return recipe_form.show_again(context, found.with_images(shown) if shown else found, values)
 
         def show_images() -> list[Any]:
             chosen = context.draft().images
@@ -93,7 +93,8 @@ def build(context: Context) -> Any:
 
         blocks.load(lambda: _show_draft(context), None, draft, show_progress="hidden", queue=False)
         onward.click(lambda: gr.Tabs(selected="recipe"), None, tabs, show_progress="hidden")
-        recipe_tab.select(show_recipe, images.images, recipe, **recipe_form.IN_TURN)
+        controls = recipe[-recipe_form.num_controls() :]
+        recipe_tab.select(show_recipe, [images.images, *controls], recipe, **recipe_form.IN_TURN)
         loaded.then(show_images, None, images_shown, show_progress="hidden")
         clone.click(clone_run, run, [runs_note, tabs, *draft], show_progress="hidden", **ANY_VALUE)
         _keep_up_to_date(context, live, images.images, blocks)

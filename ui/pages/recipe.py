@@ -52,6 +52,20 @@ def show(context: Context, draft: Draft) -> list[Any]:
     return [*_outcome(context, draft), *fill(context, draft)]
 
 
+def show_again(context: Context, draft: Draft, values: Sequence[Any]) -> list[Any]:
+    """The same without the controls that hold their values already, in which somebody may be typing by now.
+
+    Args:
+        context: The studio.
+        draft: It is shown.
+        values: What the controls hold, in the order of `fill`.
+    """
+    wanted = fill(context, draft)
+    held = [new.get("value") if isinstance(new, dict) else new for new in wanted]
+    controls = [gr.skip() if value == old else new for new, value, old in zip(wanted, held, values, strict=True)]
+    return [*_outcome(context, draft), *controls]
+
+
 def fill(context: Context, draft: Draft) -> list[Any]:
     """The values of all controls for a draft."""
     subject, length = draft.subject, draft.length
@@ -189,8 +203,13 @@ def _refused(message: str) -> list[Any]:
     return [*(gr.skip() for _ in range(3)), message, "", gr.update(interactive=False), *_untouched()]
 
 
+def num_controls() -> int:
+    """How many controls there are, which are the last of what `show` gives values for."""
+    return _NUM_DECISIONS + len(more_fields())
+
+
 def _untouched() -> list[Any]:
-    return [gr.skip() for _ in range(_NUM_DECISIONS + len(more_fields()))]
+    return [gr.skip() for _ in range(num_controls())]
 
 
 def _changed(context: Context, draft: Draft, place: int, value: Any) -> Draft:

@@ -170,6 +170,13 @@ def test_what_is_shown_is_what_is_sent_back(page: Page) -> None:
         assert recipe.fingerprint(again) == recipe.fingerprint(draft) == page.parts[PLANNED]
 
 
+def test_controls_that_hold_their_values_are_left_alone(page: Page) -> None:
+    draft = page.context.draft().with_value("seed", 9)
+    answer = recipe.show_again(page.context, draft, page.controls)
+    assert answer[CONTROLS + place("seed")] == "9"
+    assert [update for update in answer[CONTROLS:] if update != gr.skip()] == ["9"]
+
+
 def test_own_settings_are_shown_as_such(page: Page) -> None:
     answer = page.type(place("train.epochs"), "3")
     assert answer[CONTROLS + LENGTH]["value"] == OWN and OWN in answer[CONTROLS + LENGTH]["choices"]
