@@ -1,6 +1,6 @@
 """Similarity scores for copies of an image, of a part of it, its mirror image or a warped one, without any network.
 
-Called for the null distribution and the previews. `hp_ms` compares detail (the image minus its own blur), so that two
+Called for a set's scale and the previews. `hp_ms` compares detail (the image minus its own blur), so that two
 images of one subject in one scene stay apart, and finds crops; `phash` compares the coarse layout and finds warped
 copies; `registered_correlation` registers images by a smooth displacement first, after which a warped copy matches in
 its detail. Two images of one subject match a little, too, so scores are compared with those of other images of the
@@ -10,7 +10,7 @@ Shapes: P images, G images of the gallery, N pairs, K waves of the displacement,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import imagehash
 import numpy as np
@@ -24,6 +24,7 @@ SIZE_PX = 64
 FINE_PX = 96
 FINE_BLUR_PX = 0.7
 BOX_PX = 9
+MAX_ASPECT = 4.0
 # Eleven scales: five miss crops between two of them.
 SCALES = tuple(1.0 - 0.05 * index for index in range(11))
 _CHUNK, _PAIRS_CHUNK = 8, 64
@@ -43,9 +44,9 @@ SMOOTH_PX = 2.0
 def hp_ms(images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
     """The highest correlation of detail between every image and every image of a gallery, over crops and mirroring.
 
-    Both become 64x64 luma, or slightly blurred 96x96 luma if no image of the gallery is smaller than that. First one
-    and then the other is shrunk to each scale, has its 9x9 box mean subtracted, and is matched at every position of the
-    other; the score is the highest zero-mean normalised cross-correlation.
+    All become luma of their own shape with a short edge of 64 px, or, slightly blurred, of 96 px if no image of the
+    gallery is smaller than that. First one and then the other is shrunk to each scale, has its 9x9 box mean subtracted,
+    and is matched at every position of the other; the score is the highest zero-mean normalised cross-correlation.
 
     Returns:
         (P, G) float32 in [-1, 1]; 1 is a copy, and an image without detail scores 0.
@@ -57,22 +58,50 @@ def hp_ms(images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tens
     """
     require_images(images, gallery)
     size_px = FINE_PX if min(min(image.size) for image in gallery) >= FINE_PX else SIZE_PX
-    seen, known = luma(images, size_px), luma(gallery, size_px)
-    if size_px == FINE_PX:
-        # A crop falls between two pixels and between two scales, where the finest detail does not match.
-        seen, known = (blur(values[:, 0], FINE_BLUR_PX).unsqueeze(1) for values in (seen, known))
+    best = torch.empty(len(images), len(gallery))
+    known_of_shape = _lumas(gallery, size_px)
+    for rows, seen in _lumas(images, size_px):
+        for columns, known in known_of_shape:
+            best[np.ix_(rows, columns)] = _over_scales(seen, known)
+    return best
+
+
+def _lumas(images: Sequence[Image.Image], short_px: int) -> list[tuple[list[int], Tensor]]:
+    """Luma with a given short edge: for every shape the indices of its images, and (N, 1, H, W)."""
+    shapes = [_shape(image, short_px) for image in images]
+    found = []
+    for shape in dict.fromkeys(shapes):
+        indices = [index for index, other in enumerate(shapes) if other == shape]
+        values = luma([images[index] for index in indices], shape)
+        if short_px == FINE_PX:
+            # A crop falls between two pixels and between two scales, where the finest detail does not match.
+            values = blur(values[:, 0], FINE_BLUR_PX).unsqueeze(1)
+        found.append((indices, values))
+    return found
+
+
+def _shape(image: Image.Image, short_px: int) -> tuple[int, int]:
+    """Width and height of an image whose short edge is resized; the long one is at most `MAX_ASPECT` times as long."""
+    ratio = short_px / min(image.size)
+    width, height = (min(round(edge * ratio), round(short_px * MAX_ASPECT)) for edge in image.size)
+    return width, height
+
+
+def _over_scales(seen: Tensor, known: Tensor) -> Tensor:
+    """`hp_ms` of lumas of one shape with lumas of another, (P, 1, H, W) and (G, 1, H', W') to (P, G)."""
     both = torch.cat([seen, seen.flip(-1)])
     best = torch.full((len(both), len(known)), -1.0)
     for scale in SCALES:
-        size = round(scale * size_px)
-        best = torch.maximum(best, _best_matches(both, known, size))
-        if size < size_px:
-            best = torch.maximum(best, _best_matches(known, both, size).T)
+        best = torch.maximum(best, _best_matches(both, known, scale))
+        if scale < 1 or seen.shape[2:] != known.shape[2:]:
+            best = torch.maximum(best, _best_matches(known, both, scale).T)
     return torch.maximum(best[: len(seen)], best[len(seen) :])
 
 
 def phash(images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
     """The share of equal bits in the perceptual hashes of every image, or its mirror image, and every one of a gallery.
+
+    An image of the gallery that has another shape is compared by its best part of the image's shape (`_parts`).
 
     Returns:
         (P, G) float32 in [0, 1], in steps of 1/64; 1 is a copy, unrelated images have about a half.
@@ -84,10 +113,37 @@ def phash(images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tens
     implemented by the library imagehash.
     """
     require_images(images, gallery)
-    known = _hashes(gallery)
-    mirrored = _hashes([ImageOps.mirror(image) for image in images])
-    equal = torch.maximum(_hashes(images) @ known.T, mirrored @ known.T)
-    return (equal / known.shape[1] + 1) / 2
+    scores = torch.full((len(images), len(gallery)), -1.0)
+    for rows, parts, owners in _parts(images, gallery):
+        seen, known = [images[row] for row in rows], _hashes(parts)
+        mirrored = _hashes([ImageOps.mirror(image) for image in seen])
+        equal = torch.maximum(_hashes(seen) @ known.T, mirrored @ known.T) / known.shape[1]
+        for column in range(len(gallery)):
+            scores[rows, column] = equal[:, owners == column].amax(dim=1)
+    return (scores + 1) / 2
+
+
+def _parts(
+    images: Sequence[Image.Image], gallery: Sequence[Image.Image]
+) -> Iterator[tuple[list[int], list[Image.Image], Tensor]]:
+    """The largest parts of a gallery's images that have the shapes of others, at nine places along the longer side.
+
+    Yields:
+        For every shape: the indices of its images, the parts, which are whole images where the shape is the same, and
+        the index of each part's image, (N,).
+    """
+    aspects = [round(image.width / image.height, 2) for image in images]
+    for aspect in dict.fromkeys(aspects):
+        parts, owners = [], []
+        for owner, image in enumerate(gallery):
+            width, height = image.width, image.height
+            if round(width / height, 2) != aspect:
+                width, height = min(width, round(height * aspect)), min(height, round(width / aspect))
+            across, down = image.width - width, image.height - height
+            corners = {(across * i // 8, down * i // 8) for i in range(9)}
+            parts += [image.crop((x, y, x + width, y + height)) for x, y in sorted(corners)]
+            owners += [owner] * len(corners)
+        yield [row for row, other in enumerate(aspects) if other == aspect], parts, torch.tensor(owners)
 
 
 def _hashes(images: Sequence[Image.Image]) -> Tensor:
@@ -108,10 +164,10 @@ def require_images(images: Sequence[Image.Image], gallery: Sequence[Image.Image]
         )
 
 
-def luma(images: Sequence[Image.Image], size_px: int = SIZE_PX) -> Tensor:
-    """Brightness in [0, 1] by Rec. 601, (P, 1, size, size)."""
-    small = [p.convert("L").resize((size_px, size_px), Image.Resampling.BOX) for p in images]
-    return torch.stack([torch.from_numpy(np.array(p, dtype=np.float32) / 255) for p in small]).unsqueeze(1)
+def luma(images: Sequence[Image.Image], size: tuple[int, int] = (SIZE_PX, SIZE_PX)) -> Tensor:
+    """Brightness in [0, 1] by Rec. 601 at a width and height, (P, 1, H, W)."""
+    small = [image.convert("L").resize(size, Image.Resampling.BOX) for image in images]
+    return torch.stack([torch.from_numpy(np.array(image, dtype=np.float32) / 255) for image in small]).unsqueeze(1)
 
 
 def blur(images: Tensor, sigma: float) -> Tensor:
@@ -127,8 +183,8 @@ def blur(images: Tensor, sigma: float) -> Tensor:
 def detail(values: Tensor) -> Tensor:
     """The image minus its 9x9 box mean, same shape; at an edge the box is smaller."""
     margin = (BOX_PX // 2,) * 4
-    num_inside = _box_sums(F.pad(torch.ones_like(values[:1]), margin), BOX_PX)
-    return values - _box_sums(F.pad(values, margin), BOX_PX) / num_inside
+    num_inside = _box_sums(F.pad(torch.ones_like(values[:1]), margin), BOX_PX, BOX_PX)
+    return values - _box_sums(F.pad(values, margin), BOX_PX, BOX_PX) / num_inside
 
 
 def unit_vectors(values: Tensor) -> Tensor:
@@ -136,33 +192,40 @@ def unit_vectors(values: Tensor) -> Tensor:
     return F.normalize(values - values.mean(dim=1, keepdim=True), dim=1, eps=_FLAT)
 
 
-def _box_sums(values: Tensor, size: int) -> Tensor:
-    """Sums over all boxes of size x size, (..., H, W) to (..., H - size + 1, W - size + 1).
+def _box_sums(values: Tensor, height: int, width: int) -> Tensor:
+    """Sums over all boxes of a size, (..., H, W) to (..., H - height + 1, W - width + 1).
 
     Differences of cumulative sums, in float64: as exact as pooling and much faster.
     """
     summed = F.pad(values.double(), (1, 0, 1, 0)).cumsum(-1).cumsum(-2)
-    rows = summed[..., size:, :] - summed[..., :-size, :]
-    return (rows[..., size:] - rows[..., :-size]).to(values.dtype)
+    rows = summed[..., height:, :] - summed[..., :-height, :]
+    return (rows[..., width:] - rows[..., :-width]).to(values.dtype)
 
 
-def _best_matches(templates: Tensor, images: Tensor, size: int) -> Tensor:
-    """The best match of each template, shrunk to size x size, over all positions in each image, (templates, images)."""
-    shrunk = F.interpolate(templates, size=(size, size), mode="bilinear", antialias=True, align_corners=False)
+def _best_matches(templates: Tensor, images: Tensor, scale: float) -> Tensor:
+    """The best match of each template, shrunk, over all positions in each image, (templates, images).
+
+    It is -1 if the template does not fit into the image.
+    """
+    height, width = (round(scale * edge) for edge in templates.shape[-2:])
+    rows, columns = images.shape[-2] - height + 1, images.shape[-1] - width + 1
+    if rows < 1 or columns < 1:
+        return torch.full((len(templates), len(images)), -1.0)
+    shrunk = F.interpolate(templates, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
     flat = unit_vectors(detail(shrunk).flatten(1))
     fine = detail(images)
-    mean, mean_square = (_box_sums(values[:, 0], size) / size**2 for values in (fine, fine.square()))
-    deviation = ((mean_square - mean.square()).clamp(min=0).sqrt() * size).clamp(min=_FLAT)
+    mean, mean_square = (_box_sums(values[:, 0], height, width) / (height * width) for values in (fine, fine.square()))
+    deviation = (mean_square - mean.square()).clamp(min=0).sqrt() * (height * width) ** 0.5
+    deviation = deviation.clamp(min=_FLAT)
     # At the valid positions the template lies inside the image, so the Fourier transform's wrap-around does no harm.
     # Only those are transformed back: first the rows, then of each column.
+    shape = images.shape[-2:]
     spectrum = torch.fft.rfft2(fine[:, 0]).mT.contiguous()
-    edge = images.shape[-1]
-    positions = edge - size + 1
     scores = []
-    for chunk in torch.split(flat.view(-1, size, size), _CHUNK):
-        template = torch.fft.rfft2(chunk, s=(edge, edge)).conj().mT.contiguous()
-        rows = torch.fft.ifft(template.unsqueeze(1) * spectrum)[..., :positions].mT.contiguous()
-        correlation = torch.fft.irfft(rows, n=edge)[..., :positions]
+    for chunk in torch.split(flat.view(-1, height, width), _CHUNK):
+        template = torch.fft.rfft2(chunk, s=shape).conj().mT.contiguous()
+        halfway = torch.fft.ifft(template.unsqueeze(1) * spectrum)[..., :rows].mT.contiguous()
+        correlation = torch.fft.irfft(halfway, n=shape[1])[..., :columns]
         scores.append((correlation / deviation).amax(dim=(2, 3)))
     return torch.cat(scores)
 
@@ -172,9 +235,10 @@ def registered_correlation(
 ) -> Tensor:
     """The correlation of detail between every image and its likeliest matches in a gallery, after registration.
 
-    Both become 64x64 luma. The two images of the gallery whose layout correlates best, mirrored or not, are registered
-    to the image (`register`); the score is the zero-mean normalised cross-correlation, where they overlap, of both
-    blurred by 2 px and minus their 9x9 box mean.
+    All become 64x64 luma; an image of the gallery that has another shape is represented by parts of the image's shape
+    (`_parts`). The two whose layout correlates best, mirrored or not, are registered to the image (`register`); the
+    score is the zero-mean normalised cross-correlation, where they overlap, of both blurred by 2 px and minus their 9x9
+    box mean.
 
     Args:
         images: P images of any mode and size.
@@ -188,20 +252,23 @@ def registered_correlation(
         ValueError: One of the two is empty.
     """
     require_images(images, gallery)
-    seen, known = luma(images)[:, 0], luma(gallery)[:, 0]
-    both = torch.stack([seen, seen.flip(-1)], dim=1)  # (P, 2, H, W)
-    similarity = _layout(both) @ _layout(known).T  # (P, 2, G)
-    if excluded is not None:
-        similarity = similarity.masked_fill(excluded.unsqueeze(1), -torch.inf)
-    best, mirrored = similarity.max(dim=1)
-    scores = torch.full(best.shape, -1.0)
-    count = min(NUM_CANDIDATES, len(known))
-    column = best.topk(count, dim=1).indices.flatten()
-    row = torch.arange(len(seen)).repeat_interleave(count)
-    row, column = (index[best[row, column] > -torch.inf] for index in (row, column))
-    for chunk in torch.split(torch.arange(len(row)), _PAIRS_CHUNK):
-        r, c = row[chunk], column[chunk]
-        scores[r, c] = _correlation(both[r, mirrored[r, c]], known[c])
+    scores = torch.full((len(images), len(gallery)), -1.0)
+    for rows, parts, owners in _parts(images, gallery):
+        seen, known = luma([images[row] for row in rows])[:, 0], luma(parts)[:, 0]
+        both = torch.stack([seen, seen.flip(-1)], dim=1)  # (P, 2, H, W)
+        similarity = _layout(both) @ _layout(known).T  # (P, 2, parts)
+        if excluded is not None:
+            similarity = similarity.masked_fill(excluded[rows][:, owners].unsqueeze(1), -torch.inf)
+        best, mirrored = similarity.max(dim=1)
+        count = min(NUM_CANDIDATES, len(known))
+        column = best.topk(count, dim=1).indices.flatten()
+        row = torch.arange(len(seen)).repeat_interleave(count)
+        row, column = (index[best[row, column] > -torch.inf] for index in (row, column))
+        for chunk in torch.split(torch.arange(len(row)), _PAIRS_CHUNK):
+            r, c = row[chunk], column[chunk]
+            found = _correlation(both[r, mirrored[r, c]], known[c])
+            for i, j, value in zip(r.tolist(), owners[c].tolist(), found, strict=True):
+                scores[rows[i], j] = torch.maximum(scores[rows[i], j], value)
     return scores
 
 

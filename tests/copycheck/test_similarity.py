@@ -12,7 +12,7 @@ from concepts import CONCEPTS
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
 
-from sdlora.copycheck.similarity import hp_ms, phash
+from sdlora.copycheck.similarity import hp_ms, phash, registered_correlation
 
 
 def _crop(share: float) -> Callable[[Image.Image], Image.Image]:
@@ -66,6 +66,43 @@ def test_image_containing_another_is_found(gallery: list[Image.Image]) -> None:
     assert hp_ms(gallery[:4], parts).diagonal().min() > 0.85
 
 
+SHAPES = {"4:5": (160, 200), "2:3": (144, 216), "16:9": (240, 135)}
+
+
+def _cut(image: Image.Image, size: tuple[int, int], place: float) -> Image.Image:
+    """A part of a given size, at a share of what is left over on either edge."""
+    left, top = (int((whole - part) * place) for whole, part in zip(image.size, size, strict=True))
+    return image.crop((left, top, left + size[0], top + size[1]))
+
+
+@pytest.mark.parametrize(("shape", "mirrored"), [("4:5", False), ("2:3", True), ("16:9", False)])
+def test_square_part_of_an_image_of_another_shape_is_found(
+    shape: str, mirrored: bool, gallery: list[Image.Image]
+) -> None:
+    """Without its shape, a copy of all that fits into a square scored like an unrelated image."""
+    large = [image.resize((240, 240), Image.Resampling.BICUBIC) for image in gallery[:6]]
+    images = [_cut(image, SHAPES[shape], 0.5) for image in large]
+    short = min(SHAPES[shape])
+    copies = [_cut(image, (short, short), 0.3) for image in images]
+    if mirrored:
+        copies = [ImageOps.mirror(image) for image in copies]
+    fresh = [CONCEPTS["kolo"].draw(index, 1)[0].resize((240, 240), Image.Resampling.BICUBIC) for index in range(6)]
+    independent = [_cut(_cut(image, SHAPES[shape], 0.5), (short, short), 0.3) for image in fresh]
+    for score, least, area in ((hp_ms, 0.9, 1.0), (phash, 0.75, 0.8), (registered_correlation, 0.9, 0.95)):
+        own = score(copies, images).diagonal()
+        assert own.min() > least, score
+        others = score(independent, images).amax(dim=1)
+        assert float((own.unsqueeze(1) > others).float().mean()) >= area, score
+
+
+def test_image_of_another_shape_that_contains_the_whole_is_found(gallery: list[Image.Image]) -> None:
+    wide = [Image.new("RGB", (230, 128), "grey") for _ in gallery]
+    for paper, image in zip(wide, gallery, strict=True):
+        paper.paste(image.resize((128, 128), Image.Resampling.BICUBIC), (70, 0))
+    assert hp_ms(wide, gallery).argmax(dim=1).tolist() == list(range(len(gallery)))
+    assert hp_ms(wide, gallery).diagonal().min() > 0.85
+
+
 @pytest.mark.parametrize("edge", [64, 96])
 def test_hp_ms_equals_the_formula(edge: int) -> None:
     """At full size it is one correlation coefficient, here computed by numpy in float64."""
@@ -100,7 +137,7 @@ def test_small_gallery_image_lowers_the_resolution_for_all() -> None:
 
 
 def test_phash_is_the_share_of_equal_bits_mirrored_or_not(gallery: list[Image.Image]) -> None:
-    others = [gallery[0].convert("L"), gallery[1].resize((96, 50)), gallery[2].resize((300, 300)), _jitter(gallery[3])]
+    others = [gallery[0].convert("L"), gallery[1].resize((96, 96)), gallery[2].resize((300, 300)), _jitter(gallery[3])]
     found = phash([*gallery, *others], gallery)
     for row, image in enumerate([*gallery, *others]):
         both = [imagehash.phash(image), imagehash.phash(ImageOps.mirror(image))]
