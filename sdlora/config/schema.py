@@ -169,21 +169,21 @@ class PreviewConfig(Section):
     it in new places."""
     num_captions: int = Field(3, ge=0, le=64)
     """Number of training captions that are used as prompts, too; copies show up there first."""
-    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field([0, 1], min_length=1)
+    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field([0], min_length=1)
     """Seeds; every prompt is generated once per seed."""
     negative_prompt: str = ""
     """Negative prompt of the previews."""
-    num_steps: int = Field(25, ge=1, le=1000)
-    """Denoising steps per preview."""
+    num_steps: int = Field(10, ge=1, le=1000)
+    """Denoising steps per preview; samplers other than DPM++ 2M and UniPC need about 25."""
     guidance: float = Field(7.5, ge=1.0, le=50.0)
     """Guidance scale; 1 disables classifier-free guidance."""
-    sampler: Literal["base", "euler", "euler_a", "dpmpp_2m_karras", "unipc"] = "base"
-    """Sampler of the previews: the base model's own, Euler, Euler a, DPM++ 2M Karras or UniPC; the last two need only
-    10 to 15 steps."""
+    sampler: Literal["auto", "base", "euler", "euler_a", "dpmpp_2m_karras", "unipc"] = "auto"
+    """Sampler of the previews: the base model's own, Euler, Euler a, DPM++ 2M Karras or UniPC; 'auto' is DPM++ 2M
+    Karras, or the base model's own where noise schedules end in pure noise."""
     width_px: int | None = Field(None, ge=64, le=4096, multiple_of=8)
-    """Width of the previews; the base model's own resolution if unset."""
+    """Width of the previews; that of the shape that most images are trained in if unset."""
     height_px: int | None = Field(None, ge=64, le=4096, multiple_of=8)
-    """Height of the previews; the base model's own resolution if unset."""
+    """Height of the previews; that of the shape that most images are trained in if unset."""
 
 
 class CopyCheckConfig(Section):

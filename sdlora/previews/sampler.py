@@ -6,12 +6,11 @@ is not disturbed. Shapes: B previews drawn together, C latent channels, h/w late
 
 from __future__ import annotations
 
-import json
 import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -56,8 +55,8 @@ class PreviewRequest:
         num_steps: Denoising steps, at least 1.
         guidance: Classifier-free guidance scale; 1 switches it off.
         num_captions: How many of the prompts, from the first, are captions of training images.
-        sampler: A key of `SAMPLERS`, or "base" for the base model's own.
-        size_px: Width and height; None is the base model's own resolution.
+        sampler: A key of `SAMPLERS`, "base" for the base model's own, or "auto".
+        size_px: Width and height; None is the base model's own resolution, squared.
     """
 
     prompts: tuple[str, ...]
@@ -66,13 +65,18 @@ class PreviewRequest:
     num_steps: int
     guidance: float
     num_captions: int = 0
-    sampler: str = "base"
-    size_px: tuple[int | None, int | None] = (None, None)
+    sampler: str = "auto"
+    size_px: tuple[int, int] | None = None
 
     def pixels(self, resolution_px: int) -> tuple[int, int]:
         """Width and height on a base model of a resolution."""
-        width, height = self.size_px
-        return width or resolution_px, height or resolution_px
+        return self.size_px or (resolution_px, resolution_px)
+
+    def more(self, total: int) -> PreviewRequest:
+        """The same prompts with further seeds, until there are at least `total` previews with these."""
+        count = -(-(total - len(self.wanted())) // len(self.prompts))
+        first = max(self.seeds) + 1
+        return replace(self, seeds=tuple(range(first, first + count)))
 
     def wanted(self) -> list[tuple[str, int]]:
         """Every image's prompt and seed, prompts first."""
@@ -138,6 +142,15 @@ def draw_epoch(
 ) -> Iterator[Event]:
     """Draw every prompt with every seed into `previews` in an epoch's folder, as `PreviewRequest.file_names`."""
     start = time.monotonic()
+    yield from draw_files(base, request, folder, "previews", watch)
+    files = [str(folder / "previews" / name) for name in request.file_names()]
+    yield PreviewsDone(epoch, files, time.monotonic() - start)
+
+
+def draw_files(
+    base: BaseModel, request: PreviewRequest, folder: Path, phase: str, watch: SamplerWatch | None = None
+) -> Iterator[Progress]:
+    """The files of `draw_epoch`; the phase is what progress is called."""
     files = [folder / "previews" / name for name in request.file_names()]
     done = 0
     for images in draw(base, request, request.wanted(), watch):
@@ -145,8 +158,7 @@ def draw_epoch(
             with atomic_path(files[done]) as temporary:
                 image.save(temporary, format="PNG")
             done += 1
-        yield Progress("previews", done, len(files))
-    yield PreviewsDone(epoch, [str(file) for file in files], time.monotonic() - start)
+        yield Progress(phase, done, len(files))
 
 
 def draw(
@@ -162,21 +174,6 @@ def draw(
             encoded = [base.prompt_embeddings([prompt for prompt, _ in b], [negative] * len(b)) for b in turn]
         for batch, prompts in zip(turn, encoded, strict=True):
             yield _draw(base, request, batch, prompts, watch)
-
-
-def settings(base: BaseModel, request: PreviewRequest) -> list[str]:
-    """Everything except prompt, seed and weights that determines an image, for cache keys."""
-    with base.pipeline() as pipeline:
-        scheduler = dict(pipeline.scheduler.config)
-    return [
-        request.negative_prompt,
-        str(request.num_steps),
-        str(request.guidance),
-        str(base.unet.dtype),
-        json.dumps(scheduler, sort_keys=True, default=str),
-        *([request.sampler] if request.sampler != "base" else []),
-        *([f"{request.size_px}"] if request.size_px != (None, None) else []),
-    ]
 
 
 def _draw(
@@ -206,6 +203,9 @@ def _draw(
 def _sampling(pipeline: DiffusionPipeline, name: str) -> Iterator[None]:
     """Exchange a pipeline's sampler, which keeps the base model's noise schedule and prediction type."""
     own = pipeline.scheduler
+    if name == "auto":
+        # Karras' noise levels have to end somewhere.
+        name = "base" if own.config.get("rescale_betas_zero_snr") else "dpmpp_2m_karras"
     if name != "base":
         kind, options = SAMPLERS[name]
         pipeline.scheduler = kind.from_config(own.config, **options)

@@ -5,6 +5,7 @@ The second step of a run, after its folder was checked; also used by estimates, 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +21,7 @@ from sdlora.config.presets import presets
 from sdlora.config.schema import BaseConfig, PreviewConfig, RunConfig
 from sdlora.copycheck.checker import Checker
 from sdlora.copycheck.embedders import load_embedders
-from sdlora.copycheck.null_distribution import make_gallery
+from sdlora.copycheck.scale import make_gallery
 from sdlora.data.dataset import Dataset
 from sdlora.errors import ConfigError, OutOfMemoryError
 from sdlora.estimate.hints import Stage, out_of_memory_message
@@ -308,7 +309,7 @@ def make_checker(
     embedders, missing = load_embedders(sscd=copycheck.sscd, dinov2=copycheck.dinov2, device=loaded.device)
     loaded.notices.extend(missing)
     data = evaluation_data(images.training, loaded.cache, text_is_trained=text_is_trained(config))
-    return Checker(adapter, data, validation, loaded.identity, config.seed, previews, gallery, embedders)
+    return Checker(adapter, data, validation, config.seed, previews, gallery, embedders)
 
 
 def make_validation(config: RunConfig, loaded: Loaded, adapter: Adapter) -> Validation | None:
@@ -342,7 +343,11 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype,
 
 
 def preview_request(preview: PreviewConfig, dataset: Dataset) -> PreviewRequest:
-    """What is drawn: some captions of the dataset, then the user's prompts or generated ones."""
+    """What is drawn: some captions of the dataset, then the user's prompts or generated ones.
+
+    Previews have the size and shape that most images are trained at, unless others are set.
+    """
+    (width, height), _ = Counter(example.bucket for example in dataset.examples).most_common(1)[0]
     captions = [example.prompt for example in dataset.examples]
     # Spread over the dataset, which is sorted by name.
     number = min(preview.num_captions, len(captions))
@@ -362,5 +367,5 @@ def preview_request(preview: PreviewConfig, dataset: Dataset) -> PreviewRequest:
         guidance=preview.guidance,
         num_captions=len(drawn),
         sampler=preview.sampler,
-        size_px=(preview.width_px, preview.height_px),
+        size_px=(preview.width_px or width, preview.height_px or height),
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,13 @@ from diffusers import (
 from PIL import Image
 
 from sdlora.events import PreviewsDone, Progress
-from sdlora.models.load import load_base
-from sdlora.previews.sampler import PreviewRequest, contact_sheet, draw_epoch, settings
+from sdlora.models.load import LoadOptions, load_base
+from sdlora.previews.sampler import PreviewRequest, contact_sheet, draw, draw_epoch
 
 
 def test_previews_equal_the_pipelines_images_and_touch_no_global_state(tiny_base: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
-    request = PreviewRequest(("a red cat", "a dog"), (3, 4), "blue", 2, 5.0)
+    request = PreviewRequest(("a red cat", "a dog"), (3, 4), "blue", 2, 5.0, sampler="base")
     torch.manual_seed(1)
     expected = torch.rand(2)
     torch.manual_seed(1)
@@ -72,6 +71,7 @@ def test_contact_sheet_places_every_preview(tmp_path: Path) -> None:
     [
         ("euler", EulerDiscreteScheduler),
         ("euler_a", EulerAncestralDiscreteScheduler),
+        ("auto", partial(DPMSolverMultistepScheduler, use_karras_sigmas=True)),
         ("dpmpp_2m_karras", partial(DPMSolverMultistepScheduler, use_karras_sigmas=True)),
         ("unipc", UniPCMultistepScheduler),
     ],
@@ -80,7 +80,7 @@ def test_sampler_and_size_are_those_of_diffusers(
     name: str, scheduler: Callable[..., Any], tiny_base: Path, tmp_path: Path
 ) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
-    request = PreviewRequest(("a dog",), (3,), "", 4, 5.0, sampler=name, size_px=(48, None))
+    request = PreviewRequest(("a dog",), (3,), "", 4, 5.0, sampler=name, size_px=(48, base.resolution_px))
     list(draw_epoch(base, request, 1, tmp_path))
     pipeline = base.fresh_pipeline()
     own = pipeline.scheduler.config
@@ -99,17 +99,29 @@ def test_sampler_and_size_are_those_of_diffusers(
         assert type(after.scheduler) is own_kind
 
 
-def test_cache_key_of_a_request_holds_sampler_and_size_only_where_they_differ(tiny_base: Path) -> None:
-    base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
-    plain = PreviewRequest(("a dog",), (3,), "", 4, 5.0)
-    others = [replace(plain, sampler="unipc"), replace(plain, size_px=(48, None)), replace(plain, size_px=(None, 48))]
-    assert len(settings(base, plain)) == 5
-    assert len({tuple(settings(base, one)) for one in (plain, *others)}) == 4
-
-
 def test_contact_sheet_keeps_the_shape_of_previews(tmp_path: Path) -> None:
     Image.new("RGB", (64, 128), "red").save(tmp_path / "tall.png")
     contact_sheet(["tall"], [("base", [tmp_path / "tall.png"])], tmp_path / "s.png")
     sheet = Image.open(tmp_path / "s.png").convert("RGB")
     row = [sheet.getpixel((200 + x, 34 + 64)) == (255, 0, 0) for x in range(128)]
     assert row == [32 <= x < 96 for x in range(128)]
+
+
+def test_more_previews_have_the_same_prompts_and_other_seeds() -> None:
+    request = PreviewRequest(("a", "b", "c"), (0, 7), "", 2, 1.0, num_captions=1)
+    more = request.more(24)
+    assert more.prompts == request.prompts and more.num_captions == 1
+    assert not set(more.seeds) & set(request.seeds)
+    assert len(request.wanted()) + len(more.wanted()) == 24
+    assert len(request.more(10).wanted()) == 6
+
+
+def test_auto_keeps_the_models_own_sampler_where_noise_ends_in_pure_noise(tiny_base: Path) -> None:
+    options = LoadOptions(prediction_type="v_prediction")
+    base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32, options=options)
+    base.use_zero_terminal_snr()
+    own, auto = (
+        next(draw(base, PreviewRequest(("a dog",), (3,), "", 3, 5.0, sampler=name), [("a dog", 3)]))[0]
+        for name in ("base", "auto")
+    )
+    assert own.tobytes() == auto.tobytes()

@@ -47,7 +47,7 @@ class LoraSampler:
             preview.num_steps,
             preview.guidance,
             sampler=preview.sampler,
-            size_px=(preview.width_px, preview.height_px),
+            size_px=(preview.width_px, preview.height_px) if preview.width_px and preview.height_px else None,
         )
         with self._lock:
             device, dtype, _ = choose_device(config.train.device, config.train.precision)
