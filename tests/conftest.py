@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline
 from helpers.adapters import trained
 from helpers.commandline import CommandLine
 from helpers.promises import Figure, record
-from helpers.quick import leave_out_fsync, shrink_null_distribution
+from helpers.quick import leave_out_fsync
 from helpers.tiny import TINY, make_tiny_pipeline
 from PIL import Image, ImageDraw
 
@@ -86,13 +86,7 @@ def others(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def small_null(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A small null distribution, for runs in which what the copy check finds is not the point."""
-    shrink_null_distribution(monkeypatch.setattr)
-
-
-@pytest.fixture
-def overrides(tiny_base: Path, images: Path, tmp_path: Path, small_null: None) -> list[str]:
+def overrides(tiny_base: Path, images: Path, tmp_path: Path) -> list[str]:
     """Settings of a run that takes a second or two."""
     return [
         f"base.path={tiny_base}", "base.family=any", f"data.folder={images}", f"cache.dir={tmp_path / 'cache'}",

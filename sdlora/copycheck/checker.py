@@ -16,13 +16,13 @@ from torch import Tensor
 
 from sdlora.copycheck import signals
 from sdlora.copycheck.embedders import Embedders
-from sdlora.copycheck.null_distribution import Gallery, evenly_spaced, null_distribution, reduced
+from sdlora.copycheck.scale import Gallery, Scale, evenly_spaced, reduced, set_scale
 from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED, Signal
 from sdlora.copycheck.similarity import registered_correlation
-from sdlora.copycheck.verdict import EpochCheck, check_previews
+from sdlora.copycheck.verdict import FULL, EpochCheck, fidelity, judge, judge_base, match_previews
 from sdlora.events import CopyChecked, Event, Progress
 from sdlora.lora.inject import Adapter
-from sdlora.previews.sampler import PreviewRequest, SamplerWatch, draw_epoch
+from sdlora.previews.sampler import PreviewRequest, SamplerWatch, draw_epoch, draw_files
 from sdlora.training.data import TrainingData
 from sdlora.training.validation import Validation, image_losses
 
@@ -35,10 +35,9 @@ class Checker:
 
     Attributes:
         adapter: Attached to its base model.
-        data: The training images with their captions unchanged, the same at every exposure; its cache holds the null
-            distribution.
+        data: The training images with their captions unchanged, the same at every exposure; its cache holds their
+            scale.
         validation: Measures the validation images; None if there are none.
-        identity: A hash of the base model's UNet.
         request: What to draw.
         gallery: The images that may have been copied, and validation images.
     """
@@ -46,23 +45,23 @@ class Checker:
     adapter: Adapter
     data: TrainingData
     validation: Validation | None
-    identity: str
     seed: int
     request: PreviewRequest
     gallery: Gallery
     embedders: Embedders
 
     def prepare(self, background: str) -> Iterator[Progress]:
-        """Compute, or read from the cache, what epochs are compared with: the null and the base model's signals."""
+        """Compute, or read from the cache, what epochs are compared with: the scale and the base model's signals."""
         yield from self.data.fill(background)
-        self._null, self._registered_null = yield from null_distribution(
-            self.data.cache, self.adapter, self.request, self.gallery, self.identity, self.embedders
-        )
+        self._scale = yield from set_scale(self.data, self.gallery, self.embedders)
+        self._base_folder: Path | None = None
         with self.adapter.disabled():
             self._retrieved_off, self._losses_off = self._retrieved(), self._losses()
 
     def epoch(self, epoch: int, folder: Path, base_folder: Path) -> Iterator[Event]:
         """Draw an epoch's previews into its folder, check them and write `copycheck.json` beside them.
+
+        Where some previews are significant, but too few to call it copying, more are drawn at once.
 
         Args:
             base_folder: That of epoch 0, the base model, which was drawn and checked before.
@@ -71,8 +70,19 @@ class Checker:
         watch = SamplerWatch(base)
         yield from draw_epoch(base, self.request, epoch, folder, watch)
         start = time.monotonic()
-        measured = self._signals(folder, base_folder, watch.guidance_norms) if epoch > 0 else []
-        check = self.compare(folder, measured, watch.guidance_norms)
+        if epoch == 0:
+            check = judge_base(match_previews(*self._compared(self.request, folder), watch.guidance_norms)[0])
+            check.write(folder)
+        else:
+            measured = self._signals(folder, base_folder, watch.guidance_norms)
+            check = self.compare(folder, measured, watch.guidance_norms, base_folder)
+            undecided = check.verdict != "copying" and any(match.significant for match in check.previews)
+            if undecided and len(check.previews) < FULL:
+                more = self.request.more(FULL)
+                yield from draw_files(base, more, folder, "more previews")
+                further, _ = match_previews(*self._compared(more, folder))
+                check = judge([*check.previews, *further], measured)
+                check.write(folder)
         best = check.most_similar()
         yield CopyChecked(
             epoch=epoch,
@@ -86,21 +96,35 @@ class Checker:
             seconds=time.monotonic() - start,
         )
 
-    def compare(self, folder: Path, measured: Sequence[Signal], norms: Sequence[float] = ()) -> EpochCheck:
+    def compare(
+        self, folder: Path, measured: Sequence[Signal], norms: Sequence[float] = (), base_folder: Path | None = None
+    ) -> EpochCheck:
         """Check the previews in an epoch's folder and write `copycheck.json` there, with the other signals.
 
         Args:
             norms: Guidance norms, one per preview, or none at all.
+            base_folder: That of epoch 0; None if the base model's previews are not there.
         """
-        check = check_previews(self.request, folder, self.gallery, self._null, measured, self.embedders, norms)
+        if base_folder is not None and base_folder != self._base_folder:
+            # The base model has copied nothing, so where its previews look like copies, the scale is wrong.
+            matches, found = match_previews(*self._compared(self.request, base_folder))
+            self._scale = self._scale.with_fresh(found[[match.significant for match in matches]])
+            self._base_folder = base_folder
+        matches, _ = match_previews(*self._compared(self.request, folder), norms)
+        check = judge(matches, measured)
         check.write(folder)
         return check
+
+    def _compared(
+        self, request: PreviewRequest, folder: Path
+    ) -> tuple[PreviewRequest, Path, Gallery, Scale, Embedders]:
+        return request, folder, self.gallery, self._scale, self.embedders
 
     def registered_similarity(self, folder: Path) -> Signal:
         """The signal of warped copies, for the previews in an epoch's folder."""
         images = [image for of_prompt in self._images(folder) for image in of_prompt]
         best = registered_correlation(images, list(self.gallery.images.values())).amax(dim=1)
-        return signals.registered_similarity(best, self._registered_null)
+        return signals.registered_similarity(best, self._scale.registered)
 
     def _retrieved(self) -> list[bool]:
         return signals.retrieve(self.data, evenly_spaced(len(self.data.dataset.examples), MAX_PROBED), self.seed)
@@ -118,12 +142,14 @@ class Checker:
         if (measured := self.validation) is not None:
             assert measured.losses_on is not None and measured.losses_off is not None, "measure the epoch first"
             validation = (measured.losses_on, measured.losses_off)
+        dinov2 = self.embedders.dinov2
         return [
             signals.self_retrieval(self._retrieved(), self._retrieved_off),
             signals.train_validation_gap((self._losses(), self._losses_off), validation),
             signals.seed_collapse(self._images(folder), self._images(base_folder)),
             signals.guidance_norm((on[:cut], off[:cut]), (on[cut:], off[cut:])),
             self.registered_similarity(folder),
+            *([fidelity(dinov2, self.request, folder, self.gallery)] if dinov2 is not None else []),
         ]
 
     def _by_prompt(self, values: Sequence[T]) -> list[list[T]]:

@@ -115,7 +115,7 @@ def copy_cosines(embedder: Embedder, images: Sequence[Image.Image], gallery: Seq
     """SSCD similarity of every image, or its mirror image, to every image of a gallery.
 
     The threshold for a copy depends on the set of images (0.75 has 90 % precision on the authors' own), so compare
-    with a null distribution: see `sdlora.copycheck.statistics.p_values`.
+    it with the set's scale: see `sdlora.copycheck.scale`.
 
     Returns:
         (P, G) float32 in [-1, 1].

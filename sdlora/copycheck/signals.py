@@ -24,10 +24,10 @@ from sdlora.diffusion.timesteps import band_names
 from sdlora.training.data import TrainingData
 
 OUTSIDE = 0.05
-# Four UNet calls per probed caption and ten per compared image: with these limits, a sixth of the calls that seven
-# previews of 25 guided steps take.
-MAX_PROBED = 4
-MAX_COMPARED = 4
+# Four UNet calls per probed caption and ten per compared image: with these limits, a quarter of the calls that six
+# previews of 10 guided steps take.
+MAX_PROBED = 2
+MAX_COMPARED = 2
 PROBED_TIMESTEPS = (999, 800)
 NUM_PROBES = 2
 NUM_FIELDS = 8

@@ -1,6 +1,6 @@
 """p-values and confidence bounds of the copy check: exact where all cases can be enumerated, else by seeded draws.
 
-Pure. Called by `signals` and `verdict`. Shapes: P observed, K of the null distribution, S scores of each.
+Pure. Called by `scale`, `signals` and `verdict`.
 """
 
 from __future__ import annotations
@@ -15,62 +15,23 @@ from torch import Tensor
 
 _MOST_ENUMERATED = 20_000
 _NUM_DRAWN = 9_999
-_FLAT = 1e-9
-_NEARLY_ONE = 1 - 1e-3  # keeps an image's similarity to itself finite on Fisher's scale
 
 
-def p_values(observed: Tensor, null: Tensor) -> Tensor:
-    """p-value of each observation against a null distribution, over several scores at once.
-
-    The statistic is the largest standardized score (`standardize`, over the null and the observation together). So
-    several scores cause no more false alarms than one, however correlated they are, and any one of them can stand out.
-
-    Args:
-        observed: (P, S); higher is more extreme.
-        null: (K, S), K at least 1: the same scores where there is nothing to find.
-
-    Returns:
-        (P,) float64 in [1 / (K + 1), 1].
-
-    Raises:
-        ValueError: The null distribution is empty.
-
-    Source: Westfall & Young 1993, "Resampling-Based Multiple Testing", chapter 2 (the maximum of several statistics
-    against its own distribution); the observation is counted as in Phipson & Smyth 2010, equation 2.
-    """
-    if len(null) == 0:
-        raise ValueError("The null distribution is empty; it needs at least one score.")
-    # The observation takes part in the scale: then all K + 1 are exchangeable under the null and the test is exact.
-    everything = torch.cat([observed[:, None].double(), null.double().expand(len(observed), -1, -1)], dim=1)
-    extreme = standardize(everything, everything).amax(dim=2)  # (P, K + 1)
-    return (extreme >= extreme[:, :1]).double().mean(dim=1)
-
-
-def standardize(scores: Tensor, null: Tensor) -> Tensor:
-    """Distance of scores from the null's median, in units of the distance from there to its 95th percentile.
-
-    The upper tail is the unit because a copy has to exceed it, and because a score with few values, such as a hash's,
-    may have an interquartile range of zero.
-
-    Args:
-        scores: (..., N, S).
-        null: (..., K, S).
-
-    Returns:
-        The shape of `scores`, float64.
-    """
-    ordered = null.double().sort(dim=-2).values
-    count = ordered.shape[-2]
-    median, high = (ordered[..., [math.floor(share * (count - 1))], :] for share in (0.5, 0.95))
-    return (scores.double() - median) / (high - median).clamp(min=_FLAT)
-
-
-def fisher_z(correlations: Tensor) -> Tensor:
+def fisher_z(correlations: Tensor, most: float = 1 - 1e-3) -> Tensor:
     """Fisher's z of correlations in [-1, 1], which makes their variance nearly constant, float64.
+
+    Args:
+        most: Correlations count as no stronger, because the z of 1 is infinite.
 
     Source: Fisher 1915, "Frequency distribution of the values of the correlation coefficient": artanh r.
     """
-    return correlations.double().clamp(-_NEARLY_ONE, _NEARLY_ONE).atanh()
+    return correlations.double().clamp(-most, most).atanh()
+
+
+def normal_tail(z: Tensor) -> Tensor:
+    """The probability of a standard normal value of at least z, float64."""
+    tail: Tensor = torch.special.ndtr(-z.double())
+    return tail
 
 
 def binomial_p_value(successes: int, trials: int, probability: float) -> float:

@@ -1,36 +1,38 @@
 """The verdict on an epoch: which training image each preview is nearest to, and whether too many are copies.
 
-Called by `checker` at the end of an epoch. "copying" takes previews that are significant at 2 % against the null
-distribution, and more of them than such a test alone gives.
-Shapes: P previews, G images of the gallery, K images of the null distribution, S scores.
+Called by `checker` at the end of an epoch. "copying" takes previews that are significant at 2 % on the set's scale, and
+more of them than such a test alone gives.
+Shapes: P previews, G images of the gallery, M measures.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from PIL import Image
 from torch import Tensor
 
 from sdlora.common.files import write_json
 from sdlora.copycheck.embedders import Embedder, Embedders, concept_fidelity
-from sdlora.copycheck.null_distribution import Gallery, reduced
+from sdlora.copycheck.scale import NEW_SHARE, OWN_SHARE, Gallery, Scale, measures, reduced
 from sdlora.copycheck.signals import Signal
-from sdlora.copycheck.statistics import binomial_p_value, lower_bound, p_values, standardize
+from sdlora.copycheck.statistics import binomial_p_value, lower_bound, normal_tail
 from sdlora.previews.sampler import Kind, PreviewRequest
 
-# With a null distribution of 100 scores, one outlier as high as a copy does not blind the check.
 ALPHA = 0.02
 CONFIDENCE = 0.999
+FULL = 24
+"""How many previews are drawn before an epoch with a significant one is left undecided."""
 SIGNALS_TO_WATCH = 2
+MANY = 2  # significant previews, from which an epoch is not kept where nothing else tells
 FILE = "copycheck.json"
 FIDELITY = "concept_fidelity"
 Verdict = Literal["clean", "watch", "copying"]
-_NONE = Embedders()
 
 
 @dataclass(frozen=True)
@@ -43,7 +45,7 @@ class Match:
         nearest: The training image's name.
         hp_ms: Their similarity in detail, over crops and mirror images, in [-1, 1].
         phash: The share of equal bits of their perceptual hashes, in [0, 1].
-        p_value: Against images that copy nothing, in (0, 1].
+        p_value: Against fresh images of the same subject, in [0, 1].
         significant: Whether the p-value is at most 2 %.
         file: The preview, relative to the epoch's folder.
         sscd: The cosine of SSCD's embeddings, in [-1, 1]; None unless `copycheck.sscd` is on.
@@ -73,12 +75,13 @@ class EpochCheck:
     """What the check found in the previews of one epoch.
 
     Attributes:
-        verdict: "copying" if the lower bound of the share exceeds 2 %; "watch" if any preview or at least two other
-            signals are significant; else "clean".
+        verdict: "copying" if the lower bound of the share exceeds 2 %; "watch" if more previews are significant than
+            one of 24, or at least two other signals; else "clean".
         reason: One sentence.
         share: The share of previews that are significant, in [0, 1].
         share_lower_bound: Its lower confidence bound at 99.9 %.
-        false_alarm_rate: The probability of "copying" for this many previews if none of them copies anything.
+        false_alarm_rate: The probability of "copying" for this many previews if each is significant with probability
+            2 %, by itself.
         signals: The other signals, by name.
         previews: In the order of their files.
     """
@@ -115,28 +118,31 @@ def read_checks(epochs: Path) -> dict[int, EpochCheck]:
     return {number: check for number in numbers if (check := EpochCheck.read(epochs / str(number))) is not None}
 
 
-def check_previews(
+def match_previews(
     request: PreviewRequest,
     folder: Path,
     gallery: Gallery,
-    null: Tensor,
-    signals: Sequence[Signal] = (),
-    embedders: Embedders = _NONE,
+    scale: Scale,
+    embedders: Embedders,
     guidance_norms: Sequence[float] = (),
-) -> EpochCheck:
-    """Compare the previews of an epoch with the training images.
+) -> tuple[list[Match], Tensor]:
+    """Compare previews with the training images.
 
     Args:
         folder: The epoch's, with the images in `previews`.
-        null: Scores of images that copy nothing, (K, S).
-        signals: The other signals.
         guidance_norms: One per preview, or none at all.
+
+    Returns:
+        A match per preview, in the order of the files, and the highest measures of each, (P, M).
     """
     files = [f"previews/{name}" for name in request.file_names()]
     images = [reduced(Image.open(folder / file)) for file in files]
     scores = embedders.scores(images, list(gallery.images.values()))  # (P, G, S)
-    p = p_values(scores.amax(dim=1), null).tolist()
-    nearest = standardize(scores, null).amax(dim=2).argmax(dim=1).tolist()
+    found = measures(scores)
+    kinds = request.kinds()
+    share = torch.tensor([OWN_SHARE if kind == "training" else NEW_SHARE for kind in kinds])
+    highest, nearest = scale.z_scores(found, share).max(dim=1)
+    p = (found.shape[-1] * normal_tail(highest)).clamp(max=1.0).tolist()
     names = list(gallery.images)
     norms: Sequence[float | None] = guidance_norms or [None] * len(files)
     matches = [
@@ -146,15 +152,15 @@ def check_previews(
             p_value=p_value, significant=p_value <= ALPHA, file=file, guidance_norm=norm,
         )
         for (prompt, seed), kind, index, own, p_value, file, norm in zip(
-            request.wanted(), request.kinds(), nearest, scores, p, files, norms, strict=True
+            request.wanted(), kinds, nearest.tolist(), scores, p, files, norms, strict=True
         )
     ]  # fmt: skip
-    if embedders.dinov2 is not None:
-        signals = [*signals, _fidelity(embedders.dinov2, images, gallery)]
-    return judge(matches, signals)
+    return matches, found.amax(dim=1)
 
 
-def _fidelity(dinov2: Embedder, images: Sequence[Image.Image], gallery: Gallery) -> Signal:
+def fidelity(dinov2: Embedder, request: PreviewRequest, folder: Path, gallery: Gallery) -> Signal:
+    """How well the previews in an epoch's folder show the concept."""
+    images = [reduced(Image.open(folder / "previews" / name)) for name in request.file_names()]
     # Validation images where there are any: copying does not raise the similarity to those.
     references = list((gallery.validation or gallery.images).values())
     value = concept_fidelity(dinov2, images, references)
@@ -171,7 +177,7 @@ def judge(matches: Sequence[Match], signals: Sequence[Signal]) -> EpochCheck:
     verdict: Verdict = "clean"
     if bound > ALPHA:
         verdict = "copying"
-    elif significant or len(outside) >= SIGNALS_TO_WATCH:
+    elif len(significant) > (total >= FULL) or len(outside) >= SIGNALS_TO_WATCH:
         verdict = "watch"
     return EpochCheck(
         verdict=verdict,
@@ -192,24 +198,46 @@ def false_alarm_rate(num_previews: int) -> float:
     return binomial_p_value(fewest, num_previews, ALPHA)
 
 
-def _reason(verdict: Verdict, total: int, significant: Sequence[Match], bound: float, outside: Sequence[Signal]) -> str:
-    if significant:
-        count, best = len(significant), max(significant, key=lambda match: match.similarity)
-        finding = (
-            f"{count} of {total} previews {'is' if count == 1 else 'are'} closer to a training image than "
-            f"{1 - ALPHA:.0%} of images that copy nothing; the closest match is {best.nearest} "
-            f"(similarity {best.similarity:.2f})"
+def judge_base(matches: Sequence[Match]) -> EpochCheck:
+    """The check of the base model, which cannot have copied: nothing in it is significant."""
+    check = judge([replace(match, significant=False) for match in matches], [])
+    count = sum(match.significant for match in matches)
+    reason = "The base model has not seen the images, so it cannot have copied them."
+    if count:
+        reason += (
+            f" {count} of {len(matches)} previews {'is' if count == 1 else 'are'} as similar to one as a copy; later "
+            "epochs are held against that."
         )
-        novel = sum(match.kind == "novel" for match in significant)
-        if novel:
-            finding += f", and {novel} of the {count} came from new prompts"
-        if verdict == "copying":
-            return f"{finding}; at {CONFIDENCE:.1%} confidence, at least {bound:.0%} of previews are copies."
-        return f"{finding}; with {total} previews that is too few to call it copying."
-    if verdict == "watch":
+    return replace(check, reason=reason)
+
+
+def most_copies(num_previews: int) -> float:
+    """The largest share of copies that may well go unseen: none of this many previews is one with probability 5 %."""
+    return float(1 - 0.05 ** (1 / num_previews))
+
+
+def _reason(verdict: Verdict, total: int, significant: Sequence[Match], bound: float, outside: Sequence[Signal]) -> str:
+    if not significant and verdict == "watch":
         names = ", ".join(signal.name.replace("_", " ") for signal in outside)
         return f"No preview is a copy, but {len(outside)} other signals are unusual: {names}."
-    return f"None of {total} previews is closer to a training image than images that copy nothing."
+    if not significant:
+        return f"None of {total} previews is a copy; up to {most_copies(total):.0%} of further ones may still be."
+    count, best = len(significant), max(significant, key=lambda match: match.similarity)
+    novel = sum(match.kind == "novel" for match in significant)
+    told = [
+        f"{count} of {total} previews {'is' if count == 1 else 'are'} as close to a training image as a copy; the "
+        f"closest is {best.nearest} (similarity {best.similarity:.2f})"
+    ]
+    if novel:
+        told.append(f"{novel} of the {count} came from new prompts, which draw your images again")
+    if novel < count:
+        told.append(f"{count - novel} came from training captions, which lead back to their images")
+    finding = "; ".join(told)
+    if verdict == "copying":
+        return f"{finding}. At {CONFIDENCE:.1%} confidence that is more than chance: at least {bound:.0%} of previews."
+    if verdict == "clean":
+        return f"{finding}. Of {total} previews, one may be by chance."
+    return f"{finding}. Of {total} previews that is too few to call it copying."
 
 
 def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int) -> tuple[int, str]:
@@ -225,15 +253,17 @@ def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int
     }
     epochs = range(1, last + 1)
     copying = [epoch for epoch in epochs if epoch in checks and checks[epoch].verdict == "copying"]
-    allowed = [epoch for epoch in epochs if epoch not in copying]
+    # What comes after a copying epoch has seen the images more often still.
+    allowed = [epoch for epoch in epochs if not copying or epoch < copying[0]]
     if not allowed:
-        best = min(epochs, key=lambda epoch: (checks[epoch].share, epoch))
+        best = min(epochs, key=lambda epoch: (checks[epoch].share if epoch in checks else 0.0, epoch))
         return best, (
             f"Every epoch copies training images. Keeping epoch {best}, which has the fewest copies among its "
             "previews. Train with more images, or lower data.repeats, lora.rank or train.learning_rate, and leave "
             "loss.weighting at 'constant': the other weightings copy earlier (docs/timesteps.md)."
         )
-    excluded = f" Excluded for copying: epoch {', '.join(map(str, copying))}." if copying else ""
+    after = " and what follows" if copying and copying[0] < last else ""
+    excluded = f" Excluded for copying: epoch {copying[0]}{after}." if copying else ""
     if set(allowed) <= fidelities.keys():
         best = max(allowed, key=lambda epoch: fidelities[epoch])
         criterion = f"the highest DINOv2 similarity to the concept, {fidelities[best]:.3f}"
@@ -241,6 +271,20 @@ def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int
         best = min(allowed, key=lambda epoch: losses[epoch])
         criterion = f"the lowest validation loss, {losses[best]:.5f}"
     else:
-        why = f"the last one: without validation images there is nothing to compare epochs by.{excluded}"
-        return allowed[-1], f"Keeping epoch {allowed[-1]}, {why}"
+        return _last_before_copies(checks, allowed, excluded)
     return best, f"Keeping epoch {best}: it has {criterion}, of {len(allowed)} epochs.{excluded}"
+
+
+def _last_before_copies(checks: dict[int, EpochCheck], allowed: Sequence[int], excluded: str) -> tuple[int, str]:
+    """The epoch to keep without validation images: the last before several previews match, if not the first of all."""
+
+    def has_copies(epoch: int) -> bool:
+        return epoch in checks and sum(match.significant for match in checks[epoch].previews) >= MANY
+
+    end = next((epoch for epoch in allowed if has_copies(epoch)), None)
+    if end is None or end == allowed[0]:
+        best = allowed[-1] if end is None else end
+        why = "the last one" if end is None else "the first one: fewer of its previews match than of later ones"
+    else:
+        best, why = end - 1, f"the last before {MANY} previews or more match a training image"
+    return best, f"Keeping epoch {best}, {why}; without validation images there is nothing else to go by.{excluded}"

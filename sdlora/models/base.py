@@ -20,6 +20,7 @@ from typing import Any, Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from PIL import Image
 from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
@@ -213,6 +214,14 @@ class BaseModel(ABC):
         deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
         latents: Tensor = (mean + deviation * noise) * self.vae.config.scaling_factor
         return latents
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> list[Image.Image]:
+        """The images of scaled latents, (B, C, h, w), as `sample_latents` returns them."""
+        self._use(self.vae)
+        pixels = self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor, return_dict=False)[0]
+        images: list[Image.Image] = self._pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
+        return images
 
     @abstractmethod
     def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:

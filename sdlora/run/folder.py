@@ -20,7 +20,6 @@ from sdlora import events
 from sdlora.common.files import disk_full_errors, is_partial, write_json, write_text
 from sdlora.common.locks import Holder, hold, holder
 from sdlora.common.run_files import RunState, RunStatus, read_state
-from sdlora.copycheck.null_distribution import PHASE
 from sdlora.errors import BusyError, DiskFullError, OutputError
 from sdlora.events import EpochDone, Event, Notice, PlanMade, Progress, StepDone, to_json
 
@@ -219,8 +218,8 @@ class Timer:
     """Estimates the time left: the steps and ends of epochs to come, times the seconds that each takes.
 
     A step's seconds come from the rehearsal, then from the steps done; those of an epoch's end from the last ones.
-    Before the first end of an epoch, its previews stand for it, at the speed at which the base model draws images for
-    the copy check.
+    Before the first end of an epoch, its previews stand for it, at the speed at which the first of the base model's are
+    drawn.
 
     `closing_seconds` are those of an epoch's end in an earlier part of the run.
     """
@@ -235,7 +234,7 @@ class Timer:
         self._closings_left = 0
         self._closing_since: float | None = None
         self._images: deque[float] = deque(maxlen=_RECENT_ENDS)
-        self._drawn = self._images_left = 0
+        self._drawn = 0
         self._last = clock()
 
     def see(self, event: Event) -> None:
@@ -262,12 +261,10 @@ class Timer:
             self._closings.append(now - self._closing_since)
             self._closings_left -= 1
             self._closing_since = None
-        elif event.phase in (PHASE, "previews") and not self._closings:
+        elif event.phase == "previews" and not self._closings:
             before = self._drawn if event.done > self._drawn else 0
             self._images.append((now - self._last) / (event.done - before))
             self._drawn = event.done
-            # Previews are part of an epoch's end.
-            self._images_left = event.total - event.done if event.phase == PHASE else 0
 
     @property
     def closing_seconds(self) -> float | None:
@@ -285,7 +282,7 @@ class Timer:
             return None
         gone = 0.0 if self._closing_since is None else min(closing, self._last - self._closing_since)
         steps = (self._plan.steps - self._step) * _typical(self._steps, _PAUSED_STEP)
-        return steps + self._images_left * image + self._closings_left * closing - gone
+        return steps + self._closings_left * closing - gone
 
 
 def _typical(seconds: Collection[float], longest: float) -> float:

@@ -34,7 +34,7 @@ from torch import Tensor
 from sdlora.common.bundled import pocket_folder
 from sdlora.common.seeds import derive
 from sdlora.copycheck.similarity import hp_ms, phash, registered_correlation
-from sdlora.copycheck.statistics import fisher_z, standardize
+from sdlora.copycheck.statistics import fisher_z
 
 STEPS = 10
 STRENGTHS = tuple(tenth / 10 for tenth in range(1, 10))
@@ -135,7 +135,7 @@ STATISTICS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "hp_ms": _single(0),
     "phash": _single(1),
     "registered": _single(2),
-    # What `sdlora.copycheck.verdict.check_previews` compares.
+    # What the verdict measures.
     "hp_ms or phash": lambda scores, null: standardize(scores[:, :2], null[:, :2]).amax(dim=1),
     "hp_ms or registered": lambda scores, null: standardize(
         fisher_z(scores[:, [0, 2]]), fisher_z(null[:, [0, 2]])
@@ -157,6 +157,16 @@ class Finding:
     num: int
     auc: float
     at: dict[float, Estimate]
+
+
+def standardize(scores: Tensor, null: Tensor) -> Tensor:
+    """Distance of scores from the null's median, in units of the distance from there to its 95th percentile.
+
+    A copy has to exceed the upper tail; a hash has few values, so its interquartile range may be zero.
+    """
+    ordered = null.double().sort(dim=-2).values
+    median, high = (ordered[[int(share * (len(ordered) - 1))]] for share in (0.5, 0.95))
+    return (scores.double() - median) / (high - median).clamp(min=1e-9)
 
 
 def find(scores: Scores, kind: str, statistic: str, null: str) -> Finding:

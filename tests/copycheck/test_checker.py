@@ -12,7 +12,7 @@ from sdlora.cache.tensors import Cache
 from sdlora.common.bundled import ImageFolder
 from sdlora.copycheck.checker import Checker
 from sdlora.copycheck.embedders import Embedders
-from sdlora.copycheck.null_distribution import make_gallery
+from sdlora.copycheck.scale import make_gallery
 from sdlora.data.dataset import load_dataset
 from sdlora.events import CopyChecked, EpochDone, PreviewsDone
 from sdlora.lora.inject import Adapter, find_targets, inject
@@ -40,7 +40,7 @@ def parts(tiny_base: Path, tmp_path: Path) -> tuple[Adapter, Checker, Validation
     list(kept.fill("white"))
     request = PreviewRequest(("scene 0", "a dog"), (0, 1), "", 2, 5.0, num_captions=1)
     gallery = make_gallery(trained, held, "white")
-    return adapter, Checker(adapter, data, validation, "unet", 0, request, gallery, Embedders()), validation
+    return adapter, Checker(adapter, data, validation, 0, request, gallery, Embedders()), validation
 
 
 def test_epoch_writes_previews_and_check(parts: tuple[Adapter, Checker, Validation], tmp_path: Path) -> None:

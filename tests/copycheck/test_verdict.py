@@ -9,9 +9,19 @@ import torch
 from PIL import Image, ImageOps
 
 from sdlora.copycheck.embedders import Embedders
-from sdlora.copycheck.null_distribution import Gallery, null_scores
+from sdlora.copycheck.scale import Gallery, Scale, measures
 from sdlora.copycheck.signals import Signal
-from sdlora.copycheck.verdict import FIDELITY, EpochCheck, Match, check_previews, false_alarm_rate, judge, recommend
+from sdlora.copycheck.verdict import (
+    FIDELITY,
+    EpochCheck,
+    Match,
+    false_alarm_rate,
+    judge,
+    judge_base,
+    match_previews,
+    most_copies,
+    recommend,
+)
 from sdlora.pocket.world import random_scene, render
 from sdlora.previews.sampler import PreviewRequest
 
@@ -36,21 +46,17 @@ def gallery() -> Gallery:
     return Gallery({f"{i}.png": scene(i) for i in range(12)}, {})
 
 
-@pytest.fixture(scope="module")
-def null(gallery: Gallery) -> torch.Tensor:
-    return null_scores(gallery, [scene(i) for i in range(100, 190)], Embedders())
-
-
-def checked(folder: Path, images: list[Image.Image], gallery: Gallery, null: torch.Tensor) -> EpochCheck:
+def checked(folder: Path, images: list[Image.Image], gallery: Gallery) -> EpochCheck:
     (folder / "previews").mkdir()
     for name, image in zip(REQUEST.file_names(), images, strict=True):
         image.save(folder / "previews" / name)
-    return check_previews(REQUEST, folder, gallery, null)
+    scale = Scale(torch.empty(0, 2, dtype=torch.float64), measures(torch.ones(2)), torch.empty(0))
+    return judge(match_previews(REQUEST, folder, gallery, scale, Embedders())[0], [])
 
 
-def test_copies_are_found_with_their_originals(tmp_path: Path, gallery: Gallery, null: torch.Tensor) -> None:
+def test_copies_are_found_with_their_originals(tmp_path: Path, gallery: Gallery) -> None:
     copies = [scene(3), ImageOps.mirror(scene(5)), scene(7).crop((6, 6, 60, 60))]
-    check = checked(tmp_path, copies + [scene(i) for i in range(300, 305)], gallery, null)
+    check = checked(tmp_path, copies + [scene(i) for i in range(300, 305)], gallery)
     assert check.verdict == "copying"
     assert [match.nearest for match in check.previews[:3]] == ["3.png", "5.png", "7.png"]
     assert [match.significant for match in check.previews] == [True] * 3 + [False] * 5
@@ -58,13 +64,33 @@ def test_copies_are_found_with_their_originals(tmp_path: Path, gallery: Gallery,
     assert "3 of 8 previews" in check.reason
     assert [match.kind for match in check.previews] == ["training"] * 4 + ["novel"] * 4
     assert check.previews[1].file == "previews/prompt00_seed1.png"
-    assert min(match.p_value for match in check.previews) == pytest.approx(1 / (len(null) + 1))
+    assert min(match.p_value for match in check.previews) < 1e-4
 
 
-def test_other_images_of_the_same_world_are_clean(tmp_path: Path, gallery: Gallery, null: torch.Tensor) -> None:
-    check = checked(tmp_path, [scene(i) for i in range(400, 408)], gallery, null)
+def test_other_images_of_the_same_world_are_clean(tmp_path: Path, gallery: Gallery) -> None:
+    check = checked(tmp_path, [scene(i) for i in range(400, 408)], gallery)
     assert check.verdict == "clean"
     assert check.share == check.share_lower_bound == 0.0
+
+
+def test_clean_says_what_it_leaves_room_for() -> None:
+    assert most_copies(7) == pytest.approx(0.348, abs=1e-3)
+    assert "35%" in judge(matches(0, 7), []).reason
+    assert "12%" in judge(matches(0, 24), []).reason
+
+
+def test_one_significant_preview_is_undecided_until_24_are_drawn() -> None:
+    assert judge(matches(1, 12), []).verdict == "watch"
+    assert judge(matches(1, 24), []).verdict == "clean"
+    assert judge(matches(2, 24), []).verdict == "watch"
+    assert judge(matches(5, 24), []).verdict == "copying"
+
+
+def test_base_model_never_copies() -> None:
+    check = judge_base(matches(5))
+    assert check.verdict == "clean" and not any(match.significant for match in check.previews)
+    assert "5 of 8" in check.reason
+    assert "of 8" not in judge_base(matches(0)).reason
 
 
 def test_check_is_read_as_written(tmp_path: Path) -> None:
@@ -91,6 +117,7 @@ def test_verdict_follows_from_previews_and_signals(significant: int, signals: li
 def test_reason_counts_copies_from_new_prompts() -> None:
     assert "new prompts" not in judge(matches(3), []).reason
     assert "3 of the 3 came from new prompts" in judge(matches(3, kind="novel"), []).reason
+    assert "training captions" not in judge(matches(3, kind="novel"), []).reason
 
 
 @pytest.mark.parametrize("total", [2, 4, 6, 7, 12, 40])
@@ -109,7 +136,7 @@ def test_recommend_takes_the_lowest_validation_loss_without_copying() -> None:
     checks = {1: check_of(0), 2: check_of(1), 3: check_of(4)}
     epoch, reason = recommend(checks, {0: 0.9, 1: 0.5, 2: 0.4, 3: 0.3}, 3)
     assert epoch == 2
-    assert "validation loss, 0.40000, of 2 epochs" in reason and "copying: epoch 3." in reason
+    assert "validation loss, 0.40000, of 2 epochs" in reason and "epoch 3." in reason
 
 
 def test_recommend_prefers_dinov2_where_enabled() -> None:
@@ -124,6 +151,21 @@ def test_recommend_takes_the_last_epoch_without_measurements() -> None:
     assert epoch == 2
     assert "without validation images" in reason
     assert recommend({}, {}, 3)[0] == 3
+
+
+def test_recommend_never_takes_what_comes_after_a_copying_epoch() -> None:
+    checks = {1: check_of(0), 2: check_of(4), 3: check_of(1), 4: check_of(1)}
+    assert recommend(checks, {1: 0.9, 2: 0.5, 3: 0.4, 4: 0.3}, 4)[0] == 1
+    assert recommend(checks, {}, 4)[0] == 1
+    assert recommend({1: check_of(4), 2: check_of(0)}, {1: 0.9, 2: 0.5}, 2)[0] == 2  # all copy: the fewest copies
+
+
+def test_recommend_stops_before_several_previews_match_where_nothing_was_measured() -> None:
+    assert recommend({1: check_of(0), 2: check_of(1), 3: check_of(2), 4: check_of(1)}, {}, 4)[0] == 2
+    assert recommend({1: check_of(2), 2: check_of(2)}, {}, 2)[0] == 1
+    assert recommend({1: check_of(1), 2: check_of(1)}, {}, 2)[0] == 2
+    # With validation images their loss decides.
+    assert recommend({1: check_of(0), 2: check_of(2)}, {1: 0.9, 2: 0.5}, 2)[0] == 2
 
 
 def test_recommend_names_settings_where_every_epoch_copies() -> None:

@@ -22,7 +22,7 @@ from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any, Literal
 
-from helpers.quick import leave_out_fsync, shrink_null_distribution
+from helpers.quick import leave_out_fsync
 
 Side = Literal["before", "torn", "after"]
 Action = Literal["kill", "interrupt", "terminate", "full disk", "out of memory"]
@@ -169,7 +169,6 @@ def _process(
 
     torch.set_num_threads(1)
     leave_out_fsync()
-    shrink_null_distribution()
     calls: dict[str, int] = {}
     for name in dict.fromkeys([*counted, *(point.function for point in points)]):
         _watch(name, [point for point in points if point.function == name], calls)

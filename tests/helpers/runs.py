@@ -7,12 +7,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from sdlora.config.toml import load_config
 from sdlora.copycheck import checker
-from sdlora.copycheck.verdict import EpochCheck, judge
+from sdlora.copycheck.verdict import Match
 from sdlora.events import (
     Event,
 )
@@ -49,11 +51,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 def copying_from(epoch: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Let the copy check find copies in all previews from an epoch on."""
-    real = checker.check_previews
+    real = checker.match_previews
 
-    def check_previews(request: PreviewRequest, folder: Path, *arguments: object) -> EpochCheck:
-        found = real(request, folder, *arguments)  # type: ignore[arg-type]
-        copies = [replace(match, significant=int(folder.name) >= epoch) for match in found.previews]
-        return judge(copies, [])
+    def match_previews(request: PreviewRequest, folder: Path, *arguments: Any) -> tuple[list[Match], Tensor]:
+        matches, found = real(request, folder, *arguments)
+        return [replace(match, significant=int(folder.name) >= epoch) for match in matches], found
 
-    monkeypatch.setattr(checker, "check_previews", check_previews)
+    monkeypatch.setattr(checker, "match_previews", match_previews)

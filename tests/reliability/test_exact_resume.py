@@ -43,7 +43,7 @@ COLD = [
     Place("caching", "os:replace", ("before", "after"), 4),
     Place("null", "sdlora.previews.sampler:_draw", ("before", "after")),
     Place("null", "PIL.Image:Image.save", ("torn",), 3),
-    Place("null", "sdlora.copycheck.null_distribution:null_scores", ("before", "after")),
+    Place("null", "sdlora.copycheck.scale:_registered_among", ("before", "after")),
 ]
 WARM = [
     Place("step", "sdlora.training.train_step:TrainStep.run", ("before", "after"), 3),
@@ -57,7 +57,7 @@ WARM = [
     Place("epoch's edge", "sdlora.training.validation:image_losses", ("after",), 2),
     Place("preview", "sdlora.previews.sampler:_draw", ("before", "after"), 2),
     Place("preview", "PIL.Image:Image.save", ("torn",), 2),
-    Place("check", "sdlora.copycheck.checker:check_previews", ("before", "after"), 2),
+    Place("check", "sdlora.copycheck.checker:match_previews", ("before", "after"), 2),
     Place("export", "sdlora.run.export:save_lora", ("before", "after"), 2),
     Place("export", "sdlora.lora_files.write:save_file", ("torn",), 2),
     Place("export", "sdlora.run.export:verify_lora", ("before", "after"), 2),

@@ -26,7 +26,7 @@ def document(tiny_base: Path, images: Path, folder: Path) -> dict[str, object]:
         "data": {"folder": str(images), "resolution_px": 32, "bucket_step_px": 8},
         "lora": {"rank": 2},
         "train": {"epochs": 1, "device": "cpu", "precision": "fp32", "learning_rate": 0.1},
-        "preview": {"prompts": ["a red box"], "num_captions": 1, "num_steps": 2},
+        "preview": {"prompts": ["a red box"], "num_captions": 1, "num_steps": 2, "seeds": [0, 1], "sampler": "base"},
         "cache": {"dir": str(folder / "cache")},
     }
 
@@ -47,7 +47,6 @@ def test_file_gets_the_verdict_of_its_run(tiny_base: Path, images: Path, tmp_pat
         assert ours.hp_ms == pytest.approx(theirs.hp_ms, abs=0.02)
 
 
-@pytest.mark.usefixtures("small_null")
 def test_check_without_previews_is_refused(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     config = parse_config(document(tiny_base, images, tmp_path), name="n")
     list(start(config, tmp_path / "run"))
@@ -61,7 +60,6 @@ def test_check_without_previews_is_refused(tiny_base: Path, images: Path, tmp_pa
     assert not (tmp_path / "off").exists() and not (tmp_path / "other").exists()
 
 
-@pytest.mark.usefixtures("small_null")
 @pytest.mark.parametrize("trainer", ["diffusers script", "diffusers script, older names", "kohya"])
 def test_file_of_another_trainer_is_checked_with_the_previews_diffusers_draws(
     tiny_base: Path, images: Path, tmp_path: Path, trainer: str

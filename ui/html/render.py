@@ -17,7 +17,7 @@ from PIL import Image
 
 from sdlora.common.files import atomic_path
 from sdlora.common.text import format_seconds
-from sdlora.copycheck.null_distribution import PHASE as NULL_PHASE
+from sdlora.copycheck.scale import PHASE as COMPARING
 from sdlora.data.images import load_image
 from sdlora.report.html import CRISP_PX, Album, Attributes, environment
 
@@ -26,7 +26,7 @@ from ..state.queue import Status
 _PHASES = {
     "start": "preparing", "train": "training", "previews": "generating previews",
     "cache captions": "encoding captions", "cache pictures": "encoding images", "page": "writing the report",
-    NULL_PHASE: "generating images with the base model",
+    COMPARING: "comparing your images with each other", "more previews": "generating more previews, to be sure",
 }  # fmt: skip
 """Phases, as a run writes them to `state.json`, in words."""
 

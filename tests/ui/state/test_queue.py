@@ -257,7 +257,7 @@ def test_only_the_end_of_a_log_is_read(studio: Studio) -> None:
 @pytest.mark.parametrize(
     ("phase", "step", "done", "total", "told"),
     [
-        ("the base's pictures", 0, 32, 68, "generating images with the base model, 32 of 68, about 1 min 30 s left"),
+        ("more previews", 0, 2, 12, "generating more previews, to be sure, 2 of 12, about 1 min 30 s left"),
         ("page", 0, 1, 1, "training, step 0 of 40, about 1 min 30 s left"),
         ("train", 9, 9, 40, "training, step 9 of 40, about 1 min 30 s left"),
         ("page", 40, 1, 1, "writing the report, about 1 min 30 s left"),

@@ -1,0 +1,215 @@
+"""The scale of similarity of a set: how similar fresh images of its subject are, and how similar a copy would be.
+
+Nothing is drawn for it. Fresh images are as similar as the set's images, validation images included, are to each other;
+a copy that the base model draws is as similar as an image of the set that went through its VAE. Both are computed once
+per run and cached. Called by `checker`.
+Shapes: K images compared, G images of the gallery, S scores, M measures.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Generator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from sdlora.cache.tensors import content_key
+from sdlora.copycheck.embedders import Embedders
+from sdlora.copycheck.similarity import registered_correlation
+from sdlora.copycheck.statistics import fisher_z
+from sdlora.data.dataset import Dataset, load_pixels
+from sdlora.data.duplicates import near_duplicates, thumbnail
+from sdlora.data.images import pixel_hash
+from sdlora.events import Progress
+from sdlora.training.data import TrainingData
+
+MAX_COMPARED, MAX_DECODED = 24, 8
+PHASE = "comparing the images"
+SAME_PICTURE = 0.8
+"""The `hp_ms` from which two images of a set count as one picture, such as a whole and its crop.
+
+Crops of photographs to 60 % and more of the edge begin at 0.92, of 64-pixel drawings to 80 % at 0.80. Other photographs
+of a subject stay below 0.76; of fresh drawings of one caption, 3 % reach it.
+"""
+OWN_SHARE, NEW_SHARE = 0.5, 0.4
+"""How far from a fresh image towards a copy a preview has to be: one from a training caption, compared with that
+caption's image as well, and one from a new prompt. Chosen on the runs of docs/measurements/copy-check.md.
+"""
+# What fresh images of other subjects measure: mean and standard deviation of "whole", "detail" and "sscd". They count
+# as much as eight images of the set.
+_TYPICAL = ((0.9, 0.5, 0.31), (0.3, 0.12, 0.15))
+_TYPICAL_WEIGHT = 8
+_LARGEST_PX = 384
+_CHUNK = 8  # of images compared between two reports of progress
+_MAX_PAIRS = 12_000  # from 500 images on, fewer than 24 are compared
+_MOST_SIMILAR = 0.97  # a copy that is closer counts no more
+_CRITICAL = 2.326  # the upper 1 % of a normal distribution
+_VERSION = "4"  # incremented when a score's definition changes
+
+
+@dataclass(frozen=True)
+class Gallery:
+    """The images that may have been copied.
+
+    Attributes:
+        images: By name, as cropped for training, at most 384 px on the longer edge.
+        validation: Images of the same kind that are not trained on.
+    """
+
+    images: dict[str, Image.Image]
+    validation: dict[str, Image.Image]
+
+
+def make_gallery(trained: Dataset, validation: Dataset | None, background: str) -> Gallery:
+    """Read images with their buckets, leaving out validation images that are near-duplicates of training images."""
+
+    def read(dataset: Dataset | None) -> dict[str, Image.Image]:
+        return {e.name: reduced(load_pixels(e, background)) for e in (dataset.examples if dataset else ())}
+
+    images, others = read(trained), read(validation)
+    count, names = len(images), list(others)
+    every = [*images.values(), *others.values()]
+    groups = near_duplicates(np.stack([thumbnail(image) for image in every])) if every else []
+    twins = {names[i - count] for group in groups if group[0] < count for i in group if i >= count}
+    return Gallery(images, {name: image for name, image in others.items() if name not in twins})
+
+
+def reduced(image: Image.Image) -> Image.Image:
+    """An RGB image of at most 384 px on its longer edge, enough for every score, so that a large set fits in memory."""
+    if max(image.size) > _LARGEST_PX:
+        image = image.copy()
+        image.thumbnail((_LARGEST_PX, _LARGEST_PX), Image.Resampling.LANCZOS)
+    return image.convert("RGB")
+
+
+def measures(scores: Tensor) -> Tensor:
+    """What similarity is judged by: likeness of the whole, and of detail, which is all that a crop has.
+
+    Args:
+        scores: (..., S) of "hp_ms", "phash" and, if it is in use, "sscd".
+
+    Returns:
+        (..., M) float64: the sum of `hp_ms` and of `phash` above chance, `hp_ms` alone and, if it is in use, "sscd",
+        all on Fisher's scale.
+    """
+    detail, layout = fisher_z(scores[..., 0], _MOST_SIMILAR), fisher_z(2 * scores[..., 1] - 1, _MOST_SIMILAR)
+    return torch.stack(
+        [detail + layout, detail, *(fisher_z(scores[..., i], _MOST_SIMILAR) for i in range(2, scores.shape[-1]))],
+        dim=-1,
+    )
+
+
+class Scale(NamedTuple):
+    """The scale on which the similarity of a preview is judged.
+
+    Attributes:
+        among: The highest `measures` of images that copy nothing, (K, M).
+        copy: Those of an image of the set that went through the base model's VAE, (M,).
+        registered: The highest `registered_correlation` of images that copy nothing, (N,).
+    """
+
+    among: Tensor
+    copy: Tensor
+    registered: Tensor
+
+    def with_fresh(self, found: Tensor) -> Scale:
+        """The same with the measures of further images that copy nothing, (N, M)."""
+        return self._replace(among=torch.cat([self.among, found]))
+
+    def z_scores(self, found: Tensor, share: Tensor) -> Tensor:
+        """How far the measures of images lie above those of fresh ones, in units of their spread: the highest.
+
+        Mean and variance of fresh images are those of the set's own, shrunk towards those of other subjects: the set's
+        are few, and stand further apart than fresh images if they were chosen to. The unit is at least a given share of
+        the way from a fresh image to a copy, so that what is significant lies beyond that share.
+
+        Args:
+            found: Of every image with every image of the gallery, (P, G, M).
+            share: In [0, 1], of each image, (P,).
+
+        Returns:
+            (P, G) float64.
+
+        Source: Gelman et al., "Bayesian Data Analysis" (2013), section 3.3 (normal data with a conjugate prior).
+        """
+        count, size = len(self.among), found.shape[-1]
+        typical, typical_spread = (torch.tensor(values[:size], dtype=torch.float64) for values in _TYPICAL)
+        mean = (self.among.sum(dim=0) + _TYPICAL_WEIGHT * typical) / (count + _TYPICAL_WEIGHT)
+        squares = (self.among - mean).square().sum(dim=0) + _TYPICAL_WEIGHT * typical_spread.square()
+        spread = (squares / (count + _TYPICAL_WEIGHT)).sqrt()
+        least = share.double()[:, None, None] * (self.copy - mean).clamp(min=0) / _CRITICAL
+        return ((found - mean) / torch.maximum(spread, least)).amax(dim=-1)
+
+
+def set_scale(data: TrainingData, gallery: Gallery, embedders: Embedders) -> Generator[Progress, None, Scale]:
+    """Compute the scale of a set, or read it from the cache.
+
+    At most 24 training images, evenly spaced, are compared with all others, and as many validation images with all
+    training images: the time grows with the number of images, and not with its square. At most eight are decoded.
+
+    Args:
+        data: The training images, whose latents are decoded.
+        gallery: The same images.
+    """
+    base, cache = data.cache.base, data.cache
+    pixels = [[pixel_hash(image) for image in part.values()] for part in (gallery.images, gallery.validation)]
+    key = content_key("scale", _VERSION, json.dumps(pixels), *embedders.score_names, base.vae_identity)
+    with suppress(LookupError):
+        return Scale(**cache.fetch("null", key, _not_there))
+    trained, others = list(gallery.images.values()), list(gallery.validation.values())
+    most = min(MAX_COMPARED, max(_CHUNK, _MAX_PAIRS // len(trained)))
+    chosen = evenly_spaced(len(trained), most)
+    compared = [others[index] for index in evenly_spaced(len(others), most)]
+    among, copies, same = [], [], torch.zeros(len(chosen), len(trained), dtype=torch.bool)
+    total = len(chosen) + len(compared)
+    for first in range(0, len(chosen), _CHUNK):
+        rows = chosen[first : first + _CHUNK]
+        all_scores = embedders.scores([trained[i] for i in rows], trained)
+        for row, (index, scores) in enumerate(zip(rows, all_scores, strict=True), first):
+            same[row] = scores[:, 0] >= SAME_PICTURE
+            same[row, index] = True
+            if not same[row].all():
+                among.append(measures(scores[~same[row]]).amax(dim=0))
+        yield Progress(PHASE, first + len(rows), total)
+    for index in evenly_spaced(len(trained), MAX_DECODED):
+        moments = data.moments([index])
+        latents = base.sample_latents(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
+        copy = reduced(base.decode_latents(latents)[0])
+        copies.append(measures(embedders.scores([copy], [trained[index]])[0, 0]))
+    for first in range(0, len(compared), _CHUNK):
+        images = compared[first : first + _CHUNK]
+        among += list(measures(embedders.scores(images, trained)).amax(dim=1))
+        yield Progress(PHASE, len(chosen) + first + len(images), total)
+    found = {
+        "among": torch.stack(among) if among else torch.empty(0, len(copies[0]), dtype=torch.float64),
+        "copy": torch.stack(copies).mean(dim=0),
+        "registered": _registered_among(trained, chosen, same, compared),
+    }
+    return Scale(**cache.fetch("null", key, lambda: found, torch.float64))
+
+
+def _not_there() -> dict[str, Tensor]:
+    raise LookupError("It is not in the cache yet.")
+
+
+def _registered_among(
+    trained: Sequence[Image.Image], chosen: Sequence[int], same: Tensor, others: Sequence[Image.Image]
+) -> Tensor:
+    """The highest `registered_correlation` of images with a training image that is another picture."""
+    among = registered_correlation([trained[index] for index in chosen], trained, same)
+    parts = [among.amax(dim=1)[~same.all(dim=1)]]
+    if others:
+        parts.append(registered_correlation(others, trained).amax(dim=1))
+    return torch.cat(parts)
+
+
+def evenly_spaced(count: int, most: int) -> list[int]:
+    """At most `most` indices of 0 .. count - 1, evenly spaced."""
+    chosen = min(count, most)
+    return [index * count // chosen for index in range(chosen)]
