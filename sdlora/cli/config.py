@@ -165,5 +165,9 @@ def _print(found: Estimate) -> None:
     )
     if found.seconds is not None:
         console.print(f"Training takes about {format_seconds(found.seconds)} here, without previews and caching.")
+    if found.looking_share is not None:
+        console.print(
+            f"Previews, validation and the copy check take {found.looking_share:.0%} of the training's arithmetic."
+        )
     if found.cache_bytes is not None:
         console.print(f"The cache takes up to {format_bytes(found.cache_bytes)} of disk space.")

@@ -73,6 +73,8 @@ class MemoryEstimate:
             optimizer state, "activations" of the largest step, "caches" held beside them, "overhead" of kernels and
             the process, and what "previews", encoding or verifying a file need beyond the activations.
         flops_per_step: Arithmetic of one batch, forward and backward.
+        flops_per_prediction: Of a prediction of the UNet for one preview.
+        flops_per_decoding: Of decoding one preview.
         largest_layer: Parameters of the layer with the largest adapter, and of that adapter.
     """
 
@@ -80,6 +82,8 @@ class MemoryEstimate:
     base_parameters: int
     parts: dict[str, int]
     flops_per_step: int
+    flops_per_prediction: int
+    flops_per_decoding: int
     largest_layer: tuple[int, int]
 
     @property
@@ -140,7 +144,8 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
     width, height = inputs.size_px
     one_image = torch.empty(1, 3, height, width, device=META)
     encoding = num_bytes(base.vae) + _peak_bytes(lambda: base.vae.encode(one_image))
-    beside = max(_preview_bytes(inputs, base), encoding)
+    drawing_bytes, flops_per_prediction, flops_per_decoding = _preview_cost(inputs, base)
+    beside = max(drawing_bytes, encoding)
     if inputs.on_cpu:
         beside = max(beside, 4 * num_parameters + shapes.frozen_bytes + _verification_bytes(inputs, base, count))
     else:
@@ -158,6 +163,8 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
             "previews": max(0, beside - activations - 4 * count),
         },
         flops_per_step=step.flops,
+        flops_per_prediction=flops_per_prediction,
+        flops_per_decoding=flops_per_decoding,
         largest_layer=_largest_layer(adapter),
     )
 
@@ -192,17 +199,25 @@ def _step_cost(inputs: MemoryInputs, base: MetaBase, adapter: Adapter, model: Tr
     return cost
 
 
-def _preview_bytes(inputs: MemoryInputs, base: MetaBase) -> int:
-    """Bytes of drawing previews beside the weights: of the UNet's prediction, or of decoding the images."""
-    shapes, preview = inputs.shapes, inputs.config.preview
-    if not preview.enabled:
-        return 0
-    size = preview.width_px or shapes.resolution_px, preview.height_px or shapes.resolution_px
-    noisy = empty_latents(shapes, max(1, _PREVIEW_PIXELS // prod(size)), size)
+def _preview_cost(inputs: MemoryInputs, base: MetaBase) -> tuple[int, int, int]:
+    """What drawing takes.
+
+    Returns:
+        Bytes beside the weights, of the UNet's prediction or of decoding the images; FLOPs of a prediction, and of
+        decoding an image.
+    """
+    preview = inputs.config.preview
+    size = preview.width_px or inputs.size_px[0], preview.height_px or inputs.size_px[1]
+    number = max(1, _PREVIEW_PIXELS // prod(size))
+    noisy = empty_latents(inputs.shapes, number, size)
     # Guidance predicts with the prompt and without.
-    drawing = _peak_bytes(lambda: _predict(base, noisy.repeat(2, 1, 1, 1)))
+    with torch.no_grad(), counted() as drawing:
+        _predict(base, noisy.repeat(2, 1, 1, 1))
+    with torch.no_grad(), counted() as decoding:
+        base.vae.decode(noisy)
     # The VAE is on the device only while it is used.
-    return max(drawing, num_bytes(base.vae) + _peak_bytes(lambda: base.vae.decode(noisy)))
+    peak = max(drawing.peak_bytes, num_bytes(base.vae) + decoding.peak_bytes) if preview.enabled else 0
+    return peak, drawing.flops // (2 * number), decoding.flops // number
 
 
 def _verification_bytes(inputs: MemoryInputs, base: MetaBase, count: int) -> int:

@@ -10,7 +10,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, cast
@@ -22,7 +22,8 @@ from sdlora.common.bundled import pocket_folder
 from sdlora.config.presets import Preset
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config
-from sdlora.copycheck.null_distribution import MIN_DRAWN, SIZE
+from sdlora.copycheck import scale
+from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED, NUM_PROBES, PROBED_TIMESTEPS
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Dataset
 from sdlora.estimate.costs import (
@@ -30,7 +31,6 @@ from sdlora.estimate.costs import (
     cache_bytes,
     cached_content,
     check_disk_space,
-    image_bytes,
     run_folder_bytes,
     step_seconds,
 )
@@ -45,6 +45,7 @@ from sdlora.run.folder import RunFolder
 from sdlora.run.lora_inputs import starting_file, with_settings_of_file
 from sdlora.run.setup import RunContext, prepare
 from sdlora.training.data import TrainingData, evaluation_data, make_schedule
+from sdlora.training.validation import NUM_MEASURED
 
 _SMALL_BASE = 100_000_000
 
@@ -61,6 +62,8 @@ class Estimate(MemoryEstimate):
         buckets: Width and height in pixels, and how many images have them.
         seconds: Of all steps, from one that was timed; None also if it did not fit into memory.
         cache_bytes: What the run keeps in the cache on disk, at most.
+        looking_share: The arithmetic of previews, validation and copy check over that of training; previews that are
+            drawn only where copying is suspected do not count.
     """
 
     memory_bytes: int | None
@@ -71,6 +74,7 @@ class Estimate(MemoryEstimate):
     steps: int | None = None
     seconds: float | None = None
     cache_bytes: int | None = None
+    looking_share: float | None = None
 
     @property
     def fits(self) -> bool | None:
@@ -140,7 +144,9 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
         cache, steps, seconds = cache_bytes_of_run(context, config), context.trainer.total_steps, None
         with suppress(torch.OutOfMemoryError):  # the estimate says what to set
             seconds = steps * step_seconds(context.trainer, config.data.background)
-    return _estimate(
+    exposures = config.train.epochs * sum(example.repeats for example in examples)
+    held = () if context.validation is None else context.validation.data.dataset.examples
+    found = _estimate(
         inputs,
         memory,
         exposures_per_image=config.data.repeats_range[1] * config.train.epochs,
@@ -153,6 +159,32 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
         seconds=seconds,
         cache_bytes=cache,
     )
+    previews = 0 if context.previews is None else len(context.previews.wanted())
+    share = looking_share(found, config, len(examples), len(held), previews, exposures)
+    return replace(found, looking_share=round(share, 4))
+
+
+def looking_share(
+    found: MemoryEstimate, config: RunConfig, images: int, validation: int, previews: int, exposures: int
+) -> float:
+    """The arithmetic of looking at what is learned over that of learning it, in a whole run.
+
+    Args:
+        images: Training images.
+        validation: Validation images.
+        previews: Drawn after every epoch, and by the base model before the first.
+        exposures: Of all training images together.
+    """
+    guided = 2 if config.preview.guidance > 1 else 1
+    predictions = previews * guided * config.preview.num_steps + validation * NUM_MEASURED
+    decodings = previews * (config.train.epochs + 1)
+    if _is_checked(config):
+        predictions += min(images, MAX_PROBED) * len(PROBED_TIMESTEPS) * NUM_PROBES
+        predictions += min(images, MAX_COMPARED) * NUM_MEASURED
+        decodings += min(images, scale.MAX_DECODED)
+    looking = (config.train.epochs + 1) * predictions * found.flops_per_prediction
+    looking += decodings * found.flops_per_decoding
+    return looking * config.train.batch_size / (exposures * found.flops_per_step)
 
 
 def _estimate(inputs: MemoryInputs, memory_bytes: int | None, **counts: Any) -> Estimate:
@@ -179,7 +211,7 @@ def memory_inputs(context: RunContext, config: RunConfig) -> MemoryInputs:
         context.base.unet.dtype,
         max((example.bucket for example in context.data.dataset.examples), key=prod),
         # Cached tensors stay in the host's memory, which is the device's own on a CPU.
-        cached_bytes=_tensor_bytes(context, config) if on_cpu else 0,
+        cached_bytes=cache_bytes_of_run(context, config) if on_cpu else 0,
         on_cpu=on_cpu,
         text_is_live=not (context.data.text_is_trained or context.data.cache.keeps_text),
         file=starting_file(config),
@@ -188,11 +220,6 @@ def memory_inputs(context: RunContext, config: RunConfig) -> MemoryInputs:
 
 def cache_bytes_of_run(context: RunContext, config: RunConfig) -> int:
     """What a run keeps in the cache, at most; for `config` see `memory_inputs`."""
-    num_drawn = max(MIN_DRAWN, SIZE - len(context.data.dataset.examples)) if _is_checked(config) else 0
-    return _tensor_bytes(context, config) + image_bytes(num_drawn, _preview_pixels(context))
-
-
-def _tensor_bytes(context: RunContext, config: RunConfig) -> int:
     data, cache = context.data, context.data.cache
     used: list[tuple[TrainingData, Iterable[Exposure] | None]] = [
         (term.loss.data, term.schedule.timesteps) for term in context.trainer.terms

@@ -1,7 +1,10 @@
-"""What the copy check costs beside the previews that it looks at: `python tests/benchmarks/copy_cost.py --json`.
+"""The price of looking: what previews, validation and the copy check take beside the training itself.
 
-Two runs of the quickstart, one short epoch each, with one cache: the first draws the null, the second must not. Seconds
-are the clock's, as the product's own events tell them; the share of one in the other is what another machine is like.
+    python tests/benchmarks/copy_cost.py             the presets for SD 1.5 and SDXL, counted at true shapes
+    python tests/benchmarks/copy_cost.py --run       the quickstart, run: seconds
+
+Twenty images are assumed, two of them for validation. "formerly" counts twelve previews of 25 steps, twice as many
+probes, and the 80 images that the base model drew before training, to compare previews with.
 """
 
 from __future__ import annotations
@@ -16,54 +19,69 @@ from typing import Any
 from setting import silence
 
 from sdlora.config.toml import load_config
-from sdlora.copycheck.null_distribution import PHASE
-from sdlora.events import CopyChecked, PreviewsDone, Progress
+from sdlora.copycheck.scale import PHASE
+from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED
+from sdlora.estimate.hints import with_values
+from sdlora.events import CopyChecked, PreviewsDone, Progress, StepDone
+from sdlora.run.estimate import estimate_shapes, looking_share
 from sdlora.run.run import start
 
-SHORT = ("train.epochs=1", "data.repeats=1")
-MOST = 0.25  # of the previews' seconds
+PRESETS = {"sd15-character": "sd1", "sdxl-character": "sdxl"}
+TRAINED, HELD = 18, 2
+FORMER_PREVIEWS, FORMER_STEPS, FORMER_DRAWN = 12, 25, 80
+MOST = 0.25
 
 
-def measure(folder: Path, *changes: str) -> dict[str, Any]:
-    """Images of the null that either run draws; seconds that the first epoch's previews and their check take."""
-    config = load_config("quickstart", [*SHORT, f"cache.dir={folder / 'cache'}", *changes])
-    found: dict[str, list[float]] = {
-        "null_pictures": [],
-        "null_seconds": [],
-        "previews_seconds": [],
-        "check_seconds": [],
-    }
-    for number in (1, 2):
-        drawn, seconds, last = 0, 0.0, time.monotonic()
-        for event in start(config, folder / str(number)):
-            now = time.monotonic()
-            if isinstance(event, Progress) and event.phase == PHASE:
-                drawn, seconds = event.done, seconds + now - last
-            elif isinstance(event, PreviewsDone) and event.epoch == 1:
-                found["previews_seconds"].append(event.seconds)
-                num_previews = len(event.files)
-            elif isinstance(event, CopyChecked) and event.epoch == 1:
-                found["check_seconds"].append(event.seconds)
-            last = now
-        found["null_pictures"].append(drawn)
-        found["null_seconds"].append(seconds)
-    share = min(a / b for a, b in zip(found["check_seconds"], found["previews_seconds"], strict=True))
-    return {"previews": num_previews, **found, "share": share}
+def counted(preset: str) -> dict[str, float]:
+    """Shares of the training's arithmetic: now, and formerly."""
+    config = load_config(preset, ["data.folder=none"])
+    found = estimate_shapes(config, PRESETS[preset], None)  # type: ignore[arg-type]
+    exposures = TRAINED * (config.train.exposures or 0)
+    previews = (config.preview.num_captions + 3) * len(config.preview.seeds)
+    share = looking_share(found, config, TRAINED, HELD, previews, exposures)
+    training = exposures * found.flops_per_step / config.train.batch_size
+    former = with_values(config, {"preview.num_steps": FORMER_STEPS})
+    before = looking_share(found, former, TRAINED, HELD, FORMER_PREVIEWS, exposures)
+    # The signals asked four times as often for as many captions and images again.
+    before += (config.train.epochs + 1) * (4 * MAX_PROBED + 10 * MAX_COMPARED) * found.flops_per_prediction / training
+    drawing = 2 * FORMER_STEPS * found.flops_per_prediction + found.flops_per_decoding
+    return {"training_pflop": training / 1e15, "now": share, "formerly": before + FORMER_DRAWN * drawing / training}
+
+
+def timed(folder: Path, *changes: str) -> dict[str, Any]:
+    """Seconds of a quickstart's steps, and of all looking: the scale, previews and checks."""
+    config = load_config("quickstart", [f"cache.dir={folder / 'cache'}", *changes])
+    found = {"training": 0.0, "scale": 0.0, "previews": 0.0, "check": 0.0}
+    last = time.monotonic()
+    for event in start(config, folder / "run"):
+        now = time.monotonic()
+        if isinstance(event, Progress) and event.phase == PHASE:
+            found["scale"] += now - last
+        elif isinstance(event, PreviewsDone):
+            found["previews"] += event.seconds
+        elif isinstance(event, CopyChecked):
+            found["check"] += event.seconds
+        elif isinstance(event, StepDone):
+            found["training"] += event.seconds
+        last = now
+    looking = found["scale"] + found["previews"] + found["check"]
+    return {**{name: round(seconds, 2) for name, seconds in found.items()}, "share": looking / found["training"]}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("changes", nargs="*", metavar="SECTION.KEY=VALUE", help="of the quickstart's configuration")
-    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+    parser.add_argument("--run", action="store_true", help="run the quickstart and take its seconds")
     arguments = parser.parse_args()
     silence()
-    with tempfile.TemporaryDirectory() as folder:
-        found = measure(Path(folder), *arguments.changes)
-    if arguments.json:
-        print(json.dumps(found))
-    else:
-        print(f"The check of {found['previews']} previews takes {found['share']:.0%} of what drawing them takes "
-              f"(at most {MOST:.0%}); the null's images: {found['null_pictures']}.")  # fmt: skip
+    if arguments.run:
+        with tempfile.TemporaryDirectory() as folder:
+            print(json.dumps(timed(Path(folder), *arguments.changes)))
+        return
+    print("| Preset | training, PFLOP | looking, formerly | looking now |\n| --- | --- | --- | --- |")
+    for preset in PRESETS:
+        found = counted(preset)
+        print(f"| {preset} | {found['training_pflop']:.2f} | {found['formerly']:.0%} | {found['now']:.1%} |")
 
 
 if __name__ == "__main__":

@@ -70,16 +70,6 @@ def test_cache_estimate_is_what_the_run_writes(
     assert (tmp_path / "cache" / "text").exists() == (case not in ("live text", "trained text"))
 
 
-def test_cache_estimate_includes_the_copy_checks_images(tmp_path: Path, overrides: list[str]) -> None:
-    parts = prepared(tmp_path, [*overrides, "copycheck.enabled=true", "preview.num_steps=1"])
-    estimated = cache_bytes_of_run(parts, parts.config)
-    parts.adapter.remove()
-    list(start(parts.config, tmp_path / "run"))
-    drawn = list((tmp_path / "cache" / "drawn").rglob("*.png"))
-    assert estimated == tensor_bytes(tmp_path / "cache") + len(drawn) * 3 * 32 * 32
-    assert sum(file.stat().st_size for file in drawn) < len(drawn) * 3 * 32 * 32 * 1.1
-
-
 @pytest.mark.parametrize("changes", [[], ["train.ema_decay=0.9", "train.optimizer=lion"]])
 def test_run_folder_estimate_is_above_what_the_run_writes(
     changes: list[str], tmp_path: Path, overrides: list[str]
