@@ -25,12 +25,14 @@ class Run:
         output: Folder or URL.
         homes: The folders in which processes keep caches; a single one is shared.
         stop_at: After which step it is to stop.
+        resume: Whether it is gone on with, which every process is told.
     """
 
     count: int
     output: str
     homes: list[str]
     stop_at: int | None = None
+    resume: bool = False
 
 
 def carry_out(config: str, run: Run, index: int, port: int) -> None:
@@ -39,10 +41,10 @@ def carry_out(config: str, run: Run, index: int, port: int) -> None:
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "XDG_CACHE_HOME": run.homes[index % len(run.homes)],
     }  # fmt: skip
     folder, mirrored = open_run(run.output, resume=None)
-    resume, steps = (folder / "config.toml").exists(), [0]
+    steps = [0]
     stopping = lambda: steps[-1] == run.stop_at  # noqa: E731
     try:
-        for event in mirrored(start(load_config(config), folder, resume=resume, should_stop=stopping)):
+        for event in mirrored(start(load_config(config), folder, resume=run.resume, should_stop=stopping)):
             steps.append(getattr(event, "step", steps[-1]))
     except Stopped:
         assert run.stop_at is not None

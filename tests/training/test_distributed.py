@@ -48,7 +48,7 @@ def test_one_two_and_four_processes_train_the_same_adapter(
     url, homes = f"file://{tmp_path}/bucket", [str(tmp_path / name) for name in "abcd"]
     together = [Run(count, str(tmp_path / str(count)), homes[:1]) for count in (1, 2, 4)]
     # Two machines that share nothing but the store, and two others that go on.
-    run(command, file, *together, Run(2, url, homes[:2], stop_at=10), Run(2, url, homes[2:]))
+    run(command, file, *together, Run(2, url, homes[:2], stop_at=10), Run(2, url, homes[2:], resume=True))
     alone = load_file(tmp_path / "1" / "hero.safetensors")
     losses = step_losses(tmp_path / "1")
     assert len(losses) == 20
