@@ -190,7 +190,7 @@ class CopyChecked(Event):
         verdict: "clean", "watch" or "copying"; `reason` says why in one sentence.
         share: The share of previews that significantly match a training image, in [0, 1].
         share_lower_bound: Its lower confidence bound at 99.9 %.
-        false_alarm_rate: The probability of "copying" for previews that copy nothing.
+        false_alarm_rate: The probability of "copying" if each preview is significant with probability 2 % by itself.
         most_similar: The training image with the best match, and the preview's file.
         similarity: Their similarity, in [0, 1]; 1 is a copy.
     """

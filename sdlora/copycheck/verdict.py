@@ -191,7 +191,10 @@ def judge(matches: Sequence[Match], signals: Sequence[Signal]) -> EpochCheck:
 
 
 def false_alarm_rate(num_previews: int) -> float:
-    """The probability of "copying" for previews that copy nothing, each of them significant with probability 2 %."""
+    """The probability of "copying" if each preview is significant with probability 2 % by itself.
+
+    What was measured on fresh images is in docs/measurements/copy-check.md.
+    """
     fewest = next(
         (k for k in range(1, num_previews + 1) if lower_bound(k, num_previews, CONFIDENCE) > ALPHA), num_previews + 1
     )

@@ -30,7 +30,7 @@ from sdlora.common.files import write_json, write_text
 from sdlora.common.run_files import read_state
 from sdlora.common.version import __version__
 from sdlora.config.schema import RunConfig
-from sdlora.copycheck.verdict import EpochCheck
+from sdlora.copycheck.verdict import EpochCheck, most_copies
 from sdlora.data.dataset import Example
 from sdlora.errors import ConfigError, HubError, OutputError
 from sdlora.events import EpochDone, PlanMade
@@ -262,9 +262,10 @@ def _verdict(context: RunContext, epoch: int) -> str:
     if check is None:
         return "No copy check was run."
     found, total = sum(match.significant for match in check.previews), len(check.previews)
+    room = "" if found else f" Up to {most_copies(total):.0%} of further images may still be copies."
     return (
-        f"**{check.verdict}**: {found} of {total} previews are more similar to a training image than images that copy "
-        "nothing, according to sdlora's copy check against every training image and its mirror image."
+        f"**{check.verdict}**: {found} of {total} previews are as similar to a training image as a copy, according to "
+        f"sdlora's copy check against every training image and its mirror image.{room}"
     )
 
 

@@ -22,7 +22,7 @@ def banner(checks: dict[int, Any], kept: int | None) -> str:
     ("kept", "tone", "title", "name"),
     [
         (None, "copying", "✕ Copies training images", "Epoch 2, the latest"),
-        (1, "watch", "! First signs of copying", "Epoch 1, recommended"),
+        (1, "watch", "! Not settled: look at the pairs", "Epoch 1, recommended"),
         (7, "copying", "✕ Copies training images", "Epoch 2, the latest"),
     ],
 )

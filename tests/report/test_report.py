@@ -86,7 +86,7 @@ def test_epochs_that_the_metrics_do_not_know_are_left_out(tmp_path: Path) -> Non
 def test_kept_epoch_is_the_one_that_is_judged(tmp_path: Path) -> None:
     write_epochs(tmp_path / "epochs", {0: check(), 1: check("watch"), 2: check("copying", COPY)})
     found = page(tmp_path, [*ROWS, epoch(2)], kept=1)
-    assert "! First signs of copying" in found and "Epoch 1, recommended" in found
+    assert "! Not settled: look at the pairs" in found and "Epoch 1, recommended" in found
     assert "<td>1, recommended</td>" in found
 
 
