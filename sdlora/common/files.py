@@ -124,7 +124,8 @@ def read_text(path: Path) -> str:
         ValueError: It is not UTF-8; the message continues a sentence that names it.
     """
     content = path.read_bytes()
-    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or b"\0" in content:
+    # In UTF-16 every second byte of western texts is zero.
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 2 * content.count(0) >= len(content) > 0:
         raise ValueError("not valid UTF-8 (it looks like UTF-16, which some editors call Unicode). Save it as UTF-8")
     try:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
