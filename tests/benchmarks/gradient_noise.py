@@ -118,7 +118,7 @@ def meetings(coverage: str, batch_size: int, num_seeds: int = 20) -> Tensor:
     counts = torch.zeros(NUM_BINS, NUM_BINS, dtype=torch.float64)
     density = Density("uniform")
     for seed in range(num_seeds):
-        epochs = (epoch_batches([0] * NUM_TRAINING, PLAN_REPEATS, batch_size, e, seed) for e in range(1, 5))
+        epochs = (epoch_batches([[0]] * NUM_TRAINING, PLAN_REPEATS, batch_size, e, seed) for e in range(1, 5))
         steps = [
             [(str(exposure.example), exposure.number) for exposure in batch] for epoch in epochs for batch in epoch
         ]

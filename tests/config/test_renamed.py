@@ -31,7 +31,7 @@ from sdlora.ui.state.run_view import settings_of
 from sdlora.ui.state.try_lora import LoraSampler
 
 VALUES: dict[str, Any] = {
-    "data.holdout": "others", "data.holdout_split": False, "lora.start": "orthogonal", "train.schedule": "cosine",
+    "data.holdout": "builtin:zumi/holdout", "data.holdout_split": False, "lora.start": "orthogonal", "train.schedule": "cosine",
     "train.plus_ratio": 4.0, "file.tell_captions": True,
 }  # fmt: skip
 
@@ -39,7 +39,7 @@ VALUES: dict[str, Any] = {
 def toml_file(path: Path, name: str) -> Path:
     """A configuration with one option under its earlier name."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f"data.folder = 'x'\n{name} = {toml_value(VALUES[name])}\n", encoding="utf-8")
+    path.write_text(f"data.folder = 'builtin:zumi'\n{name} = {toml_value(VALUES[name])}\n", encoding="utf-8")
     return path
 
 
@@ -52,7 +52,7 @@ def from_override(tmp_path: Path, name: str) -> RunConfig:
     file = tmp_path / "mine.toml"
     given = dict(options(RunConfig()))[RENAMED[name]]
     current = "" if given is None else f"{RENAMED[name]} = {toml_value(given)}\n"
-    file.write_text(f"data.folder = 'x'\n{current}", encoding="utf-8")
+    file.write_text(f"data.folder = 'builtin:zumi'\n{current}", encoding="utf-8")
     return load_config(str(file), [f"{name}={toml_value(VALUES[name])}"])
 
 

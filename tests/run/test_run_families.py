@@ -38,7 +38,7 @@ TEXT: dict[Family, set[str]] = {"sd1": {"lora_te_"}, "sd2": {"lora_te_"}, "sdxl"
 def test_a_run_ends_with_its_proof(
     family: Family, tmp_path: Path, overrides: list[str], others: Path, images: Path
 ) -> None:
-    make_tiny(family, tmp_path / "base", layers_per_block=1)
+    make_tiny(family, tmp_path / "base")
     source = tmp_path / "hero.toml"
     source.write_text('[data]\ntrigger = "zumi"\nclass_words = ["cat"]\n[train]\npreservation_weight = 1.0\n')
     options = [
@@ -73,7 +73,7 @@ def test_sdxl_is_told_each_image_s_own_size(tmp_path: Path, overrides: list[str]
     """The same pixels from a larger original are another condition, in training and in the validation loss."""
     from PIL import Image
 
-    make_tiny("sdxl", tmp_path / "base", layers_per_block=1)
+    make_tiny("sdxl", tmp_path / "base")
     found = []
     for scale in (1, 3):
         folder = tmp_path / f"set{scale}"
@@ -90,7 +90,7 @@ def test_sdxl_is_told_each_image_s_own_size(tmp_path: Path, overrides: list[str]
 
 
 def test_text_states_of_both_encoders_are_trained_or_read_from_the_cache(tmp_path: Path, overrides: list[str]) -> None:
-    make_tiny("sdxl", tmp_path / "base", layers_per_block=1)
+    make_tiny("sdxl", tmp_path / "base")
     losses(tmp_path / "base", tmp_path / "run", overrides)
     cached = list((tmp_path / "cache" / "text").glob("*/*.safetensors"))
     with safe_open(cached[0], framework="pt") as opened:
