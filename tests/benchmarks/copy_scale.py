@@ -8,9 +8,11 @@ of the built-in base. A run has four epochs of independent previews, the worst c
 
     python tests/benchmarks/copy_scale.py --docs docs/measurements
     python tests/benchmarks/copy_scale.py --photos FOLDER...
+    python tests/benchmarks/copy_scale.py --records docs/measurements/copy-check.jsonl
 
 With --photos, folders of photographs of one subject each, copies are squares cut out of photographs of several shapes,
-every second one mirrored, and the other photographs of a subject are the fresh images.
+every second one mirrored, and the other photographs of a subject are the fresh images. With --records, the p-values of
+previews that `copy_onset.py` recorded are computed anew from their scores, after a change of the scale.
 """
 
 from __future__ import annotations
@@ -20,19 +22,28 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from concepts import ALL_CONCEPTS, NUM_TRAINING, NUM_VALIDATION, Concept
+from concepts import ALL_CONCEPTS, NUM_FEW, NUM_TRAINING, NUM_VALIDATION, Concept
 from diffusers import AutoencoderKL
 from PIL import Image, ImageFilter, ImageOps
+from results import Cell, read
 from timesteps_report import between
 from torch import Tensor
 
 from sdlora.common.bundled import pocket_folder
 from sdlora.copycheck.embedders import Embedders
-from sdlora.copycheck.scale import NEW_SHARE, OWN_SHARE, Scale, measures
+from sdlora.copycheck.scale import (
+    MAX_DECODED,
+    NEW_SHARE,
+    OWN_SHARE,
+    SAME_PICTURE,
+    Scale,
+    evenly_spaced,
+    measures,
+)
 from sdlora.copycheck.verdict import ALPHA, FULL, Match, judge
 
 CELLS = ((4, 0), (8, 0), (12, 0), (24, 0), (4, 8), (12, 8), (24, 8))
@@ -205,21 +216,68 @@ def _square(image: Image.Image, edge: int, place: float) -> Image.Image:
     return image.crop((left, top, left + edge, top + edge))
 
 
+# --- Recorded previews ---------------------------------------------------------------------------------------------
+
+
+def rejudge(row: Cell, vae: AutoencoderKL) -> Cell:
+    """A row of `copy_onset.py` whose previews have the p-values of the present scale."""
+    concept, few = ALL_CONCEPTS[row["cell"]["concept"]], row["cell"]["part"] != "many"
+    held = [concept.draw(index, 0)[0] for index in range(NUM_TRAINING, NUM_TRAINING + NUM_VALIDATION)]
+    trained = [concept.draw(index, 0)[0] for index in range(NUM_FEW if few else NUM_TRAINING)]
+    scale = scale_of(trained, held, vae)
+    for epoch in row.get("epochs", ()):
+        _rejudge(epoch["check"], scale)
+    if "heldout_check" in row:
+        _rejudge(row["heldout_check"], scale_of(held, [], vae))
+    if "own_previews_check" in row:
+        scenes = [concept.draw(index, 0)[0] for index in concept.other_scenes()]
+        _rejudge(row["own_previews_check"], scale_of(scenes, [], vae))
+    return row
+
+
+def scale_of(images: list[Image.Image], held: list[Image.Image], vae: AutoencoderKL) -> Scale:
+    """The scale of a set, as `sdlora.copycheck.scale.set_scale` computes it from files."""
+    scores = ALL.scores(images, images)
+    among = measures(scores)
+    among[(scores[..., 0] >= SAME_PICTURE) | torch.eye(len(images), dtype=torch.bool)] = -torch.inf
+    parts = [among.amax(dim=1)]
+    if held:
+        parts.append(measures(ALL.scores(held, images)).amax(dim=1))
+    chosen = [images[index] for index in evenly_spaced(len(images), MAX_DECODED)]
+    copies = measures(ALL.scores(through(vae, chosen, 0.0), chosen)).diagonal(dim1=0, dim2=1).T
+    found = torch.cat(parts)
+    return Scale(found[torch.isfinite(found).all(dim=1)], copies.mean(dim=0), torch.empty(0))
+
+
+def _rejudge(check: dict[str, Any], scale: Scale) -> None:
+    for preview in check["previews"]:
+        kind, detail, layout, _ = preview
+        share = torch.tensor([OWN_SHARE if kind == "training" else NEW_SHARE])
+        z = scale.z_scores(measures(torch.tensor([[[detail, layout]]])), share)
+        preview[3] = round(min(1.0, 2 * float(torch.special.ndtr(-z))), 4)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--docs", type=Path, help="the folder of the page to fill")
     parser.add_argument("--photos", type=Path, nargs="+", help="folders of photographs, one for each subject")
     parser.add_argument("--json", action="store_true", help="print the rates of every concept")
+    parser.add_argument("--records", type=Path, help="results of copy_onset.py to be judged anew")
     arguments = parser.parse_args()
+    vae = AutoencoderKL.from_pretrained(pocket_folder() / "vae")
+    if arguments.records:
+        rows = [rejudge(row, vae) if row["cell"]["part"] != "oracle" else row for row in read(arguments.records)]
+        arguments.records.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+        return
     name, lines = "photographs", []
     if arguments.photos:
         lines = photographs(arguments.photos)
     else:
         name, found = "fresh", {}
-        for kind, vae in (("crisp", None), ("through the VAE", AutoencoderKL.from_pretrained(pocket_folder() / "vae"))):
+        for kind, drawer in (("crisp", None), ("through the VAE", vae)):
             found[kind] = []
             for concept in ALL_CONCEPTS.values():
-                compared = compare(concept, vae)
+                compared = compare(concept, drawer)
                 found[kind].append({cell: rates(compared, *cell) for cell in CELLS})
                 if arguments.json:
                     print(json.dumps([concept.name, kind, {str(cell): r for cell, r in found[kind][-1].items()}]))
