@@ -53,11 +53,9 @@ def presets(json_: JsonResult = False) -> None:
     quiet_libraries()
 
     from sdlora.config.presets import presets as shipped
-    from sdlora.estimate.costs import arithmetic_rate
-    from sdlora.run.setup import choose_device
+    from sdlora.run.estimate import device_rate
 
-    device, dtype, _ = choose_device("auto", "auto")
-    rate = arithmetic_rate(device, dtype)
+    rate = device_rate()
     rows = []
     for preset in shipped():
         config = load_config(preset.name, [] if preset.family == "pocket" else ["data.folder=none"])

@@ -19,7 +19,6 @@ from sdlora.common.text import format_range
 from sdlora.errors import ConfigError, DataError, OutputError
 
 if TYPE_CHECKING:
-    from sdlora.lora.inject import LoraState
     from sdlora.lora_files.algebra import Cost
 
 _BASE = "A diffusers folder, or a single .safetensors checkpoint"
@@ -147,7 +146,7 @@ def merge(
         write_file(output, state, metadata=sources[0].metadata, dtype=sources[0].dtype)
     else:
         write_file(output, state, metadata=metadata_of_new_ranks(sources))
-    _print_result(output, state, None if rank is None else cost)
+    _print_result(output, [weights.down.shape[0] for weights in state.values()], None if rank is None else cost)
 
 
 def resize(
@@ -170,7 +169,7 @@ def resize(
     algebra.refuse_dora(source.state, file.name)
     state, cost = algebra.resize(source.state, rank=rank, energy=energy)
     write_file(out, state, metadata=metadata_of_new_ranks([source]))
-    _print_result(out, state, cost)
+    _print_result(out, [weights.down.shape[0] for weights in state.values()], cost)
 
 
 def extract(
@@ -190,7 +189,7 @@ def extract(
     found, others = differences(base_weights(fine_tuned), base_weights(base))
     state, cost = algebra.extract(found, rank)
     write_file(out, state, metadata={"ss_sd_model_name": base.resolve().name})
-    _print_result(out, state, cost)
+    _print_result(out, [weights.down.shape[0] for weights in state.values()], cost)
     if others:
         typer.echo(
             f"Left out, because a LoRA cannot hold them: {len(others)} other weights that differ, such as {others[0]}."
@@ -220,9 +219,8 @@ def _parse_weights(weights: str | None, num_files: int) -> list[float]:
     return found
 
 
-def _print_result(file: Path, state: LoraState, cost: Cost | None) -> None:
-    """Print the ranks of a written file and its loss of accuracy, which is None if it is exact."""
-    ranks = [weights.down.shape[0] for weights in state.values()]
+def _print_result(file: Path, ranks: list[int], cost: Cost | None) -> None:
+    """Print the ranks of a written file's modules and its loss of accuracy, which is None if it is exact."""
     typer.echo(f"{file}: ranks {format_range(min(ranks), max(ranks))} in {len(ranks)} modules.")
     if cost is None:
         typer.echo("Exact up to float32 rounding.")

@@ -11,16 +11,27 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import IO, Any, Self
 
+from rich import progress
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
 from rich.table import Table
 from rich.text import Text
 
-from sdlora import events
 from sdlora.cli.options import print_message
 from sdlora.common.run_files import LossSmoother
 from sdlora.common.text import format_bytes, format_seconds
 from sdlora.copycheck.verdict import EpochCheck
+from sdlora.events import (
+    CopyChecked,
+    EpochDone,
+    Event,
+    Exported,
+    Notice,
+    PlanMade,
+    PlannedSet,
+    Progress,
+    RunDone,
+    StepDone,
+)
 from sdlora.run.folder import Timer
 
 _VERDICT_STYLES = {"clean": "green", "watch": "yellow", "copying": "bold red"}
@@ -41,7 +52,7 @@ class JsonLines:
     def __exit__(self, *exception: object) -> None:
         self._write("")
 
-    def show(self, event: events.Event | Mapping[str, Any]) -> None:
+    def show(self, event: Event | Mapping[str, Any]) -> None:
         """Print an event."""
         line = event if isinstance(event, Mapping) else event.to_json()
         self._write(json.dumps(line) + "\n")
@@ -62,15 +73,19 @@ class JsonLines:
             os.close(nowhere)
 
 
-class ProgressBar(Progress):
+class ProgressBar(progress.Progress):
     """Shows phase, step, loss, images per second and the time left, with a line for every event that matters.
 
     A terminal that is closed meanwhile stops nothing.
     """
 
     def __init__(self, console: Console) -> None:
-        columns = (TextColumn("{task.description:<15}"), BarColumn(), TaskProgressColumn())
-        super().__init__(*columns, TextColumn("{task.fields[detail]}"), console=console, transient=True)
+        columns = (
+            progress.TextColumn("{task.description:<15}"),
+            progress.BarColumn(),
+            progress.TaskProgressColumn(),
+        )
+        super().__init__(*columns, progress.TextColumn("{task.fields[detail]}"), console=console, transient=True)
         self._phase = self.add_task("loading", total=None, detail="")
         self._num_steps: int | None = None
         self._smoother = LossSmoother()
@@ -80,39 +95,39 @@ class ProgressBar(Progress):
         with suppress(OSError):
             super().__exit__(*exception)
 
-    def show(self, event: events.Event) -> None:
+    def show(self, event: Event) -> None:
         """Show an event."""
         with suppress(OSError):
             self._show(event)
 
-    def _show(self, event: events.Event) -> None:
+    def _show(self, event: Event) -> None:
         self._timer.see(event)
         left = self._timer.eta_seconds
         eta = "" if left is None else f"{format_seconds(left)} left"
         match event:
-            case events.PlanMade():
+            case PlanMade():
                 self._num_steps = event.steps
                 self._say(describe_plan(event))
-            case events.Notice():
+            case Notice():
                 self._say(event.message)
-            case events.Progress():
+            case Progress():
                 self._move(event.phase, event.done, event.total, eta)
-            case events.StepDone():
+            case StepDone():
                 loss = self._smoother.add(event.loss)
                 rate = len(event.examples) / event.seconds if event.seconds else 0.0
                 detail = f"epoch {event.epoch} step {event.step} loss {loss:.4f} {rate:.1f} images/s {eta}"
                 self._move("training", event.step, self._num_steps or event.step, detail)
-            case events.EpochDone():
+            case EpochDone():
                 losses = (("training loss", event.train_loss), ("validation loss", event.validation_loss))
                 measured = [f"{label} {value:.5f}" for label, value in losses if value is not None]
                 if measured:
                     self._say(f"{_epoch_name(event.epoch)}: {', '.join(measured)}")
-            case events.CopyChecked():
+            case CopyChecked():
                 self._say(describe_check(event))
-            case events.Exported():
+            case Exported():
                 modules, error = event.num_modules, event.max_error
                 self._say(f"Loaded back through diffusers: {modules} modules, max error {error:g}.")
-            case events.RunDone():
+            case RunDone():
                 self._say(f"Done in {format_seconds(event.seconds)}: {event.file}")
                 self._say(f"Report: {event.folder}/report.html, previews: {event.folder}/previews.png")
 
@@ -123,11 +138,11 @@ class ProgressBar(Progress):
         self.console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def describe_plan(plan: events.PlanMade) -> str:
+def describe_plan(plan: PlanMade) -> str:
     """What a run will train, a line for each fact."""
-    parts: list[events.PlannedSet | events.PlanMade] = [*plan.sets] or [plan]
+    parts: list[PlannedSet | PlanMade] = [*plan.sets] or [plan]
     lines = [
-        (f"{part.name}: " if isinstance(part, events.PlannedSet) else "")
+        (f"{part.name}: " if isinstance(part, PlannedSet) else "")
         + f"{part.images} images x {part.repeats} repeats x {plan.epochs} epochs: "
         f"each image is seen {part.exposures_per_image} times."
         for part in parts
@@ -158,7 +173,7 @@ def describe_plan(plan: events.PlanMade) -> str:
     return "\n".join(lines)
 
 
-def describe_check(event: events.CopyChecked) -> str:
+def describe_check(event: CopyChecked) -> str:
     """A copy check in one line."""
     training, preview = event.most_similar
     return (

@@ -27,7 +27,6 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 from sdlora.common.files import atomic_path
-from sdlora.diffusion.losses import mse_per_example
 from sdlora.events import Event, PreviewsDone, Progress
 from sdlora.models.base import BaseModel
 
@@ -126,7 +125,7 @@ class SamplerWatch:
             predictions = output[0].detach()
             if len(predictions) == 2 * num_previews:
                 negative, caption = predictions.chunk(2)
-                norms.append(mse_per_example(caption, negative).sqrt())
+                norms.append((caption - negative).float().square().mean(dim=(1, 2, 3)).sqrt())
 
         handle = self._base.unet.register_forward_hook(observe)
         try:

@@ -27,6 +27,7 @@ from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED, NUM_PROBES, PROBE
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Dataset
 from sdlora.estimate.costs import (
+    arithmetic_rate,
     bytes_in,
     cache_bytes,
     cached_content,
@@ -43,7 +44,7 @@ from sdlora.models.architectures import Family
 from sdlora.run.arguments import adapter_spec, training_settings
 from sdlora.run.folder import RunFolder
 from sdlora.run.lora_inputs import starting_file, with_settings_of_file
-from sdlora.run.setup import RunContext, prepare
+from sdlora.run.setup import RunContext, choose_device, prepare
 from sdlora.training.data import TrainingData, evaluation_data, make_schedule
 from sdlora.training.validation import NUM_MEASURED
 
@@ -252,6 +253,12 @@ def check_disks(context: RunContext, *, resume: bool) -> None:
     if not resume:
         needs["the cache"] = (context.data.cache.folder, cache_bytes_of_run(context, context.config))
     check_disk_space(needs)
+
+
+def device_rate() -> float:
+    """The arithmetic of the device that training would take here, in the precision that it would take, in FLOP/s."""
+    device, dtype, _ = choose_device("auto", "auto")
+    return arithmetic_rate(device, dtype)
 
 
 def device_memory(device: torch.device) -> int:

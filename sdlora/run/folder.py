@@ -16,12 +16,11 @@ from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from sdlora import events
 from sdlora.common.files import disk_full_errors, is_partial, write_json, write_text
 from sdlora.common.locks import Holder, hold, holder
 from sdlora.common.run_files import RunState, RunStatus, read_state
 from sdlora.errors import BusyError, DiskFullError, OutputError
-from sdlora.events import EpochDone, Event, Notice, PlanMade, Progress, StepDone, to_json
+from sdlora.events import EpochDone, Event, Notice, PlanMade, Progress, StepDone, StepRehearsed, to_json
 
 _RECORDED = (StepDone, EpochDone)
 _STATE_EVERY_SECONDS = 0.5
@@ -226,7 +225,7 @@ class Timer:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, closing_seconds: float | None = None) -> None:
         self._clock = clock
-        self._plan: events.PlanMade | None = None
+        self._plan: PlanMade | None = None
         self._step = 0
         self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
         # An epoch's end: validation loss, export and its verification, previews, copy check, report.
@@ -240,23 +239,23 @@ class Timer:
     def see(self, event: Event) -> None:
         """Take in an event at the moment it happens."""
         now = self._clock()
-        if isinstance(event, events.PlanMade):
+        if isinstance(event, PlanMade):
             self._plan, self._closings_left = event, event.epochs + 1
-        elif isinstance(event, events.StepRehearsed):
+        elif isinstance(event, StepRehearsed):
             self._steps.append(event.seconds)
-        elif isinstance(event, events.StepDone):
+        elif isinstance(event, StepDone):
             self._steps.append(event.seconds)
             self._step = event.step
             if self._plan is not None:
                 self._closings_left = self._plan.epochs - event.epoch + 1
-        elif isinstance(event, events.EpochDone):
+        elif isinstance(event, EpochDone):
             # The event follows the validation loss, which belongs to the epoch's end.
             self._closing_since = self._last
-        elif isinstance(event, events.Progress):
+        elif isinstance(event, Progress):
             self._see_progress(event, now)
         self._last = now
 
-    def _see_progress(self, event: events.Progress, now: float) -> None:
+    def _see_progress(self, event: Progress, now: float) -> None:
         if event.phase == "page" and self._closing_since is not None:
             self._closings.append(now - self._closing_since)
             self._closings_left -= 1

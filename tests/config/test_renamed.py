@@ -31,7 +31,8 @@ from sdlora.ui.state.run_view import settings_of
 from sdlora.ui.state.try_lora import LoraSampler
 
 VALUES: dict[str, Any] = {
-    "data.holdout": "builtin:zumi/holdout", "data.holdout_split": False, "lora.start": "orthogonal", "train.schedule": "cosine",
+    "data.holdout": "builtin:zumi/holdout", "data.holdout_split": False, "lora.start": "orthogonal",
+    "train.schedule": "cosine",
     "train.plus_ratio": 4.0, "file.tell_captions": True,
 }  # fmt: skip
 

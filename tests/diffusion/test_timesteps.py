@@ -110,8 +110,8 @@ def test_five_bands_of_200_timesteps() -> None:
 
 def plan(num_images: int, repeats: int, epochs: int, batch_size: int, buckets: int = 1) -> list[list[Exposure]]:
     """The steps of a real run."""
-    shapes = [index % buckets for index in range(num_images)]
-    batches = [b for epoch in range(1, epochs + 1) for b in epoch_batches([[shape] for shape in shapes], repeats, batch_size, epoch, 0)]
+    shapes = [[index % buckets] for index in range(num_images)]
+    batches = [b for epoch in range(1, epochs + 1) for b in epoch_batches(shapes, repeats, batch_size, epoch, 0)]
     return [[(f"{exposure.example}.png", exposure.number) for exposure in batch] for batch in batches]
 
 
