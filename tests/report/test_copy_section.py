@@ -29,12 +29,13 @@ def banner(checks: dict[int, Any], kept: int | None) -> str:
 def test_banner_judges_the_kept_epoch_or_the_latest(kept: int | None, tone: str, title: str, name: str) -> None:
     found = banner(CHECKS, kept)
     assert f'class="verdict {tone}"' in found and title in found and name in found
-    assert f"Because it is &lt;{tone}&gt;." in found and "1 in 370 checks" in found
+    assert f"Because it is &lt;{tone}&gt;." in found and "100 runs were called copying" in found
 
 
 def test_banner_before_training_names_the_base_model() -> None:
     found = banner({0: check()}, None)
     assert "✓ No copying found" in found and "The base model, before training" in found
+    assert "100 runs" not in found
 
 
 def cells(checks: dict[int, Any], metrics: Metrics, kept: int | None) -> list[list[str]]:
