@@ -55,7 +55,7 @@ def test_pairs_start_with_the_serious_matches_and_name_the_nearest_image(shown: 
     assert [pair.id for pair in pairs] == ["pair-1-1", "pair-1-0"]
     found = written("pairs", pairs)
     first, second = found.split("</figure>")[:2]
-    assert "✕ match on a new prompt</span> similarity 0.97, layout 0.60<b>" in first and "1 in 145 images" in first
+    assert "✕ match on a new prompt</span> similarity 0.97, layout 0.60<b>" in first and "1 in 145 new images" in first
     assert "<small>&lt;a&gt;.png</small>" in first and "preview covered by &lt;a&gt;.png" in first
     assert "! match</span> similarity 0.41" in second and "Training caption, seed 0." in second
     assert "<b>friends" not in found and "<a>.png" not in found
