@@ -92,9 +92,12 @@ def drawn(page: Any, studio: Open, label: str) -> np.ndarray[Any, Any]:
 
 def reference(prompt: str, lora: Path | None) -> np.ndarray[Any, Any]:
     """The same image by diffusers alone."""
-    from diffusers import StableDiffusionPipeline
+    from diffusers import DPMSolverMultistepScheduler, StableDiffusionPipeline
 
     pipeline = StableDiffusionPipeline.from_pretrained(pocket_folder(), safety_checker=None)
+    pipeline.scheduler = DPMSolverMultistepScheduler.from_config(
+        pipeline.scheduler.config, algorithm_type="dpmsolver++", use_karras_sigmas=True
+    )
     pipeline.set_progress_bar_config(disable=True)
     if lora is not None:
         pipeline.load_lora_weights(str(lora))
