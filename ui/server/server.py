@@ -84,7 +84,8 @@ def _add_routes(app: FastAPI, context: Context) -> None:
 
     @app.exception_handler(SdloraError)
     async def _error(_: Request, error: SdloraError) -> Response:
-        return JSONResponse({"error": str(error)}, 400)
+        # Half of a surrogate pair, which a request may hold, is no text.
+        return JSONResponse({"error": str(error).encode(errors="replace").decode()}, 400)
 
     @app.get(ROUTE + "/{name}")
     def _image(name: str) -> Response:
