@@ -59,7 +59,7 @@ class Fuzz:
 
     def check(self, answer: Answer, what: object) -> None:
         self.asked += 1
-        assert answer.status < 500, what
+        assert answer.status < 500, ascii(what)
         assert SECRET.encode() not in answer.body, what
 
 
