@@ -77,7 +77,7 @@ def _short_warnings() -> Iterator[None]:
 
 
 def _print_anything() -> None:
-    """Print what a terminal's encoding lacks, and what is no text in a file's name, in escapes; JSON is in ASCII."""
+    """Escape what the terminal cannot show, such as invalid characters in file names; JSON is always ASCII."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")

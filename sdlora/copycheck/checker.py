@@ -54,7 +54,7 @@ class Checker:
         """Compute, or read from the cache, what epochs are compared with: the scale and the base model's signals."""
         yield from self.data.fill(background)
         self._scale = yield from set_scale(self.data, self.gallery, self.embedders)
-        self._base_folder: Path | None = None
+        self._knows_base = False
         with self.adapter.disabled():
             self._retrieved_off, self._losses_off = self._retrieved(), self._losses()
 
@@ -71,11 +71,13 @@ class Checker:
         yield from draw_epoch(base, self.request, epoch, folder, watch)
         start = time.monotonic()
         if epoch == 0:
-            check = judge_base(match_previews(*self._compared(self.request, folder), watch.guidance_norms)[0])
+            check = self._check_base(folder, watch.guidance_norms)
             check.write(folder)
         else:
+            if not self._knows_base:  # the run was resumed
+                self._check_base(base_folder)
             measured = self._signals(folder, base_folder, watch.guidance_norms)
-            check = self.compare(folder, measured, watch.guidance_norms, base_folder)
+            check = self.compare(folder, measured, watch.guidance_norms)
             undecided = check.verdict != "copying" and any(match.significant for match in check.previews)
             if undecided and len(check.previews) < FULL:
                 more = self.request.more(FULL)
@@ -96,20 +98,19 @@ class Checker:
             seconds=time.monotonic() - start,
         )
 
-    def compare(
-        self, folder: Path, measured: Sequence[Signal], norms: Sequence[float] = (), base_folder: Path | None = None
-    ) -> EpochCheck:
+    def _check_base(self, folder: Path, norms: Sequence[float] = ()) -> EpochCheck:
+        """The check of the base model, which has copied nothing: where it seems to, the scale is corrected."""
+        matches, found = match_previews(*self._compared(self.request, folder), norms)
+        self._scale = self._scale.with_fresh(found[[match.significant for match in matches]])
+        self._knows_base = True
+        return judge_base(matches)
+
+    def compare(self, folder: Path, measured: Sequence[Signal], norms: Sequence[float] = ()) -> EpochCheck:
         """Check the previews in an epoch's folder and write `copycheck.json` there, with the other signals.
 
         Args:
             norms: Guidance norms, one per preview, or none at all.
-            base_folder: That of epoch 0; None if the base model's previews are not there.
         """
-        if base_folder is not None and base_folder != self._base_folder:
-            # The base model has copied nothing, so where its previews look like copies, the scale is wrong.
-            matches, found = match_previews(*self._compared(self.request, base_folder))
-            self._scale = self._scale.with_fresh(found[[match.significant for match in matches]])
-            self._base_folder = base_folder
         matches, _ = match_previews(*self._compared(self.request, folder), norms)
         check = judge(matches, measured)
         check.write(folder)

@@ -41,8 +41,10 @@ OWN_SHARE, NEW_SHARE = 0.5, 0.4
 """How far from a fresh image towards a copy a preview has to be: one from a training caption, compared with that
 caption's image as well, and one from a new prompt. Chosen on the runs of docs/measurements/copy-check.md.
 """
-# What fresh images of other subjects measure: mean and standard deviation of "whole", "detail" and "sscd". They count
-# as much as eight images of the set.
+# Mean and standard deviation of "whole", "detail" and "sscd" that are assumed where a set says little; they count as
+# much as eight of its images. The first two were chosen together with the shares, between what a set's images measure
+# and what fresh renders of their captions do. SSCD was not measured: its values let the shares begin near its authors'
+# threshold of 0.75.
 _TYPICAL = ((0.9, 0.5, 0.31), (0.3, 0.12, 0.15))
 _TYPICAL_WEIGHT = 8
 _LARGEST_PX = 384
@@ -161,7 +163,7 @@ def set_scale(data: TrainingData, gallery: Gallery, embedders: Embedders) -> Gen
     pixels = [[pixel_hash(image) for image in part.values()] for part in (gallery.images, gallery.validation)]
     key = content_key("scale", _VERSION, json.dumps(pixels), *embedders.score_names, base.vae_identity)
     with suppress(LookupError):
-        return Scale(**cache.fetch("null", key, _not_there))
+        return Scale(**cache.fetch("scale", key, _not_there))
     trained, others = list(gallery.images.values()), list(gallery.validation.values())
     most = min(MAX_COMPARED, max(_CHUNK, _MAX_PAIRS // len(trained)))
     chosen = evenly_spaced(len(trained), most)
@@ -191,7 +193,7 @@ def set_scale(data: TrainingData, gallery: Gallery, embedders: Embedders) -> Gen
         "copy": torch.stack(copies).mean(dim=0),
         "registered": _registered_among(trained, chosen, same, compared),
     }
-    return Scale(**cache.fetch("null", key, lambda: found, torch.float64))
+    return Scale(**cache.fetch("scale", key, lambda: found, torch.float64))
 
 
 def _not_there() -> dict[str, Tensor]:

@@ -287,7 +287,7 @@ def _last_before_copies(checks: dict[int, EpochCheck], allowed: Sequence[int], e
     end = next((epoch for epoch in allowed if has_copies(epoch)), None)
     if end is None or end == allowed[0]:
         best = allowed[-1] if end is None else end
-        why = "the last one" if end is None else "the first one: fewer of its previews match than of later ones"
+        why = "the last one" if end is None else "the first one, though previews match a training image already"
     else:
         best, why = end - 1, f"the last before {MANY} previews or more match a training image"
     return best, f"Keeping epoch {best}, {why}; without validation images there is nothing else to go by.{excluded}"

@@ -24,6 +24,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config
 from sdlora.copycheck import scale
 from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED, NUM_PROBES, PROBED_TIMESTEPS
+from sdlora.copycheck.verdict import FULL
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Dataset
 from sdlora.estimate.costs import (
@@ -248,6 +249,8 @@ def check_disks(context: RunContext, *, resume: bool) -> None:
         DiskFullError: They do not.
     """
     num_previews = 0 if context.previews is None else len(context.previews.wanted())
+    if context.checker is not None:
+        num_previews = max(num_previews, FULL)  # where copying is suspected
     written = run_folder_bytes(context.config, context.adapter, num_previews, _preview_pixels(context))
     needs = {"The run's folder": (context.folder.path, max(0, written - bytes_in(context.folder.path)))}
     if not resume:

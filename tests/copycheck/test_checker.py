@@ -10,9 +10,11 @@ import torch
 
 from sdlora.cache.tensors import Cache
 from sdlora.common.bundled import ImageFolder
+from sdlora.copycheck import checker as checker_module
 from sdlora.copycheck.checker import Checker
 from sdlora.copycheck.embedders import Embedders
 from sdlora.copycheck.scale import make_gallery
+from sdlora.copycheck.verdict import EpochCheck
 from sdlora.data.dataset import load_dataset
 from sdlora.events import CopyChecked, EpochDone, PreviewsDone
 from sdlora.lora.inject import Adapter, find_targets, inject
@@ -90,3 +92,50 @@ def test_signals_are_zero_for_an_untrained_adapter(parts: tuple[Adapter, Checker
     trained = signals_of(2)
     for name in ("train_heldout_gap", "seed_collapse", "guidance_norm", "registered_likeness"):
         assert trained[name]["value"] != pytest.approx(untrained[name]["value"]), name
+
+
+@pytest.mark.parametrize(("significant", "drawn"), [(0, 4), (1, 24), (4, 4)])
+def test_more_previews_are_drawn_only_where_a_few_are_significant(
+    significant: int, drawn: int, parts: tuple[Adapter, Checker, Validation], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    _, checker, validation = parts
+    list(checker.prepare("white"))
+    list(checker.epoch(0, tmp_path / "0", tmp_path / "0"))
+    real = checker_module.match_previews
+
+    def found(request: PreviewRequest, *arguments: Any) -> Any:
+        matches, measured = real(request, *arguments)
+        count = significant if request == checker.request else 0
+        return [replace(match, significant=index < count) for index, match in enumerate(matches)], measured
+
+    monkeypatch.setattr(checker_module, "match_previews", found)
+    validation.measure(EpochDone(1, 1, None, None, 0.0))
+    list(checker.epoch(1, tmp_path / "1", tmp_path / "0"))
+    check = EpochCheck.read(tmp_path / "1")
+    assert check is not None and len(check.previews) == drawn
+    assert len(list((tmp_path / "1" / "previews").glob("*.png"))) == drawn
+    assert check.share == significant / drawn
+
+
+def test_resumed_run_holds_later_epochs_against_the_base_model(
+    parts: tuple[Adapter, Checker, Validation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the base model draws cannot be a copy, whether it was drawn by this process or before."""
+    _, checker, validation = parts
+    real = checker_module.match_previews
+
+    def all_significant(*arguments: Any) -> Any:
+        matches, measured = real(*arguments)
+        return [replace(match, significant=True) for match in matches], measured
+
+    monkeypatch.setattr(checker_module, "match_previews", all_significant)
+    list(checker.prepare("white"))
+    list(checker.epoch(0, tmp_path / "0", tmp_path / "0"))
+    before = checker._scale.among
+    list(checker.prepare("white"))
+    plain = checker._scale.among
+    validation.measure(EpochDone(1, 1, None, None, 0.0))
+    list(checker.epoch(1, tmp_path / "1", tmp_path / "0"))
+    assert len(before) == len(plain) + 4
+    assert torch.equal(checker._scale.among, before)

@@ -139,7 +139,7 @@ def test_scale_is_read_from_the_cache(tiny_base: Path, tmp_path: Path, monkeypat
     monkeypatch.setattr(module, "registered_correlation", None)
     for one, other in zip(first, measured(data, gallery), strict=True):
         assert torch.equal(one, other)
-    next((tmp_path / "cache" / "null").glob("*/*")).write_bytes(b"damaged")
+    next((tmp_path / "cache" / "scale").glob("*/*")).write_bytes(b"damaged")
     with pytest.raises(TypeError):  # computed again
         measured(data, gallery)
 

@@ -92,12 +92,12 @@ class Context:
         """A set of images, as it was chosen, for changing it.
 
         Raises:
-            SdloraError: There is no such set.
+            SdloraError: The set does not exist.
         """
         return SetEditor(self.studio, images)
 
     def fingerprint(self, images: str) -> str:
-        """A value that changes with the images of a set; empty if there is no such set."""
+        """A value that changes with the images of a set; empty if the set does not exist."""
         try:
             return image_set.fingerprint(self.editor(images).folder)
         except SdloraError:

@@ -38,10 +38,7 @@ IN_TURN: dict[str, Any] = {
 }  # fmt: skip
 _BASE = 3  # where the base model is among the controls
 _NUM_DECISIONS = 5  # the controls before those under "More"; the name is the last of them
-_STALE = (
-    "The settings on this page were not those of the plan beside them. The plan is made anew: look it over, and press "
-    "Start again."
-)
+_STALE = "The plan on this page was made for other settings. It has been updated: check it, and press Start again."
 
 
 # --- What the page shows ----------------------------------------------------------------------------------------------
@@ -323,7 +320,7 @@ def recipe_page(
             gr.HTML(render("settings_link.html"))
     marked, planned = gr.HTML(elem_id="marks"), gr.Textbox(visible=False)
     everything = [base_note, changes, marked, plan, planned, begin, *controls]
-    # By their elements, since Gradio makes components anew that were updated.
+    # Identified by element id, because Gradio replaces the component object at every update.
     places = {control.elem_id: place for place, control in enumerate(controls)}
 
     def on_change(event: gr.EventData, shown: str, *values: Any) -> list[Any]:

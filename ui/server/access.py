@@ -46,7 +46,7 @@ def check_proxies(proxies: Sequence[str], auth_file: Path | None) -> None:
     """Check the addresses of trusted proxies.
 
     Raises:
-        ConfigError: One of them is not an IP address, or there is no password.
+        ConfigError: An address is invalid, or no password is set.
     """
     if proxies and auth_file is None:
         raise ConfigError("--trusted-proxy lets other machines reach the studio. Add --auth-file FILE.")

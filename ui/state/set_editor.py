@@ -26,7 +26,7 @@ class SetEditor:
         images: The set as it was chosen; see `images_folder`.
 
     Raises:
-        SdloraError: There is no such set.
+        SdloraError: The set does not exist.
     """
 
     def __init__(self, studio: Studio, images: str) -> None:
