@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from diffusers import StableDiffusionPipeline
 from helpers.adapters import trained
+from helpers.browsing import CHROMIUM
 from helpers.commandline import CommandLine
 from helpers.promises import Figure, record
 from helpers.quick import leave_out_fsync
@@ -49,6 +50,17 @@ def figure() -> Figure:
 def command(tmp_path_factory: pytest.TempPathFactory) -> CommandLine:
     """The command line in processes that are forked, so that each begins at once."""
     return CommandLine(tmp_path_factory.mktemp("commands"))
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Chromium; files that use it are left out where it is missing."""
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield opened
+        opened.close()
 
 
 @pytest.fixture(scope="session")

@@ -165,9 +165,8 @@ def set_scale(data: TrainingData, gallery: Gallery, embedders: Embedders) -> Gen
     with suppress(LookupError):
         return Scale(**cache.fetch("scale", key, _not_there))
     trained, others = list(gallery.images.values()), list(gallery.validation.values())
-    most = min(MAX_COMPARED, max(_CHUNK, _MAX_PAIRS // len(trained)))
-    chosen = evenly_spaced(len(trained), most)
-    compared = [others[index] for index in evenly_spaced(len(others), most)]
+    chosen = evenly_spaced(len(trained), num_compared(len(trained)))
+    compared = [others[index] for index in evenly_spaced(len(others), num_compared(len(trained)))]
     among, copies, same = [], [], torch.zeros(len(chosen), len(trained), dtype=torch.bool)
     total = len(chosen) + len(compared)
     for first in range(0, len(chosen), _CHUNK):
@@ -194,6 +193,11 @@ def set_scale(data: TrainingData, gallery: Gallery, embedders: Embedders) -> Gen
         "registered": _registered_among(trained, chosen, same, compared),
     }
     return Scale(**cache.fetch("scale", key, lambda: found, torch.float64))
+
+
+def num_compared(num_images: int) -> int:
+    """At most how many of a set's images are compared with all of them."""
+    return min(MAX_COMPARED, max(_CHUNK, _MAX_PAIRS // num_images))
 
 
 def _not_there() -> dict[str, Tensor]:

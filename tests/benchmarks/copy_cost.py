@@ -2,6 +2,7 @@
 
     python tests/benchmarks/copy_cost.py             the presets for SD 1.5 and SDXL, counted at true shapes
     python tests/benchmarks/copy_cost.py --run       the quickstart, run: seconds
+    python tests/benchmarks/copy_cost.py --images N  the scale of N images of 384 px: seconds of one core
 
 Twenty images are assumed, two of them for validation. "formerly" counts twelve previews of 25 steps, twice as many
 probes, and the 80 images that the base model drew before training, to compare previews with.
@@ -16,10 +17,14 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
+from PIL import Image
 from setting import silence
 
 from sdlora.config.toml import load_config
-from sdlora.copycheck.scale import PHASE
+from sdlora.copycheck.embedders import Embedders
+from sdlora.copycheck.scale import PHASE, num_compared
 from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED
 from sdlora.estimate.hints import with_values
 from sdlora.events import CopyChecked, PreviewsDone, Progress, StepDone
@@ -68,12 +73,26 @@ def timed(folder: Path, *changes: str) -> dict[str, Any]:
     return {**{name: round(seconds, 2) for name, seconds in found.items()}, "share": looking / found["training"]}
 
 
+def scale_seconds(num_images: int) -> float:
+    """Seconds of one core for comparing the images of a set with each other."""
+    draw = np.random.default_rng(0)
+    images = [Image.fromarray(draw.integers(0, 256, (384, 384, 3), dtype=np.uint8)) for _ in range(num_images)]
+    torch.set_num_threads(1)
+    start = time.process_time()
+    Embedders().scores(images[: num_compared(num_images)], images)
+    return time.process_time() - start
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("changes", nargs="*", metavar="SECTION.KEY=VALUE", help="of the quickstart's configuration")
     parser.add_argument("--run", action="store_true", help="run the quickstart and take its seconds")
+    parser.add_argument("--images", type=int, help="time the scale of so many images instead")
     arguments = parser.parse_args()
     silence()
+    if arguments.images:
+        print(f"{scale_seconds(arguments.images):.1f} s")
+        return
     if arguments.run:
         with tempfile.TemporaryDirectory() as folder:
             print(json.dumps(timed(Path(folder), *arguments.changes)))

@@ -17,14 +17,6 @@ NAMES = [f"p{number:02d}.png" for number in range(50)]
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
     """A studio with two sets; the first needs two pages."""
     root = tmp_path_factory.mktemp("images")

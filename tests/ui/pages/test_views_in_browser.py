@@ -25,14 +25,6 @@ TABS = ("Images", "Recipe", "Training", "Copy check", "Result", "Runs")
 
 
 @pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    with sync_api.sync_playwright() as playwright:
-        opened = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
-        yield opened
-        opened.close()
-
-
-@pytest.fixture(scope="module")
 def filled(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
     """A studio with hostile captions, a run that copies and one that failed."""
     studio = Studio(tmp_path_factory.mktemp("filled") / "runs")
