@@ -91,7 +91,7 @@ def reduced(image: Image.Image) -> Image.Image:
 
 
 def measures(scores: Tensor) -> Tensor:
-    """What similarity is judged by: likeness of the whole, and of detail, which is all that a crop has.
+    """What similarity is judged by: similarity of the whole, and of detail, which is all that a crop has.
 
     Args:
         scores: (..., S) of "hp_ms", "phash" and, if it is in use, "sscd".

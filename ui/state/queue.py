@@ -188,7 +188,9 @@ class Jobs:
         with self.studio.lock():
             job = self.find(name)
             if job is None or job.stage != "waiting":
-                raise StudioError(f"{name!r} is not in the queue any more. See Training whether it has started.")
+                raise StudioError(
+                    f"{name!r} is not in the queue any more. It may have started: look at the Training page."
+                )
             self._forget(job)
         return f"{name!r} was removed from the queue."
 
