@@ -94,7 +94,7 @@ def check_disk_space(needs: Mapping[str, tuple[Path, int]]) -> None:
         needed = sum(num_bytes for *_, num_bytes in written) + _MARGIN_BYTES
         if free < needed:
             raise DiskFullError(
-                f"{' and '.join(name for name, *_ in written)} need up to {format_bytes(needed)}, and the disk of "
+                f"{' and '.join(name for name, *_ in written)} can take up to {format_bytes(needed)}, and the disk of "
                 f"{written[0][1]} has {format_bytes(free)} left. Free some space, or choose another --output or "
                 "cache.dir."
             )

@@ -100,7 +100,7 @@ def test_needs_on_one_disk_are_added(tmp_path: Path, monkeypatch: pytest.MonkeyP
     needs = {"The run": (tmp_path / "not" / "there", 6 * 2**30), "the cache": (tmp_path, 5 * 2**30)}
     for name in needs:
         check_disk_space({name: needs[name]})
-    with pytest.raises(DiskFullError, match=r"The run and the cache need up to 11\.00 GiB.*10\.00 GiB left"):
+    with pytest.raises(DiskFullError, match=r"The run and the cache can take up to 11\.00 GiB.*10\.00 GiB left"):
         check_disk_space(needs)
 
 

@@ -147,8 +147,8 @@ def test_a_full_disk_tears_no_file(scene: Scene, expected: dict[str, str], tmp_p
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", folder], capture_output=True).returncode:
-        pytest.skip("needs to mount a disk of 3 MB")
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True).returncode:
+        pytest.skip("needs to mount a disk of 4 MB")
     yield folder
     subprocess.run(["umount", folder], check=True)
 
@@ -157,7 +157,7 @@ def test_a_disk_that_is_too_small_is_told_beforehand_and_one_that_fills_ends_the
     scene: Scene, expected: dict[str, str], small_disk: Path, monkeypatch: pytest.MonkeyPatch, figure: Figure
 ) -> None:
     filler = small_disk / "filler"
-    filler.write_bytes(bytes(2_000_000))
+    filler.write_bytes(bytes(3_000_000))
     outcome = scene.train(small_disk / "run")
     assert outcome.code == 6
     assert "MiB left" in outcome.err and "--output" in outcome.err
@@ -176,7 +176,7 @@ def test_a_disk_that_is_too_small_is_told_beforehand_and_one_that_fills_ends_the
     outcome = scene.go_on(small_disk / "run")
     assert outcome.code == 0, outcome.err
     assert digests(small_disk / "run") == expected
-    figure("Full disk", "told beforehand, exit code 6 in mid-run, old files whole (a disk of 3 MB)")
+    figure("Full disk", "told beforehand, exit code 6 in mid-run, old files whole (a disk of 4 MB)")
 
 
 def loadable(run: Path) -> list[str]:
