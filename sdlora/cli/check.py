@@ -86,7 +86,7 @@ def check(
         console.print(table)
         for signal in found.signals.values():
             console.print(Text(("! " if signal["outside"] else "  ") + signal["meaning"]))
-        console.print(Text(f"{found.verdict}: {found.reason}"))
+        console.print(Text(f"{found.verdict}: {found.reason}{f' {found.advice}' if found.advice else ''}"))
         console.print(Text(f"Previews: {folder / 'previews'}"))
     if found.verdict == "copying":
         raise typer.Exit(EXIT_COPYING)

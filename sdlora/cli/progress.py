@@ -177,9 +177,8 @@ def describe_check(event: CopyChecked) -> str:
     """A copy check in one line."""
     training, preview = event.most_similar
     return (
-        f"{_epoch_name(event.epoch)}: {event.verdict}, {event.share:.0%} of previews match (at least "
-        f"{event.share_lower_bound:.0%}). Most similar: {preview} and {training}, {event.similarity:.2f}. "
-        f"{event.reason}"
+        f"{_epoch_name(event.epoch)}: {event.verdict}. {event.reason} Most similar: {preview} and {training}, "
+        f"{event.similarity:.2f}."
     )
 
 
@@ -193,11 +192,11 @@ def copy_table(checks: Mapping[int, EpochCheck]) -> Table:
     table = Table(*header, box=None, pad_edge=False)
     for epoch, check in sorted(checks.items()):
         best, total = check.most_similar(), len(check.previews)
-        found = sum(match.significant for match in check.previews)
         table.add_row(
             str(epoch) if epoch else "base",
             Text(check.verdict, style=_VERDICT_STYLES[check.verdict]),
-            f"{found} of {total} (at least {check.share_lower_bound:.0%})",
+            # The base model cannot have copied, so there is nothing that its previews leave room for.
+            f"{check.num_matches} of {total}" + (f" (room for {check.most_copies:.0%})" if epoch else ""),
             # File names may hold brackets, which would be read as styles.
             Text(f"{best.file.rpartition('/')[2]} ({best.similarity:.2f})"),
             Text(best.nearest),

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import median_low
 from typing import TypeVar
 
 from PIL import Image
@@ -16,9 +17,10 @@ from torch import Tensor
 
 from sdlora.copycheck import signals
 from sdlora.copycheck.embedders import Embedders
-from sdlora.copycheck.scale import Gallery, Scale, evenly_spaced, reduced, set_scale
+from sdlora.copycheck.scale import SAME_PICTURE, Gallery, Scale, evenly_spaced, reduced, set_scale
 from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED, Signal
-from sdlora.copycheck.similarity import registered_correlation
+from sdlora.copycheck.similarity import hp_ms, registered_correlation
+from sdlora.copycheck.sources import advice, copied_images
 from sdlora.copycheck.verdict import FULL, EpochCheck, fidelity, judge, judge_base, match_previews
 from sdlora.events import CopyChecked, Event, Progress
 from sdlora.lora.inject import Adapter
@@ -49,6 +51,7 @@ class Checker:
     request: PreviewRequest
     gallery: Gallery
     embedders: Embedders
+    _twins: dict[str, list[str]] = field(default_factory=dict, init=False)
 
     def prepare(self, background: str) -> Iterator[Progress]:
         """Compute, or read from the cache, what epochs are compared with: the scale and the base model's signals."""
@@ -58,13 +61,14 @@ class Checker:
         with self.adapter.disabled():
             self._retrieved_off, self._losses_off = self._retrieved(), self._losses()
 
-    def epoch(self, epoch: int, folder: Path, base_folder: Path) -> Iterator[Event]:
+    def epoch(self, epoch: int, folder: Path, base_folder: Path, *, is_trained_here: bool = True) -> Iterator[Event]:
         """Draw an epoch's previews into its folder, check them and write `copycheck.json` beside them.
 
         Where some previews are significant, but too few to call it copying, more are drawn at once.
 
         Args:
             base_folder: That of epoch 0, the base model, which was drawn and checked before.
+            is_trained_here: Whether the images were trained on as often as their repeats say, epoch after epoch.
         """
         base = self.data.cache.base
         watch = SamplerWatch(base)
@@ -78,13 +82,14 @@ class Checker:
                 self._check_base(base_folder)
             measured = self._signals(folder, base_folder, watch.guidance_norms)
             check = self.compare(folder, measured, watch.guidance_norms)
-            undecided = check.verdict != "copying" and any(match.significant for match in check.previews)
+            undecided = check.verdict != "copying" and check.num_matches > 0
             if undecided and len(check.previews) < FULL:
                 more = self.request.more(FULL)
                 yield from draw_files(base, more, folder, "more previews")
                 further, _ = match_previews(*self._compared(more, folder))
                 check = judge([*check.previews, *further], measured)
-                check.write(folder)
+            check = self._with_images(check, epoch if is_trained_here else None)
+            check.write(folder)
         best = check.most_similar()
         yield CopyChecked(
             epoch=epoch,
@@ -115,6 +120,24 @@ class Checker:
         check = judge(matches, measured)
         check.write(folder)
         return check
+
+    def _with_images(self, check: EpochCheck, epoch: int | None) -> EpochCheck:
+        """The same with the training images that its previews match, and what to do about them."""
+        examples = self.data.dataset.examples
+        exposures = {} if epoch is None else {example.name: example.repeats * epoch for example in examples}
+        nearest = [(match.nearest, match.kind == "novel") for match in check.previews if match.significant]
+        images = copied_images(nearest, self._find_twins, exposures)
+        usual = median_low(exposures.values()) if exposures else None
+        return replace(check, copied_images=images, advice=advice(images, usual))
+
+    def _find_twins(self, name: str) -> list[str]:
+        """The other training images that show the same picture, remembered for the next epoch."""
+        if name not in self._twins:
+            images = self.gallery.images
+            similarity = hp_ms([images[name]], list(images.values()))[0].tolist()
+            same = [other for other, found in zip(images, similarity, strict=True) if found >= SAME_PICTURE]
+            self._twins[name] = [other for other in same if other != name]
+        return self._twins[name]
 
     def _compared(
         self, request: PreviewRequest, folder: Path

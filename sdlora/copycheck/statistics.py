@@ -49,6 +49,14 @@ def lower_bound(successes: int, trials: int, confidence: float) -> float:
     return float(beta.ppf(1.0 - confidence, successes, trials - successes + 1)) if successes > 0 else 0.0
 
 
+def upper_bound(successes: int, trials: int, confidence: float) -> float:
+    """One-sided upper confidence bound of a binomial proportion, in [0, 1].
+
+    Source: Clopper & Pearson 1934, one side.
+    """
+    return float(beta.ppf(confidence, successes + 1, trials - successes)) if successes < trials else 1.0
+
+
 def mcnemar(first_only: int, second_only: int) -> float:
     """p-value of the first of two paired methods succeeding more often, from the pairs in which only one succeeded.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +21,8 @@ from sdlora.common.files import write_json
 from sdlora.copycheck.embedders import Embedder, Embedders, concept_fidelity
 from sdlora.copycheck.scale import NEW_SHARE, OWN_SHARE, Gallery, Scale, measures, reduced
 from sdlora.copycheck.signals import Signal
-from sdlora.copycheck.statistics import binomial_p_value, lower_bound, normal_tail
+from sdlora.copycheck.sources import CopiedImage
+from sdlora.copycheck.statistics import binomial_p_value, lower_bound, normal_tail, upper_bound
 from sdlora.previews.sampler import Kind, PreviewRequest
 
 ALPHA = 0.02
@@ -84,6 +85,8 @@ class EpochCheck:
             2 %, by itself.
         signals: The other signals, by name.
         previews: In the order of their files.
+        copied_images: The training images that previews match, the one with the most matches first.
+        advice: What to do about these images, a sentence or two; may be empty.
     """
 
     verdict: Verdict
@@ -93,6 +96,18 @@ class EpochCheck:
     false_alarm_rate: float
     signals: dict[str, dict[str, Any]]
     previews: list[Match]
+    copied_images: list[CopiedImage] = field(default_factory=list)
+    advice: str = ""
+
+    @property
+    def num_matches(self) -> int:
+        """How many previews are significant."""
+        return sum(match.significant for match in self.previews)
+
+    @property
+    def most_copies(self) -> float:
+        """See the function of this name."""
+        return most_copies(len(self.previews), self.num_matches)
 
     def most_similar(self) -> Match:
         """The preview with the lowest p-value; among equal ones, the highest similarity."""
@@ -109,7 +124,11 @@ class EpochCheck:
         if not file.exists():
             return None
         values = json.loads(file.read_text(encoding="utf-8"))
-        return EpochCheck(**{**values, "previews": [Match(**match) for match in values["previews"]]})
+        lists = {
+            "previews": [Match(**match) for match in values["previews"]],
+            "copied_images": [CopiedImage(**image) for image in values.get("copied_images", [])],
+        }
+        return EpochCheck(**{**values, **lists})
 
 
 def read_checks(epochs: Path) -> dict[int, EpochCheck]:
@@ -177,7 +196,7 @@ def judge(matches: Sequence[Match], signals: Sequence[Signal]) -> EpochCheck:
     verdict: Verdict = "clean"
     if bound > ALPHA:
         verdict = "copying"
-    elif len(significant) > (total >= FULL) or len(outside) >= SIGNALS_TO_WATCH:
+    elif len(significant) > most_clean(total) or len(outside) >= SIGNALS_TO_WATCH:
         verdict = "watch"
     return EpochCheck(
         verdict=verdict,
@@ -195,10 +214,18 @@ def false_alarm_rate(num_previews: int) -> float:
 
     What was measured on fresh images is in docs/measurements/copy-check.md.
     """
-    fewest = next(
-        (k for k in range(1, num_previews + 1) if lower_bound(k, num_previews, CONFIDENCE) > ALPHA), num_previews + 1
-    )
-    return binomial_p_value(fewest, num_previews, ALPHA)
+    return binomial_p_value(fewest_copying(num_previews), num_previews, ALPHA)
+
+
+def fewest_copying(num_previews: int) -> int:
+    """How many significant previews make the verdict "copying"; one more than there are if no number does."""
+    counts = range(1, num_previews + 1)
+    return next((k for k in counts if lower_bound(k, num_previews, CONFIDENCE) > ALPHA), num_previews + 1)
+
+
+def most_clean(num_previews: int) -> int:
+    """How many significant previews the verdict "clean" allows."""
+    return int(num_previews >= FULL)
 
 
 def judge_base(matches: Sequence[Match]) -> EpochCheck:
@@ -214,9 +241,9 @@ def judge_base(matches: Sequence[Match]) -> EpochCheck:
     return replace(check, reason=reason)
 
 
-def most_copies(num_previews: int) -> float:
-    """The largest share of copies that may well go unseen: none of this many previews is one with probability 5 %."""
-    return float(1 - 0.05 ** (1 / num_previews))
+def most_copies(num_previews: int, num_matches: int = 0) -> float:
+    """The largest share of further images that may match, in [0, 1]: its upper confidence bound at 95 %."""
+    return upper_bound(num_matches, num_previews, 0.95)
 
 
 def _reason(verdict: Verdict, total: int, significant: Sequence[Match], bound: float, outside: Sequence[Signal]) -> str:
@@ -224,7 +251,7 @@ def _reason(verdict: Verdict, total: int, significant: Sequence[Match], bound: f
         names = ", ".join(signal.name.replace("_", " ") for signal in outside)
         return f"No preview is a copy, but {len(outside)} other signals are unusual: {names}."
     if not significant:
-        return f"None of {total} previews is a copy; up to {most_copies(total):.0%} of further ones may still be."
+        return f"None of {total} previews is a copy, which leaves room for up to {most_copies(total):.0%} of copies."
     count, best = len(significant), max(significant, key=lambda match: match.similarity)
     novel = sum(match.kind == "novel" for match in significant)
     told = [
@@ -238,9 +265,10 @@ def _reason(verdict: Verdict, total: int, significant: Sequence[Match], bound: f
     finding = "; ".join(told)
     if verdict == "copying":
         return f"{finding}. At {CONFIDENCE:.1%} confidence that is more than chance: at least {bound:.0%} of previews."
+    room = f"It leaves room for up to {most_copies(total, count):.0%} of copies."
     if verdict == "clean":
-        return f"{finding}. Of {total} previews, one may be by chance."
-    return f"{finding}. Of {total} previews that is too few to call it copying."
+        return f"{finding}. Of {total} previews, one may be by chance. {room}"
+    return f"{finding}. Of {total} previews that is too few to call it copying. {room}"
 
 
 def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int) -> tuple[int, str]:

@@ -49,11 +49,6 @@ class EpochRow(NamedTuple):
     validation_loss: float | None
     is_kept: bool  # whether its file is the run's
 
-    @property
-    def num_matches(self) -> int:
-        """How many previews match a training image."""
-        return 0 if self.check is None else sum(match.significant for match in self.check.previews)
-
 
 def judged_epoch(checks: Checks, kept: int | None) -> int:
     """The epoch whose verdict stands on top: the one that is kept, or the latest while that is open."""

@@ -44,4 +44,4 @@ def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Even
         validation.measure(EpochDone(1, 0, None, None, 0.0))
     with adapter.disabled():
         yield from checker.epoch(0, output / "base", output / "base")
-    yield from checker.epoch(1, output, output / "base")
+    yield from checker.epoch(1, output, output / "base", is_trained_here=False)

@@ -23,6 +23,7 @@ from sdlora.config.presets import Preset
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config
 from sdlora.copycheck import scale
+from sdlora.copycheck.power import SHARES, chance_to_notice
 from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED, NUM_PROBES, PROBED_TIMESTEPS
 from sdlora.copycheck.verdict import FULL
 from sdlora.data.batches import Exposure
@@ -66,6 +67,8 @@ class Estimate(MemoryEstimate):
         cache_bytes: What the run keeps in the cache on disk, at most.
         looking_share: The arithmetic of previews, validation and copy check over that of training; previews that are
             drawn only where copying is suspected do not count.
+        chance_to_notice: How likely the copy check does not call an epoch clean in which a share of the images are
+            copies, by share.
     """
 
     memory_bytes: int | None
@@ -77,6 +80,7 @@ class Estimate(MemoryEstimate):
     seconds: float | None = None
     cache_bytes: int | None = None
     looking_share: float | None = None
+    chance_to_notice: dict[str, float] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool | None:
@@ -163,7 +167,10 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
     )
     previews = 0 if context.previews is None else len(context.previews.wanted())
     share = looking_share(found, config, len(examples), len(held), previews, exposures)
-    return replace(found, looking_share=round(share, 4))
+    noticed = {}
+    if _is_checked(config) and previews:
+        noticed = {f"{share:.0%}": round(chance_to_notice(previews, share).not_clean, 3) for share in SHARES}
+    return replace(found, looking_share=round(share, 4), chance_to_notice=noticed)
 
 
 def looking_share(

@@ -30,7 +30,7 @@ from sdlora.common.files import write_json, write_text
 from sdlora.common.run_files import read_state
 from sdlora.common.version import __version__
 from sdlora.config.schema import RunConfig
-from sdlora.copycheck.verdict import EpochCheck, most_copies
+from sdlora.copycheck.verdict import EpochCheck
 from sdlora.data.dataset import Example
 from sdlora.errors import ConfigError, HubError, OutputError
 from sdlora.events import EpochDone, PlanMade
@@ -261,11 +261,13 @@ def _verdict(context: RunContext, epoch: int) -> str:
     check = EpochCheck.read(context.folder.epoch(epoch))
     if check is None:
         return "No copy check was run."
-    found, total = sum(match.significant for match in check.previews), len(check.previews)
-    room = "" if found else f" Up to {most_copies(total):.0%} of further images may still be copies."
+    room = f" That leaves room for up to {check.most_copies:.0%} of copies among further images."
+    if check.copied_images and (first := check.copied_images[0]).matches > 1:
+        room += f" One training image draws {first.matches} of the matches."
+    found = f"{check.num_matches} of {len(check.previews)} previews"
     return (
-        f"**{check.verdict}**: {found} of {total} previews are as similar to a training image as a copy, according to "
-        f"sdlora's copy check against every training image and its mirror image.{room}"
+        f"**{check.verdict}**: {found} are as similar to a training image as a copy, according to sdlora's copy check "
+        f"against every training image and its mirror image.{room}"
     )
 
 

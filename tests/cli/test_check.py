@@ -18,7 +18,17 @@ from sdlora.lora_files.names import kohya_tensors
 from sdlora.lora_files.write import add_metadata
 from sdlora.run import check_file as check_file_module
 
-KEYS = {"verdict", "reason", "share", "share_lower_bound", "false_alarm_rate", "signals", "previews"}
+KEYS = {
+    "verdict",
+    "reason",
+    "share",
+    "share_lower_bound",
+    "false_alarm_rate",
+    "signals",
+    "previews",
+    "copied_images",
+    "advice",
+}
 
 
 @pytest.fixture

@@ -120,8 +120,8 @@ def test_plan_of_several_sets_names_each_and_the_prior_images() -> None:
 def test_copy_check_is_one_line_with_the_most_similar_pair() -> None:
     event = CopyChecked(3, "copying", "Because.", 0.25, 0.07, 0.0027, ("a.png", "previews/p0.png"), 0.974, 9.0)
     line = describe_check(event)
-    assert line.startswith("epoch 3: copying, 25% of previews match (at least 7%)")
-    assert line.endswith("previews/p0.png and a.png, 0.97. Because.")
+    assert line.startswith("epoch 3: copying. ")
+    assert line.endswith("Because. Most similar: previews/p0.png and a.png, 0.97.")
     assert "\n" not in line
     assert describe_check(replace(event, epoch=0)).startswith("base model: copying")
 
@@ -131,5 +131,5 @@ def test_copy_table_has_a_row_per_epoch_and_reads_brackets_as_text() -> None:
     odd = replace(COPY, nearest="a[red].png")
     Console(file=stream, width=200).print(copy_table({1: check("copying", CLEAN, odd), 0: check()}))
     rows = [" ".join(line.split()) for line in stream.getvalue().splitlines()]
-    assert rows[1] == "base clean 0 of 2 (at least 0%) p0.png (0.41) a.png"
-    assert rows[2].startswith("1 copying 1 of 2 (at least 12%) p1.png (0.97) a[red].png Because")
+    assert rows[1] == "base clean 0 of 2 p0.png (0.41) a.png"
+    assert rows[2].startswith("1 copying 1 of 2 (room for 97%) p1.png (0.97) a[red].png Because")

@@ -55,6 +55,7 @@ def test_epoch_writes_previews_and_check(parts: tuple[Adapter, Checker, Validati
     kept = json.loads((tmp_path / "0" / "copycheck.json").read_text())
     assert set(kept) == {
         "verdict", "reason", "share", "share_lower_bound", "false_alarm_rate", "signals", "previews",
+        "copied_images", "advice",
     }  # fmt: skip
     assert [preview["kind"] for preview in kept["previews"]] == ["training", "training", "novel", "novel"]
     assert all((tmp_path / "0" / preview["file"]).exists() for preview in kept["previews"])
@@ -116,6 +117,8 @@ def test_more_previews_are_drawn_only_where_a_few_are_significant(
     assert check is not None and len(check.previews) == drawn
     assert len(list((tmp_path / "1" / "previews").glob("*.png"))) == drawn
     assert check.share == significant / drawn
+    assert sum(image.matches for image in check.copied_images) == significant
+    assert all(image.exposures == 1 for image in check.copied_images)
 
 
 def test_resumed_run_holds_later_epochs_against_the_base_model(

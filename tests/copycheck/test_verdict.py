@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from sdlora.copycheck.embedders import Embedders
 from sdlora.copycheck.scale import Gallery, Scale, measures
 from sdlora.copycheck.signals import Signal
+from sdlora.copycheck.sources import CopiedImage
 from sdlora.copycheck.verdict import (
     FIDELITY,
     EpochCheck,
@@ -77,6 +78,9 @@ def test_clean_says_what_it_leaves_room_for() -> None:
     assert most_copies(7) == pytest.approx(0.348, abs=1e-3)
     assert "35%" in judge(matches(0, 7), []).reason
     assert "12%" in judge(matches(0, 24), []).reason
+    assert most_copies(24, 1) == pytest.approx(0.183, abs=1e-3)
+    assert "18%" in judge(matches(1, 24), []).reason
+    assert most_copies(3, 3) == 1
 
 
 def test_one_significant_preview_is_undecided_until_24_are_drawn() -> None:
@@ -94,7 +98,7 @@ def test_base_model_never_copies() -> None:
 
 
 def test_check_is_read_as_written(tmp_path: Path) -> None:
-    check = judge(matches(2), LOUD)
+    check = replace(judge(matches(2), LOUD), copied_images=[CopiedImage("1.png", 2, 1, 20, ["twin"])], advice="Do.")
     assert EpochCheck.read(tmp_path) is None
     check.write(tmp_path)
     assert EpochCheck.read(tmp_path) == check

@@ -7,6 +7,7 @@ from helpers.checks import CLEAN, COPY, NOVEL, check, signal
 from helpers.metrics import epoch, step
 
 from sdlora.common.run_files import Metrics
+from sdlora.copycheck.sources import CopiedImage
 from sdlora.report.copy_section import copy_figures, epoch_rows, judged_epoch
 from sdlora.report.html import environment
 
@@ -48,10 +49,20 @@ def test_every_epoch_has_a_row() -> None:
     epochs = [epoch(number, validation_loss=loss) for number, loss in enumerate((0.3, 0.2, None))]
     steps = [step(1, ["a", "b"], [1, 2]), step(2, ["a", "b"], [1, 2], epoch=2), step(3, ["a"], [1], epoch=2)]
     assert cells(CHECKS, Metrics(steps, epochs), 1) == [
-        ["base", "✓ clean", "0 of 2 (0%)", "0", "0.3000"],
-        ["1, recommended", "! watch", "0 of 2 (0%)", "1", "0.2000"],
-        ["2", "✕ copying", "1 of 2 (50%)", "2 to 3", ""],
+        ["base", "✓ clean", "0 of 2", "0", "0.3000"],
+        ["1, recommended", "! watch", "0 of 2 (room for 78%)", "1", "0.2000"],
+        ["2", "✕ copying", "1 of 2 (room for 97%)", "2 to 3", ""],
     ]
+
+
+def test_images_that_are_matched_are_named_with_their_twins_and_what_to_do() -> None:
+    images = [CopiedImage("<a>.png", 3, 1, 40, ["a_crop.png"]), CopiedImage("b.png", 1, 1)]
+    found = replace(check("copying", COPY), copied_images=images, advice="Keep <one>.")
+    shown = str(environment().get_template("parts.html").module.copied_images(found))  # type: ignore[attr-defined]
+    rows = [re.findall("<td>(.*?)</td>", row) for row in shown.split("<tr>")[2:]]
+    assert rows == [["&lt;a&gt;.png", "3", "1", "2", "40", "a_crop.png"], ["b.png", "1", "1", "0", "", ""]]
+    assert "Keep &lt;one&gt;." in banner({1: found}, 1)
+    assert "Training images" not in str(environment().get_template("parts.html").module.copied_images(check()))  # type: ignore[attr-defined]
 
 
 def test_image_without_an_exposure_counts_as_zero() -> None:

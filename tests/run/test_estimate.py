@@ -62,6 +62,7 @@ def test_estimate_needs_neither_the_runs_optimizer_nor_its_copy_check(tmp_path: 
     plain, found = (estimate.estimate_config(one, None) for one in (config, eight_bits))
     assert plain.parts["adapter"] - found.parts["adapter"] == 6 * found.trainable_parameters
     assert found.cache_bytes == plain.cache_bytes
+    assert list(plain.chance_to_notice) == ["10%", "30%", "60%"]
 
 
 def test_run_reports_its_memory_unless_the_base_is_small(

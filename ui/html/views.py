@@ -237,8 +237,9 @@ def result_panel(run: RunView, status: Status) -> str:
     if recommended is None:
         return message("The first epoch is not complete yet.", title="No result yet")
     kept, reason = recommended
+    judged = [told for told in (run.checks[kept].reason, run.checks[kept].advice) if told] if kept in run.checks else []
     return render(
-        "result.html", run=run, kept=kept, reason=reason, is_final=status.word == "done",
+        "result.html", run=run, kept=kept, reason=reason, judged=judged, is_final=status.word == "done",
         rows=epoch_rows(run.checks, run.metrics, kept), url=f"/studio/run/{run.name}",
     )  # fmt: skip
 
