@@ -6,9 +6,10 @@ tokens, D text width.
 
 from __future__ import annotations
 
+import functools
 import math
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,7 +19,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -228,23 +229,112 @@ def counted() -> Iterator[Cost]:
 
 
 class _Counter(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts storages and FLOPs.
+
+    A network repeats its operations, and torch works out the shapes of each in Python: those of operations that only
+    make new tensors, or only write into their first argument, are worked out once.
+    """
+
     def __init__(self, cost: Cost) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.cost = cost
         self._known: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._made: dict[Any, _Made | None] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        key = _key(func, args, kwargs)
+        if key is not None and (made := self._made.get(key)) is not None:
+            result = made.again(args)
+            self.cost.flops += made.flops
+        else:
+            given = {leaf.untyped_storage() for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+            result = func(*args, **kwargs)
+            # torch's own FlopCounterMode would keep the graphs that checkpointing makes, and their memory with them.
+            formula = _FLOPS.get(func.overloadpacket)
+            flops = 0 if formula is None else formula(*args, **kwargs, out_val=result)
+            self.cost.flops += flops
+            self._known.update(given)
+            if key is not None:
+                self._made[key] = _made(result, args, given, flops)
         for leaf in tree_leaves(result):
-            if not isinstance(leaf, Tensor):
-                continue
-            storage = leaf.untyped_storage()
-            if storage not in given and storage not in self._known:
-                self._known.add(storage)
-                self.cost.hold(storage.nbytes())
-                weakref.finalize(storage, self.cost.hold, -storage.nbytes())
-        # torch's own FlopCounterMode would keep the graphs that checkpointing makes, and their memory with them.
-        if (formula := _FLOPS.get(func.overloadpacket)) is not None:
-            self.cost.flops += formula(*args, **(kwargs or {}), out_val=result)
+            if isinstance(leaf, Tensor):
+                self._hold(leaf.untyped_storage())
         return result
+
+    def _hold(self, storage: torch.UntypedStorage) -> None:
+        if storage not in self._known:
+            self._known.add(storage)
+            self.cost.hold(storage.nbytes())
+            weakref.finalize(storage, self.cost.hold, -storage.nbytes())
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What an operation does to meta tensors of certain shapes.
+
+    Attributes:
+        tensors: Size, stride and type of each tensor of its result; None for a result that is None. None if the result
+            is its first argument.
+        is_single: Whether its result is a tensor, not a tuple.
+    """
+
+    tensors: tuple[tuple[torch.Size, tuple[int, ...], torch.dtype] | None, ...] | None
+    is_single: bool
+    flops: int
+
+    def again(self, args: Any) -> Any:
+        """The same result anew, for arguments of the same shapes."""
+        if self.tensors is None:
+            return args[0]
+        made = [
+            None if one is None else torch.empty_strided(*one[:2], dtype=one[2], device=META) for one in self.tensors
+        ]
+        return made[0] if self.is_single else tuple(made)
+
+
+def _made(result: Any, args: Any, given: Collection[torch.UntypedStorage], flops: int) -> _Made | None:
+    """What an operation has done; None for anything but new tensors without gaps, or its first argument."""
+    if args and result is args[0]:
+        return _Made(None, True, flops)
+    found: list[Any] = []
+    for one in result if isinstance(result, tuple) else (result,):
+        if one is None:
+            found.append(None)
+            continue
+        if type(one) is not Tensor or one.untyped_storage() in given or one.storage_offset() != 0:
+            return None
+        extent = 1 + sum((size - 1) * stride for size, stride in zip(one.shape, one.stride(), strict=True))
+        if one.untyped_storage().nbytes() != (extent if one.numel() else 0) * one.itemsize:
+            return None
+        found.append((one.shape, one.stride(), one.dtype))
+    return _Made(tuple(found), not isinstance(result, tuple), flops)
+
+
+_IN_PLACE = frozenset(
+    getattr(torch.ops.aten, name) for name in ("add_", "addmm_", "baddbmm_", "copy_", "mul_", "zero_")
+)
+
+
+@functools.cache
+def _is_simple(func: Any) -> bool:
+    """Whether an operation only makes new tensors, or only writes into its first argument."""
+    schema = func._schema
+    aliases = any(one.alias_info for one in (*schema.arguments, *schema.returns))
+    return func.overloadpacket in _IN_PLACE or not (schema.is_mutable or aliases)
+
+
+def _key(func: Any, args: Any, kwargs: Any) -> Any:
+    """What an operation's result follows from; None if that is not known."""
+    if not _is_simple(func):
+        return None
+    leaves, structure = tree_flatten((args, kwargs))
+    known: list[Any] = [func, structure]
+    for leaf in leaves:
+        if not isinstance(leaf, Tensor):
+            known.append((type(leaf), leaf))
+        elif type(leaf) in (Tensor, nn.Parameter) and leaf.device.type == "meta":
+            known.append((leaf.shape, leaf.stride(), leaf.dtype))
+        else:
+            return None
+    return tuple(known)

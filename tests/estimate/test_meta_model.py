@@ -71,6 +71,22 @@ def test_freed_storage_is_no_longer_held() -> None:
         assert cost.held_bytes == 0
 
 
+def test_repeated_operations_cost_the_same_each_time() -> None:
+    x, ones = torch.empty(6, 8, device=META), torch.empty(8, 8, device=META)
+    costs = []
+    with counted() as cost:
+        for _ in range(3):
+            before = cost.held_bytes, cost.flops
+            made = F.layer_norm(x @ ones, (8,))
+            parts = torch.ops.aten._unsafe_view(made, [48]), made.split(2), made.mul_(2)
+            costs.append((cost.held_bytes - before[0], cost.flops - before[1]))
+            assert parts[0].untyped_storage() == parts[1][0].untyped_storage() == parts[2].untyped_storage()
+            assert parts[2] is made and made.shape == (6, 8)
+            del made, parts
+    # Means and deviations go with their operation; what is left is the normalized product.
+    assert costs == [(4 * 48, 2 * 6 * 8 * 8)] * 3
+
+
 def test_real_and_meta_tensors_cost_the_same() -> None:
     def step(device: str) -> tuple[int, int]:
         torch.manual_seed(0)
