@@ -22,12 +22,14 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from sdlora.common.text import format_bytes
 
 from ..state.uploads import MOST_BYTES_IN_ALL
+from .upload_owners import UploadOwners, with_session
 
 MOST_JSON_BYTES = 4 * 2**20
 """Of a request to Gradio; dropping the 2000 files that an upload may have sends about 1 MiB."""
 BODY_SECONDS = 30.0
 
 _RUN = ("/gradio_api/run/predict", "/gradio_api/queue/join")
+_UPLOAD = "/gradio_api/upload"
 _READ = frozenset({"GET", "HEAD"})
 # By path, the methods that a page uses and the parameters that it sends. Gradio's other routes, among them those to
 # files, its proxy, its documentation, its run history and its code editor, are refused.
@@ -158,7 +160,7 @@ def _limited(receive: Receive, most_bytes: int) -> Receive:
 
 
 class GradioGuard:
-    """Checks what pages send to Gradio: its shape, and that every file it names was uploaded.
+    """Checks what pages send to Gradio: its shape, and that every file it names was uploaded by the same browser.
 
     Gradio itself checks the latter only in apps that it has launched, and not in those that are mounted.
 
@@ -169,11 +171,15 @@ class GradioGuard:
     """
 
     def __init__(self, app: ASGIApp, inputs: Mapping[int, int], uploads: Path) -> None:
-        self._app, self._inputs, self._uploads = app, inputs, uploads
+        self._app, self._inputs, self._owners = app, inputs, UploadOwners(uploads)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         if scope["type"] != "http" or scope["path"] not in _RUN:
+            if scope["type"] == "http" and scope["path"] == _UPLOAD:
+                send = self._owners.remembering(scope, send)
+            elif scope["type"] == "http" and scope["path"] == "/":
+                send = with_session(scope, send)
             await self._app(scope, receive, send)
             return
         if Headers(scope=scope).get("content-type", "").partition(";")[0].strip().lower() != "application/json":
@@ -189,12 +195,12 @@ class GradioGuard:
             await refuse(
                 scope, receive, send, 413, f"What the page sends may be up to {limit} long. Shorten the texts."
             )
-        elif (reason := self._fault(body)) is not None:
+        elif (reason := self._fault(scope, body)) is not None:
             await refuse(scope, receive, send, 400, f"{reason} Reload the page.")
         else:
             await self._app(scope, _replayed(body, receive), _with_fault_of_input(send))
 
-    def _fault(self, body: bytes) -> str | None:
+    def _fault(self, scope: Scope, body: bytes) -> str | None:
         """What is wrong with a request's body, or None."""
         try:
             content = json.loads(body, parse_constant=_no_constant, object_pairs_hook=_once)
@@ -213,16 +219,8 @@ class GradioGuard:
         files = _files(content)
         if files is None:
             return "The request is nested too deeply."
-        return None if all(map(self._was_uploaded, files)) else "A file in the request was not uploaded here."
-
-    def _was_uploaded(self, file: Any) -> bool:
-        if not isinstance(file, str):
-            return False
-        try:
-            path = Path(file).resolve(strict=True)
-        except (OSError, ValueError, RuntimeError):
-            return False
-        return path.is_file() and path.is_relative_to(self._uploads)
+        is_own = all(self._owners.owns(scope, file) for file in files)
+        return None if is_own else "A file in the request was not uploaded here."
 
 
 async def _read(receive: Receive) -> bytes | None:

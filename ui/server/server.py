@@ -44,6 +44,8 @@ from .guard import GradioGuard, RequestFilter
 from .password import PasswordGate
 
 DISPATCH_EVERY_SECONDS = 1.0
+MOST_QUEUED = 200
+"""Clicks of all tabs that wait for their turn; more are refused."""
 
 
 def make_app(context: Context, *, host: str, account: Account | None = None, any_name: bool = False) -> ASGIApp:
@@ -63,7 +65,7 @@ def make_app(context: Context, *, host: str, account: Account | None = None, any
     _add_routes(app, context)
     blocks = build(context)
     # What waits in the queue for its turn cannot be asked for directly.
-    blocks.queue(api_open=False)
+    blocks.queue(api_open=False, max_size=MOST_QUEUED)
     gr.mount_gradio_app(
         app, blocks, path="/", theme=theme(), head=HEAD, footer_links=[], run_history=False, show_error=False,
         max_file_size=MOST_BYTES * 64, ssr_mode=False, mcp_server=False, enable_monitoring=False, pwa=False,

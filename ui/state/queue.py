@@ -31,6 +31,7 @@ from .folders import Studio, StudioError, is_run_name, safe_name
 Word = Literal[
     "none", "waiting", "starting", "running", "paused", "stopping", "stopped", "failed", "done", "unreadable"
 ]
+MOST_WAITING = 100
 _MAX_LINES = 12
 _MAX_BYTES = 20_000
 
@@ -137,6 +138,8 @@ class Jobs:
                 return f"{name!r} was already started."
             if self.studio.job_record(name).is_file() or (folder.exists() and any(folder.iterdir())):
                 raise StudioError(f"There is already a run called {name!r}. Choose another name.")
+            if len(self.waiting()) >= MOST_WAITING:
+                raise StudioError(f"{MOST_WAITING} runs wait in the queue already. Remove some under Training first.")
             write_text(file, wanted)
             self._append(name, config)
         return self._dispatch_and_tell(name)

@@ -20,6 +20,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from sdlora.ui.pages.context import Context
 from sdlora.ui.server import guard
+from sdlora.ui.server import server as server_module
 from sdlora.ui.server.guard import MOST_JSON_BYTES, GradioGuard, RequestFilter, is_allowed
 from sdlora.ui.server.server import make_app
 from sdlora.ui.state.folders import Studio
@@ -117,11 +118,13 @@ def takers(server: Live) -> dict[str, tuple[int, list[str]]]:
     return {name: one for name, one in found.items() if {"file", "uploadbutton"} & set(one[1])}
 
 
-def hand_in(server: Live, taker: tuple[int, list[str]], file: Any, way: str = "queue/join") -> Answer:
+def hand_in(server: Live, taker: tuple[int, list[str]], file: Any, way: str = "queue/join", cookie: str = "") -> Answer:
     """Send a file's path to a function that takes files."""
     number, kinds = taker
     data = [[file] if kind in ("file", "uploadbutton") else None for kind in kinds]
-    return server.send("POST", f"/gradio_api/{way}", {"data": data, "fn_index": number, "session_hash": "s"})
+    return server.send(
+        "POST", f"/gradio_api/{way}", {"data": data, "fn_index": number, "session_hash": "s"}, cookie=cookie
+    )
 
 
 def file_data(path: Any) -> dict[str, Any]:
@@ -149,21 +152,43 @@ def test_only_uploaded_files_are_taken_in(
     assert (machine / "secret.toml").is_file() and (machine / "secret.png").is_file()
 
 
-def test_uploaded_file_is_taken_in(
-    server: Live, studio: Studio, machine: Path, takers: dict[str, tuple[int, list[str]]]
-) -> None:
-    content = (machine / "secret.png").read_bytes()
+def upload(server: Live, content: bytes, cookie: str) -> str:
+    """Upload an image as a page does; returns its path."""
     form = b'--x\r\nContent-Disposition: form-data; name="files"; filename="mine.png"\r\n\r\n%s\r\n--x--\r\n' % content
     kind = "multipart/form-data; boundary=x"
-    answer = server.ask("/gradio_api/upload", "POST", body=form, content_type=kind)
-    (path,) = answer.json()
+    (path,) = server.ask("/gradio_api/upload", "POST", body=form, content_type=kind, cookie=cookie).json()
+    return str(path)
+
+
+def test_uploaded_file_is_taken_in_for_the_session_that_sent_it(
+    server: Live, studio: Studio, machine: Path, takers: dict[str, tuple[int, list[str]]]
+) -> None:
+    own, other = (server.ask("/").headers["set-cookie"] for _ in range(2))
+    assert own != other and "HttpOnly" in own and "SameSite=Lax" in own
+    own, other = own.partition(";")[0], other.partition(";")[0]
+    assert "set-cookie" not in server.ask("/", cookie=own).headers
+    path = upload(server, (machine / "secret.png").read_bytes(), own)
     assert Path(path).is_relative_to(studio.own.resolve())
     drop = next(taker for taker in takers.values() if "file" in taker[1])
-    assert hand_in(server, drop, file_data(path)).status == 200
+    for foreign in (other, "", "sdlora-session=x", f"a=b; {other}"):
+        for way in ("queue/join", "run/predict"):
+            answer = hand_in(server, drop, file_data(path), way, cookie=foreign)
+            assert (answer.status, b"not uploaded here" in answer.body) == (400, True), foreign
+    assert hand_in(server, drop, file_data(path), cookie=f"a=b; {own}").status == 200
     until = time.monotonic() + 20
     while not list(studio.sets.rglob("mine.png")) and time.monotonic() < until:
         time.sleep(0.05)
     assert list(studio.sets.rglob("mine.png"))
+    nobody = upload(server, b"of no session", "")
+    assert hand_in(server, drop, file_data(nobody)).status == 400
+
+
+def test_the_queue_of_clicks_is_bounded(studio: Studio, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server_module, "MOST_QUEUED", 0)
+    with live(make_app(Context(studio, Jobs(studio), LoraSampler()), host="127.0.0.1")) as full:
+        queued = next(one for one in json.loads(full.ask("/config").body)["dependencies"] if one["queue"])
+        content = {"data": [None] * len(queued["inputs"]), "fn_index": queued["id"], "session_hash": "s"}
+        assert full.send("POST", "/gradio_api/queue/join", content).status == 503
 
 
 @pytest.mark.parametrize(

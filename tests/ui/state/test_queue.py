@@ -18,6 +18,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.errors import SdloraError
 from sdlora.ui.html.render import progress_words
 from sdlora.ui.pages.context import Context, snapshot
+from sdlora.ui.state import queue
 from sdlora.ui.state.folders import Studio
 from sdlora.ui.state.queue import Job, Jobs, Status, last_lines
 
@@ -36,6 +37,16 @@ def test_two_clicks_start_one_run(context: Context, make_config: Make, sleepers:
     assert len(sleepers) == 1
     with pytest.raises(SdloraError, match="another name"):
         context.jobs.add(make_config("a", epochs=2))
+
+
+def test_the_queue_has_an_end(
+    context: Context, make_config: Make, sleepers: list[psutil.Process], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queue, "MOST_WAITING", 1)
+    context.jobs.add(make_config("a"))
+    context.jobs.add(make_config("b"))
+    with pytest.raises(SdloraError, match="Remove some"):
+        context.jobs.add(make_config("c"))
 
 
 def test_twenty_starts_at_once_in_several_studios_start_one(
