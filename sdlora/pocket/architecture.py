@@ -28,11 +28,9 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     """
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     merges: list[tuple[str, str]] = []
-    phrases = [*world.KINDS, *world.COLORS, *world.PATTERNS, *world.SIZES, *world.POSITIONS, "named", "a", "an"]
-    phrases += [phrase for phrase, _ in world.PLACES.values()]
-    for word in sorted({word for phrase in phrases for word in phrase.split() if len(word) > 1}):
+    for word in world_words():
         # Joining what the earlier merges leave of a word never changes the words before it.
-        pieces = _merged(word, merges)
+        pieces = merged([*word[:-1], word[-1] + "</w>"], merges)
         while len(pieces) > 1:
             merges.append((pieces[0], pieces[1]))
             pieces = [pieces[0] + pieces[1], *pieces[2:]]
@@ -40,10 +38,16 @@ def vocabulary() -> tuple[dict[str, int], list[tuple[str, str]]]:
     return {token: index for index, token in enumerate(dict.fromkeys(tokens))}, merges
 
 
-def _merged(word: str, merges: list[tuple[str, str]]) -> list[str]:
+def world_words() -> list[str]:
+    """The words of the world's captions, in alphabetical order, but for those of one letter."""
+    phrases = [*world.KINDS, *world.COLORS, *world.PATTERNS, *world.SIZES, *world.POSITIONS, "named", "a", "an"]
+    phrases += [phrase for phrase, _ in world.PLACES.values()]
+    return sorted({word for phrase in phrases for word in phrase.split() if len(word) > 1})
+
+
+def merged(pieces: list[str], merges: list[tuple[str, str]]) -> list[str]:
     """A word's pieces under byte-pair merges, the earliest merge first."""
     rank = {merge: index for index, merge in enumerate(merges)}
-    pieces = [*word[:-1], word[-1] + "</w>"]
     while pairs := [(rank[pair], i) for i, pair in enumerate(pairwise(pieces)) if pair in rank]:
         _, at = min(pairs)
         pieces = [*pieces[:at], pieces[at] + pieces[at + 1], *pieces[at + 2 :]]

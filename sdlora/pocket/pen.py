@@ -35,9 +35,9 @@ def new_canvas(color: Color) -> Image.Image:
     return Image.new("RGB", (CANVAS_PX, CANVAS_PX), color)
 
 
-def shrink(canvas: Image.Image) -> Image.Image:
-    """The finished 64x64 image: the canvas averaged down, which smooths the edges."""
-    return canvas.reduce(OVERSAMPLING)
+def shrink(canvas: Image.Image, size_px: int = SIZE_PX) -> Image.Image:
+    """The finished square image of 64 or 128 pixels: the canvas averaged down, which smooths the edges."""
+    return canvas.reduce(CANVAS_PX // size_px)
 
 
 @dataclass

@@ -9,269 +9,39 @@ Shapes: B batch, H/W pixels (64), h/w latents (16), L tokens (77).
 
 from __future__ import annotations
 
-import argparse
 import random
-import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionPipeline
-from PIL import Image
+from diffusers import StableDiffusionPipeline
 from torch import Tensor, nn
 
-from sdlora.common.files import atomic_path
 from sdlora.common.seeds import derive, generator
 from sdlora.pocket import architecture, world
-from sdlora.pocket.pen import INK, SIZE_PX, Pen, arc, shrink
+from sdlora.pocket.stages import (
+    CAPTION_DROPOUT,
+    LOG_EVERY_STEPS,
+    Autoencoder,
+    Settings,
+    Stage,
+    autocast,
+    copy_average,
+    load,
+    parse,
+)
 
-CAPTION_DROPOUT = 0.1
-VAE_BATCH_SIZE = 16
-DOODLES = VAE_BATCH_SIZE // 4
-VAE_LEARNING_RATE = 1e-3
-DECODER_SEEDS = 20_000_000  # far from the scenes of the other stages
 SNR_CAP = 5.0
-CHECKPOINT_EVERY_STEPS = 200
-LOG_EVERY_STEPS = 50
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How long pocket is trained, and on what."""
-
-    work: Path  # folder for checkpoints and the result
-    device: str = "cpu"
-    vae_steps: int = 3200
-    decoder_steps: int = 2400
-    steps: int = 8200
-    num_images: int = 40000  # scenes that the UNet is trained on
-    batch_size: int = 32
-    learning_rate: float = 1e-3
-
-
-def doodle(seed: int) -> Image.Image:
-    """An image outside the world (any shapes in any colours), so that the autoencoder can hold new subjects."""
-    rng = random.Random(derive(0, "doodle", seed))
-    canvas = world.render_canvas(world.random_scene(seed, unseen=False))
-    for _ in range(rng.randint(3, 8)):
-        color = (rng.randrange(256), rng.randrange(256), rng.randrange(256))
-        center = (rng.uniform(4, 60), rng.uniform(4, 60))
-        outline = rng.choice([None, INK, (255, 255, 255), color])
-        pen = Pen(canvas, center, rng.uniform(3, 26), color, rng.uniform(0, 6.3), outline=outline)
-        shape = rng.randrange(4)
-        if shape == 0:
-            pen.oval(0, 0, rng.uniform(0.2, 1), rng.uniform(0.2, 1))
-        elif shape == 1:
-            pen.polygon([(rng.uniform(-1, 1), rng.uniform(-1, 1)) for _ in range(rng.randint(3, 6))])
-        elif shape == 2:
-            pen.line(arc(0, 0, 1, 1, rng.uniform(0, 180), rng.uniform(180, 360)), color, rng.uniform(0.8, 3))
-        else:
-            pen.line([(rng.uniform(-1, 1), rng.uniform(-1, 1)) for _ in range(3)], color, rng.uniform(0.8, 3))
-    return shrink(canvas)
-
-
-def to_tensor(images: list[Image.Image]) -> Tensor:
-    """Images to a (B, 3, H, W) tensor in [-1, 1]."""
-    data = torch.frombuffer(bytearray(b"".join(p.tobytes() for p in images)), dtype=torch.uint8)
-    return data.view(len(images), SIZE_PX, SIZE_PX, 3).permute(0, 3, 1, 2).float() / 127.5 - 1
-
-
-def learning_rate_scale(step: int, total: int, warmup: int = 100, decay_share: float = 0.3) -> float:
-    """Warm-up, a plateau, and a linear decay over the last share of the steps."""
-    return min(1.0, (step + 1) / warmup, max(0.01, (total - step) / (decay_share * total)))
-
-
-LossAt = Callable[[int], tuple[Tensor, Callable[[], str]]]
-"""From a step's number to its loss, and to what writes the figures to print."""
-
-
-class Stage:
-    """A stage of training that can be cut and continued: optimizer, averaged weights, and the checkpoint of both.
-
-    The average's decay is min(decay, (1 + step) / (10 + step)), as in TensorFlow's ExponentialMovingAverage.
-
-    Args:
-        name: Of the checkpoint, which the stage continues from if it exists.
-        networks: By name; all of their weights are saved.
-        learning_rate: The peak.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        name: str,
-        networks: dict[str, nn.Module],
-        trained: list[nn.Module],
-        *,
-        learning_rate: float = VAE_LEARNING_RATE,
-        weight_decay: float = 1e-4,
-        decay: float = 0.999,
-    ) -> None:
-        self.checkpoint = settings.work / f"{name}_checkpoint.pt"
-        self.networks, self.learning_rate, self.decay = networks, learning_rate, decay
-        self.parameters = [p for module in trained for p in module.parameters()]
-        self.optimizer = torch.optim.AdamW(
-            self.parameters, lr=learning_rate, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True
-        )
-        self.average = [p.detach().clone() for p in self.parameters]
-        self.first = 0
-        if (state := _load(self.checkpoint, settings.device)) is not None:
-            for network in networks:
-                networks[network].load_state_dict(state[network])
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.average, self.first = state["average"], state["step"]
-
-    def run(self, num_steps: int, loss_at: LossAt, batch_size: int, log_every: int, decay_share: float = 0.3) -> None:
-        """Train up to a number of steps, with a learning rate that falls over the last share of them."""
-        start = time.monotonic()
-        for step in range(self.first, num_steps):
-            loss, figures = loss_at(step)
-            for group in self.optimizer.param_groups:
-                group["lr"] = self.learning_rate * learning_rate_scale(step, num_steps, decay_share=decay_share)
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
-            nn.utils.clip_grad_norm_(self.parameters, 1.0)
-            self.optimizer.step()
-            decay = min(self.decay, (1 + step) / (10 + step))
-            with torch.no_grad():
-                torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
-            if (step + 1) % log_every == 0:
-                rate = (step + 1 - self.first) * batch_size / (time.monotonic() - start)
-                print(f"{self.checkpoint.stem} {step + 1}/{num_steps} {figures()} {rate:.0f}/s", flush=True)
-            if (step + 1) % CHECKPOINT_EVERY_STEPS == 0 or step + 1 == num_steps:
-                weights = {name: network.state_dict() for name, network in self.networks.items()}
-                state = {"optimizer": self.optimizer.state_dict(), "average": self.average, "step": step + 1}
-                _save(self.checkpoint, weights | state)
-
-    def finish(self, file: Path) -> Path:
-        """Write the only network with its averaged weights."""
-        copy_average(self.average, self.parameters)
-        (network,) = self.networks.values()
-        _save(file, network.state_dict())
-        return file
-
-
-@torch.no_grad()
-def copy_average(average: list[Tensor], parameters: Iterable[nn.Parameter]) -> None:
-    """Replace parameters by their averages."""
-    for parameter, value in zip(parameters, average, strict=True):
-        parameter.copy_(value)
-
-
-def _autocast(device: str) -> torch.autocast:
-    return torch.autocast(torch.device(device).type, torch.bfloat16)
-
-
-def _save(path: Path, state: dict[str, Any]) -> None:
-    with atomic_path(path) as temporary:
-        torch.save(state, temporary)
-
-
-def _load(path: Path, device: str) -> dict[str, Any] | None:
-    if not path.exists():
-        return None
-    state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
-    return state
-
-
-def _load_vae(file: Path, device: str) -> AutoencoderKL:
-    vae = architecture.build_vae().to(device)
-    vae.load_state_dict(_load(file, device))
-    return vae
-
-
-def _psnr(error: Tensor) -> str:
-    return f"psnr {-10 * torch.log10(error.pow(2).mean() / 4).item():.2f}"
-
-
-# --- Stage 1: the autoencoder -----------------------------------------------------------------------------------
-
-
-def _images(first: int) -> Tensor:
-    """A batch of doodles, a quarter, and of the world's images, as a function of its first image's number."""
-    seeds = range(first, first + VAE_BATCH_SIZE)
-    scenes = [world.random_scene(s, unseen=False) for s in seeds[DOODLES:]]
-    return to_tensor([doodle(s) for s in seeds[:DOODLES]] + [world.render(scene) for scene in scenes])
-
-
-def train_vae(settings: Settings) -> Path:
-    """Train the autoencoder; returns the file with its averaged weights."""
-    done = settings.work / "vae.pt"
-    if done.exists():
-        return done
-    torch.manual_seed(0)
-    vae = architecture.build_vae().to(settings.device)
-    stage = Stage(settings, "vae", {"vae": vae}, [vae])
-
-    def loss_at(step: int) -> tuple[Tensor, Callable[[], str]]:
-        doodles, recolored, *plain = torch.split(_images(step * VAE_BATCH_SIZE), DOODLES)
-        order = torch.randperm(3, generator=generator(0, "recolour", step))
-        pixels = torch.cat([doodles, recolored[:, order], *plain]).to(settings.device)
-        with _autocast(settings.device):
-            posterior = vae.encode(pixels).latent_dist
-            restored = vae.decode(posterior.sample(generator(1, "latent", step))).sample
-        error = restored.float() - pixels
-        # The weight on KL only keeps the latents near a unit normal; it is not a prior to sample from.
-        kl = 0.5 * (posterior.mean.float() ** 2 + posterior.var.float() - 1 - posterior.logvar.float()).mean()
-        loss = error.abs().mean() + error.pow(2).mean() + 1e-4 * kl
-        return loss, lambda: f"loss {loss.item():.4f} {_psnr(error)} kl {kl.item():.2f}"
-
-    stage.run(settings.vae_steps, loss_at, VAE_BATCH_SIZE, 4 * LOG_EVERY_STEPS)
-    return stage.finish(done)
-
-
-def finish_decoder(settings: Settings, vae_file: Path) -> Path:
-    """Sharpen the decoder for unchanged latents; returns the file with the finished autoencoder.
-
-    The encoder is frozen, so the UNet's latents keep their meaning (Stability's ft-MSE autoencoders were made so).
-    """
-    done = settings.work / "vae_finished.pt"
-    if done.exists() or settings.decoder_steps == 0:
-        return done if done.exists() else vae_file
-    vae = _load_vae(vae_file, settings.device)
-    stage = Stage(settings, "decoder", {"vae": vae}, [vae.decoder, vae.post_quant_conv], decay=0.995)
-
-    def loss_at(step: int) -> tuple[Tensor, Callable[[], str]]:
-        pixels = _images(DECODER_SEEDS + step * VAE_BATCH_SIZE).to(settings.device)
-        with _autocast(settings.device):
-            with torch.no_grad():
-                latents = vae.encode(pixels).latent_dist.sample(generator(3, "latent", step))
-            restored = vae.decode(latents).sample
-        error = restored.float() - pixels
-        return error.pow(2).mean() + 0.1 * error.abs().mean(), lambda: _psnr(error[DOODLES:])
-
-    stage.run(settings.decoder_steps, loss_at, VAE_BATCH_SIZE, 4 * LOG_EVERY_STEPS, decay_share=0.7)
-    return stage.finish(done)
-
-
-# --- Stage 2: text encoder and UNet -----------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def encode_world(settings: Settings, vae_file: Path) -> dict[str, Any]:
-    """Latents of the training scenes, scaled to unit variance, with the scale; made once and kept on disk."""
-    path = settings.work / "latents.pt"
-    if (state := _load(path, "cpu")) is not None:
-        return state
-    vae = _load_vae(vae_file, settings.device).eval()
-    latents = []
-    for first in range(0, settings.num_images, 100):
-        scenes = [world.random_scene(s, unseen=False) for s in range(first, min(first + 100, settings.num_images))]
-        with _autocast(settings.device):
-            posterior = vae.encode(to_tensor([world.render(s) for s in scenes]).to(settings.device)).latent_dist
-        latents.append(posterior.sample(generator(1, "world", first)).float().cpu())
-    stacked = torch.cat(latents)
-    scale = 1 / stacked.std().item()
-    state = {"latents": (stacked * scale).half(), "scaling_factor": scale}
-    _save(path, state)
-    return state
+def autoencoder(settings: Settings) -> Autoencoder:
+    """Pocket's autoencoder and its training."""
+    return Autoencoder(settings, architecture.build_vae)
 
 
 def train_unet(settings: Settings, vae_file: Path) -> None:
     """Train text encoder and UNet together, on the latents of the encoder in `vae_file`."""
-    data = encode_world(settings, vae_file)
+    data = autoencoder(settings).encode_world(vae_file)
     latents: Tensor = data["latents"]
     torch.manual_seed(1)
     tokenizer = architecture.build_tokenizer(settings.work / "tokenizer")
@@ -297,7 +67,7 @@ def train_unet(settings: Settings, vae_file: Path) -> None:
         ids = tokenizer(captions, padding="max_length", truncation=True, return_tensors="pt").input_ids
         alpha = alphas_cumprod[t].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * x + (1 - alpha).sqrt() * noise
-        with _autocast(settings.device):
+        with autocast(settings.device):
             states = text_encoder(ids.to(settings.device)).last_hidden_state
             predicted = unet(noisy.contiguous(memory_format=torch.channels_last), t, states).sample
         snr = (alpha / (1 - alpha)).flatten()
@@ -317,12 +87,13 @@ def train_unet(settings: Settings, vae_file: Path) -> None:
 
 def export_pocket(settings: Settings, vae_file: Path, folder: Path) -> None:
     """Write the averaged weights of the newest checkpoint as a diffusers folder."""
-    data, state = encode_world(settings, vae_file), _load(settings.work / "unet_checkpoint.pt", "cpu")
+    maker = autoencoder(settings)
+    data, state = maker.encode_world(vae_file), load(settings.work / "unet_checkpoint.pt", "cpu")
     assert state is not None, "there is a checkpoint once train_unet has run"
     tokenizer = architecture.build_tokenizer(settings.work / "tokenizer")
     text_encoder, unet = architecture.build_text_encoder(tokenizer), architecture.build_unet()
     copy_average(state["average"], [*unet.parameters(), *text_encoder.parameters()])
-    vae = _load_vae(vae_file, "cpu")
+    vae = maker.load(vae_file, "cpu")
     # The text encoder stays in float32: transformers loads a model in the type it was saved in, and a half-precision
     # one would not fit the float32 UNet of a plain `from_pretrained`.
     unet.half()
@@ -337,24 +108,12 @@ def export_pocket(settings: Settings, vae_file: Path, folder: Path) -> None:
 
 def main() -> None:
     """Parse the command line and run the stages."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--work", type=Path, required=True, help="folder for checkpoints and the result")
-    for option in fields(Settings)[1:]:
-        name = f"--{option.name.replace('_', '-')}"
-        parser.add_argument(name, type=type(option.default), default=option.default)
-    parser.add_argument(
-        "--export-only",
-        action="store_true",
-        help="write the newest checkpoint as a base model without training further",
-    )
-    options = vars(parser.parse_args())
-    export_only = options.pop("export_only")
-    settings = Settings(**options)
-    settings.work.mkdir(parents=True, exist_ok=True)
-    vae_file = train_vae(settings)
+    settings, export_only = parse(__doc__, Settings)
+    maker = autoencoder(settings)
+    vae_file = maker.train()
     if not export_only:
         train_unet(settings, vae_file)
-    export_pocket(settings, finish_decoder(settings, vae_file), settings.work / "pocket")
+    export_pocket(settings, maker.finish_decoder(vae_file), settings.work / "pocket")
 
 
 if __name__ == "__main__":

@@ -307,9 +307,9 @@ def render_canvas(scene: Scene) -> Image.Image:
     return canvas
 
 
-def render(scene: Scene) -> Image.Image:
-    """The 64x64 RGB image of a scene."""
-    return shrink(render_canvas(scene))
+def render(scene: Scene, size_px: int = SIZE_PX) -> Image.Image:
+    """The square RGB image of a scene, of 64 or 128 pixels."""
+    return shrink(render_canvas(scene), size_px)
 
 
 def caption(scene: Scene) -> str:

@@ -15,7 +15,7 @@ from classifier import Judge, load_or_train, look
 from generate import GUIDANCE, draw, load_pipeline, save_sheet, wilson
 
 from sdlora.common.bundled import pocket_folder
-from sdlora.pocket import pretrain, world
+from sdlora.pocket import stages, world
 
 PROMPT_SEEDS, RENDER_SEEDS = 70_000_000, 80_000_000
 
@@ -40,7 +40,7 @@ def reconstruction_psnr(vae: Any, count: int = 200) -> float:
     """Mean PSNR in dB of the VAE on fresh renders, from pixels in [0, 1]."""
     values = []
     for first in range(RENDER_SEEDS, RENDER_SEEDS + count, 50):
-        pixels = pretrain.to_tensor([world.render(world.random_scene(seed)) for seed in range(first, first + 50)])
+        pixels = stages.to_tensor([world.render(world.random_scene(seed)) for seed in range(first, first + 50)])
         restored = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
         values.append(-10 * ((restored - pixels) / 2).pow(2).mean(dim=(1, 2, 3)).log10())
     return float(torch.cat(values).mean())

@@ -8,39 +8,40 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 
-from sdlora.pocket import pretrain
+from sdlora.pocket import pretrain, stages
+from sdlora.pocket.stages import Settings
 
 
-def settings(folder: Path, steps: int) -> pretrain.Settings:
-    return pretrain.Settings(
+def settings(folder: Path, steps: int) -> Settings:
+    return Settings(
         work=folder, device="cpu", vae_steps=2, decoder_steps=2, steps=steps, num_images=8, batch_size=2,
         learning_rate=1e-3,
     )  # fmt: skip
 
 
 def test_interrupted_pretraining_resumes_to_the_same_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pretrain, "CHECKPOINT_EVERY_STEPS", 1)
+    monkeypatch.setattr(stages, "CHECKPOINT_EVERY_STEPS", 1)
     whole = settings(tmp_path / "whole", 2)
     whole.work.mkdir()
-    pretrain.train_unet(whole, pretrain.train_vae(whole))
+    pretrain.train_unet(whole, pretrain.autoencoder(whole).train())
     cut = settings(tmp_path / "cut", 2)
     cut.work.mkdir()
-    vae = pretrain.train_vae(cut)
-    save = pretrain._save
+    vae = pretrain.autoencoder(cut).train()
+    save = stages.save
 
     def save_and_fail(path: Path, state: dict[str, object]) -> None:
         save(path, state)
         if path.name == "unet_checkpoint.pt" and state["step"] == 1:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(pretrain, "_save", save_and_fail)
+    monkeypatch.setattr(stages, "save", save_and_fail)
     with pytest.raises(KeyboardInterrupt):
         pretrain.train_unet(cut, vae)
-    monkeypatch.setattr(pretrain, "_save", save)
+    monkeypatch.setattr(stages, "save", save)
     pretrain.train_unet(cut, vae)
     states = [torch.load(p.work / "unet_checkpoint.pt", weights_only=True)["unet"] for p in (whole, cut)]
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
-    finished = pretrain.finish_decoder(cut, vae)
+    finished = pretrain.autoencoder(cut).finish_decoder(vae)
     encoders = [torch.load(path, weights_only=True) for path in (vae, finished)]
     assert all(torch.equal(encoders[0][n], encoders[1][n]) for n in encoders[0] if n.startswith("encoder."))
     assert not torch.equal(*(encoder["decoder.conv_out.weight"] for encoder in encoders))
@@ -51,7 +52,7 @@ def test_interrupted_pretraining_resumes_to_the_same_weights(tmp_path: Path, mon
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
-    scales = [pretrain.learning_rate_scale(step, 1000) for step in range(1000)]
+    scales = [stages.learning_rate_scale(step, 1000) for step in range(1000)]
     assert scales[0] == 0.01
     assert scales[99] == scales[600] == 1.0
     assert scales[999] == 0.01
