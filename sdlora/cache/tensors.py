@@ -84,7 +84,7 @@ class Cache:
             self._filled("text", self._text_keys[caption]) if self.keeps_text else self._encoded(caption)
             for caption in captions
         ]
-        return {name: torch.stack([embeddings[name] for embeddings in found]).float() for name in found[0]}
+        return self.base.batched(found)
 
     def fill_moments(self, examples: Sequence[Example], background: str) -> Iterator[Progress]:
         """Encode the images that are not on disk yet, with `background` behind transparent pixels."""
@@ -117,7 +117,7 @@ class Cache:
         wanted = list(dict.fromkeys(captions))
         for done, caption in enumerate(wanted, start=1):
             key = content_key("text", self.base.text_identity, caption)
-            self._map(key, self.fetch("text", key, partial(self._encode, caption), torch.float16))
+            self._map(key, self.fetch("text", key, partial(self._encode, caption), self.base.text_dtype))
             self._text_keys[caption] = key
             yield Progress("cache captions", done, len(wanted))
 
@@ -130,7 +130,7 @@ class Cache:
         return {name: value[0] for name, value in self.base.encode_captions([caption]).items()}
 
     def _encoded(self, caption: str) -> TextEmbeddings:
-        return _as_kept(partial(self._encode, caption), torch.float16)
+        return _as_kept(partial(self._encode, caption), self.base.text_dtype)
 
     def holds(self, kind: str, key: str) -> bool:
         """Whether there is an entry under a key."""

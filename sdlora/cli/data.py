@@ -109,7 +109,7 @@ def _num_tokens(texts: Mapping[str, Sequence[str]], num_windows: int) -> dict[st
     long = {name: some for name, some in texts.items() if max(len(text.encode()) for text in some) > 75 * num_windows}
     if not long:
         return {}
-    from sdlora.models.base import clip_tokenizer
+    from sdlora.models.unet import clip_tokenizer
 
     tokenizer = clip_tokenizer("<|endoftext|>")
     return {

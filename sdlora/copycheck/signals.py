@@ -19,7 +19,6 @@ from torch import Tensor
 from sdlora.common import seeds
 from sdlora.copycheck.similarity import hp_ms
 from sdlora.copycheck.statistics import fisher_z, mcnemar, permutation_test, sign_flip_test
-from sdlora.diffusion.noise import add_noise, predicted_latents
 from sdlora.diffusion.timesteps import band_names
 from sdlora.training.data import TrainingData
 
@@ -116,13 +115,12 @@ def _predict(data: TrainingData, indices: Sequence[int], seed: int) -> Tensor:
     drawn = [seeds.normal(shape, seed, "self-retrieval", data.name(i), *probe) for i in indices for probe in probes]
     noise = torch.stack(drawn).to(base.device)
     timesteps = torch.tensor([timestep for timestep, _ in probes], device=base.device).repeat(len(indices))
-    alphas_cumprod = base.alphas_cumprod[timesteps]
-    noisy = add_noise(torch.zeros_like(noise), noise, alphas_cumprod)
+    noisy = base.levels.mix(torch.zeros_like(noise), noise, timesteps)
     text = {
         name: embeddings.to(base.device).repeat_interleave(len(probes), dim=0)
         for name, embeddings in data.text([(index, 1) for index in indices]).items()
     }
-    clean = predicted_latents(base.prediction_type, noisy, base.predict(noisy, timesteps, text), alphas_cumprod)
+    clean = base.levels.clean(noisy, base.predict(noisy, timesteps, text), timesteps)
     return clean.view(len(indices), len(probes), *shape)
 
 

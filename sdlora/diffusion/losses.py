@@ -1,7 +1,7 @@
 """The training loss of each example, and its weight at each timestep.
 
 The trainer chooses them by `loss.kind` and `loss.weighting`.
-Shapes: B batch, C channels, h/w latents. SNR is alphas_cumprod / (1 - alphas_cumprod).
+Shapes: B batch, C channels, h/w latents.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdlora.diffusion.noise import PredictionType
+from sdlora.diffusion.noise import NoiseLevels
 
 
 def mse_per_example(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -62,18 +62,16 @@ _WEIGHTS: dict[str, tuple[Callable[[Tensor, float], Tensor], float]] = {
 }
 
 
-def loss_weight(
-    weighting: str, alphas_cumprod: Tensor, prediction_type: PredictionType, gamma: float | None = None
-) -> Tensor:
+def loss_weight(weighting: str, levels: NoiseLevels, timesteps: Tensor, gamma: float | None = None) -> Tensor:
     """The weight of each example's loss at its timestep.
 
-    The squared error of epsilon is SNR times that of the clean latents, and that of v is SNR + 1 times (Salimans &
-    Ho 2202.00512, appendix D), so a weight of the latter is divided by these.
+    The weights are those of the squared error of the clean latents, divided by how much larger the squared error of a
+    prediction is.
 
     Args:
         weighting: "constant", "min_snr", "soft_min_snr", "p2" or "debiased".
-        alphas_cumprod: At each example's timestep, (B,), in (0, 1) for epsilon and [0, 1) for v.
-        prediction_type: What the network predicts.
+        levels: The base model's noise levels.
+        timesteps: Each example's, (B,).
         gamma: Parameter of min_snr and soft_min_snr (5 if None) and of p2 (1 if None), above 0.
 
     Returns:
@@ -83,7 +81,6 @@ def loss_weight(
         KeyError: The weighting is unknown.
     """
     if weighting == "constant":
-        return torch.ones_like(alphas_cumprod)
+        return torch.ones(timesteps.shape, device=timesteps.device)
     weight, default_gamma = _WEIGHTS[weighting]
-    snr = alphas_cumprod / (1 - alphas_cumprod)
-    return weight(snr, default_gamma if gamma is None else gamma) / (snr if prediction_type == "epsilon" else snr + 1)
+    return weight(levels.snr(timesteps), default_gamma if gamma is None else gamma) / levels.error_factor(timesteps)

@@ -1,18 +1,73 @@
-"""The forward process, and what a network is trained to predict.
+"""The forward process of diffusion models, and what their networks are trained to predict.
 
-The training loss calls it with a base model's schedule; the copy check inverts predictions with it.
+The training loss calls it through a base model's noise levels; the copy check inverts predictions with them.
 Shapes: B batch, C channels, h/w latents, T timesteps (1000).
 """
 
 from __future__ import annotations
 
-from typing import Literal, cast
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
 
 from torch import Tensor
 
 from sdlora.errors import BaseModelError
 
 PredictionType = Literal["epsilon", "v_prediction"]
+
+
+class NoiseLevels(Protocol):
+    """What an integer timestep in [0, 999] means to a base model; latents are (B, C, h, w), all else (B,)."""
+
+    def mix(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """Clean latents with standard normal noise, at their timesteps."""
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """What the network is to predict."""
+
+    def clean(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
+        """The clean latents that a prediction implies in one step."""
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """Signal-to-noise ratio, at least 0."""
+
+    def error_factor(self, timesteps: Tensor) -> Tensor:
+        """The squared error of a prediction over that of the clean latents it implies."""
+
+
+@dataclass(frozen=True)
+class DdpmLevels:
+    """The noise levels of a DDPM schedule.
+
+    Attributes:
+        alphas_cumprod: Cumulative products, (1000,) float32, on the device of the timesteps it is asked for.
+        prediction_type: What the network predicts.
+    """
+
+    alphas_cumprod: Tensor
+    prediction_type: PredictionType
+
+    def mix(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """See `add_noise`."""
+        return add_noise(latents, noise, self.alphas_cumprod[timesteps])
+
+    def target(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """See `prediction_target`."""
+        return prediction_target(self.prediction_type, latents, noise, self.alphas_cumprod[timesteps])
+
+    def clean(self, noisy: Tensor, prediction: Tensor, timesteps: Tensor) -> Tensor:
+        """See `predicted_latents`."""
+        return predicted_latents(self.prediction_type, noisy, prediction, self.alphas_cumprod[timesteps])
+
+    def snr(self, timesteps: Tensor) -> Tensor:
+        """alphas_cumprod / (1 - alphas_cumprod)."""
+        alphas_cumprod = self.alphas_cumprod[timesteps]
+        return alphas_cumprod / (1 - alphas_cumprod)
+
+    def error_factor(self, timesteps: Tensor) -> Tensor:
+        """SNR for epsilon, SNR + 1 for v (Salimans & Ho 2202.00512, appendix D)."""
+        snr = self.snr(timesteps)
+        return snr if self.prediction_type == "epsilon" else snr + 1
 
 
 def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:

@@ -112,14 +112,14 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
     quantization = config.base.quantization
     base = MetaBase(shapes, inputs.dtype, quantization=quantization, text_is_trained=text_is_trained)
     in_a_step = shapes.text_bytes * (text_is_trained or inputs.text_is_live)
-    weights = num_bytes(base.unet) + (shapes.frozen_bytes if inputs.on_cpu else in_a_step)
-    num_parameters = num_weights(base.unet)
+    weights = num_bytes(base.network) + (shapes.frozen_bytes if inputs.on_cpu else in_a_step)
+    num_parameters = num_weights(base.network)
     if inputs.file is not None:
-        adapter = attach(base.unet, inputs.file, text_encoders=base.text_encoders)
+        adapter = attach(base.network, inputs.file, text_encoders=base.text_encoders)
     else:
         adapter = inject(
-            base.unet,
-            find_targets(base.unet, config.lora.targets, base.text_encoders),
+            base.network,
+            find_targets(base.network, config.lora.targets, base.text_encoders),
             config.lora.rank,
             config.lora.alpha,
             0,
@@ -129,7 +129,7 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
         )
     count = adapter.num_parameters()
     model = TrainingModel(
-        base.unet,
+        base.network,
         adapter,
         [Group(adapter.parameters(), 1.0)],
         optimizer=config.train.optimizer,

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from sdlora.diffusion.noise import PredictionType
+from sdlora.diffusion.noise import DdpmLevels
 from sdlora.lora.quantize import Quantization, quantize_linears
 from sdlora.models.architectures import ARCHITECTURES, Family
 from sdlora.models.base import BaseModel, TextEmbeddings
@@ -84,7 +84,7 @@ def shapes_of_base(base: BaseModel) -> Shapes:
     """The shapes of a loaded base model."""
     vae, encoders = base.vae, base.text_encoders
     texts = tuple(encoder.config.to_dict() for encoder in encoders)
-    return Shapes(dict(base.unet.config), dict(vae.config), texts, num_bytes(vae), num_bytes(*encoders))
+    return Shapes(dict(base.network.config), dict(vae.config), texts, num_bytes(vae), num_bytes(*encoders))
 
 
 def num_bytes(*networks: nn.Module) -> int:
@@ -100,7 +100,6 @@ class MetaBase:
     """
 
     device = META
-    prediction_type: PredictionType = "epsilon"
 
     def __init__(
         self,
@@ -111,19 +110,19 @@ class MetaBase:
         text_is_trained: bool = False,
     ) -> None:
         with META:
-            self.unet: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(shapes.unet))
+            self.network: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(shapes.unet))
             self.vae: AutoencoderKL = AutoencoderKL.from_config(dict(shapes.vae)).eval()
             configs = shapes.text_encoders if text_is_trained else ()
             self.text_encoders = tuple(CLIPTextModel(CLIPTextConfig(**config)).eval() for config in configs)
-            self.alphas_cumprod = torch.empty(1000)
-        nn.Module.to(self.unet.requires_grad_(False).eval(), dtype)
+            self.levels = DdpmLevels(torch.empty(1000), "epsilon")
+        nn.Module.to(self.network.requires_grad_(False).eval(), dtype)
         if quantization != "none":
-            quantize_linears(self.unet, quantization)
+            quantize_linears(self.network, quantization)
         self.num_tokens = int(shapes.text_encoders[0]["max_position_embeddings"])
 
     def text(self, batch_size: int) -> TextEmbeddings:
         """Text embeddings as the UNet takes them, (B, L, D), through the text encoders if they are trained."""
-        config = self.unet.config
+        config = self.network.config
         if self.text_encoders:
             tokens = torch.zeros(batch_size, self.num_tokens, dtype=torch.long, device=META)
             outputs = [encoder(tokens, output_hidden_states=True) for encoder in self.text_encoders]
@@ -141,9 +140,9 @@ class MetaBase:
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
         """The UNet's prediction (B, C, h, w) in float32, for latents (B, C, h, w) at timesteps (B,)."""
-        dtype = self.unet.dtype
+        dtype = self.network.dtype
         added = {name: value.to(dtype) for name, value in text.items() if name != "states"}
-        prediction: Tensor = self.unet(
+        prediction: Tensor = self.network(
             noisy.to(dtype), timesteps, text["states"].to(dtype), added_cond_kwargs=added or None, return_dict=False
         )[0]
         return prediction.float()

@@ -68,7 +68,7 @@ class LoraMetadata:
     timestep_rank: TimestepRank | None = None  # ranks by timestep, which the weights alone do not tell
     private: Mapping[str, str] = field(default_factory=dict)  # captions and folder names, if the artist wants them
     origins: Mapping[str, str] = field(default_factory=dict)  # of the LoRA files it was trained from or on, by key
-    prediction_type: Literal["epsilon", "v_prediction"] = "epsilon"
+    prediction_type: Literal["epsilon", "v_prediction", "flow"] = "epsilon"
     clip_skip: int | None = None  # the text encoder's layer, counted from the last; None for the family's own
 
 
@@ -216,9 +216,11 @@ def _rank_and_alpha(state: LoraState) -> dict[str, str]:
 def _training_header(state: LoraState, metadata: LoraMetadata) -> dict[str, str]:
     family = family_named(metadata.architecture)
     size = metadata.resolution_px
+    # ModelSpec knows no name for what flow matching predicts.
+    predicts = {"epsilon": "epsilon", "v_prediction": "v"}.get(metadata.prediction_type)
     header = _SPEC | {
         "modelspec.architecture": f"{metadata.architecture}/lora",
-        "modelspec.prediction_type": "v" if metadata.prediction_type == "v_prediction" else "epsilon",
+        **({"modelspec.prediction_type": predicts} if predicts else {}),
         "modelspec.title": metadata.name,
         "modelspec.resolution": f"{size}x{size}",
         "modelspec.date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),

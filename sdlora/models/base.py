@@ -1,12 +1,11 @@
-"""What training, caching and previews need of a base model, and how the families with a UNet provide it.
+"""What training, caching and previews need of a base model.
 
-A new family is one new file with a subclass of `BaseModel`. Captions are read in windows of 77 tokens.
-Shapes: B batch, C latent channels (4), H/W pixels, h/w latents, N windows, L tokens of all of them, D text width.
+A new family is one new file with a subclass of `BaseModel`; those with a UNet share `sdlora.models.unet`.
+Shapes: B batch, C latent channels, H/W pixels, h/w latents.
 """
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import json
 import re
@@ -14,22 +13,17 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.resources import files
 from types import SimpleNamespace
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DDPMScheduler, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
 
 from sdlora.data.dataset import Example
-from sdlora.diffusion.noise import check_prediction_type, zero_terminal_snr
-from sdlora.errors import BaseModelError, ConfigError
+from sdlora.diffusion.noise import NoiseLevels
 
-_MAX_TOKENS = 77
-_START, _END = "<|startoftext|>", "<|endoftext|>"
 # References to other files in ComfyUI and A1111, which remove them from a prompt before encoding it.
 _CALLS = re.compile(r"embedding:\S+|<(?:lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
 
@@ -47,54 +41,19 @@ class TextOptions:
     max_windows: int = 1  # how many windows of 75 tokens a caption may fill
 
 
-def tokens_in_windows(tokenizer: CLIPTokenizer, captions: Sequence[str], max_windows: int) -> Tensor:
-    """Token ids (B, N, L); every window has its own start and end token, and longer captions are cut off.
-
-    Unused windows hold the empty caption, so that the embeddings of all captions have one shape.
-    """
-    length = tokenizer.model_max_length
-    size = length - 2
-    found: list[list[list[int]]] = []
-    for caption in captions:
-        ids = tokenizer(caption, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        parts = [ids[first : first + size] for first in range(0, max_windows * size, size)]
-        marked = [[tokenizer.bos_token_id, *part, tokenizer.eos_token_id] for part in parts]
-        found.append([part + [tokenizer.pad_token_id] * (length - len(part)) for part in marked])
-    return torch.tensor(found)
-
-
 def references_to_other_files(caption: str) -> list[str]:
     """References to textual inversions and other networks in a caption, which are not words."""
     return _CALLS.findall(caption)
-
-
-def clip_tokenizer(padding: Literal["<|endoftext|>", "!"]) -> CLIPTokenizer:
-    """The tokenizer that OpenAI's and OpenCLIP's text encoders share, from the bundled merges.
-
-    Args:
-        padding: The padding token: the end token for OpenAI's encoder, "!" (token 0) for OpenCLIP's.
-
-    Source: Radford et al. 2103.00020, section 2.4: byte-pair encoding, lower-cased, of 49,152 words and two special
-    tokens.
-    """
-    packed = files("sdlora.models").joinpath("clip/merges.txt.gz").read_bytes()
-    merges = [tuple(line.split()) for line in gzip.decompress(packed).decode("utf-8").splitlines()]
-    # The 256 bytes as characters: printable ones unchanged, then the others, moved beyond them.
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = [chr(code) for code in (*printable, *range(256, 512 - len(printable)))]
-    tokens = [*letters, *(f"{letter}</w>" for letter in letters), *("".join(pair) for pair in merges), _START, _END]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=padding, model_max_length=_MAX_TOKENS)
 
 
 @dataclass(frozen=True)
 class Source:
     """A loaded pipeline and where it came from."""
 
-    pipeline: DiffusionPipeline  # on the CPU, with the UNet in float32 or the compute dtype, everything else in float32
+    pipeline: DiffusionPipeline  # on the CPU, with the network in float32 or the compute dtype
     path: str  # as the user gave it
     revision: str | None  # the commit on the hub, or None
-    reload: Callable[..., DiffusionPipeline]  # loads it again, given the UNet's dtype and the components to keep
+    reload: Callable[..., DiffusionPipeline]  # loads it again, given the network's dtype and the components to keep
 
 
 class BaseModel(ABC):
@@ -103,92 +62,63 @@ class BaseModel(ABC):
     Args:
         source: The loaded pipeline.
         device: Where to compute.
-        dtype: The frozen UNet's dtype. VAE and text encoders stay in float32: they are small or run once, and the
-            VAE of Stable Diffusion XL overflows in float16.
+        dtype: The frozen network's dtype. The VAE stays in float32: it is small, and that of Stable Diffusion XL
+            overflows in float16.
         text: How captions are read.
 
     Attributes:
         architecture: ModelSpec's name of the family, such as "stable-diffusion-v1".
+        network_name: What diffusers calls the network in its pipeline.
         path: Where it was loaded from, as the user gave it.
         revision: The commit that a hub id was resolved to, or None.
-        unet: The network that adapters are injected into, in the compute dtype.
-        text_encoders: The networks that encode captions, in float32, on whichever device they are; to count and name.
-        device: Where the UNet is. The VAE and the text encoders are there only while they are in use.
-        prediction_type: "epsilon" or "v_prediction".
-        alphas_cumprod: The noise schedule, (1000,) float32 on `device`.
+        network: What adapters are injected into, in the compute dtype.
+        text_encoders: The networks that encode captions, on whichever device they are; to count and name.
+        device: Where the network is. The VAE and the text encoders are there only while they are in use.
+        levels: What a timestep means, and what the network predicts.
+        prediction_type: What it predicts: "epsilon", "v_prediction" or "flow".
         resolution_px: The edge length that it was trained at, in pixels.
         latent_factor: Pixels per latent along one edge.
         max_tokens: How many tokens of a caption are read, start and end tokens included.
+        text_dtype: In which the cache keeps text embeddings.
         vae_identity: A hash of the VAE's weights and configuration, for cache keys.
         text_identity: A hash of the tokenizer and the text encoders, for cache keys.
 
     Raises:
-        BaseModelError: The UNet needs inputs that the family does not have, or the prediction type or noise schedule
-            is unsupported.
+        BaseModelError: The network is not of the family, or its noise schedule is unsupported.
         ConfigError: The family cannot read captions as `text` asks.
     """
 
     architecture: str
+    network_name: ClassVar[str]
+    text_dtype: ClassVar[torch.dtype] = torch.float16
+    levels: NoiseLevels
+    prediction_type: Literal["epsilon", "v_prediction", "flow"]
+    resolution_px: int
+    latent_factor: int
+    max_tokens: int
 
     def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype, text: TextOptions) -> None:
         self._pipeline = pipeline = source.pipeline
         self._reload = source.reload
         self.path, self.revision, self.device, self.text = source.path, source.revision, device, text
-        self.unet: UNet2DConditionModel = pipeline.unet
+        self.network: Any = getattr(pipeline, self.network_name)
         self.vae: AutoencoderKL = pipeline.vae
-        self.text_encoders: tuple[Any, ...] = _one_or_two(pipeline, "text_encoder")
-        self.tokenizers: tuple[CLIPTokenizer, ...] = _one_or_two(pipeline, "tokenizer")
-        self._refuse_other_inputs()
-        self._check_family(pipeline)
-        if "beta_schedule" not in pipeline.scheduler.config:
-            raise BaseModelError(
-                f"{source.path!r} uses {type(pipeline.scheduler).__name__}, whose noise schedule sdlora does not "
-                "train. Choose a base model with a DDPM schedule."
-            )
-        schedule = DDPMScheduler.from_config(pipeline.scheduler.config)
-        self.prediction_type = check_prediction_type(schedule.config.prediction_type)
-        self.alphas_cumprod: Tensor = schedule.alphas_cumprod.float().to(device)
-        self.latent_factor: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.resolution_px: int = self.unet.config.sample_size * self.latent_factor
-        self.max_tokens: int = text.max_windows * (self.tokenizers[0].model_max_length - 2) + 2
+        self.text_encoders: tuple[Any, ...] = one_or_two(pipeline, "text_encoder")
+        self.tokenizers: tuple[Any, ...] = one_or_two(pipeline, "tokenizer")
+        self._set_up(pipeline)
         self.vae_identity = weights_identity(self.vae, self.vae.config)
         parts = [
             weights_identity(e, e.config.to_dict(), tokenizer.get_vocab(), {"padding": tokenizer.pad_token_id})
             for e, tokenizer in zip(self.text_encoders, self.tokenizers, strict=True)
         ]
         self.text_identity = hashlib.blake2b("".join([*parts, str(text)]).encode("utf-8"), digest_size=16).hexdigest()
-        for module in (self.unet, self.vae, *self.text_encoders):
+        for module in (self.network, self.vae, *self.text_encoders):
             module.requires_grad_(False).eval()
-        self.unet.to(device, dtype)
-
-    def _refuse_other_inputs(self) -> None:
-        """Refuse a UNet that is made for inpainting, depth, editing or image prompts."""
-        unet = self.unet.config
-        channels, own = unet.in_channels, self.vae.config.latent_channels
-        if channels != own:
-            kinds = {9: "an inpainting model", 5: "a depth model", 8: "a model that edits images"}
-            kind = kinds.get(channels, "not a text-to-image model")
-            raise BaseModelError(
-                f"The UNet of {self.path!r} takes {channels} channels but its VAE has {own}: it is {kind}. "
-                "Train on the base model that it was made from; the LoRA works on both."
-            )
-        if unet.class_embed_type is not None or unet.encoder_hid_dim_type is not None:
-            raise BaseModelError(
-                f"The UNet of {self.path!r} is conditioned on images (as unCLIP is), which sdlora does not train. "
-                "Choose a text-to-image base model."
-            )
+        self.network.to(device, dtype)
 
     @abstractmethod
-    def _check_family(self, pipeline: DiffusionPipeline) -> None:
-        """Refuse what the family's file cannot train or read."""
-
-    def _refuse_clip_skip(self, family: str) -> None:
-        """Refuse any layer but the second to last, on which the family's UNet was trained."""
-        if self.text.clip_skip not in (None, 2):
-            raise ConfigError(
-                f"base.clip_skip is {self.text.clip_skip}, but {family} always reads the second to last layer (2). "
-                "Leave it unset."
-            )
+    def _set_up(self, pipeline: DiffusionPipeline) -> None:
+        """Set the attributes that are the family's own, after refusing what its file cannot train or read."""
 
     def move_text_encoders(self) -> tuple[Any, ...]:
         """The text encoders, moved to the device, where encoding and training their adapters need them."""
@@ -203,7 +133,7 @@ class BaseModel(ABC):
         return moments
 
     def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
-        """Scaled latents (B, C, h, w): (mean + exp(log-variance / 2) * noise) * scaling_factor.
+        """Scaled latents (B, C, h, w): (mean + exp(log-variance / 2) * noise - shift_factor) * scaling_factor.
 
         Args:
             moments: As `encode_pixels` returns them.
@@ -212,71 +142,62 @@ class BaseModel(ABC):
         mean, log_variance = moments.float().chunk(2, dim=1)
         # diffusers clamps the log-variance to this range as well (DiagonalGaussianDistribution).
         deviation = torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
-        latents: Tensor = (mean + deviation * noise) * self.vae.config.scaling_factor
-        return latents
+        latents = mean + deviation * noise
+        if (shift := self.vae.config.shift_factor) is not None:
+            latents = latents - shift
+        scaled: Tensor = latents * self.vae.config.scaling_factor
+        return scaled
 
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> list[Image.Image]:
         """The images of scaled latents, (B, C, h, w), as `sample_latents` returns them."""
         self._use(self.vae)
-        pixels = self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor, return_dict=False)[0]
+        latents = latents.to(self.device) / self.vae.config.scaling_factor
+        if (shift := self.vae.config.shift_factor) is not None:
+            latents = latents + shift
+        pixels = self.vae.decode(latents, return_dict=False)[0]
         images: list[Image.Image] = self._pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
         return images
 
     @abstractmethod
     def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
-        """Captions to the text embeddings that `predict` takes; gradients reach a text encoder's adapter.
+        """Captions to the text embeddings that `predict` takes; gradients reach a text encoder's adapter."""
 
-        Returns:
-            "states", (B, N L, D) for N windows of tokens, and "pooled", (B, P), if the family has it.
-        """
+    def batched(self, embeddings: Sequence[TextEmbeddings]) -> TextEmbeddings:
+        """Text embeddings of single captions, without a batch, as those of a batch in float32."""
+        return {name: torch.stack([own[name] for own in embeddings]).float() for name in embeddings[0]}
 
     def size_conditions(self, examples: Sequence[Example]) -> TextEmbeddings:
         """Further conditioning of `predict` that depends on each image's size and crop alone; none by default."""
         return {}
 
+    @abstractmethod
     def prompt_embeddings(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
         """Keyword arguments for the pipeline in place of prompts, encoded as captions are."""
-        names = {"states": "prompt_embeds", "pooled": "pooled_prompt_embeds"}
-        wanted, unwanted = self.encode_captions(prompts), self.encode_captions(negative_prompts)
-        return {names[name]: tensor for name, tensor in wanted.items()} | {
-            f"negative_{names[name]}": tensor for name, tensor in unwanted.items()
-        }
 
+    @abstractmethod
     def num_tokens(self, caption: str) -> int:
         """How many tokens a caption has, start and end tokens included."""
-        return len(self.tokenizers[0](caption, truncation=False, verbose=False).input_ids)
 
+    @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
-        """The UNet's prediction (B, C, h, w) in float32, for noisy latents (B, C, h, w) at timesteps (B,)."""
-        dtype, more = self.unet.dtype, {}
-        if "pooled" in text:
-            more["added_cond_kwargs"] = {"text_embeds": text["pooled"].to(dtype), "time_ids": text["sizes"]}
-        states = text["states"].to(dtype)
-        prediction: Tensor = self.unet(noisy.to(dtype), timesteps, states, return_dict=False, **more)[0]
-        return prediction.float()
+        """The network's prediction (B, C, h, w) in float32, for noisy latents (B, C, h, w) at timesteps (B,)."""
 
+    @abstractmethod
     def use_zero_terminal_snr(self) -> None:
         """Rescale the schedule to zero terminal SNR, for training and for previews.
 
         Raises:
-            ConfigError: The base predicts epsilon, which says nothing about the image at pure noise.
+            ConfigError: That means nothing for this base model.
         """
-        if self.prediction_type != "v_prediction":
-            raise ConfigError(
-                f"loss.zero_terminal_snr needs a v-prediction base model, but {self.path!r} predicts "
-                f"{self.prediction_type}. Set it to false; to learn darker and brighter images, raise "
-                "loss.noise_offset a little."
-            )
-        self.alphas_cumprod = zero_terminal_snr(self.alphas_cumprod)
-        # Sampling must start at the last timestep too (Lin et al. 2305.08891, section 3.3), which DDIM can.
-        self._pipeline.scheduler = DDIMScheduler.from_config(
-            self._pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
-        )
+
+    def guidance_argument(self, scale: float) -> float:
+        """A classifier-free guidance scale, 1 being none, in the terms of the family's pipeline."""
+        return scale
 
     @contextmanager
     def pipeline(self) -> Iterator[DiffusionPipeline]:
-        """A pipeline around these networks, adapters included; latents stay in float32 whatever the UNet's dtype.
+        """A pipeline around these networks, adapters included; latents stay in float32 whatever the network's dtype.
 
         It takes the arguments that `prompt_embeddings` returns and has no text encoders of its own.
         """
@@ -285,8 +206,10 @@ class BaseModel(ABC):
         held = vars(self._pipeline)
         encoders = {name: held[name] for name in ("text_encoder", "text_encoder_2") if name in held}
         stand_ins = {name: SimpleNamespace(dtype=e.dtype, config=e.config) for name, e in encoders.items()}
-        before = self.unet.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
-        after = self.unet.register_forward_hook(lambda _, __, output: tuple(value.float() for value in output))
+        before = self.network.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
+        after = self.network.register_forward_hook(
+            lambda _, __, output: tuple(_mapped(Tensor.float, x) for x in output)
+        )
         held.update(stand_ins)
         try:
             yield self._pipeline
@@ -312,7 +235,7 @@ class BaseModel(ABC):
             move(network, self.device)
 
     def fresh_pipeline(self) -> DiffusionPipeline:
-        """The base model in float32 on the CPU without adapters: loaded again, but for what has none."""
+        """The base model on the CPU without adapters, its network in float32: loaded again, but for what has none."""
         held = {name: getattr(self._pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2")}
         plain = {name: network for name, network in held.items() if network is not None and not _has_adapter(network)}
         for network in plain.values():
@@ -330,22 +253,29 @@ def move(network: nn.Module, device: torch.device) -> None:
         network.to(device)
 
 
-def _one_or_two(pipeline: DiffusionPipeline, part: str) -> Any:
+def one_or_two(pipeline: DiffusionPipeline, part: str) -> Any:
     """A component of a pipeline, and the second of its kind if there is one."""
     found = (getattr(pipeline, name, None) for name in (part, f"{part}_2"))
     return tuple(component for component in found if component is not None)
 
 
-def _cast_inputs(unet: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    dtype = next(unet.parameters()).dtype
+def _cast_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
+    dtype = next(network.parameters()).dtype
 
     def cast(value: Any) -> Any:
         if isinstance(value, dict):
             # Sizes in pixels stay exact: bfloat16 has no odd integers above 256.
             return {name: inner if name == "time_ids" else cast(inner) for name, inner in value.items()}
-        return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+        return _mapped(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value)
 
     return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
+
+
+def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A function of a tensor, or of each tensor in a list; anything else as it is."""
+    if isinstance(value, list):
+        return [_mapped(function, inner) for inner in value]
+    return function(value) if isinstance(value, Tensor) else value
 
 
 def weights_identity(module: nn.Module, *descriptions: Any) -> str:

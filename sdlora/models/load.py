@@ -27,10 +27,11 @@ from sdlora.errors import BaseModelError
 from sdlora.lora.inject import NETWORKS
 from sdlora.lora.quantize import Quantization, quantize_linears
 from sdlora.models.architectures import ARCHITECTURES, Family, identify, read_header
-from sdlora.models.base import BaseModel, Source, TextOptions, clip_tokenizer
+from sdlora.models.base import BaseModel, Source, TextOptions
 from sdlora.models.sd import StableDiffusion
 from sdlora.models.sd2 import StableDiffusion2
 from sdlora.models.sdxl import StableDiffusionXL
+from sdlora.models.unet import clip_tokenizer
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _PIPELINES = {architecture.pipeline for architecture in ARCHITECTURES.values()}

@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from diffusers import DiffusionPipeline
 
 from sdlora.errors import ConfigError
-from sdlora.models.base import BaseModel, TextEmbeddings, tokens_in_windows
+from sdlora.models.base import TextEmbeddings
+from sdlora.models.unet import UnetModel, tokens_in_windows
 
 
-class StableDiffusion(BaseModel):
+class StableDiffusion(UnetModel):
     """Stable Diffusion 1.x.
 
     Raises:

@@ -14,12 +14,13 @@ from torch import Tensor
 from sdlora.data.dataset import Example
 from sdlora.data.images import crop_origin
 from sdlora.errors import BaseModelError
-from sdlora.models.base import BaseModel, TextEmbeddings, tokens_in_windows
+from sdlora.models.base import TextEmbeddings
+from sdlora.models.unet import UnetModel, tokens_in_windows
 
 _NUM_SIZES = 6
 
 
-class StableDiffusionXL(BaseModel):
+class StableDiffusionXL(UnetModel):
     """Stable Diffusion XL.
 
     Raises:

@@ -127,7 +127,7 @@ class SamplerWatch:
                 negative, caption = predictions.chunk(2)
                 norms.append((caption - negative).float().square().mean(dim=(1, 2, 3)).sqrt())
 
-        handle = self._base.unet.register_forward_hook(observe)
+        handle = self._base.network.register_forward_hook(observe)
         try:
             yield
         finally:

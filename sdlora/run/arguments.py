@@ -62,12 +62,12 @@ def make_adapter(config: RunConfig, base: BaseModel) -> Adapter:
     lora, spec = config.lora, adapter_spec(config)
     texts = base.move_text_encoders() if text_is_trained(config) else base.text_encoders
     if (file := starting_file(config)) is not None:
-        adapter = attach(base.unet, file, text_encoders=texts)
+        adapter = attach(base.network, file, text_encoders=texts)
         for layer in adapter.layers.values():
             layer.dropout = lora.dropout
         return adapter
-    paths = find_targets(base.unet, lora.targets, base.text_encoders)
-    return inject(base.unet, paths, lora.rank, lora.alpha, config.seed, spec=spec, text_encoders=texts)
+    paths = find_targets(base.network, lora.targets, base.text_encoders)
+    return inject(base.network, paths, lora.rank, lora.alpha, config.seed, spec=spec, text_encoders=texts)
 
 
 def training_settings(config: RunConfig) -> TrainingSettings:

@@ -32,7 +32,7 @@ def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Even
     if not (config.preview.enabled and config.copycheck.enabled):
         raise ConfigError("A check needs previews: set preview.enabled and copycheck.enabled to true.")
     loaded = load(config)
-    adapter = attach(loaded.base.unet, file, text_encoders=loaded.base.text_encoders)
+    adapter = attach(loaded.base.network, file, text_encoders=loaded.base.text_encoders)
     validation = make_validation(config, loaded, adapter)
     request = preview_request(config.preview, loaded.images.training)
     checker = make_checker(config, loaded, adapter, request, validation)

@@ -204,7 +204,7 @@ def _estimate(inputs: MemoryInputs, memory_bytes: int | None, **counts: Any) -> 
 
 def memory_of_run(context: RunContext) -> tuple[int | None, int | None]:
     """The peak of memory and what the device has for it; None for base models so small that they fit anywhere."""
-    if num_weights(context.base.unet) < _SMALL_BASE:
+    if num_weights(context.base.network) < _SMALL_BASE:
         return None, None
     inputs = memory_inputs(context, context.config)
     return estimate_memory(inputs).peak_bytes, _free_bytes(context, inputs)
@@ -217,7 +217,7 @@ def memory_inputs(context: RunContext, config: RunConfig) -> MemoryInputs:
         config,
         adapter_spec(config),
         shapes_of_base(context.base),
-        context.base.unet.dtype,
+        context.base.network.dtype,
         max((example.bucket for example in context.data.dataset.examples), key=prod),
         # Cached tensors stay in the host's memory, which is the device's own on a CPU.
         cached_bytes=cache_bytes_of_run(context, config) if on_cpu else 0,
@@ -280,6 +280,6 @@ def device_memory(device: torch.device) -> int:
 
 def _free_bytes(context: RunContext, inputs: MemoryInputs) -> int:
     """Memory for a run: what is free, and what its networks hold already; text encoders may wait elsewhere."""
-    networks = [context.base.unet, *context.base.text_encoders]
+    networks = [context.base.network, *context.base.text_encoders]
     loaded = [network for network in networks if next(network.parameters()).device.type == context.loaded.device.type]
     return device_memory(context.loaded.device) + num_bytes(*loaded) + (inputs.shapes.vae_bytes if inputs.on_cpu else 0)

@@ -190,7 +190,7 @@ def _modules(base: BaseModel) -> list[object]:
     """The modules of a base's networks, with their hooks."""
     return [
         (name, id(module), *module._forward_hooks, *module._forward_pre_hooks)
-        for network in (base.unet, *base.text_encoders)
+        for network in (base.network, *base.text_encoders)
         for name, module in network.named_modules()
     ]
 
@@ -215,7 +215,7 @@ def load(config: RunConfig, bases: BaseSource = fresh_base) -> Loaded:
     return Loaded(
         base=base,
         # Before adapters change the names of the weights.
-        identity=weights_identity(base.unet, base.unet.config),
+        identity=weights_identity(base.network, base.network.config),
         images=images,
         cache=Cache(Path(config.cache.dir) if config.cache.dir else None, base),
         device=device,

@@ -18,7 +18,6 @@ from sdlora.common import seeds
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Example
 from sdlora.diffusion.losses import huber_per_example, loss_weight, mse_per_example
-from sdlora.diffusion.noise import add_noise, prediction_target
 from sdlora.models.base import BaseModel, TextEmbeddings
 from sdlora.training.data import ExposureSchedule, TrainingData
 from sdlora.training.settings import TrainingSettings
@@ -77,8 +76,8 @@ class ExposureLoss:
             loss, extra = diffusion_loss(self.base, batch, self._error), None
         else:
             loss, extra = self.extra(batch, exposures, self._error)
-        alphas_cumprod = self.base.alphas_cumprod[batch.timesteps.to(self.base.device)]
-        weight = loss_weight(self.settings.weighting, alphas_cumprod, self.base.prediction_type, self.settings.gamma)
+        levels, at = self.base.levels, batch.timesteps.to(self.base.device)
+        weight = loss_weight(self.settings.weighting, levels, at, self.settings.gamma)
         return loss, weight * loss if extra is None else weight * loss + extra
 
     def latents_and_noise(self, exposures: Sequence[Exposure]) -> tuple[Tensor, Tensor]:
@@ -129,7 +128,8 @@ def diffusion_loss(base: BaseModel, batch: Batch, error: Error = mse_per_example
     Returns:
         (B,) float32 on the base model's device.
 
-    Source: Ho et al. 2006.11239, equation 14; for v, Salimans & Ho 2202.00512, section 4.
+    Source: Ho et al. 2006.11239, equation 14; for v, Salimans & Ho 2202.00512, section 4; for flow matching, Lipman et
+    al. 2210.02747, equation 5.
     """
     noisy, timesteps, target = noised(base, batch)
     return error(base.predict(noisy, timesteps, text_on_device(base, batch.text)), target, batch.weights)
@@ -138,9 +138,8 @@ def diffusion_loss(base: BaseModel, batch: Batch, error: Error = mse_per_example
 def noised(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents, timesteps and the target, on the base model's device."""
     latents, noise, timesteps = (on_device(base, x) for x in (batch.latents, batch.noise, batch.timesteps))
-    alphas_cumprod = base.alphas_cumprod[timesteps]
-    target = prediction_target(base.prediction_type, latents, noise, alphas_cumprod)
-    return add_noise(latents, noise, alphas_cumprod), timesteps, target
+    levels = base.levels
+    return levels.mix(latents, noise, timesteps), timesteps, levels.target(latents, noise, timesteps)
 
 
 def text_on_device(base: BaseModel, text: TextEmbeddings) -> TextEmbeddings:

@@ -66,7 +66,7 @@ class TrainStep:
         self.settings, self.base, self.adapter, self.terms = settings, base, adapter, terms
         self.accelerator, self.processes = accelerator, processes
         self.model = TrainingModel(
-            base.unet,
+            base.network,
             adapter,
             adapter_groups(adapter, settings.loraplus_lr_ratio, settings.text_encoder_factor),
             optimizer=settings.optimizer,

@@ -407,7 +407,7 @@ def test_checkpointing_trains_the_same_and_keeps_less(
     original = ExposureLoss.__call__
 
     def count(self: ExposureLoss, *arguments: Any) -> Any:
-        with saved_for_backward(self.base.unet) as saved:
+        with saved_for_backward(self.base.network) as saved:
             losses = original(self, *arguments)
         kept.append(saved.held_bytes)
         return losses

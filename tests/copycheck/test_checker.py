@@ -33,7 +33,7 @@ def parts(tiny_base: Path, tmp_path: Path) -> tuple[Adapter, Checker, Validation
         render(random_scene(index)).resize((32, 32)).save(folder / f"{index}.png")
         (folder / f"{index}.txt").write_text(f"scene {index}")
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
-    adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"], base.text_encoders), 2, 2.0, 0)
+    adapter = inject(base.network, find_targets(base.network, ["cross_attention"], base.text_encoders), 2, 2.0, 0)
     whole = load_dataset(ImageFolder(str(folder)))
     trained, held = replace(whole, examples=whole.examples[:3]), replace(whole, examples=whole.examples[3:])
     cache = Cache(tmp_path / "cache", base)

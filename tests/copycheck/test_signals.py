@@ -26,7 +26,7 @@ from sdlora.copycheck.signals import (
 )
 from sdlora.copycheck.similarity import hp_ms
 from sdlora.data.dataset import load_dataset
-from sdlora.diffusion.noise import PredictionType
+from sdlora.diffusion.noise import DdpmLevels, PredictionType
 from sdlora.models.load import load_base
 from sdlora.pocket.architecture import build_scheduler
 from sdlora.training.data import TrainingData
@@ -49,7 +49,7 @@ class Guesser:
     def __init__(self, prediction_type: PredictionType, guess: Callable[[int, int, Tensor], Tensor]) -> None:
         self.prediction_type = prediction_type
         self.device = torch.device("cpu")
-        self.alphas_cumprod = build_scheduler().alphas_cumprod
+        self.levels = DdpmLevels(build_scheduler().alphas_cumprod, prediction_type)
         self.guess = guess
 
     def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ class Guesser:
     def predict(self, noisy: Tensor, timesteps: Tensor, text: dict[str, Tensor]) -> Tensor:
         predictions = []
         for noisy_one, timestep, number in zip(noisy.double(), timesteps, text["states"], strict=True):
-            alpha = self.alphas_cumprod[timestep].double()
+            alpha = self.levels.alphas_cumprod[timestep].double()
             clean = self.guess(int(number), int(timestep), noisy_one / (1 - alpha).sqrt()).double()
             if self.prediction_type == "epsilon":
                 predictions.append((noisy_one - alpha.sqrt() * clean) / (1 - alpha).sqrt())
@@ -136,7 +136,7 @@ def test_retrieve_has_no_side_effects(tiny_base: Path, images: Path, tmp_path: P
     dataset = dataset.with_buckets(32, BucketOptions(8))
     data = TrainingData(dataset, Cache(tmp_path, base), lambda index, _: dataset.examples[index].caption)
     list(data.fill("white"))
-    unet: Any = base.unet
+    unet: Any = base.network
     adapter = trained(unet)
     unet.train()
     torch.manual_seed(1)

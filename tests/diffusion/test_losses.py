@@ -6,8 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from torch import Tensor
 
+from sdlora.diffusion.flow import FlowLevels, level
 from sdlora.diffusion.losses import huber_per_example, loss_weight, mean_per_example, mse_per_example
+from sdlora.diffusion.noise import DdpmLevels, PredictionType
 from sdlora.pocket.architecture import build_scheduler
 
 
@@ -58,6 +61,11 @@ FORMULAS: dict[str, Callable[[torch.Tensor, float], torch.Tensor]] = {
 }
 
 
+def weights(name: str, alphas_cumprod: Tensor, kind: PredictionType, gamma: float | None = None) -> Tensor:
+    """The weight at every timestep of a schedule."""
+    return loss_weight(name, DdpmLevels(alphas_cumprod, kind), torch.arange(len(alphas_cumprod)), gamma)
+
+
 @pytest.mark.parametrize("name", list(FORMULAS))
 @pytest.mark.parametrize("gamma", [None, 0.5, 3.0])
 def test_weights_equal_the_papers_formulas(name: str, gamma: float | None) -> None:
@@ -65,37 +73,50 @@ def test_weights_equal_the_papers_formulas(name: str, gamma: float | None) -> No
     snr = alphas_cumprod / (1 - alphas_cumprod)
     usual = {"p2": 1.0}.get(name, 5.0)
     expected = FORMULAS[name](snr, usual if gamma is None else gamma)
-    torch.testing.assert_close(loss_weight(name, alphas_cumprod, "epsilon", gamma), expected)
+    found = weights(name, alphas_cumprod, "epsilon", gamma)
+    torch.testing.assert_close(found.double(), expected)
     if name != "constant":
         # The same objective on the clean latents: v's error is (SNR + 1) / SNR times epsilon's.
-        torch.testing.assert_close(loss_weight(name, alphas_cumprod, "v_prediction", gamma), expected * snr / (snr + 1))
+        torch.testing.assert_close(weights(name, alphas_cumprod, "v_prediction", gamma), expected * snr / (snr + 1))
 
 
 def test_min_snr_for_v_equals_the_papers_formula() -> None:
     snr = torch.tensor([0.1, 4.0, 50.0], dtype=torch.float64)
     expected = torch.tensor([0.1, 4.0, 5.0], dtype=torch.float64) / (snr + 1)
-    torch.testing.assert_close(loss_weight("min_snr", snr / (1 + snr), "v_prediction"), expected)
+    torch.testing.assert_close(weights("min_snr", snr / (1 + snr), "v_prediction"), expected)
 
 
 def test_weights_have_known_values_on_the_schedule() -> None:
     alphas_cumprod = build_scheduler().alphas_cumprod.double()
-    found = loss_weight("min_snr", alphas_cumprod, "epsilon")
+    found = weights("min_snr", alphas_cumprod, "epsilon")
     assert found.mean().item() == pytest.approx(0.917, abs=5e-4)
     assert (found < 1).nonzero().max() == 146
-    share = loss_weight("debiased", alphas_cumprod, "epsilon")
+    share = weights("debiased", alphas_cumprod, "epsilon")
     assert (share[800:].sum() / share.sum()).item() == pytest.approx(0.585, abs=2e-3)
     # With gamma 1 the smooth minimum is P2(1, 1).
     torch.testing.assert_close(
-        loss_weight("soft_min_snr", alphas_cumprod, "epsilon", 1.0), loss_weight("p2", alphas_cumprod, "epsilon")
+        weights("soft_min_snr", alphas_cumprod, "epsilon", 1.0), weights("p2", alphas_cumprod, "epsilon")
     )
 
 
 def test_weights_of_pure_noise_are_finite_for_v() -> None:
     zero = torch.zeros(1)
     for name in FORMULAS:
-        assert torch.isfinite(loss_weight(name, zero, "v_prediction")).all()
+        assert torch.isfinite(weights(name, zero, "v_prediction")).all()
 
 
 def test_unknown_weighting_is_refused() -> None:
     with pytest.raises(KeyError):
-        loss_weight("minsnr", torch.ones(1) / 2, "epsilon")
+        weights("minsnr", torch.ones(1) / 2, "epsilon")
+
+
+@pytest.mark.parametrize("name", list(FORMULAS))
+def test_weights_of_flow_matching_are_those_of_the_clean_latents_times_s_squared(name: str) -> None:
+    timesteps = torch.arange(1000)
+    s = level(timesteps)
+    snr = ((1 - s) / s) ** 2
+    gamma = {"p2": 1.0}.get(name, 5.0)
+    # The papers' formulas weigh epsilon's error, which is SNR times that of the clean latents.
+    expected = torch.ones(1000) if name == "constant" else FORMULAS[name](snr, gamma) * snr * s**2
+    expected = torch.where(s < 1, expected.double(), 1.0 if name == "constant" else 0.0)
+    torch.testing.assert_close(loss_weight(name, FlowLevels(), timesteps).double(), expected, rtol=1e-5, atol=1e-7)

@@ -36,7 +36,7 @@ def config_of_text() -> RunConfig:
 def test_families_have_known_numbers_of_trained_parameters(family: Any, counts: tuple[int, ...]) -> None:
     base = MetaBase(shapes_of_family(family), torch.bfloat16)
     for targets, count in zip((CROSS, BOTH, ALL), counts, strict=True):
-        adapter = inject(base.unet, find_targets(base.unet, targets), 8, 8.0, 0)
+        adapter = inject(base.network, find_targets(base.network, targets), 8, 8.0, 0)
         assert adapter.num_parameters() == count
         adapter.remove()
 

@@ -28,8 +28,8 @@ def test_meta_model_has_shapes_and_sizes_of_loaded_base(tiny_base: Path) -> None
     assert (shapes.latent_factor, shapes.resolution_px) == (base.latent_factor, base.resolution_px)
     assert shapes.frozen_bytes == num_bytes(base.vae, *base.text_encoders)
     made = MetaBase(shapes, torch.float32, text_is_trained=True)
-    assert {n: p.shape for n, p in made.unet.named_parameters()} == {
-        n: p.shape for n, p in base.unet.named_parameters()
+    assert {n: p.shape for n, p in made.network.named_parameters()} == {
+        n: p.shape for n, p in base.network.named_parameters()
     }
     assert made.text_encoders
     assert made.text(2)["states"].shape == base.encode_captions(["a", "b"])["states"].shape

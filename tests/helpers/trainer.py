@@ -44,8 +44,8 @@ def make_trainer(
         name="n",
     )
     base = load_base(str(base_folder), device=torch.device("cpu"), dtype=dtype)
-    paths = find_targets(base.unet, targets, base.text_encoders)
-    adapter = inject(base.unet, paths, 2, 2.0, 0, spec=spec, text_encoders=base.text_encoders)
+    paths = find_targets(base.network, targets, base.text_encoders)
+    adapter = inject(base.network, paths, 2, 2.0, 0, spec=spec, text_encoders=base.text_encoders)
     dataset = load_dataset(ImageFolder(str(images), repeats=2), masks=masks)
     dataset = dataset.with_buckets(32, BucketOptions(8, buckets=False))
     data = TrainingData(

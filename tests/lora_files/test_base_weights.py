@@ -27,7 +27,7 @@ from sdlora.lora_files.merge import differences, merge_into
 from sdlora.lora_files.read import read_file
 from sdlora.lora_files.write import LoraMetadata, save_lora
 from sdlora.models.architectures import ARCHITECTURES, Family, Header
-from sdlora.models.base import clip_tokenizer
+from sdlora.models.unet import clip_tokenizer
 
 FAMILIES: list[Family] = ["sd1", "sd2", "sdxl"]
 SPEC = {"sd1": "stable-diffusion-v1", "sd2": "stable-diffusion-v2-768-v", "sdxl": "stable-diffusion-xl-v1-base"}

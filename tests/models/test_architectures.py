@@ -124,5 +124,5 @@ def test_prediction_type_of_a_single_file_comes_from_its_header(tmp_path: Path, 
     assert found("sdxl", v_pred=torch.zeros(1)) == ("v_prediction", False)
     assert found("sdxl", v_pred=torch.zeros(1), ztsnr=torch.zeros(1)) == ("v_prediction", True)
     base = load(file)
-    assert (base.prediction_type, float(base.alphas_cumprod[-1])) == ("v_prediction", 0.0)
+    assert (base.prediction_type, float(base.levels.alphas_cumprod[-1])) == ("v_prediction", 0.0)
     assert load(file, prediction_type="epsilon").prediction_type == "epsilon"

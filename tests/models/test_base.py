@@ -13,8 +13,9 @@ from helpers.tiny import TINY, small_tokenizer
 
 from sdlora.data.dataset import Example
 from sdlora.models.architectures import Family
-from sdlora.models.base import TextOptions, clip_tokenizer, references_to_other_files, tokens_in_windows
+from sdlora.models.base import TextOptions, references_to_other_files
 from sdlora.models.load import load_base
+from sdlora.models.unet import clip_tokenizer, tokens_in_windows
 
 # From the documentation and examples of CLIP and Stable Diffusion.
 KNOWN = {
@@ -87,7 +88,7 @@ def test_previews_equal_those_of_diffusers(family: Family, folders: dict[Family,
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_only_the_unet_is_cast_to_half_precision(dtype: torch.dtype, folders: dict[Family, Path]) -> None:
     base: Any = load_base(str(folders["sdxl"]), device=CPU, dtype=dtype)
-    assert base.unet.dtype == dtype
+    assert base.network.dtype == dtype
     assert {network.dtype for network in (base.vae, *base.text_encoders)} == {torch.float32}
     # The published VAE overflows in float16; here its numbers are made as large.
     with torch.no_grad():

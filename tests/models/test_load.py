@@ -78,6 +78,6 @@ def test_variants_are_read(tmp_path: Path, tiny_base: Path) -> None:
             dtype=torch.float32,
             options=LoadOptions(variant=variant),
         )
-        assert next(base.unet.parameters()).dtype == next(base.text_encoders[0].parameters()).dtype == torch.float32
+        assert next(base.network.parameters()).dtype == next(base.text_encoders[0].parameters()).dtype == torch.float32
         with pytest.raises(BaseModelError, match=r"base\.variant = 'fp16'"):
             load_base(str(tmp_path / variant), device=torch.device("cpu"), dtype=torch.float32)

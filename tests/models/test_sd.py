@@ -37,8 +37,8 @@ def test_previews_work_in_bf16_with_latents_in_fp32(tiny_base: Path) -> None:
         options = {"num_inference_steps": 2, "output_type": "latent", "guidance_scale": 3.0}
         latents = pipeline(**prompts, generator=torch.Generator().manual_seed(0), **options).images
     assert latents.dtype == torch.float32
-    assert not list(base.unet._forward_hooks.values())
-    assert next(base.unet.parameters()).dtype == torch.bfloat16
+    assert not list(base.network._forward_hooks.values())
+    assert next(base.network.parameters()).dtype == torch.bfloat16
     assert next(base.fresh_pipeline().unet.parameters()).dtype == torch.float32
 
 

@@ -29,7 +29,7 @@ def test_sizes_change_the_prediction(folders: dict[Family, Path]) -> None:
 def test_sizes_stay_exact_under_bf16(folders: dict[Family, Path]) -> None:
     base = load_base(str(folders["sdxl"]), device=CPU, dtype=torch.bfloat16)
     seen: list[torch.Tensor] = []
-    base.unet.register_forward_pre_hook(
+    base.network.register_forward_pre_hook(
         lambda _, __, kwargs: seen.append(kwargs["added_cond_kwargs"]["time_ids"]), with_kwargs=True
     )
     with torch.no_grad():

@@ -76,7 +76,7 @@ def test_single_file_has_the_weights_of_the_folder(
     write_checkpoint(file, authors_layout(family, networks), dtype=dtype)
     base = load(file, prediction_type="v_prediction" if family == "sd2" else None)
     assert (base.architecture, base.prediction_type) == NAMES[family]
-    own = {"unet": base.unet, "vae": base.vae} | dict(  # type: ignore[attr-defined]
+    own = {"unet": base.network, "vae": base.vae} | dict(  # type: ignore[attr-defined]
         zip(("text_encoder", "text_encoder_2"), base.text_encoders, strict=False)
     )
     assert own.keys() == networks.keys()

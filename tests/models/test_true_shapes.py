@@ -27,7 +27,7 @@ def test_one_step_of_stable_diffusion_15_at_256_px_in_bf16() -> None:
     assert sum(p.numel() for p in source.pipeline.unet.parameters()) == NUM_PARAMETERS
     base = StableDiffusion(source, device=torch.device("cpu"), dtype=torch.bfloat16, text=TextOptions())
     assert (base.resolution_px, base.latent_factor) == (512, 8)
-    adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"]), 8, 8.0, seed=0)
+    adapter = inject(base.network, find_targets(base.network, ["cross_attention"]), 8, 8.0, seed=0)
     assert len(adapter.layers) == 64
     pixels = seeds.normal((1, 3, 256, 256), 0, "pixels").clamp(-1, 1)
     moments = base.encode_pixels(pixels)

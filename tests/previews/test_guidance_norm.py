@@ -23,7 +23,7 @@ class Stub(nn.Module):
 
 def stubbed() -> tuple[SamplerWatch, Stub]:
     unet = Stub()
-    base: Any = SimpleNamespace(unet=unet)
+    base: Any = SimpleNamespace(network=unet)
     return SamplerWatch(base), unet
 
 
@@ -67,7 +67,7 @@ def drawn(
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=dtype)
     if scheduler is not None:
         base._pipeline.scheduler = scheduler(base._pipeline.scheduler.config)  # type: ignore[attr-defined]
-    trained(base.unet)
+    trained(base.network)
     watch = SamplerWatch(base)
     request = PreviewRequest(("a red cat", "a dog", "a blue fish"), (3, 4), "green", 5, guidance)
     list(draw_epoch(base, request, 1, folder, watch))
@@ -105,10 +105,10 @@ def test_norms_of_a_half_precision_base_are_float32(tiny_base: Path, tmp_path: P
 
 def test_observing_changes_no_image_and_no_state(tiny_base: Path, tmp_path: Path) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
-    adapter = trained(base.unet)
+    adapter = trained(base.network)
     first = next(iter(adapter.layers.values()))
     first.enabled = False
-    base.unet.train()
+    base.network.train()
     request = PreviewRequest(("a red cat",), (3, 4), "", 2, 5.0)
     list(draw_epoch(base, request, 1, tmp_path / "alone"))
     torch.manual_seed(1)
@@ -120,7 +120,7 @@ def test_observing_changes_no_image_and_no_state(tiny_base: Path, tmp_path: Path
         assert (tmp_path / "alone" / "previews" / name).read_bytes() == (
             tmp_path / "watched" / "previews" / name
         ).read_bytes()
-    assert base.unet.training
-    assert not base.unet._forward_hooks
-    assert not base.unet._forward_pre_hooks
+    assert base.network.training
+    assert not base.network._forward_hooks
+    assert not base.network._forward_pre_hooks
     assert [layer.enabled for layer in adapter.layers.values()] == [False] + [True] * (len(adapter.layers) - 1)

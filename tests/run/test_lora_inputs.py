@@ -131,7 +131,7 @@ def test_continued_adapter_predicts_exactly_as_the_file(
     config = with_settings_of_file(settings(tiny_base, f"lora.from_file={file}", "lora.dropout=0.25"))
     base, other = loaded(tiny_base), loaded(tiny_base)
     adapter = make_adapter(config, base)
-    expected = attach(other.unet, read_file(file), text_encoders=other.text_encoders)
+    expected = attach(other.network, read_file(file), text_encoders=other.text_encoders)
     for mine, theirs in zip(predictions(base), predictions(other), strict=True):
         assert torch.equal(mine, theirs)
     assert adapter.layers.keys() == expected.layers.keys()
@@ -153,7 +153,7 @@ def test_kohyas_dora_predicts_as_lycoris_computes_it(tiny_base: Path, lora: Call
     make_adapter(with_settings_of_file(settings(tiny_base, f"lora.from_file={file}")), base)
     mine = predictions(base)
     merged = loaded(tiny_base)
-    pipeline.unet, pipeline.text_encoder = merged.unet, merged.text_encoders[0]
+    pipeline.unet, pipeline.text_encoder = merged.network, merged.text_encoders[0]
     changed = 0
     # LyCORIS 4.1 (locon.py): W' = dora_scale (W + s B A) / (||W + s B A|| + eps), norms of rows.
     for name, weight in weights_by_kohya_name(pipeline).items():
@@ -382,8 +382,9 @@ def test_merged_base_is_that_of_diffusers(form: str, tiny_base: Path, lora: Call
     theirs.fuse_lora(lora_scale=0.8)
     theirs.unload_lora_weights()
     for mine in (base, base.fresh_pipeline()):
+        network = base.network if mine is base else mine.unet
         encoder = base.text_encoders[0] if mine is base else mine.text_encoder
-        for ours, fused in ((mine.unet, theirs.unet), (encoder, theirs.text_encoder)):
+        for ours, fused in ((network, theirs.unet), (encoder, theirs.text_encoder)):
             expected = fused.state_dict()
             for name, value in ours.state_dict().items():
                 torch.testing.assert_close(value, expected[name], atol=1e-6, rtol=0)
@@ -396,8 +397,8 @@ def test_merged_base_is_that_of_diffusers(form: str, tiny_base: Path, lora: Call
 
 def test_merging_comes_before_rounding(tiny_base: Path, lora: Callable[[str], Path]) -> None:
     config = settings(tiny_base, f'base.merge=[{{file="{lora("kohya")}", weight=0.8}}]')
-    exact = fresh_base(config, CPU, torch.float32).unet.state_dict()
-    for name, value in fresh_base(config, CPU, torch.bfloat16).unet.state_dict().items():
+    exact = fresh_base(config, CPU, torch.float32).network.state_dict()
+    for name, value in fresh_base(config, CPU, torch.bfloat16).network.state_dict().items():
         assert torch.equal(value, exact[name].bfloat16())
     int8 = config.model_copy(update={"base": config.base.model_copy(update={"quantization": "int8"})})
     rounded = fresh_base(int8, CPU, torch.float32)
@@ -443,7 +444,7 @@ def test_pool_keeps_a_merged_base_until_a_file_changes(tiny_base: Path, lora: Ca
     assert second is not first
     assert bases(settings(tiny_base), CPU, torch.float32) is not second
     heavier = settings(tiny_base, f'base.merge=[{{file="{file}", weight=2.0}}]')
-    assert bases(heavier, CPU, torch.float32).unet.state_dict().keys() == second.unet.state_dict().keys()
+    assert bases(heavier, CPU, torch.float32).network.state_dict().keys() == second.network.state_dict().keys()
 
 
 def test_files_with_timestep_ranks_are_not_merged(tiny_base: Path, lora: Callable[[str], Path]) -> None:

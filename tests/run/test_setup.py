@@ -86,7 +86,7 @@ def test_base_is_bitwise_unchanged_after_an_adapter(tiny_base: Path, form: list[
     again = bases(config, CPU, torch.float32)
     assert again is base
     fresh = load_base(str(tiny_base), device=CPU, dtype=torch.float32)
-    for ours, theirs in zip((base.unet, *base.text_encoders), (fresh.unet, *fresh.text_encoders), strict=True):
+    for ours, theirs in zip((base.network, *base.text_encoders), (fresh.network, *fresh.text_encoders), strict=True):
         kept, untouched = ours.state_dict(), theirs.state_dict()
         assert kept.keys() == untouched.keys()
         assert all(torch.equal(kept[name], untouched[name]) for name in untouched)
@@ -100,7 +100,7 @@ def test_base_with_leftovers_of_an_adapter_is_reloaded(tiny_base: Path) -> None:
     make_adapter(config, base)
     assert bases(config, CPU, torch.float32) is not base
     second = bases(config, CPU, torch.float32)
-    second.unet.register_forward_hook(lambda *_: None)
+    second.network.register_forward_hook(lambda *_: None)
     assert bases(config, CPU, torch.float32) is not second
 
 
@@ -109,7 +109,7 @@ def test_other_precision_or_base_is_loaded(tiny_base: Path) -> None:
     first = bases(settings(tiny_base), CPU, torch.float32)
     assert bases(settings(tiny_base, "lora.rank=2"), CPU, torch.float32) is first
     other = bases(settings(tiny_base), CPU, torch.bfloat16)
-    assert other is not first and other.unet.dtype == torch.bfloat16
+    assert other is not first and other.network.dtype == torch.bfloat16
 
 
 def full(*_: object, **__: object) -> None:

@@ -26,11 +26,11 @@ def test_loss_of_an_exposure_equals_the_formula(tiny_base: Path, images: Path, t
     jitter = seeds.normal((4, 8, 8), 0, "latent", example.name, 2)
     noise = seeds.normal((4, 8, 8), 0, "noise", example.name, 2)
     latents = (mean + torch.exp(log_variance / 2) * jitter) * base.vae.config.scaling_factor  # type: ignore[attr-defined]
-    alpha = base.alphas_cumprod[600]
+    alpha = base.levels.alphas_cumprod[600]
     noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
     with torch.no_grad():
         states = base.encode_captions([example.caption])["states"]
-        answer = base.unet(noisy, torch.tensor([600]), states).sample
+        answer = base.network(noisy, torch.tensor([600]), states).sample
         found = trainer.terms[0].loss([Exposure(3, 2)], [600])[0]
     torch.testing.assert_close(found, (answer - noise).pow(2).mean().unsqueeze(0))
 
@@ -58,7 +58,7 @@ def test_objective_is_the_weighted_loss(tiny_base: Path, images: Path, tmp_path:
     trainer = make_trainer(tiny_base, images, tmp_path, loss={"weighting": "min_snr", "gamma": 2.0})
     with torch.no_grad():
         loss, objective = trainer.terms[0].loss([Exposure(3, 2), Exposure(2, 1)], [20, 600])
-    alphas_cumprod = trainer.base.alphas_cumprod[[20, 600]].double()
+    alphas_cumprod = trainer.base.levels.alphas_cumprod[[20, 600]].double()
     snr = alphas_cumprod / (1 - alphas_cumprod)
     torch.testing.assert_close(objective, (snr.clamp(max=2.0) / snr).float() * loss)
 
@@ -79,7 +79,7 @@ def test_masked_places_are_weighted_by_the_floor(tiny_base: Path, images: Path, 
     with torch.no_grad():
         found = trainer.terms[0].loss(exposures, [600, 600])[0]
         latents, noise = trainer.terms[0].loss.latents_and_noise(exposures)
-        alpha = base.alphas_cumprod[600]
+        alpha = base.levels.alphas_cumprod[600]
         text = trainer.data.text([(0, 1), (1, 1)])
         answer = base.predict(alpha.sqrt() * latents + (1 - alpha).sqrt() * noise, torch.tensor([600, 600]), text)
         whole = plain.terms[0].loss(exposures, [600, 600])[0]
@@ -105,8 +105,8 @@ def test_loss_uses_the_given_error(tiny_base: Path) -> None:
     batch = Batch(torch.zeros(2, 4, 8, 8), torch.ones(2, 4, 8, 8), torch.tensor([5, 6]), base.encode_captions(["", ""]))
     with torch.no_grad():
         found = diffusion_loss(base, batch, lambda predicted, target, _: (predicted - target).abs().amax(dim=(1, 2, 3)))
-        answer = base.unet((1 - base.alphas_cumprod[[5, 6]]).sqrt().view(-1, 1, 1, 1) * batch.noise, batch.timesteps,
-                           batch.text["states"]).sample  # fmt: skip
+        noisy = (1 - base.levels.alphas_cumprod[[5, 6]]).sqrt().view(-1, 1, 1, 1) * batch.noise
+        answer = base.network(noisy, batch.timesteps, batch.text["states"]).sample
     assert found.tolist() == pytest.approx((answer - 1).abs().amax(dim=(1, 2, 3)).tolist(), rel=1e-5)
 
 
@@ -123,11 +123,11 @@ def test_bands_are_means_over_fixed_timesteps_and_noise(tiny_base: Path, images:
         latents = data.moments([index])[0, :4] * base.vae.config.scaling_factor  # type: ignore[attr-defined]
         for level in range(50, 1000, 100):
             noise = seeds.normal((4, 8, 8), 3, "heldout noise", example.name, level)
-            alpha = base.alphas_cumprod[level]
+            alpha = base.levels.alphas_cumprod[level]
             noisy = (alpha.sqrt() * latents + (1 - alpha).sqrt() * noise).unsqueeze(0)
             with torch.no_grad():
                 states = base.encode_captions([example.caption])["states"]
-                answer = base.unet(noisy, torch.tensor([level]), states).sample
+                answer = base.network(noisy, torch.tensor([level]), states).sample
             expected[level // 200].append(float((answer - noise).pow(2).mean()))
     found = means_by_band(data, 3)
     assert found == pytest.approx([sum(losses) / 10 for losses in expected], abs=1e-5)

@@ -40,7 +40,7 @@ def class_words(trainer: Trainer) -> ClassWords:
 
 def test_one_pass_gives_the_loss_and_the_distance_from_the_base_model(tiny_base: Path) -> None:
     base = load_base(str(tiny_base), device=torch.device("cpu"), dtype=torch.float32)
-    adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"]), 2, 2.0, 0)
+    adapter = inject(base.network, find_targets(base.network, ["cross_attention"]), 2, 2.0, 0)
     draw = torch.Generator().manual_seed(0)
     latents, noise = torch.randn(2, 3, 4, 8, 8, generator=draw)
     batch = Batch(latents, noise, torch.tensor([10, 400, 950]), base.encode_captions(["a", "b", "c"]))
@@ -55,11 +55,11 @@ def test_one_pass_gives_the_loss_and_the_distance_from_the_base_model(tiny_base:
         some = torch.tensor([2, 0])
         their_text = {name: states[some] for name, states in class_text.items()}
         fewer = diffusion_loss_with_prior(base, adapter, batch, some, their_text, their_text)
-        alpha = base.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
+        alpha = base.levels.alphas_cumprod[batch.timesteps].view(-1, 1, 1, 1)
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
-        moved = base.unet(noisy, batch.timesteps, class_text["states"]).sample
+        moved = base.network(noisy, batch.timesteps, class_text["states"]).sample
         adapter.set_strength(0.0)
-        kept = base.unet(noisy, batch.timesteps, class_text["states"]).sample
+        kept = base.network(noisy, batch.timesteps, class_text["states"]).sample
         adapter.set_strength(1.0)
     torch.testing.assert_close(distance, (moved - kept).pow(2).mean(dim=(1, 2, 3)))
     torch.testing.assert_close(loss, diffusion_loss(base, batch))
@@ -77,7 +77,7 @@ def test_class_words_keep_predictions_for_the_base_models_own_text(
         latents, noise = trainer.terms[0].loss.latents_and_noise([Exposure(3, 2)])
         loss, objective = trainer.terms[0].loss([Exposure(3, 2)], [600])
         found = objective - loss
-        base, alpha = trainer.base, trainer.base.alphas_cumprod[600]
+        base, alpha = trainer.base, trainer.base.levels.alphas_cumprod[600]
         noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
         moved = base.predict(noisy, torch.tensor([600]), base.encode_captions(["a cat"]))
         trainer.adapter.set_strength(0.0)

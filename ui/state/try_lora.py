@@ -54,7 +54,7 @@ class LoraSampler:
             base = self._bases(config, device, dtype)
             if lora is None:
                 return [next(draw(base, request, request.wanted()))[0] for _ in sample.strengths]
-            adapter = attach(base.unet, read_file(lora), text_encoders=base.text_encoders)
+            adapter = attach(base.network, read_file(lora), text_encoders=base.text_encoders)
             try:
                 images: list[Image.Image] = []
                 for strength in sample.strengths:
