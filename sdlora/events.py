@@ -72,7 +72,8 @@ class PlanMade(Event):
     `split_off` names the validation images that were taken from the training folder itself. With several sets,
     `repeats` and `exposures_per_image` are the highest, and `sets` lists each; it is empty for one set. `peak_bytes` is
     the estimated peak memory and `memory_bytes` the memory available, both None for base models so small that they fit
-    anywhere. `previews` is the number drawn of the base model and after every epoch.
+    anywhere. `previews` is the number drawn of the base model, after every epoch, and `previews_every_steps` steps
+    within it; 0 steps are none.
     """
 
     name = "plan"
@@ -95,6 +96,7 @@ class PlanMade(Event):
     peak_bytes: int | None = None
     memory_bytes: int | None = None
     previews: int = 0
+    previews_every_steps: int = 0
 
 
 @dataclass(frozen=True)
@@ -172,13 +174,23 @@ class CheckpointDue(Event):
 
 
 @dataclass(frozen=True)
+class PreviewsDue(Event):
+    """The trainer is between two steps of an epoch, where previews were asked for; its state was saved."""
+
+    name = "previews due"
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True)
 class PreviewsDone(Event):
-    """The previews of an epoch are saved."""
+    """Previews are saved: of an epoch, or of a step within it."""
 
     name = "previews"
     epoch: int
     files: list[str]
     seconds: float
+    step: int | None = None
 
 
 @dataclass(frozen=True)

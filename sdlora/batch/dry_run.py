@@ -26,6 +26,7 @@ from sdlora.errors import SdloraError
 from sdlora.estimate.costs import step_seconds
 from sdlora.previews.sampler import draw
 from sdlora.run.folder import RunFolder
+from sdlora.run.preview_requests import drawing_share, rounds_within_epochs
 from sdlora.run.setup import BasePool, RunContext, forget_accelerator, prepare
 
 
@@ -83,11 +84,18 @@ def _try(name: str, config: RunConfig, folder: Path, bases: BasePool) -> Message
             "steps": steps,
             # Each as long as one with the largest images.
             "training_seconds": steps * step_seconds(context.trainer, config.data.background),
-            "preview_seconds": (config.train.epochs + 1) * _preview_seconds(context),
+            "preview_seconds": _rounds(context) * _preview_seconds(context),
             "peak_memory_bytes": peak.num_bytes(),
         }
     finally:
         context.adapter.remove()
+
+
+def _rounds(context: RunContext) -> float:
+    """How often the checked previews are drawn, the others counted by their arithmetic."""
+    epochs, trainer = context.config.train.epochs, context.trainer
+    within = rounds_within_epochs(trainer.settings.preview_every_steps, trainer.total_steps, epochs)
+    return (epochs + 1 + within) * drawing_share(context.drawn)
 
 
 def _preview_seconds(context: RunContext) -> float:

@@ -11,6 +11,7 @@ from pydantic import Field, SerializerFunctionWrapHandler, field_validator, mode
 
 from sdlora.config.exposures import spread_exposures
 from sdlora.config.schema_data import LOCATION, DataConfig, Section
+from sdlora.config.schema_preview import PreviewConfig
 from sdlora.config.schema_training import LossConfig, TimestepsConfig, TrainConfig
 
 Target = Literal["cross_attention", "self_attention", "mlp", "projection", "conv", "text_encoder"]
@@ -157,33 +158,6 @@ class LoraConfig(Section):
         """What the file decides is left out until it was read, so that a default is never taken for a setting."""
         unknown = set(FROM_FILE) - self.model_fields_set if self.from_file is not None else set()
         return {key: value for key, value in serialize(self).items() if key not in unknown}
-
-
-class PreviewConfig(Section):
-    """Preview images, generated from the base model and after every epoch."""
-
-    enabled: bool = True
-    """Generate previews from the base model and after every epoch."""
-    prompts: list[str] = Field([])
-    """Prompts that no caption contains, in which '{trigger}' stands for the trigger word; if empty, three are made from
-    it in new places."""
-    num_captions: int = Field(3, ge=0, le=64)
-    """Number of training captions that are used as prompts, too; copies show up there first."""
-    seeds: list[Annotated[int, Field(ge=0, lt=2**63)]] = Field([0], min_length=1)
-    """Seeds; every prompt is generated once per seed."""
-    negative_prompt: str = ""
-    """Negative prompt of the previews."""
-    num_steps: int = Field(10, ge=1, le=1000)
-    """Denoising steps per preview; samplers other than DPM++ 2M and UniPC need about 25."""
-    guidance: float = Field(7.5, ge=1.0, le=50.0)
-    """Guidance scale; 1 disables classifier-free guidance."""
-    sampler: Literal["auto", "base", "euler", "euler_a", "dpmpp_2m_karras", "unipc"] = "auto"
-    """Sampler of the previews: the base model's own, Euler, Euler a, DPM++ 2M Karras or UniPC; 'auto' is DPM++ 2M
-    Karras, or the base model's own where noise schedules end in pure noise."""
-    width_px: int | None = Field(None, ge=64, le=4096, multiple_of=8)
-    """Width of the previews; that of the shape that most images are trained in if unset."""
-    height_px: int | None = Field(None, ge=64, le=4096, multiple_of=8)
-    """Height of the previews; that of the shape that most images are trained in if unset."""
 
 
 class CopyCheckConfig(Section):

@@ -25,6 +25,7 @@ from sdlora.common.files import read_text
 from sdlora.config.kohya_folders import with_kohya_folders
 from sdlora.config.schema import MergedLora, RunConfig
 from sdlora.config.schema_data import LOCATION, Section, SetOptions
+from sdlora.config.schema_preview import PROMPT_TAGS, PreviewPrompt
 from sdlora.config.schema_training import MAX_EPOCHS
 from sdlora.errors import ConfigError, RenamedOptionWarning
 
@@ -35,6 +36,7 @@ FREE_WHEN_RESUMING = {
     "file.licence",
     # How a step is computed does not change its result, and nothing is trained on previews.
     "preview.enabled",
+    "preview.every_steps",
     "train.auto_batch",
     "train.checkpoint_every_steps",
     "train.compile",
@@ -178,13 +180,15 @@ def _apply(document: dict[str, Any], override: str) -> None:
 
 def _describe(fault: dict[str, Any]) -> str:
     """One validation error as a sentence: the option, the value found, what is allowed."""
-    key = ".".join(str(part) for part in fault["loc"])
+    loc = [part for part in fault["loc"] if part not in PROMPT_TAGS]
+    key = ".".join(str(part) for part in loc)
     found, limits = fault["input"], fault.get("ctx", {})
     if fault["type"] == "extra_forbidden":
         tables = {"sets": [f"data.sets.{name}" for name in SetOptions.model_fields]}
         tables["merge"] = [f"base.merge.{name}" for name in MergedLora.model_fields]
-        known = next((names for table, names in tables.items() if table in fault["loc"]), [*option_fields()])
-        key = ".".join(str(part) for part in fault["loc"] if not isinstance(part, int))
+        tables["prompts"] = [f"preview.prompts.{name}" for name in PreviewPrompt.model_fields]
+        known = next((names for table, names in tables.items() if table in loc), [*option_fields()])
+        key = ".".join(str(part) for part in loc if not isinstance(part, int))
         near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
         return f"{key}: unknown option." + (f" Did you mean {near[0]}?" if near else "")
     if key == "train.epochs" and isinstance(found, int) and found > MAX_EPOCHS:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import accumulate, pairwise
 from pathlib import Path
 from statistics import median_low
 from typing import TypeVar
@@ -178,8 +179,10 @@ class Checker:
 
     def _by_prompt(self, values: Sequence[T]) -> list[list[T]]:
         """One value per preview, grouped by prompt; an empty list for no values."""
-        num_seeds = len(self.request.seeds)
-        return [list(values[first : first + num_seeds]) for first in range(0, len(values), num_seeds)]
+        if not values:
+            return []
+        ends = list(accumulate(self.request.num_seeds()))
+        return [list(values[first:end]) for first, end in pairwise([0, *ends])]
 
     def _images(self, folder: Path) -> list[list[Image.Image]]:
         files = [folder / "previews" / name for name in self.request.file_names()]

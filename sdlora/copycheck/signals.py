@@ -194,13 +194,13 @@ Images = Sequence[Sequence[Image.Image]]
 
 def seed_collapse(on: Images, off: Images) -> Signal:
     """Whether previews of one prompt with different seeds are more similar to each other than the base model's are."""
-    num_prompts, num_seeds = len(on), len(on[0])
-    if num_seeds == 1:
+    num_seeds = [len(of_prompt) for of_prompt in on]
+    if max(num_seeds) == 1:
         return Signal("seed_collapse", None, None, "Needs two seeds, so that each prompt has two previews to compare.")
     flat = [image for images in (on, off) for of_prompt in images for image in of_prompt]
     similarity = hp_ms(flat, flat).double()
     similarity = (similarity + similarity.T) / 2  # hp_ms mirrors only the first of a pair
-    prompts = torch.arange(num_prompts).repeat_interleave(num_seeds)
+    prompts = torch.arange(len(on)).repeat_interleave(torch.tensor(num_seeds))
     pairs = (prompts[:, None] == prompts) & ~torch.eye(len(prompts), dtype=torch.bool)
     size = len(prompts)
     with_it, crossed, without = similarity[:size, :size], similarity[:size, size:], similarity[size:, size:]

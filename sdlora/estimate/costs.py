@@ -66,8 +66,10 @@ def image_bytes(num_images: int, num_pixels: int) -> int:
     return num_images * 3 * num_pixels
 
 
-def run_folder_bytes(config: RunConfig, adapter: Adapter, num_previews: int, preview_pixels: int) -> int:
-    """What a run's folder holds at most, with `num_previews` images drawn after every epoch."""
+def run_folder_bytes(
+    config: RunConfig, adapter: Adapter, num_previews: int, preview_pixels: int, rounds: int = 0
+) -> int:
+    """What a run's folder holds at most, with `num_previews` images drawn after every epoch and in further rounds."""
     count = adapter.num_parameters()
     start = 4 * sum(tensor.numel() for tensor in adapter.initial_factors())
     per_parameter = 4 + OPTIMIZER_BYTES[config.train.optimizer] + 4 * (config.train.ema_decay > 0)
@@ -76,6 +78,7 @@ def run_folder_bytes(config: RunConfig, adapter: Adapter, num_previews: int, pre
     lora_files = (config.train.epochs + 2) * (4 * count + start)
     # Every image as it is, twice on the contact sheet, and, as text on the page, which is replaced, thrice more.
     images = 6 * image_bytes(num_previews * (config.train.epochs + 1), preview_pixels)
+    images += 2 * image_bytes(num_previews * rounds, preview_pixels)
     return checkpoints + lora_files + images
 
 

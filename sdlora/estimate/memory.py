@@ -207,7 +207,15 @@ def _preview_cost(inputs: MemoryInputs, base: MetaBase) -> tuple[int, int, int]:
         decoding an image.
     """
     preview = inputs.config.preview
-    size = preview.width_px or inputs.size_px[0], preview.height_px or inputs.size_px[1]
+    width, height = preview.width_px or inputs.size_px[0], preview.height_px or inputs.size_px[1]
+    peak, *flops = _drawing_cost(inputs, base, (width, height))
+    own = [(one.width_px or width, one.height_px or height) for one in preview.prompts if not isinstance(one, str)]
+    if prod(largest := max(own, key=prod, default=(0, 0))) > width * height:
+        peak = max(peak, _drawing_cost(inputs, base, largest)[0])
+    return peak if preview.enabled else 0, flops[0], flops[1]
+
+
+def _drawing_cost(inputs: MemoryInputs, base: MetaBase, size: tuple[int, int]) -> tuple[int, int, int]:
     number = max(1, _PREVIEW_PIXELS // prod(size))
     noisy = empty_latents(inputs.shapes, number, size)
     # Guidance predicts with the prompt and without.
@@ -216,7 +224,7 @@ def _preview_cost(inputs: MemoryInputs, base: MetaBase) -> tuple[int, int, int]:
     with torch.no_grad(), counted() as decoding:
         base.vae.decode(noisy)
     # The VAE is on the device only while it is used.
-    peak = max(drawing.peak_bytes, num_bytes(base.vae) + decoding.peak_bytes) if preview.enabled else 0
+    peak = max(drawing.peak_bytes, num_bytes(base.vae) + decoding.peak_bytes)
     return peak, drawing.flops // (2 * number), decoding.flops // number
 
 

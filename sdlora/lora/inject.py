@@ -210,6 +210,17 @@ class Adapter:
             layer.strength = strength
 
     @contextmanager
+    def at_strength(self, strength: float) -> Iterator[None]:
+        """Scale the adapter's update inside the block; afterwards every layer is as it was before."""
+        before = [(layer, layer.strength) for layer in self.layers.values()]
+        self.set_strength(strength)
+        try:
+            yield
+        finally:
+            for layer, own in before:
+                layer.strength = own
+
+    @contextmanager
     def disabled(self) -> Iterator[None]:
         """Switch the adapter off inside the block; afterwards every layer is as it was before."""
         before = [(layer, layer.enabled) for layer in self.layers.values()]

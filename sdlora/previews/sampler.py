@@ -51,11 +51,16 @@ class PreviewRequest:
 
     Attributes:
         prompts: Each is drawn once per seed.
+        seeds: Of every prompt.
         num_steps: Denoising steps, at least 1.
         guidance: Classifier-free guidance scale; 1 switches it off.
         num_captions: How many of the prompts, from the first, are captions of training images.
         sampler: A key of `SAMPLERS`, "base" for the base model's own, or "auto".
         size_px: Width and height; None is the base model's own resolution, squared.
+        own_seeds: Those of each prompt, in the place of `seeds`; empty if all have the same.
+        lora_scale: Strength of the LoRA; 1 is as trained. Who draws sets it: see `Adapter.at_strength`.
+        first: Number of the first prompt in the files' names.
+        difference: What the label says beside the prompt, such as "832x1216"; may be empty.
     """
 
     prompts: tuple[str, ...]
@@ -66,6 +71,10 @@ class PreviewRequest:
     num_captions: int = 0
     sampler: str = "auto"
     size_px: tuple[int, int] | None = None
+    own_seeds: tuple[tuple[int, ...], ...] = ()
+    lora_scale: float = 1.0
+    first: int = 0
+    difference: str = ""
 
     def pixels(self, resolution_px: int) -> tuple[int, int]:
         """Width and height on a base model of a resolution."""
@@ -74,24 +83,37 @@ class PreviewRequest:
     def more(self, total: int) -> PreviewRequest:
         """The same prompts with further seeds, until there are at least `total` previews with these."""
         count = -(-(total - len(self.wanted())) // len(self.prompts))
-        first = max(self.seeds) + 1
-        return replace(self, seeds=tuple(range(first, first + count)))
+        first = max(seed for _, seed in self.wanted()) + 1
+        return replace(self, seeds=tuple(range(first, first + count)), own_seeds=())
 
     def wanted(self) -> list[tuple[str, int]]:
         """Every image's prompt and seed, prompts first."""
-        return [(prompt, seed) for prompt in self.prompts for seed in self.seeds]
+        return [(prompt, seed) for prompt, seeds in self._by_prompt() for seed in seeds]
+
+    def num_seeds(self) -> list[int]:
+        """How often each prompt is drawn."""
+        return [len(seeds) for _, seeds in self._by_prompt()]
+
+    def _by_prompt(self) -> list[tuple[str, tuple[int, ...]]]:
+        return list(zip(self.prompts, self.own_seeds or (self.seeds,) * len(self.prompts), strict=True))
 
     def kinds(self) -> list[Kind]:
         """The origin of every image's prompt."""
         return [
             "training" if index < self.num_captions else "novel"
-            for index in range(len(self.prompts))
-            for _ in self.seeds
+            for index, count in enumerate(self.num_seeds())
+            for _ in range(count)
         ]
 
     def file_names(self) -> list[str]:
         """One PNG per prompt and seed, prompts first."""
-        return [f"prompt{p:02d}_seed{seed}.png" for p in range(len(self.prompts)) for seed in self.seeds]
+        numbered = enumerate(self._by_prompt(), start=self.first)
+        return [f"prompt{number:02d}_seed{seed}.png" for number, (_, seeds) in numbered for seed in seeds]
+
+    def labels(self) -> list[str]:
+        """Every image's prompt, with what sets it apart from the others."""
+        added = f" ({self.difference})" if self.difference else ""
+        return [f"{prompt}{added}" for prompt, _ in self.wanted()]
 
 
 class SamplerWatch:

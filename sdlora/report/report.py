@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+from urllib.parse import quote
 
 from markupsafe import Markup
 from PIL import Image
@@ -20,6 +21,7 @@ from sdlora.diffusion.timesteps import HIGH_NOISE, NUM_BANDS, NUM_TIMESTEPS, ban
 from sdlora.events import EpochDone, StepDone
 from sdlora.report.charts import COLORS, GREY, Line, bar_chart, line_chart
 from sdlora.report.copy_section import Comparisons, copy_figures, epoch_rows, judged_epoch
+from sdlora.report.further import further_grids
 from sdlora.report.html import Album, Figure, Table, data_url, render
 
 NUM_BINS = 20
@@ -49,6 +51,7 @@ def write_report(
         "latest": None,
         "coverage_figures": [],
         "sheet": data_url("png", sheet.read_bytes()) if sheet.exists() else "",
+        "further_grids": further_grids(folder, checks, album, lambda file: quote(file.relative_to(folder).as_posix())),
         "tables": loss_tables(metrics.epochs),
         "config": (folder / "config.toml").read_text(encoding="utf-8"),
     }

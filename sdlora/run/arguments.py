@@ -85,6 +85,7 @@ def training_settings(config: RunConfig) -> TrainingSettings:
             high_noise_keep=timesteps.high_noise_keep,
         ),
         "coverage": timesteps.coverage,
+        "preview_every_steps": config.preview.every_steps if config.preview.enabled else 0,
         "text_is_trained": text_is_trained(config),
         "text_encoder_factor": (train.text_encoder_learning_rate or train.learning_rate) / train.learning_rate,
     }

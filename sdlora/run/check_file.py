@@ -13,7 +13,8 @@ from sdlora.errors import ConfigError
 from sdlora.events import EpochDone, Event, Notice
 from sdlora.lora_files.pipelines import attach
 from sdlora.lora_files.read import LoraFile
-from sdlora.run.setup import load, make_checker, make_validation, preview_request
+from sdlora.run.preview_requests import preview_request
+from sdlora.run.setup import load, make_checker, make_validation
 
 
 def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Event]:

@@ -46,6 +46,7 @@ from sdlora.models.architectures import Family
 from sdlora.run.arguments import adapter_spec, training_settings
 from sdlora.run.folder import RunFolder
 from sdlora.run.lora_inputs import starting_file, with_settings_of_file
+from sdlora.run.preview_requests import drawing_share, rounds_within_epochs
 from sdlora.run.setup import RunContext, choose_device, prepare
 from sdlora.training.data import TrainingData, evaluation_data, make_schedule
 from sdlora.training.validation import NUM_MEASURED
@@ -166,7 +167,9 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
         cache_bytes=cache,
     )
     previews = 0 if context.previews is None else len(context.previews.wanted())
-    share = looking_share(found, config, len(examples), len(held), previews, exposures)
+    rounds = rounds_within_epochs(context.trainer.settings.preview_every_steps, steps, config.train.epochs)
+    drawn = (config.train.epochs + 1 + rounds) * drawing_share(context.drawn)
+    share = looking_share(found, config, len(examples), len(held), previews, exposures, drawn)
     noticed = {}
     if _is_checked(config) and previews:
         noticed = {f"{share:.0%}": round(chance_to_notice(previews, share).not_clean, 3) for share in SHARES}
@@ -174,7 +177,13 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
 
 
 def looking_share(
-    found: MemoryEstimate, config: RunConfig, images: int, validation: int, previews: int, exposures: int
+    found: MemoryEstimate,
+    config: RunConfig,
+    images: int,
+    validation: int,
+    previews: int,
+    exposures: int,
+    drawn: float | None = None,
 ) -> float:
     """The arithmetic of looking at what is learned over that of learning it, in a whole run.
 
@@ -183,16 +192,18 @@ def looking_share(
         validation: Validation images.
         previews: Drawn after every epoch, and by the base model before the first.
         exposures: Of all training images together.
+        drawn: How often the previews are drawn, others counted by their arithmetic; once for each of these if None.
     """
+    ends = config.train.epochs + 1
+    drawn = ends if drawn is None else drawn
     guided = 2 if config.preview.guidance > 1 else 1
-    predictions = previews * guided * config.preview.num_steps + validation * NUM_MEASURED
-    decodings = previews * (config.train.epochs + 1)
+    predictions = drawn * previews * guided * config.preview.num_steps + ends * validation * NUM_MEASURED
+    decodings = drawn * previews
     if _is_checked(config):
-        predictions += min(images, MAX_PROBED) * len(PROBED_TIMESTEPS) * NUM_PROBES
-        predictions += min(images, MAX_COMPARED) * NUM_MEASURED
+        predictions += ends * min(images, MAX_PROBED) * len(PROBED_TIMESTEPS) * NUM_PROBES
+        predictions += ends * min(images, MAX_COMPARED) * NUM_MEASURED
         decodings += min(images, scale.MAX_DECODED)
-    looking = (config.train.epochs + 1) * predictions * found.flops_per_prediction
-    looking += decodings * found.flops_per_decoding
+    looking = predictions * found.flops_per_prediction + decodings * found.flops_per_decoding
     return looking * config.train.batch_size / (exposures * found.flops_per_step)
 
 
@@ -242,7 +253,7 @@ def cache_bytes_of_run(context: RunContext, config: RunConfig) -> int:
 
 
 def _preview_pixels(context: RunContext) -> int:
-    return 0 if context.previews is None else prod(context.previews.pixels(context.base.resolution_px))
+    return max((prod(request.pixels(context.base.resolution_px)) for request in context.drawn), default=0)
 
 
 def _is_checked(config: RunConfig) -> bool:
@@ -255,10 +266,13 @@ def check_disks(context: RunContext, *, resume: bool) -> None:
     Raises:
         DiskFullError: They do not.
     """
-    num_previews = 0 if context.previews is None else len(context.previews.wanted())
+    num_previews, trainer = context.num_previews, context.trainer
     if context.checker is not None:
-        num_previews = max(num_previews, FULL)  # where copying is suspected
-    written = run_folder_bytes(context.config, context.adapter, num_previews, _preview_pixels(context))
+        num_previews += max(0, FULL - len(context.drawn[0].wanted()))  # where copying is suspected
+    rounds = rounds_within_epochs(
+        trainer.settings.preview_every_steps, trainer.total_steps, context.config.train.epochs
+    )
+    written = run_folder_bytes(context.config, context.adapter, num_previews, _preview_pixels(context), rounds)
     needs = {"The run's folder": (context.folder.path, max(0, written - bytes_in(context.folder.path)))}
     if not resume:
         needs["the cache"] = (context.data.cache.folder, cache_bytes_of_run(context, context.config))

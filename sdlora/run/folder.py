@@ -20,7 +20,8 @@ from sdlora.common.files import disk_full_errors, is_partial, write_json, write_
 from sdlora.common.locks import Holder, hold, holder
 from sdlora.common.run_files import RunState, RunStatus, read_state
 from sdlora.errors import BusyError, DiskFullError, OutputError
-from sdlora.events import EpochDone, Event, Notice, PlanMade, Progress, StepDone, StepRehearsed, to_json
+from sdlora.events import EpochDone, Event, Notice, PlanMade, PreviewsDone, Progress, StepDone, StepRehearsed, to_json
+from sdlora.run.preview_requests import rounds_within_epochs
 
 _RECORDED = (StepDone, EpochDone)
 _STATE_EVERY_SECONDS = 0.5
@@ -61,6 +62,10 @@ class RunFolder:
     def epoch(self, epoch: int) -> Path:
         """The folder of an epoch; 0 is the base."""
         return self.path / "epochs" / str(epoch)
+
+    def step(self, step: int) -> Path:
+        """The folder of the previews of a step within an epoch."""
+        return self.path / "steps" / str(step)
 
     def epoch_lora(self, epoch: int) -> Path:
         """The LoRA file of an epoch from 1 on."""
@@ -228,6 +233,7 @@ class Timer:
         self._plan: PlanMade | None = None
         self._step = 0
         self._steps: deque[float] = deque(maxlen=_RECENT_STEPS)
+        self._rounds: deque[float] = deque(maxlen=_RECENT_ENDS)  # previews within an epoch
         # An epoch's end: validation loss, export and its verification, previews, copy check, report.
         self._closings: deque[float] = deque([] if closing_seconds is None else [closing_seconds], maxlen=_RECENT_ENDS)
         self._closings_left = 0
@@ -251,6 +257,8 @@ class Timer:
         elif isinstance(event, EpochDone):
             # The event follows the validation loss, which belongs to the epoch's end.
             self._closing_since = self._last
+        elif isinstance(event, PreviewsDone) and event.step is not None:
+            self._rounds.append(event.seconds)
         elif isinstance(event, Progress):
             self._see_progress(event, now)
         self._last = now
@@ -281,6 +289,10 @@ class Timer:
             return None
         gone = 0.0 if self._closing_since is None else min(closing, self._last - self._closing_since)
         steps = (self._plan.steps - self._step) * _typical(self._steps, _PAUSED_STEP)
+        plan = self._plan
+        rounds = rounds_within_epochs(plan.previews_every_steps, plan.steps, plan.epochs, self._step)
+        if rounds:
+            steps += rounds * (_typical(self._rounds, _PAUSED_END) if self._rounds else closing)
         return steps + self._closings_left * closing - gone
 
 

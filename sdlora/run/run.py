@@ -11,7 +11,7 @@ import shutil
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -22,7 +22,6 @@ from sdlora.config.schema import RunConfig
 from sdlora.config.schema_training import MAX_EPOCHS
 from sdlora.config.toml import dump_toml
 from sdlora.copycheck.verdict import EpochCheck, read_checks, recommend
-from sdlora.data.dataset import Pixels
 from sdlora.errors import DivergedError, OutOfMemoryError, ProcessLostError, SdloraError
 from sdlora.estimate.costs import step_seconds
 from sdlora.estimate.hints import out_of_memory_message
@@ -34,16 +33,16 @@ from sdlora.events import (
     Notice,
     PlanMade,
     PlannedSet,
+    PreviewsDue,
     Progress,
     RunDone,
     StepRehearsed,
 )
-from sdlora.previews.sampler import PreviewRequest, contact_sheet, draw_epoch
-from sdlora.report.report import write_report
+from sdlora.run.epoch_end import close_epoch, draw_within_epoch, write_page
 from sdlora.run.estimate import check_disks, memory_of_run
-from sdlora.run.export import add_thumbnail, caption_metadata, export_epoch, limits_elsewhere, write_card
+from sdlora.run.export import caption_metadata, limits_elsewhere, write_card
 from sdlora.run.folder import Recorder, RunFolder
-from sdlora.run.lengthen import record_length, told_lengthenings, with_length
+from sdlora.run.lengthen import record_length, with_length
 from sdlora.run.lora_inputs import with_settings_of_file
 from sdlora.run.resume import check_same_content, image_identities, load_newest, pinned, resumed_config
 from sdlora.run.setup import BaseSource, RunContext, choose_device, fresh_base, hints_in, prepare
@@ -240,6 +239,9 @@ def _train(
             if context.lora_hashes:
                 extra["lora_files"] = context.lora_hashes
             save_checkpoint(context.folder.checkpoints, trainer, extra)
+        elif isinstance(event, PreviewsDue):
+            yield from draw_within_epoch(context, event)
+            trainer.processes.agree("the previews are drawn")
         elif isinstance(event, EpochDone):
             yield from close_epoch(context, event, losses)
             check = EpochCheck.read(context.folder.epoch(event.epoch)) if config.copycheck.stop else None
@@ -284,6 +286,8 @@ def _follow(
         load_newest([], context.trainer)
         processes.agree("")
         for event in context.trainer.events(should_stop):
+            if isinstance(event, PreviewsDue):
+                processes.agree("")
             if isinstance(event, EpochDone) and processes.agree(False):
                 return
     except ProcessLostError as error:
@@ -330,58 +334,6 @@ def _plan(context: RunContext) -> PlanMade:
         prior_images=0 if images.prior is None else len(images.prior.examples),
         peak_bytes=peak_bytes,
         memory_bytes=memory_bytes,
-        previews=0 if context.previews is None else len(context.previews.wanted()),
+        previews=context.num_previews,
+        previews_every_steps=trainer.settings.preview_every_steps,
     )
-
-
-def close_epoch(context: RunContext, event: EpochDone, losses: dict[int, float]) -> Iterator[Event]:
-    """Do all that belongs to an epoch's end, with the weights that are exported.
-
-    Its validation loss is added to `losses`, by epoch.
-
-    Yields:
-        The event with its validation loss, then the events of what is drawn and checked.
-    """
-    with context.trainer.averaged(), _as_base(context, event.epoch):
-        if context.validation is not None:
-            event = context.validation.measure(event)
-            assert event.validation_loss is not None, "measure fills it in"
-            losses[event.epoch] = event.validation_loss
-        yield event
-        if event.epoch > 0:
-            with hints_in("export", context):
-                export_epoch(context, event)
-        if context.previews is not None:
-            with hints_in("preview", context):
-                yield from _draw_previews(context, context.previews, event.epoch)
-        context.base.offload()
-        done = f"Epoch {event.epoch} of {context.config.train.epochs}" if event.epoch else "The base, before training"
-        write_page(context, [f"{done}. This page is written anew after every epoch."])
-        yield Progress("page", 1, 1)
-
-
-def _as_base(context: RunContext, epoch: int) -> AbstractContextManager[None]:
-    """Epoch 0 is the base model, even where training starts at an adapter that changes it."""
-    return context.adapter.disabled() if epoch == 0 and context.config.lora.from_file else nullcontext()
-
-
-def write_page(context: RunContext, sentences: list[str], kept: int | None = None) -> None:
-    """Write the run's page, with sentences at its top, and the epoch whose file is the run's, once it is known."""
-    folder = context.folder
-    gallery = Pixels(context.data.dataset, context.config.data.background)
-    told = told_lengthenings(context.config, folder)
-    write_report(folder.path, folder.name, [*sentences, *told], gallery, kept)
-
-
-def _draw_previews(context: RunContext, previews: PreviewRequest, epoch: int) -> Iterator[Event]:
-    folder = context.folder
-    if context.checker is not None:
-        yield from context.checker.epoch(epoch, folder.epoch(epoch), folder.epoch(0))
-    else:
-        yield from draw_epoch(context.base, previews, epoch, folder.epoch(epoch))
-    titles = ["base", *(f"epoch {number}" for number in range(1, epoch + 1))]
-    drawn = [[folder.epoch(i) / "previews" / name for name in previews.file_names()] for i in range(epoch + 1)]
-    labels = [prompt for prompt, _ in previews.wanted()]
-    contact_sheet(labels, list(zip(titles, drawn, strict=True)), folder.sheet)
-    if epoch > 0 and context.config.file.thumbnail:
-        add_thumbnail(folder.epoch_lora(epoch), previews, folder.epoch(epoch))

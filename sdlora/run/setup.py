@@ -5,7 +5,6 @@ The second step of a run, after its folder was checked; also used by estimates, 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,22 +17,21 @@ from accelerate.state import AcceleratorState, GradientState
 from sdlora.cache.tensors import Cache
 from sdlora.config.exposures import exposures_warning
 from sdlora.config.presets import presets
-from sdlora.config.schema import BaseConfig, PreviewConfig, RunConfig
+from sdlora.config.schema import BaseConfig, RunConfig
 from sdlora.copycheck.checker import Checker
 from sdlora.copycheck.embedders import load_embedders
 from sdlora.copycheck.scale import make_gallery
-from sdlora.data.dataset import Dataset
 from sdlora.errors import ConfigError, OutOfMemoryError
 from sdlora.estimate.hints import Stage, out_of_memory_message
 from sdlora.lora.inject import Adapter
 from sdlora.models.architectures import ARCHITECTURES, family_named, family_on_disk
 from sdlora.models.base import BaseModel, TextOptions, weights_identity
 from sdlora.models.load import LoadOptions, load_base
-from sdlora.previews.prompts import concept, novel_prompts
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.arguments import Images, fit_images, make_adapter, read_images, text_is_trained, training_settings
 from sdlora.run.folder import RunFolder
 from sdlora.run.lora_inputs import content_hashes, merging, origins, with_settings_of_file
+from sdlora.run.preview_requests import further_requests, preview_request
 from sdlora.training.data import TrainingData, evaluation_data, training_data
 from sdlora.training.distributed import ALONE, Processes
 from sdlora.training.trainer import Trainer
@@ -46,7 +44,6 @@ _TITLES: dict[str, str] = {name: family.title for name, family in ARCHITECTURES.
     "pocket": "the built-in base"
 }
 HIGH_RANK = 32
-NUM_NOVEL = 3
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,8 @@ class RunContext:
 
     Attributes:
         validation: Measures the adapter on validation images, or None.
-        previews: What is drawn after every epoch, or None.
+        previews: What is drawn after every epoch and checked for copies, or None.
+        further: What is drawn beside it, and only shown.
         checker: Draws previews and checks whether they are copies, or None.
         origins: Metadata of the LoRA files that the run started with.
         lora_hashes: Their SHA-256.
@@ -88,6 +86,7 @@ class RunContext:
     trainer: Trainer
     validation: Validation | None
     previews: PreviewRequest | None
+    further: tuple[PreviewRequest, ...]
     checker: Checker | None
     origins: dict[str, str]
     lora_hashes: dict[str, str]
@@ -101,6 +100,16 @@ class RunContext:
     def adapter(self) -> Adapter:
         """The adapter that is trained."""
         return self.trainer.adapter
+
+    @property
+    def drawn(self) -> tuple[PreviewRequest, ...]:
+        """All that is drawn after every epoch."""
+        return () if self.previews is None else (self.previews, *self.further)
+
+    @property
+    def num_previews(self) -> int:
+        """How many images that are."""
+        return sum(len(request.wanted()) for request in self.drawn)
 
     @property
     def data(self) -> TrainingData:
@@ -238,13 +247,17 @@ def prepare(
     trainer = _make_trainer(config, loaded, adapter, processes)
     loaded.notices.extend(_notices(config, trainer, loaded.cache))
     validation = make_validation(config, loaded, adapter)
-    previews = preview_request(config.preview, loaded.images.training) if config.preview.enabled else None
+    previews: PreviewRequest | None = None
+    further: tuple[PreviewRequest, ...] = ()
+    if config.preview.enabled:
+        previews = preview_request(config.preview, loaded.images.training)
+        further = further_requests(config.preview, loaded.images.training, previews)
     checker = None
     if previews is not None and config.copycheck.enabled:
         checker = make_checker(config, loaded, adapter, previews, validation)
     hashes = content_hashes(config)
     entries = origins(config, hashes)
-    return RunContext(config, folder, loaded, trainer, validation, previews, checker, entries, hashes)
+    return RunContext(config, folder, loaded, trainer, validation, previews, further, checker, entries, hashes)
 
 
 def _make_trainer(config: RunConfig, loaded: Loaded, adapter: Adapter, processes: Processes) -> Trainer:
@@ -340,32 +353,3 @@ def choose_device(name: str, precision: str) -> tuple[torch.device, torch.dtype,
         raise ConfigError("train.precision = 'fp16' needs a GPU. On a CPU choose 'bf16' or 'fp32'.")
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return device, dtype, precision
-
-
-def preview_request(preview: PreviewConfig, dataset: Dataset) -> PreviewRequest:
-    """What is drawn: some captions of the dataset, then the user's prompts or generated ones.
-
-    Previews have the size and shape that most images are trained at, unless others are set.
-    """
-    (width, height), _ = Counter(example.bucket for example in dataset.examples).most_common(1)[0]
-    captions = [example.prompt for example in dataset.examples]
-    # Spread over the dataset, which is sorted by name.
-    number = min(preview.num_captions, len(captions))
-    drawn = list(dict.fromkeys(captions[index * len(captions) // number] for index in range(number)))
-    triggers = list(dict.fromkeys(example.trigger for example in dataset.examples))
-    given = [
-        prompt.replace("{trigger}", concept(captions, trigger)) for prompt in preview.prompts for trigger in triggers
-    ]
-    novel = list(dict.fromkeys(given)) or [
-        prompt for trigger in triggers for prompt in novel_prompts(captions, trigger, -(-NUM_NOVEL // len(triggers)))
-    ]
-    return PreviewRequest(
-        prompts=(*drawn, *novel),
-        seeds=tuple(preview.seeds),
-        negative_prompt=preview.negative_prompt,
-        num_steps=preview.num_steps,
-        guidance=preview.guidance,
-        num_captions=len(drawn),
-        sampler=preview.sampler,
-        size_px=(preview.width_px or width, preview.height_px or height),
-    )

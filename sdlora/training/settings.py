@@ -26,6 +26,7 @@ class TrainingSettings:
         ema_decay: 0 is off, as for `max_grad_norm`.
         class_words: Words in the trigger's place, for prior preservation; none if empty.
         checkpoint_every_steps: 0 for the end of epochs alone.
+        preview_every_steps: 0 for none within an epoch.
     """
 
     seed: int
@@ -65,3 +66,4 @@ class TrainingSettings:
 
     log_every_steps: int
     checkpoint_every_steps: int
+    preview_every_steps: int

@@ -15,7 +15,7 @@ from accelerate import Accelerator
 
 from sdlora.data.batches import Exposure
 from sdlora.diffusion.timesteps import NUM_BANDS, band_of
-from sdlora.events import CheckpointDue, EpochDone, Event, Notice, StepDone, saved_as
+from sdlora.events import CheckpointDue, EpochDone, Event, Notice, PreviewsDue, StepDone, saved_as
 from sdlora.lora.inject import Adapter
 from sdlora.training.data import Step, TrainingData, make_schedule
 from sdlora.training.distributed import ALONE, Processes
@@ -125,12 +125,16 @@ class Trainer:
 
         Yields:
             `StepDone` for every step, some steps late, since losses are read back together; `CheckpointDue` when
-            the state between two steps may be saved; `EpochDone` (its validation loss left to the run).
+            the state between two steps may be saved; `PreviewsDue` after it where previews are drawn within an epoch;
+            `EpochDone` (its validation loss left to the run).
         """
         first_step = 1
         for epoch, steps in enumerate(self.schedule.epochs, start=1):
-            remaining = steps[max(0, self.position.step - first_step + 1) :]
+            done = max(0, self.position.step - first_step + 1)
+            remaining = steps[done:]
             first_step += len(steps)
+            if done and remaining and self._is_drawn():
+                yield PreviewsDue(epoch, self.position.step)  # again: training stopped before they were all drawn
             if remaining or self.position.step == first_step - 1:
                 start = time.monotonic()
                 yield from self._epoch(epoch, remaining, should_stop)
@@ -143,7 +147,8 @@ class Trainer:
         unread, since, every = Unread(), time.monotonic(), self.settings.checkpoint_every_steps
         for index, batches in enumerate(steps, start=1):
             yield from self._take_step(batches, unread)
-            due = index == len(steps) or (every > 0 and self.position.step % every == 0)
+            drawn = index < len(steps) and self._is_drawn()
+            due = index == len(steps) or drawn or (every > 0 and self.position.step % every == 0)
             # Slow steps are told one by one; several processes cannot agree on a moment.
             late = self.processes.alone and time.monotonic() - since > READ_AFTER_SECONDS
             reading = due or late or len(unread) >= self.settings.log_every_steps
@@ -154,9 +159,15 @@ class Trainer:
                 if due or stopping:
                     self.step.check_finite(self.position.step)
                     yield CheckpointDue(epoch, self.position.step)
+                if drawn and not stopping:
+                    yield PreviewsDue(epoch, self.position.step)
                 unread, since = [], time.monotonic()  # here, so that saving is not counted as training
             if stopping:
                 return
+
+    def _is_drawn(self) -> bool:
+        every = self.settings.preview_every_steps
+        return every > 0 and self.position.step % every == 0
 
     def _take_step(self, batches: Step, unread: Unread) -> Iterator[Notice]:
         step, micro_batch_size = self.position.step + 1, self.position.micro_batch_size

@@ -48,6 +48,7 @@ from sdlora.pocket.pen import SIZE_PX
 from sdlora.run import run, setup
 from sdlora.run.arguments import make_adapter
 from sdlora.run.check_file import check_file
+from sdlora.run.preview_requests import preview_request
 
 SEEDS = (0, 1, 2)
 PARTS = ("oracle", "onset", "tenth", "many")
@@ -240,7 +241,7 @@ def _checker(drawn: RunConfig, compared: RunConfig) -> Checker:
     loaded = setup.load(compared)
     base = loaded.base
     adapter = make_adapter(compared, base)
-    request = setup.preview_request(drawn.preview, setup.load(drawn).images.training)
+    request = preview_request(drawn.preview, setup.load(drawn).images.training)
     checker = setup.make_checker(compared, loaded, adapter, request, None)
     deque(checker.prepare(compared.data.background), maxlen=0)
     return checker

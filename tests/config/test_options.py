@@ -102,7 +102,7 @@ def outcome(scene: dict[str, str]) -> Callable[..., str]:
         (file,) = folder.glob("*.safetensors")
         for key, tensor in sorted(load_file(file).items()):
             digest.update(key.encode() + tensor.numpy().tobytes())
-        for path in sorted(folder.glob("epochs/*/previews/*.png")):
+        for path in sorted([*folder.glob("epochs/*/previews/*.png"), *folder.glob("steps/*/previews/*.png")]):
             digest.update(str(path.relative_to(folder)).encode() + path.read_bytes())
         digest.update(str([path.parent.name for path in sorted(folder.glob("epochs/*/copycheck.json"))]).encode())
         checkpoints = sorted(path.name for path in folder.glob("checkpoints/*"))
@@ -224,6 +224,7 @@ CHANGES: dict[str, list[str]] = {
     "preview.sampler": ["preview.sampler=euler_a"],
     "preview.width_px": ["preview.width_px=64"],
     "preview.height_px": ["preview.height_px=64"],
+    "preview.every_steps": ["preview.every_steps=1"],
     "preview.negative_prompt": ["preview.negative_prompt=red"],
     "preview.num_steps": ["preview.num_steps=2"],
     "preview.guidance": ["preview.guidance=2.0"],

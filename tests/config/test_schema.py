@@ -47,7 +47,8 @@ def test_list_of_options_is_frozen() -> None:
         "timesteps.high_noise_keep", "timesteps.coverage", "loss.kind", "loss.huber_delta", "loss.weighting",
         "loss.gamma", "loss.mask_floor", "loss.noise_offset", "loss.zero_terminal_snr", "preview.enabled",
         "preview.prompts", "preview.num_captions", "preview.seeds", "preview.negative_prompt", "preview.num_steps",
-        "preview.guidance", "preview.sampler", "preview.width_px", "preview.height_px", "copycheck.enabled",
+        "preview.guidance", "preview.sampler", "preview.width_px", "preview.height_px", "preview.every_steps",
+        "copycheck.enabled",
         "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "file.format", "file.precision", "file.thumbnail",
         "file.licence", "file.include_captions", "cache.dir", "cache.max_text_gib",
     ]  # fmt: skip

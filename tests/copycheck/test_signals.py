@@ -242,6 +242,16 @@ def test_seed_collapse_equals_enumeration_of_all_exchanges() -> None:
     assert f"{by_hand(on, pairs):.2f}" in signal.meaning and f"{by_hand(off, pairs):.2f}" in signal.meaning
 
 
+def test_seed_collapse_takes_prompts_with_different_numbers_of_seeds() -> None:
+    on, off = random_images(5, 1), random_images(5, 2)
+    pairs = [
+        (a, b) for a, b in itertools.permutations(range(3), 2)
+    ]  # the fourth and fifth are alone with their prompts
+    ragged = [[on[:3], on[3:4], on[4:]], [off[:3], off[3:4], off[4:]]]
+    signal = seed_collapse(*ragged)
+    assert signal.value == pytest.approx(by_hand(on, pairs) - by_hand(off, pairs), abs=1e-5)
+
+
 def test_seed_collapse_of_one_seed_has_no_value() -> None:
     images = grid(random_images(3, 1), 1)
     signal = seed_collapse(images, images)

@@ -11,10 +11,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdlora.common.bundled import ImageFolder
-from sdlora.config.schema import PreviewConfig, RunConfig
+from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config, parse_config
-from sdlora.data.dataset import load_dataset
 from sdlora.errors import ConfigError, OutOfMemoryError
 from sdlora.models.base import BaseModel
 from sdlora.models.load import load_base
@@ -22,7 +20,7 @@ from sdlora.run import setup
 from sdlora.run.arguments import make_adapter
 from sdlora.run.folder import RunFolder
 from sdlora.run.run import diverged_message, start
-from sdlora.run.setup import BasePool, fresh_base, preview_request
+from sdlora.run.setup import BasePool, fresh_base
 
 
 @pytest.fixture
@@ -122,7 +120,7 @@ def full(*_: object, **__: object) -> None:
         ("sdlora.run.run.prepare", "base.quantization = 'int8'"),
         ("sdlora.cache.tensors.Cache.fill_moments", "data.resolution_px = 24 (now 32"),
         ("sdlora.training.loss.diffusion_loss", "--resume --set train.auto_batch=true"),
-        ("sdlora.run.run.export_epoch", "base.quantization = 'int8'"),
+        ("sdlora.run.epoch_end.export_epoch", "base.quantization = 'int8'"),
         ("sdlora.previews.sampler._draw", "--resume --set preview.enabled=false"),
         ("sdlora.training.loss.diffusion_loss", "--resume --set train.auto_batch=true"),
     ],
@@ -167,9 +165,3 @@ def test_settings_for_another_family_are_refused_with_the_presets_that_fit(
 def test_settings_for_the_family_or_for_any_are_taken(family: str, overrides: list[str]) -> None:
     config = load_config("quickstart", [*overrides, f"base.family={family}"])
     assert fresh_base(config, torch.device("cpu"), torch.float32).architecture == "stable-diffusion-v1"
-
-
-def test_trigger_stands_in_the_prompts_of_a_configuration(images: Path) -> None:
-    dataset = load_dataset(ImageFolder(str(images), trigger="zumi"), ImageFolder(str(images), name="b", trigger="kolo"))
-    request = preview_request(PreviewConfig(prompts=["{trigger}, night", "a red ball"], num_captions=0), dataset)
-    assert request.prompts == ("zumi, night", "kolo, night", "a red ball")

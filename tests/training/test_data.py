@@ -14,12 +14,12 @@ from PIL import Image, ImageOps
 
 from sdlora.common import seeds
 from sdlora.common.bundled import CaptionOptions
-from sdlora.config.schema import PreviewConfig
+from sdlora.config.schema_preview import PreviewConfig
 from sdlora.config.toml import parse_config
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Dataset, load_pixels
 from sdlora.run.arguments import training_settings
-from sdlora.run.setup import preview_request
+from sdlora.run.preview_requests import preview_request
 from sdlora.training.data import evaluation_data, make_schedule, training_data
 from sdlora.training.loss import ExposureLoss
 

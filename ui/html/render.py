@@ -27,6 +27,8 @@ _PHASES = {
     "start": "preparing", "train": "training", "previews": "generating previews",
     "cache captions": "encoding captions", "cache pictures": "encoding images", "page": "writing the report",
     COMPARING: "comparing your images with each other", "more previews": "generating more previews, to be sure",
+    "further previews": "generating further previews",
+    "previews within an epoch": "generating previews within the epoch",
 }  # fmt: skip
 """Phases, as a run writes them to `state.json`, in words."""
 

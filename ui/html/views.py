@@ -17,6 +17,7 @@ from sdlora.common.text import format_range
 from sdlora.errors import DataError, SdloraError
 from sdlora.report.charts import COLORS, Line, line_chart
 from sdlora.report.copy_section import Comparisons, copy_figures, epoch_rows, judged_epoch
+from sdlora.report.further import further_grids
 from sdlora.report.html import Figure
 from sdlora.report.report import timestep_chart
 
@@ -192,15 +193,19 @@ def training_charts(run: RunView) -> str:
 
 def epoch_grid(run: RunView, shown: Path) -> str:
     """All previews, a column for each epoch, the base first; those that match a training image are marked."""
+    album = LinkedAlbum(shown, run.key)
+    # Without a check all previews of the epochs are shown alike.
+    epochs = run.previews if run.checks else ()
+    further = further_grids(run.folder, epochs, album, lambda file: file_url(shown, file))
     if run.checks:
-        return render("epoch_grid.html", grids=_comparisons(run, shown).grids())
+        return render("epoch_grid.html", grids=[*_comparisons(run, shown).grids(), *further])
     if not run.previews:
         return render("quiet.html", words="The first previews, by the base model, come before training.")
     columns = [
         (epoch, [img(file_url(shown, file), f"epoch {epoch}") for file in files])
         for epoch, files in run.previews.items()
     ]
-    return render("previews.html", columns=columns)
+    return render("previews.html", columns=columns) + (render("epoch_grid.html", grids=further) if further else "")
 
 
 def copy_banner(run: RunView, status: Status) -> str:

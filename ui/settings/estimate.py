@@ -40,7 +40,7 @@ _UNCOUNTED = {
     "train.text_encoder_learning_rate", "train.loraplus_lr_ratio", "train.lr_schedule", "train.warmup_steps",
     "train.weight_decay", "train.max_grad_norm", "train.log_every_steps", "train.checkpoint_every_steps",
     "train.trackers", "preview.prompts", "preview.num_captions", "preview.seeds", "preview.negative_prompt",
-    "preview.num_steps", "preview.sampler",
+    "preview.num_steps", "preview.sampler", "preview.every_steps",
 }  # fmt: skip
 _OF_IMAGES = (
     "resolution_px",
@@ -64,6 +64,9 @@ def estimate(config: RunConfig) -> Estimate | None:
     }
     if config.train.optimizer == "prodigy":
         kept["train"]["learning_rate"] = config.train.learning_rate
+    # Of prompts, only those with a size of their own.
+    sizes = [{key: one[key] for key in ("width_px", "height_px") if key in one} for one in _tables(config)]
+    kept["preview"]["prompts"] = [{"text": "a prompt", **size} for size in sizes if size]
     # The trigger takes no memory, but class words need one.
     data = {name: document["data"][name] for name in _OF_IMAGES if name in document["data"]}
     data |= {"folder": "none", "trigger": "trigger"}
@@ -75,6 +78,11 @@ def estimate(config: RunConfig) -> Estimate | None:
     # Down to a multiple of 256 MiB, so that the last hints can be used again.
     found = _estimated(*key, memory_bytes >> 28 << 28)
     return found and replace(found, memory_bytes=memory_bytes)
+
+
+def _tables(config: RunConfig) -> list[dict[str, Any]]:
+    """The prompts of previews that have settings of their own."""
+    return [prompt.model_dump() for prompt in config.preview.prompts if not isinstance(prompt, str)]
 
 
 def usable_memory(device: str) -> int:

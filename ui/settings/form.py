@@ -17,6 +17,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 
+from sdlora.config.prompt_lines import as_line
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import option_fields, options, parse_config, toml_value
 from sdlora.errors import ConfigError
@@ -97,7 +98,7 @@ def shown(field: Field, value: Any) -> Any:
     if field.kind in ("whole", "number"):
         return digits(value)
     if field.kind == "lines":
-        return "\n".join(value)
+        return "\n".join(as_line(entry) if isinstance(entry, dict) else entry for entry in value)
     if field.kind == "toml":
         return _toml(value)
     return value
@@ -160,13 +161,17 @@ def _kind(annotation: Any) -> tuple[Kind, tuple[str, ...]]:
         return "choice", tuple(inner)
     if origin is list and get_origin(inner[0]) is Literal:
         return "choices", tuple(get_args(inner[0]))
-    if origin is list and str in (inner[0], *get_args(inner[0])[:1]):
+    if origin is list and _holds_text(inner[0]):
         return "lines", ()
     if annotation is int:
         return "whole", ()
     if annotation is float:
         return "number", ()
     return ("text", ()) if annotation is str else ("toml", ())
+
+
+def _holds_text(annotation: Any) -> bool:
+    return annotation is str or any(map(_holds_text, get_args(annotation)))
 
 
 def digits(value: Any) -> str:

@@ -9,6 +9,7 @@ import functools
 import re
 from typing import Any
 
+from sdlora.config.prompt_lines import as_line
 from sdlora.config.toml import option_fields
 
 from . import form
@@ -46,6 +47,8 @@ def in_a_word(value: Any) -> str:
         return "on" if value else "off"
     if isinstance(value, float):
         return form.digits(value)
+    if isinstance(value, list) and any(isinstance(one, str) for one in value):  # prompts may be tables, too
+        value = [as_line(one) if isinstance(one, dict) else one for one in value]
     if isinstance(value, list) and not any(isinstance(one, dict) for one in value):
         return ", ".join(in_a_word(one).replace("_", " ") for one in value) or "none"
     return "none" if value is None or value in ("", {}, []) else str(value)

@@ -71,7 +71,11 @@ def read_run(studio: Studio, name: str) -> RunView | None:
 
 def _marks(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Modification times and sizes of all files that are shown."""
-    files = [folder / "config.toml", folder / "metrics.jsonl", *sorted(folder.glob("epochs/*/[!.]*"))]
+    files = [
+        folder / "config.toml",
+        folder / "metrics.jsonl",
+        *sorted([*folder.glob("epochs/*/[!.]*"), *folder.glob("steps/*/[!.]*")]),
+    ]
     found = []
     for file in files:
         with suppress(FileNotFoundError):  # being replaced at this moment

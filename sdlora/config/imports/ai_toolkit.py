@@ -10,6 +10,7 @@ from typing import Any
 
 from sdlora.config.imports import ai_toolkit_values as take
 from sdlora.config.imports.lora_files import CONTINUED, MERGED
+from sdlora.config.imports.previews import every_steps, preview_edge, sampler
 from sdlora.config.imports.rules import (
     OFF,
     Rule,
@@ -37,8 +38,6 @@ from sdlora.config.imports.shared import (
     file_precision,
     optimizer_arguments,
     precision,
-    preview_edge,
-    sampler,
 )
 
 FORM = "ai-toolkit"
@@ -356,30 +355,25 @@ _S = "process.sample"
 _OTHER = table(
     {
         keys("prompts", _S): compute(take.prompts, "`preview.prompts`"),
-        f"{_S}.samples.prompt": compute(take.samples, "`preview.prompts`, `preview.seeds`", "all"),
-        f"{_S}.samples.seed": part_of(f"{_S}.samples.prompt"),
+        f"{_S}.samples.prompt": compute(take.samples, "`preview.prompts`, and what all samples share", "all"),
+        keys(" ".join(take.OF_SAMPLE), f"{_S}.samples"): part_of(f"{_S}.samples.prompt"),
+        keys("network_multiplier", _S): drop("read with the prompts: `lora_scale` of each"),
         keys("seed", _S): compute(take.seed, "`preview.seeds`"),
         keys("walk_seed", _S): drop("every prompt is drawn with the same seeds"),
         "process.sample.neg": take.for_all("preview.negative_prompt", text, "neg"),
-        "process.sample.samples.neg": rename("preview.negative_prompt", text, "first"),
         "process.sample.guidance_scale": take.for_all("preview.guidance", number, "guidance_scale"),
-        "process.sample.samples.guidance_scale": rename("preview.guidance", number, "first"),
         "process.sample.sample_steps": take.for_all("preview.num_steps", whole, "sample_steps"),
-        "process.sample.samples.sample_steps": rename("preview.num_steps", whole, "first"),
         "process.sample.width": take.for_all("preview.width_px", preview_edge, "width"),
-        "process.sample.samples.width": rename("preview.width_px", preview_edge, "first"),
         "process.sample.height": take.for_all("preview.height_px", preview_edge, "height"),
-        "process.sample.samples.height": rename("preview.height_px", preview_edge, "first"),
         keys("sampler", _S): compute(sampler, "`preview.sampler`"),
-        keys("sample_every sample_start_step", _S): drop(
-            "sdlora draws previews from the base model and after every epoch"
-        ),
+        keys("sample_every", _S): compute(every_steps, "`preview.every_steps`"),
+        keys("sample_start_step", _S): drop("sdlora draws previews from the base model and after every epoch"),
         keys(
-            "network_multiplier samples.network_multiplier guidance_rescale format adapter_conditioning_scale "
+            "guidance_rescale format adapter_conditioning_scale "
             "refiner_start_at extra_values num_frames fps do_cfg_norm samples.fps samples.num_frames samples.ctrl_img "
             "samples.ctrl_idx samples.ctrl_img_1 samples.ctrl_img_2 samples.ctrl_img_3 samples.do_cfg_norm",
             _S,
-        ): drop("previews are drawn with the LoRA at strength 1, as PNG"),
+        ): drop("previews are drawn as the model is trained, as PNG"),
         "process.save.dtype": compute(lambda value, source: file_precision(value), "`file.precision`"),
         "process.save.save_format": drop("sdlora writes .safetensors"),
         keys("save_every max_step_saves_to_keep", "process.save"): drop(

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from sdlora.config.imports.previews import previews
 from sdlora.config.imports.rules import (
     EMPTY,
     Outcome,
@@ -29,7 +30,6 @@ from sdlora.config.imports.shared import (
     data_options,
     optimizer,
     optimizer_argument,
-    previews,
     resolution,
     resolutions,
     schedule,
@@ -283,19 +283,36 @@ def _with_trigger(prompt: Any, source: Source) -> str:
     return text(prompt).replace("[trigger]", text(source.get("process.trigger_word", ""))).strip()
 
 
+OF_SAMPLE = {
+    "neg": "negative_prompt", "guidance_scale": "guidance", "sample_steps": "num_steps", "width": "width_px",
+    "height": "height_px", "seed": "seeds", "network_multiplier": "lora_scale",
+}  # fmt: skip
+"""Our name of each setting that a sample may have itself."""
+
+
 def prompts(value: Any, source: Source) -> Outcome:
     """The prompts of previews, in a plain list."""
     given = value if isinstance(value, list) else [value]
     if source.rows.get("process.sample.samples"):
         return dropped("samples go before it")
-    return translated(previews([_with_trigger(prompt, source) for prompt in given]))
+    scale = source.get("process.sample.network_multiplier")
+    return translated(previews({"text": _with_trigger(one, source), "lora_scale": scale} for one in given))
 
 
 def samples(value: Any, source: Source) -> Outcome:
     """The prompts and seeds of previews, one table each."""
     rows = source.rows["process.sample.samples"]
     found = previews(
-        [_with_trigger(row.get("prompt", ""), source) for row in rows], seeds=[row.get("seed") for row in rows]
+        {
+            "text": _with_trigger(row.get("prompt", ""), source),
+            # What a sample has not is taken from all; given here only where some samples have their own.
+            **{
+                option: row.get(name, source.get(f"process.sample.{name}"))
+                for name, option in OF_SAMPLE.items()
+                if source.column(f"process.sample.samples.{name}") or name == "network_multiplier"
+            },
+        }
+        for row in rows
     )
     return translated(found) if found else dropped("no prompts")
 

@@ -13,6 +13,7 @@ from typing import Any
 from sdlora.common.files import read_text
 from sdlora.config.imports import kohya_values as take
 from sdlora.config.imports.lora_files import CONTINUED
+from sdlora.config.imports.previews import every_steps, sampler
 from sdlora.config.imports.rules import (
     OFF,
     Rule,
@@ -40,7 +41,6 @@ from sdlora.config.imports.shared import (
     file_precision,
     optimizer_arguments,
     precision,
-    sampler,
     schedule,
     trackers,
 )
@@ -291,7 +291,8 @@ _TRAINING = table(
             "sdlora does not rescale losses in this way"
         ),
         "sample_prompts": compute(take.prompts, "`preview.prompts`, `preview.seeds`, and their other options"),
-        keys("sample_every_n_epochs sample_every_n_steps sample_at_first"): drop(
+        "sample_every_n_steps": compute(every_steps, "`preview.every_steps`"),
+        keys("sample_every_n_epochs sample_at_first"): drop(
             "sdlora draws previews from the base model and after every epoch"
         ),
         "sample_sampler": compute(sampler, "`preview.sampler`"),

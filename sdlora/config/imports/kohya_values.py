@@ -11,6 +11,7 @@ from typing import Any
 
 from sdlora.common.files import read_text
 from sdlora.config.imports.lora_files import merged
+from sdlora.config.imports.previews import previews
 from sdlora.config.imports.rules import (
     OFF,
     Outcome,
@@ -32,7 +33,6 @@ from sdlora.config.imports.shared import (
     data_options,
     optimizer,
     optimizer_argument,
-    previews,
     resolution,
     resolutions,
     spread,
@@ -40,6 +40,7 @@ from sdlora.config.imports.shared import (
     warmup,
 )
 from sdlora.config.kohya_folders import numbered
+from sdlora.config.prompt_lines import SAMPLERS, read_line
 from sdlora.config.schema_training import MAX_EPOCHS
 
 PLAIN = ("networks.lora", "Standard", "Kohya LoCon")
@@ -363,28 +364,9 @@ def prompts(value: Any, source: Source) -> Outcome:
 
 def sample_prompts(lines: list[str]) -> Outcome:
     """Preview options of lines such as "a cat --n blurry --w 512 --h 512 --d 1 --l 7.5 --s 25"."""
-    texts: list[str] = []
-    found: dict[str, list[str]] = {key: [] for key in "ndslwh"}
-    others: list[str] = []
-    for line in lines:
-        prompt, *arguments = re.split(r"(?:^|\s)--(?=[a-zA-Z]+\s)", line.strip())
-        if prompt.strip() and not prompt.startswith("#"):
-            texts.append(prompt.strip())
-            for argument in arguments:
-                name, _, value = argument.partition(" ")
-                found.get(name.lower(), others).append(value.strip() if name.lower() in found else f"--{name}")
-    differing = [f"--{key}" for key in "nslwh" if len(set(found[key])) > 1]
-    remarks = [
-        f"{', '.join(sorted(set(others)))} dropped: one sampler for all previews" if others else "",
-        f"{', '.join(differing)} differ between prompts: the first is taken for all" if differing else "",
-    ]
-    options = previews(
-        texts,
-        seeds=found["d"],
-        negative=next(iter(found["n"]), None),
-        num_steps=whole(found["s"][0]) if found["s"] else None,
-        guidance=number(found["l"][0]) if found["l"] else None,
-        width=next(iter(found["w"]), None),
-        height=next(iter(found["h"]), None),
-    )
-    return translated(options, "; ".join(filter(None, remarks))) if options else dropped("no prompts")
+    read = [read_line(line.strip()) for line in lines if line.strip() and not line.startswith("#")]
+    samplers = [table["sampler"] for table, _ in read if table.get("sampler", "").lower() not in ("", *SAMPLERS)]
+    others = dict.fromkeys([flag for _, unknown in read for flag in unknown] + [f"--ss {name}" for name in samplers])
+    options = previews(table for table, _ in read)
+    remark = f"{', '.join(others)} dropped: sdlora's previews have nothing of the kind" if others else ""
+    return translated(options, remark) if options else dropped("no prompts")

@@ -37,8 +37,6 @@ from sdlora.config.imports.shared import (
     base_path,
     file_precision,
     precision,
-    preview_edge,
-    sampler,
 )
 
 FORM = "OneTrainer"
@@ -278,14 +276,10 @@ _TRAINING = table(
 )
 _OTHER = table(
     {
-        "samples.prompt": compute(take.samples, "`preview.prompts`, `preview.seeds`", "all"),
-        keys("samples.seed samples.random_seed"): part_of("samples.prompt"),
-        "samples.negative_prompt": rename("preview.negative_prompt", text, "first"),
-        "samples.diffusion_steps": rename("preview.num_steps", whole, "first"),
-        "samples.cfg_scale": rename("preview.guidance", number, "first"),
-        "samples.width": rename("preview.width_px", preview_edge, "first"),
-        "samples.height": rename("preview.height_px", preview_edge, "first"),
-        "samples.noise_scheduler": compute(sampler, "`preview.sampler`", "first"),
+        "samples.prompt": compute(take.samples, "`preview.prompts`, and what all samples share", "all"),
+        keys(" ".join(("seed", "random_seed", *take.OF_SAMPLE)), "samples"): part_of("samples.prompt"),
+        "sample_after": compute(take.sample_after, "`preview.every_steps` if sample_after_unit is STEP"),
+        "sample_after_unit": part_of("sample_after"),
         keys(
             "enabled frames length text_encoder_1_layer_skip text_encoder_1_sequence_length text_encoder_2_layer_skip "
             "text_encoder_2_sequence_length text_encoder_3_layer_skip text_encoder_4_layer_skip "
@@ -294,7 +288,7 @@ _OTHER = table(
         ): drop("previews are drawn as the model is trained"),
         keys("sample_definition_file_name samples"): drop("read"),
         keys(
-            "sample_after sample_after_unit sample_skip_first sample_image_format sample_video_format "
+            "sample_skip_first sample_image_format sample_video_format "
             "sample_audio_format samples_to_tensorboard non_ema_sampling",
         ): drop(_PREVIEWS),
         "output_dtype": compute(lambda value, source: file_precision(value), "`file.precision`"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from sdlora.config.imports.previews import every_steps, previews
 from sdlora.config.imports.rules import (
     OFF,
     Outcome,
@@ -28,13 +29,13 @@ from sdlora.config.imports.shared import (
     data_options,
     optimizer,
     optimizer_argument,
-    previews,
     resolution,
     resolutions,
     schedule,
     spread,
     warmup,
 )  # fmt: skip
+from sdlora.config.prompt_lines import SAMPLERS
 
 _FAMILIES = {
     "STABLE_DIFFUSION_15": "sd1",
@@ -345,14 +346,38 @@ def masks(value: Any, source: Source) -> Outcome:
     )
 
 
+OF_SAMPLE = {
+    "negative_prompt": "negative_prompt", "diffusion_steps": "num_steps", "cfg_scale": "guidance",
+    "width": "width_px", "height": "height_px", "noise_scheduler": "sampler",
+}  # fmt: skip
+"""Our name of each setting of a sample beside its prompt and its seed."""
+
+
 def samples(value: Any, source: Source) -> Outcome:
     """The prompts and seeds of previews."""
     rows = source.rows["samples"]
     options = previews(
-        [text(row.get("prompt", "")) for row in rows],
-        seeds=[row.get("seed") for row in rows if not row.get("random_seed")],
+        {
+            "text": row.get("prompt", ""),
+            "seeds": None if row.get("random_seed") else row.get("seed"),
+            **{option: row.get(name) for name, option in OF_SAMPLE.items()},
+        }
+        for row in rows
     )
-    return translated(options) if options else dropped("no prompts")
+    others = dict.fromkeys(
+        text(row["noise_scheduler"])
+        for row in rows
+        if row.get("noise_scheduler") and text(row["noise_scheduler"]).lower() not in SAMPLERS
+    )
+    remark = f"{', '.join(others)}: previews use the base model's own sampler, or one of preview.sampler"
+    return translated(options, remark if others else "") if options else dropped("no prompts")
+
+
+def sample_after(value: Any, source: Source) -> Outcome:
+    """How often previews are drawn."""
+    if text(source.get("sample_after_unit", "")) != "STEP":
+        return dropped("sdlora draws previews from the base model and after every epoch")
+    return every_steps(value, source)
 
 
 def file_format(value: Any, source: Source) -> Outcome:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from sdlora.common.bundled import IMAGE_SUFFIXES
 from sdlora.config.imports.rules import (
     OFF,
     Outcome,
-    Source,
     compute,
     dropped,
     flag,
@@ -74,10 +73,6 @@ _SAME_AS = {
     "pagedadamw32bit": "adamw",
     "schedule_free_adamw": "adamwschedulefree",
 }
-_SAMPLERS = {
-    "euler": "euler", "k_euler": "euler", "euler_a": "euler_a", "k_euler_a": "euler_a",
-    "dpmpp_karras": "dpmpp_2m_karras", "unipc": "unipc",
-}  # fmt: skip
 _REMARKS = {"prodigy": "sdlora's Prodigy always has bias correction and safeguard_warmup, as its authors advise"}
 
 
@@ -347,42 +342,3 @@ def warmup(value: Any, length: Length | str, folders: Sequence[TrainingFolder], 
         )
     found = round(steps * total)
     return translated({"train.warmup_steps": found}, f"{steps:.3g} of {total} steps")
-
-
-def preview_edge(value: Any) -> int:
-    """Width or height of previews, which are multiples of 8."""
-    return whole(value) // 8 * 8
-
-
-def sampler(value: Any, source: Source) -> Outcome:
-    """The sampler of previews, by any trainer's name."""
-    ours = _SAMPLERS.get(text(value).lower())
-    if ours is None:
-        return dropped("previews use the base model's own sampler, or one of preview.sampler")
-    return translated({"preview.sampler": ours})
-
-
-def previews(
-    prompts: Sequence[str],
-    *,
-    seeds: Sequence[Any] = (),
-    negative: Any = None,
-    num_steps: Any = None,
-    guidance: Any = None,
-    width: Any = None,
-    height: Any = None,
-) -> dict[str, Any]:
-    """The options of preview images; prompts that occur twice are drawn once."""
-    unique = list(dict.fromkeys(prompt for prompt in prompts if prompt.strip()))
-    if not unique:
-        return {}
-    found: Mapping[str, Any] = {
-        "preview.prompts": unique,
-        "preview.seeds": list(dict.fromkeys(whole(seed) for seed in seeds if seed is not None and whole(seed) >= 0)),
-        "preview.negative_prompt": negative,
-        "preview.num_steps": num_steps,
-        "preview.guidance": guidance,
-        "preview.width_px": None if width is None else preview_edge(width),
-        "preview.height_px": None if height is None else preview_edge(height),
-    }
-    return {key: value for key, value in found.items() if value not in (None, [], "")}

@@ -59,8 +59,8 @@ DOCUMENT = {
     "timesteps.density": "cubic_high",
     "timesteps.min": 99,
     "timesteps.max": 999,
-    "preview.prompts": ["zumi in a city", "zumi at the beach"],
-    "preview.seeds": [1, 2],
+    "preview.prompts": [{"text": "zumi in a city", "seeds": [1]}, {"text": "zumi at the beach", "seeds": [2]}],
+    "preview.every_steps": 250,
     "preview.negative_prompt": "blurry",
     "preview.guidance": 6,
     "preview.num_steps": 20,
@@ -150,6 +150,26 @@ def test_own_defaults_count_where_they_differ(folder: Path) -> None:
         (
             {"sample": {"width": 512, "neg": "x", "samples": [{"prompt": "a", "width": 832}]}},
             {"preview.width_px": 832, "preview.negative_prompt": "x"},
+        ),
+        (
+            {
+                "sample": {
+                    "width": 512,
+                    "sample_every": 250,
+                    "samples": [
+                        {"prompt": "a", "width": 832, "network_multiplier": 0.5},
+                        {"prompt": "b", "seed": 2},
+                    ],
+                }
+            },
+            {
+                "preview.prompts": [
+                    {"text": "a", "width_px": 832, "lora_scale": 0.5},
+                    {"text": "b", "width_px": 512, "seeds": [2]},
+                ],
+                "preview.width_px": None,
+                "preview.every_steps": 250,
+            },
         ),
         ({"trigger_word": "zumi"}, {"data.trigger": "zumi"}),
         (

@@ -319,13 +319,23 @@ def test_prompts_of_previews_are_taken_from_lines() -> None:
         ]
     )
     assert found.options == {
-        "preview.prompts": ["a cat, best", "a dog"], "preview.seeds": [3, 4],
-        "preview.negative_prompt": "low quality, bad",
-        "preview.num_steps": 20, "preview.guidance": 5.5, "preview.width_px": 832, "preview.height_px": 1216,
+        "preview.prompts": [
+            {
+                "text": "a cat, best", "negative_prompt": "low quality, bad", "num_steps": 20, "guidance": 5.5,
+                "width_px": 832, "height_px": 1216, "seeds": [3],
+            },
+            {"text": "a dog", "seeds": [4]},
+        ],
     }  # fmt: skip
-    assert "--ss" in found.reason
-    differing = sample_prompts(["a --l 4 --n x", "b --l 5 --n x"])
-    assert "--l differ" in differing.reason and differing.options["preview.guidance"] == 4
+    assert "--ss ddim" in found.reason
+    shared = sample_prompts(["a --l 4 --n x --ss k_euler_a --cn some.png", "b --l 5 --n x --ss euler_a --am 0.5"])
+    assert shared.options == {
+        "preview.prompts": [{"text": "a", "guidance": 4}, {"text": "b", "guidance": 5, "lora_scale": 0.5}],
+        "preview.negative_prompt": "x", "preview.sampler": "euler_a",
+    }  # fmt: skip
+    assert shared.reason.startswith("--cn dropped")
+    with pytest.raises(ValueError, match="--w 'wide'"):
+        sample_prompts(["a --w wide"])
 
 
 def test_prompts_of_previews_are_read_from_a_file(folder: Path) -> None:

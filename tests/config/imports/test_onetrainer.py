@@ -59,8 +59,7 @@ DOCUMENT = {
     "timesteps.density": "logit_normal",
     "timesteps.mean": 0.25,
     "timesteps.std": 1.5,
-    "preview.prompts": ["hero in a city", "hero at the beach"],
-    "preview.seeds": [5, 6],
+    "preview.prompts": [{"text": "hero in a city", "seeds": [5]}, {"text": "hero at the beach", "seeds": [6]}],
     "preview.negative_prompt": "blurry",
     "preview.num_steps": 25,
     "preview.guidance": 5.5,
@@ -225,8 +224,14 @@ def test_a_preset_without_concepts_asks_for_the_folder(folder: Path) -> None:
     assert option(found, "data.folder") == "images"
 
 
-def test_differing_samples_take_the_first_and_say_so(folder: Path) -> None:
+def test_differing_samples_keep_their_own_settings(folder: Path) -> None:
     found = of_json(folder, BASIC | {"samples": [{"prompt": "a", "cfg_scale": 5}, {"prompt": "b", "cfg_scale": 7}]})
-    assert option(found, "preview.guidance") == 5
-    assert "first" in fate_of(found, "samples.cfg_scale").reason
+    assert option(found, "preview.prompts") == [{"text": "a", "guidance": 5}, {"text": "b", "guidance": 7}]
     assert fate_of(found, "samples.cfg_scale").status is Status.TRANSLATED
+
+
+def test_samples_after_steps_are_drawn_within_epochs(folder: Path) -> None:
+    assert (
+        option(of_json(folder, BASIC | {"sample_after": 50, "sample_after_unit": "STEP"}), "preview.every_steps") == 50
+    )
+    assert fate_of(of_json(folder, BASIC | {"sample_after": 10}), "sample_after").status is Status.DROPPED

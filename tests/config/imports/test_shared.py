@@ -19,7 +19,6 @@ from sdlora.config.imports.shared import (
     optimizer,
     optimizer_argument,
     precision,
-    previews,
     resolution,
     schedule,
     spread,
@@ -204,13 +203,6 @@ def test_base_models_that_cannot_be_read_are_refused() -> None:
     assert base_path("x.safetensors").options == {"base.path": "x.safetensors"}
     assert base_path("stabilityai/sdxl").options == {"base.path": "stabilityai/sdxl"}
     assert base_path("x.CKPT").status is Status.REFUSED
-
-
-def test_previews_are_drawn_once_per_prompt_and_seed() -> None:
-    assert previews(["a", "b", "a", " "], seeds=[1, "1", None, -1, 2], negative="", guidance=6) == {
-        "preview.prompts": ["a", "b"], "preview.seeds": [1, 2], "preview.guidance": 6,
-    }  # fmt: skip
-    assert previews([], seeds=[1]) == {}
 
 
 def test_outcomes_name_no_option_when_refused() -> None:

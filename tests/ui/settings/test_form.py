@@ -40,9 +40,21 @@ VALUES: dict[str, Any] = {
     "seed": 2**60, "base.variant": "fp16", "data.class_words": ["a red cat", "house"], "data.trigger": 'zu"mi',
     "lora.target_ranks": {"cross_attention": 4}, "lora.targets": ["cross_attention", "mlp"],
     "lora.target_alphas": {"cross_attention": 0.5}, "lora.timestep_rank_min": 2, "train.learning_rate": 1e-5,
-    "train.preservation_weight": 0.5, "preview.seeds": [3, 2**60], "preview.prompts": ["zumi, on the moon", "b"],
+    "train.preservation_weight": 0.5, "preview.seeds": [3, 2**60], "preview.prompts": [
+        "zumi, on the moon",
+        {"text": "b", "negative_prompt": "", "seeds": [1, 2**60], "num_steps": 25, "guidance": 5.5, "sampler": "unipc",
+         "width_px": 832, "height_px": 1216, "lora_scale": 0.1},
+    ],
     "lora.rslora": True, "loss.weighting": "p2", "loss.gamma": 2.0,
 }  # fmt: skip
+
+
+def test_a_prompt_with_settings_of_its_own_is_a_line_of_kohyas() -> None:
+    field = FIELDS["preview.prompts"]
+    line = form.shown(field, ["a", {"text": "b {trigger}", "width_px": 832, "lora_scale": 0.5}])
+    assert (field.kind, line) == ("lines", "a\nb {trigger} --w 832 --am 0.5")
+    with pytest.raises(ConfigError, match=r"unknown flags --ar in 'b --w 64 --ar 5'.*--am \(lora_scale\)"):
+        form.make_config({"data.folder": "x", "preview.prompts": form.entered(field, "b --w 64 --ar 5")}, "mine")
 
 
 def test_a_file_of_the_command_line_comes_through_the_form_unchanged(tmp_path: Any) -> None:
