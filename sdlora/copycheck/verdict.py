@@ -23,6 +23,7 @@ from sdlora.copycheck.scale import NEW_SHARE, OWN_SHARE, Gallery, Scale, measure
 from sdlora.copycheck.signals import Signal
 from sdlora.copycheck.sources import CopiedImage
 from sdlora.copycheck.statistics import binomial_p_value, lower_bound, normal_tail, upper_bound
+from sdlora.errors import OutputError
 from sdlora.previews.sampler import Kind, PreviewRequest
 
 ALPHA = 0.02
@@ -119,16 +120,25 @@ class EpochCheck:
 
     @staticmethod
     def read(folder: Path) -> EpochCheck | None:
-        """The check written in an epoch's folder, or None."""
+        """The check written in an epoch's folder, or None.
+
+        Raises:
+            OutputError: The file is damaged.
+        """
         file = folder / FILE
         if not file.exists():
             return None
-        values = json.loads(file.read_text(encoding="utf-8"))
-        lists = {
-            "previews": [Match(**match) for match in values["previews"]],
-            "copied_images": [CopiedImage(**image) for image in values.get("copied_images", [])],
-        }
-        return EpochCheck(**{**values, **lists})
+        try:
+            values = json.loads(file.read_text(encoding="utf-8"))
+            lists = {
+                "previews": [Match(**match) for match in values["previews"]],
+                "copied_images": [CopiedImage(**image) for image in values.get("copied_images", [])],
+            }
+            return EpochCheck(**{**values, **lists})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise OutputError(
+                f"{file} is damaged ({type(error).__name__}: {error}). Delete it; the check of that epoch is lost."
+            ) from error
 
 
 def read_checks(epochs: Path) -> dict[int, EpochCheck]:

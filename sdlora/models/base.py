@@ -82,6 +82,7 @@ class BaseModel(ABC):
         text_dtype: In which the cache keeps text embeddings.
         vae_identity: A hash of the VAE's weights and configuration, for cache keys.
         text_identity: A hash of the tokenizer and the text encoders, for cache keys.
+        scheduler_settings: The configuration that its scheduler was loaded with, as JSON values.
 
     Raises:
         BaseModelError: The network is not of the family, or its noise schedule is unsupported.
@@ -105,6 +106,8 @@ class BaseModel(ABC):
         self.vae: AutoencoderKL = pipeline.vae
         self.text_encoders: tuple[Any, ...] = one_or_two(pipeline, "text_encoder")
         self.tokenizers: tuple[Any, ...] = one_or_two(pipeline, "tokenizer")
+        own = {key: value for key, value in dict(pipeline.scheduler.config).items() if not key.startswith("_")}
+        self.scheduler_settings: dict[str, Any] = json.loads(json.dumps(own, default=str))
         self._set_up(pipeline)
         self.vae_identity = weights_identity(self.vae, self.vae.config)
         parts = [

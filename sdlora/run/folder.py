@@ -200,13 +200,30 @@ class Recorder:
         _append(self.folder.log, f"{time.strftime('%Y-%m-%d %H:%M:%S')} {message}")
 
     def metrics_bytes(self) -> int:
-        """Length of the metrics, saved in checkpoints so that a resumed run continues them exactly."""
-        return self.folder.metrics.stat().st_size if self.folder.metrics.exists() else 0
+        """Length of the metrics, saved in checkpoints so that a resumed run continues them exactly.
 
-    def cut_metrics(self, num_bytes: int) -> None:
-        """Drop what was recorded after a checkpoint."""
+        They are on the disk when this returns, so that no checkpoint counts bytes that a power cut takes away.
+        """
+        if not self.folder.metrics.exists():
+            return 0
+        with self.folder.metrics.open("rb") as handle:
+            os.fsync(handle.fileno())
+        return self.folder.metrics.stat().st_size
+
+    def cut_metrics(self, num_bytes: int) -> str | None:
+        """Drop what was recorded after a checkpoint; where less is left than that, return a sentence that says so."""
+        content = self.folder.metrics.read_bytes()[:num_bytes] if self.folder.metrics.exists() else b""
+        # Where a file was longer than what was on the disk, zeros stand for the rest.
+        whole = content.partition(b"\0")[0]
+        whole = whole[: whole.rfind(b"\n") + 1]
         if self.folder.metrics.exists():
-            os.truncate(self.folder.metrics, num_bytes)
+            os.truncate(self.folder.metrics, len(whole))
+        if len(whole) == num_bytes:
+            return None
+        return (
+            f"{self.folder.metrics.name} has lost its last {num_bytes - len(whole)} bytes, as a power cut can do: some "
+            "steps are missing in the charts. What was trained is complete."
+        )
 
     def _write_state(self) -> None:
         write_json(self.folder.state, to_json(self._state))

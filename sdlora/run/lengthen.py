@@ -13,7 +13,7 @@ from sdlora.common.files import write_json
 from sdlora.config.schema import RunConfig
 from sdlora.config.schema_training import MAX_EPOCHS
 from sdlora.config.toml import dump_toml, load_config
-from sdlora.errors import ConfigError
+from sdlora.errors import ConfigError, OutputError
 from sdlora.run.folder import RunFolder
 from sdlora.training.trainer import Trainer
 
@@ -106,7 +106,12 @@ def told_lengthenings(config: RunConfig, folder: RunFolder) -> list[str]:
 def _lengthenings(folder: RunFolder) -> list[Lengthening]:
     if not folder.lengthened.is_file():
         return []
-    return [Lengthening(**one) for one in json.loads(folder.lengthened.read_text(encoding="utf-8"))]
+    try:
+        return [Lengthening(**one) for one in json.loads(folder.lengthened.read_text(encoding="utf-8"))]
+    except (ValueError, TypeError) as error:
+        raise OutputError(
+            f"{folder.lengthened} is damaged ({error}). Delete it: only the page of the run loses what it says."
+        ) from error
 
 
 def _told(one: Lengthening, config: RunConfig) -> str:

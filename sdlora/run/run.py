@@ -44,7 +44,15 @@ from sdlora.run.export import caption_metadata, limits_elsewhere, write_card
 from sdlora.run.folder import Recorder, RunFolder
 from sdlora.run.lengthen import record_length, with_length
 from sdlora.run.lora_inputs import with_settings_of_file
-from sdlora.run.resume import check_same_content, image_identities, load_newest, pinned, resumed_config
+from sdlora.run.resume import (
+    check_same_content,
+    keep_locations,
+    load_newest,
+    other_versions,
+    pinned,
+    resumed_config,
+    what_must_match,
+)
 from sdlora.run.setup import BaseSource, RunContext, choose_device, fresh_base, hints_in, prepare
 from sdlora.run.trackers import Trackers, check_trackers
 from sdlora.training.checkpoint import complete_checkpoints, save_checkpoint, tidy_checkpoints
@@ -188,12 +196,13 @@ def _events(
             yield from context.checker.prepare(context.config.data.background)
     context.base.offload()
     trainer.processes.agree("the cache is filled")
-    if _restore(context, recorder, losses, resume):
+    if (yield from _restore(context, recorder, losses, resume)):
         yield Notice(f"Resumed at step {trainer.position.step} of {trainer.total_steps}.")
     else:
         yield from close_epoch(context, EpochDone(0, 0, None, None, 0.0), losses)
     if (told := record_length(context.config, context.folder, trainer)) is not None:
         yield Notice(told)
+    keep_locations(context.config, context.folder)
     trainer.processes.agree("training begins")
     last_epoch = yield from _train(context, recorder, losses, should_stop)
     epoch, reason = recommend(read_checks(context.folder.path / "epochs"), losses, last_epoch)
@@ -207,18 +216,21 @@ def _fill_training_cache(context: RunContext) -> Iterator[Event]:
         yield from term.loss.data.fill(context.config.data.background, term.schedule.timesteps)
 
 
-def _restore(context: RunContext, recorder: Recorder, losses: dict[int, float], resume: bool) -> bool:
-    """Continue, if the run is resumed, from the newest checkpoint; else from the beginning.
+def _restore(
+    context: RunContext, recorder: Recorder, losses: dict[int, float], resume: bool
+) -> Generator[Event, None, bool]:
+    """Continue, if the run is resumed, from the newest checkpoint; else from the beginning. Returns which of both.
 
     Metrics are cut back to the checkpoint, and `losses` takes the validation losses of the epochs before.
     """
     checkpoints = complete_checkpoints(context.folder.checkpoints) if resume else []
-    extra = load_newest(checkpoints, context.trainer)
+    extra = load_newest(checkpoints, context.trainer, lambda extra: check_same_content(extra, context))
     if extra is None:
         recorder.cut_metrics(0)
         return False
-    check_same_content(extra, context)
-    recorder.cut_metrics(extra["metrics_bytes"])
+    for told in (other_versions(extra), recorder.cut_metrics(extra["metrics_bytes"])):
+        if told is not None:
+            yield Notice(told)
     losses.update((int(epoch), loss) for epoch, loss in extra["heldout_losses"].items())
     return True
 
@@ -230,14 +242,7 @@ def _train(
     trainer, config = context.trainer, context.config
     for event in trainer.events(should_stop):
         if isinstance(event, CheckpointDue):
-            extra = {
-                "metrics_bytes": recorder.metrics_bytes(),
-                "heldout_losses": losses,
-                "pictures": image_identities(context),
-                "base": context.loaded.identity,
-            }
-            if context.lora_hashes:
-                extra["lora_files"] = context.lora_hashes
+            extra = {"metrics_bytes": recorder.metrics_bytes(), "heldout_losses": losses, **what_must_match(context)}
             save_checkpoint(context.folder.checkpoints, trainer, extra)
         elif isinstance(event, PreviewsDue):
             yield from draw_within_epoch(context, event)

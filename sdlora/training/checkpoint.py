@@ -1,13 +1,16 @@
 """Checkpoints for exact resume: adapter, average, optimizer and counters, never left incomplete by a crash.
 
 Saved by the run when the trainer says so. A checkpoint is a folder that counts only once its last file,
-`complete.json`, is there. No generator states are kept, because randomness is a function of counters.
+`complete.json`, is there; that file holds a checksum of both. No generator states are kept, because randomness is a
+function of counters.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from sdlora.common.files import atomic_path, write_json
+from sdlora.common.files import atomic_path, sha256, write_json
 from sdlora.common.version import __version__
 from sdlora.errors import OutputError
 from sdlora.events import fields_from_json, to_json
@@ -24,7 +27,7 @@ from sdlora.training.trainer import Position, Trainer
 
 KEPT = 2
 FORMAT = 1  # raised when earlier versions can no longer read it
-_LAST_FILE = "complete.json"
+_LAST_FILE, _TENSORS, _CHECKSUM = "complete.json", "state.safetensors", "sha256"
 
 
 def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Path:
@@ -42,11 +45,11 @@ def save_checkpoint(folder: Path, trainer: Trainer, extra: dict[str, Any]) -> Pa
     tensors |= {f"start.{i}": t.cpu().contiguous() for i, t in enumerate(trainer.adapter.initial_factors())}
     optimizer_tensors, scalars = _split(trainer.step.optimizer.state_dict())
     tensors |= optimizer_tensors
-    with atomic_path(target / "state.safetensors") as temporary:
+    with atomic_path(target / _TENSORS) as temporary:
         save_file(tensors, temporary)
-    written_by = {"format": FORMAT, "version": __version__}
-    counters = {"position": to_json(trainer.position), "optimizer": scalars, "extra": extra}
-    write_json(target / _LAST_FILE, written_by | counters)
+    content: dict[str, Any] = {"format": FORMAT, "version": __version__}
+    content |= {"position": to_json(trainer.position), "optimizer": scalars, "extra": extra}
+    write_json(target / _LAST_FILE, content | {_CHECKSUM: _checksum(target, content)})
     tidy_checkpoints(folder)
     return target
 
@@ -66,25 +69,68 @@ def tidy_checkpoints(folder: Path) -> None:
             shutil.rmtree(path)
 
 
-def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
+def load_checkpoint(
+    checkpoint: Path, trainer: Trainer, check: Callable[[dict[str, Any]], None] = lambda extra: None
+) -> dict[str, Any]:
     """Restore a trainer from a checkpoint, and return the `extra` that it was saved with.
+
+    Args:
+        check: Called with `extra` before the trainer is changed, so that it can refuse.
 
     Raises:
         OutputError: It has a format that this version cannot read, or another adapter, or is damaged.
     """
+    content = _read(checkpoint)
+    extra: dict[str, Any] = content["extra"]
+    check(extra)
+    try:
+        _restore(checkpoint, trainer, load_file(checkpoint / _TENSORS), content)
+    except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise _damaged(checkpoint, error) from error
+    return extra
+
+
+def _read(checkpoint: Path) -> dict[str, Any]:
+    """The content of a checkpoint's last file, after its format and the checksum were checked."""
     try:
         content = json.loads((checkpoint / _LAST_FILE).read_text(encoding="utf-8"))
-        tensors = load_file(checkpoint / "state.safetensors")
-    except (OSError, ValueError, SafetensorError) as error:
-        raise OutputError(
-            f"The checkpoint {checkpoint} is damaged ({error}). Delete its folder to resume from the one before it."
-        ) from error
-    if content.get("format", 1) != FORMAT:
+    except (OSError, ValueError, RecursionError) as error:
+        raise _damaged(checkpoint, error) from error
+    if not isinstance(content, dict):
+        raise _damaged(checkpoint, f"{_LAST_FILE} is not an object")
+    if (number := content.get("format", 1)) != FORMAT:
         raise OutputError(
             f"The checkpoint {checkpoint} was written by sdlora {content.get('version')}, in a format (number "
-            f"{content['format']}) that sdlora {__version__} does not read (it reads number {FORMAT}). Resume with "
-            "that version, or start a new run."
+            f"{number}) that sdlora {__version__} does not read (it reads number {FORMAT}). Resume with that version, "
+            "or start a new run."
         )
+    parts = ("position", "optimizer", "extra")
+    if missing := [name for name in parts if not isinstance(content.get(name), dict)]:
+        raise _damaged(checkpoint, f"{_LAST_FILE} has no {missing[0]}")
+    if not isinstance(content["position"].get("step"), int):
+        raise _damaged(checkpoint, f"{_LAST_FILE} has no step")
+    checksum = content.pop(_CHECKSUM, None)  # earlier versions wrote none
+    try:
+        if checksum not in (None, _checksum(checkpoint, content)):
+            raise _damaged(checkpoint, "its content is not what was written: the checksum differs")
+    except OSError as error:
+        raise _damaged(checkpoint, error) from error
+    return content
+
+
+def _checksum(checkpoint: Path, content: dict[str, Any]) -> str:
+    """SHA-256 of a checkpoint's tensors and of everything else in it."""
+    canonical = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return hashlib.sha256(f"{sha256(checkpoint / _TENSORS)} {canonical}".encode()).hexdigest()
+
+
+def _damaged(checkpoint: Path, reason: object) -> OutputError:
+    return OutputError(
+        f"The checkpoint {checkpoint} is damaged ({reason}). Delete its folder to resume from the one before it."
+    )
+
+
+def _restore(checkpoint: Path, trainer: Trainer, tensors: dict[str, Tensor], content: dict[str, Any]) -> None:
     expected = {f"parameter.{i}": tuple(p.shape) for i, p in enumerate(trainer.adapter.parameters())}
     found = {name: tuple(value.shape) for name, value in tensors.items() if name.startswith("parameter.")}
     # torch would load the states of other parameters without an error.
@@ -92,6 +138,7 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
     num_states = len(content["optimizer"]["state"])
     if expected != found or num_states not in (0, num_trained):
         raise OutputError(f"The checkpoint {checkpoint} holds another adapter than this configuration's.")
+    position = Position(**fields_from_json(Position, content["position"]))
     with torch.no_grad():
         for index, parameter in enumerate(trainer.adapter.parameters()):
             parameter.copy_(tensors[f"parameter.{index}"])
@@ -101,9 +148,7 @@ def load_checkpoint(checkpoint: Path, trainer: Trainer) -> dict[str, Any]:
         for index, value in enumerate(trainer.step.model.by_layer(trainer.step.average.values)):
             value.copy_(tensors[f"average.{index}"])
     trainer.step.optimizer.load_state_dict(_join(trainer.step.optimizer.state_dict(), tensors, content["optimizer"]))
-    trainer.position = Position(**fields_from_json(Position, content["position"]))
-    extra: dict[str, Any] = content["extra"]
-    return extra
+    trainer.position = position
 
 
 def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:

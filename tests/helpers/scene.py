@@ -100,7 +100,8 @@ def digests(run: Path) -> dict[str, str]:
         found[str(file.relative_to(run))] = hashlib.sha256(content).hexdigest()
     for file in sorted(run.glob("checkpoints/*/complete.json")):
         counters = json.loads(file.read_text(encoding="utf-8"))
-        del counters["extra"]["metrics_bytes"]  # the metrics hold seconds, in more or fewer digits
+        # The metrics hold seconds, in more or fewer digits.
+        del counters["extra"]["metrics_bytes"], counters["sha256"]
         found[str(file.relative_to(run))] = json.dumps(counters)
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     found["metrics.jsonl"] = json.dumps([{k: v for k, v in row.items() if k != "seconds"} for row in rows])

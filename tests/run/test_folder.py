@@ -48,6 +48,32 @@ def test_metrics_are_truncated_to_a_checkpoint(folder: RunFolder) -> None:
     assert [json.loads(line)["step"] for line in folder.metrics.read_text().splitlines()] == [1, 2]
 
 
+@pytest.mark.parametrize("tail", [b"", b'{"event": "st', b"\0" * 300])
+def test_metrics_that_lost_their_end_are_cut_to_whole_lines_and_told(folder: RunFolder, tail: bytes) -> None:
+    recorder = Recorder(folder)
+    recorder.record(step(1))
+    whole = folder.metrics.read_bytes()
+    for number in (2, 3):
+        recorder.record(step(number))
+    counted = recorder.metrics_bytes()
+    folder.metrics.write_bytes(whole + tail)
+    assert f"{counted - len(whole)} bytes" in (recorder.cut_metrics(counted) or "")
+    assert folder.metrics.read_bytes() == whole
+    assert recorder.cut_metrics(len(whole)) is None
+    folder.metrics.unlink()
+    assert recorder.cut_metrics(counted) is not None
+
+
+def test_metrics_are_on_the_disk_before_a_checkpoint_counts_them(
+    folder: RunFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorder, synced = Recorder(folder), []
+    recorder.record(step(1))
+    monkeypatch.setattr(os, "fsync", lambda handle: synced.append(os.path.realpath(f"/proc/self/fd/{handle}")))
+    assert recorder.metrics_bytes() == folder.metrics.stat().st_size
+    assert synced == [str(folder.metrics.resolve())]
+
+
 def test_a_resumed_run_is_as_far_as_before_until_it_continues(folder: RunFolder) -> None:
     recorder = Recorder(folder)
     for event in (step(1), step(2)):

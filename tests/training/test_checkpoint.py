@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 
 import pytest
@@ -62,4 +63,47 @@ def test_checkpoint_of_another_adapter_is_refused(tiny_base: Path, images: Path,
     saved = save_checkpoint(tmp_path / "c", trainer, {})
     trainer.adapter.layers.popitem()
     with pytest.raises(OutputError, match="another adapter"):
+        load_checkpoint(saved, trainer)
+
+
+def test_changed_content_is_refused(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path)
+    saved = save_checkpoint(tmp_path / "c", trainer, {"losses": {1: 0.25}})
+    assert load_checkpoint(saved, trainer) == {"losses": {"1": 0.25}}
+    tensors, counters = saved / "state.safetensors", saved / "complete.json"
+    content = bytearray(tensors.read_bytes())
+    content[-100] ^= 1
+    before = tensors.read_bytes()
+    tensors.write_bytes(content)
+    with pytest.raises(OutputError, match="damaged"):
+        load_checkpoint(saved, trainer)
+    tensors.write_bytes(before)
+    counters.write_text(counters.read_text().replace("0.25", "0.26"))
+    with pytest.raises(OutputError, match="damaged"):
+        load_checkpoint(saved, trainer)
+
+
+HALF = {"format": 1, "position": {}, "optimizer": {"state": {}, "groups": []}, "extra": {}}
+
+
+@pytest.mark.parametrize(
+    "content",
+    [[], 7, None, {}, {"position": {"step": 1}}, HALF, HALF | {"optimizer": {}}, HALF | {"position": {"step": "many"}}],
+)
+def test_last_file_of_something_else_is_refused(tiny_base: Path, images: Path, tmp_path: Path, content: object) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path)
+    saved = save_checkpoint(tmp_path / "c", trainer, {})
+    (saved / "complete.json").write_text(json.dumps(content))
+    with pytest.raises(OutputError, match="damaged"):
+        load_checkpoint(saved, trainer)
+
+
+def test_later_format_is_refused_by_version_whatever_its_files_are(
+    tiny_base: Path, images: Path, tmp_path: Path
+) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path)
+    saved = save_checkpoint(tmp_path / "c", trainer, {})
+    (saved / "complete.json").write_text(json.dumps({"format": 2, "version": "9.8.7", "tensors": "state.bin"}))
+    (saved / "state.safetensors").unlink()
+    with pytest.raises(OutputError, match=r"sdlora 9\.8\.7.*number 2"):
         load_checkpoint(saved, trainer)
