@@ -14,7 +14,7 @@ from sdlora.config.schema_data import LOCATION, DataConfig, Section
 from sdlora.config.schema_preview import PreviewConfig
 from sdlora.config.schema_training import LossConfig, TimestepsConfig, TrainConfig
 
-Target = Literal["cross_attention", "self_attention", "mlp", "projection", "conv", "text_encoder"]
+Target = Literal["cross_attention", "self_attention", "attention", "mlp", "projection", "conv", "text_encoder"]
 
 
 class MergedLora(Section):
@@ -39,7 +39,7 @@ class BaseConfig(Section):
     path: Annotated[str, LOCATION] = "pocket"
     """Base model: 'pocket' (built in), a folder in diffusers layout, a .safetensors checkpoint, or a Hugging Face Hub
     id."""
-    family: Literal["any", "pocket", "sd1", "sd2", "sdxl"] = "any"
+    family: Literal["any", "pocket", "sd1", "sd2", "sdxl", "z-image"] = "any"
     """Family that the settings are made for, as presets say: a base model of another one is refused."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id; the repository's default branch if unset."""

@@ -94,8 +94,9 @@ class TrainConfig(Section):
 class TimestepsConfig(Section):
     """Which timesteps are trained, and how often."""
 
-    density: Literal["uniform", "logit_normal", "cubic_high", "cubic_low", "speed"] = "uniform"
-    """Distribution that training timesteps are drawn from."""
+    density: Literal["auto", "uniform", "logit_normal", "cubic_high", "cubic_low", "speed"] = "auto"
+    """Distribution that training timesteps are drawn from; 'auto' is uniform, or logit_normal where the base model
+    matches flows. Such models shift both towards noise as their schedules do."""
     mean: float = Field(0.0, ge=-10.0, le=10.0)
     """Mean of logit_normal; values above 0 shift it towards noisier timesteps."""
     std: float = Field(1.0, gt=0.0, le=10.0)

@@ -11,7 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
-from math import erf, inf, log, nextafter, sqrt
+from math import erf, exp, inf, log, nextafter, sqrt
 
 from sdlora.common import seeds
 from sdlora.errors import ConfigError
@@ -57,13 +57,15 @@ class Density:
         minimum: Lowest timestep, inclusive, 0 to 999.
         maximum: Highest timestep, inclusive, `minimum` to 999.
         high_noise_keep: Factor on the probability of timesteps from 800 up, in (0, 1].
+        log_shift: What a flow-matching model's shift of noise levels adds to their logits, ln k; uniform and
+            logit_normal alone can be shifted.
 
     Attributes:
         edges: The CDF at the edges of the timesteps, T + 1 numbers from 0 to 1.
 
     Raises:
         KeyError: The density is unknown.
-        ConfigError: The density is zero between the limits.
+        ConfigError: The density is zero between the limits, or is shifted and cannot be.
 
     Source: logit_normal is Esser et al. 2403.03206, equation 19, on t / T; speed is the asymmetric sampling of Wang
     et al. 2405.17403, with its threshold of 700 and ratio of 5; the cubic ones are t / T = u^3 (towards low noise)
@@ -79,8 +81,20 @@ class Density:
         minimum: int = 0,
         maximum: int = NUM_TIMESTEPS - 1,
         high_noise_keep: float = 1.0,
+        log_shift: float = 0.0,
     ) -> None:
-        masses = _logit_normal_masses(mean, std) if name == "logit_normal" else _MASSES[name]()
+        if name == "logit_normal":
+            # A shift moves logits (Esser et al. 2403.03206, equation 23).
+            masses = _logit_normal_masses(mean + log_shift, std)
+        elif log_shift == 0.0:
+            masses = _MASSES[name]()
+        elif name == "uniform":
+            masses = _shifted_uniform_masses(exp(log_shift))
+        else:
+            raise ConfigError(
+                f"timesteps.density = {name!r} is made for noise schedules, and this base model matches flows. Set it "
+                "to 'logit_normal' or 'uniform'."
+            )
         kept = [
             (mass * high_noise_keep if t >= HIGH_NOISE else mass) if minimum <= t <= maximum else 0.0
             for t, mass in enumerate(masses)
@@ -111,6 +125,12 @@ class Density:
 def _cubic_masses() -> list[float]:
     """P(t) where t / T = u^3: differences of the CDF x^(1/3)."""
     edges = [(t / NUM_TIMESTEPS) ** (1 / 3) for t in range(NUM_TIMESTEPS + 1)]
+    return [high - low for low, high in pairwise(edges)]
+
+
+def _shifted_uniform_masses(k: float) -> list[float]:
+    """P(t) where t / T = k u / (1 + (k - 1) u) for a uniform u: differences of the CDF x / (k - (k - 1) x)."""
+    edges = [x / (k - (k - 1) * x) for x in (t / NUM_TIMESTEPS for t in range(NUM_TIMESTEPS + 1))]
     return [high - low for low, high in pairwise(edges)]
 
 

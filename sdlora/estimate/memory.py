@@ -20,8 +20,8 @@ from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
 from sdlora.lora.quantize import num_weights
 from sdlora.lora_files.pipelines import attach
 from sdlora.lora_files.read import LoraFile
-from sdlora.lora_files.verify import VERIFY_LATENT_EDGE, VERIFY_TIMESTEPS
 from sdlora.models.base import BaseModel
+from sdlora.models.unet import PROBE_EDGE, PROBED_TIMESTEPS
 from sdlora.training.loss import Batch, diffusion_loss
 from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group
@@ -230,7 +230,7 @@ def _drawing_cost(inputs: MemoryInputs, base: MetaBase, size: tuple[int, int]) -
 
 def _verification_bytes(inputs: MemoryInputs, base: MetaBase, count: int) -> int:
     """Bytes of verifying a file beside the second base model's float32 weights: its predictions, and the adapters."""
-    number, edge = len(VERIFY_TIMESTEPS), VERIFY_LATENT_EDGE * inputs.shapes.latent_factor
+    number, edge = len(PROBED_TIMESTEPS), PROBE_EDGE * inputs.shapes.latent_factor
     predicting = _peak_bytes(lambda: _predict(base, empty_latents(inputs.shapes, number, (edge, edge))))
     return predicting * 4 // inputs.dtype.itemsize + 3 * 4 * count + _SECOND_BASE_BYTES
 

@@ -30,7 +30,9 @@ _ATTENTION = r"(to_q|to_k|to_v|to_out\.0)"
 TARGETS: dict[str, re.Pattern[str]] = {
     "cross_attention": re.compile(rf".*\.attn2\.{_ATTENTION}"),
     "self_attention": re.compile(rf".*\.attn1\.{_ATTENTION}"),
-    "mlp": re.compile(r".*\.ff\.net\.(0\.proj|2)"),
+    # Of transformers, whose text and image attend to each other in one sequence.
+    "attention": re.compile(rf"layers\.\d+\.attention\.{_ATTENTION}"),
+    "mlp": re.compile(r".*\.ff\.net\.(0\.proj|2)|layers\.\d+\.feed_forward\.w[123]"),
     "projection": re.compile(r".*\.attentions\.\d+\.(proj_in|proj_out)"),
     "conv": re.compile(r".*\.(resnets\.\d+\.(conv1|conv2|conv_shortcut)|(down|up)samplers\.\d+\.conv)"),
     "text_encoder": re.compile(rf"{TEXT_ENCODER}.*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"),

@@ -129,16 +129,19 @@ class _Frozen(Function):
         return grad @ ctx.packed.dense(), None, None
 
 
-def quantize_linears(unet: nn.Module, kind: Quantization) -> None:
-    """Pack the linear layers of a UNet's attention blocks, in place; they have most of its parameters.
+def quantize_linears(network: nn.Module, kind: Quantization, blocks: str = ".attentions.") -> None:
+    """Pack the linear layers inside a network's blocks, in place; they have most of its parameters.
 
-    The UNet has no adapter yet. "nf4" leaves layers whose width is not a multiple of 64 unpacked.
+    The network has no adapter yet. "nf4" leaves layers whose width is not a multiple of 64 unpacked.
+
+    Args:
+        blocks: What the paths of these layers contain, between dots; the default is a UNet's attention blocks.
     """
-    for path, module in list(unet.named_modules()):
-        in_attention = ".attentions." in f".{path}" and isinstance(module, nn.Linear)
-        if in_attention and (kind == "int8" or module.in_features % _NF4_BLOCK == 0):
+    for path, module in list(network.named_modules()):
+        in_block = blocks in f".{path}" and isinstance(module, nn.Linear)
+        if in_block and (kind == "int8" or module.in_features % _NF4_BLOCK == 0):
             parent, _, name = path.rpartition(".")
-            setattr(unet.get_submodule(parent), name, QuantizedLinear(module, kind))
+            setattr(network.get_submodule(parent), name, QuantizedLinear(module, kind))
 
 
 def frozen_weight(layer: nn.Module) -> Tensor | Packed:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from sdlora.lora.inject import NETWORKS, TARGETS, LoraState, LoraWeights, network_of
+from sdlora.models.architectures import FamilyNames
 
 UNET_PREFIX = "lora_unet_"
 PEFT_METADATA = "lora_adapter_metadata"
@@ -81,6 +82,12 @@ def portable_state(state: LoraState) -> LoraState:
             if w.alpha != (alpha := alphas.most_common(1)[0][0]):
                 portable[path] = replace(w, up=w.up * (w.alpha / alpha), alpha=alpha)
     return portable
+
+
+def as_written(state: LoraState, family: FamilyNames) -> LoraState:
+    """A trained adapter's weights in the form in which a family's files have them."""
+    portable = portable_state(state)
+    return portable if family.lora_prefix is None else folded(portable)
 
 
 def rounded(state: LoraState, dtype: torch.dtype) -> LoraState:
@@ -149,6 +156,28 @@ def kohya_tensors(state: LoraState, *, authors_blocks: bool = False) -> dict[str
         tensors[f"{name}.lora_down.weight"] = weights.down.contiguous()
         tensors[f"{name}.lora_up.weight"] = weights.up.contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(weights.alpha, dtype=torch.float32)
+    return tensors
+
+
+def folded(state: LoraState) -> LoraState:
+    """The same update with alpha / r inside B, so that alpha is the rank."""
+    return {
+        path: replace(w, up=w.up * (w.alpha / (rank := w.down.shape[0])), alpha=float(rank))
+        for path, w in state.items()
+    }
+
+
+def to_transformer(state: LoraState, prefix: str) -> dict[str, Tensor]:
+    """Folded weights by module path as the tensors of a transformer's file, in which no alpha is needed.
+
+    Returns:
+        PREFIX PATH .lora_A.weight, .lora_B.weight and, of DoRA, .lora_magnitude_vector.weight per module.
+    """
+    tensors: dict[str, Tensor] = {}
+    for path, weights in state.items():
+        assert weights.alpha == weights.down.shape[0], "alpha / r is in B"
+        kinds = zip(_PEFT_KINDS, (weights.down, weights.up, weights.magnitude), strict=True)
+        tensors |= {f"{prefix}{path}.{kind}": tensor.contiguous() for kind, tensor in kinds if tensor is not None}
     return tensors
 
 

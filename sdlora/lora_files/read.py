@@ -24,7 +24,7 @@ from sdlora.errors import DataError
 from sdlora.lora.inject import NETWORKS, LoraState, LoraWeights, network_of
 from sdlora.lora_files.algebra import update
 from sdlora.lora_files.names import PEFT_METADATA, UNET_PREFIX, diffusers_name, kohya_name
-from sdlora.models.architectures import ARCHITECTURES, Architecture
+from sdlora.models.architectures import ARCHITECTURES, FAMILIES, Architecture
 
 # ComfyUI refuses headers above 1 MiB.
 MAX_HEADER_BYTES = 1 << 20
@@ -35,18 +35,21 @@ BY_TEXT_WIDTH: dict[int | None, Architecture] = {family.text_width: family for f
 _ENDINGS = {
     ".lora_A.weight": "down", ".lora_B.weight": "up",
     ".lora.down.weight": "down", ".lora.up.weight": "up",
+    ".lora_down.weight": "down", ".lora_up.weight": "up",
     ".lora_linear_layer.down.weight": "down", ".lora_linear_layer.up.weight": "up",
     "_lora.down.weight": "down", "_lora.up.weight": "up",
     ".lora_magnitude_vector.weight": "magnitude", ".lora_magnitude_vector": "magnitude",
     ".alpha": "alpha",
 }  # fmt: skip
+TRANSFORMER_PREFIXES = ("transformer.", "diffusion_model.")
 _KOHYA_KINDS = {"lora_down.weight": "down", "lora_up.weight": "up", "dora_scale": "scale", "alpha": "alpha"}
 _FILE_NAMES = {"down": "lora_down (lora_A)", "up": "lora_up (lora_B)"}
 # How `describe_lora` counts the UNet's modules.
 _KINDS = {
     "cross_attention": r"_attn2_",
     "self_attention": r"_attn1_",
-    "mlp": r"_ff_net_",
+    "attention": r"_layers_\d+_attention_",
+    "mlp": r"_(ff_net|feed_forward)_",
     "projection": r"_proj_(in|out)$",
     "conv": r"_(resnets|downsamplers|upsamplers)_",
 }
@@ -160,6 +163,11 @@ def parse_lora(tensors: Mapping[str, Tensor], metadata: dict[str, str], *, name:
             raise DataError(f"{name} contains {module!r} twice, under different names.")
         parts[module][kind] = tensor
     settings = _peft_settings(metadata, name) if dotted else {}
+    if dotted and not settings and all(key.startswith(TRANSFORMER_PREFIXES) for key in tensors):
+        # Files of transformers have alpha / r in B, so that alpha is the rank, unless they say otherwise.
+        for part in parts.values():
+            if "down" in part:
+                part.setdefault("alpha", torch.tensor(float(part["down"].shape[0])))
     state = {module: _weights(module, part, settings, name) for module, part in parts.items()}
     if dotted:
         two = any(network_of(path) == "text_encoder_2" for path in state) or text_width(state) == 2048
@@ -184,13 +192,15 @@ def _split_dotted(key: str, file: str) -> tuple[str, str]:
     """A dotted key as a module path of `sdlora.lora.inject` and the kind of tensor."""
     ending = next((ending for ending in _ENDINGS if key.endswith(ending)), None)
     # diffusers' oldest files hold a UNet's attention processors alone, without the network's name.
-    bare = key.startswith(("down_blocks.", "mid_block.", "up_blocks."))
+    bare = key.startswith(("down_blocks.", "mid_block.", "up_blocks.", *TRANSFORMER_PREFIXES))
     if ending is None or not (bare or key.startswith(tuple(f"{network}." for network in NETWORKS))):
         raise DataError(
             f"{file}: the tensor {key!r} is not part of a LoRA under PEFT's or diffusers' names. sdlora reads LoRA and "
             f"DoRA of {', '.join(NETWORKS)}."
         )
-    path = key.removesuffix(ending).removeprefix("unet.").replace(".processor.", ".")
+    path = key.removesuffix(ending).replace(".processor.", ".")
+    for prefix in ("unet.", *TRANSFORMER_PREFIXES):
+        path = path.removeprefix(prefix)
     if network_of(path) == "unet":
         path = f"{path}.0" if path.endswith(".to_out") else path
     else:
@@ -265,6 +275,8 @@ def text_width(state: LoraState) -> int | None:
 
 def family_of(state: LoraState) -> str | None:
     """ModelSpec's name of the family, or "text of width N" of an unknown one; None if the modules do not tell."""
+    if any(re.match(r"lora_unet_layers_\d+_(attention_to|feed_forward_w)", name) for name in state):
+        return FAMILIES["z-image"].modelspec
     if (width := text_width(state)) is not None:
         family = BY_TEXT_WIDTH.get(width)
         return f"text of width {width}" if family is None else family.modelspec

@@ -17,15 +17,12 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from sdlora.common import seeds
 from sdlora.errors import ExportError
 from sdlora.lora.inject import NETWORKS, LoraState, by_prefix, inject_state
 from sdlora.lora.timestep_rank import TimestepRank
-from sdlora.lora_files.names import portable_state, rounded
-
-VERIFY_TIMESTEPS = (20, 400, 950)
-VERIFY_LATENT_EDGE = 16
-"""Edge of the latents, unless the base is smaller."""
+from sdlora.lora_files.names import as_written, rounded
+from sdlora.models.architectures import family_named
+from sdlora.models.load import family_of, network_of
 
 
 @dataclass(frozen=True)
@@ -67,7 +64,8 @@ def verify_lora(
     """
     plain = _predictions(pipeline)
     trained = _predictions_with(pipeline, state)
-    written = _predictions_with(pipeline, rounded(portable_state(state), dtype))
+    names = family_named(family_of(pipeline).architecture)
+    written = _predictions_with(pipeline, rounded(as_written(state, names), dtype))
     masked = None if timestep_rank is None else _predictions_with(pipeline, state, timestep_rank)
     try:
         with _errors_alone():
@@ -76,7 +74,7 @@ def verify_lora(
         raise ExportError(f"diffusers cannot load {path}: {error}") from error
     # Out of the file's memory map, where weights may be unaligned: products of unaligned tensors are summed in another
     # order, so that the same weights would give predictions that differ in the last bit.
-    networks, found = by_prefix(pipeline.unet, _text_encoders(pipeline)), set()
+    networks, found = by_prefix(network_of(pipeline), _text_encoders(pipeline)), set()
     for prefix, network in networks.items():
         for name, parameter in network.named_parameters():
             if ".lora_" in name:
@@ -101,18 +99,8 @@ def verify_lora(
 
 
 def _predictions(pipeline: DiffusionPipeline) -> list[Tensor]:
-    """Outputs for fixed inputs: the UNet's at three timesteps, (3, C, h, w), then each text encoder's, (2, L, D)."""
-    unet, batch, more = pipeline.unet, len(VERIFY_TIMESTEPS), {}
-    size = min(VERIFY_LATENT_EDGE, unet.config.sample_size)
-    latents = seeds.normal((batch, unet.config.in_channels, size, size), 0, "proof latents")
-    text = seeds.normal((batch, 77, unet.config.cross_attention_dim), 0, "proof text")
-    if unet.config.addition_embed_type == "text_time":
-        # Stable Diffusion XL: pooled text embeddings (B, P) and sizes (B, 6).
-        sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]).repeat(batch, 1)
-        width = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        pooled = seeds.normal((batch, width), 0, "proof pooled text")
-        more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
-    predictions: list[Tensor] = [unet(latents, torch.tensor(VERIFY_TIMESTEPS), text, return_dict=False, **more)[0]]
+    """Outputs for fixed inputs: the network's at three timesteps, (3, C, h, w), then each text encoder's, (2, L, D)."""
+    predictions = family_of(pipeline).probe(network_of(pipeline))
     for encoder in _text_encoders(pipeline):
         length = encoder.config.max_position_embeddings
         tokens = torch.arange(2 * length).reshape(2, length) % encoder.config.vocab_size
@@ -121,6 +109,8 @@ def _predictions(pipeline: DiffusionPipeline) -> list[Tensor]:
 
 
 def _text_encoders(pipeline: DiffusionPipeline) -> list[Any]:
+    if not family_of(pipeline).trains_text:
+        return []
     encoders = [getattr(pipeline, name, None) for name in NETWORKS[1:]]
     return [encoder for encoder in encoders if encoder is not None]
 
@@ -128,7 +118,8 @@ def _text_encoders(pipeline: DiffusionPipeline) -> list[Any]:
 def _predictions_with(
     pipeline: DiffusionPipeline, state: LoraState, timestep_rank: TimestepRank | None = None
 ) -> list[Tensor]:
-    adapter = inject_state(pipeline.unet, state, text_encoders=_text_encoders(pipeline), timestep_rank=timestep_rank)
+    texts = _text_encoders(pipeline)
+    adapter = inject_state(network_of(pipeline), state, text_encoders=texts, timestep_rank=timestep_rank)
     predictions = _predictions(pipeline)
     adapter.remove()
     return predictions

@@ -24,7 +24,14 @@ from sdlora.common.version import __version__
 from sdlora.errors import DataError, ExportError, SdloraError
 from sdlora.lora.inject import LoraState
 from sdlora.lora.timestep_rank import TimestepRank
-from sdlora.lora_files.names import PEFT_METADATA, kohya_tensors, portable_state, to_kohya, to_peft
+from sdlora.lora_files.names import (
+    PEFT_METADATA,
+    as_written,
+    kohya_tensors,
+    to_kohya,
+    to_peft,
+    to_transformer,
+)
 from sdlora.lora_files.read import (
     BY_TEXT_WIDTH,
     MAX_HEADER_BYTES,
@@ -90,13 +97,17 @@ def save_lora(
     Raises:
         ExportError: A value is too large for the dtype, or the header is larger than other programs read.
     """
-    portable = portable_state(state)
+    family = family_named(metadata.architecture)
+    portable = as_written(state, family)
     extra = dict(metadata.private) | dict(metadata.origins)
-    if spelling == "peft" or any(weights.magnitude is not None for weights in portable.values()):
+    if family.lora_prefix is not None:
+        # Magnitudes are read under diffusers' own prefix alone.
+        dora = any(weights.magnitude is not None for weights in portable.values())
+        tensors = to_transformer(portable, "transformer." if dora else family.lora_prefix)
+    elif spelling == "peft" or any(weights.magnitude is not None for weights in portable.values()):
         tensors, extra[PEFT_METADATA] = to_peft(portable)
     else:
-        two = len(family_named(metadata.architecture).text_encoders) > 1
-        tensors = to_kohya(portable, two_text_encoders=two)
+        tensors = to_kohya(portable, two_text_encoders=family.modelspec == ARCHITECTURES["sdxl"].modelspec)
     if metadata.timestep_rank is not None:
         extra["sdlora.timestep_rank_min"] = str(metadata.timestep_rank.rank_min)
         extra["sdlora.timestep_rank_alpha"] = str(metadata.timestep_rank.alpha)
@@ -219,6 +230,7 @@ def _training_header(state: LoraState, metadata: LoraMetadata) -> dict[str, str]
     # ModelSpec knows no name for what flow matching predicts.
     predicts = {"epsilon": "epsilon", "v_prediction": "v"}.get(metadata.prediction_type)
     header = _SPEC | {
+        "modelspec.implementation": family.implementation,
         "modelspec.architecture": f"{metadata.architecture}/lora",
         **({"modelspec.prediction_type": predicts} if predicts else {}),
         "modelspec.title": metadata.name,

@@ -15,7 +15,7 @@ from typing import Any, Literal, NamedTuple
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
 
-Family = Literal["sd1", "sd2", "sdxl"]
+Family = Literal["sd1", "sd2", "sdxl", "z-image"]
 
 _MAX_HEADER_BYTES = 100 << 20
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin")
@@ -43,13 +43,22 @@ _OTHERS = {
 
 
 @dataclass(frozen=True)
-class Architecture:
-    """One family of base models."""
+class FamilyNames:
+    """What a family of base models is called, here and elsewhere."""
 
     title: str  # its common name
     modelspec: str  # its ModelSpec name, such as "stable-diffusion-v1"; for SD 2.x the prefix
     base_version: str  # the value of `ss_base_model_version` in A1111
     pipeline: str  # diffusers' class
+    implementation: str = "https://github.com/Stability-AI/generative-models"  # its authors' code, for ModelSpec
+    # Before the paths of layers in LoRA files whose B includes alpha / r; None for kohya's names with their alphas.
+    lora_prefix: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture(FamilyNames):
+    """A family with a UNet, and its true shape."""
+
     unet: dict[str, Any]  # the configuration of its UNet2DConditionModel, where it differs from the class's defaults
     vae: dict[str, Any]  # the same of its AutoencoderKL
     text_encoders: tuple[dict[str, Any], ...]  # the same of its CLIP text encoders, CLIPTextConfig's values
@@ -160,9 +169,24 @@ ARCHITECTURES: dict[Family, Architecture] = {
 }
 
 
-def family_named(modelspec: str) -> Architecture:
+FAMILIES: dict[Family, FamilyNames] = {
+    **ARCHITECTURES,
+    "z-image": FamilyNames(
+        title="Z-Image",
+        modelspec="Z-Image",
+        base_version="z_image",
+        pipeline="ZImagePipeline",
+        implementation="https://github.com/Tongyi-MAI/Z-Image",
+        lora_prefix="diffusion_model.",
+    ),
+}
+"""All families; those without a UNet only by name."""
+_TRANSFORMERS: dict[str, Family] = {"ZImageTransformer2DModel": "z-image"}
+
+
+def family_named(modelspec: str) -> FamilyNames:
     """The family of a ModelSpec architecture name such as "stable-diffusion-v2-768-v"."""
-    return next(family for family in ARCHITECTURES.values() if modelspec.startswith(family.modelspec))
+    return next(family for family in FAMILIES.values() if modelspec.startswith(family.modelspec))
 
 
 @dataclass(frozen=True)
@@ -230,13 +254,22 @@ def family_on_disk(path: str) -> Family | None:
     place = Path(path).expanduser()
     if place.is_file():
         return identify(read_header(place), path).family
-    try:
-        unet = json.loads((place / "unet" / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    if (transformer := _configuration(place / "transformer")) is not None:
+        return _TRANSFORMERS.get(str(transformer.get("_class_name")))
+    unet = _configuration(place / "unet")
+    if unet is None:
         return None  # a hub id, or a folder that loading it will say more about
     if unet.get("addition_embed_type") == "text_time":
         return "sdxl"
     return "sd2" if unet.get("use_linear_projection") else "sd1"
+
+
+def _configuration(part: Path) -> dict[str, Any] | None:
+    try:
+        config: dict[str, Any] = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config
 
 
 class Identified(NamedTuple):

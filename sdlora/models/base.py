@@ -80,6 +80,11 @@ class BaseModel(ABC):
         latent_factor: Pixels per latent along one edge.
         max_tokens: How many tokens of a caption are read, start and end tokens included.
         text_dtype: In which the cache keeps text embeddings.
+        trains_text: Whether the text encoders can have adapters.
+        packed_blocks: What the paths of linear layers that can be packed contain; see `sdlora.lora.quantize`.
+        samplers: The samplers that previews can be drawn with; see `sdlora.previews.sampler`.
+        log_shift: What the family's shift of noise levels adds to their logits, 0 for none; see
+            `sdlora.diffusion.flow`.
         vae_identity: A hash of the VAE's weights and configuration, for cache keys.
         text_identity: A hash of the tokenizer and the text encoders, for cache keys.
         scheduler_settings: The configuration that its scheduler was loaded with, as JSON values.
@@ -92,6 +97,10 @@ class BaseModel(ABC):
     architecture: str
     network_name: ClassVar[str]
     text_dtype: ClassVar[torch.dtype] = torch.float16
+    trains_text: ClassVar[bool] = True
+    packed_blocks: ClassVar[str]
+    samplers: ClassVar[tuple[str, ...]]
+    log_shift: float = 0.0
     levels: NoiseLevels
     prediction_type: Literal["epsilon", "v_prediction", "flow"]
     resolution_px: int
@@ -194,6 +203,11 @@ class BaseModel(ABC):
             ConfigError: That means nothing for this base model.
         """
 
+    @staticmethod
+    @abstractmethod
+    def probe(network: nn.Module) -> list[Tensor]:
+        """The network's predictions for fixed inputs, with which a file is verified."""
+
     def guidance_argument(self, scale: float) -> float:
         """A classifier-free guidance scale, 1 being none, in the terms of the family's pipeline."""
         return scale
@@ -269,7 +283,10 @@ def _cast_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
         if isinstance(value, dict):
             # Sizes in pixels stay exact: bfloat16 has no odd integers above 256.
             return {name: inner if name == "time_ids" else cast(inner) for name, inner in value.items()}
-        return _mapped(lambda tensor: tensor.to(dtype) if tensor.is_floating_point() else tensor, value)
+        # Noise levels, a number for each image, stay exact as well.
+        return _mapped(
+            lambda tensor: tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor, value
+        )
 
     return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
 

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, ZImagePipeline
 from torch import nn
 
 from sdlora.common.bundled import pocket_folder
@@ -26,15 +26,16 @@ from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
 from sdlora.lora.inject import NETWORKS
 from sdlora.lora.quantize import Quantization, quantize_linears
-from sdlora.models.architectures import ARCHITECTURES, Family, identify, read_header
+from sdlora.models.architectures import ARCHITECTURES, FAMILIES, Family, identify, read_header
 from sdlora.models.base import BaseModel, Source, TextOptions
 from sdlora.models.sd import StableDiffusion
 from sdlora.models.sd2 import StableDiffusion2
 from sdlora.models.sdxl import StableDiffusionXL
 from sdlora.models.unet import clip_tokenizer
+from sdlora.models.z_image import ZImage
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PIPELINES = {architecture.pipeline for architecture in ARCHITECTURES.values()}
+_PIPELINES = {family.pipeline for family in FAMILIES.values()}
 _PLAIN = "Train on the base model that it was made from; the LoRA works on both."
 _REFUSED = {
     "Inpaint": f"an inpainting model. {_PLAIN}",
@@ -43,6 +44,13 @@ _REFUSED = {
     "StableDiffusionXLImg2Img": "the refiner of Stable Diffusion XL, which only refines finished images. Train on the "
     "base model.",
 }
+
+
+_ABSENT: dict[str, dict[str, Any]] = {
+    "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
+"""What a pipeline can do without."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,7 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
             networks = {name: network for name, network in found.items() if network is not None}
             # What is present was changed when it was loaded.
             options.change(networks, networks.keys() - present.keys())
-            pipeline.unet.to(unet_dtype)
+            network_of(pipeline).to(unet_dtype)
         if options.prediction_type is not None:
             pipeline.scheduler.register_to_config(prediction_type=options.prediction_type)
         pipeline.set_progress_bar_config(disable=True)
@@ -89,19 +97,27 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
     # Quantization rounds the weights as they were stored, not those of the compute dtype.
     first = reload(dtype if options.quantization == "none" else torch.float32)
     source = Source(first, path, revision, reload)
-    unet = source.pipeline.unet
-    family = _family(unet)
+    network, family = network_of(source.pipeline), family_of(source.pipeline)
     if options.quantization != "none":
         # Before it moves to a device that may be too small for the unquantized weights.
-        quantize_linears(unet, options.quantization)
+        quantize_linears(network, options.quantization, family.packed_blocks)
         # The other weights still point into the mapped file, which would keep the unquantized ones in memory as well.
-        for parameter in unet.parameters():
+        for parameter in network.parameters():
             parameter.data = parameter.data.clone()
     return family(source, device=device, dtype=dtype, text=options.text)
 
 
-def _family(unet: UNet2DConditionModel) -> type[BaseModel]:
-    """The family by the UNet's layers: nothing else distinguishes 1.x from 2.x at any size."""
+def network_of(pipeline: DiffusionPipeline) -> Any:
+    """The network of a pipeline that adapters train."""
+    return getattr(pipeline, family_of(pipeline).network_name)
+
+
+def family_of(pipeline: DiffusionPipeline) -> type[BaseModel]:
+    """The family of a loaded pipeline."""
+    if isinstance(pipeline, ZImagePipeline):
+        return ZImage
+    # Nothing but the layers of their UNets distinguishes 1.x from 2.x at any size.
+    unet = pipeline.unet
     if unet.config.addition_embed_type == "text_time":
         return StableDiffusionXL
     projections = (module for name, module in unet.named_modules() if name.endswith(".proj_in"))
@@ -143,20 +159,32 @@ def _load_folder(
 ) -> DiffusionPipeline:
     """Load a diffusers folder; `present` are components that are in memory already."""
     kind = _check_folder(path, folder)
-    absent = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
     try:
         pipeline: DiffusionPipeline = getattr(diffusers, kind).from_pretrained(
             folder,
             variant=variant,
             # The UNet's dtype at once: SDXL's takes 10 GB in float32, which a small machine does not have.
-            dtype={"unet": unet_dtype, "default": torch.float32},
+            dtype={
+                "unet": unet_dtype,
+                "transformer": unet_dtype,
+                "default": torch.float32,
+                **_text_dtype(kind, folder),
+            },
             use_safetensors=True,
             **present,
-            **(absent if kind == "StableDiffusionPipeline" else {"add_watermarker": False}),
+            **_ABSENT.get(kind, {}),
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _not_loaded(path, error) from error
     return pipeline
+
+
+def _text_dtype(kind: str, folder: Path) -> dict[str, torch.dtype]:
+    """Text encoders of billions of weights stay in the type of their files; CLIP's are small, and are in float32."""
+    if kind != "ZImagePipeline":
+        return {}
+    first = read_header(min((folder / "text_encoder").glob("*.safetensors")))
+    return {"text_encoder": torch.float32 if "F32" in first.dtypes.values() else torch.bfloat16}
 
 
 def _not_loaded(path: str, error: Exception) -> BaseModelError:
@@ -185,13 +213,20 @@ def _check_folder(path: str, folder: Path) -> str:
         raise BaseModelError(f"{path!r} is {refused}")
     if kind not in _PIPELINES:
         raise BaseModelError(
-            f"{path!r} is a {kind}, which sdlora does not train. It trains Stable Diffusion 1.x, 2.x and XL."
+            f"{path!r} is a {kind}, which sdlora does not train. It trains Stable Diffusion 1.x, 2.x and XL, and "
+            "Z-Image."
         )
     encoders = ["text_encoder", "text_encoder_2"] if kind == "StableDiffusionXLPipeline" else ["text_encoder"]
     for part in encoders:
         if not (folder / part).is_dir() or None in (entries.get(part) or [None]):
             raise BaseModelError(f"Base model {path!r} has no {part}, without which captions cannot be encoded.")
-    for part in ("unet", "vae", *encoders):
+    if kind == "ZImagePipeline" and "turbo" in path.lower():
+        raise BaseModelError(
+            f"{path!r} is distilled to draw in a few steps, which training undoes. Train on Z-Image itself; the LoRA "
+            "works on Turbo as well."
+        )
+    network = "transformer" if kind == "ZImagePipeline" else "unet"
+    for part in (network, "vae", *encoders):
         for file in sorted((folder / part).glob("*.safetensors")):
             read_header(file)
     return kind

@@ -14,13 +14,16 @@ from typing import Any, Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import CLIPTokenizer
 
+from sdlora.common import seeds
 from sdlora.diffusion.noise import DdpmLevels, check_prediction_type, zero_terminal_snr
 from sdlora.errors import BaseModelError, ConfigError
 from sdlora.models.base import BaseModel, TextEmbeddings
 
+PROBED_TIMESTEPS = (20, 400, 950)
+PROBE_EDGE = 16  # of the latents, unless the base is smaller
 _MAX_TOKENS = 77
 _START, _END = "<|startoftext|>", "<|endoftext|>"
 
@@ -70,6 +73,8 @@ class UnetModel(BaseModel):
     """
 
     network_name = "unet"
+    packed_blocks = ".attentions."
+    samplers = ("auto", "base", "euler", "euler_a", "dpmpp_2m_karras", "unipc")
     levels: DdpmLevels
 
     def _set_up(self, pipeline: DiffusionPipeline) -> None:
@@ -154,3 +159,19 @@ class UnetModel(BaseModel):
         self._pipeline.scheduler = DDIMScheduler.from_config(
             self._pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
         )
+
+    @staticmethod
+    def probe(network: nn.Module) -> list[Tensor]:
+        """The UNet's predictions at three timesteps for fixed inputs, (3, C, h, w)."""
+        config: Any = network.config
+        batch, more = len(PROBED_TIMESTEPS), {}
+        size = min(PROBE_EDGE, config.sample_size)
+        latents = seeds.normal((batch, config.in_channels, size, size), 0, "proof latents")
+        text = seeds.normal((batch, 77, config.cross_attention_dim), 0, "proof text")
+        if config.addition_embed_type == "text_time":
+            # Stable Diffusion XL: pooled text embeddings (B, P) and sizes (B, 6).
+            sizes = torch.tensor([[1024.0, 1024.0, 0.0, 0.0, 1024.0, 1024.0]]).repeat(batch, 1)
+            width = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+            pooled = seeds.normal((batch, width), 0, "proof pooled text")
+            more["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": sizes}
+        return [network(latents, torch.tensor(PROBED_TIMESTEPS), text, return_dict=False, **more)[0]]

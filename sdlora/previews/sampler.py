@@ -27,6 +27,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 from torch import Tensor, nn
 
 from sdlora.common.files import atomic_path
+from sdlora.errors import ConfigError
 from sdlora.events import Event, PreviewsDone, Progress
 from sdlora.models.base import BaseModel
 
@@ -144,7 +145,8 @@ class SamplerWatch:
         norms: list[Tensor] = []
 
         def observe(_: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            predictions = output[0].detach()
+            # Z-Image predicts for a list of latents (C, 1, h, w).
+            predictions = (torch.stack(output[0]).squeeze(2) if isinstance(output[0], list) else output[0]).detach()
             if len(predictions) == 2 * num_previews:
                 negative, caption = predictions.chunk(2)
                 norms.append((caption - negative).float().square().mean(dim=(1, 2, 3)).sqrt())
@@ -207,13 +209,18 @@ def _draw(
     # The watch's context is the inner one, so that it sees float32 predictions.
     width, height = request.pixels(base.resolution_px)
     watching = watch.batch(len(batch)) if watch else nullcontext()
+    if request.sampler not in base.samplers:
+        raise ConfigError(
+            f"preview.sampler = {request.sampler!r} is for other families than that of {base.path!r}; it has "
+            f"{' and '.join(base.samplers)}. Leave it unset."
+        )
     with base.pipeline() as pipeline, _sampling(pipeline, request.sampler), watching, torch.no_grad():
         result = pipeline(
             **prompts,
             width=width,
             height=height,
             num_inference_steps=request.num_steps,
-            guidance_scale=request.guidance,
+            guidance_scale=base.guidance_argument(request.guidance),
             generator=[torch.Generator("cpu").manual_seed(seed) for _, seed in batch],
         )
     images: list[Image.Image] = result.images
@@ -225,8 +232,12 @@ def _sampling(pipeline: DiffusionPipeline, name: str) -> Iterator[None]:
     """Exchange a pipeline's sampler, which keeps the base model's noise schedule and prediction type."""
     own = pipeline.scheduler
     if name == "auto":
-        # Karras' noise levels have to end somewhere.
-        name = "base" if own.config.get("rescale_betas_zero_snr") else "dpmpp_2m_karras"
+        # Karras' noise levels have to end somewhere, and flow matching has its own.
+        name = (
+            "base"
+            if "beta_schedule" not in own.config or own.config.get("rescale_betas_zero_snr")
+            else "dpmpp_2m_karras"
+        )
     if name != "base":
         kind, options = SAMPLERS[name]
         pipeline.scheduler = kind.from_config(own.config, **options)

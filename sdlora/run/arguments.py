@@ -60,6 +60,7 @@ def make_adapter(config: RunConfig, base: BaseModel) -> Adapter:
         DataError: The file does not fit this base model.
     """
     lora, spec = config.lora, adapter_spec(config)
+    _refuse_for_family(config, base)
     texts = base.move_text_encoders() if text_is_trained(config) else base.text_encoders
     if (file := starting_file(config)) is not None:
         adapter = attach(base.network, file, text_encoders=texts)
@@ -70,19 +71,44 @@ def make_adapter(config: RunConfig, base: BaseModel) -> Adapter:
     return inject(base.network, paths, lora.rank, lora.alpha, config.seed, spec=spec, text_encoders=texts)
 
 
-def training_settings(config: RunConfig) -> TrainingSettings:
-    """How the adapter is trained: the options of the same names, and what is derived from others."""
+def _refuse_for_family(config: RunConfig, base: BaseModel) -> None:
+    """Refuse what a base model without a UNet and CLIP does not have."""
+    if base.trains_text:
+        return
+    if text_is_trained(config):
+        raise ConfigError(
+            f"lora.targets: the text encoder of {base.path!r} is a language model, which LoRAs leave as it is. Remove "
+            "'text_encoder'."
+        )
+    if config.lora.timestep_rank_min is not None:
+        raise ConfigError(
+            f"lora.timestep_rank_min is for base models with a UNet, and {base.path!r} is a transformer. Leave it "
+            "unset."
+        )
+
+
+def training_settings(config: RunConfig, base: BaseModel | None = None) -> TrainingSettings:
+    """How the adapter is trained: the options of the same names, and what is derived from others and from the base.
+
+    Without a base model, timesteps are those of a DDPM schedule.
+
+    Raises:
+        ConfigError: The density means nothing on this base model.
+    """
     train, timesteps = config.train, config.timesteps
+    flows = base is not None and base.prediction_type == "flow"
+    density = {"auto": "logit_normal" if flows else "uniform"}.get(timesteps.density, timesteps.density)
     values = {name: value for section in (config.data, train, config.loss) for name, value in section}
     values |= {
         "seed": config.seed,
         "density": Density(
-            timesteps.density,
+            density,
             mean=timesteps.mean,
             std=timesteps.std,
             minimum=timesteps.min,
             maximum=timesteps.max,
             high_noise_keep=timesteps.high_noise_keep,
+            log_shift=0.0 if base is None else base.log_shift,
         ),
         "coverage": timesteps.coverage,
         "preview_every_steps": config.preview.every_steps if config.preview.enabled else 0,

@@ -35,8 +35,9 @@ from sdlora.data.dataset import Example
 from sdlora.errors import ConfigError, HubError, OutputError
 from sdlora.events import EpochDone, PlanMade
 from sdlora.lora_files.read import DTYPES_BY_NAME
-from sdlora.lora_files.verify import VERIFY_TIMESTEPS, verify_lora
+from sdlora.lora_files.verify import verify_lora
 from sdlora.lora_files.write import LoraMetadata, add_metadata, save_lora
+from sdlora.models.unet import PROBED_TIMESTEPS
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.arguments import timestep_rank
 from sdlora.run.folder import RunFolder
@@ -157,7 +158,7 @@ def limits_elsewhere(config: RunConfig, proof: Mapping[str, Any]) -> list[str]:
             f"This LoRA was trained on a base model with {merged} merged into it: use it together with that."
         )
     if lora.timestep_rank_min is not None:
-        timesteps = ", ".join(map(str, VERIFY_TIMESTEPS))
+        timesteps = ", ".join(map(str, PROBED_TIMESTEPS))
         sentences.append(
             "Programs that ignore the timestep rank use all ranks: their predictions differ by "
             f"{proof['rank_mask_difference']:.0%} of what the LoRA changes (root mean square at timesteps {timesteps})."

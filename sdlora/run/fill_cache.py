@@ -83,7 +83,7 @@ def fill_cache(config: RunConfig, num_workers: int) -> Iterator[Notice | Progres
 
 def _needed(config: RunConfig, loaded: Loaded) -> tuple[list[Example], list[str]]:
     """All images of a run, and its captions without repetition: of its exposures and of the copy check."""
-    settings, images, cache = training_settings(config), loaded.images, loaded.cache
+    settings, images, cache = training_settings(config, loaded.base), loaded.images, loaded.cache
     is_live = settings.text_is_trained
     schedule = make_schedule(settings, images.training)
     sources: list[tuple[TrainingData, list[Exposure] | None]] = [

@@ -24,7 +24,7 @@ from sdlora.copycheck.scale import make_gallery
 from sdlora.errors import ConfigError, OutOfMemoryError
 from sdlora.estimate.hints import Stage, out_of_memory_message
 from sdlora.lora.inject import Adapter
-from sdlora.models.architectures import ARCHITECTURES, family_named, family_on_disk
+from sdlora.models.architectures import FAMILIES, family_named, family_on_disk
 from sdlora.models.base import BaseModel, TextOptions, weights_identity
 from sdlora.models.load import LoadOptions, load_base
 from sdlora.previews.sampler import PreviewRequest
@@ -40,9 +40,7 @@ from sdlora.training.validation import Validation
 BaseSource = Callable[[RunConfig, torch.device, torch.dtype], BaseModel]
 """Where a run's base model comes from; it has no adapter in it."""
 
-_TITLES: dict[str, str] = {name: family.title for name, family in ARCHITECTURES.items()} | {
-    "pocket": "the built-in base"
-}
+_TITLES: dict[str, str] = {name: family.title for name, family in FAMILIES.items()} | {"pocket": "the built-in base"}
 HIGH_RANK = 32
 
 
@@ -150,7 +148,7 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
     base = load_base(config.base.path, device=device, dtype=dtype, options=options)
     if found is None:  # a hub id
         own = family_named(base.architecture)
-        check_family(config.base, next(name for name, family in ARCHITECTURES.items() if family is own))
+        check_family(config.base, next(name for name, family in FAMILIES.items() if family is own))
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
     return base
@@ -262,7 +260,7 @@ def prepare(
 
 def _make_trainer(config: RunConfig, loaded: Loaded, adapter: Adapter, processes: Processes) -> Trainer:
     images, on_cpu = loaded.images, loaded.device.type == "cpu"
-    settings = training_settings(config)
+    settings = training_settings(config, loaded.base)
     data = training_data(settings, images.training, loaded.cache)
     prior = None if images.prior is None else training_data(settings, images.prior, loaded.cache)
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")

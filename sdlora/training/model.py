@@ -78,6 +78,8 @@ class TrainingModel:
         for block in _blocks(unet):
             vars(block).pop("forward", None)  # undoes `compile_blocks`
         if compiled:
+            if not _blocks(unet):
+                raise ConfigError("train.compile is for base models with a UNet. Set it to false.")
             compile_blocks(unet)
         self._compiled = compiled
         self._adapter = adapter
@@ -189,7 +191,7 @@ def keep_little(unet: UNet2DConditionModel) -> None:
             module.forward = partial(_geglu, module)
         elif type(module) is nn.Conv2d and module.padding_mode == "zeros":
             module.forward = partial(_conv, module)  # type: ignore[method-assign]
-    norm, activation = unet.conv_norm_out, unet.conv_act
+    norm, activation = (getattr(unet, name, None) for name in ("conv_norm_out", "conv_act"))
     if isinstance(norm, nn.GroupNorm) and isinstance(activation, nn.SiLU):
         # No other module uses this activation, so it can be skipped once the norm has applied it.
         norm.forward = partial(_norm_silu, norm)  # type: ignore[method-assign]

@@ -8,10 +8,26 @@ from typing import Any
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
+)
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    Qwen3Config,
+    Qwen3Model,
+)
 
 from sdlora.models.architectures import ARCHITECTURES, Architecture, Family
+from sdlora.pocket import flow_architecture
 from sdlora.pocket.architecture import build_scheduler, build_tokenizer, vocabulary
 
 _VAE: dict[str, Any] = {
@@ -147,3 +163,29 @@ def make_tiny_pipeline(
         feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
     pipeline.save_pretrained(folder)
+
+
+def make_tiny_z_image(folder: Path) -> None:
+    """Write a Z-Image of random weights: 32 px, latents of 16 channels and factor 4, a transformer 32 wide."""
+    torch.manual_seed(0)
+    tokenizer = flow_architecture.build_tokenizer()
+    vae = AutoencoderKL(
+        **{**_VAE, "latent_channels": 16}, scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False,
+        use_post_quant_conv=False,
+    )  # fmt: skip
+    text = Qwen3Model(
+        Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=8, max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )  # fmt: skip
+    transformer = ZImageTransformer2DModel(
+        in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
+        axes_dims=[4, 6, 6], axes_lens=[640, 64, 64],
+    )  # fmt: skip
+    for token in (transformer.x_pad_token, transformer.cap_pad_token):
+        torch.nn.init.normal_(token)
+    ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), vae, text, tokenizer, transformer).save_pretrained(
+        folder
+    )

@@ -100,7 +100,7 @@ def test_a1111_misses_a_layer_of_sdxl_by_diffusers_blocks() -> None:
 
 
 def test_matrix_covers_all_targets() -> None:
-    assert {*UNET_TARGETS, "text_encoder"} == set(TARGETS)
+    assert {*UNET_TARGETS, "text_encoder"} == set(TARGETS) - {"attention"}  # of transformers
     assert len(CELLS) == 18
     unet, text = on_meta(TINY["sdxl"])
     assert find_targets(unet, ["text_encoder"], text)[-1].startswith("text_encoder_2.")

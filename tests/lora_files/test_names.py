@@ -60,7 +60,7 @@ def test_target_of_a_kohya_name_is_that_of_its_path(pipeline: Any) -> None:
     layers = adaptable(pipeline.unet, [pipeline.text_encoder])
     found = {path: kohya_target(kohya_name(path)) for path in layers}
     assert found == {path: target_of(path) for path in layers}
-    assert set(found.values()) == {*TARGETS, None}
+    assert set(found.values()) == {*TARGETS, None} - {"attention"}  # of transformers
     second = "text_encoder_2.encoder.layers.3.mlp.fc1"
     assert kohya_target(kohya_name(second, two_text_encoders=True)) == target_of(second) == "text_encoder"
 

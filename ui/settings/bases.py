@@ -18,7 +18,14 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 from sdlora.common.bundled import pocket_folder
 from sdlora.errors import BaseModelError, ConfigError, SdloraError
 from sdlora.estimate.meta_model import Shapes, shapes_of_configs, shapes_of_family
-from sdlora.models.architectures import ARCHITECTURES, Family, Identified, family_on_disk, identify, read_header
+from sdlora.models.architectures import (
+    FAMILIES,
+    Family,
+    Identified,
+    family_on_disk,
+    identify,
+    read_header,
+)
 
 from ..state.folders import Studio
 from ..state.locations import check_model, to_path
@@ -124,7 +131,7 @@ def describe_base(path: str) -> str:
             "It is not on this machine and is downloaded when the run starts. Its family is not known until then, so "
             "the recipe is general: choose the model again after the download."
         )
-    title = ARCHITECTURES[family].title
+    title = FAMILIES[family].title
     if preset_family(path) is None:
         return f"{title}. There is no recipe for this family yet, so the settings are general."
     kind = {"illustrious": ", prompted in tags", "noobai-v": " with v-prediction, prompted in tags"}

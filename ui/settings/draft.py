@@ -17,7 +17,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.config.toml import RENAMED, options, renaming_note
 from sdlora.errors import ConfigError
 from sdlora.events import fields_from_json, saved_as, to_json
-from sdlora.models.architectures import ARCHITECTURES
+from sdlora.models.architectures import FAMILIES
 from sdlora.run.estimate import Estimate
 
 from ..state.folder_notes import change_notes, read_notes
@@ -170,7 +170,7 @@ class Draft:
         made_for, found = self.value("base.family"), POCKET if self.base == POCKET else family_of(self.base)
         if found is None or made_for in ("any", found):
             return
-        titles = {POCKET: "the built-in base model"} | {name: family.title for name, family in ARCHITECTURES.items()}
+        titles = {POCKET: "the built-in base model"} | {name: family.title for name, family in FAMILIES.items()}
         raise ConfigError(
             f"These settings are made for {titles[made_for]}, but the base model is {titles[found]}. Choose what it "
             "should learn, which takes the settings of this base model."

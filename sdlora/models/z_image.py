@@ -1,0 +1,145 @@
+"""Z-Image: a flow-matching transformer that reads captions through Qwen3, in the form of a chat.
+
+Shapes: B batch, C latent channels (16), h/w latents, L tokens, D text width (2560).
+
+Source: Z-Image Team 2511.22699; the calls are those of diffusers' ZImagePipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from math import log
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from sdlora.common import seeds
+from sdlora.diffusion.flow import FlowLevels, level
+from sdlora.errors import BaseModelError, ConfigError
+from sdlora.models.base import BaseModel, TextEmbeddings
+
+_MAX_TOKENS = 512
+_PROBED_LEVELS = (0.05, 0.4, 0.95)
+_PROBED_LENGTHS = (7, 20, 33)
+_PROBE_EDGE = 16
+
+
+class ZImage(BaseModel):
+    """Z-Image and models of its shape.
+
+    Captions are cut to their own length before the transformer sees them: it pads them itself, and places the image
+    behind them.
+
+    Raises:
+        BaseModelError: VAE and transformer do not belong together, or it is the distilled Turbo without a file that is
+            merged while training.
+        ConfigError: `text` asks for CLIP's layers or windows.
+    """
+
+    architecture = "Z-Image"
+    network_name = "transformer"
+    packed_blocks = ".layers."
+    text_dtype = torch.bfloat16
+    trains_text = False
+    samplers = ("auto", "base")
+
+    def _set_up(self, pipeline: DiffusionPipeline) -> None:
+        channels, own = self.network.config.in_channels, self.vae.config.latent_channels
+        if channels != own:
+            raise BaseModelError(
+                f"The transformer of {self.path!r} takes {channels} channels but its VAE has {own}. Put the VAE beside "
+                "it that it was made for."
+            )
+        if self.text.clip_skip is not None or self.text.max_windows != 1:
+            name = "data.max_token_windows" if self.text.clip_skip is None else "base.clip_skip"
+            raise ConfigError(
+                f"{name} is for CLIP, and {self.path!r} reads captions of up to {_MAX_TOKENS} tokens through Qwen3. "
+                "Leave it unset."
+            )
+        self.levels = FlowLevels()
+        self.prediction_type = "flow"
+        self.log_shift = log(pipeline.scheduler.config.shift)
+        self.latent_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.resolution_px = self.vae.config.sample_size
+        self.max_tokens = _MAX_TOKENS
+
+    def _asked(self, captions: Sequence[str]) -> list[str]:
+        """Captions as a user's turn of a chat, and the beginning of an answer."""
+        return [
+            self.tokenizers[0].apply_chat_template(
+                [{"role": "user", "content": caption}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=True,
+            )
+            for caption in captions
+        ]
+
+    def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
+        """Captions to {"states": (B, L, D), "mask": (B, L)}, ones where there is a token; longer captions are cut off.
+
+        The states are those of the encoder's second to last layer.
+        """
+        (tokenizer,), (encoder,) = self.tokenizers, self.move_text_encoders()
+        tokens = tokenizer(
+            self._asked(captions), padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
+        ).to(self.device)
+        mask = tokens.attention_mask
+        states = encoder(input_ids=tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
+        return {"states": states, "mask": mask.to(states.dtype)}
+
+    def batched(self, embeddings: Sequence[TextEmbeddings]) -> TextEmbeddings:
+        """Text embeddings of single captions as those of a batch in float32, padded to the longest with zeros."""
+        return {
+            name: pad_sequence([own[name].float() for own in embeddings], batch_first=True) for name in embeddings[0]
+        }
+
+    def prompt_embeddings(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
+        """Keyword arguments for the pipeline in place of prompts, encoded as captions are."""
+        wanted, unwanted = self.encode_captions(prompts), self.encode_captions(negative_prompts)
+        return {"prompt_embeds": _unpadded(wanted), "negative_prompt_embeds": _unpadded(unwanted)}
+
+    def num_tokens(self, caption: str) -> int:
+        """How many tokens a caption has, those of the chat included."""
+        return len(self.tokenizers[0](self._asked([caption])[0], truncation=False, verbose=False).input_ids)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
+        """The velocity (B, C, h, w) in float32, for noisy latents (B, C, h, w) at timesteps (B,)."""
+        dtype = self.network.dtype
+        states = [own.to(dtype) for own in _unpadded(text)]
+        return velocity(self.network, noisy.to(dtype), level(timesteps).float(), states).float()
+
+    def use_zero_terminal_snr(self) -> None:
+        """Refuse it: the highest level of flow matching is pure noise already."""
+        raise ConfigError(
+            f"loss.zero_terminal_snr is for noise schedules that do not end in pure noise, and that of {self.path!r} "
+            "does. Set it to false."
+        )
+
+    def guidance_argument(self, scale: float) -> float:
+        """Z-Image's pipeline counts guidance from 0: c + g (c - u)."""
+        return scale - 1
+
+    @staticmethod
+    def probe(network: nn.Module) -> list[Tensor]:
+        """Velocities at three levels for fixed inputs, (3, C, h, w), with which a file is verified."""
+        config: Any = network.config
+        count, widths = len(_PROBED_LEVELS), config.cap_feat_dim
+        latents = seeds.normal((count, config.in_channels, _PROBE_EDGE, _PROBE_EDGE), 0, "proof latents")
+        text = [seeds.normal((length, widths), 0, "proof text", length) for length in _PROBED_LENGTHS]
+        return [velocity(network, latents, torch.tensor(_PROBED_LEVELS), text)]
+
+
+def velocity(network: nn.Module, noisy: Tensor, s: Tensor, states: list[Tensor]) -> Tensor:
+    """The velocity e - x0 (B, C, h, w): the network is told 1 - s, takes lists, and predicts x0 - e."""
+    output = network(list(noisy.unsqueeze(2)), 1 - s, states, return_dict=False)[0]
+    return -torch.stack(list(output)).squeeze(2)
+
+
+def _unpadded(text: TextEmbeddings) -> list[Tensor]:
+    """The states of each caption, (L, D), without its padding."""
+    lengths = text["mask"].sum(dim=1).long().tolist()
+    return [states[:length] for states, length in zip(text["states"], lengths, strict=True)]
