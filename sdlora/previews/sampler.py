@@ -233,11 +233,8 @@ def _sampling(pipeline: DiffusionPipeline, name: str) -> Iterator[None]:
     own = pipeline.scheduler
     if name == "auto":
         # Karras' noise levels have to end somewhere, and flow matching has its own.
-        name = (
-            "base"
-            if "beta_schedule" not in own.config or own.config.get("rescale_betas_zero_snr")
-            else "dpmpp_2m_karras"
-        )
+        has_own = "beta_schedule" not in own.config or own.config.get("rescale_betas_zero_snr")
+        name = "base" if has_own else "dpmpp_2m_karras"
     if name != "base":
         kind, options = SAMPLERS[name]
         pipeline.scheduler = kind.from_config(own.config, **options)
