@@ -85,12 +85,14 @@ def plan(
     ] = None,
     set_: Overrides = None,
     family: Annotated[
-        Literal["sd1", "sd2", "sdxl"] | None, typer.Option(help="A model family instead; needs no weights.")
+        Literal["sd1", "sd2", "sdxl", "z-image"] | None,
+        typer.Option(help="A model family instead; needs no weights."),
     ] = None,
     resolution: Annotated[int | None, typer.Option(min=16, max=4096, help="Training size, with --family.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank, with --family; default 8.")] = None,
     targets: Annotated[
-        str | None, typer.Option(metavar="NAME,...", help="Targets, with --family; default cross_attention.")
+        str | None,
+        typer.Option(metavar="NAME,...", help="Targets, with --family; default cross_attention, or attention."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per forward pass, with --family; default 1.")] = None,
     memory: Annotated[
@@ -108,10 +110,14 @@ def plan(
         raise ConfigError(f"--memory: {error}") from error
     given = {"data.resolution_px": resolution, "lora.rank": rank, "train.batch_size": batch_size}
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
+    if targets is None and family == "z-image":
+        targets = "attention"
     if targets is not None:
         overrides.append(f"lora.targets={json.dumps(targets.split(','))}")
     if (config is None) == (family is None):
-        raise ConfigError("Give a configuration, as in 'sdlora plan quickstart', or --family sd1, sd2 or sdxl.")
+        raise ConfigError(
+            "Give a configuration, as in 'sdlora plan quickstart', or --family sd1, sd2, sdxl or z-image."
+        )
     if config is not None:
         if overrides:
             raise ConfigError("--resolution, --rank, --targets and --batch-size go with --family; use --set.")

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from sdlora.config.schema import RunConfig
-from sdlora.estimate.meta_model import META, Cost, MetaBase, Shapes, counted, empty_latents, num_bytes
+from sdlora.estimate.meta_model import META, Cost, MetaBase, Shapes, counted, empty_latents, meta_base, num_bytes
 from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
 from sdlora.lora.quantize import num_weights
 from sdlora.lora_files.pipelines import attach
 from sdlora.lora_files.read import LoraFile
-from sdlora.models.base import BaseModel
+from sdlora.models.base import BaseModel, proof_dtype
 from sdlora.models.unet import PROBE_EDGE, PROBED_TIMESTEPS
 from sdlora.training.loss import Batch, diffusion_loss
 from sdlora.training.model import TrainingModel
@@ -110,7 +110,7 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
     config, shapes = inputs.config, inputs.shapes
     text_is_trained = "text_encoder" in config.lora.targets
     quantization = config.base.quantization
-    base = MetaBase(shapes, inputs.dtype, quantization=quantization, text_is_trained=text_is_trained)
+    base = meta_base(shapes, inputs.dtype, quantization=quantization, text_is_trained=text_is_trained)
     in_a_step = shapes.text_bytes * (text_is_trained or inputs.text_is_live)
     weights = num_bytes(base.network) + (shapes.frozen_bytes if inputs.on_cpu else in_a_step)
     num_parameters = num_weights(base.network)
@@ -147,7 +147,8 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
     drawing_bytes, flops_per_prediction, flops_per_decoding = _preview_cost(inputs, base)
     beside = max(drawing_bytes, encoding)
     if inputs.on_cpu:
-        beside = max(beside, 4 * num_parameters + shapes.frozen_bytes + _verification_bytes(inputs, base, count))
+        second = proof_dtype(num_parameters, inputs.dtype).itemsize * num_parameters
+        beside = max(beside, second + shapes.frozen_bytes + _verification_bytes(inputs, base, count))
     else:
         drawing = beside + shapes.vae_bytes + shapes.text_bytes * text_is_trained
         beside = max(drawing, shapes.text_bytes) - in_a_step

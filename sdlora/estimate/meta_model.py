@@ -16,17 +16,20 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL, UNet2DConditionModel, ZImageTransformer2DModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
-from transformers import CLIPTextConfig, CLIPTextModel
+from transformers import CLIPTextConfig, CLIPTextModel, Qwen3Config, Qwen3Model
 
-from sdlora.diffusion.noise import DdpmLevels
+from sdlora.diffusion.flow import FlowLevels, level
+from sdlora.diffusion.noise import DdpmLevels, NoiseLevels
 from sdlora.lora.quantize import Quantization, quantize_linears
+from sdlora.models import z_image
 from sdlora.models.architectures import ARCHITECTURES, Family
 from sdlora.models.base import BaseModel, TextEmbeddings
+from sdlora.models.unet import UnetModel
 
 META = torch.device("meta")
 _POOLED_WIDTH = 1280
@@ -37,12 +40,12 @@ class Shapes:
     """The configurations of a base model's networks, and bytes of their parameters and buffers.
 
     Attributes:
-        unet: Of a UNet2DConditionModel of diffusers.
+        network: Of a UNet2DConditionModel or a ZImageTransformer2DModel of diffusers.
         vae: Of an AutoencoderKL of diffusers.
-        text_encoders: Of each text encoder, as CLIPTextConfig of transformers.
+        text_encoders: Of each text encoder, as CLIPTextConfig or Qwen3Config of transformers.
     """
 
-    unet: Mapping[str, Any]
+    network: Mapping[str, Any]
     vae: Mapping[str, Any]
     text_encoders: tuple[Mapping[str, Any], ...]
     vae_bytes: int
@@ -61,11 +64,24 @@ class Shapes:
     @property
     def resolution_px(self) -> int:
         """The edge length that the base model was trained at, in pixels."""
-        return int(self.unet["sample_size"]) * self.latent_factor
+        size = self.network.get("sample_size")
+        # A transformer's configuration knows no size; its VAE's does.
+        return int(self.vae["sample_size"]) if size is None else int(size) * self.latent_factor
+
+    @property
+    def is_z_image(self) -> bool:
+        """Whether the network is Z-Image's, by the width of captions that it alone names so."""
+        return "cap_feat_dim" in self.network
 
 
 def shapes_of_family(family: Family) -> Shapes:
     """The shapes of a model family."""
+    if family == "z-image":
+        with META:
+            network = dict(ZImageTransformer2DModel().config)
+            encoder = Qwen3Model(Qwen3Config(**z_image.QWEN3_4B)).to(torch.bfloat16)
+            decoder = AutoencoderKL.from_config(z_image.VAE)
+        return Shapes(network, z_image.VAE, (z_image.QWEN3_4B,), num_bytes(decoder), num_bytes(encoder))
     architecture = ARCHITECTURES[family]
     return shapes_of_configs(architecture.unet, architecture.vae, architecture.text_encoders)
 
@@ -100,6 +116,9 @@ class MetaBase:
     """
 
     device = META
+    _kind: Any = UNet2DConditionModel
+    _packed_blocks = UnetModel.packed_blocks
+    _caption_tokens: int | None = None  # all that CLIP reads
 
     def __init__(
         self,
@@ -110,15 +129,15 @@ class MetaBase:
         text_is_trained: bool = False,
     ) -> None:
         with META:
-            self.network: UNet2DConditionModel = UNet2DConditionModel.from_config(dict(shapes.unet))
+            self.network: Any = self._kind.from_config(dict(shapes.network))
             self.vae: AutoencoderKL = AutoencoderKL.from_config(dict(shapes.vae)).eval()
             configs = shapes.text_encoders if text_is_trained else ()
             self.text_encoders = tuple(CLIPTextModel(CLIPTextConfig(**config)).eval() for config in configs)
-            self.levels = DdpmLevels(torch.empty(1000), "epsilon")
+            self.levels: NoiseLevels = DdpmLevels(torch.empty(1000), "epsilon")
         nn.Module.to(self.network.requires_grad_(False).eval(), dtype)
         if quantization != "none":
-            quantize_linears(self.network, quantization)
-        self.num_tokens = int(shapes.text_encoders[0]["max_position_embeddings"])
+            quantize_linears(self.network, quantization, self._packed_blocks)
+        self.num_tokens = self._caption_tokens or int(shapes.text_encoders[0]["max_position_embeddings"])
 
     def text(self, batch_size: int) -> TextEmbeddings:
         """Text embeddings as the UNet takes them, (B, L, D), through the text encoders if they are trained."""
@@ -148,10 +167,37 @@ class MetaBase:
         return prediction.float()
 
 
+class MetaZImage(MetaBase):
+    """The same for Z-Image, with captions of 128 tokens."""
+
+    _kind = ZImageTransformer2DModel
+    _packed_blocks = z_image.ZImage.packed_blocks
+    _caption_tokens = 128
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.levels = FlowLevels()
+
+    def text(self, batch_size: int) -> TextEmbeddings:
+        """{"states": (B, L, D)}."""
+        return {"states": torch.empty(batch_size, self.num_tokens, self.network.config.cap_feat_dim, device=META)}
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
+        """The velocity (B, C, h, w) in float32, for latents (B, C, h, w) at timesteps (B,)."""
+        dtype = self.network.dtype
+        states = list(text["states"].to(dtype))
+        return z_image.velocity(self.network, noisy.to(dtype), level(timesteps).float(), states).float()
+
+
+def meta_base(shapes: Shapes, dtype: torch.dtype, **options: Any) -> MetaBase:
+    """A base model of given shapes; the options are those of `MetaBase`."""
+    return (MetaZImage if shapes.is_z_image else MetaBase)(shapes, dtype, **options)
+
+
 def empty_latents(shapes: Shapes, batch_size: int, size_px: Sequence[int]) -> Tensor:
     """Meta latents (B, C, h, w) of images of a width and a height in pixels."""
     width, height = (edge // shapes.latent_factor for edge in size_px)
-    channels = shapes.unet.get("in_channels", 4)
+    channels = shapes.network.get("in_channels", 4)
     return torch.empty(batch_size, channels, height, width, device=META)
 
 

@@ -23,12 +23,14 @@ from torch import Tensor, nn
 
 from sdlora.data.dataset import Example
 from sdlora.diffusion.noise import NoiseLevels
+from sdlora.lora.quantize import num_weights
 
 # References to other files in ComfyUI and A1111, which remove them from a prompt before encoding it.
 _CALLS = re.compile(r"embedding:\S+|<(?:lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
 
 TextEmbeddings = dict[str, Tensor]
 """What the network is conditioned on, beside the timestep: named tensors, batch first."""
+_MOST_IN_FLOAT32 = 3_000_000_000
 _ASIDE = torch.device("cpu")
 """Where networks are kept while they are not in use."""
 
@@ -127,6 +129,7 @@ class BaseModel(ABC):
         for module in (self.network, self.vae, *self.text_encoders):
             module.requires_grad_(False).eval()
         self.network.to(device, dtype)
+        self._dtype = dtype
 
     @abstractmethod
     def _set_up(self, pipeline: DiffusionPipeline) -> None:
@@ -252,12 +255,17 @@ class BaseModel(ABC):
             move(network, self.device)
 
     def fresh_pipeline(self) -> DiffusionPipeline:
-        """The base model on the CPU without adapters, its network in float32: loaded again, but for what has none."""
+        """The base model on the CPU without adapters, its network in `proof_dtype`; what has none is kept."""
         held = {name: getattr(self._pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2")}
         plain = {name: network for name, network in held.items() if network is not None and not _has_adapter(network)}
         for network in plain.values():
             move(network, torch.device("cpu"))
-        return self._reload(torch.float32, **plain)
+        return self._reload(proof_dtype(num_weights(self.network), self._dtype), **plain)
+
+
+def proof_dtype(num_parameters: int, dtype: torch.dtype) -> torch.dtype:
+    """The type in which a base is loaded again to verify files: float32, or its compute type if it is large."""
+    return torch.float32 if num_parameters <= _MOST_IN_FLOAT32 else dtype
 
 
 def _has_adapter(network: nn.Module) -> bool:

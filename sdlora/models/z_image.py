@@ -27,6 +27,31 @@ _PROBED_LENGTHS = (7, 20, 33)
 _PROBE_EDGE = 16
 
 
+# The true shape, where it differs from the defaults of diffusers' and transformers' classes.
+VAE: dict[str, Any] = {
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "latent_channels": 16,
+    "sample_size": 1024,
+    "scaling_factor": 0.3611,
+    "shift_factor": 0.1159,
+    "use_quant_conv": False,
+    "use_post_quant_conv": False,
+}
+QWEN3_4B: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
+
+
 class ZImage(BaseModel):
     """Z-Image and models of its shape.
 
@@ -130,7 +155,8 @@ class ZImage(BaseModel):
         count, widths = len(_PROBED_LEVELS), config.cap_feat_dim
         latents = seeds.normal((count, config.in_channels, _PROBE_EDGE, _PROBE_EDGE), 0, "proof latents")
         text = [seeds.normal((length, widths), 0, "proof text", length) for length in _PROBED_LENGTHS]
-        return [velocity(network, latents, torch.tensor(_PROBED_LEVELS), text)]
+        dtype = next(network.parameters()).dtype
+        return [velocity(network, latents.to(dtype), torch.tensor(_PROBED_LEVELS), [own.to(dtype) for own in text])]
 
 
 def velocity(network: nn.Module, noisy: Tensor, s: Tensor, states: list[Tensor]) -> Tensor:

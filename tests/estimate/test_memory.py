@@ -42,10 +42,10 @@ def test_families_have_known_numbers_of_trained_parameters(family: Any, counts: 
 
 
 def test_largest_layer_counts_its_own_and_its_adapters_parameters() -> None:
-    wide = {**SMALL.unet, "cross_attention_dim": 4096}
+    wide = {**SMALL.network, "cross_attention_dim": 4096}
     document = {"data": {"folder": "x"}, "lora": {"rank": 8}, "preview": {"enabled": False}}
     asked = parse_config(document, name="x")
-    found = estimate_memory(MemoryInputs(asked, AdapterSpec(), replace(SMALL, unet=wide), torch.float32, (64, 64)))
+    found = estimate_memory(MemoryInputs(asked, AdapterSpec(), replace(SMALL, network=wide), torch.float32, (64, 64)))
     # Keys of the middle block, 64 channels from text of 4096: A is (8, 4096), B is (64, 8).
     assert found.largest_layer == (4096 * 64, 8 * (4096 + 64))
 
@@ -78,7 +78,7 @@ def test_optimizer_state_has_estimated_size(optimizer: str) -> None:
 
 def test_parts_are_bytes_of_real_networks() -> None:
     found = estimate_memory(replace(memory_inputs(), on_cpu=True))
-    unet = UNet2DConditionModel.from_config(dict(SMALL.unet))
+    unet = UNet2DConditionModel.from_config(dict(SMALL.network))
     assert found.parts["weights"] == num_bytes(unet) + 1000
     assert found.parts["adapter"] == 16 * found.trainable_parameters
     assert found.peak_bytes == sum(found.parts.values())
@@ -88,7 +88,7 @@ def test_parts_are_bytes_of_real_networks() -> None:
 
 
 def test_networks_that_take_turns_count_only_while_on_the_device() -> None:
-    unet = num_bytes(UNet2DConditionModel.from_config(dict(SMALL.unet)))
+    unet = num_bytes(UNet2DConditionModel.from_config(dict(SMALL.network)))
     turns = memory_inputs()
     assert estimate_memory(turns).parts["weights"] == unet
     assert estimate_memory(turns).parts["previews"] == 0
@@ -117,8 +117,8 @@ def test_activations_grow_with_batch_and_shrink_with_checkpointing() -> None:
 
 
 def test_quantized_weights_take_one_byte_or_little_more_than_half() -> None:
-    wide = {**SMALL.unet, "block_out_channels": (64, 128), "cross_attention_dim": 64}
-    whole = replace(memory_inputs(), shapes=replace(SMALL, unet=wide))
+    wide = {**SMALL.network, "block_out_channels": (64, 128), "cross_attention_dim": 64}
+    whole = replace(memory_inputs(), shapes=replace(SMALL, network=wide))
 
     def packed(kind: str) -> MemoryEstimate:
         base = whole.config.base.model_copy(update={"quantization": kind})

@@ -13,7 +13,7 @@ from sdlora.estimate.meta_model import Shapes
 from sdlora.lora.inject import AdapterSpec
 
 SMALL = Shapes(
-    unet={
+    network={
         "sample_size": 16, "block_out_channels": (32, 64), "layers_per_block": 1, "norm_num_groups": 8,
         "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
         "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), "cross_attention_dim": 32, "attention_head_dim": 4,
