@@ -12,11 +12,11 @@ from sdlora.common.version import __version__
 
 if TYPE_CHECKING:
     from sdlora.common.bundled import pocket_folder
-    from sdlora.lora_files.pipelines import apply_timestep_rank
+    from sdlora.lora_files.timestep_ranks import apply_timestep_rank
 
 __all__ = ["__version__", "apply_timestep_rank", "pocket_folder"]
 
-_HOMES = {"apply_timestep_rank": "sdlora.lora_files.pipelines", "pocket_folder": "sdlora.common.bundled"}
+_HOMES = {"apply_timestep_rank": "sdlora.lora_files.timestep_ranks", "pocket_folder": "sdlora.common.bundled"}
 
 
 def __getattr__(name: str) -> Any:

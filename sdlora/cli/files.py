@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from typer.core import TyperCommand
 
-from sdlora.cli.options import JsonResult, MissingAlpha
+from sdlora.cli.options import JsonResult, MissingAlpha, print_message
 from sdlora.common.process import quiet_libraries
 from sdlora.common.text import format_range
 from sdlora.errors import ConfigError, DataError, OutputError
@@ -34,9 +34,11 @@ OutArgument = Annotated[
 def info(file: FileArgument, json_: JsonResult = False) -> None:
     """Print what a LoRA file contains."""
     quiet_libraries()
-    from sdlora.lora_files.read import describe_lora
+    from sdlora.lora_files.read import describe_lora, large_header_note
 
     description = describe_lora(file)
+    if (note := large_header_note(file)) is not None:
+        print_message(f"Warning: {note}")
     if json_:
         typer.echo(json.dumps(description, indent=2))
         return
@@ -63,30 +65,48 @@ def convert(
     precision: Annotated[
         Literal["fp32", "fp16", "bf16"] | None, typer.Option(help="Type to store weights in; unchanged by default.")
     ] = None,
+    peft_folder: Annotated[
+        Path | None,
+        typer.Option(
+            "--peft-folder", metavar="DIR", help="With --to peft, also write what PeftModel.from_pretrained loads."
+        ),
+    ] = None,
     missing_alpha: MissingAlpha = None,
 ) -> None:
     """Rename a LoRA's tensors: kohya's names or PEFT's.
 
-    Every program reads kohya's names; diffusers and PEFT read PEFT's.
+    Every program reads kohya's names; diffusers and PEFT read PEFT's. Metadata beyond the 1 MiB that programs read is
+    left out, the longest entries first.
     """
     _check_output(out)
+    if peft_folder is not None and to == "kohya":
+        raise ConfigError("--peft-folder takes PEFT's names. Add --to peft.")
+    if peft_folder is not None and peft_folder.exists():
+        raise OutputError(f"{peft_folder} already exists. Choose another folder, or move it away.")
     quiet_libraries()
     import torch
 
-    from sdlora.lora_files.algebra import refuse_dora
     from sdlora.lora_files.base_weights import paths_for
-    from sdlora.lora_files.read import DTYPES_BY_NAME, read_file
+    from sdlora.lora_files.elsewhere import write_peft_folders
+    from sdlora.lora_files.read import DTYPES_BY_NAME, parse_lora, read_file, read_tensors, without_alpha
     from sdlora.lora_files.write import write_file
 
     source = read_file(file, missing_alpha)
-    if to == "kohya":
-        refuse_dora(source.state, file.name)
-    paths = paths_for(source.state, base) if to == "peft" or base is not None else None
+    paths = paths_for(source.state, base, source.metadata) if to == "peft" or base is not None else None
     dtype = source.dtype if precision is None else DTYPES_BY_NAME[precision]
-    write_file(out, source.state, metadata=source.metadata, dtype=dtype, paths=paths if to == "peft" else None)
+    left_out = write_file(
+        out, source.state, metadata=source.metadata, dtype=dtype, paths=paths if to == "peft" else None
+    )
     same = dtype in (source.dtype, torch.float32)
-    change = "weights and alphas unchanged" if same else f"weights rounded to {dtype}".replace("torch.", "")
-    typer.echo(f"{out}: {len(source.state)} modules under {to} names, {change}.")
+    change = "weights unchanged" if same else f"weights rounded to {dtype}".replace("torch.", "")
+    unknown = () if missing_alpha is None else without_alpha(parse_lora(*read_tensors(file), name=file.name))
+    given = "unchanged" if not unknown else f"set to {missing_alpha} in {len(unknown)} modules"
+    typer.echo(f"{out}: {len(source.state)} modules under {to} names, {change}, alphas {given}.")
+    if left_out:
+        typer.echo(f"Left out of the metadata, of which programs read at most 1 MiB: {', '.join(left_out)}.")
+    if peft_folder is not None:
+        written = ", ".join(str(place) for place in write_peft_folders(out, peft_folder))
+        typer.echo(f"For PeftModel.from_pretrained: {written}.")
 
 
 class WeightsCommand(TyperCommand):
@@ -133,7 +153,7 @@ def merge(
     sources = [read_file(file, missing_alpha) for file in files]
     for source in sources:
         algebra.refuse_dora(source.state, source.name)
-    families = {family: source.name for source in sources if (family := family_of(source.state)) is not None}
+    families = {family: source.name for source in sources if (family := family_of(source.state, source.metadata))}
     if len(families) > 1:
         (one, first), (other, second), *_ = families.items()
         raise DataError(f"{first} is for {one} and {second} for {other}: LoRAs of different families cannot be merged.")

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
+from pathlib import Path
 from typing import IO, Any, Self
 
 from rich import progress
@@ -129,7 +130,9 @@ class ProgressBar(progress.Progress):
                 self._say(f"Loaded back through diffusers: {modules} modules, max error {error:g}.")
             case RunDone():
                 self._say(f"Done in {format_seconds(event.seconds)}: {event.file}")
-                self._say(f"Report: {event.folder}/report.html, previews: {event.folder}/previews.png")
+                sheet = Path(event.folder) / "previews.png"
+                drawn = f", previews: {sheet}" if sheet.is_file() else ""
+                self._say(f"Report: {event.folder}/report.html{drawn}")
 
     def _move(self, phase: str, done: int, total: int, detail: str) -> None:
         self.update(self._phase, description=phase, completed=done, total=total, detail=detail)

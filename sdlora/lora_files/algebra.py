@@ -62,7 +62,7 @@ def refuse_dora(state: LoraState, name: str) -> None:
     if dora:
         raise DataError(
             f"{name} is DoRA (its first such module is {dora[0]!r}), whose update depends on the base model's weights. "
-            "It can be converted to PEFT's names, but not merged, resized or converted to kohya's."
+            "It can be converted to PEFT's or kohya's names, but not merged or resized."
         )
 
 

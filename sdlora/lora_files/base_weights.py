@@ -273,13 +273,16 @@ def check_fit(
             )
 
 
-def paths_for(state: LoraState, base: Path | None) -> dict[str, str]:
+def paths_for(state: LoraState, base: Path | None, metadata: Mapping[str, str] | None = None) -> dict[str, str]:
     """Kohya module name to module path, for every module of a LoRA; without a base, in its family as published.
+
+    Where its modules do not tell the family, its `metadata` does.
 
     Raises:
         DataError: A module is not in the base, or has another shape there.
     """
-    published = next((a for a in ARCHITECTURES.values() if a.modelspec == family_of(state)), ARCHITECTURES["sd1"])
+    family = family_of(state, metadata)
+    published = next((a for a in ARCHITECTURES.values() if a.modelspec == family), ARCHITECTURES["sd1"])
     known = layers_by_name(empty_networks(base, published))
     hint = "If its base model differs from that, give its folder: --base FOLDER." if base is None else ""
     shapes = [(name, shape) for name, (_, shape) in known.items()]

@@ -1,7 +1,8 @@
 """Names of LoRA tensors in files: kohya's and PEFT's, and the form of the weights that every program reads alike.
 
 Used by the reader and the writer. Kohya's names are the only ones that diffusers, ComfyUI, A1111 and Forge all read,
-provided that every module has its alpha. DoRA has PEFT's names, since diffusers drops the magnitudes under kohya's.
+provided that every module has its alpha. A DoRA's magnitudes are LyCORIS' `dora_scale` under them, which diffusers
+drops; under PEFT's names it reads them.
 A UNet's layer has two of them: by its authors' blocks (`input_blocks_4_1_…`) and by diffusers' (`down_blocks_1_…`).
 The reader turns the first into the second; the writer uses the first for Stable Diffusion XL, as sd-scripts does,
 because A1111 converts the second by a rule for 1.x, whose first upsampler has another place.
@@ -140,22 +141,26 @@ def to_kohya(state: LoraState, *, two_text_encoders: bool = False) -> dict[str, 
 
 
 def kohya_tensors(state: LoraState, *, authors_blocks: bool = False) -> dict[str, Tensor]:
-    """Plain LoRA by kohya module name as the tensors of a file.
+    """LoRA or DoRA by kohya module name as the tensors of a file.
 
     Args:
         authors_blocks: Name the UNet's layers by its authors' blocks, as for Stable Diffusion XL.
 
     Returns:
         NAME.lora_down.weight (r, i) or (r, i, k, k), NAME.lora_up.weight (o, r) or (o, r, 1, 1) and NAME.alpha (a
-        float32 scalar) per module.
+        float32 scalar) per module; of a DoRA also NAME.dora_scale (o, 1) or (o, 1, 1, 1), whose axis says that
+        magnitudes are the outputs'.
     """
     tensors: dict[str, Tensor] = {}
     for known, weights in state.items():
-        assert weights.initial is None and weights.magnitude is None, "kohya's names hold plain LoRA alone"
+        assert weights.initial is None, "kohya's names hold no initial factors"
         name = authors_name(known) if authors_blocks else known
         tensors[f"{name}.lora_down.weight"] = weights.down.contiguous()
         tensors[f"{name}.lora_up.weight"] = weights.up.contiguous()
         tensors[f"{name}.alpha"] = torch.tensor(weights.alpha, dtype=torch.float32)
+        if weights.magnitude is not None:
+            shape = (-1, *(1 for _ in weights.down.shape[1:]))
+            tensors[f"{name}.dora_scale"] = weights.magnitude.reshape(shape).contiguous()
     return tensors
 
 

@@ -1,73 +1,21 @@
-"""Finished LoRA files on loaded models: in diffusers pipelines with ranks by timestep, or on a base as an adapter.
+"""Finished LoRA files on loaded base models, as adapters.
 
-For users of diffusers (a LoRA's weights cannot tell which ranks belong to which timestep, but its metadata does), for
-`sdlora check` and for the studio.
-Shapes: i in, o out, r rank, k kernel.
+For `sdlora check`, the studio and runs that continue a file; `timestep_ranks` is for diffusers pipelines.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
-from typing import Any
 
-from diffusers import DiffusionPipeline
-from torch import Tensor, nn
+from torch import nn
 
 from sdlora.errors import DataError
 from sdlora.lora.inject import NETWORKS, TEXT_ENCODER, Adapter, LoraState, LoraWeights, inject_state
 from sdlora.lora.layers import LoraLayer
-from sdlora.lora.timestep_rank import rank_mask, timestep_rank_in, watch_timesteps
+from sdlora.lora.timestep_rank import timestep_rank_in
 from sdlora.lora_files.base_weights import check_fit, layers_by_name
-from sdlora.lora_files.read import LoraFile, family_of, read_tensors, without_alpha
-
-
-def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name: str | None = None) -> None:
-    """Make a pipeline use a LoRA's ranks by timestep, as in training.
-
-    Args:
-        pipe: A diffusers pipeline after `pipe.load_lora_weights(file)`.
-        adapter_name: The name it was loaded under; optional if the pipeline has only one LoRA.
-
-    Raises:
-        DataError: The file cannot be read or was trained without a timestep rank, or the pipeline's UNet has no such
-            LoRA.
-
-    Source: Soboleva et al. 2507.05964, equation 5.
-    """
-    _, metadata = read_tensors(Path(file))
-    setting = timestep_rank_in(metadata, Path(file).name)
-    if setting is None:
-        raise DataError(f"{file} was trained without a timestep rank. Use it as it is, without this call.")
-    # The ranks lie in the file once or, beside frozen initial factors, twice.
-    copies = 2 if "sdlora.frozen_start" in metadata else 1
-    unet = pipe.unet
-    adapters = sorted(getattr(unet, "peft_config", {}))
-    name = adapters[0] if adapter_name is None and len(adapters) == 1 else adapter_name
-    if name is None or name not in adapters:
-        raise DataError(
-            f"The pipeline's UNet has no LoRA {name!r}; it has: {', '.join(adapters) or 'none'}. "
-            "Call load_lora_weights first, and give adapter_name if there are several."
-        )
-    current: list[Tensor] = []
-
-    def remember(timesteps: Tensor) -> None:
-        current[:] = [timesteps]
-
-    def hook(rank: int) -> Callable[[nn.Module, Any, Tensor], Tensor]:
-        def mask_inner(_: nn.Module, __: Any, inner: Tensor) -> Tensor:
-            mask = rank_mask(current[0], rank // copies, setting).to(inner).repeat(1, copies)
-            return inner * (mask[:, None] if inner.dim() == 3 else mask[:, :, None, None])
-
-        return mask_inner
-
-    watch_timesteps(unet, remember)
-    for module in unet.modules():
-        downs = getattr(module, "lora_A", None)
-        down = downs[name] if isinstance(downs, nn.ModuleDict) and name in downs else None
-        if isinstance(down, nn.Linear | nn.Conv2d):
-            down.register_forward_hook(hook(down.weight.shape[0]))
+from sdlora.lora_files.read import LoraFile, family_of, without_alpha
 
 
 def attach(unet: nn.Module, file: LoraFile, *, text_encoders: Sequence[nn.Module] = ()) -> Adapter:
@@ -115,7 +63,7 @@ def state_by_path(networks: Mapping[str, nn.Module], file: LoraFile) -> LoraStat
     known = layers_by_name(networks)
     # A file with PEFT's names for the first text encoder alone does not tell that there are two.
     known |= {name.replace("lora_te1_", "lora_te_"): layer for name, layer in known.items()}
-    family = family_of(file.state)
+    family = family_of(file.state, file.metadata)
     trained_on = "another base model" if family is None else f"a base model of the family {family}"
     hint = f"It was trained on {trained_on}: load that one."
     shapes = [(name, shape) for name, (_, shape) in known.items()]

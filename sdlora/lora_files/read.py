@@ -26,8 +26,9 @@ from sdlora.lora_files.algebra import update
 from sdlora.lora_files.names import PEFT_METADATA, UNET_PREFIX, diffusers_name, kohya_name
 from sdlora.models.architectures import ARCHITECTURES, FAMILIES, Architecture
 
-# ComfyUI refuses headers above 1 MiB.
 MAX_HEADER_BYTES = 1 << 20
+"""The longest header that ComfyUI reads."""
+_MAX_READ_BYTES = 100_000_000  # safetensors' own limit
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin", ".pkl")
 DTYPES_BY_NAME = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Spelling = Literal["kohya", "peft"]
@@ -42,6 +43,18 @@ _ENDINGS = {
     ".alpha": "alpha",
 }  # fmt: skip
 TRANSFORMER_PREFIXES = ("transformer.", "diffusion_model.")
+# Other kinds of adapters by what their tensors' names contain.
+_OTHER_KINDS = {
+    r"^bundle_emb\.": "a bundle of a LoRA with textual inversions (A1111's bundle_emb)",
+    r"\.hada_[wt]\d": "a LoHa",
+    r"\.lokr_[wt]\d": "a LoKr",
+    r"\.lora_mid\.": "a LoCon with a Tucker decomposition (lora_mid)",
+    r"^oft_|\.oft_(blocks|diag)": "an OFT or BOFT",
+    r"\.[abc][12](\.weight)?$": "a GLoRA",
+    r"\.(diff|diff_b|w_norm|b_norm)$": "a file of full differences or norms",
+    r"\.on_input$": "an (IA)^3",
+    r"\.(q_layer|p_layer|lambda_layer)\b": "a T-LoRA of its authors",
+}
 _KOHYA_KINDS = {"lora_down.weight": "down", "lora_up.weight": "up", "dora_scale": "scale", "alpha": "alpha"}
 _FILE_NAMES = {"down": "lora_down (lora_A)", "up": "lora_up (lora_B)"}
 # How `describe_lora` counts the UNet's modules.
@@ -123,24 +136,42 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
             "for a .safetensors file, or convert it on a machine where nothing can be harmed: "
             "safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)."
         )
-    if not 0 < (num_bytes := header_bytes(path)) <= min(MAX_HEADER_BYTES, path.stat().st_size):
+    if not 0 < (num_bytes := header_bytes(path)) <= min(_MAX_READ_BYTES, path.stat().st_size):
         raise DataError(
-            f"{path} is not a LoRA that programs load: its header has {num_bytes} bytes, at most {MAX_HEADER_BYTES} "
-            "are allowed. Download it again, or ask for another file."
+            f"{path} is not a safetensors file, or an incomplete one: its header has {num_bytes} bytes. Download it "
+            "again, or ask for another file."
         )
     try:
         with safe_open(path, framework="pt") as file:
             metadata: dict[str, str] = dict(file.metadata() or {})
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            stored = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
         raise DataError(f"cannot read {path} as safetensors: {error}. Download or copy it again.") from error
+    tensors = {key: _as_read(key, tensor) for key, tensor in stored.items()}
     for key, tensor in tensors.items():
         if tensor.dtype not in DTYPES_BY_NAME.values() or not bool(torch.isfinite(tensor).all()):
             raise DataError(
-                f"{path}: the tensor {key!r} ({tensor.dtype}) must hold finite values in float16, bfloat16 or float32. "
-                "The file is damaged, or its training diverged."
+                f"{path}: the tensor {key!r} ({stored[key].dtype}) must hold finite values in float16, bfloat16, "
+                "float32 or float64. The file is damaged, or its training diverged."
             )
     return tensors, metadata
+
+
+def _as_read(key: str, tensor: Tensor) -> Tensor:
+    """A tensor in one of the types that files are written in; some writers store alphas as integers."""
+    is_alpha = key.endswith(".alpha") and tensor.dtype not in (torch.bool, *DTYPES_BY_NAME.values())
+    return tensor.float() if tensor.dtype == torch.float64 or (is_alpha and not tensor.is_complex()) else tensor
+
+
+def large_header_note(path: Path) -> str | None:
+    """A sentence about a header that other programs do not read; None about any other."""
+    num_bytes = header_bytes(path)
+    if num_bytes <= MAX_HEADER_BYTES:
+        return None
+    return (
+        f"{path.name} has a header of {num_bytes / 2**20:.1f} MiB, mostly metadata, but ComfyUI reads at most 1 MiB. "
+        "sdlora convert writes a copy with less of it."
+    )
 
 
 def parse_lora(tensors: Mapping[str, Tensor], metadata: dict[str, str], *, name: str) -> LoraFile:
@@ -148,8 +179,9 @@ def parse_lora(tensors: Mapping[str, Tensor], metadata: dict[str, str], *, name:
 
     Raises:
         DataError: A tensor has no known name, both kinds of names are in one file, a module lacks one of its two
-            factors or their shapes do not match, or PEFT's metadata does not give the alphas.
+            factors or their shapes do not match, an alpha is not above 0, or PEFT's metadata does not give the alphas.
     """
+    _refuse_other_kinds(tensors, name)
     kohya = {key.startswith("lora_") for key in tensors}
     if len(kohya) > 1:
         raise DataError(f"{name} mixes kohya's and diffusers' tensor names; programs read only one of the two.")
@@ -168,7 +200,8 @@ def parse_lora(tensors: Mapping[str, Tensor], metadata: dict[str, str], *, name:
         for part in parts.values():
             if "down" in part:
                 part.setdefault("alpha", torch.tensor(float(part["down"].shape[0])))
-    state = {module: _weights(module, part, settings, name) for module, part in parts.items()}
+    what = f"{name} (a DyLoRA)" if "dylora" in metadata.get("ss_network_module", "") else name
+    state = {module: _weights(module, part, settings, what) for module, part in parts.items()}
     if dotted:
         two = any(network_of(path) == "text_encoder_2" for path in state) or text_width(state) == 2048
         state = {kohya_name(path, two_text_encoders=two): weights for path, weights in state.items()}
@@ -177,14 +210,20 @@ def parse_lora(tensors: Mapping[str, Tensor], metadata: dict[str, str], *, name:
     return LoraFile(name, state, metadata, dtype, "peft" if dotted else "kohya")
 
 
+def _refuse_other_kinds(tensors: Mapping[str, Tensor], file: str) -> None:
+    for pattern, kind in _OTHER_KINDS.items():
+        if (key := next((key for key in tensors if re.search(pattern, key)), None)) is not None:
+            raise DataError(
+                f"{file} is {kind}, by its tensor {key!r}. sdlora reads LoRA and DoRA alone: use this file in the "
+                "program that it was made for, or merge it into a base model there."
+            )
+
+
 def _split_kohya(key: str, file: str) -> tuple[str, str]:
     module, _, ending = key.partition(".")
     module = diffusers_name(module)
     if ending not in _KOHYA_KINDS:
-        raise DataError(
-            f"{file}: the tensor {key!r} is not part of a LoRA under kohya's names. sdlora does not read LoHa, LoKr or "
-            "other kinds of adapters."
-        )
+        raise DataError(f"{file}: the tensor {key!r} is not part of a LoRA under kohya's names.")
     return module, _KOHYA_KINDS[ending]
 
 
@@ -232,13 +271,17 @@ def _weights(module: str, part: dict[str, Tensor], settings: dict[str, Any], fil
         alpha = float(part["alpha"])
     else:
         raise DataError(f"{file}: the alpha of {module!r} must be one number, found {part['alpha'].numel()}.")
-    return LoraWeights(down.float(), up.float(), alpha, None if magnitude is None else magnitude.float())
+    if not (0 < alpha < math.inf or ("alpha" not in part and not settings)):
+        raise DataError(f"{file}: the alpha of {module!r} is {alpha:g}; it must be a finite number above 0.")
+    if magnitude is not None:
+        magnitude = magnitude.float().reshape((1, -1, 1, 1) if down.dim() == 4 else (-1,))
+    return LoraWeights(down.float(), up.float(), alpha, magnitude)
 
 
 def _peft_settings(metadata: dict[str, str], file: str) -> dict[str, Any]:
     try:
         settings = json.loads(metadata.get(PEFT_METADATA, "{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: the metadata entry {PEFT_METADATA} is not valid JSON: {error}.") from error
     if not isinstance(settings, dict):
         raise DataError(f"{file}: the metadata entry {PEFT_METADATA} must be a JSON object.")
@@ -261,7 +304,7 @@ def _peft_alpha(settings: dict[str, Any], path: str, rank: int, file: str) -> fl
             )
         own = next((alpha for key, alpha in pattern.items() if f".{name}".endswith(f".{key}")), None)
         alpha = float(settings[f"{network}.lora_alpha"] if own is None else own)
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise DataError(f"{file}: {PEFT_METADATA} has no valid {network}.lora_alpha.") from error
     # rsLoRA scales by alpha / sqrt(r) (Kalajdzievski 2312.03732, equation 3).
     return alpha * math.sqrt(rank) if settings.get(f"{network}.use_rslora") else alpha
@@ -273,15 +316,24 @@ def text_width(state: LoraState) -> int | None:
     return widths.pop() if len(widths) == 1 else None
 
 
-def family_of(state: LoraState) -> str | None:
-    """ModelSpec's name of the family, or "text of width N" of an unknown one; None if the modules do not tell."""
+def family_of(state: LoraState, metadata: Mapping[str, str] | None = None) -> str | None:
+    """ModelSpec's name of the family, or "text of width N" of an unknown one; None if nothing tells.
+
+    The modules decide; where they do not tell, as convolutions alone do not, `metadata` does.
+    """
     if any(re.match(r"lora_unet_layers_\d+_(attention_to|feed_forward_w)", name) for name in state):
         return FAMILIES["z-image"].modelspec
     if (width := text_width(state)) is not None:
         family = BY_TEXT_WIDTH.get(width)
         return f"text of width {width}" if family is None else family.modelspec
-    two = any(name.startswith(("lora_te1_", "lora_te2_")) for name in state)
-    return ARCHITECTURES["sdxl"].modelspec if two else None
+    if any(name.startswith(("lora_te1_", "lora_te2_")) for name in state):
+        return ARCHITECTURES["sdxl"].modelspec
+    said = metadata or {}
+    architecture, version = said.get("modelspec.architecture", ""), said.get("ss_base_model_version", "")
+    for family in ARCHITECTURES.values():
+        if architecture.startswith(family.modelspec) or version.startswith(family.base_version.split("_base")[0]):
+            return family.modelspec
+    return None
 
 
 def describe_lora(path: Path) -> dict[str, Any]:
@@ -305,7 +357,7 @@ def describe_lora(path: Path) -> dict[str, Any]:
         "file": path.name,
         "bytes": path.stat().st_size,
         "names": file.spelling,
-        "family": family_of(state),
+        "family": family_of(state, metadata),
         "dtype": str(file.dtype).removeprefix("torch."),
         "title": metadata.get("modelspec.title"),
         "architecture": metadata.get("modelspec.architecture"),

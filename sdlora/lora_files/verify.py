@@ -17,7 +17,7 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor
 
-from sdlora.errors import ExportError
+from sdlora.errors import DivergedError, ExportError
 from sdlora.lora.inject import NETWORKS, LoraState, by_prefix, inject_state
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora_files.names import as_written, rounded
@@ -60,10 +60,16 @@ def verify_lora(
         The measured differences; `max_error` is 0.
 
     Raises:
+        DivergedError: The trained weights' predictions are not finite.
         ExportError: diffusers cannot load the file, puts adapters on other modules, or any prediction differs.
     """
     plain = _predictions(pipeline)
     trained = _predictions_with(pipeline, state)
+    if not all(bool(prediction.isfinite().all()) for prediction in trained):
+        raise DivergedError(
+            f"The trained LoRA's predictions are NaN or infinite ({path}): the model has diverged. Start a new run "
+            "with a lower train.learning_rate."
+        )
     names = family_named(family_of(pipeline).architecture)
     written = _predictions_with(pipeline, rounded(as_written(state, names), dtype))
     masked = None if timestep_rank is None else _predictions_with(pipeline, state, timestep_rank)

@@ -24,23 +24,8 @@ from sdlora.common.version import __version__
 from sdlora.errors import DataError, ExportError, SdloraError
 from sdlora.lora.inject import LoraState
 from sdlora.lora.timestep_rank import TimestepRank
-from sdlora.lora_files.names import (
-    PEFT_METADATA,
-    as_written,
-    kohya_tensors,
-    to_kohya,
-    to_peft,
-    to_transformer,
-)
-from sdlora.lora_files.read import (
-    BY_TEXT_WIDTH,
-    MAX_HEADER_BYTES,
-    LoraFile,
-    Spelling,
-    family_of,
-    header_bytes,
-    text_width,
-)
+from sdlora.lora_files.names import PEFT_METADATA, as_written, kohya_tensors, to_kohya, to_peft, to_transformer
+from sdlora.lora_files.read import MAX_HEADER_BYTES, LoraFile, Spelling, family_of, header_bytes
 from sdlora.models.architectures import ARCHITECTURES, family_named
 
 _SPEC = {
@@ -49,6 +34,7 @@ _SPEC = {
 }
 # Hashes of a file's tensors, which another name or dtype makes wrong; those of the base stay.
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+_SMALL_ENTRY_BYTES = 1000
 _OF_SINGLE_RANKS = ("sdlora.timestep_rank", "sdlora.frozen_start")
 _OF_THE_BASE = {
     *(f"modelspec.{key}" for key in ("sai_model_spec", "architecture", "implementation", "resolution")),
@@ -91,7 +77,7 @@ def save_lora(
 
     Args:
         state: Weights by module path; they are written as `portable_state` returns them.
-        spelling: Naming scheme; DoRA always has PEFT's, since kohya's lose the magnitudes.
+        spelling: Naming scheme; diffusers ignores the magnitudes of a DoRA under kohya's.
         dtype: Dtype of the stored weights; alphas are always float32.
 
     Raises:
@@ -104,7 +90,7 @@ def save_lora(
         # Magnitudes are read under diffusers' own prefix alone.
         dora = any(weights.magnitude is not None for weights in portable.values())
         tensors = to_transformer(portable, "transformer." if dora else family.lora_prefix)
-    elif spelling == "peft" or any(weights.magnitude is not None for weights in portable.values()):
+    elif spelling == "peft":
         tensors, extra[PEFT_METADATA] = to_peft(portable)
     else:
         tensors = to_kohya(portable, two_text_encoders=family.modelspec == ARCHITECTURES["sdxl"].modelspec)
@@ -123,7 +109,7 @@ def write_file(
     metadata: Mapping[str, str],
     dtype: torch.dtype = torch.float32,
     paths: Mapping[str, str] | None = None,
-) -> None:
+) -> list[str]:
     """Write a LoRA made of other files, atomically: under kohya's names, or under PEFT's where `paths` are given.
 
     Args:
@@ -132,21 +118,42 @@ def write_file(
         dtype: Dtype of the stored weights; alphas are always float32.
         paths: Kohya module name to module path.
 
+    Returns:
+        The keys of metadata that were left out, the longest first, so that other programs read the header.
+
     Raises:
-        DataError: The header is larger than other programs read.
+        DataError: The header is larger than other programs read even so.
         ExportError: A value is too large for the dtype.
     """
     header = _SPEC | {"modelspec.title": path.stem, "ss_output_name": path.stem}
-    if (architecture := BY_TEXT_WIDTH.get(text_width(state))) is not None:
+    family = family_of(state, metadata)
+    architecture = next((one for one in ARCHITECTURES.values() if one.modelspec == family), None)
+    if architecture is not None:
         header["modelspec.architecture"] = f"{architecture.modelspec}/lora"
         header["ss_base_model_version"] = architecture.base_version
     header |= {key: value for key, value in metadata.items() if key not in (*_HASHES, PEFT_METADATA, "format")}
     header |= _rank_and_alpha(state)
     if paths is None:
-        tensors = kohya_tensors(state, authors_blocks=family_of(state) == ARCHITECTURES["sdxl"].modelspec)
+        tensors = kohya_tensors(state, authors_blocks=family == ARCHITECTURES["sdxl"].modelspec)
     else:
         tensors, header[PEFT_METADATA] = to_peft({paths[name]: weights for name, weights in state.items()})
-    _save(path, tensors, header, dtype, DataError)
+    left_out = _too_much(header, tensors)
+    _save(path, tensors, {key: text for key, text in header.items() if key not in left_out}, dtype, DataError)
+    return left_out
+
+
+def _too_much(header: Mapping[str, str], tensors: Mapping[str, Tensor]) -> list[str]:
+    """The longest entries of metadata, as many as must go for a header that other programs read."""
+    sizes = {key: len(json.dumps({key: text}).encode()) for key, text in header.items() if key != PEFT_METADATA}
+    # A tensor takes its name, its type, its shape and two offsets; the hashes are added later.
+    own = sum(len(key) + 120 for key in tensors) + len(json.dumps(header.get(PEFT_METADATA, ""))) + 300
+    left_out: list[str] = []
+    for key in sorted(sizes, key=lambda key: sizes[key], reverse=True):
+        if own + sum(sizes.values()) <= MAX_HEADER_BYTES or sizes[key] < _SMALL_ENTRY_BYTES:
+            break
+        left_out.append(key)
+        del sizes[key]
+    return left_out
 
 
 def _save(

@@ -10,6 +10,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import shutil
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -26,7 +27,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from PIL import Image
 
-from sdlora.common.files import write_json, write_text
+from sdlora.common.files import atomic_path, write_json, write_text
 from sdlora.common.run_files import read_state
 from sdlora.common.version import __version__
 from sdlora.config.schema import RunConfig
@@ -34,9 +35,13 @@ from sdlora.copycheck.verdict import EpochCheck
 from sdlora.data.dataset import Example
 from sdlora.errors import ConfigError, HubError, OutputError
 from sdlora.events import EpochDone, PlanMade
+from sdlora.lora.inject import NETWORKS
+from sdlora.lora_files.elsewhere import check_same_weights, comfyui_modules, dora_elsewhere, write_peft_folders
+from sdlora.lora_files.names import PEFT_METADATA
 from sdlora.lora_files.read import DTYPES_BY_NAME
 from sdlora.lora_files.verify import verify_lora
 from sdlora.lora_files.write import LoraMetadata, add_metadata, save_lora
+from sdlora.models.architectures import family_named, read_header
 from sdlora.models.unet import PROBED_TIMESTEPS
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.arguments import timestep_rank
@@ -48,6 +53,7 @@ THUMBNAIL_PX = 256
 # A quarter of the header that ComfyUI reads; the names and shapes of all of SDXL take another third.
 MAX_CAPTION_BYTES = 1 << 18
 MAX_PREVIEWS = 6
+FOR_DIFFUSERS = "adapter-peft.safetensors"
 _FAMILY_TAGS = {
     "stable-diffusion-v1": "stable-diffusion",
     "stable-diffusion-v2": "stable-diffusion",
@@ -56,13 +62,40 @@ _FAMILY_TAGS = {
 
 
 def export_epoch(context: RunContext, event: EpochDone) -> None:
-    """Write an epoch's LoRA, verify it in diffusers, and save the result beside it."""
+    """Write an epoch's LoRA, verify it in diffusers, and save the result beside it.
+
+    A DoRA under kohya's names, whose magnitudes diffusers does not read, is verified by its weights, and written under
+    PEFT's names for diffusers as well.
+    """
     file, state, config = context.folder.epoch_lora(event.epoch), context.adapter.state(), context.config
-    dtype = DTYPES_BY_NAME[config.file.precision]
-    save_lora(file, state, metadata=_metadata(context, event), spelling=config.file.format, dtype=dtype)
-    proof = verify_lora(file, state, context.base.fresh_pipeline(), timestep_rank(config), dtype)
+    dtype, metadata = DTYPES_BY_NAME[config.file.precision], _metadata(context, event)
+    pipeline = context.base.fresh_pipeline()
+    found: dict[str, Any] = {}
+    networks = {name: getattr(pipeline, name, None) for name in NETWORKS}
+    save_lora(file, state, metadata=metadata, spelling=config.file.format, dtype=dtype)
+    verified, has_two_forms = file, family_named(context.base.architecture).lora_prefix is None
+    if has_two_forms and config.file.format == "peft":
+        found["comfyui_modules"] = comfyui_modules(state)
+    elif has_two_forms and config.lora.dora:
+        check_same_weights(file, state, dtype, two_text_encoders=networks["text_encoder_2"] is not None)
+        verified = file.with_name(FOR_DIFFUSERS)
+        save_lora(verified, state, metadata=metadata, spelling="peft", dtype=dtype)
+        known = {name: network for name, network in networks.items() if network is not None}
+        found["dora_elsewhere"] = dora_elsewhere(known, state)
+    proof = verify_lora(verified, state, pipeline, timestep_rank(config), dtype)
     context.base.offload()
-    write_json(file.with_name("proof.json"), asdict(proof))
+    write_json(file.with_name("proof.json"), asdict(proof) | found)
+
+
+def export_run(folder: RunFolder, epoch: int) -> None:
+    """Make the files of an epoch the run's."""
+    own = folder.epoch_lora(epoch)
+    for source, target in ((own, folder.lora), (own.with_name(FOR_DIFFUSERS), folder.lora_for_diffusers)):
+        if source.is_file():
+            with atomic_path(target) as temporary:
+                shutil.copyfile(source, temporary)
+    if PEFT_METADATA in read_header(own).metadata:
+        write_peft_folders(own, folder.peft)
 
 
 def _metadata(context: RunContext, event: EpochDone) -> LoraMetadata:
@@ -164,11 +197,23 @@ def limits_elsewhere(config: RunConfig, proof: Mapping[str, Any]) -> list[str]:
             f"{proof['rank_mask_difference']:.0%} of what the LoRA changes (root mean square at timesteps {timesteps})."
             " In diffusers, sdlora.apply_timestep_rank sets the right ranks."
         )
-    if lora.dora or config.file.format == "peft":
-        what = "DoRA" if lora.dora else "file"
+    if "comfyui_modules" in proof:
         sentences.append(
-            f"This {what} has PEFT's names, which diffusers and PEFT read; ComfyUI, A1111 and Forge do not."
+            f"This {'DoRA' if lora.dora else 'file'} has PEFT's names, which diffusers and PEFT read. ComfyUI applies "
+            f"{proof['comfyui_modules']} of its {proof['num_modules']} modules, as if alpha were the rank"
+            f"{' and without magnitudes' if lora.dora else ''}; A1111 applies none, and Forge refuses it or does as "
+            'ComfyUI. For them, set file.format = "kohya".'
         )
+    elif (wrong := proof.get("dora_elsewhere")) is not None:
+        sentences.append(
+            f"ComfyUI and Forge apply all {proof['num_modules']} modules of this DoRA with weights that differ by "
+            f"{wrong['ComfyUI']:.2g} of what it changes, since they divide by the norms of the base model's weights. "
+            f"A1111 divides by the norms of inputs, and differs by {wrong['A1111']:.2g}: do not use the file there. "
+            "diffusers drops its magnitudes and needs the file that ends in -peft.safetensors, which lies beside it."
+        )
+    elif lora.dora or config.file.format == "peft":
+        what = "DoRA" if lora.dora else "file"
+        sentences.append(f"This {what} has diffusers' names, which diffusers reads; ComfyUI, A1111 and Forge may not.")
     if config.file.precision != "fp32":
         sentences.append(
             f"Rounding the file to {config.file.precision} changes predictions by up to "
@@ -180,6 +225,14 @@ def limits_elsewhere(config: RunConfig, proof: Mapping[str, Any]) -> list[str]:
             "diffusers a scheduler with rescale_betas_zero_snr=True and timestep_spacing='trailing'."
         )
     return sentences
+
+
+def verified_how(proof: Mapping[str, Any]) -> str:
+    """A sentence on how a file with these figures was verified; see `limits_elsewhere`."""
+    loaded = f"was loaded back through diffusers; its greatest difference is {proof['max_error']:g}."
+    if "dora_elsewhere" in proof:
+        return f"The file's weights were read back and are those that were trained. Its copy for diffusers {loaded}"
+    return f"The file {loaded}"
 
 
 def write_card(context: RunContext, plan: PlanMade, epoch: int) -> None:
@@ -238,6 +291,8 @@ def _body(context: RunContext, plan: PlanMade, epoch: int) -> str:
             "pipe.unload_lora_weights()",
         )
     ]
+    folder = context.folder
+    file = folder.lora_for_diffusers if folder.lora_for_diffusers.is_file() else folder.lora
     prompt = context.previews.prompts[-1] if context.previews is not None else ", ".join(config.data.triggers)
     lines += [
         "## Use",
@@ -246,7 +301,7 @@ def _body(context: RunContext, plan: PlanMade, epoch: int) -> str:
         "from diffusers import AutoPipelineForText2Image",
         f"pipe = AutoPipelineForText2Image.from_pretrained({json.dumps(base or 'path/to/the/base')})",
         *merged,
-        f'pipe.load_lora_weights("path/to/this/folder", weight_name={json.dumps(context.folder.lora.name)})',
+        f'pipe.load_lora_weights("path/to/this/folder", weight_name={json.dumps(file.name)})',
         f"image = pipe({json.dumps(prompt, ensure_ascii=False)}).images[0]",
         "```",
         "",
@@ -347,4 +402,5 @@ def files_to_push(folder: RunFolder) -> list[str]:
     card = ModelCard.load(folder.card)
     shown = [entry["output"]["url"] for entry in card.data.to_dict().get("widget") or []]
     inside = [url for url in shown if (folder.path / url).resolve().is_relative_to(folder.path.resolve())]
-    return [folder.card.name, folder.lora.name, *(url for url in inside if Path(url).suffix == ".png")]
+    for_diffusers = [folder.lora_for_diffusers.name] if folder.lora_for_diffusers.is_file() else []
+    return [folder.card.name, folder.lora.name, *for_diffusers, *(url for url in inside if Path(url).suffix == ".png")]

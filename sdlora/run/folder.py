@@ -41,6 +41,8 @@ class RunFolder:
         lock: Locked by the process that runs here; see `sdlora.common.locks`.
         checkpoints: Training states for an exact resume.
         lora: The LoRA of the recommended epoch.
+        lora_for_diffusers: The same under PEFT's names, where diffusers does not read the other; missing in most.
+        peft: Folders for `PeftModel.from_pretrained`, of runs with file.format = "peft".
         sheet: The contact sheet of all previews.
         card: The model card, for the Hub.
         lengthened: How the run was lengthened; missing in most.
@@ -55,6 +57,8 @@ class RunFolder:
         self.lock = path / "run.lock"
         self.checkpoints = path / "checkpoints"
         self.lora = path / f"{name}.safetensors"
+        self.lora_for_diffusers = path / f"{name}-peft.safetensors"
+        self.peft = path / "peft"
         self.sheet = path / "previews.png"
         self.card = path / "README.md"
         self.lengthened = path / "lengthened.json"

@@ -7,7 +7,6 @@ is made.
 from __future__ import annotations
 
 import json
-import shutil
 import time
 import traceback
 from collections.abc import Callable, Generator, Iterator
@@ -16,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from sdlora.common.files import atomic_path, disk_full_errors, remove_partial
+from sdlora.common.files import disk_full_errors, remove_partial
 from sdlora.common.locks import device_lock, take_turns
 from sdlora.config.schema import RunConfig
 from sdlora.config.schema_training import MAX_EPOCHS
@@ -40,7 +39,7 @@ from sdlora.events import (
 )
 from sdlora.run.epoch_end import close_epoch, draw_within_epoch, write_page
 from sdlora.run.estimate import check_disks, memory_of_run
-from sdlora.run.export import caption_metadata, limits_elsewhere, write_card
+from sdlora.run.export import caption_metadata, export_run, limits_elsewhere, verified_how, write_card
 from sdlora.run.folder import Recorder, RunFolder
 from sdlora.run.lengthen import record_length, with_length
 from sdlora.run.lora_inputs import with_settings_of_file
@@ -265,15 +264,13 @@ def _train(
 def _export(context: RunContext, epoch: int, reason: str) -> Iterator[Event]:
     """Make the recommended epoch's file the run's, and say what there is to know about it."""
     folder = context.folder
-    with atomic_path(folder.lora) as temporary:
-        shutil.copyfile(folder.epoch_lora(epoch), temporary)
+    export_run(folder, epoch)
     proof = json.loads((folder.epoch(epoch) / "proof.json").read_text(encoding="utf-8"))
     yield Exported(str(folder.lora), epoch, proof["num_modules"], proof["max_error"], folder.lora.stat().st_size)
     limits = limits_elsewhere(context.config, proof)
     for message in (reason, *limits):
         yield Notice(message)
-    verified = f"The file was loaded back through diffusers; its greatest difference is {proof['max_error']:g}."
-    write_page(context, [reason, verified, *limits], kept=epoch)
+    write_page(context, [reason, verified_how(proof), *limits], kept=epoch)
 
 
 def _follow(

@@ -175,21 +175,37 @@ def test_extract_recovers_a_lora_merged_into_a_base(
     assert distance(predictions(fresh(), file), predictions(fresh(), out)) < 1e-3
 
 
-def test_dora_converts_to_peft_and_is_refused_elsewhere(
+def test_dora_converts_both_ways_and_is_refused_elsewhere(
     fresh: Any, tiny_base: Path, tmp_path: Path, capsys: Capture
 ) -> None:
     file, out = tmp_path / "dora.safetensors", tmp_path / "out.safetensors"
     diffusers_script(file, fresh(), use_dora=True)
     for arguments in (
-        ["convert", file, out, "--to", "kohya"],
         ["merge", file, "--output", out],
         ["merge", file, "--into", tiny_base, "--output", tmp_path / "folder"],
         ["resize", file, out, "--rank", "2"],
     ):
         code, err = refused(capsys, *arguments)
         assert (code, "DoRA" in err) == (3, True), err
-    run(capsys, "convert", file, out, "--to", "peft", "--base", tiny_base)
+    kohya = tmp_path / "kohya.safetensors"
+    run(capsys, "convert", file, kohya, "--to", "kohya")
+    assert {key.rpartition(".")[2] for key in load_file(kohya)} == {"weight", "alpha", "dora_scale"}
+    run(capsys, "convert", kohya, out, "--to", "peft", "--base", tiny_base)
     assert distance(predictions(fresh(), file), predictions(fresh(), out)) < 1e-6
+
+
+def test_convert_says_what_it_gave_and_left_out(fresh: Any, tiny_base: Path, tmp_path: Path, capsys: Capture) -> None:
+    file, out = tmp_path / "untold.safetensors", tmp_path / "out.safetensors"
+    diffusers_script(file, fresh(), told=False)
+    told = run(capsys, "convert", file, out, "--to", "kohya", "--missing-alpha", "rank")
+    assert "alphas set to rank in 32 modules" in told
+    save_file(load_file(out), file, metadata={"ss_tag_frequency": "x" * (1 << 20)})
+    out.unlink()
+    told = run(capsys, "convert", file, out, "--to", "peft", "--base", tiny_base, "--peft-folder", tmp_path / "own")
+    assert "alphas unchanged" in told and "Left out of the metadata" in told and "ss_tag_frequency" in told
+    assert (tmp_path / "own/unet/adapter_config.json").is_file() and str(tmp_path / "own" / "unet") in told
+    code, err = refused(capsys, "convert", file, tmp_path / "x.safetensors", "--to", "kohya", "--peft-folder", tmp_path)
+    assert (code, "--to peft" in err) == (2, True)
 
 
 def test_bad_input_has_a_message_and_an_exit_code_and_writes_nothing(

@@ -12,7 +12,14 @@ from sdlora.errors import DataError
 from sdlora.lora.inject import LoraState, LoraWeights
 from sdlora.lora_files.base_weights import paths_for
 from sdlora.lora_files.names import PEFT_METADATA, to_peft
-from sdlora.lora_files.read import describe_lora, family_of, parse_lora, read_file, read_tensors
+from sdlora.lora_files.read import (
+    MAX_HEADER_BYTES,
+    describe_lora,
+    family_of,
+    header_bytes,
+    parse_lora,
+    read_file,
+)
 from sdlora.lora_files.write import metadata_of_new_ranks, tensors_sha256, write_file
 
 
@@ -162,13 +169,16 @@ def test_metadata_is_kept_and_hashes_are_updated(pipeline: Any, tmp_path: Path) 
     }  # fmt: skip
 
 
-def test_converted_file_with_too_large_header_is_not_written(tmp_path: Path) -> None:
+def test_converted_file_leaves_out_what_programs_do_not_read(tmp_path: Path) -> None:
     state = {"lora_unet_x": LoraWeights(torch.ones(2, 3), torch.ones(4, 2), 2.0)}
-    with pytest.raises(DataError, match="header"):
-        write_file(tmp_path / "out.safetensors", state, metadata={"ss_x": "y" * (1 << 20)})
-    assert not list(tmp_path.iterdir())
+    metadata = {"ss_tag_frequency": "y" * (1 << 20), "ss_dataset_dirs": "z" * 5000, "ss_steps": "100"}
+    assert write_file(tmp_path / "out.safetensors", state, metadata=metadata) == ["ss_tag_frequency"]
+    kept = metadata_in(tmp_path / "out.safetensors")
+    assert kept["ss_dataset_dirs"] == "z" * 5000 and kept["ss_steps"] == "100" and "ss_tag_frequency" not in kept
+    assert header_bytes(tmp_path / "out.safetensors") <= MAX_HEADER_BYTES
 
 
+XL = "stable-diffusion-xl-v1-base"
 GOOD = {"unet.conv1.lora_A.weight": torch.ones(2, 3), "unet.conv1.lora_B.weight": torch.ones(4, 2)}
 KOHYA = {"lora_unet_x.lora_down.weight": torch.ones(2, 3), "lora_unet_x.lora_up.weight": torch.ones(4, 2)}
 
@@ -212,7 +222,57 @@ def test_tensors_that_are_not_plain_lora_are_refused(
         parse_lora(tensors, {PEFT_METADATA: json.dumps(settings)} if settings else {}, name="odd")
 
 
-def test_float64_is_refused(tmp_path: Path) -> None:
-    save_file({key: tensor.double() for key, tensor in KOHYA.items()}, tmp_path / "double.safetensors")
-    with pytest.raises(DataError, match="float64"):
-        read_tensors(tmp_path / "double.safetensors")
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32, torch.float64, torch.float16])
+def test_alphas_of_any_type_and_weights_in_float64_are_read(tmp_path: Path, dtype: torch.dtype) -> None:
+    """diffusers' converter and sd-scripts' svd_merge_lora.py write integers."""
+    file = tmp_path / "lora.safetensors"
+    save_file(
+        {key: tensor.double() for key, tensor in KOHYA.items()} | {"lora_unet_x.alpha": torch.tensor(3, dtype=dtype)},
+        file,
+    )
+    (weights,) = read_file(file).state.values()
+    assert (weights.alpha, weights.down.dtype) == (3.0, torch.float32)
+
+
+@pytest.mark.parametrize("alpha", [10**400, -1, 0, float("inf"), float("nan")])
+def test_impossible_alpha_of_peft_is_refused(alpha: float) -> None:
+    with pytest.raises(DataError, match=r"alpha"):
+        parse_lora(GOOD, {PEFT_METADATA: json.dumps({"unet.lora_alpha": alpha})}, name="odd")
+
+
+def test_deeply_nested_peft_metadata_is_refused() -> None:
+    with pytest.raises(DataError, match="not valid JSON"):
+        parse_lora(GOOD, {PEFT_METADATA: "[" * 200_000}, name="deep")
+
+
+OTHERS = {
+    "lora_unet_x.lokr_w1": "LoKr", "lora_unet_x.lora_mid.weight": "Tucker", "lora_unet_x.oft_blocks": "OFT",
+    "oft_unet_x.oft_blocks": "OFT", "lora_unet_x.a1.weight": "GLoRA", "lora_unet_x.diff": "differences",
+    "lora_unet_x.on_input": "IA", "bundle_emb.zumi.string_to_param.*": "bundle_emb",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("key", "kind"), OTHERS.items())
+def test_other_kinds_are_named(key: str, kind: str) -> None:
+    with pytest.raises(DataError, match=rf"^odd is .*{kind}"):
+        parse_lora(KOHYA | {key: torch.ones(2, 2)}, {}, name="odd")
+
+
+def test_dylora_of_a_convolution_is_named() -> None:
+    tensors = {"lora_unet_x.lora_down.weight": torch.ones(2, 3, 3, 3), "lora_unet_x.lora_up.weight": torch.ones(4, 2)}
+    with pytest.raises(DataError, match="DyLoRA"):
+        parse_lora(tensors, {"ss_network_module": "networks.dylora"}, name="odd")
+
+
+def test_metadata_tells_the_family_of_convolutions(tmp_path: Path) -> None:
+    """Without cross-attention, shapes do not tell Stable Diffusion XL, whose layers A1111 knows by other names."""
+    name = "lora_unet_output_blocks_2_2_conv"
+    state = {
+        "lora_unet_up_blocks_0_upsamplers_0_conv": LoraWeights(torch.ones(2, 3, 3, 3), torch.ones(4, 2, 1, 1), 2.0)
+    }
+    for said in ({"ss_base_model_version": "sdxl_base_v1-0"}, {"modelspec.architecture": f"{XL}/lora"}):
+        write_file(tmp_path / "out.safetensors", state, metadata=said)
+        assert f"{name}.alpha" in load_file(tmp_path / "out.safetensors")
+        assert metadata_in(tmp_path / "out.safetensors")["ss_base_model_version"] == "sdxl_base_v1-0"
+        assert family_of(state, said) == XL
+    assert family_of(state, {}) is None

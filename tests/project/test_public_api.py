@@ -9,13 +9,13 @@ import pytest
 
 import sdlora
 from sdlora.common import bundled
-from sdlora.lora_files import pipelines
+from sdlora.lora_files import timestep_ranks
 
 
 def test_public_names_are_these() -> None:
     assert sdlora.__all__ == ["__version__", "apply_timestep_rank", "pocket_folder"]
     assert sdlora.pocket_folder is bundled.pocket_folder
-    assert sdlora.apply_timestep_rank is pipelines.apply_timestep_rank
+    assert sdlora.apply_timestep_rank is timestep_ranks.apply_timestep_rank
 
 
 def test_unknown_name_is_an_attribute_error() -> None:

@@ -61,7 +61,7 @@ WARM = [
     Place("export", "sdlora.run.export:save_lora", ("before", "after"), 2),
     Place("export", "sdlora.lora_files.write:save_file", ("torn",), 2),
     Place("export", "sdlora.run.export:verify_lora", ("before", "after"), 2),
-    Place("export", "sdlora.run.run:shutil.copyfile", ("torn", "after")),
+    Place("export", "sdlora.run.export:shutil.copyfile", ("torn", "after")),
     Place("report", "sdlora.run.epoch_end:write_report", ("before", "after"), 2),
     Place("report", "sdlora.run.epoch_end:contact_sheet", ("before",), 2),
     Place("any file", "os:replace", ("before", "after"), 5),

@@ -110,7 +110,7 @@ WRITES = {
     "previews": Point("PIL.Image:Image.save", 2, "torn", action="full disk"),
     "LoRA": Point("sdlora.lora_files.write:save_file", 2, "torn", action="full disk"),
     "checkpoint": Point("sdlora.training.checkpoint:save_file", 3, "torn", action="full disk"),
-    "final LoRA": Point("sdlora.run.run:shutil.copyfile", 1, "torn", action="full disk"),
+    "final LoRA": Point("sdlora.run.export:shutil.copyfile", 1, "torn", action="full disk"),
     "page": Point("sdlora.report.report:write_text", 2, action="full disk"),
     "metrics": Point("sdlora.run.folder:_append", 5, action="full disk", every=True),
 }

@@ -23,7 +23,8 @@ from sdlora.errors import ConfigError
 from sdlora.events import Exported, Notice
 from sdlora.lora_files.read import describe_lora, read_file
 from sdlora.previews.sampler import PreviewRequest
-from sdlora.run.export import caption_metadata, limits_elsewhere, presentable
+from sdlora.run.export import caption_metadata, files_to_push, limits_elsewhere, presentable
+from sdlora.run.folder import RunFolder
 
 CHECKED = ["copycheck.enabled=true", "preview.num_captions=1"]
 
@@ -112,6 +113,8 @@ def test_file_has_the_requested_precision_and_format(
     told = " ".join(event.message for event in events if isinstance(event, Notice))
     assert f"Rounding the file to {precision} changes predictions by up to" in told
     assert ("This file has PEFT's names" in told) == (names == "peft")
+    assert (tmp_path / "run/peft/unet/adapter_config.json").is_file() == (names == "peft")
+    assert ("ComfyUI applies 0 of its 16 modules" in told) == (names == "peft")
 
 
 def limits(proof: dict[str, Any] | None = None, **sections: Any) -> list[str]:
@@ -129,7 +132,26 @@ def test_ignored_timestep_rank_is_reported_with_the_measured_figure() -> None:
 
 
 def test_dora_and_zero_terminal_snr_are_reported() -> None:
-    (sentence,) = limits(lora=LoraConfig(dora=True))
-    assert "DoRA" in sentence
+    proof = {"num_modules": 16, "dora_elsewhere": {"ComfyUI": 0.023, "A1111": 4.5}}
+    (sentence,) = limits(proof, lora=LoraConfig(dora=True))
+    assert "all 16 modules" in sentence and "0.023" in sentence and "4.5" in sentence and "-peft" in sentence
     (sentence,) = limits(loss=LossConfig(zero_terminal_snr=True))
     assert "rescale_betas_zero_snr=True" in sentence
+
+
+def test_dora_has_kohyas_names_and_a_copy_for_diffusers(tmp_path: Path, overrides: list[str]) -> None:
+    folder = tmp_path / "run"
+    run(folder, [*overrides, "preview.enabled=false", "lora.dora=true", "train.epochs=1", "train.learning_rate=1e-2"])
+    tensors = load_file(folder / "hero.safetensors")
+    scales = {key: tensor for key, tensor in tensors.items() if key.endswith(".dora_scale")}
+    assert len(scales) == 16 and all(tensor.shape[1] == 1 for tensor in scales.values())
+    main, copy = (read_file(folder / f"hero{ending}.safetensors").state for ending in ("", "-peft"))
+    assert main.keys() == copy.keys()
+    for name, weights in main.items():
+        assert torch.equal(weights.down, copy[name].down) and torch.equal(weights.up, copy[name].up)
+        assert weights.magnitude is not None and copy[name].magnitude is not None
+        assert torch.equal(weights.magnitude.flatten(), copy[name].magnitude.flatten())  # type: ignore[union-attr]
+    proof = json.loads((folder / "epochs/1/proof.json").read_text())
+    assert proof["max_error"] == 0.0 and 0 < proof["dora_elsewhere"]["ComfyUI"] < proof["dora_elsewhere"]["A1111"]
+    assert 'weight_name="hero-peft.safetensors"' in (folder / "README.md").read_text()
+    assert "hero-peft.safetensors" in files_to_push(RunFolder(folder, "hero"))
