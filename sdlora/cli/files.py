@@ -88,11 +88,25 @@ def convert(
 
     from sdlora.lora_files.base_weights import paths_for
     from sdlora.lora_files.elsewhere import write_peft_folders
-    from sdlora.lora_files.read import DTYPES_BY_NAME, parse_lora, read_file, read_tensors, without_alpha
+    from sdlora.lora_files.read import (
+        DTYPES_BY_NAME,
+        parse_lora,
+        read_file,
+        read_tensors,
+        transformer_family,
+        without_alpha,
+    )
     from sdlora.lora_files.write import write_file
 
     source = read_file(file, missing_alpha)
-    paths = paths_for(source.state, base, source.metadata) if to == "peft" or base is not None else None
+    family = transformer_family(source.state)
+    if to == "kohya" and family is not None:
+        raise DataError(
+            f"{file.name} is of {family.title}, whose LoRAs no program reads under kohya's names. --to peft writes "
+            "the form that all of them read, with alpha / rank in B."
+        )
+    needs_paths = family is None and (to == "peft" or base is not None)
+    paths = paths_for(source.state, base, source.metadata) if needs_paths else None
     dtype = source.dtype if precision is None else DTYPES_BY_NAME[precision]
     left_out = write_file(
         out, source.state, metadata=source.metadata, dtype=dtype, paths=paths if to == "peft" else None
@@ -101,6 +115,7 @@ def convert(
     change = "weights unchanged" if same else f"weights rounded to {dtype}".replace("torch.", "")
     unknown = () if missing_alpha is None else without_alpha(parse_lora(*read_tensors(file), name=file.name))
     given = "unchanged" if not unknown else f"set to {missing_alpha} in {len(unknown)} modules"
+    given = given if family is None else "multiplied into B"
     typer.echo(f"{out}: {len(source.state)} modules under {to} names, {change}, alphas {given}.")
     if left_out:
         typer.echo(f"Left out of the metadata, of which programs read at most 1 MiB: {', '.join(left_out)}.")

@@ -21,11 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from sdlora.errors import DataError
 from sdlora.lora.inject import NETWORKS, TARGETS, LoraState, LoraWeights, network_of
 from sdlora.models.architectures import FamilyNames
 
 UNET_PREFIX = "lora_unet_"
 PEFT_METADATA = "lora_adapter_metadata"
+_TRANSFORMER_PARTS = re.compile(
+    r"noise_refiner|context_refiner|layers|attention|feed_forward|adaLN_modulation|to_q|to_k|to_v|to_out|w[123]|"
+    r"cap_embedder|t_embedder|mlp|\d+"
+)
 _PEFT_KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight")
 # Authors' names to diffusers', each: whole layers, blocks, and what follows a resnet's block.
 _LAYERS = {
@@ -184,6 +189,19 @@ def to_transformer(state: LoraState, prefix: str) -> dict[str, Tensor]:
         kinds = zip(_PEFT_KINDS, (weights.down, weights.up, weights.magnitude), strict=True)
         tensors |= {f"{prefix}{path}.{kind}": tensor.contiguous() for kind, tensor in kinds if tensor is not None}
     return tensors
+
+
+def transformer_path(name: str) -> str:
+    """The module path of a transformer's layer by its kohya module name, whose underscores are dots or parts of words.
+
+    Raises:
+        DataError: The name is not of a known transformer.
+    """
+    inside = name.removeprefix(UNET_PREFIX)
+    parts = _TRANSFORMER_PARTS.findall(inside)
+    if "_".join(parts) != inside:
+        raise DataError(f"{name!r} is no layer of a transformer that sdlora writes files for.")
+    return ".".join(parts)
 
 
 def to_peft(state: LoraState) -> tuple[dict[str, Tensor], str]:

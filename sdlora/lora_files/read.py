@@ -24,7 +24,7 @@ from sdlora.errors import DataError
 from sdlora.lora.inject import NETWORKS, LoraState, LoraWeights, network_of
 from sdlora.lora_files.algebra import update
 from sdlora.lora_files.names import PEFT_METADATA, UNET_PREFIX, diffusers_name, kohya_name
-from sdlora.models.architectures import ARCHITECTURES, FAMILIES, Architecture
+from sdlora.models.architectures import ARCHITECTURES, FAMILIES, Architecture, FamilyNames
 
 MAX_HEADER_BYTES = 1 << 20
 """The longest header that ComfyUI reads."""
@@ -334,6 +334,12 @@ def family_of(state: LoraState, metadata: Mapping[str, str] | None = None) -> st
         if architecture.startswith(family.modelspec) or version.startswith(family.base_version.split("_base")[0]):
             return family.modelspec
     return None
+
+
+def transformer_family(state: LoraState) -> FamilyNames | None:
+    """The family of a transformer's LoRA; None of a UNet's."""
+    name = family_of(state)
+    return next((f for f in FAMILIES.values() if f.modelspec == name and f.lora_prefix is not None), None)
 
 
 def describe_lora(path: Path) -> dict[str, Any]:

@@ -24,9 +24,25 @@ from sdlora.common.version import __version__
 from sdlora.errors import DataError, ExportError, SdloraError
 from sdlora.lora.inject import LoraState
 from sdlora.lora.timestep_rank import TimestepRank
-from sdlora.lora_files.names import PEFT_METADATA, as_written, kohya_tensors, to_kohya, to_peft, to_transformer
-from sdlora.lora_files.read import MAX_HEADER_BYTES, LoraFile, Spelling, family_of, header_bytes
-from sdlora.models.architectures import ARCHITECTURES, family_named
+from sdlora.lora_files.names import (
+    PEFT_METADATA,
+    as_written,
+    folded,
+    kohya_tensors,
+    to_kohya,
+    to_peft,
+    to_transformer,
+    transformer_path,
+)
+from sdlora.lora_files.read import (
+    MAX_HEADER_BYTES,
+    LoraFile,
+    Spelling,
+    family_of,
+    header_bytes,
+    transformer_family,
+)
+from sdlora.models.architectures import ARCHITECTURES, FAMILIES, FamilyNames, family_named
 
 _SPEC = {
     "modelspec.sai_model_spec": "1.0.1",
@@ -87,9 +103,7 @@ def save_lora(
     portable = as_written(state, family)
     extra = dict(metadata.private) | dict(metadata.origins)
     if family.lora_prefix is not None:
-        # Magnitudes are read under diffusers' own prefix alone.
-        dora = any(weights.magnitude is not None for weights in portable.values())
-        tensors = to_transformer(portable, "transformer." if dora else family.lora_prefix)
+        tensors = to_transformer(portable, lora_prefix(portable, family))
     elif spelling == "peft":
         tensors, extra[PEFT_METADATA] = to_peft(portable)
     else:
@@ -102,6 +116,12 @@ def save_lora(
     _save(path, tensors, _training_header(portable, metadata) | extra, dtype, ExportError)
 
 
+def lora_prefix(state: LoraState, family: FamilyNames) -> str:
+    """What a transformer's file has before module paths; magnitudes are read under diffusers' own prefix alone."""
+    dora = any(weights.magnitude is not None for weights in state.values())
+    return "transformer." if dora or family.lora_prefix is None else family.lora_prefix
+
+
 def write_file(
     path: Path,
     state: LoraState,
@@ -111,6 +131,8 @@ def write_file(
     paths: Mapping[str, str] | None = None,
 ) -> list[str]:
     """Write a LoRA made of other files, atomically: under kohya's names, or under PEFT's where `paths` are given.
+
+    Transformers' files have names of their own, with alpha / r in B.
 
     Args:
         state: Weights by kohya module name.
@@ -127,13 +149,16 @@ def write_file(
     """
     header = _SPEC | {"modelspec.title": path.stem, "ss_output_name": path.stem}
     family = family_of(state, metadata)
-    architecture = next((one for one in ARCHITECTURES.values() if one.modelspec == family), None)
+    architecture = next((one for one in FAMILIES.values() if one.modelspec == family), None)
     if architecture is not None:
         header["modelspec.architecture"] = f"{architecture.modelspec}/lora"
         header["ss_base_model_version"] = architecture.base_version
     header |= {key: value for key, value in metadata.items() if key not in (*_HASHES, PEFT_METADATA, "format")}
     header |= _rank_and_alpha(state)
-    if paths is None:
+    if (transformer := transformer_family(state)) is not None:
+        by_path = folded({transformer_path(name): weights for name, weights in state.items()})
+        tensors = to_transformer(by_path, lora_prefix(by_path, transformer))
+    elif paths is None:
         tensors = kohya_tensors(state, authors_blocks=family == ARCHITECTURES["sdxl"].modelspec)
     else:
         tensors, header[PEFT_METADATA] = to_peft({paths[name]: weights for name, weights in state.items()})

@@ -80,6 +80,7 @@ class BaseModel(ABC):
         prediction_type: What it predicts: "epsilon", "v_prediction" or "flow".
         resolution_px: The edge length that it was trained at, in pixels.
         latent_factor: Pixels per latent along one edge.
+        size_step_px: Widths and heights of images are multiples of this.
         max_tokens: How many tokens of a caption are read, start and end tokens included.
         text_dtype: In which the cache keeps text embeddings.
         trains_text: Whether the text encoders can have adapters.
@@ -108,6 +109,7 @@ class BaseModel(ABC):
     resolution_px: int
     latent_factor: int
     max_tokens: int
+    size_step_px: int = 1
 
     def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype, text: TextOptions) -> None:
         self._pipeline = pipeline = source.pipeline

@@ -88,6 +88,7 @@ class ZImage(BaseModel):
         self.prediction_type = "flow"
         self.log_shift = log(pipeline.scheduler.config.shift)
         self.latent_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.size_step_px = 2 * self.latent_factor  # the transformer sees patches of 2 x 2 latents
         self.resolution_px = self.vae.config.sample_size
         self.max_tokens = _MAX_TOKENS
 

@@ -180,12 +180,20 @@ def fit_images(images: Images, base: BaseModel, data: DataConfig, batch_size: in
 
     Raises:
         DataError: All white of a mask is cropped away.
+        ConfigError: The base model cannot be trained at one of the sizes.
     """
 
     def fitted(dataset: Dataset) -> Dataset:
         return dataset.with_buckets(data.resolution_px or base.resolution_px, data.bucket_options)
 
     training = fitted(images.training)
+    sizes_px = {edge for example in training.examples for bucket in example.buckets for edge in bucket}
+    if odd := sorted(edge for edge in sizes_px if edge % base.size_step_px):
+        raise ConfigError(
+            f"{base.path!r} needs widths and heights that are multiples of {base.size_step_px} px, and some images "
+            f"would be trained at {odd[0]}. Set data.bucket_step_px and data.resolution_px to multiples of "
+            f"{base.size_step_px}."
+        )
     for example in training.examples:
         for bucket in example.buckets:
             load_mask_pixels(replace(example, bucket=bucket))  # raises now, and not after the run's folder was made

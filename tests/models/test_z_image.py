@@ -12,6 +12,7 @@ import pytest
 import torch
 from diffusers import DiffusionPipeline, ZImagePipeline, ZImageTransformer2DModel
 from diffusers.models.normalization import RMSNorm
+from helpers.command import call
 from helpers.tiny import make_tiny_z_image
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from sdlora.config.toml import parse_config
 from sdlora.diffusion.flow import level
-from sdlora.errors import BaseModelError, ConfigError, SdloraError
+from sdlora.errors import BaseModelError, ConfigError, DataError, SdloraError
 from sdlora.lora.inject import Adapter, find_targets, inject
 from sdlora.lora_files.pipelines import attach
 from sdlora.lora_files.read import describe_lora, read_file
@@ -321,3 +322,27 @@ def test_text_states_are_kept_in_bfloat16(folder: Path, tmp_path: Path) -> None:
     assert cache.text(CAPTIONS)["mask"].sum(dim=1).tolist() == [
         float(cache.base.num_tokens(caption)) for caption in CAPTIONS
     ]
+
+
+def test_files_made_of_others_keep_the_form_that_programs_read(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = loaded(folder)
+    adapter = with_lora(base)
+    first, merged = tmp_path / "first.safetensors", tmp_path / "merged.safetensors"
+    tensors = {
+        f"diffusion_model.{path}.{kind}": tensor.detach().clone()
+        for path, layer in adapter.layers.items()
+        for kind, tensor in (("lora_A.weight", layer.down), ("lora_B.weight", layer.up * 0.5))
+    }
+    save_file(tensors, first)
+    adapter.remove()
+    assert call(capsys, "merge", "--output", str(merged), str(first), str(first), "--weights", "1", "0.5")[0] == 0
+    found = load_file(merged)
+    assert found.keys() == tensors.keys()
+    for key in (key.removesuffix("lora_A.weight") for key in tensors if key.endswith("lora_A.weight")):
+        expected = 1.5 * tensors[f"{key}lora_B.weight"] @ tensors[f"{key}lora_A.weight"]
+        torch.testing.assert_close(found[f"{key}lora_B.weight"] @ found[f"{key}lora_A.weight"], expected)
+    code, _, said = call(capsys, "convert", str(first), str(tmp_path / "kohya.safetensors"), "--to", "kohya")
+    assert code == DataError.exit_code and "--to peft" in said
+    assert not (tmp_path / "kohya.safetensors").exists()

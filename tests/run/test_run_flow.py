@@ -1,0 +1,84 @@
+"""A run on a flow-matching transformer: proof, coverage of its own noise levels, and resume in the same bytes."""
+
+from __future__ import annotations
+
+from math import log
+from pathlib import Path
+
+import pytest
+from helpers.runs import digests, metrics, run, without_times
+from helpers.tiny import make_tiny_z_image
+from safetensors import safe_open
+
+from sdlora.diffusion.timesteps import Density
+from sdlora.errors import ConfigError
+from sdlora.events import Exported
+from sdlora.run.run import Stopped
+from sdlora.training.train_step import StepResult, TrainStep
+
+
+@pytest.fixture(scope="module")
+def z_image(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("z-image")
+    make_tiny_z_image(folder)
+    return folder
+
+
+@pytest.fixture
+def options(overrides: list[str], z_image: Path, others: Path) -> list[str]:
+    return [
+        *overrides, f"base.path={z_image}", 'lora.targets=["attention", "mlp"]', f"data.validation_folder={others}",
+        "data.repeats=3", "train.log_every_steps=1", "preview.guidance=3", "loss.weighting=min_snr",
+    ]  # fmt: skip
+
+
+def test_a_run_ends_with_its_proof(options: list[str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    events = run(folder, [*options, "copycheck.enabled=true"])
+    (exported,) = (event for event in events if isinstance(event, Exported))
+    assert (exported.max_error, exported.num_modules) == (0.0, 14)
+    with safe_open(folder / "hero.safetensors", framework="pt") as file:
+        names, header = list(file.keys()), file.metadata()
+    assert len(names) == 2 * 14
+    assert all(name.startswith("diffusion_model.layers.") for name in names)
+    assert header["modelspec.architecture"] == "Z-Image/lora"
+    assert header["modelspec.implementation"] == "https://github.com/Tongyi-MAI/Z-Image"
+    assert "modelspec.prediction_type" not in header
+    rows = metrics(folder)
+    # Every image's exposures fall one into each of as many equal slices of the density that the model's shift moves.
+    edges = Density("logit_normal", mean=log(3.0)).edges
+    slices: dict[str, list[int]] = {}
+    for row in (row for row in rows if row["event"] == "step"):
+        for name, timestep in zip(row["examples"], row["timesteps"], strict=True):  # type: ignore[call-overload]
+            middle = (edges[timestep] + edges[timestep + 1]) / 2
+            slices.setdefault(name, []).append(int(middle * 6))
+    assert all(sorted(found) == list(range(6)) for found in slices.values())
+    assert rows[-1]["heldout_change"] is not None
+
+
+def test_a_stopped_run_resumes_in_the_same_bytes(
+    options: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, cut = tmp_path / "a" / "run", tmp_path / "b" / "run"
+    for folder in (whole, cut):
+        folder.parent.mkdir()
+    run(whole, options)
+    done, original = [0], TrainStep.run
+
+    def count(self: TrainStep, step: int, micro_batch_size: int) -> StepResult:
+        done[0] += 1
+        return original(self, step, micro_batch_size)
+
+    monkeypatch.setattr(TrainStep, "run", count)
+    for steps in (2, 5):
+        last = done[0] + steps
+        with pytest.raises(Stopped):
+            run(cut, options, resume=steps > 2, should_stop=lambda last=last: done[0] >= last)
+    run(cut, options, resume=True)
+    assert digests(cut) == digests(whole)
+    assert without_times(metrics(cut)) == without_times(metrics(whole))
+
+
+def test_sizes_that_do_not_divide_into_patches_are_refused(options: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"data\.bucket_step_px.*8"):
+        run(tmp_path / "run", [*options, "data.bucket_step_px=4", "data.resolution_px=36"])
