@@ -30,7 +30,7 @@ def test_five_lines_of_diffusers_load_a_lora_and_draw(tmp_path: Path, monkeypatc
     (code,) = re.findall(r"```python\n(.*?)\n```", README, flags=re.DOTALL)
     assert len(code.splitlines()) == 5
     base = StableDiffusionPipeline.from_pretrained(pocket_folder())
-    adapter = inject(base.network, find_targets(base.network, ["cross_attention"]), 8, 8.0, 0)
+    adapter = inject(base.unet, find_targets(base.unet, ["cross_attention"]), 8, 8.0, 0)
     metadata = LoraMetadata("quickstart", "pocket", "stable-diffusion-v1", 64, "zumi", 4, 1, 1.7e9, {})
     save_lora(tmp_path / "runs/quickstart/quickstart.safetensors", adapter.state(), metadata=metadata)
     monkeypatch.chdir(tmp_path)
