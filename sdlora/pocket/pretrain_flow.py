@@ -47,8 +47,8 @@ UNIFORM_SHARE = 0.25
 class FlowSettings(Settings):
     """How long pocket-flow is trained, and on what."""
 
-    vae_steps: int = 2400
-    decoder_steps: int = 1000
+    vae_steps: int = 6400
+    decoder_steps: int = 2000
     steps: int = 10000
     num_images: int = 30000
 
