@@ -32,6 +32,8 @@ _REFINER_WIDTH = 2560
 _OTHERS = {
     ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_"): "a LoRA",
     ("double_blocks.", f"{_UNET}double_blocks."): "Flux",
+    ("cap_embedder.", f"{_UNET}cap_embedder."): "the transformer of Z-Image alone, which sdlora reads from a diffusers "
+    "folder",
     ("joint_blocks.", f"{_UNET}joint_blocks."): "Stable Diffusion 3",
     ("double_layers.",): "AuraFlow",
     ("control_model.", "controlnet_"): "a ControlNet",
