@@ -111,7 +111,8 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
     text_is_trained = "text_encoder" in config.lora.targets
     quantization = config.base.quantization
     base = meta_base(shapes, inputs.dtype, quantization=quantization, text_is_trained=text_is_trained)
-    in_a_step = shapes.text_bytes * (text_is_trained or inputs.text_is_live)
+    beside_text = not base.network_waits and (text_is_trained or inputs.text_is_live)
+    in_a_step = shapes.text_bytes * beside_text
     weights = num_bytes(base.network) + (shapes.frozen_bytes if inputs.on_cpu else in_a_step)
     num_parameters = num_weights(base.network)
     if inputs.file is not None:
@@ -151,7 +152,8 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
         beside = max(beside, second + shapes.frozen_bytes + _verification_bytes(inputs, base, count))
     else:
         drawing = beside + shapes.vae_bytes + shapes.text_bytes * text_is_trained
-        beside = max(drawing, shapes.text_bytes) - in_a_step
+        encoding_text = shapes.text_bytes - weights if base.network_waits else shapes.text_bytes
+        beside = max(drawing, encoding_text) - in_a_step
     return MemoryEstimate(
         trainable_parameters=count,
         base_parameters=adapter.num_base_parameters(),

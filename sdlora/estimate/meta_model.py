@@ -118,6 +118,7 @@ class MetaBase:
     device = META
     _kind: Any = UNet2DConditionModel
     _packed_blocks = UnetModel.packed_blocks
+    network_waits = UnetModel.network_waits
     _caption_tokens: int | None = None  # all that CLIP reads
 
     def __init__(
@@ -172,6 +173,7 @@ class MetaZImage(MetaBase):
 
     _kind = ZImageTransformer2DModel
     _packed_blocks = z_image.ZImage.packed_blocks
+    network_waits = z_image.ZImage.network_waits
     _caption_tokens = 128
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

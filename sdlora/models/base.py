@@ -84,6 +84,8 @@ class BaseModel(ABC):
         max_tokens: How many tokens of a caption are read, start and end tokens included.
         text_dtype: In which the cache keeps text embeddings.
         trains_text: Whether the text encoders can have adapters.
+        network_waits: Whether the network leaves the device while a text encoder is there: a language model takes as
+            much memory as the network itself.
         packed_blocks: What the paths of linear layers that can be packed contain; see `sdlora.lora.quantize`.
         samplers: The samplers that previews can be drawn with; see `sdlora.previews.sampler`.
         log_shift: What the family's shift of noise levels adds to their logits, 0 for none; see
@@ -101,6 +103,7 @@ class BaseModel(ABC):
     network_name: ClassVar[str]
     text_dtype: ClassVar[torch.dtype] = torch.float16
     trains_text: ClassVar[bool] = True
+    network_waits: ClassVar[bool] = False
     packed_blocks: ClassVar[str]
     samplers: ClassVar[tuple[str, ...]]
     log_shift: float = 0.0
@@ -253,6 +256,9 @@ class BaseModel(ABC):
         for network in others:
             if not _has_adapter(network):
                 move(network, _ASIDE)
+        if self.network_waits:
+            reads = any(network in self.text_encoders for network in wanted)
+            move(self.network, _ASIDE if reads else self.device)
         for network in wanted:
             move(network, self.device)
 
@@ -275,9 +281,13 @@ def _has_adapter(network: nn.Module) -> bool:
 
 
 def move(network: nn.Module, device: torch.device) -> None:
-    """Move a network to a device unless it is there."""
-    if next(network.parameters()).device != device:
-        network.to(device)
+    """Move a network to a device unless it is there; what is trained stays, because the optimizer refers to it."""
+    frozen = next((parameter for parameter in network.parameters() if not parameter.requires_grad), None)
+    if frozen is None or not _has_adapter(network):
+        if next(network.parameters()).device != device:
+            network.to(device)
+    elif frozen.device != device:
+        network._apply(lambda x: x if x.requires_grad else x.to(device))  # type: ignore[no-untyped-call]
 
 
 def one_or_two(pipeline: DiffusionPipeline, part: str) -> Any:

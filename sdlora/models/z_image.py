@@ -69,6 +69,7 @@ class ZImage(BaseModel):
     packed_blocks = ".layers."
     text_dtype = torch.bfloat16
     trains_text = False
+    network_waits = True
     samplers = ("auto", "base")
 
     def _set_up(self, pipeline: DiffusionPipeline) -> None:
@@ -134,6 +135,7 @@ class ZImage(BaseModel):
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
         """The velocity (B, C, h, w) in float32, for noisy latents (B, C, h, w) at timesteps (B,)."""
+        self._use()
         dtype = self.network.dtype
         states = [own.to(dtype) for own in _unpadded(text)]
         return velocity(self.network, noisy.to(dtype), level(timesteps).float(), states).float()

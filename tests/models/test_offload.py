@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import UNet2DConditionModel, ZImageTransformer2DModel
+from helpers.tiny import make_tiny_z_image
 from safetensors.torch import load_file
 from torch import nn
+from transformers import Qwen3Model
 
 from sdlora.config.schema import BaseConfig, LoraConfig, RunConfig, Target
 from sdlora.config.toml import load_config
@@ -101,6 +103,47 @@ def test_never_both_of_them_and_none_in_the_end(tiny_base: Path, monkeypatch: py
     assert pipeline.text_encoder is base.text_encoders[0]
     base.offload()
     assert waiting.present() == set()
+
+
+def test_a_transformer_leaves_while_its_language_model_reads(
+    tmp_path: Path, overrides: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_tiny_z_image(tmp_path / "base")
+    changes = [f"base.path={tmp_path / 'base'}", 'lora.targets=["attention"]', "copycheck.enabled=true"]
+    for kept in (KEPT_TEXT, LIVE_TEXT):
+        plain = outcome(tmp_path / f"plain {kept[-1]}", overrides, *changes, kept)
+        with pytest.MonkeyPatch.context() as patch:
+            waiting = Waiting(patch)
+            seen = [watched(patch, kind, waiting) for kind in (ZImageTransformer2DModel, Qwen3Model)]
+            assert outcome(tmp_path / f"turns {kept[-1]}", overrides, *changes, kept) == plain
+        assert {"ZImageTransformer2DModel"} in seen[0]
+        assert all("Qwen3Model" not in present for present in seen[0])
+        assert seen[1] and all("ZImageTransformer2DModel" not in present for present in seen[1])
+
+
+def watched(patch: pytest.MonkeyPatch, kind: Any, waiting: Waiting) -> list[set[str]]:
+    """What is present whenever a network of the run's base model computes; those that verify files never waited."""
+    plain, seen = kind.forward, list[set[str]]()
+
+    def forward(network: Any, *args: Any, **kwargs: Any) -> Any:
+        if network in waiting.known:
+            seen.append(waiting.present())
+        return plain(network, *args, **kwargs)
+
+    patch.setattr(kind, "forward", forward)
+    return seen
+
+
+def test_what_is_trained_stays_where_it_is(tmp_path: Path) -> None:
+    make_tiny_z_image(tmp_path)
+    base = load_base(str(tmp_path), device=torch.device("cpu"), dtype=torch.float32)
+    adapter = make_adapter(RunConfig(lora=LoraConfig(targets=["attention"])), base)
+    before = list(adapter.parameters())
+    base_model.move(base.network, AWAY)
+    trained = {id(parameter) for parameter in before}
+    for parameter in base.network.parameters():
+        assert (parameter.device == AWAY) != (id(parameter) in trained)
+    assert all(a is b for a, b in zip(before, adapter.parameters(), strict=True))
 
 
 def test_counting_and_naming_move_nothing(tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
