@@ -46,6 +46,7 @@ FREE_WHEN_RESUMING = {
 }
 """Options that do not change the result, so that a run may resume with other values."""
 
+_MAX_BYTES = 1 << 20
 RENAMED = {
     "data.holdout": "data.validation_folder",
     "data.holdout_split": "data.validation_split",
@@ -80,8 +81,11 @@ def read_config(source: str, *, alone: bool = False) -> tuple[dict[str, Any], st
 def _find(source: str, folder: Path = Path()) -> Path:
     """The file of a configuration, by its path relative to a folder or by the name of a bundled one."""
     path = folder / source
-    if path.is_file():
-        return path
+    try:
+        if path.is_file():
+            return path
+    except OSError as error:
+        raise ConfigError(f"The configuration {source[:100]!r}… cannot be read: {error.strerror}.") from error
     if (shipped := shipped_config(source)) is not None:
         return shipped
     near = difflib.get_close_matches(source, shipped_configs(), n=1)
@@ -94,7 +98,13 @@ def _read(path: Path, extended_by: tuple[Path, ...], *, alone: bool) -> dict[str
     if path.resolve() in (file.resolve() for file in extended_by):
         raise ConfigError(f"{path} extends itself: {' extends '.join(file.stem for file in (*extended_by, path))}.")
     try:
-        document = tomllib.loads(read_text(path))
+        if path.stat().st_size > _MAX_BYTES:
+            raise ConfigError(f"{path} is larger than 1 MiB, which no configuration is. Check which file it is.")
+        text = read_text(path)
+        # Reading such keys takes time that grows with the square of their length.
+        if (long := re.search(r"(?:[\w-]+\s*\.\s*){100}", text)) is not None:
+            raise ConfigError(f"{path} has a key of more than 100 parts ({long[0][:30]}…); options have two.")
+        document = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
     except (ValueError, RecursionError) as error:
@@ -168,7 +178,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override!r}: expected section.key=value.")
     try:
         value: Any = tomllib.loads(f"value = {text}")["value"]
-    except (tomllib.TOMLDecodeError, KeyError, RecursionError):
+    except (ValueError, KeyError, RecursionError):  # also integers of thousands of digits
         value = text.strip()
     table = document
     for name in names[:-1]:

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import importlib
+import io
 import struct
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -36,6 +38,9 @@ _BROKEN = (
     OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, MemoryError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
+_PNG = b"\x89PNG\r\n\x1a\n"
+# Transparency, orientation, and the frames of an animation.
+_PNG_SIDE_DATA = (b"tRNS", b"eXIf", b"acTL", b"fcTL", b"fdAT")
 _SIXTEEN_BITS = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 MaskKind = Literal["none", "alpha", "file"]
 MASK_SUFFIX = "-mask.png"
@@ -76,7 +81,37 @@ def load_mask(path: Path, image: Path) -> Image.Image | None:
 def _decode(path: Path, convert: Callable[[Image.Image], T], suffix: str | None = None) -> T:
     formats = [*FORMATS, *_plugged_in(path.name, (suffix or path.suffix).lower())]
     try:
-        with Image.open(path, formats=formats) as opened:
+        return _converted(path, path, formats, convert)
+    except DataError:
+        if (pixels := _png_without_side_data(path)) is None:
+            raise
+        return _converted(path, io.BytesIO(pixels), formats, convert)
+
+
+def _png_without_side_data(path: Path) -> bytes | None:
+    """A PNG without the chunks that are not its pixels, such as texts and profiles; None if there are none or it is
+    another file."""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        return None
+    if not content.startswith(_PNG):
+        return None
+    kept, place = [_PNG], len(_PNG)
+    while place + 12 <= len(content):
+        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
+        chunk, kind = content[place:end], content[place + 4 : place + 8]
+        is_whole = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+        if kind[:1].isupper() or (kind in _PNG_SIDE_DATA and is_whole):
+            kept.append(chunk)
+        place = end
+    found = b"".join(kept)
+    return None if len(found) == len(content) else found
+
+
+def _converted(path: Path, source: Path | io.BytesIO, formats: Sequence[str], convert: Callable[[Image.Image], T]) -> T:
+    try:
+        with Image.open(source, formats=formats) as opened:
             # A camera's MPO is a JPEG with a preview behind the image, which Pillow takes for a second frame.
             if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
                 raise DataError(f"{path.name}: has several frames or pages. Save the one you want as a PNG.")

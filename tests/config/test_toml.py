@@ -1,12 +1,13 @@
 """Configurations as files."""
 
+import time
 import tomllib
 from pathlib import Path
 
 import pytest
 
 from sdlora.config.schema import RunConfig
-from sdlora.config.toml import dump_toml, load_config, options, parse_config
+from sdlora.config.toml import dump_toml, load_config, options, parse_config, read_config
 from sdlora.errors import ConfigError
 
 
@@ -86,3 +87,31 @@ def test_shipped_configurations_are_valid_and_hold_only_what_differs() -> None:
         for section, values in document.items():
             for key, value in values.items():
                 assert without[f"{section}.{key}"] != value, f"{path.name}: {section}.{key} is as without it"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"seed = " + b"9" * 5000, "not valid TOML"),
+        (b"a = " + b"[" * 100_000, "not valid TOML"),
+        (b"a." * 20_000 + b"a = 1", "more than 100 parts"),
+        (b"# " + b"x" * (1 << 20), "larger than 1 MiB"),
+    ],
+)
+def test_hostile_file_is_refused_at_once(tmp_path: Path, content: bytes, reason: str) -> None:
+    (tmp_path / "odd.toml").write_bytes(content)
+    begin = time.monotonic()
+    with pytest.raises(ConfigError, match=reason):
+        read_config(str(tmp_path / "odd.toml"))
+    assert time.monotonic() - begin < 5
+
+
+def test_path_that_is_too_long_is_refused() -> None:
+    for source in ("x" * 300 + ".toml", "x/" * 3000):
+        with pytest.raises(ConfigError, match="cannot be read"):
+            read_config(source)
+
+
+def test_override_of_thousands_of_digits_is_refused() -> None:
+    with pytest.raises(ConfigError, match="seed"):
+        parse_config({"data": {"folder": "x"}}, name="n", overrides=["seed=" + "9" * 5000])

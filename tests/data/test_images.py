@@ -1,4 +1,5 @@
 import sys
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -285,3 +286,28 @@ def test_folder_with_only_masks_is_refused(tmp_path: Path) -> None:
     put_mask(tmp_path, "a-mask.png")
     with pytest.raises(DataError, match="only masks"):
         check(tmp_path, "file")
+
+
+def chunk(kind: bytes, data: bytes, crc: int | None = None) -> bytes:
+    own = zlib.crc32(kind + data) if crc is None else crc
+    return len(data).to_bytes(4, "big") + kind + data + own.to_bytes(4, "big")
+
+
+SIDE_DATA = {
+    "long text": chunk(b"zTXt", b"Comment\0\0" + zlib.compress(b"x" * (3 << 20))),
+    "long profile": chunk(b"iCCP", b"name\0\0" + zlib.compress(b"x" * (3 << 20))),
+    "wrong checksum": chunk(b"tEXt", b"Comment\0hello", crc=7),
+}
+
+
+@pytest.mark.parametrize("kind", SIDE_DATA)
+def test_pixels_of_a_png_are_read_whatever_lies_beside_them(tmp_path: Path, kind: str) -> None:
+    file = tmp_path / "a.png"
+    Image.fromarray(np.array(CORNERS, dtype=np.uint8)).save(file)
+    content = file.read_bytes()
+    header = 8 + 25
+    file.write_bytes(content[:header] + SIDE_DATA[kind] + content[header:])
+    assert pixels(load_image(file, "white")) == pixels(Image.fromarray(np.array(CORNERS, dtype=np.uint8)))
+    file.write_bytes(content[:header] + SIDE_DATA[kind] + content[header:-30])
+    with pytest.raises(DataError, match=r"a\.png: broken"):
+        load_image(file, "white")

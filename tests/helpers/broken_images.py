@@ -88,8 +88,6 @@ def corrupt() -> dict[str, bytes]:
         "pages.tif": encoded("TIFF", frames[0], **film),
         "floats.tif": encoded("TIFF", Image.new("F", (4, 4))),
         "packed.png": b"PK\x03\x04" + bytes(200),
-        "text-bomb.png": png(4, 4, chunk(b"zTXt", b"a\x00\x00" + bomb), chunk(b"IDAT", row)),
-        "long-text-bomb.png": png(4, 4, chunk(b"iTXt", b"a\x00\x01\x00\x00\x00" + bomb), chunk(b"IDAT", row)),
         "profile-bomb.png": png(4, 4, chunk(b"iCCP", b"a\x00\x00" + bomb)),
         "12k.png": png(12_000, 12_000, chunk(b"IDAT", row)),
         "60k.png": png(60_000, 60_000, chunk(b"IDAT", row)),
@@ -103,6 +101,16 @@ def corrupt() -> dict[str, bytes]:
         "no-scan.jpg": encoded("JPEG")[: encoded("JPEG").index(b"\xff\xda")],
         "wrong-size.webp": encoded("WEBP")[:4] + struct.pack("<I", 12) + encoded("WEBP")[8:],
     }  # fmt: skip
+
+
+def beside_pixels() -> dict[str, bytes]:
+    """PNGs of 4 x 4 black pixels with texts that fill the memory, by name; the pixels may be trained."""
+    bomb = zlib.compress(bytes(200_000_000))
+    row = zlib.compress(b"".join(b"\x00" + bytes(12) for _ in range(4)))
+    return {
+        "text-bomb.png": png(4, 4, chunk(b"zTXt", b"a\x00\x00" + bomb), chunk(b"IDAT", row)),
+        "long-text-bomb.png": png(4, 4, chunk(b"iTXt", b"a\x00\x01\x00\x00\x00" + bomb), chunk(b"IDAT", row)),
+    }
 
 
 KINDS = {"png": "PNG", "jpg": "JPEG", "webp": "WEBP", "bmp": "BMP", "tif": "TIFF"}

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers.broken_images import corrupt, decode_all, encoded, noise
+from helpers.broken_images import beside_pixels, corrupt, decode_all, encoded, noise
 from helpers.commandline import CommandLine
 from helpers.promises import Figure
 from PIL import Image, ImageCms
@@ -28,11 +28,15 @@ def test_broken_images_are_refused_by_name_in_bounded_memory(
     for name, content in files.items():
         (folder / name).write_bytes(content)
     (folder / "a.ok.png").write_bytes(encoded("PNG"))
+    bombs = beside_pixels()
+    for name, content in bombs.items():
+        (folder / name).write_bytes(content)
     outcome = command.call(decode_all, folder, tmp_path / "report")
     assert outcome.code == 0, outcome.err
     *lines, rise = (tmp_path / "report").read_text(encoding="utf-8").splitlines()
     found = dict(line.split("\t") for line in lines)
     assert found.pop("a.ok.png") == "(64, 48)"
+    assert {found.pop(name) for name in bombs} == {"(4, 4)"}, "texts do not matter, pixels are read"
     read = {name: said for name, said in found.items() if not said.startswith(f"refused: {name}: ")}
     assert not read, "every message begins with the file's name"
     assert int(rise) <= 300
