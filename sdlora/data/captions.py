@@ -63,8 +63,15 @@ def read_captions(folder: Path, images: Collection[str]) -> FolderCaptions:
             found[owner][source] = text or ""
 
     for parent in sorted({PurePosixPath(), *(PurePosixPath(name).parent for name in images)}):
-        shown = (path for path in (folder / parent).iterdir() if not path.name.startswith("."))
-        files = sorted(path for path in shown if path.is_file())
+        shown = sorted(path for path in (folder / parent).iterdir() if not path.name.startswith("."))
+        files = [path for path in shown if path.is_file()]
+        for odd in (path for path in shown if path not in files and path.suffix.lower() in SIDECARS):
+            source = (parent / odd.name).as_posix()
+            if by_stem((parent / odd.stem).as_posix()):
+                what = "a folder" if odd.is_dir() else "a dead link" if odd.is_symlink() else "no regular file"
+                faults.append(
+                    (source, f"{source}: {what}, not a caption. Remove it, or write the caption in its place.")
+                )
         for file in (path for path in files if path.name == METADATA):
             source = (parent / METADATA).as_posix()
             captions, messages = read_metadata(file, source)

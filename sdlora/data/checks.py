@@ -252,7 +252,11 @@ def image_files(folder: Path, *, recursive: bool = False) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"There is no folder {str(folder)!r}. Check the path; it is relative to the working directory.")
     # Hidden files are what systems keep of images, such as macOS' ._NAME and Android's .trashed-NAME.
-    shown = (path for path in folder.iterdir() if path.is_file() and not path.name.startswith("."))
+    try:
+        everything = list(folder.iterdir())
+    except OSError as error:
+        raise DataError(f"The folder {str(folder)!r} cannot be read ({error.strerror}). Check its rights.") from error
+    shown = (path for path in everything if path.is_file() and not path.name.startswith("."))
     files = sorted(path for path in shown if path.suffix.lower() in IMAGE_SUFFIXES)
     for subfolder in _subfolders(folder) if recursive else ():
         files += image_files(subfolder, recursive=True)

@@ -109,7 +109,7 @@ def _png_without_side_data(path: Path) -> bytes | None:
     return None if len(found) == len(content) else found
 
 
-def _converted(path: Path, source: Path | io.BytesIO, formats: Sequence[str], convert: Callable[[Image.Image], T]) -> T:
+def _converted(path: Path, source: Path | io.BytesIO, formats: list[str], convert: Callable[[Image.Image], T]) -> T:
     try:
         with Image.open(source, formats=formats) as opened:
             # A camera's MPO is a JPEG with a preview behind the image, which Pillow takes for a second frame.
@@ -132,6 +132,10 @@ def _converted(path: Path, source: Path | io.BytesIO, formats: Sequence[str], co
             f"{path.name}: not an image in a supported format ({', '.join(formats)}). Save it in one of them."
         ) from error
     except _BROKEN as error:
+        if isinstance(error, OSError) and error.errno is not None:  # the system's; Pillow's have no number
+            raise DataError(
+                f"{path.name}: cannot be read ({error.strerror}). Check the file and its rights."
+            ) from error
         raise DataError(f"{path.name}: broken or truncated ({error}). Save it again or remove it.") from error
 
 

@@ -1,4 +1,5 @@
 import json
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -269,3 +270,15 @@ def test_class_word_replaces_the_trigger_in_prior_captions() -> None:
     assert 35 < found.count("") < 65
     assert 10 < found.count("a big cat, zumis") < 40
     assert drawn("", 1) == ""
+
+
+def test_captions_that_are_no_files_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "b.txt").mkdir()
+    os.mkfifo(tmp_path / "c.txt")
+    (tmp_path / "of no image.txt").mkdir()
+    found = read_captions(tmp_path, ["a.png", "b.png", "c.png"])
+    assert [source for source, _ in found.faults] == ["a.txt", "b.txt", "c.txt"]
+    assert all(
+        kind in message for (_, message), kind in zip(found.faults, ("dead link", "folder", "regular"), strict=True)
+    )

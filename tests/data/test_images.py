@@ -1,3 +1,4 @@
+import errno
 import sys
 import zlib
 from pathlib import Path
@@ -8,7 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from sdlora.common.bundled import BucketOptions, ImageFolder
-from sdlora.data.checks import Checkup, examine
+from sdlora.data.checks import Checkup, examine, image_files
 from sdlora.data.dataset import Example, load_dataset, load_mask_pixels, load_pixels
 from sdlora.data.images import (
     MaskKind,
@@ -311,3 +312,18 @@ def test_pixels_of_a_png_are_read_whatever_lies_beside_them(tmp_path: Path, kind
     file.write_bytes(content[:header] + SIDE_DATA[kind] + content[header:-30])
     with pytest.raises(DataError, match=r"a\.png: broken"):
         load_image(file, "white")
+
+
+def test_file_that_the_system_does_not_open_is_not_called_broken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    Image.new("RGB", (4, 4)).save(tmp_path / "a.png")
+    monkeypatch.setattr(Image, "open", refuse)
+    with pytest.raises(DataError, match=r"a\.png: cannot be read \(Permission denied\)"):
+        load_image(tmp_path / "a.png", "white")
+    monkeypatch.setattr(Path, "iterdir", refuse)
+    with pytest.raises(DataError, match=r"folder .* cannot be read \(Permission denied\)"):
+        image_files(tmp_path)
