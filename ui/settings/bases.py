@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import functools
 import json
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import scan_cache_dir, try_to_load_from_cache
 from huggingface_hub.errors import CacheNotFound, HFValidationError
@@ -85,7 +83,7 @@ def shapes_of(path: str) -> Shapes | None:
     folder = pocket_folder() if path == POCKET else _place(path)
     try:
         if folder.is_file():
-            return shapes_of_family(_identified(folder).family)
+            return _shapes_of_family(_identified(folder).family)
         return _shapes_of_folder(folder)
     except (OSError, ValueError, KeyError, SdloraError):
         return None  # loading it says what is wrong
@@ -172,13 +170,18 @@ def _local(path: str) -> Path | None:
     return place if place.exists() else None
 
 
-def _shapes_of_folder(folder: Path) -> Shapes:
-    def read(part: str) -> Mapping[str, Any]:
-        found: Mapping[str, Any] = json.loads((folder / part / "config.json").read_text(encoding="utf-8"))
-        return found
+_shapes_of_family = functools.lru_cache(maxsize=16)(shapes_of_family)
 
-    parts = [part for part in ("text_encoder", "text_encoder_2") if (folder / part).is_dir()]
-    return shapes_of_configs(read("unet"), read("vae"), [read(part) for part in parts])
+
+def _shapes_of_folder(folder: Path) -> Shapes:
+    encoders = [part for part in ("text_encoder", "text_encoder_2") if (folder / part).is_dir()]
+    texts = [(folder / part / "config.json").read_text(encoding="utf-8") for part in ("unet", "vae", *encoders)]
+    return _shapes_of_texts(*texts)
+
+
+@functools.lru_cache(maxsize=16)
+def _shapes_of_texts(unet: str, vae: str, *encoders: str) -> Shapes:
+    return shapes_of_configs(json.loads(unet), json.loads(vae), [json.loads(one) for one in encoders])
 
 
 def _is_hub_id(path: str) -> bool:

@@ -22,6 +22,7 @@ from sdlora.common.text import format_bytes, format_range, format_seconds
 from sdlora.config.exposures import exposures_warning
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, parse_config
+from sdlora.estimate.meta_model import Shapes
 from sdlora.run.arguments import read_images
 from sdlora.run.estimate import Estimate, count_steps, device_memory, estimate_shapes
 from sdlora.run.lora_inputs import with_settings_of_file
@@ -54,6 +55,9 @@ _OF_IMAGES = (
 def estimate(config: RunConfig) -> Estimate | None:
     """What a recipe needs on this machine, and what to set if it does not fit; None if its base model is not here."""
     config = with_settings_of_file(config)
+    shapes = shapes_of(config.base.path)
+    if shapes is None:
+        return None
     device = device_name(config.train.device)
     memory_bytes = usable_memory(device)
     document = tomllib.loads(dump_toml(config))
@@ -70,14 +74,13 @@ def estimate(config: RunConfig) -> Estimate | None:
     # The trigger takes no memory, but class words need one.
     data = {name: document["data"][name] for name in _OF_IMAGES if name in document["data"]}
     data |= {"folder": "none", "trigger": "trigger"}
-    key = json.dumps(kept | {"data": data}), device == "cpu"
+    key = json.dumps(kept | {"data": data}), json.dumps(vars(shapes)), device == "cpu"
     # Free memory changes from second to second, so what a recipe needs is counted, and kept, without it.
     needed = _estimated(*key, None)
-    if needed is None or needed.peak_bytes <= memory_bytes:
-        return needed and replace(needed, memory_bytes=memory_bytes)
+    if needed.peak_bytes <= memory_bytes:
+        return replace(needed, memory_bytes=memory_bytes)
     # Down to a multiple of 256 MiB, so that the last hints can be used again.
-    found = _estimated(*key, memory_bytes >> 28 << 28)
-    return found and replace(found, memory_bytes=memory_bytes)
+    return replace(_estimated(*key, memory_bytes >> 28 << 28), memory_bytes=memory_bytes)
 
 
 def _tables(config: RunConfig) -> list[dict[str, Any]]:
@@ -93,10 +96,9 @@ def usable_memory(device: str) -> int:
 
 
 @functools.lru_cache(maxsize=64)
-def _estimated(document: str, on_cpu: bool, memory_bytes: int | None) -> Estimate | None:
+def _estimated(document: str, shapes: str, on_cpu: bool, memory_bytes: int | None) -> Estimate:
     config = parse_config(json.loads(document), name="plan")
-    shapes = shapes_of(config.base.path)
-    return None if shapes is None else estimate_shapes(config, shapes, memory_bytes, on_cpu=on_cpu)
+    return estimate_shapes(config, Shapes(**json.loads(shapes)), memory_bytes, on_cpu=on_cpu)
 
 
 # --- In words ---------------------------------------------------------------------------------------------------------

@@ -65,6 +65,16 @@ def test_recipe_is_changed_to_fit_into_memory_and_back(
     assert fitted.with_answers(subject, "as usual", large).values == answered.values, "changes are undone once it fits"
 
 
+def test_a_base_model_that_was_exchanged_is_counted_anew(large: str, on_a_gpu: Callable[[int], None]) -> None:
+    on_a_gpu(1 << 40)
+    before = Draft().with_values({"base.path": large}).needs()
+    file = Path(large) / "unet" / "config.json"
+    content = json.loads(file.read_text(encoding="utf-8"))
+    file.write_text(json.dumps(content | {"layers_per_block": content["layers_per_block"] + 1}))
+    after = Draft().with_values({"base.path": large}).needs()
+    assert before is not None and after is not None and after.peak_bytes > before.peak_bytes
+
+
 @pytest.mark.parametrize(
     "changes",
     [
