@@ -88,10 +88,12 @@ def browser_page(
     assert not faults, f"the page asked for something elsewhere, or complained: {faults}"
 
 
-def enter(page: Any, studio: Open) -> None:
-    """Open the studio and wait until its pages are filled."""
-    page.goto(studio.url)
+def enter(page: Any, studio: Open, name: str = "images") -> None:
+    """Open the studio on one of its pages, and wait until all are filled."""
+    page.goto("about:blank")  # another address of the same page would not load it
+    page.goto(f"{studio.url}#{name}")
     page.locator("#strip .strip").wait_for()
+    page.locator("body:not([inert])").wait_for()
 
 
 def tab(page: Any, name: str) -> None:

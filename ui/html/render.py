@@ -21,6 +21,7 @@ from sdlora.copycheck.scale import PHASE as COMPARING
 from sdlora.data.images import load_image
 from sdlora.report.html import CRISP_PX, Album, Attributes, environment
 
+from ..state.card_filter import tags_of
 from ..state.queue import Status
 
 _PHASES = {
@@ -80,7 +81,7 @@ def render(template: str, **values: object) -> str:
 def _environment() -> Environment:
     made = environment(Path(__file__).parent / "templates")
     made.globals |= {"words": WORDS, "tones": _TONES}
-    made.filters["progress"] = progress_words
+    made.filters |= {"progress": progress_words, "tags": tags_of}
     return made
 
 
@@ -107,15 +108,15 @@ def image_url(folder: Path, key: str, read: Callable[[], Image.Image], *, longes
     return f"{ROUTE}/{digest}.{suffix}"
 
 
-def file_url(folder: Path, image: Path) -> str:
-    """The address of an image file's copy in the folder that is served.
+def file_url(folder: Path, image: Path, *, longest_px: int = THUMBNAIL_PX) -> str:
+    """The address of an image file's copy in the folder that is served, with a limit of its longer edge.
 
     Raises:
         DataError: It cannot be read as an image.
     """
     facts = image.stat()
     key = f"{image.resolve()} {facts.st_mtime_ns} {facts.st_size}"
-    return image_url(folder, key, lambda: load_image(image, "white"))
+    return image_url(folder, key, lambda: load_image(image, "white"), longest_px=longest_px)
 
 
 def img(url: str, alt: str) -> Attributes:

@@ -12,22 +12,27 @@ from pathlib import Path
 
 from PIL import Image
 
+from sdlora.common.bundled import resolve_data_folder
 from sdlora.common.run_files import LossSmoother
 from sdlora.common.text import format_range
-from sdlora.errors import DataError, SdloraError
+from sdlora.data.checks import image_files
+from sdlora.errors import DataError
 from sdlora.report.charts import COLORS, Line, line_chart
 from sdlora.report.copy_section import Comparisons, copy_figures, epoch_rows, judged_epoch
 from sdlora.report.further import further_grids
-from sdlora.report.html import Figure
+from sdlora.report.html import Attributes, Figure
 from sdlora.report.report import timestep_chart
 
 from ..state.background_tasks import BackgroundTasks, Kind
+from ..state.caption_edits import CaptionEdit, differences
 from ..state.image_set import Card, SetView
 from ..state.queue import Status
 from ..state.run_view import RunView
 from .render import LARGE_PX, LinkedAlbum, file_url, image_url, img, render
 
 _MAX_DUPLICATES = 12  # groups that are shown side by side
+_MAX_CHANGES = 20  # captions of a change that are shown
+_MAX_BESIDE = 4  # previews of the result
 _MAX_POINTS = 300
 
 
@@ -39,11 +44,6 @@ def message(text: str, tone: str = "", *, title: str = "") -> str:
         title: Stands above it.
     """
     return render("message.html", title=title, lines=[line for line in text.splitlines() if line.strip()], tone=tone)
-
-
-def failure(error: SdloraError) -> str:
-    """An error as a message."""
-    return message(str(error), "copying")
 
 
 # --- Images ---------------------------------------------------------------------------------------------------------
@@ -70,6 +70,25 @@ def set_summary(view: SetView, *, asks_for: Path | None = None) -> str:
     if warnings:
         return message("\n".join(warnings), "watch", title=f"{title}: ready, with {len(warnings)} to look at")
     return message("Ready to train.", "clean", title=f"{title}: no problems found")
+
+
+def start_page(shown: Path) -> str:
+    """What the studio is for, with examples, as long as there are no images."""
+    folder = resolve_data_folder("builtin:zumi")
+    files = image_files(folder)
+    examples = [img(file_url(shown, file), f"A drawing of zumi: {caption}") for file, caption in _captioned(files[:3])]
+    return render("start.html", images=examples, num_images=len(files))
+
+
+def _captioned(files: Sequence[Path]) -> list[tuple[Path, str]]:
+    return [(file, file.with_suffix(".txt").read_text(encoding="utf-8").strip()) for file in files]
+
+
+def caption_changes(edit: CaptionEdit) -> str:
+    """What a change of all captions would change, word by word."""
+    some = list(edit.captions.items())[:_MAX_CHANGES]
+    changes = [(name, differences(*texts)) for name, texts in some]
+    return render("caption_changes.html", num_changes=len(edit.captions), changes=changes)
 
 
 def set_cards(cards: Sequence[Card], folder: Path, shown: Path, set_name: str, *, is_locked: bool = False) -> str:
@@ -158,8 +177,11 @@ def status_panel(status: Status) -> str:
     if status.word == "none":
         return message("Choose one at the top of the page, or start one under Recipe.", title="No run is chosen")
     share = 1.0 if status.word == "done" else 0.0
-    if status.word != "done" and status.state is not None and status.state.total_steps:
-        share = status.state.step / status.state.total_steps
+    state = status.state
+    if status.word != "done" and state is not None and state.step and state.total_steps:
+        share = state.step / state.total_steps
+    elif status.word != "done" and state is not None and state.total:
+        share = state.done / state.total  # of what comes before the first step
     return render("status.html", status=status, share=share)
 
 
@@ -236,8 +258,8 @@ def copy_charts(run: RunView) -> str:
     return render("charts.html", figures=copy_figures(run.checks)) if len(run.checks) > 1 else ""
 
 
-def result_panel(run: RunView, status: Status) -> str:
-    """The recommended epoch and why, every epoch in a row, and the files."""
+def result_panel(run: RunView, status: Status, shown: Path) -> str:
+    """The recommended epoch beside the base model and why, every epoch in a row, and the files."""
     recommended = run.recommended()
     if recommended is None:
         return message("The first epoch is not complete yet.", title="No result yet")
@@ -246,7 +268,22 @@ def result_panel(run: RunView, status: Status) -> str:
     return render(
         "result.html", run=run, kept=kept, reason=reason, judged=judged, is_final=status.word == "done",
         rows=epoch_rows(run.checks, run.metrics, kept), url=f"/studio/run/{run.name}",
+        pairs=_beside_base(run, kept, shown),
     )  # fmt: skip
+
+
+def _beside_base(run: RunView, epoch: int, shown: Path) -> list[tuple[str, list[Attributes]]]:
+    """Previews of new prompts by the base model and by an epoch, each with its prompt; of any if none is new."""
+    base, learned = ({file.name: file for file in run.previews.get(number, [])} for number in (0, epoch))
+    prompts = {Path(match.file).name: match for match in (run.checks[epoch].previews if epoch in run.checks else ())}
+    both = [name for name in learned if name in base]
+    new = [name for name in both if name in prompts and prompts[name].kind == "novel"]
+    found = []
+    for name in (new or both)[:_MAX_BESIDE]:
+        words = prompts[name].prompt if name in prompts else ""
+        images = ((base[name], f"the base model: {words}"), (learned[name], f"epoch {epoch}: {words}"))
+        found.append((words, [img(file_url(shown, file, longest_px=LARGE_PX), alt) for file, alt in images]))
+    return found
 
 
 def tried(shown: Path, images: Mapping[str, Image.Image], key: str) -> str:

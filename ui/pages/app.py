@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from pathlib import Path
 from typing import Any
 
 import gradio as gr
@@ -23,6 +24,8 @@ from .result import clone_into_draft, result_page, runs_page
 from .training import copy_page, training_page
 
 EVERY_SECONDS = 2
+PAGES = ("images", "recipe", "training", "copy-check", "result", "runs")
+"""The pages in their order, as addresses name them after `#`."""
 HEAD = (
     "<link rel='stylesheet' href='/studio/studio.css'><script src='/studio/studio.js' defer></script>"
     "<meta name='viewport' content='width=device-width, initial-scale=1'>"
@@ -62,21 +65,21 @@ def build(context: Context) -> Any:
             run = gr.Dropdown(label="Run", min_width=180, scale=1, elem_id="run")
         live = Live(run, {"strip": strip, "run": run})
         with gr.Tabs(elem_id="steps") as tabs:
-            with gr.Tab("Images", id="pictures"):
-                choice, images, onward, connect_trigger = images_page(context, live)
+            with gr.Tab("Images", id="images"):
+                choice, images, trigger, onward = images_page(context, live, tabs)
             with gr.Tab("Recipe", id="recipe") as recipe_tab:
-                recipe, recipe_note, trigger, loaded = recipe_page(context, live, tabs, images.images)
+                recipe, recipe_note, loaded = recipe_page(context, live, tabs, images.images, trigger)
             with gr.Tab("Training", id="training"):
                 training_page(context, live)
-            with gr.Tab("Copy check", id="copy"):
+            with gr.Tab("Copy check", id="copy-check"):
                 copy_page(context, live)
             with gr.Tab("Result", id="result"):
                 result_page(context, live)
             with gr.Tab("Runs", id="runs"):
                 clone, runs_note = runs_page(context, live)
-        connect_trigger(trigger)
         images_shown = [choice, *images.all()]
         draft = [*images_shown, *recipe, recipe_note]
+        address = gr.Textbox(visible=False)
 
         def show_recipe(shown: str, *values: Any) -> list[Any]:
             """The recipe of the images that this tab shows, which another tab may have exchanged in the draft."""
@@ -87,18 +90,44 @@ def build(context: Context) -> Any:
             chosen = context.draft().images
             return [gr.update(choices=context.sets(), value=chosen or None), *images_tab.show(context, chosen)]
 
+        def open_page(asked: Any) -> list[Any]:
+            return [gr.Tabs(selected=first_page(context, str(asked).removeprefix("#"))), *_show_draft(context)]
+
         def clone_run(chosen: Any) -> list[Any]:
             message = context.attempt(clone_into_draft, context, chosen)
             return [message, gr.Tabs(selected="recipe"), *_show_draft(context)]
 
-        blocks.load(lambda: _show_draft(context), None, draft, show_progress="hidden", queue=False)
+        opened = blocks.load(
+            open_page, address, [tabs, *draft], show_progress="hidden", queue=False, js="() => [location.hash]"
+        )
+        # Until then, what is shown is not what was left here the last time.
+        opened.then(None, None, None, js="() => { document.body.inert = false; }")
         onward.click(lambda: gr.Tabs(selected="recipe"), None, tabs, show_progress="hidden")
         controls = recipe[-recipe_form.num_controls() :]
         recipe_tab.select(show_recipe, [images.images, *controls], recipe, **recipe_form.IN_TURN)
         loaded.then(show_images, None, images_shown, show_progress="hidden")
-        clone.click(clone_run, run, [runs_note, tabs, *draft], show_progress="hidden", **ANY_VALUE)
+        cloned = clone.click(clone_run, run, [runs_note, tabs, *draft], **{**ANY_VALUE, "show_progress_on": runs_note})
+        for event in (opened, cloned):
+            recipe_form.plan_after(context, event, recipe)
         _keep_up_to_date(context, live, images.images, blocks)
     return blocks
+
+
+def first_page(context: Context, asked: str) -> str:
+    """The page that is shown first: the one that the address names, else the run at work, or a result not seen yet."""
+    if asked in PAGES:
+        return asked
+    name = context.default_run()
+    status = context.jobs.status(name) if name else None
+    if status is not None and status.alive:
+        return "training"
+    state = context.studio.run(name) / "state.json" if name else None
+    is_new = state is not None and state.is_file() and not _is_newer(context.studio.draft, state)
+    return "result" if status is not None and status.word == "done" and is_new else "images"
+
+
+def _is_newer(file: Path, other: Path) -> bool:
+    return file.is_file() and file.stat().st_mtime_ns > other.stat().st_mtime_ns
 
 
 def _keep_up_to_date(context: Context, live: Live, images: gr.Textbox, blocks: gr.Blocks) -> None:
@@ -162,7 +191,7 @@ def _updates(
     show("listing", value=context.fingerprint(images))
     show("copy-stop", visible=now.can["stop"])
     show("waiting", choices=now.waiting, value=next(iter(now.waiting), None))
-    show("prompt", placeholder=now.prompt)
+    show("prompt", (name, now.prompt), value=now.prompt)
     other = next((epoch for epoch in reversed(now.loras) if epoch != now.kept), now.kept)
     show("epoch", (name, now.loras, now.kept), choices=now.loras, value=now.kept)
     show("other epoch", (name, now.loras, now.kept), choices=now.loras, value=other)
@@ -172,12 +201,12 @@ def _updates(
 
 
 def _show_draft(context: Context) -> list[Any]:
-    """The images and the recipe as they were last edited."""
+    """The images and the recipe as they were last edited; what the run needs is worked out later."""
     notes = update_draft(context.studio)
     draft = context.draft()
     return [
         gr.update(choices=context.sets(), value=draft.images or None),
         *images_tab.show(context, draft.images),
-        *recipe_form.show(context, draft),
+        *recipe_form.show_unplanned(context, draft),
         views.message(" ".join(notes), "busy") if notes else "",
     ]

@@ -25,7 +25,7 @@ from ..state.background_tasks import Kind
 from ..state.folders import StudioError
 from ..state.image_set import read_folder
 from ..state.locations import check_model, to_path
-from .context import ANY_VALUE, Context, Live, need
+from .context import ANY_VALUE, Context, Live, failure, need
 
 # What captions are written as: the option of `sdlora caption`, and an example of its models.
 _CAPTION_KINDS = {
@@ -122,7 +122,7 @@ def publish_controls(context: Context, live: Live) -> None:
         try:
             repository, files = _repository(text), ", ".join(files_to_upload(context, name))
         except SdloraError as error:
-            return [views.failure(error), gr.update(visible=False), ""]
+            return [failure(error), gr.update(visible=False), ""]
         audience = "visible to you alone" if is_private else "visible to everyone"
         question = f"It will be at https://huggingface.co/{repository}, {audience}.\nThese files are uploaded: {files}."
         return [views.message(question, "watch", title=f"Publish {name}?"), gr.update(visible=True), name]

@@ -17,12 +17,13 @@ from typing import Any
 import gradio as gr
 
 from sdlora.common.bundled import BUILTIN, shipped_sets
+from sdlora.data.captions import with_trigger
 from sdlora.errors import ConfigError, SdloraError
 
 from ..html import views
-from ..settings.bases import base_resolution_px
+from ..settings.bases import POCKET, base_resolution_px
 from ..settings.draft import Draft, read_draft
-from ..settings.wording import in_words
+from ..settings.wording import finding_in_words, in_words
 from ..state import image_set
 from ..state.background_tasks import KINDS, BackgroundTasks, Kind
 from ..state.bin import Bin, Change
@@ -32,6 +33,7 @@ from ..state.image_set import SetView, view
 from ..state.queue import Jobs, Status
 from ..state.run_view import RunView, read_run
 from ..state.set_editor import SetEditor
+from ..state.token_windows import Reading, read_caption
 from ..state.try_lora import LoraSampler
 
 # For events that send a choice whose list changes while a tab is open, such as a run, an epoch or a page of cards:
@@ -86,7 +88,15 @@ class Context:
             return SetView(Path(), (), (), ())
         resolution_px = draft.value("data.resolution_px") or base_resolution_px(draft.base)
         taken_out = read_notes(self.studio, folder).taken_out
-        return view(folder, trigger=draft.trigger or None, resolution_px=resolution_px, taken_out=taken_out)
+        windows, is_pocket = draft.value("data.max_token_windows"), draft.base == POCKET
+
+        def read(caption: str) -> Reading:
+            return read_caption(with_trigger(caption, draft.trigger) if caption else "", windows, is_pocket=is_pocket)
+
+        found = view(folder, trigger=draft.trigger or None, resolution_px=resolution_px, taken_out=taken_out, read=read)
+        findings = tuple(replace(finding, message=finding_in_words(finding)) for finding in found.findings)
+        cards = tuple(replace(card, findings=tuple(map(in_words, card.findings))) for card in found.cards)
+        return replace(found, findings=findings, cards=cards)
 
     def editor(self, images: str) -> SetEditor:
         """A set of images, as it was chosen, for changing it.
@@ -147,7 +157,7 @@ class Context:
             text = action(*arguments)
             return views.message(text, "busy") if text else ""
         except SdloraError as error:
-            return views.message(in_words(str(error)), "copying")
+            return failure(error)
         except Exception as error:
             return self.unexpected(error)
 
@@ -164,6 +174,11 @@ class Context:
         """Append to the studio's own log."""
         with (self.studio.own / "studio.log").open("a", encoding="utf-8") as handle:
             handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+
+def failure(error: SdloraError) -> str:
+    """An error as a message in the words of the pages."""
+    return views.message(in_words(str(error)), "copying")
 
 
 def need(run: Any) -> str:
@@ -206,7 +221,7 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
         "queue": views.queue(statuses),
         "status": views.status_panel(replace(status, error=status.error and in_words(status.error))),
         "cards": views.run_cards(overview, shown),
-        **{kind: views.background_task(context.tasks, kind) for kind in KINDS},
+        **{kind: in_words(views.background_task(context.tasks, kind)) for kind in KINDS},
     }
     if run is None:
         empty = views.message("It appears once a run has started.", title="Nothing to see yet")
@@ -218,7 +233,7 @@ def snapshot(context: Context, name: str | None, epoch: int | None) -> Snapshot:
             "banner": views.copy_banner(run, status),
             "pairs": _pairs(run, epoch if epoch in run.checks and epoch is not None else last, shown),
             "signs": _signs(run),
-            "result": views.result_panel(run, status),
+            "result": views.result_panel(run, status, shown),
         }
     recommended = run.recommended() if run else None
     drawn = run.checks[last].previews if run and last in run.checks else []

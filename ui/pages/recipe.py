@@ -28,7 +28,7 @@ from ..settings.draft import Draft, from_config, write_draft
 from ..settings.recipes import LENGTHS, OWN, SUBJECTS
 from ..settings.wording import in_a_word, in_words, labels
 from ..state.locations import check_locations
-from .context import ANY_VALUE, Context, Live
+from .context import ANY_VALUE, Context, Live, failure
 from .more import marks, more_fields, more_settings
 
 # An estimate takes seconds: one at a time, or an earlier one could arrive last. None is left out while another runs.
@@ -47,6 +47,23 @@ _STALE = "The plan on this page was made for other settings. It has been updated
 def show(context: Context, draft: Draft) -> list[Any]:
     """The values of everything on the page for a draft: what it comes to, as `_outcome` gives it, and the controls."""
     return [*_outcome(context, draft), *fill(context, draft)]
+
+
+def show_unplanned(context: Context, draft: Draft) -> list[Any]:
+    """The same before it is known what the run needs, which takes seconds; `plan_after` adds that."""
+    note, _ = _base_note(context, draft.base)
+    waiting = render("quiet.html", words="Working out what this run needs …")
+    outcome = [note, changes_html(draft), marks(draft.values), waiting, "", gr.update(interactive=False)]
+    return [*outcome, *fill(context, draft)]
+
+
+def plan_after(context: Context, event: Any, everything: list[Any]) -> None:
+    """Show what the draft's run needs once an event has ended; `everything` are the components that `show` fills."""
+    outcome = everything[: -num_controls()]
+    event.then(
+        lambda: _outcome(context, context.draft()), None, outcome,
+        **{**IN_TURN, "show_progress": "minimal", "show_progress_on": outcome[3]},
+    )  # fmt: skip
 
 
 def show_again(context: Context, draft: Draft, values: Sequence[Any]) -> list[Any]:
@@ -104,10 +121,20 @@ def plan_html(context: Context, draft: Draft) -> tuple[str, bool]:
         return views.message("Add images under Images first.", title="No images yet"), False
     try:
         config = draft.config(context.studio)
-        sentences = [*estimate.describe_run(config), *estimate.describe_memory(draft.needs(), draft.fitted)]
+        sentences = [
+            *estimate.describe_run(config),
+            _trigger_in_words(draft),
+            *estimate.describe_memory(draft.needs(), draft.fitted),
+        ]
         return render("plan.html", sentences=map(in_words, sentences), warnings=_warnings(config)), True
     except SdloraError as error:
-        return _failure(error), False
+        return failure(error), False
+
+
+def _trigger_in_words(draft: Draft) -> str:
+    if draft.trigger:
+        return f"The trigger word is “{draft.trigger}”."
+    return "There is no trigger word: a style needs none, anything else does. It is asked for under Images."
 
 
 def _warnings(config: RunConfig) -> list[str]:
@@ -136,12 +163,8 @@ def _base_note(context: Context, base: str) -> tuple[str, bool]:
     try:
         check_base(context.studio, base)
     except ConfigError as error:
-        return _failure(error), False
+        return failure(error), False
     return render("quiet.html", words=describe_base(base)), True
-
-
-def _failure(error: SdloraError) -> str:
-    return views.message(in_words(str(error)), "copying")
 
 
 # --- What the page sends ----------------------------------------------------------------------------------------------
@@ -164,7 +187,9 @@ def read(context: Context, values: Sequence[Any], images: str | None = None) -> 
     check_locations(context.studio, form.to_document(found))
     before = context.draft()
     images = before.images if images is None else images
-    kept = replace(before, images=images, name=_text(name), values={})
+    # What the page does not show stays as it is.
+    hidden = {name: value for name, value in before.values.items() if name not in found}
+    kept = replace(before, images=images, name=_text(name), values=hidden)
     return replace(kept, subject=subject if subject in SUBJECTS else OWN).with_values(found)
 
 
@@ -183,9 +208,9 @@ def change(context: Context, place: int, value: Any, images: str = "", base: Any
     try:
         after = _changed(context, before, place, value)
     except SdloraError as error:
-        refused = _refused(_failure(error))
+        refused = _refused(failure(error))
         # Beside its field as well.
-        return [_failure(error), *refused[1:]] if place == _BASE else refused
+        return [failure(error), *refused[1:]] if place == _BASE else refused
     write_draft(context.studio, after)
     controls = zip(fill(context, before), fill(context, after), strict=True)
     return [*_outcome(context, after, _text(base)), *(new if new != old else gr.skip() for old, new in controls)]
@@ -289,8 +314,8 @@ def load_settings(context: Context, file: str) -> str:
 
 
 def recipe_page(
-    context: Context, live: Live, tabs: gr.Tabs, images: gr.Textbox
-) -> tuple[list[gr.components.Component], gr.HTML, gr.Textbox, gr.events.Dependency]:
+    context: Context, live: Live, tabs: gr.Tabs, images: gr.Textbox, trigger: gr.Textbox
+) -> tuple[list[gr.components.Component], gr.HTML, gr.events.Dependency]:
     """Lay out the page and connect its controls; a start leads to the page of training.
 
     Args:
@@ -298,14 +323,15 @@ def recipe_page(
         live: What is kept up to date.
         tabs: The pages.
         images: The set of images that this tab shows.
+        trigger: The trigger word, which is asked for on the page of images.
 
     Returns:
-        The components that `show` gives values for, what became of the last click, the trigger, and the event after
-        which other images may be chosen.
+        The components that `show` gives values for, what became of the last click, and the event after which other
+        images may be chosen.
     """
     with gr.Row(equal_height=False):
         with gr.Column(scale=3, min_width=280):
-            decisions, base_note = _decisions(context)
+            decisions, base_note = _decisions(context, trigger)
             changes = gr.HTML(elem_id="recipe-changes")
         with gr.Column(scale=2, min_width=280):
             plan = gr.HTML(elem_id="plan")
@@ -337,7 +363,7 @@ def recipe_page(
             told = map(in_words, [*estimate.describe_run(config), *measured])
             return render("plan.html", sentences=told, warnings=_warnings(config))
         except SdloraError as error:
-            return _failure(error)
+            return failure(error)
 
     def on_start(*values: Any) -> list[Any]:
         message, name, shown = start(context, values[:-1], values[-1])
@@ -365,16 +391,12 @@ def recipe_page(
     )
     live.events.append(started)
     loaded = upload.upload(load, upload, [note, upload, *everything], **{**IN_TURN, "preprocess": True})
-    return everything, note, decisions[1], loaded
+    return everything, note, loaded
 
 
-def _decisions(context: Context) -> tuple[list[Any], gr.HTML]:
+def _decisions(context: Context, trigger: gr.Textbox) -> tuple[list[Any], gr.HTML]:
     """Lay out the decisions, in the order that `read` and `fill` use, with the note below the base model."""
     subject = gr.Radio(list(SUBJECTS), label="What should it learn?", elem_id="subject")
-    trigger = gr.Textbox(
-        label="Trigger word", elem_id="trigger", max_lines=1,
-        info="An invented word for it, such as zumi. Words with a meaning work less well.",
-    )  # fmt: skip
     length = gr.Radio(list(LENGTHS), label="How long?", elem_id="length")
     base = gr.Dropdown(
         known_bases(context.studio), label="Base model", allow_custom_value=True, elem_id="base",

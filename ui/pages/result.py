@@ -24,7 +24,7 @@ from ..state.folders import StudioError
 from ..state.run_view import RunView, read_run
 from ..state.try_lora import SampleRequest
 from .background_tasks import publish_controls
-from .context import ANY_VALUE, Context, Live, need
+from .context import ANY_VALUE, Context, Live, failure, need
 
 _STRIP = (0.0, 0.5, 1.0)
 
@@ -63,7 +63,10 @@ def result_page(context: Context, live: Live) -> None:
         parts["epoch"] = epoch = gr.Dropdown(label="Epoch", min_width=110, elem_id="try-epoch")
         seed = gr.Number(0, label="Seed", precision=0, minimum=0, maximum=2**53, min_width=110, elem_id="try-seed")
     with gr.Row(elem_classes="ends"):
-        strength = gr.Slider(0, 2, 1, step=0.05, label="Strength", min_width=260, elem_id="try-strength")
+        strength = gr.Slider(
+            0, 2, 1, step=0.05, label="Strength", min_width=260, elem_id="try-strength",
+            info="Move it to see the prompt with the LoRA beside the base model.",
+        )  # fmt: skip
         one = gr.Button("Draw", variant="primary", min_width=110, elem_id="try")
         strip = gr.Button("Draw at strengths 0, 0.5 and 1", min_width=140, elem_id="try-strip")
     with gr.Row(elem_classes="ends"):
@@ -89,6 +92,10 @@ def result_page(context: Context, live: Live) -> None:
     def draw_at(name: Any, text: str, number: Any, at: float, *epochs: Any) -> str:
         return draw_chosen(name, text, number, (at,), epochs)
 
+    def draw_beside_base(name: Any, text: str, number: Any, at: float, first: Any) -> str:
+        return draw_chosen(name, text, number, (0.0, at) if at else (0.0,), [first])
+
+    strength.release(draw_beside_base, [run, prompt, seed, strength, epoch], tried, **ANY_VALUE)
     one.click(draw_at, [run, prompt, seed, strength, epoch], tried, **ANY_VALUE)
     strip.click(draw_strip, [run, prompt, seed, epoch], tried, **ANY_VALUE)
     both.click(draw_at, [run, prompt, seed, strength, epoch, other], tried, **ANY_VALUE)
@@ -126,7 +133,7 @@ def runs_page(context: Context, live: Live) -> tuple[gr.Button, gr.HTML]:
             one, two = (run_view.settings_of(context.studio, need(name)) for name in (first, second))
             return views.settings_table(first, second, run_view.differences(one, two))
         except SdloraError as error:
-            return views.failure(error)
+            return failure(error)
 
     def ask(name: Any) -> list[Any]:
         if not name:

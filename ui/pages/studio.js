@@ -1,6 +1,11 @@
-// The little that Gradio does not do: captions saved as they are written, images laid over one another, and the
-// way from a preview to its comparison. Everything listens on the document, since Gradio replaces what is shown.
+// The little that Gradio does not do: captions saved as they are written, images laid over one another, whole folders,
+// addresses of pages, and the way from a preview to its comparison. Everything listens on the document, since Gradio
+// replaces what is shown.
 (() => {
+  // Until the studio has told what was left here the last time, a choice could be overwritten. It lifts this itself.
+  document.body.inert = true;
+  setTimeout(() => { document.body.inert = false; }, 20000);
+
   const waiting = new Map();
 
   const send = (method, path, content) =>
@@ -152,9 +157,139 @@
     seek();
   };
 
+  // Ctrl and Enter lead to the next caption, with Shift to the one before.
+  document.addEventListener('keydown', (event) => {
+    const area = event.target.closest?.('.sd .card textarea');
+    if (!area || event.key !== 'Enter' || !(event.ctrlKey || event.metaKey)) return;
+    event.preventDefault();
+    const areas = [...document.querySelectorAll('.sd .card textarea')];
+    const next = areas[areas.indexOf(area) + (event.shiftKey ? -1 : 1)];
+    if (next) {
+      next.focus();
+      next.closest('.card').scrollIntoView({ block: 'nearest' });
+    } else if (waiting.has(area)) save(area);
+  });
+
+  const removeTag = (button) => {
+    const area = button.closest('.card').querySelector('textarea');
+    if (area.readOnly) return;
+    const tags = area.value.split(',').map((tag) => tag.trim()).filter(Boolean);
+    area.value = tags.filter((tag) => tag !== button.dataset.tag).join(', ');
+    waiting.set(area, 0);
+    save(area);
+  };
+
+  // --- Whole folders -------------------------------------------------------------------------------------------------
+  // They are sent as a zip, which keeps the names of folders inside: kohya's hold the repeats.
+
+  const table = Array.from({ length: 256 }, (_, n) => {
+    for (let bit = 0; bit < 8; bit += 1) n = n & 1 ? 0xedb88320 ^ (n >>> 1) : n >>> 1;
+    return n >>> 0;
+  });
+  const checksum = (bytes) => {
+    let found = 0xffffffff;
+    for (const byte of bytes) found = table[(found ^ byte) & 0xff] ^ (found >>> 8);
+    return (found ^ 0xffffffff) >>> 0;
+  };
+
+  // A zip of files as they are, uncompressed; each is given with its path.
+  const zipped = async (files, told) => {
+    const [parts, index] = [[], []];
+    let offset = 0;
+    for (const [number, [path, file]] of files.entries()) {
+      told(`Reading ${number + 1} of ${files.length} …`);
+      const name = new TextEncoder().encode(path);
+      const sum = checksum(new Uint8Array(await file.arrayBuffer()));
+      // What both headers of a file have in common: version, UTF-8 names, no compression, a date, sum and sizes.
+      const common = new DataView(new ArrayBuffer(26));
+      [20, 0x800, 0, 0, 0x21].forEach((value, place) => common.setUint16(2 * place, value, true));
+      [sum, file.size, file.size].forEach((value, place) => common.setUint32(10 + 4 * place, value, true));
+      common.setUint16(22, name.length, true);
+      parts.push(Uint8Array.of(0x50, 0x4b, 3, 4), common.buffer, name, file);
+      const rest = new DataView(new ArrayBuffer(14));
+      rest.setUint32(10, offset, true);
+      index.push(Uint8Array.of(0x50, 0x4b, 1, 2, 20, 0), common.buffer, rest.buffer, name);
+      offset += 30 + name.length + file.size;
+    }
+    const end = new DataView(new ArrayBuffer(18));
+    [0, 0, files.length, files.length].forEach((value, place) => end.setUint16(2 * place, value, true));
+    end.setUint32(8, new Blob(index).size, true);
+    end.setUint32(12, offset, true);
+    return new Blob([...parts, ...index, Uint8Array.of(0x50, 0x4b, 5, 6), end.buffer], { type: 'application/zip' });
+  };
+
+  const filesOf = async (entry) => {
+    if (entry.isFile) {
+      return [[entry.fullPath.slice(1), await new Promise((done, failed) => entry.file(done, failed))]];
+    }
+    const reader = entry.createReader();
+    const found = [];
+    for (;;) {
+      // It gives a hundred at a time.
+      const some = await new Promise((done, failed) => reader.readEntries(done, failed));
+      if (!some.length) break;
+      for (const one of some) found.push(...await filesOf(one));
+    }
+    return found;
+  };
+
+  const sendFolder = async (files) => {
+    const place = document.querySelector('#folder-status');
+    const told = (words) => { place.textContent = words; };
+    const shown = files.filter(([path]) => !path.split('/').some((part) => part.startsWith('.')));
+    if (!shown.length) return told('There are no files in this folder.');
+    if (shown.reduce((sum, [, file]) => sum + file.size, 0) > 4e9) return told('This folder is larger than 4 GB.');
+    const input = document.querySelector('#drop input[type=file]');
+    if (!input) return told('Another upload is still running. Try again when it has ended.');
+    try {
+      const zip = await zipped(shown, told);
+      const carrier = new DataTransfer();
+      carrier.items.add(new File([zip], 'folder.zip', { type: 'application/zip' }));
+      input.files = carrier.files;
+      input.dispatchEvent(new Event('change', { bubbles: true }));
+      told('');
+    } catch (error) {
+      told(`The folder could not be read: ${error.message}`);
+    }
+  };
+
+  document.addEventListener('drop', async (event) => {
+    if (!event.target.closest?.('#drop')) return;
+    const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
+    if (!entries.some((entry) => entry.isDirectory)) return;
+    event.preventDefault();
+    event.stopPropagation();
+    sendFolder((await Promise.all(entries.map(filesOf))).flat());
+  }, true);
+
+  const chooseFolder = () => {
+    const input = Object.assign(document.createElement('input'), { type: 'file', webkitdirectory: true });
+    input.addEventListener('change', () => sendFolder([...input.files].map((file) => [file.webkitRelativePath, file])));
+    input.click();
+  };
+
+  // --- Addresses -----------------------------------------------------------------------------------------------------
+
+  const slug = (tab) => tab.textContent.trim().toLowerCase().replace(/ /g, '-');
+  const tabs = () => [...document.querySelectorAll('#steps [role=tab]')];
+  const follow = () => {
+    const chosen = tabs().find((tab) => tab.ariaSelected === 'true');
+    if (document.body.inert || !chosen || location.hash === `#${slug(chosen)}`) return;
+    const address = `#${slug(chosen)}`;
+    if (location.hash) history.pushState(null, '', address);
+    else history.replaceState(null, '', address);
+  };
+  new MutationObserver(follow).observe(document.body, {
+    subtree: true, attributes: true, attributeFilter: ['aria-selected', 'inert'],
+  });
+  addEventListener('popstate', () => tabs().find((tab) => `#${slug(tab)}` === location.hash)?.click());
+
   document.addEventListener('click', (event) => {
     const remove = event.target.closest?.('.sd button.remove');
     if (remove) takeOut(remove);
+    const tag = event.target.closest?.('.sd .tag button');
+    if (tag) removeTag(tag);
+    if (event.target.closest?.('#whole-folder')) chooseFolder();
     const tile = event.target.closest?.('.sd .tile[href^="#pair-"]');
     if (tile) {
       event.preventDefault();

@@ -32,6 +32,7 @@ from sdlora.errors import SdloraError
 from ..html.render import NAME, ROUTE, render
 from ..pages.app import HEAD, build, theme
 from ..pages.context import Context
+from ..settings.wording import in_words
 from ..state.bin import Bin
 from ..state.folders import Studio, StudioError
 from ..state.queue import Jobs
@@ -87,7 +88,7 @@ def _add_routes(app: FastAPI, context: Context) -> None:
     @app.exception_handler(SdloraError)
     async def _error(_: Request, error: SdloraError) -> Response:
         # Half of a surrogate pair, which a request may hold, is no text.
-        return JSONResponse({"error": str(error).encode(errors="replace").decode()}, 400)
+        return JSONResponse({"error": in_words(str(error)).encode(errors="replace").decode()}, 400)
 
     @app.get(ROUTE + "/{name}")
     def _image(name: str) -> Response:

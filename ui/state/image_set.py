@@ -19,12 +19,13 @@ from sdlora.common.text import format_bytes
 from sdlora.config.schema_data import DataConfig
 from sdlora.config.toml import parse_config
 from sdlora.data.batches import assign_buckets
-from sdlora.data.captions import METADATA, read_captions, text_sidecar, with_trigger
+from sdlora.data.captions import METADATA, read_captions, text_sidecar
 from sdlora.data.checks import Finding, Image, copies_between, decode, examine, image_files
-from sdlora.data.fit import examine_sizes
+from sdlora.data.fit import examine_lengths, examine_sizes
 from sdlora.errors import DataError
 
 from .folders import StudioError
+from .token_windows import Reading
 from .uploads import MOST_CAPTION_BYTES
 
 
@@ -39,6 +40,7 @@ class Card:
     findings: tuple[str, ...]  # a sentence per finding
     bucket: tuple[int, int] | None  # width and height it is trained at, in pixels; None if it cannot be read
     common_caption: str = ""  # what it is trained on without a caption of its own
+    reading: Reading | None = None  # how much of its caption is read; None if that was not asked for
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,12 @@ def fingerprint(folder: Path) -> str:
 
 
 def view(
-    folder: Path, *, trigger: str | None = None, resolution_px: int = 512, taken_out: Collection[str] = ()
+    folder: Path,
+    *,
+    trigger: str | None = None,
+    resolution_px: int = 512,
+    taken_out: Collection[str] = (),
+    read: Callable[[str], Reading] | None = None,
 ) -> SetView:
     """Read and check a set, which may have no images.
 
@@ -107,6 +114,7 @@ def view(
         trigger: The word that captions should contain.
         resolution_px: Training resolution, for buckets and for finding images that are too small.
         taken_out: Images that are left out.
+        read: Counts the tokens of a caption; None counts none.
     """
     images = images_of(folder)
     if not images.keys() - set(taken_out):
@@ -134,6 +142,10 @@ def view(
     assigned = assign_buckets(list(sizes.values()), resolution_px, BucketOptions())
     buckets = dict(zip(sizes, assigned, strict=True))
     findings += [finding for finding in examine_sizes(sizes, buckets) if finding.kind == "too small"]
+    cards = [replace(card, reading=read(card.caption or card.common_caption)) for card in cards] if read else cards
+    lengths = {card.name: card.reading for card in cards if card.reading is not None}
+    for most in {reading.most for reading in lengths.values()}:
+        findings += examine_lengths({name: reading.num_tokens for name, reading in lengths.items()}, most)
     twins = tuple(f.files for f in findings if f.kind in ("duplicate", "near-duplicate"))
     checked = tuple(_checked(card, findings, sizes, buckets) for card in cards)
     return SetView(folder, checked, tuple(findings), twins, _preserved(folder, data))
@@ -181,13 +193,17 @@ def _about(name: str, finding: Finding) -> str:
     if finding.kind in ("duplicate", "near-duplicate"):
         others = ", ".join(other for other in finding.files if other != name)
         same = "The same image as" if finding.kind == "duplicate" else "Nearly the same image as"
-        return f"{same} {others}. Keep one of them: duplicates are memorized first."
-    if len(finding.files) == 1 and finding.kind != "no caption":
-        return finding.message
+        return f"{same} {others}. Press “Take out” on all but one: duplicates are memorized first."
+    if finding.kind == "unreadable":
+        return f"{finding.message} Press “Take out”, or drop a copy that opens in an image viewer."
     return {
         "no caption": "It has no caption. Describe what is in the image.",
-        "no trigger": "Its caption does not contain the trigger, which is prepended in training.",
-        "too small": "It is smaller than the training resolution and will be enlarged.",
+        "no trigger": "Its caption does not contain the trigger word, which is put in front of it in training.",
+        "too small": "It is smaller than the training size and will be enlarged. A larger original is sharper.",
+        "cropped": "More than a fifth of it is cropped off, outside the frame. Crop it yourself to what matters.",
+        "lone bucket": "No other image has its shape. Crop it to the shape of others.",
+        "long caption": "Its caption is too long, and its end is not read. Shorten it.",
+        "caption": "Its caption files contradict each other. Type the caption that it should have: that one is kept.",
     }.get(finding.kind, finding.message)
 
 
@@ -204,44 +220,6 @@ def captions_of(folder: Path) -> dict[str, str]:
         captions = read_captions(parent, [file for _, file in names]).by_image
         found |= {name: next(filter(None, captions[file].values()), "") for name, file in names}
     return found
-
-
-def changed_captions(view: SetView, change: Callable[[str], str]) -> dict[str, str]:
-    """The captions that a change of all captions would change, by image."""
-    return {card.name: change(card.caption) for card in view.cards if change(card.caption) != card.caption}
-
-
-def replace_words(view: SetView, find: str, replacement: str) -> dict[str, str]:
-    """The captions in which words are replaced, by image.
-
-    Raises:
-        StudioError: There are no words to find.
-    """
-    if not find:
-        raise StudioError("Enter the words to find.")
-    return changed_captions(view, lambda caption: caption.replace(find, replacement))
-
-
-def prepend_trigger(view: SetView, trigger: str) -> dict[str, str]:
-    """The captions that get the trigger in front, because they do not contain it, by image.
-
-    Raises:
-        StudioError: There is no trigger.
-    """
-    if not trigger.strip():
-        raise StudioError("There is no trigger yet. Choose a made-up word for what you train, under Recipe.")
-    return changed_captions(view, lambda caption: with_trigger(caption, trigger.strip()))
-
-
-def fill_missing_captions(view: SetView, text: str) -> dict[str, str]:
-    """The same caption for all images that have none, by image.
-
-    Raises:
-        StudioError: The caption is empty.
-    """
-    if not text.strip():
-        raise StudioError("Enter the caption for the images that have none.")
-    return changed_captions(view, lambda caption: caption or text.strip())
 
 
 def write_captions(folder: Path, captions: Mapping[str, str]) -> None:

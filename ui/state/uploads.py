@@ -76,8 +76,12 @@ class _Entry:
         return f"{REGULARISATION}/{safe_name(parent)}" if REGULARISATION in above else safe_name(parent)
 
 
-def store_upload(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
+def store_upload(
+    files: Sequence[tuple[str, Path]], folder: Path, told: Callable[[int, int], object] = lambda done, total: None
+) -> Intake:
     """Store files, each with its name as sent and its temporary path, in a set's folder; zips are unpacked.
+
+    `told` is called with how many files are done, and how many there are.
 
     Of a zip, only kohya's folders `REPEATS_NAME` are kept, also those in `reg`: training reads repeats from them.
 
@@ -102,7 +106,8 @@ def store_upload(files: Sequence[tuple[str, Path]], folder: Path) -> Intake:
     images: list[str] = []
     num_captions = 0
     refused: list[str] = []
-    for entry in entries:
+    for number, entry in enumerate(entries):
+        told(number, len(entries))
         try:
             if has_folders and not entry.subfolder:
                 raise DataError(f"{entry.name}: not in one of the folders with repeats, such as 10_zumi.")

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
+import psutil
 import pytest
 from helpers.studios import write_image, write_state
 
 from sdlora.config.schema import RunConfig
-from sdlora.ui.pages.app import build
+from sdlora.config.toml import load_config
+from sdlora.ui.pages import images
+from sdlora.ui.pages.app import build, first_page
 from sdlora.ui.pages.context import Context
+from sdlora.ui.settings.draft import Draft, write_draft
 from sdlora.ui.state import queue
 
 
@@ -60,3 +65,63 @@ def test_a_tab_is_told_of_images_that_come_and_go(
     updates, seen = tick(seen, images="set")
     assert updates["listing"]["value"] != before
     assert tick(seen, images="../x")[0]["listing"]["value"] == "" and context.fingerprint("none") != ""
+
+
+def test_the_first_page_is_the_addresss_or_what_is_new(
+    context: Context, make_config: Callable[..., RunConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert first_page(context, "") == "images" and first_page(context, "runs") == "runs"
+    assert first_page(context, "<x>") == "images"
+    write_state(context.studio, make_config("a"), status="done")
+    assert first_page(context, "") == "result" and first_page(context, "images") == "images"
+    write_draft(context.studio, Draft(images="next"))
+    assert first_page(context, "") == "images", "the artist has gone on since"
+    monkeypatch.setattr(queue.subprocesses, "find_by_pid", lambda pid, _: pid or None)
+    monkeypatch.setattr(queue.subprocesses, "is_paused", lambda _: False)
+    write_state(context.studio, make_config("b"), pid=1)
+    assert first_page(context, "") == "training"
+
+
+def test_a_new_user_is_told_what_this_is_and_tries_it_in_one_click(
+    context: Context, sleepers: list[psutil.Process]
+) -> None:
+    values = dict(zip(images.PARTS, images.show(context, ""), strict=True))
+    assert values["summary"].count("<img") == 3 and "Drop 10 to 40 images" in values["summary"]
+    assert values["trial"]["visible"] and not values["only"]["visible"]
+    assert images.start_trial(context) == "zumi trial" and len(sleepers) == 1
+    config = load_config(str(context.studio.job_config("zumi trial")))
+    assert (config.data.raw_folder, config.data.raw_trigger, config.base.path) == ("builtin:zumi", "zumi", "pocket")
+    values = dict(zip(images.PARTS, images.show(context, "builtin:zumi"), strict=True))
+    assert not values["trial"]["visible"]
+
+
+def test_only_a_choice_of_images_is_shown_as_long_as_there_are_some(context: Context) -> None:
+    folder = context.studio.image_set("set")
+    for name, caption in {"a": "1girl, rain, smile", "b": ""}.items():
+        write_image(folder / f"{name}.png", "red" if caption else "blue").with_suffix(".txt").write_text(caption)
+
+    def names(only: str) -> list[str]:
+        values = dict(zip(images.PARTS, images.show(context, "set", only), strict=True))
+        assert values["only"]["visible"]
+        return re.findall('data-image="([^"]+)"', values["cards"])
+
+    assert names("finding:no caption") == ["b.png"] and names("tag:rain") == ["a.png"] and names("GIRL") == ["a.png"]
+    (folder / "b.txt").write_text("sun, sea, sand")
+    assert names("finding:no caption") == ["a.png", "b.png"]
+
+
+def test_captions_come_before_what_is_pressed_less_often(context: Context) -> None:
+    folder = context.studio.image_set("set")
+    write_image(folder / "a.png").with_suffix(".txt").write_text("1girl, rain, <b>")
+    cards = images.show(context, "set")[images.PARTS.index("cards")]
+    assert cards.index("<textarea") < cards.index('class="tag"') < cards.index('class="remove"')
+    assert 'data-tag="&lt;b&gt;"' in cards and "of 75 tokens" in cards
+
+
+def test_an_upload_tells_how_far_it_is_and_leaves_nothing_behind(context: Context) -> None:
+    uploads = context.studio.own / "uploads"
+    files = [write_image(uploads / name / f"{name}.png", "red" if name == "a" else "blue") for name in ("a", "b")]
+    told: list[tuple[int, int]] = []
+    answer = images._add(context, [str(file) for file in files], None, lambda *far: told.append(far))
+    assert told == [(0, 2), (1, 2)] and "2 images and 0 captions" in answer[0]
+    assert list(uploads.iterdir()) == [] and sorted(context.studio.image_set("my images").iterdir())

@@ -35,13 +35,13 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Open]:
 
 @pytest.fixture
 def page(browser: Any, opened: Open) -> Iterator[Any]:
-    with browser_page(browser, opened, patience_ms=40_000) as found:
+    with browser_page(browser, opened, patience_ms=90_000) as found:
         yield found
 
 
 def choose(page: Any, images: str, first: str) -> None:
     """Choose a set, once the page is filled, and wait until the first caption is shown."""
-    page.locator("#set-summary .verdict").wait_for()
+    page.locator("#set-summary .sd").first.wait_for()
     page.fill("#set input", images)
     page.keyboard.press("Enter")
     page.keyboard.press("Tab")
@@ -89,6 +89,9 @@ def test_a_typed_caption_stays_with_its_image(page: Any, opened: Open) -> None:
     page.get_by_label("Find", exact=True).fill("t")
     page.get_by_label("Replace with", exact=True).fill("T")
     page.get_by_role("button", name="Replace in all captions").click()
+    page.locator("#captions-note del").first.wait_for()
+    assert caption(opened, "many", "p02.png") == "thing 2", "nothing is changed before it is confirmed"
+    page.click("#apply-captions")
     wait_for_caption(page, 0, "Typed for The firsT")
     wait_for_caption(page, 2, "Thing 2")
     page.click("#undo")
@@ -108,7 +111,8 @@ def test_a_tab_acts_on_the_set_that_it_shows(page: Any, opened: Open) -> None:
     page.get_by_label("Find", exact=True).fill("o")
     page.get_by_label("Replace with", exact=True).fill("0")
     page.get_by_role("button", name="Replace in all captions").click()
-    page.locator("#pictures-note", has_text="3 captions were changed").wait_for()
+    page.locator("#apply-captions", has_text="3").click()
+    page.locator("#captions-note", has_text="3 captions were changed").wait_for()
     assert (caption(opened, "few", "p01.png"), caption(opened, "many", "p05.png")) == ("0ther 1", before)
     page.click("#undo")
     wait_for_caption(page, 1, "other 1")
@@ -123,7 +127,7 @@ def test_a_tab_acts_on_the_set_that_it_shows(page: Any, opened: Open) -> None:
 
 def test_a_folder_of_the_artists_own_is_asked_about_once(page: Any, opened: Open) -> None:
     folder = opened.runs.parent / "my drawings"
-    page.locator("#set-summary .verdict").wait_for()
+    page.locator("#set-summary .sd").first.wait_for()
     page.fill("#set input", f"{folder}x")
     page.keyboard.press("Enter")
     page.locator("#set-summary", has_text="There is no folder").wait_for()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,19 @@ def test_controls_that_hold_their_values_are_left_alone(page: Page) -> None:
     answer = recipe.show_again(page.context, draft, page.controls)
     assert answer[CONTROLS + place("seed")] == "9"
     assert [update for update in answer[CONTROLS:] if update != gr.skip()] == ["9"]
+
+
+def test_what_the_page_does_not_show_is_kept(page: Page, context: Context) -> None:
+    sets = [{"folder": str(context.studio.image_set(name)), "repeats": 2} for name in ("set",)]
+    several = Draft().with_values({"data.sets": sets, "data.exclude": ["set/0.png"], "data.trigger": "zumi"})
+    write_draft(context.studio, replace(several, subject=OWN))
+    page.show(recipe.show(context, context.draft()))
+    assert recipe.read(context, page.controls).value("data.exclude") == ["set/0.png"]
+
+
+def test_what_the_run_needs_is_worked_out_after_the_page_is_shown(context: Context, page: Page) -> None:
+    page.show(recipe.show_unplanned(context, context.draft()))
+    assert page.parts[PLANNED] == "" and "Working out" in page.parts[PLAN], "nothing can be started before"
 
 
 def test_own_settings_are_shown_as_such(page: Page) -> None:

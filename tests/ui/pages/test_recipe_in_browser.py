@@ -68,7 +68,9 @@ def test_a_base_that_cannot_be_is_told_beside_its_field(page: Any) -> None:
 
 
 def test_a_start_right_after_changes_takes_them_all(page: Any, opened: Open) -> None:
+    tab(page, "Images")
     page.locator("#trigger textarea, #trigger input").fill("mizu")
+    tab(page, "Recipe")
     page.locator("#length label", has_text="a first look").click()
     page.locator("#subject label", has_text="style").click()
     page.click("#start")

@@ -91,6 +91,8 @@ def test_steps_are_reached_by_keyboard(browser: Any, filled: Open) -> None:
         page.get_by_role("tab", name="Recipe", exact=True).focus()
         page.keyboard.press("Enter")
         page.locator("#plan").wait_for()
+        page.get_by_role("tab", name="Images", exact=True).focus()
+        page.keyboard.press("Enter")
         page.locator("#trigger input, #trigger textarea").focus()
         page.keyboard.press("End")
         page.keyboard.type("x")
@@ -127,7 +129,7 @@ def test_a_copying_epoch_is_told_with_its_images(browser: Any, filled: Open) -> 
 def test_what_is_sent_for_is_told_in_words(browser: Any, filled: Open) -> None:
     with browser_page(browser, filled) as page:
         page.locator("#cards .card").first.wait_for()
-        page.click("#all-captions > button")
+        page.click("#model-captions > button")
         page.locator("#captioner input, #captioner textarea").fill("nobody/nothing")
         page.click("#ask-captions")
         page.locator("#caption-told", has_text="'nobody/nothing' could not be loaded").wait_for()
@@ -162,6 +164,10 @@ def test_a_large_set_stays_light(browser: Any, tmp_path: Path) -> None:
         page.locator("#cards-page input").press("Enter")
         page.get_by_label("Caption of p199.png").wait_for()
         assert page.locator("#cards .card").count() == 8
+        page.locator("#cards-only input").fill("number 19")
+        page.locator("#cards-only input").press("Enter")
+        page.get_by_label("Caption of p019.png").wait_for()
+        assert page.locator("#cards .card").count() == 11
 
 
 def test_what_was_asked_about_is_what_is_deleted(browser: Any, filled: Open, tmp_path: Path) -> None:
@@ -194,14 +200,14 @@ def test_a_first_run_takes_five_decisions_and_eight_clicks(browser: Any, tmp_pat
             page.locator("#drop button").first.click()
         chooser.value.set_files(images)
         page.locator("#cards .card").nth(23).wait_for()
-        page.click("#to-recipe")
-        page.locator("#plan .plan").wait_for()
-        asked = page.locator("#subject, #trigger, #length, #base, #name")
-        fields = page.locator("fieldset, textarea, input:not([type=radio]):not([type=file])").locator("visible=true")
-        assert asked.count() == 5
-        assert fields.count() == 5 + 1, "the five, and which run is looked at"
         page.locator("#trigger input, #trigger textarea").click()
         page.keyboard.type("zumi")
+        page.click("#to-recipe")
+        page.locator("#plan", has_text="The trigger word is “zumi”").wait_for()
+        asked = page.locator("#subject, #length, #base, #name")
+        fields = page.locator("fieldset, textarea, input:not([type=radio]):not([type=file])").locator("visible=true")
+        assert asked.count() == 4
+        assert fields.count() == 4 + 1, "these beside the trigger word, and which run is looked at"
         page.click("#start")
         page.locator("#status h2", has_text="my images").wait_for()
         assert page.evaluate("window.clicks") <= 8

@@ -128,13 +128,16 @@ def test_words_are_exchanged_in_all_captions_and_the_trigger_is_put_in(page: Any
     page.get_by_label("Find", exact=True).fill("zumi")
     page.get_by_label("Replace with", exact=True).fill("<b>moss</b> cat")
     page.get_by_role("button", name="Replace in all captions").click()
-    page.locator("#pictures-note", has_text="4 captions were changed.").wait_for()
+    page.locator("#apply-captions", has_text="Change 4 captions").click()
+    page.locator("#captions-note", has_text="4 captions were changed.").wait_for()
     assert captions(opened) == [caption.replace("zumi", "<b>moss</b> cat") for caption in before]
     # A word that stands nowhere changes nothing.
     page.get_by_role("button", name="Replace in all captions").click()
-    page.locator("#pictures-note", has_text="0 captions were changed.").wait_for()
+    page.locator("#captions-note", has_text="No caption would change.").wait_for()
     page.get_by_role("button", name="Add the trigger word to all captions").click()
-    page.locator("#pictures-note", has_text="4 captions were changed.").wait_for()
+    page.locator("#captions-note ins").nth(3).wait_for()
+    page.click("#apply-captions")
+    page.locator("#captions-note", has_text="4 captions were changed.").wait_for()
     after = captions(opened)
     assert after == [f"glimmer, {caption.replace('zumi', '<b>moss</b> cat')}" for caption in before]
     assert page.locator("#cards textarea").evaluate_all("all => all.map(one => one.value)") == after

@@ -148,6 +148,7 @@ def test_snapshot_shows_the_run(trained: Context) -> None:
     assert "pair-1-0" in html["pairs"] and "pair-2-0" not in html["pairs"]
     assert html["grid"].count('class="tile') == 6 and "/studio/picture/" in html["grid"]
     assert ">validation<" in html["charts"] and "Timestep coverage" in html["charts"]
+    assert "the base model: a red ball" in html["result"], "what it has learned is beside the base model's image"
     assert "is recommended" in html["result"] and "/studio/run/small/epoch/1" in html["result"]
     assert "base64" not in "".join(html.values()), "images are fetched once, not sent with every page"
     nothing = snapshot(trained, None, None)
@@ -190,7 +191,7 @@ def test_result_names_the_trigger_of_every_set(
     run = run_of(tmp_path, {"sets": sets})
     unchecked = run.config.model_copy(update={"copycheck": run.config.copycheck.model_copy(update={"enabled": False})})
     run = replace(run, config=unchecked, loras={1: tmp_path / "a.safetensors"})
-    html = views.result_panel(run, Status("mine", "done"))
+    html = views.result_panel(run, Status("mine", "done"), tmp_path)
     assert all(words in html for words in told)
     assert ("no trigger word" in html) == (told == ["no trigger word"])
 

@@ -15,6 +15,7 @@ from sdlora.ui.settings.draft import Draft
 from sdlora.ui.state import bin as bin_
 from sdlora.ui.state import image_set
 from sdlora.ui.state.bin import Bin
+from sdlora.ui.state.caption_edits import replace_words
 from sdlora.ui.state.folder_notes import FolderNotes, read_notes
 
 
@@ -116,7 +117,7 @@ def test_putting_back_never_replaces_a_file(context: Context, ours: Path) -> Non
 
 def test_changed_captions_are_undone_where_nobody_edited_them_since(context: Context, ours: Path) -> None:
     editor = context.editor("mine")
-    captions = image_set.replace_words(image_set.view(ours), "thing", "ball")
+    captions = replace_words(image_set.view(ours), "thing", "ball").after
     editor.change_captions(captions, "3 captions were changed")
     editor.write_caption("b.png", "my own words")
     change = editor.last_change
