@@ -21,7 +21,7 @@ from sdlora.data.captions import with_trigger
 from sdlora.errors import ConfigError, SdloraError
 
 from ..html import views
-from ..settings.bases import POCKET, base_resolution_px
+from ..settings.bases import POCKET, base_resolution_px, family_of
 from ..settings.draft import Draft, read_draft
 from ..settings.wording import finding_in_words, in_words
 from ..state import image_set
@@ -93,7 +93,11 @@ class Context:
         def read(caption: str) -> Reading:
             return read_caption(with_trigger(caption, draft.trigger) if caption else "", windows, is_pocket=is_pocket)
 
-        found = view(folder, trigger=draft.trigger or None, resolution_px=resolution_px, taken_out=taken_out, read=read)
+        has_windows = family_of(draft.base) != "z-image"
+        found = view(
+            folder, trigger=draft.trigger or None, resolution_px=resolution_px, taken_out=taken_out,
+            read=read if has_windows else None,
+        )  # fmt: skip
         findings = tuple(replace(finding, message=finding_in_words(finding)) for finding in found.findings)
         cards = tuple(replace(card, findings=tuple(map(in_words, card.findings))) for card in found.cards)
         return replace(found, findings=findings, cards=cards)

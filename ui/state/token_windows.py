@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from transformers import CLIPTokenizer
 
 from sdlora.common.bundled import pocket_folder
-from sdlora.models.base import clip_tokenizer
+from sdlora.models.unet import clip_tokenizer
 
 WINDOW_TOKENS = 75
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from helpers.studios import write_image
 
 from sdlora.common.bundled import pocket_folder
-from sdlora.models.base import clip_tokenizer
+from sdlora.models.unet import clip_tokenizer
 from sdlora.ui.pages.context import Context
 from sdlora.ui.settings.draft import Draft
 from sdlora.ui.state.token_windows import read_caption
