@@ -176,8 +176,8 @@ def _print(found: Estimate) -> None:
     if found.chance_to_notice:
         chances = ", ".join(f"{chance:.0%} where {share} are" for share, chance in found.chance_to_notice.items())
         console.print(
-            f"The chance that the copy check notices an epoch whose images are copies: {chances}. Copying depends on "
-            "how often each image is seen and on the learning rate (docs/copy-check.md)."
+            "The chance that the copy check notices an epoch whose images are copies, if it finds every copy: "
+            f"{chances}. Copying depends on how often each image is seen and on the learning rate (docs/copy-check.md)."
         )
     if found.cache_bytes is not None:
         console.print(f"The cache takes up to {format_bytes(found.cache_bytes)} of disk space.")

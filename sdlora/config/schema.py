@@ -172,10 +172,13 @@ class CopyCheckConfig(Section):
     dinov2: bool = False
     """Choose the epoch by how well the previews show the concept, measured with DINOv2, which is downloaded from the
     Hub."""
+    parts: bool = False
+    """Also look for parts of training images in the previews, such as a subject in another place, by local features;
+    needs OpenCV (pip install 'sdlora[opencv]') and images of at least 256 px."""
 
     def needing_previews(self) -> list[str]:
         """The options in use that need previews to check."""
-        return [f"copycheck.{name}" for name in ("stop", "sscd", "dinov2") if getattr(self, name)]
+        return [f"copycheck.{name}" for name in ("stop", "sscd", "dinov2", "parts") if getattr(self, name)]
 
     @model_validator(mode="after")
     def _check_enabled(self) -> CopyCheckConfig:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from sdlora.copycheck import signals
 from sdlora.copycheck.embedders import Embedders
+from sdlora.copycheck.parts import PartFinder, parts_signal
 from sdlora.copycheck.scale import SAME_PICTURE, Gallery, Scale, evenly_spaced, reduced, set_scale
 from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED, Signal
 from sdlora.copycheck.similarity import hp_ms, registered_correlation
@@ -43,6 +44,7 @@ class Checker:
         validation: Measures the validation images; None if there are none.
         request: What to draw.
         gallery: The images that may have been copied, and validation images.
+        finds_parts: Whether parts of the images are looked for, which takes OpenCV.
     """
 
     adapter: Adapter
@@ -52,12 +54,14 @@ class Checker:
     request: PreviewRequest
     gallery: Gallery
     embedders: Embedders
+    finds_parts: bool = False
     _twins: dict[str, list[str]] = field(default_factory=dict, init=False)
 
     def prepare(self, background: str) -> Iterator[Progress]:
         """Compute, or read from the cache, what epochs are compared with: the scale and the base model's signals."""
         yield from self.data.fill(background)
         self._scale = yield from set_scale(self.data, self.gallery, self.embedders)
+        self._parts = PartFinder(self.gallery.images) if self.finds_parts else None
         self._knows_base = False
         with self.adapter.disabled():
             self._retrieved_off, self._losses_off = self._retrieved(), self._losses()
@@ -89,7 +93,7 @@ class Checker:
                 yield from draw_files(base, more, folder, "more previews")
                 further, _ = match_previews(*self._compared(more, folder))
                 check = judge([*check.previews, *further], measured)
-            check = self._with_images(check, epoch if is_trained_here else None)
+            check = self._with_parts(self._with_images(check, epoch if is_trained_here else None), folder)
             check.write(folder)
         best = check.most_similar()
         yield CopyChecked(
@@ -131,6 +135,15 @@ class Checker:
         usual = median_low(exposures.values()) if exposures else None
         return replace(check, copied_images=images, advice=advice(images, usual))
 
+    def _with_parts(self, check: EpochCheck, folder: Path) -> EpochCheck:
+        """The same with the parts of training images that its previews show, where they are looked for."""
+        if self._parts is None:
+            return check
+        found = [self._parts.find(reduced(Image.open(folder / match.file))) for match in check.previews]
+        previews = [replace(match, part=part) for match, part in zip(check.previews, found, strict=True)]
+        signal = parts_signal(found)
+        return replace(check, previews=previews, signals={**check.signals, signal.name: signal.to_json()})
+
     def _find_twins(self, name: str) -> list[str]:
         """The other training images that show the same picture, remembered for the next epoch."""
         if name not in self._twins:
@@ -168,12 +181,14 @@ class Checker:
             assert measured.losses_on is not None and measured.losses_off is not None, "measure the epoch first"
             validation = (measured.losses_on, measured.losses_off)
         dinov2 = self.embedders.dinov2
+        images, base_images = self._images(folder), self._images(base_folder)
         return [
             signals.self_retrieval(self._retrieved(), self._retrieved_off),
             signals.train_validation_gap((self._losses(), self._losses_off), validation),
-            signals.seed_collapse(self._images(folder), self._images(base_folder)),
+            signals.seed_collapse(images, base_images),
             signals.guidance_norm((on[:cut], off[:cut]), (on[cut:], off[cut:])),
             self.registered_similarity(folder),
+            signals.preview_change(images, base_images),
             *([fidelity(dinov2, self.request, folder, self.gallery)] if dinov2 is not None else []),
         ]
 

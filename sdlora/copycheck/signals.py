@@ -217,6 +217,17 @@ def seed_collapse(on: Images, off: Images) -> Signal:
     )
 
 
+PREVIEW_CHANGE = "preview_change"
+
+
+def preview_change(on: Images, off: Images) -> Signal:
+    """How much of the base model's previews is left in those of the same prompts and seeds; it has no p-value."""
+    pairs = [pair for both in zip(on, off, strict=True) for pair in zip(*both, strict=True)]
+    kept = fmean(float(hp_ms([first], [second])) for first, second in pairs)
+    meaning = f"The mean similarity of previews to those of the base model is {kept:.2f} (1 is identical)."
+    return Signal(PREVIEW_CHANGE, kept, None, meaning)
+
+
 def registered_similarity(previews: Tensor, among: Tensor) -> Signal:
     """Whether previews, aligned to training images, match them better than the set's images match each other.
 

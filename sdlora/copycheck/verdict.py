@@ -8,7 +8,7 @@ Shapes: P previews, G images of the gallery, M measures.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -19,8 +19,9 @@ from torch import Tensor
 
 from sdlora.common.files import write_json
 from sdlora.copycheck.embedders import Embedder, Embedders, concept_fidelity
+from sdlora.copycheck.parts import Part
 from sdlora.copycheck.scale import NEW_SHARE, OWN_SHARE, Gallery, Scale, measures, reduced
-from sdlora.copycheck.signals import Signal
+from sdlora.copycheck.signals import PREVIEW_CHANGE, Signal
 from sdlora.copycheck.sources import CopiedImage
 from sdlora.copycheck.statistics import binomial_p_value, lower_bound, normal_tail, upper_bound
 from sdlora.errors import OutputError
@@ -31,6 +32,8 @@ CONFIDENCE = 0.999
 FULL = 24
 """How many previews are drawn before an epoch with a significant one is left undecided."""
 SIGNALS_TO_WATCH = 2
+HARDLY_CHANGED = 0.8
+"""The mean similarity of previews to the base model's from which nothing seems learned: see `not_learned`."""
 MANY = 2  # significant previews, from which an epoch is not kept where nothing else tells
 FILE = "copycheck.json"
 FIDELITY = "concept_fidelity"
@@ -52,6 +55,7 @@ class Match:
         file: The preview, relative to the epoch's folder.
         sscd: The cosine of SSCD's embeddings, in [-1, 1]; None unless `copycheck.sscd` is on.
         guidance_norm: See `sdlora.previews.sampler.SamplerWatch`; None without guidance.
+        part: A part of a training image that it shows, or None; looked for where `copycheck.parts` is on.
     """
 
     prompt: str
@@ -65,6 +69,13 @@ class Match:
     file: str
     sscd: float | None = None
     guidance_norm: float | None = None
+    part: Part | None = None
+
+    @staticmethod
+    def from_json(values: Mapping[str, Any]) -> Match:
+        """A match from its entry in `copycheck.json`."""
+        part = values.get("part")
+        return Match(**{**values, "part": None if part is None else Part(**part)})
 
     @property
     def similarity(self) -> float:
@@ -131,7 +142,7 @@ class EpochCheck:
         try:
             values = json.loads(file.read_text(encoding="utf-8"))
             lists = {
-                "previews": [Match(**match) for match in values["previews"]],
+                "previews": [Match.from_json(match) for match in values["previews"]],
                 "copied_images": [CopiedImage(**image) for image in values.get("copied_images", [])],
             }
             return EpochCheck(**{**values, **lists})
@@ -177,7 +188,7 @@ def match_previews(
     matches = [
         Match(
             prompt, kind, seed, names[index],
-            **{name: round(float(own[index, column]), 4) for column, name in enumerate(embedders.score_names)},
+            **_named(own[index], embedders.score_names),
             p_value=p_value, significant=p_value <= ALPHA, file=file, guidance_norm=norm,
         )
         for (prompt, seed), kind, index, own, p_value, file, norm in zip(
@@ -185,6 +196,10 @@ def match_previews(
         )
     ]  # fmt: skip
     return matches, found.amax(dim=1)
+
+
+def _named(scores: Tensor, names: Sequence[str]) -> dict[str, Any]:
+    return {name: round(float(score), 4) for name, score in zip(names, scores, strict=True)}
 
 
 def fidelity(dinov2: Embedder, request: PreviewRequest, folder: Path, gallery: Gallery) -> Signal:
@@ -289,6 +304,33 @@ def recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int
         losses: Validation losses by epoch, used without DINOv2; empty if none were measured.
         last: The last epoch.
     """
+    best, reason = _recommend(checks, losses, last)
+    doubt = not_learned(checks.get(best), losses, best)
+    return best, f"{reason} {doubt}" if doubt else reason
+
+
+def not_learned(check: EpochCheck | None, losses: Mapping[int, float], epoch: int) -> str:
+    """Why an epoch seems to have learned nothing, and what to do, or an empty string.
+
+    Args:
+        check: The epoch's.
+        losses: Validation losses by epoch, that of the base model under 0.
+    """
+    found = []
+    if epoch in losses and 0 in losses and losses[epoch] >= losses[0]:
+        found.append("its validation loss is not below the base model's")
+    kept = None if check is None or PREVIEW_CHANGE not in check.signals else check.signals[PREVIEW_CHANGE]["value"]
+    if kept is not None and kept >= HARDLY_CHANGED:
+        found.append(f"its previews are nearly the base model's (similarity {kept:.2f})")
+    if not found:
+        return ""
+    return (
+        f"It may have learned nothing: {' and '.join(found)}. Look at the previews; if the concept is missing, train "
+        "longer or raise train.learning_rate."
+    )
+
+
+def _recommend(checks: dict[int, EpochCheck], losses: dict[int, float], last: int) -> tuple[int, str]:
     fidelities = {
         epoch: float(check.signals[FIDELITY]["value"]) for epoch, check in checks.items() if FIDELITY in check.signals
     }

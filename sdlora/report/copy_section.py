@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from PIL import Image, ImageChops, ImageOps, ImageStat
+from PIL import Image, ImageChops, ImageDraw, ImageOps, ImageStat
 
 from sdlora.common.run_files import Metrics
 from sdlora.common.text import format_range
+from sdlora.copycheck.parts import Outline
 from sdlora.copycheck.verdict import ALPHA, CONFIDENCE, EpochCheck, Match
 from sdlora.report.charts import COLORS, GREY, Line, line_chart
 from sdlora.report.html import Album, Attributes, Figure, epoch_name, read_image
@@ -30,6 +31,8 @@ _SIGNALS = {
     "guidance_norm": ("Strength of the prompt's guidance", "guidance norm"),
     "concept_fidelity": ("Concept fidelity, as DINOv2 sees it", "concept fidelity"),
     "registered_likeness": ("Similarity after alignment", "aligned similarity"),
+    "parts": ("Previews that show a part of an image", "share of previews"),
+    "preview_change": ("What is left of the base model's previews", "similarity"),
 }
 _KINDS = (("training", "captions", COLORS[3]), ("novel", "new", COLORS[1]))
 _TONES = ("copying", "watch", "clean")
@@ -144,6 +147,7 @@ class Pair(NamedTuple):
     overlay: Attributes
     training: Attributes
     is_mirrored: bool  # whether the training image is more like the preview when it is mirrored
+    part: tuple[Attributes, Attributes] | None  # preview and training image with the part that they share outlined
 
 
 def tone(match: Match) -> str:
@@ -199,7 +203,22 @@ class Comparisons:
         overlay = training(f"{match.nearest}, laid over the preview")
         beside = training(f"training image {match.nearest}")
         is_mirrored = match.significant and self._is_mirrored(epoch, match)
-        return Pair(f"pair-{epoch}-{index}", match, tone(match), preview, overlay, beside, is_mirrored)
+        return Pair(
+            f"pair-{epoch}-{index}", match, tone(match), preview, overlay, beside, is_mirrored, self._part(epoch, match)
+        )
+
+    def _part(self, epoch: int, match: Match) -> tuple[Attributes, Attributes] | None:
+        part = match.part
+        if part is None or part.name not in self._gallery:
+            return None
+        file = self._epochs / str(epoch) / match.file
+        preview, training = part.preview, part.training
+        return (
+            self._album.show(f"part {file}", lambda: outlined(read_image(file), preview), "the part in the preview"),
+            self._album.show(
+                f"part {file} {part.name}", lambda: outlined(self._gallery[part.name], training), f"it in {part.name}"
+            ),
+        )
 
     def _is_mirrored(self, epoch: int, match: Match) -> bool:
         preview, training = read_image(self._epochs / str(epoch) / match.file), self._gallery[match.nearest]
@@ -208,6 +227,15 @@ class Comparisons:
     def _preview(self, epoch: int, match: Match, alt: str) -> Attributes:
         file = self._epochs / str(epoch) / match.file
         return self._album.show(str(file), lambda: read_image(file), alt)
+
+
+def outlined(image: Image.Image, outline: Outline) -> Image.Image:
+    """A copy of an image with a polygon around a part of it."""
+    shown = image.convert("RGB")
+    corners = [(x * shown.width, y * shown.height) for x, y in outline]
+    width = max(2, min(shown.size) // 100)
+    ImageDraw.Draw(shown).line([*corners, corners[0]], fill=VERDICT_COLORS["copying"], width=width)
+    return shown
 
 
 def _difference(first: Image.Image, second: Image.Image) -> float:

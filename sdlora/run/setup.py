@@ -20,6 +20,7 @@ from sdlora.config.presets import presets
 from sdlora.config.schema import BaseConfig, RunConfig
 from sdlora.copycheck.checker import Checker
 from sdlora.copycheck.embedders import load_embedders
+from sdlora.copycheck.parts import why_unavailable
 from sdlora.copycheck.scale import make_gallery
 from sdlora.errors import ConfigError, OutOfMemoryError
 from sdlora.estimate.hints import Stage, out_of_memory_message
@@ -319,8 +320,11 @@ def make_checker(
     gallery = make_gallery(images.training, images.validation, config.data.background)
     embedders, missing = load_embedders(sscd=copycheck.sscd, dinov2=copycheck.dinov2, device=loaded.device)
     loaded.notices.extend(missing)
+    if copycheck.parts and (reason := why_unavailable(list(gallery.images.values()))) is not None:
+        loaded.notices.append(reason)
+        copycheck = copycheck.model_copy(update={"parts": False})
     data = evaluation_data(images.training, loaded.cache, text_is_trained=text_is_trained(config))
-    return Checker(adapter, data, validation, config.seed, previews, gallery, embedders)
+    return Checker(adapter, data, validation, config.seed, previews, gallery, embedders, copycheck.parts)
 
 
 def make_validation(config: RunConfig, loaded: Loaded, adapter: Adapter) -> Validation | None:

@@ -240,7 +240,8 @@ TESTED_BELOW = {
     "file.thumbnail",
     "file.licence",
     "file.include_captions",
-    "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "train.gradient_checkpointing",
+    "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "copycheck.parts",
+    "train.gradient_checkpointing",
     "train.auto_batch", "train.compile", "train.trackers", "train.exposures",
 }  # fmt: skip
 

@@ -49,7 +49,8 @@ def test_list_of_options_is_frozen() -> None:
         "preview.prompts", "preview.num_captions", "preview.seeds", "preview.negative_prompt", "preview.num_steps",
         "preview.guidance", "preview.sampler", "preview.width_px", "preview.height_px", "preview.every_steps",
         "copycheck.enabled",
-        "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "file.format", "file.precision", "file.thumbnail",
+        "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "copycheck.parts", "file.format", "file.precision",
+        "file.thumbnail",
         "file.licence", "file.include_captions", "cache.dir", "cache.max_text_gib",
     ]  # fmt: skip
 

@@ -82,9 +82,11 @@ def test_signals_are_zero_for_an_untrained_adapter(parts: tuple[Adapter, Checker
         "seed_collapse",
         "guidance_norm",
         "registered_likeness",
+        "preview_change",
     }
     # B is zero, so the adapter has no effect yet.
     assert [untrained[name]["value"] for name in ("self_retrieval", "train_heldout_gap", "seed_collapse")] == [0, 0, 0]
+    assert untrained["preview_change"]["value"] == pytest.approx(1.0)
     assert untrained["guidance_norm"]["value"] == pytest.approx(1.0)
     assert not any(signal["outside"] for signal in untrained.values())
     with torch.no_grad():

@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 
 from sdlora.copycheck.embedders import Embedders
 from sdlora.copycheck.scale import Gallery, Scale, measures
-from sdlora.copycheck.signals import Signal
+from sdlora.copycheck.signals import PREVIEW_CHANGE, Signal
 from sdlora.copycheck.sources import CopiedImage
 from sdlora.copycheck.verdict import (
     FIDELITY,
@@ -21,6 +21,7 @@ from sdlora.copycheck.verdict import (
     judge_base,
     match_previews,
     most_copies,
+    not_learned,
     recommend,
 )
 from sdlora.pocket.world import random_scene, render
@@ -177,6 +178,14 @@ def test_recommend_names_settings_where_every_epoch_copies() -> None:
     assert epoch == 2
     for word in ("Every epoch copies", "more images", "data.repeats", "lora.rank", "train.learning_rate"):
         assert word in reason
+
+
+def test_recommend_says_where_nothing_seems_learned() -> None:
+    changed, unchanged = (judge(matches(0), [Signal(PREVIEW_CHANGE, value, None, "")]) for value in (0.4, 0.9))
+    assert "learned nothing" not in recommend({1: changed}, {0: 0.6, 1: 0.5}, 1)[1]
+    assert "validation loss is not below" in recommend({1: changed}, {0: 0.5, 1: 0.5}, 1)[1]
+    assert "similarity 0.90" in recommend({1: unchanged}, {}, 1)[1]
+    assert not_learned(None, {}, 1) == not_learned(check_of(0), {1: 0.5}, 1) == ""
 
 
 def test_most_similar_has_the_lowest_p_value() -> None:

@@ -15,6 +15,7 @@ from PIL import Image
 from sdlora.common.bundled import resolve_data_folder
 from sdlora.common.run_files import LossSmoother
 from sdlora.common.text import format_range
+from sdlora.copycheck.verdict import not_learned
 from sdlora.data.checks import image_files
 from sdlora.errors import DataError
 from sdlora.report.charts import COLORS, Line, line_chart
@@ -265,8 +266,9 @@ def result_panel(run: RunView, status: Status, shown: Path) -> str:
         return message("The first epoch is not complete yet.", title="No result yet")
     kept, reason = recommended
     judged = [told for told in (run.checks[kept].reason, run.checks[kept].advice) if told] if kept in run.checks else []
+    tone = "watch" if not_learned(run.checks.get(kept), run.metrics.validation_losses(), kept) else "clean"
     return render(
-        "result.html", run=run, kept=kept, reason=reason, judged=judged, is_final=status.word == "done",
+        "result.html", run=run, kept=kept, reason=reason, judged=judged, tone=tone, is_final=status.word == "done",
         rows=epoch_rows(run.checks, run.metrics, kept), url=f"/studio/run/{run.name}",
         pairs=_beside_base(run, kept, shown),
     )  # fmt: skip

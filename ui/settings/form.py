@@ -40,6 +40,7 @@ _LABELS = {
     "timesteps.std": "Deviation of logit normal", "loss.kind": "Kind of loss", "preview.enabled": "Draw previews",
     "copycheck.enabled": "Check for copies", "copycheck.stop": "Stop when an epoch copies",
     "copycheck.sscd": "Check with SSCD", "copycheck.dinov2": "Choose the epoch with DINOv2",
+    "copycheck.parts": "Look for parts of images",
     "file.format": "Names of tensors", "file.precision": "Precision of the file", "cache.dir": "Folder of the cache",
     "data.trigger": "Trigger word", "base.path": "Base model", "data.folder": "Set of images",
     "name": "Name of the run", "data.sets": "Several sets of images", "data.caption": "Caption of images without one",
