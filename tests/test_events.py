@@ -24,7 +24,7 @@ from sdlora.events import (
 KEYS = {
     PlanMade: "pictures heldout_pictures split_off repeats epochs exposures_per_picture batch_size "
     "gradient_accumulation_steps steps trained_parameters base_parameters targets device precision sets "
-    "preserved_pictures peak_bytes memory_bytes previews",
+    "preserved_pictures peak_bytes memory_bytes previews previews_every_steps",
     PlannedSet: "name pictures repeats exposures_per_picture",
     StepDone: "epoch step loss lr examples visits timesteps losses seconds",
     EpochDone: "epoch step train_loss heldout_loss seconds train_bands heldout_bands heldout_change",

@@ -152,7 +152,9 @@ def check_same_content(extra: dict[str, Any], context: RunContext) -> None:
             "folder to resume from the one before it."
         )
     own = what_must_match(context)
-    if different := _differences(extra.get("settings", {}), own["settings"]):
+    # A run older than the copy check is told to edit this one, which changes nothing that is trained.
+    before = {name: value for name, value in extra.get("settings", {}).items() if name != "copycheck.enabled"}
+    if different := _differences(before, own["settings"]):
         raise ConfigError(
             f"{context.folder.config} was changed after the run's newest checkpoint was saved:\n{different}\nSet back "
             "what it was to resume, or start a new run with the other settings."

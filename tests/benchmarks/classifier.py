@@ -23,7 +23,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from sdlora.common.seeds import derive, generator
-from sdlora.pocket import pretrain, sets, world
+from sdlora.pocket import sets, stages, world
 
 NOTHING = "nothing"
 KINDS = [*world.KINDS, *CONCEPTS, NOTHING]
@@ -142,7 +142,7 @@ def train_judge(kinds: list[str] = KINDS) -> Judge:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=NUM_STEPS)
     for step in range(NUM_STEPS):
         drawn = [sample(TRAIN_SEEDS + step * BATCH + i, kinds) for i in range(BATCH)]
-        pixels = _soften(pretrain.to_tensor([image for image, _ in drawn]), step)
+        pixels = _soften(stages.to_tensor([image for image, _ in drawn]), step)
         labels = torch.tensor([label for _, label in drawn])
         answers = judge(pixels)
         loss = sum(F.cross_entropy(answer, labels[:, i], ignore_index=IGNORED) for i, answer in enumerate(answers))
@@ -168,7 +168,7 @@ def load_or_train(path: Path | None, kinds: list[str] = KINDS) -> Judge:
 @torch.no_grad()
 def look(judge: Judge, images: list[Image.Image]) -> list[Verdict]:
     """What the judge sees in each 64x64 image."""
-    names, colors, places = (answer.argmax(dim=1).tolist() for answer in judge(pretrain.to_tensor(images)))
+    names, colors, places = (answer.argmax(dim=1).tolist() for answer in judge(stages.to_tensor(images)))
     found = zip(names, colors, places, strict=True)
     return [Verdict(judge.kinds[kind], COLORS[color], PLACES[place]) for kind, color, place in found]
 

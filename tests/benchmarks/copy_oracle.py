@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from sdlora.common.bundled import pocket_folder
 from sdlora.common.seeds import derive, generator
-from sdlora.pocket import pen, pretrain, sets, world
+from sdlora.pocket import pen, sets, stages, world
 
 NUM_STEPS = 600
 NUM_CAPTIONS, NUM_TAKES = 12, 4  # of a batch; the takes of a caption are one another's hard negatives
@@ -128,7 +128,7 @@ def train_oracle(num_steps: int = NUM_STEPS) -> Oracle:
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=num_steps)
     for step in range(num_steps):
         seeds = range(SCENE_SEEDS + step * NUM_CAPTIONS, SCENE_SEEDS + (step + 1) * NUM_CAPTIONS)
-        pixels = pretrain.to_tensor([image for seed in seeds for image in takes(seed)])
+        pixels = stages.to_tensor([image for seed in seeds for image in takes(seed)])
         known, spoiled = oracle(torch.cat([pixels, spoil(pixels, step)])).chunk(2)
         similarity = spoiled @ known.T / TEMPERATURE
         same = torch.arange(len(pixels))
@@ -159,7 +159,7 @@ def load_or_train(path: Path | None) -> Oracle:
 def look(oracle: Oracle, images: Sequence[Image.Image]) -> Tensor:
     """The directions of P images of any size, (P, 128), a few hundred at a time."""
     small = [image.resize((pen.SIZE_PX, pen.SIZE_PX)) for image in images]
-    return torch.cat([oracle(pretrain.to_tensor(small[i : i + 200])) for i in range(0, len(small), 200)])
+    return torch.cat([oracle(stages.to_tensor(small[i : i + 200])) for i in range(0, len(small), 200)])
 
 
 class Witness:
@@ -200,7 +200,7 @@ class Witness:
 def soften(pipeline: Any, images: Sequence[Image.Image], seed: int) -> list[Image.Image]:
     """Images through the base's autoencoder, its latents a little noisy, and spoiled besides."""
     with torch.no_grad():
-        latents = pipeline.vae.encode(pretrain.to_tensor(list(images))).latent_dist.mean
+        latents = pipeline.vae.encode(stages.to_tensor(list(images))).latent_dist.mean
         noise = torch.randn(latents.shape, generator=generator(0, "oracle latents", seed))
         pixels = pipeline.vae.decode(latents + 0.15 * float(latents.std()) * noise).sample
     return to_images(spoil(pixels, derive(0, "oracle examination", seed)))

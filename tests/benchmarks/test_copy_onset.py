@@ -20,7 +20,7 @@ from concepts import ALL_CONCEPTS, CONCEPTS, MORE_CONCEPTS, NUM_TRAINING
 from PIL import Image
 from torch import Tensor
 
-from sdlora.pocket import pretrain
+from sdlora.pocket import stages
 
 
 class Plain(copy_oracle.Oracle):
@@ -70,7 +70,7 @@ def test_takes_differ_in_what_no_caption_tells() -> None:
 
 
 def test_spoiled_images_are_still_nearest_to_their_own() -> None:
-    pixels = pretrain.to_tensor([image for seed in range(8) for image in copy_oracle.takes(seed, 2)])
+    pixels = stages.to_tensor([image for seed in range(8) for image in copy_oracle.takes(seed, 2)])
     spoiled = copy_oracle.spoil(pixels, 0)
     assert spoiled.shape == pixels.shape
     assert float(spoiled.abs().amax()) <= 1
