@@ -36,13 +36,37 @@ def test_failed_write_leaves_only_the_old_file(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [target]
 
 
-def test_full_disk_raises_disk_full_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_full_disk_or_quota_raises_disk_full_error(tmp_path: Path, number: int) -> None:
     target = tmp_path / "lora.safetensors"
     target.write_text("old")
     with pytest.raises(DiskFullError, match=r"lora\.safetensors") as caught, files.atomic_path(target):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise OSError(number, "full")
     assert caught.value.exit_code == 6
     assert target.read_text() == "old"
+    with pytest.raises(OSError, match="else") as other, files.atomic_path(target):
+        raise OSError(errno.EIO, "something else")
+    assert not isinstance(other.value, DiskFullError)
+
+
+def test_file_is_on_the_disk_before_it_is_renamed_and_its_folder_after(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    target, calls = tmp_path / "state.json", list[str]()
+    replace = Path.replace
+
+    def named(handle: int) -> str:
+        return str(Path(f"/proc/self/fd/{handle}").readlink())
+
+    def renamed(self: Path, other: Path) -> Path:
+        calls.append(f"rename to {other}")
+        return replace(self, other)
+
+    monkeypatch.setattr(os, "fsync", lambda handle: calls.append(f"sync {named(handle)}"))
+    monkeypatch.setattr(Path, "replace", renamed)
+    with files.atomic_path(target) as temporary:
+        temporary.write_text("x")
+    assert calls == [f"sync {temporary}", f"rename to {target}", f"sync {tmp_path}"]
 
 
 def test_partial_files_of_dead_processes_are_removed(tmp_path: Path) -> None:

@@ -175,6 +175,7 @@ def test_trigger_is_put_in_front_unless_contained() -> None:
     assert with_trigger("a cat", "zumi") == "zumi, a cat"
     assert with_trigger("a big Zumi, waving", "zumi") == "a big Zumi, waving"
     assert with_trigger("zumis", "zumi") == "zumi, zumis"
+    assert with_trigger("azumi", "zumi") == "zumi, azumi"
     assert with_trigger("", "zumi") == "zumi"
     assert with_trigger("a cat", None) == "a cat"
 
@@ -268,6 +269,7 @@ def test_class_word_replaces_the_trigger_in_prior_captions() -> None:
     found = [drawn("a big Zumi, zumis", number) for number in range(100)]
     assert set(found) == {"", "a big cat, zumis", "a big red \\1 dog, zumis"}
     assert 35 < found.count("") < 65
+    assert 950 < [drawn("zumi", number) for number in range(2000)].count("") < 1050, "half of them are empty"
     assert 10 < found.count("a big cat, zumis") < 40
     assert drawn("", 1) == ""
 
