@@ -21,7 +21,7 @@ from sdlora.copycheck.signals import Signal
 
 MIN_PX = 256
 """The short edge from which images have enough local features."""
-# Chosen on the photographs of docs/measurements/copy-check.md, for 1 % of false alarms.
+# Chosen on the photographs of docs/measurements/copy-check.md, which has the rates.
 TIMES, MARGIN = 1.7, 20
 SAME_POINTS = 100
 """The matching points from which two images of a set count as one picture, such as two shots of one moment."""
