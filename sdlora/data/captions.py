@@ -65,7 +65,8 @@ def read_captions(folder: Path, images: Collection[str]) -> FolderCaptions:
     for parent in sorted({PurePosixPath(), *(PurePosixPath(name).parent for name in images)}):
         shown = sorted(path for path in (folder / parent).iterdir() if not path.name.startswith("."))
         files = [path for path in shown if path.is_file()]
-        for odd in (path for path in shown if path not in files and path.suffix.lower() in SIDECARS):
+        others = sorted(set(shown) - set(files))
+        for odd in (path for path in others if path.suffix.lower() in SIDECARS):
             source = (parent / odd.name).as_posix()
             if by_stem((parent / odd.stem).as_posix()):
                 what = "a folder" if odd.is_dir() else "a dead link" if odd.is_symlink() else "no regular file"
