@@ -118,7 +118,9 @@ def _photo(folder: Path, card: Card, shown: Path) -> dict[str, object]:
         url = file_url(shown, folder / card.name)
     except (DataError, OSError):
         return {"image": None}
-    return {"image": img(url, card.name), "inset": _crop_inset(card)}
+    # Its place is kept until it is loaded, so that nothing below it moves.
+    width, height = card.size or (1, 1)
+    return {"image": img(url, card.name) | {"width": width, "height": height}, "inset": _crop_inset(card)}
 
 
 def _crop_inset(card: Card) -> str:

@@ -115,6 +115,7 @@ def test_captions_come_before_what_is_pressed_less_often(context: Context) -> No
     write_image(folder / "a.png").with_suffix(".txt").write_text("1girl, rain, <b>")
     cards = images.show(context, "set")[images.PARTS.index("cards")]
     assert cards.index("<textarea") < cards.index('class="tag"') < cards.index('class="remove"')
+    assert 'width="48" height="32"' in cards, "what is below an image does not move when it comes"
     assert 'data-tag="&lt;b&gt;"' in cards and "of 75 tokens" in cards
 
 

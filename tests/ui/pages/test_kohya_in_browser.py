@@ -138,7 +138,7 @@ def test_from_kohyas_folders_to_a_lora(
         assert not studio.workers()
         other.click("#resume")
         for one in (other, page):
-            one.locator("#status", has_text="Every epoch is complete").wait_for()
+            one.locator("#status", has_text="Every epoch is complete").wait_for(timeout=900_000)
         assert "Resumed at step" in (studio.runs / "mizu" / "log.txt").read_text(encoding="utf-8")
 
         # What has been learned comes first, beside the base model.
