@@ -6,6 +6,7 @@ import io
 import json
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from helpers.checks import CLEAN, COPY, check
@@ -43,7 +44,10 @@ EVENTS: list[Event] = [
 ]  # fmt: skip
 
 
-def test_progress_bar_prints_plan_notices_losses_and_files() -> None:
+def test_progress_bar_prints_plan_notices_losses_and_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("run").mkdir()
+    Path("run/previews.png").touch()
     stream = io.StringIO()
     with ProgressBar(Console(file=stream, width=200)) as bar:
         for event in EVENTS:
@@ -54,6 +58,15 @@ def test_progress_bar_prints_plan_notices_losses_and_files() -> None:
         "16 modules, max error 0", "1 min 30 s", "f.safetensors", "run/report.html", "run/previews.png",
     ):  # fmt: skip
         assert fact in shown, fact
+
+
+def test_previews_are_told_only_where_there_are_some(tmp_path: Path) -> None:
+    console = Console(file=io.StringIO())
+    with ProgressBar(console) as bar:
+        bar.show(RunDone("f.safetensors", str(tmp_path), 90.0))
+    assert isinstance(console.file, io.StringIO)
+    said = console.file.getvalue()
+    assert "report.html" in said and "previews" not in said
 
 
 def test_events_that_nobody_reads_stop_nothing(capsys: pytest.CaptureFixture[str]) -> None:
