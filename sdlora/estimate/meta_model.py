@@ -32,7 +32,6 @@ from sdlora.models.base import BaseModel, TextEmbeddings
 from sdlora.models.unet import UnetModel
 
 META = torch.device("meta")
-_POOLED_WIDTH = 1280
 
 
 @dataclass(frozen=True)
@@ -139,6 +138,7 @@ class MetaBase:
         if quantization != "none":
             quantize_linears(self.network, quantization, self._packed_blocks)
         self.num_tokens = self._caption_tokens or int(shapes.text_encoders[0]["max_position_embeddings"])
+        self.pooled_width = int(shapes.text_encoders[-1].get("projection_dim", 0))
 
     def text(self, batch_size: int) -> TextEmbeddings:
         """Text embeddings as the UNet takes them, (B, L, D), through the text encoders if they are trained."""
@@ -153,8 +153,9 @@ class MetaBase:
             states = torch.empty(batch_size, self.num_tokens, config.cross_attention_dim, device=META)
         found = {"states": states}
         if config.addition_embed_type == "text_time":
-            num_sizes = (config.projection_class_embeddings_input_dim - _POOLED_WIDTH) // config.addition_time_embed_dim
-            found["text_embeds"] = torch.empty(batch_size, _POOLED_WIDTH, device=META)
+            numbers = config.projection_class_embeddings_input_dim - self.pooled_width
+            num_sizes = numbers // config.addition_time_embed_dim
+            found["text_embeds"] = torch.empty(batch_size, self.pooled_width, device=META)
             found["time_ids"] = torch.empty(batch_size, num_sizes, device=META)
         return found
 

@@ -84,7 +84,8 @@ def base_weights(path: Path) -> BaseWeights:
             f"The base model {path} does not exist. Give a folder in diffusers' layout or a .safetensors checkpoint."
         )
     header = read_header(path)
-    return file_weights(path, header, identify(header, path.name).family)
+    found = identify(header, path.name)
+    return file_weights(path, header, found.family, found.architecture)
 
 
 def _folder_weights(base: Path) -> BaseWeights:
@@ -120,7 +121,7 @@ def _weight_files(base: Path) -> dict[Path, str]:
     return files
 
 
-def file_weights(file: Path, header: Header, family: Family) -> BaseWeights:
+def file_weights(file: Path, header: Header, family: Family, architecture: Architecture) -> BaseWeights:
     """Where the weights of a single-file checkpoint lie.
 
     The map comes from diffusers' own conversion: it is given, for every tensor, one column of numbers that identify
@@ -129,7 +130,7 @@ def file_weights(file: Path, header: Header, family: Family) -> BaseWeights:
     Raises:
         BaseModelError: Weights of its family's networks are missing or have other shapes.
     """
-    title, networks = ARCHITECTURES[family].title, empty_networks(None, ARCHITECTURES[family])
+    title, networks = architecture.title, empty_networks(None, architecture)
     converted = _converted(header, family, networks)
     keys = list(header.shapes)
     places: dict[str, list[Place]] = {}

@@ -1,19 +1,20 @@
 """The families' true shapes, as configurations of diffusers' and transformers' classes, and the family of a checkpoint.
 
-Checkpoints in one file are completed from here, and the memory estimate counts with it. The family is told by the names
-and shapes in the file's header: a base model has gigabytes, its header a few hundred kilobytes. File names are not
-trusted.
+Checkpoints in one file are completed from here and from their own shapes, and the memory estimate counts with it. The
+family is told by the names and shapes in the file's header: a base model has gigabytes, its header a few hundred
+kilobytes. File names are not trusted.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
+from sdlora.models.shapes import ShapeError, part, text_config, unet_config, vae_config
 
 Family = Literal["sd1", "sd2", "sdxl", "z-image"]
 
@@ -275,11 +276,12 @@ def _configuration(part: Path) -> dict[str, Any] | None:
 
 
 class Identified(NamedTuple):
-    """What a checkpoint is; its prediction type is None where the file does not say."""
+    """What a checkpoint is; its prediction type is None where the file does not say, its shapes are the file's own."""
 
     family: Family
     prediction_type: PredictionType | None
     zero_terminal_snr: bool
+    architecture: Architecture
 
 
 def identify(header: Header, name: str) -> Identified:
@@ -313,7 +315,35 @@ def identify(header: Header, name: str) -> Identified:
     if header.has(_UNET + "label_emb.") != (family == "sdxl"):
         raise BaseModelError(f"{name} is conditioned on images (unCLIP), which sdlora does not train.")
     _check_whole(header, family, name)
-    return Identified(family, _prediction_type(header, family), "ztsnr" in header.shapes)
+    shapes = architecture_of(header, family, name)
+    return Identified(family, _prediction_type(header, family), "ztsnr" in header.shapes, shapes)
+
+
+def architecture_of(header: Header, family: Family, name: str) -> Architecture:
+    """The shapes of a checkpoint of a family, which may be smaller or larger than its authors' own.
+
+    Raises:
+        BaseModelError: They are none of the family's.
+    """
+    architecture, tensors = ARCHITECTURES[family], header.shapes
+    try:
+        texts = [
+            text_config(part(tensors, beginning), config)
+            for beginning, config in zip(TEXT_ENCODERS[family], architecture.text_encoders, strict=True)
+        ]
+        unet = unet_config(part(tensors, _UNET), architecture.unet, texts[-1]["projection_dim"])
+        vae = vae_config(part(tensors, _VAE_PREFIX), architecture.vae)
+        width = sum(config["hidden_size"] for config in texts)
+        if width != unet["cross_attention_dim"]:
+            raise ShapeError(
+                f"its UNet takes text of width {unet['cross_attention_dim']}, and its text encoders give {width}"
+            )
+    except ShapeError as error:
+        raise BaseModelError(
+            f"{name} has the text encoders of {architecture.title}, but not its shapes: {error}. If it is a variant of "
+            "its family, convert it to a diffusers folder with its own configuration files."
+        ) from error
+    return replace(architecture, unet=unet, vae=vae, text_encoders=tuple(texts))
 
 
 def _is_something_else(header: Header, name: str) -> BaseModelError:
@@ -352,9 +382,8 @@ def _text_widths(header: Header) -> list[int]:
 
 
 def _check_whole(header: Header, family: Family, name: str) -> None:
-    """Check that the text encoders and the VAE are there, and that the UNet has the family's shape."""
-    architecture = ARCHITECTURES[family]
-    title = architecture.title
+    """Check that the text encoders and the VAE are there."""
+    title = ARCHITECTURES[family].title
     if missing := [beginning for beginning in TEXT_ENCODERS[family] if not header.has(beginning)]:
         raise BaseModelError(
             f"{name} holds the UNet of {title} without its text encoder{'s' if len(TEXT_ENCODERS[family]) > 1 else ''}"
@@ -363,16 +392,6 @@ def _check_whole(header: Header, family: Family, name: str) -> None:
     if not header.has(_VAE_PREFIX):
         raise BaseModelError(
             f"{name} holds the UNet of {title} without its VAE (no {_VAE_PREFIX}...). Use a complete checkpoint."
-        )
-    # The UNet must have the family's true shape, since its configuration is not in the file.
-    expected = (architecture.unet["block_out_channels"][0], architecture.text_width)
-    first, *_ = (*header.shapes.get(_UNET + "input_blocks.0.0.weight", ()), 0)
-    widths = _text_widths(header)
-    if (first, *widths) != expected:
-        found = " and ".join(str(width) for width in (first, *widths))
-        raise BaseModelError(
-            f"{name} has the text encoders of {title}, but its UNet has another shape (widths {found}, "
-            f"not {expected[0]} and {expected[1]}). Convert it to a diffusers folder with its own configuration files."
         )
 
 

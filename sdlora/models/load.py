@@ -26,7 +26,7 @@ from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
 from sdlora.lora.inject import NETWORKS
 from sdlora.lora.quantize import Quantization, quantize_linears
-from sdlora.models.architectures import ARCHITECTURES, FAMILIES, Family, identify, read_header
+from sdlora.models.architectures import ARCHITECTURES, FAMILIES, Family, Identified, identify, read_header
 from sdlora.models.base import BaseModel, Source, TextOptions
 from sdlora.models.sd import StableDiffusion
 from sdlora.models.sd2 import StableDiffusion2
@@ -246,7 +246,7 @@ def _load_single_file(
     kind = getattr(diffusers, ARCHITECTURES[found.family].pipeline)
     with tempfile.TemporaryDirectory() as folder:
         components = _components(found.family, predicts, found.zero_terminal_snr)
-        _write_configs(Path(folder), found.family, predicts)
+        _write_configs(Path(folder), found, predicts)
         try:
             pipeline: DiffusionPipeline = kind.from_single_file(
                 str(file), config=folder, local_files_only=True, **(components | present)
@@ -286,8 +286,8 @@ def _components(family: Family, prediction_type: PredictionType, zero_terminal_s
     return parts | {"safety_checker": None, "image_encoder": None, "requires_safety_checker": False}
 
 
-def _write_configs(folder: Path, family: Family, prediction_type: PredictionType) -> None:
-    architecture = ARCHITECTURES[family]
+def _write_configs(folder: Path, found: Identified, prediction_type: PredictionType) -> None:
+    family, architecture = found.family, found.architecture
     unet = _complete(UNet2DConditionModel, architecture.unet)
     if family == "sd2" and prediction_type == "epsilon":
         unet["sample_size"] = 64  # latents of 512 px

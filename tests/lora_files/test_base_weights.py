@@ -56,7 +56,7 @@ def test_every_weight_at_true_shapes_has_exactly_one_place(family: Family) -> No
     with torch.device("meta"):
         vae = diffusers.AutoencoderKL.from_config(ARCHITECTURES[family].vae)
     tensors = authors_layout(family, {**networks, "vae": vae})
-    found = file_weights(Path("base.safetensors"), header_of(tensors), family)
+    found = file_weights(Path("base.safetensors"), header_of(tensors), family, ARCHITECTURES[family])
     expected = {
         f"{name}.{key.removeprefix('text_model.')}": tuple(tensor.shape)
         for name, network in networks.items()

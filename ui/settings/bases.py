@@ -15,15 +15,8 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from sdlora.common.bundled import pocket_folder
 from sdlora.errors import BaseModelError, ConfigError, SdloraError
-from sdlora.estimate.meta_model import Shapes, shapes_of_configs, shapes_of_family
-from sdlora.models.architectures import (
-    FAMILIES,
-    Family,
-    Identified,
-    family_on_disk,
-    identify,
-    read_header,
-)
+from sdlora.estimate.meta_model import Shapes, shapes_of_configs
+from sdlora.models.architectures import FAMILIES, Family, Identified, family_on_disk, identify, read_header
 
 from ..state.folders import Studio
 from ..state.locations import check_model, to_path
@@ -83,7 +76,8 @@ def shapes_of(path: str) -> Shapes | None:
     folder = pocket_folder() if path == POCKET else _place(path)
     try:
         if folder.is_file():
-            return _shapes_of_family(_identified(folder).family)
+            found = _identified(folder).architecture
+            return _shapes_of_texts(*map(json.dumps, (found.unet, found.vae, *found.text_encoders)))
         return _shapes_of_folder(folder)
     except (OSError, ValueError, KeyError, SdloraError):
         return None  # loading it says what is wrong
@@ -168,9 +162,6 @@ def _local(path: str) -> Path | None:
     except ConfigError:
         return None
     return place if place.exists() else None
-
-
-_shapes_of_family = functools.lru_cache(maxsize=16)(shapes_of_family)
 
 
 def _shapes_of_folder(folder: Path) -> Shapes:
