@@ -23,11 +23,13 @@ import typer
 from sdlora.cli.options import ConfigArgument, JsonEvents, Overrides, print_message, terminal
 from sdlora.common.process import exit_code_of, is_main_process, quiet_libraries, stop_signals
 from sdlora.common.remote import open_run
+from sdlora.common.text import parse_bytes
 from sdlora.config.toml import load_config
-from sdlora.errors import OutputError
+from sdlora.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from sdlora.batch.engine import Engine
+    from sdlora.config.schema import RunConfig
 
 EXIT_NOT_ALL_DONE = 8
 
@@ -43,14 +45,20 @@ def train(
     force: Annotated[
         bool, typer.Option("--force", help="Train with settings that are made for another family of base models.")
     ] = False,
+    memory: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory to fit into, such as 8GiB: settings follow from it.")
+    ] = None,
     json_: JsonEvents = False,
 ) -> None:
     """Train a LoRA.
 
     Ctrl-C saves a checkpoint; the same command with --resume continues from it.
     """
-    settings = load_config(config, [*(set_ or []), *(["base.family=any"] if force else [])])
+    overrides = [*(set_ or []), *(["base.family=any"] if force else [])]
+    settings = load_config(config, overrides)
     quiet_libraries()
+    if memory is not None:
+        settings = load_config(config, [*overrides, *_to_fit(settings, memory)])
     from sdlora.cli.progress import JsonLines, ProgressBar, copy_table
     from sdlora.copycheck.verdict import read_checks
     from sdlora.run.run import Stopped, start
@@ -68,7 +76,7 @@ def train(
                 view.show(event)
         except Stopped:
             if (folder / "config.toml").is_file():
-                hint = f"To resume: {resume_command(config, location, set_ or [], force=force)}"
+                hint = f"To resume: {resume_command(config, location, set_ or [], force=force, memory=memory)}"
             else:
                 hint = "Nothing was written yet."
             with suppress(OSError):  # the terminal may be gone
@@ -78,11 +86,31 @@ def train(
         console.print(copy_table(checks))
 
 
-def resume_command(config: str, output: str, overrides: Sequence[str], *, force: bool) -> str:
+def _to_fit(settings: RunConfig, memory: str) -> list[str]:
+    """What is set so that a run fits into memory, as `--set` takes it; every change is told."""
+    from sdlora.run.estimate import changes_to_fit
+
+    try:
+        memory_bytes = parse_bytes(memory)
+    except ConfigError as error:
+        raise ConfigError(f"--memory: {error}") from error
+    changes = changes_to_fit(settings, memory_bytes)
+    for change in changes:
+        print_message(f"To fit into {memory}: {change}.")
+    return [override for change in changes for override in change.overrides()]
+
+
+def resume_command(
+    config: str, output: str, overrides: Sequence[str], *, force: bool, memory: str | None = None
+) -> str:
     """The command that resumes a run that was started with these arguments, quoted for a shell."""
     sets = [word for override in overrides for word in ("--set", override)]
     return shlex.join(
-        ["sdlora", "train", config, "--output", output, "--resume", *sets, *(["--force"] if force else [])]
+        [
+            *("sdlora", "train", config, "--output", output, "--resume", *sets),
+            *(["--force"] if force else []),
+            *(["--memory", memory] if memory else []),
+        ]
     )
 
 

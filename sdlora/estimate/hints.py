@@ -76,6 +76,10 @@ class CountedHint:
     def __str__(self) -> str:
         return f"{self.change} ({self.price})"
 
+    def overrides(self) -> list[str]:
+        """The options and values as `--set` takes them."""
+        return [f"{name}={_toml(value)}" for name, value in self.values.items()]
+
 
 def hints(config: RunConfig, dtype: torch.dtype, size_px: tuple[int, int]) -> list[Hint]:
     """Everything that can be lowered, the cheapest first.

@@ -7,11 +7,13 @@ tokens, D text width.
 from __future__ import annotations
 
 import functools
+import json
 import math
 import weakref
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,7 +29,7 @@ from sdlora.diffusion.flow import FlowLevels, level
 from sdlora.diffusion.noise import DdpmLevels, NoiseLevels
 from sdlora.lora.quantize import Quantization, quantize_linears
 from sdlora.models import z_image
-from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.models.architectures import ARCHITECTURES, Family, identify, read_header
 from sdlora.models.base import BaseModel, TextEmbeddings
 from sdlora.models.unet import UnetModel
 
@@ -93,6 +95,25 @@ def shapes_of_configs(
         decoder = AutoencoderKL.from_config(dict(vae))
         encoders = [CLIPTextModel(CLIPTextConfig(**config)) for config in text_encoders]
     return Shapes(unet, vae, tuple(text_encoders), num_bytes(decoder), num_bytes(*encoders))
+
+
+def shapes_on_disk(place: Path) -> Shapes:
+    """The shapes of a base model in one file, or a folder in diffusers' layout, from its header or configurations.
+
+    Raises:
+        OSError: A configuration or the file cannot be read; also `ValueError` and `KeyError` for a broken one.
+        BaseModelError: The file is no base model.
+    """
+    if place.is_file():
+        found = identify(read_header(place), place.name).architecture
+        return shapes_of_configs(found.unet, found.vae, found.text_encoders)
+
+    def read(part: str) -> Mapping[str, Any]:
+        config: Mapping[str, Any] = json.loads((place / part / "config.json").read_text(encoding="utf-8"))
+        return config
+
+    parts = [part for part in ("text_encoder", "text_encoder_2") if (place / part).is_dir()]
+    return shapes_of_configs(read("unet"), read("vae"), [read(part) for part in parts])
 
 
 def shapes_of_base(base: BaseModel) -> Shapes:

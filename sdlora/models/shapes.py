@@ -12,6 +12,12 @@ from typing import Any, NamedTuple
 
 _NUM_SIZES = 6  # numbers that SDXL's time embedding takes beside the pooled text
 _GROUPS = 32
+_UNET_DEFAULTS: dict[str, Any] = {
+    "layers_per_block": 2, "transformer_layers_per_block": 1, "use_linear_projection": False,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3, "mid_block_type": "UNetMidBlock2DCrossAttn",
+}  # fmt: skip
+"""diffusers' own, which the families' configurations leave out."""
 
 Tensors = Mapping[str, tuple[int, ...]]
 """Shapes by name."""
@@ -75,7 +81,7 @@ def unet_config(tensors: Tensors, family: Mapping[str, Any], pooled_width: int) 
         if width <= 0 or rest:
             raise ShapeError(f"it takes {embedded[1]} numbers beside the text, of which {pooled_width} are pooled text")
         config |= {"projection_class_embeddings_input_dim": embedded[1], "addition_time_embed_dim": width}
-    return config
+    return {key: value for key, value in config.items() if key in family or value != _UNET_DEFAULTS.get(key)}
 
 
 def _levels(tensors: Tensors) -> list[list[_Block]]:

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections import Counter
 from collections.abc import Iterable
@@ -19,6 +18,7 @@ import psutil
 import torch
 
 from sdlora.common.bundled import pocket_folder
+from sdlora.common.text import format_bytes
 from sdlora.config.presets import Preset
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config
@@ -28,6 +28,7 @@ from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED, NUM_PROBES, PROBE
 from sdlora.copycheck.verdict import FULL
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Dataset
+from sdlora.errors import ConfigError
 from sdlora.estimate.costs import (
     arithmetic_rate,
     bytes_in,
@@ -39,10 +40,10 @@ from sdlora.estimate.costs import (
 )
 from sdlora.estimate.hints import CountedHint, hints_to_fit, with_values
 from sdlora.estimate.memory import MemoryEstimate, MemoryInputs, estimate_memory
-from sdlora.estimate.meta_model import Shapes, num_bytes, shapes_of_base, shapes_of_configs, shapes_of_family
+from sdlora.estimate.meta_model import Shapes, num_bytes, shapes_of_base, shapes_of_family, shapes_on_disk
 from sdlora.events import saved_as, to_json
 from sdlora.lora.quantize import num_weights
-from sdlora.models.architectures import Family
+from sdlora.models.architectures import Family, family_on_disk
 from sdlora.run.arguments import adapter_spec, training_settings
 from sdlora.run.folder import RunFolder
 from sdlora.run.lora_inputs import starting_file, with_settings_of_file
@@ -121,13 +122,43 @@ def count_preset(preset: Preset) -> dict[str, int]:
     """What a bundled configuration needs at its family's true shapes: the figures of `Preset`."""
     config = load_config(preset.name, [] if preset.family == "pocket" else ["data.folder=none"])
     if preset.family == "pocket":
-        parts = [
-            json.loads((pocket_folder() / part / "config.json").read_text()) for part in ("unet", "vae", "text_encoder")
-        ]
-        found = estimate_shapes(config, shapes_of_configs(parts[0], parts[1], parts[2:]), None)
+        found = estimate_shapes(config, shapes_on_disk(pocket_folder()), None)
     else:
         found = estimate_shapes(config, cast(Family, preset.family), None)
     return {"peak_bytes": found.peak_bytes, "flops_per_exposure": found.flops_per_step // config.train.batch_size}
+
+
+def changes_to_fit(config: RunConfig, memory_bytes: int) -> list[CountedHint]:
+    """What to set so that a run fits into memory, each on top of those before it; nothing if it fits as it is.
+
+    Only headers and configurations of the base model are read.
+
+    Raises:
+        ConfigError: Nothing makes it fit, or the base model is not on this machine and no family is given.
+    """
+    path, family = config.base.path, config.base.family
+    place = pocket_folder() if path == "pocket" else Path(path).expanduser()
+    if place.exists():
+        try:
+            known = path != "pocket" and family_on_disk(path) == "z-image"
+            shapes: Shapes | Family = "z-image" if known else shapes_on_disk(place)
+        except (OSError, ValueError, KeyError) as error:
+            raise ConfigError(f"--memory: the shapes of {path!r} cannot be read ({error}); leave it out.") from error
+    elif family not in ("any", "pocket"):
+        shapes = cast(Family, family)
+    else:
+        raise ConfigError(
+            f"--memory: {path!r} is not on this machine, so its memory is not known. Set base.family, or leave it out."
+        )
+    device, _, _ = choose_device(config.train.device, config.train.precision)
+    found = estimate_shapes(config, shapes, memory_bytes, on_cpu=device.type == "cpu")
+    if not found.fits and not found.can_fit:
+        least = min([found.peak_bytes, *(change.peak_bytes for change in found.changes)])
+        raise ConfigError(
+            f"--memory: {format_bytes(memory_bytes)} is too little: with every change that saves memory, the run "
+            f"needs {format_bytes(least)}. Use a smaller base model, or a device with more memory."
+        )
+    return found.changes
 
 
 def count_steps(config: RunConfig, dataset: Dataset) -> int:

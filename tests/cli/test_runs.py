@@ -31,7 +31,19 @@ def test_command_to_resume_has_what_the_run_was_started_with() -> None:
         "sdlora", "train", "my settings.toml", "--output", "runs/my cat", "--resume",
         "--set", sets[0], "--set", sets[1], "--force",
     ]  # fmt: skip
+    again = resume_command("quickstart", "out", [], force=False, memory="8 GiB")
+    assert shlex.split(again)[-2:] == ["--memory", "8 GiB"]
     assert resume_command("quickstart", "out", [], force=False) == "sdlora train quickstart --output out --resume"
+
+
+@pytest.mark.parametrize(("memory", "told"), [("x", "cannot parse 'x' as a size"), ("1KiB", "is too little")])
+def test_memory_that_nothing_fits_into_is_refused_before_anything_is_written(
+    memory: str, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    sets = ["--set", "train.device=cpu"]
+    code, _, err = call(capsys, "train", "quickstart", *sets, "--memory", memory, "--output", str(tmp_path / "run"))
+    assert code == 2 and told in err
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("kind", ["{}/out", "file://{}/out"])

@@ -74,6 +74,21 @@ TINY: dict[Family, Architecture] = {
 }  # fmt: skip
 
 
+# SDXL as a file in one holds it: widths in whole groups of norms, heads as wide as the family's, all of CLIP's words.
+REDUCED_SDXL: Architecture = replace(
+    ARCHITECTURES["sdxl"],
+    unet={
+        **ARCHITECTURES["sdxl"].unet, "block_out_channels": [32, 32, 64], "attention_head_dim": [1, 1, 1],
+        "transformer_layers_per_block": [1, 1, 2], "cross_attention_dim": 64, "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+    },
+    vae={**ARCHITECTURES["sdxl"].vae, "block_out_channels": [32, 32, 32, 32], "layers_per_block": 1},
+    text_encoders=(
+        {**_text(32, 32, "quick_gelu"), "num_attention_heads": 1}, {**_text(32, 32, "gelu"), "num_attention_heads": 1},
+    ),
+)  # fmt: skip
+
+
 def tiny_networks(family: Family, **options: Any) -> dict[str, Any]:
     """The components of a family's tiny pipeline; see `random_networks`."""
     return random_networks(TINY[family], **options)

@@ -48,11 +48,7 @@ def whole(kind: type, config: Mapping[str, Any]) -> Any:
 @pytest.mark.parametrize("family", list(ARCHITECTURES))
 def test_true_shapes_are_exactly_the_configuration_that_ships(family: Family) -> None:
     shipped = ARCHITECTURES[family]
-    found = derived(family, shapes_of(family, shipped))
-    assert whole(UNet2DConditionModel, found.unet) == whole(UNet2DConditionModel, shipped.unet)
-    assert whole(AutoencoderKL, found.vae) == whole(AutoencoderKL, shipped.vae)
-    assert found.text_encoders == shipped.text_encoders
-    assert replace(found, unet={}, vae={}, text_encoders=()) == replace(shipped, unet={}, vae={}, text_encoders=())
+    assert derived(family, shapes_of(family, shipped)) == shipped
 
 
 def test_openclips_last_layer_is_left_out() -> None:

@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from sdlora.cli.progress import describe_plan
+from sdlora.common.bundled import pocket_folder
 from sdlora.common.text import format_bytes
 from sdlora.config.toml import load_config, parse_config
-from sdlora.estimate.meta_model import num_bytes, shapes_of_family
+from sdlora.errors import ConfigError
+from sdlora.estimate.meta_model import num_bytes, shapes_of_family, shapes_on_disk
 from sdlora.events import PlanMade
 from sdlora.run import estimate
 from sdlora.run.folder import RunFolder
@@ -113,3 +115,22 @@ def test_estimate_of_a_family_uses_the_most_repeated_set() -> None:
     sets = [{"folder": "a", "repeats": 2}, {"folder": "b", "repeats": 7}]
     config = parse_config({"data": {"sets": sets}, "train": {"epochs": 3}}, name="mine")
     assert estimate.estimate_shapes(config, shapes_of_family("sd1"), None).exposures_per_image == 21
+
+
+def test_changes_of_settings_make_a_run_fit_into_memory() -> None:
+    given = ["train.device=cpu"]
+    config = load_config("quickstart", given)
+    assert estimate.changes_to_fit(config, 1 << 40) == []
+    needed = estimate.estimate_shapes(config, shapes_on_disk(pocket_folder()), None, on_cpu=True).peak_bytes
+    changes = estimate.changes_to_fit(config, needed * 3 // 4)
+    changed = load_config("quickstart", [*given, *(one for change in changes for one in change.overrides())])
+    assert changes and changed != config
+    assert estimate.changes_to_fit(changed, needed * 3 // 4) == []
+    with pytest.raises(ConfigError, match="too little"):
+        estimate.changes_to_fit(config, 1000)
+
+
+def test_memory_of_a_base_model_that_is_not_here_is_not_guessed() -> None:
+    config = load_config("quickstart", ["base.path=owner/name", "base.family=any"])
+    with pytest.raises(ConfigError, match=r"owner/name.*base\.family"):
+        estimate.changes_to_fit(config, 1 << 33)

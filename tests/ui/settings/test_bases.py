@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from sdlora.errors import ConfigError
 from sdlora.estimate.meta_model import shapes_of_base, shapes_of_family
-from sdlora.models.architectures import Identified
+from sdlora.models.architectures import ARCHITECTURES, Identified
 from sdlora.ui.settings import bases
 from sdlora.ui.state.folders import Studio
 
@@ -36,7 +36,7 @@ def file(tmp_path: Path) -> Path:
 
 def test_shapes_of_single_file_follow_from_its_header(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert bases.shapes_of(str(file)) is None
-    monkeypatch.setattr(bases, "_read_header", lambda *_: Identified("sdxl", "epsilon", False))
+    monkeypatch.setattr(bases, "_read_header", lambda *_: Identified("sdxl", "epsilon", False, ARCHITECTURES["sdxl"]))
     assert bases.shapes_of(str(file)) == shapes_of_family("sdxl")
     assert bases.base_resolution_px(str(file)) == 1024
     assert bases.base_resolution_px("owner/name") == 512
@@ -59,12 +59,12 @@ def test_known_bases_include_the_studios_folder(studio: Studio) -> None:
 @pytest.mark.parametrize(
     ("identified", "name", "presets"),
     [
-        (Identified("sd1", "epsilon", False), "photos.safetensors", "sd15"),
-        (Identified("sdxl", "epsilon", False), "photos.safetensors", "sdxl"),
-        (Identified("sdxl", "epsilon", False), "My-Illustrious_v2.safetensors", "illustrious"),
-        (Identified("sdxl", "v_prediction", True), "noobai-vpred.safetensors", "noobai-v"),
-        (Identified("sdxl", "v_prediction", False), "photos.safetensors", "noobai-v"),
-        (Identified("sd2", None, False), "anime.safetensors", None),
+        (Identified("sd1", "epsilon", False, ARCHITECTURES["sd1"]), "photos.safetensors", "sd15"),
+        (Identified("sdxl", "epsilon", False, ARCHITECTURES["sdxl"]), "photos.safetensors", "sdxl"),
+        (Identified("sdxl", "epsilon", False, ARCHITECTURES["sdxl"]), "My-Illustrious_v2.safetensors", "illustrious"),
+        (Identified("sdxl", "v_prediction", True, ARCHITECTURES["sdxl"]), "noobai-vpred.safetensors", "noobai-v"),
+        (Identified("sdxl", "v_prediction", False, ARCHITECTURES["sdxl"]), "photos.safetensors", "noobai-v"),
+        (Identified("sd2", None, False, ARCHITECTURES["sd2"]), "anime.safetensors", None),
     ],
 )
 def test_presets_of_a_file_follow_from_its_header_and_name(
