@@ -333,7 +333,10 @@ def architecture_of(header: Header, family: Family, name: str) -> Architecture:
         ]
         unet = unet_config(part(tensors, _UNET), architecture.unet, texts[-1]["projection_dim"])
         vae = vae_config(part(tensors, _VAE_PREFIX), architecture.vae)
-        width = sum(config["hidden_size"] for config in texts)
+        widths = [config["hidden_size"] for config in texts]
+        if len(set(widths)) < len(widths):  # diffusers tells them apart by it
+            raise ShapeError(f"its two text encoders have the same width ({widths[0]})")
+        width = sum(widths)
         if width != unet["cross_attention_dim"]:
             raise ShapeError(
                 f"its UNet takes text of width {unet['cross_attention_dim']}, and its text encoders give {width}"

@@ -79,12 +79,12 @@ REDUCED_SDXL: Architecture = replace(
     ARCHITECTURES["sdxl"],
     unet={
         **ARCHITECTURES["sdxl"].unet, "block_out_channels": [32, 32, 64], "attention_head_dim": [1, 1, 1],
-        "transformer_layers_per_block": [1, 1, 2], "cross_attention_dim": 64, "addition_time_embed_dim": 8,
-        "projection_class_embeddings_input_dim": 32 + 6 * 8,
+        "transformer_layers_per_block": [1, 1, 2], "cross_attention_dim": 96, "addition_time_embed_dim": 8,
+        "projection_class_embeddings_input_dim": 64 + 6 * 8,
     },
     vae={**ARCHITECTURES["sdxl"].vae, "block_out_channels": [32, 32, 32, 32], "layers_per_block": 1},
     text_encoders=(
-        {**_text(32, 32, "quick_gelu"), "num_attention_heads": 1}, {**_text(32, 32, "gelu"), "num_attention_heads": 1},
+        {**_text(32, 32, "quick_gelu"), "num_attention_heads": 1}, {**_text(64, 64, "gelu"), "num_attention_heads": 1},
     ),
 )  # fmt: skip
 

@@ -97,8 +97,8 @@ def test_smaller_text_encoders_and_vae_are_taken_as_they_are() -> None:
     real = ARCHITECTURES["sdxl"]
     smaller = {"hidden_size": 128, "num_attention_heads": 2, "intermediate_size": 96, "num_hidden_layers": 2}
     first = real.text_encoders[0] | smaller
-    second = real.text_encoders[1] | smaller | {"projection_dim": 64, "vocab_size": 300}
-    unet = {**real.unet, "cross_attention_dim": 256, "projection_class_embeddings_input_dim": 64 + 6 * 8}
+    second = real.text_encoders[1] | smaller | {"hidden_size": 192, "num_attention_heads": 3, "projection_dim": 64}
+    unet = {**real.unet, "cross_attention_dim": 320, "projection_class_embeddings_input_dim": 64 + 6 * 8}
     vae = {
         **real.vae, "block_out_channels": [32, 64], "layers_per_block": 1,
         "down_block_types": ["DownEncoderBlock2D"] * 2, "up_block_types": ["UpDecoderBlock2D"] * 2,
@@ -124,6 +124,8 @@ def test_smaller_text_encoders_and_vae_are_taken_as_they_are() -> None:
         ("sd1", {f"{UNET}input_blocks.{n}.0.out_layers.3.weight": (330, 1) for n in (1, 2)}, "not multiples of 8"),
         ("sd1", {"cond_stage_model.transformer.text_model.embeddings.token_embedding.weight": (9, 64)}, "give 64"),
         ("sd2", {"cond_stage_model.model.transformer.resblocks.3.": None}, "lacks transformer.resblocks.3"),
+        ("sdxl", {"conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (9, 1280)},
+         "two text encoders have the same width"),
         ("sd1", {"first_stage_model.encoder.down.0.block.0.": None}, "VAE is not whole"),
     ],
 )  # fmt: skip
