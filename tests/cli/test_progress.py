@@ -66,7 +66,7 @@ def test_previews_are_told_only_where_there_are_some(tmp_path: Path) -> None:
         bar.show(RunDone("f.safetensors", str(tmp_path), 90.0))
     assert isinstance(console.file, io.StringIO)
     said = console.file.getvalue()
-    assert "report.html" in said and "previews" not in said
+    assert "report.html" in said and "previews.png" not in said
 
 
 def test_events_that_nobody_reads_stop_nothing(capsys: pytest.CaptureFixture[str]) -> None:
