@@ -99,7 +99,8 @@ def outcome(scene: dict[str, str]) -> Callable[..., str]:
         except (ConfigError, DataError, BaseModelError) as error:
             return f"{type(error).__name__}: {error}"
         digest = hashlib.sha256()
-        (file,) = folder.glob("*.safetensors")
+        # A DoRA has a copy for diffusers beside it.
+        (file,) = (file for file in folder.glob("*.safetensors") if not file.stem.endswith("-peft"))
         for key, tensor in sorted(load_file(file).items()):
             digest.update(key.encode() + tensor.numpy().tobytes())
         for path in sorted([*folder.glob("epochs/*/previews/*.png"), *folder.glob("steps/*/previews/*.png")]):

@@ -20,7 +20,7 @@ from sdlora.cli.main import app
 from sdlora.lora.inject import AdapterSpec, adaptable, find_targets, inject
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora_files.pipelines import attach
-from sdlora.lora_files.read import describe_lora, read_file
+from sdlora.lora_files.read import Spelling, describe_lora, read_file
 from sdlora.lora_files.verify import verify_lora
 from sdlora.lora_files.write import LoraMetadata, save_lora
 
@@ -73,7 +73,9 @@ def test_file_of_every_kind_loads_exactly(pipeline: Any, tmp_path: Path, spec: A
     adapter = inject(pipeline.unet, targets, 4, 2.0, seed=1, spec=spec, text_encoders=text)
     perturb(adapter)
     adapter.remove()
-    save_lora(tmp_path / "hero.safetensors", adapter.state(), metadata=METADATA)
+    # diffusers reads magnitudes under PEFT's names alone.
+    spelling: Spelling = "peft" if spec.dora else "kohya"
+    save_lora(tmp_path / "hero.safetensors", adapter.state(), metadata=METADATA, spelling=spelling)
     verification = verify_lora(tmp_path / "hero.safetensors", adapter.state(), pipeline, spec.timestep_rank)
     assert verification.max_error == 0.0
     assert verification.num_modules == len(targets)

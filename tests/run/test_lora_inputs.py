@@ -246,7 +246,7 @@ REFUSED: list[tuple[Callable[[Path, Any], None], list[str]]] = [
     (lokr, ["lora.from_file", "lora_unet_mid_block_attentions_0_proj_in.lokr_w1", "LoKr"]),
     (with_module("lora_unet_time_embedding_linear_1"), ["lora_unet_time_embedding_linear_1", "cross_attention"]),
     (lambda file, pipeline: kohya_trainer(file, pipeline, alpha=None), ["no alpha", "lora_unet_", "sdlora convert"]),
-    (lambda file, pipeline: kohya_trainer(file, pipeline, alpha=0.0), ["alpha 0", "above 0"]),
+    (lambda file, pipeline: kohya_trainer(file, pipeline, alpha=0.0), ["alpha", "is 0", "above 0"]),
     (lambda file, pipeline: kohya_trainer(file, pipeline, rank=300), ["theirs.safetensors", "rank", "256"]),
     (lambda file, pipeline: None, ["lora.from_file", "does not exist"]),
 ]
