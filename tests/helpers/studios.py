@@ -38,6 +38,16 @@ def write_image(path: Path, color: str = "red", size: tuple[int, int] = (48, 32)
 
 def write_base(folder: Path, family: str, prediction_type: str) -> Path:
     """The folder of a base model of a family's true shape, in diffusers' layout and without weights."""
+    if family == "z-image":
+        for part, entries in {
+            "transformer": {"_class_name": "ZImageTransformer2DModel"},
+            "scheduler": {"shift": 6.0},
+        }.items():
+            (folder / part).mkdir(parents=True)
+            name = "scheduler_config.json" if part == "scheduler" else "config.json"
+            (folder / part / name).write_text(json.dumps(entries), encoding="utf-8")
+        (folder / "model_index.json").write_text(json.dumps({"_class_name": "ZImagePipeline"}), encoding="utf-8")
+        return folder
     shape = ARCHITECTURES[cast(Family, family)]
     encoders = {f"text_encoder{'_2' * n}": config for n, config in enumerate(shape.text_encoders)}
     for part, config in {"unet": shape.unet, "vae": shape.vae, **encoders}.items():

@@ -15,7 +15,7 @@ from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from sdlora.common.bundled import pocket_folder
 from sdlora.errors import BaseModelError, ConfigError, SdloraError
-from sdlora.estimate.meta_model import Shapes, shapes_of_configs
+from sdlora.estimate.meta_model import Shapes, shapes_of_configs, shapes_of_family
 from sdlora.models.architectures import FAMILIES, Family, Identified, family_on_disk, identify, read_header
 
 from ..state.folders import Studio
@@ -78,7 +78,7 @@ def shapes_of(path: str) -> Shapes | None:
         if folder.is_file():
             found = _identified(folder).architecture
             return _shapes_of_texts(*map(json.dumps, (found.unet, found.vae, *found.text_encoders)))
-        return _shapes_of_folder(folder)
+        return shapes_of_family("z-image") if family_of(path) == "z-image" else _shapes_of_folder(folder)
     except (OSError, ValueError, KeyError, SdloraError):
         return None  # loading it says what is wrong
 
@@ -103,6 +103,8 @@ def preset_family(path: str) -> str | None:
     family = family_of(path)
     if family == "sd1":
         return "sd15"
+    if family == "z-image":
+        return family
     if family != "sdxl":
         return None
     if _prediction_type(_place(path)) == "v_prediction":

@@ -45,7 +45,7 @@ _OF_POCKET = (
 _POCKET_LENGTHS = {"a first look": (2, 12), "as usual": (4, 36), "thorough": (5, 50)}  # epochs, and repeats in each
 # Where there is no preset. The schema's own default is one exposure an epoch, which teaches nothing.
 _USUAL_EXPOSURES = 100
-_FAMILIES = ("sd15", "sdxl", "illustrious", "noobai-v")
+_FAMILIES = ("sd15", "sdxl", "illustrious", "noobai-v", "z-image")
 
 
 def defaults() -> dict[str, Any]:

@@ -76,7 +76,13 @@ def test_presets_of_a_file_follow_from_its_header_and_name(
 
 @pytest.mark.parametrize(
     ("family", "prediction_type", "presets"),
-    [("sd1", "epsilon", "sd15"), ("sdxl", "epsilon", "sdxl"), ("sdxl", "v_prediction", "noobai-v"), ("sd2", "", None)],
+    [
+        ("sd1", "epsilon", "sd15"),
+        ("sdxl", "epsilon", "sdxl"),
+        ("sdxl", "v_prediction", "noobai-v"),
+        ("sd2", "", None),
+        ("z-image", "", "z-image"),
+    ],
 )
 def test_presets_of_a_folder_follow_from_its_configurations(
     family: str, prediction_type: str, presets: str | None, tmp_path: Path

@@ -21,6 +21,7 @@ FAMILIES = {
     "sdxl": ("base", "sdxl", "epsilon"),
     "illustrious": ("waiNSFWIllustrious_v140", "sdxl", "epsilon"),
     "noobai-v": ("base", "sdxl", "v_prediction"),
+    "z-image": ("base", "z-image", ""),
 }
 """The beginning of presets' names: a base model's folder, its family and its prediction type."""
 
