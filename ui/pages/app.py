@@ -101,7 +101,10 @@ def build(context: Context) -> Any:
             open_page, address, [tabs, *draft], show_progress="hidden", queue=False, js="() => [location.hash]"
         )
         # Until then, what is shown is not what was left here the last time.
-        opened.then(None, None, None, js="() => { document.body.inert = false; }")
+        # Gradio answers a call of an event without a function with an internal error.
+        opened.then(
+            lambda: None, None, None, show_progress="hidden", queue=False, js="() => { document.body.inert = false; }"
+        )
         onward.click(lambda: gr.Tabs(selected="recipe"), None, tabs, show_progress="hidden")
         controls = recipe[-recipe_form.num_controls() :]
         recipe_tab.select(show_recipe, [images.images, *controls], recipe, **recipe_form.IN_TURN)
