@@ -87,7 +87,7 @@ def train(
 
 
 def _to_fit(settings: RunConfig, memory: str) -> list[str]:
-    """What is set so that a run fits into memory, as `--set` takes it; every change is told."""
+    """The settings that make a run fit into memory, as `--set` takes them; each change is printed."""
     from sdlora.run.estimate import changes_to_fit
 
     try:

@@ -12,7 +12,7 @@ from scipy.stats import binom
 from sdlora.copycheck.verdict import FULL, fewest_copying, most_clean
 
 SHARES = (0.1, 0.3, 0.6)
-"""Shares of copies for which the chance is told."""
+"""Shares of copies for which the chance is computed."""
 
 
 class Noticed(NamedTuple):
