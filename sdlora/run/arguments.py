@@ -53,7 +53,7 @@ def adapter_spec(config: RunConfig) -> AdapterSpec:
 
 
 def make_adapter(config: RunConfig, base: BaseModel) -> Adapter:
-    """Inject an adapter, fresh or of lora.from_file, into a base's network, and its text encoders where they are a target.
+    """Inject an adapter, fresh or of lora.from_file, into a base's network, and its text encoders if they are a target.
 
     Raises:
         ConfigError: A target matches no layer, or the initialisation needs more singular values than a layer has.
