@@ -17,6 +17,8 @@ from typing import Any
 import psutil
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+CUT_OFF = ("ERR_ABORTED", "Failed to fetch", "AbortError", "Connection errored out")
+"""What a browser says of requests that were under way when a page was loaded anew, which is no fault."""
 PATIENCE_MS = 180_000  # a machine may be busy with other things; waits end as soon as there is something to see
 
 
@@ -83,8 +85,7 @@ def browser_page(
     enter(page, studio)
     yield page
     context.close()
-    # What was under way when a page was loaded anew is cut off, which is no fault.
-    faults[:] = [fault for fault in faults if "ERR_ABORTED" not in fault and "Failed to fetch" not in fault]
+    faults[:] = [fault for fault in faults if not any(mark in fault for mark in CUT_OFF)]
     assert not faults, f"the page asked for something elsewhere, or complained: {faults}"
 
 

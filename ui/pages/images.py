@@ -23,7 +23,7 @@ from ..html.render import render
 from ..settings.bases import POCKET
 from ..settings.draft import Draft, write_draft
 from ..settings.recipes import LENGTHS, SUBJECTS
-from ..state import card_filter, image_set
+from ..state import card_filter
 from ..state.card_filter import ALL
 from ..state.image_set import Card
 from ..state.locations import check_location
@@ -103,8 +103,9 @@ def show(
             return [images, hidden, hidden, "", told, *nothing, hidden]
         editor = context.editor(images)
         draft = context.draft().with_images(images)
+        # Before the images are looked at: one that comes or goes meanwhile makes the page look again.
+        fingerprint = context.fingerprint(images)
         view = context.view_set(draft if trigger is None else draft.with_value("data.trigger", trigger or None))
-        fingerprint = image_set.fingerprint(view.folder)
     except SdloraError as error:
         return ["", hidden, hidden, "", failure(error), *nothing, hidden]
     taken_out, change, choices = editor.taken_out, editor.last_change, card_filter.choices(view)

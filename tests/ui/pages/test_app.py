@@ -126,3 +126,21 @@ def test_an_upload_tells_how_far_it_is_and_leaves_nothing_behind(context: Contex
     answer = images._add(context, [str(file) for file in files], None, lambda *far: told.append(far))
     assert told == [(0, 2), (1, 2)] and "2 images and 0 captions" in answer[0]
     assert list(uploads.iterdir()) == [] and sorted(context.studio.image_set("my images").iterdir())
+
+
+def test_a_page_looks_again_at_a_set_that_changes_while_it_is_read(
+    context: Context, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_image(context.studio.image_set("set") / "a.png")
+    other = write_image(context.studio.image_set("set") / "b.png")
+    read = Context.view_set
+
+    def read_and_lose(self: Context, draft: Draft) -> Any:
+        found = read(self, draft)
+        other.unlink()
+        return found
+
+    monkeypatch.setattr(Context, "view_set", read_and_lose)
+    shown = images.show(context, "set")
+    assert "b.png" in shown[images.PARTS.index("cards")]
+    assert shown[images.PARTS.index("fingerprint")] != context.fingerprint("set"), "the next tick draws it anew"
