@@ -87,7 +87,7 @@ def actions(page: Any) -> dict[str, Callable[[], object]]:
 
     return {
         "save a caption": save,
-        "show the images with a word": lambda: show("number 29", 11),
+        "show the images with a word": lambda: show("9, rain", 30),
         "show all images": lambda: show("all", 48),
         "go to the recipe": lambda: go("Recipe", "#plan .plan"),
         "change the length": lambda: (page.locator("#length label", has_text="first look").click(),
