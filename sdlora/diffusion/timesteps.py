@@ -10,6 +10,7 @@ import random
 from bisect import bisect_right
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
+from functools import cache, partial
 from itertools import accumulate, pairwise
 from math import erf, exp, inf, log, nextafter, sqrt
 
@@ -59,6 +60,7 @@ class Density:
         high_noise_keep: Factor on the probability of timesteps from 800 up, in (0, 1].
         log_shift: What a flow-matching model's shift of noise levels adds to their logits, ln k; uniform and
             logit_normal alone can be shifted.
+        shift_at: That shift for images of a width and a height in pixels, where it depends on them.
 
     Attributes:
         edges: The CDF at the edges of the timesteps, T + 1 numbers from 0 to 1.
@@ -82,7 +84,13 @@ class Density:
         maximum: int = NUM_TIMESTEPS - 1,
         high_noise_keep: float = 1.0,
         log_shift: float = 0.0,
+        shift_at: Callable[[tuple[int, int]], float] | None = None,
     ) -> None:
+        self._log_shift, self._shift_at = log_shift, shift_at
+        same = partial(
+            Density, name, mean=mean, std=std, minimum=minimum, maximum=maximum, high_noise_keep=high_noise_keep
+        )
+        self._shifted = cache(lambda shift: same(log_shift=shift))
         if name == "logit_normal":
             # A shift moves logits (Esser et al. 2403.03206, equation 23).
             masses = _logit_normal_masses(mean + log_shift, std)
@@ -106,6 +114,11 @@ class Density:
                 f"({minimum}) and timesteps.max ({maximum}). Raise std, or move mean or the limits."
             )
         self.edges = [edge / total[-1] for edge in total]
+
+    def at(self, size_px: tuple[int, int]) -> Density:
+        """The density for images of a width and a height in pixels."""
+        shift = self._log_shift if self._shift_at is None else self._shift_at(size_px)
+        return self if shift == self._log_shift else self._shifted(shift)
 
     def timestep(self, draw: Draw) -> int:
         """The timestep at a draw's quantile.

@@ -88,7 +88,7 @@ class BaseModel(ABC):
             much memory as the network itself.
         packed_blocks: What the paths of linear layers that can be packed contain; see `sdlora.lora.quantize`.
         samplers: The samplers that previews can be drawn with; see `sdlora.previews.sampler`.
-        log_shift: What the family's shift of noise levels adds to their logits, 0 for none; see
+        log_shift: What the family's shift of noise levels adds to their logits at its own resolution, 0 for none; see
             `sdlora.diffusion.flow`.
         vae_identity: A hash of the VAE's weights and configuration, for cache keys.
         text_identity: A hash of the tokenizer and the text encoders, for cache keys.
@@ -186,6 +186,10 @@ class BaseModel(ABC):
     def batched(self, embeddings: Sequence[TextEmbeddings]) -> TextEmbeddings:
         """Text embeddings of single captions, without a batch, as those of a batch in float32."""
         return {name: torch.stack([own[name] for own in embeddings]).float() for name in embeddings[0]}
+
+    def log_shift_at(self, size_px: tuple[int, int]) -> float:
+        """`log_shift` for images of a width and a height in pixels, in families where it depends on them."""
+        return self.log_shift
 
     def size_conditions(self, examples: Sequence[Example]) -> TextEmbeddings:
         """Further conditioning of `predict` that depends on each image's size and crop alone; none by default."""

@@ -98,6 +98,7 @@ def training_settings(config: RunConfig, base: BaseModel | None = None) -> Train
     train, timesteps = config.train, config.timesteps
     flows = base is not None and base.prediction_type == "flow"
     density = {"auto": "logit_normal" if flows else "uniform"}.get(timesteps.density, timesteps.density)
+    edge = 0 if base is None else config.data.resolutions(base.resolution_px)[-1]
     values = {name: value for section in (config.data, train, config.loss) for name, value in section}
     values |= {
         "seed": config.seed,
@@ -108,7 +109,8 @@ def training_settings(config: RunConfig, base: BaseModel | None = None) -> Train
             minimum=timesteps.min,
             maximum=timesteps.max,
             high_noise_keep=timesteps.high_noise_keep,
-            log_shift=0.0 if base is None else base.log_shift,
+            log_shift=0.0 if base is None else base.log_shift_at((edge, edge)),
+            shift_at=None if base is None else base.log_shift_at,
         ),
         "coverage": timesteps.coverage,
         "preview_every_steps": config.preview.every_steps if config.preview.enabled else 0,

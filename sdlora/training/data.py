@@ -63,10 +63,11 @@ def with_timesteps(
 ) -> ExposureSchedule:
     """Draw the timestep of every exposure, which completes a schedule."""
     steps = [[exposure for batch in step for exposure in batch] for epoch in epochs for step in epoch]
-    named = [[(dataset.examples[exposure.example].name, exposure.number) for exposure in step] for step in steps]
+    examples = dataset.examples
+    named = [[(examples[exposure.example].name, exposure.number) for exposure in step] for step in steps]
     draws = cover(settings.coverage, named, seed)
     timesteps = {
-        exposure: settings.density.timestep(draw)
+        exposure: settings.density.at(examples[exposure.example].at_exposure(exposure.number).bucket).timestep(draw)
         for step, drawn in zip(steps, draws, strict=True)
         for exposure, draw in zip(step, drawn, strict=True)
     }

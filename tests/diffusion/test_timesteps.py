@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +63,16 @@ def test_limits_truncate_and_rescale() -> None:
     inside = sum(whole[100:300])
     assert cut[100:300] == pytest.approx([p / inside for p in whole[100:300]])
     assert sum(cut[:100]) == sum(cut[300:]) == 0
+
+
+def test_a_shift_may_depend_on_the_size() -> None:
+    options: dict[str, Any] = {"std": 0.8, "minimum": 100, "high_noise_keep": 0.5}
+    density = Density("logit_normal", log_shift=0.6, shift_at=lambda size: size[0] * size[1] / 100, **options)
+    assert density.at((6, 10)) is density
+    assert density.at((10, 12)).edges == Density("logit_normal", log_shift=1.2, **options).edges
+    assert density.at((10, 12)) is density.at((12, 10))
+    plain = Density("uniform")
+    assert plain.at((6, 10)) is plain
 
 
 def test_high_noise_keep_lowers_high_noise() -> None:
