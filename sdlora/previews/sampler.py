@@ -136,20 +136,27 @@ class SamplerWatch:
         self.guidance_norms: list[float] = []
 
     @contextmanager
-    def batch(self, num_previews: int) -> Iterator[None]:
+    def batch(self, num_previews: int, *, guided: bool = True) -> Iterator[None]:
         """Observe one batch; enter it where predictions are float32 whatever the UNet computes in.
 
         Args:
-            num_previews: B. With guidance the UNet predicts twice as many, the captions' last.
+            num_previews: B.
+            guided: Whether it is drawn with guidance. Each step then predicts twice as many, for captions and for
+                negative prompts, in one call or in one after the other.
         """
+        if not guided:
+            yield
+            return
         norms: list[Tensor] = []
+        step: list[Tensor] = []
 
         def observe(_: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
             # Z-Image predicts for a list of latents (C, 1, h, w).
-            predictions = (torch.stack(output[0]).squeeze(2) if isinstance(output[0], list) else output[0]).detach()
-            if len(predictions) == 2 * num_previews:
-                negative, caption = predictions.chunk(2)
-                norms.append((caption - negative).float().square().mean(dim=(1, 2, 3)).sqrt())
+            step.append((torch.stack(output[0]).squeeze(2) if isinstance(output[0], list) else output[0]).detach())
+            if sum(map(len, step)) == 2 * num_previews:
+                one, other = torch.cat(step).chunk(2)
+                norms.append((other - one).float().square().mean(dim=tuple(range(1, one.dim()))).sqrt())
+                step.clear()
 
         handle = self._base.network.register_forward_hook(observe)
         try:
@@ -208,7 +215,7 @@ def _draw(
 ) -> list[Image.Image]:
     # The watch's context is the inner one, so that it sees float32 predictions.
     width, height = request.pixels(base.resolution_px)
-    watching = watch.batch(len(batch)) if watch else nullcontext()
+    watching = watch.batch(len(batch), guided=request.guidance > 1) if watch else nullcontext()
     if request.sampler not in base.samplers:
         raise ConfigError(
             f"preview.sampler = {request.sampler!r} is for other families than that of {base.path!r}; it has "

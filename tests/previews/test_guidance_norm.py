@@ -18,7 +18,7 @@ class Stub(nn.Module):
     """Answers the sum of what it is asked at, the mean of the text and the timestep."""
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor]:
-        return (sample + encoder_hidden_states.mean(dim=(1, 2)).view(-1, 1, 1, 1) + timestep,)
+        return (sample + encoder_hidden_states.mean(dim=(1, 2)).view(-1, *(1,) * (sample.dim() - 1)) + timestep,)
 
 
 def stubbed() -> tuple[SamplerWatch, Stub]:
@@ -41,10 +41,20 @@ def test_guidance_norms_equal_the_formula() -> None:
     assert not unet._forward_hooks
 
 
-def test_without_guidance_there_are_no_norms() -> None:
+def test_pairs_that_are_predicted_in_turns_have_the_same_norms() -> None:
     watch, unet = stubbed()
     with watch.batch(2):
-        unet(torch.ones(2, 4, 3, 3), torch.tensor(3), torch.zeros(2, 7, 2))
+        for timestep in (900, 20):
+            for pulled in (3.0, 1.0):
+                unet(torch.ones(2, 5, 3), torch.tensor(timestep), torch.full((2, 7, 2), pulled))
+    assert watch.guidance_norms == pytest.approx([2.0, 2.0])
+
+
+def test_without_guidance_there_are_no_norms() -> None:
+    watch, unet = stubbed()
+    with watch.batch(2, guided=False):
+        for timestep in (900, 20):
+            unet(torch.ones(2, 4, 3, 3), torch.tensor(timestep), torch.zeros(2, 7, 2))
     assert watch.guidance_norms == []
 
 
