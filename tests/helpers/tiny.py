@@ -10,8 +10,11 @@ import diffusers
 import torch
 from diffusers import (
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     StableDiffusionPipeline,
     UNet2DConditionModel,
     ZImagePipeline,
@@ -23,6 +26,7 @@ from transformers import (
     CLIPTextModelWithProjection,
     CLIPTokenizer,
     Qwen3Config,
+    Qwen3ForCausalLM,
     Qwen3Model,
 )
 
@@ -204,3 +208,30 @@ def make_tiny_z_image(folder: Path) -> None:
     ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), vae, text, tokenizer, transformer).save_pretrained(
         folder
     )
+
+
+def make_tiny_klein(folder: Path, *, is_distilled: bool = False) -> None:
+    """Write a FLUX.2 klein of random weights: 32 px, patches of 16 channels and factor 8, a transformer 32 wide."""
+    torch.manual_seed(0)
+    tokenizer = flow_architecture.build_tokenizer()
+    # Qwen3's own template ends an answer's beginning without thoughts by an empty one.
+    tokenizer.chat_template += "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
+    vae = AutoencoderKLFlux2(
+        block_out_channels=(8, 8, 8), down_block_types=("DownEncoderBlock2D",) * 3, norm_num_groups=4,
+        up_block_types=("UpDecoderBlock2D",) * 3, latent_channels=4, layers_per_block=1, sample_size=32,
+    )  # fmt: skip
+    vae.bn.running_mean.normal_(std=0.3)
+    vae.bn.running_var.uniform_(0.5, 2.0)
+    text = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=len(tokenizer), hidden_size=8, intermediate_size=16, num_hidden_layers=28,
+            num_attention_heads=2, num_key_value_heads=1, head_dim=4, max_position_embeddings=512,
+            pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True,
+        )
+    )  # fmt: skip
+    transformer = Flux2Transformer2DModel(
+        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
+        joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
+    )  # fmt: skip
+    scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
+    Flux2KleinPipeline(scheduler, vae, text, tokenizer, transformer, is_distilled=is_distilled).save_pretrained(folder)

@@ -1,0 +1,201 @@
+"""FLUX.2 klein: a flow-matching transformer that reads three layers of Qwen3, and predicts latents in patches of 2 x 2.
+
+Shapes: B batch, C channels of a patch (128), h/w patches, L tokens (512), D text width (three times Qwen3's).
+
+Source: Black Forest Labs, FLUX.2; the calls are those of diffusers' Flux2KleinPipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DiffusionPipeline
+from PIL import Image
+from torch import Tensor, nn
+from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+
+from sdlora.common import seeds
+from sdlora.diffusion.flow import FlowLevels, level, resolution_shift
+from sdlora.errors import BaseModelError, ConfigError
+from sdlora.models.base import BaseModel, TextEmbeddings
+
+MAX_TOKENS = 512
+_LAYERS = (9, 18, 27)
+_PATCH = 2
+# The number of patches, and ln k there: the line of FLUX.1, which the trainers of FLUX.2 shift along as well.
+_FEW, _MANY = (256, 0.5), (4096, 1.15)
+_PROBED_LEVELS = (0.05, 0.4, 0.95)
+_PROBED_LENGTH, _PROBE_EDGE = 20, 8
+
+
+class Flux2Klein(BaseModel):
+    """FLUX.2 klein, the base models of 4B and 9B, and models of their shape.
+
+    Captions are padded to 512 tokens, which the transformer sees all of. The latents here are those of the VAE in
+    patches of 2 x 2, normalised by the mean and variance of each channel that the VAE brings along.
+
+    Raises:
+        BaseModelError: Transformer, VAE and text encoder do not belong together, or it is distilled.
+        ConfigError: `text` asks for CLIP's layers or windows.
+    """
+
+    architecture = "Flux.2-klein"
+    network_name = "transformer"
+    packed_blocks = "transformer_blocks."
+    text_dtype = torch.bfloat16
+    trains_text = False
+    network_waits = True
+    samplers = ("auto", "base")
+
+    def _set_up(self, pipeline: DiffusionPipeline) -> None:
+        _refuse_other_parts(self.path, self.network.config, self.vae.config, self.text_encoders[0].config)
+        if pipeline.config.is_distilled:
+            raise BaseModelError(
+                f"{self.path!r} is distilled to draw in a few steps, which training undoes. Train on the base model "
+                "(FLUX.2-klein-base); the LoRA works on the distilled one as well."
+            )
+        if self.text.clip_skip is not None or self.text.max_windows != 1:
+            name = "data.max_token_windows" if self.text.clip_skip is None else "base.clip_skip"
+            raise ConfigError(
+                f"{name} is for CLIP, and {self.path!r} reads captions of up to {MAX_TOKENS} tokens through Qwen3. "
+                "Leave it unset."
+            )
+        self.levels = FlowLevels()
+        self.prediction_type = "flow"
+        self.latent_factor = _PATCH * 2 ** (len(self.vae.config.block_out_channels) - 1)
+        self.size_step_px = self.latent_factor
+        self.resolution_px = self.vae.config.sample_size
+        self.log_shift = self.log_shift_at((self.resolution_px, self.resolution_px))
+        self.max_tokens = MAX_TOKENS
+
+    def log_shift_at(self, size_px: tuple[int, int]) -> float:
+        """Larger images are shifted further towards noise, by their number of patches."""
+        width, height = (edge // self.latent_factor for edge in size_px)
+        return resolution_shift(width * height, _FEW, _MANY)
+
+    @torch.no_grad()
+    def encode_pixels(self, pixels: Tensor) -> Tensor:
+        """(B, 3, H, W) in [-1, 1] to posterior moments in patches, (B, 2C, h, w): the mean, then the log-variance."""
+        self._use(self.vae)
+        moments: Tensor = self.vae.encode(pixels.to(self.device)).latent_dist.parameters
+        return torch.cat([pixel_unshuffle(half, _PATCH) for half in moments.chunk(2, dim=1)], dim=1)
+
+    def sample_latents(self, moments: Tensor, noise: Tensor) -> Tensor:
+        """Normalised latents (B, C, h, w): the posterior's mean; FLUX.2 draws nothing from it, so `noise` is unused."""
+        mean, deviation = self._normalisation()
+        return (moments.float().chunk(2, dim=1)[0] - mean.to(moments.device)) / deviation.to(moments.device)
+
+    @torch.no_grad()
+    def decode_latents(self, latents: Tensor) -> list[Image.Image]:
+        """The images of normalised latents, (B, C, h, w), as `sample_latents` returns them."""
+        self._use(self.vae)
+        mean, deviation = self._normalisation()
+        own = pixel_shuffle(latents.to(self.device) * deviation + mean, _PATCH)
+        pixels = self.vae.decode(own, return_dict=False)[0]
+        images: list[Image.Image] = self._pipeline.image_processor.postprocess(pixels.float(), output_type="pil")
+        return images
+
+    def _normalisation(self) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of each channel of a patch, (1, C, 1, 1), where the VAE is."""
+        norm: Any = self.vae.bn
+        mean, variance = (x.view(1, -1, 1, 1) for x in (norm.running_mean, norm.running_var))
+        return mean, (variance + self.vae.config.batch_norm_eps).sqrt()
+
+    def _asked(self, captions: Sequence[str]) -> list[str]:
+        """Captions as a user's turn of a chat, and the beginning of an answer without thoughts."""
+        return [
+            self.tokenizers[0].apply_chat_template(
+                [{"role": "user", "content": caption}],
+                tokenize=False,
+                add_generation_prompt=True,
+                enable_thinking=False,
+            )
+            for caption in captions
+        ]
+
+    def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
+        """Captions to {"states": (B, L, D)}, padded to 512 tokens; longer captions are cut off.
+
+        The states of three of the encoder's layers, side by side.
+        """
+        (tokenizer,), (encoder,) = self.tokenizers, self.move_text_encoders()
+        tokens = tokenizer(
+            self._asked(captions), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
+        ).to(self.device)
+        # Without the layer that would choose the next word: its outputs are wider than all that is read.
+        output = encoder.base_model(
+            input_ids=tokens.input_ids,
+            attention_mask=tokens.attention_mask,
+            output_hidden_states=True,
+            use_cache=False,
+        )
+        return {"states": torch.cat([output.hidden_states[layer] for layer in _LAYERS], dim=-1)}
+
+    def prompt_embeddings(self, prompts: Sequence[str], negative_prompts: Sequence[str]) -> dict[str, Any]:
+        """Keyword arguments for the pipeline in place of prompts, encoded as captions are."""
+        # The pipeline draws its noise in their type.
+        wanted, unwanted = (self.encode_captions(texts)["states"].float() for texts in (prompts, negative_prompts))
+        return {"prompt_embeds": wanted, "negative_prompt_embeds": unwanted}
+
+    def num_tokens(self, caption: str) -> int:
+        """How many tokens a caption has, those of the chat included."""
+        return len(self.tokenizers[0](self._asked([caption])[0], truncation=False, verbose=False).input_ids)
+
+    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
+        """The velocity (B, C, h, w) in float32, for noisy latents (B, C, h, w) at timesteps (B,)."""
+        self._use()
+        dtype = self.network.dtype
+        return velocity(self.network, noisy.to(dtype), level(timesteps).float(), text["states"].to(dtype)).float()
+
+    def use_zero_terminal_snr(self) -> None:
+        """Refuse it: the highest level of flow matching is pure noise already."""
+        raise ConfigError(
+            f"loss.zero_terminal_snr is for noise schedules that do not end in pure noise, and that of {self.path!r} "
+            "does. Set it to false."
+        )
+
+    @staticmethod
+    def probe(network: nn.Module) -> list[Tensor]:
+        """Velocities at three levels for fixed inputs, (3, C, h, w), with which a file is verified."""
+        config: Any = network.config
+        count, dtype = len(_PROBED_LEVELS), next(network.parameters()).dtype
+        latents = seeds.normal((count, config.in_channels, _PROBE_EDGE, _PROBE_EDGE), 0, "proof latents")
+        states = seeds.normal((count, _PROBED_LENGTH, config.joint_attention_dim), 0, "proof text")
+        return [velocity(network, latents.to(dtype), torch.tensor(_PROBED_LEVELS), states.to(dtype))]
+
+
+def velocity(network: nn.Module, noisy: Tensor, s: Tensor, states: Tensor) -> Tensor:
+    """The velocity e - x0 (B, C, h, w), for patches at levels s (B,) and text states (B, L, D)."""
+    height, width = noisy.shape[2:]
+    output: Tensor = network(
+        hidden_states=noisy.flatten(2).transpose(1, 2),
+        encoder_hidden_states=states,
+        timestep=s,
+        img_ids=_positions(noisy.device, 1, height, width, 1),
+        txt_ids=_positions(noisy.device, 1, 1, 1, states.shape[1]),
+        return_dict=False,
+    )[0]
+    return output.transpose(1, 2).reshape(noisy.shape)
+
+
+def _positions(device: torch.device, *sizes: int) -> Tensor:
+    """Places on four axes (time, row, column, token), the last fastest, (product of the sizes, 4)."""
+    return torch.cartesian_prod(*(torch.arange(size, device=device) for size in sizes))
+
+
+def _refuse_other_parts(path: str, network: Any, vae: Any, text: Any) -> None:
+    """Refuse networks that were made for others."""
+    if network.in_channels != (channels := vae.latent_channels * _PATCH**2):
+        raise BaseModelError(
+            f"The transformer of {path!r} takes {network.in_channels} channels but its VAE gives {channels} in patches "
+            f"of {_PATCH} x {_PATCH}. Put the VAE beside it that it was made for."
+        )
+    width = text.hidden_size * len(_LAYERS)
+    if text.num_hidden_layers < _LAYERS[-1] or network.joint_attention_dim != width:
+        raise BaseModelError(
+            f"The transformer of {path!r} reads text of width {network.joint_attention_dim} from the layers 9, 18 and "
+            f"27, but its text encoder has {text.num_hidden_layers} layers of {text.hidden_size}. klein 4B is made for "
+            "Qwen3-4B, and klein 9B for Qwen3-8B: put that one beside it."
+        )
