@@ -6,12 +6,13 @@ The estimates are `sdlora.run.estimate`'s; this module parses the options and pr
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import typer
 from rich.table import Table
 
 from sdlora.cli.options import ConfigArgument, JsonResult, Overrides, terminal
+from sdlora.common.families import Family
 from sdlora.common.process import quiet_libraries
 from sdlora.common.text import format_bytes, format_seconds, parse_bytes
 from sdlora.config.schema import RunConfig
@@ -84,15 +85,12 @@ def plan(
         typer.Argument(metavar="[CONFIG]", help="A TOML file, or a built-in configuration; or give --family."),
     ] = None,
     set_: Overrides = None,
-    family: Annotated[
-        Literal["sd1", "sd2", "sdxl", "z-image"] | None,
-        typer.Option(help="A model family instead; needs no weights."),
-    ] = None,
+    family: Annotated[Family | None, typer.Option(help="A model family instead; needs no weights.")] = None,
     resolution: Annotated[int | None, typer.Option(min=16, max=4096, help="Training size, with --family.")] = None,
     rank: Annotated[int | None, typer.Option(help="Rank, with --family; default 8.")] = None,
     targets: Annotated[
         str | None,
-        typer.Option(metavar="NAME,...", help="Targets, with --family; default cross_attention, or attention."),
+        typer.Option(metavar="NAME,...", help="Targets, with --family; default: the family's."),
     ] = None,
     batch_size: Annotated[int | None, typer.Option(help="Images per forward pass, with --family; default 1.")] = None,
     memory: Annotated[
@@ -110,20 +108,23 @@ def plan(
         raise ConfigError(f"--memory: {error}") from error
     given = {"data.resolution_px": resolution, "lora.rank": rank, "train.batch_size": batch_size}
     overrides = [f"{name}={value}" for name, value in given.items() if value is not None]
-    if targets is None and family == "z-image":
-        targets = "attention"
     if targets is not None:
         overrides.append(f"lora.targets={json.dumps(targets.split(','))}")
     if (config is None) == (family is None):
         raise ConfigError(
-            "Give a configuration, as in 'sdlora plan quickstart', or --family sd1, sd2, sdxl or z-image."
+            f"Give a configuration, as in 'sdlora plan quickstart', or --family {', '.join(get_args(Family))}."
         )
     if config is not None:
         if overrides:
             raise ConfigError("--resolution, --rank, --targets and --batch-size go with --family; use --set.")
         settings = load_config(config, set_ or [])
     else:
-        document: dict[str, Any] = {"data": {"folder": "none"}}
+        assert family is not None
+        quiet_libraries()
+        from sdlora.models.families import CLASSES
+
+        own = list(CLASSES[family].default_targets)
+        document: dict[str, Any] = {"data": {"folder": "none"}, "lora": {"targets": own}}
         settings = parse_config(document, name="plan", overrides=[*overrides, *(set_ or [])])
     quiet_libraries()
     from sdlora.run.estimate import estimate_config, estimate_shapes

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
 
+from sdlora.common.families import Family
 from sdlora.config.exposures import spread_exposures
 from sdlora.config.schema_data import LOCATION, DataConfig, Section
 from sdlora.config.schema_preview import PreviewConfig
@@ -39,7 +40,7 @@ class BaseConfig(Section):
     path: Annotated[str, LOCATION] = "pocket"
     """Base model: 'pocket' (built in), a folder in diffusers layout, a .safetensors checkpoint, or a Hugging Face Hub
     id."""
-    family: Literal["any", "pocket", "sd1", "sd2", "sdxl", "z-image"] = "any"
+    family: Literal["any", "pocket", Family] = "any"
     """Family that the settings are made for, as presets say: a base model of another one is refused."""
     revision: str | None = None
     """Branch, tag or commit of a Hub id; the repository's default branch if unset."""

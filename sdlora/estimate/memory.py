@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdlora.config.schema import RunConfig
-from sdlora.estimate.meta_model import META, Cost, MetaBase, Shapes, counted, empty_latents, meta_base, num_bytes
+from sdlora.estimate.meta_model import META, Cost, MetaBase, Shapes, counted, empty_latents, num_bytes
 from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
 from sdlora.lora.quantize import num_weights
 from sdlora.lora_files.pipelines import attach
@@ -110,8 +110,8 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
     config, shapes = inputs.config, inputs.shapes
     text_is_trained = "text_encoder" in config.lora.targets
     quantization = config.base.quantization
-    base = meta_base(shapes, inputs.dtype, quantization=quantization, text_is_trained=text_is_trained)
-    beside_text = not base.network_waits and (text_is_trained or inputs.text_is_live)
+    base = MetaBase(shapes, inputs.dtype, quantization=quantization, text_is_trained=text_is_trained)
+    beside_text = not base.model.network_waits and (text_is_trained or inputs.text_is_live)
     in_a_step = shapes.text_bytes * beside_text
     weights = num_bytes(base.network) + (shapes.frozen_bytes if inputs.on_cpu else in_a_step)
     num_parameters = num_weights(base.network)
@@ -152,7 +152,7 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
         beside = max(beside, second + shapes.frozen_bytes + _verification_bytes(inputs, base, count))
     else:
         drawing = beside + shapes.vae_bytes + shapes.text_bytes * text_is_trained
-        encoding_text = shapes.text_bytes - weights if base.network_waits else shapes.text_bytes
+        encoding_text = shapes.text_bytes - weights if base.model.network_waits else shapes.text_bytes
         beside = max(drawing, encoding_text) - in_a_step
     return MemoryEstimate(
         trainable_parameters=count,

@@ -16,22 +16,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import diffusers
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel, ZImageTransformer2DModel
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
-from transformers import CLIPTextConfig, CLIPTextModel, Qwen3Config, Qwen3Model
 
-from sdlora.diffusion.flow import FlowLevels, level
-from sdlora.diffusion.noise import DdpmLevels, NoiseLevels
+from sdlora.common.families import Family
 from sdlora.lora.quantize import Quantization, quantize_linears
-from sdlora.models import z_image
-from sdlora.models.architectures import ARCHITECTURES, Family, identify, read_header
+from sdlora.models.architectures import identify, read_header
 from sdlora.models.base import BaseModel, TextEmbeddings
-from sdlora.models.unet import UnetModel
+from sdlora.models.families import CLASSES, family_named, family_on_disk
 
 META = torch.device("meta")
 
@@ -41,9 +38,10 @@ class Shapes:
     """The configurations of a base model's networks, and bytes of their parameters and buffers.
 
     Attributes:
-        network: Of a UNet2DConditionModel or a ZImageTransformer2DModel of diffusers.
-        vae: Of an AutoencoderKL of diffusers.
-        text_encoders: Of each text encoder, as CLIPTextConfig or Qwen3Config of transformers.
+        network: Of its class in diffusers.
+        vae: Of an autoencoder of diffusers.
+        text_encoders: Of each text encoder, as its configuration in transformers.
+        family: Of the base model; 1.x, 2.x and XL count alike at equal configurations.
     """
 
     network: Mapping[str, Any]
@@ -51,6 +49,12 @@ class Shapes:
     text_encoders: tuple[Mapping[str, Any], ...]
     vae_bytes: int
     text_bytes: int
+    family: Family = "sd1"
+
+    @property
+    def model(self) -> type[BaseModel]:
+        """The family's class."""
+        return CLASSES[self.family]
 
     @property
     def frozen_bytes(self) -> int:
@@ -58,9 +62,14 @@ class Shapes:
         return self.vae_bytes + self.text_bytes
 
     @property
+    def latent_channels(self) -> int:
+        """C."""
+        return self.model.latent_shape(self.network, self.vae)[0]
+
+    @property
     def latent_factor(self) -> int:
         """Pixels per latent, along one edge."""
-        return int(2 ** (len(self.vae["block_out_channels"]) - 1))
+        return self.model.latent_shape(self.network, self.vae)[1]
 
     @property
     def resolution_px(self) -> int:
@@ -69,32 +78,32 @@ class Shapes:
         # A transformer's configuration knows no size; its VAE's does.
         return int(self.vae["sample_size"]) if size is None else int(size) * self.latent_factor
 
-    @property
-    def is_z_image(self) -> bool:
-        """Whether the network is Z-Image's, by the width of captions that it alone names so."""
-        return "cap_feat_dim" in self.network
-
 
 def shapes_of_family(family: Family) -> Shapes:
     """The shapes of a model family."""
-    if family == "z-image":
-        with META:
-            network = dict(ZImageTransformer2DModel().config)
-            encoder = Qwen3Model(Qwen3Config(**z_image.QWEN3_4B)).to(torch.bfloat16)
-            decoder = AutoencoderKL.from_config(z_image.VAE)
-        return Shapes(network, z_image.VAE, (z_image.QWEN3_4B,), num_bytes(decoder), num_bytes(encoder))
-    architecture = ARCHITECTURES[family]
-    return shapes_of_configs(architecture.unet, architecture.vae, architecture.text_encoders)
+    return shapes_of_configs(family, *CLASSES[family].true_configs())
 
 
 def shapes_of_configs(
-    unet: Mapping[str, Any], vae: Mapping[str, Any], text_encoders: Sequence[Mapping[str, Any]]
+    family: Family, network: Mapping[str, Any], vae: Mapping[str, Any], text_encoders: Sequence[Mapping[str, Any]]
 ) -> Shapes:
-    """The shapes of a base model from its networks' configurations, VAE and text encoders in float32."""
+    """The shapes of a base model from its networks' configurations."""
+    vae_bytes = _num_bytes(family, "vae", json.dumps(dict(vae)))
+    text_bytes = [_num_bytes(family, "text", json.dumps(dict(config))) for config in text_encoders]
+    return Shapes(network, vae, tuple(text_encoders), vae_bytes, sum(text_bytes), family)
+
+
+@functools.lru_cache(maxsize=32)
+def _num_bytes(family: Family, part: Literal["vae", "text"], config: str) -> int:
+    """Bytes of a family's VAE or one of its text encoders, by its configuration as JSON."""
     with META:
-        decoder = AutoencoderKL.from_config(dict(vae))
-        encoders = [CLIPTextModel(CLIPTextConfig(**config)) for config in text_encoders]
-    return Shapes(unet, vae, tuple(text_encoders), num_bytes(decoder), num_bytes(*encoders))
+        found = json.loads(config)
+        return num_bytes(_empty("AutoencoderKL", found) if part == "vae" else CLASSES[family].empty_text_encoder(found))
+
+
+def _empty(kind: str, config: Mapping[str, Any]) -> Any:
+    """A network of diffusers; its class is the configuration's if it names one."""
+    return getattr(diffusers, config.get("_class_name", kind)).from_config(dict(config))
 
 
 def shapes_on_disk(place: Path) -> Shapes:
@@ -105,22 +114,25 @@ def shapes_on_disk(place: Path) -> Shapes:
         BaseModelError: The file is no base model.
     """
     if place.is_file():
-        found = identify(read_header(place), place.name).architecture
-        return shapes_of_configs(found.unet, found.vae, found.text_encoders)
+        found = identify(read_header(place), place.name)
+        shape = found.architecture
+        return shapes_of_configs(found.family, shape.unet, shape.vae, shape.text_encoders)
 
     def read(part: str) -> Mapping[str, Any]:
         config: Mapping[str, Any] = json.loads((place / part / "config.json").read_text(encoding="utf-8"))
         return config
 
-    parts = [part for part in ("text_encoder", "text_encoder_2") if (place / part).is_dir()]
-    return shapes_of_configs(read("unet"), read("vae"), [read(part) for part in parts])
+    family = family_on_disk(str(place)) or "sd1"
+    model = CLASSES[family]
+    return shapes_of_configs(family, read(model.network_name), read("vae"), [read(part) for part in model.text_parts])
 
 
 def shapes_of_base(base: BaseModel) -> Shapes:
     """The shapes of a loaded base model."""
     vae, encoders = base.vae, base.text_encoders
     texts = tuple(encoder.config.to_dict() for encoder in encoders)
-    return Shapes(dict(base.network.config), dict(vae.config), texts, num_bytes(vae), num_bytes(*encoders))
+    family = family_named(base.architecture)
+    return Shapes(dict(base.network.config), dict(vae.config), texts, num_bytes(vae), num_bytes(*encoders), family)
 
 
 def num_bytes(*networks: nn.Module) -> int:
@@ -132,14 +144,10 @@ def num_bytes(*networks: nn.Module) -> int:
 class MetaBase:
     """Networks of given shapes on the meta device, with the part of `sdlora.models.base.BaseModel` that a loss needs.
 
-    Type and quantization are the UNet's; text encoders are only built where they are trained.
+    Type and quantization are the network's; text encoders are only built where they are trained.
     """
 
     device = META
-    _kind: Any = UNet2DConditionModel
-    _packed_blocks = UnetModel.packed_blocks
-    network_waits = UnetModel.network_waits
-    _caption_tokens: int | None = None  # all that CLIP reads
 
     def __init__(
         self,
@@ -149,80 +157,38 @@ class MetaBase:
         quantization: Quantization | Literal["none"] = "none",
         text_is_trained: bool = False,
     ) -> None:
+        self.model, self._text_configs = shapes.model, shapes.text_encoders
         with META:
-            self.network: Any = self._kind.from_config(dict(shapes.network))
-            self.vae: AutoencoderKL = AutoencoderKL.from_config(dict(shapes.vae)).eval()
+            self.network = _empty(self.model.network_class, shapes.network)
+            self.vae = _empty("AutoencoderKL", shapes.vae).eval()
             configs = shapes.text_encoders if text_is_trained else ()
-            self.text_encoders = tuple(CLIPTextModel(CLIPTextConfig(**config)).eval() for config in configs)
-            self.levels: NoiseLevels = DdpmLevels(torch.empty(1000), "epsilon")
+            self.text_encoders = tuple(self.model.empty_text_encoder(config).eval() for config in configs)
+            self.levels = self.model.empty_levels()
         nn.Module.to(self.network.requires_grad_(False).eval(), dtype)
         if quantization != "none":
-            quantize_linears(self.network, quantization, self._packed_blocks)
-        self.num_tokens = self._caption_tokens or int(shapes.text_encoders[0]["max_position_embeddings"])
-        self.pooled_width = int(shapes.text_encoders[-1].get("projection_dim", 0))
+            quantize_linears(self.network, quantization, self.model.packed_blocks)
 
     def text(self, batch_size: int) -> TextEmbeddings:
-        """Text embeddings as the UNet takes them, (B, L, D), through the text encoders if they are trained."""
-        config = self.network.config
+        """Text embeddings as the network takes them, through the text encoders if they are trained."""
+        with META:
+            found = self.model.empty_text(self.network, self._text_configs, batch_size)
         if self.text_encoders:
-            tokens = torch.zeros(batch_size, self.num_tokens, dtype=torch.long, device=META)
-            outputs = [encoder(tokens, output_hidden_states=True) for encoder in self.text_encoders]
+            tokens = torch.zeros(found["states"].shape[:2], dtype=torch.long, device=META)
+            outputs: list[Any] = [encoder(tokens, output_hidden_states=True) for encoder in self.text_encoders]
             # Two encoders are read at their last layer but one, and concatenated.
             two = len(outputs) > 1
-            states = torch.cat([o.hidden_states[-2] if two else o.last_hidden_state for o in outputs], dim=-1)
-        else:
-            states = torch.empty(batch_size, self.num_tokens, config.cross_attention_dim, device=META)
-        found = {"states": states}
-        if config.addition_embed_type == "text_time":
-            numbers = config.projection_class_embeddings_input_dim - self.pooled_width
-            num_sizes = numbers // config.addition_time_embed_dim
-            found["text_embeds"] = torch.empty(batch_size, self.pooled_width, device=META)
-            found["time_ids"] = torch.empty(batch_size, num_sizes, device=META)
+            found["states"] = torch.cat([o.hidden_states[-2] if two else o.last_hidden_state for o in outputs], dim=-1)
         return found
 
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
-        """The UNet's prediction (B, C, h, w) in float32, for latents (B, C, h, w) at timesteps (B,)."""
-        dtype = self.network.dtype
-        added = {name: value.to(dtype) for name, value in text.items() if name != "states"}
-        prediction: Tensor = self.network(
-            noisy.to(dtype), timesteps, text["states"].to(dtype), added_cond_kwargs=added or None, return_dict=False
-        )[0]
-        return prediction.float()
-
-
-class MetaZImage(MetaBase):
-    """The same for Z-Image, with captions of 128 tokens."""
-
-    _kind = ZImageTransformer2DModel
-    _packed_blocks = z_image.ZImage.packed_blocks
-    network_waits = z_image.ZImage.network_waits
-    _caption_tokens = 128
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.levels = FlowLevels()
-
-    def text(self, batch_size: int) -> TextEmbeddings:
-        """{"states": (B, L, D)}."""
-        return {"states": torch.empty(batch_size, self.num_tokens, self.network.config.cap_feat_dim, device=META)}
-
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
-        """The velocity (B, C, h, w) in float32, for latents (B, C, h, w) at timesteps (B,)."""
-        dtype = self.network.dtype
-        states = list(text["states"].to(dtype))
-        return z_image.velocity(self.network, noisy.to(dtype), level(timesteps).float(), states).float()
-
-
-def meta_base(shapes: Shapes, dtype: torch.dtype, **options: Any) -> MetaBase:
-    """A base model of given shapes; the options are those of `MetaBase`."""
-    return (MetaZImage if shapes.is_z_image else MetaBase)(shapes, dtype, **options)
+        """The network's prediction (B, C, h, w) in float32, for latents (B, C, h, w) at timesteps (B,)."""
+        return self.model.denoise(self.network, noisy, timesteps, text)
 
 
 def empty_latents(shapes: Shapes, batch_size: int, size_px: Sequence[int]) -> Tensor:
     """Meta latents (B, C, h, w) of images of a width and a height in pixels."""
     width, height = (edge // shapes.latent_factor for edge in size_px)
-    channels = shapes.network.get("in_channels", 4)
-    return torch.empty(batch_size, channels, height, width, device=META)
+    return torch.empty(batch_size, shapes.latent_channels, height, width, device=META)
 
 
 @dataclass

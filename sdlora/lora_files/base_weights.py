@@ -22,20 +22,13 @@ from diffusers.loaders.single_file_utils import (
 from torch import Tensor, nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdlora.common.families import Family
 from sdlora.errors import BaseModelError, DataError
 from sdlora.lora.inject import NETWORKS, LoraState, adaptable, network_of
 from sdlora.lora.quantize import frozen_weight
 from sdlora.lora_files.names import kohya_name
 from sdlora.lora_files.read import family_of
-from sdlora.models.architectures import (
-    ARCHITECTURES,
-    TEXT_ENCODERS,
-    Architecture,
-    Family,
-    Header,
-    identify,
-    read_header,
-)
+from sdlora.models.architectures import ARCHITECTURES, TEXT_ENCODERS, Architecture, Header, identify, read_header
 
 Shape = tuple[int, ...]
 # More than any tensor has rows.

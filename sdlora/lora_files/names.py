@@ -27,10 +27,6 @@ from sdlora.models.architectures import FamilyNames
 
 UNET_PREFIX = "lora_unet_"
 PEFT_METADATA = "lora_adapter_metadata"
-_TRANSFORMER_PARTS = re.compile(
-    r"noise_refiner|context_refiner|layers|attention|feed_forward|adaLN_modulation|to_q|to_k|to_v|to_out|w[123]|"
-    r"cap_embedder|t_embedder|mlp|\d+"
-)
 _PEFT_KINDS = ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.weight")
 # Authors' names to diffusers', each: whole layers, blocks, and what follows a resnet's block.
 _LAYERS = {
@@ -191,16 +187,16 @@ def to_transformer(state: LoraState, prefix: str) -> dict[str, Tensor]:
     return tensors
 
 
-def transformer_path(name: str) -> str:
+def transformer_path(name: str, family: FamilyNames) -> str:
     """The module path of a transformer's layer by its kohya module name, whose underscores are dots or parts of words.
 
     Raises:
-        DataError: The name is not of a known transformer.
+        DataError: The name is not of the family.
     """
     inside = name.removeprefix(UNET_PREFIX)
-    parts = _TRANSFORMER_PARTS.findall(inside)
+    parts = re.findall(family.lora_parts, inside)
     if "_".join(parts) != inside:
-        raise DataError(f"{name!r} is no layer of a transformer that sdlora writes files for.")
+        raise DataError(f"{name!r} is no layer of {family.title} that sdlora knows.")
     return ".".join(parts)
 
 

@@ -24,7 +24,8 @@ from sdlora.errors import DataError
 from sdlora.lora.inject import NETWORKS, LoraState, LoraWeights, network_of
 from sdlora.lora_files.algebra import update
 from sdlora.lora_files.names import PEFT_METADATA, UNET_PREFIX, diffusers_name, kohya_name
-from sdlora.models.architectures import ARCHITECTURES, FAMILIES, Architecture, FamilyNames
+from sdlora.models.architectures import ARCHITECTURES, Architecture, FamilyNames
+from sdlora.models.families import FAMILIES
 
 MAX_HEADER_BYTES = 1 << 20
 """The longest header that ComfyUI reads."""
@@ -321,8 +322,9 @@ def family_of(state: LoraState, metadata: Mapping[str, str] | None = None) -> st
 
     The modules decide; where they do not tell, as convolutions alone do not, `metadata` does.
     """
-    if any(re.match(r"lora_unet_layers_\d+_(attention_to|feed_forward_w)", name) for name in state):
-        return FAMILIES["z-image"].modelspec
+    for names in FAMILIES.values():
+        if any(re.match(names.lora_mark, name) for name in state):
+            return names.modelspec
     if (width := text_width(state)) is not None:
         family = BY_TEXT_WIDTH.get(width)
         return f"text of width {width}" if family is None else family.modelspec

@@ -21,8 +21,7 @@ from sdlora.errors import DivergedError, ExportError
 from sdlora.lora.inject import NETWORKS, LoraState, by_prefix, inject_state
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora_files.names import as_written, rounded
-from sdlora.models.architectures import family_named
-from sdlora.models.load import family_of, network_of
+from sdlora.models.families import class_of, network_of
 
 
 @dataclass(frozen=True)
@@ -70,7 +69,7 @@ def verify_lora(
             f"The trained LoRA's predictions are NaN or infinite ({path}): the model has diverged. Start a new run "
             "with a lower train.learning_rate."
         )
-    names = family_named(family_of(pipeline).architecture)
+    names = class_of(pipeline).names
     written = _predictions_with(pipeline, rounded(as_written(state, names), dtype))
     masked = None if timestep_rank is None else _predictions_with(pipeline, state, timestep_rank)
     try:
@@ -106,7 +105,7 @@ def verify_lora(
 
 def _predictions(pipeline: DiffusionPipeline) -> list[Tensor]:
     """Outputs for fixed inputs: the network's at three timesteps, (3, C, h, w), then each text encoder's, (2, L, D)."""
-    predictions = family_of(pipeline).probe(network_of(pipeline))
+    predictions = class_of(pipeline).probe(network_of(pipeline))
     for encoder in _text_encoders(pipeline):
         length = encoder.config.max_position_embeddings
         tokens = torch.arange(2 * length).reshape(2, length) % encoder.config.vocab_size
@@ -115,7 +114,7 @@ def _predictions(pipeline: DiffusionPipeline) -> list[Tensor]:
 
 
 def _text_encoders(pipeline: DiffusionPipeline) -> list[Any]:
-    if not family_of(pipeline).trains_text:
+    if not class_of(pipeline).trains_text:
         return []
     encoders = [getattr(pipeline, name, None) for name in NETWORKS[1:]]
     return [encoder for encoder in encoders if encoder is not None]

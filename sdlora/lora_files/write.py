@@ -42,7 +42,8 @@ from sdlora.lora_files.read import (
     header_bytes,
     transformer_family,
 )
-from sdlora.models.architectures import ARCHITECTURES, FAMILIES, FamilyNames, family_named
+from sdlora.models.architectures import ARCHITECTURES, FamilyNames
+from sdlora.models.families import FAMILIES, family_named
 
 _SPEC = {
     "modelspec.sai_model_spec": "1.0.1",
@@ -99,7 +100,7 @@ def save_lora(
     Raises:
         ExportError: A value is too large for the dtype, or the header is larger than other programs read.
     """
-    family = family_named(metadata.architecture)
+    family = FAMILIES[family_named(metadata.architecture)]
     portable = as_written(state, family)
     extra = dict(metadata.private) | dict(metadata.origins)
     if family.lora_prefix is not None:
@@ -156,7 +157,7 @@ def write_file(
     header |= {key: value for key, value in metadata.items() if key not in (*_HASHES, PEFT_METADATA, "format")}
     header |= _rank_and_alpha(state)
     if (transformer := transformer_family(state)) is not None:
-        by_path = folded({transformer_path(name): weights for name, weights in state.items()})
+        by_path = folded({transformer_path(name, transformer): weights for name, weights in state.items()})
         tensors = to_transformer(by_path, lora_prefix(by_path, transformer))
     elif paths is None:
         tensors = kohya_tensors(state, authors_blocks=family == ARCHITECTURES["sdxl"].modelspec)
@@ -257,7 +258,7 @@ def _rank_and_alpha(state: LoraState) -> dict[str, str]:
 
 
 def _training_header(state: LoraState, metadata: LoraMetadata) -> dict[str, str]:
-    family = family_named(metadata.architecture)
+    family = FAMILIES[family_named(metadata.architecture)]
     size = metadata.resolution_px
     # ModelSpec knows no name for what flow matching predicts.
     predicts = {"epsilon": "epsilon", "v_prediction": "v"}.get(metadata.prediction_type)

@@ -10,13 +10,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
+from sdlora.common.families import Family
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
 from sdlora.models.shapes import ShapeError, part, text_config, unet_config, vae_config
-
-Family = Literal["sd1", "sd2", "sdxl", "z-image"]
 
 _MAX_HEADER_BYTES = 100 << 20
 _PICKLED = (".ckpt", ".pt", ".pth", ".bin")
@@ -54,8 +53,11 @@ class FamilyNames:
     base_version: str  # the value of `ss_base_model_version` in A1111
     pipeline: str  # diffusers' class
     implementation: str = "https://github.com/Stability-AI/generative-models"  # its authors' code, for ModelSpec
+    presets: str | None = None  # what the names of its presets begin with
     # Before the paths of layers in LoRA files whose B includes alpha / r; None for kohya's names with their alphas.
     lora_prefix: str | None = None
+    lora_mark: str = r"(?!)"  # a pattern of kohya's module names that only its LoRA files have
+    lora_parts: str = r"(?!)"  # a pattern of the parts of its module paths, which kohya's names join by underscores
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,6 +121,7 @@ ARCHITECTURES: dict[Family, Architecture] = {
         modelspec="stable-diffusion-v1",
         base_version="sd_v1",
         pipeline="StableDiffusionPipeline",
+        presets="sd15",
         unet={
             "sample_size": 64,
             "block_out_channels": [320, 640, 1280, 1280],
@@ -152,6 +155,7 @@ ARCHITECTURES: dict[Family, Architecture] = {
         modelspec="stable-diffusion-xl-v1-base",
         base_version="sdxl_base_v1-0",
         pipeline="StableDiffusionXLPipeline",
+        presets="sdxl",
         unet={
             "sample_size": 128,
             "block_out_channels": [320, 640, 1280],
@@ -170,26 +174,6 @@ ARCHITECTURES: dict[Family, Architecture] = {
         scheduler={"_class_name": "EulerDiscreteScheduler", **_SCHEDULE, "timestep_spacing": "leading"},
     ),
 }
-
-
-FAMILIES: dict[Family, FamilyNames] = {
-    **ARCHITECTURES,
-    "z-image": FamilyNames(
-        title="Z-Image",
-        modelspec="Z-Image",
-        base_version="z_image",
-        pipeline="ZImagePipeline",
-        implementation="https://github.com/Tongyi-MAI/Z-Image",
-        lora_prefix="diffusion_model.",
-    ),
-}
-"""All families; those without a UNet only by name."""
-_TRANSFORMERS: dict[str, Family] = {"ZImageTransformer2DModel": "z-image"}
-
-
-def family_named(modelspec: str) -> FamilyNames:
-    """The family of a ModelSpec architecture name such as "stable-diffusion-v2-768-v"."""
-    return next(family for family in FAMILIES.values() if modelspec.startswith(family.modelspec))
 
 
 @dataclass(frozen=True)
@@ -246,33 +230,6 @@ def _cut_off(file: Path, size: int, promised: int) -> BaseModelError:
     return BaseModelError(
         f"{file.name} is truncated: it has {size:,} bytes of at least {promised:,}. Download or copy it again."
     )
-
-
-def family_on_disk(path: str) -> Family | None:
-    """The family of a base model by its header or configuration, without its weights; None if it is not on the disk.
-
-    Raises:
-        BaseModelError: It is a file that is no base model.
-    """
-    place = Path(path).expanduser()
-    if place.is_file():
-        return identify(read_header(place), path).family
-    if (transformer := _configuration(place / "transformer")) is not None:
-        return _TRANSFORMERS.get(str(transformer.get("_class_name")))
-    unet = _configuration(place / "unet")
-    if unet is None:
-        return None  # a hub id, or a folder that loading it will say more about
-    if unet.get("addition_embed_type") == "text_time":
-        return "sdxl"
-    return "sd2" if unet.get("use_linear_projection") else "sd1"
-
-
-def _configuration(part: Path) -> dict[str, Any] | None:
-    try:
-        config: dict[str, Any] = json.loads((part / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return config
 
 
 class Identified(NamedTuple):

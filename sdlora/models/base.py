@@ -1,6 +1,7 @@
 """What training, caching and previews need of a base model.
 
-A new family is one new file with a subclass of `BaseModel`; those with a UNet share `sdlora.models.unet`.
+A new family is one new file with a subclass of `BaseModel`, and a line in `sdlora.common.families` and
+`sdlora.models.families`; those with a UNet share `sdlora.models.unet`.
 Shapes: B batch, C latent channels, H/W pixels, h/w latents.
 """
 
@@ -10,7 +11,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 from sdlora.data.dataset import Example
 from sdlora.diffusion.noise import NoiseLevels
 from sdlora.lora.quantize import num_weights
+from sdlora.models.architectures import FamilyNames
 
 # References to other files in ComfyUI and A1111, which remove them from a prompt before encoding it.
 _CALLS = re.compile(r"embedding:\S+|<(?:lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
@@ -69,8 +71,13 @@ class BaseModel(ABC):
         text: How captions are read.
 
     Attributes:
-        architecture: ModelSpec's name of the family, such as "stable-diffusion-v1".
+        names: What the family is called.
+        architecture: ModelSpec's name of the model, such as "stable-diffusion-v1".
         network_name: What diffusers calls the network in its pipeline.
+        network_class: The network's class in diffusers.
+        text_parts: What diffusers calls its text encoders.
+        optional_parts: Arguments that make its pipeline load without parts that are not needed.
+        default_targets: The targets of an estimate that names none.
         path: Where it was loaded from, as the user gave it.
         revision: The commit that a hub id was resolved to, or None.
         network: What adapters are injected into, in the compute dtype.
@@ -84,6 +91,9 @@ class BaseModel(ABC):
         max_tokens: How many tokens of a caption are read, start and end tokens included.
         text_dtype: In which the cache keeps text embeddings.
         trains_text: Whether the text encoders can have adapters.
+        keeps_text_type: Whether text encoders stay in the type of their files, as language models of billions of
+            weights do; others are in float32.
+        reads_windows: Whether captions are read in CLIP's windows of 75 tokens.
         network_waits: Whether the network leaves the device while a text encoder is there: a language model takes as
             much memory as the network itself.
         packed_blocks: What the paths of linear layers that can be packed contain; see `sdlora.lora.quantize`.
@@ -99,8 +109,15 @@ class BaseModel(ABC):
         ConfigError: The family cannot read captions as `text` asks.
     """
 
+    names: ClassVar[FamilyNames]
     architecture: str
     network_name: ClassVar[str]
+    network_class: ClassVar[str]
+    text_parts: ClassVar[tuple[str, ...]] = ("text_encoder",)
+    optional_parts: ClassVar[Mapping[str, Any]] = {}
+    default_targets: ClassVar[tuple[str, ...]]
+    keeps_text_type: ClassVar[bool] = False
+    reads_windows: ClassVar[bool] = False
     text_dtype: ClassVar[torch.dtype] = torch.float16
     trains_text: ClassVar[bool] = True
     network_waits: ClassVar[bool] = False
@@ -203,9 +220,16 @@ class BaseModel(ABC):
     def num_tokens(self, caption: str) -> int:
         """How many tokens a caption has, start and end tokens included."""
 
-    @abstractmethod
     def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
         """The network's prediction (B, C, h, w) in float32, for noisy latents (B, C, h, w) at timesteps (B,)."""
+        if self.network_waits:
+            self._use()
+        return self.denoise(self.network, noisy, timesteps, text)
+
+    @staticmethod
+    @abstractmethod
+    def denoise(network: Any, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
+        """What `predict` returns, by a network of the family on any device."""
 
     @abstractmethod
     def use_zero_terminal_snr(self) -> None:
@@ -219,6 +243,36 @@ class BaseModel(ABC):
     @abstractmethod
     def probe(network: nn.Module) -> list[Tensor]:
         """The network's predictions for fixed inputs, with which a file is verified."""
+
+    @classmethod
+    def why_not(cls, path: str) -> str | None:
+        """Why a base model of this class should not be trained, as the name of its place tells; None if it should."""
+        return None
+
+    @classmethod
+    @abstractmethod
+    def true_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
+        """The configurations of its network, its VAE and its text encoders, as published."""
+
+    @staticmethod
+    @abstractmethod
+    def empty_text_encoder(config: Mapping[str, Any]) -> nn.Module:
+        """A text encoder without weights, on the device of the context."""
+
+    @staticmethod
+    @abstractmethod
+    def empty_text(network: Any, text_configs: Sequence[Mapping[str, Any]], batch_size: int) -> TextEmbeddings:
+        """Text embeddings without values of captions of usual length, on the device of the context."""
+
+    @staticmethod
+    @abstractmethod
+    def empty_levels() -> NoiseLevels:
+        """The family's noise levels without values, on the device of the context."""
+
+    @staticmethod
+    def latent_shape(network: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+        """C, and pixels per latent along one edge, by the configurations of network and VAE."""
+        return int(network.get("in_channels", 4)), int(2 ** (len(vae["block_out_channels"]) - 1))
 
     def guidance_argument(self, scale: float) -> float:
         """A classifier-free guidance scale, 1 being none, in the terms of the family's pipeline."""

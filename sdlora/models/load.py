@@ -18,24 +18,21 @@ from typing import Any, Literal
 
 import diffusers
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel, ZImagePipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
 from sdlora.common.bundled import pocket_folder
+from sdlora.common.families import Family
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError
 from sdlora.lora.inject import NETWORKS
 from sdlora.lora.quantize import Quantization, quantize_linears
-from sdlora.models.architectures import ARCHITECTURES, FAMILIES, Family, Identified, identify, read_header
+from sdlora.models.architectures import ARCHITECTURES, Identified, identify, read_header
 from sdlora.models.base import BaseModel, Source, TextOptions
-from sdlora.models.sd import StableDiffusion
-from sdlora.models.sd2 import StableDiffusion2
-from sdlora.models.sdxl import StableDiffusionXL
+from sdlora.models.families import FAMILIES, class_of, class_of_pipeline, network_of
 from sdlora.models.unet import clip_tokenizer
-from sdlora.models.z_image import ZImage
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PIPELINES = {family.pipeline for family in FAMILIES.values()}
 _PLAIN = "Train on the base model that it was made from; the LoRA works on both."
 _REFUSED = {
     "Inpaint": f"an inpainting model. {_PLAIN}",
@@ -44,13 +41,6 @@ _REFUSED = {
     "StableDiffusionXLImg2Img": "the refiner of Stable Diffusion XL, which only refines finished images. Train on the "
     "base model.",
 }
-
-
-_ABSENT: dict[str, dict[str, Any]] = {
-    "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-    "StableDiffusionXLPipeline": {"add_watermarker": False},
-}
-"""What a pipeline can do without."""
 
 
 @dataclass(frozen=True)
@@ -97,7 +87,7 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
     # Quantization rounds the weights as they were stored, not those of the compute dtype.
     first = reload(dtype if options.quantization == "none" else torch.float32)
     source = Source(first, path, revision, reload)
-    network, family = network_of(source.pipeline), family_of(source.pipeline)
+    network, family = network_of(source.pipeline), class_of(source.pipeline)
     if options.quantization != "none":
         # Before it moves to a device that may be too small for the unquantized weights.
         quantize_linears(network, options.quantization, family.packed_blocks)
@@ -105,23 +95,6 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
         for parameter in network.parameters():
             parameter.data = parameter.data.clone()
     return family(source, device=device, dtype=dtype, text=options.text)
-
-
-def network_of(pipeline: DiffusionPipeline) -> Any:
-    """The network of a pipeline that adapters train."""
-    return getattr(pipeline, family_of(pipeline).network_name)
-
-
-def family_of(pipeline: DiffusionPipeline) -> type[BaseModel]:
-    """The family of a loaded pipeline."""
-    if isinstance(pipeline, ZImagePipeline):
-        return ZImage
-    # Nothing but the layers of their UNets distinguishes 1.x from 2.x at any size.
-    unet = pipeline.unet
-    if unet.config.addition_embed_type == "text_time":
-        return StableDiffusionXL
-    projections = (module for name, module in unet.named_modules() if name.endswith(".proj_in"))
-    return StableDiffusion2 if isinstance(next(projections, None), nn.Linear) else StableDiffusion
 
 
 def _loader(path: str, options: LoadOptions) -> tuple[Callable[..., DiffusionPipeline], str | None]:
@@ -160,31 +133,27 @@ def _load_folder(
     """Load a diffusers folder; `present` are components that are in memory already."""
     kind = _check_folder(path, folder)
     try:
-        pipeline: DiffusionPipeline = getattr(diffusers, kind).from_pretrained(
+        pipeline: DiffusionPipeline = getattr(diffusers, kind.names.pipeline).from_pretrained(
             folder,
             variant=variant,
-            # The UNet's dtype at once: SDXL's takes 10 GB in float32, which a small machine does not have.
-            dtype={
-                "unet": unet_dtype,
-                "transformer": unet_dtype,
-                "default": torch.float32,
-                **_text_dtype(kind, folder),
-            },
+            # The network's dtype at once: SDXL's takes 10 GB in float32, which a small machine does not have.
+            dtype={kind.network_name: unet_dtype, "default": torch.float32, **_text_dtypes(kind, folder)},
             use_safetensors=True,
             **present,
-            **_ABSENT.get(kind, {}),
+            **kind.optional_parts,
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise _not_loaded(path, error) from error
     return pipeline
 
 
-def _text_dtype(kind: str, folder: Path) -> dict[str, torch.dtype]:
-    """Text encoders of billions of weights stay in the type of their files; CLIP's are small, and are in float32."""
-    if kind != "ZImagePipeline":
-        return {}
-    first = read_header(min((folder / "text_encoder").glob("*.safetensors")))
-    return {"text_encoder": torch.float32 if "F32" in first.dtypes.values() else torch.bfloat16}
+def _text_dtypes(kind: type[BaseModel], folder: Path) -> dict[str, torch.dtype]:
+    """The types of text encoders that keep that of their files; all others are in float32."""
+    found = {}
+    for part in kind.text_parts if kind.keeps_text_type else ():
+        first = read_header(min((folder / part).glob("*.safetensors")))
+        found[part] = torch.float32 if "F32" in first.dtypes.values() else torch.bfloat16
+    return found
 
 
 def _not_loaded(path: str, error: Exception) -> BaseModelError:
@@ -195,8 +164,8 @@ def _not_loaded(path: str, error: Exception) -> BaseModelError:
     )
 
 
-def _check_folder(path: str, folder: Path) -> str:
-    """The pipeline class of a diffusers folder, which must be supported and complete."""
+def _check_folder(path: str, folder: Path) -> type[BaseModel]:
+    """The class of a diffusers folder, which must be supported and complete."""
     index = folder / "model_index.json"
     if not index.is_file():
         lora = any(read_header(file).has("unet.", "lora_") for file in sorted(folder.glob("*lora*.safetensors")))
@@ -211,25 +180,21 @@ def _check_folder(path: str, folder: Path) -> str:
         raise BaseModelError(f"{index} is not valid JSON: {error}.") from error
     if refused := next((sentence for mark, sentence in _REFUSED.items() if mark in kind), None):
         raise BaseModelError(f"{path!r} is {refused}")
-    if kind not in _PIPELINES:
+    found = class_of_pipeline(kind)
+    if found is None:
+        titles = [names.title for names in FAMILIES.values()]
         raise BaseModelError(
-            f"{path!r} is a {kind}, which sdlora does not train. It trains Stable Diffusion 1.x, 2.x and XL, and "
-            "Z-Image."
+            f"{path!r} is a {kind}, which sdlora does not train. It trains {', '.join(titles[:-1])} and {titles[-1]}."
         )
-    encoders = ["text_encoder", "text_encoder_2"] if kind == "StableDiffusionXLPipeline" else ["text_encoder"]
-    for part in encoders:
+    for part in found.text_parts:
         if not (folder / part).is_dir() or None in (entries.get(part) or [None]):
             raise BaseModelError(f"Base model {path!r} has no {part}, without which captions cannot be encoded.")
-    if kind == "ZImagePipeline" and "turbo" in path.lower():
-        raise BaseModelError(
-            f"{path!r} is distilled to draw in a few steps, which training undoes. Train on Z-Image itself; the LoRA "
-            "works on Turbo as well."
-        )
-    network = "transformer" if kind == "ZImagePipeline" else "unet"
-    for part in (network, "vae", *encoders):
+    if (reason := found.why_not(path)) is not None:
+        raise BaseModelError(reason)
+    for part in (found.network_name, "vae", *found.text_parts):
         for file in sorted((folder / part).glob("*.safetensors")):
             read_header(file)
-    return kind
+    return found
 
 
 def _load_single_file(

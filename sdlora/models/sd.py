@@ -6,10 +6,12 @@ Shapes: B batch, N windows, L tokens (77), D text width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 from diffusers import DiffusionPipeline
 
 from sdlora.errors import ConfigError
+from sdlora.models.architectures import ARCHITECTURES
 from sdlora.models.base import TextEmbeddings
 from sdlora.models.unet import UnetModel, tokens_in_windows
 
@@ -21,7 +23,11 @@ class StableDiffusion(UnetModel):
         ConfigError: The text encoder has fewer layers than `clip_skip`.
     """
 
+    names = ARCHITECTURES["sd1"]
     architecture = "stable-diffusion-v1"
+    optional_parts = MappingProxyType(
+        {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    )
     _layer = 1
     """The text encoder's layer to read, counted from the last (1)."""
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from diffusers import DiffusionPipeline
 
+from sdlora.models.architectures import ARCHITECTURES
 from sdlora.models.sd import StableDiffusion
 
 
@@ -15,6 +16,8 @@ class StableDiffusion2(StableDiffusion):
     Raises:
         ConfigError: `clip_skip` chooses another layer of the text encoder.
     """
+
+    names = ARCHITECTURES["sd2"]
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -6,6 +6,7 @@ Shapes: B batch, N windows, L tokens (77), D text width (768 + 1280), P pooled w
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import MappingProxyType
 
 import torch
 from diffusers import DiffusionPipeline
@@ -14,6 +15,7 @@ from torch import Tensor
 from sdlora.data.dataset import Example
 from sdlora.data.images import crop_origin
 from sdlora.errors import BaseModelError
+from sdlora.models.architectures import ARCHITECTURES
 from sdlora.models.base import TextEmbeddings
 from sdlora.models.unet import UnetModel, tokens_in_windows
 
@@ -30,7 +32,10 @@ class StableDiffusionXL(UnetModel):
     Source: Podell et al. 2307.01952, sections 2.1 and 2.2.
     """
 
+    names = ARCHITECTURES["sdxl"]
     architecture = "stable-diffusion-xl-v1-base"
+    text_parts = ("text_encoder", "text_encoder_2")
+    optional_parts = MappingProxyType({"add_watermarker": False})
 
     def _check_family(self, pipeline: DiffusionPipeline) -> None:
         config, second = pipeline.unet.config, pipeline.text_encoder_2

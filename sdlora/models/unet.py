@@ -7,19 +7,20 @@ from __future__ import annotations
 
 import gzip
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.resources import files
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from diffusers import DDIMScheduler, DDPMScheduler, DiffusionPipeline
 from torch import Tensor, nn
-from transformers import CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from sdlora.common import seeds
 from sdlora.diffusion.noise import DdpmLevels, check_prediction_type, zero_terminal_snr
 from sdlora.errors import BaseModelError, ConfigError
+from sdlora.models.architectures import Architecture
 from sdlora.models.base import BaseModel, TextEmbeddings
 
 PROBED_TIMESTEPS = (20, 400, 950)
@@ -72,7 +73,11 @@ class UnetModel(BaseModel):
         ConfigError: The family cannot read captions as `text` asks.
     """
 
+    names: ClassVar[Architecture]
     network_name = "unet"
+    network_class = "UNet2DConditionModel"
+    default_targets = ("cross_attention",)
+    reads_windows = True
     packed_blocks = ".attentions."
     samplers = ("auto", "base", "euler", "euler_a", "dpmpp_2m_karras", "unipc")
     levels: DdpmLevels
@@ -133,13 +138,14 @@ class UnetModel(BaseModel):
         """How many tokens a caption has, start and end tokens included."""
         return len(self.tokenizers[0](caption, truncation=False, verbose=False).input_ids)
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
+    @staticmethod
+    def denoise(network: Any, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
         """The UNet's prediction (B, C, h, w) in float32, for noisy latents (B, C, h, w) at timesteps (B,)."""
-        dtype, more = self.network.dtype, {}
+        dtype, more = network.dtype, {}
         if "pooled" in text:
             more["added_cond_kwargs"] = {"text_embeds": text["pooled"].to(dtype), "time_ids": text["sizes"]}
         states = text["states"].to(dtype)
-        prediction: Tensor = self.network(noisy.to(dtype), timesteps, states, return_dict=False, **more)[0]
+        prediction: Tensor = network(noisy.to(dtype), timesteps, states, return_dict=False, **more)[0]
         return prediction.float()
 
     def use_zero_terminal_snr(self) -> None:
@@ -159,6 +165,34 @@ class UnetModel(BaseModel):
         self._pipeline.scheduler = DDIMScheduler.from_config(
             self._pipeline.scheduler.config, rescale_betas_zero_snr=True, timestep_spacing="trailing"
         )
+
+    @classmethod
+    def true_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
+        """The configurations of its UNet, its VAE and its text encoders, as published."""
+        return cls.names.unet, cls.names.vae, cls.names.text_encoders
+
+    @staticmethod
+    def empty_text_encoder(config: Mapping[str, Any]) -> nn.Module:
+        """A CLIP text encoder without weights."""
+        encoder: nn.Module = CLIPTextModel(CLIPTextConfig(**config))
+        return encoder
+
+    @staticmethod
+    def empty_text(network: Any, text_configs: Sequence[Mapping[str, Any]], batch_size: int) -> TextEmbeddings:
+        """Text embeddings without values of one window of CLIP's: (B, L, D), and with them (B, P) and (B, 6)."""
+        config, num_tokens = network.config, int(text_configs[0]["max_position_embeddings"])
+        found = {"states": torch.empty(batch_size, num_tokens, config.cross_attention_dim)}
+        if config.addition_embed_type == "text_time":
+            width = int(text_configs[-1]["projection_dim"])
+            numbers = config.projection_class_embeddings_input_dim - width
+            found["pooled"] = torch.empty(batch_size, width)
+            found["sizes"] = torch.empty(batch_size, numbers // config.addition_time_embed_dim)
+        return found
+
+    @staticmethod
+    def empty_levels() -> DdpmLevels:
+        """A schedule without values, of 1000 timesteps."""
+        return DdpmLevels(torch.empty(1000), "epsilon")
 
     @staticmethod
     def probe(network: nn.Module) -> list[Tensor]:

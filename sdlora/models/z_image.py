@@ -7,27 +7,37 @@ Source: Z-Image Team 2511.22699; the calls are those of diffusers' ZImagePipelin
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from math import log
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
+from transformers import Qwen3Config, Qwen3Model
 
 from sdlora.common import seeds
-from sdlora.diffusion.flow import FlowLevels, level
+from sdlora.diffusion.flow import FlowLevels, level, log_shift
 from sdlora.errors import BaseModelError, ConfigError
+from sdlora.models.architectures import FamilyNames
 from sdlora.models.base import BaseModel, TextEmbeddings
 
 _MAX_TOKENS = 512
 _PROBED_LEVELS = (0.05, 0.4, 0.95)
 _PROBED_LENGTHS = (7, 20, 33)
 _PROBE_EDGE = 16
-
+_COUNTED_TOKENS = 128  # of a caption, in estimates
 
 # The true shape, where it differs from the defaults of diffusers' and transformers' classes.
+NETWORK: dict[str, Any] = {
+    "in_channels": 16,
+    "dim": 3840,
+    "n_layers": 30,
+    "n_refiner_layers": 2,
+    "n_heads": 30,
+    "n_kv_heads": 30,
+    "cap_feat_dim": 2560,
+}
 VAE: dict[str, Any] = {
     "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2,
@@ -64,8 +74,25 @@ class ZImage(BaseModel):
         ConfigError: `text` asks for CLIP's layers or windows.
     """
 
-    architecture = "Z-Image"
+    names = FamilyNames(
+        title="Z-Image",
+        modelspec="Z-Image",
+        base_version="z_image",
+        pipeline="ZImagePipeline",
+        implementation="https://github.com/Tongyi-MAI/Z-Image",
+        presets="z-image",
+        lora_prefix="diffusion_model.",
+        lora_mark=r"lora_unet_layers_\d+_(attention_to|feed_forward_w)",
+        lora_parts=(
+            r"noise_refiner|context_refiner|layers|attention|feed_forward|adaLN_modulation|to_q|to_k|to_v|to_out|"
+            r"w[123]|cap_embedder|t_embedder|mlp|\d+"
+        ),
+    )
+    architecture = names.modelspec
     network_name = "transformer"
+    network_class = "ZImageTransformer2DModel"
+    default_targets = ("attention",)
+    keeps_text_type = True
     packed_blocks = ".layers."
     text_dtype = torch.bfloat16
     trains_text = False
@@ -87,7 +114,7 @@ class ZImage(BaseModel):
             )
         self.levels = FlowLevels()
         self.prediction_type = "flow"
-        self.log_shift = log(pipeline.scheduler.config.shift)
+        self.log_shift = log_shift(pipeline.scheduler.config.shift)
         self.latent_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.size_step_px = 2 * self.latent_factor  # the transformer sees patches of 2 x 2 latents
         self.resolution_px = self.vae.config.sample_size
@@ -133,12 +160,11 @@ class ZImage(BaseModel):
         """How many tokens a caption has, those of the chat included."""
         return len(self.tokenizers[0](self._asked([caption])[0], truncation=False, verbose=False).input_ids)
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
+    @staticmethod
+    def denoise(network: Any, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
         """The velocity (B, C, h, w) in float32, for noisy latents (B, C, h, w) at timesteps (B,)."""
-        self._use()
-        dtype = self.network.dtype
-        states = [own.to(dtype) for own in _unpadded(text)]
-        return velocity(self.network, noisy.to(dtype), level(timesteps).float(), states).float()
+        states = [own.to(network.dtype) for own in _unpadded(text)]
+        return velocity(network, noisy.to(network.dtype), level(timesteps).float(), states).float()
 
     def use_zero_terminal_snr(self) -> None:
         """Refuse it: the highest level of flow matching is pure noise already."""
@@ -146,6 +172,37 @@ class ZImage(BaseModel):
             f"loss.zero_terminal_snr is for noise schedules that do not end in pure noise, and that of {self.path!r} "
             "does. Set it to false."
         )
+
+    @classmethod
+    def why_not(cls, path: str) -> str | None:
+        """Why the distilled Turbo should not be trained; None for any other."""
+        if "turbo" not in path.lower():
+            return None
+        return (
+            f"{path!r} is distilled to draw in a few steps, which training undoes. Train on Z-Image itself; the LoRA "
+            "works on Turbo as well."
+        )
+
+    @classmethod
+    def true_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
+        """The configurations of its transformer, its VAE and Qwen3 with 4 billion weights."""
+        return NETWORK, VAE, (QWEN3_4B,)
+
+    @staticmethod
+    def empty_text_encoder(config: Mapping[str, Any]) -> nn.Module:
+        """Qwen3 without weights, in bfloat16 as it is published."""
+        encoder: nn.Module = Qwen3Model(Qwen3Config(**config)).to(torch.bfloat16)
+        return encoder
+
+    @staticmethod
+    def empty_text(network: Any, text_configs: Sequence[Mapping[str, Any]], batch_size: int) -> TextEmbeddings:
+        """{"states": (B, L, D)} without values, of captions of equal length."""
+        return {"states": torch.empty(batch_size, _COUNTED_TOKENS, network.config.cap_feat_dim)}
+
+    @staticmethod
+    def empty_levels() -> FlowLevels:
+        """Flow matching's levels, which have no values."""
+        return FlowLevels()
 
     def guidance_argument(self, scale: float) -> float:
         """Z-Image's pipeline counts guidance from 0: c + g (c - u)."""
@@ -169,6 +226,8 @@ def velocity(network: nn.Module, noisy: Tensor, s: Tensor, states: list[Tensor])
 
 
 def _unpadded(text: TextEmbeddings) -> list[Tensor]:
-    """The states of each caption, (L, D), without its padding."""
+    """The states of each caption, (L, D), without its padding, of which there is none where there is no mask."""
+    if "mask" not in text:
+        return list(text["states"])
     lengths = text["mask"].sum(dim=1).long().tolist()
     return [states[:length] for states, length in zip(text["states"], lengths, strict=True)]

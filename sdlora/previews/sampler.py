@@ -151,7 +151,7 @@ class SamplerWatch:
         step: list[Tensor] = []
 
         def observe(_: nn.Module, __: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-            # Z-Image predicts for a list of latents (C, 1, h, w).
+            # Some transformers predict for a list of latents (C, 1, h, w).
             step.append((torch.stack(output[0]).squeeze(2) if isinstance(output[0], list) else output[0]).detach())
             if sum(map(len, step)) == 2 * num_previews:
                 one, other = torch.cat(step).chunk(2)

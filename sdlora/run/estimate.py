@@ -18,6 +18,7 @@ import psutil
 import torch
 
 from sdlora.common.bundled import pocket_folder
+from sdlora.common.families import Family
 from sdlora.common.text import format_bytes
 from sdlora.config.presets import Preset
 from sdlora.config.schema import RunConfig
@@ -43,7 +44,6 @@ from sdlora.estimate.memory import MemoryEstimate, MemoryInputs, estimate_memory
 from sdlora.estimate.meta_model import Shapes, num_bytes, shapes_of_base, shapes_of_family, shapes_on_disk
 from sdlora.events import saved_as, to_json
 from sdlora.lora.quantize import num_weights
-from sdlora.models.architectures import Family, family_on_disk
 from sdlora.run.arguments import adapter_spec, training_settings
 from sdlora.run.folder import RunFolder
 from sdlora.run.lora_inputs import starting_file, with_settings_of_file
@@ -140,8 +140,7 @@ def changes_to_fit(config: RunConfig, memory_bytes: int) -> list[CountedHint]:
     place = pocket_folder() if path == "pocket" else Path(path).expanduser()
     if place.exists():
         try:
-            known = path != "pocket" and family_on_disk(path) == "z-image"
-            shapes: Shapes | Family = "z-image" if known else shapes_on_disk(place)
+            shapes: Shapes | Family = shapes_on_disk(place)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"--memory: the shapes of {path!r} cannot be read ({error}); leave it out.") from error
     elif family not in ("any", "pocket"):

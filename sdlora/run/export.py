@@ -41,7 +41,7 @@ from sdlora.lora_files.names import PEFT_METADATA
 from sdlora.lora_files.read import DTYPES_BY_NAME
 from sdlora.lora_files.verify import verify_lora
 from sdlora.lora_files.write import LoraMetadata, add_metadata, save_lora
-from sdlora.models.architectures import family_named, read_header
+from sdlora.models.architectures import read_header
 from sdlora.models.unet import PROBED_TIMESTEPS
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.arguments import timestep_rank
@@ -73,7 +73,7 @@ def export_epoch(context: RunContext, event: EpochDone) -> None:
     found: dict[str, Any] = {}
     networks = {name: getattr(pipeline, name, None) for name in NETWORKS}
     save_lora(file, state, metadata=metadata, spelling=config.file.format, dtype=dtype)
-    verified, has_two_forms = file, family_named(context.base.architecture).lora_prefix is None
+    verified, has_two_forms = file, context.base.names.lora_prefix is None
     if has_two_forms and config.file.format == "peft":
         found["comfyui_modules"] = comfyui_modules(state)
     elif has_two_forms and config.lora.dora:

@@ -25,8 +25,8 @@ from sdlora.copycheck.scale import make_gallery
 from sdlora.errors import ConfigError, OutOfMemoryError
 from sdlora.estimate.hints import Stage, out_of_memory_message
 from sdlora.lora.inject import Adapter
-from sdlora.models.architectures import FAMILIES, family_named, family_on_disk
 from sdlora.models.base import BaseModel, TextOptions, weights_identity
+from sdlora.models.families import FAMILIES, family_named, family_on_disk
 from sdlora.models.load import LoadOptions, load_base
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.arguments import Images, fit_images, make_adapter, read_images, text_is_trained, training_settings
@@ -148,8 +148,7 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
     check_family(config.base, found)
     base = load_base(config.base.path, device=device, dtype=dtype, options=options)
     if found is None:  # a hub id
-        own = family_named(base.architecture)
-        check_family(config.base, next(name for name, family in FAMILIES.items() if family is own))
+        check_family(config.base, family_named(base.architecture))
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
     return base

@@ -21,9 +21,9 @@ matplotlib.rcParams.update({"svg.hashsalt": "sdlora", "font.size": 9, "axes.spin
                             "axes.spines.right": False})  # fmt: skip
 from matplotlib import pyplot  # noqa: E402
 
+from sdlora.common.families import Family  # noqa: E402
 from sdlora.config.toml import parse_config  # noqa: E402
 from sdlora.estimate.meta_model import shapes_of_family  # noqa: E402
-from sdlora.models.architectures import Family  # noqa: E402
 from sdlora.run.estimate import Estimate, estimate_shapes  # noqa: E402
 
 FAMILIES: dict[Family, tuple[str, str]] = {"sd1": ("SD 1.5", "#1d5fd0"), "sdxl": ("SDXL", "#9a4d00")}

@@ -28,11 +28,12 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from helpers.readers import a1111_reads, comfyui
 from helpers.tiny import TINY, make_tiny, random_networks, small_tokenizer
 
+from sdlora.common.families import Family
 from sdlora.lora.inject import LoraState, LoraWeights, by_prefix, find_targets
 from sdlora.lora_files.names import to_kohya
 from sdlora.lora_files.verify import Verification, verify_lora
 from sdlora.lora_files.write import LoraMetadata, save_lora
-from sdlora.models.architectures import ARCHITECTURES, Architecture, Family
+from sdlora.models.architectures import ARCHITECTURES, Architecture
 
 FAMILIES: list[Family] = ["sd1", "sd2", "sdxl"]
 UNET_TARGETS = ["cross_attention", "self_attention", "mlp", "projection", "conv"]

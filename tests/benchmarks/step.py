@@ -28,9 +28,10 @@ from peft import LoraConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sdlora.common.families import Family
 from sdlora.estimate.meta_model import counted
 from sdlora.lora.inject import find_targets, inject
-from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.models.architectures import ARCHITECTURES
 from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group
 

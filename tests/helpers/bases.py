@@ -9,8 +9,8 @@ import pytest
 import torch
 from helpers.ldm import Tensors
 
+from sdlora.common.families import Family
 from sdlora.errors import BaseModelError
-from sdlora.models.architectures import Family
 from sdlora.models.base import BaseModel
 from sdlora.models.load import LoadOptions, load_base
 

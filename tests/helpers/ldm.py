@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from sdlora.models.architectures import Family
+from sdlora.common.families import Family
 
 Tensors = dict[str, Tensor]
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 
-from sdlora.models.architectures import Family
+from sdlora.common.families import Family
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out_0")
 BLOCK = (*(f"{kind}_{name}" for kind in ("attn1", "attn2") for name in ATTENTION), "ff_net_0_proj", "ff_net_2")

@@ -9,9 +9,10 @@ from typing import Any, cast
 
 from PIL import Image
 
+from sdlora.common.families import Family
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml
-from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.models.architectures import ARCHITECTURES
 from sdlora.ui.state.folders import Studio
 
 

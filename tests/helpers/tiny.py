@@ -30,7 +30,8 @@ from transformers import (
     Qwen3Model,
 )
 
-from sdlora.models.architectures import ARCHITECTURES, Architecture, Family
+from sdlora.common.families import Family
+from sdlora.models.architectures import ARCHITECTURES, Architecture
 from sdlora.pocket import flow_architecture
 from sdlora.pocket.architecture import build_scheduler, build_tokenizer, vocabulary
 

@@ -19,6 +19,7 @@ from interop import on_meta
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sdlora.common.families import Family
 from sdlora.errors import BaseModelError, DataError, OutputError
 from sdlora.lora.inject import LoraState, LoraWeights, adaptable, find_targets, inject
 from sdlora.lora_files.algebra import update
@@ -26,7 +27,7 @@ from sdlora.lora_files.base_weights import base_weights, empty_networks, file_we
 from sdlora.lora_files.merge import differences, merge_into
 from sdlora.lora_files.read import read_file
 from sdlora.lora_files.write import LoraMetadata, save_lora
-from sdlora.models.architectures import ARCHITECTURES, Family, Header
+from sdlora.models.architectures import ARCHITECTURES, Header
 from sdlora.models.unet import clip_tokenizer
 
 FAMILIES: list[Family] = ["sd1", "sd2", "sdxl"]

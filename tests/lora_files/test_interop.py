@@ -16,9 +16,10 @@ from helpers.tiny import TINY, make_tiny
 from interop import CELLS, FAMILIES, UNET_TARGETS, Cell, on_meta, random_state, save_and_verify
 from torch import nn
 
+from sdlora.common.families import Family
 from sdlora.lora.inject import TARGETS, adaptable, find_targets
 from sdlora.lora_files.names import to_kohya
-from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.models.architectures import ARCHITECTURES
 
 # Modules by family: on the UNet alone, and with the text encoders.
 # SDXL has 70 transformer blocks of 10 layers, 11 attentions of 2, 17 resnets of 2, 11 shortcuts and 4 scalers.

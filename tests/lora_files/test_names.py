@@ -6,6 +6,7 @@ import torch
 from helpers.adapters import UNET_TARGETS, injected
 from helpers.readers import unet_names
 
+from sdlora.common.families import Family
 from sdlora.lora.inject import TARGETS, AdapterSpec, LoraState, LoraWeights, adaptable, target_of
 from sdlora.lora_files.names import (
     authors_name,
@@ -16,7 +17,6 @@ from sdlora.lora_files.names import (
     to_kohya,
     to_peft,
 )
-from sdlora.models.architectures import Family
 
 
 def update(weights: LoraWeights) -> torch.Tensor:

@@ -9,7 +9,8 @@ from helpers.bases import FAMILIES, Layouts
 from helpers.ldm import authors_layout
 from helpers.tiny import make_tiny, tiny_networks
 
-from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.common.families import Family
+from sdlora.models.architectures import ARCHITECTURES
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,8 @@ from helpers.tiny import tiny_networks
 from safetensors.torch import save_file
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from sdlora.models.architectures import ARCHITECTURES, Family, identify, read_header
+from sdlora.common.families import Family
+from sdlora.models.architectures import ARCHITECTURES, identify, read_header
 
 NUM_VAE = 83_653_863
 PUBLISHED: dict[Family, tuple[int, list[int]]] = {

@@ -11,8 +11,8 @@ import torch
 from helpers.bases import CAPTIONS, CPU, FAMILIES, NAMES, load
 from helpers.tiny import TINY, small_tokenizer
 
+from sdlora.common.families import Family
 from sdlora.data.dataset import Example
-from sdlora.models.architectures import Family
 from sdlora.models.base import TextOptions, references_to_other_files
 from sdlora.models.load import load_base
 from sdlora.models.unet import clip_tokenizer, tokens_in_windows

@@ -8,8 +8,8 @@ import pytest
 import torch
 from helpers.bases import CAPTIONS, load
 
+from sdlora.common.families import Family
 from sdlora.errors import ConfigError
-from sdlora.models.architectures import Family
 from sdlora.models.base import TextOptions
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from helpers.bases import CPU, load
 
+from sdlora.common.families import Family
 from sdlora.data.dataset import Example
-from sdlora.models.architectures import Family
 from sdlora.models.load import load_base
 
 

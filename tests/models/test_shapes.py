@@ -14,8 +14,9 @@ from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from helpers.ldm import authors_layout
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdlora.common.families import Family
 from sdlora.errors import BaseModelError
-from sdlora.models.architectures import ARCHITECTURES, Architecture, Family, Header, architecture_of
+from sdlora.models.architectures import ARCHITECTURES, Architecture, Header, architecture_of
 from sdlora.models.load import _complete
 
 UNET = "model.diffusion_model."

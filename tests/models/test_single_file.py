@@ -12,9 +12,10 @@ from helpers.ldm import authors_layout, write_checkpoint
 from helpers.tiny import TINY, tiny_networks
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from sdlora.common.families import Family
 from sdlora.config.toml import parse_config
 from sdlora.events import Exported, StepDone
-from sdlora.models.architectures import ARCHITECTURES, Family
+from sdlora.models.architectures import ARCHITECTURES
 from sdlora.run.run import start
 
 

@@ -32,3 +32,17 @@ def test_architecture_page_names_every_room() -> None:
         if (path.is_dir() and list(path.glob("*.py"))) or (path.suffix == ".py" and path.name != "__init__.py")
     }
     assert named - {"ui/"} == found
+
+
+def test_no_room_but_models_knows_a_transformers_family_by_name() -> None:
+    """The options' list of names, the built-in bases and the readers of other programs' settings are left out."""
+    apart = ("models", "pocket", "config/imports")
+    named = re.compile(r"z.?image|flux", re.IGNORECASE)
+    files = [
+        file
+        for file in (*Path("sdlora").rglob("*.py"), *Path("ui").rglob("*.py"))
+        if file.name != "families.py" and not any(file.is_relative_to(Path("sdlora", room)) for room in apart)
+    ]
+    # A paper's or another model's name in a sentence about where a formula is from is not a question.
+    code = {file: re.sub(r'"""(.|\n)*?"""|#.*', "", file.read_text(encoding="utf-8")) for file in files}
+    assert [str(file) for file, text in code.items() if named.search(text)] == []

@@ -9,11 +9,11 @@ import pytest
 from helpers.tiny import make_tiny
 from safetensors import safe_open
 
+from sdlora.common.families import Family
 from sdlora.config.toml import load_config
 from sdlora.errors import DataError
 from sdlora.events import EpochDone, Exported, Notice
 from sdlora.lora_files.read import describe_lora
-from sdlora.models.architectures import Family
 from sdlora.run.run import start
 
 TARGETS = ["cross_attention", "self_attention", "mlp", "projection", "conv", "text_encoder"]

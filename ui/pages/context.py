@@ -19,6 +19,7 @@ import gradio as gr
 from sdlora.common.bundled import BUILTIN, shipped_sets
 from sdlora.data.captions import with_trigger
 from sdlora.errors import ConfigError, SdloraError
+from sdlora.models.families import CLASSES
 
 from ..html import views
 from ..settings.bases import POCKET, base_resolution_px, family_of
@@ -93,7 +94,8 @@ class Context:
         def read(caption: str) -> Reading:
             return read_caption(with_trigger(caption, draft.trigger) if caption else "", windows, is_pocket=is_pocket)
 
-        has_windows = family_of(draft.base) != "z-image"
+        family = family_of(draft.base)
+        has_windows = family is None or CLASSES[family].reads_windows
         found = view(
             folder, trigger=draft.trigger or None, resolution_px=resolution_px, taken_out=taken_out,
             read=read if has_windows else None,

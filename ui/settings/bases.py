@@ -14,9 +14,11 @@ from huggingface_hub.errors import CacheNotFound, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
 from sdlora.common.bundled import pocket_folder
+from sdlora.common.families import Family
 from sdlora.errors import BaseModelError, ConfigError, SdloraError
-from sdlora.estimate.meta_model import Shapes, shapes_of_configs, shapes_of_family
-from sdlora.models.architectures import FAMILIES, Family, Identified, family_on_disk, identify, read_header
+from sdlora.estimate.meta_model import Shapes, shapes_of_configs, shapes_on_disk
+from sdlora.models.architectures import Identified, identify, read_header
+from sdlora.models.families import FAMILIES, family_on_disk
 
 from ..state.folders import Studio
 from ..state.locations import check_model, to_path
@@ -76,9 +78,10 @@ def shapes_of(path: str) -> Shapes | None:
     folder = pocket_folder() if path == POCKET else _place(path)
     try:
         if folder.is_file():
-            found = _identified(folder).architecture
-            return _shapes_of_texts(*map(json.dumps, (found.unet, found.vae, *found.text_encoders)))
-        return shapes_of_family("z-image") if family_of(path) == "z-image" else _shapes_of_folder(folder)
+            found = _identified(folder)
+            shape = found.architecture
+            return shapes_of_configs(found.family, shape.unet, shape.vae, shape.text_encoders)
+        return shapes_on_disk(folder)
     except (OSError, ValueError, KeyError, SdloraError):
         return None  # loading it says what is wrong
 
@@ -101,12 +104,8 @@ def family_of(path: str) -> Family | None:
 def preset_family(path: str) -> str | None:
     """What the names of a base model's presets begin with, such as "sdxl"; None if it has none, or is not known."""
     family = family_of(path)
-    if family == "sd1":
-        return "sd15"
-    if family == "z-image":
-        return family
     if family != "sdxl":
-        return None
+        return None if family is None else FAMILIES[family].presets
     if _prediction_type(_place(path)) == "v_prediction":
         return "noobai-v"
     name = (path if (place := _local(path)) is None else place.name).lower()
@@ -164,17 +163,6 @@ def _local(path: str) -> Path | None:
     except ConfigError:
         return None
     return place if place.exists() else None
-
-
-def _shapes_of_folder(folder: Path) -> Shapes:
-    encoders = [part for part in ("text_encoder", "text_encoder_2") if (folder / part).is_dir()]
-    texts = [(folder / part / "config.json").read_text(encoding="utf-8") for part in ("unet", "vae", *encoders)]
-    return _shapes_of_texts(*texts)
-
-
-@functools.lru_cache(maxsize=16)
-def _shapes_of_texts(unet: str, vae: str, *encoders: str) -> Shapes:
-    return shapes_of_configs(json.loads(unet), json.loads(vae), [json.loads(one) for one in encoders])
 
 
 def _is_hub_id(path: str) -> bool:

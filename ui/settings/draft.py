@@ -17,7 +17,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.config.toml import RENAMED, options, renaming_note
 from sdlora.errors import ConfigError
 from sdlora.events import fields_from_json, saved_as, to_json
-from sdlora.models.architectures import FAMILIES
+from sdlora.models.families import FAMILIES
 from sdlora.run.estimate import Estimate
 
 from ..state.folder_notes import change_notes, read_notes

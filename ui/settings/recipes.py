@@ -9,6 +9,7 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
+from sdlora.common.bundled import shipped_configs
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config, options
 
@@ -45,7 +46,6 @@ _OF_POCKET = (
 _POCKET_LENGTHS = {"a first look": (2, 12), "as usual": (4, 36), "thorough": (5, 50)}  # epochs, and repeats in each
 # Where there is no preset. The schema's own default is one exposure an epoch, which teaches nothing.
 _USUAL_EXPOSURES = 100
-_FAMILIES = ("sd15", "sdxl", "illustrious", "noobai-v", "z-image")
 
 
 def defaults() -> dict[str, Any]:
@@ -115,7 +115,8 @@ def _resolved(preset: str | None) -> Mapping[str, Any]:
 def _recipe_options() -> tuple[str, ...]:
     """Options that any recipe sets, in the schema's order."""
     plain = defaults()
-    presets = [_resolved("quickstart"), *(_resolved(f"{f}-{subject}") for f in _FAMILIES for subject in SUBJECTS)]
+    shipped = [name for name in shipped_configs() if name.rpartition("-")[2] in SUBJECTS]
+    presets = [_resolved(name) for name in ("quickstart", *shipped)]
     apart = {"name", "data.folder", "data.sets"}
     return tuple(
         name

@@ -1,0 +1,85 @@
+"""The registry: every family's class by its name, and the family of what is loaded or lies on the disk."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from diffusers import DiffusionPipeline
+from torch import nn
+
+from sdlora.common.families import Family
+from sdlora.models.architectures import FamilyNames, identify, read_header
+from sdlora.models.base import BaseModel
+from sdlora.models.sd import StableDiffusion
+from sdlora.models.sd2 import StableDiffusion2
+from sdlora.models.sdxl import StableDiffusionXL
+from sdlora.models.z_image import ZImage
+
+CLASSES: dict[Family, type[BaseModel]] = {
+    "sd1": StableDiffusion,
+    "sd2": StableDiffusion2,
+    "sdxl": StableDiffusionXL,
+    "z-image": ZImage,
+}
+FAMILIES: dict[Family, FamilyNames] = {family: kind.names for family, kind in CLASSES.items()}
+
+
+def family_named(modelspec: str) -> Family:
+    """The family of a ModelSpec architecture name such as "stable-diffusion-v2-768-v"."""
+    return next(family for family, names in FAMILIES.items() if modelspec.startswith(names.modelspec))
+
+
+def class_of_pipeline(name: str) -> type[BaseModel] | None:
+    """A class of base models that diffusers loads with a pipeline class of this name; None if none does.
+
+    Stable Diffusion 1.x and 2.x share one.
+    """
+    return next((kind for kind in CLASSES.values() if kind.names.pipeline == name), None)
+
+
+def class_of(pipeline: DiffusionPipeline) -> type[BaseModel]:
+    """The class of a loaded pipeline."""
+    # Nothing but the layers of their UNets distinguishes 1.x from 2.x and XL at any size.
+    if (unet := getattr(pipeline, "unet", None)) is None:
+        found = class_of_pipeline(type(pipeline).__name__)
+        assert found is not None, "loading refuses pipelines of other families"
+        return found
+    if unet.config.addition_embed_type == "text_time":
+        return StableDiffusionXL
+    projections = (module for name, module in unet.named_modules() if name.endswith(".proj_in"))
+    return StableDiffusion2 if isinstance(next(projections, None), nn.Linear) else StableDiffusion
+
+
+def network_of(pipeline: DiffusionPipeline) -> Any:
+    """The network of a pipeline that adapters train."""
+    return getattr(pipeline, class_of(pipeline).network_name)
+
+
+def family_on_disk(path: str) -> Family | None:
+    """The family of a base model by its header or configuration, without its weights; None if it is not on the disk.
+
+    Raises:
+        BaseModelError: It is a file that is no base model.
+    """
+    place = Path(path).expanduser()
+    if place.is_file():
+        return identify(read_header(place), path).family
+    if (transformer := _configuration(place / "transformer")) is not None:
+        name = transformer.get("_class_name")
+        return next((family for family, kind in CLASSES.items() if kind.network_class == name), None)
+    unet = _configuration(place / "unet")
+    if unet is None:
+        return None  # a hub id, or a folder that loading it will say more about
+    if unet.get("addition_embed_type") == "text_time":
+        return "sdxl"
+    return "sd2" if unet.get("use_linear_projection") else "sd1"
+
+
+def _configuration(part: Path) -> dict[str, Any] | None:
+    try:
+        config: dict[str, Any] = json.loads((part / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return config
