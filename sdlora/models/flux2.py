@@ -7,7 +7,7 @@ Source: Black Forest Labs, FLUX.2; the calls are those of diffusers' Flux2KleinP
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,10 +15,12 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
+from transformers import Qwen3Config, Qwen3Model
 
 from sdlora.common import seeds
 from sdlora.diffusion.flow import FlowLevels, level, resolution_shift
 from sdlora.errors import BaseModelError, ConfigError
+from sdlora.models.architectures import FamilyNames
 from sdlora.models.base import BaseModel, TextEmbeddings
 
 MAX_TOKENS = 512
@@ -28,6 +30,28 @@ _PATCH = 2
 _FEW, _MANY = (256, 0.5), (4096, 1.15)
 _PROBED_LEVELS = (0.05, 0.4, 0.95)
 _PROBED_LENGTH, _PROBE_EDGE = 20, 8
+
+# The true shape of klein 4B.
+NETWORK_4B: dict[str, Any] = {
+    "in_channels": 128,
+    "num_layers": 5,
+    "num_single_layers": 20,
+    "attention_head_dim": 128,
+    "num_attention_heads": 24,
+    "joint_attention_dim": 7680,
+    "guidance_embeds": False,
+}
+VAE: dict[str, Any] = {"_class_name": "AutoencoderKLFlux2"}
+QWEN3_4B: dict[str, Any] = {
+    "vocab_size": 151936,
+    "hidden_size": 2560,
+    "intermediate_size": 9728,
+    "num_hidden_layers": 36,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "tie_word_embeddings": True,
+}
 
 
 class Flux2Klein(BaseModel):
@@ -41,8 +65,19 @@ class Flux2Klein(BaseModel):
         ConfigError: `text` asks for CLIP's layers or windows.
     """
 
-    architecture = "Flux.2-klein"
+    names = FamilyNames(
+        title="FLUX.2 klein",
+        modelspec="Flux.2-klein",
+        base_version="flux2_klein",
+        pipeline="Flux2KleinPipeline",
+        implementation="https://github.com/black-forest-labs/flux2",
+        lora_prefix="transformer.",
+    )
+    architecture = names.modelspec
     network_name = "transformer"
+    network_class = "Flux2Transformer2DModel"
+    default_targets = ("attention",)
+    keeps_text_type = True
     packed_blocks = "transformer_blocks."
     text_dtype = torch.bfloat16
     trains_text = False
@@ -143,11 +178,11 @@ class Flux2Klein(BaseModel):
         """How many tokens a caption has, those of the chat included."""
         return len(self.tokenizers[0](self._asked([caption])[0], truncation=False, verbose=False).input_ids)
 
-    def predict(self, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
+    @staticmethod
+    def denoise(network: Any, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
         """The velocity (B, C, h, w) in float32, for noisy latents (B, C, h, w) at timesteps (B,)."""
-        self._use()
-        dtype = self.network.dtype
-        return velocity(self.network, noisy.to(dtype), level(timesteps).float(), text["states"].to(dtype)).float()
+        dtype = network.dtype
+        return velocity(network, noisy.to(dtype), level(timesteps).float(), text["states"].to(dtype)).float()
 
     def use_zero_terminal_snr(self) -> None:
         """Refuse it: the highest level of flow matching is pure noise already."""
@@ -155,6 +190,32 @@ class Flux2Klein(BaseModel):
             f"loss.zero_terminal_snr is for noise schedules that do not end in pure noise, and that of {self.path!r} "
             "does. Set it to false."
         )
+
+    @classmethod
+    def true_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
+        """The configurations of its transformer, its VAE and Qwen3 with 4 billion weights."""
+        return NETWORK_4B, VAE, (QWEN3_4B,)
+
+    @staticmethod
+    def empty_text_encoder(config: Mapping[str, Any]) -> nn.Module:
+        """Qwen3 without weights, in bfloat16 as it is published."""
+        encoder: nn.Module = Qwen3Model(Qwen3Config(**config)).to(torch.bfloat16)
+        return encoder
+
+    @staticmethod
+    def empty_text(network: Any, text_configs: Sequence[Mapping[str, Any]], batch_size: int) -> TextEmbeddings:
+        """{"states": (B, L, D)} without values."""
+        return {"states": torch.empty(batch_size, MAX_TOKENS, network.config.joint_attention_dim)}
+
+    @staticmethod
+    def empty_levels() -> FlowLevels:
+        """Flow matching's levels, which have no values."""
+        return FlowLevels()
+
+    @staticmethod
+    def latent_shape(network: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
+        """C, and pixels per patch along one edge, by the configurations of network and VAE."""
+        return int(network["in_channels"]), int(_PATCH * 2 ** (len(vae["block_out_channels"]) - 1))
 
     @staticmethod
     def probe(network: nn.Module) -> list[Tensor]:
