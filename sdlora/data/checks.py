@@ -84,6 +84,10 @@ class Checkup:
     findings: tuple[Finding, ...]
 
 
+Decode = Callable[[Path, str], Image]
+"""`decode`, or a function that caches what it returns."""
+
+
 def decode(path: Path, background: str) -> Image:
     """Decode an image and compute what the checks need, which does not include its caption and mask.
 
@@ -105,7 +109,7 @@ def examine(
     recursive: bool = False,
     exclude: Collection[str] = (),
     options: CaptionOptions = AS_WRITTEN,
-    decode: Callable[[Path, str], Image] = decode,
+    decode: Decode = decode,
 ) -> Checkup:
     """Check all images and captions of a folder; each image is decoded once.
 

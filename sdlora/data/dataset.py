@@ -18,7 +18,7 @@ from sdlora.common import seeds
 from sdlora.common.bundled import AS_WRITTEN, BucketOptions, CaptionOptions, ImageFolder, resolve_data_folder
 from sdlora.data.batches import Bucket, assign_buckets
 from sdlora.data.captions import fixed_captions
-from sdlora.data.checks import Checkup, copies_between, examine, refuse_errors, summarize_warnings
+from sdlora.data.checks import Checkup, Decode, copies_between, decode, examine, refuse_errors, summarize_warnings
 from sdlora.data.images import MaskKind, crop_to_bucket, load_image, load_mask
 from sdlora.errors import DataError
 
@@ -136,7 +136,11 @@ class Dataset:
 
 
 def load_dataset(
-    *folders: ImageFolder, allow_trigger_only: bool = False, background: str = "white", masks: MaskKind = "none"
+    *folders: ImageFolder,
+    allow_trigger_only: bool = False,
+    background: str = "white",
+    masks: MaskKind = "none",
+    decode: Decode = decode,
 ) -> Dataset:
     """Read folders of images, with captions in sidecars or a `metadata.jsonl`, as one dataset.
 
@@ -145,6 +149,7 @@ def load_dataset(
         allow_trigger_only: Whether images may have an empty caption, to which the trigger is added.
         background: Colour that transparent pixels are blended onto.
         masks: Where masks are looked for.
+        decode: Replaces `decode`, for example by one that caches.
 
     Raises:
         DataError: A folder is missing or empty, or images are broken or have no caption; every file is named.
@@ -159,7 +164,7 @@ def load_dataset(
             checkup = examine(
                 folder, background=background, caption=source.caption, trigger=source.trigger,
                 allow_trigger_only=allow_trigger_only, masks=masks, recursive=source.recursive,
-                exclude=source.exclude, options=source.captions,
+                exclude=source.exclude, options=source.captions, decode=decode,
             )  # fmt: skip
             refuse_errors(folder, checkup.findings)
         except DataError as error:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 from sdlora.common.bundled import ImageFolder, resolve_data_folder
 from sdlora.config.schema import RunConfig
 from sdlora.config.schema_data import DataConfig
-from sdlora.data.checks import summarize_warnings
+from sdlora.data.checks import Decode, decode, summarize_warnings
 from sdlora.data.dataset import Dataset, load_dataset, load_mask_pixels, split_validation
 from sdlora.data.fit import examine_lengths, examine_sizes
 from sdlora.data.images import MaskKind
@@ -130,17 +130,26 @@ class Images:
     notices: tuple[str, ...]
 
 
-def read_images(data: DataConfig, seed: int) -> Images:
+def read_images(data: DataConfig, seed: int, decode: Decode = decode) -> Images:
     """Read and check all folders of a configuration; the seed is for the images that are split off.
+
+    `decode` replaces the function of that name, for example by one that caches.
 
     Raises:
         DataError: A folder has faults.
         ConfigError: A folder is named for two purposes.
     """
     _refuse_one_folder_twice(data)
-    training = _read(data, *data.sets, masks=data.masks)
-    validation = None if data.validation_set is None else _read(data, data.validation_set)
-    prior = None if data.prior_set is None else _read(data, data.prior_set)
+
+    def read(*folders: ImageFolder, masks: MaskKind = "none") -> Dataset:
+        trigger_only, background = data.allow_trigger_only, data.background
+        return load_dataset(
+            *folders, allow_trigger_only=trigger_only, background=background, masks=masks, decode=decode
+        )
+
+    training = read(*data.sets, masks=data.masks)
+    validation = None if data.validation_set is None else read(data.validation_set)
+    prior = None if data.prior_set is None else read(data.prior_set)
     if validation is None and data.validation_split:
         training, validation = split_validation(training, seed)
     _refuse_calls(training, validation, prior)
@@ -151,10 +160,6 @@ def read_images(data: DataConfig, seed: int) -> Images:
         notices += tuple(f"data.preservation_folder: {notice}" for notice in prior.notices)
         prior = replace(prior, examples=named)
     return Images(training, validation, prior, notices)
-
-
-def _read(data: DataConfig, *folders: ImageFolder, masks: MaskKind = "none") -> Dataset:
-    return load_dataset(*folders, allow_trigger_only=data.allow_trigger_only, background=data.background, masks=masks)
 
 
 def _refuse_one_folder_twice(data: DataConfig) -> None:

@@ -48,6 +48,11 @@ class ExposureSchedule:
 
 def make_schedule(settings: TrainingSettings, dataset: Dataset) -> ExposureSchedule:
     """Expose every image as often as its repeats say, in every epoch."""
+    return with_timesteps(settings, dataset, make_steps(settings, dataset), settings.seed)
+
+
+def make_steps(settings: TrainingSettings, dataset: Dataset) -> list[list[Step]]:
+    """The optimizer steps of every epoch, without their timesteps."""
     buckets = [example.buckets for example in dataset.examples]
     repeats = [example.repeats for example in dataset.examples]
     size = settings.gradient_accumulation_steps
@@ -55,7 +60,7 @@ def make_schedule(settings: TrainingSettings, dataset: Dataset) -> ExposureSched
     for epoch in range(1, settings.epochs + 1):
         batches = epoch_batches(buckets, repeats, settings.batch_size, epoch, settings.seed)
         epochs.append([batches[first : first + size] for first in range(0, len(batches), size)])
-    return with_timesteps(settings, dataset, epochs, settings.seed)
+    return epochs
 
 
 def with_timesteps(

@@ -20,6 +20,7 @@ import gradio as gr
 import uvicorn
 from fastapi import FastAPI
 from starlette.background import BackgroundTask
+from starlette.concurrency import run_in_threadpool
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.requests import Request
 from starlette.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -109,7 +110,7 @@ def _add_routes(app: FastAPI, context: Context) -> None:
     async def _caption(request: Request) -> Response:
         fields = await _json(request, "set", "picture", "caption")
         context.editor(fields["set"]).write_caption(fields["picture"], fields["caption"])
-        view = context.view_set(replace(context.draft(), images=fields["set"]))
+        view = await run_in_threadpool(context.view_set, replace(context.draft(), images=fields["set"]))
         card = next((card for card in view.cards if card.name == fields["picture"]), None)
         return JSONResponse({"doctor": "" if card is None else render("doctor.html", card=card)})
 

@@ -28,6 +28,7 @@ from sdlora.run.estimate import Estimate, count_steps, device_memory, estimate_s
 from sdlora.run.lora_inputs import with_settings_of_file
 
 from ..state.folders import StudioError
+from ..state.image_set import cached_decode
 from ..state.subprocesses import device_name
 from .bases import base_resolution_px, shapes_of
 
@@ -111,7 +112,7 @@ def describe_run(config: RunConfig) -> list[str]:
         SdloraError: The images cannot be trained on.
     """
     data, train, repeats = config.data, config.train, config.data.repeats_range
-    images = read_images(data, config.seed)
+    images = read_images(data, config.seed, cached_decode)
     resolution_px = data.resolution_px or base_resolution_px(config.base.path)
     dataset = images.training.with_buckets(resolution_px, data.bucket_options)
     steps = count_steps(config, dataset)

@@ -63,7 +63,8 @@ def _decode(path: Path, background: str, _modified_ns: int, _size: int) -> Image
         return str(error)
 
 
-def _cached_decode(path: Path, background: str) -> Image:
+def cached_decode(path: Path, background: str) -> Image:
+    """`sdlora.data.checks.decode`, whose results are kept while the file stays the same."""
     try:
         facts = path.stat()
     except FileNotFoundError as error:
@@ -129,7 +130,7 @@ def view(
             continue
         checkup = examine(
             Path(one.folder), background="white", caption=one.caption, trigger=trigger, exclude=one.exclude,
-            decode=_cached_decode,
+            decode=cached_decode,
         )  # fmt: skip
         sets[prefix.removesuffix("/")] = checkup.images
         ours = (finding for finding in checkup.findings if finding.kind != "unused exclude")
