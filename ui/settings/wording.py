@@ -68,6 +68,7 @@ _ON_THE_PAGE = {"data.trigger", "data.folder", "base.path"}  # and not under Mor
 _VALUES = {"true": "on", "false": "off"}
 
 
+@functools.lru_cache(maxsize=4096)
 def in_words(text: str) -> str:
     """A message with options under the names that they have on the pages, and with what to press."""
     for phrase, plain in _PHRASES.items():
