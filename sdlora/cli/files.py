@@ -99,7 +99,7 @@ def convert(
     from sdlora.lora_files.write import write_file
 
     source = read_file(file, missing_alpha)
-    family = transformer_family(source.state)
+    family = transformer_family(source.state, source.metadata)
     if to == "kohya" and family is not None:
         raise DataError(
             f"{file.name} is of {family.title}, whose LoRAs no program reads under kohya's names. --to peft writes "

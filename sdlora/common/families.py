@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from typing import Literal
 
-Family = Literal["sd1", "sd2", "sdxl", "z-image"]
+Family = Literal["sd1", "sd2", "sdxl", "z-image", "flux2-klein-4b", "flux2-klein-9b"]

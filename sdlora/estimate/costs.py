@@ -56,7 +56,7 @@ def cache_bytes(cache: Cache, examples: Iterable[Example], num_captions: int) ->
     """
     shapes = shapes_of_base(cache.base)
     # Mean and log-variance of every latent, in two bytes each.
-    per_latent = 2 * 2 * int(shapes.vae["latent_channels"])
+    per_latent = 2 * 2 * shapes.latent_channels
     latents = sum(prod(edge // shapes.latent_factor for edge in example.bucket) for example in examples)
     return per_latent * latents + (cache.text_bytes(num_captions) if num_captions else 0)
 

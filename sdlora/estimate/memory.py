@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from sdlora.config.schema import RunConfig
-from sdlora.estimate.meta_model import META, Cost, MetaBase, Shapes, counted, empty_latents, num_bytes
+from sdlora.estimate.meta_model import META, Cost, MetaBase, Shapes, counted, empty_codes, empty_latents, num_bytes
 from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
 from sdlora.lora.quantize import num_weights
 from sdlora.lora_files.pipelines import attach
@@ -220,12 +220,12 @@ def _preview_cost(inputs: MemoryInputs, base: MetaBase) -> tuple[int, int, int]:
 
 def _drawing_cost(inputs: MemoryInputs, base: MetaBase, size: tuple[int, int]) -> tuple[int, int, int]:
     number = max(1, _PREVIEW_PIXELS // prod(size))
-    noisy = empty_latents(inputs.shapes, number, size)
+    noisy, codes = empty_latents(inputs.shapes, number, size), empty_codes(inputs.shapes, number, size)
     # Guidance predicts with the prompt and without.
     with torch.no_grad(), counted() as drawing:
         _predict(base, noisy.repeat(2, 1, 1, 1))
     with torch.no_grad(), counted() as decoding:
-        base.vae.decode(noisy)
+        base.vae.decode(codes)
     # The VAE is on the device only while it is used.
     peak = max(drawing.peak_bytes, num_bytes(base.vae) + decoding.peak_bytes)
     return peak, drawing.flops // (2 * number), decoding.flops // number

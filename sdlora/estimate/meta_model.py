@@ -191,6 +191,13 @@ def empty_latents(shapes: Shapes, batch_size: int, size_px: Sequence[int]) -> Te
     return torch.empty(batch_size, shapes.latent_channels, height, width, device=META)
 
 
+def empty_codes(shapes: Shapes, batch_size: int, size_px: Sequence[int]) -> Tensor:
+    """What the VAE decodes to images of a width and a height in pixels, which some families rearrange to latents."""
+    factor = 2 ** (len(shapes.vae["block_out_channels"]) - 1)
+    width, height = (edge // factor for edge in size_px)
+    return torch.empty(batch_size, int(shapes.vae["latent_channels"]), height, width, device=META)
+
+
 @dataclass
 class Cost:
     """The cost so far.

@@ -30,9 +30,15 @@ _ATTENTION = r"(to_q|to_k|to_v|to_out\.0)"
 TARGETS: dict[str, re.Pattern[str]] = {
     "cross_attention": re.compile(rf".*\.attn2\.{_ATTENTION}"),
     "self_attention": re.compile(rf".*\.attn1\.{_ATTENTION}"),
-    # Of transformers, whose text and image attend to each other in one sequence.
-    "attention": re.compile(rf"layers\.\d+\.attention\.{_ATTENTION}"),
-    "mlp": re.compile(r".*\.ff\.net\.(0\.proj|2)|layers\.\d+\.feed_forward\.w[123]"),
+    # Of transformers, whose text and image attend to each other in one sequence; single blocks fuse their MLP with it.
+    "attention": re.compile(
+        rf"layers\.\d+\.attention\.{_ATTENTION}|transformer_blocks\.\d+\.attn\.({_ATTENTION}|add_[qkv]_proj|to_add_out)|"
+        r"single_transformer_blocks\.\d+\.attn\.(to_qkv_mlp_proj|to_out)"
+    ),
+    "mlp": re.compile(
+        r".*\.ff\.net\.(0\.proj|2)|layers\.\d+\.feed_forward\.w[123]|"
+        r"transformer_blocks\.\d+\.ff(_context)?\.linear_(in|out)"
+    ),
     "projection": re.compile(r".*\.attentions\.\d+\.(proj_in|proj_out)"),
     "conv": re.compile(r".*\.(resnets\.\d+\.(conv1|conv2|conv_shortcut)|(down|up)samplers\.\d+\.conv)"),
     "text_encoder": re.compile(rf"{TEXT_ENCODER}.*\.(self_attn\.(q|k|v|out)_proj|mlp\.fc[12])"),

@@ -23,6 +23,7 @@ from torch import Tensor
 from sdlora.errors import DataError
 from sdlora.lora.inject import NETWORKS, LoraState, LoraWeights, network_of
 from sdlora.lora_files.algebra import update
+from sdlora.lora_files.authors import by_diffusers_layers
 from sdlora.lora_files.names import PEFT_METADATA, UNET_PREFIX, diffusers_name, kohya_name
 from sdlora.models.architectures import ARCHITECTURES, Architecture, FamilyNames
 from sdlora.models.families import FAMILIES
@@ -62,8 +63,8 @@ _FILE_NAMES = {"down": "lora_down (lora_A)", "up": "lora_up (lora_B)"}
 _KINDS = {
     "cross_attention": r"_attn2_",
     "self_attention": r"_attn1_",
-    "attention": r"_layers_\d+_attention_",
-    "mlp": r"_(ff_net|feed_forward)_",
+    "attention": r"_layers_\d+_attention_|_transformer_blocks_\d+_attn_",
+    "mlp": r"_(ff_net|feed_forward|ff_linear|ff_context_linear)_",
     "projection": r"_proj_(in|out)$",
     "conv": r"_(resnets|downsamplers|upsamplers)_",
 }
@@ -183,7 +184,7 @@ def parse_lora(tensors: Mapping[str, Tensor], metadata: dict[str, str], *, name:
             factors or their shapes do not match, an alpha is not above 0, or PEFT's metadata does not give the alphas.
     """
     _refuse_other_kinds(tensors, name)
-    kohya = {key.startswith("lora_") for key in tensors}
+    kohya = {key.startswith(("lora_", "lycoris_")) for key in tensors}
     if len(kohya) > 1:
         raise DataError(f"{name} mixes kohya's and diffusers' tensor names; programs read only one of the two.")
     if not tensors:
@@ -201,6 +202,8 @@ def parse_lora(tensors: Mapping[str, Tensor], metadata: dict[str, str], *, name:
         for part in parts.values():
             if "down" in part:
                 part.setdefault("alpha", torch.tensor(float(part["down"].shape[0])))
+    layers = {theirs: ours for names in FAMILIES.values() for theirs, ours in names.lora_authors.items()}
+    parts = by_diffusers_layers(parts, layers, dotted=dotted, file=name)
     what = f"{name} (a DyLoRA)" if "dylora" in metadata.get("ss_network_module", "") else name
     state = {module: _weights(module, part, settings, what) for module, part in parts.items()}
     if dotted:
@@ -222,7 +225,8 @@ def _refuse_other_kinds(tensors: Mapping[str, Tensor], file: str) -> None:
 
 def _split_kohya(key: str, file: str) -> tuple[str, str]:
     module, _, ending = key.partition(".")
-    module = diffusers_name(module)
+    # OneTrainer and LyCORIS have prefixes of their own for transformers' modules.
+    module = diffusers_name(re.sub(r"^(lora_transformer|lycoris)_", UNET_PREFIX, module))
     if ending not in _KOHYA_KINDS:
         raise DataError(f"{file}: the tensor {key!r} is not part of a LoRA under kohya's names.")
     return module, _KOHYA_KINDS[ending]
@@ -242,7 +246,9 @@ def _split_dotted(key: str, file: str) -> tuple[str, str]:
     for prefix in ("unet.", *TRANSFORMER_PREFIXES):
         path = path.removeprefix(prefix)
     if network_of(path) == "unet":
-        path = f"{path}.0" if path.endswith(".to_out") else path
+        # In diffusers' older names of UNets; a transformer's layer may be called so.
+        is_older = path.endswith(".to_out") and not key.startswith(TRANSFORMER_PREFIXES)
+        path = f"{path}.0" if is_older else path
     else:
         path = re.sub(r"\.self_attn\.to_(q|k|v|out)$", r".self_attn.\1_proj", path)
     return path, _ENDINGS[ending]
@@ -322,25 +328,28 @@ def family_of(state: LoraState, metadata: Mapping[str, str] | None = None) -> st
 
     The modules decide; where they do not tell, as convolutions alone do not, `metadata` does.
     """
-    for names in FAMILIES.values():
-        if any(re.match(names.lora_mark, name) for name in state):
-            return names.modelspec
+    said = metadata or {}
+    architecture, version = said.get("modelspec.architecture", ""), said.get("ss_base_model_version", "")
+    marked = [names for names in FAMILIES.values() if any(re.match(names.lora_mark, name) for name in state)]
+    if marked:
+        widths = {weights.down.shape[1] for weights in state.values()}
+        own = (names for names in marked if names.lora_width in widths)
+        stated = (names for names in marked if architecture.startswith(names.modelspec))
+        return next(own, next(stated, marked[0])).modelspec
     if (width := text_width(state)) is not None:
         family = BY_TEXT_WIDTH.get(width)
         return f"text of width {width}" if family is None else family.modelspec
     if any(name.startswith(("lora_te1_", "lora_te2_")) for name in state):
         return ARCHITECTURES["sdxl"].modelspec
-    said = metadata or {}
-    architecture, version = said.get("modelspec.architecture", ""), said.get("ss_base_model_version", "")
-    for family in ARCHITECTURES.values():
-        if architecture.startswith(family.modelspec) or version.startswith(family.base_version.split("_base")[0]):
-            return family.modelspec
+    for names in FAMILIES.values():
+        if architecture.startswith(names.modelspec) or version.startswith(names.base_version.split("_base")[0]):
+            return names.modelspec
     return None
 
 
-def transformer_family(state: LoraState) -> FamilyNames | None:
+def transformer_family(state: LoraState, metadata: Mapping[str, str] | None = None) -> FamilyNames | None:
     """The family of a transformer's LoRA; None of a UNet's."""
-    name = family_of(state)
+    name = family_of(state, metadata)
     return next((f for f in FAMILIES.values() if f.modelspec == name and f.lora_prefix is not None), None)
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -26,6 +27,7 @@ from sdlora.lora.inject import LoraState
 from sdlora.lora.timestep_rank import TimestepRank
 from sdlora.lora_files.names import (
     PEFT_METADATA,
+    UNET_PREFIX,
     as_written,
     folded,
     kohya_tensors,
@@ -51,6 +53,7 @@ _SPEC = {
 }
 # Hashes of a file's tensors, which another name or dtype makes wrong; those of the base stay.
 _HASHES = ("modelspec.hash_sha256", "sshs_model_hash", "sshs_legacy_hash")
+_OF_TRANSFORMERS = re.compile(rf"{UNET_PREFIX}(single_)?(transformer|double|single)_blocks_\d+_")
 _SMALL_ENTRY_BYTES = 1000
 _OF_SINGLE_RANKS = ("sdlora.timestep_rank", "sdlora.frozen_start")
 _OF_THE_BASE = {
@@ -145,7 +148,7 @@ def write_file(
         The keys of metadata that were left out, the longest first, so that other programs read the header.
 
     Raises:
-        DataError: The header is larger than other programs read even so.
+        DataError: The header is larger than other programs read even so, or nothing tells which transformer it is of.
         ExportError: A value is too large for the dtype.
     """
     header = _SPEC | {"modelspec.title": path.stem, "ss_output_name": path.stem}
@@ -154,11 +157,18 @@ def write_file(
     if architecture is not None:
         header["modelspec.architecture"] = f"{architecture.modelspec}/lora"
         header["ss_base_model_version"] = architecture.base_version
+        header["modelspec.implementation"] = architecture.implementation
     header |= {key: value for key, value in metadata.items() if key not in (*_HASHES, PEFT_METADATA, "format")}
     header |= _rank_and_alpha(state)
-    if (transformer := transformer_family(state)) is not None:
+    if (transformer := transformer_family(state, metadata)) is not None:
         by_path = folded({transformer_path(name, transformer): weights for name, weights in state.items()})
         tensors = to_transformer(by_path, lora_prefix(by_path, transformer))
+    elif unknown := next((name for name in state if _OF_TRANSFORMERS.match(name)), None):
+        raise DataError(
+            f"{path.name} would be of a transformer, by its module {unknown!r}, but nothing tells of which one, and "
+            "each has names of its own. sdlora writes files for "
+            f"{', '.join(names.title for names in FAMILIES.values() if names.lora_prefix)}."
+        )
     elif paths is None:
         tensors = kohya_tensors(state, authors_blocks=family == ARCHITECTURES["sdxl"].modelspec)
     else:

@@ -8,7 +8,8 @@ kilobytes. File names are not trusted.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -57,7 +58,10 @@ class FamilyNames:
     # Before the paths of layers in LoRA files whose B includes alpha / r; None for kohya's names with their alphas.
     lora_prefix: str | None = None
     lora_mark: str = r"(?!)"  # a pattern of kohya's module names that only its LoRA files have
+    lora_width: int | None = None  # a width of its layers, where another family's have the same names
     lora_parts: str = r"(?!)"  # a pattern of the parts of its module paths, which kohya's names join by underscores
+    # Patterns of its authors' module paths to diffusers', several where the authors fuse layers.
+    lora_authors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -245,8 +245,13 @@ class BaseModel(ABC):
         """The network's predictions for fixed inputs, with which a file is verified."""
 
     @classmethod
-    def why_not(cls, path: str) -> str | None:
-        """Why a base model of this class should not be trained, as the name of its place tells; None if it should."""
+    def fits(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a network of `network_class` is of this family, where several families share that class."""
+        return True
+
+    @classmethod
+    def why_not(cls, path: str, index: Mapping[str, Any]) -> str | None:
+        """Why a base model of this class should not be trained, as its name and its index tell; None if it should."""
         return None
 
     @classmethod

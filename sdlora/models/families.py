@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 from sdlora.common.families import Family
 from sdlora.models.architectures import FamilyNames, identify, read_header
 from sdlora.models.base import BaseModel
+from sdlora.models.flux2 import Flux2Klein, Flux2Klein9B
 from sdlora.models.sd import StableDiffusion
 from sdlora.models.sd2 import StableDiffusion2
 from sdlora.models.sdxl import StableDiffusionXL
@@ -22,6 +24,8 @@ CLASSES: dict[Family, type[BaseModel]] = {
     "sd2": StableDiffusion2,
     "sdxl": StableDiffusionXL,
     "z-image": ZImage,
+    "flux2-klein-4b": Flux2Klein,
+    "flux2-klein-9b": Flux2Klein9B,
 }
 FAMILIES: dict[Family, FamilyNames] = {family: kind.names for family, kind in CLASSES.items()}
 
@@ -34,7 +38,7 @@ def family_named(modelspec: str) -> Family:
 def class_of_pipeline(name: str) -> type[BaseModel] | None:
     """A class of base models that diffusers loads with a pipeline class of this name; None if none does.
 
-    Stable Diffusion 1.x and 2.x share one.
+    Stable Diffusion 1.x and 2.x share one, as FLUX.2 klein's sizes do.
     """
     return next((kind for kind in CLASSES.values() if kind.names.pipeline == name), None)
 
@@ -43,9 +47,9 @@ def class_of(pipeline: DiffusionPipeline) -> type[BaseModel]:
     """The class of a loaded pipeline."""
     # Nothing but the layers of their UNets distinguishes 1.x from 2.x and XL at any size.
     if (unet := getattr(pipeline, "unet", None)) is None:
-        found = class_of_pipeline(type(pipeline).__name__)
+        found = _of_network(type(pipeline.transformer).__name__, dict(pipeline.transformer.config))
         assert found is not None, "loading refuses pipelines of other families"
-        return found
+        return CLASSES[found]
     if unet.config.addition_embed_type == "text_time":
         return StableDiffusionXL
     projections = (module for name, module in unet.named_modules() if name.endswith(".proj_in"))
@@ -67,14 +71,28 @@ def family_on_disk(path: str) -> Family | None:
     if place.is_file():
         return identify(read_header(place), path).family
     if (transformer := _configuration(place / "transformer")) is not None:
-        name = transformer.get("_class_name")
-        return next((family for family, kind in CLASSES.items() if kind.network_class == name), None)
+        return _of_network(str(transformer.get("_class_name")), transformer)
     unet = _configuration(place / "unet")
     if unet is None:
         return None  # a hub id, or a folder that loading it will say more about
     if unet.get("addition_embed_type") == "text_time":
         return "sdxl"
     return "sd2" if unet.get("use_linear_projection") else "sd1"
+
+
+def _of_network(name: str, config: Mapping[str, Any]) -> Family | None:
+    """The family of a network of a class and a configuration of diffusers."""
+    kinds = ((family, kind) for family, kind in CLASSES.items() if kind.network_class == name)
+    return next((family for family, kind in kinds if kind.fits(config)), None)
+
+
+def suits(made_for: str, found: str | None) -> bool:
+    """Whether settings that are made for a family, or "any", suit a base model of another; None is not known yet."""
+    if found is None or made_for in ("any", found):
+        return True
+    # Sizes of one model share their presets.
+    own, other = (FAMILIES[name].presets if name in FAMILIES else None for name in (made_for, found))
+    return own is not None and own == other
 
 
 def _configuration(part: Path) -> dict[str, Any] | None:

@@ -15,13 +15,14 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
-from transformers import Qwen3Config, Qwen3Model
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from sdlora.common import seeds
 from sdlora.diffusion.flow import FlowLevels, level, resolution_shift
 from sdlora.errors import BaseModelError, ConfigError
 from sdlora.models.architectures import FamilyNames
 from sdlora.models.base import BaseModel, TextEmbeddings
+from sdlora.models.z_image import QWEN3_4B
 
 MAX_TOKENS = 512
 _LAYERS = (9, 18, 27)
@@ -31,31 +32,78 @@ _FEW, _MANY = (256, 0.5), (4096, 1.15)
 _PROBED_LEVELS = (0.05, 0.4, 0.95)
 _PROBED_LENGTH, _PROBE_EDGE = 20, 8
 
-# The true shape of klein 4B.
+# The true shapes, where they differ from the defaults of diffusers' and transformers' classes.
 NETWORK_4B: dict[str, Any] = {
     "in_channels": 128,
     "num_layers": 5,
     "num_single_layers": 20,
-    "attention_head_dim": 128,
     "num_attention_heads": 24,
     "joint_attention_dim": 7680,
     "guidance_embeds": False,
 }
-VAE: dict[str, Any] = {"_class_name": "AutoencoderKLFlux2"}
-QWEN3_4B: dict[str, Any] = {
-    "vocab_size": 151936,
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
+NETWORK_9B: dict[str, Any] = NETWORK_4B | {
+    "num_layers": 8,
+    "num_single_layers": 24,
     "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
+    "joint_attention_dim": 12288,
+}
+VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKLFlux2",
+    "block_out_channels": [128, 256, 512, 512],
+    "latent_channels": 32,
+    "sample_size": 1024,
+}
+QWEN3_8B: dict[str, Any] = QWEN3_4B | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
+
+_STREAMS = {
+    "img": ("to_q", "to_k", "to_v", "to_out.0", "ff"),
+    "txt": ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out", "ff_context"),
 }
 
 
+def _authors_layers() -> dict[str, tuple[str, ...]]:
+    """Patterns of Black Forest Labs' module paths to diffusers'; the authors fuse queries, keys and values."""
+    block = r"transformer_blocks.\1"
+    layers: dict[str, tuple[str, ...]] = {}
+    for stream, (q, k, v, out, mlp) in _STREAMS.items():
+        theirs = rf"double_blocks\.(\d+)\.{stream}"
+        layers[rf"{theirs}_attn\.qkv"] = (f"{block}.attn.{q}", f"{block}.attn.{k}", f"{block}.attn.{v}")
+        layers[rf"{theirs}_attn\.proj"] = (f"{block}.attn.{out}",)
+        layers[rf"{theirs}_mlp\.0"] = (f"{block}.{mlp}.linear_in",)
+        layers[rf"{theirs}_mlp\.2"] = (f"{block}.{mlp}.linear_out",)
+        layers[rf"double_stream_modulation_{stream}\.lin"] = (f"double_stream_modulation_{stream}.linear",)
+    for theirs, ours in (("linear1", "to_qkv_mlp_proj"), ("linear2", "to_out")):
+        layers[rf"single_blocks\.(\d+)\.{theirs}"] = (f"single_{block}.attn.{ours}",)
+    layers[r"single_stream_modulation\.lin"] = ("single_stream_modulation.linear",)
+    layers[r"img_in"], layers[r"txt_in"] = ("x_embedder",), ("context_embedder",)
+    layers[r"time_in\.in_layer"] = ("time_guidance_embed.timestep_embedder.linear_1",)
+    layers[r"time_in\.out_layer"] = ("time_guidance_embed.timestep_embedder.linear_2",)
+    layers[r"final_layer\.linear"] = ("proj_out",)
+    return layers
+
+
+def _names(size: str, width: int) -> FamilyNames:
+    return FamilyNames(
+        title=f"FLUX.2 klein {size}",
+        modelspec=f"Flux.2-klein-{size.lower()}",
+        base_version=f"flux_2_klein_{size.lower()}",
+        pipeline="Flux2KleinPipeline",
+        implementation="https://github.com/black-forest-labs/flux2",
+        presets="flux2-klein",
+        lora_prefix="transformer.",
+        lora_mark=r"lora_unet_(single_transformer_blocks_\d+_attn_to_(qkv_mlp_proj|out$)|transformer_blocks_\d+_ff_(context_)?linear)",
+        lora_width=width,
+        lora_parts=(
+            r"single_transformer_blocks|transformer_blocks|attn|to_qkv_mlp_proj|to_q|to_k|to_v|to_out|add_[qkv]_proj|"
+            r"to_add_out|ff_context|ff|linear_in|linear_out|single_stream_modulation|double_stream_modulation_(?:img|txt)|"
+            r"x_embedder|context_embedder|time_guidance_embed|timestep_embedder|linear_[12]|linear|proj_out|\d+"
+        ),
+        lora_authors=_authors_layers(),
+    )
+
+
 class Flux2Klein(BaseModel):
-    """FLUX.2 klein, the base models of 4B and 9B, and models of their shape.
+    """FLUX.2 klein base 4B and models of its shape.
 
     Captions are padded to 512 tokens, which the transformer sees all of. The latents here are those of the VAE in
     patches of 2 x 2, normalised by the mean and variance of each channel that the VAE brings along.
@@ -65,14 +113,7 @@ class Flux2Klein(BaseModel):
         ConfigError: `text` asks for CLIP's layers or windows.
     """
 
-    names = FamilyNames(
-        title="FLUX.2 klein",
-        modelspec="Flux.2-klein",
-        base_version="flux2_klein",
-        pipeline="Flux2KleinPipeline",
-        implementation="https://github.com/black-forest-labs/flux2",
-        lora_prefix="transformer.",
-    )
+    names = _names("4B", 3072)
     architecture = names.modelspec
     network_name = "transformer"
     network_class = "Flux2Transformer2DModel"
@@ -86,11 +127,6 @@ class Flux2Klein(BaseModel):
 
     def _set_up(self, pipeline: DiffusionPipeline) -> None:
         _refuse_other_parts(self.path, self.network.config, self.vae.config, self.text_encoders[0].config)
-        if pipeline.config.is_distilled:
-            raise BaseModelError(
-                f"{self.path!r} is distilled to draw in a few steps, which training undoes. Train on the base model "
-                "(FLUX.2-klein-base); the LoRA works on the distilled one as well."
-            )
         if self.text.clip_skip is not None or self.text.max_windows != 1:
             name = "data.max_token_windows" if self.text.clip_skip is None else "base.clip_skip"
             raise ConfigError(
@@ -192,6 +228,21 @@ class Flux2Klein(BaseModel):
         )
 
     @classmethod
+    def fits(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a transformer is not of the larger size."""
+        return not Flux2Klein9B.fits(config)
+
+    @classmethod
+    def why_not(cls, path: str, index: Mapping[str, Any]) -> str | None:
+        """Why the distilled one should not be trained; None for any other."""
+        if not index.get("is_distilled"):
+            return None
+        return (
+            f"{path!r} is distilled to draw in a few steps, which training undoes. Train on FLUX.2-klein-base; the "
+            "LoRA works on the distilled model as well."
+        )
+
+    @classmethod
     def true_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
         """The configurations of its transformer, its VAE and Qwen3 with 4 billion weights."""
         return NETWORK_4B, VAE, (QWEN3_4B,)
@@ -199,7 +250,7 @@ class Flux2Klein(BaseModel):
     @staticmethod
     def empty_text_encoder(config: Mapping[str, Any]) -> nn.Module:
         """Qwen3 without weights, in bfloat16 as it is published."""
-        encoder: nn.Module = Qwen3Model(Qwen3Config(**config)).to(torch.bfloat16)
+        encoder: nn.Module = Qwen3ForCausalLM(Qwen3Config(**config)).to(torch.bfloat16)
         return encoder
 
     @staticmethod
@@ -225,6 +276,23 @@ class Flux2Klein(BaseModel):
         latents = seeds.normal((count, config.in_channels, _PROBE_EDGE, _PROBE_EDGE), 0, "proof latents")
         states = seeds.normal((count, _PROBED_LENGTH, config.joint_attention_dim), 0, "proof text")
         return [velocity(network, latents.to(dtype), torch.tensor(_PROBED_LEVELS), states.to(dtype))]
+
+
+class Flux2Klein9B(Flux2Klein):
+    """FLUX.2 klein base 9B, which reads captions through a larger Qwen3."""
+
+    names = _names("9B", 4096)
+    architecture = names.modelspec
+
+    @classmethod
+    def fits(cls, config: Mapping[str, Any]) -> bool:
+        """Whether a transformer reads text of its width."""
+        return bool(config["joint_attention_dim"] == NETWORK_9B["joint_attention_dim"])
+
+    @classmethod
+    def true_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[Mapping[str, Any], ...]]:
+        """The configurations of its transformer, its VAE and Qwen3 with 8 billion weights."""
+        return NETWORK_9B, VAE, (QWEN3_8B,)
 
 
 def velocity(network: nn.Module, noisy: Tensor, s: Tensor, states: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ def _check_folder(path: str, folder: Path) -> type[BaseModel]:
     for part in found.text_parts:
         if not (folder / part).is_dir() or None in (entries.get(part) or [None]):
             raise BaseModelError(f"Base model {path!r} has no {part}, without which captions cannot be encoded.")
-    if (reason := found.why_not(path)) is not None:
+    if (reason := found.why_not(path, entries)) is not None:
         raise BaseModelError(reason)
     for part in (found.network_name, "vae", *found.text_parts):
         for file in sorted((folder / part).glob("*.safetensors")):

@@ -174,7 +174,7 @@ class ZImage(BaseModel):
         )
 
     @classmethod
-    def why_not(cls, path: str) -> str | None:
+    def why_not(cls, path: str, index: Mapping[str, Any]) -> str | None:
         """Why the distilled Turbo should not be trained; None for any other."""
         if "turbo" not in path.lower():
             return None

@@ -26,7 +26,7 @@ from sdlora.errors import ConfigError, OutOfMemoryError
 from sdlora.estimate.hints import Stage, out_of_memory_message
 from sdlora.lora.inject import Adapter
 from sdlora.models.base import BaseModel, TextOptions, weights_identity
-from sdlora.models.families import FAMILIES, family_named, family_on_disk
+from sdlora.models.families import FAMILIES, family_named, family_on_disk, suits
 from sdlora.models.load import LoadOptions, load_base
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.arguments import Images, fit_images, make_adapter, read_images, text_is_trained, training_settings
@@ -160,7 +160,7 @@ def check_family(base: BaseConfig, found: str | None) -> None:
     Raises:
         ConfigError: It is made for another one.
     """
-    if found is None or base.family in ("any", found):
+    if found is None or suits(base.family, found):
         return
     fitting = [preset.name for preset in presets() if preset.family == found]
     advice = f"Start from {' or '.join(fitting)}" if fitting else "Write a configuration for it"

@@ -11,7 +11,10 @@ from sdlora.config.presets import Preset, presets
 from sdlora.config.toml import load_config, read_config
 from sdlora.errors import ConfigError
 
-FAMILIES = {"sd15": "sd1", "sdxl": "sdxl", "illustrious": "sdxl", "noobai-v": "sdxl", "z-image": "z-image"}
+FAMILIES = {
+    "sd15": "sd1", "sdxl": "sdxl", "illustrious": "sdxl", "noobai-v": "sdxl", "z-image": "z-image",
+    "flux2-klein": "flux2-klein-4b",
+}  # fmt: skip
 
 
 def test_every_family_has_a_preset_for_every_subject() -> None:
@@ -32,7 +35,7 @@ def test_preset_is_valid_and_says_its_purpose(preset: Preset) -> None:
     if name != "quickstart":
         assert config.data.repeats_range[0] * config.train.epochs + config.train.epochs >= 20
         assert config.train.exposures in (50, 100)
-        if family == "z-image":
+        if family in ("z-image", "flux2-klein-4b"):
             assert config.lora.alpha == config.lora.rank and {"attention", "mlp"} == set(config.lora.targets)
         else:
             assert config.lora.alpha / config.lora.rank == 0.5

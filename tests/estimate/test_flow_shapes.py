@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from sdlora.common.families import Family
 from sdlora.config.toml import parse_config
 from sdlora.estimate.memory import MemoryInputs, estimate_memory
 from sdlora.estimate.meta_model import shapes_of_family
@@ -27,3 +28,29 @@ def test_z_image_has_its_parameters(targets: list[str], trained: float) -> None:
     assert shapes.text_bytes / 2 == pytest.approx(4.02e9, rel=0.01)
     # A checkpointed step takes three forward passes and a little less, for frozen weights have no gradients.
     assert 2.5 < found.flops_per_step / found.flops_per_prediction < 3.1
+
+
+@pytest.mark.parametrize(
+    ("family", "targets", "parameters", "trained", "weights_gib", "text"),
+    [
+        ("flux2-klein-4b", ["attention"], 3.876e9, 9.3e6, 7.22, 4.02e9),
+        ("flux2-klein-4b", ["attention", "mlp"], 3.876e9, 12.0e6, 7.22, 4.02e9),
+        ("flux2-klein-9b", ["attention"], 9.079e9, 16.0e6, 16.91, 8.19e9),
+    ],
+)
+def test_klein_has_its_parameters(
+    family: Family, targets: list[str], parameters: float, trained: float, weights_gib: float, text: float
+) -> None:
+    document = {"data": {"folder": "x"}, "lora": {"targets": targets}, "train": {"gradient_checkpointing": True}}
+    config = parse_config(document, name="x")
+    shapes = shapes_of_family(family)
+    found = estimate_memory(MemoryInputs(config, adapter_spec(config), shapes, torch.bfloat16, (512, 512)))
+    assert found.base_parameters == pytest.approx(parameters, rel=1e-3)
+    assert found.trainable_parameters == pytest.approx(trained, rel=0.01)
+    assert found.parts["weights"] == pytest.approx(weights_gib * 2**30, rel=0.01)
+    assert shapes.text_bytes / 2 == pytest.approx(text, rel=0.01)
+    assert shapes.vae_bytes / 4 == pytest.approx(84e6, rel=0.01)
+    # 1024 patches at 512 px, 512 tokens: a block's layers have 13 d^2 weights for each, and all attend to all.
+    width, blocks = {"4b": (3072, 25), "9b": (4096, 32)}[family[-2:]]
+    flops = blocks * (2 * 13 * width**2 * 1536 + 4 * 1536**2 * width)
+    assert found.flops_per_prediction == pytest.approx(flops, rel=0.01)

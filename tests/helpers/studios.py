@@ -12,7 +12,7 @@ from PIL import Image
 from sdlora.common.families import Family
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml
-from sdlora.models.architectures import ARCHITECTURES
+from sdlora.models.families import CLASSES
 from sdlora.ui.state.folders import Studio
 
 
@@ -39,24 +39,20 @@ def write_image(path: Path, color: str = "red", size: tuple[int, int] = (48, 32)
 
 def write_base(folder: Path, family: str, prediction_type: str) -> Path:
     """The folder of a base model of a family's true shape, in diffusers' layout and without weights."""
-    if family == "z-image":
-        for part, entries in {
-            "transformer": {"_class_name": "ZImageTransformer2DModel"},
-            "scheduler": {"shift": 6.0},
-        }.items():
-            (folder / part).mkdir(parents=True)
-            name = "scheduler_config.json" if part == "scheduler" else "config.json"
-            (folder / part / name).write_text(json.dumps(entries), encoding="utf-8")
-        (folder / "model_index.json").write_text(json.dumps({"_class_name": "ZImagePipeline"}), encoding="utf-8")
-        return folder
-    shape = ARCHITECTURES[cast(Family, family)]
-    encoders = {f"text_encoder{'_2' * n}": config for n, config in enumerate(shape.text_encoders)}
-    for part, config in {"unet": shape.unet, "vae": shape.vae, **encoders}.items():
+    kind = CLASSES[cast(Family, family)]
+    network, vae, encoders = kind.true_configs()
+    parts = {
+        kind.network_name: {"_class_name": kind.network_class, **network},
+        "vae": vae,
+        **dict(zip(kind.text_parts, encoders, strict=True)),
+    }
+    for part, config in parts.items():
         (folder / part).mkdir(parents=True)
-        (folder / part / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        (folder / part / "config.json").write_text(json.dumps(dict(config)), encoding="utf-8")
     (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"prediction_type": prediction_type}))
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": shape.pipeline}), encoding="utf-8")
+    predicts = {"prediction_type": prediction_type} if prediction_type else {"shift": 6.0}
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(predicts))
+    (folder / "model_index.json").write_text(json.dumps({"_class_name": kind.names.pipeline}), encoding="utf-8")
     return folder
 
 

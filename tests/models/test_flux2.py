@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,19 +13,22 @@ import torch
 from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from helpers.tiny import make_tiny_klein
 from peft import LoraConfig
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from sdlora.cache.tensors import Cache
 from sdlora.config.toml import parse_config
 from sdlora.data.dataset import Dataset, Example
 from sdlora.diffusion.flow import level
 from sdlora.diffusion.timesteps import Density
 from sdlora.errors import BaseModelError, ConfigError
-from sdlora.lora.inject import Adapter, inject
+from sdlora.lora.inject import Adapter, find_targets, inject
 from sdlora.models import flux2
 from sdlora.models.base import Source, TextOptions
 from sdlora.models.flux2 import Flux2Klein, velocity
+from sdlora.models.load import LoadOptions, load_base
 from sdlora.previews.sampler import PreviewRequest, SamplerWatch, draw
-from sdlora.run.arguments import training_settings
+from sdlora.run.arguments import make_adapter, training_settings
 from sdlora.training.data import make_schedule
 from sdlora.training.loss import Batch, diffusion_loss
 
@@ -51,16 +56,17 @@ def pipeline_of(folder: Path) -> Flux2KleinPipeline:
     return pipeline
 
 
-def loaded(folder: Path, text: TextOptions | None = None) -> Flux2Klein:
-    source = Source(pipeline_of(folder), str(folder), None, lambda *_, **__: pipeline_of(folder))
-    return Flux2Klein(source, device=CPU, dtype=torch.float32, text=text or TextOptions())
+def loaded(folder: Path, **options: Any) -> Flux2Klein:
+    base = load_base(str(folder), device=CPU, dtype=torch.float32, options=LoadOptions(**options))
+    assert type(base) is Flux2Klein
+    return base
 
 
 def with_lora(base: Flux2Klein) -> Adapter:
     """An adapter on every layer of the blocks whose B is not zero."""
+    paths = find_targets(base.network, ["attention", "mlp"])
     linears = [path for path, module in base.network.named_modules() if isinstance(module, nn.Linear)]
-    paths = [path for path in linears if "transformer_blocks." in path]
-    assert len(paths) == 12 + 2 * 2
+    assert paths == [path for path in linears if "transformer_blocks." in path]
     adapter = inject(base.network, paths, 4, 2.0, seed=0)
     drawing = torch.Generator().manual_seed(1)
     for layer in adapter.layers.values():
@@ -248,11 +254,7 @@ def test_zero_terminal_snr_is_refused(folder: Path) -> None:
 )
 def test_what_is_for_clip_is_refused(folder: Path, text: TextOptions, option: str) -> None:
     with pytest.raises(ConfigError, match=option):
-        loaded(folder, text)
-
-
-def distilled(pipeline: Flux2KleinPipeline) -> None:
-    pipeline.register_to_config(is_distilled=True)
+        loaded(folder, text=text)
 
 
 def of_another_vae(pipeline: Flux2KleinPipeline) -> None:
@@ -270,7 +272,6 @@ def of_a_shallow_encoder(pipeline: Flux2KleinPipeline) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (distilled, "distilled"),
         (of_another_vae, "VAE gives 64"),
         (of_a_wider_encoder, "28 layers of 16"),
         (of_a_shallow_encoder, "24 layers of 8"),
@@ -284,3 +285,62 @@ def test_parts_that_do_not_belong_together_are_refused(
     source = Source(pipeline, "klein", None, lambda *_, **__: pipeline)
     with pytest.raises(BaseModelError, match=said):
         Flux2Klein(source, device=CPU, dtype=torch.float32, text=TextOptions())
+
+
+@pytest.mark.parametrize(
+    ("edit", "said"),
+    [
+        (lambda folder: change_index(folder, is_distilled=True), "distilled"),
+        (lambda folder: shutil.rmtree(folder / "text_encoder"), "text_encoder"),
+        (lambda folder: change_index(folder, _class_name="Flux2Pipeline"), r"Flux2Pipeline.*FLUX\.2 klein 4B"),
+    ],
+    ids=["distilled", "no text encoder", "FLUX.2 dev"],
+)
+def test_a_base_that_cannot_be_trained_is_refused(
+    folder: Path, tmp_path: Path, edit: Callable[[Path], None], said: str
+) -> None:
+    place = Path(shutil.copytree(folder, tmp_path / "base"))
+    edit(place)
+    with pytest.raises(BaseModelError, match=said):
+        loaded(place)
+
+
+def change_index(folder: Path, **entries: Any) -> None:
+    file = folder / "model_index.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | entries))
+
+
+def refused(folder: Path, document: dict[str, Any]) -> str:
+    """What is said of a configuration, which is refused once the base is loaded."""
+    config = parse_config({"data": {"folder": "x", "trigger": "zumi"}, **document}, name="x")
+    with pytest.raises(ConfigError) as caught:
+        base = loaded(folder)
+        make_adapter(config, base)
+        training_settings(config, base)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("document", "option"),
+    [
+        ({"lora": {"targets": ["attention", "text_encoder"]}}, "text_encoder"),
+        ({"lora": {"targets": ["cross_attention"]}}, "attention, mlp"),
+        ({"lora": {"targets": ["attention"]}, "timesteps": {"density": "speed"}}, r"timesteps.density"),
+    ],
+)
+def test_what_is_for_other_families_is_refused(folder: Path, document: dict[str, Any], option: str) -> None:
+    assert option in refused(folder, document)
+
+
+def test_samplers_of_other_families_are_refused(folder: Path) -> None:
+    request = PreviewRequest(("a cat",), (0,), "", 2, 1.0, sampler="euler_a", size_px=(32, 32))
+    with pytest.raises(ConfigError, match=r"preview\.sampler"):
+        list(draw(loaded(folder), request, request.wanted()))
+
+
+def test_text_states_are_kept_in_bfloat16(folder: Path, tmp_path: Path) -> None:
+    cache = Cache(tmp_path, loaded(folder))
+    list(cache.fill_text(CAPTIONS))
+    kept = [load_file(file)["states"] for file in tmp_path.rglob("*.safetensors")]
+    assert [(states.dtype, states.shape) for states in kept] == [(torch.bfloat16, (SHORT, 24))] * 3
+    assert cache.text(CAPTIONS)["states"].shape == (3, SHORT, 24)

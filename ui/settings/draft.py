@@ -17,7 +17,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.config.toml import RENAMED, options, renaming_note
 from sdlora.errors import ConfigError
 from sdlora.events import fields_from_json, saved_as, to_json
-from sdlora.models.families import FAMILIES
+from sdlora.models.families import FAMILIES, suits
 from sdlora.run.estimate import Estimate
 
 from ..state.folder_notes import change_notes, read_notes
@@ -168,7 +168,7 @@ class Draft:
     def _check_family(self) -> None:
         """Refuse settings that are made for the family of another base model."""
         made_for, found = self.value("base.family"), POCKET if self.base == POCKET else family_of(self.base)
-        if found is None or made_for in ("any", found):
+        if found is None or suits(made_for, found):
             return
         titles = {POCKET: "the built-in base model"} | {name: family.title for name, family in FAMILIES.items()}
         raise ConfigError(

@@ -82,6 +82,8 @@ def test_presets_of_a_file_follow_from_its_header_and_name(
         ("sdxl", "v_prediction", "noobai-v"),
         ("sd2", "", None),
         ("z-image", "", "z-image"),
+        ("flux2-klein-4b", "", "flux2-klein"),
+        ("flux2-klein-9b", "", "flux2-klein"),
     ],
 )
 def test_presets_of_a_folder_follow_from_its_configurations(

@@ -22,6 +22,7 @@ FAMILIES = {
     "illustrious": ("waiNSFWIllustrious_v140", "sdxl", "epsilon"),
     "noobai-v": ("base", "sdxl", "v_prediction"),
     "z-image": ("base", "z-image", ""),
+    "flux2-klein": ("base", "flux2-klein-4b", ""),
 }
 """The beginning of presets' names: a base model's folder, its family and its prediction type."""
 
