@@ -67,16 +67,21 @@ def _share_kept(size: Bucket, bucket: Bucket) -> float:
     return min(aspect, trained) / max(aspect, trained)
 
 
-def examine_lengths(num_tokens: Mapping[str, int], max_tokens: int) -> list[Finding]:
+def examine_lengths(num_tokens: Mapping[str, int], max_tokens: int, *, in_windows: bool = True) -> list[Finding]:
     """Check whether captions, by the name of their image, are read as a whole.
 
     Args:
         num_tokens: The length of each caption, start and end tokens included, as in `max_tokens`.
+        in_windows: Whether more windows can be read.
     """
     long = [name for name, number in num_tokens.items() if number > max_tokens]
+    advice = (
+        "To read more windows of 75 tokens, raise data.max_token_windows."
+        if in_windows
+        else "Shorten them: this base model reads no more."
+    )
     message = (
-        f"{len(long)} captions are longer than {max_tokens} tokens and are cut off there: {first_names(long)}. To read "
-        "more windows of 75 tokens, raise data.max_token_windows."
+        f"{len(long)} captions are longer than {max_tokens} tokens and are cut off there: {first_names(long)}. {advice}"
     )
     return about_files("long caption", long, message)
 

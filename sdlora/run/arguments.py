@@ -210,7 +210,8 @@ def fit_images(images: Images, base: BaseModel, data: DataConfig, batch_size: in
     sizes, buckets = ({e.name: e.bucket for e in read.examples} for read in (images.training, training))
     # In batches of one, an image alone in its bucket loses nothing.
     found = [f for f in examine_sizes(sizes, buckets) if f.kind != "lone bucket" or batch_size > 1]
-    found += examine_lengths({e.name: max(map(base.num_tokens, e.texts)) for e in training.examples}, base.max_tokens)
+    lengths = {e.name: max(map(base.num_tokens, e.texts)) for e in training.examples}
+    found += examine_lengths(lengths, base.max_tokens, in_windows=base.reads_windows)
     return Images(training, validation, prior, (*images.notices, *summarize_warnings(found)))
 
 

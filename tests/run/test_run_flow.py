@@ -8,14 +8,18 @@ from math import log
 from pathlib import Path
 
 import pytest
+import torch
 from helpers.runs import digests, metrics, run, without_times
 from helpers.tiny import make_tiny_klein, make_tiny_z_image
 from safetensors import safe_open
 
+from sdlora.config.toml import parse_config
 from sdlora.diffusion.timesteps import Density
 from sdlora.errors import ConfigError
 from sdlora.events import Exported
 from sdlora.models import flux2
+from sdlora.models.load import load_base
+from sdlora.run.arguments import fit_images, read_images
 from sdlora.run.run import Stopped
 from sdlora.training.train_step import StepResult, TrainStep
 
@@ -122,3 +126,13 @@ def test_a_stopped_run_resumes_in_the_same_bytes(
 def test_sizes_that_do_not_divide_into_patches_are_refused(options: list[str], tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"data\.bucket_step_px.*8"):
         run(tmp_path / "run", [*options, "data.bucket_step_px=4", "data.resolution_px=36"])
+
+
+def test_captions_that_are_cut_off_are_named(base: Path, images: Path) -> None:
+    config = parse_config({"data": {"folder": str(images), "trigger": "zumi", "resolution_px": 32}}, name="x")
+    loaded = load_base(str(base), device=torch.device("cpu"), dtype=torch.float32)
+    read = read_images(config.data, 0)
+    assert not any("tokens" in notice for notice in fit_images(read, loaded, config.data, 1).notices)
+    loaded.max_tokens = 5
+    (notice,) = (notice for notice in fit_images(read, loaded, config.data, 1).notices if "tokens" in notice)
+    assert "5 tokens" in notice and "windows" not in notice
