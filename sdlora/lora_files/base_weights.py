@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 from diffusers.loaders.single_file_utils import (
@@ -29,6 +30,8 @@ from sdlora.lora.quantize import frozen_weight
 from sdlora.lora_files.names import kohya_name
 from sdlora.lora_files.read import family_of
 from sdlora.models.architectures import ARCHITECTURES, TEXT_ENCODERS, Architecture, Header, identify, read_header
+from sdlora.models.base import BaseModel
+from sdlora.models.families import CLASSES, family_on_disk
 
 Shape = tuple[int, ...]
 # More than any tensor has rows.
@@ -100,8 +103,7 @@ def _weight_files(base: Path) -> dict[Path, str]:
     if not (base / "model_index.json").is_file():
         raise BaseModelError(f"{base} has no model_index.json. Give a base model folder in diffusers' layout.")
     files: dict[Path, str] = {}
-    for network in NETWORKS:
-        folder = base / network
+    for network, folder in _parts(base).items():
         found = sorted(folder.glob("*.safetensors"))
         other = sorted(file.name for ending in ("bin", "ckpt", "msgpack", "h5") for file in folder.glob(f"*.{ending}"))
         if other:
@@ -112,6 +114,19 @@ def _weight_files(base: Path) -> dict[Path, str]:
             raise BaseModelError(f"{folder} contains no .safetensors file. Download or copy the base model again.")
         files |= dict.fromkeys(found, network)
     return files
+
+
+def _transformer(base: Path) -> type[BaseModel] | None:
+    """The class of a base model that is a transformer; None of one with a UNet, and of what is no folder."""
+    family = family_on_disk(str(base)) if base.is_dir() else None
+    return None if family is None or CLASSES[family].network_name == "unet" else CLASSES[family]
+
+
+def _parts(base: Path) -> dict[str, Path]:
+    """The folders of the networks that LoRAs are on, by the networks' names; a transformer is called as a UNet is."""
+    if (kind := _transformer(base)) is not None:
+        return {"unet": base / kind.network_name}
+    return {network: base / network for network in NETWORKS}
 
 
 def file_weights(file: Path, header: Header, family: Family, architecture: Architecture) -> BaseWeights:
@@ -176,7 +191,7 @@ def _place(file: Path, header: Header, keys: list[str], rows: Tensor) -> Place:
 
 
 def empty_networks(base: Path | None, architecture: Architecture = ARCHITECTURES["sd1"]) -> dict[str, nn.Module]:
-    """A base's UNet and text encoders by name, on the meta device.
+    """A base's UNet, or its transformer in the UNet's place, and CLIP text encoders by name, on the meta device.
 
     Args:
         base: A folder in diffusers' layout, of which only the configs are read, or None.
@@ -186,6 +201,8 @@ def empty_networks(base: Path | None, architecture: Architecture = ARCHITECTURES
         BaseModelError: The folder does not exist, or its configs are not those of a UNet and CLIP text encoders.
     """
     configs: list[Any] = [architecture.unet, *architecture.text_encoders, None][:3]
+    if base is not None and (kind := _transformer(base)) is not None:
+        return {"unet": _empty_transformer(kind, base / kind.network_name / "config.json")}
     if base is not None:
         configs = [_config(base / network / "config.json") for network in NETWORKS]
     unet_config, text_config, second_config = configs
@@ -202,6 +219,15 @@ def empty_networks(base: Path | None, architecture: Architecture = ARCHITECTURES
         ) from error
     networks = zip(NETWORKS, (unet, text, second), strict=True)
     return {name: network for name, network in networks if network is not None}
+
+
+def _empty_transformer(kind: type[BaseModel], file: Path) -> nn.Module:
+    try:
+        with torch.device("meta"):
+            network: nn.Module = getattr(diffusers, kind.network_class).from_config(_config(file))
+    except (TypeError, ValueError, KeyError) as error:
+        raise BaseModelError(f"cannot build a {kind.network_class} from {file}: {error}") from error
+    return network
 
 
 def _config(file: Path) -> Any:

@@ -96,7 +96,7 @@ def _names(size: str, width: int) -> FamilyNames:
         lora_parts=(
             r"single_transformer_blocks|transformer_blocks|attn|to_qkv_mlp_proj|to_q|to_k|to_v|to_out|add_[qkv]_proj|"
             r"to_add_out|ff_context|ff|linear_in|linear_out|single_stream_modulation|double_stream_modulation_(?:img|txt)|"
-            r"x_embedder|context_embedder|time_guidance_embed|timestep_embedder|linear_[12]|linear|proj_out|\d+"
+            r"x_embedder|context_embedder|time_guidance_embed|timestep_embedder|linear_[12]|linear|proj_out|norm_out|\d+"
         ),
         lora_authors=_authors_layers(),
     )

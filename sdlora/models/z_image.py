@@ -85,7 +85,7 @@ class ZImage(BaseModel):
         lora_mark=r"lora_unet_layers_\d+_(attention_to|feed_forward_w)",
         lora_parts=(
             r"noise_refiner|context_refiner|layers|attention|feed_forward|adaLN_modulation|to_q|to_k|to_v|to_out|"
-            r"w[123]|cap_embedder|t_embedder|mlp|\d+"
+            r"w[123]|cap_embedder|t_embedder|mlp|all_x_embedder|all_final_layer|linear|\d+-\d+|\d+"
         ),
     )
     architecture = names.modelspec

@@ -10,6 +10,7 @@ import pytest
 import torch
 from diffusers import Flux2Transformer2DModel
 from helpers.command import call
+from helpers.tiny import make_tiny_klein
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -174,10 +175,7 @@ def test_comfyui_reads_every_layer_that_is_trained(shape: dict[str, Any], double
 def test_every_layer_is_found_again_by_its_kohya_name() -> None:
     with torch.device("meta"):
         paths = adaptable(Flux2Transformer2DModel(**NETWORK_4B))
-    # The last norm's two halves are the other way round in the authors' layer, so no LoRA of theirs is read on it.
-    assert [transformer_path(kohya_name(path), NAMES) for path in paths if "norm_out" not in path] == [
-        path for path in paths if "norm_out" not in path
-    ]
+    assert [transformer_path(kohya_name(path), NAMES) for path in paths] == paths
 
 
 def test_the_size_is_told_by_the_width_of_layers_or_by_metadata() -> None:
@@ -239,3 +237,24 @@ def test_a_file_of_an_unknown_transformer_is_not_written(
     code, _, said = call(capsys, "resize", str(source), str(out), "--rank", "2")
     assert code == DataError.exit_code and "FLUX.2 klein" in said
     assert not out.exists()
+
+
+def test_a_file_is_merged_into_a_folder_and_extracted_from_it(
+    trained: LoraState, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, merged, out = tmp_path / "base", tmp_path / "merged", tmp_path / "out.safetensors"
+    make_tiny_klein(base)
+    source = saved(SPELLINGS["folded"](trained), tmp_path / "source.safetensors")
+    code, said, _ = call(capsys, "merge", "--output", str(merged), "--into", str(base), str(source))
+    assert code == 0 and "16 layers" in said
+    before, after = (
+        load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors") for folder in (base, merged)
+    )
+    for path, weights in trained.items():
+        change = ALPHA / RANK * weights.up @ weights.down
+        torch.testing.assert_close(after[f"{path}.weight"] - before[f"{path}.weight"], change, atol=1e-5, rtol=1e-4)
+    assert call(capsys, "extract", str(merged), str(base), str(out), "--rank", "4")[0] == 0
+    assert set(load_file(out)) == set(load_file(source))
+    expected = updates(source)
+    for name, update in updates(out).items():
+        torch.testing.assert_close(update, expected[name], atol=1e-4, rtol=1e-3)
