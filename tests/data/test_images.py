@@ -4,12 +4,13 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from PIL import Image, ImageDraw
 
 from sdlora.common.bundled import BucketOptions, ImageFolder
-from sdlora.data.checks import Checkup, examine, image_files
+from sdlora.data.checks import Checkup, decode, examine, image_files
 from sdlora.data.dataset import Example, load_dataset, load_mask_pixels, load_pixels
 from sdlora.data.images import (
     MaskKind,
@@ -327,3 +328,13 @@ def test_file_that_the_system_does_not_open_is_not_called_broken(
     monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(DataError, match=r"folder .* cannot be read \(Permission denied\)"):
         image_files(tmp_path)
+
+
+def test_a_large_image_is_freed_when_it_is_decoded(tmp_path: Path) -> None:
+    Image.linear_gradient("L").resize((5000, 4000)).convert("RGB").save(tmp_path / "large.jpg")
+    Image.new("RGB", (64, 64)).save(tmp_path / "small.png")
+    process = psutil.Process()
+    decode(tmp_path / "small.png", "white")
+    before = process.memory_info().rss
+    decode(tmp_path / "large.jpg", "white")
+    assert process.memory_info().rss - before < 10e6, "its pixels take 60 MB"

@@ -16,7 +16,7 @@ from helpers.trainer import make_trainer
 from safetensors.torch import load_file
 
 from sdlora.config.toml import load_config
-from sdlora.errors import ConfigError, OutputError, SdloraError
+from sdlora.errors import ConfigError, DataError, OutputError, SdloraError
 from sdlora.events import Event, Notice, RunDone, StepDone
 from sdlora.run.resume import load_newest
 from sdlora.run.run import Stopped, start
@@ -147,6 +147,19 @@ def test_edited_noise_schedule_of_the_base_is_refused(cut: Cut) -> None:
     config.write_text(json.dumps(settings | {"beta_end": 0.02}))
     with pytest.raises(OutputError, match=f"beta_end of the noise schedule .{settings['beta_end']}, now 0.02"):
         cut.resume()
+
+
+def test_image_that_was_deleted_is_named_and_the_run_stays_where_it_was(cut: Cut) -> None:
+    before = json.loads((cut.folder / "state.json").read_text())
+    gone = sorted(cut.images.glob("*.png"))[0]
+    content = gone.read_bytes()
+    gone.unlink()
+    with pytest.raises(DataError, match=f"no longer there: {gone.name}"):
+        cut.resume()
+    after = json.loads((cut.folder / "state.json").read_text())
+    assert after["step"] == before["step"] > 0 and gone.name in after["error"]
+    gone.write_bytes(content)
+    assert isinstance(cut.resume()[-1], RunDone)
 
 
 def test_checkpoint_without_what_a_run_needs_is_refused(cut: Cut) -> None:
