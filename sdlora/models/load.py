@@ -74,7 +74,9 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
     def reload(unet_dtype: torch.dtype, **present: Any) -> DiffusionPipeline:
         pipeline = load(unet_dtype=unet_dtype if options.change is None else torch.float32, **present)
         if options.change is not None:
-            found = {name: getattr(pipeline, name, None) for name in NETWORKS}
+            # A transformer is called as a UNet is; language models have no LoRAs.
+            texts = NETWORKS[1:] if class_of(pipeline).trains_text else ()
+            found = {NETWORKS[0]: network_of(pipeline)} | {name: getattr(pipeline, name, None) for name in texts}
             networks = {name: network for name, network in found.items() if network is not None}
             # What is present was changed when it was loaded.
             options.change(networks, networks.keys() - present.keys())

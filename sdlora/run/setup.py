@@ -149,6 +149,11 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
     base = load_base(config.base.path, device=device, dtype=dtype, options=options)
     if found is None:  # a hub id
         check_family(config.base, family_named(base.architecture))
+    if config.base.prediction_type is not None and base.prediction_type == "flow":
+        raise ConfigError(
+            f"base.prediction_type = {config.base.prediction_type!r} is for noise schedules, and {base.path!r} "
+            "predicts the velocity of flow matching. Leave it unset."
+        )
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
     return base

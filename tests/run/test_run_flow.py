@@ -12,15 +12,18 @@ import torch
 from helpers.runs import digests, metrics, run, without_times
 from helpers.tiny import make_tiny_klein, make_tiny_z_image
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from sdlora.config.toml import parse_config
 from sdlora.diffusion.timesteps import Density
 from sdlora.errors import ConfigError
 from sdlora.events import Exported
+from sdlora.lora.inject import find_targets
 from sdlora.models import flux2
 from sdlora.models.load import load_base
 from sdlora.run.arguments import fit_images, read_images
 from sdlora.run.run import Stopped
+from sdlora.run.setup import fresh_base
 from sdlora.training.train_step import StepResult, TrainStep
 
 
@@ -136,3 +139,21 @@ def test_captions_that_are_cut_off_are_named(base: Path, images: Path) -> None:
     loaded.max_tokens = 5
     (notice,) = (notice for notice in fit_images(read, loaded, config.data, 1).notices if "tokens" in notice)
     assert "5 tokens" in notice and "windows" not in notice
+
+
+def test_a_prediction_type_is_refused(options: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"base\.prediction_type"):
+        run(tmp_path / "run", [*options, "base.prediction_type=epsilon"])
+
+
+def test_files_are_merged_into_the_transformer(base: Path, tmp_path: Path) -> None:
+    plain = load_base(str(base), device=torch.device("cpu"), dtype=torch.float32)
+    path, file = find_targets(plain.network, ["attention"])[-1], tmp_path / "lora.safetensors"
+    own = plain.network.get_submodule(path).weight
+    down, up = torch.ones(2, own.shape[1]), torch.ones(own.shape[0], 2)
+    save_file({f"transformer.{path}.lora_A.weight": down, f"transformer.{path}.lora_B.weight": up}, file)
+    merge = [{"file": str(file), "weight": 0.5}]
+    config = parse_config({"data": {"folder": "x"}, "base": {"path": str(base), "merge": merge}}, name="x")
+    merged = fresh_base(config, torch.device("cpu"), torch.float32)
+    for network in (merged.network, merged.fresh_pipeline().transformer):
+        torch.testing.assert_close(network.get_submodule(path).weight, own + 1)
