@@ -160,6 +160,7 @@ def test_captions_are_read_as_the_pipeline_reads_them(folder: Path, monkeypatch:
     asked = base._asked(["a zumi"])[0]
     assert asked.endswith("<think>\n\n</think>\n\n")
     assert base.num_tokens(long) > base.max_tokens == 512
+    assert not any("lm_head" in name for name, _ in base.text_encoders[0].named_parameters())
 
 
 def test_gradients_are_the_same_with_checkpointing(folder: Path) -> None:
