@@ -6,7 +6,6 @@ offline; the configurations that it lacks are written to a temporary folder from
 
 from __future__ import annotations
 
-import inspect
 import json
 import re
 import tempfile
@@ -19,6 +18,7 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
+from safetensors import SafetensorError
 from torch import nn
 
 from sdlora.common.bundled import pocket_folder
@@ -30,6 +30,7 @@ from sdlora.lora.quantize import Quantization, quantize_linears
 from sdlora.models.architectures import ARCHITECTURES, Identified, identify, read_header
 from sdlora.models.base import BaseModel, Source, TextOptions
 from sdlora.models.families import FAMILIES, class_of, class_of_pipeline, network_of
+from sdlora.models.single_file import check_weights, has_old_clip_names, text_encoder_of_old_names, with_defaults
 from sdlora.models.unet import clip_tokenizer
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -41,6 +42,10 @@ _REFUSED = {
     "StableDiffusionXLImg2Img": "the refiner of Stable Diffusion XL, which only refines finished images. Train on the "
     "base model.",
 }
+
+
+# What diffusers' and transformers' readers raise where a file, or a configuration beside it, is not as they expect.
+_LOADER_ERRORS = (OSError, ValueError, LookupError, RuntimeError, AttributeError, TypeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -124,7 +129,7 @@ def _download(path: str, options: LoadOptions) -> Path:
         folder = DiffusionPipeline.download(
             path, revision=options.revision, variant=options.variant, use_safetensors=True, safety_checker=None
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except _LOADER_ERRORS as error:
         raise _not_loaded(path, error) from error
     return Path(folder)
 
@@ -144,7 +149,7 @@ def _load_folder(
             **present,
             **kind.optional_parts,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except _LOADER_ERRORS as error:
         raise _not_loaded(path, error) from error
     return pipeline
 
@@ -203,7 +208,9 @@ def _load_single_file(
     path: str, file: Path, prediction_type: PredictionType | None, unet_dtype: torch.dtype, **present: Any
 ) -> DiffusionPipeline:
     """Load a checkpoint in its authors' layout (LDM, sgm); without a prediction type it is taken from the file."""
-    found = identify(read_header(file), path)
+    header = read_header(file)
+    found = identify(header, path)
+    check_weights(header, found.architecture, path)
     predicts = prediction_type or found.prediction_type
     if predicts is None:
         raise BaseModelError(
@@ -213,19 +220,20 @@ def _load_single_file(
     kind = getattr(diffusers, ARCHITECTURES[found.family].pipeline)
     with tempfile.TemporaryDirectory() as folder:
         components = _components(found.family, predicts, found.zero_terminal_snr)
+        if has_old_clip_names(header) and "text_encoder" not in present:
+            config = found.architecture.text_encoders[0]
+            components["text_encoder"] = text_encoder_of_old_names(file, config, path)
         _write_configs(Path(folder), found, predicts)
         try:
             pipeline: DiffusionPipeline = kind.from_single_file(
                 str(file), config=folder, local_files_only=True, **(components | present)
             )
-        except NotImplementedError as error:  # weights that the file lacks are left on the meta device, here and below
-            raise BaseModelError(
-                f"{path!r} lacks weights of its UNet. If it is a smaller variant of its family, convert it to a "
-                "diffusers folder with its own configuration files."
-            ) from error
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except _LOADER_ERRORS as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise BaseModelError(f"{path!r} could not be loaded: {reason[0]}") from error
+            raise BaseModelError(
+                f"{path!r} could not be loaded ({reason[0].removesuffix('.')}). Download it again, or use another "
+                "checkpoint."
+            ) from error
     networks = {name: getattr(pipeline, name, None) for name in ("unet", "vae", "text_encoder", "text_encoder_2")}
     for name, network in networks.items():
         if network is not None and (missing := [key for key, p in network.named_parameters() if p.is_meta]):
@@ -255,10 +263,10 @@ def _components(family: Family, prediction_type: PredictionType, zero_terminal_s
 
 def _write_configs(folder: Path, found: Identified, prediction_type: PredictionType) -> None:
     family, architecture = found.family, found.architecture
-    unet = _complete(UNet2DConditionModel, architecture.unet)
+    unet = with_defaults(UNet2DConditionModel, architecture.unet)
     if family == "sd2" and prediction_type == "epsilon":
         unet["sample_size"] = 64  # latents of 512 px
-    configs = {"unet": unet, "vae": _complete(AutoencoderKL, architecture.vae)}
+    configs = {"unet": unet, "vae": with_defaults(AutoencoderKL, architecture.vae)}
     index: dict[str, Any] = {
         "_class_name": architecture.pipeline,
         "unet": ["diffusers", "UNet2DConditionModel"],
@@ -279,9 +287,3 @@ def _write_configs(folder: Path, found: Identified, prediction_type: PredictionT
         (folder / name).mkdir()
         (folder / name / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
-
-
-def _complete(kind: type, config: dict[str, Any]) -> dict[str, Any]:
-    """A configuration with the class's own defaults, since diffusers' converter reads keys that may be left out."""
-    parameters = inspect.signature(kind).parameters.values()
-    return {p.name: p.default for p in parameters if p.default is not inspect.Parameter.empty} | config

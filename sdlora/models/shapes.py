@@ -147,9 +147,9 @@ def vae_config(tensors: Tensors, family: Mapping[str, Any]) -> dict[str, Any]:
         ShapeError: It cannot be such a model.
     """
     num_levels = _count(tensors, "encoder.down.")
-    names = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(num_levels)]
-    if not names or any(name not in tensors for name in (*names, "decoder.conv_in.weight")):
-        raise ShapeError("its VAE is not whole")
+    names = [f"encoder.down.{level}.block.0.conv1.weight" for level in range(max(1, num_levels))]
+    if missing := [name for name in (*names, "decoder.conv_in.weight") if name not in tensors]:
+        raise ShapeError(f"its VAE lacks {missing[0]}")
     widths = [tensors[name][0] for name in names]
     _check_groups(widths, family.get("norm_num_groups", _GROUPS))
     return {
@@ -173,9 +173,10 @@ def text_config(tensors: Tensors, family: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ShapeError: It cannot be such a model.
     """
-    is_openai = "text_model.embeddings.token_embedding.weight" in tensors
+    named = part(tensors, "text_model.") or tensors  # old files have OpenAI's names without it
+    is_openai = "embeddings.token_embedding.weight" in named
     if is_openai:
-        tensors = part(tensors, "text_model.")
+        tensors = named
         names = ["embeddings.token_embedding.weight", "embeddings.position_embedding.weight"]
         layers, inner = "encoder.layers.", "mlp.fc1.weight"
     else:

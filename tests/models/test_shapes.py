@@ -17,7 +17,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from sdlora.common.families import Family
 from sdlora.errors import BaseModelError
 from sdlora.models.architectures import ARCHITECTURES, Architecture, Header, architecture_of
-from sdlora.models.load import _complete
+from sdlora.models.single_file import with_defaults
 
 UNET = "model.diffusion_model."
 
@@ -43,7 +43,7 @@ def derived(family: Family, shapes: Mapping[str, tuple[int, ...]]) -> Architectu
 
 def whole(kind: type, config: Mapping[str, Any]) -> Any:
     """A configuration with the class's defaults, as JSON has it."""
-    return json.loads(json.dumps(_complete(kind, dict(config))))
+    return json.loads(json.dumps(with_defaults(kind, dict(config))))
 
 
 @pytest.mark.parametrize("family", list(ARCHITECTURES))
@@ -127,7 +127,8 @@ def test_smaller_text_encoders_and_vae_are_taken_as_they_are() -> None:
         ("sd2", {"cond_stage_model.model.transformer.resblocks.3.": None}, "lacks transformer.resblocks.3"),
         ("sdxl", {"conditioner.embedders.0.transformer.text_model.embeddings.token_embedding.weight": (9, 1280)},
          "two text encoders have the same width"),
-        ("sd1", {"first_stage_model.encoder.down.0.block.0.": None}, "VAE is not whole"),
+        ("sd1", {"first_stage_model.encoder.down.0.block.0.": None},
+         r"VAE lacks encoder\.down\.0\.block\.0\.conv1\.weight"),
     ],
 )  # fmt: skip
 def test_what_makes_no_network_of_the_family_is_named(

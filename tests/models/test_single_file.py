@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from helpers.bases import NAMES, load
+from helpers.bases import NAMES, Layouts, load, refused
 from helpers.ldm import authors_layout, write_checkpoint
 from helpers.tiny import TINY, tiny_networks
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
@@ -90,3 +90,50 @@ def test_single_file_has_the_weights_of_the_folder(
         prompts = base.prompt_embeddings(["a cat"], [""])
     with base.pipeline() as pipeline, torch.no_grad():
         pipeline(**prompts, num_inference_steps=1, output_type="latent")
+
+
+def test_checkpoint_with_old_clip_names_is_read(tmp_path: Path, layouts: Layouts, small: None) -> None:
+    """As Stable Diffusion 1.x was saved before transformers 4, its text encoder's names have no text_model."""
+    files = [tmp_path / "new.safetensors", tmp_path / "old.safetensors"]
+    old = {key.replace(".transformer.text_model.", ".transformer."): tensor for key, tensor in layouts["sd1"].items()}
+    ids = {"cond_stage_model.transformer.embeddings.position_ids": torch.arange(77)[None]}
+    write_checkpoint(files[0], layouts["sd1"])
+    write_checkpoint(files[1], old | ids)
+    new_text, old_text = (load(file).encode_captions(["a cat"])["states"] for file in files)
+    assert torch.equal(new_text, old_text)
+    del old["cond_stage_model.transformer.final_layer_norm.bias"]
+    write_checkpoint(files[1], old)
+    assert "lacks a weight of its text encoder: final_layer_norm.bias" in refused(files[1])
+
+
+@pytest.mark.parametrize(
+    ("key", "told"),
+    [
+        ("first_stage_model.decoder.norm_out.bias", "a weight of its VAE: decoder.conv_norm_out.bias"),
+        ("first_stage_model.decoder.up.2.upsample.conv.bias", "VAE: decoder.up.2.upsample.conv.bias"),
+        (
+            "first_stage_model.encoder.down.0.downsample.conv.bias",
+            "VAE: encoder.down_blocks.0.downsamplers.0.conv.bias",
+        ),
+        ("model.diffusion_model.time_embed.0.weight", "UNet: time_embedding.linear_1.weight"),
+        ("model.diffusion_model.output_blocks.2.1.conv.bias", "UNet: output_blocks.2.1.conv.bias"),
+    ],
+)
+def test_checkpoint_that_lacks_a_weight_or_has_another_shape_is_refused_by_its_name(
+    key: str, told: str, tmp_path: Path, layouts: Layouts, small: None
+) -> None:
+    file = tmp_path / "base.safetensors"
+    write_checkpoint(file, {other: tensor for other, tensor in layouts["sd1"].items() if other != key})
+    assert told in refused(file)
+    write_checkpoint(file, layouts["sd1"] | {key: torch.zeros(3, *layouts["sd1"][key].shape[1:])})
+    assert "(3," in refused(file)
+
+
+def test_whatever_the_reader_of_a_folder_raises_is_told_in_words(
+    tiny_base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'to'")
+
+    monkeypatch.setattr("diffusers.StableDiffusionPipeline.from_pretrained", broken)
+    assert "could not be loaded" in refused(tiny_base)
