@@ -13,7 +13,6 @@ import hashlib
 import itertools
 import json
 import re
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from sdlora.common.bundled import IMAGE_SUFFIXES, pocket_folder, resolve_data_folder
-from sdlora.common.files import read_text, sha256
+from sdlora.common.files import read_toml, sha256
 from sdlora.common.version import __version__
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import (
@@ -106,11 +105,11 @@ def read_jobs(path: Path) -> list[Job]:
 
 def _read(path: Path) -> _File:
     try:
-        document = tomllib.loads(read_text(path))
+        document = read_toml(path)
     except OSError as error:
         raise ConfigError(f"The jobs file {path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is {error}.") from error
     try:
         file = _File.model_validate(document)
     except ValidationError as error:

@@ -8,7 +8,9 @@ Shapes: C latent channels, H/W pixels, h/w latents.
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
@@ -29,6 +31,7 @@ from sdlora.models.base import BaseModel, TextEmbeddings
 
 MOST_MAPPED = 30_000
 """The most files that are mapped into memory; Linux allows a process 65,530 maps."""
+_READ_ONLY = (errno.EACCES, errno.EPERM, errno.EROFS)
 _FORMAT = "2"  # increased when the meaning of stored tensors changes
 
 
@@ -61,6 +64,11 @@ class Cache:
         self._keys: dict[Example, str] = {}
         self._text_keys: dict[str, str] = {}
         self._mapped: dict[str, TextEmbeddings] = {}
+
+    @property
+    def is_writable(self) -> bool:
+        """Whether entries can be added."""
+        return os.access(self.folder, os.W_OK)
 
     def knows(self, example: Example) -> bool:
         """Whether an image is in the cache of this run."""
@@ -142,6 +150,9 @@ class Cache:
         """The entry under a key in the subfolder of a kind, computed and stored in a dtype if it is missing.
 
         The key is from `content_key`, of everything that the tensors depend on. The tensors are mapped, not yet read.
+
+        Raises:
+            ConfigError: The entry is missing, and the folder is read-only.
         """
         path = self._path(kind, key)
         if path.exists():
@@ -149,8 +160,16 @@ class Cache:
                 return load_file(path)
             except (SafetensorError, OSError):
                 path.unlink(missing_ok=True)  # damaged by a crash: computed again below
-        with atomic_path(path) as temporary:
-            save_file(_as_kept(make, dtype), temporary)
+        try:
+            with atomic_path(path) as temporary:
+                save_file(_as_kept(make, dtype), temporary)
+        except OSError as error:
+            if error.errno not in _READ_ONLY:
+                raise
+            raise ConfigError(
+                f"cache.dir: {self.folder} does not hold everything that this run needs, and cannot be written "
+                f"({error.strerror}). Choose a folder that you can write to."
+            ) from error
         return load_file(path)
 
     def _map(self, key: str, tensors: TextEmbeddings) -> None:

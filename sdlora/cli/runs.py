@@ -13,7 +13,7 @@ import shlex
 import sys
 import webbrowser
 from collections.abc import Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -69,18 +69,20 @@ def train(
     view = JsonLines(sys.stdout) if json_ else ProgressBar(console)
     with stop_signals(console.print) as stop_signal, view:
         try:
-            events = start(
-                settings, folder, resume=resume, wait=not no_wait, should_stop=lambda: stop_signal() is not None
-            )
-            for event in mirrored(events):
-                view.show(event)
-        except Stopped:
+            # Closed, so that the run records how it ended wherever it is interrupted.
+            with closing(
+                start(settings, folder, resume=resume, wait=not no_wait, should_stop=lambda: stop_signal() is not None)
+            ) as events:
+                for event in mirrored(events):
+                    view.show(event)
+        except (Stopped, KeyboardInterrupt) as end:
             if (folder / "config.toml").is_file():
                 hint = f"To resume: {resume_command(config, location, set_ or [], force=force, memory=memory)}"
             else:
                 hint = "Nothing was written yet."
             with suppress(OSError):  # the terminal may be gone
-                console.print(f"Stopped. {hint}")
+                lost = "" if isinstance(end, Stopped) else " Steps since the last checkpoint are lost."
+                console.print(f"Stopped.{lost} {hint}")
             raise typer.Exit(exit_code_of(stop_signal())) from None
     if not json_ and (checks := read_checks(folder / "epochs")):
         console.print(copy_table(checks))

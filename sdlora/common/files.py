@@ -15,6 +15,7 @@ import platform
 import re
 import shutil
 import threading
+import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -116,14 +117,17 @@ def write_text(path: Path, content: str) -> None:
     write_bytes(path, content.encode("utf-8"))
 
 
-def read_text(path: Path) -> str:
+def read_text(path: Path, most_bytes: int = 1 << 20) -> str:
     """A text that a person wrote: UTF-8 with or without a byte order mark, its lines ending in a line feed alone.
 
     Raises:
         OSError: The file cannot be read.
-        ValueError: It is not UTF-8; the message continues a sentence that names it.
+        ValueError: It is not UTF-8, or longer than that; the message continues a sentence that names it.
     """
-    content = path.read_bytes()
+    with path.open("rb") as handle:
+        content = handle.read(most_bytes + 1)
+    if len(content) > most_bytes:
+        raise ValueError(f"larger than {most_bytes >> 20} MiB, too large for what it should be. Check which file it is")
     # In UTF-16 every second byte of western texts is zero.
     if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or 2 * content.count(0) >= len(content) > 0:
         raise ValueError("not valid UTF-8 (it looks like UTF-16, which some editors call Unicode). Save it as UTF-8")
@@ -131,6 +135,33 @@ def read_text(path: Path) -> str:
         return content.decode("utf-8-sig").replace("\r\n", "\n")
     except UnicodeDecodeError as error:
         raise ValueError(f"not valid UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8") from error
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file that a person wrote.
+
+    Raises:
+        OSError: The file cannot be read.
+        ValueError: It is not UTF-8, too large, or not TOML; the message continues a sentence that names it.
+    """
+    return parse_toml(read_text(path))
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """The tables of a text in TOML.
+
+    Raises:
+        ValueError: It is not TOML, or nested too deeply; the message continues a sentence that names it.
+    """
+    # Reading such keys takes time that grows with the square of their length.
+    if (long := re.search(r"(?:(?:[\w-]+|\"[^\"\n]*\"|'[^'\n]*')[ \t]*\.[ \t]*){100}", text)) is not None:
+        raise ValueError(f"not valid TOML: a key of more than 100 parts ({long[0][:30]}…)")
+    try:
+        return tomllib.loads(text)
+    except RecursionError as error:
+        raise ValueError("not valid TOML: it is nested too deeply") from error
+    except ValueError as error:
+        raise ValueError(f"not valid TOML: {error}") from error
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -10,7 +10,6 @@ import copy
 import difflib
 import functools
 import re
-import tomllib
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 
 from sdlora.common.bundled import shipped_config, shipped_configs
-from sdlora.common.files import read_text
+from sdlora.common.files import parse_toml, read_toml
 from sdlora.config.kohya_folders import with_kohya_folders
 from sdlora.config.schema import MergedLora, RunConfig
 from sdlora.config.schema_data import LOCATION, Section, SetOptions
@@ -46,7 +45,6 @@ FREE_WHEN_RESUMING = {
 }
 """Options that do not change the result, so that a run may resume with other values."""
 
-_MAX_BYTES = 1 << 20
 RENAMED = {
     "data.holdout": "data.validation_folder",
     "data.holdout_split": "data.validation_split",
@@ -98,17 +96,11 @@ def _read(path: Path, extended_by: tuple[Path, ...], *, alone: bool) -> dict[str
     if path.resolve() in (file.resolve() for file in extended_by):
         raise ConfigError(f"{path} extends itself: {' extends '.join(file.stem for file in (*extended_by, path))}.")
     try:
-        if path.stat().st_size > _MAX_BYTES:
-            raise ConfigError(f"{path} is larger than 1 MiB, which no configuration is. Check which file it is.")
-        text = read_text(path)
-        # Reading such keys takes time that grows with the square of their length.
-        if (long := re.search(r"(?:[\w-]+\s*\.\s*){100}", text)) is not None:
-            raise ConfigError(f"{path} has a key of more than 100 parts ({long[0][:30]}…); options have two.")
-        document = tomllib.loads(text)
+        document = read_toml(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is not valid TOML: {error}.") from error
+    except ValueError as error:
+        raise ConfigError(f"{path} is {error}.") from error
     if (parent := document.pop("extends", None)) is None:
         return document
     if not isinstance(parent, str):
@@ -177,8 +169,8 @@ def _apply(document: dict[str, Any], override: str) -> None:
     if not separator or not all(names):
         raise ConfigError(f"--set {override!r}: expected section.key=value.")
     try:
-        value: Any = tomllib.loads(f"value = {text}")["value"]
-    except (ValueError, KeyError, RecursionError):  # also integers of thousands of digits
+        value: Any = parse_toml(f"value = {text}")["value"]
+    except (ValueError, KeyError):  # also integers of thousands of digits
         value = text.strip()
     table = document
     for name in names[:-1]:

@@ -17,6 +17,8 @@ from sdlora.common.files import read_text
 from sdlora.errors import DataError
 
 METADATA = "metadata.jsonl"
+_MOST_CAPTION_BYTES, _MOST_METADATA_BYTES = 1 << 20, 50 << 20
+_MOST_LINES, _MOST_FAULTS = 200_000, 20
 SIDECARS = frozenset({".txt", ".caption", ".json"})
 _WILDCARD = re.compile(r"\{([^{}]*\|[^{}]*)\}")
 
@@ -53,6 +55,7 @@ def read_captions(folder: Path, images: Collection[str]) -> FolderCaptions:
 
     def read(source: str, file: Path, owners: list[str]) -> None:
         try:
+            _refuse_stray(file, source, folder, owners)
             text = caption_in(file, source)
         except DataError as error:
             faults.append((source, str(error)))
@@ -75,6 +78,11 @@ def read_captions(folder: Path, images: Collection[str]) -> FolderCaptions:
                 )
         for file in (path for path in files if path.name == METADATA):
             source = (parent / METADATA).as_posix()
+            try:
+                _refuse_stray(file, source, folder, images)
+            except DataError as error:
+                faults.append((source, str(error)))
+                continue
             captions, messages = read_metadata(file, source)
             faults += [(source, message) for message in messages]
             for name, text in captions.items():
@@ -88,6 +96,16 @@ def read_captions(folder: Path, images: Collection[str]) -> FolderCaptions:
             if owners or file.suffix.lower() != ".json":
                 read((parent / file.name).as_posix(), file, owners)
     return FolderCaptions(found, unused, faults)
+
+
+def _refuse_stray(file: Path, name: str, folder: Path, owners: Collection[str]) -> None:
+    """Refuse a caption that is a link to a file elsewhere than in the folder, or beside its own image's file."""
+    if not file.is_symlink():
+        return
+    target = file.resolve()
+    beside = {(folder / owner).resolve().parent for owner in owners}
+    if not target.is_relative_to(folder.resolve()) and target.parent not in beside:
+        raise DataError(f"{name}: a link to {target}, outside of the folder, which is not read. Copy the file here.")
 
 
 def _finder(images: Collection[str], key: Callable[[str], str]) -> Callable[[str], list[str]]:
@@ -145,9 +163,9 @@ def _joined(value: object, joint: str) -> str:
     return joint.join(entry.strip() for entry in entries).strip()
 
 
-def _read_text(file: Path, name: str) -> str:
+def _read_text(file: Path, name: str, most_bytes: int = _MOST_CAPTION_BYTES) -> str:
     try:
-        return read_text(file)
+        return read_text(file, most_bytes)
     except OSError as error:
         raise DataError(f"{name}: cannot be read ({error.strerror}).") from error
     except ValueError as error:
@@ -155,15 +173,23 @@ def _read_text(file: Path, name: str) -> str:
 
 
 def read_metadata(file: Path, name: str = METADATA) -> tuple[dict[str, str], list[str]]:
-    """The captions of a `metadata.jsonl` by image, stripped and not empty, and error messages, which call it `name`."""
+    """The captions of a `metadata.jsonl` by image, stripped and not empty, and error messages, which call it `name`.
+
+    After many lines with errors, the rest is not read.
+    """
     captions: dict[str, str] = {}
     lines: dict[str, int] = {}
     try:
-        text = _read_text(file, name)
+        text = _read_text(file, name, _MOST_METADATA_BYTES)
     except DataError as error:
         return {}, [str(error)]
-    faults = []
+    if (num_lines := text.count("\n")) > _MOST_LINES:
+        return {}, [f"{name}: has {num_lines:,} lines; at most {_MOST_LINES:,} are read. Split the set."]
+    faults: list[str] = []
     for number, line in enumerate(text.split("\n"), start=1):  # not `splitlines`: captions may hold U+2028
+        if len(faults) == _MOST_FAULTS:
+            faults.append(f"{name}: the lines from {number} on are not read, since so many before have errors.")
+            break
         try:
             for image, caption in (_entry(line, f"{name}, line {number}") if line.strip() else {}).items():
                 if captions.setdefault(image, caption) != caption:

@@ -80,9 +80,8 @@ def examine_lengths(num_tokens: Mapping[str, int], max_tokens: int, *, in_window
         if in_windows
         else "Shorten them: this base model reads no more."
     )
-    message = (
-        f"{len(long)} captions are longer than {max_tokens} tokens and are cut off there: {first_names(long)}. {advice}"
-    )
+    what, verb = ("1 caption", "is") if len(long) == 1 else (f"{len(long)} captions", "are")
+    message = f"{what} {verb} longer than {max_tokens} tokens and {verb} cut off there: {first_names(long)}. {advice}"
     return about_files("long caption", long, message)
 
 

@@ -70,7 +70,7 @@ def start(
     wait: bool = True,
     should_stop: Callable[[], bool] = lambda: False,
     bases: BaseSource = fresh_base,
-) -> Iterator[Event]:
+) -> Generator[Event, None, None]:
     """Run a configuration.
 
     Args:
@@ -109,6 +109,7 @@ def start(
                 raise Stopped
         context = _prepare(config, folder, bases, processes)
         check_disks(context, resume=resume)
+        _check_cache(context)
         if not resume:
             held.enter_context(folder.occupied("sdlora train"))
             folder.check(resume=False)  # another run may have been here since
@@ -130,6 +131,13 @@ def _prepare(config: RunConfig, folder: RunFolder, bases: BaseSource, processes:
     return context
 
 
+def _check_cache(context: RunContext) -> None:
+    """Check that a cache that is read-only holds the images and captions of the run."""
+    if not context.loaded.cache.is_writable:
+        for _ in _fill_cache(context):
+            pass
+
+
 def _recorded(context: RunContext, resume: bool, should_stop: Callable[[], bool], begin: float) -> Iterator[Event]:
     """The run's events, each written to disk before it is yielded, as is how the run ends."""
     recorder, trackers = Recorder(context.folder), Trackers(context.config, context.folder)
@@ -144,7 +152,7 @@ def _recorded(context: RunContext, resume: bool, should_stop: Callable[[], bool]
                 yield event
                 if isinstance(event, Progress) and should_stop():
                     raise Stopped  # training itself stops after a step, with a checkpoint; all else is done again
-    except Stopped:
+    except (Stopped, KeyboardInterrupt, GeneratorExit):
         recorder.finish("stopped")
         raise
     except DivergedError as error:
@@ -184,9 +192,7 @@ def _events(
     for message in context.loaded.notices:
         yield Notice(message)
     with hints_in("cache", context):
-        yield from _fill_training_cache(context)
-        if context.validation is not None:
-            yield from context.validation.data.fill(context.config.data.background)
+        yield from _fill_cache(context)
     if not resume:
         context.base.offload()
         yield StepRehearsed(step_seconds(trainer, context.config.data.background))
@@ -208,6 +214,12 @@ def _events(
     yield from _export(context, epoch, reason)
     write_card(context, plan, epoch)
     yield RunDone(str(context.folder.lora), str(context.folder.path), time.monotonic() - begin)
+
+
+def _fill_cache(context: RunContext) -> Iterator[Event]:
+    yield from _fill_training_cache(context)
+    if context.validation is not None:
+        yield from context.validation.data.fill(context.config.data.background)
 
 
 def _fill_training_cache(context: RunContext) -> Iterator[Event]:

@@ -1,4 +1,6 @@
+import errno
 from pathlib import Path
+from typing import Never
 
 import pytest
 import torch
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 from sdlora.cache.tensors import Cache
 from sdlora.common.bundled import BucketOptions, ImageFolder
 from sdlora.data.dataset import Dataset, load_dataset
+from sdlora.errors import ConfigError
 from sdlora.models.base import BaseModel
 from sdlora.models.load import load_base
 
@@ -128,3 +131,17 @@ def test_numbers_that_are_mapped_outlive_their_file(base: BaseModel, images: Pat
     for path in tmp_path.rglob("*.safetensors"):
         path.unlink()
     assert torch.equal(cache.moments(data.examples[:1]), before)
+
+
+def test_read_only_folder_serves_what_it_holds_and_refuses_the_rest_in_words(
+    base: BaseModel, images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fill(Cache(tmp_path, base), dataset(images), ["a cat"])
+
+    def no(path: Path) -> Never:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("sdlora.cache.tensors.atomic_path", no)
+    fill(Cache(tmp_path, base), dataset(images), ["a cat"])
+    with pytest.raises(ConfigError, match=r"cache\.dir: .* cannot be written \(Read-only file system\)"):
+        fill(Cache(tmp_path, base), dataset(images), ["a cat", "a dog"])

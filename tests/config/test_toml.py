@@ -95,6 +95,7 @@ def test_shipped_configurations_are_valid_and_hold_only_what_differs() -> None:
         (b"seed = " + b"9" * 5000, "not valid TOML"),
         (b"a = " + b"[" * 100_000, "not valid TOML"),
         (b"a." * 20_000 + b"a = 1", "more than 100 parts"),
+        (b"'a' . " * 20_000 + b"a = 1", "more than 100 parts"),
         (b"# " + b"x" * (1 << 20), "larger than 1 MiB"),
     ],
 )

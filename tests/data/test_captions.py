@@ -10,6 +10,7 @@ from sdlora.common.bundled import CaptionOptions
 from sdlora.data import captions as captions_module
 from sdlora.data.captions import (
     caption_for_exposure,
+    caption_in,
     fixed_captions,
     lacks_trigger,
     prior_caption,
@@ -18,6 +19,7 @@ from sdlora.data.captions import (
     text_sidecar,
     with_trigger,
 )
+from sdlora.errors import DataError
 
 
 def exposure(number: int, caption: str = "a, b, c, d, e", trigger: str | None = None, **options: Any) -> str:
@@ -147,7 +149,7 @@ def test_line_separators_in_captions_do_not_end_a_line(tmp_path: Path) -> None:
 
 
 def test_unreadable_captions_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(file: Path) -> str:
+    def refuse(file: Path, most_bytes: int) -> str:
         raise PermissionError(13, "Permission denied", str(file))
 
     for name in ("a.txt", "metadata.jsonl"):
@@ -284,3 +286,42 @@ def test_captions_that_are_no_files_are_named(tmp_path: Path) -> None:
     assert all(
         kind in message for (_, message), kind in zip(found.faults, ("dead link", "folder", "regular"), strict=True)
     )
+
+
+def test_caption_that_is_a_link_out_of_the_folder_is_refused_but_beside_its_image(tmp_path: Path) -> None:
+    folder, store = tmp_path / "set", tmp_path / "store"
+    for place in (folder, store, tmp_path / "other"):
+        place.mkdir()
+    (tmp_path / "other" / "secret").write_text("root:x")
+    for name in ("a.png", "b.png", "b.txt", "list"):
+        (store / name).write_text(f"text of {name}")
+    (folder / "a.png").symlink_to(store / "a.png")
+    (folder / "a.txt").symlink_to(tmp_path / "other" / "secret")
+    (folder / "b.png").symlink_to(store / "b.png")
+    (folder / "b.txt").symlink_to(store / "b.txt")
+    (folder / "metadata.jsonl").symlink_to(tmp_path / "other" / "secret")
+    (folder / "c.png").write_text("")
+    (folder / "inside").write_text("a ball")
+    (folder / "c.txt").symlink_to("inside")
+    found = read_captions(folder, ["a.png", "b.png", "c.png"])
+    assert found.by_image == {"a.png": {"a.txt": ""}, "b.png": {"b.txt": "text of b.txt"}, "c.png": {"c.txt": "a ball"}}
+    assert [source for source, message in found.faults if "outside of the folder" in message] == [
+        "metadata.jsonl", "a.txt",
+    ]  # fmt: skip
+
+
+def test_captions_are_bounded_before_they_are_parsed(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"x" * (1 << 20) + b"x")
+    with pytest.raises(DataError, match=r"a\.txt: larger than 1 MiB"):
+        caption_in(tmp_path / "a.txt", "a.txt")
+    file = tmp_path / "metadata.jsonl"
+    with file.open("wb") as handle:
+        handle.truncate(60_000_000)
+    captions, faults = read_metadata(file)
+    assert captions == {} and "metadata.jsonl: larger than 50 MiB" in faults[0]
+    file.write_bytes(b"\n" * 200_001)
+    assert "at most 200,000" in read_metadata(file)[1][0]
+    file.write_bytes(b"x\n" * 1000 + b'{"file_name": "a.png", "text": "a ball"}\n')
+    captions, faults = read_metadata(file)
+    assert (captions, len(faults)) == ({}, 21)
+    assert "lines from 21 on are not read" in faults[-1]

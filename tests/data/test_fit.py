@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from sdlora.common.bundled import BucketOptions
 from sdlora.data.batches import assign_buckets
-from sdlora.data.fit import examine_sizes
+from sdlora.data.fit import examine_lengths, examine_sizes
 
 
 def test_small_images_and_lone_buckets_are_warnings() -> None:
@@ -31,3 +31,9 @@ def test_images_that_lose_more_than_a_fifth_to_the_crop_are_told() -> None:
     wider = assign_buckets([*sizes.values()], 512, BucketOptions(max_aspect=4.0))
     kinds = [f.kind for f in examine_sizes(sizes, dict(zip(sizes, wider, strict=True)))]
     assert "cropped" not in kinds
+
+
+def test_long_captions_are_counted_in_words() -> None:
+    (one,), (two,) = (examine_lengths(dict.fromkeys(names, 80), 77) for names in ("a", "ab"))
+    assert one.message.startswith("1 caption is longer than 77 tokens")
+    assert two.message.startswith("2 captions are longer than 77 tokens")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import time
@@ -10,6 +11,7 @@ from typing import Any
 
 import torch
 
+from sdlora.cache import tensors
 from sdlora.common.locks import holder
 
 
@@ -103,3 +105,13 @@ def kill_holder(_: tuple[Any, ...], result: Any) -> Any:
     assert other is not None
     os.kill(other.pid, signal.SIGKILL)
     return result
+
+
+def read_only_cache() -> None:
+    """Before a command: no entry can be added to any cache."""
+
+    def no(path: Path) -> Any:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    tensors.atomic_path = no  # type: ignore[assignment]
+    tensors.Cache.is_writable = property(lambda self: False)  # type: ignore[assignment, method-assign]

@@ -217,6 +217,38 @@ def test_a_signal_stops_a_run_that_can_go_on(
     figure("Stop", f"{len(chosen)} of {len(chosen)} signals")
 
 
+@pytest.mark.slow
+def test_a_second_ctrl_c_ends_a_run_at_once_which_says_so_and_resumes(
+    scene: Scene, expected: dict[str, str], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    twice = [Point("sdlora.training.loss:diffusion_loss", REHEARSED + 5, "before", "interrupt")] * 2
+    outcome = scene.train(run, points=twice)
+    assert outcome.code == 130, outcome.err
+    assert "--resume" in outcome.err and "Traceback" not in outcome.err
+    assert json.loads((run / "state.json").read_text())["status"] == "stopped"
+    assert scene.go_on(run).code == 0
+    assert digests(run) == expected
+
+
+@pytest.mark.slow
+def test_ctrl_c_while_the_base_is_loaded_says_that_nothing_was_written(scene: Scene, tmp_path: Path) -> None:
+    for times, told in ((1, "Stopping"), (2, "Nothing was written yet")):
+        points = [Point("sdlora.run.setup:make_adapter", 1, "before", "interrupt")] * times
+        outcome = scene.train(tmp_path / "run", points=points)
+        assert outcome.code == 130, outcome.err
+        assert told in outcome.err and "Traceback" not in outcome.err
+        shutil.rmtree(tmp_path / "run", ignore_errors=True)
+
+
+@pytest.mark.slow
+def test_a_read_only_cache_that_lacks_a_caption_is_told_before_the_run(scene: Scene, tmp_path: Path) -> None:
+    arguments = scene.arguments(tmp_path / "run", changes=["data.caption_prefix=new"])
+    outcome = scene.command.run(*arguments, prepare=mishaps.read_only_cache)
+    assert outcome.code == 2 and "cache.dir" in said(outcome), outcome.err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.fixture
 def read_only(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "read-only"

@@ -382,4 +382,10 @@ def test_run_can_be_stopped_before_training(tmp_path: Path, overrides: list[str]
         assert done[-1] == phase
         assert json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "stopped"
         assert not (tmp_path / "run" / "checkpoints").exists()
+    # Whoever is interrupted while an event is shown closes the run without asking it.
+    interrupted = start(config, tmp_path / "run", resume=True)
+    assert any(isinstance(event, Progress) for event in interrupted)
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "running"
+    interrupted.close()
+    assert json.loads((tmp_path / "run" / "state.json").read_text())["status"] == "stopped"
     assert isinstance(run(tmp_path / "run", [*overrides, *CHECKED], resume=True)[-1], RunDone)

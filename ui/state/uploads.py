@@ -34,6 +34,8 @@ MOST_BYTES = 64 * 2**20
 MOST_BYTES_IN_ALL = 4 * 2**30
 MOST_CAPTION_BYTES = 64 * 2**10
 _MAX_ZIP_RATIO = 200  # images hardly shrink in a zip
+_MAX_DIRECTORY_BYTES = 4 * 2**20
+_ZIP_END_BYTES = 22 + 0xFFFF  # with the longest comment
 _DRIVE = re.compile(r"[A-Za-z]:")
 # Python's reader raises all of these for a malformed zip.
 _ZIP_ERRORS = (
@@ -222,6 +224,8 @@ def _store_metadata(entry: _Entry, folder: Path, targets: dict[tuple[str, str], 
         captions, faults = read_metadata(Path(scratch) / METADATA)
     if faults:
         raise DataError(faults[0])
+    if len(captions) > MOST_FILES:
+        raise DataError(f"{entry.name} has {len(captions)} captions; the limit is {MOST_FILES}. Split it.")
     parent = entry.key[0]
     for name, text in captions.items():
         stem = PurePosixPath(name).stem
@@ -237,6 +241,8 @@ def _entries(name: str, path: Path) -> Iterator[_Entry]:
     if PurePosixPath(name).suffix.lower() != ".zip":
         yield _Entry(safe_name(name), path.stat().st_size, lambda: path.open("rb"))
         return
+    if _directory_bytes(path) > _MAX_DIRECTORY_BYTES:
+        raise DataError(f"{safe_name(name)} has far more than {MOST_FILES} files. Split it.")
     try:
         archive = zipfile.ZipFile(path)
     except _ZIP_ERRORS as error:
@@ -253,6 +259,14 @@ def _entries(name: str, path: Path) -> Iterator[_Entry]:
         hidden = any(part.startswith((".", "__MACOSX")) for part in PurePosixPath(info.filename).parts)
         if not hidden:
             yield _Entry(info.filename, info.file_size, functools.partial(archive.open, info))
+
+
+def _directory_bytes(path: Path) -> int:
+    """The size of a zip's list of files as its end gives it, 0 without one: Python reads the list before counting."""
+    with path.open("rb") as handle:
+        handle.seek(max(0, path.stat().st_size - _ZIP_END_BYTES))
+        _, mark, end = handle.read().rpartition(b"PK\5\6")
+    return int.from_bytes(end[8:12], "little") if mark else 0
 
 
 def _refusal(info: zipfile.ZipInfo) -> str | None:

@@ -6,20 +6,20 @@ The command line calls `import_file`; the form follows from what the file holds,
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from sdlora.common.files import parse_toml, read_text
 from sdlora.config.imports import ai_toolkit, command, kohya, kohya_gui, onetrainer
 from sdlora.config.imports.rules import Imported, Rule, Source, translate
 from sdlora.config.imports.settle import settle
 from sdlora.config.toml import option_fields
 from sdlora.errors import ConfigError
 
-MAX_BYTES = 4_000_000
+MAX_BYTES = 4 << 20
 FORMS = (
     "kohya_ss (JSON), sd-scripts (TOML), OneTrainer (JSON), ai-toolkit (YAML) and diffusers' scripts (a command line)"
 )
@@ -35,13 +35,11 @@ def import_file(path: Path) -> Imported:
         ConfigError: The file cannot be read, or is of no form that sdlora knows.
     """
     try:
-        content = path.read_bytes()[: MAX_BYTES + 1].decode("utf-8-sig")
+        content = read_text(path, MAX_BYTES)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read: {error.strerror or error}.") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"{path} is not valid UTF-8.") from error
-    if len(content) > MAX_BYTES:
-        raise ConfigError(f"{path} is too large for a configuration.")
+    except ValueError as error:
+        raise ConfigError(f"{path} is {error}.") from error
     try:
         source, rules = _source(_parse(content, path), content, path)
         return settle(source, translate(source, rules))
@@ -58,12 +56,13 @@ def _parse(content: str, path: Path) -> Mapping[str, Any] | None:
         ConfigError: The file is named after a form that it does not have.
     """
     suffix = path.suffix.lower().replace(".yml", ".yaml")
-    for name, parse in ((".json", json.loads), (".toml", tomllib.loads), (".yaml", _yaml)):
+    for name, parse in ((".json", json.loads), (".toml", parse_toml), (".yaml", _yaml)):
         try:
             found = parse(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if suffix == name:
-                raise ConfigError(f"{path} is not valid {name[1:].upper()}: {error}.") from error
+                said = str(error).removeprefix("not valid TOML: ")
+                raise ConfigError(f"{path} is not valid {name[1:].upper()}: {said}.") from error
             continue
         if isinstance(found, dict) and found:
             return {str(key): value for key, value in found.items()}

@@ -5,12 +5,11 @@ One table over `rules` and `shared`; `kohya_gui` brings the GUI's JSON into the 
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from sdlora.common.files import read_text
+from sdlora.common.files import read_toml
 from sdlora.config.imports import kohya_values as take
 from sdlora.config.imports.lora_files import CONTINUED
 from sdlora.config.imports.previews import every_steps, sampler
@@ -93,8 +92,8 @@ def _read_dataset_config(source: Source, named: str, folder: Path) -> None:
     """Read the dataset configuration that the arguments name; its values go before theirs."""
     path = next((path for path in (Path(named), folder / named) if path.is_file()), None)
     try:
-        document = tomllib.loads(read_text(path)) if path else {}
-    except (ValueError, RecursionError, OSError):
+        document = read_toml(path) if path else {}
+    except (ValueError, OSError):
         document = {}
     if not isinstance(document.get("datasets"), list):
         source.decided["dataset_config"] = refused("no dataset configuration can be read there; set data.sets")

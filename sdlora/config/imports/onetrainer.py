@@ -110,7 +110,7 @@ def _entries(named: Any, folder: Path) -> list[Any]:
     for path in (Path(named), folder / named, folder.parent / named):
         try:
             found = json.loads(read_text(path))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             continue
         return found if isinstance(found, list) else []
     return []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import stat
+import time
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -221,3 +222,28 @@ def test_zip_with_wrong_entries_is_refused(tmp_path: Path, spoil: Callable[[byte
         refused = (str(error),)
     assert told in "".join(refused)
     assert not list((tmp_path / "set").glob("*"))
+
+
+def test_uploads_of_too_many_captions_are_refused_before_they_are_read(tmp_path: Path) -> None:
+    many = packed(tmp_path / "many.zip", *((f"{n}.txt", b"a ball") for n in range(20_000)))
+    lines = b"".join(b'{"file_name": "%d.png", "text": "x"}\n' % n for n in range(2001))
+    (tmp_path / "metadata.jsonl").write_bytes(lines)
+    with (tmp_path / "large.jsonl").open("wb") as handle:
+        handle.truncate(60_000_000)
+    listed = bytearray(packed(tmp_path / "far.zip", ("a.png", png())).read_bytes())
+    listed[-10:-6] = (1 << 30).to_bytes(4, "little")  # the size of its list
+    (tmp_path / "far.zip").write_bytes(listed)
+    for name, file, told in (
+        ("many.zip", many, "20000 files; the limit is 2000"),
+        ("far.zip", tmp_path / "far.zip", "far more than 2000 files"),
+        ("metadata.jsonl", tmp_path / "metadata.jsonl", "2001 captions; the limit is 2000"),
+        ("metadata.jsonl", tmp_path / "large.jsonl", "larger than 50 MiB"),
+    ):
+        begin = time.monotonic()
+        try:
+            found = store_upload([(name, file)], tmp_path / "set").refused
+        except DataError as error:
+            found = (str(error),)
+        assert told in found[0], name
+        assert time.monotonic() - begin < 5
+    assert not list(tmp_path.glob("set/*"))
