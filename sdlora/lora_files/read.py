@@ -301,6 +301,8 @@ def _peft_alpha(settings: dict[str, Any], path: str, rank: int, file: str) -> fl
         return math.nan
     network = network_of(path)
     name = path.removeprefix(f"{network}.")
+    if network == "unet" and "transformer.lora_alpha" in settings:
+        network = "transformer"
     try:
         pattern = settings.get(f"{network}.alpha_pattern") or {}
         # PEFT takes the keys as regular expressions; diffusers writes plain names alone.

@@ -8,9 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import Flux2Transformer2DModel
+from diffusers import Flux2KleinPipeline, Flux2Transformer2DModel
 from helpers.command import call
 from helpers.tiny import make_tiny_klein
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -121,6 +123,22 @@ def test_every_spelling_is_read_at_its_strength(spelling: str, trained: LoraStat
         assert layer.rank == RANK
         expected = ALPHA / RANK * own.up @ own.down
         torch.testing.assert_close(layer.scale * layer.up @ layer.down, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_file_of_diffusers_script_has_its_alpha_in_its_metadata(trained: LoraState, tmp_path: Path) -> None:
+    network = transformer()
+    network.add_adapter(LoraConfig(r=RANK, lora_alpha=int(ALPHA), target_modules=list(trained)))
+    for path, weights in trained.items():
+        layer = network.get_submodule(path)
+        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = weights.down, weights.up
+    Flux2KleinPipeline.save_lora_weights(
+        tmp_path,
+        transformer_lora_layers=get_peft_model_state_dict(network),
+        transformer_lora_adapter_metadata=network.peft_config["default"].to_dict(),
+    )
+    found = read_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert len(found.state) == len(trained)
+    assert {weights.alpha for weights in found.state.values()} == {ALPHA}
 
 
 def test_fused_layers_that_share_their_ranks_are_divided_by_rows() -> None:
