@@ -33,9 +33,11 @@ PLUGINS = {
 }
 """Suffixes of formats that Pillow reads with a plugin: sdlora's extra with it, its module, and the format's name."""
 MAX_PIXELS = 100_000_000
+MAX_SIDE_PX = 65_535
+"""JPEG's own limit; what is longer is a damaged header."""
 # Pillow's decoders raise all of these on broken files.
 _BROKEN = (
-    OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, MemoryError, struct.error,
+    OSError, SyntaxError, ValueError, ArithmeticError, LookupError, TypeError, RuntimeError, MemoryError, struct.error,
     Image.DecompressionBombError,
 )  # fmt: skip
 _PNG = b"\x89PNG\r\n\x1a\n"
@@ -115,9 +117,10 @@ def _converted(path: Path, source: Path | io.BytesIO, formats: list[str], conver
             # A camera's MPO is a JPEG with a preview behind the image, which Pillow takes for a second frame.
             if opened.format != "MPO" and getattr(opened, "n_frames", 1) > 1:
                 raise DataError(f"{path.name}: has several frames or pages. Save the one you want as a PNG.")
-            if opened.width * opened.height > MAX_PIXELS:
+            if opened.width * opened.height > MAX_PIXELS or max(opened.size) > MAX_SIDE_PX:
                 raise DataError(
-                    f"{path.name}: {opened.width} x {opened.height} pixels; the maximum is 100 million. Scale it down."
+                    f"{path.name}: {opened.width} x {opened.height} pixels; the maximum is 100 million, and "
+                    f"{MAX_SIDE_PX:,} a side. Scale it down."
                 )
             if opened.mode == "F":
                 raise DataError(
@@ -164,9 +167,9 @@ def _plugged_in(name: str, suffix: str) -> list[str]:
 
 def _to_rgb(image: Image.Image, background: str) -> Image.Image:
     if image.mode in _SIXTEEN_BITS:
-        # Pillow would clip at 255 instead of scaling.
-        values = np.rint(np.asarray(image).astype(np.float64) / 257)
-        return Image.fromarray(np.clip(values, 0, 255).astype(np.uint8)).convert("RGB")
+        # Pillow would clip at 255 instead of scaling. Rounded to the nearest, a row at a time to save memory.
+        rows = (np.clip((row.astype(np.int64) + 128) // 257, 0, 255).astype(np.uint8) for row in np.asarray(image))
+        return Image.fromarray(np.stack(list(rows))).convert("RGB")
     if _has_alpha(image):
         front = image.convert("RGBA")
         paper = Image.new("RGBA", front.size, (*ImageColor.getrgb(background)[:3], 255))

@@ -223,7 +223,10 @@ def read_header(file: Path) -> Header:
         dtypes = {name: str(entry["dtype"]) for name, entry in entries.items()}
         starts = {name: 8 + length + int(entry["data_offsets"][0]) for name, entry in entries.items()}
         end = max((entry["data_offsets"][1] for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
+        numbers = [*starts.values(), end, *(size for shape in shapes.values() for size in shape)]
+        if not all(isinstance(number, int) and 0 <= number < 2**63 for number in numbers):
+            raise ValueError("a shape or a place in the file is no number")
+    except (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise BaseModelError(f"{file.name} is not a safetensors file: its header cannot be read ({error}).") from error
     if 8 + length + end > size:
         raise _cut_off(file, size, 8 + length + end)
@@ -302,10 +305,11 @@ def architecture_of(header: Header, family: Family, name: str) -> Architecture:
             raise ShapeError(
                 f"its UNet takes text of width {unet['cross_attention_dim']}, and its text encoders give {width}"
             )
-    except ShapeError as error:
+    except (ShapeError, ValueError, IndexError, ArithmeticError) as error:
+        reason = error if isinstance(error, ShapeError) else "a tensor has another number of dimensions"
         raise BaseModelError(
-            f"{name} has the text encoders of {architecture.title}, but not its shapes: {error}. If it is a variant of "
-            "its family, convert it to a diffusers folder with its own configuration files."
+            f"{name} has the text encoders of {architecture.title}, but not its shapes: {reason}. If it is a variant "
+            "of its family, convert it to a diffusers folder with its own configuration files."
         ) from error
     return replace(architecture, unet=unet, vae=vae, text_encoders=tuple(texts))
 

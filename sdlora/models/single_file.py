@@ -47,15 +47,18 @@ def check_weights(header: Header, architecture: Architecture, name: str) -> None
     """
     for title, (kind, convert) in _NETWORKS.items():
         config = with_defaults(kind, architecture.unet if title == "UNet" else architecture.vae)
-        with torch.device("meta"):
-            needed = {path: tensor.shape for path, tensor in kind.from_config(config).state_dict().items()}
-            tensors = {key: torch.empty(shape) for key, shape in header.shapes.items()}
         try:
+            with torch.device("meta"):
+                needed = {path: tensor.shape for path, tensor in kind.from_config(config).state_dict().items()}
+                tensors = {key: torch.empty(shape) for key, shape in header.shapes.items()}
             found = convert(tensors, config)
-        except KeyError as error:
-            found, missing = {}, [str(error.args[0])]
-        else:
             missing = [path for path in needed if found.get(path) is None]
+        except KeyError as error:
+            missing = [str(error.args[0])]
+        except (ValueError, IndexError, RuntimeError, AttributeError, TypeError, ArithmeticError) as error:
+            raise BaseModelError(
+                f"{name!r} has a {title} of shapes that make no network ({error}). Use another checkpoint."
+            ) from error
         if missing:
             many = f"{len(missing)} weights" if len(missing) > 1 else "a weight"
             raise BaseModelError(

@@ -92,6 +92,7 @@ def corrupt() -> dict[str, bytes]:
         "12k.png": png(12_000, 12_000, chunk(b"IDAT", row)),
         "60k.png": png(60_000, 60_000, chunk(b"IDAT", row)),
         "below-the-cap.png": png(12_000, 8_000, chunk(b"IDAT", row)),
+        "long.png": png(6, 16_000_000, chunk(b"IDAT", row)),
         "60k.jpg": jpeg(60_000, 60_000),
         "60k.bmp": bmp(60_000, 60_000),
         "60k.tif": tiff(60_000, 60_000),
