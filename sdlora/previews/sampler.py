@@ -221,6 +221,12 @@ def _draw(
             f"preview.sampler = {request.sampler!r} is for other families than that of {base.path!r}; it has "
             f"{' and '.join(base.samplers)}. Leave it unset."
         )
+    if odd := next((edge for edge in (width, height) if edge % base.size_step_px), None):
+        raise ConfigError(
+            f"{base.path!r} needs widths and heights that are multiples of {base.size_step_px} px, and a preview would "
+            f"have {odd}. Set preview.width_px and preview.height_px, or the prompt's own, to multiples of "
+            f"{base.size_step_px}."
+        )
     with base.pipeline() as pipeline, _sampling(pipeline, request.sampler), watching, torch.no_grad():
         result = pipeline(
             **prompts,

@@ -339,6 +339,13 @@ def test_samplers_of_other_families_are_refused(folder: Path) -> None:
         list(draw(loaded(folder), request, request.wanted()))
 
 
+def test_previews_of_sizes_that_do_not_divide_into_patches_are_refused(folder: Path) -> None:
+    # The pipeline would draw smaller ones.
+    request = PreviewRequest(("a cat",), (0,), "", 1, 1.0, size_px=(32, 36))
+    with pytest.raises(ConfigError, match=r"preview\.width_px.*multiples of 8"):
+        list(draw(loaded(folder), request, request.wanted()))
+
+
 def test_text_states_are_kept_in_bfloat16(folder: Path, tmp_path: Path) -> None:
     cache = Cache(tmp_path, loaded(folder))
     list(cache.fill_text(CAPTIONS))
