@@ -201,7 +201,7 @@ def _label(combinations: Sequence[Mapping[str, Any]], key: str, value: Any) -> s
     return f"{short}{values.index(value) + 1}"
 
 
-_LORA_FILES = ("base.merge", "lora.from_file")
+_LATER = ("base.merge", "lora.from_file", "base.components")  # options that came later
 
 
 class Fingerprints:
@@ -218,9 +218,11 @@ class Fingerprints:
             for one in (*config.data.sets, config.data.validation_set, config.data.prior_set)
             if one is not None
         ]
-        # Jobs without LoRA files keep the fingerprint that they had before there were any.
-        settings = [(name, value) for name, value in settings if name not in _LORA_FILES or value]
+        # Jobs without them keep the fingerprint that they had before there were any.
+        settings = [(name, value) for name, value in settings if name not in _LATER or value]
         folders += [_file_content(Path(file).expanduser()) for file in config.lora_files]
+        if config.base.components is not None:
+            folders.append(self._base_content(config.base.components))
         text = json.dumps([__version__, settings, folders, self._base_content(config.base.path)], sort_keys=True)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 

@@ -40,6 +40,9 @@ class BaseConfig(Section):
     path: Annotated[str, LOCATION] = "pocket"
     """Base model: 'pocket' (built in), a folder in diffusers layout, a .safetensors checkpoint, or a Hugging Face Hub
     id."""
+    components: Annotated[str | None, LOCATION] = None
+    """Where a transformer alone in one .safetensors file (Z-Image, FLUX.2 klein) takes text encoder, tokenizer and VAE
+    from: a folder in diffusers layout, or a Hugging Face Hub id of its family."""
     family: Literal["any", "pocket", Family] = "any"
     """Family that the settings are made for, as presets say: a base model of another one is refused."""
     revision: str | None = None

@@ -26,9 +26,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapp
 
 from sdlora.common.families import Family
 from sdlora.lora.quantize import Quantization, quantize_linears
-from sdlora.models.architectures import identify, read_header
+from sdlora.models.architectures import read_header
 from sdlora.models.base import BaseModel, TextEmbeddings
-from sdlora.models.families import CLASSES, family_named, family_on_disk
+from sdlora.models.families import CLASSES, family_named, family_on_disk, identify_base
 
 META = torch.device("meta")
 
@@ -114,7 +114,7 @@ def shapes_on_disk(place: Path) -> Shapes:
         BaseModelError: The file is no base model.
     """
     if place.is_file():
-        found = identify(read_header(place), place.name)
+        found = identify_base(read_header(place), place.name)
         shape = found.architecture
         return shapes_of_configs(found.family, shape.unet, shape.vae, shape.text_encoders)
 

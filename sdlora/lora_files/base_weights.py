@@ -29,9 +29,9 @@ from sdlora.lora.inject import NETWORKS, LoraState, adaptable, network_of
 from sdlora.lora.quantize import frozen_weight
 from sdlora.lora_files.names import kohya_name
 from sdlora.lora_files.read import family_of
-from sdlora.models.architectures import ARCHITECTURES, TEXT_ENCODERS, Architecture, Header, identify, read_header
+from sdlora.models.architectures import ARCHITECTURES, TEXT_ENCODERS, Architecture, Header, read_header
 from sdlora.models.base import BaseModel
-from sdlora.models.families import CLASSES, family_on_disk
+from sdlora.models.families import CLASSES, family_on_disk, identify_base, is_transformer
 
 Shape = tuple[int, ...]
 # More than any tensor has rows.
@@ -80,7 +80,12 @@ def base_weights(path: Path) -> BaseWeights:
             f"The base model {path} does not exist. Give a folder in diffusers' layout or a .safetensors checkpoint."
         )
     header = read_header(path)
-    found = identify(header, path.name)
+    found = identify_base(header, path.name)
+    if is_transformer(found):
+        raise BaseModelError(
+            f"{path.name} is a transformer alone in one file. LoRAs are merged into and extracted from a diffusers "
+            "folder of it: give that."
+        )
     return file_weights(path, header, found.family, found.architecture)
 
 

@@ -33,8 +33,7 @@ _REFINER_WIDTH = 2560
 _OTHERS = {
     ("lora_unet_", "lora_te_", "lora_te1_", "lora_te2_", "lora_transformer_"): "a LoRA",
     ("double_blocks.", f"{_UNET}double_blocks."): "Flux",
-    ("cap_embedder.", f"{_UNET}cap_embedder."): "the transformer of Z-Image alone, which sdlora reads from a diffusers "
-    "folder",
+    ("cap_embedder.", f"{_UNET}cap_embedder."): "Lumina 2, or an incomplete transformer of Z-Image",
     ("joint_blocks.", f"{_UNET}joint_blocks."): "Stable Diffusion 3",
     ("double_layers.",): "AuraFlow",
     ("control_model.", "controlnet_"): "a ControlNet",
@@ -324,8 +323,8 @@ def _is_something_else(header: Header, name: str) -> BaseModelError:
             "shows which one that is."
         )
     return BaseModelError(
-        f"{name} is {kind or 'an unknown kind of file'}. sdlora trains Stable Diffusion 1.x, 2.x and XL: use a "
-        "complete checkpoint of one of them, with its text encoders and its VAE."
+        f"{name} is {kind or 'an unknown kind of file'}. sdlora reads complete checkpoints of Stable Diffusion 1.x, "
+        "2.x and XL, with their text encoders and VAE, and the transformers of Z-Image and FLUX.2 klein."
     )
 
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -98,6 +98,7 @@ class BaseModel(ABC):
             much memory as the network itself.
         packed_blocks: What the paths of linear layers that can be packed contain; see `sdlora.lora.quantize`.
         samplers: The samplers that previews can be drawn with; see `sdlora.previews.sampler`.
+        few_steps: The denoising steps of its distilled sibling, which can draw previews; None without one.
         log_shift: What the family's shift of noise levels adds to their logits at its own resolution, 0 for none; see
             `sdlora.diffusion.flow`.
         vae_identity: A hash of the VAE's weights and configuration, for cache keys.
@@ -123,6 +124,7 @@ class BaseModel(ABC):
     network_waits: ClassVar[bool] = False
     packed_blocks: ClassVar[str]
     samplers: ClassVar[tuple[str, ...]]
+    few_steps: ClassVar[int | None] = None
     log_shift: float = 0.0
     levels: NoiseLevels
     prediction_type: Literal["epsilon", "v_prediction", "flow"]
@@ -250,8 +252,13 @@ class BaseModel(ABC):
         return True
 
     @classmethod
-    def why_not(cls, path: str, index: Mapping[str, Any]) -> str | None:
-        """Why a base model of this class should not be trained, as its name and its index tell; None if it should."""
+    def is_distilled(cls, path: str, index: Mapping[str, Any]) -> bool:
+        """Whether a base model of this class is distilled to draw in a few steps, by its name and index or metadata."""
+        return False
+
+    @classmethod
+    def file_config(cls, tensors: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any] | None:
+        """The network's configuration by the shapes in a file that holds it alone; None if it is not of this class."""
         return None
 
     @classmethod
@@ -357,6 +364,12 @@ def one_or_two(pipeline: DiffusionPipeline, part: str) -> Any:
     """A component of a pipeline, and the second of its kind if there is one."""
     found = (getattr(pipeline, name, None) for name in (part, f"{part}_2"))
     return tuple(component for component in found if component is not None)
+
+
+def num_blocks(tensors: Collection[str], prefix: str) -> int:
+    """How many numbered blocks there are under a prefix of tensors' names."""
+    numbers = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
+    return len(numbers)
 
 
 def _cast_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:

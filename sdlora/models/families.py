@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ from diffusers import DiffusionPipeline
 from torch import nn
 
 from sdlora.common.families import Family
-from sdlora.models.architectures import FamilyNames, identify, read_header
+from sdlora.models.architectures import Architecture, FamilyNames, Header, Identified, identify, read_header
 from sdlora.models.base import BaseModel
 from sdlora.models.flux2 import Flux2Klein, Flux2Klein9B
 from sdlora.models.sd import StableDiffusion
 from sdlora.models.sd2 import StableDiffusion2
 from sdlora.models.sdxl import StableDiffusionXL
+from sdlora.models.transformer_file import bare_shapes, check_readable
 from sdlora.models.z_image import ZImage
 
 CLASSES: dict[Family, type[BaseModel]] = {
@@ -33,6 +35,29 @@ FAMILIES: dict[Family, FamilyNames] = {family: kind.names for family, kind in CL
 def family_named(modelspec: str) -> Family:
     """The family of a ModelSpec architecture name such as "stable-diffusion-v2-768-v"."""
     return next(family for family, names in FAMILIES.items() if modelspec.startswith(names.modelspec))
+
+
+def identify_base(header: Header, name: str) -> Identified:
+    """Identify a base model in one file: a checkpoint, see `identify`, or a flow-matching transformer alone.
+
+    Raises:
+        BaseModelError: It is something else.
+    """
+    shapes = bare_shapes(header)
+    for family, kind in CLASSES.items():
+        if (config := kind.file_config(shapes)) is not None and kind.fits(config):
+            _, vae, texts = kind.true_configs()
+            names = {own.name: getattr(kind.names, own.name) for own in fields(FamilyNames)}
+            shape = Architecture(
+                **names, unet=dict(config), vae=dict(vae), text_encoders=(*map(dict, texts),), scheduler={}
+            )
+            return Identified(family, None, False, shape)
+    return identify(header, name)
+
+
+def is_transformer(found: Identified) -> bool:
+    """Whether a file holds a transformer alone."""
+    return CLASSES[found.family].network_name == "transformer"
 
 
 def class_of_pipeline(name: str) -> type[BaseModel] | None:
@@ -69,7 +94,8 @@ def family_on_disk(path: str) -> Family | None:
     """
     place = Path(path).expanduser()
     if place.is_file():
-        return identify(read_header(place), path).family
+        check_readable(place, path)
+        return identify_base(read_header(place), path).family
     if (transformer := _configuration(place / "transformer")) is not None:
         return _of_network(str(transformer.get("_class_name")), transformer)
     unet = _configuration(place / "unet")

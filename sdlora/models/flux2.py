@@ -7,7 +7,9 @@ Source: Black Forest Labs, FLUX.2; the calls are those of diffusers' Flux2KleinP
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,12 +23,13 @@ from sdlora.common import seeds
 from sdlora.diffusion.flow import FlowLevels, level, resolution_shift
 from sdlora.errors import BaseModelError, ConfigError
 from sdlora.models.architectures import FamilyNames
-from sdlora.models.base import BaseModel, TextEmbeddings
+from sdlora.models.base import BaseModel, TextEmbeddings, num_blocks
 from sdlora.models.z_image import QWEN3_4B
 
 MAX_TOKENS = 512
 _LAYERS = (9, 18, 27)
-_PATCH = 2
+_PATCH, _HEAD = 2, 128
+_DISTILLED = re.compile(r"klein[-_. ]?[49]b", re.IGNORECASE)
 # The number of patches, and ln k there: the line of FLUX.1, which the trainers of FLUX.2 shift along as well.
 _FEW, _MANY = (256, 0.5), (4096, 1.15)
 _PROBED_LEVELS = (0.05, 0.4, 0.95)
@@ -124,6 +127,7 @@ class Flux2Klein(BaseModel):
     trains_text = False
     network_waits = True
     samplers = ("auto", "base")
+    few_steps = 4
 
     def _set_up(self, pipeline: DiffusionPipeline) -> None:
         _refuse_other_parts(self.path, self.network.config, self.vae.config, self.text_encoders[0].config)
@@ -234,14 +238,32 @@ class Flux2Klein(BaseModel):
         return not Flux2Klein9B.fits(config)
 
     @classmethod
-    def why_not(cls, path: str, index: Mapping[str, Any]) -> str | None:
-        """Why the distilled one should not be trained; None for any other."""
-        if not index.get("is_distilled"):
+    def is_distilled(cls, path: str, index: Mapping[str, Any]) -> bool:
+        """Whether its index says so, or a file has the distilled model's name."""
+        if "is_distilled" in index:
+            return bool(index["is_distilled"])
+        names = (Path(path).name, str(index.get("modelspec.title", "")))
+        return any(_DISTILLED.search(name) and "base" not in name.lower() for name in names)
+
+    @classmethod
+    def file_config(cls, tensors: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any] | None:
+        """The configuration of a transformer of these shapes; FLUX.2 dev, whose guidance is an input, is another."""
+        if not any(f"double_stream_modulation_img.{name}.weight" in tensors for name in ("lin", "linear")):
             return None
-        return (
-            f"{path!r} is distilled to draw in a few steps, which training undoes. Train on FLUX.2-klein-base; the "
-            "LoRA works on the distilled model as well."
+        if any(name.startswith(("guidance_in.", "time_guidance_embed.guidance_embedder.")) for name in tensors):
+            return None
+        (width, channels), (_, text_width) = (
+            next((tensors[f"{name}.weight"] for name in names if f"{name}.weight" in tensors), (0, 0))
+            for names in (("img_in", "x_embedder"), ("txt_in", "context_embedder"))
         )
+        return NETWORK_4B | {
+            "in_channels": channels,
+            "num_layers": num_blocks(tensors, "double_blocks.") or num_blocks(tensors, "transformer_blocks."),
+            "num_single_layers": num_blocks(tensors, "single_blocks.")
+            or num_blocks(tensors, "single_transformer_blocks."),
+            "num_attention_heads": width // _HEAD,
+            "joint_attention_dim": text_width,
+        }
 
     @classmethod
     def true_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[Mapping[str, Any], ...]]:

@@ -24,13 +24,22 @@ from torch import nn
 from sdlora.common.bundled import pocket_folder
 from sdlora.common.families import Family
 from sdlora.diffusion.noise import PredictionType
-from sdlora.errors import BaseModelError
+from sdlora.errors import BaseModelError, ConfigError
 from sdlora.lora.inject import NETWORKS
 from sdlora.lora.quantize import Quantization, quantize_linears
 from sdlora.models.architectures import ARCHITECTURES, Identified, identify, read_header
 from sdlora.models.base import BaseModel, Source, TextOptions
-from sdlora.models.families import FAMILIES, class_of, class_of_pipeline, network_of
+from sdlora.models.families import (
+    CLASSES,
+    FAMILIES,
+    class_of,
+    class_of_pipeline,
+    identify_base,
+    is_transformer,
+    network_of,
+)
 from sdlora.models.single_file import check_weights, has_old_clip_names, text_encoder_of_old_names, with_defaults
+from sdlora.models.transformer_file import check_readable, read_transformer
 from sdlora.models.unet import clip_tokenizer
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -59,6 +68,8 @@ class LoadOptions:
     quantization: Quantization | Literal["none"] = "none"  # of the linear weights in its attention blocks
     # Changes weights, given the UNet and the text encoders by name, and the names of the float32 ones to change.
     change: Callable[[Mapping[str, nn.Module], Collection[str]], None] | None = None
+    components: str | None = None  # the diffusers folder or hub id that a transformer alone takes all other parts from
+    allows_distilled: bool = False  # whether a model that is distilled to draw in a few steps is accepted
 
 
 def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: LoadOptions | None = None) -> BaseModel:
@@ -106,28 +117,87 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
 
 def _loader(path: str, options: LoadOptions) -> tuple[Callable[..., DiffusionPipeline], str | None]:
     """A function that loads the pipeline, and the commit that a hub id was resolved to."""
-    if path == "pocket":
-        return partial(_load_folder, path, pocket_folder(), None), None
     place = Path(path).expanduser()
+    if path != "pocket" and place.is_file():
+        check_readable(place, path)
+        found = identify_base(read_header(place), path)
+        if is_transformer(found):
+            return _transformer_loader(path, place, found, options)
+    if options.components is not None:
+        raise ConfigError(
+            f"base.components is for a transformer alone in one file, and {path!r} is a whole base model. Leave it "
+            "unset."
+        )
+    if path == "pocket":
+        return partial(_load_folder, path, pocket_folder(), options), None
     if place.is_dir():
-        return partial(_load_folder, path, place, options.variant), None
+        return partial(_load_folder, path, place, options), None
     if place.is_file():
         return partial(_load_single_file, path, place, options.prediction_type), None
     if _HUB_ID.fullmatch(path):
         snapshot = _download(path, options)
         # In the hub's cache a snapshot's folder is named by its commit.
-        return partial(_load_folder, path, snapshot, options.variant), snapshot.name
+        return partial(_load_folder, path, snapshot, options), snapshot.name
     raise BaseModelError(
         f"Base model {path!r} was not found. base.path takes 'pocket' (built in), a folder with a model_index.json, a "
         ".safetensors checkpoint, or a hub id such as 'owner/name'."
     )
 
 
-def _download(path: str, options: LoadOptions) -> Path:
-    """The folder of a hub id's files in the hub's cache, downloaded if necessary."""
+def _transformer_loader(
+    path: str, file: Path, found: Identified, options: LoadOptions
+) -> tuple[Callable[..., DiffusionPipeline], str | None]:
+    """A function that loads a transformer in one file with the rest of a base model, and the commit of the rest."""
+    kind = CLASSES[found.family]
+    _refuse_distilled(kind, path, read_header(file).metadata, options)
+    title = kind.names.title
+    if options.components is None:
+        raise BaseModelError(
+            f"{path!r} is the transformer of {title} alone, without text encoder and VAE. Set base.components to a "
+            f"diffusers folder or a Hub id of {title}, which they are then taken from."
+        )
+    folder, revision = _components_folder(options)
+    _check_folder(options.components, folder, parts_for=kind)
+
+    def load(unet_dtype: torch.dtype, **present: Any) -> DiffusionPipeline:
+        network = read_transformer(file, kind.network_class, found.architecture.unet, unet_dtype, path)
+        return _load_parts(options.components or "", kind, folder, options, unet_dtype, transformer=network, **present)
+
+    return load, revision
+
+
+def _components_folder(options: LoadOptions) -> tuple[Path, str | None]:
+    path = options.components or ""
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder, None
+    if not _HUB_ID.fullmatch(path):
+        raise BaseModelError(
+            f"base.components = {path!r} was not found. It takes a folder with a model_index.json, or a hub id such as "
+            "'owner/name'."
+        )
+    folder = _download(path, options, transformer=None)
+    return folder, folder.name
+
+
+def _refuse_distilled(kind: type[BaseModel], path: str, index: Mapping[str, Any], options: LoadOptions) -> None:
+    if not options.allows_distilled and kind.is_distilled(path, index):
+        raise BaseModelError(
+            f"{path!r} is distilled to draw in a few steps, which training undoes. Train on the {kind.names.title} "
+            "that it was distilled from; the LoRA works on both."
+        )
+
+
+def _download(path: str, options: LoadOptions, **left_out: None) -> Path:
+    """The folder of a hub id's files in the hub's cache, downloaded if necessary, without components that are None."""
     try:
         folder = DiffusionPipeline.download(
-            path, revision=options.revision, variant=options.variant, use_safetensors=True, safety_checker=None
+            path,
+            revision=options.revision,
+            variant=options.variant,
+            use_safetensors=True,
+            safety_checker=None,
+            **left_out,
         )
     except _LOADER_ERRORS as error:
         raise _not_loaded(path, error) from error
@@ -135,14 +205,21 @@ def _download(path: str, options: LoadOptions) -> Path:
 
 
 def _load_folder(
-    path: str, folder: Path, variant: str | None, unet_dtype: torch.dtype, **present: Any
+    path: str, folder: Path, options: LoadOptions, unet_dtype: torch.dtype, **present: Any
 ) -> DiffusionPipeline:
     """Load a diffusers folder; `present` are components that are in memory already."""
     kind = _check_folder(path, folder)
+    _refuse_distilled(kind, path, _index(folder), options)
+    return _load_parts(path, kind, folder, options, unet_dtype, **present)
+
+
+def _load_parts(
+    path: str, kind: type[BaseModel], folder: Path, options: LoadOptions, unet_dtype: torch.dtype, **present: Any
+) -> DiffusionPipeline:
     try:
         pipeline: DiffusionPipeline = getattr(diffusers, kind.names.pipeline).from_pretrained(
             folder,
-            variant=variant,
+            variant=options.variant,
             # The network's dtype at once: SDXL's takes 10 GB in float32, which a small machine does not have.
             dtype={kind.network_name: unet_dtype, "default": torch.float32, **_text_dtypes(kind, folder)},
             use_safetensors=True,
@@ -171,8 +248,23 @@ def _not_loaded(path: str, error: Exception) -> BaseModelError:
     )
 
 
-def _check_folder(path: str, folder: Path) -> type[BaseModel]:
-    """The class of a diffusers folder, which must be supported and complete."""
+def _index(folder: Path) -> dict[str, Any]:
+    """The content of a diffusers folder's index."""
+    index = folder / "model_index.json"
+    try:
+        entries = json.loads(index.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BaseModelError(f"{index} is not valid JSON: {error}.") from error
+    if not isinstance(entries, dict):
+        raise BaseModelError(f"{index} is not valid JSON: it has no entries.")
+    return entries
+
+
+def _check_folder(path: str, folder: Path, parts_for: type[BaseModel] | None = None) -> type[BaseModel]:
+    """The class of a diffusers folder, which must be supported and complete.
+
+    With `parts_for` it gives the text encoder and the VAE of a transformer of this class.
+    """
     index = folder / "model_index.json"
     if not index.is_file():
         lora = any(read_header(file).has("unet.", "lora_") for file in sorted(folder.glob("*lora*.safetensors")))
@@ -180,11 +272,13 @@ def _check_folder(path: str, folder: Path) -> type[BaseModel]:
             "it is a LoRA; set base.path to the model that it was trained on" if lora else "it is not a diffusers model"
         )
         raise BaseModelError(f"Folder {path!r} has no model_index.json: {what}.")
-    try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
-        kind = str(entries.get("_class_name"))
-    except (ValueError, AttributeError) as error:
-        raise BaseModelError(f"{index} is not valid JSON: {error}.") from error
+    entries = _index(folder)
+    kind = str(entries.get("_class_name"))
+    if parts_for is not None and kind != parts_for.names.pipeline:
+        raise BaseModelError(
+            f"base.components = {path!r} is a {kind}, and base.path a transformer of {parts_for.names.title}. Name a "
+            "folder or a Hub id of that."
+        )
     if refused := next((sentence for mark, sentence in _REFUSED.items() if mark in kind), None):
         raise BaseModelError(f"{path!r} is {refused}")
     found = class_of_pipeline(kind)
@@ -196,12 +290,17 @@ def _check_folder(path: str, folder: Path) -> type[BaseModel]:
     for part in found.text_parts:
         if not (folder / part).is_dir() or None in (entries.get(part) or [None]):
             raise BaseModelError(f"Base model {path!r} has no {part}, without which captions cannot be encoded.")
-    if (reason := found.why_not(path, entries)) is not None:
-        raise BaseModelError(reason)
+    if found.keeps_text_type and (missing := _without_weights(folder, found)) is not None:
+        raise BaseModelError(f"Base model {path!r} has no {missing} (no .safetensors file in it). Download it again.")
     for part in (found.network_name, "vae", *found.text_parts):
         for file in sorted((folder / part).glob("*.safetensors")):
             read_header(file)
     return found
+
+
+def _without_weights(folder: Path, kind: type[BaseModel]) -> str | None:
+    """The first of VAE and text encoders that has no weights."""
+    return next((part for part in ("vae", *kind.text_parts) if not [*(folder / part).glob("*.safetensors")]), None)
 
 
 def _load_single_file(

@@ -7,7 +7,9 @@ Source: Z-Image Team 2511.22699; the calls are those of diffusers' ZImagePipelin
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +22,16 @@ from sdlora.common import seeds
 from sdlora.diffusion.flow import FlowLevels, level, log_shift
 from sdlora.errors import BaseModelError, ConfigError
 from sdlora.models.architectures import FamilyNames
-from sdlora.models.base import BaseModel, TextEmbeddings
+from sdlora.models.base import BaseModel, TextEmbeddings, num_blocks
 
 _MAX_TOKENS = 512
 _PROBED_LEVELS = (0.05, 0.4, 0.95)
 _PROBED_LENGTHS = (7, 20, 33)
 _PROBE_EDGE = 16
 _COUNTED_TOKENS = 128  # of a caption, in estimates
+_PATCH, _HEAD = 2, 128
+_TURBO = re.compile(r"(?<!de)(?<!de[-_. ])turbo", re.IGNORECASE)
+_NAMED = ("_name_or_path", "modelspec.title", "modelspec.architecture", "general.name")  # where a model's name stands
 
 # The true shape, where it differs from the defaults of diffusers' and transformers' classes.
 NETWORK: dict[str, Any] = {
@@ -98,6 +103,7 @@ class ZImage(BaseModel):
     trains_text = False
     network_waits = True
     samplers = ("auto", "base")
+    few_steps = 8
 
     def _set_up(self, pipeline: DiffusionPipeline) -> None:
         channels, own = self.network.config.in_channels, self.vae.config.latent_channels
@@ -116,7 +122,7 @@ class ZImage(BaseModel):
         self.prediction_type = "flow"
         self.log_shift = log_shift(pipeline.scheduler.config.shift)
         self.latent_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
-        self.size_step_px = 2 * self.latent_factor  # the transformer sees patches of 2 x 2 latents
+        self.size_step_px = _PATCH * self.latent_factor  # the transformer sees patches of latents
         self.resolution_px = self.vae.config.sample_size
         self.max_tokens = _MAX_TOKENS
 
@@ -174,14 +180,30 @@ class ZImage(BaseModel):
         )
 
     @classmethod
-    def why_not(cls, path: str, index: Mapping[str, Any]) -> str | None:
-        """Why the distilled Turbo should not be trained; None for any other."""
-        if "turbo" not in path.lower():
+    def is_distilled(cls, path: str, index: Mapping[str, Any]) -> bool:
+        """Whether it is called Turbo; a "De-Turbo" is not."""
+        folders = Path(path).parts
+        cached = [folder for folder in folders if folder.startswith("models--")]  # in the hub's cache
+        names = [*folders[-1:], *cached, *(str(index.get(key, "")) for key in _NAMED)]
+        return any(_TURBO.search(name) for name in names)
+
+    @classmethod
+    def file_config(cls, tensors: Mapping[str, tuple[int, ...]]) -> Mapping[str, Any] | None:
+        """The configuration of a transformer of these shapes; Lumina 2, which has the same names, has no such token."""
+        if "cap_pad_token" not in tensors or "cap_embedder.1.weight" not in tensors:
             return None
-        return (
-            f"{path!r} is distilled to draw in a few steps, which training undoes. Train on Z-Image itself; the LoRA "
-            "works on Turbo as well."
-        )
+        dim, text_width = tensors["cap_embedder.1.weight"]
+        patches = tensors.get("x_embedder.weight") or tensors.get("all_x_embedder.2-1.weight") or (dim, 0)
+        heads = dim // _HEAD
+        return NETWORK | {
+            "in_channels": patches[1] // _PATCH**2,
+            "dim": dim,
+            "n_layers": num_blocks(tensors, "layers."),
+            "n_refiner_layers": num_blocks(tensors, "noise_refiner."),
+            "n_heads": heads,
+            "n_kv_heads": heads,
+            "cap_feat_dim": text_width,
+        }
 
     @classmethod
     def true_configs(cls) -> tuple[Mapping[str, Any], Mapping[str, Any], tuple[Mapping[str, Any], ...]]:

@@ -143,6 +143,7 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
         text,
         config.base.quantization,
         merging(config),
+        config.base.components,
     )
     found = "pocket" if config.base.path == "pocket" else family_on_disk(config.base.path)
     check_family(config.base, found)

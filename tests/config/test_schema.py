@@ -26,7 +26,8 @@ def faults(**document: object) -> str:
 
 def test_list_of_options_is_frozen() -> None:
     assert list(option_fields()) == [
-        "name", "seed", "base.path", "base.family", "base.revision", "base.variant", "base.prediction_type",
+        "name", "seed", "base.path", "base.components", "base.family", "base.revision", "base.variant",
+        "base.prediction_type",
         "base.clip_skip", "base.quantization", "base.merge", "data.folder", "data.sets", "data.recursive",
         "data.exclude", "data.validation_folder", "data.validation_split", "data.caption", "data.trigger",
         "data.class_words", "data.preservation_folder", "data.preservation_caption",

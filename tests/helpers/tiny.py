@@ -185,9 +185,17 @@ def make_tiny_pipeline(
     pipeline.save_pretrained(folder)
 
 
-def make_tiny_z_image(folder: Path) -> None:
+WHOLE_HEADS: dict[str, Any] = {"dim": 128, "n_heads": 1, "n_kv_heads": 1, "axes_dims": [32, 48, 48]}
+"""Of Z-Image, heads as wide as the true ones, which a file in one holds."""
+WHOLE_HEADS_KLEIN: dict[str, Any] = {
+    "attention_head_dim": 128, "num_attention_heads": 1, "axes_dims_rope": (32,) * 4, "timestep_guidance_channels": 256,
+}  # fmt: skip
+"""The same of klein."""
+
+
+def make_tiny_z_image(folder: Path, *, seed: int = 0, **config: Any) -> None:
     """Write a Z-Image of random weights: 32 px, latents of 16 channels and factor 4, a transformer 32 wide."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = flow_architecture.build_tokenizer()
     vae = AutoencoderKL(
         **{**_VAE, "latent_channels": 16}, scaling_factor=0.36, shift_factor=0.12, use_quant_conv=False,
@@ -200,10 +208,11 @@ def make_tiny_z_image(folder: Path) -> None:
             pad_token_id=tokenizer.pad_token_id,
         )
     )  # fmt: skip
-    transformer = ZImageTransformer2DModel(
-        in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=16,
-        axes_dims=[4, 6, 6], axes_lens=[640, 64, 64],
-    )  # fmt: skip
+    shape = {
+        "in_channels": 16, "dim": 32, "n_layers": 2, "n_refiner_layers": 1, "n_heads": 2, "n_kv_heads": 2,
+        "cap_feat_dim": 16, "axes_dims": [4, 6, 6], "axes_lens": [640, 64, 64],
+    }  # fmt: skip
+    transformer = ZImageTransformer2DModel(**(shape | config))
     for token in (transformer.x_pad_token, transformer.cap_pad_token):
         torch.nn.init.normal_(token)
     ZImagePipeline(FlowMatchEulerDiscreteScheduler(shift=3.0), vae, text, tokenizer, transformer).save_pretrained(
@@ -211,9 +220,9 @@ def make_tiny_z_image(folder: Path) -> None:
     )
 
 
-def make_tiny_klein(folder: Path, *, is_distilled: bool = False) -> None:
+def make_tiny_klein(folder: Path, *, is_distilled: bool = False, seed: int = 0, **config: Any) -> None:
     """Write a FLUX.2 klein of random weights: 32 px, patches of 16 channels and factor 8, a transformer 32 wide."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     tokenizer = flow_architecture.build_tokenizer()
     # Qwen3's own template ends an answer's beginning without thoughts by an empty one.
     tokenizer.chat_template += "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}"
@@ -230,9 +239,11 @@ def make_tiny_klein(folder: Path, *, is_distilled: bool = False) -> None:
             pad_token_id=tokenizer.pad_token_id, tie_word_embeddings=True,
         )
     )  # fmt: skip
-    transformer = Flux2Transformer2DModel(
-        in_channels=16, num_layers=1, num_single_layers=2, attention_head_dim=16, num_attention_heads=2,
-        joint_attention_dim=24, timestep_guidance_channels=16, axes_dims_rope=(4, 4, 4, 4), guidance_embeds=False,
-    )  # fmt: skip
+    shape = {
+        "in_channels": 16, "num_layers": 1, "num_single_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2,
+        "joint_attention_dim": 24, "timestep_guidance_channels": 16, "axes_dims_rope": (4, 4, 4, 4),
+        "guidance_embeds": False,
+    }  # fmt: skip
+    transformer = Flux2Transformer2DModel(**(shape | config))
     scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True)
     Flux2KleinPipeline(scheduler, vae, text, tokenizer, transformer, is_distilled=is_distilled).save_pretrained(folder)

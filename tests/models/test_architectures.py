@@ -54,7 +54,7 @@ def test_other_kinds_of_files_are_named(tmp_path: Path) -> None:
     assert "is a LoRA" in found("unet.down_blocks.0.attn1.to_q.lora_A.weight")
     assert "is Flux" in found("double_blocks.0.img_attn.proj.weight")
     assert "is Stable Diffusion 3" in found(f"{UNET}joint_blocks.0.x.weight")
-    assert "Z-Image alone" in found("model.diffusion_model.cap_embedder.1.weight")
+    assert "Lumina 2" in found("model.diffusion_model.cap_embedder.1.weight")
     assert "is a ControlNet" in found("control_model.input_blocks.0.0.weight")
     assert "is a textual inversion" in found("emb_params")
     assert "is a UNet alone" in found("down_blocks.0.resnets.0.conv1.weight")

@@ -17,8 +17,9 @@ from sdlora.common.bundled import pocket_folder
 from sdlora.common.families import Family
 from sdlora.errors import BaseModelError, ConfigError, SdloraError
 from sdlora.estimate.meta_model import Shapes, shapes_of_configs, shapes_on_disk
-from sdlora.models.architectures import Identified, identify, read_header
-from sdlora.models.families import FAMILIES, family_on_disk
+from sdlora.models.architectures import Identified, read_header
+from sdlora.models.families import FAMILIES, family_on_disk, identify_base
+from sdlora.models.transformer_file import check_readable
 
 from ..state.folders import Studio
 from ..state.locations import check_model, to_path
@@ -138,7 +139,8 @@ def _identified(file: Path) -> Identified:
 
 @functools.lru_cache(maxsize=16)
 def _read_header(file: Path, _modified_ns: int, _size: int) -> Identified:
-    return identify(read_header(file), file.name)
+    check_readable(file, file.name)
+    return identify_base(read_header(file), file.name)
 
 
 def _prediction_type(place: Path) -> str | None:

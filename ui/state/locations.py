@@ -31,7 +31,7 @@ def check_locations(studio: Studio, document: Mapping[str, Any]) -> None:
         ConfigError: One of them may not be read.
     """
     for option, text in locations(document):
-        if option == "base.path":
+        if option in ("base.path", "base.components"):
             check_model(studio, text)
         else:
             check_location(studio, text)
