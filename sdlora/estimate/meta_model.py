@@ -98,10 +98,12 @@ def _num_bytes(family: Family, part: Literal["vae", "text"], config: str) -> int
     """Bytes of a family's VAE or one of its text encoders, by its configuration as JSON."""
     with META:
         found = json.loads(config)
-        return num_bytes(_empty("AutoencoderKL", found) if part == "vae" else CLASSES[family].empty_text_encoder(found))
+        return num_bytes(
+            empty_network("AutoencoderKL", found) if part == "vae" else CLASSES[family].empty_text_encoder(found)
+        )
 
 
-def _empty(kind: str, config: Mapping[str, Any]) -> Any:
+def empty_network(kind: str, config: Mapping[str, Any]) -> Any:
     """A network of diffusers; its class is the configuration's if it names one."""
     return getattr(diffusers, config.get("_class_name", kind)).from_config(dict(config))
 
@@ -159,8 +161,8 @@ class MetaBase:
     ) -> None:
         self.model, self._text_configs = shapes.model, shapes.text_encoders
         with META:
-            self.network = _empty(self.model.network_class, shapes.network)
-            self.vae = _empty("AutoencoderKL", shapes.vae).eval()
+            self.network = empty_network(self.model.network_class, shapes.network)
+            self.vae = empty_network("AutoencoderKL", shapes.vae).eval()
             configs = shapes.text_encoders if text_is_trained else ()
             self.text_encoders = tuple(self.model.empty_text_encoder(config).eval() for config in configs)
             self.levels = self.model.empty_levels()

@@ -31,6 +31,7 @@ from sdlora.errors import ConfigError
 from sdlora.lora.flat_params import FlatWeights
 from sdlora.lora.inject import Adapter
 from sdlora.lora.layers import use_training_attention
+from sdlora.training.lean_transformer import keep_little_of_transformer
 from sdlora.training.optimizers import Group
 
 MAX_KINDS = 256
@@ -69,6 +70,7 @@ class TrainingModel:
         compiled: bool = False,
     ) -> None:
         keep_little(unet)
+        keep_little_of_transformer(unet)
         use_training_attention(unet)
         # A base model that is kept from run to run comes as the last run left it.
         if gradient_checkpointing:

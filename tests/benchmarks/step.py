@@ -17,35 +17,40 @@ import statistics
 import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from counts import KernelCounter, saved_for_backward
-from diffusers import UNet2DConditionModel
 from peft import LoraConfig
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sdlora.common.families import Family
-from sdlora.estimate.meta_model import counted
-from sdlora.lora.inject import find_targets, inject
-from sdlora.models.architectures import ARCHITECTURES
+from sdlora.estimate.meta_model import Shapes, counted, empty_network, shapes_of_family
+from sdlora.lora.inject import TARGETS, adaptable, find_targets, inject
+from sdlora.models.families import FAMILIES
 from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group
 
-ATTENTION = ("cross_attention", "self_attention")
+ATTENTION = ("cross_attention", "self_attention", "attention")
+TRUE_SIZES: list[tuple[Family, int]] = [("sd1", 512), ("sdxl", 1024), ("z-image", 512), ("flux2-klein-4b", 512)]
 VARIANTS = ("floor", "peft bf16", "peft fp32 + autocast", "sdlora")
-# As wide as Stable Diffusion 1.5 at half the widths and two blocks, which two cores run in a second or so.
-REDUCED: dict[str, Any] = {
-    "sample_size": 32,
-    "block_out_channels": (160, 320),
-    "layers_per_block": 1,
-    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
-    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
-    "cross_attention_dim": 768,
-    "attention_head_dim": 8,
+# Two cores run a step of these in a second or so. The UNet has Stable Diffusion 1.5's first widths, halved, in two
+# blocks; the transformers have a few blocks of their families' widths, halved and more.
+REDUCED: dict[Family, dict[str, Any]] = {
+    "sd1": {
+        "sample_size": 32,
+        "block_out_channels": (160, 320),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+        "cross_attention_dim": 768,
+        "attention_head_dim": 8,
+    },
+    "z-image": {"dim": 1024, "n_heads": 8, "n_kv_heads": 8, "n_layers": 6, "n_refiner_layers": 1},
+    "flux2-klein-4b": {"num_layers": 2, "num_single_layers": 6, "num_attention_heads": 8},
 }
 
 
@@ -59,13 +64,14 @@ class Counts:
     weights_mib: float
 
 
-def network(name: str, config: dict[str, Any], dtype: torch.dtype, device: str, rank: int = 8) -> Network:
+def network(name: str, shapes: Shapes, dtype: torch.dtype, device: str, rank: int = 8) -> Network:
     """A variant's network with random weights, or with none on the meta device."""
     with torch.device(device):
-        unet = UNet2DConditionModel.from_config(config)
+        unet = empty_network(shapes.model.network_class, shapes.network)
     torch.nn.Module.to(unet, dtype).requires_grad_(False).eval()
     inside: Callable[[], AbstractContextManager[Any]] = nullcontext
-    paths = find_targets(unet, ATTENTION)
+    present = [target for target in ATTENTION if any(TARGETS[target].fullmatch(path) for path in adaptable(unet))]
+    paths = find_targets(unet, present)
     if name.startswith("peft"):
         unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=paths, init_lora_weights="gaussian"))
         for parameter in unet.parameters():
@@ -77,14 +83,15 @@ def network(name: str, config: dict[str, Any], dtype: torch.dtype, device: str, 
         adapter = inject(unet, paths, rank, float(rank), 0)
         groups = [Group(adapter.parameters(), 1.0)]
         inside = TrainingModel(unet, adapter, groups, optimizer="adamw", gradient_checkpointing=False).forward_backward
-    return Network(unet, inside, grads_of_input=name == "floor")
+    return Network(unet, shapes, inside, grads_of_input=name == "floor")
 
 
 @dataclass(frozen=True)
 class Network:
     """A network, and what a pass and its way back run inside of."""
 
-    unet: UNet2DConditionModel
+    unet: Any
+    shapes: Shapes
     inside: Callable[[], AbstractContextManager[Any]]
     grads_of_input: bool
 
@@ -96,23 +103,21 @@ class Network:
                     fake = torch.empty(p.shape, dtype=p.dtype)
                     module._parameters[name] = torch.nn.Parameter(fake, requires_grad=p.requires_grad)
 
-    def forward(self, latent: tuple[int, int], device: str) -> Tensor:
-        """A forward pass of one image to its loss."""
-        config, dtype = self.unet.config, next(self.unet.parameters()).dtype
+    def forward(self, size_px: int, device: str) -> Tensor:
+        """A forward pass of one square image to its loss."""
+        dtype, model = next(self.unet.parameters()).dtype, self.shapes.model
+        latent = (1, self.shapes.latent_channels, *[size_px // self.shapes.latent_factor] * 2)
         with torch.device(device):
-            x = torch.randn(1, 4, *latent).to(dtype).requires_grad_(self.grads_of_input)
-            text = torch.randn(1, 77, config.cross_attention_dim).to(dtype)
-            timesteps, target = torch.full((1,), 500), torch.randn(1, 4, *latent)
-            added = None
-            if config.addition_embed_type == "text_time":
-                added = {"text_embeds": torch.randn(1, 1280).to(dtype), "time_ids": torch.ones(1, 6)}
-        answer: Tensor = self.unet(x, timesteps, text, added_cond_kwargs=added, return_dict=False)[0]
-        return (answer.float() - target).pow(2).mean()
+            x = torch.randn(latent).to(dtype).requires_grad_(self.grads_of_input)
+            text = model.empty_text(self.unet, self.shapes.text_encoders, 1)
+            text = {name: torch.randn_like(value).to(dtype) for name, value in text.items()}
+            timesteps, target = torch.full((1,), 500), torch.randn(latent)
+        return (model.denoise(self.unet, x, timesteps, text) - target).pow(2).mean()
 
 
-def count(name: str, config: dict[str, Any], latent: tuple[int, int], dtype: torch.dtype = torch.bfloat16) -> Counts:
+def count(name: str, shapes: Shapes, size_px: int, dtype: torch.dtype = torch.bfloat16) -> Counts:
     """Count a variant at any shape without computing it."""
-    made = network(name, config, dtype, "meta")
+    made = network(name, shapes, dtype, "meta")
     weights = sum(p.nbytes for p in made.unet.parameters())
     # torch knows no autocast for the meta device; tensors that pretend to be on the CPU have it, and take longer.
     pretending = name.endswith("autocast")
@@ -121,27 +126,34 @@ def count(name: str, config: dict[str, Any], latent: tuple[int, int], dtype: tor
             made.pretend()
         with counted() as cost, KernelCounter() as counter, made.inside():
             with saved_for_backward(made.unet) as saved:
-                loss = made.forward(latent, "cpu" if pretending else "meta")
+                loss = made.forward(size_px, "cpu" if pretending else "meta")
             loss.backward()
     return Counts(counter.kernels, cost.flops / 1e9, saved.held_bytes / 2**20, weights / 2**20)
 
 
 def count_family(family: Family, resolution_px: int) -> dict[str, Counts]:
     """All variants at a family's true shape."""
-    edge = resolution_px // 8
-    return {name: count(name, ARCHITECTURES[family].unet, (edge, edge)) for name in VARIANTS}
+    shapes = shapes_of_family(family)
+    return {name: count(name, shapes, resolution_px) for name in VARIANTS}
 
 
-def time_reduced(dtype: torch.dtype, repeats: int) -> dict[str, list[float]]:
-    """Seconds of each variant's step on the reduced UNet, the variants taking turns."""
+def reduced(family: Family) -> Shapes:
+    """A family's shapes with a smaller network."""
+    shapes = shapes_of_family(family)
+    network = REDUCED[family] if family == "sd1" else {**shapes.network, **REDUCED[family]}
+    return replace(shapes, network=network)
+
+
+def time_reduced(family: Family, dtype: torch.dtype, repeats: int, size_px: int = 256) -> dict[str, list[float]]:
+    """Seconds of each variant's step on the reduced network, the variants taking turns."""
     names = [name for name in VARIANTS if dtype == torch.bfloat16 or name != "peft fp32 + autocast"]
-    made = {name: network(name, REDUCED, dtype, "cpu") for name in names}
+    made = {name: network(name, reduced(family), dtype, "cpu") for name in names}
     found: dict[str, list[float]] = {name: [] for name in names}
     for turn in range(repeats + 1):
         for name, each in made.items():
             begin = time.perf_counter()
             with each.inside():
-                each.forward((32, 32), "cpu").backward()
+                each.forward(size_px, "cpu").backward()
             if turn > 0:  # the first is a warm-up
                 found[name].append(time.perf_counter() - begin)
             each.unet.zero_grad(set_to_none=True)
@@ -160,18 +172,31 @@ def table(counts: dict[str, Counts]) -> str:
     return "\n".join(lines)
 
 
+def _family(text: str) -> tuple[Family, int]:
+    family, _, size_px = text.partition(":")
+    return cast(Family, family), int(size_px)
+
+
 def main() -> None:
     """Count, and measure if asked to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--time", action="store_true", help="measure seconds of a reduced UNet, too")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--families", nargs="*", type=_family, default=TRUE_SIZES, metavar="FAMILY:SIZE", help="such as sd1:512"
+    )
     asked = parser.parse_args()
-    counts = {"SD 1.5, 512 px": count_family("sd1", 512), "SDXL, 1024 px": count_family("sdxl", 1024)}
+    counts = {
+        f"{FAMILIES[family].title}, {size_px} px": count_family(family, size_px) for family, size_px in asked.families
+    }
     seconds: dict[str, dict[str, list[float]]] = {}
     if asked.time:
-        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
-            seconds[name] = time_reduced(dtype, asked.repeats)
+        for family, _ in asked.families:
+            for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+                if family in REDUCED:
+                    found = time_reduced(family, dtype, asked.repeats)
+                    seconds[f"{FAMILIES[family].title} in {name}"] = found
     peak_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     if asked.json:
         told = {name: {variant: asdict(c) for variant, c in each.items()} for name, each in counts.items()}
@@ -181,7 +206,7 @@ def main() -> None:
         print(f"\n{name}, batch 1, rank 8 on all attention, base in bf16\n\n{table(each)}")
     for name, times in seconds.items():
         peft = statistics.median(times["peft bf16"])
-        print(f"\nSeconds of a step, reduced UNet in {name}: median (range), over PEFT's")
+        print(f"\nSeconds of a step, reduced {name}: median (range), over PEFT's")
         for variant, values in times.items():
             middle = statistics.median(values)
             print(f"  {variant}: {middle:.3f} ({min(values):.3f} to {max(values):.3f}), {middle / peft:.2f}")

@@ -8,7 +8,7 @@ import torch
 from counts import KernelCounter
 from step import Counts
 
-from sdlora.models.architectures import ARCHITECTURES
+from sdlora.estimate.meta_model import shapes_of_family
 
 # Of PEFT with adapters in float32 under autocast, counted below where --slow is given.
 PEFT_MIB = {"sd1": 857.094, "sdxl": 6195.0}
@@ -16,7 +16,7 @@ FORMULA_GFLOP = {"sd1": 1718, "sdxl": 14126}
 
 
 def counts(name: str, family: str, edge: int) -> Counts:
-    return step.count(name, ARCHITECTURES[family].unet, (edge, edge))  # type: ignore[index]
+    return step.count(name, shapes_of_family(family), 8 * edge)  # type: ignore[arg-type]
 
 
 def test_stable_diffusion_1_at_512_px() -> None:
@@ -52,6 +52,6 @@ def test_kernels_are_counted_without_views() -> None:
 
 
 def test_steps_really_run_and_take_turns() -> None:
-    found = step.time_reduced(torch.float32, repeats=1)
+    found = step.time_reduced("sd1", torch.float32, repeats=1)
     assert set(found) == {"floor", "peft bf16", "sdlora"}
     assert all(len(values) == 1 and values[0] > 0 for values in found.values())
