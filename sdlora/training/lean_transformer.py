@@ -30,8 +30,11 @@ _FUSED = ("cuda", "meta")
 """The devices on which torch has the norm and its gradient as one kernel each."""
 
 
-def keep_little_of_transformer(network: nn.Module) -> None:
-    """Make a frozen transformer keep less for the backward pass, in place; without gradients it computes as before."""
+def keep_little_of_transformer(network: nn.Module, *, gradient_checkpointing: bool = False) -> None:
+    """Make a frozen transformer keep less for the backward pass, in place; without gradients it computes as before.
+
+    Where whole blocks are computed again, nothing in them has to be.
+    """
     for module in network.modules():
         if isinstance(module, RMSNorm | nn.RMSNorm) and getattr(module, "bias", None) is None:
             module.forward = partial(_rms_norm, module)  # type: ignore[method-assign]
@@ -39,8 +42,10 @@ def keep_little_of_transformer(network: nn.Module) -> None:
             module._forward_silu_gating = _swiglu
         elif isinstance(module, Flux2SwiGLU):
             module.forward = _swiglu_of_halves
-        elif isinstance(module, Flux2ParallelSelfAttention) and not isinstance(module.processor, _ParallelAttention):
-            module.set_processor(_ParallelAttention(module.processor))
+        elif isinstance(module, Flux2ParallelSelfAttention):
+            own = module.processor
+            plain = own.plain if isinstance(own, _ParallelAttention) else own
+            module.set_processor(_ParallelAttention(plain, keeps_input=gradient_checkpointing))
 
 
 class _ParallelAttention:
@@ -48,10 +53,11 @@ class _ParallelAttention:
 
     Args:
         plain: What computes it without gradients.
+        keeps_input: Whether autograd may keep the input of the last layer.
     """
 
-    def __init__(self, plain: Any) -> None:
-        self.plain = plain
+    def __init__(self, plain: Any, *, keeps_input: bool) -> None:
+        self.plain, self._keeps_input = plain, keeps_input
 
     def __call__(
         self,
@@ -74,6 +80,9 @@ class _ParallelAttention:
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask)
         out = out.transpose(1, 2).flatten(2)
         both = torch.cat([out, attn.mlp_act_fn(inner)], dim=-1)
+        if self._keeps_input:
+            kept: Tensor = attn.to_out(both)
+            return kept
         out, inner = out.detach(), inner.detach()
         with _computed_again(both, lambda: torch.cat([out, attn.mlp_act_fn(inner)], dim=-1)):
             result: Tensor = attn.to_out(both)

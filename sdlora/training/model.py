@@ -70,7 +70,7 @@ class TrainingModel:
         compiled: bool = False,
     ) -> None:
         keep_little(unet)
-        keep_little_of_transformer(unet)
+        keep_little_of_transformer(unet, gradient_checkpointing=gradient_checkpointing)
         use_training_attention(unet)
         # A base model that is kept from run to run comes as the last run left it.
         if gradient_checkpointing:

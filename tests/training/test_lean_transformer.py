@@ -11,6 +11,7 @@ import torch
 from diffusers import Flux2Transformer2DModel, ZImageTransformer2DModel
 from torch import Tensor, nn
 
+from sdlora.estimate.meta_model import counted
 from sdlora.models import flux2, z_image
 from sdlora.training.lean_transformer import (
     _RmsNorm,
@@ -108,3 +109,20 @@ def test_gradients_are_those_of_differences() -> None:
     assert torch.autograd.gradcheck(lambda x: _Rotation.apply(x, turns), x)
     assert torch.autograd.gradcheck(_Swiglu.apply, (x, y))
     assert torch.autograd.gradcheck(_SwigluOfHalves.apply, x)
+
+
+@pytest.mark.parametrize("family", list(TINY))
+def test_checkpointed_blocks_keep_no_more_than_diffusers(family: str) -> None:
+    held = []
+    for is_lean in (False, True):
+        with torch.device("meta"):
+            made = network(family, torch.bfloat16)
+            made.enable_gradient_checkpointing()
+            if is_lean:
+                keep_little_of_transformer(made, gradient_checkpointing=True)
+            noisy = torch.randn(2, int(TINY[family]["in_channels"]), 8, 8).bfloat16().requires_grad_()
+            with counted() as cost:
+                found = velocity(family, made.train(), noisy)
+                held.append(cost.held_bytes)
+                del found
+    assert held[1] <= held[0]
