@@ -220,10 +220,14 @@ def extract(
     from sdlora.lora_files.base_weights import base_weights
     from sdlora.lora_files.merge import differences
     from sdlora.lora_files.write import write_file
+    from sdlora.models.families import FAMILIES, family_on_disk
 
     found, others = differences(base_weights(fine_tuned), base_weights(base))
     state, cost = algebra.extract(found, rank)
-    write_file(out, state, metadata={"ss_sd_model_name": base.resolve().name})
+    metadata, family = {"ss_sd_model_name": base.resolve().name}, family_on_disk(str(base))
+    if family is not None and FAMILIES[family].lora_prefix is not None:
+        metadata["modelspec.architecture"] = f"{FAMILIES[family].modelspec}/lora"
+    write_file(out, state, metadata=metadata)
     _print_result(out, [weights.down.shape[0] for weights in state.values()], cost)
     if others:
         typer.echo(

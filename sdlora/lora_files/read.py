@@ -330,19 +330,18 @@ def family_of(state: LoraState, metadata: Mapping[str, str] | None = None) -> st
 
     The modules decide; where they do not tell, as convolutions alone do not, `metadata` does.
     """
-    said = metadata or {}
-    architecture, version = said.get("modelspec.architecture", ""), said.get("ss_base_model_version", "")
-    marked = [names for names in FAMILIES.values() if any(re.match(names.lora_mark, name) for name in state)]
-    if marked:
-        widths = {weights.down.shape[1] for weights in state.values()}
-        own = (names for names in marked if names.lora_width in widths)
-        stated = (names for names in marked if architecture.startswith(names.modelspec))
-        return next(own, next(stated, marked[0])).modelspec
+    widths = {weights.down.shape[1] for weights in state.values()}
+    for names in FAMILIES.values():
+        is_marked = any(re.match(names.lora_mark, name) for name in state)
+        if is_marked and (names.lora_width is None or names.lora_width in widths):
+            return names.modelspec
     if (width := text_width(state)) is not None:
         family = BY_TEXT_WIDTH.get(width)
         return f"text of width {width}" if family is None else family.modelspec
     if any(name.startswith(("lora_te1_", "lora_te2_")) for name in state):
         return ARCHITECTURES["sdxl"].modelspec
+    said = metadata or {}
+    architecture, version = said.get("modelspec.architecture", ""), said.get("ss_base_model_version", "")
     for names in FAMILIES.values():
         if architecture.startswith(names.modelspec) or version.startswith(names.base_version.split("_base")[0]):
             return names.modelspec
