@@ -104,7 +104,7 @@ class PreviewConfig(Section):
     height_px: int | None = Field(None, ge=64, le=4096, multiple_of=8)
     """Height of the previews; that of the shape that most images are trained in if unset."""
     every_steps: int = Field(0, ge=0)
-    """Also generate previews every so many steps within an epoch, without a verdict; 0 only after every epoch."""
+    """Also generate previews within an epoch, after every this many steps and without a verdict; 0 for none."""
 
     @field_validator("prompts", mode="before")
     @classmethod

@@ -23,6 +23,7 @@ from sdlora.pocket.stages import (
     CAPTION_DROPOUT,
     LOG_EVERY_STEPS,
     Autoencoder,
+    MeanLoss,
     Settings,
     Stage,
     autocast,
@@ -52,7 +53,7 @@ def train_unet(settings: Settings, vae_file: Path) -> None:
         settings, "unet", networks, [unet, text_encoder], learning_rate=settings.learning_rate, weight_decay=1e-2
     )
     alphas_cumprod = architecture.build_scheduler().alphas_cumprod.to(settings.device)
-    total_loss = torch.zeros((), device=settings.device)
+    mean_loss = MeanLoss(settings.device)
 
     def loss_at(step: int) -> tuple[Tensor, Callable[[], str]]:
         draw = generator(2, "batch", step)
@@ -74,13 +75,8 @@ def train_unet(settings: Settings, vae_file: Path) -> None:
         # Min-SNR-gamma weighting for epsilon prediction (Hang et al. 2303.09556).
         weight = snr.clamp(max=SNR_CAP) / snr
         loss = (weight * (predicted.float() - noise).pow(2).mean(dim=(1, 2, 3))).mean()
-        total_loss.add_(loss.detach())
-        return loss, mean_loss
-
-    def mean_loss() -> str:
-        mean = total_loss.item() / LOG_EVERY_STEPS
-        total_loss.zero_()
-        return f"loss {mean:.4f}"
+        mean_loss.add(loss)
+        return loss, mean_loss.told
 
     stage.run(settings.steps, loss_at, settings.batch_size, LOG_EVERY_STEPS)
 

@@ -31,6 +31,7 @@ from sdlora.pocket.stages import (
     CAPTION_DROPOUT,
     LOG_EVERY_STEPS,
     Autoencoder,
+    MeanLoss,
     Settings,
     Stage,
     autocast,
@@ -140,7 +141,7 @@ def train_transformer(settings: Settings, vae_file: Path, *, compiled: bool = Tr
         weight_decay=1e-2,
     )  # fmt: skip
     make_fast(transformer, compiled=compiled)
-    total_loss = torch.zeros((), device=settings.device)
+    mean_loss = MeanLoss(settings.device)
 
     def loss_at(step: int) -> tuple[Tensor, Callable[[], str]]:
         draw = generator(2, "batch", step)
@@ -158,13 +159,8 @@ def train_transformer(settings: Settings, vae_file: Path, *, compiled: bool = Tr
             states = encode(tokenizer, text_encoder, captions, settings.device)
             predicted = transformer(list(noisy.unsqueeze(2)), 1 - s, states, return_dict=False)[0]
         loss = (torch.stack(predicted).squeeze(2).float() - (x - noise)).pow(2).mean()
-        total_loss.add_(loss.detach())
-        return loss, mean_loss
-
-    def mean_loss() -> str:
-        mean = total_loss.item() / LOG_EVERY_STEPS
-        total_loss.zero_()
-        return f"loss {mean:.4f}"
+        mean_loss.add(loss)
+        return loss, mean_loss.told
 
     stage.run(settings.steps, loss_at, settings.batch_size, LOG_EVERY_STEPS)
 

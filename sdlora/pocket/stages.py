@@ -83,6 +83,23 @@ LossAt = Callable[[int], tuple[Tensor, Callable[[], str]]]
 """From a step's number to its loss, and to what writes the figures to print."""
 
 
+class MeanLoss:
+    """The mean loss of the steps since it was last told."""
+
+    def __init__(self, device: str) -> None:
+        self._total = torch.zeros((), device=device)
+
+    def add(self, loss: Tensor) -> None:
+        """Count a step's loss."""
+        self._total.add_(loss.detach())
+
+    def told(self) -> str:
+        """The mean as text, after `LOG_EVERY_STEPS` steps."""
+        mean = self._total.item() / LOG_EVERY_STEPS
+        self._total.zero_()
+        return f"loss {mean:.4f}"
+
+
 class Stage:
     """A stage of training that can be cut and continued: optimizer, averaged weights, and the checkpoint of both.
 
