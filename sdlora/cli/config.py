@@ -31,6 +31,9 @@ _PARTS = {
     "previews": "previews, encoding or verification, beyond the step",
 }
 
+# What a PCIe 4.0 link of 16 lanes carries in a second, in practice.
+_LINK_BYTES = 24e9
+
 config_app = typer.Typer(help="Print a configuration or the schema of all settings.", no_args_is_help=True)
 
 
@@ -154,6 +157,12 @@ def _print(found: Estimate) -> None:
         table.add_row(_PARTS[part], f"{num_bytes / 2**30:.2f}")
     table.add_row("peak", f"{found.peak_bytes / 2**30:.2f}")
     console.print(table)
+    if found.transferred_bytes:
+        console.print(
+            f"In each step {format_bytes(found.transferred_bytes)} of weights are copied to the device, which takes "
+            f"{found.transferred_bytes / _LINK_BYTES:.1f} s on a PCIe 4.0 card with 16 lanes unless computing takes "
+            "longer."
+        )
     if found.memory_bytes is not None:
         verdict = "It fits" if found.fits else "It does not fit"
         console.print(f"{verdict} into {format_bytes(found.memory_bytes)}.")

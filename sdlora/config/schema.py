@@ -57,6 +57,9 @@ class BaseConfig(Section):
     quantization: Literal["none", "int8", "nf4"] = "none"
     """Quantize the weights of the UNet's attention blocks, the largest part of a big base model, to 8 or 4 bits during
     training. Rounding changes them by about 1 % (int8) or 10 % (nf4); previews show the quantized model."""
+    offload: Literal["none", "blocks"] = "none"
+    """Keep the base model's blocks in the computer's own memory and fetch each to the GPU before it computes, which
+    saves most of the memory of its weights and makes steps slower; the result is the same."""
     merge: list[MergedLora] = Field([])
     """LoRA files merged into the base model before training, such as [{ file = "style.safetensors", weight = 0.8 }];
     the new LoRA is then made for use together with them."""
@@ -273,6 +276,8 @@ class RunConfig(Section):
                 "train.compile requires base.quantization = 'none', since compiled blocks would keep the weights "
                 "unpacked in memory"
             )
+        if self.train.compile and self.base.offload != "none":
+            raise ValueError("train.compile requires base.offload = 'none', since compiled blocks must stay in place")
         return self
 
     @model_validator(mode="after")

@@ -40,6 +40,7 @@ FREE_WHEN_RESUMING = {
     "train.checkpoint_every_steps",
     "train.compile",
     "train.gradient_checkpointing",
+    "base.offload",
     "train.log_every_steps",
     "train.trackers",
 }

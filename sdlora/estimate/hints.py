@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import torch
 
+from sdlora.common.text import format_bytes
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import FREE_WHEN_RESUMING
 from sdlora.estimate.memory import MemoryEstimate, MemoryInputs, estimate_memory
@@ -26,6 +27,7 @@ _FAILURES: dict[Stage, str] = {
     "export": "The device ran out of memory while verifying an epoch's file.",
     "preview": "The device ran out of memory while drawing previews.",
 }
+_OFFLOADED = "the same training, slower: the base's blocks come from the computer's own memory when they are used"
 _MOST_TOLD = 2  # hints for a new run in one message
 # Options that an estimate does not depend on.
 _UNCOUNTED = {"train.auto_batch", "preview.guidance", "train.device"}
@@ -99,9 +101,9 @@ def hints(config: RunConfig, dtype: torch.dtype, size_px: tuple[int, int]) -> li
         steps = train.gradient_accumulation_steps * train.batch_size
         smaller = {"train.batch_size": 1, "train.gradient_accumulation_steps": steps}
         found.append(Hint(smaller, "the same training in more passes, which keeps a fast GPU less busy"))
+    # The schema takes neither of them with what follows.
+    not_compiled: dict[str, Any] = {"train.compile": False} if train.compile else {}
     if quantization == "none":
-        # The schema does not take both.
-        not_compiled = {"train.compile": False} if train.compile else {}
         int8 = not_compiled | {"base.quantization": "int8"}
         found.append(Hint(int8, "the base's weights rounded by about a hundredth", weights))
     if not train.gradient_checkpointing:
@@ -118,6 +120,8 @@ def hints(config: RunConfig, dtype: torch.dtype, size_px: tuple[int, int]) -> li
     rank, lowest = lora.rank // 2, (lora.timestep_rank_min or 0) + 1
     if lora.from_file is None and lora.rank == max(lora.ranks()) and rank >= lowest:
         found.append(Hint({"lora.rank": rank}, "an adapter that holds half as much"))
+    if train.device != "cpu" and config.base.offload == "none":
+        found.append(Hint({**not_compiled, "base.offload": "blocks"}, _OFFLOADED, ("load", "train")))
     if train.device != "cpu":
         found.append(Hint({"train.device": "cpu"}, "much slower", ("load", "export")))
     return found
@@ -154,7 +158,10 @@ def hints_to_fit(inputs: MemoryInputs, needed: MemoryEstimate, memory_bytes: int
         if less.peak_bytes < peak:
             inputs, peak = changed, less.peak_bytes
             time = less.flops_per_step / config.train.batch_size / first
-            found.append(CountedHint(hint.text(), peak, time, hint.price, hint.values))
+            price = hint.price
+            if "base.offload" in hint.values:
+                price += f", {format_bytes(less.transferred_bytes)} in each step"
+            found.append(CountedHint(hint.text(), peak, time, price, hint.values))
     return found
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from sdlora.config.schema import RunConfig
 from sdlora.estimate.meta_model import META, Cost, MetaBase, Shapes, counted, empty_codes, empty_latents, num_bytes
+from sdlora.lora.block_offload import visiting_bytes
 from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
 from sdlora.lora.quantize import num_weights
 from sdlora.lora_files.pipelines import attach
@@ -76,6 +77,7 @@ class MemoryEstimate:
         flops_per_prediction: Of a prediction of the UNet for one preview.
         flops_per_decoding: Of decoding one preview.
         largest_layer: Parameters of the layer with the largest adapter, and of that adapter.
+        transferred_bytes: Of weights that cross to the device in a step under base.offload, at most.
     """
 
     trainable_parameters: int
@@ -85,6 +87,7 @@ class MemoryEstimate:
     flops_per_prediction: int
     flops_per_decoding: int
     largest_layer: tuple[int, int]
+    transferred_bytes: int = 0
 
     @property
     def peak_bytes(self) -> int:
@@ -112,8 +115,13 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
     quantization = config.base.quantization
     base = MetaBase(shapes, inputs.dtype, quantization=quantization, text_is_trained=text_is_trained)
     beside_text = not base.model.network_waits and (text_is_trained or inputs.text_is_live)
-    in_a_step = shapes.text_bytes * beside_text
+    offloads, lists = config.base.offload == "blocks", shapes.model.block_lists
+    block_bytes, visiting = visiting_bytes(base.network, lists) if offloads else (0, 0)
+    text_bytes = shapes.offloaded_text_bytes if offloads else shapes.text_bytes
+    in_a_step = text_bytes * beside_text
     weights = num_bytes(base.network) + (shapes.frozen_bytes if inputs.on_cpu else in_a_step)
+    # On a CPU the host is the device, so that visitors are there twice.
+    weights += visiting if inputs.on_cpu else visiting - block_bytes
     num_parameters = num_weights(base.network)
     if inputs.file is not None:
         adapter = attach(base.network, inputs.file, text_encoders=base.text_encoders)
@@ -151,8 +159,8 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
         second = proof_dtype(num_parameters, inputs.dtype).itemsize * num_parameters
         beside = max(beside, second + shapes.frozen_bytes + _verification_bytes(inputs, base, count))
     else:
-        drawing = beside + shapes.vae_bytes + shapes.text_bytes * text_is_trained
-        encoding_text = shapes.text_bytes - weights if base.model.network_waits else shapes.text_bytes
+        drawing = beside + shapes.vae_bytes + text_bytes * text_is_trained
+        encoding_text = text_bytes - weights if base.model.network_waits else text_bytes
         beside = max(drawing, encoding_text) - in_a_step
     return MemoryEstimate(
         trainable_parameters=count,
@@ -169,6 +177,8 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
         flops_per_prediction=flops_per_prediction,
         flops_per_decoding=flops_per_decoding,
         largest_layer=_largest_layer(adapter),
+        # Each block computes forward and backward for every batch of a step.
+        transferred_bytes=2 * block_bytes * config.train.gradient_accumulation_steps,
     )
 
 

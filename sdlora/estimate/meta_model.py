@@ -25,6 +25,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_flop_count, shape_wrapper
 
 from sdlora.common.families import Family
+from sdlora.lora.block_offload import visiting_bytes
 from sdlora.lora.quantize import Quantization, quantize_linears
 from sdlora.models.architectures import read_header
 from sdlora.models.base import BaseModel, TextEmbeddings
@@ -60,6 +61,13 @@ class Shapes:
     def frozen_bytes(self) -> int:
         """VAE and text encoders together."""
         return self.vae_bytes + self.text_bytes
+
+    @property
+    def offloaded_text_bytes(self) -> int:
+        """Bytes of text encoders on the device under base.offload, which moves the blocks of language models alone."""
+        if not self.model.keeps_text_type:
+            return self.text_bytes
+        return sum(_resident_text_bytes(self.family, json.dumps(dict(config))) for config in self.text_encoders)
 
     @property
     def latent_channels(self) -> int:
@@ -103,6 +111,15 @@ def _num_bytes(family: Family, part: Literal["vae", "text"], config: str) -> int
         )
 
 
+@functools.lru_cache(maxsize=32)
+def _resident_text_bytes(family: Family, config: str) -> int:
+    """Bytes of a language model on the device while its blocks visit it two at a time, by its configuration as JSON."""
+    with META:
+        encoder = CLASSES[family].empty_text_encoder(json.loads(config)).requires_grad_(False)
+    block_bytes, visiting = visiting_bytes(encoder, CLASSES[family].text_block_lists)
+    return num_bytes(encoder) - block_bytes + visiting
+
+
 def empty_network(kind: str, config: Mapping[str, Any]) -> Any:
     """A network of diffusers; its class is the configuration's if it names one."""
     return getattr(diffusers, config.get("_class_name", kind)).from_config(dict(config))
@@ -137,10 +154,10 @@ def shapes_of_base(base: BaseModel) -> Shapes:
     return Shapes(dict(base.network.config), dict(vae.config), texts, num_bytes(vae), num_bytes(*encoders), family)
 
 
-def num_bytes(*networks: nn.Module) -> int:
-    """Bytes of the parameters and buffers of networks, shared ones counted once."""
+def num_bytes(*networks: nn.Module, on: str | None = None) -> int:
+    """Bytes of the parameters and buffers of networks, or of those on a type of device; shared ones counted once."""
     tensors = {id(t): t for n in networks for t in (*n.parameters(), *n.buffers())}
-    return sum(tensor.nbytes for tensor in tensors.values())
+    return sum(tensor.nbytes for tensor in tensors.values() if on in (None, tensor.device.type))
 
 
 class MetaBase:

@@ -357,16 +357,22 @@ def _adapt(
     else:
         assert isinstance(module, nn.Linear | QuantizedLinear), f"{type(module).__name__} cannot be adapted"
         layer = (DoraLinear if dora else LoraLinear)(module, rank, alpha, generator=generator)
+    # A block may wait on the host; what is trained is where the rest of the network is.
+    layer.place(next(networks[_prefix(path)].parameters()).device)
     setattr(parent, name, layer)
     return layer
 
 
 def _place(networks: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str]:
     """The module that holds the one at a path, and its name there."""
-    network = network_of(path)
-    prefix = "" if network == "unet" else f"{network}."
+    prefix = _prefix(path)
     parent, _, name = path.removeprefix(prefix).rpartition(".")
     return networks[prefix].get_submodule(parent), name
+
+
+def _prefix(path: str) -> str:
+    network = network_of(path)
+    return "" if network == "unet" else f"{network}."
 
 
 def initial_factors(

@@ -95,6 +95,11 @@ class LoraLayer(nn.Module, ABC):
         """What the layer computes with: `live` during a training step, otherwise `trained()`."""
         return self.live or self.trained()
 
+    def place(self, device: torch.device) -> None:
+        """Move what the adapter has of its own to a device, not the frozen layer."""
+        for tensor in (*self.parameters(recurse=False), *self.buffers(recurse=False)):
+            tensor.data = tensor.data.to(device)
+
     @torch.no_grad()
     def set_initial(self, down: Tensor, up: Tensor) -> None:
         """Start at A = A0 and B = B0, of the shapes of A and B, and subtract their product from now on."""

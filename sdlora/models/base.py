@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sdlora.data.dataset import Example
 from sdlora.diffusion.noise import NoiseLevels
+from sdlora.lora.block_offload import BlockOffload
 from sdlora.lora.quantize import num_weights
 from sdlora.models.architectures import FamilyNames
 
@@ -69,6 +70,8 @@ class BaseModel(ABC):
         dtype: The frozen network's dtype. The VAE stays in float32: it is small, and that of Stable Diffusion XL
             overflows in float16.
         text: How captions are read.
+        offload: Keep the network's blocks on the host between their uses, and those of a language model that reads
+            captions; see `sdlora.lora.block_offload`.
 
     Attributes:
         names: What the family is called.
@@ -97,6 +100,8 @@ class BaseModel(ABC):
         network_waits: Whether the network leaves the device while a text encoder is there: a language model takes as
             much memory as the network itself.
         packed_blocks: What the paths of linear layers that can be packed contain; see `sdlora.lora.quantize`.
+        block_lists: What the module lists are called that hold the network's blocks.
+        text_block_lists: The same, of a language model that reads captions.
         samplers: The samplers that previews can be drawn with; see `sdlora.previews.sampler`.
         few_steps: The denoising steps of its distilled sibling, which can draw previews; None without one.
         log_shift: What the family's shift of noise levels adds to their logits at its own resolution, 0 for none; see
@@ -123,6 +128,8 @@ class BaseModel(ABC):
     trains_text: ClassVar[bool] = True
     network_waits: ClassVar[bool] = False
     packed_blocks: ClassVar[str]
+    block_lists: ClassVar[tuple[str, ...]]
+    text_block_lists: ClassVar[tuple[str, ...]] = ("layers",)
     samplers: ClassVar[tuple[str, ...]]
     few_steps: ClassVar[int | None] = None
     log_shift: float = 0.0
@@ -133,7 +140,9 @@ class BaseModel(ABC):
     max_tokens: int
     size_step_px: int = 1
 
-    def __init__(self, source: Source, *, device: torch.device, dtype: torch.dtype, text: TextOptions) -> None:
+    def __init__(
+        self, source: Source, *, device: torch.device, dtype: torch.dtype, text: TextOptions, offload: bool = False
+    ) -> None:
         self._pipeline = pipeline = source.pipeline
         self._reload = source.reload
         self.path, self.revision, self.device, self.text = source.path, source.revision, device, text
@@ -152,7 +161,16 @@ class BaseModel(ABC):
         self.text_identity = hashlib.blake2b("".join([*parts, str(text)]).encode("utf-8"), digest_size=16).hexdigest()
         for module in (self.network, self.vae, *self.text_encoders):
             module.requires_grad_(False).eval()
-        self.network.to(device, dtype)
+        self.offloaded: dict[nn.Module, BlockOffload] = {}
+        if offload:
+            self.network.to(_ASIDE, dtype)
+            lists = {self.network: self.block_lists}
+            if self.keeps_text_type:
+                lists |= dict.fromkeys(self.text_encoders, self.text_block_lists)
+            self.offloaded = {module: BlockOffload(module, names, device) for module, names in lists.items()}
+            self._move(self.network, device)
+        else:
+            self.network.to(device, dtype)
         self._dtype = dtype
 
     @abstractmethod
@@ -325,19 +343,25 @@ class BaseModel(ABC):
         others = [network for network in (self.vae, *self.text_encoders) if network not in wanted]
         for network in others:
             if not _has_adapter(network):
-                move(network, _ASIDE)
+                self._move(network, _ASIDE)
         if self.network_waits:
             reads = any(network in self.text_encoders for network in wanted)
-            move(self.network, _ASIDE if reads else self.device)
+            self._move(self.network, _ASIDE if reads else self.device)
         for network in wanted:
-            move(network, self.device)
+            self._move(network, self.device)
+
+    def _move(self, network: nn.Module, device: torch.device) -> None:
+        if network in self.offloaded:
+            self.offloaded[network].move(device)
+        else:
+            move(network, device)
 
     def fresh_pipeline(self) -> DiffusionPipeline:
         """The base model on the CPU without adapters, its network in `proof_dtype`; what has none is kept."""
         held = {name: getattr(self._pipeline, name, None) for name in ("vae", "text_encoder", "text_encoder_2")}
         plain = {name: network for name, network in held.items() if network is not None and not _has_adapter(network)}
         for network in plain.values():
-            move(network, torch.device("cpu"))
+            self._move(network, torch.device("cpu"))
         return self._reload(proof_dtype(num_weights(self.network), self._dtype), **plain)
 
 

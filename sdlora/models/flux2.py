@@ -123,6 +123,7 @@ class Flux2Klein(BaseModel):
     default_targets = ("attention",)
     keeps_text_type = True
     packed_blocks = "transformer_blocks."
+    block_lists = ("transformer_blocks", "single_transformer_blocks")
     text_dtype = torch.bfloat16
     trains_text = False
     network_waits = True

@@ -66,6 +66,7 @@ class LoadOptions:
     prediction_type: PredictionType | None = None  # overrides the prediction type in its files
     text: TextOptions = field(default_factory=TextOptions)  # how captions are encoded
     quantization: Quantization | Literal["none"] = "none"  # of the linear weights in its attention blocks
+    offload: bool = False  # keep the network's blocks on the host between their uses
     # Changes weights, given the UNet and the text encoders by name, and the names of the float32 ones to change.
     change: Callable[[Mapping[str, nn.Module], Collection[str]], None] | None = None
     components: str | None = None  # the diffusers folder or hub id that a transformer alone takes all other parts from
@@ -112,7 +113,7 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
         # The other weights still point into the mapped file, which would keep the unquantized ones in memory as well.
         for parameter in network.parameters():
             parameter.data = parameter.data.clone()
-    return family(source, device=device, dtype=dtype, text=options.text)
+    return family(source, device=device, dtype=dtype, text=options.text, offload=options.offload)
 
 
 def _loader(path: str, options: LoadOptions) -> tuple[Callable[..., DiffusionPipeline], str | None]:

@@ -79,6 +79,7 @@ class UnetModel(BaseModel):
     default_targets = ("cross_attention",)
     reads_windows = True
     packed_blocks = ".attentions."
+    block_lists = ("resnets", "transformer_blocks")
     samplers = ("auto", "base", "euler", "euler_a", "dpmpp_2m_karras", "unipc")
     levels: DdpmLevels
 

@@ -99,6 +99,7 @@ class ZImage(BaseModel):
     default_targets = ("attention",)
     keeps_text_type = True
     packed_blocks = ".layers."
+    block_lists = ("noise_refiner", "context_refiner", "layers")
     text_dtype = torch.bfloat16
     trains_text = False
     network_waits = True

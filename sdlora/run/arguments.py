@@ -61,6 +61,7 @@ def make_adapter(config: RunConfig, base: BaseModel) -> Adapter:
     """
     lora, spec = config.lora, adapter_spec(config)
     _refuse_for_family(config, base)
+    base.offload()  # a network that waits elsewhere comes back first: what is trained stays where it is put
     texts = base.move_text_encoders() if text_is_trained(config) else base.text_encoders
     if (file := starting_file(config)) is not None:
         adapter = attach(base.network, file, text_encoders=texts)

@@ -324,6 +324,6 @@ def device_memory(device: torch.device) -> int:
 
 def _free_bytes(context: RunContext, inputs: MemoryInputs) -> int:
     """Memory for a run: what is free, and what its networks hold already; text encoders may wait elsewhere."""
-    networks = [context.base.network, *context.base.text_encoders]
-    loaded = [network for network in networks if next(network.parameters()).device.type == context.loaded.device.type]
-    return device_memory(context.loaded.device) + num_bytes(*loaded) + (inputs.shapes.vae_bytes if inputs.on_cpu else 0)
+    device = context.loaded.device
+    held = num_bytes(context.base.network, *context.base.text_encoders, on=device.type)
+    return device_memory(device) + held + (inputs.shapes.vae_bytes if inputs.on_cpu else 0)

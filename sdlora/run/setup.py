@@ -142,6 +142,7 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
         config.base.prediction_type,
         text,
         config.base.quantization,
+        config.base.offload == "blocks",
         merging(config),
         config.base.components,
     )

@@ -73,6 +73,8 @@ class TrainStep:
             gradient_checkpointing=settings.gradient_checkpointing,
             compiled=settings.compile,
         )
+        for offloaded in base.offloaded.values():
+            offloaded.lay_out()  # layers on one input have a common weight now
         self.parameters = self.model.parameters()
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer = accelerator.prepare(

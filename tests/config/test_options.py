@@ -20,6 +20,7 @@ from torch._dynamo.utils import counters
 
 from sdlora.config.toml import load_config, option_fields
 from sdlora.errors import BaseModelError, ConfigError, DataError, OutOfMemoryError
+from sdlora.lora import block_offload
 from sdlora.models import load
 from sdlora.run import setup
 from sdlora.run.run import start
@@ -243,7 +244,7 @@ TESTED_BELOW = {
     "file.licence",
     "file.include_captions",
     "loss.zero_terminal_snr", "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "copycheck.parts",
-    "train.gradient_checkpointing",
+    "train.gradient_checkpointing", "base.offload",
     "train.auto_batch", "train.compile", "train.trackers", "train.exposures",
 }  # fmt: skip
 
@@ -426,8 +427,26 @@ def test_checkpointing_trains_the_same_and_keeps_less(
     assert outcome("lora.dropout=0.5") == outcome("lora.dropout=0.5", "train.gradient_checkpointing=true")
 
 
+def test_blocks_that_wait_on_the_host_learn_the_same(
+    outcome: Callable[..., str], common: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fetched, plain = [], block_offload._Block.fetch
+
+    def fetch(self: Any, copies: Any) -> None:
+        fetched.append(self)
+        plain(self, copies)
+
+    monkeypatch.setattr(block_offload._Block, "fetch", fetch)
+    assert outcome("base.offload=blocks") == common
+    assert fetched
+
+
 def test_compiled_blocks_learn_the_same(tmp_path: Path, outcome: Callable[..., str], scene: dict[str, str]) -> None:
-    for other, said in {"lora.dropout=0.5": "lora.dropout = 0", "base.quantization=int8": "'none'"}.items():
+    refused = {
+        "lora.dropout=0.5": "lora.dropout = 0", "base.quantization=int8": "'none'",
+        "base.offload=blocks": "base.offload = 'none'",
+    }  # fmt: skip
+    for other, said in refused.items():
         found = outcome("train.compile=true", other)
         assert found.startswith("ConfigError") and "train.compile requires" in found and said in found
     files = []

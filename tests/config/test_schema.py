@@ -27,8 +27,8 @@ def faults(**document: object) -> str:
 def test_list_of_options_is_frozen() -> None:
     assert list(option_fields()) == [
         "name", "seed", "base.path", "base.components", "base.family", "base.revision", "base.variant",
-        "base.prediction_type",
-        "base.clip_skip", "base.quantization", "base.merge", "data.folder", "data.sets", "data.recursive",
+        "base.prediction_type", "base.clip_skip", "base.quantization", "base.offload", "base.merge", "data.folder",
+        "data.sets", "data.recursive",
         "data.exclude", "data.validation_folder", "data.validation_split", "data.caption", "data.trigger",
         "data.class_words", "data.preservation_folder", "data.preservation_caption",
         "data.allow_trigger_only", "data.repeats", "data.resolution_px", "data.resolutions_px",

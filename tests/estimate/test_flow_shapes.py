@@ -54,3 +54,21 @@ def test_klein_has_its_parameters(
     width, blocks = {"4b": (3072, 25), "9b": (4096, 32)}[family[-2:]]
     flops = blocks * (2 * 13 * width**2 * 1536 + 4 * 1536**2 * width)
     assert found.flops_per_prediction == pytest.approx(flops, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("family", "most_gib", "transferred_gib"), [("z-image", 5.0, 22.6), ("flux2-klein-4b", 5.5, 13.7)]
+)
+def test_a_transformer_trains_in_a_small_memory_whose_blocks_wait_on_the_host(
+    family: Family, most_gib: float, transferred_gib: float
+) -> None:
+    document = {
+        "data": {"folder": "x"}, "lora": {"targets": ["attention"]}, "base": {"offload": "blocks"},
+        "train": {"gradient_checkpointing": True},
+    }  # fmt: skip
+    config = parse_config(document, name="x")
+    inputs = MemoryInputs(config, adapter_spec(config), shapes_of_family(family), torch.bfloat16, (1024, 1024))
+    found = estimate_memory(inputs)
+    assert found.peak_bytes < most_gib * 2**30
+    # Forward and backward.
+    assert found.transferred_bytes == pytest.approx(transferred_gib * 2**30, rel=0.02)

@@ -15,7 +15,7 @@ from sdlora.estimate.memory import estimate_memory
 ORDER = [
     "train.precision", "train.auto_batch", "train.batch_size", "base.quantization", "train.gradient_checkpointing",
     "preview.enabled", "preview.guidance", "base.quantization", "data.resolution_px", "data.resolution_px",
-    "lora.rank", "train.device",
+    "lora.rank", "base.offload", "train.device",
 ]  # fmt: skip
 
 
@@ -65,6 +65,8 @@ def test_hints_are_counted_until_the_run_fits_and_no_further() -> None:
     assert [change.change.split(" ")[0] for change in everything][:4] == [
         "train.precision", "train.batch_size", "base.quantization", "train.gradient_checkpointing",
     ]  # fmt: skip
+    assert everything[-1].values == {"base.offload": "blocks"}
+    assert "in each step" in everything[-1].price
     peaks = [needed.peak_bytes, *(change.peak_bytes for change in everything)]
     assert peaks == sorted(peaks, reverse=True)
     assert everything[2].time == pytest.approx(everything[1].time, rel=0.01)
@@ -87,7 +89,12 @@ def test_counted_hints_are_valid_together() -> None:
         ("load", {"train": {"precision": "fp32"}}, ["train.precision = 'bf16' (now 'fp32'"]),
         ("load", {"train": {"precision": "bf16", "device": "cuda"}}, ["base.quantization = 'int8' (now 'none'"]),
         ("load", {"base": {"quantization": "int8"}}, ["base.quantization = 'nf4' (now 'int8'"]),
-        ("load", {"base": {"quantization": "nf4"}}, ["train.device = 'cpu' (now 'auto'"]),
+        ("load", {"base": {"quantization": "nf4"}}, ["base.offload = 'blocks' (now 'none'"]),
+        (
+            "load",
+            {"base": {"quantization": "nf4", "offload": "blocks"}},
+            ["train.device = 'cpu' (now 'auto'"],
+        ),
         (
             "train",
             {"train": {"batch_size": 6, "gradient_accumulation_steps": 2}},

@@ -138,6 +138,22 @@ def test_quantized_weights_take_one_byte_or_little_more_than_half() -> None:
         assert found[kind].flops_per_step == found["none"].flops_per_step
 
 
+def test_blocks_that_wait_on_the_host_leave_the_two_largest_on_the_device() -> None:
+    whole = memory_inputs(gradient_accumulation_steps=3)
+    base = whole.config.base.model_copy(update={"offload": "blocks"})
+    away = replace(whole, config=whole.config.model_copy(update={"base": base}))
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(SMALL.network)
+    blocks = [m for path, m in unet.named_modules() if path.split(".")[-2:-1] in (["resnets"], ["transformer_blocks"])]
+    sizes = sorted(4 * sum(parameter.numel() for parameter in block.parameters()) for block in blocks)
+    plain, found = estimate_memory(whole), estimate_memory(away)
+    assert plain.parts["weights"] - found.parts["weights"] == sum(sizes[:-2])
+    assert (plain.transferred_bytes, found.transferred_bytes) == (0, 3 * 2 * sum(sizes))
+    # A CPU is host and device at once.
+    weights = [estimate_memory(replace(one, on_cpu=True)).parts["weights"] for one in (whole, away)]
+    assert weights[1] - weights[0] == sum(sizes[-2:])
+
+
 def test_prior_preservation_costs_the_exposures_compared() -> None:
     words = {"raw_trigger": "zumi", "class_words": ["cat"]}
     asked = memory_inputs(batch_size=4)
