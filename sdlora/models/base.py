@@ -27,6 +27,7 @@ from sdlora.diffusion.noise import NoiseLevels
 from sdlora.lora.block_offload import BlockOffload
 from sdlora.lora.quantize import num_weights
 from sdlora.models.architectures import FamilyNames
+from sdlora.models.identity import weights_identity
 
 # References to other files in ComfyUI and A1111, which remove them from a prompt before encoding it.
 _CALLS = re.compile(r"embedding:\S+|<(?:lora|lyco|hypernet):[^>]*>", re.IGNORECASE)
@@ -416,16 +417,3 @@ def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
     if isinstance(value, list):
         return [_mapped(function, inner) for inner in value]
     return function(value) if isinstance(value, Tensor) else value
-
-
-def weights_identity(module: nn.Module, *descriptions: Any) -> str:
-    """A hash of a module's weights and of whatever else decides what it computes."""
-    digest = hashlib.blake2b(digest_size=16)
-    for description in descriptions:
-        # Keys that begin with an underscore say where a network was loaded from, and by which version.
-        settings = {key: value for key, value in dict(description).items() if not str(key).startswith("_")}
-        digest.update(json.dumps(settings, sort_keys=True, default=str).encode("utf-8"))
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(name.encode("utf-8"))
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()

@@ -25,8 +25,9 @@ from sdlora.copycheck.scale import make_gallery
 from sdlora.errors import ConfigError, OutOfMemoryError
 from sdlora.estimate.hints import Stage, out_of_memory_message
 from sdlora.lora.inject import Adapter
-from sdlora.models.base import BaseModel, TextOptions, weights_identity
+from sdlora.models.base import BaseModel, TextOptions
 from sdlora.models.families import FAMILIES, family_named, family_on_disk, suits
+from sdlora.models.identity import weights_identity
 from sdlora.models.load import LoadOptions, load_base
 from sdlora.previews.sampler import PreviewRequest
 from sdlora.run.arguments import Images, fit_images, make_adapter, read_images, text_is_trained, training_settings

@@ -4,7 +4,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from helpers.tiny import make_tiny_pipeline
 
-from sdlora.models.base import weights_identity
+from sdlora.models.identity import weights_identity
 from sdlora.models.load import load_base
 
 CPU = torch.device("cpu")
