@@ -54,9 +54,10 @@ class BaseConfig(Section):
     px."""
     clip_skip: int | None = Field(None, ge=1, le=24)
     """Text encoder layer whose output is used, counted from the last (1); the model family's default if unset."""
-    quantization: Literal["none", "int8", "nf4"] = "none"
-    """Quantize the weights of the UNet's attention blocks, the largest part of a big base model, to 8 or 4 bits during
-    training. Rounding changes them by about 1 % (int8) or 10 % (nf4); previews show the quantized model."""
+    quantization: Literal["none", "int8", "fp8", "nf4"] = "none"
+    """Quantize the weights of the base model's attention blocks, its largest part, to 8 or 4 bits during training.
+    Rounding changes them by about 1 % (int8), 3 % (fp8, the same whatever outliers they have) or 10 % (nf4); previews
+    show the quantized model."""
     offload: Literal["none", "blocks"] = "none"
     """Keep the base model's blocks in the computer's own memory and fetch each to the GPU before it computes, which
     saves most of the memory of its weights and makes steps slower; the result is the same."""

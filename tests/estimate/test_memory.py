@@ -124,14 +124,18 @@ def test_quantized_weights_take_one_byte_or_little_more_than_half() -> None:
         base = whole.config.base.model_copy(update={"quantization": kind})
         return estimate_memory(replace(whole, config=whole.config.model_copy(update={"base": base})))
 
-    found = {kind: packed(kind) for kind in ("none", "int8", "nf4")}
+    found = {kind: packed(kind) for kind in ("none", "int8", "fp8", "nf4")}
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(wide)
     linear = [m for path, m in unet.named_modules() if "attentions." in path and isinstance(m, torch.nn.Linear)]
     count = sum(m.weight.numel() for m in linear)
     rows = sum(m.out_features for m in linear)
     assert all(m.in_features % 64 == 0 for m in linear)
-    for kind, bytes_of in {"int8": count + 4 * rows, "nf4": count / 2 + 4 * count / 64}.items():
+    for kind, bytes_of in {
+        "int8": count + 4 * rows,
+        "fp8": count + 4 * rows,
+        "nf4": count / 2 + 4 * count / 64,
+    }.items():
         saved = found["none"].parts["weights"] - found[kind].parts["weights"]
         assert saved == whole.dtype.itemsize * count - bytes_of
         assert found[kind].base_parameters == found["none"].base_parameters

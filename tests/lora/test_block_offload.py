@@ -126,7 +126,7 @@ def test_gradients_are_the_same_with_two_blocks_at_a_time(
     ("family", "quantization", "spec"),
     [
         ("z-image", "int8", None),
-        ("klein", "int8", None),
+        ("klein", "fp8", None),
         ("sd1", "int8", None),
         ("z-image", "none", AdapterSpec(dora=True)),
         ("sd1", "none", AdapterSpec(init="pissa")),
@@ -161,7 +161,7 @@ class Chain(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("kind", ["int8", "nf4"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "nf4"])
 def test_packed_chain_is_the_same(kind: Quantization) -> None:
     plain = Chain().requires_grad_(False)
     quantize_linears(plain, kind, ".blocks.")

@@ -15,11 +15,20 @@ from sdlora.estimate.meta_model import counted
 from sdlora.lora.fused import SharedInput
 from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
 from sdlora.lora.layers import LoraLinear
-from sdlora.lora.quantize import Packed, Quantization, QuantizedLinear, num_weights, quantize_linears
+from sdlora.lora.quantize import (
+    TYPICAL_ERRORS,
+    Packed,
+    Quantization,
+    QuantizedLinear,
+    num_weights,
+    packing_error,
+    packing_errors,
+    quantize_linears,
+)
 from sdlora.training.model import TrainingModel
 from sdlora.training.optimizers import Group
 
-KINDS: list[Quantization] = ["int8", "nf4"]
+KINDS: list[Quantization] = ["int8", "fp8", "nf4"]
 # Table of the paper's appendix E.
 NF4 = [
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
@@ -43,6 +52,47 @@ def test_int8_is_the_nearest_of_255_multiples(weight: Tensor) -> None:
     assert packed.codes.dtype == torch.int8
     assert packed.codes.abs().amax(dim=1).eq(127).sum() == 47
     assert packed.dense()[5].eq(0).all()
+
+
+def test_fp8_is_the_nearest_float_of_4_and_3_bits(weight: Tensor) -> None:
+    packed = Packed.of(weight, "fp8")
+    # All finite values of E4M3 (Micikevicius et al. 2209.05433, table 1): 1.mmm times 2^(e - 7), and 0.mmm times 2^-6.
+    powers = [(m / 8, -6) if e == 0 else (1 + m / 8, e - 7) for e in range(16) for m in range(8)][:-1]
+    levels = torch.tensor([m * 2.0**e for m, e in powers], dtype=torch.float64)
+    assert levels.max() == 448
+    scaled = weight.double() / (weight.double().abs().amax(dim=1, keepdim=True) / 448).clamp(min=1e-30)
+    nearest = (scaled.abs().unsqueeze(2) - levels).abs().amin(dim=2)
+    scales = weight.double().abs().amax(dim=1, keepdim=True) / 448
+    error = (packed.dense().double() - weight.double()).abs()
+    torch.testing.assert_close(error, nearest * scales, rtol=0, atol=1e-6)
+    assert packed.codes.nbytes == weight.numel()
+    assert packed.dense()[5].eq(0).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_packing_error_of_normal_and_heavy_tailed_weights(kind: Quantization) -> None:
+    draw = torch.Generator().manual_seed(0)
+    gaussian = torch.randn(256, 2048, generator=draw)
+    tails = torch.randn(256, 2048, generator=draw) / (torch.randn(3, 256, 2048, generator=draw) ** 2).mean(0).sqrt()
+    for weight, expected in zip((gaussian, tails), TYPICAL_ERRORS[kind], strict=True):
+        x = torch.randn(512, 2048, generator=draw)
+        moved = (x @ (Packed.of(weight, kind).dense() - weight).T).norm() / (x @ weight.T).norm()
+        found = packing_error(weight, kind)
+        assert found == pytest.approx(moved.item(), rel=0.02)
+        assert found == pytest.approx(expected, rel=0.1)
+
+
+def test_packing_error_of_a_network_is_measured_before_and_after_packing(unet: Any) -> None:
+    plain = copy.deepcopy(unet)
+    expected = packing_errors(plain, ".attentions.", KINDS)
+    assert list(expected) == KINDS
+    for kind in KINDS:
+        packed = copy.deepcopy(unet)
+        quantize_linears(packed, kind)
+        assert packing_errors(packed, ".attentions.", KINDS) == {kind: expected[kind]}
+    adapter = inject(plain, find_targets(plain, ["cross_attention"]), 2, 2.0, 0)
+    assert packing_errors(plain, ".attentions.", ["int8"]) == {"int8": expected["int8"]}
+    adapter.remove()
 
 
 def test_nf4_is_the_nearest_of_16_levels_of_each_64(weight: Tensor) -> None:
@@ -212,7 +262,7 @@ def test_only_attention_blocks_are_packed(unet: Any, kind: Quantization) -> None
     linear = {path: m for path, m in plain.named_modules() if isinstance(m, nn.Linear)}
     found = {path for path, module in packed.named_modules() if isinstance(module, QuantizedLinear)}
     expected = {
-        path for path, m in linear.items() if "attentions." in path and (kind == "int8" or m.in_features % 64 == 0)
+        path for path, m in linear.items() if "attentions." in path and (kind != "nf4" or m.in_features % 64 == 0)
     }
     assert found == expected != set()
     assert num_weights(packed) == num_weights(plain) == sum(p.numel() for p in plain.parameters())

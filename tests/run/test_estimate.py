@@ -14,8 +14,10 @@ from sdlora.common.bundled import pocket_folder
 from sdlora.common.text import format_bytes
 from sdlora.config.toml import load_config, parse_config
 from sdlora.errors import ConfigError
+from sdlora.estimate.hints import with_values
 from sdlora.estimate.meta_model import num_bytes, shapes_of_family, shapes_on_disk
 from sdlora.events import PlanMade
+from sdlora.lora.quantize import TYPICAL_ERRORS
 from sdlora.run import estimate
 from sdlora.run.folder import RunFolder
 from sdlora.run.run import start
@@ -134,3 +136,14 @@ def test_memory_of_a_base_model_that_is_not_here_is_not_guessed() -> None:
     config = load_config("quickstart", ["base.path=owner/name", "base.family=any"])
     with pytest.raises(ConfigError, match=r"owner/name.*base\.family"):
         estimate.changes_to_fit(config, 1 << 33)
+
+
+def test_packing_errors_are_told_of_the_base_at_hand_and_without_one(tmp_path: Path, overrides: list[str]) -> None:
+    source = tmp_path / "mine.toml"
+    source.write_text("[data]\ntrigger = 'zumi'\n")
+    config = load_config(str(source), [*overrides, "base.quantization=int8"])
+    (error,) = estimate.estimate_config(config, 2**40).packing_errors["int8"]
+    assert 0.001 < error < 0.02
+    plain = with_values(config, {"base.quantization": "none"})
+    assert estimate.estimate_config(plain, 2**40).packing_errors == {}
+    assert estimate.estimate_shapes(config, "sd1", None).packing_errors == {"int8": TYPICAL_ERRORS["int8"]}

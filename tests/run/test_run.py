@@ -148,7 +148,7 @@ def test_split_off_images_are_never_trained(tmp_path: Path, overrides: list[str]
 FORMS = [
     ['lora.targets=["cross_attention", "text_encoder", "conv"]', "lora.dropout=0.2", "lora.rslora=true"],
     ["lora.init=pissa", "lora.timestep_rank_min=1"],
-    ["lora.dora=true"],
+    ["lora.dora=true", "base.quantization=fp8"],
     ["base.quantization=int8"],
 ]
 

@@ -36,7 +36,7 @@ from sdlora.config.imports.shared import (
     spread_steps,
 )
 
-_QUANTIZED = {"qfloat8": "int8", "float8": "int8", "qint8": "int8", "int8": "int8", "nf4": "nf4"}
+_QUANTIZED = {"qfloat8": "fp8", "float8": "fp8", "qint8": "int8", "int8": "int8", "nf4": "nf4"}
 
 
 def _folders(source: Source, *, regularisation: bool = False) -> list[TrainingFolder]:
@@ -161,10 +161,8 @@ def quantize(value: Any, source: Source) -> Outcome:
         return dropped("off")
     kind = text(source.get("process.model.qtype", "qfloat8"))
     if kind not in _QUANTIZED:
-        return refused(f"sdlora quantizes to int8 and nf4, not to {kind}; set base.quantization")
-    return translated(
-        {"base.quantization": _QUANTIZED[kind]}, "8-bit integers instead of floats" if "float" in kind else ""
-    )
+        return refused(f"sdlora quantizes to int8, fp8 and nf4, not to {kind}; set base.quantization")
+    return translated({"base.quantization": _QUANTIZED[kind]})
 
 
 def accumulation(value: Any, source: Source) -> Outcome:

@@ -207,7 +207,7 @@ _NETWORK = table(
         "v2": switch({"base.family": "sd2"}),
         "clip_skip": compute(take.clip_skip, "`base.clip_skip`"),
         "vae": refuse("sdlora uses the base model's own VAE; put the VAE into the base model"),
-        "fp8_base": switch({"base.quantization": "int8"}, "8-bit integers instead of floats"),
+        "fp8_base": switch({"base.quantization": "fp8"}),
         "base_weights": compute(take.base_weights, "`base.merge`"),
         "base_weights_multiplier": part_of("base_weights"),
         "network_module": compute(take.module, "`lora.targets`; other kinds of adapters are refused"),

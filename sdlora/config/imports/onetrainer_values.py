@@ -221,10 +221,10 @@ def weights(value: Any, source: Source) -> Outcome:
     name = text(value)
     if name in ("NONE", "FLOAT_32", "FLOAT_16", "BFLOAT_16", "TFLOAT_32"):
         return dropped("train_dtype counts")
-    if name in ("INT_8", "FLOAT_8", "NFLOAT_4"):
-        ours = "nf4" if name == "NFLOAT_4" else "int8"
-        return translated({"base.quantization": ours}, "8-bit integers instead of floats" if name == "FLOAT_8" else "")
-    return refused("sdlora quantizes to int8 and nf4; set base.quantization")
+    kinds = {"INT_8": "int8", "FLOAT_8": "fp8", "NFLOAT_4": "nf4"}
+    if name in kinds:
+        return translated({"base.quantization": kinds[name]})
+    return refused("sdlora quantizes to int8, fp8 and nf4; set base.quantization")
 
 
 def peft_type(value: Any, source: Source) -> Outcome:

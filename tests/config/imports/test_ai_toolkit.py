@@ -29,7 +29,7 @@ DOCUMENT = {
     "name": "hero",
     "base.path": "models/illustrious.safetensors",
     "base.family": "sdxl",
-    "base.quantization": "int8",
+    "base.quantization": "fp8",
     "train.compile": False,
     "train.epochs": 5,
     "train.batch_size": 2,

@@ -174,7 +174,7 @@ def test_several_folders_become_sets_with_their_repeats(folder: Path) -> None:
         ({"lr_warmup_steps": 0.1, "max_train_epochs": 1}, {"train.warmup_steps": 4}),
         ({"max_token_length": 150}, {"data.max_token_windows": 2}),
         ({"clip_skip": 0}, {"base.clip_skip": None}),
-        ({"fp8_base": True}, {"base.quantization": "int8"}),
+        ({"fp8_base": True}, {"base.quantization": "fp8"}),
         ({"masked_loss": True, "alpha_mask": True}, {"data.masks": "alpha", "loss.mask_floor": 0}),
         ({"debiased_estimation_loss": True}, {"loss.weighting": "debiased"}),
         ({"min_snr_gamma": 0}, {"loss.weighting": None}),

@@ -132,7 +132,7 @@ def test_own_defaults_count_where_they_differ(folder: Path) -> None:
             {"lora.targets": ["cross_attention", "mlp"]},
         ),
         ({"unet": {"weight_dtype": "NFLOAT_4"}}, {"base.quantization": "nf4"}),
-        ({"unet": {"weight_dtype": "FLOAT_8"}}, {"base.quantization": "int8"}),
+        ({"unet": {"weight_dtype": "FLOAT_8"}}, {"base.quantization": "fp8"}),
         ({"unet": {"learning_rate": 1e-4}}, {"train.learning_rate": 1e-4}),
         ({"model_type": "STABLE_DIFFUSION_15", "text_encoder_layer_skip": 1}, {"base.clip_skip": 2}),
         ({"loss_weight_fn": "MIN_SNR_GAMMA"}, {"loss.weighting": "min_snr", "loss.gamma": 5}),
