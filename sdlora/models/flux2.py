@@ -17,22 +17,19 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch import Tensor, nn
 from torch.nn.functional import pixel_shuffle, pixel_unshuffle
-from transformers import Qwen3Config, Qwen3Model
 
 from sdlora.common import seeds
-from sdlora.diffusion.flow import FlowLevels, level, resolution_shift
-from sdlora.errors import BaseModelError, ConfigError
+from sdlora.diffusion.flow import level, resolution_shift
+from sdlora.errors import BaseModelError
 from sdlora.models.architectures import FamilyNames
-from sdlora.models.base import BaseModel, TextEmbeddings, num_blocks
-from sdlora.models.z_image import QWEN3_4B
+from sdlora.models.base import TextEmbeddings, num_blocks
+from sdlora.models.flow_model import MAX_TOKENS, PROBED_LEVELS, QWEN3_4B, QWEN3_8B, FlowModel
 
-MAX_TOKENS = 512
 _LAYERS = (9, 18, 27)
 _PATCH, _HEAD = 2, 128
 _DISTILLED = re.compile(r"klein[-_. ]?[49]b", re.IGNORECASE)
 # The number of patches, and ln k there: the line of FLUX.1, which the trainers of FLUX.2 shift along as well.
 _FEW, _MANY = (256, 0.5), (4096, 1.15)
-_PROBED_LEVELS = (0.05, 0.4, 0.95)
 _PROBED_LENGTH, _PROBE_EDGE = 20, 8
 
 # The true shapes, where they differ from the defaults of diffusers' and transformers' classes.
@@ -56,7 +53,6 @@ VAE: dict[str, Any] = {
     "latent_channels": 32,
     "sample_size": 1024,
 }
-QWEN3_8B: dict[str, Any] = QWEN3_4B | {"hidden_size": 4096, "intermediate_size": 12288, "tie_word_embeddings": False}
 
 _STREAMS = {
     "img": ("to_q", "to_k", "to_v", "to_out.0", "ff"),
@@ -105,7 +101,7 @@ def _names(size: str, width: int) -> FamilyNames:
     )
 
 
-class Flux2Klein(BaseModel):
+class Flux2Klein(FlowModel):
     """FLUX.2 klein base 4B and models of its shape.
 
     Captions are padded to 512 tokens, which the transformer sees all of. The latents here are those of the VAE in
@@ -118,35 +114,20 @@ class Flux2Klein(BaseModel):
 
     names = _names("4B", 3072)
     architecture = names.modelspec
-    network_name = "transformer"
     network_class = "Flux2Transformer2DModel"
-    default_targets = ("attention",)
-    keeps_text_type = True
     packed_blocks = "transformer_blocks."
     block_lists = ("transformer_blocks", "single_transformer_blocks")
-    text_dtype = torch.bfloat16
-    trains_text = False
-    network_waits = True
-    samplers = ("auto", "base")
+    thinks = False
     few_steps = 4
 
     def _set_up(self, pipeline: DiffusionPipeline) -> None:
         _refuse_other_parts(self.path, self.network.config, self.vae.config, self.text_encoders[0].config)
-        if self.text.clip_skip is not None or self.text.max_windows != 1:
-            name = "data.max_token_windows" if self.text.clip_skip is None else "base.clip_skip"
-            raise ConfigError(
-                f"{name} is for CLIP, and {self.path!r} reads captions of up to {MAX_TOKENS} tokens through Qwen3. "
-                "Leave it unset."
-            )
+        super()._set_up(pipeline)
         # It would choose the next word, which nothing asks for, and takes 1.2 GiB of Qwen3-8B.
         self.text_encoders[0].lm_head = nn.Identity()
-        self.levels = FlowLevels()
-        self.prediction_type = "flow"
         self.latent_factor = _PATCH * 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.size_step_px = self.latent_factor
-        self.resolution_px = self.vae.config.sample_size
         self.log_shift = self.log_shift_at((self.resolution_px, self.resolution_px))
-        self.max_tokens = MAX_TOKENS
 
     def log_shift_at(self, size_px: tuple[int, int]) -> float:
         """Larger images are shifted further towards noise, by their number of patches."""
@@ -181,27 +162,13 @@ class Flux2Klein(BaseModel):
         mean, variance = (x.view(1, -1, 1, 1) for x in (norm.running_mean, norm.running_var))
         return mean, (variance + self.vae.config.batch_norm_eps).sqrt()
 
-    def _asked(self, captions: Sequence[str]) -> list[str]:
-        """Captions as a user's turn of a chat, and the beginning of an answer without thoughts."""
-        return [
-            self.tokenizers[0].apply_chat_template(
-                [{"role": "user", "content": caption}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=False,
-            )
-            for caption in captions
-        ]
-
     def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
         """Captions to {"states": (B, L, D)}, padded to 512 tokens; longer captions are cut off.
 
         The states of three of the encoder's layers, side by side.
         """
-        (tokenizer,), (encoder,) = self.tokenizers, self.move_text_encoders()
-        tokens = tokenizer(
-            self._asked(captions), padding="max_length", truncation=True, max_length=MAX_TOKENS, return_tensors="pt"
-        ).to(self.device)
+        (encoder,) = self.move_text_encoders()
+        tokens = self._tokens(captions, padding="max_length")
         output = encoder.base_model(
             input_ids=tokens.input_ids,
             attention_mask=tokens.attention_mask,
@@ -216,22 +183,11 @@ class Flux2Klein(BaseModel):
         wanted, unwanted = (self.encode_captions(texts)["states"].float() for texts in (prompts, negative_prompts))
         return {"prompt_embeds": wanted, "negative_prompt_embeds": unwanted}
 
-    def num_tokens(self, caption: str) -> int:
-        """How many tokens a caption has, those of the chat included."""
-        return len(self.tokenizers[0](self._asked([caption])[0], truncation=False, verbose=False).input_ids)
-
     @staticmethod
     def denoise(network: Any, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
         """The velocity (B, C, h, w) in float32, for noisy latents (B, C, h, w) at timesteps (B,)."""
         dtype = network.dtype
         return velocity(network, noisy.to(dtype), level(timesteps).float(), text["states"].to(dtype)).float()
-
-    def use_zero_terminal_snr(self) -> None:
-        """Refuse it: the highest level of flow matching is pure noise already."""
-        raise ConfigError(
-            f"loss.zero_terminal_snr is for noise schedules that do not end in pure noise, and that of {self.path!r} "
-            "does. Set it to false."
-        )
 
     @classmethod
     def fits(cls, config: Mapping[str, Any]) -> bool:
@@ -272,20 +228,9 @@ class Flux2Klein(BaseModel):
         return NETWORK_4B, VAE, (QWEN3_4B,)
 
     @staticmethod
-    def empty_text_encoder(config: Mapping[str, Any]) -> nn.Module:
-        """Qwen3 without weights, in bfloat16 as it is published."""
-        encoder: nn.Module = Qwen3Model(Qwen3Config(**config)).to(torch.bfloat16)
-        return encoder
-
-    @staticmethod
     def empty_text(network: Any, text_configs: Sequence[Mapping[str, Any]], batch_size: int) -> TextEmbeddings:
         """{"states": (B, L, D)} without values."""
         return {"states": torch.empty(batch_size, MAX_TOKENS, network.config.joint_attention_dim)}
-
-    @staticmethod
-    def empty_levels() -> FlowLevels:
-        """Flow matching's levels, which have no values."""
-        return FlowLevels()
 
     @staticmethod
     def latent_shape(network: Mapping[str, Any], vae: Mapping[str, Any]) -> tuple[int, int]:
@@ -296,10 +241,10 @@ class Flux2Klein(BaseModel):
     def probe(network: nn.Module) -> list[Tensor]:
         """Velocities at three levels for fixed inputs, (3, C, h, w), with which a file is verified."""
         config: Any = network.config
-        count, dtype = len(_PROBED_LEVELS), next(network.parameters()).dtype
+        count, dtype = len(PROBED_LEVELS), next(network.parameters()).dtype
         latents = seeds.normal((count, config.in_channels, _PROBE_EDGE, _PROBE_EDGE), 0, "proof latents")
         states = seeds.normal((count, _PROBED_LENGTH, config.joint_attention_dim), 0, "proof text")
-        return [velocity(network, latents.to(dtype), torch.tensor(_PROBED_LEVELS), states.to(dtype))]
+        return [velocity(network, latents.to(dtype), torch.tensor(PROBED_LEVELS), states.to(dtype))]
 
 
 class Flux2Klein9B(Flux2Klein):

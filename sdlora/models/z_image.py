@@ -16,16 +16,14 @@ import torch
 from diffusers import DiffusionPipeline
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from transformers import Qwen3Config, Qwen3Model
 
 from sdlora.common import seeds
-from sdlora.diffusion.flow import FlowLevels, level, log_shift
-from sdlora.errors import BaseModelError, ConfigError
+from sdlora.diffusion.flow import level, log_shift
+from sdlora.errors import BaseModelError
 from sdlora.models.architectures import FamilyNames
-from sdlora.models.base import BaseModel, TextEmbeddings, num_blocks
+from sdlora.models.base import TextEmbeddings, num_blocks
+from sdlora.models.flow_model import PROBED_LEVELS, QWEN3_4B, FlowModel
 
-_MAX_TOKENS = 512
-_PROBED_LEVELS = (0.05, 0.4, 0.95)
 _PROBED_LENGTHS = (7, 20, 33)
 _PROBE_EDGE = 16
 _COUNTED_TOKENS = 128  # of a caption, in estimates
@@ -55,19 +53,9 @@ VAE: dict[str, Any] = {
     "use_quant_conv": False,
     "use_post_quant_conv": False,
 }
-QWEN3_4B: dict[str, Any] = {
-    "vocab_size": 151936,
-    "hidden_size": 2560,
-    "intermediate_size": 9728,
-    "num_hidden_layers": 36,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "tie_word_embeddings": True,
-}
 
 
-class ZImage(BaseModel):
+class ZImage(FlowModel):
     """Z-Image and models of its shape.
 
     Captions are cut to their own length before the transformer sees them: it pads them itself, and places the image
@@ -94,16 +82,10 @@ class ZImage(BaseModel):
         ),
     )
     architecture = names.modelspec
-    network_name = "transformer"
     network_class = "ZImageTransformer2DModel"
-    default_targets = ("attention",)
-    keeps_text_type = True
     packed_blocks = ".layers."
     block_lists = ("noise_refiner", "context_refiner", "layers")
-    text_dtype = torch.bfloat16
-    trains_text = False
-    network_waits = True
-    samplers = ("auto", "base")
+    thinks = True
     few_steps = 8
 
     def _set_up(self, pipeline: DiffusionPipeline) -> None:
@@ -113,41 +95,18 @@ class ZImage(BaseModel):
                 f"The transformer of {self.path!r} takes {channels} channels but its VAE has {own}. Put the VAE beside "
                 "it that it was made for."
             )
-        if self.text.clip_skip is not None or self.text.max_windows != 1:
-            name = "data.max_token_windows" if self.text.clip_skip is None else "base.clip_skip"
-            raise ConfigError(
-                f"{name} is for CLIP, and {self.path!r} reads captions of up to {_MAX_TOKENS} tokens through Qwen3. "
-                "Leave it unset."
-            )
-        self.levels = FlowLevels()
-        self.prediction_type = "flow"
+        super()._set_up(pipeline)
         self.log_shift = log_shift(pipeline.scheduler.config.shift)
         self.latent_factor = 2 ** (len(self.vae.config.block_out_channels) - 1)
         self.size_step_px = _PATCH * self.latent_factor  # the transformer sees patches of latents
-        self.resolution_px = self.vae.config.sample_size
-        self.max_tokens = _MAX_TOKENS
-
-    def _asked(self, captions: Sequence[str]) -> list[str]:
-        """Captions as a user's turn of a chat, and the beginning of an answer."""
-        return [
-            self.tokenizers[0].apply_chat_template(
-                [{"role": "user", "content": caption}],
-                tokenize=False,
-                add_generation_prompt=True,
-                enable_thinking=True,
-            )
-            for caption in captions
-        ]
 
     def encode_captions(self, captions: Sequence[str]) -> TextEmbeddings:
         """Captions to {"states": (B, L, D), "mask": (B, L)}, ones where there is a token; longer captions are cut off.
 
         The states are those of the encoder's second to last layer.
         """
-        (tokenizer,), (encoder,) = self.tokenizers, self.move_text_encoders()
-        tokens = tokenizer(
-            self._asked(captions), padding=True, truncation=True, max_length=_MAX_TOKENS, return_tensors="pt"
-        ).to(self.device)
+        (encoder,) = self.move_text_encoders()
+        tokens = self._tokens(captions, padding=True)
         mask = tokens.attention_mask
         states = encoder(input_ids=tokens.input_ids, attention_mask=mask, output_hidden_states=True).hidden_states[-2]
         return {"states": states, "mask": mask.to(states.dtype)}
@@ -163,22 +122,11 @@ class ZImage(BaseModel):
         wanted, unwanted = self.encode_captions(prompts), self.encode_captions(negative_prompts)
         return {"prompt_embeds": _unpadded(wanted), "negative_prompt_embeds": _unpadded(unwanted)}
 
-    def num_tokens(self, caption: str) -> int:
-        """How many tokens a caption has, those of the chat included."""
-        return len(self.tokenizers[0](self._asked([caption])[0], truncation=False, verbose=False).input_ids)
-
     @staticmethod
     def denoise(network: Any, noisy: Tensor, timesteps: Tensor, text: TextEmbeddings) -> Tensor:
         """The velocity (B, C, h, w) in float32, for noisy latents (B, C, h, w) at timesteps (B,)."""
         states = [own.to(network.dtype) for own in _unpadded(text)]
         return velocity(network, noisy.to(network.dtype), level(timesteps).float(), states).float()
-
-    def use_zero_terminal_snr(self) -> None:
-        """Refuse it: the highest level of flow matching is pure noise already."""
-        raise ConfigError(
-            f"loss.zero_terminal_snr is for noise schedules that do not end in pure noise, and that of {self.path!r} "
-            "does. Set it to false."
-        )
 
     @classmethod
     def is_distilled(cls, path: str, index: Mapping[str, Any]) -> bool:
@@ -212,20 +160,9 @@ class ZImage(BaseModel):
         return NETWORK, VAE, (QWEN3_4B,)
 
     @staticmethod
-    def empty_text_encoder(config: Mapping[str, Any]) -> nn.Module:
-        """Qwen3 without weights, in bfloat16 as it is published."""
-        encoder: nn.Module = Qwen3Model(Qwen3Config(**config)).to(torch.bfloat16)
-        return encoder
-
-    @staticmethod
     def empty_text(network: Any, text_configs: Sequence[Mapping[str, Any]], batch_size: int) -> TextEmbeddings:
         """{"states": (B, L, D)} without values, of captions of equal length."""
         return {"states": torch.empty(batch_size, _COUNTED_TOKENS, network.config.cap_feat_dim)}
-
-    @staticmethod
-    def empty_levels() -> FlowLevels:
-        """Flow matching's levels, which have no values."""
-        return FlowLevels()
 
     def guidance_argument(self, scale: float) -> float:
         """Z-Image's pipeline counts guidance from 0: c + g (c - u)."""
@@ -235,11 +172,11 @@ class ZImage(BaseModel):
     def probe(network: nn.Module) -> list[Tensor]:
         """Velocities at three levels for fixed inputs, (3, C, h, w), with which a file is verified."""
         config: Any = network.config
-        count, widths = len(_PROBED_LEVELS), config.cap_feat_dim
+        count, widths = len(PROBED_LEVELS), config.cap_feat_dim
         latents = seeds.normal((count, config.in_channels, _PROBE_EDGE, _PROBE_EDGE), 0, "proof latents")
         text = [seeds.normal((length, widths), 0, "proof text", length) for length in _PROBED_LENGTHS]
         dtype = next(network.parameters()).dtype
-        return [velocity(network, latents.to(dtype), torch.tensor(_PROBED_LEVELS), [own.to(dtype) for own in text])]
+        return [velocity(network, latents.to(dtype), torch.tensor(PROBED_LEVELS), [own.to(dtype) for own in text])]
 
 
 def velocity(network: nn.Module, noisy: Tensor, s: Tensor, states: list[Tensor]) -> Tensor:
