@@ -31,7 +31,7 @@ from sdlora.errors import ConfigError
 from sdlora.lora.flat_params import FlatWeights
 from sdlora.lora.inject import Adapter
 from sdlora.lora.layers import use_training_attention
-from sdlora.training.lean_transformer import keep_little_of_transformer
+from sdlora.models.lean_transformer import keep_little_of_transformer
 from sdlora.training.optimizers import Group
 
 MAX_KINDS = 256

@@ -17,7 +17,7 @@ from sdlora.lora import block_offload
 from sdlora.lora.block_offload import BlockOffload, visiting_bytes
 from sdlora.lora.inject import AdapterSpec, find_targets, inject
 from sdlora.lora.quantize import Quantization, quantize_linears
-from sdlora.models import flux2
+from sdlora.models import flow_model
 from sdlora.models.base import BaseModel
 from sdlora.models.load import LoadOptions, load_base
 from sdlora.run.run import Stopped
@@ -106,7 +106,7 @@ def most_resident(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> list[int]
 def test_gradients_are_the_same_with_two_blocks_at_a_time(
     family: str, checkpointing: bool, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flux2, "MAX_TOKENS", 96)
+    monkeypatch.setattr(flow_model, "MAX_TOKENS", 96)
     targets = TARGETS.get(family, ["attention", "mlp"])
     expected = gradients(load(bases[family], offload=False), targets, checkpointing=checkpointing)
     base = load(bases[family], offload=True)
@@ -135,7 +135,7 @@ def test_gradients_are_the_same_with_two_blocks_at_a_time(
 def test_packed_weights_and_other_adapters_are_the_same(
     family: str, quantization: str, spec: AdapterSpec | None, bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(flux2, "MAX_TOKENS", 96)
+    monkeypatch.setattr(flow_model, "MAX_TOKENS", 96)
     targets = TARGETS.get(family, ["attention", "mlp"])
     plain, away = (load(bases[family], offload=offload, quantization=quantization) for offload in (False, True))
     expected, found = gradients(plain, targets, spec=spec), gradients(away, targets, spec=spec)

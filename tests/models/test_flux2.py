@@ -23,7 +23,7 @@ from sdlora.diffusion.flow import level
 from sdlora.diffusion.timesteps import Density
 from sdlora.errors import BaseModelError, ConfigError
 from sdlora.lora.inject import Adapter, find_targets, inject
-from sdlora.models import flux2
+from sdlora.models import flow_model
 from sdlora.models.base import Source, TextOptions
 from sdlora.models.flux2 import Flux2Klein, velocity
 from sdlora.models.load import LoadOptions, load_base
@@ -47,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(flux2, "MAX_TOKENS", SHORT)
+    monkeypatch.setattr(flow_model, "MAX_TOKENS", SHORT)
 
 
 def pipeline_of(folder: Path) -> Flux2KleinPipeline:

@@ -19,7 +19,7 @@ from sdlora.diffusion.timesteps import Density
 from sdlora.errors import ConfigError
 from sdlora.events import Exported
 from sdlora.lora.inject import find_targets
-from sdlora.models import flux2
+from sdlora.models import flow_model
 from sdlora.models.load import load_base
 from sdlora.run.arguments import fit_images, read_images
 from sdlora.run.run import Stopped
@@ -72,7 +72,7 @@ def base(flow: Flow, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def options(overrides: list[str], base: Path, others: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     # klein pads captions to 512 tokens, which says nothing more here.
-    monkeypatch.setattr(flux2, "MAX_TOKENS", 96)
+    monkeypatch.setattr(flow_model, "MAX_TOKENS", 96)
     return [
         *overrides, f"base.path={base}", 'lora.targets=["attention", "mlp"]', f"data.validation_folder={others}",
         "data.repeats=3", "train.log_every_steps=1", "preview.guidance=3", "loss.weighting=min_snr",

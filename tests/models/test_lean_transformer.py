@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from sdlora.estimate.meta_model import counted
 from sdlora.models import flux2, z_image
-from sdlora.training.lean_transformer import (
+from sdlora.models.lean_transformer import (
     _RmsNorm,
     _Rotation,
     _Swiglu,
