@@ -1,0 +1,68 @@
+"""Exact resume with every kind of state that a run has: killed, a run of any settings ends in the same bytes.
+
+SDLORA_KILLS=5 kills each of them at five places, 60 in all; one by default.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from helpers.commandline import Point
+from helpers.scene import Scene, digests
+
+QUICK = ["preview.enabled=false", "copycheck.enabled=false"]
+VARIANTS = {
+    "moving average": ["train.ema_decay=0.5"],
+    "DoRA": ["lora.dora=true"],
+    "accumulation": ["train.gradient_accumulation_steps=2"],
+    "several sets": [],  # made below
+    "tags": ["data.shuffle_tags=true", "data.tag_dropout=0.3", "data.caption_dropout=0.2"],
+    "dropout": ["lora.dropout=0.3"],
+    "text encoder": ['lora.targets=["cross_attention", "text_encoder"]'],
+    "Prodigy": ["train.optimizer=prodigy", "train.learning_rate=1.0"],
+    "Lion": ["train.optimizer=lion"],
+    "Adafactor": ["train.optimizer=adafactor"],
+    "schedule-free": ["train.optimizer=schedule_free", "train.ema_decay=0"],
+    "int8": ["base.quantization=int8"],
+}
+PLACES = [
+    Point("sdlora.training.train_step:TrainStep.run", 3, "after"),
+    Point("sdlora.training.checkpoint:save_file", 2, "torn"),
+    Point("sdlora.training.checkpoint:write_json", 2, "before"),
+    Point("sdlora.training.train_step:TrainStep.run", 5, "before"),
+    Point("os:replace", 12, "after"),
+]
+
+
+def fault_at(scene: Scene, place: Point, changes: list[str], expected: dict[str, str], run: Path) -> str | None:
+    killed = scene.train(run, points=[place], changes=changes)
+    if killed.code != -signal.SIGKILL:
+        return f"{place}: not reached, exit code {killed.code}: {killed.err}"
+    resumed = scene.go_on(run, changes=changes)
+    if resumed.code != 0:
+        return f"{place}: exit code {resumed.code}: {resumed.err}"
+    found = digests(run)
+    different = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    return f"{place}: differs in {different}" if different else None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", VARIANTS)
+def test_a_run_of_any_settings_that_is_killed_ends_in_the_same_bytes(name: str, scene: Scene, tmp_path: Path) -> None:
+    changes = [*QUICK, *VARIANTS[name]]
+    if name == "several sets":
+        folders = f'[{{ folder = "{scene.root / "set"}", repeats = 2 }}, {{ folder = "{scene.root / "heldout"}" }}]'
+        changes += ['data.folder=""', 'data.validation_folder=""', f"data.sets={folders}"]
+    whole = scene.train(tmp_path / "whole", changes=changes)
+    assert whole.code == 0, whole.err
+    expected, first = digests(tmp_path / "whole"), list(VARIANTS).index(name)
+    places = [PLACES[(first + turn) % len(PLACES)] for turn in range(int(os.environ.get("SDLORA_KILLS", "1")))]
+    faults = [
+        fault
+        for turn, place in enumerate(places)
+        if (fault := fault_at(scene, place, changes, expected, tmp_path / str(turn)))
+    ]
+    assert not faults, "\n".join(faults)
