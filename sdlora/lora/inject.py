@@ -137,7 +137,9 @@ class Adapter:
         self.layers = layers
         self._watch: RemovableHandle | None = None
         if timestep_rank is not None:
-            self._watch = watch_timesteps(networks[""], lambda timesteps: self._mask_ranks(timesteps, timestep_rank))
+            self._watch = watch_timesteps(
+                networks[""], lambda timesteps: self._mask_ranks(timesteps, timestep_rank), timestep_rank.told
+            )
 
     def down_parameters(self) -> list[nn.Parameter]:
         """Every A, in the networks' order."""

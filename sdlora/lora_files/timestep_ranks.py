@@ -29,7 +29,7 @@ _PROBED = 64  # so many values of a layer tell one LoRA from another
 def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name: str | None = None) -> None:
     """Make a pipeline use a LoRA's ranks by timestep, as in training.
 
-    Works with any pipeline around a UNet, also where guidance or frames give its layers other batches than its own.
+    Works with any pipeline around a UNet or a transformer, also where guidance or frames give its layers other batches than its own.
     Where another LoRA is put in its place without unloading it (`hotswap=True`), the ranks by timestep end with a
     warning; call this again with the new file if it has some.
 
@@ -48,7 +48,7 @@ def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name:
     setting = timestep_rank_in(found.metadata, found.name)
     if setting is None:
         raise DataError(_without_setting(found))
-    unet = pipe.unet
+    unet = pipe.unet if hasattr(pipe, "unet") else pipe.transformer
     adapters = sorted(getattr(unet, "peft_config", {}))
     name = adapters[0] if adapter_name is None and len(adapters) == 1 else adapter_name
     if name is None or name not in adapters:
@@ -66,7 +66,7 @@ def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name:
             )
         masks.add(layer, rank=len(weights))
     masks.check_not_fused()
-    masks.handles.append(watch_timesteps(unet, masks.see))
+    masks.handles.append(watch_timesteps(unet, masks.see, setting.told))
 
 
 def _without_setting(file: LoraFile) -> str:

@@ -24,7 +24,7 @@ from sdlora.common.files import atomic_path
 from sdlora.common.version import __version__
 from sdlora.errors import DataError, ExportError, SdloraError
 from sdlora.lora.inject import LoraState
-from sdlora.lora.timestep_rank import TimestepRank
+from sdlora.lora.timestep_rank import TimestepRank, timestep_rank_metadata
 from sdlora.lora_files.names import (
     PEFT_METADATA,
     UNET_PREFIX,
@@ -113,8 +113,7 @@ def save_lora(
     else:
         tensors = to_kohya(portable, two_text_encoders=family.modelspec == ARCHITECTURES["sdxl"].modelspec)
     if metadata.timestep_rank is not None:
-        extra["sdlora.timestep_rank_min"] = str(metadata.timestep_rank.rank_min)
-        extra["sdlora.timestep_rank_alpha"] = str(metadata.timestep_rank.alpha)
+        extra |= timestep_rank_metadata(metadata.timestep_rank)
     if any(weights.initial is not None for weights in state.values()):
         extra["sdlora.frozen_start"] = "the second half of the ranks"
     _save(path, tensors, _training_header(portable, metadata) | extra, dtype, ExportError)

@@ -26,6 +26,7 @@ from sdlora.data.dataset import Example
 from sdlora.diffusion.noise import NoiseLevels
 from sdlora.lora.block_offload import BlockOffload
 from sdlora.lora.quantize import num_weights
+from sdlora.lora.timestep_rank import Told
 from sdlora.models.architectures import FamilyNames
 from sdlora.models.identity import weights_identity
 
@@ -71,8 +72,7 @@ class BaseModel(ABC):
         dtype: The frozen network's dtype. The VAE stays in float32: it is small, and that of Stable Diffusion XL
             overflows in float16.
         text: How captions are read.
-        offload: Keep the network's blocks on the host between their uses, and those of a language model that reads
-            captions; see `sdlora.lora.block_offload`.
+        offload: Keep blocks on the host between their uses; see `sdlora.lora.block_offload`.
 
     Attributes:
         names: What the family is called.
@@ -101,6 +101,7 @@ class BaseModel(ABC):
         network_waits: Whether the network leaves the device while a text encoder is there: a language model takes as
             much memory as the network itself.
         packed_blocks: What the paths of linear layers that can be packed contain; see `sdlora.lora.quantize`.
+        told: What the network is told of a timestep.
         block_lists: What the module lists are called that hold the network's blocks.
         text_block_lists: The same, of a language model that reads captions.
         samplers: The samplers that previews can be drawn with; see `sdlora.previews.sampler`.
@@ -131,6 +132,7 @@ class BaseModel(ABC):
     packed_blocks: ClassVar[str]
     block_lists: ClassVar[tuple[str, ...]]
     text_block_lists: ClassVar[tuple[str, ...]] = ("layers",)
+    told: ClassVar[Told] = "timestep"
     samplers: ClassVar[tuple[str, ...]]
     few_steps: ClassVar[int | None] = None
     log_shift: float = 0.0
@@ -165,9 +167,8 @@ class BaseModel(ABC):
         self.offloaded: dict[nn.Module, BlockOffload] = {}
         if offload:
             self.network.to(_ASIDE, dtype)
-            lists = {self.network: self.block_lists}
-            if self.keeps_text_type:
-                lists |= dict.fromkeys(self.text_encoders, self.text_block_lists)
+            readers = self.text_encoders if self.keeps_text_type else ()
+            lists = {self.network: self.block_lists} | dict.fromkeys(readers, self.text_block_lists)
             self.offloaded = {module: BlockOffload(module, names, device) for module, names in lists.items()}
             self._move(self.network, device)
         else:

@@ -115,6 +115,7 @@ class Flux2Klein(FlowModel):
     names = _names("4B", 3072)
     architecture = names.modelspec
     network_class = "Flux2Transformer2DModel"
+    told = "noise share"
     packed_blocks = "transformer_blocks."
     block_lists = ("transformer_blocks", "single_transformer_blocks")
     thinks = False

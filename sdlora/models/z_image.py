@@ -83,6 +83,7 @@ class ZImage(FlowModel):
     )
     architecture = names.modelspec
     network_class = "ZImageTransformer2DModel"
+    told = "image share"
     packed_blocks = ".layers."
     block_lists = ("noise_refiner", "context_refiner", "layers")
     thinks = True

@@ -18,7 +18,7 @@ from sdlora.data.images import MaskKind
 from sdlora.diffusion.timesteps import Density
 from sdlora.errors import ConfigError, DataError
 from sdlora.lora.inject import Adapter, AdapterSpec, find_targets, inject
-from sdlora.lora.timestep_rank import TimestepRank
+from sdlora.lora.timestep_rank import TimestepRank, quantiles_of, timestep_rank_in
 from sdlora.lora_files.pipelines import attach
 from sdlora.models.base import BaseModel, references_to_other_files
 from sdlora.run.lora_inputs import starting_file
@@ -30,16 +30,25 @@ def text_is_trained(config: RunConfig) -> bool:
     return "text_encoder" in config.lora.targets
 
 
-def timestep_rank(config: RunConfig) -> TimestepRank | None:
-    """The ranks in use at each timestep, or None for all of them everywhere."""
+def timestep_rank(config: RunConfig, base: BaseModel | None = None) -> TimestepRank | None:
+    """The ranks in use at each timestep, or None for all of them everywhere.
+
+    On a flow-matching base they follow the density of its timesteps at the largest size, or the file's that is
+    continued.
+    """
     lora = config.lora
     if lora.timestep_rank_min is None:
         return None
-    return TimestepRank(lora.timestep_rank_min, lora.timestep_rank_alpha)
+    if (file := starting_file(config)) is not None:
+        return timestep_rank_in(file.metadata, file.name)
+    if base is None or base.prediction_type != "flow":
+        return TimestepRank(lora.timestep_rank_min, lora.timestep_rank_alpha)
+    edges = training_settings(config, base).density.edges
+    return TimestepRank(lora.timestep_rank_min, lora.timestep_rank_alpha, base.told, quantiles_of(edges))
 
 
-def adapter_spec(config: RunConfig) -> AdapterSpec:
-    """The kind of adapter that is trained."""
+def adapter_spec(config: RunConfig, base: BaseModel | None = None) -> AdapterSpec:
+    """The kind of adapter that is trained; without a base model its ranks are those of a DDPM schedule."""
     lora = config.lora
     return AdapterSpec(
         target_ranks={str(target): rank for target, rank in lora.target_ranks.items()},
@@ -48,7 +57,7 @@ def adapter_spec(config: RunConfig) -> AdapterSpec:
         dora=lora.dora,
         dropout=lora.dropout,
         init=lora.init,
-        timestep_rank=timestep_rank(config),
+        timestep_rank=timestep_rank(config, base),
     )
 
 
@@ -59,7 +68,7 @@ def make_adapter(config: RunConfig, base: BaseModel) -> Adapter:
         ConfigError: A target matches no layer, or the initialisation needs more singular values than a layer has.
         DataError: The file does not fit this base model.
     """
-    lora, spec = config.lora, adapter_spec(config)
+    lora, spec = config.lora, adapter_spec(config, base)
     _refuse_for_family(config, base)
     base.offload()  # a network that waits elsewhere comes back first: what is trained stays where it is put
     texts = base.move_text_encoders() if text_is_trained(config) else base.text_encoders
@@ -80,11 +89,6 @@ def _refuse_for_family(config: RunConfig, base: BaseModel) -> None:
         raise ConfigError(
             f"lora.targets: the text encoder of {base.path!r} is a language model, which LoRAs leave as it is. Remove "
             "'text_encoder'."
-        )
-    if config.lora.timestep_rank_min is not None:
-        raise ConfigError(
-            f"lora.timestep_rank_min is for base models with a UNet, and {base.path!r} is a transformer. Leave it "
-            "unset."
         )
 
 

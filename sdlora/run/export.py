@@ -82,7 +82,7 @@ def export_epoch(context: RunContext, event: EpochDone) -> None:
         save_lora(verified, state, metadata=metadata, spelling="peft", dtype=dtype)
         known = {name: network for name, network in networks.items() if network is not None}
         found["dora_elsewhere"] = dora_elsewhere(known, state)
-    proof = verify_lora(verified, state, pipeline, timestep_rank(config), dtype)
+    proof = verify_lora(verified, state, pipeline, timestep_rank(config, context.base), dtype)
     context.base.offload()
     write_json(file.with_name("proof.json"), asdict(proof) | found)
 
@@ -110,7 +110,7 @@ def _metadata(context: RunContext, event: EpochDone) -> LoraMetadata:
         step=event.step,
         started=context.folder.config.stat().st_mtime,
         settings=_settings(config),
-        timestep_rank=timestep_rank(config),
+        timestep_rank=timestep_rank(config, context.base),
         prediction_type=context.base.prediction_type,
         clip_skip=config.base.clip_skip,
         private=caption_metadata(context.data.dataset.examples) if config.file.include_captions else {},

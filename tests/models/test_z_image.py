@@ -210,7 +210,6 @@ def refused(folder: Path, document: dict[str, Any]) -> str:
     ("document", "option"),
     [
         ({"lora": {"targets": ["attention", "text_encoder"]}}, "text_encoder"),
-        ({"lora": {"targets": ["attention"], "timestep_rank_min": 2}}, "lora.timestep_rank_min"),
         ({"lora": {"targets": ["cross_attention"]}}, "attention, mlp"),
         ({"lora": {"targets": ["attention"]}, "timesteps": {"density": "speed"}}, "timesteps.density"),
         ({"loss": {"zero_terminal_snr": True}}, "loss.zero_terminal_snr"),

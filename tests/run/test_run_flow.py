@@ -18,7 +18,12 @@ from sdlora.config.toml import parse_config
 from sdlora.diffusion.timesteps import Density
 from sdlora.errors import ConfigError
 from sdlora.events import Exported
+from sdlora.lora import inject, timestep_rank
 from sdlora.lora.inject import find_targets
+from sdlora.lora.timestep_rank import TimestepRank, quantiles_of
+from sdlora.lora_files.pipelines import attach
+from sdlora.lora_files.read import read_file
+from sdlora.lora_files.timestep_ranks import apply_timestep_rank
 from sdlora.models import flow_model
 from sdlora.models.load import load_base
 from sdlora.run.arguments import fit_images, read_images
@@ -157,3 +162,39 @@ def test_files_are_merged_into_the_transformer(base: Path, tmp_path: Path) -> No
     merged = fresh_base(config, torch.device("cpu"), torch.float32)
     for network in (merged.network, merged.fresh_pipeline().transformer):
         torch.testing.assert_close(network.get_submodule(path).weight, own + 1)
+
+
+def test_ranks_follow_the_quantiles_of_training_through_file_and_pipeline(
+    options: list[str], flow: Flow, base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "run"
+    seen: list[torch.Tensor] = []
+    original = timestep_rank.rank_mask
+
+    def watch(timesteps: torch.Tensor, rank: int, setting: TimestepRank) -> torch.Tensor:
+        seen.append(timesteps)
+        return original(timesteps, rank, setting)
+
+    monkeypatch.setattr(inject, "rank_mask", watch)
+    changes = ["lora.rank=4", "lora.timestep_rank_min=1", "preview.enabled=false", "train.epochs=1"]
+    events = run(folder, [*options, *changes])
+    # Whole numbers, which the network is not told.
+    assert seen and all(torch.equal(found, found.round()) for found in seen if len(found) < 3)
+    (exported,) = (event for event in events if isinstance(event, Exported))
+    assert exported.max_error == 0.0
+    file = folder / "hero.safetensors"
+    with safe_open(file, framework="pt") as opened:
+        setting = timestep_rank.timestep_rank_in(opened.metadata(), "hero")
+    assert setting is not None
+    assert setting.quantiles == quantiles_of(Density("logit_normal", mean=flow.log_shift).edges)
+    loaded = load_base(str(base), device=torch.device("cpu"), dtype=torch.float32)
+    adapter = attach(loaded.network, read_file(file))
+    expected = loaded.probe(loaded.network)[0]
+    adapter.remove()
+    with loaded.pipeline() as pipeline:
+        pipeline.load_lora_weights(file)
+        plain = loaded.probe(loaded.network)[0]
+        apply_timestep_rank(pipeline, file)
+        found = loaded.probe(loaded.network)[0]
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(plain, expected, atol=1e-6, rtol=1e-5)
