@@ -29,8 +29,8 @@ _PROBED = 64  # so many values of a layer tell one LoRA from another
 def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name: str | None = None) -> None:
     """Make a pipeline use a LoRA's ranks by timestep, as in training.
 
-    Works with any pipeline around a UNet or a transformer, also where guidance or frames give its layers other batches than its own.
-    Where another LoRA is put in its place without unloading it (`hotswap=True`), the ranks by timestep end with a
+    Works with any pipeline around a UNet or a transformer, also where guidance or frames give its layers other batches
+    than its own. Where another LoRA is put in its place without unloading it (`hotswap=True`), the ranks by timestep end with a
     warning; call this again with the new file if it has some.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,8 +49,11 @@ class Scene:
         return self.train(run, resume=(run / "config.toml").exists(), **options)
 
 
-def make_scene(root: Path, command: CommandLine) -> Scene:
-    make_tiny_pipeline(root / "tiny")
+def make_scene(
+    root: Path, command: CommandLine, make_base: Callable[[Path], None] = make_tiny_pipeline, *options: str
+) -> Scene:
+    """A scene on a tiny base, with further options of its sections `base` and `lora` as dotted TOML."""
+    make_base(root / "tiny")
     folder = root / "set"
     folder.mkdir()
     for index, color in enumerate(("red", "green", "blue")):
@@ -63,10 +66,13 @@ def make_scene(root: Path, command: CommandLine) -> Scene:
     Image.new("RGB", (32, 32), "orange").save(validation / "orange.png")
     (validation / "orange.txt").write_text("an orange wall", encoding="utf-8")
     scene = Scene(root, command, root / "cache")
+    further = "\n        ".join(options)
     scene.config.write_text(
         f"""
         base.path = "{root / "tiny"}"
-        lora = {{ rank = 2, alpha = 2 }}
+        lora.rank = 2
+        lora.alpha = 2
+        {further}
         preview = {{ num_steps = 1, num_captions = 1, prompts = ["a red ball"], seeds = [0] }}
         [data]
         folder = "{folder}"

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from helpers.commandline import Point, Side
+from helpers.commandline import CommandLine, Point, Side
 from helpers.promises import Figure
-from helpers.scene import Scene, digests
+from helpers.scene import Scene, digests, make_scene
+from helpers.tiny import make_tiny_z_image
 
 from sdlora.common.files import is_partial
 
@@ -115,6 +116,11 @@ def trials(places: Sequence[Place], calls: Mapping[str, int], *, is_cold: bool) 
 
 @pytest.fixture(scope="module")
 def whole(scene: Scene) -> Whole:
+    return run_whole(scene)
+
+
+def run_whole(scene: Scene) -> Whole:
+    """Run a scene with an empty cache and with a full one, and choose where to kill."""
     scene = replace(scene, cache=scene.root / "cold cache")  # other tests may have filled the scene's own
     cold = scene.train(scene.root / "cold", counted=[place.function for place in COLD])
     warm = scene.train(scene.root / "warm", counted=[place.function for place in WARM])
@@ -164,6 +170,17 @@ def test_a_run_killed_in_every_phase_ends_in_the_same_bytes(whole: Whole, tmp_pa
 @pytest.mark.slow
 def test_a_run_killed_here_and_there_ends_in_the_same_bytes(whole: Whole, tmp_path: Path) -> None:
     check(whole, whole.trials[::5], tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_a_flow_matching_run_killed_at_ten_points_ends_in_the_same_bytes(tmp_path: Path, command: CommandLine) -> None:
+    options = ('lora.targets = ["attention"]', "lora.timestep_rank_min = 1", 'base.offload = "blocks"')
+    (tmp_path / "scene").mkdir()
+    whole = run_whole(make_scene(tmp_path / "scene", command, make_tiny_z_image, *options))
+    chosen = [whole.trials[(2 * index + 1) * len(whole.trials) // 20] for index in range(10)]
+    assert len({trial.phase for trial in chosen}) >= 5
+    check(whole, chosen, tmp_path / "killed")
 
 
 @pytest.mark.slow
