@@ -30,8 +30,8 @@ def apply_timestep_rank(pipe: DiffusionPipeline, file: str | Path, adapter_name:
     """Make a pipeline use a LoRA's ranks by timestep, as in training.
 
     Works with any pipeline around a UNet or a transformer, also where guidance or frames give its layers other batches
-    than its own. Where another LoRA is put in its place without unloading it (`hotswap=True`), the ranks by timestep end with a
-    warning; call this again with the new file if it has some.
+    than its own. Where another LoRA is put in its place without unloading it (`hotswap=True`), the ranks by timestep
+    end with a warning; call this again with the new file if it has some.
 
     Args:
         pipe: A diffusers pipeline after `pipe.load_lora_weights(file)`. Not fused: merged weights are the same at
