@@ -201,7 +201,9 @@ def _label(combinations: Sequence[Mapping[str, Any]], key: str, value: Any) -> s
     return f"{short}{values.index(value) + 1}"
 
 
-_LATER = ("base.merge", "lora.from_file", "base.components")  # options that came later
+_LATER = (  # options that came later
+    "base.merge", "lora.from_file", "base.components", "base.training_adapter", "preview.base", "preview.base_steps",
+)  # fmt: skip
 
 
 class Fingerprints:
@@ -221,8 +223,8 @@ class Fingerprints:
         # Jobs without them keep the fingerprint that they had before there were any.
         settings = [(name, value) for name, value in settings if name not in _LATER or value]
         folders += [_file_content(Path(file).expanduser()) for file in config.lora_files]
-        if config.base.components is not None:
-            folders.append(self._base_content(config.base.components))
+        beside = (config.base.components, config.preview.base)
+        folders += [self._base_content(path) for path in beside if path is not None]
         text = json.dumps([__version__, settings, folders, self._base_content(config.base.path)], sort_keys=True)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
 

@@ -64,6 +64,9 @@ class BaseConfig(Section):
     merge: list[MergedLora] = Field([])
     """LoRA files merged into the base model before training, such as [{ file = "style.safetensors", weight = 0.8 }];
     the new LoRA is then made for use together with them."""
+    training_adapter: Annotated[str | None, LOCATION] = None
+    """LoRA file that undoes the distillation of a distilled base model while training, such as ostris' for
+    Z-Image-Turbo; previews are drawn without it, and so is the new LoRA used. For short runs."""
 
     @field_validator("merge")
     @classmethod
@@ -252,8 +255,15 @@ class RunConfig(Section):
     @property
     def lora_files(self) -> list[str]:
         """The LoRA files that a run starts with: those merged into the base model, then the one that is continued."""
-        start = [] if self.lora.from_file is None else [self.lora.from_file]
+        start = [file for file in (self.base.training_adapter, self.lora.from_file) if file is not None]
         return [*(one.file for one in self.base.merge), *start]
+
+    @property
+    def preview_base(self) -> str | None:
+        """What draws previews in the place of the network that is trained: it has no training adapter merged."""
+        if self.preview.base is not None or self.base.training_adapter is None:
+            return self.preview.base
+        return self.base.path
 
     @model_validator(mode="before")
     @classmethod
@@ -268,6 +278,8 @@ class RunConfig(Section):
             raise ValueError("train.text_encoder_learning_rate requires 'text_encoder' in lora.targets")
         if not self.preview.enabled and (used := self.copycheck.needing_previews()):
             raise ValueError(f"{used[0]} requires preview.enabled = true: the copy check compares previews")
+        if self.preview.base_steps is not None and self.preview_base is None:
+            raise ValueError("preview.base_steps has no effect without preview.base")
         if self.loss.mask_floor != 0.1 and self.data.masks == "none":
             raise ValueError("loss.mask_floor has no effect unless data.masks is 'alpha' or 'file'")
         if self.train.compile and self.lora.dropout > 0:

@@ -17,7 +17,7 @@ from pydantic import (
 )
 
 from sdlora.config.prompt_lines import split_line
-from sdlora.config.schema_data import Section
+from sdlora.config.schema_data import LOCATION, Section
 
 Sampler = Literal["auto", "base", "euler", "euler_a", "dpmpp_2m_karras", "unipc"]
 Seeds = Annotated[list[Annotated[int, Field(ge=0, lt=2**63)]], Field(min_length=1)]
@@ -103,6 +103,12 @@ class PreviewConfig(Section):
     """Width of the previews; that of the shape that most images are trained in if unset."""
     height_px: int | None = Field(None, ge=64, le=4096, multiple_of=8)
     """Height of the previews; that of the shape that most images are trained in if unset."""
+    base: Annotated[str | None, LOCATION] = None
+    """Distilled model of the same family (Z-Image-Turbo, FLUX.2 klein) that draws the previews with the LoRA, in few
+    steps and without guidance: a folder in diffusers layout, a transformer in one .safetensors file, or a Hub id; the
+    base model itself if unset. preview.num_steps and preview.guidance are then not used."""
+    base_steps: NumSteps | None = None
+    """Denoising steps with preview.base; its family's own if unset: 8 for Z-Image-Turbo, 4 for FLUX.2 klein."""
     every_steps: int = Field(0, ge=0)
     """Also generate previews within an epoch, after every this many steps and without a verdict; 0 for none."""
 

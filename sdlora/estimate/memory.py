@@ -122,6 +122,8 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
     weights = num_bytes(base.network) + (shapes.frozen_bytes if inputs.on_cpu else in_a_step)
     # On a CPU the host is the device, so that visitors are there twice.
     weights += visiting if inputs.on_cpu else visiting - block_bytes
+    if inputs.on_cpu and config.preview.enabled and config.preview_base is not None:
+        weights += num_bytes(base.network)  # the sibling waits in this memory as well
     num_parameters = num_weights(base.network)
     if inputs.file is not None:
         adapter = attach(base.network, inputs.file, text_encoders=base.text_encoders)

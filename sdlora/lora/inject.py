@@ -135,6 +135,7 @@ class Adapter:
     ) -> None:
         self._networks = networks
         self.layers = layers
+        self.timestep_rank = timestep_rank
         self._watch: RemovableHandle | None = None
         if timestep_rank is not None:
             self._watch = watch_timesteps(

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -28,6 +28,7 @@ from sdlora.lora.block_offload import BlockOffload
 from sdlora.lora.quantize import num_weights
 from sdlora.lora.timestep_rank import Told
 from sdlora.models.architectures import FamilyNames
+from sdlora.models.casts import cast_inputs, mapped
 from sdlora.models.identity import weights_identity
 
 # References to other files in ComfyUI and A1111, which remove them from a prompt before encoding it.
@@ -321,10 +322,8 @@ class BaseModel(ABC):
         held = vars(self._pipeline)
         encoders = {name: held[name] for name in ("text_encoder", "text_encoder_2") if name in held}
         stand_ins = {name: SimpleNamespace(dtype=e.dtype, config=e.config) for name, e in encoders.items()}
-        before = self.network.register_forward_pre_hook(_cast_inputs, with_kwargs=True)
-        after = self.network.register_forward_hook(
-            lambda _, __, output: tuple(_mapped(Tensor.float, x) for x in output)
-        )
+        before = self.network.register_forward_pre_hook(cast_inputs, with_kwargs=True)
+        after = self.network.register_forward_hook(lambda _, __, output: tuple(mapped(Tensor.float, x) for x in output))
         held.update(stand_ins)
         try:
             yield self._pipeline
@@ -332,6 +331,30 @@ class BaseModel(ABC):
             held.update(encoders)
             before.remove()
             after.remove()
+
+    @contextmanager
+    def drawn_by(self, network: Any, scheduler: Any, blocks: BlockOffload | None) -> Iterator[None]:
+        """Draw by another network of the same shape inside the block; this one waits aside.
+
+        Args:
+            network: On the CPU, as it is again afterwards.
+            scheduler: None for the base model's own.
+            blocks: Keeps the network's blocks on the host, where this one's are.
+        """
+        own, held = self.network, vars(self._pipeline)
+        before = {self.network_name: held[self.network_name], "scheduler": held["scheduler"]}
+        self._move(own, _ASIDE)
+        self.network = network
+        self.offloaded |= {} if blocks is None else {network: blocks}
+        held.update({self.network_name: network, "scheduler": scheduler or before["scheduler"]})
+        try:
+            yield
+        finally:
+            self._move(network, _ASIDE)
+            self.offloaded.pop(network, None)
+            self.network = own
+            held.update(before)
+            self._move(own, self.device)
 
     def offload(self) -> None:
         """Move VAE and text encoders off the device; the next use moves them back."""
@@ -390,31 +413,3 @@ def one_or_two(pipeline: DiffusionPipeline, part: str) -> Any:
     """A component of a pipeline, and the second of its kind if there is one."""
     found = (getattr(pipeline, name, None) for name in (part, f"{part}_2"))
     return tuple(component for component in found if component is not None)
-
-
-def num_blocks(tensors: Collection[str], prefix: str) -> int:
-    """How many numbered blocks there are under a prefix of tensors' names."""
-    numbers = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
-    return len(numbers)
-
-
-def _cast_inputs(network: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], Any]:
-    dtype = next(network.parameters()).dtype
-
-    def cast(value: Any) -> Any:
-        if isinstance(value, dict):
-            # Sizes in pixels stay exact: bfloat16 has no odd integers above 256.
-            return {name: inner if name == "time_ids" else cast(inner) for name, inner in value.items()}
-        # Noise levels, a number for each image, stay exact as well.
-        return _mapped(
-            lambda tensor: tensor.to(dtype) if tensor.is_floating_point() and tensor.dim() > 1 else tensor, value
-        )
-
-    return tuple(cast(value) for value in args), {name: cast(value) for name, value in kwargs.items()}
-
-
-def _mapped(function: Callable[[Tensor], Tensor], value: Any) -> Any:
-    """A function of a tensor, or of each tensor in a list; anything else as it is."""
-    if isinstance(value, list):
-        return [_mapped(function, inner) for inner in value]
-    return function(value) if isinstance(value, Tensor) else value

@@ -22,8 +22,9 @@ from sdlora.common import seeds
 from sdlora.diffusion.flow import level, resolution_shift
 from sdlora.errors import BaseModelError
 from sdlora.models.architectures import FamilyNames
-from sdlora.models.base import TextEmbeddings, num_blocks
+from sdlora.models.base import TextEmbeddings
 from sdlora.models.flow_model import MAX_TOKENS, PROBED_LEVELS, QWEN3_4B, QWEN3_8B, FlowModel
+from sdlora.models.transformer_file import num_blocks
 
 _LAYERS = (9, 18, 27)
 _PATCH, _HEAD = 2, 128

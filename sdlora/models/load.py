@@ -18,7 +18,6 @@ from typing import Any, Literal
 import diffusers
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
-from safetensors import SafetensorError
 from torch import nn
 
 from sdlora.common.bundled import pocket_folder
@@ -31,30 +30,17 @@ from sdlora.models.architectures import ARCHITECTURES, Identified, identify, rea
 from sdlora.models.base import BaseModel, Source, TextOptions
 from sdlora.models.families import (
     CLASSES,
-    FAMILIES,
     class_of,
-    class_of_pipeline,
     identify_base,
     is_transformer,
     network_of,
 )
+from sdlora.models.folder import LOADER_ERRORS, check_folder, read_index, text_dtypes
 from sdlora.models.single_file import check_weights, has_old_clip_names, text_encoder_of_old_names, with_defaults
 from sdlora.models.transformer_file import check_readable, read_transformer
 from sdlora.models.unet import clip_tokenizer
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_PLAIN = "Train on the base model that it was made from; the LoRA works on both."
-_REFUSED = {
-    "Inpaint": f"an inpainting model. {_PLAIN}",
-    "Depth2Img": f"a depth model. {_PLAIN}",
-    "InstructPix2Pix": f"a model that edits images. {_PLAIN}",
-    "StableDiffusionXLImg2Img": "the refiner of Stable Diffusion XL, which only refines finished images. Train on the "
-    "base model.",
-}
-
-
-# What diffusers' and transformers' readers raise where a file, or a configuration beside it, is not as they expect.
-_LOADER_ERRORS = (OSError, ValueError, LookupError, RuntimeError, AttributeError, TypeError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -135,8 +121,8 @@ def _loader(path: str, options: LoadOptions) -> tuple[Callable[..., DiffusionPip
         return partial(_load_folder, path, place, options), None
     if place.is_file():
         return partial(_load_single_file, path, place, options.prediction_type), None
-    if _HUB_ID.fullmatch(path):
-        snapshot = _download(path, options)
+    if is_hub_id(path):
+        snapshot = download(path, options)
         # In the hub's cache a snapshot's folder is named by its commit.
         return partial(_load_folder, path, snapshot, options), snapshot.name
     raise BaseModelError(
@@ -158,7 +144,7 @@ def _transformer_loader(
             f"diffusers folder or a Hub id of {title}, which they are then taken from."
         )
     folder, revision = _components_folder(options)
-    _check_folder(options.components, folder, parts_for=kind)
+    check_folder(options.components, folder, parts_for=kind)
 
     def load(unet_dtype: torch.dtype, **present: Any) -> DiffusionPipeline:
         network = read_transformer(file, kind.network_class, found.architecture.unet, unet_dtype, path)
@@ -172,12 +158,12 @@ def _components_folder(options: LoadOptions) -> tuple[Path, str | None]:
     folder = Path(path).expanduser()
     if folder.is_dir():
         return folder, None
-    if not _HUB_ID.fullmatch(path):
+    if not is_hub_id(path):
         raise BaseModelError(
             f"base.components = {path!r} was not found. It takes a folder with a model_index.json, or a hub id such as "
             "'owner/name'."
         )
-    folder = _download(path, options, transformer=None)
+    folder = download(path, options, transformer=None)
     return folder, folder.name
 
 
@@ -185,11 +171,17 @@ def _refuse_distilled(kind: type[BaseModel], path: str, index: Mapping[str, Any]
     if not options.allows_distilled and kind.is_distilled(path, index):
         raise BaseModelError(
             f"{path!r} is distilled to draw in a few steps, which training undoes. Train on the {kind.names.title} "
-            "that it was distilled from; the LoRA works on both."
+            "that it was distilled from; the LoRA works on both, and this one can draw the previews (preview.base). Or "
+            "name a LoRA that undoes the distillation while training (base.training_adapter)."
         )
 
 
-def _download(path: str, options: LoadOptions, **left_out: None) -> Path:
+def is_hub_id(path: str) -> bool:
+    """Whether this may be a model's name on the hub."""
+    return _HUB_ID.fullmatch(path) is not None
+
+
+def download(path: str, options: LoadOptions, **left_out: None) -> Path:
     """The folder of a hub id's files in the hub's cache, downloaded if necessary, without components that are None."""
     try:
         folder = DiffusionPipeline.download(
@@ -200,7 +192,7 @@ def _download(path: str, options: LoadOptions, **left_out: None) -> Path:
             safety_checker=None,
             **left_out,
         )
-    except _LOADER_ERRORS as error:
+    except LOADER_ERRORS as error:
         raise _not_loaded(path, error) from error
     return Path(folder)
 
@@ -209,8 +201,8 @@ def _load_folder(
     path: str, folder: Path, options: LoadOptions, unet_dtype: torch.dtype, **present: Any
 ) -> DiffusionPipeline:
     """Load a diffusers folder; `present` are components that are in memory already."""
-    kind = _check_folder(path, folder)
-    _refuse_distilled(kind, path, _index(folder), options)
+    kind = check_folder(path, folder)
+    _refuse_distilled(kind, path, read_index(folder), options)
     return _load_parts(path, kind, folder, options, unet_dtype, **present)
 
 
@@ -222,23 +214,14 @@ def _load_parts(
             folder,
             variant=options.variant,
             # The network's dtype at once: SDXL's takes 10 GB in float32, which a small machine does not have.
-            dtype={kind.network_name: unet_dtype, "default": torch.float32, **_text_dtypes(kind, folder)},
+            dtype={kind.network_name: unet_dtype, "default": torch.float32, **text_dtypes(kind, folder)},
             use_safetensors=True,
             **present,
             **kind.optional_parts,
         )
-    except _LOADER_ERRORS as error:
+    except LOADER_ERRORS as error:
         raise _not_loaded(path, error) from error
     return pipeline
-
-
-def _text_dtypes(kind: type[BaseModel], folder: Path) -> dict[str, torch.dtype]:
-    """The types of text encoders that keep that of their files; all others are in float32."""
-    found = {}
-    for part in kind.text_parts if kind.keeps_text_type else ():
-        first = read_header(min((folder / part).glob("*.safetensors")))
-        found[part] = torch.float32 if "F32" in first.dtypes.values() else torch.bfloat16
-    return found
 
 
 def _not_loaded(path: str, error: Exception) -> BaseModelError:
@@ -247,61 +230,6 @@ def _not_loaded(path: str, error: Exception) -> BaseModelError:
         f"Base model {path!r} could not be loaded: {reason[0]} Check the spelling, the network if it is a hub id, and "
         "that its weights are .safetensors files (base.variant = 'fp16' if their names say so)."
     )
-
-
-def _index(folder: Path) -> dict[str, Any]:
-    """The content of a diffusers folder's index."""
-    index = folder / "model_index.json"
-    try:
-        entries = json.loads(index.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BaseModelError(f"{index} is not valid JSON: {error}.") from error
-    if not isinstance(entries, dict):
-        raise BaseModelError(f"{index} is not valid JSON: it has no entries.")
-    return entries
-
-
-def _check_folder(path: str, folder: Path, parts_for: type[BaseModel] | None = None) -> type[BaseModel]:
-    """The class of a diffusers folder, which must be supported and complete.
-
-    With `parts_for` it gives the text encoder and the VAE of a transformer of this class.
-    """
-    index = folder / "model_index.json"
-    if not index.is_file():
-        lora = any(read_header(file).has("unet.", "lora_") for file in sorted(folder.glob("*lora*.safetensors")))
-        what = (
-            "it is a LoRA; set base.path to the model that it was trained on" if lora else "it is not a diffusers model"
-        )
-        raise BaseModelError(f"Folder {path!r} has no model_index.json: {what}.")
-    entries = _index(folder)
-    kind = str(entries.get("_class_name"))
-    if parts_for is not None and kind != parts_for.names.pipeline:
-        raise BaseModelError(
-            f"base.components = {path!r} is a {kind}, and base.path a transformer of {parts_for.names.title}. Name a "
-            "folder or a Hub id of that."
-        )
-    if refused := next((sentence for mark, sentence in _REFUSED.items() if mark in kind), None):
-        raise BaseModelError(f"{path!r} is {refused}")
-    found = class_of_pipeline(kind)
-    if found is None:
-        titles = [names.title for names in FAMILIES.values()]
-        raise BaseModelError(
-            f"{path!r} is a {kind}, which sdlora does not train. It trains {', '.join(titles[:-1])} and {titles[-1]}."
-        )
-    for part in found.text_parts:
-        if not (folder / part).is_dir() or None in (entries.get(part) or [None]):
-            raise BaseModelError(f"Base model {path!r} has no {part}, without which captions cannot be encoded.")
-    if found.keeps_text_type and (missing := _without_weights(folder, found)) is not None:
-        raise BaseModelError(f"Base model {path!r} has no {missing} (no .safetensors file in it). Download it again.")
-    for part in (found.network_name, "vae", *found.text_parts):
-        for file in sorted((folder / part).glob("*.safetensors")):
-            read_header(file)
-    return found
-
-
-def _without_weights(folder: Path, kind: type[BaseModel]) -> str | None:
-    """The first of VAE and text encoders that has no weights."""
-    return next((part for part in ("vae", *kind.text_parts) if not [*(folder / part).glob("*.safetensors")]), None)
 
 
 def _load_single_file(
@@ -328,7 +256,7 @@ def _load_single_file(
             pipeline: DiffusionPipeline = kind.from_single_file(
                 str(file), config=folder, local_files_only=True, **(components | present)
             )
-        except _LOADER_ERRORS as error:
+        except LOADER_ERRORS as error:
             reason = str(error).strip().splitlines() or [type(error).__name__]
             raise BaseModelError(
                 f"{path!r} could not be loaded ({reason[0].removesuffix('.')}). Download it again, or use another "

@@ -7,7 +7,7 @@ tensors (`BaseModel.file_config`); diffusers' own converter renames the weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +42,12 @@ _WHAT_IS_READ = (
 def bare_shapes(header: Header) -> dict[str, tuple[int, ...]]:
     """The shapes of a transformer's weights by their names without a prefix."""
     return {_bare(name, _prefix(header)): shape for name, shape in header.shapes.items() if _is_weight(name, header)}
+
+
+def num_blocks(tensors: Collection[str], prefix: str) -> int:
+    """How many numbered blocks there are under a prefix of tensors' names."""
+    numbers = {name.removeprefix(prefix).partition(".")[0] for name in tensors if name.startswith(prefix)}
+    return len(numbers)
 
 
 def check_readable(file: Path, name: str) -> None:

@@ -21,8 +21,9 @@ from sdlora.common import seeds
 from sdlora.diffusion.flow import level, log_shift
 from sdlora.errors import BaseModelError
 from sdlora.models.architectures import FamilyNames
-from sdlora.models.base import TextEmbeddings, num_blocks
+from sdlora.models.base import TextEmbeddings
 from sdlora.models.flow_model import PROBED_LEVELS, QWEN3_4B, FlowModel
+from sdlora.models.transformer_file import num_blocks
 
 _PROBED_LENGTHS = (7, 20, 33)
 _PROBE_EDGE = 16

@@ -10,7 +10,7 @@ import textwrap
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import prod
 from pathlib import Path
 from typing import Any, Literal
@@ -30,6 +30,7 @@ from sdlora.common.files import atomic_path
 from sdlora.errors import ConfigError
 from sdlora.events import Event, PreviewsDone, Progress
 from sdlora.models.base import BaseModel
+from sdlora.previews.sibling import Sibling
 
 Kind = Literal["training", "novel"]
 SAMPLERS: dict[str, tuple[Any, dict[str, Any]]] = {
@@ -61,6 +62,7 @@ class PreviewRequest:
         own_seeds: Those of each prompt, in the place of `seeds`; empty if all have the same.
         lora_scale: Strength of the LoRA; 1 is as trained. Who draws sets it: see `Adapter.at_strength`.
         first: Number of the first prompt in the files' names.
+        sibling: What draws in the place of the base model's network, or None.
         difference: What the label says beside the prompt, such as "832x1216"; may be empty.
     """
 
@@ -76,6 +78,7 @@ class PreviewRequest:
     lora_scale: float = 1.0
     first: int = 0
     difference: str = ""
+    sibling: Sibling | None = field(default=None, compare=False, repr=False)
 
     def pixels(self, resolution_px: int) -> tuple[int, int]:
         """Width and height on a base model of a resolution."""
@@ -197,13 +200,14 @@ def draw(
     """Draw images of wanted prompts and seeds, in order and in batches; those of the request are ignored."""
     size = max(1, _PIXELS_PER_BATCH // prod(request.pixels(base.resolution_px)))
     batches = [wanted[first : first + size] for first in range(0, len(wanted), size)]
-    for first in range(0, len(batches), _BATCHES_PER_TURN):
-        turn = batches[first : first + _BATCHES_PER_TURN]
-        with torch.no_grad():
-            negative = request.negative_prompt
-            encoded = [base.prompt_embeddings([prompt for prompt, _ in b], [negative] * len(b)) for b in turn]
-        for batch, prompts in zip(turn, encoded, strict=True):
-            yield _draw(base, request, batch, prompts, watch)
+    with request.sibling.drawing(base) if request.sibling else nullcontext():
+        for first in range(0, len(batches), _BATCHES_PER_TURN):
+            turn = batches[first : first + _BATCHES_PER_TURN]
+            with torch.no_grad():
+                negative = request.negative_prompt
+                encoded = [base.prompt_embeddings([prompt for prompt, _ in b], [negative] * len(b)) for b in turn]
+            for batch, prompts in zip(turn, encoded, strict=True):
+                yield _draw(base, request, batch, prompts, watch)
 
 
 def _draw(

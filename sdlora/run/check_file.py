@@ -6,6 +6,8 @@ Does for one file what a run does after every epoch; the base model is sampled a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from sdlora.config.schema import RunConfig
@@ -13,8 +15,8 @@ from sdlora.errors import ConfigError
 from sdlora.events import EpochDone, Event, Notice
 from sdlora.lora_files.pipelines import attach
 from sdlora.lora_files.read import LoraFile
-from sdlora.run.preview_requests import preview_request
-from sdlora.run.setup import load, make_checker, make_validation
+from sdlora.run.preview_requests import drawn_as, preview_request
+from sdlora.run.setup import fresh_base, load, make_checker, make_validation, sibling_of
 
 
 def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Event]:
@@ -32,10 +34,12 @@ def check_file(file: LoraFile, config: RunConfig, output: Path) -> Iterator[Even
     """
     if not (config.preview.enabled and config.copycheck.enabled):
         raise ConfigError("A check needs previews: set preview.enabled and copycheck.enabled to true.")
-    loaded = load(config)
+    loaded = load(config, partial(fresh_base, allows_distilled=True))
+    config = drawn_as(config, type(loaded.base))
     adapter = attach(loaded.base.network, file, text_encoders=loaded.base.text_encoders)
     validation = make_validation(config, loaded, adapter)
     request = preview_request(config.preview, loaded.images.training)
+    request = replace(request, sibling=sibling_of(config, loaded, adapter))
     checker = make_checker(config, loaded, adapter, request, validation)
     for message in loaded.notices:
         yield Notice(message)

@@ -203,7 +203,8 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
     previews = 0 if context.previews is None else len(context.previews.wanted())
     rounds = rounds_within_epochs(context.trainer.settings.preview_every_steps, steps, config.train.epochs)
     drawn = (config.train.epochs + 1 + rounds) * drawing_share(context.drawn)
-    share = looking_share(found, config, len(examples), len(held), previews, exposures, drawn)
+    drawing = config.model_copy(update={"preview": context.config.preview})
+    share = looking_share(found, drawing, len(examples), len(held), previews, exposures, drawn)
     noticed = {}
     if _is_checked(config) and previews:
         noticed = {f"{share:.0%}": round(chance_to_notice(previews, share).not_clean, 3) for share in SHARES}

@@ -190,6 +190,10 @@ def limits_elsewhere(config: RunConfig, proof: Mapping[str, Any]) -> list[str]:
         sentences.append(
             f"This LoRA was trained on a base model with {merged} merged into it: use it together with that."
         )
+    if (adapter := config.base.training_adapter) is not None:
+        sentences.append(
+            f"{Path(adapter).name} was merged into the base model while training. Use this LoRA without it."
+        )
     if lora.timestep_rank_min is not None:
         timesteps = ", ".join(map(str, PROBED_TIMESTEPS))
         sentences.append(

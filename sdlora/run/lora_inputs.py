@@ -28,7 +28,8 @@ from sdlora.lora_files.read import LoraFile, parse_lora, read_tensors, without_a
 from sdlora.models.architectures import read_header
 
 CONTINUED, MERGED = "sdlora.continued_from", "sdlora.merged_into_base"
-"""Metadata keys of the files that a LoRA continues, and that its base model had merged."""
+TRAINING_ADAPTER = "sdlora.training_adapter"
+"""Metadata keys of the files that a LoRA continues, and that its base model had merged, for good or while training."""
 
 
 def starting_file(config: RunConfig) -> LoraFile | None:
@@ -80,22 +81,27 @@ def with_settings_of_file(config: RunConfig) -> RunConfig:
     return config.model_copy(update={"lora": lora})
 
 
-def merging(config: RunConfig) -> Callable[[Mapping[str, nn.Module], Collection[str]], None] | None:
+def merging(
+    config: RunConfig, *, for_previews: bool = False
+) -> Callable[[Mapping[str, nn.Module], Collection[str]], None] | None:
     """A function that merges the LoRAs of base.merge, see `merge_loras`, or None if there are none.
+
+    The training adapter is merged as well, but not `for_previews`.
 
     Raises:
         DataError: A file cannot be read, or is not a LoRA of known strength.
     """
-    if not config.base.merge:
-        return None
     files = [(_read(one.file, "base.merge"), one.weight) for one in config.base.merge]
-    return partial(merge_loras, files)
+    if config.base.training_adapter is not None and not for_previews:
+        files.append((_read(config.base.training_adapter, "base.training_adapter"), 1.0))
+    return partial(merge_loras, files) if files else None
 
 
 def content_hashes(config: RunConfig) -> dict[str, str]:
     """SHA-256 of every LoRA file that a run starts with, by option and name; empty for most runs."""
     named = [("base.merge", one.file) for one in config.base.merge]
-    named += [("lora.from_file", config.lora.from_file)] if config.lora.from_file is not None else []
+    others = {"lora.from_file": config.lora.from_file, "base.training_adapter": config.base.training_adapter}
+    named += [(option, file) for option, file in others.items() if file is not None]
     found = {}
     for option, file in named:
         path = Path(file).expanduser()
@@ -121,6 +127,9 @@ def origins(config: RunConfig, hashes: Mapping[str, str]) -> dict[str, str]:
                 for one in config.base.merge
             ]
         )
+    if (adapter := config.base.training_adapter) is not None:
+        found = {"file": Path(adapter).name, "sha256": hashes[f"base.training_adapter {adapter}"]}
+        entries[TRAINING_ADAPTER] = json.dumps(found)
     return entries
 
 

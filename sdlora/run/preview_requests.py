@@ -10,8 +10,10 @@ from collections import Counter
 from collections.abc import Sequence
 from math import prod
 
+from sdlora.config.schema import RunConfig
 from sdlora.config.schema_preview import PreviewConfig, PreviewPrompt
 from sdlora.data.dataset import Dataset
+from sdlora.models.base import BaseModel
 from sdlora.previews.prompts import concept, novel_prompts
 from sdlora.previews.sampler import PreviewRequest
 
@@ -55,6 +57,19 @@ def preview_request(preview: PreviewConfig, dataset: Dataset) -> PreviewRequest:
     )
 
 
+def drawn_as(config: RunConfig, kind: type[BaseModel]) -> RunConfig:
+    """The configuration with the steps of what draws its previews: of a distilled sibling, if there is one.
+
+    Args:
+        kind: The base model's class.
+    """
+    if config.preview_base is None:
+        return config
+    steps = config.preview.base_steps or kind.few_steps or config.preview.num_steps
+    preview = config.preview.model_copy(update={"num_steps": steps, "guidance": 1.0})
+    return config.model_copy(update={"preview": preview})
+
+
 def is_checked(entry: PreviewPrompt) -> bool:
     """Whether a prompt is drawn as `preview` says, apart from its seeds."""
     return entry.own().keys() <= {"seeds"}
@@ -83,6 +98,7 @@ def _further(entry: PreviewPrompt, prompts: tuple[str, ...], checked: PreviewReq
         size_px=(entry.width_px or width, entry.height_px or height),
         lora_scale=entry.lora_scale,
         first=first,
+        sibling=checked.sibling,
         difference=_difference(entry, width, height),
     )
 

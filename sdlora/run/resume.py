@@ -29,7 +29,14 @@ from sdlora.training.trainer import Trainer
 
 _LENGTH = ("train.epochs", "train.exposures")
 # Images and base models may move: what they contain is compared.
-_LOCATIONS = ("base.path", "base.components", "data.folder", "data.validation_folder", "data.preservation_folder")
+_LOCATIONS = (
+    "base.path",
+    "base.components",
+    "preview.base",
+    "data.folder",
+    "data.validation_folder",
+    "data.preservation_folder",
+)
 _NETWORKS = {"base": "UNet", "vae": "VAE", "text": "text encoder"}
 
 
@@ -83,7 +90,9 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 def keep_locations(config: RunConfig, folder: RunFolder) -> None:
     """Write down where images and base model of a run are, if they have moved since it was started."""
     started = load_config(str(folder.config))
-    before, now = ((one.base.path, one.base.components, one.data.folders) for one in (started, config))
+    before, now = (
+        (one.base.path, one.base.components, one.preview.base, one.data.folders) for one in (started, config)
+    )
     if before != now:
         folder.create(dump_toml(config))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -29,11 +29,13 @@ from sdlora.models.base import BaseModel, TextOptions
 from sdlora.models.families import FAMILIES, family_named, family_on_disk, suits
 from sdlora.models.identity import weights_identity
 from sdlora.models.load import LoadOptions, load_base
+from sdlora.models.sibling import load_sibling
 from sdlora.previews.sampler import PreviewRequest
+from sdlora.previews.sibling import Sibling
 from sdlora.run.arguments import Images, fit_images, make_adapter, read_images, text_is_trained, training_settings
 from sdlora.run.folder import RunFolder
 from sdlora.run.lora_inputs import content_hashes, merging, origins, with_settings_of_file
-from sdlora.run.preview_requests import further_requests, preview_request
+from sdlora.run.preview_requests import drawn_as, further_requests, preview_request
 from sdlora.training.data import TrainingData, evaluation_data, training_data
 from sdlora.training.distributed import ALONE, Processes
 from sdlora.training.trainer import Trainer
@@ -127,8 +129,10 @@ def hints_in(stage: Stage, context: RunContext) -> Iterator[None]:
         raise OutOfMemoryError(out_of_memory_message(context.config, stage, resolution_px)) from error
 
 
-def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> BaseModel:
-    """Load the base model of a configuration, its frozen UNet in a type.
+def fresh_base(
+    config: RunConfig, device: torch.device, dtype: torch.dtype, *, allows_distilled: bool = False
+) -> BaseModel:
+    """Load the base model of a configuration, its frozen UNet in a type; one that is distilled only if allowed.
 
     Raises:
         SdloraError: There is no such base model, or it cannot be used that way.
@@ -136,16 +140,10 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
     if device.type == "cuda":
         # VAE and text encoders stay in float32; beside a 16-bit UNet, TF32 is fine enough for their products.
         torch.set_float32_matmul_precision("highest" if dtype == torch.float32 else "high")
-    text = TextOptions(config.base.clip_skip, config.data.max_token_windows)
-    options = LoadOptions(
-        config.base.revision,
-        config.base.variant,
-        config.base.prediction_type,
-        text,
-        config.base.quantization,
-        config.base.offload == "blocks",
-        merging(config),
-        config.base.components,
+    options = replace(
+        _load_options(config),
+        change=merging(config),
+        allows_distilled=allows_distilled or config.base.training_adapter is not None,
     )
     found = "pocket" if config.base.path == "pocket" else family_on_disk(config.base.path)
     check_family(config.base, found)
@@ -160,6 +158,35 @@ def fresh_base(config: RunConfig, device: torch.device, dtype: torch.dtype) -> B
     if config.loss.zero_terminal_snr:
         base.use_zero_terminal_snr()
     return base
+
+
+def _load_options(config: RunConfig) -> LoadOptions:
+    """How a configuration's base model and its sibling are loaded, apart from what is merged."""
+    base, text = config.base, TextOptions(config.base.clip_skip, config.data.max_token_windows)
+    return LoadOptions(
+        base.revision,
+        base.variant,
+        base.prediction_type,
+        text,
+        base.quantization,
+        base.offload == "blocks",
+        components=base.components,
+    )
+
+
+def sibling_of(config: RunConfig, loaded: Loaded, adapter: Adapter) -> Sibling | None:
+    """What draws the previews of a configuration in the place of its base model, or None; its notice is added.
+
+    Raises:
+        SdloraError: It cannot be loaded, or does not belong to the base model.
+    """
+    if (path := config.preview_base) is None:
+        return None
+    options = replace(_load_options(config), change=merging(config, for_previews=True))
+    parts = load_sibling(path, loaded.base, dtype=loaded.base.network.dtype, options=options)
+    steps = config.preview.num_steps
+    loaded.notices.append(f"Previews are drawn by {path} in {steps} steps, without guidance.")
+    return Sibling(parts, adapter)
 
 
 def check_family(base: BaseConfig, found: str | None) -> None:
@@ -191,7 +218,7 @@ class BasePool:
 
     def __call__(self, config: RunConfig, device: torch.device, dtype: torch.dtype) -> BaseModel:
         """The base of a configuration; see `fresh_base`."""
-        merged = [content_hashes(config)[f"base.merge {one.file}"] for one in config.base.merge]
+        merged = {file: found for file, found in content_hashes(config).items() if file.startswith("base.")}
         key = (config.base, merged, config.data.max_token_windows, device, dtype, config.loss.zero_terminal_snr)
         # A run that failed while its adapter was being injected leaves other modules, or hooks, behind.
         if self._base is None or key != self._key or _modules(self._base) != self._modules:
@@ -249,6 +276,7 @@ def prepare(
     """
     config = with_settings_of_file(config)
     loaded = load(config, bases)
+    config = drawn_as(config, type(loaded.base))
     adapter = make_adapter(config, loaded.base)
     trainer = _make_trainer(config, loaded, adapter, processes)
     loaded.notices.extend(_notices(config, trainer, loaded.cache))
@@ -257,6 +285,7 @@ def prepare(
     further: tuple[PreviewRequest, ...] = ()
     if config.preview.enabled:
         previews = preview_request(config.preview, loaded.images.training)
+        previews = replace(previews, sibling=sibling_of(config, loaded, adapter))
         further = further_requests(config.preview, loaded.images.training, previews)
     checker = None
     if previews is not None and config.copycheck.enabled:

@@ -27,8 +27,8 @@ def faults(**document: object) -> str:
 def test_list_of_options_is_frozen() -> None:
     assert list(option_fields()) == [
         "name", "seed", "base.path", "base.components", "base.family", "base.revision", "base.variant",
-        "base.prediction_type", "base.clip_skip", "base.quantization", "base.offload", "base.merge", "data.folder",
-        "data.sets", "data.recursive",
+        "base.prediction_type", "base.clip_skip", "base.quantization", "base.offload", "base.merge",
+        "base.training_adapter", "data.folder", "data.sets", "data.recursive",
         "data.exclude", "data.validation_folder", "data.validation_split", "data.caption", "data.trigger",
         "data.class_words", "data.preservation_folder", "data.preservation_caption",
         "data.allow_trigger_only", "data.repeats", "data.resolution_px", "data.resolutions_px",
@@ -48,7 +48,8 @@ def test_list_of_options_is_frozen() -> None:
         "timesteps.high_noise_keep", "timesteps.coverage", "loss.kind", "loss.huber_delta", "loss.weighting",
         "loss.gamma", "loss.mask_floor", "loss.noise_offset", "loss.zero_terminal_snr", "preview.enabled",
         "preview.prompts", "preview.num_captions", "preview.seeds", "preview.negative_prompt", "preview.num_steps",
-        "preview.guidance", "preview.sampler", "preview.width_px", "preview.height_px", "preview.every_steps",
+        "preview.guidance", "preview.sampler", "preview.width_px", "preview.height_px",
+            "preview.base", "preview.base_steps", "preview.every_steps",
         "copycheck.enabled",
         "copycheck.stop", "copycheck.sscd", "copycheck.dinov2", "copycheck.parts", "file.format", "file.precision",
         "file.thumbnail",
