@@ -107,7 +107,7 @@ class PreviewConfig(Section):
     """Distilled model of the same family (Z-Image-Turbo, FLUX.2 klein) that draws the previews with the LoRA, in few
     steps and without guidance: a folder in diffusers layout, a transformer in one .safetensors file, or a Hub id; the
     base model itself if unset. preview.num_steps and preview.guidance are then not used."""
-    base_steps: NumSteps | None = None
+    base_steps: int | None = Field(None, ge=1, le=1000)
     """Denoising steps with preview.base; its family's own if unset: 8 for Z-Image-Turbo, 4 for FLUX.2 klein."""
     every_steps: int = Field(0, ge=0)
     """Also generate previews within an epoch, after every this many steps and without a verdict; 0 for none."""

@@ -233,28 +233,3 @@ def wait_for_checkpoint(page: Any, checkpoints: Path) -> None:
     while not list(checkpoints.glob("*/complete.json")):
         assert time.monotonic() < until, "there is no checkpoint"
         page.wait_for_function("true")
-
-
-def test_a_first_run_takes_at_most_eight_clicks(browser: Any, tmp_path: Path) -> None:
-    """From an empty studio and own images, with every question answered: trigger, subject, length, base, start."""
-    images = sorted(resolve_data_folder("builtin:zumi").glob("zumi_*"))
-    with open_studio(tmp_path / "runs") as studio, browser_page(browser, studio) as page:
-        page.evaluate("window.clicks = 0; addEventListener('pointerdown', () => { window.clicks += 1; }, true)")
-        with page.expect_file_chooser() as chooser:
-            page.click("#drop button")
-        chooser.value.set_files(images)
-        page.locator("#cards .card").nth(23).wait_for()
-        page.click("#trigger input, #trigger textarea")
-        page.keyboard.type("zumi")
-        page.click("#to-recipe")
-        page.locator("#subject label", has_text="character").click()
-        page.locator("#length label", has_text="a first look").click()
-        page.click("#base input")
-        page.get_by_role("option", name="pocket", exact=True).click()
-        page.locator("#plan", has_text="2 epochs").wait_for()
-        page.click("#start")
-        page.locator("#status", has_text="training, step").wait_for()
-        clicks = page.evaluate("window.clicks")
-        page.click("#stop")
-        page.locator("#status", has_text="Its state is saved").wait_for()
-    assert clicks <= 8
