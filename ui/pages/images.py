@@ -228,7 +228,8 @@ def images_page(context: Context, live: Live, tabs: gr.Tabs) -> tuple[gr.Dropdow
         """Show what a saved caption changes around the cards, which are as they should be unless images changed."""
         found = show(context, images, only, page, _text(word))
         if found[PARTS.index("fingerprint")] == drawn:
-            found[PARTS.index("cards")] = gr.skip()
+            # Other cards may have been drawn since this was asked, and their fingerprint must stay with them.
+            found[PARTS.index("cards")] = found[PARTS.index("fingerprint")] = gr.skip()
         return ["", *found]
 
     def show_with_trigger(images: str, only: str | None, page: str | None, word: str) -> list[Any]:
