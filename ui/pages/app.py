@@ -112,7 +112,7 @@ def build(context: Context) -> Any:
         cloned = clone.click(clone_run, run, [runs_note, tabs, *draft], **{**ANY_VALUE, "show_progress_on": runs_note})
         for event in (opened, cloned):
             recipe_form.plan_after(context, event, recipe)
-        _keep_up_to_date(context, live, images.images, blocks)
+        _keep_up_to_date(context, live, images, blocks)
     return blocks
 
 
@@ -133,16 +133,16 @@ def _is_newer(file: Path, other: Path) -> bool:
     return file.is_file() and file.stat().st_mtime_ns > other.stat().st_mtime_ns
 
 
-def _keep_up_to_date(context: Context, live: Live, images: gr.Textbox, blocks: gr.Blocks) -> None:
+def _keep_up_to_date(context: Context, live: Live, images: images_tab.ShownSet, blocks: gr.Blocks) -> None:
     """Refresh what is live: on loading, at intervals, on a choice and after every click."""
     # What this page shows already, by part. A gr.State would cost every tab a connection that stays open, and a
     # browser has six of them for all its tabs.
     seen = gr.Textbox("{}", visible=False)
-    inputs = [live.run, live.parts["epochs"], images, seen]
+    inputs = [live.run, live.parts["epochs"], images.images, images.fingerprint, seen]
 
-    def refresh(name: str | None, epoch: Any, shown: str, known: str) -> dict[Any, Any]:
+    def refresh(name: str | None, epoch: Any, shown: str, drawn: str, known: str) -> dict[Any, Any]:
         try:
-            updates, now = _updates(context, live, name, epoch, shown, json.loads(known or "{}"))
+            updates, now = _updates(context, live, name, epoch, (shown, drawn), json.loads(known or "{}"))
             return updates | {seen: json.dumps(now)}
         except Exception as error:
             # The rest stays as it is; the next refresh, two seconds from now, may succeed.
@@ -156,11 +156,11 @@ def _keep_up_to_date(context: Context, live: Live, images: gr.Textbox, blocks: g
 
 
 def _updates(
-    context: Context, live: Live, name: str | None, epoch: Any, images: str, before: dict[str, str]
+    context: Context, live: Live, name: str | None, epoch: Any, images: tuple[str, str], before: dict[str, str]
 ) -> tuple[dict[Any, Any], dict[str, str]]:
     """What has changed of all that a page shows of a run, and a digest of every part; `before` are those shown.
 
-    The set of images that it shows is looked at, too.
+    The set of images that it shows is looked at, too; `images` are the set, and the fingerprint of what is drawn of it.
     """
     if name not in context.jobs.names():
         name = context.default_run()
@@ -191,7 +191,8 @@ def _updates(
     show("epochs", (name, now.epochs), choices=epochs, value=chosen if chosen in now.epochs else last)
     show("restore", value=f"Undo: {now.deleted.words}" if now.deleted else "Undo", visible=now.deleted is not None)
     show("deleted", value=now.deleted.key if now.deleted else "")
-    show("listing", value=context.fingerprint(images))
+    # With what is drawn: a set may change and change back between two looks, and be drawn in between.
+    show("listing", value=f"{context.fingerprint(images[0])} {images[1]}")
     show("copy-stop", visible=now.can["stop"])
     show("waiting", choices=now.waiting, value=next(iter(now.waiting), None))
     show("prompt", (name, now.prompt), value=now.prompt)

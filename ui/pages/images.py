@@ -222,7 +222,8 @@ def images_page(context: Context, live: Live, tabs: gr.Tabs) -> tuple[gr.Dropdow
     def follow(images: str, only: str | None, page: str | None, now: str, drawn: str) -> list[Any]:
         """Show images that came or went by another way than this tab's."""
         # There is nothing to follow before this tab was asked about its set.
-        return [gr.skip() for _ in parts] if now in ("", drawn) else show(context, images, only, page)
+        found = now.partition(" ")[0]
+        return [gr.skip() for _ in parts] if found in ("", drawn) else show(context, images, only, page)
 
     def show_around(images: str, only: str | None, page: str | None, drawn: str, word: str) -> list[Any]:
         """Show what a saved caption changes around the cards, which are as they should be unless images changed."""

@@ -26,8 +26,8 @@ def tick(context: Context) -> Callable[..., tuple[dict[str, Any], str]]:
     blocks = build(context)
     (asked,) = (one for one in blocks.fns.values() if [name for _, name in one.targets] == ["tick"])
 
-    def ask(seen: str = "{}", name: str | None = None, images: str = "") -> tuple[dict[str, Any], str]:
-        answer = dict(asked.fn(name, None, images, seen))
+    def ask(seen: str = "{}", name: str | None = None, images: str = "", drawn: str = "") -> tuple[dict[str, Any], str]:
+        answer = dict(asked.fn(name, None, images, drawn, seen))
         texts = {part.elem_id: update for part, update in answer.items() if not isinstance(update, str)}
         return texts, next(value for value in answer.values() if isinstance(value, str))
 
@@ -64,7 +64,22 @@ def test_a_tab_is_told_of_images_that_come_and_go(
     image.unlink()
     updates, seen = tick(seen, images="set")
     assert updates["listing"]["value"] != before
-    assert tick(seen, images="../x")[0]["listing"]["value"] == "" and context.fingerprint("none") != ""
+    assert tick(seen, images="../x")[0]["listing"]["value"] == " " and context.fingerprint("none") != ""
+
+
+def test_a_tab_is_told_of_an_image_that_came_and_went_between_two_looks(
+    context: Context, tick: Callable[..., tuple[dict[str, Any], str]]
+) -> None:
+    write_image(context.studio.image_set("set") / "b.png")
+    drawn = context.fingerprint("set")
+    _, seen = tick(images="set", drawn=drawn)
+    # A caption is saved while there is another image, and the cards are drawn with it.
+    image = write_image(context.studio.image_set("set") / "a.png")
+    with_it = context.fingerprint("set")
+    image.unlink()
+    updates, seen = tick(seen, images="set", drawn=with_it)
+    assert updates["listing"]["value"] == f"{drawn} {with_it}"
+    assert "listing" in tick(seen, images="set", drawn=drawn)[0]
 
 
 def test_the_first_page_is_the_addresss_or_what_is_new(
