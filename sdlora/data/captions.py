@@ -188,7 +188,7 @@ def read_metadata(file: Path, name: str = METADATA) -> tuple[dict[str, str], lis
     faults: list[str] = []
     for number, line in enumerate(text.split("\n"), start=1):  # not `splitlines`: captions may hold U+2028
         if len(faults) == _MOST_FAULTS:
-            faults.append(f"{name}: the lines from {number} on are not read, since so many before have errors.")
+            faults.append(f"{name}: reading stopped before line {number}: too many lines have errors.")
             break
         try:
             for image, caption in (_entry(line, f"{name}, line {number}") if line.strip() else {}).items():

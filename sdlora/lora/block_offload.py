@@ -68,7 +68,7 @@ class BlockOffload:
         return sum(block.place.untyped_storage().nbytes() for block in self._blocks)
 
     def lay_out(self) -> None:
-        """Take every block's weights to the host anew, after something has put others in their place."""
+        """Move the weights of all blocks to the host again, after they were replaced."""
         with torch.no_grad():
             for block in self._blocks:
                 block.lay_out(self._device)

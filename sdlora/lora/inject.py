@@ -360,7 +360,7 @@ def _adapt(
     else:
         assert isinstance(module, nn.Linear | QuantizedLinear), f"{type(module).__name__} cannot be adapted"
         layer = (DoraLinear if dora else LoraLinear)(module, rank, alpha, generator=generator)
-    # A block may wait on the host; what is trained is where the rest of the network is.
+    # A frozen block may be on the host; the adapter belongs on the network's device.
     layer.place(next(networks[_prefix(path)].parameters()).device)
     setattr(parent, name, layer)
     return layer

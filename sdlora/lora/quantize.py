@@ -28,7 +28,7 @@ of freedom), 2048 wide."""
 _INT8_MAX = 127
 _FP8_MAX = 448  # of torch.float8_e4m3fn
 _NF4_BLOCK = 64
-_MEASURED = 5  # so many layers tell a network's packing error
+_MEASURED = 5  # layers from which a network's packing error is estimated
 
 
 @dataclass(frozen=True)

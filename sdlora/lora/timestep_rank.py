@@ -23,7 +23,7 @@ from torch.utils.hooks import RemovableHandle
 from sdlora.errors import DataError
 
 Told = Literal["timestep", "noise share", "image share"]
-"""What a network is told: t, as UNets are, or s or 1 - s of flow matching, where s = (t + 1) / T."""
+"""What a network takes as its time: t for UNets; for flow matching s or 1 - s, where s = (t + 1) / T."""
 _NUM_TIMESTEPS = 1000
 _NUM_SLICES = 100
 
@@ -130,7 +130,7 @@ def watch_timesteps(network: nn.Module, callback: Callable[[Tensor], None], told
     Args:
         network: Called as in diffusers: what is denoised comes first, as a tensor or a list of them.
         callback: Receives the timesteps of all samples, (B,), even if one timestep is given for all.
-        told: What the network is told in place of timesteps.
+        told: What the network takes as its time.
     """
     _, first, *rest = inspect.signature(type(network).forward).parameters
     name = "timestep" if "timestep" in rest else "t"

@@ -324,4 +324,4 @@ def test_captions_are_bounded_before_they_are_parsed(tmp_path: Path) -> None:
     file.write_bytes(b"x\n" * 1000 + b'{"file_name": "a.png", "text": "a ball"}\n')
     captions, faults = read_metadata(file)
     assert (captions, len(faults)) == ({}, 21)
-    assert "lines from 21 on are not read" in faults[-1]
+    assert "stopped before line 21" in faults[-1]
