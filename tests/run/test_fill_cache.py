@@ -119,10 +119,10 @@ def test_entries_not_kept_in_memory_are_read_again(
 @pytest.mark.slow
 def test_benchmark_of_large_sets_runs() -> None:
     program = Path(__file__).parents[1] / "benchmarks" / "large_sets.py"
-    command = [sys.executable, str(program), "--sizes", "20", "40", "--json"]
+    command = [sys.executable, str(program), "--sizes", "60", "120", "--json"]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     rows = [json.loads(line) for line in result.stdout.splitlines()]
-    assert [row["pictures"] for row in rows] == [20, 40]
+    assert [row["pictures"] for row in rows] == [60, 120]
     for row in rows:
         assert row["warm_cache_seconds"] < row["cold_cache_seconds"]
         assert row["epoch_start_seconds"] < 2.0
