@@ -225,7 +225,7 @@ def test_values_reach_the_handlers_whatever_gradio_has_listed(page: Page) -> Non
     for name in ("on_change", "on_start", "measure", "refresh"):
         assert not handlers[name].preprocess, name
     # An epoch of the run that was looked at before.
-    sent = ["gone", "7", "", "{}"]
+    sent = ["gone", "7", "", "", "{}"]
     assert asyncio.run(blocks.process_api(handlers["refresh"], sent, state=SessionState(blocks)))["data"]
     # Gradio makes a component anew, with another number, when an update changes more than its value.
     elements = {block.elem_id for block in handlers["on_change"].inputs if block.elem_id}

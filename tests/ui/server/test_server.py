@@ -171,7 +171,7 @@ def test_tab_at_rest_asks_for_little(server: Live) -> None:
     tick = next(one for one in config["dependencies"] if [name for _, name in one["targets"]] == ["tick"])
     seen, sizes = "{}", []
     for _ in range(2):
-        content = {"data": [None, None, "", seen], "fn_index": tick["id"], "session_hash": "rest", "trigger_id": 1}
+        content = {"data": [None, None, "", "", seen], "fn_index": tick["id"], "session_hash": "rest", "trigger_id": 1}
         answer = server.send("POST", "/gradio_api/run/predict", content, accept_encoding="gzip")
         assert answer.status == 200
         of_headers = sum(len(name) + len(value) + 4 for name, value in answer.headers.items())
