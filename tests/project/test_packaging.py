@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,3 +100,37 @@ def test_repository_has_only_these_top_level_names() -> None:
 def test_built_in_base_model_is_below_25_mb() -> None:
     weights = ROOT / "sdlora" / "pocket" / "weights"
     assert 0 < sum(path.stat().st_size for path in weights.rglob("*") if path.is_file()) <= 25_000_000
+
+
+def _required(extra: str | None = None) -> list[Requirement]:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    listed = project["dependencies"] if extra is None else project["optional-dependencies"][extra]
+    return [Requirement(line) for line in listed]
+
+
+def test_every_import_is_a_dependency_with_an_upper_bound() -> None:
+    bounds = {canonicalize_name(one.name): str(one.specifier) for one in _required()}
+    assert [name for name, bound in bounds.items() if "<" not in bound] == ["fsspec"]
+    sources = [path.read_text(encoding="utf-8") for top in ("sdlora", "ui") for path in (ROOT / top).rglob("*.py")]
+    imported = {name for text in sources for name in re.findall(r"^(?:from|import) (\w+)", text, flags=re.MULTILINE)}
+    homes = packages_distributions()
+    needed = {canonicalize_name(homes[name][0]) for name in imported - set(sys.stdlib_module_names) if name in homes}
+    assert needed - bounds.keys() - {"sdlora"} == set()
+
+
+@pytest.mark.parametrize(("file", "extras"), [("locked.txt", [None]), ("locked-dev.txt", [None, "dev"])])
+def test_lock_has_an_allowed_version_with_hashes_of_every_dependency(file: str, extras: list[str | None]) -> None:
+    lock = (ROOT / ".ci" / file).read_text(encoding="utf-8")
+    assert "://" not in lock and "nvidia" not in lock
+    entries = [entry.split(" \\\n    --hash=") for entry in re.split(r"\n(?=\S)", lock.strip())]
+    assert all(len(entry) > 1 and all(part.startswith("sha256:") for part in entry[1:]) for entry in entries)
+    pinned = [Requirement(entry[0]) for entry in entries]
+    versions = {
+        canonicalize_name(one.name): str(one.specifier).removeprefix("==")
+        for one in pinned
+        if one.marker is None or one.marker.evaluate()
+    }
+    assert "torch" not in versions, "each GPU has a build of its own"
+    for wanted in [one for extra in extras for one in _required(extra)]:
+        if wanted.name not in ("torch", "sdlora") and (wanted.marker is None or wanted.marker.evaluate()):
+            assert wanted.specifier.contains(versions[canonicalize_name(wanted.name)]), wanted
