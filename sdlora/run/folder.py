@@ -150,6 +150,7 @@ class Recorder:
             # Where it fails before it continues, it still was as far as before.
             reached = {name: getattr(before, name) for name in ("epoch", "step", "total_steps", "closing_seconds")}
             self._state = replace(self._state, **reached)
+        self._planned_steps = self._state.total_steps
         self._timer = Timer(closing_seconds=self._state.closing_seconds)
         self._written = 0.0
 
@@ -167,13 +168,14 @@ class Recorder:
         state = self._state
         self._timer.see(event)
         if isinstance(event, PlanMade):
-            state = replace(state, total_steps=event.steps)
+            self._planned_steps = event.steps
+            if not state.step:  # where a resumed run is refused, its steps stay what they were
+                state = replace(state, total_steps=event.steps)
         elif isinstance(event, Progress):
             state = replace(state, phase=event.phase, done=event.done, total=event.total)
         elif isinstance(event, StepDone):
-            state = replace(
-                state, phase="train", epoch=event.epoch, step=event.step, done=event.step, total=state.total_steps or 0
-            )
+            state = replace(state, phase="train", epoch=event.epoch, step=event.step, done=event.step)
+            state = replace(state, total_steps=self._planned_steps, total=self._planned_steps or 0)
         elif isinstance(event, EpochDone):
             state = replace(state, epoch=event.epoch)
         self._state = state

@@ -6,12 +6,20 @@ from pathlib import Path
 import pytest
 
 from sdlora.errors import OutputError
-from sdlora.events import EpochDone, Notice, Progress, StepDone
+from sdlora.events import EpochDone, Notice, PlanMade, Progress, StepDone
 from sdlora.run.folder import Recorder, RunFolder
 
 
 def step(number: int) -> StepDone:
     return StepDone(1, number, 0.5, 1e-3, ["a.png"], [number], [7], [0.5], 0.1)
+
+
+def plan(steps: int) -> PlanMade:
+    return PlanMade(
+        images=5, validation_images=0, split_off=[], repeats=1, epochs=1, exposures_per_image=1, batch_size=1,
+        gradient_accumulation_steps=1, steps=steps, trained_parameters=1, base_parameters=1, targets=[], device="cpu",
+        precision="fp32",
+    )  # fmt: skip
 
 
 @pytest.fixture
@@ -84,6 +92,19 @@ def test_a_resumed_run_is_as_far_as_before_until_it_continues(folder: RunFolder)
     again.finish("failed", "An image is missing.")
     state = json.loads(folder.state.read_text())
     assert (state["status"], state["epoch"], state["step"]) == ("failed", 1, 2)
+
+
+def test_steps_of_a_resumed_run_are_the_old_ones_until_it_trains(folder: RunFolder) -> None:
+    def total() -> int:
+        return int(json.loads(folder.state.read_text())["total_steps"])
+
+    for planned in (6, 9):
+        recorder = Recorder(folder)
+        recorder.record(plan(planned))
+        assert total() == 6
+        recorder.record(step(1))
+        recorder.finish("stopped")
+        assert total() == planned
 
 
 def test_a_folder_that_is_removed_ends_the_run_and_is_not_made_again(folder: RunFolder) -> None:

@@ -158,6 +158,7 @@ def test_image_that_was_deleted_is_named_and_the_run_stays_where_it_was(cut: Cut
         cut.resume()
     after = json.loads((cut.folder / "state.json").read_text())
     assert after["step"] == before["step"] > 0 and gone.name in after["error"]
+    assert after["total_steps"] == before["total_steps"]
     gone.write_bytes(content)
     assert isinstance(cut.resume()[-1], RunDone)
 

@@ -7,7 +7,6 @@ cannot differ.
 from __future__ import annotations
 
 import re
-import tomllib
 import types
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import Any, Literal, Union, get_args, get_origin
 from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 
+from sdlora.common.files import parse_toml
 from sdlora.config.prompt_lines import as_line
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import option_fields, options, parse_config, toml_value
@@ -210,7 +210,8 @@ def _from_toml(field: Field, text: str) -> Any:
     wrapped = f"{{{text}}}" if isinstance(field.default, dict) else text
     wrapped = f"[{text}]" if isinstance(field.default, list) else wrapped
     try:
-        return tomllib.loads(f"value = {wrapped}")["value"]
-    except tomllib.TOMLDecodeError as error:
+        return parse_toml(f"value = {wrapped}")["value"]
+    except ValueError as error:
         example = _toml(field.default) or "name = 4"
-        raise ConfigError(f"{field.name}: {text!r} cannot be read ({error}). Write it like this: {example}") from error
+        found = repr(text if len(text) <= 200 else f"{text[:200]}…")
+        raise ConfigError(f"{field.name}: {found} cannot be read ({error}). Write it like this: {example}") from error

@@ -79,6 +79,12 @@ def test_faults_are_the_schemas_and_all_named_at_once() -> None:
         form.entered(FIELDS["lora.target_ranks"], "mlp: 4")
 
 
+@pytest.mark.parametrize("text", ["[" * 100_000, "a." * 20_000 + "b = 1", "x = " + "9" * 5_000])
+def test_text_that_no_other_reader_takes_is_refused_as_well(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"^lora\.target_ranks: .{1,900}$"):
+        form.entered(FIELDS["lora.target_ranks"], text)
+
+
 def test_a_blank_field_is_the_default_or_none() -> None:
     for name in ("train.epochs", "data.resolution_px", "data.trigger", "train.device", "lora.target_ranks"):
         assert form.entered(FIELDS[name], "") == FIELDS[name].default
