@@ -1,16 +1,17 @@
 """Exact resume with every kind of state that a run has: killed, a run of any settings ends in the same bytes.
 
-SDLORA_KILLS=5 kills each of them at five places, 60 in all; one by default.
+SDLORA_KILLS=5 kills each of them at five places, 65 in all; one by default.
 """
 
 from __future__ import annotations
 
 import os
 import signal
+import socket
 from pathlib import Path
 
 import pytest
-from helpers.commandline import Point
+from helpers.commandline import Outcome, Point
 from helpers.scene import Scene, digests
 
 QUICK = ["preview.enabled=false", "copycheck.enabled=false"]
@@ -66,3 +67,37 @@ def test_a_run_of_any_settings_that_is_killed_ends_in_the_same_bytes(name: str, 
         if (fault := fault_at(scene, place, changes, expected, tmp_path / str(turn)))
     ]
     assert not faults, "\n".join(faults)
+
+
+def on_two(scene: Scene, run: Path, killed: int = 0, place: Point | None = None) -> list[Outcome]:
+    """Train, or go on, with two processes as a launcher starts them; one of them may be killed somewhere."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    arguments = scene.arguments(run, resume=(run / "config.toml").exists(), changes=QUICK)
+    shared = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    started = [
+        scene.command.start(
+            arguments,
+            points=[place] if place is not None and index == killed else [],
+            environment={**shared, "RANK": str(index), "LOCAL_RANK": str(index)},
+        )
+        for index in range(2)
+    ]
+    return [one.wait() for one in started]
+
+
+@pytest.mark.slow
+def test_a_run_on_two_processes_of_which_one_is_killed_ends_in_the_same_bytes(scene: Scene, tmp_path: Path) -> None:
+    whole = on_two(scene, tmp_path / "whole")
+    assert [one.code for one in whole] == [0, 0], whole
+    expected = digests(tmp_path / "whole")
+    # The second process saves nothing: it is killed where both compute.
+    places = [(1, PLACES[0]), (0, PLACES[1]), (0, PLACES[2]), (1, PLACES[3]), (0, PLACES[4])]
+    for turn, (killed, place) in enumerate(places[: int(os.environ.get("SDLORA_KILLS", "1"))]):
+        run = tmp_path / str(turn)
+        ended = on_two(scene, run, killed, place)
+        assert ended[killed].code == -signal.SIGKILL and ended[1 - killed].code not in (0, None), (str(place), ended)
+        resumed = on_two(scene, run)
+        assert [one.code for one in resumed] == [0, 0], (str(place), resumed)
+        assert digests(run) == expected, str(place)
