@@ -1,6 +1,7 @@
 import json
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -55,6 +56,35 @@ def test_list_of_options_is_frozen() -> None:
         "file.thumbnail",
         "file.licence", "file.include_captions", "cache.dir", "cache.max_text_gib",
     ]  # fmt: skip
+
+
+_LIMITS = ("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "minItems", "pattern", "default")
+
+
+def limits(node: object) -> dict[str, Any]:
+    """What JSON Schema says of an option and its parts: its limits and its default."""
+    found: dict[str, Any] = {}
+    for key, value in node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ():
+        if key in _LIMITS:
+            found[str(key)] = value
+        elif key != "properties":
+            found |= limits(value)
+    return found
+
+
+def test_defaults_and_limits_are_frozen() -> None:
+    # A run without an option is a run with its default: another one changes everybody's results.
+    frozen = json.loads((Path(__file__).parent / "limits.json").read_text(encoding="utf-8"))
+    schema = RunConfig.model_json_schema()
+    tables = {"RunConfig": schema, **schema["$defs"]}
+    found = {
+        f"{table}.{name}": limits(info)
+        for table, content in tables.items()
+        for name, info in content["properties"].items()
+        if "$ref" not in info
+    }
+    assert {name: found.get(name) for name in frozen} == frozen
+    assert len(frozen) >= 130
 
 
 def test_defaults() -> None:
