@@ -14,7 +14,7 @@ from rich.table import Table
 from sdlora.cli.options import ConfigArgument, JsonResult, Overrides, terminal
 from sdlora.common.families import Family
 from sdlora.common.process import quiet_libraries
-from sdlora.common.text import format_bytes, format_seconds, parse_bytes
+from sdlora.common.text import format_bytes, format_seconds, parse_bytes, sparkline
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import dump_toml, load_config, parse_config
 from sdlora.errors import ConfigError
@@ -152,6 +152,10 @@ def _print(found: Estimate) -> None:
         f"{found.trainable_parameters:,} parameters are trained, {share:.2%} of the base model's "
         f"{found.base_parameters:,}; in the largest adapted layer {added:,} beside {whole:,}."
     )
+    console.print(f"Layers: {', '.join(f'{count} {kind}' for kind, count in found.layers.items())}.")
+    if found.rates:
+        first, *_, last = found.rates
+        console.print(f"Learning rate: {sparkline(found.rates)}, from {first:.2g} to {last:.2g}.")
     table = Table("memory", "GiB", box=None, pad_edge=False)
     for part, num_bytes in found.parts.items():
         table.add_row(_PARTS[part], f"{num_bytes / 2**30:.2f}")

@@ -6,9 +6,11 @@ Used by messages, tables and pages in every room above.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from sdlora.errors import ConfigError
 
+_BARS = "▁▂▃▄▅▆▇█"
 _UNITS = {"": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 
 
@@ -34,6 +36,12 @@ def format_bytes(num_bytes: float) -> str:
     if num_bytes >= 2**30 / 10:
         return f"{num_bytes / 2**30:,.2f} GiB"
     return f"{num_bytes / 2**20:.1f} MiB" if num_bytes >= 2**20 / 10 else f"{num_bytes / 2**10:.0f} KiB"
+
+
+def sparkline(values: Sequence[float]) -> str:
+    """Numbers of at least 0 as a line of bars, the highest of them full."""
+    highest = max(values, default=0) or 1
+    return "".join(_BARS[round(value / highest * (len(_BARS) - 1))] for value in values)
 
 
 def parse_bytes(text: str) -> int:

@@ -7,15 +7,30 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, SerializerFunctionWrapHandler, field_validator, model_serializer, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from sdlora.common.families import Family
+from sdlora.common.selectors import KINDS, check_selector, is_of_text
 from sdlora.config.exposures import spread_exposures
 from sdlora.config.schema_data import LOCATION, DataConfig, Section
 from sdlora.config.schema_preview import PreviewConfig
-from sdlora.config.schema_training import LossConfig, TimestepsConfig, TrainConfig
+from sdlora.config.schema_training import LossConfig, Selector, TimestepsConfig, TrainConfig
 
-Target = Literal["cross_attention", "self_attention", "attention", "mlp", "projection", "conv", "text_encoder"]
+
+def _check_target(value: str) -> str:
+    check_selector(value.removeprefix("!"))
+    return value
+
+
+Target = Annotated[str, AfterValidator(_check_target)]
+"""A selector of layers, or with a "!" before it one of layers that are left out."""
 
 
 class MergedLora(Section):
@@ -98,11 +113,13 @@ class LoraConfig(Section):
     alpha: float = Field(8.0, gt=0.0, le=1024.0)
     """Strength of the update, which is scaled by alpha / rank."""
     targets: list[Target] = Field(["cross_attention"], min_length=1)
-    """Kinds of layers that get an adapter, one or more."""
-    target_ranks: dict[Target, Annotated[int, Field(ge=1, le=256)]] = Field({})
-    """Rank of individual targets where it differs from lora.rank, such as { mlp = 4 }."""
-    target_alphas: dict[Target, Annotated[float, Field(gt=0.0, le=1024.0)]] = Field({})
-    """Alpha of individual targets where it differs from lora.alpha."""
+    """Layers that get an adapter: kinds of them, parts (down, mid, up), block numbers such as 4 or 0-7, or patterns of
+    paths such as up_blocks.1.* (regular expressions after 're:'); a '!' before one leaves its layers out."""
+    target_ranks: dict[Selector, Annotated[int, Field(ge=1, le=256)]] = Field({})
+    """Rank of some layers where it differs from lora.rank, by what lora.targets takes, such as { mlp = 4, mid = 8, 0-3
+    = 2 }; the last that matches counts."""
+    target_alphas: dict[Selector, Annotated[float, Field(gt=0.0, le=1024.0)]] = Field({})
+    """Alpha of some layers where it differs from lora.alpha, as for lora.target_ranks."""
     rslora: bool = False
     """Scale the update by alpha / sqrt(rank) instead of alpha / rank (rank-stabilised LoRA)."""
     dora: bool = False
@@ -121,19 +138,38 @@ class LoraConfig(Section):
     """LoRA file of any trainer that training continues from, with its ranks, alphas and targets; a new LoRA if
     unset."""
 
+    @property
+    def trains_text(self) -> bool:
+        """Whether a text encoder gets an adapter, too."""
+        return any(is_of_text(target) for target in self.targets)
+
     def ranks(self, *, unet_only: bool = False) -> list[int]:
-        """The rank of every target; the text encoder is left out with `unet_only`."""
-        return [
-            self.target_ranks.get(target, self.rank)
-            for target in self.targets
-            if not (unet_only and target == "text_encoder")
-        ]
+        """The ranks that layers can have; those of text encoders are left out with `unet_only`."""
+        tables = {name: rank for name, rank in self.target_ranks.items() if not (unet_only and is_of_text(name))}
+        targets = [t for t in self.targets if not t.startswith("!") and not (unet_only and is_of_text(t))]
+        if not targets:
+            return []
+        if self._is_by_kind:
+            by_kind = [self.target_ranks.get(target, self.rank) for target in targets]
+            return by_kind + [rank for name, rank in tables.items() if name not in KINDS]
+        return [self.rank, *tables.values()]
+
+    @property
+    def _is_by_kind(self) -> bool:
+        return all(target in KINDS for target in self.targets)
+
+    @property
+    def names_layers(self) -> bool:
+        """Whether layers are told apart by more than their kind."""
+        return not {*self.targets, *self.target_ranks, *self.target_alphas} <= {*KINDS}
 
     @field_validator("targets")
     @classmethod
-    def _check_duplicates(cls, value: list[Target]) -> list[Target]:
+    def _check_targets(cls, value: list[Target]) -> list[Target]:
         if len(set(value)) < len(value):
             raise ValueError("every target may be listed only once")
+        if all(target.startswith("!") for target in value):
+            raise ValueError("all of these leave layers out; name layers to train as well")
         return value
 
     @model_validator(mode="after")
@@ -142,7 +178,7 @@ class LoraConfig(Section):
             f"lora.{name}.{target}"
             for name in ("target_ranks", "target_alphas")
             for target in getattr(self, name)
-            if target not in self.targets
+            if target in KINDS and target not in self.targets and self._is_by_kind
         ]
         if unused:
             raise ValueError(f"{', '.join(unused)}: not among lora.targets ({', '.join(self.targets)})")
@@ -273,9 +309,11 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_combination(self) -> RunConfig:
         targets_are_known = self.lora.from_file is None or "targets" in self.lora.model_fields_set
-        text_is_trained = "text_encoder" in self.lora.targets or not targets_are_known
+        text_is_trained = self.lora.trains_text or not targets_are_known
         if self.train.text_encoder_learning_rate is not None and not text_is_trained:
             raise ValueError("train.text_encoder_learning_rate requires 'text_encoder' in lora.targets")
+        if self.train.text_encoder_epochs is not None and not text_is_trained:
+            raise ValueError("train.text_encoder_epochs requires 'text_encoder' in lora.targets")
         if not self.preview.enabled and (used := self.copycheck.needing_previews()):
             raise ValueError(f"{used[0]} requires preview.enabled = true: the copy check compares previews")
         if self.preview.base_steps is not None and self.preview_base is None:

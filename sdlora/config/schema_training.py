@@ -5,13 +5,22 @@ Part of `schema`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from sdlora.common.selectors import check_selector
 from sdlora.config.schema_data import Section
 
 MAX_EPOCHS = 5
+Selector = Annotated[str, AfterValidator(check_selector)]
+"""A selector of layers."""
+
+
+def _steps_or_share(value: float) -> float:
+    if value >= 1 and value != int(value):
+        raise ValueError("give whole steps, or a share of all steps below 1")
+    return value if 0 < value < 1 else int(value)
 
 
 class TrainConfig(Section):
@@ -36,10 +45,22 @@ class TrainConfig(Section):
     """LoRA+: learning rate of B divided by that of A; 1 is plain LoRA."""
     text_encoder_learning_rate: float | None = Field(None, gt=0.0, le=1.0)
     """Learning rate of the text encoder's adapter; train.learning_rate if unset."""
-    lr_schedule: Literal["constant", "cosine"] = "constant"
-    """Learning rate schedule after warmup."""
-    warmup_steps: int = Field(0, ge=0)
-    """Steps over which the learning rate rises from zero."""
+    target_learning_rates: dict[Selector, Annotated[float, Field(gt=0.0, le=1.0)]] = Field({})
+    """Learning rate of some layers where it differs, by what lora.targets takes, such as { up = 1e-4, text_encoder_2 =
+    2e-5 }; the last that matches counts."""
+    text_encoder_epochs: int | None = Field(None, ge=1, le=MAX_EPOCHS)
+    """Epochs after which the text encoder's adapter stays as it is; to the end if unset."""
+    lr_schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial", "rex"] = "constant"
+    """Learning rate schedule after warmup: 'linear', 'cosine', 'polynomial' and 'rex' (which falls late) end at zero,
+    'cosine_restarts' falls train.lr_cycles times."""
+    lr_cycles: int = Field(3, ge=2, le=100)
+    """With cosine_restarts, how often the learning rate falls."""
+    lr_power: float = Field(2.0, gt=0.0, le=10.0)
+    """With polynomial, the power of the share of steps that is left."""
+    lr_floor: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of train.learning_rate below which no schedule falls."""
+    warmup_steps: Annotated[float, AfterValidator(_steps_or_share)] = Field(0, ge=0.0)
+    """Steps over which the learning rate rises from zero; below 1 a share of all steps."""
     weight_decay: float = Field(1e-2, ge=0.0, le=1.0)
     """Weight decay of A and B, which pulls the model towards the base model."""
     ema_decay: float = Field(0.0, ge=0.0, lt=1.0)
@@ -75,6 +96,17 @@ class TrainConfig(Section):
     def _check_optimizer(self) -> TrainConfig:
         if self.optimizer == "schedule_free" and self.lr_schedule != "constant":
             raise ValueError("train.optimizer = 'schedule_free' requires train.lr_schedule = 'constant'")
+        if self.lr_cycles != 3 and self.lr_schedule != "cosine_restarts":
+            raise ValueError("train.lr_cycles requires train.lr_schedule = 'cosine_restarts'")
+        if self.lr_power != 2.0 and self.lr_schedule != "polynomial":
+            raise ValueError("train.lr_power requires train.lr_schedule = 'polynomial'")
+        if self.lr_floor > 0 and self.lr_schedule == "constant":
+            raise ValueError("train.lr_floor has no effect on train.lr_schedule = 'constant'")
+        if self.text_encoder_epochs is not None and self.text_encoder_epochs >= self.epochs:
+            raise ValueError(
+                f"train.text_encoder_epochs ({self.text_encoder_epochs}) has no effect unless it is below train.epochs "
+                f"({self.epochs})"
+            )
         if self.optimizer == "schedule_free" and self.ema_decay > 0:
             raise ValueError("train.optimizer = 'schedule_free' already averages the weights; set train.ema_decay to 0")
         if self.optimizer == "prodigy":
@@ -83,10 +115,12 @@ class TrainConfig(Section):
                     f"train.learning_rate ({self.learning_rate:g}) multiplies the rate that prodigy estimates; set it "
                     "to 1"
                 )
-            if self.loraplus_lr_ratio != 1.0 or self.text_encoder_learning_rate not in (None, self.learning_rate):
+            rates = {self.text_encoder_learning_rate or self.learning_rate, *self.target_learning_rates.values()}
+            if self.loraplus_lr_ratio != 1.0 or rates != {self.learning_rate}:
                 raise ValueError(
                     "train.optimizer = 'prodigy' uses one learning rate for all parameters; set "
-                    "train.loraplus_lr_ratio to 1 and leave train.text_encoder_learning_rate unset"
+                    "train.loraplus_lr_ratio to 1 and leave train.text_encoder_learning_rate and "
+                    "train.target_learning_rates unset"
                 )
         return self
 

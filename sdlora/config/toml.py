@@ -183,7 +183,7 @@ def _apply(document: dict[str, Any], override: str) -> None:
 
 def _describe(fault: dict[str, Any]) -> str:
     """One validation error as a sentence: the option, the value found, what is allowed."""
-    loc = [part for part in fault["loc"] if part not in PROMPT_TAGS]
+    loc = [part for part in fault["loc"] if part not in (*PROMPT_TAGS, "[key]")]
     key = ".".join(str(part) for part in loc)
     found, limits = fault["input"], fault.get("ctx", {})
     if fault["type"] == "extra_forbidden":

@@ -69,6 +69,7 @@ class MemoryEstimate:
 
     Attributes:
         trainable_parameters: Of the adapter.
+        layers: How many get one, by kind.
         base_parameters: Of the networks that are adapted.
         parts: Bytes at the peak: "weights" of the frozen networks that a step needs, "adapter" with gradients and
             optimizer state, "activations" of the largest step, "caches" held beside them, "overhead" of kernels and
@@ -81,6 +82,7 @@ class MemoryEstimate:
     """
 
     trainable_parameters: int
+    layers: dict[str, int]
     base_parameters: int
     parts: dict[str, int]
     flops_per_step: int
@@ -111,7 +113,7 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
         DataError: The LoRA file does not fit the base.
     """
     config, shapes = inputs.config, inputs.shapes
-    text_is_trained = "text_encoder" in config.lora.targets
+    text_is_trained = config.lora.trains_text
     quantization = config.base.quantization
     base = MetaBase(shapes, inputs.dtype, quantization=quantization, text_is_trained=text_is_trained)
     beside_text = not base.model.network_waits and (text_is_trained or inputs.text_is_live)
@@ -166,6 +168,7 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
         beside = max(drawing, encoding_text) - in_a_step
     return MemoryEstimate(
         trainable_parameters=count,
+        layers=adapter.summary(),
         base_parameters=adapter.num_base_parameters(),
         parts={
             "weights": weights,

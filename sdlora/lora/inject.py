@@ -12,14 +12,15 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from sdlora.common import seeds
+from sdlora.common.selectors import Blocks
 from sdlora.errors import ConfigError
+from sdlora.lora.init import Init, initial_factors
 from sdlora.lora.layers import DoraConv2d, DoraLayer, DoraLinear, LoraConv2d, LoraLayer, LoraLinear
 from sdlora.lora.quantize import QuantizedLinear, num_weights
 from sdlora.lora.timestep_rank import TimestepRank, rank_mask, watch_timesteps
@@ -71,21 +72,40 @@ def adaptable(unet: nn.Module, text_encoders: Sequence[nn.Module] = ()) -> list[
 
 
 def find_targets(unet: nn.Module, names: Sequence[str], text_encoders: Sequence[nn.Module] = ()) -> list[str]:
-    """The paths of all layers of the targets with these names in `TARGETS`, in the networks' order.
+    """The paths of all layers that selectors are of, without those of selectors behind a "!", in the networks' order.
+
+    Only layers of a kind in `TARGETS` can be selected.
 
     Raises:
-        ConfigError: A name matches no layer of this base.
+        ConfigError: A selector matches no layer of this base, or nothing is left.
     """
-    layers = adaptable(unet, text_encoders)
-    found = {name: [path for path in layers if TARGETS[name].fullmatch(path)] for name in names}
+    layers = [path for path in adaptable(unet, text_encoders) if target_of(path) is not None]
+    blocks = blocks_of(unet)
+    found = {
+        name: [path for path in layers if blocks.selects(name.removeprefix("!"), path, target_of(path))]
+        for name in names
+    }
     if empty := [name for name, paths in found.items() if not paths]:
         present = [name for name in TARGETS if any(TARGETS[name].fullmatch(path) for path in layers)]
         raise ConfigError(
             f"lora.targets: {', '.join(map(repr, empty))} matches no layer of this base model; "
-            f"its targets are: {', '.join(present) or 'none'}."
+            f"its targets are: {', '.join(present) or 'none'}. Their paths are like {_examples(layers)}."
         )
-    wanted = {path for paths in found.values() for path in paths}
+    wanted = {path for name, paths in found.items() if not name.startswith("!") for path in paths}
+    wanted -= {path for name, paths in found.items() if name.startswith("!") for path in paths}
+    if names and not wanted:
+        raise ConfigError(f"lora.targets: {', '.join(map(repr, names))} leave no layer to train. Exclude less.")
     return [path for path in layers if path in wanted]
+
+
+def blocks_of(unet: nn.Module) -> Blocks:
+    """How a network's blocks are numbered."""
+    return Blocks.of(f"{path}." for path, _ in unet.named_modules())
+
+
+def _examples(layers: Sequence[str]) -> str:
+    """A few paths of different kinds."""
+    return ", ".join(map(repr, list({target_of(path): path for path in layers}.values())[:2])) or "none"
 
 
 @dataclass(frozen=True)
@@ -99,8 +119,6 @@ class LoraWeights:
     initial: tuple[Tensor, Tensor] | None = None  # the frozen A0 and B0 of the same shapes, whose product is subtracted
 
 
-Init = Literal["gaussian", "orthogonal", "pissa"]
-"""A random A and a zero B, or singular triplets whose product is then subtracted."""
 LoraState = dict[str, LoraWeights]
 """Module path, as `sdlora.lora.inject` writes it, to its weights."""
 
@@ -109,8 +127,8 @@ LoraState = dict[str, LoraWeights]
 class AdapterSpec:
     """The kind of an adapter, apart from rank and alpha."""
 
-    target_ranks: Mapping[str, int] = field(default_factory=dict)  # by target, where they differ from the adapter's
-    target_alphas: Mapping[str, float] = field(default_factory=dict)  # by target, where they differ from the adapter's
+    target_ranks: Mapping[str, int] = field(default_factory=dict)  # by selector, where they differ from the adapter's
+    target_alphas: Mapping[str, float] = field(default_factory=dict)  # by selector, where they differ
     rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2312.03732, equation 3)
     dora: bool = False  # train magnitudes as well
     dropout: float = 0.0  # share of inputs that is zeroed inside `Adapter.dropping`, in [0, 1)
@@ -135,6 +153,7 @@ class Adapter:
     ) -> None:
         self._networks = networks
         self.layers = layers
+        self.blocks = blocks_of(networks[""])
         self.timestep_rank = timestep_rank
         self._watch: RemovableHandle | None = None
         if timestep_rank is not None:
@@ -170,6 +189,24 @@ class Adapter:
     def initial_factors(self) -> list[Tensor]:
         """Every frozen A0 and B0, in the networks' order; a run's checkpoint saves them."""
         return [tensor for layer in self.layers.values() for tensor in layer.initial or ()]
+
+    def summary(self) -> dict[str, int]:
+        """Number of layers by kind, in the order of `TARGETS`."""
+        found = list(self.kinds().values())
+        return {name: found.count(name) for name in TARGETS if name in found}
+
+    def kinds(self) -> dict[str, str | None]:
+        """The kind of every layer, by its path."""
+        return {path: target_of(path) for path in self.layers}
+
+    def described(self) -> str:
+        """A sentence that tells which layers are trained, and at which ranks."""
+        kinds = ", ".join(f"{count} {kind}" for kind, count in self.summary().items())
+        ranks = sorted({layer.rank for layer in self.layers.values()})
+        told = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+        numbers = sorted({n for path in self.layers if (n := self.blocks.number(path)) is not None})
+        inside = f", in the blocks {', '.join(map(str, numbers))}" if numbers else ""
+        return f"{len(self.layers)} layers are trained: {kinds}{inside}; {told}."
 
     @property
     def adapts_text(self) -> bool:
@@ -289,19 +326,22 @@ def inject(
     Args:
         unet: Changed in place, as the text encoders are where paths name their modules.
         paths: Module paths, as `find_targets` returns them.
-        rank: r of every layer whose target is not in `spec.target_ranks`.
-        alpha: alpha of every layer whose target is not in `spec.target_alphas`.
+        rank: r of every layer that no selector in `spec.target_ranks` is of.
+        alpha: alpha of every layer that none in `spec.target_alphas` is of.
         seed: The run's seed; a layer's initial weights depend on it and on the module path alone.
 
     Raises:
-        ConfigError: `spec.init` needs more singular values than a layer has.
+        ConfigError: `spec.init` needs more singular values than a layer has, or a selector is of none of the paths.
     """
-    spec = spec or AdapterSpec()
+    spec, blocks = spec or AdapterSpec(), blocks_of(unet)
+    kinds = {path: target_of(path) for path in paths}
+    blocks.refuse_unused("lora.target_ranks", spec.target_ranks, kinds)
+    blocks.refuse_unused("lora.target_alphas", spec.target_alphas, kinds)
     networks = _frozen(unet, text_encoders)
     layers: dict[str, LoraLayer] = {}
     for path in paths:
-        target = target_of(path) or ""
-        r, numerator = spec.target_ranks.get(target, rank), spec.target_alphas.get(target, alpha)
+        r = blocks.value(spec.target_ranks, path, kinds[path], rank)
+        numerator = blocks.value(spec.target_alphas, path, kinds[path], alpha)
         # Files store alpha and r alone, so rsLoRA is an alpha larger by sqrt(r).
         numerator = numerator * math.sqrt(r) if spec.rslora else numerator
         generator = seeds.generator(seed, "lora down", path)
@@ -376,41 +416,3 @@ def _place(networks: Mapping[str, nn.Module], path: str) -> tuple[nn.Module, str
 def _prefix(path: str) -> str:
     network = network_of(path)
     return "" if network == "unet" else f"{network}."
-
-
-def initial_factors(
-    init: Init, weight: Tensor, rank: int, scale: float, *, generator: torch.Generator
-) -> tuple[Tensor, Tensor]:
-    """A0 and B0, of the shapes of A and B, each scaled by the root of the singular values; float32 on the CPU.
-
-    "orthogonal" takes the last r triplets of a random matrix of the layer's shape, so that ranks start small and
-    orthogonal to each other. "pissa" takes the first r triplets of the layer's own weights, divided by the scale, so
-    that s B0 A0 is their best approximation of rank r.
-
-    Args:
-        weight: W0, (o, i) or (o, i, k, k).
-        rank: r, at most min(i k k, o).
-        scale: s = alpha / r.
-        generator: Source of the random matrix, N(0, 1/r^2).
-
-    Raises:
-        ConfigError: The layer has fewer than r triplets.
-
-    Source: Soboleva et al. 2507.05964, section 3.2, with the deviation 1/r of its code; Meng et al. 2404.02948,
-    equations 2 to 4.
-    """
-    matrix = weight.detach().float().cpu().flatten(1)
-    if rank > min(matrix.shape):
-        raise ConfigError(
-            f"lora.init = {init!r} needs a rank of at most {min(matrix.shape)} on a layer of {matrix.shape[0]} "
-            f"outputs and {matrix.shape[1]} inputs, found {rank}. Lower lora.rank or set lora.init = 'gaussian'."
-        )
-    if init == "orthogonal":
-        matrix = torch.randn(matrix.shape, generator=generator) / rank
-    u, s, v = torch.linalg.svd(matrix, full_matrices=False)
-    if init == "orthogonal":
-        u, s, v = u[:, -rank:], s[-rank:], v[-rank:]
-    else:
-        u, s, v = u[:, :rank], s[:rank] / scale, v[:rank]
-    down, up = s.sqrt()[:, None] * v, u * s.sqrt()
-    return down.reshape(rank, *weight.shape[1:]), up.reshape(-1, rank, *(1 for _ in weight.shape[2:]))

@@ -27,7 +27,7 @@ from sdlora.training.settings import TrainingSettings
 
 def text_is_trained(config: RunConfig) -> bool:
     """Whether the adapter is on the text encoder, too."""
-    return "text_encoder" in config.lora.targets
+    return config.lora.trains_text
 
 
 def timestep_rank(config: RunConfig, base: BaseModel | None = None) -> TimestepRank | None:
@@ -51,8 +51,8 @@ def adapter_spec(config: RunConfig, base: BaseModel | None = None) -> AdapterSpe
     """The kind of adapter that is trained; without a base model its ranks are those of a DDPM schedule."""
     lora = config.lora
     return AdapterSpec(
-        target_ranks={str(target): rank for target, rank in lora.target_ranks.items()},
-        target_alphas={str(target): alpha for target, alpha in lora.target_alphas.items()},
+        target_ranks=lora.target_ranks,
+        target_alphas=lora.target_alphas,
         rslora=lora.rslora,
         dora=lora.dora,
         dropout=lora.dropout,
@@ -121,6 +121,7 @@ def training_settings(config: RunConfig, base: BaseModel | None = None) -> Train
         "preview_every_steps": config.preview.every_steps if config.preview.enabled else 0,
         "text_is_trained": text_is_trained(config),
         "text_encoder_factor": (train.text_encoder_learning_rate or train.learning_rate) / train.learning_rate,
+        "rate_factors": {name: rate / train.learning_rate for name, rate in train.target_learning_rates.items()},
     }
     return TrainingSettings(**{field.name: values[field.name] for field in fields(TrainingSettings)})
 

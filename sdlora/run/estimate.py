@@ -50,8 +50,10 @@ from sdlora.run.lora_inputs import starting_file, with_settings_of_file
 from sdlora.run.preview_requests import drawing_share, rounds_within_epochs
 from sdlora.run.setup import RunContext, choose_device, prepare
 from sdlora.training.data import TrainingData, evaluation_data, make_steps
+from sdlora.training.schedules import Schedule
 from sdlora.training.validation import NUM_MEASURED
 
+_SHOWN_RATES = 40
 _SMALL_BASE = 100_000_000
 
 
@@ -65,6 +67,7 @@ class Estimate(MemoryEstimate):
         exposures_per_image: How often each image is seen; the highest of several sets.
         images: How many are trained; None without images, as the next four.
         buckets: Width and height in pixels, and how many images have them.
+        rates: The learning rate at up to 40 steps, evenly spread from the first to the last.
         seconds: Of all steps, from one that was timed; None also if it did not fit into memory.
         cache_bytes: What the run keeps in the cache on disk, at most.
         looking_share: The arithmetic of previews, validation and copy check over that of training; previews that are
@@ -82,6 +85,7 @@ class Estimate(MemoryEstimate):
     images: int | None = field(default=None, metadata=saved_as("pictures"))
     buckets: dict[str, int] = field(default_factory=dict)
     steps: int | None = None
+    rates: list[float] = field(default_factory=list)
     seconds: float | None = None
     cache_bytes: int | None = None
     looking_share: float | None = None
@@ -185,6 +189,7 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
         cache, steps, seconds = cache_bytes_of_run(context, config), context.trainer.total_steps, None
         with suppress(torch.OutOfMemoryError):  # the estimate says what to set
             seconds = steps * step_seconds(context.trainer, config.data.background)
+    schedule, shown = Schedule.of(context.trainer.settings), min(steps, _SHOWN_RATES)
     exposures = config.train.epochs * sum(example.repeats for example in examples)
     held = () if context.validation is None else context.validation.data.dataset.examples
     found = _estimate(
@@ -197,6 +202,9 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
             for (width, height), count in Counter(bucket for e in examples for bucket in e.buckets).items()
         },
         steps=steps,
+        rates=[schedule.rate(1 + round(i * (steps - 1) / (shown - 1)), steps) for i in range(shown)]
+        if shown > 1
+        else [],
         seconds=seconds,
         cache_bytes=cache,
     )

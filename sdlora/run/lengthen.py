@@ -118,8 +118,8 @@ def _told(one: Lengthening, config: RunConfig) -> str:
     """A sentence on what was done, and one on whether the result is that of a run of this length."""
     said = f"Lengthened at step {one.step} from {one.epochs_before} to {one.epochs} epochs."
     differences = []
-    if config.train.lr_schedule == "cosine":
-        differences.append("the learning rate falls to zero over that length")
+    if config.train.lr_schedule != "constant" or 0 < config.train.warmup_steps < 1:
+        differences.append("the learning rate follows its schedule over that length")
     if config.timesteps.coverage == "image":
         differences.append("each image's timesteps are spread over its exposures")
     if not differences:

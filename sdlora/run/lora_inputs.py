@@ -74,7 +74,7 @@ def with_settings_of_file(config: RunConfig) -> RunConfig:
     except ValidationError as error:
         faults = "; ".join(f"{'.'.join(map(str, fault['loc']))}: {fault['msg']}" for fault in error.errors())
         raise ConfigError(f"lora.from_file: {file.name} cannot be trained: {faults}.") from error
-    if config.train.text_encoder_learning_rate is not None and "text_encoder" not in lora.targets:
+    if config.train.text_encoder_learning_rate is not None and not lora.trains_text:
         raise ConfigError(
             f"train.text_encoder_learning_rate has no effect: {file.name} has no layers of the text encoder."
         )

@@ -38,6 +38,7 @@ from sdlora.run.lora_inputs import content_hashes, merging, origins, with_settin
 from sdlora.run.preview_requests import drawn_as, further_requests, preview_request
 from sdlora.training.data import TrainingData, evaluation_data, training_data
 from sdlora.training.distributed import ALONE, Processes
+from sdlora.training.schedules import Schedule
 from sdlora.training.trainer import Trainer
 from sdlora.training.validation import Validation
 
@@ -302,7 +303,7 @@ def _make_trainer(config: RunConfig, loaded: Loaded, adapter: Adapter, processes
     prior = None if images.prior is None else training_data(settings, images.prior, loaded.cache)
     accelerator = Accelerator(cpu=on_cpu, mixed_precision="fp16" if loaded.precision == "fp16" else "no")
     trainer = Trainer(settings, adapter, data, accelerator, prior, processes)
-    if settings.warmup_steps >= trainer.total_steps:
+    if Schedule.of(settings).warmup_steps(trainer.total_steps) >= trainer.total_steps:
         raise ConfigError(
             f"train.warmup_steps = {settings.warmup_steps} never ends in {trainer.total_steps} steps. Choose a tenth "
             "of them or less, or raise data.repeats."
@@ -317,6 +318,8 @@ def _notices(config: RunConfig, trainer: Trainer, cache: Cache) -> Iterator[str]
             f"Training continues from {Path(config.lora.from_file).name}, of rank {config.lora.rank} in "
             f"{', '.join(config.lora.targets)}. The base model itself is drawn as epoch 0."
         )
+    if config.lora.from_file is None and (config.lora.names_layers or config.train.target_learning_rates):
+        yield trainer.adapter.described()
     epochs = config.train.epochs
     repeats = [example.repeats for example in trainer.data.dataset.examples]
     if (warning := exposures_warning(min(repeats) * epochs, max(repeats) * epochs)) is not None:

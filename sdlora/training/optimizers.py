@@ -1,4 +1,4 @@
-"""Optimizers by name, each from its own library, the learning rate of each step, and the average of the weights.
+"""Optimizers by name, each from its own library, and the average of the weights.
 
 Made by the training step; the groups with rates of their own come from the adapter. What is evaluated and exported is
 the average, if there is one, swapped in at the end of every epoch.
@@ -7,8 +7,7 @@ the average, if there is one, swapped in at the end of every epoch.
 from __future__ import annotations
 
 import importlib
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +18,6 @@ from torch import Tensor, nn
 from sdlora.errors import ConfigError
 from sdlora.lora.inject import TEXT_ENCODER, Adapter
 from sdlora.lora.layers import DoraLayer
-from sdlora.training.settings import LrSchedule
 
 # Module, class and arguments.
 _OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
@@ -42,54 +40,53 @@ class Group:
         parameters: At least one.
         rate_factor: Their learning rate over the run's, above 0.
         decays: Whether weight decay acts on them: it pulls towards zero, which must be the base model.
+        of_text: Whether they are the text encoders'.
     """
 
     parameters: Sequence[nn.Parameter]
     rate_factor: float
     decays: bool = True
+    of_text: bool = False
 
 
-def learning_rate(step: int, total_steps: int, peak: float, schedule: LrSchedule, warmup_steps: int) -> float:
-    """The learning rate of one optimizer step, in [0, peak].
-
-    Args:
-        step: From 1 to `total_steps`.
-        total_steps: Of the run.
-        peak: The highest learning rate.
-        schedule: "constant" keeps the peak after the warm-up, "cosine" falls to zero along half a cosine
-            (Loshchilov & Hutter 1608.03983, equation 5 without restarts).
-        warmup_steps: Steps over which the rate rises linearly to the peak.
-    """
-    if step <= warmup_steps:
-        return peak * step / warmup_steps
-    if schedule == "constant":
-        return peak
-    progress = (step - warmup_steps - 1) / max(1, total_steps - warmup_steps)
-    return peak * 0.5 * (1 + math.cos(math.pi * progress))
-
-
-def adapter_groups(adapter: Adapter, loraplus_lr_ratio: float, text_encoder_factor: float) -> list[Group]:
+def adapter_groups(
+    adapter: Adapter,
+    loraplus_lr_ratio: float,
+    text_encoder_factor: float,
+    rate_factors: Mapping[str, float] | None = None,
+    *,
+    text_apart: bool = False,
+) -> list[Group]:
     """An adapter's parameters by learning rate.
 
     Args:
         adapter: On a UNet, a text encoder, or both.
         loraplus_lr_ratio: The learning rate of every B over that of A, at least 1; DoRA's magnitudes have that of A.
         text_encoder_factor: The learning rate of the text encoder's A over that of the UNet's, above 0.
+        rate_factors: The same by selector of layers, where it differs; the last that matches counts.
+        text_apart: Give the text encoders groups of their own, whatever their rates.
 
     Magnitudes, and layers whose start is subtracted, equal the base model at their start and not at zero, so they do
     not decay.
 
+    Raises:
+        ConfigError: A selector is of no layer of the adapter.
+
     Source: LoRA+, Hayou et al. 2402.12354, section 4.
     """
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    factors = rate_factors or {}
+    blocks, kinds = adapter.blocks, adapter.kinds()
+    blocks.refuse_unused("train.target_learning_rates", factors, kinds)
+    groups: dict[tuple[float, bool, bool], list[nn.Parameter]] = {}
     for path, layer in adapter.layers.items():
-        factor = text_encoder_factor if path.startswith(TEXT_ENCODER) else 1.0
-        decays = layer.initial is None
-        groups.setdefault((factor, decays), []).append(layer.down)
-        groups.setdefault((factor * loraplus_lr_ratio, decays), []).append(layer.up)
+        is_text = path.startswith(TEXT_ENCODER)
+        factor = blocks.value(factors, path, kinds[path], text_encoder_factor if is_text else 1.0)
+        decays, apart = layer.initial is None, is_text and text_apart
+        groups.setdefault((factor, decays, apart), []).append(layer.down)
+        groups.setdefault((factor * loraplus_lr_ratio, decays, apart), []).append(layer.up)
         if isinstance(layer, DoraLayer):
-            groups.setdefault((factor, False), []).append(layer.magnitude)
-    return [Group(parameters, factor, decays) for (factor, decays), parameters in groups.items()]
+            groups.setdefault((factor, False, apart), []).append(layer.magnitude)
+    return [Group(parameters, *kind) for kind, parameters in groups.items()]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -5,13 +5,13 @@ Made from a configuration by `sdlora.run.arguments`, and read by all parts of th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from sdlora.diffusion.timesteps import Density
 
-LrSchedule = Literal["constant", "cosine"]
+LrSchedule = Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial", "rex"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +23,7 @@ class TrainingSettings:
         text_is_trained: The adapter is on the text encoder, too.
         gamma: Parameter of the weighting; its default if None.
         text_encoder_factor: The text encoder's learning rate over the UNet's, above 0.
+        rate_factors: Learning rates over the UNet's by selector of layers; the last that matches counts.
         ema_decay: 0 is off, as for `max_grad_norm`.
         class_words: Words in the trigger's place, for prior preservation; none if empty.
         checkpoint_every_steps: 0 for the end of epochs alone.
@@ -49,9 +50,14 @@ class TrainingSettings:
     optimizer: str
     learning_rate: float
     lr_schedule: LrSchedule
-    warmup_steps: int
+    lr_cycles: int
+    lr_power: float
+    lr_floor: float
+    warmup_steps: float
     loraplus_lr_ratio: float
     text_encoder_factor: float
+    text_encoder_epochs: int | None
+    rate_factors: Mapping[str, float]
     weight_decay: float
     ema_decay: float
 

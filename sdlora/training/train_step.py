@@ -22,7 +22,8 @@ from sdlora.training.data import Step
 from sdlora.training.distributed import Processes
 from sdlora.training.loss import Term
 from sdlora.training.model import TrainingModel
-from sdlora.training.optimizers import MovingAverage, adapter_groups, learning_rate, make_optimizer, set_learning_rate
+from sdlora.training.optimizers import MovingAverage, adapter_groups, make_optimizer, set_learning_rate
+from sdlora.training.schedules import Schedule
 from sdlora.training.settings import TrainingSettings
 
 
@@ -68,7 +69,13 @@ class TrainStep:
         self.model = TrainingModel(
             base.network,
             adapter,
-            adapter_groups(adapter, settings.loraplus_lr_ratio, settings.text_encoder_factor),
+            adapter_groups(
+                adapter,
+                settings.loraplus_lr_ratio,
+                settings.text_encoder_factor,
+                settings.rate_factors,
+                text_apart=settings.text_encoder_epochs is not None,
+            ),
             optimizer=settings.optimizer,
             gradient_checkpointing=settings.gradient_checkpointing,
             compiled=settings.compile,
@@ -90,12 +97,12 @@ class TrainStep:
             DivergedError: Loss or gradient of this step, or of the one before it, is not finite.
             OutOfMemoryError: Torch's own, if memory is full and `auto_batch` is off or one image is too many.
         """
-        settings, total_steps = self.settings, len(self.terms[0].schedule.steps)
-        rate = learning_rate(step, total_steps, settings.learning_rate, settings.lr_schedule, settings.warmup_steps)
+        settings = self.settings
+        rate = self.learning_rate(step)
         set_learning_rate(self.optimizer, rate)
         while (losses := self.gradients(step, micro_batch_size)) is None:
             micro_batch_size = self._halve(micro_batch_size)
-        norm = self._gradient_norm()
+        norm = self._gradient_norm(step)
         # Under loss scaling an infinite gradient only skips the step.
         self.divergence.observe(step, rate, losses, norm if self.accelerator.scaler is None else None)
         if settings.max_grad_norm > 0:
@@ -105,6 +112,20 @@ class TrainStep:
         if self.average is not None:
             self.average.update(step)
         return StepResult(rate, losses, micro_batch_size)
+
+    def learning_rate(self, step: int) -> float:
+        """The learning rate of a step, from 1."""
+        return Schedule.of(self.settings).rate(step, len(self.terms[0].schedule.steps))
+
+    def _leave_text(self, step: int) -> None:
+        """Drop the text encoders' gradients once they are trained no more: no optimizer changes what has none."""
+        epochs = self.settings.text_encoder_epochs
+        if epochs is None or step <= sum(map(len, self.terms[0].schedule.epochs[:epochs])):
+            return
+        for group in self.model.groups:
+            if group.of_text:
+                for parameter in group.parameters:
+                    parameter.grad = None
 
     def gradients(self, step: int, micro_batch_size: int) -> Tensor | None:
         """Leave the gradient of all terms on the parameters, and return the first one's losses, (B,).
@@ -151,9 +172,10 @@ class TrainStep:
             self.accelerator.backward(term.weight * objective.sum() / num_examples)
         return self.processes.placed(loss.detach(), len(exposures))
 
-    def _gradient_norm(self) -> Tensor:
+    def _gradient_norm(self, step: int) -> Tensor:
         """The norm of the whole batch's gradient, which is then on the parameters of every process, unscaled."""
         self.processes.sum_gradients(self.parameters)
+        self._leave_text(step)
         self.accelerator.unscale_gradients(self.optimizer)
         return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 

@@ -50,13 +50,11 @@ def test_every_setting_is_printed_under_what_became_of_it(capsys: pytest.Capture
 
 
 def test_a_partial_file_says_what_is_left(capsys: pytest.CaptureFixture[str], folder: Path) -> None:
-    Path("run.toml").write_text(
-        "network_dim = 8\nlr_scheduler = 'linear'\nhub_token = 'x'\ntrain_data_dir = 'photos'\n"
-    )
+    Path("run.toml").write_text("network_dim = 8\nlr_scheduler = 'wsd'\nhub_token = 'x'\ntrain_data_dir = 'photos'\n")
     code, out, _ = call(capsys, "import", "run.toml", "--partial", "--output", "mine.toml")
     assert code == 0
     text = Path("mine.toml").read_text(encoding="utf-8")
-    assert "#   lr_scheduler = linear: " in text
+    assert "#   lr_scheduler = wsd: " in text
     assert "#   hub_token = (not shown): " in text and "hub_token = x" not in out
     assert load_config("mine.toml").lora.rank == 8
 

@@ -42,8 +42,10 @@ def test_list_of_options_is_frozen() -> None:
         "lora.from_file",
         "train.epochs", "train.exposures", "train.batch_size", "train.gradient_accumulation_steps", "train.auto_batch",
         "train.optimizer", "train.learning_rate", "train.loraplus_lr_ratio", "train.text_encoder_learning_rate",
-        "train.lr_schedule", "train.warmup_steps", "train.weight_decay", "train.ema_decay", "train.max_grad_norm",
-        "train.preservation_weight", "train.preservation_every", "train.precision", "train.gradient_checkpointing",
+        "train.target_learning_rates", "train.text_encoder_epochs", "train.lr_schedule", "train.lr_cycles",
+        "train.lr_power", "train.lr_floor", "train.warmup_steps", "train.weight_decay", "train.ema_decay",
+        "train.max_grad_norm", "train.preservation_weight", "train.preservation_every",
+        "train.precision", "train.gradient_checkpointing",
         "train.compile", "train.device", "train.log_every_steps", "train.checkpoint_every_steps", "train.trackers",
         "timesteps.density", "timesteps.mean", "timesteps.std", "timesteps.min", "timesteps.max",
         "timesteps.high_noise_keep", "timesteps.coverage", "loss.kind", "loss.huber_delta", "loss.weighting",
@@ -115,14 +117,14 @@ def test_preservation_without_its_other_options_is_refused() -> None:
 
 
 def test_all_faults_are_reported_at_once_with_the_nearest_name() -> None:
-    message = faults(data={}, lora={"rnak": 4, "rank": 0}, train={"batchsize": 2, "lr_schedule": "linear"}, sed=1)
+    message = faults(data={}, lora={"rnak": 4, "rank": 0}, train={"batchsize": 2, "lr_schedule": "linaer"}, sed=1)
     lines = {line.split(":")[0].strip(): line for line in message.splitlines()[1:]}
     assert lines.keys() == {"data.folder", "lora.rnak", "lora.rank", "train.batchsize", "train.lr_schedule", "sed"}
     nearest = {"lora.rnak": "lora.rank", "train.batchsize": "train.batch_size", "sed": "seed"}
     for name, near in nearest.items():
         assert lines[name].endswith(f"Did you mean {near}?")
     assert "found 0" in lines["lora.rank"] and "greater than or equal to 1" in lines["lora.rank"]
-    assert all(value in lines["train.lr_schedule"] for value in ("'linear'", "'constant'", "'cosine'"))
+    assert all(value in lines["train.lr_schedule"] for value in ("'linaer'", "'constant'", "'cosine'", "'rex'"))
 
 
 @pytest.mark.parametrize("epochs", [6, 9, 100])

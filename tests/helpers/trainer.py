@@ -37,7 +37,7 @@ def make_trainer(
         {
             "data": {"folder": "x", "repeats": 2, "masks": masks, **preserving},
             "train": {"epochs": 1, "batch_size": 2, **train},
-            "lora": {"rank": 2},
+            "lora": {"rank": 2, "targets": list(targets)},
             "loss": loss or {},
             "timesteps": timesteps or {},
         },

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from sdlora.errors import ConfigError
-from sdlora.lora.inject import initial_factors
+from sdlora.lora.init import initial_factors
 
 
 def generator() -> torch.Generator:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -48,6 +49,44 @@ def test_other_targets_find_their_layers(pipeline: Any, name: str, count: int, e
     assert example in paths
     assert not {"conv_in", "conv_out"} & set(paths)
     assert {target_of(path) for path in paths} == {name}
+
+
+@pytest.mark.parametrize(
+    ("names", "selected"),
+    [
+        (["up"], r"up_blocks\..*"), (["mid", "!conv"], r"mid_block\.attentions.*"), (["3-5", "!*.ff.*"], ""),
+        (["up_blocks.1.*attn2*"], r"up_blocks\.1\..*\.attn2\..*"),
+        (["cross_attention", "!down", r"!re:.*\.to_[qk]"], r"(mid|up).*\.attn2\.(to_v|to_out\.0)"),
+        (["text_encoder_1"], r"text_encoder\..*"),
+    ],
+)  # fmt: skip
+def test_layers_are_chosen_by_name(pipeline: Any, names: list[str], selected: str) -> None:
+    layers = [path for path in adaptable(pipeline.unet, [pipeline.text_encoder]) if target_of(path)]
+    # The tiny base has two down blocks of one ResNet: 0 to 3, the middle 4, then the output blocks.
+    pattern = selected or r"(down_blocks\.1|mid_block|up_blocks\.0\.resnets\.0).*(?<!ff).*"
+    expected = [path for path in layers if re.fullmatch(pattern, path) and (selected or ".ff." not in path)]
+    assert expected
+    assert find_targets(pipeline.unet, names, [pipeline.text_encoder]) == expected
+
+
+@pytest.mark.parametrize("names", [["cross_attention", "!90"], ["time_embedding.*"], ["mlp", "!mlp"], ["foo*"]])
+def test_a_selector_of_no_layer_is_refused(pipeline: Any, names: list[str]) -> None:
+    with pytest.raises(ConfigError, match=r"lora\.targets: .*(matches no layer|leave no layer)"):
+        find_targets(pipeline.unet, names)
+
+
+def test_ranks_and_alphas_differ_by_block_and_pattern(pipeline: Any) -> None:
+    spec = AdapterSpec(target_ranks={"mlp": 3, "up": 2, "*.attn2.to_q": 5}, target_alphas={"4": 8.0})
+    adapter = injected(pipeline, LINEAR_TARGETS, spec, rank=4, alpha=2.0)
+    for path, layer in adapter.layers.items():
+        rank = 3 if ".ff." in path else 4
+        rank = 5 if path.endswith("attn2.to_q") else 2 if path.startswith("up_") else rank
+        assert (layer.rank, layer.alpha) == (rank, 8.0 if path.startswith("mid_") else 2.0)
+    assert adapter.described().startswith("40 layers are trained: 16 cross_attention, 16 self_attention, 8 mlp")
+    assert adapter.described().endswith("; ranks 2, 3, 4, 5.")
+    adapter.remove()
+    with pytest.raises(ConfigError, match=r"lora\.target_ranks: 'conv' matches none of the 40 layers"):
+        injected(pipeline, LINEAR_TARGETS, AdapterSpec(target_ranks={"conv": 4}))
 
 
 def test_ranks_and_alphas_differ_by_target(pipeline: Any) -> None:

@@ -53,7 +53,7 @@ def test_lengthened_run_ends_in_the_bytes_of_one_planned_so(tmp_path: Path, over
         ({}, "in which each image's timesteps are spread over its exposures, so the result is not exactly that of"),
         (
             {"timesteps": {"coverage": "batch"}, "train": {"lr_schedule": "cosine"}},
-            "of a run of 2 epochs, in which the learning rate falls to zero over that length, so",
+            "of a run of 2 epochs, in which the learning rate follows its schedule over that length, so",
         ),
         ({"train": {"lr_schedule": "cosine"}}, "over that length and each image's timesteps"),
     ],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -28,11 +27,9 @@ from sdlora.training.optimizers import (
     MovingAverage,
     adapter_groups,
     evaluation_weights,
-    learning_rate,
     make_optimizer,
     set_learning_rate,
 )
-from sdlora.training.settings import LrSchedule
 
 RATES = {"adamw": 1e-2, "prodigy": 1.0, "adafactor": 1e-2, "lion": 1e-3, "schedule_free": 1e-2}
 
@@ -120,6 +117,22 @@ def test_every_group_has_its_learning_rate(tiny_base: Path, images: Path, tmp_pa
         for parameter, rate in ((layer.down, 1e-2), (layer.up, 16e-2), (layer.magnitude, 1e-2)):
             expected = torch.full_like(parameter, -rate * factor)
             torch.testing.assert_close(parameter.detach() - before[parameter], expected, rtol=1e-3, atol=1e-6)
+
+
+def test_layers_have_the_rate_of_the_last_selector_that_matches(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path, targets=("cross_attention", "text_encoder"))
+    factors = {"cross_attention": 0.5, "up": 0.25, "0": 3.0, "text_encoder_1": 0.125}
+    with pytest.raises(ConfigError, match=r"train\.target_learning_rates: '0' matches none of the"):
+        adapter_groups(trainer.adapter, 1.0, 1.0, factors)
+    del factors["0"]
+    rates = {
+        id(p): group.rate_factor
+        for group in adapter_groups(trainer.adapter, 4.0, 1.0, factors)
+        for p in group.parameters
+    }
+    for path, layer in trainer.adapter.layers.items():
+        rate = 0.125 if path.startswith("text") else 0.25 if path.startswith("up") else 0.5
+        assert (rates[id(layer.down)], rates[id(layer.up)]) == (rate, 4 * rate)
 
 
 @pytest.mark.parametrize("spec", [AdapterSpec(dora=True), AdapterSpec(init="pissa"), AdapterSpec()])
@@ -218,20 +231,6 @@ def test_8bit_adamw_without_a_gpu_is_refused() -> None:
 def test_incompatible_settings_are_refused(train: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse_config({"data": {"folder": "x"}, "train": train}, name="n")
-
-
-def rates(schedule: LrSchedule, warmup: int, total: int = 10) -> list[float]:
-    return [learning_rate(step, total, 2.0, schedule, warmup) for step in range(1, total + 1)]
-
-
-def test_learning_rate_is_constant_after_a_linear_warmup() -> None:
-    assert rates("constant", 0) == [2.0] * 10
-    assert rates("constant", 4) == [0.5, 1.0, 1.5, 2.0, *[2.0] * 6]
-
-
-def test_cosine_schedule_falls_along_half_a_cosine() -> None:
-    expected = [2.0 * 0.5 * (1 + math.cos(math.pi * i / 8)) for i in range(8)]
-    assert rates("cosine", 2) == pytest.approx([1.0, 2.0, *expected])
 
 
 def test_moving_average_equals_the_formula() -> None:

@@ -52,6 +52,22 @@ def test_gradient_norm_is_clipped_to_the_limit(tiny_base: Path, images: Path, tm
         assert max(norms) > 2e-3 if limit == 0.0 else max(norms) == pytest.approx(1e-3, rel=1e-3)
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "schedule_free", "adafactor"])
+def test_text_encoder_stays_as_it_is_after_its_epochs(
+    optimizer: str, tiny_base: Path, images: Path, tmp_path: Path
+) -> None:
+    targets = ("cross_attention", "text_encoder")
+    options = {"targets": targets, "learning_rate": 1e-2, "optimizer": optimizer, "timesteps": {"coverage": "none"}}
+    trainer = make_trainer(tiny_base, images, tmp_path, **options, epochs=2, text_encoder_epochs=1)  # type: ignore[arg-type]
+    first = make_trainer(tiny_base, images, tmp_path, **options)  # type: ignore[arg-type]
+    list(first.events())
+    list(trainer.events())
+    for path, layer in trainer.adapter.layers.items():
+        after_one = first.adapter.layers[path]
+        same = torch.equal(layer.up, after_one.up) and torch.equal(layer.down, after_one.down)
+        assert same is path.startswith("text_encoder"), path
+
+
 def test_bf16_base_moves_every_element_of_a_float32_adapter(tiny_base: Path, images: Path, tmp_path: Path) -> None:
     trainer = make_trainer(tiny_base, images, tmp_path, dtype=torch.bfloat16, learning_rate=1e-4)
     before = copy.deepcopy([p.detach().clone() for p in trainer.adapter.down_parameters()])

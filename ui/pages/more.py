@@ -58,6 +58,8 @@ def _control(field: Field) -> gr.components.Component:
         return gr.Checkbox(**shared)
     if field.kind == "choice":
         return gr.Dropdown(list(field.choices), **shared)
+    if field.kind == "choices" and field.open:
+        return gr.Dropdown(list(field.choices), multiselect=True, allow_custom_value=True, **shared)
     if field.kind == "choices":
         return gr.CheckboxGroup(list(field.choices), **shared)
     # Numbers are text as well: a browser's field for numbers silently changes what it cannot read.

@@ -17,8 +17,9 @@ from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
 
 from sdlora.common.files import parse_toml
+from sdlora.common.selectors import KINDS
 from sdlora.config.prompt_lines import as_line
-from sdlora.config.schema import RunConfig
+from sdlora.config.schema import RunConfig, Target
 from sdlora.config.toml import option_fields, options, parse_config, toml_value
 from sdlora.errors import ConfigError
 
@@ -62,6 +63,7 @@ class Field:
     default: Any
     optional: bool = False  # whether it may be left empty, which means None
     choices: tuple[str, ...] = ()  # of "choice" and "choices"
+    open: bool = False  # whether others than the choices can be written
     minimum: float | None = None  # the lowest value, itself allowed or not; None if there is no limit
     maximum: float | None = None  # the highest
 
@@ -153,7 +155,8 @@ def _field(name: str, default: Any) -> Field:
     low = limits[Ge].ge if Ge in limits else limits[Gt].gt if Gt in limits else None
     high = limits[Le].le if Le in limits else limits[Lt].lt if Lt in limits else None
     kind, choices = _kind(annotation)
-    return Field(name, kind, info.description or "", default, optional, choices, low, high)
+    is_open = annotation == list[Target]
+    return Field(name, kind, info.description or "", default, optional, choices, is_open, low, high)
 
 
 def _kind(annotation: Any) -> tuple[Kind, tuple[str, ...]]:
@@ -164,6 +167,8 @@ def _kind(annotation: Any) -> tuple[Kind, tuple[str, ...]]:
         return "choice", tuple(inner)
     if origin is list and get_origin(inner[0]) is Literal:
         return "choices", tuple(get_args(inner[0]))
+    if annotation == list[Target]:
+        return "choices", KINDS
     if origin is list and _holds_text(inner[0]):
         return "lines", ()
     if annotation is int:

@@ -135,9 +135,7 @@ _MODEL = table(
         keys("use_text_encoder_1 use_text_encoder_2", "process.model"): refuse(
             "sdlora uses all of the base model's text encoders", off=(True, None, "true")
         ),
-        keys("ignore_if_contains only_if_contains", "process.model"): refuse(
-            "sdlora chooses layers by kind; set lora.targets"
-        ),
+        keys("ignore_if_contains only_if_contains", "process.model"): part_of("process.network.type"),
         keys(
             "dtype vae_device vae_dtype te_device te_dtype low_vram auto_memory layer_offloading "
             "layer_offloading_transformer_percent layer_offloading_text_encoder_percent split_model_over_gpus "
@@ -154,9 +152,7 @@ _MODEL = table(
         "process.network.conv": compute(take.conv, "`lora.target_ranks`, `lora.target_alphas`"),
         "process.network.conv_alpha": part_of("process.network.conv"),
         "process.network.dropout": rename("lora.dropout", number),
-        keys("ignore_if_contains only_if_contains", "process.network.network_kwargs"): refuse(
-            "sdlora chooses layers by kind; set lora.targets"
-        ),
+        keys("ignore_if_contains only_if_contains", "process.network.network_kwargs"): part_of("process.network.type"),
         "process.network.network_kwargs": drop("empty"),
         "process.network.pretrained_lora_path": CONTINUED,
         keys("lokr_full_rank lokr_factor old_lokr_format", "process.network"): part_of("process.network.type"),
@@ -253,11 +249,9 @@ _TRAINING = table(
         keys("lr_scheduler_params lr_scheduler_params.total_iters lr_scheduler_params.T_max", _T): drop(
             "the schedule lasts as long as the training"
         ),
-        keys(
-            "lr_scheduler_params.eta_min lr_scheduler_params.num_cycles lr_scheduler_params.factor",
-            _T,
-        ): refuse(
-            "sdlora's cosine falls once to zero, and its constant rate is train.learning_rate", off=(*OFF, 1, 1.0)
+        keys("lr_scheduler_params.eta_min", _T): part_of(f"{_T}.lr_scheduler"),
+        keys("lr_scheduler_params.num_cycles lr_scheduler_params.factor", _T): refuse(
+            "sdlora's constant rate is train.learning_rate, and its restarts are train.lr_cycles", off=(*OFF, 1, 1.0)
         ),
         keys("max_grad_norm", _T): rename("train.max_grad_norm", number),
         keys("dtype", _T): compute(lambda value, source: precision(value), "`train.precision`"),

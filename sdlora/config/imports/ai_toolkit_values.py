@@ -114,7 +114,18 @@ def network_type(value: Any, source: Source) -> Outcome:
     conv = ["conv"] if source.get("process.network.conv") and targets else []
     encoder = ["text_encoder"] if flag(source.get("process.train.train_text_encoder", False)) else []
     dora = {"lora.dora": True} if name == "dora" else {}
-    return translated({"lora.targets": [*targets, *conv, *encoder], **dora}, "without the time embeddings")
+    only, ignored = (_contains(source, key) for key in ("only_if_contains", "ignore_if_contains"))
+    chosen = [*(only if only and targets else [*targets, *conv]), *encoder]
+    return translated(
+        {"lora.targets": [*chosen, *(f"!{pattern}" for pattern in ignored)], **dora}, "without the time embeddings"
+    )
+
+
+def _contains(source: Source, key: str) -> list[str]:
+    """Parts of layers' names as patterns of their paths."""
+    given = source.get(f"process.network.network_kwargs.{key}") or source.get(f"process.model.{key}") or []
+    parts = given if isinstance(given, list) else [given]
+    return [f"*{text(part).removeprefix('transformer.').removeprefix('unet.')}*" for part in parts]
 
 
 def linear(value: Any, source: Source) -> Outcome:
@@ -213,9 +224,16 @@ def argument_of(name: str) -> Rule:
     )
 
 
+def _floor(source: Source) -> float:
+    lowest, rate = source.get("process.train.lr_scheduler_params.eta_min", 0), source.get("process.train.lr", 0)
+    return number(lowest) / number(rate) if number(lowest) and number(rate) else 0.0
+
+
 def schedule_of(value: Any, source: Source) -> Outcome:
     """The learning rate schedule; without a number, constant_with_warmup warms up for 1000 steps."""
-    found = schedule(value, 2 if "restarts" in text(value) else 1)
+    if "restarts" in text(value):
+        return refused("ai-toolkit's restarts have a length in steps; set train.lr_schedule and train.lr_cycles")
+    found = schedule(value, floor=_floor(source))
     given = source.get("process.train.lr_scheduler_params.num_warmup_steps")
     if text(value) == "constant_with_warmup" and given is None:
         return translated({**found.options, "train.warmup_steps": 1000})

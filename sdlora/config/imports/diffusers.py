@@ -274,7 +274,8 @@ RULES: dict[str, Rule] = table(
         "adam_weight_decay_text_encoder": compute(_encoder_decay, "dropped if it is not trained, otherwise refused"),
         "text_encoder_lr": compute(_encoder_rate, "`train.text_encoder_learning_rate`"),
         "lr_scheduler": compute(
-            lambda value, source: schedule(value, source.get("lr_num_cycles", 1)), "`train.lr_schedule`"
+            lambda value, source: schedule(value, source.get("lr_num_cycles", 1), power=source.get("lr_power", 1)),
+            "`train.lr_schedule` with `train.lr_cycles`, `train.lr_power`",
         ),
         keys("lr_num_cycles lr_power"): part_of("lr_scheduler"),
         "lr_warmup_steps": compute(_warmup, "`train.warmup_steps`; dropped with a constant rate"),

@@ -141,7 +141,6 @@ def _tables(values: list[Any]) -> list[dict[str, Any]]:
 
 
 _METADATA = "sdlora reads metadata.jsonl in the folder of the images; write it, and set data.folder"
-_NO_BLOCKS = "sdlora sets ranks and rates by kind of layer, not by block; see lora.target_ranks"
 _AUGMENT = "sdlora trains images as they are, cropped from the middle"
 _CAPTIONS = "sdlora does not change captions in this way; write the captions so"
 _NOISE = "sdlora's noise has loss.noise_offset only"
@@ -215,17 +214,18 @@ _NETWORK = table(
         "network_dim": rename("lora.rank", whole),
         "network_alpha": compute(take.alpha, "`lora.alpha`; 0 is the rank"),
         "network_dropout": rename("lora.dropout", number),
-        "network_args.conv_dim": compute(take.conv, "`lora.target_ranks`, `lora.target_alphas`"),
+        keys("conv_dim block_dims block_alphas conv_block_dims conv_block_alphas", "network_args"): compute(
+            take.ranks_of, "`lora.target_ranks`, `lora.target_alphas`"
+        ),
         "network_args.conv_alpha": part_of("network_args.conv_dim"),
+        keys("down_lr_weight mid_lr_weight up_lr_weight", "network_args"): compute(
+            take.rates_of, "`train.target_learning_rates`; blocks of rate 0 are left out of `lora.targets`"
+        ),
+        "network_args.block_lr_zero_threshold": drop("read with the weights by block"),
         keys("network_args.loraplus_lr_ratio network_args.loraplus_unet_lr_ratio"): rename(
             "train.loraplus_lr_ratio", number
         ),
         "network_args.loraplus_text_encoder_lr_ratio": compute(take.plus_encoder, "the same, or refused"),
-        keys(
-            "block_dims block_alphas conv_block_dims conv_block_alphas down_lr_weight mid_lr_weight up_lr_weight "
-            "block_lr_zero_threshold",
-            "network_args",
-        ): refuse(_NO_BLOCKS),
         keys("network_args.rank_dropout network_args.module_dropout"): refuse("sdlora has lora.dropout only"),
         keys(
             "network_args.algo network_args.preset network_args.factor network_args.use_tucker "
@@ -259,14 +259,18 @@ _TRAINING = table(
         "optimizer_args.weight_decay": rename("train.weight_decay", number),
         "text_encoder_lr": compute(take.encoder_rate, "`train.text_encoder_learning_rate`"),
         "lr_scheduler": compute(
-            lambda value, source: schedule(value, source.get("lr_scheduler_num_cycles", 1)), "`train.lr_schedule`"
+            lambda value, source: schedule(
+                value,
+                source.get("lr_scheduler_num_cycles", 1),
+                power=source.get("lr_scheduler_power", 1),
+                floor=source.get("lr_scheduler_min_lr_ratio", 0),
+            ),
+            "`train.lr_schedule` with `train.lr_cycles`, `train.lr_power`, `train.lr_floor`",
         ),
-        keys("lr_scheduler_num_cycles lr_scheduler_power"): part_of("lr_scheduler"),
-        keys("lr_scheduler_type lr_scheduler_args"): refuse("sdlora has the schedules constant and cosine"),
+        keys("lr_scheduler_num_cycles lr_scheduler_power lr_scheduler_min_lr_ratio"): part_of("lr_scheduler"),
+        keys("lr_scheduler_type lr_scheduler_args"): refuse("sdlora has schedules of its own; see train.lr_schedule"),
         "lr_warmup_steps": compute(take.warmup_of, "`train.warmup_steps`"),
-        keys("lr_decay_steps lr_scheduler_timescale lr_scheduler_min_lr_ratio"): refuse(
-            "sdlora's schedules have no separate decay"
-        ),
+        keys("lr_decay_steps lr_scheduler_timescale"): refuse("sdlora's schedules have no separate decay"),
         "max_grad_norm": rename("train.max_grad_norm", number),
         "mixed_precision": compute(lambda value, source: precision(value), "`train.precision`"),
         keys("full_fp16 full_bf16"): drop("sdlora keeps the adapter in float32, which is more accurate"),
@@ -339,7 +343,9 @@ _TRAINING = table(
             "offload_param_nvme_path zero3_init_flag zero3_save_16bit_model fp16_master_weights_and_gradients",
         ): drop(_LAUNCH),
         "train_inpainting": refuse("sdlora does not train inpainting models"),
-        "stop_text_encoder_training": refuse("sdlora trains the text encoder to the end, or not at all"),
+        "stop_text_encoder_training": refuse(
+            "sdlora counts epochs; set train.text_encoder_epochs", off=(*OFF, -1, "-1")
+        ),
         keys("weighting_scheme logit_mean logit_std mode_scale blocks_to_swap fp8_base_unet"): drop(_FAMILIES),
     }
 )

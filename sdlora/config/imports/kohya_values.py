@@ -6,10 +6,12 @@ Each takes a value and all settings, and returns what becomes of it.
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from sdlora.common.files import read_text
+from sdlora.config.imports import kohya_blocks
 from sdlora.config.imports.lora_files import merged
 from sdlora.config.imports.previews import previews
 from sdlora.config.imports.rules import (
@@ -176,9 +178,12 @@ def module(value: Any, source: Source) -> Outcome:
             {"lora.targets": [*TRANSFORMER_BLOCKS, "text_encoder"] if _parts(source)[1] else TRANSFORMER_BLOCKS},
         )
     unet, encoder = _parts(source)
-    conv = source.get("network_args.conv_dim") is not None
+    conv = any(source.get(f"network_args.{key}") is not None for key in ("conv_dim", "conv_block_dims"))
     targets = [*(TRANSFORMER_BLOCKS if unet else []), *(["conv"] if conv and unet else [])]
-    return translated({"lora.targets": [*targets, *(["text_encoder"] if encoder else [])]})
+    rates = _encoder_rates(source)
+    one_of_two = [f"text_encoder_{place}" for place, rate in enumerate(rates, start=1) if rate] if 0 in rates else []
+    texts = (one_of_two or ["text_encoder"]) if encoder else []
+    return translated({"lora.targets": [*targets, *texts, *(kohya_blocks.excluded(source) if unet else [])]})
 
 
 def base_weights(value: Any, source: Source) -> Outcome:
@@ -194,16 +199,22 @@ def alpha(value: Any, source: Source) -> Outcome:
     return translated({"lora.alpha": number(value)})
 
 
-def conv(value: Any, source: Source) -> Outcome:
-    """Rank and alpha of convolutions."""
+def ranks_of(value: Any, source: Source) -> Outcome:
+    """Ranks and alphas of convolutions and by block."""
+    return kohya_blocks.ranks(value, source) if _parts(source)[0] else dropped("the UNet is not trained")
+
+
+def rates_of(value: Any, source: Source) -> Outcome:
+    """Learning rates by block, and those of two text encoders where they differ."""
     if not _parts(source)[0]:
         return dropped("the UNet is not trained")
-    rank = whole(value)
-    alpha = number(source.get("network_args.conv_alpha", 1)) or rank
-    return translated(
-        {"lora.target_ranks": {"conv": rank}, "lora.target_alphas": {"conv": alpha}},
-        "also of the shortcuts, which sd-scripts gives network_dim, and without its time embeddings",
-    )
+    return kohya_blocks.rates(value, source, _own_rates(source))
+
+
+def _own_rates(source: Source) -> dict[str, float]:
+    """The second text encoder's rate, where it has one of its own."""
+    rates = _encoder_rates(source)
+    return {"text_encoder_2": rates[1]} if len(rates) > 1 and rates[1] not in (0, rates[0]) and rates[0] else {}
 
 
 def plus_encoder(value: Any, source: Source) -> Outcome:
@@ -233,11 +244,13 @@ def encoder_rate(value: Any, source: Source) -> Outcome:
     rates = _encoder_rates(source)
     if not _parts(source)[1]:
         return dropped("the text encoder is not trained")
-    if len(set(rates)) > 1:
-        return refused(
-            f"sdlora has one rate for all text encoders, and these are {', '.join(f'{rate:g}' for rate in rates)}; set "
-            "train.text_encoder_learning_rate"
-        )
+    if len(rates) > 2:
+        return refused("sdlora's families have one text encoder or two; set train.target_learning_rates")
+    if 0 in rates:
+        return translated({"train.text_encoder_learning_rate": max(rates)}, "one of them is not trained")
+    if own := _own_rates(source):
+        outcome = kohya_blocks.rates(value, source, own)
+        return replace(outcome, options={"train.text_encoder_learning_rate": rates[0], **outcome.options})
     return translated({"train.text_encoder_learning_rate": rates[0]})
 
 

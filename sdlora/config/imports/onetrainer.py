@@ -245,7 +245,9 @@ _TRAINING = table(
         "text_encoder.stop_training_after_unit": part_of("text_encoder.stop_training_after"),
         "learning_rate_scheduler": compute(take.schedule_of, "`train.lr_schedule`"),
         keys("learning_rate_cycles learning_rate_min_factor"): part_of("learning_rate_scheduler"),
-        keys("custom_learning_rate_scheduler scheduler_params"): refuse("sdlora has the schedules constant and cosine"),
+        keys("custom_learning_rate_scheduler scheduler_params"): refuse(
+            "sdlora has schedules of its own; see train.lr_schedule"
+        ),
         "learning_rate_warmup_steps": compute(take.warmup_of, "`train.warmup_steps`"),
         "learning_rate_scaler": refuse("multiply the rate yourself, and set train.learning_rate", off=(*OFF, "NONE")),
         "loss_scaler": refuse("sdlora does not scale the loss; set train.learning_rate", off=(*OFF, "NONE")),

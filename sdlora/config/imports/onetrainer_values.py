@@ -277,11 +277,12 @@ def schedule_of(value: Any, source: Source) -> Outcome:
     """The learning rate schedule."""
     name = text(value)
     factor = number(source.get("learning_rate_min_factor", 0))
-    if name != "CONSTANT" and factor:
-        return refused("sdlora's cosine falls to zero; set train.lr_schedule")
     if name == "COSINE_WITH_RESTARTS":
-        return refused("sdlora has no restarts; set train.lr_schedule = 'cosine', which falls once to zero")
-    return schedule(name, source.get("learning_rate_cycles", 1))
+        return refused(
+            "OneTrainer's rises again as slowly as it falls; set train.lr_schedule = 'cosine_restarts', which falls as "
+            "often and jumps back, or 'cosine'"
+        )
+    return schedule(name, source.get("learning_rate_cycles", 1), floor=factor)
 
 
 def warmup_of(value: Any, source: Source) -> Outcome:

@@ -263,20 +263,32 @@ def _same(value: Any, ours: Any) -> bool:
     return value is not None and math.isclose(float(text(value)), ours, rel_tol=1e-9)
 
 
-def schedule(name: Any, cycles: Any = None) -> Outcome:
-    """A learning rate schedule by diffusers' names; `cycles` is the number of restarts."""
+def schedule(name: Any, cycles: Any = None, *, power: Any = 1, floor: Any = 0) -> Outcome:
+    """A learning rate schedule by diffusers' names, or those of other trainers.
+
+    Args:
+        name: In upper or lower case.
+        cycles: The number of restarts.
+        power: Of the polynomial.
+        floor: The share of the highest rate at which it ends.
+    """
     plain = text(name).lower()
     if plain in ("constant", "constant_with_warmup"):
         return translated({"train.lr_schedule": "constant"})
-    if plain == "cosine":
-        return translated({"train.lr_schedule": "cosine"})
+    count = 1 if cycles in (None, "") else whole(cycles)
+    end = {"train.lr_floor": number(floor)} if number(floor) else {}
+    if plain in ("cosine", "cosine_with_min_lr"):
+        return translated({"train.lr_schedule": "cosine"} | end)
     if plain in ("cosine_with_restarts", "cosine_with_hard_restarts"):
-        if cycles is None or number(cycles) <= 1:
-            return translated({"train.lr_schedule": "cosine"}, "without restarts, it is the cosine")
-        return refused(
-            f"sdlora has no restarts ({cycles} cycles); set train.lr_schedule = 'cosine', which falls once from the "
-            "highest rate to zero"
-        )
+        if count <= 1:
+            return translated({"train.lr_schedule": "cosine"} | end, "without restarts, it is the cosine")
+        return translated({"train.lr_schedule": "cosine_restarts", "train.lr_cycles": count} | end)
+    if plain == "linear" or (plain == "polynomial" and number(power) == 1):
+        return translated({"train.lr_schedule": "linear"} | end)
+    if plain == "polynomial":
+        return translated({"train.lr_schedule": "polynomial", "train.lr_power": number(power)} | end)
+    if plain == "rex":
+        return translated({"train.lr_schedule": "rex"} | end, "the paper's curve, which falls a little earlier")
     return refused(f"sdlora has no schedule {plain!r}; set train.lr_schedule to 'cosine', the nearest, or 'constant'")
 
 
@@ -337,8 +349,6 @@ def warmup(value: Any, length: Length | str, folders: Sequence[TrainingFolder], 
         return translated({"train.warmup_steps": round(steps)})
     total = num_steps(length, folders, images_per_step) if isinstance(length, Length) else None
     if total is None:
-        return refused(
-            f"{steps:.3g} of all steps, and the images cannot be counted on this computer; set train.warmup_steps"
-        )
+        return translated({"train.warmup_steps": steps}, "a share of all steps")
     found = round(steps * total)
     return translated({"train.warmup_steps": found}, f"{steps:.3g} of {total} steps")

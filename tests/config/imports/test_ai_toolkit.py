@@ -113,6 +113,11 @@ def test_own_defaults_count_where_they_differ(folder: Path) -> None:
         ({"train": {"gradient_accumulation_steps": 4}}, {"train.gradient_accumulation_steps": 4, "data.repeats": 5}),
         ({"train": {"train_text_encoder": True, "text_encoder_lr": 1e-5}}, {"train.text_encoder_learning_rate": 1e-5}),
         ({"train": {"lr_scheduler": "constant_with_warmup"}}, {"train.warmup_steps": 1000}),
+        (
+            {"network": {"network_kwargs": {"only_if_contains": ["attn2"], "ignore_if_contains": ["unet.mid_block."]}}},
+            {"lora.targets": ["*attn2*", "!*mid_block.*"]},
+        ),
+        ({"train": {"lr_scheduler": "linear"}}, {"train.lr_schedule": "linear"}),
         ({"train": {"lr_scheduler": "cosine", "lr_scheduler_params": {}}}, {"train.lr_schedule": "cosine"}),
         (
             {"train": {"content_or_style": "style", "max_denoising_steps": 999}},
@@ -205,10 +210,6 @@ def test_regularisation_images_take_half_of_the_steps(folder: Path) -> None:
         ("process.model.inference_lora_path", {"model": {"inference_lora_path": "x.safetensors"}}),
         ("process.model.quantize", {"model": {"quantize": True, "qtype": "uint3"}}),
         ("process.network.type", {"network": {"type": "lokr"}}),
-        (
-            "process.network.network_kwargs.only_if_contains",
-            {"network": {"network_kwargs": {"only_if_contains": ["attn2"]}}},
-        ),
         ("process.network.pretrained_lora_path", {"network": {"pretrained_lora_path": "x.pt"}}),
         (
             "process.datasets.resolution",
@@ -226,7 +227,7 @@ def test_regularisation_images_take_half_of_the_steps(folder: Path) -> None:
         ("process.train.noise_scheduler", {"train": {"noise_scheduler": "flowmatch"}}),
         ("process.train.optimizer", {"train": {"optimizer": "automagic"}}),
         ("process.train.optimizer_params.betas", {"train": {"optimizer_params": {"betas": [0.9, 0.99]}}}),
-        ("process.train.lr_scheduler", {"train": {"lr_scheduler": "linear"}}),
+        ("process.train.lr_scheduler", {"train": {"lr_scheduler": "step"}}),
         ("process.train.snr_gamma", {"train": {"snr_gamma": 5}}),
         ("process.train.loss_type", {"train": {"loss_type": "mae"}}),
         ("process.train.noise_multiplier", {"train": {"noise_multiplier": 1.1}}),

@@ -162,6 +162,7 @@ def test_own_defaults_count_where_they_differ(folder: Path, script: str, expecte
     [
         ("--max_train_steps 100 --train_batch_size=4", {"train.epochs": 5, "data.repeats": 20}),
         ("--num_train_epochs 3", {"train.epochs": 3, "data.repeats": 1}),
+        ("--lr_scheduler polynomial --lr_power 2", {"train.lr_schedule": "polynomial", "train.lr_power": 2}),
         ("--lr_scheduler cosine --lr_warmup_steps 5", {"train.warmup_steps": 5}),
         ("--use_8bit_adam", {"train.optimizer": "adamw8bit"}),
         ("--mixed_precision fp16", {"train.precision": "fp16"}),
@@ -192,7 +193,7 @@ def test_an_epoch_lasts_as_long_as_its_class_images(folder: Path) -> None:
     [
         ("dataset_name", "--dataset_name lambdalabs/naruto"),
         ("caption_column", "--train_data_dir photos --caption_column caption"),
-        ("lr_scheduler", "--train_data_dir photos --lr_scheduler linear"),
+        ("lr_scheduler", "--train_data_dir photos --lr_scheduler piecewise_constant"),
         ("max_train_steps", "--train_data_dir nowhere --max_train_steps 100"),
         ("with_prior_preservation", "--train_data_dir photos --with_prior_preservation"),
         ("pretrained_vae_model_name_or_path", "--train_data_dir photos --pretrained_vae_model_name_or_path x"),

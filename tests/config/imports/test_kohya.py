@@ -12,6 +12,7 @@ from sdlora.config.imports.detect import import_file
 from sdlora.config.imports.kohya_values import sample_prompts
 from sdlora.config.imports.rules import Status
 
+BLOCKS = ["cross_attention", "self_attention", "mlp", "projection"]
 ARGUMENTS = {
     "base.path": "models/illustrious.safetensors",
     "base.prediction_type": "v_prediction",
@@ -162,6 +163,35 @@ def test_several_folders_become_sets_with_their_repeats(folder: Path) -> None:
         ({"text_encoder_lr": 0}, {"lora.targets": ["cross_attention", "self_attention", "mlp", "projection"]}),
         ({"network_args": ["conv_dim=4"]}, {"lora.target_ranks": {"conv": 4}, "lora.target_alphas": {"conv": 1}}),
         ({"network_args": ["conv_dim=4", "conv_alpha=0"]}, {"lora.target_alphas": {"conv": 4}}),
+        (
+            {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3},
+            {"train.lr_schedule": "cosine_restarts", "train.lr_cycles": 3},
+        ),
+        (
+            {"text_encoder_lr": "1e-4, 1e-5"},
+            {"train.text_encoder_learning_rate": 1e-4, "train.target_learning_rates": {"text_encoder_2": 1e-5}},
+        ),
+        (
+            {"text_encoder_lr": [1e-4, 0], "network_train_unet_only": False},
+            {"lora.targets": [*BLOCKS, "text_encoder_1"], "train.text_encoder_learning_rate": 1e-4},
+        ),
+        (
+            {
+                "network_dim": 8,
+                "network_args": ["conv_dim=4", f"block_dims=0,{','.join('22444888888')},16,{'8,' * 10}0,0"],
+            },
+            {
+                "lora.target_ranks": {"1-2": 2, "3-5": 4, "12": 16, "conv": 4},
+                "lora.targets": [*BLOCKS, "conv", "text_encoder", "!23-24"],
+            },
+        ),
+        (
+            {"unet_lr": 1e-4, "network_args": ["down_lr_weight=0,0,0,0,1,1,1,1,0.5", "mid_lr_weight=2,2,2"]},
+            {
+                "train.target_learning_rates": {"8": 5e-5, "9": 2e-4},
+                "lora.targets": [*BLOCKS, "text_encoder", "!1-3"],
+            },
+        ),
         ({"network_args": "loraplus_lr_ratio=16"}, {"train.loraplus_lr_ratio": 16}),
         ({"learning_rate": 1e-3}, {"train.learning_rate": 1e-3}),
         ({"learning_rate": 1e-3, "unet_lr": "1e-4"}, {"train.learning_rate": 1e-4}),
@@ -198,15 +228,14 @@ def test_values(arguments: dict[str, Any], expected: dict[str, Any]) -> None:
         ("network_args.down_lr_weight", {"network_args": ["down_lr_weight=1"]}),
         ("network_args.loraplus_text_encoder_lr_ratio", {"network_args": ["loraplus_text_encoder_lr_ratio=4"]}),
         ("network_args", {"network_args": ["conv_dim"]}),
-        ("text_encoder_lr", {"text_encoder_lr": [1e-4, 1e-5]}),
-        ("text_encoder_lr", {"text_encoder_lr": "1e-4, 1e-5"}),
+        ("network_args.down_lr_weight", {"network_args": ["down_lr_weight=sine"]}),
+        ("network_args.conv_block_dims", {"network_args": ["conv_dim=4", f"conv_block_dims=4,2,{'4,' * 22}4"]}),
+        ("text_encoder_lr", {"text_encoder_lr": [1e-4, 1e-5, 1e-6]}),
         ("optimizer_type", {"optimizer_type": "DAdaptAdam"}),
         ("optimizer_type", {"optimizer_type": "Adafactor"}),
         ("optimizer_args.betas", {"optimizer_args": ["betas=0.9,0.99"]}),
         ("optimizer_type", {"optimizer_type": "Prodigy"}),
-        ("lr_scheduler", {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3}),
-        ("lr_scheduler_num_cycles", {"lr_scheduler": "cosine_with_restarts", "lr_scheduler_num_cycles": 3}),
-        ("lr_scheduler", {"lr_scheduler": "linear"}),
+        ("lr_scheduler", {"lr_scheduler": "piecewise_constant"}),
         ("max_token_length", {"max_token_length": 100}),
         ("caption_extension", {"caption_extension": ".cap"}),
         ("caption_separator", {"caption_separator": ";"}),

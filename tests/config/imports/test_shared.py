@@ -105,7 +105,7 @@ def test_warmup_is_in_steps_or_a_share_of_them() -> None:
     assert warmup(100, length, folders, 4).options == {"train.warmup_steps": 100}
     assert warmup("0.05", length, folders, 4).options == {"train.warmup_steps": 5}
     assert warmup(0, "unknown", [], 4).options == {"train.warmup_steps": 0}
-    assert warmup(0.05, "unknown", folders, 4).status is Status.REFUSED
+    assert warmup(0.05, "unknown", folders, 4).options == {"train.warmup_steps": 0.05}
 
 
 def test_folders_become_one_folder_or_sets() -> None:
@@ -165,8 +165,9 @@ def test_optimizer_arguments(name: str, argument: str, value: Any, status: Statu
     ("name", "cycles", "expected"),
     [
         ("constant", None, "constant"), ("constant_with_warmup", None, "constant"), ("cosine", None, "cosine"),
-        ("cosine_with_restarts", 1, "cosine"), ("cosine_with_restarts", "3", None), ("linear", None, None),
-        ("polynomial", 1, None), ("rex", None, None),
+        ("cosine_with_restarts", 1, "cosine"), ("cosine_with_restarts", "3", "cosine_restarts"),
+        ("linear", None, "linear"),
+        ("polynomial", 1, "linear"), ("rex", None, "rex"), ("piecewise_constant", None, None),
     ],
 )  # fmt: skip
 def test_schedules(name: str, cycles: Any, expected: str | None) -> None:
@@ -205,6 +206,12 @@ def test_base_models_that_cannot_be_read_are_refused() -> None:
     assert base_path("x.CKPT").status is Status.REFUSED
 
 
+def test_shapes_of_schedules() -> None:
+    assert schedule("cosine_with_restarts", "3").options["train.lr_cycles"] == 3
+    assert schedule("polynomial", 1, power="2").options == {"train.lr_schedule": "polynomial", "train.lr_power": 2}
+    assert schedule("cosine_with_min_lr", floor=0.1).options == {"train.lr_schedule": "cosine", "train.lr_floor": 0.1}
+
+
 def test_outcomes_name_no_option_when_refused() -> None:
-    assert all(not one.options for one in (optimizer("came"), schedule("linear"), resolution("1,2")))
+    assert all(not one.options for one in (optimizer("came"), schedule("wsd"), resolution("1,2")))
     assert isinstance(optimizer("adamw"), Outcome)
