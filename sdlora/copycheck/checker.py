@@ -6,7 +6,7 @@ Called by `run` at the end of every epoch, and for a finished LoRA file.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -17,7 +17,9 @@ from PIL import Image
 from torch import Tensor
 
 from sdlora.copycheck import signals
+from sdlora.copycheck.decoded import as_drawn
 from sdlora.copycheck.embedders import Embedders
+from sdlora.copycheck.features import Features, feature_block
 from sdlora.copycheck.parts import PartFinder, parts_signal
 from sdlora.copycheck.scale import SAME_PICTURE, Gallery, Scale, evenly_spaced, reduced, set_scale
 from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED, Signal
@@ -45,6 +47,7 @@ class Checker:
         request: What to draw.
         gallery: The images that may have been copied, and validation images.
         finds_parts: Whether parts of the images are looked for, which takes OpenCV.
+        network_identity: A hash of the base model's network, for cache keys.
     """
 
     adapter: Adapter
@@ -55,16 +58,29 @@ class Checker:
     gallery: Gallery
     embedders: Embedders
     finds_parts: bool = False
+    network_identity: str = ""
     _twins: dict[str, list[str]] = field(default_factory=dict, init=False)
 
     def prepare(self, background: str) -> Iterator[Progress]:
         """Compute, or read from the cache, what epochs are compared with: the scale and the base model's signals."""
         yield from self.data.fill(background)
-        self._scale = yield from set_scale(self.data, self.gallery, self.embedders)
+        self._drawn, copy_of = yield from as_drawn(self.data, self.gallery)
+        self._embedders = yield from self._with_features()
+        self._scale = yield from set_scale(self.data, self._drawn, self._embedders, copy_of)
         self._parts = PartFinder(self.gallery.images) if self.finds_parts else None
         self._knows_base = False
         with self.adapter.disabled():
             self._retrieved_off, self._losses_off = self._retrieved(), self._losses()
+
+    def _with_features(self) -> Generator[Progress, None, Embedders]:
+        """The networks that compare, with that of the base model if it is a UNet."""
+        base, block = self.data.cache.base, feature_block(self.data.cache.base.network)
+        if block is None:
+            return self.embedders
+        like = self.data.dataset.examples[0]
+        features = Features(base, block, self.network_identity, self.adapter.disabled, like)
+        yield from features.fit(list(self._drawn.images.values()), self.data.cache)
+        return replace(self.embedders, features=features)
 
     def epoch(self, epoch: int, folder: Path, base_folder: Path, *, is_trained_here: bool = True) -> Iterator[Event]:
         """Draw an epoch's previews into its folder, check them and write `copycheck.json` beside them.
@@ -156,12 +172,12 @@ class Checker:
     def _compared(
         self, request: PreviewRequest, folder: Path
     ) -> tuple[PreviewRequest, Path, Gallery, Scale, Embedders]:
-        return request, folder, self.gallery, self._scale, self.embedders
+        return request, folder, self._drawn, self._scale, self._embedders
 
     def registered_similarity(self, folder: Path) -> Signal:
         """The signal of warped copies, for the previews in an epoch's folder."""
         images = [image for of_prompt in self._images(folder) for image in of_prompt]
-        best = registered_correlation(images, list(self.gallery.images.values())).amax(dim=1)
+        best = registered_correlation(images, list(self._drawn.images.values())).amax(dim=1)
         return signals.registered_similarity(best, self._scale.registered)
 
     def _retrieved(self) -> list[bool]:

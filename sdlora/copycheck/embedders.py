@@ -1,4 +1,4 @@
-"""Two optional networks that embed images: SSCD detects copies, DINOv2 measures concept fidelity.
+"""Networks beside the scores that need none: SSCD detects copies and DINOv2 measures concept fidelity, if asked for.
 
 Used by the check where `copycheck.sscd` or `copycheck.dinov2` is on. Their files are downloaded once and accepted only
 if their SHA-256 matches the published ones. DINOv2 gives any two images of one subject a high similarity, so it cannot
@@ -23,6 +23,7 @@ from transformers import Dinov2Model
 from transformers.utils.hub import cached_file, httpx, is_offline_mode
 
 from sdlora.common.files import sha256
+from sdlora.copycheck.features import Features
 from sdlora.copycheck.similarity import hp_ms, phash
 from sdlora.errors import EmbedderError
 
@@ -129,21 +130,25 @@ def copy_cosines(embedder: Embedder, images: Sequence[Image.Image], gallery: Seq
 
 @dataclass(frozen=True)
 class Embedders:
-    """The networks that are enabled and could be loaded: SSCD adds a score, DINOv2 measures concept fidelity."""
+    """The networks in use: SSCD and the base model's UNet each add a score, DINOv2 measures concept fidelity."""
 
     sscd: Embedder | None = None
     dinov2: Embedder | None = None
+    features: Features | None = None
 
     @property
     def score_names(self) -> tuple[str, ...]:
         """The names of the similarity scores, in their order."""
-        return ("hp_ms", "phash") if self.sscd is None else ("hp_ms", "phash", "sscd")
+        further = {"sscd": self.sscd, "features": self.features}
+        return ("hp_ms", "phash", *(name for name, network in further.items() if network is not None))
 
     def scores(self, images: Sequence[Image.Image], gallery: Sequence[Image.Image]) -> Tensor:
         """Every score of every image against every image of a gallery, (P, G, S); 1 is a copy."""
         scores = [hp_ms(images, gallery), phash(images, gallery)]
         if self.sscd is not None:
             scores.append(copy_cosines(self.sscd, images, gallery))
+        if self.features is not None:
+            scores.append(self.features.similarity(images, gallery))
         return torch.stack(scores, dim=-1)
 
 
@@ -157,7 +162,7 @@ def load_embedders(*, sscd: bool, dinov2: bool, device: torch.device) -> tuple[E
                 found[name] = load(device=device)
         except EmbedderError as error:
             missing.append(str(error))
-    return Embedders(**found), missing
+    return Embedders(found.get("sscd"), found.get("dinov2")), missing
 
 
 def load_dinov2(published: Published = DINOV2, *, device: torch.device) -> Embedder:

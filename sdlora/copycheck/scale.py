@@ -2,14 +2,14 @@
 
 Nothing is drawn for it. Fresh images are as similar as the set's images, validation images included, are to each other;
 a copy that the base model draws is as similar as an image of the set that went through its VAE. Both are computed once
-per run and cached. Called by `checker`.
-Shapes: K images compared, G images of the gallery, S scores, M measures.
+per run and cached. Called by `checker`, where the VAE softens images with those of `decoded`.
+Shapes: P images, K images compared, G images of the gallery, S scores, M measures.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -29,7 +29,7 @@ from sdlora.data.images import pixel_hash
 from sdlora.events import Progress
 from sdlora.training.data import TrainingData
 
-MAX_COMPARED, MAX_DECODED = 24, 8
+MAX_COMPARED, MAX_DECODED = 24, 4
 PHASE = "comparing the images"
 SAME_PICTURE = 0.8
 """The `hp_ms` from which two images of a set count as one picture, such as a whole and its crop.
@@ -37,22 +37,24 @@ SAME_PICTURE = 0.8
 Crops of photographs to 60 % and more of the edge begin at 0.92, of 64-pixel drawings to 80 % at 0.80. Other photographs
 of a subject stay below 0.76; of fresh drawings of one caption, 3 % reach it.
 """
-OWN_SHARE, NEW_SHARE = 0.5, 0.4
+OWN_SHARE, NEW_SHARE = 0.55, 0.45
 """How far from a fresh image towards a copy a preview has to be: one from a training caption, compared with that
 caption's image as well, and one from a new prompt. Chosen on the runs of docs/measurements/copy-check.md.
 """
-# Mean and standard deviation of "whole", "detail" and "sscd" that are assumed where a set says little; they count as
-# much as eight of its images. The first two were chosen together with the shares, between what a set's images measure
-# and what fresh renders of their captions do. SSCD was not measured: its values let the shares begin near its authors'
-# threshold of 0.75.
-_TYPICAL = ((0.9, 0.5, 0.31), (0.3, 0.12, 0.15))
+ALPHA = 0.02
+"""The probability at which a fresh image is as similar as a significant one, over all measures."""
+# Mean and standard deviation of the measures that are assumed where a set says little; they count as much as eight of
+# its images. Those of "whole" and "detail" were chosen together with the shares, between what a set's images measure
+# and what fresh renders of their captions do; those of "features" are what sets of the built-in world measure. SSCD was
+# not measured: its values let the shares begin near its authors' threshold of 0.75.
+_TYPICAL = {"whole": (0.9, 0.3), "detail": (0.5, 0.12), "sscd": (0.31, 0.15), "features": (0.7, 0.12)}
 _TYPICAL_WEIGHT = 8
 _LARGEST_PX = 384
 _CHUNK = 8  # of images compared between two reports of progress
 _MAX_PAIRS = 12_000  # from 500 images on, fewer than 24 are compared
-_MOST_SIMILAR = 0.97  # a copy that is closer counts no more
-_CRITICAL = 2.326  # the upper 1 % of a normal distribution
-_VERSION = "4"  # incremented when a score's definition changes
+_MOST_SIMILAR = {"features": 0.935}  # a copy that is closer counts no more
+_MOST_SIMILAR_ELSE = 0.97
+_VERSION = "5"  # incremented when a score's definition changes
 
 
 @dataclass(frozen=True)
@@ -90,21 +92,27 @@ def reduced(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def measures(scores: Tensor) -> Tensor:
-    """What similarity is judged by: similarity of the whole, and of detail, which is all that a crop has.
+def measures(scores: Tensor, names: Sequence[str]) -> Tensor:
+    """What similarity is judged by: of the whole, of detail, which is all that a crop has, and by every network in use.
 
     Args:
-        scores: (..., S) of "hp_ms", "phash" and, if it is in use, "sscd".
+        scores: (..., S).
+        names: Of the scores: "hp_ms", "phash" and any others.
 
     Returns:
-        (..., M) float64: the sum of `hp_ms` and of `phash` above chance, `hp_ms` alone and, if it is in use, "sscd",
-        all on Fisher's scale.
+        (..., M) float64: the sum of `hp_ms` and of `phash` above chance, `hp_ms` alone, and the others, all on Fisher's
+        scale, in standard deviations above what is assumed of fresh images.
     """
-    detail, layout = fisher_z(scores[..., 0], _MOST_SIMILAR), fisher_z(2 * scores[..., 1] - 1, _MOST_SIMILAR)
-    return torch.stack(
-        [detail + layout, detail, *(fisher_z(scores[..., i], _MOST_SIMILAR) for i in range(2, scores.shape[-1]))],
-        dim=-1,
-    )
+    on_scale = [
+        fisher_z(2 * score - 1 if name == "phash" else score, _MOST_SIMILAR.get(name, _MOST_SIMILAR_ELSE))
+        for name, score in zip(names, scores.unbind(dim=-1), strict=True)
+    ]
+    found = {
+        "whole": on_scale[0] + on_scale[1],
+        "detail": on_scale[0],
+        **dict(zip(names[2:], on_scale[2:], strict=True)),
+    }
+    return torch.stack([(found[name] - _TYPICAL[name][0]) / _TYPICAL[name][1] for name in found], dim=-1)
 
 
 class Scale(NamedTuple):
@@ -127,6 +135,8 @@ class Scale(NamedTuple):
     def z_scores(self, found: Tensor, share: Tensor) -> Tensor:
         """How far the measures of images lie above those of fresh ones, in units of their spread: the highest.
 
+        An image is significant if the normal tail of that, times the number of measures, is at most `ALPHA`.
+
         Mean and variance of fresh images are those of the set's own, shrunk towards those of other subjects: the set's
         are few, and stand further apart than fresh images if they were chosen to. The unit is at least a given share of
         the way from a fresh image to a copy, so that what is significant lies beyond that share.
@@ -140,34 +150,42 @@ class Scale(NamedTuple):
 
         Source: Gelman et al., "Bayesian Data Analysis" (2013), section 3.3 (normal data with a conjugate prior).
         """
-        count, size = len(self.among), found.shape[-1]
-        typical, typical_spread = (torch.tensor(values[:size], dtype=torch.float64) for values in _TYPICAL)
-        mean = (self.among.sum(dim=0) + _TYPICAL_WEIGHT * typical) / (count + _TYPICAL_WEIGHT)
-        squares = (self.among - mean).square().sum(dim=0) + _TYPICAL_WEIGHT * typical_spread.square()
+        count = len(self.among)
+        mean = self.among.sum(dim=0) / (count + _TYPICAL_WEIGHT)  # those of other subjects have mean 0 and spread 1
+        squares = (self.among - mean).square().sum(dim=0) + _TYPICAL_WEIGHT
         spread = (squares / (count + _TYPICAL_WEIGHT)).sqrt()
-        least = share.double()[:, None, None] * (self.copy - mean).clamp(min=0) / _CRITICAL
+        critical = float(torch.special.ndtri(torch.tensor(1 - ALPHA / found.shape[-1], dtype=torch.float64)))
+        least = share.double()[:, None, None] * (self.copy - mean).clamp(min=0) / critical
         return ((found - mean) / torch.maximum(spread, least)).amax(dim=-1)
 
 
-def set_scale(data: TrainingData, gallery: Gallery, embedders: Embedders) -> Generator[Progress, None, Scale]:
+def set_scale(
+    data: TrainingData,
+    gallery: Gallery,
+    embedders: Embedders,
+    decode: Callable[[int], Image.Image],
+) -> Generator[Progress, None, Scale]:
     """Compute the scale of a set, or read it from the cache.
 
     At most 24 training images, evenly spaced, are compared with all others, and as many validation images with all
-    training images: the time grows with the number of images, and not with its square. At most eight are decoded.
+    training images: the time grows with the number of images, and not with its square. At most four are decoded.
 
     Args:
-        data: The training images, whose latents are decoded.
-        gallery: The same images.
+        data: The training images.
+        gallery: The same images, as previews are compared with them.
+        decode: The gallery's image of an index as the base model would draw a copy of it.
     """
     base, cache = data.cache.base, data.cache
     pixels = [[pixel_hash(image) for image in part.values()] for part in (gallery.images, gallery.validation)]
-    key = content_key("scale", _VERSION, json.dumps(pixels), *embedders.score_names, base.vae_identity)
+    names = embedders.score_names
+    features = "" if embedders.features is None else embedders.features.identity
+    key = content_key("scale", _VERSION, json.dumps(pixels), *names, base.vae_identity, features)
     with suppress(LookupError):
         return Scale(**cache.fetch("scale", key, _not_there))
     trained, others = list(gallery.images.values()), list(gallery.validation.values())
     chosen = evenly_spaced(len(trained), num_compared(len(trained)))
     compared = [others[index] for index in evenly_spaced(len(others), num_compared(len(trained)))]
-    among, copies, same = [], [], torch.zeros(len(chosen), len(trained), dtype=torch.bool)
+    among, same = [], torch.zeros(len(chosen), len(trained), dtype=torch.bool)
     total = len(chosen) + len(compared)
     for first in range(0, len(chosen), _CHUNK):
         rows = chosen[first : first + _CHUNK]
@@ -176,16 +194,15 @@ def set_scale(data: TrainingData, gallery: Gallery, embedders: Embedders) -> Gen
             same[row] = scores[:, 0] >= SAME_PICTURE
             same[row, index] = True
             if not same[row].all():
-                among.append(measures(scores[~same[row]]).amax(dim=0))
+                among.append(measures(scores[~same[row]], names).amax(dim=0))
         yield Progress(PHASE, first + len(rows), total)
-    for index in evenly_spaced(len(trained), MAX_DECODED):
-        moments = data.moments([index])
-        latents = base.sample_latents(moments, torch.zeros_like(moments.chunk(2, dim=1)[0]))
-        copy = reduced(base.decode_latents(latents)[0])
-        copies.append(measures(embedders.scores([copy], [trained[index]])[0, 0]))
+    copies = [
+        measures(embedders.scores([decode(index)], [trained[index]])[0, 0], names)
+        for index in evenly_spaced(len(trained), MAX_DECODED)
+    ]
     for first in range(0, len(compared), _CHUNK):
         images = compared[first : first + _CHUNK]
-        among += list(measures(embedders.scores(images, trained)).amax(dim=1))
+        among += list(measures(embedders.scores(images, trained), names).amax(dim=1))
         yield Progress(PHASE, len(chosen) + first + len(images), total)
     found = {
         "among": torch.stack(among) if among else torch.empty(0, len(copies[0]), dtype=torch.float64),

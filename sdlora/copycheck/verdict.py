@@ -20,14 +20,13 @@ from torch import Tensor
 from sdlora.common.files import write_json
 from sdlora.copycheck.embedders import Embedder, Embedders, concept_fidelity
 from sdlora.copycheck.parts import Part
-from sdlora.copycheck.scale import NEW_SHARE, OWN_SHARE, Gallery, Scale, measures, reduced
+from sdlora.copycheck.scale import ALPHA, NEW_SHARE, OWN_SHARE, Gallery, Scale, measures, reduced
 from sdlora.copycheck.signals import PREVIEW_CHANGE, Signal
 from sdlora.copycheck.sources import CopiedImage
 from sdlora.copycheck.statistics import binomial_p_value, lower_bound, normal_tail, upper_bound
 from sdlora.errors import OutputError
 from sdlora.previews.sampler import Kind, PreviewRequest
 
-ALPHA = 0.02
 CONFIDENCE = 0.999
 FULL = 24
 """How many previews are drawn before an epoch with a significant one is left undecided."""
@@ -54,6 +53,7 @@ class Match:
         significant: Whether the p-value is at most 2 %.
         file: The preview, relative to the epoch's folder.
         sscd: The cosine of SSCD's embeddings, in [-1, 1]; None unless `copycheck.sscd` is on.
+        features: The agreement of the base model's features, in [-1, 1]; None without a UNet.
         guidance_norm: See `sdlora.previews.sampler.SamplerWatch`; None without guidance.
         part: A part of a training image that it shows, or None; looked for where `copycheck.parts` is on.
     """
@@ -68,6 +68,7 @@ class Match:
     significant: bool
     file: str
     sscd: float | None = None
+    features: float | None = None
     guidance_norm: float | None = None
     part: Part | None = None
 
@@ -178,7 +179,7 @@ def match_previews(
     files = [f"previews/{name}" for name in request.file_names()]
     images = [reduced(Image.open(folder / file)) for file in files]
     scores = embedders.scores(images, list(gallery.images.values()))  # (P, G, S)
-    found = measures(scores)
+    found = measures(scores, embedders.score_names)
     kinds = request.kinds()
     share = torch.tensor([OWN_SHARE if kind == "training" else NEW_SHARE for kind in kinds])
     highest, nearest = scale.z_scores(found, share).max(dim=1)

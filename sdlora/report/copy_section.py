@@ -15,7 +15,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageOps, ImageStat
 from sdlora.common.run_files import Metrics
 from sdlora.common.text import format_range
 from sdlora.copycheck.parts import Outline
-from sdlora.copycheck.verdict import ALPHA, CONFIDENCE, EpochCheck, Match
+from sdlora.copycheck.scale import ALPHA
+from sdlora.copycheck.verdict import CONFIDENCE, EpochCheck, Match
 from sdlora.report.charts import COLORS, GREY, Line, line_chart
 from sdlora.report.html import Album, Attributes, Figure, epoch_name, read_image
 

@@ -23,7 +23,7 @@ from sdlora.common.text import format_bytes
 from sdlora.config.presets import Preset
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config
-from sdlora.copycheck import scale
+from sdlora.copycheck import features, scale
 from sdlora.copycheck.power import SHARES, chance_to_notice
 from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED, NUM_PROBES, PROBED_TIMESTEPS
 from sdlora.copycheck.verdict import FULL
@@ -212,7 +212,10 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
     rounds = rounds_within_epochs(context.trainer.settings.preview_every_steps, steps, config.train.epochs)
     drawn = (config.train.epochs + 1 + rounds) * drawing_share(context.drawn)
     drawing = config.model_copy(update={"preview": context.config.preview})
-    share = looking_share(found, drawing, len(examples), len(held), previews, exposures, drawn)
+    compared_px = None
+    if context.previews is not None and features.feature_block(context.base.network) is not None:
+        compared_px = min(context.previews.pixels(context.base.resolution_px))
+    share = looking_share(found, drawing, len(examples), len(held), previews, exposures, drawn, compared_px)
     noticed = {}
     if _is_checked(config) and previews:
         noticed = {f"{share:.0%}": round(chance_to_notice(previews, share).not_clean, 3) for share in SHARES}
@@ -233,6 +236,7 @@ def looking_share(
     previews: int,
     exposures: int,
     drawn: float | None = None,
+    compared_px: int | None = None,
 ) -> float:
     """The arithmetic of looking at what is learned over that of learning it, in a whole run.
 
@@ -242,6 +246,7 @@ def looking_share(
         previews: Drawn after every epoch, and by the base model before the first.
         exposures: Of all training images together.
         drawn: How often the previews are drawn, others counted by their arithmetic; once for each of these if None.
+        compared_px: The short edge of previews, if the copy check asks the network about them; else None.
     """
     ends = config.train.epochs + 1
     drawn = ends if drawn is None else drawn
@@ -252,6 +257,10 @@ def looking_share(
         predictions += ends * min(images, MAX_PROBED) * len(PROBED_TIMESTEPS) * NUM_PROBES
         predictions += ends * min(images, MAX_COMPARED) * NUM_MEASURED
         decodings += min(images, scale.MAX_DECODED)
+    if _is_checked(config) and compared_px is not None:
+        # Encoding takes less than half of what decoding does.
+        compared = (drawn * previews + images) * min(1.0, features.SHORT_PX / compared_px) ** 2
+        predictions, decodings = predictions + compared, decodings + compared / 2
     looking = predictions * found.flops_per_prediction + decodings * found.flops_per_decoding
     return looking * config.train.batch_size / (exposures * found.flops_per_step)
 

@@ -363,7 +363,9 @@ def make_checker(
         loaded.notices.append(reason)
         copycheck = copycheck.model_copy(update={"parts": False})
     data = evaluation_data(images.training, loaded.cache, text_is_trained=text_is_trained(config))
-    return Checker(adapter, data, validation, config.seed, previews, gallery, embedders, copycheck.parts)
+    return Checker(
+        adapter, data, validation, config.seed, previews, gallery, embedders, copycheck.parts, loaded.identity
+    )
 
 
 def make_validation(config: RunConfig, loaded: Loaded, adapter: Adapter) -> Validation | None:

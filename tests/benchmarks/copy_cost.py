@@ -27,6 +27,7 @@ from sdlora.copycheck.embedders import Embedders
 from sdlora.copycheck.scale import PHASE, num_compared
 from sdlora.copycheck.signals import MAX_COMPARED, MAX_PROBED
 from sdlora.estimate.hints import with_values
+from sdlora.estimate.meta_model import shapes_of_family
 from sdlora.events import CopyChecked, PreviewsDone, Progress, StepDone
 from sdlora.run.estimate import estimate_shapes, looking_share
 from sdlora.run.run import start
@@ -43,7 +44,8 @@ def counted(preset: str) -> dict[str, float]:
     found = estimate_shapes(config, PRESETS[preset], None)  # type: ignore[arg-type]
     exposures = TRAINED * (config.train.exposures or 0)
     previews = (config.preview.num_captions + 3) * len(config.preview.seeds)
-    share = looking_share(found, config, TRAINED, HELD, previews, exposures)
+    edge = shapes_of_family(PRESETS[preset]).resolution_px  # type: ignore[arg-type]
+    share = looking_share(found, config, TRAINED, HELD, previews, exposures, compared_px=edge)
     training = exposures * found.flops_per_step / config.train.batch_size
     former = with_values(config, {"preview.num_steps": FORMER_STEPS})
     before = looking_share(found, former, TRAINED, HELD, FORMER_PREVIEWS, exposures)

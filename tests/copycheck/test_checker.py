@@ -1,19 +1,23 @@
 """The end of an epoch: previews, their check, and the other signals."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from helpers.checks import textured
 
 from sdlora.cache.tensors import Cache
 from sdlora.common.bundled import ImageFolder
 from sdlora.copycheck import checker as checker_module
 from sdlora.copycheck.checker import Checker
+from sdlora.copycheck.decoded import through_vae
 from sdlora.copycheck.embedders import Embedders
-from sdlora.copycheck.scale import make_gallery
+from sdlora.copycheck.scale import Gallery, make_gallery
 from sdlora.copycheck.verdict import EpochCheck
 from sdlora.data.dataset import load_dataset
 from sdlora.events import CopyChecked, EpochDone, PreviewsDone
@@ -95,6 +99,72 @@ def test_signals_are_zero_for_an_untrained_adapter(parts: tuple[Adapter, Checker
     trained = signals_of(2)
     for name in ("train_heldout_gap", "seed_collapse", "guidance_norm", "registered_likeness"):
         assert trained[name]["value"] != pytest.approx(untrained[name]["value"]), name
+
+
+def test_parts_are_looked_for_where_they_are_asked_for(
+    parts: tuple[Adapter, Checker, Validation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("cv2")
+    _, plain, _ = parts
+    gallery = Gallery({f"{index}.png": textured(index) for index in range(3)}, {})
+    files = plain.request.file_names()
+
+    def drawn(base: Any, request: Any, epoch: int, folder: Path, watch: Any) -> Iterator[PreviewsDone]:
+        (folder / "previews").mkdir(parents=True)
+        for index, name in enumerate(files):
+            preview = textured(10 + index)
+            if epoch == 1 and index == 2:
+                preview.paste(gallery.images["1.png"].crop((20, 40, 140, 160)), (120, 100))
+            preview.save(folder / "previews" / name)
+        yield PreviewsDone(epoch, [], 0.0)
+
+    monkeypatch.setattr(checker_module, "draw_epoch", drawn)
+    monkeypatch.setattr(Checker, "_signals", lambda *_: [])
+    found = {}
+    for asked in (False, True):
+        checker = replace(plain, gallery=gallery, finds_parts=asked)
+        list(checker.prepare("white"))
+        for epoch in (0, 1):
+            list(checker.epoch(epoch, tmp_path / f"{asked}{epoch}", tmp_path / f"{asked}0"))
+        check = EpochCheck.read(tmp_path / f"{asked}1")
+        assert check is not None
+        found[asked] = check
+    assert found[False].signals == {}
+    assert found[True].signals["parts"]["value"] == 1 / 4
+    assert [match.part for match in found[False].previews] == [None] * 4
+    shown = [match.part for match in found[True].previews]
+    assert shown[2] is not None and shown[2].name == "1.png"
+    assert [part for part in shown if part is not None] == [shown[2]]
+    assert found[True].verdict == found[False].verdict  # it decides nothing
+
+
+def test_previews_are_compared_as_the_base_model_sees_and_draws_images(
+    parts: tuple[Adapter, Checker, Validation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    adapter, checker, _ = parts
+    list(checker.prepare("white"))
+    drawn = [through_vae(checker.data.cache.base, image) for image in checker.gallery.images.values()]
+    soft = [image.tobytes() for image in checker._drawn.images.values()]
+    # The cache rounds latents to float16.
+    assert all(np.abs(np.asarray(a, int) - np.frombuffer(b, np.uint8).reshape(32, 32, 3)).max() <= 3
+               for a, b in zip(drawn, soft, strict=True))  # fmt: skip
+    with torch.no_grad():
+        for up in adapter.up_parameters():
+            up.normal_(generator=torch.Generator().manual_seed(0))
+    list(checker.epoch(0, tmp_path / "0", tmp_path / "0"))
+    with adapter.disabled():
+        again = replace(checker)
+        list(again.prepare("white"))
+        off = again.compare(tmp_path / "0", [])
+    check = EpochCheck.read(tmp_path / "0")
+    assert check is not None
+    assert all(-1 <= (match.features or -2) <= 1 for match in check.previews)
+    on = checker.compare(tmp_path / "0", [])
+    assert [match.features for match in on.previews] == [match.features for match in off.previews]
+    monkeypatch.setattr(checker_module, "feature_block", lambda _: None)
+    list(checker.prepare("white"))
+    without = checker.compare(tmp_path / "0", [])
+    assert all(match.features is None for match in without.previews)
 
 
 @pytest.mark.parametrize(("significant", "drawn"), [(0, 4), (1, 24), (4, 4)])

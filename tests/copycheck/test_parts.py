@@ -2,23 +2,12 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
-from PIL import Image, ImageDraw, ImageOps
+from helpers.checks import textured
+from PIL import Image, ImageOps
 
 from sdlora.copycheck import parts
 from sdlora.copycheck.parts import PartFinder, parts_signal, why_unavailable
-
-
-def textured(seed: int, size: int = 256) -> Image.Image:
-    """An image of many small shapes."""
-    draw, image = random.Random(seed), Image.new("RGB", (size, size), "white")
-    pen = ImageDraw.Draw(image)
-    for _ in range(300):
-        x, y, edge = draw.randrange(size), draw.randrange(size), draw.randrange(4, 24)
-        pen.rectangle((x, y, x + edge, y + draw.randrange(4, 24)), fill=tuple(draw.randrange(256) for _ in range(3)))
-    return image
 
 
 def test_images_too_small_are_told() -> None:

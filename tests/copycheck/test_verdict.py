@@ -52,7 +52,7 @@ def checked(folder: Path, images: list[Image.Image], gallery: Gallery) -> EpochC
     (folder / "previews").mkdir()
     for name, image in zip(REQUEST.file_names(), images, strict=True):
         image.save(folder / "previews" / name)
-    scale = Scale(torch.empty(0, 2, dtype=torch.float64), measures(torch.ones(2)), torch.empty(0))
+    scale = Scale(torch.empty(0, 2, dtype=torch.float64), measures(torch.ones(2), ("hp_ms", "phash")), torch.empty(0))
     return judge(match_previews(REQUEST, folder, gallery, scale, Embedders())[0], [])
 
 

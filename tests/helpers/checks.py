@@ -1,14 +1,18 @@
-"""Copy checks for tests: what two epochs of two previews each may look like."""
+"""Copy checks for tests: what two epochs of two previews each may look like, and images with parts to be found."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Generator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 from PIL import Image, ImageDraw
 
 from sdlora.copycheck.verdict import EpochCheck, Match
+
+Result = TypeVar("Result")
 
 CLEAN = Match("zumi at night", "training", 0, "a.png", 0.41, 0.7, 0.25, False, "previews/p0.png")
 NOVEL = Match("zumi & <b>friends</b>", "novel", 0, "b.png", 0.31, 0.6, 0.9, False, "previews/p1.png")
@@ -42,3 +46,22 @@ def write_epochs(folder: Path, checks: dict[int, EpochCheck], color: str = "yell
         for match in found.previews:
             image(color).save(folder / str(epoch) / match.file)
         found.write(folder / str(epoch))
+
+
+def drained(events: Generator[Any, None, Result]) -> Result:
+    """What a generator of events returns."""
+    while True:
+        try:
+            next(events)
+        except StopIteration as end:
+            return cast(Result, end.value)
+
+
+def textured(seed: int, size: int = 256) -> Image.Image:
+    """An image of many small shapes."""
+    draw, image = random.Random(seed), Image.new("RGB", (size, size), "white")
+    pen = ImageDraw.Draw(image)
+    for _ in range(300):
+        x, y, edge = draw.randrange(size), draw.randrange(size), draw.randrange(4, 24)
+        pen.rectangle((x, y, x + edge, y + draw.randrange(4, 24)), fill=tuple(draw.randrange(256) for _ in range(3)))
+    return image
