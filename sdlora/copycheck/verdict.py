@@ -275,9 +275,11 @@ def most_copies(num_previews: int, num_matches: int = 0) -> float:
 def _reason(verdict: Verdict, total: int, significant: Sequence[Match], bound: float, outside: Sequence[Signal]) -> str:
     if not significant and verdict == "watch":
         names = ", ".join(signal.name.replace("_", " ") for signal in outside)
-        return f"No preview is a copy, but {len(outside)} other signals are unusual: {names}."
+        return f"No preview matches a training image, but {len(outside)} other signals are unusual: {names}."
     if not significant:
-        return f"None of {total} previews is a copy, which leaves room for up to {most_copies(total):.0%} of copies."
+        return (
+            f"None of {total} previews matches a training image, which leaves room for up to {most_copies(total):.0%}."
+        )
     count, best = len(significant), max(significant, key=lambda match: match.similarity)
     novel = sum(match.kind == "novel" for match in significant)
     told = [
@@ -291,7 +293,7 @@ def _reason(verdict: Verdict, total: int, significant: Sequence[Match], bound: f
     finding = "; ".join(told)
     if verdict == "copying":
         return f"{finding}. At {CONFIDENCE:.1%} confidence that is more than chance: at least {bound:.0%} of previews."
-    room = f"It leaves room for up to {most_copies(total, count):.0%} of copies."
+    room = f"It leaves room for up to {most_copies(total, count):.0%}."
     if verdict == "clean":
         return f"{finding}. Of {total} previews, one may be by chance. {room}"
     return f"{finding}. Of {total} previews that is too few to call it copying. {room}"

@@ -321,13 +321,13 @@ def _verdict(context: RunContext, epoch: int) -> str:
     check = EpochCheck.read(context.folder.epoch(epoch))
     if check is None:
         return "No copy check was run."
-    room = f" That leaves room for up to {check.most_copies:.0%} of copies among further images."
+    room = f" That leaves room for up to {check.most_copies:.0%} of such matches among further images."
     if check.copied_images and (first := check.copied_images[0]).matches > 1:
         room += f" One training image draws {first.matches} of the matches."
     found = f"{check.num_matches} of {len(check.previews)} previews"
     return (
         f"**{check.verdict}**: {found} are as similar to a training image as a copy, according to sdlora's copy check "
-        f"against every training image and its mirror image.{room}"
+        f"against every training image and its mirror image.{room} A part of an image in another place is not seen."
     )
 
 
