@@ -33,8 +33,10 @@ _MACHINE = re.sub(r"\W", "", platform.node())[:40] or "here"
 
 
 @contextmanager
-def atomic_path(path: Path) -> Iterator[Path]:
+def atomic_path(path: Path, *, is_durable: bool = True) -> Iterator[Path]:
     """Yield a temporary path beside `path`; rename it to `path` when the block ends without an error.
+
+    Unless it is durable, a power cut may take the file, which saves waiting for the disk.
 
     Raises:
         DiskFullError: The disk is full. The old file, if there was one, is untouched.
@@ -44,9 +46,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         with disk_full_errors(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             yield temporary
-            _sync(temporary)
+            if is_durable:
+                _sync(temporary)
             temporary.replace(path)
-            _sync(path.parent)
+            if is_durable:
+                _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 

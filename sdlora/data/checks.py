@@ -77,11 +77,17 @@ class Image:
 
 @dataclass(frozen=True)
 class Checkup:
-    """All findings about a folder and its readable images by name; `num_files` includes those that are not readable."""
+    """All findings about a folder, and its readable images by name.
+
+    Attributes:
+        num_files: How many images there are, those included that are not readable.
+        captions: Of all of these, by name; empty without one.
+    """
 
     num_files: int
     images: tuple[Image, ...]
     findings: tuple[Finding, ...]
+    captions: Mapping[str, str]
 
 
 Decode = Callable[[Path, str], Image]
@@ -194,7 +200,8 @@ def examine(
     findings += about_files(
         "unused exclude", unknown, f"data.exclude names images that are not there: {first_names(unknown)}."
     )
-    return Checkup(len(names), tuple(images), tuple(findings))
+    own = {name: next(filter(None, captions.by_image[name].values()), "") for name in names.values()}
+    return Checkup(len(names), tuple(images), tuple(findings), own)
 
 
 def copies_between(sets: Mapping[str, Sequence[Image]]) -> list[Finding]:

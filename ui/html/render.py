@@ -9,6 +9,8 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
+import threading
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +20,8 @@ from PIL import Image
 from sdlora.common.files import atomic_path
 from sdlora.common.text import format_seconds
 from sdlora.copycheck.scale import PHASE as COMPARING
-from sdlora.data.images import load_image
+from sdlora.data.images import image_size, load_image
+from sdlora.errors import DataError
 from sdlora.report.html import CRISP_PX, Album, Attributes, environment
 
 from ..state.card_filter import tags_of
@@ -94,29 +97,74 @@ def image_url(folder: Path, key: str, read: Callable[[], Image.Image], *, longes
         read: Gives the image; called only when there is no copy.
         longest_px: Limit of its longer edge.
     """
-    digest = hashlib.sha256(f"{key} {longest_px}".encode("utf-8", errors="surrogateescape")).hexdigest()[:40]
-    for suffix in ("png", "jpg"):
-        if (folder / f"{digest}.{suffix}").is_file():
-            return f"{ROUTE}/{digest}.{suffix}"
-    image = read().convert("RGB")
-    image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
-    # Without any of the file's own metadata.
-    clean = Image.frombytes("RGB", image.size, image.tobytes())
-    suffix = "png" if max(clean.size) <= CRISP_PX else "jpg"
-    with atomic_path(folder / f"{digest}.{suffix}") as temporary:
-        clean.save(temporary, format="PNG" if suffix == "png" else "JPEG", quality=88)
-    return f"{ROUTE}/{digest}.{suffix}"
+    digest = _digest(key, longest_px)
+    if (name := _copy(folder, digest)) is None:
+        image = _small(read(), longest_px)
+        name = f"{digest}.{_suffix(image.size)}"
+        _write(image, folder / name)
+    return f"{ROUTE}/{name}"
 
 
 def file_url(folder: Path, image: Path, *, longest_px: int = THUMBNAIL_PX) -> str:
     """The address of an image file's copy in the folder that is served, with a limit of its longer edge.
 
+    The copy is made once a browser asks for it; see `make_copy`.
+
     Raises:
-        DataError: It cannot be read as an image.
+        DataError: It is not an image.
     """
     facts = image.stat()
-    key = f"{image.resolve()} {facts.st_mtime_ns} {facts.st_size}"
-    return image_url(folder, key, lambda: load_image(image, "white"), longest_px=longest_px)
+    digest = _digest(f"{image.resolve()} {facts.st_mtime_ns} {facts.st_size}", longest_px)
+    if (name := _copy(folder, digest)) is None:
+        name = f"{digest}.{_suffix(image_size(image))}"
+        with _LOCK:
+            _AWAITED[name] = image, longest_px
+            if len(_AWAITED) > _MOST_AWAITED:
+                _AWAITED.popitem(last=False)
+    return f"{ROUTE}/{name}"
+
+
+def make_copy(folder: Path, name: str) -> bool:
+    """Make a copy whose address was given out by `file_url`; whether that could be done."""
+    with _LOCK:
+        image, longest_px = _AWAITED.get(name, (None, 0))
+    try:
+        if image is not None:
+            _write(_small(load_image(image, "white"), longest_px), folder / name)
+    except (DataError, FileNotFoundError):
+        return False
+    return image is not None
+
+
+# Files whose copies no browser has asked for yet, and the limits of their edges, by the copies' names.
+_AWAITED: OrderedDict[str, tuple[Path, int]] = OrderedDict()
+_MOST_AWAITED = 20_000
+_LOCK = threading.Lock()
+
+
+def _digest(key: str, longest_px: int) -> str:
+    return hashlib.sha256(f"{key} {longest_px}".encode("utf-8", errors="surrogateescape")).hexdigest()[:40]
+
+
+def _copy(folder: Path, digest: str) -> str | None:
+    return next((name for name in (f"{digest}.png", f"{digest}.jpg") if (folder / name).is_file()), None)
+
+
+def _suffix(size: tuple[int, int]) -> str:
+    return "png" if max(size) <= CRISP_PX else "jpg"
+
+
+def _small(image: Image.Image, longest_px: int) -> Image.Image:
+    image = image.convert("RGB")
+    image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS)
+    # Without any of the file's own metadata.
+    return Image.frombytes("RGB", image.size, image.tobytes())
+
+
+def _write(image: Image.Image, file: Path) -> None:
+    # A copy that a power cut takes is made again.
+    with atomic_path(file, is_durable=False) as temporary:
+        image.save(temporary, format="PNG" if file.suffix == ".png" else "JPEG", quality=88)
 
 
 def img(url: str, alt: str) -> Attributes:

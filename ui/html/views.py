@@ -62,6 +62,8 @@ def set_summary(view: SetView, *, asks_for: Path | None = None) -> str:
     if not view.cards:
         return message("Drop 10 to 40 images of one character, style or object above.", title="No images yet")
     title = f"{len(view.cards)} images, {sum(bool(card.caption) for card in view.cards)} captioned"
+    if not view.is_checked:
+        return message("You can write captions meanwhile.", "busy", title=f"{title}: looking at the images …")
     if view.preserved is not None:
         title += f", and {view.preserved[1]} in {view.preserved[0]} that keep what the base model knows"
     errors = [finding.message for finding in view.findings if finding.severity == "error"]
@@ -114,6 +116,8 @@ def duplicates(view: SetView, shown: Path, set_name: str) -> str:
 
 def _photo(folder: Path, card: Card, shown: Path) -> dict[str, object]:
     """The attributes of an image's `<img>`, None if it cannot be read, and where the frame of its crop lies."""
+    if card.size is None and card.severity != "unchecked":
+        return {"image": None}
     try:
         url = file_url(shown, folder / card.name)
     except (DataError, OSError):

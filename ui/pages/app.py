@@ -1,12 +1,12 @@
 """All pages of the studio together: how one leads to the next, and how they are kept up to date.
 
-Every page asks for a snapshot every two seconds and updates only what has changed.
+Every page asks every two seconds whether anything that it shows has changed, and only then for what that is.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,11 @@ from . import images as images_tab
 from . import recipe as recipe_form
 from .context import ANY_VALUE, Context, Live, snapshot
 from .images import images_page
+from .looks import Look
 from .recipe import recipe_page
 from .result import clone_into_draft, result_page, runs_page
 from .training import copy_page, training_page
 
-EVERY_SECONDS = 2
 PAGES = ("images", "recipe", "training", "copy-check", "result", "runs")
 """The pages in their order, as addresses name them after `#`."""
 HEAD = (
@@ -105,7 +105,7 @@ def build(context: Context) -> Any:
         opened.then(
             lambda: None, None, None, show_progress="hidden", queue=False, js="() => { document.body.inert = false; }"
         )
-        onward.click(lambda: gr.Tabs(selected="recipe"), None, tabs, show_progress="hidden")
+        onward.click(lambda: gr.Tabs(selected="recipe"), None, tabs, show_progress="hidden", queue=False)
         controls = recipe[-recipe_form.num_controls() :]
         recipe_tab.select(show_recipe, [images.images, *controls], recipe, **recipe_form.IN_TURN)
         loaded.then(show_images, None, images_shown, show_progress="hidden")
@@ -135,38 +135,42 @@ def _is_newer(file: Path, other: Path) -> bool:
 
 def _keep_up_to_date(context: Context, live: Live, images: images_tab.ShownSet, blocks: gr.Blocks) -> None:
     """Refresh what is live: on loading, at intervals, on a choice and after every click."""
-    # What this page shows already, by part. A gr.State would cost every tab a connection that stays open, and a
-    # browser has six of them for all its tabs.
-    seen = gr.Textbox("{}", visible=False)
+    # What this page shows already, as a token. A gr.State would cost every tab a connection that stays open, and a
+    # browser has six of them for all its tabs. `studio.js` reads it, and presses the button when there is news.
+    seen = gr.Textbox("", visible="hidden", elem_id="seen")
+    news = gr.Button(visible="hidden", elem_id="news")
     inputs = [live.run, live.parts["epochs"], images.images, images.fingerprint, seen]
 
-    def refresh(name: str | None, epoch: Any, shown: str, drawn: str, known: str) -> dict[Any, Any]:
+    def refresh(name: str | None, epoch: Any, shown: str, drawn: str, token: str) -> dict[Any, Any]:
         try:
-            updates, now = _updates(context, live, name, epoch, (shown, drawn), json.loads(known or "{}"))
-            return updates | {seen: json.dumps(now)}
+            known = context.looks.find(token)
+            updates, look = changes(context, Look(name, epoch, shown, drawn, known.digests if known else {}))
+            return {live.parts[part]: update for part, update in updates.items()} | {seen: context.looks.keep(look)}
         except Exception as error:
             # The rest stays as it is; the next refresh, two seconds from now, may succeed.
             return {live.parts["strip"]: context.unexpected(error)}
 
     for event in (
-        blocks.load, gr.Timer(EVERY_SECONDS).tick, live.run.input, live.parts["epochs"].input,
+        blocks.load, news.click, live.run.input, live.parts["epochs"].input, images.fingerprint.change,
         *(event.then for event in live.events),
     ):  # fmt: skip
         event(refresh, inputs, [*live.parts.values(), seen], show_progress="hidden", queue=False, **ANY_VALUE)
 
 
-def _updates(
-    context: Context, live: Live, name: str | None, epoch: Any, images: tuple[str, str], before: dict[str, str]
-) -> tuple[dict[Any, Any], dict[str, str]]:
-    """What has changed of all that a page shows of a run, and a digest of every part; `before` are those shown.
+def has_news(context: Context, token: str) -> bool:
+    """Whether a tab that holds this token shows anything that has changed since."""
+    look = context.looks.find(token)
+    return look is None or bool(changes(context, look)[0])
 
-    The set of images that it shows is looked at, too; `images` are the set, and the fingerprint of what is drawn of it.
-    """
+
+def changes(context: Context, look: Look) -> tuple[dict[str, Any], Look]:
+    """The updates of all parts that have changed since a tab was last told of them, and what it shows then."""
+    before, name, epoch = dict(look.digests), look.run, look.epoch
     if name not in context.jobs.names():
         name = context.default_run()
     # A chosen epoch means nothing in another run, and a page that shows the last epoch follows it.
     same = before.get("name") == name and str(epoch) != before.get("last")
-    chosen = int(epoch) if same and str(epoch).isdecimal() else None
+    chosen = int(epoch) if same and str(epoch).isdecimal() else None  # type: ignore[arg-type]
     now = snapshot(context, name, chosen)
     last = max(now.epochs, default=None)
     seen, updates = {"name": name or "", "last": str(last)}, {}
@@ -175,7 +179,7 @@ def _updates(
         """Update a part if it has changed; `key`, if given, is compared instead of the update."""
         seen[part] = hashlib.sha256(repr(update if key is None else key).encode()).hexdigest()[:16]
         if before.get(part) != seen[part]:
-            updates[live.parts[part]] = gr.update(**update)
+            updates[part] = gr.update(**update)
 
     for slot, html in now.html.items():
         show(slot, value=html)
@@ -192,7 +196,7 @@ def _updates(
     show("restore", value=f"Undo: {now.deleted.words}" if now.deleted else "Undo", visible=now.deleted is not None)
     show("deleted", value=now.deleted.key if now.deleted else "")
     # With what is drawn: a set may change and change back between two looks, and be drawn in between.
-    show("listing", value=f"{context.fingerprint(images[0])} {images[1]}")
+    show("listing", value=f"{context.fingerprint(look.images)} {look.drawn}")
     show("copy-stop", visible=now.can["stop"])
     show("waiting", choices=now.waiting, value=next(iter(now.waiting), None))
     show("prompt", (name, now.prompt), value=now.prompt)
@@ -201,7 +205,7 @@ def _updates(
     show("other epoch", (name, now.loras, now.kept), choices=now.loras, value=other)
     show("run", choices=now.names, value=name)
     show("other", choices=now.names)
-    return updates, seen
+    return updates, replace(look, run=name, digests=seen)
 
 
 def _show_draft(context: Context) -> list[Any]:

@@ -139,7 +139,7 @@ def publish_controls(context: Context, live: Live) -> None:
     cancel.click(dismiss, None, [note, confirmation], show_progress="hidden")
     # What is confirmed is what is shown: another name or another run is another question.
     changes = [repo.input, private.input, live.run.input]
-    gr.on(changes, dismiss, None, [note, confirmation], show_progress="hidden")
+    gr.on(changes, dismiss, None, [note, confirmation], show_progress="hidden", queue=False)
     live.events.append(
         confirm.click(
             lambda *values: [context.attempt(upload, *values), gr.update(visible=False)],

@@ -161,4 +161,4 @@ def caption_editor(
     on_click(add_trigger, "trigger", trigger)
     confirm.click(confirmed, [planned, *looked_at], [*asked, *parts], **ANY_VALUE)
     cancel.click(dismiss, None, asked, show_progress="hidden")
-    images.change(follow, [images, planned], asked, show_progress="hidden")
+    images.change(follow, [images, planned], asked, show_progress="hidden", queue=False)

@@ -1,7 +1,7 @@
 """What all pages of the studio share: its folder, queue, sampler and controls, and what they show of runs at a moment.
 
-Here an unexpected error becomes a message on the page, and its traceback goes to the studio's log. Pages ask for a
-snapshot every two seconds; what is slow to make is made once for every change of a run's files.
+Here an unexpected error becomes a message on the page, and its traceback goes to the studio's log. A snapshot is made
+for every page every two seconds; what is slow to make is made once for every change of a run's files.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..settings.wording import finding_in_words, in_words
 from ..state import image_set
 from ..state.background_tasks import KINDS, BackgroundTasks, Kind
 from ..state.bin import Bin, Change
+from ..state.decoded import Examiner
 from ..state.folder_notes import read_notes
 from ..state.folders import Studio
 from ..state.image_set import SetView, view
@@ -36,6 +37,7 @@ from ..state.run_view import RunView, read_run
 from ..state.set_editor import SetEditor
 from ..state.token_windows import Reading, read_caption
 from ..state.try_lora import LoraSampler
+from .looks import Looks
 
 # For events that send a choice whose list changes while a tab is open, such as a run, an epoch or a page of cards:
 # Gradio answers with an error where it is not in the list any more, while the handlers know what to do.
@@ -63,6 +65,8 @@ class Context:
     studio: Studio
     jobs: Jobs
     sampler: LoraSampler
+    looks: Looks = field(default_factory=Looks)
+    examiner: Examiner = field(default_factory=Examiner)
 
     @property
     def tasks(self) -> BackgroundTasks:
@@ -87,22 +91,20 @@ class Context:
         folder = draft.folder(self.studio)
         if folder is None:
             return SetView(Path(), (), (), ())
-        resolution_px = draft.value("data.resolution_px") or base_resolution_px(draft.base)
         taken_out = read_notes(self.studio, folder).taken_out
-        windows, is_pocket = draft.value("data.max_token_windows"), draft.base == POCKET
-
-        def read(caption: str) -> Reading:
-            return read_caption(with_trigger(caption, draft.trigger) if caption else "", windows, is_pocket=is_pocket)
-
+        if not self._is_looked_at(folder):
+            return image_set.first_look(folder, taken_out)
         family = family_of(draft.base)
         has_windows = family is None or CLASSES[family].reads_windows
-        found = view(
-            folder, trigger=draft.trigger or None, resolution_px=resolution_px, taken_out=taken_out,
-            read=read if has_windows else None,
+        return _view(
+            folder, image_set.state(folder) if folder.is_dir() else "", draft.trigger,
+            draft.value("data.resolution_px") or base_resolution_px(draft.base), taken_out,
+            draft.value("data.max_token_windows") if has_windows else None, draft.base == POCKET,
         )  # fmt: skip
-        findings = tuple(replace(finding, message=finding_in_words(finding)) for finding in found.findings)
-        cards = tuple(replace(card, findings=tuple(map(in_words, card.findings))) for card in found.cards)
-        return replace(found, findings=findings, cards=cards)
+
+    def _is_looked_at(self, folder: Path) -> bool:
+        """Whether a set's images were decoded; if they are many, that is done while its first look is shown."""
+        return self.examiner.is_done([*image_set.images_of(folder).values()], image_set.fingerprint(folder))
 
     def editor(self, images: str) -> SetEditor:
         """A set of images, as it was chosen, for changing it.
@@ -113,9 +115,10 @@ class Context:
         return SetEditor(self.studio, images)
 
     def fingerprint(self, images: str) -> str:
-        """A value that changes with the images of a set; empty if the set does not exist."""
+        """A value that changes with the images of a set, and once they were looked at; empty if there is no set."""
         try:
-            return image_set.fingerprint(self.editor(images).folder)
+            folder = self.editor(images).folder
+            return image_set.fingerprint(folder) + ("" if self._is_looked_at(folder) else "?")
         except SdloraError:
             return ""
 
@@ -180,6 +183,25 @@ class Context:
         """Append to the studio's own log."""
         with (self.studio.own / "studio.log").open("a", encoding="utf-8") as handle:
             handle.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {text}\n")
+
+
+@functools.lru_cache(maxsize=16)
+def _view(
+    folder: Path, _state: str, trigger: str, resolution_px: int, taken_out: tuple[str, ...], windows: int | None,
+    is_pocket: bool,
+) -> SetView:  # fmt: skip
+    """A set's images with the findings in the words of the pages; the same as long as none of its files changes."""
+
+    def read(caption: str) -> Reading:
+        return read_caption(with_trigger(caption, trigger) if caption else "", windows or 1, is_pocket=is_pocket)
+
+    found = view(
+        folder, trigger=trigger or None, resolution_px=resolution_px, taken_out=taken_out,
+        read=None if windows is None else read,
+    )  # fmt: skip
+    findings = tuple(replace(finding, message=finding_in_words(finding)) for finding in found.findings)
+    cards = tuple(replace(card, findings=tuple(map(in_words, card.findings))) for card in found.cards)
+    return replace(found, findings=findings, cards=cards)
 
 
 def failure(error: SdloraError) -> str:

@@ -271,9 +271,9 @@ def images_page(context: Context, live: Live, tabs: gr.Tabs) -> tuple[gr.Dropdow
 
     quiet: dict[str, Any] = {"show_progress": "hidden", "queue": False, **ANY_VALUE}
     drop.upload(add, [drop, choice], [note, choice, drop, *parts], show_progress_on=[drop])
-    gr.on([choice.input, choice.blur], choose, [choice, shown.images], [note, *parts], show_progress="hidden")
-    gr.on([shown.only.input, shown.page.input], show_chosen, looked_at, parts, show_progress="hidden", **ANY_VALUE)
-    # Outside of the queue, whose stream would be cut off by every reload.
+    # Outside of the queue, which costs a second request, and whose stream would be cut off by every reload.
+    gr.on([choice.input, choice.blur], choose, [choice, shown.images], [note, *parts], **quiet)
+    gr.on([shown.only.input, shown.page.input], show_chosen, looked_at, parts, **quiet)
     live.parts["caption"].change(show_when_captioned, looked_at, parts, **quiet)
     listing.change(follow, [*looked_at, listing, shown.fingerprint], parts, **quiet)
     refresh.click(show_around, [*looked_at, shown.fingerprint, trigger], [note, *parts], **quiet)

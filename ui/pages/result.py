@@ -157,7 +157,9 @@ def runs_page(context: Context, live: Live) -> tuple[gr.Button, gr.HTML]:
     delete.click(ask, run, [note, confirmation, asked], **ANY_VALUE)
     cancel.click(lambda: ["", gr.update(visible=False)], None, [note, confirmation])
     # What is confirmed is what is shown: another run is another question.
-    live.run.input(lambda: ["", gr.update(visible=False)], None, [note, confirmation], show_progress="hidden")
+    live.run.input(
+        lambda: ["", gr.update(visible=False)], None, [note, confirmation], show_progress="hidden", queue=False
+    )
     deleted = confirm.click(
         lambda name: [context.attempt(delete_run, name), gr.update(visible=False)], asked, [note, confirmation]
     )

@@ -268,6 +268,27 @@
     input.click();
   };
 
+  // --- News ----------------------------------------------------------------------------------------------------------
+  // A tab at rest asks with a few bytes whether anything that it shows has changed, and only then for what that is.
+
+  const EVERY_MS = 2000;
+  let isAsking = false;
+  const ask = async () => {
+    const token = document.querySelector('#seen :is(input, textarea)')?.value;
+    if (isAsking || document.hidden || !token) return;
+    isAsking = true;
+    try {
+      const answer = await fetch(`/studio/news/${token}`);
+      if (answer.status === 200) document.querySelector('#news')?.click();
+    } catch {
+      // The studio is away for a moment.
+    } finally {
+      isAsking = false;
+    }
+  };
+  setInterval(ask, EVERY_MS);
+  document.addEventListener('visibilitychange', ask);
+
   // --- Addresses -----------------------------------------------------------------------------------------------------
 
   const slug = (tab) => tab.textContent.trim().toLowerCase().replace(/ /g, '-');

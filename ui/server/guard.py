@@ -90,6 +90,8 @@ class RequestFilter:
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 own = added if message["status"] < 400 else SAFE_HEADERS
+                # No content needs no protection, and tabs ask all the time whether there is any.
+                own = {} if message["status"] == 204 else own
                 kept = [(key, value) for key, value in message["headers"] if not _is_replaced(key, own)]
                 message["headers"] = kept + [(key.encode(), value.encode()) for key, value in own.items()]
             await send(message)

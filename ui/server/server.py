@@ -30,8 +30,8 @@ from sdlora.common.text import format_bytes
 from sdlora.config.toml import dump_toml
 from sdlora.errors import SdloraError
 
-from ..html.render import NAME, ROUTE, render
-from ..pages.app import HEAD, build, theme
+from ..html.render import NAME, ROUTE, make_copy, render
+from ..pages.app import HEAD, build, has_news, theme
 from ..pages.context import Context
 from ..settings.wording import in_words
 from ..state.bin import Bin
@@ -94,7 +94,8 @@ def _add_routes(app: FastAPI, context: Context) -> None:
     @app.get(ROUTE + "/{name}")
     def _image(name: str) -> Response:
         file = studio.shown / name
-        if not NAME.fullmatch(name) or file.is_symlink() or not file.is_file():
+        is_there = NAME.fullmatch(name) and not file.is_symlink() and (file.is_file() or make_copy(studio.shown, name))
+        if not is_there:
             return PlainTextResponse("Image not found.", 404)
         kind = "image/png" if name.endswith(".png") else "image/jpeg"
         return FileResponse(file, media_type=kind, headers={"cache-control": "private, max-age=31536000, immutable"})
@@ -105,6 +106,14 @@ def _add_routes(app: FastAPI, context: Context) -> None:
         file = Path(__file__).parents[1] / "pages" / Path(request.url.path).name
         kind = "text/css" if file.suffix == ".css" else "text/javascript"
         return FileResponse(file, media_type=kind, headers={"cache-control": "no-cache"})
+
+    @app.get("/studio/news/{token}")
+    def _news(token: str) -> Response:
+        # As few bytes as possible, since every tab asks this all the time.
+        try:
+            return Response(status_code=200 if has_news(context, token) else 204)
+        except Exception:
+            return Response(status_code=200)  # asking for the news tells what is wrong
 
     @app.put("/studio/caption")
     async def _caption(request: Request) -> Response:

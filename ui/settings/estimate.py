@@ -27,8 +27,8 @@ from sdlora.run.arguments import read_images
 from sdlora.run.estimate import Estimate, count_steps, device_memory, estimate_shapes
 from sdlora.run.lora_inputs import with_settings_of_file
 
+from ..state.decoded import cached_decode
 from ..state.folders import StudioError
-from ..state.image_set import cached_decode
 from ..state.subprocesses import device_name
 from .bases import base_resolution_px, shapes_of
 

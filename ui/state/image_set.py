@@ -6,9 +6,9 @@ what may be changed; here are the files of captions.
 
 from __future__ import annotations
 
-import functools
 import hashlib
-from collections.abc import Callable, Collection, Mapping
+import os
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,10 +20,10 @@ from sdlora.config.schema_data import DataConfig
 from sdlora.config.toml import parse_config
 from sdlora.data.batches import assign_buckets
 from sdlora.data.captions import METADATA, read_captions, text_sidecar
-from sdlora.data.checks import Finding, Image, copies_between, decode, examine, image_files
+from sdlora.data.checks import Finding, Image, copies_between, examine, image_files
 from sdlora.data.fit import examine_lengths, examine_sizes
-from sdlora.errors import DataError
 
+from .decoded import cached_decode
 from .folders import StudioError
 from .token_windows import Reading
 from .uploads import MOST_CAPTION_BYTES
@@ -36,7 +36,7 @@ class Card:
     name: str  # its path in the set's folder
     caption: str  # empty if there is none
     size: tuple[int, int] | None  # width and height in pixels; None if it cannot be read
-    severity: str  # the worst finding: "error", "warning" or "fine"
+    severity: str  # the worst finding: "error", "warning" or "fine"; "unchecked" before it was looked at
     findings: tuple[str, ...]  # a sentence per finding
     bucket: tuple[int, int] | None  # width and height it is trained at, in pixels; None if it cannot be read
     common_caption: str = ""  # what it is trained on without a caption of its own
@@ -52,27 +52,7 @@ class SetView:
     findings: tuple[Finding, ...]
     twins: tuple[tuple[str, ...], ...]
     preserved: tuple[str, int] | None = None  # kohya's folder of images to preserve, and their number
-
-
-@functools.lru_cache(maxsize=4096)
-def _decode(path: Path, background: str, _modified_ns: int, _size: int) -> Image | str:
-    """The result of decoding a file, cached until the file changes."""
-    try:
-        return decode(path, background)
-    except DataError as error:
-        return str(error)
-
-
-def cached_decode(path: Path, background: str) -> Image:
-    """`sdlora.data.checks.decode`, whose results are kept while the file stays the same."""
-    try:
-        facts = path.stat()
-    except FileNotFoundError as error:
-        raise DataError(f"{path.name}: it was removed a moment ago.") from error
-    found = _decode(path, background, facts.st_mtime_ns, facts.st_size)
-    if isinstance(found, str):
-        raise DataError(found)
-    return found
+    is_checked: bool = True  # whether its images were looked at
 
 
 # --- Which images -----------------------------------------------------------------------------------------------------
@@ -98,6 +78,28 @@ def fingerprint(folder: Path) -> str:
         with suppress(FileNotFoundError):  # removed at this moment
             facts.append((name, path.stat().st_mtime_ns, path.stat().st_size))
     return hashlib.sha256(repr((str(folder), facts)).encode()).hexdigest()[:16]
+
+
+def state(folder: Path) -> str:
+    """A value that changes when any file of a set does, captions included."""
+    return hashlib.sha256(repr(sorted(_files_in(folder))).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _files_in(folder: str | Path) -> Iterator[tuple[str, int, int]]:
+    with os.scandir(folder) as found:
+        for entry in found:
+            if entry.is_dir(follow_symlinks=False):
+                yield from _files_in(entry.path)
+            with suppress(OSError):  # removed at this moment, or a link to nothing
+                facts = entry.stat()
+                yield entry.path, facts.st_mtime_ns, facts.st_size
+
+
+def first_look(folder: Path, taken_out: Collection[str] = ()) -> SetView:
+    """A set with its captions before its images are looked at, which takes seconds if there are many."""
+    found = captions_of(folder)
+    cards = (Card(name, text, None, "unchecked", (), None) for name, text in found.items() if name not in taken_out)
+    return SetView(folder, tuple(cards), (), (), is_checked=False)
 
 
 def view(
@@ -135,7 +137,10 @@ def view(
         sets[prefix.removesuffix("/")] = checkup.images
         ours = (finding for finding in checkup.findings if finding.kind != "unused exclude")
         findings += [finding.of_set(prefix.removesuffix("/") or None) for finding in ours]
-        cards += _captioned(one, prefix)
+        cards += [
+            Card(prefix + name, caption, None, "fine", (), None, one.caption or "")
+            for name, caption in checkup.captions.items()
+        ]
     findings += copies_between(sets)
     sizes = {
         f"{name}/{image.name}" if name else image.name: image.size for name, some in sets.items() for image in some
@@ -156,17 +161,6 @@ def _prefix(folder: Path, one: ImageFolder) -> str:
     """What the names of the images in one of a set's folders begin with."""
     inside = Path(one.folder).relative_to(folder).as_posix()
     return "" if inside == "." else f"{inside}/"
-
-
-def _captioned(one: ImageFolder, prefix: str) -> list[Card]:
-    """The images of one of a set's folders with their captions, before they are checked."""
-    names = [path.name for path in image_files(Path(one.folder))]
-    captions = read_captions(Path(one.folder), names).by_image
-    return [
-        Card(prefix + name, next(filter(None, captions[name].values()), ""), None, "fine", (), None, one.caption or "")
-        for name in names
-        if name not in one.exclude
-    ]
 
 
 def _checked(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import psutil
@@ -14,72 +14,76 @@ from helpers.studios import write_image, write_state
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config
 from sdlora.ui.pages import images
-from sdlora.ui.pages.app import build, first_page
+from sdlora.ui.pages.app import changes, first_page, has_news
 from sdlora.ui.pages.context import Context
+from sdlora.ui.pages.looks import Look, Looks
 from sdlora.ui.settings.draft import Draft, write_draft
 from sdlora.ui.state import queue
 
 
-@pytest.fixture
-def tick(context: Context) -> Callable[..., tuple[dict[str, Any], str]]:
-    """Asks as a tab does; returns the updates by element, and what the tab sends the next time."""
-    blocks = build(context)
-    (asked,) = (one for one in blocks.fns.values() if [name for _, name in one.targets] == ["tick"])
-
-    def ask(seen: str = "{}", name: str | None = None, images: str = "", drawn: str = "") -> tuple[dict[str, Any], str]:
-        answer = dict(asked.fn(name, None, images, drawn, seen))
-        texts = {part.elem_id: update for part, update in answer.items() if not isinstance(update, str)}
-        return texts, next(value for value in answer.values() if isinstance(value, str))
-
-    return ask
+def tick(context: Context, seen: Look, **looked: str) -> tuple[dict[str, Any], Look]:
+    """Asks as a tab does; returns the updates by part, and what the tab shows then."""
+    return changes(context, replace(seen, **looked))
 
 
 def test_a_note_is_cleared_when_what_it_is_about_has_changed(
     context: Context,
     make_config: Callable[..., RunConfig],
-    tick: Callable[..., tuple[dict[str, Any], str]],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(queue.subprocesses, "find_by_pid", lambda pid, _: pid or None)
     monkeypatch.setattr(queue.subprocesses, "is_paused", lambda _: False)
     write_state(context.studio, make_config("a"), pid=1)
-    updates, seen = tick()
+    updates, seen = tick(context, Look())
     assert "training-note" not in updates, "a note of this moment stays"
     write_state(context.studio, make_config("a"), pid=1, step=4)
-    updates, seen = tick(seen, "a")
+    updates, seen = tick(context, seen, run="a")
     assert "status" in updates and "training-note" not in updates
     write_state(context.studio, make_config("a"), status="stopped")
-    updates, seen = tick(seen, "a")
+    updates, seen = tick(context, seen, run="a")
     assert updates["training-note"]["value"] == "" and updates["recipe-note"]["value"] == ""
-    assert tick(seen, "a") == ({}, json.dumps(json.loads(seen)))
+    assert tick(context, seen, run="a") == ({}, seen)
 
 
-def test_a_tab_is_told_of_images_that_come_and_go(
-    context: Context, tick: Callable[..., tuple[dict[str, Any], str]]
-) -> None:
+def test_a_tab_asks_for_news_with_a_token(context: Context, make_config: Callable[..., RunConfig]) -> None:
+    token = context.looks.keep(changes(context, Look())[1])
+    assert len(token) == 16 and not has_news(context, token) and has_news(context, "from before a restart")
+    write_state(context.studio, make_config("a"), status="done")
+    assert has_news(context, token)
+
+
+def test_looks_that_were_not_asked_for_are_forgotten_first() -> None:
+    looks = Looks()
+    first, second = (looks.keep(Look(run=name)) for name in ("first", "second"))
+    for number in range(998):
+        looks.keep(Look(run=str(number)))
+    assert looks.find(first) is not None
+    looks.keep(Look(run="one more"))
+    assert looks.find(second) is None and looks.find(first) == Look(run="first")
+
+
+def test_a_tab_is_told_of_images_that_come_and_go(context: Context) -> None:
     image = write_image(context.studio.image_set("set") / "a.png")
-    updates, seen = tick(images="set")
+    updates, seen = tick(context, Look(), images="set")
     before = updates["listing"]["value"]
-    assert "listing" not in tick(seen, images="set")[0]
+    assert "listing" not in tick(context, seen, images="set")[0]
     image.unlink()
-    updates, seen = tick(seen, images="set")
+    updates, seen = tick(context, seen, images="set")
     assert updates["listing"]["value"] != before
-    assert tick(seen, images="../x")[0]["listing"]["value"] == " " and context.fingerprint("none") != ""
+    assert tick(context, seen, images="../x")[0]["listing"]["value"] == " " and context.fingerprint("none") != ""
 
 
-def test_a_tab_is_told_of_an_image_that_came_and_went_between_two_looks(
-    context: Context, tick: Callable[..., tuple[dict[str, Any], str]]
-) -> None:
+def test_a_tab_is_told_of_an_image_that_came_and_went_between_two_looks(context: Context) -> None:
     write_image(context.studio.image_set("set") / "b.png")
     drawn = context.fingerprint("set")
-    _, seen = tick(images="set", drawn=drawn)
+    _, seen = tick(context, Look(), images="set", drawn=drawn)
     # A caption is saved while there is another image, and the cards are drawn with it.
     image = write_image(context.studio.image_set("set") / "a.png")
     with_it = context.fingerprint("set")
     image.unlink()
-    updates, seen = tick(seen, images="set", drawn=with_it)
+    updates, seen = tick(context, seen, images="set", drawn=with_it)
     assert updates["listing"]["value"] == f"{drawn} {with_it}"
-    assert "listing" in tick(seen, images="set", drawn=drawn)[0]
+    assert "listing" in tick(context, seen, images="set", drawn=drawn)[0]
 
 
 def test_the_first_page_is_the_addresss_or_what_is_new(

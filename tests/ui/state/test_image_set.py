@@ -14,7 +14,7 @@ from sdlora.common.bundled import ImageFolder, resolve_data_folder
 from sdlora.data.dataset import load_dataset
 from sdlora.errors import SdloraError
 from sdlora.ui.pages.images import MAX_CARDS, cards_by_page
-from sdlora.ui.state import image_set
+from sdlora.ui.state import decoded, image_set
 
 
 @pytest.fixture
@@ -136,6 +136,24 @@ def test_large_set_is_paged(folder: Path) -> None:
 
 def test_unchanged_image_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     image_set.view(folder)
-    monkeypatch.setattr(image_set, "decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(decoded, "decode", lambda *_: pytest.fail("decoded again"))
     image_set.write_captions(folder, {"a.png": "new words"})
     assert image_set.view(folder).cards[0].caption == "new words"
+
+
+def test_the_state_of_a_set_changes_with_captions_and_images(folder: Path) -> None:
+    states = [image_set.state(folder)]
+    assert image_set.state(folder) == states[0]
+    image_set.write_captions(folder, {"a.png": "other words"})
+    states.append(image_set.state(folder))
+    (folder / "a.png").unlink()
+    states.append(image_set.state(folder))
+    assert len(set(states)) == 3
+
+
+def test_a_first_look_has_images_and_captions(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoded, "cached_decode", lambda *_: pytest.fail("decoded"))
+    looked = image_set.first_look(folder, taken_out=["b.png"])
+    whole = image_set.view(folder, taken_out=["b.png"])
+    assert [(card.name, card.caption) for card in looked.cards] == [(card.name, card.caption) for card in whole.cards]
+    assert {card.severity for card in looked.cards} == {"unchecked"} and not looked.is_checked and whole.is_checked
