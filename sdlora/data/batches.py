@@ -7,6 +7,7 @@ batch are in one bucket. The schedule of a run in `training` is made of the batc
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Hashable, Sequence
 from typing import NamedTuple
 
@@ -75,6 +76,19 @@ class Exposure(NamedTuple):
 
     example: int
     number: int
+
+
+def count_batches(buckets: Sequence[Sequence[Hashable]], repeats: Sequence[int], batch_size: int, epoch: int) -> int:
+    """The number of batches that `epoch_batches` gives, without drawing their order."""
+    exposures: Counter[Hashable] = Counter()
+    for own, times in zip(buckets, repeats, strict=True):
+        for place, bucket in enumerate(own):
+            # Exposures before the end of the epoch that have this bucket, less those before its start.
+            last, first = (
+                (number - place + len(own) - 1) // len(own) for number in (epoch * times, (epoch - 1) * times)
+            )
+            exposures[bucket] += last - first
+    return sum(-(-number // batch_size) for number in exposures.values())
 
 
 def epoch_batches(

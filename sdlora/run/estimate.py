@@ -49,7 +49,7 @@ from sdlora.run.folder import RunFolder
 from sdlora.run.lora_inputs import starting_file, with_settings_of_file
 from sdlora.run.preview_requests import drawing_share, rounds_within_epochs
 from sdlora.run.setup import RunContext, choose_device, prepare
-from sdlora.training.data import TrainingData, evaluation_data, make_steps
+from sdlora.training.data import TrainingData, evaluation_data, num_steps
 from sdlora.training.schedules import Schedule
 from sdlora.training.validation import NUM_MEASURED
 
@@ -170,7 +170,7 @@ def changes_to_fit(config: RunConfig, memory_bytes: int) -> list[CountedHint]:
 
 def count_steps(config: RunConfig, dataset: Dataset) -> int:
     """Optimizer steps of a run on images with their buckets."""
-    return sum(map(len, make_steps(training_settings(config), dataset)))
+    return num_steps(training_settings(config), dataset)
 
 
 def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:

@@ -14,7 +14,7 @@ from functools import cached_property
 from torch import Tensor
 
 from sdlora.cache.tensors import Cache
-from sdlora.data.batches import Exposure, epoch_batches
+from sdlora.data.batches import Exposure, count_batches, epoch_batches
 from sdlora.data.captions import caption_for_exposure, prior_caption
 from sdlora.data.dataset import Dataset, Example
 from sdlora.diffusion.timesteps import cover
@@ -61,6 +61,17 @@ def make_steps(settings: TrainingSettings, dataset: Dataset) -> list[list[Step]]
         batches = epoch_batches(buckets, repeats, settings.batch_size, epoch, settings.seed)
         epochs.append([batches[first : first + size] for first in range(0, len(batches), size)])
     return epochs
+
+
+def num_steps(settings: TrainingSettings, dataset: Dataset) -> int:
+    """The number of optimizer steps that `make_steps` gives."""
+    buckets = [example.buckets for example in dataset.examples]
+    repeats = [example.repeats for example in dataset.examples]
+    per_step = settings.gradient_accumulation_steps
+    return sum(
+        -(-count_batches(buckets, repeats, settings.batch_size, epoch) // per_step)
+        for epoch in range(1, settings.epochs + 1)
+    )
 
 
 def with_timesteps(

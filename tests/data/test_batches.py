@@ -1,11 +1,12 @@
 from collections import Counter
 from dataclasses import replace
 from itertools import pairwise
+from typing import Any
 
 import pytest
 
 from sdlora.common.bundled import BucketOptions
-from sdlora.data.batches import assign_buckets, choose_bucket, epoch_batches, make_buckets
+from sdlora.data.batches import assign_buckets, choose_bucket, count_batches, epoch_batches, make_buckets
 
 BUCKETS = ["s", "s", "w", "s", "w", "s", "s"]
 
@@ -50,6 +51,16 @@ def test_repeats_of_each_image_are_spread_over_the_epoch(batch_size: int) -> Non
         gaps = [late - early for early, late in pairwise(places)]
         assert not gaps or max(gaps) < 2 * len(order) / times
     assert epoch_batches(BUCKETS, [4] * 7, 2, 1, 0) == epoch_batches(BUCKETS, 4, 2, 1, 0)
+
+
+@pytest.mark.parametrize("batch_size", [1, 2, 5])
+@pytest.mark.parametrize("buckets", [BUCKETS, [("a", "b", "c"), ("a",), ("b", "a")] * 3])
+def test_batches_are_counted_without_drawing_their_order(buckets: list[Any], batch_size: int) -> None:
+    repeats = [1 + 3 * index % 7 for index in range(len(buckets))]
+    for epoch in (1, 2, 5):
+        assert count_batches(buckets, repeats, batch_size, epoch) == len(
+            epoch_batches(buckets, repeats, batch_size, epoch, seed=1)
+        )
 
 
 def test_order_is_a_function_of_seed_and_epoch() -> None:
