@@ -75,6 +75,7 @@ class ImageFolder:
         recursive: Whether the images of its subfolders are read, too; they are skipped with a notice otherwise.
         exclude: Paths, relative to the folder, of images that are left out.
         sizes: Which sizes its images are trained at, where that differs from other folders.
+        loss_weight: Factor of its images' loss, above 0.
     """
 
     folder: str
@@ -87,6 +88,7 @@ class ImageFolder:
     flip: bool = False
     exclude: tuple[str, ...] = ()
     sizes: BucketOptions | None = None
+    loss_weight: float = 1.0
 
     @property
     def prefix(self) -> str:

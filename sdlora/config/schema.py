@@ -126,6 +126,10 @@ class LoraConfig(Section):
     """Train the magnitude of each output separately from its direction (DoRA); fewer programs can load the file."""
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     """Share of the adapter's inputs that are set to zero during training."""
+    rank_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of a layer's ranks that are left out at each exposure during training."""
+    module_dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    """Share of layers whose update is left out at each exposure during training."""
     init: Literal["gaussian", "orthogonal", "pissa"] = "gaussian"
     """Initial A and B: A random and B zero ('gaussian'), or the singular vectors of a random matrix ('orthogonal') or
     of the layer's weights ('pissa'), with their product subtracted from the weights."""
@@ -195,6 +199,8 @@ class LoraConfig(Section):
                 )
         if self.dora and (self.timestep_rank_min is not None or self.init != "gaussian"):
             raise ValueError("lora.dora requires lora.init = 'gaussian' and no lora.timestep_rank_min")
+        if self.dora and self.module_dropout > 0:
+            raise ValueError("lora.module_dropout requires lora.dora = false: magnitudes would stay")
         if self.from_file is not None and (self.init != "gaussian" or self.rslora):
             name = "rslora" if self.rslora else "init"
             raise ValueError(f"lora.{name} has no effect with lora.from_file: A, B and alpha are the file's")
@@ -320,8 +326,11 @@ class RunConfig(Section):
             raise ValueError("preview.base_steps has no effect without preview.base")
         if self.loss.mask_floor != 0.1 and self.data.masks == "none":
             raise ValueError("loss.mask_floor has no effect unless data.masks is 'alpha' or 'file'")
-        if self.train.compile and self.lora.dropout > 0:
-            raise ValueError("train.compile requires lora.dropout = 0, since dropout draws a new mask at every step")
+        dropouts = ("dropout", "rank_dropout", "module_dropout")
+        if self.train.compile and (used := [name for name in dropouts if getattr(self.lora, name) > 0]):
+            raise ValueError(f"train.compile requires lora.{used[0]} = 0, since dropout draws a new mask at every step")
+        if self.train.max_weight_norm > 0 and self.lora.init != "gaussian":
+            raise ValueError("train.max_weight_norm requires lora.init = 'gaussian'")
         if self.train.compile and self.base.quantization != "none":
             raise ValueError(
                 "train.compile requires base.quantization = 'none', since compiled blocks would keep the weights "

@@ -57,6 +57,8 @@ class SetOptions(Section):
     """Prefix of its images' names; the last part of the folder if unset."""
     repeats: int | None = Field(None, ge=1, le=1000)
     """Like data.repeats."""
+    loss_weight: float | None = Field(None, gt=0.0, le=100.0)
+    """Factor of the loss of its images, relative to 1; unlike repeats, it costs no steps."""
     trigger: str | None = None
     """Like data.trigger."""
     caption: str | None = None

@@ -50,6 +50,9 @@ class TrainConfig(Section):
     2e-5 }; the last that matches counts."""
     text_encoder_epochs: int | None = Field(None, ge=1, le=MAX_EPOCHS)
     """Epochs after which the text encoder's adapter stays as it is; to the end if unset."""
+    max_weight_norm: float = Field(0.0, ge=0.0, le=1000.0)
+    """Shrink every layer's update to this Frobenius norm after each step, as kohya's scale_weight_norms does; 1 is
+    usual, 0 is off."""
     lr_schedule: Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial", "rex"] = "constant"
     """Learning rate schedule after warmup: 'linear', 'cosine', 'polynomial' and 'rex' (which falls late) end at zero,
     'cosine_restarts' falls train.lr_cycles times."""
@@ -96,6 +99,8 @@ class TrainConfig(Section):
     def _check_optimizer(self) -> TrainConfig:
         if self.optimizer == "schedule_free" and self.lr_schedule != "constant":
             raise ValueError("train.optimizer = 'schedule_free' requires train.lr_schedule = 'constant'")
+        if self.optimizer == "schedule_free" and self.max_weight_norm > 0:
+            raise ValueError("train.optimizer = 'schedule_free' averages the weights; set train.max_weight_norm to 0")
         if self.lr_cycles != 3 and self.lr_schedule != "cosine_restarts":
             raise ValueError("train.lr_cycles requires train.lr_schedule = 'cosine_restarts'")
         if self.lr_power != 2.0 and self.lr_schedule != "polynomial":
@@ -166,6 +171,9 @@ class LossConfig(Section):
     """Squared error ('mse'), or the Huber loss, which is less sensitive to outliers."""
     huber_delta: float = Field(0.1, gt=0.0, le=10.0)
     """With loss.kind = 'huber', errors above this count linearly."""
+    huber_schedule: Literal["constant", "exponential", "snr"] = "constant"
+    """With loss.kind = 'huber', how its delta falls from 1 without noise to loss.huber_delta at the noisiest timestep:
+    not at all, exponentially, or with the signal-to-noise ratio."""
     weighting: Literal["constant", "min_snr", "soft_min_snr", "p2", "debiased"] = "constant"
     """Weight of the loss at each timestep."""
     gamma: float | None = Field(None, gt=0.0, le=100.0)
@@ -174,6 +182,14 @@ class LossConfig(Section):
     """With data.masks, weight of the masked-out parts of an image; 0 ignores them."""
     noise_offset: float = Field(0.0, ge=0.0, le=1.0)
     """Strength of noise that shifts whole channels, which helps with very dark and very bright images."""
+    noise_offset_random: bool = False
+    """Draw the strength of the noise offset for every exposure, between 0 and loss.noise_offset."""
+    multires_discount: float = Field(0.0, ge=0.0, lt=1.0)
+    """Add noise of ever lower resolutions, each weaker by this factor, which learns large shapes and brightness; 0.3 is
+    usual, 0 is off (multi-resolution noise)."""
+    input_perturbation: float = Field(0.0, ge=0.0, le=1.0)
+    """Strength of further noise in the network's input that it is not asked to predict, against overfitting; 0.1 in its
+    paper."""
     zero_terminal_snr: bool = False
     """Rescale the noise schedule so that the last timestep is pure noise; only for base models with v-prediction."""
 
@@ -181,6 +197,10 @@ class LossConfig(Section):
     def _check_combination(self) -> LossConfig:
         if self.kind != "huber" and self.huber_delta != 0.1:
             raise ValueError("loss.huber_delta requires loss.kind = 'huber'")
+        if self.kind != "huber" and self.huber_schedule != "constant":
+            raise ValueError("loss.huber_schedule requires loss.kind = 'huber'")
+        if self.noise_offset_random and self.noise_offset == 0:
+            raise ValueError("loss.noise_offset_random has no effect unless loss.noise_offset is above 0")
         if self.gamma is not None and self.weighting not in ("min_snr", "soft_min_snr", "p2"):
             raise ValueError("loss.gamma requires loss.weighting = 'min_snr', 'soft_min_snr' or 'p2'")
         if self.zero_terminal_snr and self.weighting != "constant":

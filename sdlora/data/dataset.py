@@ -43,6 +43,7 @@ class Example:
         is_mirrored: Whether it is the mirror image.
         turns: The buckets that its exposures have in turn; none if it has only one.
         sizes: Which sizes it is trained at, where its folder says so.
+        loss_weight: Factor of its loss, above 0.
     """
 
     name: str
@@ -58,6 +59,7 @@ class Example:
     is_mirrored: bool = False
     turns: tuple[Bucket, ...] = ()
     sizes: BucketOptions | None = None
+    loss_weight: float = 1.0
 
     @property
     def buckets(self) -> tuple[Bucket, ...]:
@@ -174,7 +176,15 @@ def load_dataset(
         common = (source.trigger, source.repeats, source.captions, source.flip)
         examples += [
             Example(
-                source.prefix + p.name, p.path, p.caption or "", p.size, p.size, p.mask, *common, sizes=source.sizes
+                source.prefix + p.name,
+                p.path,
+                p.caption or "",
+                p.size,
+                p.size,
+                p.mask,
+                *common,
+                sizes=source.sizes,
+                loss_weight=source.loss_weight,
             )
             for p in checkup.images
         ]

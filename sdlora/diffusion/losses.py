@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdlora.diffusion.noise import NoiseLevels
+from sdlora.diffusion.timesteps import NUM_TIMESTEPS
 
 
 def mse_per_example(predicted: Tensor, target: Tensor, weights: Tensor | None = None) -> Tensor:
@@ -37,16 +38,44 @@ def mean_per_example(errors: Tensor, weights: Tensor | None) -> Tensor:
     return (errors.mean(dim=1, keepdim=True) * weights).flatten(1).sum(dim=1) / weights.flatten(1).sum(dim=1)
 
 
-def huber_per_example(predicted: Tensor, target: Tensor, weights: Tensor | None = None, *, delta: float) -> Tensor:
+def huber_per_example(
+    predicted: Tensor, target: Tensor, weights: Tensor | None = None, *, delta: float | Tensor
+) -> Tensor:
     """Huber loss, mean over everything but the batch, in float32.
 
     Twice the usual one, so that errors below `delta`, above which it is linear, count as in `mse_per_example`, whose
-    shapes it has.
+    shapes it has. Each example may have a delta of its own, (B,).
 
     Source: Huber 1964, equation 1.1 with k = delta.
     """
+    if isinstance(delta, Tensor):
+        size, limit = (predicted.float() - target.float()).abs(), delta.float().view(-1, 1, 1, 1)
+        return mean_per_example(torch.where(size <= limit, size.square(), limit * (2 * size - limit)), weights)
     errors = F.huber_loss(predicted.float(), target.float(), reduction="none", delta=delta)
     return 2 * mean_per_example(errors, weights)
+
+
+def huber_delta(schedule: str, delta: float, levels: NoiseLevels, timesteps: Tensor) -> Tensor:
+    """The delta of each example's Huber loss at its timestep, (B,), which falls from 1 to `delta` as noise grows.
+
+    Args:
+        schedule: "exponential", delta^(t / T), or "snr", (1 - delta) / (1 + sigma)^2 + delta with the noise-to-signal
+            ratio sigma = 1 / sqrt(SNR).
+        delta: In (0, 1].
+        levels: The base model's noise levels.
+        timesteps: Each example's, (B,).
+
+    Raises:
+        KeyError: The schedule is unknown.
+
+    Source: Khrapov et al. 2403.16728, section 4 (exponential); kohya's sd-scripts has both.
+    """
+    at = {
+        "exponential": lambda: delta ** (timesteps.float() / NUM_TIMESTEPS),
+        "snr": lambda: (1 - delta) / (1 + levels.snr(timesteps).float().rsqrt()).square() + delta,
+    }
+    found: Tensor = at[schedule]()
+    return found
 
 
 # Weight of the squared error of the clean latents, and its default gamma; weights for predictions follow from it.

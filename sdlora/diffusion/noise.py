@@ -6,13 +6,16 @@ Shapes: B batch, C channels, h/w latents, T timesteps (1000).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal, Protocol, cast
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from sdlora.errors import BaseModelError
 
+_LEVELS = 10
 PredictionType = Literal["epsilon", "v_prediction"]
 
 
@@ -82,6 +85,34 @@ def add_noise(latents: Tensor, noise: Tensor, alphas_cumprod: Tensor) -> Tensor:
     """
     alpha = alphas_cumprod.view(-1, 1, 1, 1)
     return alpha.sqrt() * latents + (1 - alpha).sqrt() * noise
+
+
+def multires_noise(
+    noise: Tensor, discount: float, draw: Callable[[int, int, int], Tensor], ratio: Callable[[int], float]
+) -> Tensor:
+    """Noise with more power at low frequencies: sum over i of discount^i times noise of 1/r_i^i the size, enlarged.
+
+    Args:
+        noise: Standard normal, (C, h, w), which has the first part.
+        discount: In (0, 1).
+        draw: (level, height, width) to standard normal noise of that size, (C, height, width).
+        ratio: Level to a uniform number in [0, 1), which makes r_i = 2 + 2u.
+
+    Returns:
+        (C, h, w) of variance 1; the last level is the first that has a side of one pixel, or the tenth.
+
+    Source: Whitaker 2023, "Multi-resolution noise for diffusion model training", with the loop of kohya's sd-scripts.
+    """
+    height, width = noise.shape[1:]
+    total = noise.clone()
+    for level in range(_LEVELS):
+        shrunk = (2 + 2 * ratio(level)) ** level
+        rows, columns = max(1, int(height / shrunk)), max(1, int(width / shrunk))
+        part = draw(level, rows, columns)[None]
+        total += F.interpolate(part, size=(height, width), mode="bilinear")[0] * discount**level
+        if 1 in (rows, columns):
+            break
+    return total / total.std()
 
 
 def zero_terminal_snr(alphas_cumprod: Tensor) -> Tensor:

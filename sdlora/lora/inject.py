@@ -22,6 +22,7 @@ from sdlora.common.selectors import Blocks
 from sdlora.errors import ConfigError
 from sdlora.lora.init import Init, initial_factors
 from sdlora.lora.layers import DoraConv2d, DoraLayer, DoraLinear, LoraConv2d, LoraLayer, LoraLinear
+from sdlora.lora.limits import dropping
 from sdlora.lora.quantize import QuantizedLinear, num_weights
 from sdlora.lora.timestep_rank import TimestepRank, rank_mask, watch_timesteps
 
@@ -132,6 +133,8 @@ class AdapterSpec:
     rslora: bool = False  # scale by alpha / sqrt(r) instead of alpha / r (Kalajdzievski 2312.03732, equation 3)
     dora: bool = False  # train magnitudes as well
     dropout: float = 0.0  # share of inputs that is zeroed inside `Adapter.dropping`, in [0, 1)
+    rank_dropout: float = 0.0  # share of ranks that is left out there, in [0, 1)
+    module_dropout: float = 0.0  # share of layers that is left out there, in [0, 1)
     init: Init = "gaussian"  # how A and B are initialised
     timestep_rank: TimestepRank | None = None  # fewer ranks of the UNet's layers at high noise, or None
 
@@ -288,14 +291,8 @@ class Adapter:
             seed: The run's seed.
             exposures: (example, exposure) of every sample; a sample's zeros depend on seed, module path and these.
         """
-        dropped = {path: layer for path, layer in self.layers.items() if layer.dropout > 0}
-        for path, layer in dropped.items():
-            layer.dropout_seeds = tuple(seeds.derive(seed, "dropout", path, *exposure) for exposure in exposures)
-        try:
+        with dropping(self.layers, seed, exposures):
             yield
-        finally:
-            for layer in dropped.values():
-                layer.dropout_seeds = ()
 
     def remove(self) -> None:
         """Restore the networks' original modules."""
@@ -349,7 +346,8 @@ def inject(
         if spec.init != "gaussian":
             drawn = seeds.generator(seed, "lora start", path)
             layer.set_initial(*initial_factors(spec.init, layer.base.weight, r, layer.scale, generator=drawn))
-        layer.dropout = spec.dropout
+        layer.dropout, layer.rank_dropout = spec.dropout, spec.rank_dropout
+        layer.module_dropout = spec.module_dropout
     return Adapter(networks, layers, spec.timestep_rank)
 
 

@@ -63,6 +63,9 @@ class LoraLayer(nn.Module, ABC):
         self.rank_mask: Tensor | None = None  # ranks that each sample uses, (B, r) of zeros and ones, or None for all
         self.dropout = 0.0  # share of A's inputs that is zeroed while `dropout_seeds` is set, in [0, 1)
         self.dropout_seeds: tuple[int, ...] = ()  # one per sample
+        self.rank_dropout = 0.0  # share of ranks that `kept_ranks` leaves out
+        self.module_dropout = 0.0  # share of samples in which it leaves out all of them
+        self.kept_ranks: Tensor | None = None  # factors of each sample's ranks while dropping, (B, r)
         weight = frozen_weight(base)
         (num_outputs, *inputs), device = weight.shape, weight.device
         down = torch.randn((rank, *inputs), generator=generator, dtype=torch.float32) / rank
@@ -85,7 +88,12 @@ class LoraLayer(nn.Module, ABC):
     @property
     def is_plain(self) -> bool:
         """Whether y = W0 x + s B A x is all that the layer ever computes."""
-        return self.initial is None and self.dropout == 0.0
+        return self.initial is None and not self.drops
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is left out while training."""
+        return max(self.dropout, self.rank_dropout, self.module_dropout) > 0.0
 
     def trained(self) -> tuple[nn.Parameter, ...]:
         """A, B and whatever else a kind of layer trains."""
@@ -122,9 +130,11 @@ class LoraLayer(nn.Module, ABC):
 
     def _product(self, x: Tensor, down: Tensor, up: Tensor) -> Tensor:
         inner = self._apply_down(x, down.to(x.dtype))
-        if self.rank_mask is not None:
-            mask = self.rank_mask.to(inner)
-            inner = inner * (mask[:, :, None, None] if down.dim() == 4 else mask.unsqueeze(1))
+        for mask in (self.rank_mask, self.kept_ranks):
+            if mask is not None:
+                # A batch may hold several predictions of the same samples one after the other.
+                each = mask.to(inner).repeat(len(inner) // len(mask), 1)
+                inner = inner * (each[:, :, None, None] if down.dim() == 4 else each.unsqueeze(1))
         return self._apply_up(inner, up.to(x.dtype))
 
     @abstractmethod

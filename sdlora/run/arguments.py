@@ -56,6 +56,8 @@ def adapter_spec(config: RunConfig, base: BaseModel | None = None) -> AdapterSpe
         rslora=lora.rslora,
         dora=lora.dora,
         dropout=lora.dropout,
+        rank_dropout=lora.rank_dropout,
+        module_dropout=lora.module_dropout,
         init=lora.init,
         timestep_rank=timestep_rank(config, base),
     )
@@ -75,7 +77,8 @@ def make_adapter(config: RunConfig, base: BaseModel) -> Adapter:
     if (file := starting_file(config)) is not None:
         adapter = attach(base.network, file, text_encoders=texts)
         for layer in adapter.layers.values():
-            layer.dropout = lora.dropout
+            layer.dropout, layer.rank_dropout = lora.dropout, lora.rank_dropout
+            layer.module_dropout = lora.module_dropout
         return adapter
     paths = find_targets(base.network, lora.targets, base.text_encoders)
     return inject(base.network, paths, lora.rank, lora.alpha, config.seed, spec=spec, text_encoders=texts)

@@ -17,7 +17,8 @@ from torch import Tensor
 from sdlora.common import seeds
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Example
-from sdlora.diffusion.losses import huber_per_example, loss_weight, mse_per_example
+from sdlora.diffusion.losses import huber_delta, huber_per_example, loss_weight, mse_per_example
+from sdlora.diffusion.noise import multires_noise
 from sdlora.models.base import BaseModel, TextEmbeddings
 from sdlora.training.data import ExposureSchedule, TrainingData
 from sdlora.training.settings import TrainingSettings
@@ -36,6 +37,7 @@ class Batch:
         timesteps: Integers in [0, 999], (B,).
         text: Text embeddings, the batch first.
         weights: Weight of each place in the loss, (B, 1, h, w); None for equal weights.
+        unasked: Further noise in the input that is not to be predicted, (B, C, h, w); None for none.
     """
 
     latents: Tensor
@@ -43,6 +45,7 @@ class Batch:
     timesteps: Tensor
     text: TextEmbeddings
     weights: Tensor | None = None
+    unasked: Tensor | None = None
 
 
 ExtraLoss = Callable[[Batch, Sequence[Exposure], Error], tuple[Tensor, Tensor]]
@@ -60,8 +63,6 @@ class ExposureLoss:
 
     def __init__(self, data: TrainingData, settings: TrainingSettings, extra: ExtraLoss | None = None) -> None:
         self.base, self.data, self.settings, self.extra = data.cache.base, data, settings, extra
-        huber = partial(huber_per_example, delta=settings.huber_delta)
-        self._error: Error = mse_per_example if settings.kind == "mse" else huber
 
     def __call__(self, exposures: Sequence[Exposure], timesteps: Sequence[int]) -> tuple[Tensor, Tensor]:
         """The loss of B exposures of images of one size at given timesteps.
@@ -71,29 +72,76 @@ class ExposureLoss:
         """
         latents, noise = self.latents_and_noise(exposures)
         weights = self._mask_weights(exposures, latents)
-        batch = Batch(latents, noise, torch.tensor(list(timesteps)), self.data.text(exposures), weights)
-        if self.extra is None:
-            loss, extra = diffusion_loss(self.base, batch, self._error), None
-        else:
-            loss, extra = self.extra(batch, exposures, self._error)
+        batch = Batch(
+            latents,
+            noise,
+            torch.tensor(list(timesteps)),
+            self.data.text(exposures),
+            weights,
+            self._unasked(exposures, noise),
+        )
         levels, at = self.base.levels, batch.timesteps.to(self.base.device)
+        error = self._error_at(at)
+        if self.extra is None:
+            loss, extra = diffusion_loss(self.base, batch, error), None
+        else:
+            loss, extra = self.extra(batch, exposures, error)
         weight = loss_weight(self.settings.weighting, levels, at, self.settings.gamma)
+        weight = weight * self._set_weights(exposures).to(weight)
         return loss, weight * loss if extra is None else weight * loss + extra
+
+    def _error_at(self, timesteps: Tensor) -> Error:
+        settings = self.settings
+        if settings.kind == "mse":
+            return mse_per_example
+        if settings.huber_schedule == "constant":
+            return partial(huber_per_example, delta=settings.huber_delta)
+        delta = huber_delta(settings.huber_schedule, settings.huber_delta, self.base.levels, timesteps)
+        return partial(huber_per_example, delta=delta)
+
+    def _set_weights(self, exposures: Sequence[Exposure]) -> Tensor:
+        examples = self.data.dataset.examples
+        return torch.tensor([examples[exposure.example].loss_weight for exposure in exposures])
+
+    def _unasked(self, exposures: Sequence[Exposure], noise: Tensor) -> Tensor | None:
+        """Source: Ning et al. 2301.11706, algorithm 1."""
+        if self.settings.input_perturbation == 0:
+            return None
+        return self.settings.input_perturbation * self._drawn("input perturbation", exposures, *noise.shape[1:])
+
+    def _drawn(self, purpose: str, exposures: Sequence[Exposure], *shape: int) -> Tensor:
+        """Standard normal noise of every exposure."""
+        names = [(self.data.name(exposure.example), exposure.number) for exposure in exposures]
+        return torch.stack([seeds.normal(shape, self.settings.seed, purpose, *name) for name in names])
 
     def latents_and_noise(self, exposures: Sequence[Exposure]) -> tuple[Tensor, Tensor]:
         """Latents drawn from the VAE's posterior, and the noise that is added to them, each (B, C, h, w) on the CPU."""
         moments = self.data.cache.moments(self._seen(exposures))
-        names = [(self.data.name(exposure.example), exposure.number) for exposure in exposures]
         num_channels, height, width = moments.shape[1] // 2, *moments.shape[2:]
-
-        def draw(purpose: str, *shape: int) -> Tensor:
-            return torch.stack([seeds.normal(shape, self.settings.seed, purpose, *name) for name in names])
-
-        latents = self.base.sample_latents(moments, draw("latent", num_channels, height, width))
-        noise = draw("noise", num_channels, height, width)
+        drawn = self._drawn("latent", exposures, num_channels, height, width)
+        latents = self.base.sample_latents(moments, drawn)
+        noise = self._drawn("noise", exposures, num_channels, height, width)
+        if self.settings.multires_discount > 0:
+            pairs = zip(noise, exposures, strict=True)
+            noise = torch.stack([self._multires(own, exposure) for own, exposure in pairs])
         if self.settings.noise_offset > 0:
-            noise = noise + self.settings.noise_offset * draw("noise offset", num_channels, 1, 1)
+            offset = self.settings.noise_offset * self._drawn("noise offset", exposures, num_channels, 1, 1)
+            noise = noise + (offset * self._strengths(exposures) if self.settings.noise_offset_random else offset)
         return latents, noise
+
+    def _multires(self, noise: Tensor, exposure: Exposure) -> Tensor:
+        seed, name = self.settings.seed, (self.data.name(exposure.example), exposure.number)
+        return multires_noise(
+            noise,
+            self.settings.multires_discount,
+            lambda level, *size: seeds.normal((len(noise), *size), seed, "noise level", level, *name),
+            lambda level: seeds.uniform(seed, "noise level ratio", level, *name),
+        )
+
+    def _strengths(self, exposures: Sequence[Exposure]) -> Tensor:
+        names = [(self.data.name(exposure.example), exposure.number) for exposure in exposures]
+        drawn = [seeds.uniform(self.settings.seed, "noise offset strength", *name) for name in names]
+        return torch.tensor(drawn, dtype=torch.float32).view(-1, 1, 1, 1)
 
     def _seen(self, exposures: Sequence[Exposure]) -> list[Example]:
         return [self.data.dataset.examples[exposure.example].at_exposure(exposure.number) for exposure in exposures]
@@ -139,7 +187,8 @@ def noised(base: BaseModel, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     """Noisy latents, timesteps and the target, on the base model's device."""
     latents, noise, timesteps = (on_device(base, x) for x in (batch.latents, batch.noise, batch.timesteps))
     levels = base.levels
-    return levels.mix(latents, noise, timesteps), timesteps, levels.target(latents, noise, timesteps)
+    inside = noise if batch.unasked is None else noise + on_device(base, batch.unasked)
+    return levels.mix(latents, inside, timesteps), timesteps, levels.target(latents, noise, timesteps)
 
 
 def text_on_device(base: BaseModel, text: TextEmbeddings) -> TextEmbeddings:

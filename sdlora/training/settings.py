@@ -11,6 +11,7 @@ from typing import Literal
 
 from sdlora.diffusion.timesteps import Density
 
+HuberSchedule = Literal["constant", "exponential", "snr"]
 LrSchedule = Literal["constant", "linear", "cosine", "cosine_restarts", "polynomial", "rex"]
 
 
@@ -42,10 +43,14 @@ class TrainingSettings:
 
     kind: Literal["mse", "huber"]
     huber_delta: float
+    huber_schedule: HuberSchedule
     weighting: str
     gamma: float | None
     mask_floor: float
     noise_offset: float
+    noise_offset_random: bool
+    multires_discount: float
+    input_perturbation: float
 
     optimizer: str
     learning_rate: float
@@ -60,6 +65,7 @@ class TrainingSettings:
     rate_factors: Mapping[str, float]
     weight_decay: float
     ema_decay: float
+    max_weight_norm: float
 
     auto_batch: bool
     max_grad_norm: float

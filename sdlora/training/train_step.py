@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sdlora.data.batches import Exposure
 from sdlora.errors import DivergedError
 from sdlora.lora.inject import Adapter
+from sdlora.lora.limits import limit_norms
 from sdlora.models.base import BaseModel
 from sdlora.training.data import Step
 from sdlora.training.distributed import Processes
@@ -109,6 +110,8 @@ class TrainStep:
             nn.utils.clip_grads_with_norm_(self.parameters, settings.max_grad_norm, norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        if settings.max_weight_norm > 0:
+            limit_norms(self.adapter.layers.values(), settings.max_weight_norm)
         if self.average is not None:
             self.average.update(step)
         return StepResult(rate, losses, micro_batch_size)

@@ -38,18 +38,22 @@ def test_list_of_options_is_frozen() -> None:
         "data.caption_prefix", "data.caption_suffix", "data.caption_lines", "data.wildcards", "data.shuffle_tags",
         "data.keep_tags", "data.keep_separator", "data.tag_dropout", "data.protected_tags", "data.max_token_windows",
         "data.caption_dropout", "lora.rank", "lora.alpha", "lora.targets", "lora.target_ranks", "lora.target_alphas",
-        "lora.rslora", "lora.dora", "lora.dropout", "lora.init", "lora.timestep_rank_min", "lora.timestep_rank_alpha",
+        "lora.rslora", "lora.dora", "lora.dropout", "lora.rank_dropout", "lora.module_dropout",
+        "lora.init", "lora.timestep_rank_min", "lora.timestep_rank_alpha",
         "lora.from_file",
         "train.epochs", "train.exposures", "train.batch_size", "train.gradient_accumulation_steps", "train.auto_batch",
         "train.optimizer", "train.learning_rate", "train.loraplus_lr_ratio", "train.text_encoder_learning_rate",
-        "train.target_learning_rates", "train.text_encoder_epochs", "train.lr_schedule", "train.lr_cycles",
+        "train.target_learning_rates", "train.text_encoder_epochs", "train.max_weight_norm",
+        "train.lr_schedule", "train.lr_cycles",
         "train.lr_power", "train.lr_floor", "train.warmup_steps", "train.weight_decay", "train.ema_decay",
         "train.max_grad_norm", "train.preservation_weight", "train.preservation_every",
         "train.precision", "train.gradient_checkpointing",
         "train.compile", "train.device", "train.log_every_steps", "train.checkpoint_every_steps", "train.trackers",
         "timesteps.density", "timesteps.mean", "timesteps.std", "timesteps.min", "timesteps.max",
-        "timesteps.high_noise_keep", "timesteps.coverage", "loss.kind", "loss.huber_delta", "loss.weighting",
-        "loss.gamma", "loss.mask_floor", "loss.noise_offset", "loss.zero_terminal_snr", "preview.enabled",
+        "timesteps.high_noise_keep", "timesteps.coverage", "loss.kind", "loss.huber_delta",
+        "loss.huber_schedule", "loss.weighting",
+        "loss.gamma", "loss.mask_floor", "loss.noise_offset", "loss.noise_offset_random",
+        "loss.multires_discount", "loss.input_perturbation", "loss.zero_terminal_snr", "preview.enabled",
         "preview.prompts", "preview.num_captions", "preview.seeds", "preview.negative_prompt", "preview.num_steps",
         "preview.guidance", "preview.sampler", "preview.width_px", "preview.height_px",
             "preview.base", "preview.base_steps", "preview.every_steps",
@@ -133,6 +137,12 @@ def test_message_about_too_many_epochs_explains_copying(epochs: int) -> None:
     assert all(
         part in message for part in ("train.epochs", f"found {epochs}", "maximum is 5", "copy-paste overfitting")
     )
+
+
+def test_only_a_set_has_a_weight_of_its_loss() -> None:
+    sets = [{"folder": "a", "loss_weight": 0.5}, {"folder": "b"}]
+    config = parse_config({"data": {"sets": sets}}, name="n")
+    assert [one.loss_weight for one in config.data.sets] == [0.5, 1.0]
 
 
 def test_sets_inherit_common_options_and_have_unique_names() -> None:

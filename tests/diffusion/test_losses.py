@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from sdlora.diffusion.flow import FlowLevels, level
-from sdlora.diffusion.losses import huber_per_example, loss_weight, mean_per_example, mse_per_example
+from sdlora.diffusion.losses import huber_delta, huber_per_example, loss_weight, mean_per_example, mse_per_example
 from sdlora.diffusion.noise import DdpmLevels, PredictionType
 from sdlora.pocket.architecture import build_scheduler
 
@@ -29,6 +30,29 @@ def test_huber_is_squared_below_delta_and_linear_above() -> None:
     expected = torch.tensor([0.1**2, 2 * 0.2 * (0.5 - 0.1), 2 * 0.2 * (2 - 0.1)])
     torch.testing.assert_close(huber_per_example(predicted, target, delta=0.2), expected)
     torch.testing.assert_close(huber_per_example(predicted, target, delta=10.0), mse_per_example(predicted, target))
+
+
+@pytest.mark.parametrize("levels", [DdpmLevels(build_scheduler().alphas_cumprod, "epsilon"), FlowLevels()])
+def test_delta_falls_with_noise_as_the_formulas_say(levels: DdpmLevels | FlowLevels) -> None:
+    timesteps = torch.tensor([0, 200, 999])
+    found = huber_delta("exponential", 0.1, levels, timesteps)
+    # exp(-alpha t) with alpha = -ln(0.1) / T.
+    torch.testing.assert_close(found.double(), torch.exp(math.log(0.1) / 1000 * timesteps.double()), rtol=1e-5, atol=0)
+    sigma = levels.snr(timesteps).double() ** -0.5
+    expected = (1 - 0.1) / (1 + sigma) ** 2 + 0.1
+    found = huber_delta("snr", 0.1, levels, timesteps)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=0)
+    assert 1 > found[0] > found[1] > found[2] >= 0.1
+
+
+def test_each_example_has_its_own_delta() -> None:
+    draw = torch.Generator().manual_seed(0)
+    predicted, target = torch.randn(2, 3, 4, 3, 5, generator=draw)
+    deltas = torch.tensor([0.1, 0.7, 9.0])
+    expected = [
+        huber_per_example(p[None], t[None], delta=float(d)) for p, t, d in zip(predicted, target, deltas, strict=True)
+    ]
+    torch.testing.assert_close(huber_per_example(predicted, target, delta=deltas), torch.cat(expected))
 
 
 def test_weighted_loss_is_a_weighted_mean() -> None:

@@ -6,6 +6,7 @@ from sdlora.diffusion.noise import (
     PredictionType,
     add_noise,
     check_prediction_type,
+    multires_noise,
     predicted_latents,
     prediction_target,
     velocity,
@@ -13,6 +14,23 @@ from sdlora.diffusion.noise import (
 )
 from sdlora.errors import BaseModelError
 from sdlora.pocket.architecture import build_scheduler
+
+
+def test_noise_of_several_resolutions_equals_the_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(4, 24, 16, generator=generator, dtype=torch.float64)
+    levels: dict[int, torch.Tensor] = {}
+
+    def draw(level: int, height: int, width: int) -> torch.Tensor:
+        return levels.setdefault(level, torch.randn(4, height, width, generator=generator, dtype=torch.float64))
+
+    found = multires_noise(noise, 0.3, draw, lambda level: 0.25)
+    upsample = torch.nn.Upsample(size=(24, 16), mode="bilinear")
+    expected = noise + sum(0.3**level * upsample(part[None])[0] for level, part in levels.items())
+    # r = 2.5: 24 x 16, 9 x 6, 3 x 2, 1 x 1.
+    assert [tuple(part.shape[1:]) for part in levels.values()] == [(24, 16), (9, 6), (3, 2), (1, 1)]
+    torch.testing.assert_close(found, expected / expected.std(), rtol=1e-12, atol=0)
+    assert float(found.std()) == pytest.approx(1.0)
 
 
 @pytest.fixture

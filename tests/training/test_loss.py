@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -98,6 +99,72 @@ def test_noise_offset_shifts_whole_channels(tiny_base: Path, images: Path, tmp_p
     name = "purple.png"
     expected = 0.1 * seeds.normal((4, 1, 1), 0, "noise offset", name, 2)
     torch.testing.assert_close(shifted[1][0] - plain[1][0], expected.expand(4, 8, 8), atol=1e-6, rtol=0)
+
+
+def drawn_noise(base: Path, images: Path, cache: Path, **loss: object) -> torch.Tensor:
+    trainer = make_trainer(base, images, cache, loss=loss)
+    return trainer.terms[0].loss.latents_and_noise([Exposure(3, 2), Exposure(1, 1)])[1]
+
+
+def test_strength_of_the_noise_offset_is_drawn_for_each_exposure(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    plain = drawn_noise(tiny_base, images, tmp_path)
+    always = drawn_noise(tiny_base, images, tmp_path, noise_offset=0.1) - plain
+    found = drawn_noise(tiny_base, images, tmp_path, noise_offset=0.1, noise_offset_random=True) - plain
+    shares = [seeds.uniform(0, "noise offset strength", *name) for name in (("purple.png", 2), ("green.png", 1))]
+    assert shares[0] != shares[1]
+    expected = always * torch.tensor(shares).view(2, 1, 1, 1)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_noise_of_several_resolutions_is_a_function_of_the_exposure(
+    tiny_base: Path, images: Path, tmp_path: Path
+) -> None:
+    plain, found, again = (
+        drawn_noise(tiny_base, images, tmp_path, multires_discount=discount) for discount in (0.0, 0.4, 0.4)
+    )
+    assert torch.equal(found, again) and not torch.equal(found, plain)
+    # Whole channels shift more than those of plain noise.
+    assert found.mean(dim=(2, 3)).abs().mean() > 2 * plain.mean(dim=(2, 3)).abs().mean()
+
+
+def test_perturbation_is_in_the_input_and_not_in_the_target(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path, loss={"input_perturbation": 0.1})
+    base, term = trainer.base, trainer.terms[0].loss
+    latents, noise = term.latents_and_noise([Exposure(3, 2)])
+    more = 0.1 * seeds.normal((4, 8, 8), 0, "input perturbation", "purple.png", 2)
+    alpha = base.levels.alphas_cumprod[600]  # type: ignore[attr-defined]
+    noisy = alpha.sqrt() * latents + (1 - alpha).sqrt() * (noise + more)
+    with torch.no_grad():
+        answer = base.predict(noisy, torch.tensor([600]), trainer.data.text([(3, 2)]))
+        found = term([Exposure(3, 2)], [600])[0]
+    torch.testing.assert_close(found, (answer - noise).pow(2).mean().unsqueeze(0))
+
+
+def test_a_sets_weight_multiplies_its_objective(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    trainer = make_trainer(tiny_base, images, tmp_path)
+    term, exposures = trainer.terms[0].loss, [Exposure(3, 2), Exposure(1, 1)]
+    dataset = trainer.data.dataset
+    examples = [replace(one, loss_weight=0.25 if index == 1 else 1.0) for index, one in enumerate(dataset.examples)]
+    with torch.no_grad():
+        plain = term(exposures, [20, 600])
+        term.data = replace(term.data, dataset=replace(dataset, examples=tuple(examples)))
+        list(term.data.fill("white"))
+        loss, objective = term(exposures, [20, 600])
+    assert torch.equal(loss, plain[0])
+    torch.testing.assert_close(objective, plain[1] * torch.tensor([1.0, 0.25]))
+
+
+def test_delta_of_each_exposure_follows_its_timestep(tiny_base: Path, images: Path, tmp_path: Path) -> None:
+    options = {"kind": "huber", "huber_delta": 0.05}
+    with torch.no_grad():
+        found, constant = (
+            make_trainer(tiny_base, images, tmp_path, loss={**options, "huber_schedule": name})
+            .terms[0]
+            .loss([Exposure(3, 2), Exposure(1, 1)], [0, 999])[0]
+            for name in ("exponential", "constant")
+        )
+    assert found[0] > 1.5 * constant[0]
+    torch.testing.assert_close(found[1], constant[1], rtol=1e-2, atol=0)
 
 
 def test_loss_uses_the_given_error(tiny_base: Path) -> None:

@@ -42,6 +42,7 @@ from sdlora.config.imports.shared import (
     precision,
     schedule,
     trackers,
+    unless_off,
 )
 
 DEFAULTS: dict[str, Any] = {
@@ -143,7 +144,6 @@ def _tables(values: list[Any]) -> list[dict[str, Any]]:
 _METADATA = "sdlora reads metadata.jsonl in the folder of the images; write it, and set data.folder"
 _AUGMENT = "sdlora trains images as they are, cropped from the middle"
 _CAPTIONS = "sdlora does not change captions in this way; write the captions so"
-_NOISE = "sdlora's noise has loss.noise_offset only"
 _CACHED = "sdlora always caches latents and, where they do not change, captions"
 _ATTENTION = "attention needs no choice: PyTorch's own is used"
 _SAVED = "sdlora saves every epoch, and a checkpoint to resume from"
@@ -226,14 +226,15 @@ _NETWORK = table(
             "train.loraplus_lr_ratio", number
         ),
         "network_args.loraplus_text_encoder_lr_ratio": compute(take.plus_encoder, "the same, or refused"),
-        keys("network_args.rank_dropout network_args.module_dropout"): refuse("sdlora has lora.dropout only"),
+        "network_args.rank_dropout": unless_off("lora.rank_dropout"),
+        "network_args.module_dropout": unless_off("lora.module_dropout"),
         keys(
             "network_args.algo network_args.preset network_args.factor network_args.use_tucker "
             "network_args.use_scalar network_args.dora_wd network_args.decompose_both network_args.train_norm "
             "network_args.rank_dropout_scale network_args.constraint network_args.rescaled network_args.bypass_mode "
             "network_args.block_size network_args.unit network_args.train_on_input",
         ): part_of("network_module"),
-        "scale_weight_norms": refuse("sdlora does not limit the norm of the weights"),
+        "scale_weight_norms": unless_off("train.max_weight_norm"),
         "network_weights": CONTINUED,
         "dim_from_weights": part_of("network_weights"),
     }
@@ -279,10 +280,13 @@ _TRAINING = table(
         "weighted_captions": refuse("sdlora does not read weights such as (word:1.2) in captions"),
         "masked_loss": compute(take.masks, "`data.masks`, `loss.mask_floor`"),
         "noise_offset": rename("loss.noise_offset", number),
-        keys(
-            "noise_offset_random_strength adaptive_noise_scale multires_noise_iterations ip_noise_gamma",
-        ): refuse(_NOISE),
-        keys("multires_noise_discount ip_noise_gamma_random_strength"): drop("only with the option it belongs to"),
+        "noise_offset_random_strength": switch({"loss.noise_offset_random": True}),
+        "multires_noise_iterations": compute(take.multires, "`loss.multires_discount`"),
+        "multires_noise_discount": part_of("multires_noise_iterations"),
+        "ip_noise_gamma": unless_off("loss.input_perturbation"),
+        keys("adaptive_noise_scale ip_noise_gamma_random_strength"): refuse(
+            "sdlora has no such noise; see loss.noise_offset and loss.input_perturbation"
+        ),
         "zero_terminal_snr": rename("loss.zero_terminal_snr", flag),
         "min_timestep": rename("timesteps.min", whole),
         "max_timestep": rename("timesteps.max", lambda value: whole(value) - 1),

@@ -352,13 +352,26 @@ def loss_type(value: Any, source: Source) -> Outcome:
     plain = text(value)
     if plain in ("l2", "mse"):
         return translated({"loss.kind": "mse"})
-    if plain == "huber" and source.get("huber_schedule", "snr") == "constant":
-        delta = number(source.get("huber_c", 0.1)) * number(source.get("huber_scale", 1.0))
+    schedule = text(source.get("huber_schedule", "snr"))
+    if plain == "huber" and schedule in ("constant", "exponential", "snr"):
+        delta = number(source.get("huber_c", 0.1)) * (
+            number(source.get("huber_scale", 1.0)) if schedule == "constant" else 1
+        )
         return translated(
-            {"loss.kind": "huber", "loss.huber_delta": delta},
+            {"loss.kind": "huber", "loss.huber_delta": delta, "loss.huber_schedule": schedule},
             "the Huber loss itself, of which sd-scripts has a smooth form",
         )
-    return refused(f"sdlora has the losses mse and huber with a constant delta, not {plain!r}; set loss.kind")
+    return refused(f"sdlora has the losses mse and huber, not {plain!r}; set loss.kind")
+
+
+def multires(value: Any, source: Source) -> Outcome:
+    """Noise of several resolutions: as many of them as an image has."""
+    if not whole(value):
+        return dropped("off")
+    return translated(
+        {"loss.multires_discount": number(source.get("multires_noise_discount", 0.3))},
+        "of all resolutions down to one latent pixel, of which six are usual",
+    )
 
 
 def prompts(value: Any, source: Source) -> Outcome:

@@ -16,6 +16,7 @@ from sdlora.common.bundled import IMAGE_SUFFIXES
 from sdlora.config.imports.rules import (
     OFF,
     Outcome,
+    Rule,
     compute,
     dropped,
     flag,
@@ -35,10 +36,16 @@ MIN_SNR = compute(
     ),
     "`loss.weighting` = min_snr, `loss.gamma`",
 )
-TAG_DROPOUT = compute(
-    lambda value, source: dropped("off") if value in OFF else translated({"data.tag_dropout": number(value)}),
-    "`data.tag_dropout`",
-)
+
+
+def unless_off(option: str) -> Rule:
+    """A number above 0 is the option's."""
+    return compute(
+        lambda value, source: dropped("off") if value in OFF else translated({option: number(value)}), f"`{option}`"
+    )
+
+
+TAG_DROPOUT = unless_off("data.tag_dropout")
 CAP = f"More than {MAX_EPOCHS} epochs make a LoRA reproduce its images"
 
 # The optimizer, its library's own weight decay, and the arguments that sdlora gives it.

@@ -116,7 +116,6 @@ def test_values(folder: Path, settings: dict[str, Any], expected: dict[str, Any]
         ("LoRA_type", {"LoRA_type": "LyCORIS/LoHa"}),
         ("LoRA_type", {"LoRA_type": "Flux1", "flux1_checkbox": True}),
         ("flux1_checkbox", {"LoRA_type": "Flux1", "flux1_checkbox": True}),
-        ("multires_noise_iterations", {"noise_offset_type": "Multires", "multires_noise_iterations": 6}),
         ("down_lr_weight", {"down_lr_weight": "1,1"}),
         ("network_weights", {"network_weights": "old.ckpt"}),
         ("num_processes", {"num_processes": 2}),
