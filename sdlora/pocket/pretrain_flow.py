@@ -138,7 +138,7 @@ def train_transformer(settings: Settings, vae_file: Path, *, compiled: bool = Tr
     networks: dict[str, nn.Module] = {"transformer": transformer, "text_encoder": text_encoder}
     stage = Stage(
         settings, "transformer", networks, [transformer, text_encoder], learning_rate=settings.learning_rate,
-        weight_decay=1e-2,
+        weight_decay=1e-2, muon=True,
     )  # fmt: skip
     make_fast(transformer, compiled=compiled)
     mean_loss = MeanLoss(settings.device)
