@@ -12,6 +12,7 @@ import typer
 from rich.table import Table
 
 from sdlora.cli.options import ConfigArgument, JsonResult, Overrides, terminal
+from sdlora.common.bundled import BUILTIN_BASES
 from sdlora.common.families import Family
 from sdlora.common.process import quiet_libraries
 from sdlora.common.text import format_bytes, format_seconds, parse_bytes, sparkline
@@ -62,7 +63,7 @@ def presets(json_: JsonResult = False) -> None:
     rate = device_rate()
     rows = []
     for preset in shipped():
-        config = load_config(preset.name, [] if preset.family == "pocket" else ["data.folder=none"])
+        config = load_config(preset.name, [] if preset.family in BUILTIN_BASES else ["data.folder=none"])
         exposures = config.train.exposures or config.data.repeats_range[1] * config.train.epochs
         seconds = 20 * exposures * preset.flops_per_exposure / rate
         rows.append({**preset._asdict(), "exposures": exposures, "least_seconds": round(seconds)})

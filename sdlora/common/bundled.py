@@ -20,6 +20,8 @@ IMAGE_SUFFIXES = frozenset(
     }
 )  # fmt: skip
 """Suffixes of the images in a folder, in lower case; some formats need a plugin."""
+BUILTIN_BASES = {"pocket": "weights"}
+"""The folders of the built-in base models by their names."""
 _PACKAGE = Path(__file__).parents[1]
 
 
@@ -102,9 +104,14 @@ def _folder(name: str) -> Path:
     return inside if inside.is_dir() else _PACKAGE.parent / name
 
 
+def builtin_base(path: str) -> Path | None:
+    """The folder of a built-in base model by its name, in diffusers' layout; None for any other path."""
+    return _PACKAGE / "pocket" / BUILTIN_BASES[path] if path in BUILTIN_BASES else None
+
+
 def pocket_folder() -> Path:
-    """The built-in base model, in diffusers' layout."""
-    return _PACKAGE / "pocket" / "weights"
+    """The built-in base model that "pocket" names, in diffusers' layout."""
+    return _PACKAGE / "pocket" / BUILTIN_BASES["pocket"]
 
 
 def shipped_configs() -> list[str]:

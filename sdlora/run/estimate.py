@@ -17,7 +17,7 @@ from typing import Any, cast
 import psutil
 import torch
 
-from sdlora.common.bundled import pocket_folder
+from sdlora.common.bundled import BUILTIN_BASES, builtin_base
 from sdlora.common.families import Family
 from sdlora.common.text import format_bytes
 from sdlora.config.presets import Preset
@@ -128,11 +128,10 @@ def estimate_shapes(
 
 def count_preset(preset: Preset) -> dict[str, int]:
     """What a bundled configuration needs at its family's true shapes: the figures of `Preset`."""
-    config = load_config(preset.name, [] if preset.family == "pocket" else ["data.folder=none"])
-    if preset.family == "pocket":
-        found = estimate_shapes(config, shapes_on_disk(pocket_folder()), None)
-    else:
-        found = estimate_shapes(config, cast(Family, preset.family), None)
+    builtin = builtin_base(preset.family)
+    config = load_config(preset.name, ["data.folder=none"] if builtin is None else [])
+    shapes = cast(Family, preset.family) if builtin is None else shapes_on_disk(builtin)
+    found = estimate_shapes(config, shapes, None)
     return {"peak_bytes": found.peak_bytes, "flops_per_exposure": found.flops_per_step // config.train.batch_size}
 
 
@@ -145,13 +144,13 @@ def changes_to_fit(config: RunConfig, memory_bytes: int) -> list[CountedHint]:
         ConfigError: Nothing makes it fit, or the base model is not on this machine and no family is given.
     """
     path, family = config.base.path, config.base.family
-    place = pocket_folder() if path == "pocket" else Path(path).expanduser()
+    place = builtin_base(path) or Path(path).expanduser()
     if place.exists():
         try:
             shapes: Shapes | Family = shapes_on_disk(place)
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"--memory: the shapes of {path!r} cannot be read ({error}); leave it out.") from error
-    elif family not in ("any", "pocket"):
+    elif family not in ("any", *BUILTIN_BASES):
         shapes = cast(Family, family)
     else:
         raise ConfigError(

@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 
 from sdlora.cache.tensors import Cache
+from sdlora.common.bundled import BUILTIN_BASES
 from sdlora.config.exposures import exposures_warning
 from sdlora.config.presets import presets
 from sdlora.config.schema import BaseConfig, RunConfig
@@ -45,7 +46,8 @@ from sdlora.training.validation import Validation
 BaseSource = Callable[[RunConfig, torch.device, torch.dtype], BaseModel]
 """Where a run's base model comes from; it has no adapter in it."""
 
-_TITLES: dict[str, str] = {name: family.title for name, family in FAMILIES.items()} | {"pocket": "the built-in base"}
+_BUILTIN = {name: f"the built-in base {name}" for name in BUILTIN_BASES}
+_TITLES: dict[str, str] = {name: family.title for name, family in FAMILIES.items()} | _BUILTIN
 HIGH_RANK = 32
 
 
@@ -146,7 +148,7 @@ def fresh_base(
         change=merging(config),
         allows_distilled=allows_distilled or config.base.training_adapter is not None,
     )
-    found = "pocket" if config.base.path == "pocket" else family_on_disk(config.base.path)
+    found = config.base.path if config.base.path in BUILTIN_BASES else family_on_disk(config.base.path)
     check_family(config.base, found)
     base = load_base(config.base.path, device=device, dtype=dtype, options=options)
     if found is None:  # a hub id
@@ -172,6 +174,8 @@ def _load_options(config: RunConfig) -> LoadOptions:
         base.quantization,
         base.offload == "blocks",
         components=base.components,
+        text_encoder=base.text_encoder,
+        vae=base.vae,
     )
 
 

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from sdlora.common.seeds import derive, generator
 from sdlora.pocket import sets, stages, world
+from sdlora.pocket.pen import SIZE_PX
 
 NOTHING = "nothing"
 KINDS = [*world.KINDS, *CONCEPTS, NOTHING]
@@ -167,7 +168,9 @@ def load_or_train(path: Path | None, kinds: list[str] = KINDS) -> Judge:
 
 @torch.no_grad()
 def look(judge: Judge, images: list[Image.Image]) -> list[Verdict]:
-    """What the judge sees in each 64x64 image."""
+    """What the judge sees in each image, which is made 64x64 first."""
+    edges = (SIZE_PX, SIZE_PX)
+    images = [image if image.size == edges else image.resize(edges, Image.Resampling.BOX) for image in images]
     names, colors, places = (answer.argmax(dim=1).tolist() for answer in judge(stages.to_tensor(images)))
     found = zip(names, colors, places, strict=True)
     return [Verdict(judge.kinds[kind], COLORS[color], PLACES[place]) for kind, color, place in found]

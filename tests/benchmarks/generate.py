@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import DiffusionPipeline
 from PIL import Image
 
 from sdlora.previews.sampler import contact_sheet
@@ -23,7 +23,7 @@ GUIDANCE = 2.0  # what the quickstart draws its previews with
 
 def load_pipeline(base: Path) -> Any:
     """A base as any diffusers user loads it."""
-    pipeline = StableDiffusionPipeline.from_pretrained(base, safety_checker=None, torch_dtype=torch.float32)
+    pipeline = DiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -31,12 +31,16 @@ def load_pipeline(base: Path) -> Any:
 def draw(
     pipeline: Any, prompts: Sequence[str], *, guidance: float, steps: int = 25, seed: int = 0
 ) -> list[Image.Image]:
-    """A 64x64 image per prompt, each from a seed of its own."""
+    """An image per prompt, of the base's own size, each from a seed of its own."""
+    edge_px = pipeline.vae.config.sample_size
     images: list[Image.Image] = []
     for first in range(0, len(prompts), BATCH):
         group = list(prompts[first : first + BATCH])
         generators = [torch.Generator().manual_seed(seed + first + i) for i in range(len(group))]
-        images += pipeline(group, num_inference_steps=steps, guidance_scale=guidance, generator=generators).images
+        images += pipeline(
+            group, height=edge_px, width=edge_px, num_inference_steps=steps, guidance_scale=guidance,
+            generator=generators,
+        ).images  # fmt: skip
     return images
 
 

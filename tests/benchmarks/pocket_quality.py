@@ -1,6 +1,7 @@
-"""How well the built-in base draws what it is asked for, in combinations that it was never trained on.
+"""How well a built-in base draws what it is asked for, in combinations that it was never trained on.
 
 python tests/benchmarks/pocket_quality.py --num-prompts 500 --json
+python tests/benchmarks/pocket_quality.py --base sdlora/pocket/flow_weights --num-prompts 500 --json
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ def attribute_accuracy(pipeline: Any, judge: Judge, scenes: list[world.Scene], g
 @torch.no_grad()
 def reconstruction_psnr(vae: Any, count: int = 200) -> float:
     """Mean PSNR in dB of the VAE on fresh renders, from pixels in [0, 1]."""
-    values = []
+    edge_px, values = vae.config.sample_size, []
     for first in range(RENDER_SEEDS, RENDER_SEEDS + count, 50):
-        pixels = stages.to_tensor([world.render(world.random_scene(seed)) for seed in range(first, first + 50)])
+        scenes = [world.random_scene(seed) for seed in range(first, first + 50)]
+        pixels = stages.to_tensor([world.render(scene, edge_px) for scene in scenes])
         restored = vae.decode(vae.encode(pixels).latent_dist.mode()).sample.clamp(-1, 1)
         values.append(-10 * ((restored - pixels) / 2).pow(2).mean(dim=(1, 2, 3)).log10())
     return float(torch.cat(values).mean())

@@ -13,13 +13,13 @@ from huggingface_hub import scan_cache_dir, try_to_load_from_cache
 from huggingface_hub.errors import CacheNotFound, HFValidationError
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from sdlora.common.bundled import pocket_folder
+from sdlora.common.bundled import BUILTIN_BASES, builtin_base
 from sdlora.common.families import Family
 from sdlora.errors import BaseModelError, ConfigError, SdloraError
 from sdlora.estimate.meta_model import Shapes, shapes_of_configs, shapes_on_disk
 from sdlora.models.architectures import Identified, read_header
 from sdlora.models.families import FAMILIES, family_on_disk, identify_base
-from sdlora.models.transformer_file import check_readable
+from sdlora.models.network_file import check_readable
 
 from ..state.folders import Studio
 from ..state.locations import check_model, to_path
@@ -31,7 +31,7 @@ _ANIME = ("illustrious", "noob", "anime", "animagine")  # in the names of bases 
 
 
 def known_bases(studio: Studio) -> list[str]:
-    """The base models to choose from: the built-in one, `bases` in the studio's folder, and the hub's cache."""
+    """The base models to choose from: the built-in ones, `bases` in the studio's folder, and the hub's cache."""
     own = studio.runs / "bases"
     files = sorted(own.iterdir()) if own.is_dir() else []
     found = [str(f.resolve()) for f in files if f.suffix == ".safetensors" or (f / "model_index.json").is_file()]
@@ -40,7 +40,7 @@ def known_bases(studio: Studio) -> list[str]:
     except CacheNotFound:
         repos = ()
     cached = sorted(repo.repo_id for repo in repos if _cached(repo.repo_id) is not None)
-    return [POCKET, *found, *cached]
+    return [*BUILTIN_BASES, *found, *cached]
 
 
 def check_base(studio: Studio, path: str) -> None:
@@ -49,7 +49,7 @@ def check_base(studio: Studio, path: str) -> None:
     Raises:
         ConfigError: It is neither a base model on this machine nor the name of one on the Hub, or may not be read.
     """
-    if path == POCKET:
+    if path in BUILTIN_BASES:
         return
     check_model(studio, path)
     place = _local(path)
@@ -76,7 +76,7 @@ def check_base(studio: Studio, path: str) -> None:
 
 def shapes_of(path: str) -> Shapes | None:
     """The shapes of a base model; None if it is not on this machine, or not known before it is loaded."""
-    folder = pocket_folder() if path == POCKET else _place(path)
+    folder = _place(path)
     try:
         if folder.is_file():
             found = _identified(folder)
@@ -94,7 +94,7 @@ def base_resolution_px(path: str) -> int:
 
 
 def family_of(path: str) -> Family | None:
-    """The family of a base model other than the built-in one; None if it is not on this machine, or not known."""
+    """The family of a base model; None if it is not on this machine, or not known."""
     place = _place(path)
     try:
         return _identified(place).family if place.is_file() else family_on_disk(str(place))
@@ -115,7 +115,7 @@ def preset_family(path: str) -> str | None:
 
 def describe_base(path: str) -> str:
     """What a base model is and which recipe that gives, as a sentence."""
-    if path == POCKET:
+    if path in BUILTIN_BASES:
         return "A small base model that comes with sdlora, to try everything on: training takes minutes."
     family = family_of(path)
     if family is None and _local(path) is not None:
@@ -154,8 +154,8 @@ def _prediction_type(place: Path) -> str | None:
 
 
 def _place(path: str) -> Path:
-    """Where a base model lies, or would lie: a path as it is, or a hub id's folder in the hub's cache."""
-    return _local(path) or _cached(path) or Path(path)
+    """Where a base model lies, or would lie: its folder, a path, or a hub id's folder in the hub's cache."""
+    return builtin_base(path) or _local(path) or _cached(path) or Path(path)
 
 
 def _local(path: str) -> Path | None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from sdlora.common.bundled import BUILTIN
+from sdlora.common.bundled import BUILTIN, BUILTIN_BASES
 from sdlora.common.files import write_json
 from sdlora.common.remote import is_url
 from sdlora.config.schema import RunConfig
@@ -167,10 +167,13 @@ class Draft:
 
     def _check_family(self) -> None:
         """Refuse settings that are made for the family of another base model."""
-        made_for, found = self.value("base.family"), POCKET if self.base == POCKET else family_of(self.base)
+        made_for = self.value("base.family")
+        found = self.base if self.base in BUILTIN_BASES else family_of(self.base)
         if found is None or suits(made_for, found):
             return
-        titles = {POCKET: "the built-in base model"} | {name: family.title for name, family in FAMILIES.items()}
+        titles = {name: f"the built-in {name}" for name in BUILTIN_BASES} | {
+            name: family.title for name, family in FAMILIES.items()
+        }
         raise ConfigError(
             f"These settings are made for {titles[made_for]}, but the base model is {titles[found]}. Choose what it "
             "should learn, which takes the settings of this base model."

@@ -9,11 +9,11 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from sdlora.common.bundled import shipped_configs
+from sdlora.common.bundled import BUILTIN_BASES, shipped_configs
 from sdlora.config.schema import RunConfig
 from sdlora.config.toml import load_config, options
 
-from .bases import POCKET, preset_family
+from .bases import preset_family
 
 SUBJECTS = ("character", "style", "object")
 """What is taught; the presets of a family are named after them."""
@@ -39,6 +39,7 @@ OF_SET = (
 """Options that are about the images, and go with them."""
 
 _OF_LENGTH = ("train.epochs", "train.exposures", "data.repeats")
+_QUICKSTARTS = {"pocket": "quickstart"}
 _OF_POCKET = (
     "lora.rank", "lora.alpha", "lora.targets", "train.batch_size", "train.learning_rate", "train.lr_schedule",
     "preview.guidance",
@@ -62,8 +63,10 @@ def preset_name(subject: str, base: str) -> str | None:
     """The preset that a recipe is; None if there is none for the base model's family, or for own settings."""
     if subject not in SUBJECTS:
         return None
-    family = "quickstart" if base == POCKET else preset_family(base)
-    return family if family in (None, "quickstart") else f"{family}-{subject}"
+    if base in BUILTIN_BASES:
+        return _QUICKSTARTS[base]
+    family = preset_family(base)
+    return None if family is None else f"{family}-{subject}"
 
 
 def recipe(subject: str, length: str, base: str) -> dict[str, Any]:
@@ -83,7 +86,7 @@ def preset_options(preset: str | None) -> dict[str, Any]:
 
 def length_options(subject: str, length: str, base: str) -> dict[str, Any]:
     """The options that a length stands for."""
-    if base == POCKET:
+    if base in BUILTIN_BASES:
         epochs, repeats = _POCKET_LENGTHS[length]
         return {"train.epochs": epochs, "train.exposures": None, "data.repeats": repeats}
     usual = _resolved(preset_name(subject, base))
@@ -104,9 +107,9 @@ def follow_exposures(values: Mapping[str, Any], epochs: Any) -> dict[str, Any]:
 @functools.cache
 def _resolved(preset: str | None) -> Mapping[str, Any]:
     found = defaults()
-    if preset == "quickstart":
-        # The built-in base is small: what suits larger ones teaches it nothing.
-        pocket = dict(options(load_config("quickstart")))
+    if preset is not None and preset in _QUICKSTARTS.values():
+        # The built-in bases are small: what suits larger ones teaches them nothing.
+        pocket = dict(options(load_config(preset)))
         return found | {name: pocket[name] for name in _OF_POCKET}
     return found if preset is None else dict(options(load_config(preset, ["data.folder=none"])))
 
@@ -116,7 +119,7 @@ def _recipe_options() -> tuple[str, ...]:
     """Options that any recipe sets, in the schema's order."""
     plain = defaults()
     shipped = [name for name in shipped_configs() if name.rpartition("-")[2] in SUBJECTS]
-    presets = [_resolved(name) for name in ("quickstart", *shipped)]
+    presets = [_resolved(name) for name in (*_QUICKSTARTS.values(), *shipped)]
     apart = {"name", "data.folder", "data.sets"}
     return tuple(
         name
