@@ -20,7 +20,7 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from sdlora.common.bundled import IMAGE_SUFFIXES, pocket_folder, resolve_data_folder
+from sdlora.common.bundled import IMAGE_SUFFIXES, builtin_base, resolve_data_folder
 from sdlora.common.files import read_toml, sha256
 from sdlora.common.version import __version__
 from sdlora.config.schema import RunConfig
@@ -202,7 +202,8 @@ def _label(combinations: Sequence[Mapping[str, Any]], key: str, value: Any) -> s
 
 
 _LATER = (  # options that came later
-    "base.merge", "lora.from_file", "base.components", "base.training_adapter", "preview.base", "preview.base_steps",
+    "base.merge", "lora.from_file", "base.components", "base.text_encoder", "base.vae", "base.training_adapter",
+    "preview.base", "preview.base_steps",
 )  # fmt: skip
 
 
@@ -223,7 +224,7 @@ class Fingerprints:
         # Jobs without them keep the fingerprint that they had before there were any.
         settings = [(name, value) for name, value in settings if name not in _LATER or value]
         folders += [_file_content(Path(file).expanduser()) for file in config.lora_files]
-        beside = (config.base.components, config.preview.base)
+        beside = (config.base.components, config.base.text_encoder, config.base.vae, config.preview.base)
         folders += [self._base_content(path) for path in beside if path is not None]
         text = json.dumps([__version__, settings, folders, self._base_content(config.base.path)], sort_keys=True)
         return hashlib.blake2b(text.encode("utf-8"), digest_size=16).hexdigest()
@@ -253,7 +254,7 @@ def base_content(path: str) -> str:
     single weights between them goes unnoticed. A hub id counts by its name and revision alone; hidden files are
     ignored.
     """
-    location = pocket_folder() if path == "pocket" else Path(path).expanduser()
+    location = builtin_base(path) or Path(path).expanduser()
     digest = hashlib.blake2b(digest_size=16)
     for file in [location] if location.is_file() else sorted(location.rglob("*")):
         name = file.relative_to(location)

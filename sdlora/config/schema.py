@@ -58,6 +58,12 @@ class BaseConfig(Section):
     components: Annotated[str | None, LOCATION] = None
     """Where a transformer alone in one .safetensors file (Z-Image, FLUX.2 klein) takes text encoder, tokenizer and VAE
     from: a folder in diffusers layout, or a Hugging Face Hub id of its family."""
+    text_encoder: Annotated[str | None, LOCATION] = None
+    """Text encoder of such a transformer in a .safetensors file of its own, as ComfyUI has them; that of
+    base.components if unset."""
+    vae: Annotated[str | None, LOCATION] = None
+    """VAE to use with any base model: a .safetensors file, a folder in diffusers layout, or a Hugging Face Hub id; the
+    base model's own if unset."""
     family: Literal["any", "pocket", Family] = "any"
     """Family that the settings are made for, as presets say: a base model of another one is refused."""
     revision: str | None = None

@@ -15,10 +15,10 @@ from sdlora.common.families import Family
 from sdlora.models.architectures import Architecture, FamilyNames, Header, Identified, identify, read_header
 from sdlora.models.base import BaseModel
 from sdlora.models.flux2 import Flux2Klein, Flux2Klein9B
+from sdlora.models.network_file import bare_shapes, check_readable
 from sdlora.models.sd import StableDiffusion
 from sdlora.models.sd2 import StableDiffusion2
 from sdlora.models.sdxl import StableDiffusionXL
-from sdlora.models.transformer_file import bare_shapes, check_readable
 from sdlora.models.z_image import ZImage
 
 CLASSES: dict[Family, type[BaseModel]] = {

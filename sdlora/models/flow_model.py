@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 from diffusers import DiffusionPipeline
 from torch import nn
-from transformers import Qwen3Config, Qwen3Model
+from transformers import AutoModel, Qwen3Config
 
 from sdlora.diffusion.flow import FlowLevels
 from sdlora.errors import ConfigError
@@ -96,8 +96,8 @@ class FlowModel(BaseModel):
 
     @staticmethod
     def empty_text_encoder(config: Mapping[str, Any]) -> nn.Module:
-        """Qwen3 without weights, in bfloat16 as it is published."""
-        encoder: nn.Module = Qwen3Model(Qwen3Config(**config)).to(torch.bfloat16)
+        """Qwen3 without weights, in bfloat16 as it is published; its rotations stay in float32."""
+        encoder: nn.Module = AutoModel.from_config(Qwen3Config(**config), dtype=torch.bfloat16)
         return encoder
 
     @staticmethod

@@ -24,7 +24,7 @@ from sdlora.errors import BaseModelError
 from sdlora.models.architectures import FamilyNames
 from sdlora.models.base import TextEmbeddings
 from sdlora.models.flow_model import MAX_TOKENS, PROBED_LEVELS, QWEN3_4B, QWEN3_8B, FlowModel
-from sdlora.models.transformer_file import num_blocks
+from sdlora.models.network_file import num_blocks
 
 _LAYERS = (9, 18, 27)
 _PATCH, _HEAD = 2, 128

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,9 @@ def text_dtypes(kind: type[BaseModel], folder: Path) -> dict[str, torch.dtype]:
     """The types of text encoders that keep that of their files; all others are in float32."""
     found = {}
     for part in kind.text_parts if kind.keeps_text_type else ():
-        first = read_header(min((folder / part).glob("*.safetensors")))
+        if not (files := sorted((folder / part).glob("*.safetensors"))):
+            continue
+        first = read_header(files[0])
         found[part] = torch.float32 if "F32" in first.dtypes.values() else torch.bfloat16
     return found
 
@@ -49,10 +52,21 @@ def read_index(folder: Path) -> dict[str, Any]:
     return entries
 
 
-def check_folder(path: str, folder: Path, parts_for: type[BaseModel] | None = None) -> type[BaseModel]:
+def part_config(folder: Path, part: str) -> dict[str, Any] | None:
+    """The configuration of a part of a diffusers folder, or None."""
+    file = folder / part / "config.json"
+    if not file.is_file():
+        return None
+    config: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    return config
+
+
+def check_folder(
+    path: str, folder: Path, parts_for: type[BaseModel] | None = None, given: Collection[str] = ()
+) -> type[BaseModel]:
     """The class of a diffusers folder, which must be supported and complete.
 
-    With `parts_for` it gives the text encoder and the VAE of a transformer of this class.
+    With `parts_for` it gives the text encoder and the VAE of a transformer of this class, but for those that are given.
     """
     index = folder / "model_index.json"
     if not index.is_file():
@@ -77,9 +91,11 @@ def check_folder(path: str, folder: Path, parts_for: type[BaseModel] | None = No
             f"{path!r} is a {kind}, which sdlora does not train. It trains {', '.join(titles[:-1])} and {titles[-1]}."
         )
     for part in found.text_parts:
+        if part in given:
+            continue
         if not (folder / part).is_dir() or None in (entries.get(part) or [None]):
             raise BaseModelError(f"Base model {path!r} has no {part}, without which captions cannot be encoded.")
-    if found.keeps_text_type and (missing := _without_weights(folder, found)) is not None:
+    if found.keeps_text_type and (missing := _without_weights(folder, found, given)) is not None:
         raise BaseModelError(f"Base model {path!r} has no {missing} (no .safetensors file in it). Download it again.")
     for part in (found.network_name, "vae", *found.text_parts):
         for file in sorted((folder / part).glob("*.safetensors")):
@@ -87,6 +103,7 @@ def check_folder(path: str, folder: Path, parts_for: type[BaseModel] | None = No
     return found
 
 
-def _without_weights(folder: Path, kind: type[BaseModel]) -> str | None:
-    """The first of VAE and text encoders that has no weights."""
-    return next((part for part in ("vae", *kind.text_parts) if not [*(folder / part).glob("*.safetensors")]), None)
+def _without_weights(folder: Path, kind: type[BaseModel], given: Collection[str]) -> str | None:
+    """The first of VAE and text encoders that has no weights and is not given."""
+    parts = [part for part in ("vae", *kind.text_parts) if part not in given]
+    return next((part for part in parts if not [*(folder / part).glob("*.safetensors")]), None)

@@ -1,4 +1,4 @@
-"""From base.path ("pocket", a folder, a file, a hub id) to a loaded base model.
+"""From base.path (a built-in base's name, a folder, a file, a hub id) to a loaded base model.
 
 Only safetensors files are read: a pickled checkpoint can run code. A checkpoint in one file is converted by diffusers,
 offline; the configurations that it lacks are written to a temporary folder from the families' true shapes.
@@ -13,14 +13,15 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple, cast
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 from diffusers import AutoencoderKL, DiffusionPipeline, UNet2DConditionModel
 from torch import nn
 
-from sdlora.common.bundled import pocket_folder
+from sdlora.common.bundled import BUILTIN_BASES, builtin_base
 from sdlora.common.families import Family
 from sdlora.diffusion.noise import PredictionType
 from sdlora.errors import BaseModelError, ConfigError
@@ -35,9 +36,9 @@ from sdlora.models.families import (
     is_transformer,
     network_of,
 )
-from sdlora.models.folder import LOADER_ERRORS, check_folder, read_index, text_dtypes
+from sdlora.models.folder import LOADER_ERRORS, check_folder, part_config, read_index, text_dtypes
+from sdlora.models.network_file import check_readable, read_text_encoder, read_transformer, read_vae
 from sdlora.models.single_file import check_weights, has_old_clip_names, text_encoder_of_old_names, with_defaults
-from sdlora.models.transformer_file import check_readable, read_transformer
 from sdlora.models.unet import clip_tokenizer
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
@@ -56,6 +57,8 @@ class LoadOptions:
     # Changes weights, given the UNet and the text encoders by name, and the names of the float32 ones to change.
     change: Callable[[Mapping[str, nn.Module], Collection[str]], None] | None = None
     components: str | None = None  # the diffusers folder or hub id that a transformer alone takes all other parts from
+    text_encoder: str | None = None  # a file that its text encoder comes from instead
+    vae: str | None = None  # a file that the VAE comes from instead
     allows_distilled: bool = False  # whether a model that is distilled to draw in a few steps is accepted
 
 
@@ -72,9 +75,11 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
         ConfigError: An option does not fit the family.
     """
     options = options or LoadOptions()
-    load, revision = _loader(path, options)
+    load, revision, vae_config = _loader(path, options)
 
     def reload(unet_dtype: torch.dtype, **present: Any) -> DiffusionPipeline:
+        if options.vae is not None and "vae" not in present:
+            present["vae"] = _own_vae(options.vae, vae_config())
         pipeline = load(unet_dtype=unet_dtype if options.change is None else torch.float32, **present)
         if options.change is not None:
             # A transformer is called as a UNet is; language models have no LoRAs.
@@ -102,58 +107,108 @@ def load_base(path: str, *, device: torch.device, dtype: torch.dtype, options: L
     return family(source, device=device, dtype=dtype, text=options.text, offload=options.offload)
 
 
-def _loader(path: str, options: LoadOptions) -> tuple[Callable[..., DiffusionPipeline], str | None]:
-    """A function that loads the pipeline, and the commit that a hub id was resolved to."""
+class _Location(NamedTuple):
+    """Where a base model was found."""
+
+    load: Callable[..., DiffusionPipeline]
+    revision: str | None  # the commit that a hub id was resolved to
+    vae_config: Callable[[], Mapping[str, Any]]
+
+
+def _loader(path: str, options: LoadOptions) -> _Location:
     place = Path(path).expanduser()
-    if path != "pocket" and place.is_file():
+    if (own := builtin_base(path)) is None and place.is_file():
         check_readable(place, path)
         found = identify_base(read_header(place), path)
         if is_transformer(found):
             return _transformer_loader(path, place, found, options)
-    if options.components is not None:
-        raise ConfigError(
-            f"base.components is for a transformer alone in one file, and {path!r} is a whole base model. Leave it "
-            "unset."
-        )
-    if path == "pocket":
-        return partial(_load_folder, path, pocket_folder(), options), None
+    for name, value in (("components", options.components), ("text_encoder", options.text_encoder)):
+        if value is not None:
+            raise ConfigError(
+                f"base.{name} is for a transformer alone in one file, and {path!r} is a whole base model. Leave it "
+                "unset."
+            )
+    if own is not None:
+        return _folder_loader(path, own, None, options)
     if place.is_dir():
-        return partial(_load_folder, path, place, options), None
+        return _folder_loader(path, place, None, options)
     if place.is_file():
-        return partial(_load_single_file, path, place, options.prediction_type), None
+        return _Location(
+            partial(_load_single_file, path, place, options.prediction_type), None, lambda: found.architecture.vae
+        )
     if is_hub_id(path):
         snapshot = download(path, options)
         # In the hub's cache a snapshot's folder is named by its commit.
-        return partial(_load_folder, path, snapshot, options), snapshot.name
+        return _folder_loader(path, snapshot, snapshot.name, options)
+    builtin = " or ".join(map(repr, BUILTIN_BASES))
     raise BaseModelError(
-        f"Base model {path!r} was not found. base.path takes 'pocket' (built in), a folder with a model_index.json, a "
+        f"Base model {path!r} was not found. base.path takes {builtin} (built in), a folder with a model_index.json, a "
         ".safetensors checkpoint, or a hub id such as 'owner/name'."
     )
 
 
-def _transformer_loader(
-    path: str, file: Path, found: Identified, options: LoadOptions
-) -> tuple[Callable[..., DiffusionPipeline], str | None]:
-    """A function that loads a transformer in one file with the rest of a base model, and the commit of the rest."""
+def _folder_loader(path: str, folder: Path, revision: str | None, options: LoadOptions) -> _Location:
+    return _Location(partial(_load_folder, path, folder, options), revision, lambda: part_config(folder, "vae") or {})
+
+
+def _transformer_loader(path: str, file: Path, found: Identified, options: LoadOptions) -> _Location:
+    """A transformer in one file with the rest of a base model, whose commit is told."""
     kind = CLASSES[found.family]
     _refuse_distilled(kind, path, read_header(file).metadata, options)
     title = kind.names.title
     if options.components is None:
         raise BaseModelError(
-            f"{path!r} is the transformer of {title} alone, without text encoder and VAE. Set base.components to a "
-            f"diffusers folder or a Hub id of {title}, which they are then taken from."
+            f"{path!r} is the transformer of {title} alone, without text encoder, tokenizer and VAE. Set "
+            f"base.components to a diffusers folder or a Hub id of {title}, which they are then taken from."
         )
-    folder, revision = _components_folder(options)
-    check_folder(options.components, folder, parts_for=kind)
+    given = {name for name in ("text_encoder", "vae") if getattr(options, name) is not None}
+    folder, revision = _components_folder(options, given)
+    check_folder(options.components, folder, parts_for=kind, given=given)
+    _, vae, texts = kind.true_configs()
 
     def load(unet_dtype: torch.dtype, **present: Any) -> DiffusionPipeline:
+        if options.text_encoder is not None and "text_encoder" not in present:
+            config = part_config(folder, "text_encoder") or texts[0]
+            present["text_encoder"] = _own_text_encoder(options.text_encoder, kind, config)
         network = read_transformer(file, kind.network_class, found.architecture.unet, unet_dtype, path)
         return _load_parts(options.components or "", kind, folder, options, unet_dtype, transformer=network, **present)
 
-    return load, revision
+    return _Location(load, revision, lambda: part_config(folder, "vae") or vae)
 
 
-def _components_folder(options: LoadOptions) -> tuple[Path, str | None]:
+def _own_vae(path: str, config: Mapping[str, Any]) -> nn.Module:
+    """A VAE in float32 from a file, whose configuration is given, a folder or a hub id."""
+    place = Path(path).expanduser()
+    if place.is_file():
+        check_readable(place, path)
+        return read_vae(place, config, path)
+    if not place.is_dir() and not is_hub_id(path):
+        raise BaseModelError(
+            f"base.vae = {path!r} was not found. It takes a .safetensors file, a VAE's folder in diffusers layout, or "
+            "its hub id such as 'owner/name'."
+        )
+    try:
+        kind = getattr(diffusers, config.get("_class_name", "AutoencoderKL"))
+        vae: nn.Module = kind.from_pretrained(place if place.is_dir() else path, use_safetensors=True)
+    except LOADER_ERRORS as error:
+        raise _not_loaded(path, error) from error
+    return vae
+
+
+def _own_text_encoder(path: str, kind: type[BaseModel], config: Mapping[str, Any]) -> nn.Module:
+    """A language model from a file."""
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise BaseModelError(f"base.text_encoder = {path!r} was not found. It takes a .safetensors file.")
+    check_readable(file, path)
+    with init_empty_weights(include_buffers=False):
+        empty = kind.empty_text_encoder(config)
+    encoder: Any = read_text_encoder(file, empty, path)
+    encoder.config.dtype = encoder.dtype  # as of one that is read from a folder
+    return cast(nn.Module, encoder)
+
+
+def _components_folder(options: LoadOptions, given: Collection[str]) -> tuple[Path, str | None]:
     path = options.components or ""
     folder = Path(path).expanduser()
     if folder.is_dir():
@@ -163,7 +218,7 @@ def _components_folder(options: LoadOptions) -> tuple[Path, str | None]:
             f"base.components = {path!r} was not found. It takes a folder with a model_index.json, or a hub id such as "
             "'owner/name'."
         )
-    folder = download(path, options, transformer=None)
+    folder = download(path, options, transformer=None, **dict.fromkeys(given))
     return folder, folder.name
 
 

@@ -21,7 +21,7 @@ from sdlora.models.base import BaseModel
 from sdlora.models.families import CLASSES, family_on_disk, identify_base
 from sdlora.models.folder import LOADER_ERRORS
 from sdlora.models.load import LoadOptions, download, is_hub_id
-from sdlora.models.transformer_file import check_readable, empty_network, read_transformer
+from sdlora.models.network_file import check_readable, empty_network, read_transformer
 
 
 class SiblingParts(NamedTuple):

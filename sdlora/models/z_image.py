@@ -23,7 +23,7 @@ from sdlora.errors import BaseModelError
 from sdlora.models.architectures import FamilyNames
 from sdlora.models.base import TextEmbeddings
 from sdlora.models.flow_model import PROBED_LEVELS, QWEN3_4B, FlowModel
-from sdlora.models.transformer_file import num_blocks
+from sdlora.models.network_file import num_blocks
 
 _PROBED_LENGTHS = (7, 20, 33)
 _PROBE_EDGE = 16

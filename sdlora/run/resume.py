@@ -32,6 +32,8 @@ _LENGTH = ("train.epochs", "train.exposures")
 _LOCATIONS = (
     "base.path",
     "base.components",
+    "base.text_encoder",
+    "base.vae",
     "preview.base",
     "data.folder",
     "data.validation_folder",
@@ -90,10 +92,8 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 def keep_locations(config: RunConfig, folder: RunFolder) -> None:
     """Write down where images and base model of a run are, if they have moved since it was started."""
     started = load_config(str(folder.config))
-    before, now = (
-        (one.base.path, one.base.components, one.preview.base, one.data.folders) for one in (started, config)
-    )
-    if before != now:
+    before, now = ([dict(options(one)).get(name) for name in _LOCATIONS] for one in (started, config))
+    if (before, started.data.folders) != (now, config.data.folders):
         folder.create(dump_toml(config))
 
 

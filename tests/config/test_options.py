@@ -252,8 +252,8 @@ CHANGES: dict[str, list[str]] = {
 }
 REFUSED_HERE = {"base.family", "base.variant", "train.device"}
 TESTED_BELOW = {
-    # Of transformers: tests/models/test_transformer_file.py and tests/run/test_run_sibling.py
-    "base.components", "base.training_adapter", "preview.base", "preview.base_steps",
+    # Parts of base models: tests/models/test_network_file.py, test_own_parts.py, and tests/run/test_run_sibling.py
+    "base.components", "base.text_encoder", "base.vae", "base.training_adapter", "preview.base", "preview.base_steps",
     "base.revision", "data.validation_folder", "data.validation_split", "data.keep_tags", "train.log_every_steps",
     "cache.dir",
     "cache.max_text_gib",

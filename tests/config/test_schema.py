@@ -27,7 +27,8 @@ def faults(**document: object) -> str:
 
 def test_list_of_options_is_frozen() -> None:
     assert list(option_fields()) == [
-        "name", "seed", "base.path", "base.components", "base.family", "base.revision", "base.variant",
+        "name", "seed", "base.path", "base.components", "base.text_encoder", "base.vae", "base.family", "base.revision",
+        "base.variant",
         "base.prediction_type", "base.clip_skip", "base.quantization", "base.offload", "base.merge",
         "base.training_adapter", "data.folder", "data.sets", "data.recursive",
         "data.exclude", "data.validation_folder", "data.validation_split", "data.caption", "data.trigger",

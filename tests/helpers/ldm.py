@@ -70,9 +70,10 @@ def _unet(unet: Any) -> Tensors:
     return found
 
 
-def _vae(vae: nn.Module, levels: int) -> Tensors:
+def vae_layout(state: Tensors, levels: int) -> Tensors:
+    """The authors' names of a VAE's weights."""
     found: Tensors = {}
-    for key, tensor in vae.state_dict().items():
+    for key, tensor in state.items():
         name = key.replace("conv_norm_out", "norm_out").replace("conv_shortcut", "nin_shortcut")
         name = re.sub(r"down_blocks\.(\d+)\.resnets", r"down.\1.block", name)
         name = re.sub(r"down_blocks\.(\d+)\.downsamplers\.0", r"down.\1.downsample", name)
@@ -85,7 +86,7 @@ def _vae(vae: nn.Module, levels: int) -> Tensors:
             name = f"{head}mid.attn_1.{_VAE_ATTENTION[layer]}.{ending}"
             # The authors' attention is made of convolutions.
             tensor = tensor[:, :, None, None] if tensor.dim() == 2 else tensor
-        found[f"first_stage_model.{name}"] = tensor
+        found[name] = tensor
     return found
 
 
@@ -123,7 +124,11 @@ def _openclip(encoder: nn.Module, prefix: str) -> Tensors:
 
 def authors_layout(family: Family, networks: dict[str, Any]) -> Tensors:
     """All weights of a base under its authors' names."""
-    tensors = _unet(networks["unet"]) | _vae(networks["vae"], len(networks["vae"].config.up_block_types))
+    vae = networks["vae"]
+    tensors = _unet(networks["unet"]) | {
+        f"first_stage_model.{name}": tensor
+        for name, tensor in vae_layout(vae.state_dict(), len(vae.config.up_block_types)).items()
+    }
     if family == "sd1":
         tensors |= _clip(networks["text_encoder"], "cond_stage_model.")
     elif family == "sd2":

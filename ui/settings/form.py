@@ -37,7 +37,8 @@ TITLES = {
 # Where the last part of an option's name says too little without its section.
 _LABELS = {
     "lora.init": "Initial values", "lora.from_file": "Continue from a LoRA file", "base.merge": "Merge LoRA files",
-    "base.components": "Text encoder and VAE from", "preview.base": "Draw with a distilled model",
+    "base.components": "Other parts from", "base.text_encoder": "Text encoder", "base.vae": "VAE",
+    "preview.base": "Draw with a distilled model",
     "preview.base_steps": "Steps of the distilled model",
     "timesteps.min": "Lowest timestep", "timesteps.max": "Highest timestep", "timesteps.mean": "Mean of logit normal",
     "timesteps.std": "Deviation of logit normal", "loss.kind": "Kind of loss", "preview.enabled": "Draw previews",

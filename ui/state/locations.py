@@ -31,7 +31,7 @@ def check_locations(studio: Studio, document: Mapping[str, Any]) -> None:
         ConfigError: One of them may not be read.
     """
     for option, text in locations(document):
-        if option in ("base.path", "base.components", "preview.base"):
+        if option in ("base.path", "base.components", "base.vae", "preview.base"):
             check_model(studio, text)
         else:
             check_location(studio, text)

@@ -34,6 +34,7 @@ from sdlora.config.imports.rules import (
 from sdlora.config.imports.shared import (
     MIN_SNR,
     TAG_DROPOUT,
+    VAE,
     base_path,
     file_precision,
     optimizer_arguments,
@@ -110,6 +111,9 @@ _MODEL = table(
         keys("training_folder device performance_log_every sqlite_db_path", "process"): drop(_UNCHANGED),
         keys(_OTHER_PROCESSES, "process"): refuse("sdlora trains LoRAs"),
         "process.model.name_or_path": compute(lambda value, source: base_path(value), "`base.path`"),
+        "process.model.extras_name_or_path": compute(
+            take.extras, "`base.components` of a transformer in one file; otherwise the base model's own"
+        ),
         "process.model.arch": compute(take.arch, "`base.family`; other families are refused"),
         "process.model.is_xl": switch({"base.family": "sdxl"}),
         "process.model.is_v2": switch({"base.family": "sd2"}),
@@ -124,7 +128,7 @@ _MODEL = table(
             "quantize_te qtype_te quantize_kwargs text_encoder_bits accuracy_recovery_adapter",
             "process.model",
         ): drop("sdlora quantizes the UNet's attention blocks only"),
-        "process.model.vae_path": refuse("sdlora uses the base model's own VAE; put the VAE into the base model"),
+        "process.model.vae_path": VAE,
         keys("lora_path assistant_lora_path", "process.model"): MERGED,
         keys("inference_lora_path unconditional_lora_path", "process.model"): refuse(
             "sdlora draws previews with the LoRA that is trained only"
@@ -140,7 +144,7 @@ _MODEL = table(
             "dtype vae_device vae_dtype te_device te_dtype low_vram auto_memory layer_offloading "
             "layer_offloading_transformer_percent layer_offloading_text_encoder_percent split_model_over_gpus "
             "split_model_other_module_param_count_scale compile_mode compile_fullgraph compile_dynamic "
-            "cache_size_limit unet_sample_size latent_space_version experimental_xl attn_masking extras_name_or_path "
+            "cache_size_limit unet_sample_size latent_space_version experimental_xl attn_masking "
             "model_kwargs model_paths in_context refiner_start_at",
             "process.model",
         ): drop(_UNCHANGED),

@@ -11,6 +11,7 @@ from typing import Any
 from sdlora.config.imports.previews import previews
 from sdlora.config.imports.rules import (
     EMPTY,
+    OFF,
     Outcome,
     Rule,
     Source,
@@ -355,3 +356,10 @@ def ema(value: Any, source: Source) -> Outcome:
     if not flag(value):
         return dropped("off")
     return translated({"train.ema_decay": number(source.get("process.train.ema_config.ema_decay"))})
+
+
+def extras(path: Any, source: Source) -> Outcome:
+    """Where a transformer in one file takes its other parts from."""
+    if path in OFF or not text(source.get("process.model.name_or_path", "")).endswith(".safetensors"):
+        return dropped("sdlora takes all parts from the base model")
+    return translated({"base.components": text(path)})

@@ -31,6 +31,7 @@ from sdlora.config.imports.rules import (
     whole,
 )
 from sdlora.config.imports.shared import (
+    VAE,
     Length,
     TrainingFolder,
     base_path,
@@ -229,7 +230,7 @@ RULES: dict[str, Rule] = table(
         "pretrained_model_name_or_path": compute(lambda value, source: base_path(value), "`base.path`"),
         "revision": rename("base.revision", text),
         "variant": rename("base.variant", text),
-        "pretrained_vae_model_name_or_path": refuse("sdlora uses the base model's own VAE; put the VAE into it"),
+        "pretrained_vae_model_name_or_path": VAE,
         "prediction_type": rename("base.prediction_type", text),
         "tokenizer_name": refuse("sdlora uses the base model's own tokenizer"),
         "rank": compute(_rank, "`lora.rank`, `lora.alpha`"),

@@ -36,6 +36,7 @@ from sdlora.config.imports.rules import (
 from sdlora.config.imports.shared import (
     MIN_SNR,
     TAG_DROPOUT,
+    VAE,
     base_path,
     file_precision,
     optimizer_arguments,
@@ -205,7 +206,7 @@ _NETWORK = table(
         "v_parameterization": switch({"base.prediction_type": "v_prediction"}),
         "v2": switch({"base.family": "sd2"}),
         "clip_skip": compute(take.clip_skip, "`base.clip_skip`"),
-        "vae": refuse("sdlora uses the base model's own VAE; put the VAE into the base model"),
+        "vae": VAE,
         "fp8_base": switch({"base.quantization": "fp8"}),
         "base_weights": compute(take.base_weights, "`base.merge`"),
         "base_weights_multiplier": part_of("base_weights"),

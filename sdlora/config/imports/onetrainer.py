@@ -34,6 +34,7 @@ from sdlora.config.imports.rules import (
 )  # fmt: skip
 from sdlora.config.imports.shared import (
     MIN_SNR,
+    VAE,
     base_path,
     file_precision,
     precision,
@@ -129,7 +130,7 @@ _MODEL = table(
             take.model_type, "`base.family`, `base.prediction_type` of 2.x at 768 px; other families are refused"
         ),
         "base_model_name": compute(lambda value, source: base_path(value), "`base.path`"),
-        "vae.model_name": refuse("sdlora uses the base model's own VAE; put the VAE into the base model"),
+        "vae.model_name": VAE,
         "force_v_prediction": switch({"base.prediction_type": "v_prediction"}),
         "force_epsilon_prediction": switch({"base.prediction_type": "epsilon"}),
         "unet.weight_dtype": compute(take.weights, "`base.quantization`"),

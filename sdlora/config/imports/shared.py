@@ -17,6 +17,8 @@ from sdlora.config.imports.rules import (
     OFF,
     Outcome,
     Rule,
+    Source,
+    Status,
     compute,
     dropped,
     flag,
@@ -214,6 +216,17 @@ def base_path(value: Any) -> Outcome:
     if path.lower().endswith((".ckpt", ".pt", ".bin")):
         return refused("sdlora reads .safetensors files, folders in diffusers' layout and Hub ids; convert the file")
     return translated({"base.path": path})
+
+
+def _vae(value: Any, source: Source) -> Outcome:
+    if value in OFF:
+        return dropped("the base model's own")
+    found = base_path(value)
+    return translated({"base.vae": text(value)}) if found.status is Status.TRANSLATED else found
+
+
+VAE = compute(_vae, "`base.vae`")
+"""A VAE that replaces the base model's."""
 
 
 def optimizer(name: Any, weight_decay: Any = None, remark: str = "") -> Outcome:

@@ -178,6 +178,11 @@ def test_own_defaults_count_where_they_differ(folder: Path) -> None:
         ),
         ({"trigger_word": "zumi"}, {"data.trigger": "zumi"}),
         (
+            {"model": {"name_or_path": "z.safetensors", "extras_name_or_path": "a/b", "vae_path": "c/d"}},
+            {"base.path": "z.safetensors", "base.components": "a/b", "base.vae": "c/d"},
+        ),
+        ({"model": {"name_or_path": "x/y", "extras_name_or_path": "a/b"}}, {"base.components": None}),
+        (
             {"sample": {"prompts": ["[trigger] a", "b"], "seed": 3}, "trigger_word": "zumi"},
             {"preview.prompts": ["zumi a", "b"], "preview.seeds": [3]},
         ),

@@ -196,7 +196,7 @@ def test_an_epoch_lasts_as_long_as_its_class_images(folder: Path) -> None:
         ("lr_scheduler", "--train_data_dir photos --lr_scheduler piecewise_constant"),
         ("max_train_steps", "--train_data_dir nowhere --max_train_steps 100"),
         ("with_prior_preservation", "--train_data_dir photos --with_prior_preservation"),
-        ("pretrained_vae_model_name_or_path", "--train_data_dir photos --pretrained_vae_model_name_or_path x"),
+        ("pretrained_vae_model_name_or_path", "--train_data_dir photos --pretrained_vae_model_name_or_path x.pt"),
         ("adam_beta2", "--train_data_dir photos --adam_beta2 0.99"),
         ("resume_from_checkpoint", "--train_data_dir photos --resume_from_checkpoint latest"),
         ("nonsense", "--train_data_dir photos --nonsense"),

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from sdlora.config.imports.rules import Outcome, Status
+from sdlora.config.imports.rules import Outcome, Source, Status
 from sdlora.config.imports.shared import (
+    VAE,
     Length,
     TrainingFolder,
     base_path,
@@ -210,6 +211,13 @@ def test_shapes_of_schedules() -> None:
     assert schedule("cosine_with_restarts", "3").options["train.lr_cycles"] == 3
     assert schedule("polynomial", 1, power="2").options == {"train.lr_schedule": "polynomial", "train.lr_power": 2}
     assert schedule("cosine_with_min_lr", floor=0.1).options == {"train.lr_schedule": "cosine", "train.lr_floor": 0.1}
+
+
+def test_vae_of_its_own_is_taken_over() -> None:
+    source = Source("any", {})
+    assert VAE.apply("owner/vae", source).options == {"base.vae": "owner/vae"}
+    assert VAE.apply("", source).status is VAE.apply(None, source).status is Status.DROPPED
+    assert VAE.apply("x.pt", source).status is Status.REFUSED
 
 
 def test_outcomes_name_no_option_when_refused() -> None:
