@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -34,13 +35,13 @@ from sdlora.training.optimizers import (
 RATES = {"adamw": 1e-2, "prodigy": 1.0, "adafactor": 1e-2, "lion": 1e-3, "schedule_free": 1e-2}
 
 
-def steps(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer]) -> list[Tensor]:
-    """A parameter of (4, 3) at its start and after each of five steps with fixed gradients."""
+def steps(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], *, steady: bool = False) -> list[Tensor]:
+    """A parameter of (4, 3) at its start and after each of five steps with fixed gradients, or always the same one."""
     generator = torch.Generator().manual_seed(0)
     parameter = nn.Parameter(torch.randn(4, 3, generator=generator))
     optimizer, seen = make([parameter]), [parameter.detach().clone()]
     for gradient in gradients():
-        parameter.grad = gradient
+        parameter.grad = torch.ones(4, 3) if steady else gradient
         optimizer.step()
         seen.append(parameter.detach().clone())
     return seen
@@ -51,9 +52,10 @@ def gradients() -> list[Tensor]:
     return [torch.randn(4, 3, generator=generator) for _ in range(5)]
 
 
-def ours(name: str, rate: float) -> list[Tensor]:
+def ours(name: str, rate: float, *, steady: bool = False) -> list[Tensor]:
     return steps(
-        lambda parameters: make_optimizer(name, [Group(parameters, 1.0)], learning_rate=rate, weight_decay=0.1)
+        lambda parameters: make_optimizer(name, [Group(parameters, 1.0)], learning_rate=rate, weight_decay=0.1),
+        steady=steady,
     )
 
 
@@ -89,8 +91,10 @@ def test_other_optimizers_equal_their_libraries() -> None:
         "lion": lambda p: Lion(p, lr=0.01, weight_decay=0.1),
         "schedule_free": schedule_free,
     }
-    for name, make in by_hand.items():
-        pairs = zip(ours(name, 1.0 if name == "prodigy" else 0.01), steps(make), strict=True)
+    # Prodigy raises its rate only while gradients agree.
+    for name, steady in itertools.product(by_hand, (False, True)):
+        found = ours(name, 1.0 if name == "prodigy" else 0.01, steady=steady)
+        pairs = zip(found, steps(by_hand[name], steady=steady), strict=True)
         assert all(torch.equal(*pair) for pair in pairs), name
 
 

@@ -82,6 +82,17 @@ def test_malformed_passwords_are_wrong_ones(tmp_path: Path, monkeypatch: pytest.
     assert asyncio.run(door.knock(basic("me", "correct horse"))) == 429
 
 
+def test_waiting_lasts_to_the_end_of_the_window_and_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(access, "_ROUNDS", 10)
+    door = Door(tmp_path)
+    for _ in range(MAX_WRONG_LOGINS):
+        asyncio.run(door.knock(basic("me", "wrong")))
+    door.clock.now = password.LOGIN_WINDOW_SECONDS - 0.1
+    assert asyncio.run(door.knock(basic("me", "correct horse"))) == 429
+    door.clock.now = password.LOGIN_WINDOW_SECONDS + 0.1
+    assert asyncio.run(door.knock(basic("me", "correct horse"))) == 200
+
+
 def test_table_of_wrong_guesses_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(access, "_ROUNDS", 10)
     monkeypatch.setattr(password, "MOST_GUESSERS", 20)

@@ -79,6 +79,15 @@ def test_the_built_in_base_keeps_its_own() -> None:
     assert away.with_answers("character", "as usual", "pocket") == Draft()
 
 
+def test_epochs_and_exposures_of_every_length_are_frozen() -> None:
+    def of_length(base: str, option: str) -> list[tuple[int, int]]:
+        recipes = [recipe("style", length, base) for length in LENGTHS]
+        return [(values["train.epochs"], values[option]) for values in recipes]
+
+    assert of_length("pocket", "data.repeats") == [(2, 12), (4, 36), (5, 50)]
+    assert of_length("owner/name", "train.exposures") == [(2, 40), (4, 100), (5, 150)]
+
+
 def test_an_unknown_base_has_the_schemas_defaults_and_enough_exposures() -> None:
     draft = Draft().with_answers("style", "as usual", "owner/name")
     assert draft.values == {"base.path": "owner/name", "train.exposures": 100}
