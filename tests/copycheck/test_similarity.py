@@ -11,7 +11,9 @@ import torch
 from concepts import CONCEPTS
 from PIL import Image, ImageEnhance, ImageFilter, ImageOps
 from torch import Tensor
+from torch.nn import functional as F
 
+from sdlora.copycheck import similarity
 from sdlora.copycheck.similarity import hp_ms, phash, registered_correlation
 
 
@@ -124,6 +126,19 @@ def test_hp_ms_equals_the_formula(edge: int) -> None:
     mixed = Image.blend(*images, 0.3)
     expected = np.corrcoef(detail(mixed).ravel(), detail(images[0]).ravel())[0, 1]
     assert float(hp_ms([mixed], [images[0]])) == pytest.approx(expected, abs=1e-5)
+
+
+def test_best_match_of_a_shrunk_template_is_the_highest_correlation_of_all_places() -> None:
+    draw = torch.Generator().manual_seed(0)
+    template, image = (torch.rand(1, 1, 32, 32, generator=draw) for _ in range(2))
+    image[..., 18:] += 2.0  # an edge: the detail of a place beside it is not zero on average
+    image[..., 22:, :] += 1.0
+    edge = 8
+    shrunk = F.interpolate(template, size=(edge, edge), mode="bilinear", antialias=True, align_corners=False)
+    flat, fine = similarity.detail(shrunk).flatten().numpy(), similarity.detail(image)[0, 0].numpy()
+    places = np.lib.stride_tricks.sliding_window_view(fine, (edge, edge)).reshape(-1, edge * edge)
+    expected = max(np.corrcoef(place, flat)[0, 1] for place in places)
+    assert float(similarity._best_matches(template, image, 0.25)) == pytest.approx(expected, abs=1e-5)
 
 
 def test_small_gallery_image_lowers_the_resolution_for_all() -> None:

@@ -259,3 +259,14 @@ def test_a_run_is_the_same_and_resumes_in_the_same_bytes(
     run(cut, [*options, "base.offload=blocks"], resume=True)
     assert digests(cut) == digests(whole)
     assert without_times(metrics(cut)) == without_times(metrics(whole))
+
+
+def test_all_but_the_blocks_move_to_another_device() -> None:
+    network = nn.Module()
+    network.first, network.blocks = nn.Linear(2, 2), nn.ModuleList(nn.Linear(2, 2) for _ in range(3))
+    network.requires_grad_(False)
+    offload = BlockOffload(network, ["blocks"], CPU)
+    before = {name: parameter.data_ptr() for name, parameter in network.named_parameters()}
+    offload.move(torch.device("cpu", 0))  # the same memory by another name: what moves is copied
+    after = {name: parameter.data_ptr() for name, parameter in network.named_parameters()}
+    assert {name for name in before if before[name] != after[name]} == {"first.weight", "first.bias"}

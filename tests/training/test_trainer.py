@@ -9,11 +9,20 @@ import torch
 from helpers.trainer import make_trainer
 
 from sdlora.data.batches import Exposure
-from sdlora.diffusion.timesteps import Density, cover
+from sdlora.diffusion.timesteps import NUM_BANDS, Density, cover
 from sdlora.errors import DivergedError
 from sdlora.events import StepDone
 from sdlora.lora.inject import AdapterSpec
 from sdlora.training import trainer as trainer_module
+
+
+def test_means_of_an_epoch_are_over_its_exposures_and_by_band() -> None:
+    position = trainer_module.Position()
+    assert (position.step, position.take_means()) == (0, (0.0, [None] * NUM_BANDS))
+    position.add([0, 999, 1], [1.0, 4.0, 2.0])
+    position.add([2], [6.0])
+    assert position.take_means() == (3.25, [3.0, *[None] * (NUM_BANDS - 2), 4.0])
+    assert position.take_means() == (0.0, [None] * NUM_BANDS), "the next epoch starts at zero"
 
 
 def test_dropout_acts_in_training_only(tiny_base: Path, images: Path, tmp_path: Path) -> None:
