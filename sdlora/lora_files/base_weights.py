@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,7 @@ from sdlora.lora_files.read import family_of
 from sdlora.models.architectures import ARCHITECTURES, TEXT_ENCODERS, Architecture, Header, read_header
 from sdlora.models.base import BaseModel
 from sdlora.models.families import CLASSES, family_on_disk, identify_base, is_transformer
+from sdlora.models.network_file import bare_names, converter, diffusers_names, empty_network
 
 Shape = tuple[int, ...]
 # More than any tensor has rows.
@@ -45,17 +47,22 @@ class Place:
     file: Path
     key: str  # name of the tensor in the safetensors file
     shape: Shape  # shape of the weight in diffusers' network
-    rows: tuple[int, int] | None = None  # first row that belongs to the weight and first row behind it; None for all
+    pieces: tuple[tuple[int, int], ...] | None = None  # first row and first row behind, in the weight's order; or all
     transposed: bool = False  # whether the weight is stored transposed
-
-    def of(self, tensor: Tensor) -> Tensor:
-        """The weight as a view of the tensor."""
-        own = tensor if self.rows is None else tensor[self.rows[0] : self.rows[1]]
-        return own.T if self.transposed else own
 
     def load(self, read: Callable[[Path, str], Tensor]) -> Tensor:
         """The weight in float32, by a function that reads a tensor of a file."""
-        return self.of(read(self.file, self.key)).float()
+        tensor = read(self.file, self.key)
+        own = tensor if self.pieces is None else torch.cat([tensor[first:stop] for first, stop in self.pieces])
+        return (own.T if self.transposed else own).float()
+
+    def add(self, tensor: Tensor, update: Tensor) -> None:
+        """Add an update of the weight to the tensor, in place."""
+        own, start = update.float().reshape(self.shape), 0
+        own = own.T if self.transposed else own
+        for first, stop in self.pieces or ((0, len(tensor)),):
+            tensor[first:stop] += own[start : start + stop - first]
+            start += stop - first
 
 
 @dataclass(frozen=True)
@@ -82,11 +89,28 @@ def base_weights(path: Path) -> BaseWeights:
     header = read_header(path)
     found = identify_base(header, path.name)
     if is_transformer(found):
-        raise BaseModelError(
-            f"{path.name} is a transformer alone in one file. LoRAs are merged into and extracted from a diffusers "
-            "folder of it: give that."
-        )
+        return _transformer_weights(path, header, CLASSES[found.family], found.architecture)
     return file_weights(path, header, found.family, found.architecture)
+
+
+def _transformer_weights(file: Path, header: Header, kind: type[BaseModel], architecture: Architecture) -> BaseWeights:
+    """Where the weights of a transformer alone in one file lie; see `file_weights`."""
+    if coarse := next(
+        (key for key, dtype in header.dtypes.items() if dtype not in ("F64", "F32", "F16", "BF16")), None
+    ):
+        raise BaseModelError(
+            f"{file.name} stores {coarse!r} as {header.dtypes[coarse]}, which is too coarse for a LoRA's update. Use "
+            "the base model in float16, bfloat16 or float32."
+        )
+    network = empty_network(kind.network_class, architecture.unet)
+    names = {bare: key for key, bare in bare_names(header).items()}
+    numbered = _numbered({bare: header.shapes[key] for bare, key in names.items()})
+    expected = network.state_dict()
+    converted = diffusers_names(converter(kind.network_class, network.config), numbered, expected, file.name)
+    return BaseWeights(
+        file, _places(file, header, list(names.values()), {"unet": network}, {"unet": converted}, architecture.title),
+        _weight_names({"unet": network}),
+    )  # fmt: skip
 
 
 def _folder_weights(base: Path) -> BaseWeights:
@@ -143,9 +167,21 @@ def file_weights(file: Path, header: Header, family: Family, architecture: Archi
     Raises:
         BaseModelError: Weights of its family's networks are missing or have other shapes.
     """
-    title, networks = architecture.title, empty_networks(None, architecture)
+    networks = empty_networks(None, architecture)
     converted = _converted(header, family, networks)
-    keys = list(header.shapes)
+    places = _places(file, header, list(header.shapes), networks, converted, architecture.title)
+    return BaseWeights(file, places, _weight_names(networks))
+
+
+def _places(
+    file: Path,
+    header: Header,
+    keys: Sequence[str],
+    networks: Mapping[str, nn.Module],
+    converted: Mapping[str, Mapping[str, Tensor]],
+    title: str,
+) -> dict[str, list[Place]]:
+    """Where the networks' weights lie, by where a conversion has put the numbered rows of the tensors `keys`."""
     places: dict[str, list[Place]] = {}
     for network, module in networks.items():
         for path, weight in module.state_dict().items():
@@ -163,15 +199,21 @@ def file_weights(file: Path, header: Header, family: Family, architecture: Archi
                     f"{place.shape}; {title} needs {tuple(weight.shape)}."
                 )
             places[f"{network}.{path}"] = [place]
-    return BaseWeights(file, places, _weight_names(networks))
+    return places
+
+
+def _numbered(shapes: Mapping[str, Shape]) -> dict[str, Tensor]:
+    """A column of numbers, or as many of them, in the place of every tensor: which tensor's, and which row's."""
+    numbered: dict[str, Tensor] = {}
+    for index, (key, shape) in enumerate(shapes.items()):
+        rows = index * _ROWS + torch.arange(shape[0] if shape else 1)
+        numbered[key] = rows[:, None] if len(shape) > 1 else rows
+    return numbered
 
 
 def _converted(header: Header, family: Family, networks: dict[str, nn.Module]) -> dict[str, dict[str, Tensor]]:
     """Where diffusers' conversion puts the numbered rows, (rows, 1) or (rows,), by network and path."""
-    numbered: dict[str, Tensor] = {}
-    for index, (key, shape) in enumerate(header.shapes.items()):
-        rows = index * _ROWS + torch.arange(shape[0] if shape else 1)
-        numbered[key] = rows[:, None] if len(shape) > 1 else rows
+    numbered = _numbered(header.shapes)
     unet: Any = networks["unet"]
     found = {"unet": convert_ldm_unet_checkpoint(numbered, config=dict(unet.config))}
     for network, beginning in zip(NETWORKS[1:], TEXT_ENCODERS[family], strict=False):
@@ -185,14 +227,18 @@ def _converted(header: Header, family: Family, networks: dict[str, nn.Module]) -
     }
 
 
-def _place(file: Path, header: Header, keys: list[str], rows: Tensor) -> Place:
-    first, last = int(rows.flatten()[0]), int(rows.flatten()[-1])
-    key, start, stop = keys[first // _ROWS], first % _ROWS, last % _ROWS + 1
-    assert torch.equal(rows.flatten(), torch.arange(first, last + 1)), "diffusers' conversion changed the order of rows"
+def _place(file: Path, header: Header, keys: Sequence[str], rows: Tensor) -> Place:
+    flat = rows.flatten()
+    key = keys[int(flat[0]) // _ROWS]
+    assert len(torch.unique(flat // _ROWS)) == 1, "diffusers' conversion joins tensors"
+    bounds = [0, *(torch.nonzero(flat.diff() != 1).flatten() + 1).tolist(), len(flat)]
+    numbers = (flat % _ROWS).tolist()
+    pieces = tuple((numbers[first], numbers[stop - 1] + 1) for first, stop in pairwise(bounds))
     shape = header.shapes[key]
     transposed = rows.dim() == 2 and rows.shape[1] > 1
-    own = (stop - start, *shape[1:])
-    return Place(file, key, own[::-1] if transposed else own, None if own[0] == shape[0] else (start, stop), transposed)
+    own = (len(flat), *shape[1:])
+    whole = pieces == ((0, shape[0] if shape else 1),)
+    return Place(file, key, own[::-1] if transposed else own, None if whole else pieces, transposed)
 
 
 def empty_networks(base: Path | None, architecture: Architecture = ARCHITECTURES["sd1"]) -> dict[str, nn.Module]:

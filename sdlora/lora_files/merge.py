@@ -144,8 +144,7 @@ def _add(source: Path, copy: Path, terms: _Terms) -> None:
             weight = read(source, key)
             total = weight.to(torch.float32, copy=True)
             for place, weights in parts:
-                view = place.of(total)
-                view += update(weights).float().reshape(view.shape)
+                place.add(total, update(weights))
             rounded = total.to(weight.dtype)
             if not bool(torch.isfinite(rounded).all()):
                 dtype = str(weight.dtype).removeprefix("torch.")

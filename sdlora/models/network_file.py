@@ -46,8 +46,13 @@ _WHAT_IS_READ = (
 
 def bare_shapes(header: Header, prefixes: Sequence[str] = _PREFIXES) -> dict[str, tuple[int, ...]]:
     """The shapes of a network's weights by their names without a prefix."""
+    return {bare: header.shapes[name] for name, bare in bare_names(header, prefixes).items()}
+
+
+def bare_names(header: Header, prefixes: Sequence[str] = _PREFIXES) -> dict[str, str]:
+    """The names of a network's weights, and those without a prefix."""
     prefix = _prefix(header, prefixes)
-    return {name.removeprefix(prefix): header.shapes[name] for name in _weights(header, prefix)}
+    return {name: name.removeprefix(prefix) for name in _weights(header, prefix)}
 
 
 def num_blocks(tensors: Collection[str], prefix: str) -> int:
@@ -142,7 +147,7 @@ def _read_network(
     _check_dtypes(header, prefix, name)
     expected = {key: tuple(tensor.shape) for key, tensor in network.state_dict().items()}
     empty = {key: torch.empty(shape, device="meta") for key, shape in bare_shapes(header, prefixes).items()}
-    found = {key: tuple(tensor.shape) for key, tensor in _converted(convert, empty, expected, name).items()}
+    found = {key: tuple(tensor.shape) for key, tensor in diffusers_names(convert, empty, expected, name).items()}
     missing, left = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     if missing or left:
         what = f"lacks {missing[0]!r}" if missing else f"has {left[0]!r}, which its family does not know"
@@ -153,7 +158,7 @@ def _read_network(
             f"{name}: {other!r} has the shape {found[other]}, where its other weights need {expected[other]}. Use a "
             "diffusers folder, which holds a configuration."
         )
-    weights = _converted(convert, _read(file, header, prefix, dtype, name), expected, name)
+    weights = diffusers_names(convert, _read(file, header, prefix, dtype, name), expected, name)
     for key in weights:  # one after the other, so that memory never holds all of a fused layer's parts twice
         weights[key] = weights[key].clone()
     network.load_state_dict(weights, assign=True)
@@ -204,7 +209,7 @@ def _by_row(scale: Tensor, weight: Tensor, key: str, name: str) -> Tensor:
     )
 
 
-def _converted(
+def diffusers_names(
     convert: Converter, tensors: dict[str, Tensor], expected: Mapping[str, Any], name: str
 ) -> dict[str, Tensor]:
     """Weights under diffusers' names."""

@@ -69,7 +69,7 @@ def test_every_weight_at_true_shapes_has_exactly_one_place(family: Family) -> No
     # Every row of every tensor of these networks is exactly one weight's.
     rows: dict[str, list[tuple[int, int]]] = {}
     for (place,) in found.places.values():
-        rows.setdefault(place.key, []).append(place.rows or (0, tensors[place.key].shape[0]))
+        rows.setdefault(place.key, []).extend(place.pieces or [(0, tensors[place.key].shape[0])])
     for key, spans in rows.items():
         stops = [0, *(stop for _, stop in sorted(spans))]
         assert [start for start, _ in sorted(spans)] == stops[:-1]

@@ -16,7 +16,7 @@ from sdlora.errors import ConfigError
 from sdlora.estimate.meta_model import shapes_of_family, shapes_on_disk
 from sdlora.models.architectures import Header
 from sdlora.models.families import CLASSES, family_on_disk, identify_base
-from sdlora.models.network_file import _converted, converter, empty_network
+from sdlora.models.network_file import converter, diffusers_names, empty_network
 
 PREFIXES = ["", "diffusion_model.", "model.diffusion_model."]
 LAYOUTS = {"z-image": z_image, "flux2-klein-4b": klein, "flux2-klein-9b": klein}
@@ -85,7 +85,7 @@ def test_key_map_is_complete_at_the_true_shape(family: Any) -> None:
     found = identify_base(header, "x")
     assert found.family == family
     assert {name: found.architecture.unet[name] for name in config} == config
-    converted = _converted(converter(kind.network_class, config), authors, expected, "x")
+    converted = diffusers_names(converter(kind.network_class, config), authors, expected, "x")
     assert {name: tuple(tensor.shape) for name, tensor in converted.items()} == expected
 
 
