@@ -5,7 +5,9 @@ Part of `schema`.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import difflib
+import re
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -13,8 +15,18 @@ from sdlora.common.selectors import check_selector
 from sdlora.config.schema_data import Section
 
 MAX_EPOCHS = 5
+OPTIMIZERS = ("adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedule_free", "muon")
+"""Optimizers that have a name."""
 Selector = Annotated[str, AfterValidator(check_selector)]
 """A selector of layers."""
+
+
+def _known_optimizer(value: str) -> str:
+    if value not in OPTIMIZERS and not re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*", value):
+        near = difflib.get_close_matches(value, OPTIMIZERS, n=1)
+        hint = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"{hint}give one of {', '.join(OPTIMIZERS)}, or a class as 'module:Class'")
+    return value
 
 
 def _steps_or_share(value: float) -> float:
@@ -37,8 +49,12 @@ class TrainConfig(Section):
     """Batches per optimizer step."""
     auto_batch: bool = False
     """If the device runs out of memory, split every batch into smaller parts and continue; the result is the same."""
-    optimizer: Literal["adamw", "adamw8bit", "prodigy", "adafactor", "lion", "schedule_free"] = "adamw"
-    """The optimizer; adamw8bit needs a GPU and the bitsandbytes package."""
+    optimizer: Annotated[str, AfterValidator(_known_optimizer)] = "adamw"
+    """The optimizer; adamw8bit needs a GPU and the bitsandbytes package. Any other one of torch is 'module:Class', such
+    as 'torch.optim:NAdam'."""
+    optimizer_args: dict[str, Any] = Field({})
+    """Arguments of the optimizer other than its learning rate and weight decay, such as { betas = [0.9, 0.99] }; which
+    it takes is in its library's documentation."""
     learning_rate: float = Field(2e-4, gt=0.0, le=1.0)
     """Peak learning rate; use 1 with prodigy, and about a third of AdamW's with lion."""
     loraplus_lr_ratio: float = Field(1.0, ge=1.0, le=100.0)

@@ -22,7 +22,7 @@ from sdlora.config.schema import RunConfig
 from sdlora.data.batches import Exposure
 from sdlora.data.dataset import Example
 from sdlora.errors import DiskFullError
-from sdlora.estimate.memory import OPTIMIZER_BYTES
+from sdlora.estimate.memory import optimizer_bytes
 from sdlora.estimate.meta_model import shapes_of_base
 from sdlora.lora.inject import Adapter
 from sdlora.training.checkpoint import KEPT
@@ -72,7 +72,7 @@ def run_folder_bytes(
     """What a run's folder holds at most, with `num_previews` images drawn after every epoch and in further rounds."""
     count = adapter.num_parameters()
     start = 4 * sum(tensor.numel() for tensor in adapter.initial_factors())
-    per_parameter = 4 + OPTIMIZER_BYTES[config.train.optimizer] + 4 * (config.train.ema_decay > 0)
+    per_parameter = 4 + optimizer_bytes(config.train.optimizer) + 4 * (config.train.ema_decay > 0)
     # A new checkpoint, LoRA file or page is written before an old one is deleted.
     checkpoints = (KEPT + 1) * (per_parameter * count + start)
     lora_files = (config.train.epochs + 2) * (4 * count + start)

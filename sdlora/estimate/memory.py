@@ -29,12 +29,17 @@ from sdlora.training.optimizers import Group
 from sdlora.training.prior_preservation import diffusion_loss_with_prior
 
 # Bytes of an optimizer's state per trained parameter; Adafactor keeps only a matrix's rows and columns.
-OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 1, "lion": 4, "schedule_free": 8}
+OPTIMIZER_BYTES = {"adamw": 8, "adamw8bit": 2, "prodigy": 16, "adafactor": 1, "lion": 4, "schedule_free": 8, "muon": 4}
 _PREVIEW_PIXELS = 8 * 128 * 128
 # Work buffers of kernels and a run's own objects, as measured in whole runs (docs/measurements/performance.md).
 _OVERHEAD_BYTES = 12 * 2**20
 # What a second base model's objects hold beside its weights, measured the same way.
 _SECOND_BASE_BYTES = 6 * 2**20
+
+
+def optimizer_bytes(optimizer: str) -> int:
+    """Bytes of an optimizer's state per trained parameter; of an unknown one as much as AdamW's."""
+    return OPTIMIZER_BYTES.get(optimizer, OPTIMIZER_BYTES["adamw"])
 
 
 @dataclass(frozen=True)
@@ -149,7 +154,7 @@ def estimate_memory(inputs: MemoryInputs) -> MemoryEstimate:
         gradient_checkpointing=config.train.gradient_checkpointing,
     )
     step = _step_cost(inputs, base, adapter, model)
-    state = OPTIMIZER_BYTES[config.train.optimizer] + 4 * (config.train.ema_decay > 0)
+    state = optimizer_bytes(config.train.optimizer) + 4 * (config.train.ema_decay > 0)
     start = 4 * (inputs.spec.init != "gaussian" or bool(adapter.initial_factors()))
     # From the second batch of a step on, the gradients of those before are held beside the activations.
     gradients = 4 * count * (config.train.gradient_accumulation_steps > 1)

@@ -182,6 +182,7 @@ def estimate_config(config: RunConfig, memory_bytes: int | None) -> Estimate:
     with tempfile.TemporaryDirectory() as scratch:
         # Gradients take as long for any optimizer, and this machine need not have the run's.
         simple = {"cache.dir": scratch, "copycheck.enabled": False, "train.compile": False, "train.optimizer": "adamw"}
+        simple["train.optimizer_args"] = {}
         context = prepare(with_values(config, simple), RunFolder(Path(scratch) / "run", "plan"))
         inputs, examples = memory_inputs(context, config), context.data.dataset.examples
         memory = _free_bytes(context, inputs) if memory_bytes is None else memory_bytes

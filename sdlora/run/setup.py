@@ -324,6 +324,11 @@ def _notices(config: RunConfig, trainer: Trainer, cache: Cache) -> Iterator[str]
         )
     if config.lora.from_file is None and (config.lora.names_layers or config.train.target_learning_rates):
         yield trainer.adapter.described()
+    if ":" in config.train.optimizer:
+        yield (
+            f"{config.train.optimizer} is none of the optimizers that sdlora tests: whether a resumed run ends exactly "
+            "as an uninterrupted one is taken on trust."
+        )
     epochs = config.train.epochs
     repeats = [example.repeats for example in trainer.data.dataset.examples]
     if (warning := exposures_warning(min(repeats) * epochs, max(repeats) * epochs)) is not None:

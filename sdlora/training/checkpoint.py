@@ -161,7 +161,11 @@ def _split(state: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Any]]:
             if isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{name}"] = value.detach().cpu().contiguous().clone()
             else:
-                assert name in scalars["state"][str(index)], f"the optimizer state {name} would be lost"
+                if name not in scalars["state"][str(index)]:
+                    raise OutputError(
+                        f"The optimizer keeps {name!r} as {type(value).__name__}, which no checkpoint can hold. Choose "
+                        "another train.optimizer."
+                    )
     return tensors, scalars
 
 

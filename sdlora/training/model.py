@@ -37,8 +37,8 @@ from sdlora.training.optimizers import Group
 MAX_KINDS = 256
 """At most this many kinds of block and input are compiled, torch's limit; others run uncompiled."""
 
-# Adafactor keeps a mean per row and column of a matrix, so matrices must stay matrices.
-_NEEDS_MATRICES = ("adafactor",)
+# Adafactor keeps a mean per row and column, Muon orthogonalises: matrices must stay matrices, as for unknown ones.
+_NEEDS_MATRICES = ("adafactor", "muon")
 _aten = torch.ops.aten
 
 
@@ -87,7 +87,7 @@ class TrainingModel:
         self._adapter = adapter
         self._flat: FlatWeights | None = None
         self.groups = list(groups)
-        if optimizer not in _NEEDS_MATRICES:
+        if optimizer not in _NEEDS_MATRICES and ":" not in optimizer:
             self._flat = FlatWeights(adapter, [group.parameters for group in groups])
             self.groups = [
                 replace(group, parameters=leaves) for group, leaves in zip(groups, self._flat.leaves, strict=True)

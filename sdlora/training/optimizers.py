@@ -6,7 +6,9 @@ the average, if there is one, swapped in at the end of every epoch.
 
 from __future__ import annotations
 
+import difflib
 import importlib
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -28,6 +30,7 @@ _OPTIMIZERS: dict[str, tuple[str, str, dict[str, Any]]] = {
     # Not torch's, which multiplies the rate by the parameter's size: zero for B at the start.
     "adafactor": ("transformers.optimization", "Adafactor", {"scale_parameter": False, "relative_step": False}),
     "lion": ("lion_pytorch", "Lion", {}),
+    "muon": ("torch.optim", "Muon", {}),
     "schedule_free": ("schedulefree", "AdamWScheduleFree", {}),
 }
 
@@ -96,21 +99,28 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
 
 
 def make_optimizer(
-    name: str, groups: Sequence[Group], *, learning_rate: float, weight_decay: float = 0.0
+    name: str,
+    groups: Sequence[Group],
+    *,
+    learning_rate: float,
+    weight_decay: float = 0.0,
+    arguments: Mapping[str, Any] | None = None,
 ) -> torch.optim.Optimizer:
     """An optimizer in training mode.
 
     Args:
-        name: "adamw", "adamw8bit", "prodigy", "adafactor", "lion" or "schedule_free".
+        name: "adamw", "adamw8bit", "prodigy", "adafactor", "lion", "muon", "schedule_free", or "module:Class".
         groups: The parameters it trains, all on one device.
         learning_rate: Above 0; of a group whose factor is 1.
         weight_decay: Decay towards zero of the groups that decay, at least 0.
+        arguments: Further ones of the optimizer, which take the place of those that it has here.
 
     Raises:
-        ConfigError: The optimizer's package, or the GPU it needs, is missing.
+        ConfigError: The optimizer's package, or the GPU it needs, is missing; or it is no optimizer, or does not take
+            an argument.
 
     Source: AdamW 1711.05101, 8-bit AdamW 2110.02861, Prodigy 2306.06101, Adafactor 1804.04235, Lion 2302.06675,
-    schedule-free AdamW 2405.15682.
+    schedule-free AdamW 2405.15682, Muon 2502.16982.
     """
     device = groups[0].parameters[0].device
     if name == "adamw8bit" and device.type != "cuda":
@@ -128,11 +138,20 @@ def make_optimizer(
         }
         for group in groups
     ]
-    module, kind, arguments = _OPTIMIZERS[name]
+    own: dict[str, Any] = {}
+    if name in _OPTIMIZERS:
+        module, kind, own = _OPTIMIZERS[name]
+    else:
+        module, _, kind = name.partition(":")
     package = module.partition(".")[0]
     try:
-        made: torch.optim.Optimizer = getattr(importlib.import_module(module), kind)(options, **arguments)
+        found = getattr(importlib.import_module(module), kind, None)
     except ModuleNotFoundError as error:
+        if name not in _OPTIMIZERS:
+            raise ConfigError(
+                f"train.optimizer = {name!r}: there is no module {error.name!r}. Install its package, or correct "
+                "the name."
+            ) from error
         if error.name != package:
             raise
         extra = "bitsandbytes" if package == "bitsandbytes" else "optimizers"
@@ -140,9 +159,32 @@ def make_optimizer(
             f"train.optimizer = '{name}' needs the package {package.replace('_', '-')}, which is not installed. "
             f"Run: pip install 'sdlora[{extra}]', or choose 'adamw'."
         ) from error
-    if name == "schedule_free":
+    if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
+        raise ConfigError(f"train.optimizer = {name!r}: {kind!r} of {module!r} is not an optimizer of torch.")
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in (arguments or {}).items()}
+    _check_arguments(name, found, given)
+    try:
+        made = found(options, **{**own, **given})
+    except (TypeError, ValueError) as error:
+        advice = " It trains matrices alone: no 'conv' in lora.targets, no lora.dora." if name == "muon" else ""
+        raise ConfigError(f"train.optimizer = {name!r} cannot be made of this adapter: {error}.{advice}") from error
+    if any("train_mode" in group for group in made.param_groups):
         made.train()  # type: ignore[attr-defined]
     return made
+
+
+def _check_arguments(name: str, kind: type[torch.optim.Optimizer], given: Mapping[str, Any]) -> None:
+    """Refuse arguments that an optimizer does not take, or that other options set."""
+    elsewhere = {"lr": "train.learning_rate", "weight_decay": "train.weight_decay"}
+    if set_twice := [key for key in given if key in elsewhere]:
+        raise ConfigError(f"train.optimizer_args.{set_twice[0]}: set {elsewhere[set_twice[0]]} instead.")
+    parameters = inspect.signature(kind).parameters
+    taken = [key for key in parameters if key not in ("params", *elsewhere)]
+    open_ended = any(one.kind is inspect.Parameter.VAR_KEYWORD for one in parameters.values())
+    if not open_ended and (unknown := [key for key in given if key not in taken]):
+        near = difflib.get_close_matches(unknown[0], taken, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"It takes {', '.join(taken)}."
+        raise ConfigError(f"train.optimizer_args: {name!r} does not take {unknown[0]!r}. {hint}")
 
 
 class MovingAverage:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from sdlora.diffusion.timesteps import Density
 
@@ -53,6 +53,7 @@ class TrainingSettings:
     input_perturbation: float
 
     optimizer: str
+    optimizer_args: Mapping[str, Any]
     learning_rate: float
     lr_schedule: LrSchedule
     lr_cycles: int

@@ -86,7 +86,13 @@ class TrainStep:
         self.parameters = self.model.parameters()
         rate, decay = settings.learning_rate, settings.weight_decay
         self.optimizer = accelerator.prepare(
-            make_optimizer(settings.optimizer, self.model.groups, learning_rate=rate, weight_decay=decay)
+            make_optimizer(
+                settings.optimizer,
+                self.model.groups,
+                learning_rate=rate,
+                weight_decay=decay,
+                arguments=settings.optimizer_args,
+            )
         )
         self.average = MovingAverage(self.parameters, settings.ema_decay) if settings.ema_decay > 0 else None
         self.divergence = DivergenceCheck()

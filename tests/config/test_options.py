@@ -192,7 +192,7 @@ CHANGES: dict[str, list[str]] = {
     "base.quantization": ["base.quantization=int8"],
     "train.learning_rate": ["train.learning_rate=5e-3"],
     "train.text_encoder_learning_rate": ['lora.targets=["text_encoder"]', "train.text_encoder_learning_rate=1e-3"],
-    "train.target_learning_rates": ["train.target_learning_rates={mid = 1e-2}"],
+    "train.target_learning_rates": ["train.target_learning_rates={up = 3e-3}"],
     "train.text_encoder_epochs": [
         'lora.targets=["text_encoder"]',
         "train.epochs=2",
@@ -206,6 +206,7 @@ CHANGES: dict[str, list[str]] = {
     "train.warmup_steps": ["train.warmup_steps=2"],
     "train.weight_decay": ["train.weight_decay=0.5"],
     "train.optimizer": ["train.optimizer=lion"],
+    "train.optimizer_args": ["train.optimizer_args={betas = [0.5, 0.9]}"],
     "train.loraplus_lr_ratio": ["train.loraplus_lr_ratio=4"],
     "train.ema_decay": ["train.ema_decay=0.5"],
     "train.max_grad_norm": ["train.max_grad_norm=1e-7"],

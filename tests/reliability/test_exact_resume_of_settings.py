@@ -26,6 +26,7 @@ VARIANTS = {
     "Prodigy": ["train.optimizer=prodigy", "train.learning_rate=1.0"],
     "Lion": ["train.optimizer=lion"],
     "Adafactor": ["train.optimizer=adafactor"],
+    "Muon": ["train.optimizer=muon"],
     "schedule-free": ["train.optimizer=schedule_free", "train.ema_decay=0"],
     "int8": ["base.quantization=int8"],
 }

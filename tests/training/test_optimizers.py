@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -32,7 +33,15 @@ from sdlora.training.optimizers import (
     set_learning_rate,
 )
 
-RATES = {"adamw": 1e-2, "prodigy": 1.0, "adafactor": 1e-2, "lion": 1e-3, "schedule_free": 1e-2}
+RATES = {
+    "adamw": 1e-2,
+    "prodigy": 1.0,
+    "adafactor": 1e-2,
+    "lion": 1e-3,
+    "schedule_free": 1e-2,
+    "muon": 1e-2,
+    "torch.optim:NAdam": 1e-2,
+}
 
 
 def steps(make: Callable[[list[nn.Parameter]], torch.optim.Optimizer], *, steady: bool = False) -> list[Tensor]:
@@ -96,6 +105,43 @@ def test_other_optimizers_equal_their_libraries() -> None:
         found = ours(name, 1.0 if name == "prodigy" else 0.01, steady=steady)
         pairs = zip(found, steps(by_hand[name], steady=steady), strict=True)
         assert all(torch.equal(*pair) for pair in pairs), name
+
+
+def test_arguments_reach_the_optimizer() -> None:
+    def made(arguments: dict[str, Any], name: str = "adamw") -> list[Tensor]:
+        return steps(
+            lambda p: make_optimizer(name, [Group(p, 1.0)], learning_rate=0.01, weight_decay=0.1, arguments=arguments)
+        )
+
+    by_hand = steps(lambda p: torch.optim.AdamW(p, lr=0.01, weight_decay=0.1, betas=(0.5, 0.9), eps=1e-3))
+    found = made({"betas": [0.5, 0.9], "eps": 1e-3})
+    assert all(torch.equal(*pair) for pair in zip(found, by_hand, strict=True))
+    by_hand = steps(lambda p: torch.optim.NAdam(p, lr=0.01, weight_decay=0.1, momentum_decay=0.1))
+    found = made({"momentum_decay": 0.1}, "torch.optim:NAdam")
+    assert all(torch.equal(*pair) for pair in zip(found, by_hand, strict=True))
+    by_hand = steps(lambda p: torch.optim.Muon(p, lr=0.01, weight_decay=0.1))
+    assert all(torch.equal(*pair) for pair in zip(made({}, "muon"), by_hand, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("adamw", {"betaz": [0.9, 0.99]}, "does not take 'betaz'. Did you mean 'betas'"),
+        ("adamw", {"lr": 1.0}, "set train.learning_rate instead"),
+        ("adamw", {"betas": 3}, "cannot be made"),
+        ("nowhere.at.all:Nothing", {}, "there is no module 'nowhere'"),
+        ("subprocess:Popen", {"shell": True}, "not an optimizer of torch"),
+        ("torch.optim:Missing", {}, "not an optimizer of torch"),
+    ],
+)
+def test_what_an_optimizer_does_not_take_is_refused(name: str, arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        make_optimizer(name, [Group([nn.Parameter(torch.ones(2, 2))], 1.0)], learning_rate=0.1, arguments=arguments)
+
+
+def test_muon_refuses_what_is_no_matrix() -> None:
+    with pytest.raises(ConfigError, match="It trains matrices alone"):
+        make_optimizer("muon", [Group([nn.Parameter(torch.ones(2, 2, 3, 3))], 1.0)], learning_rate=0.1)
 
 
 def test_prodigy_prints_nothing(capsys: pytest.CaptureFixture[str]) -> None:

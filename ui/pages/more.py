@@ -57,7 +57,7 @@ def _control(field: Field) -> gr.components.Component:
     if field.kind == "switch":
         return gr.Checkbox(**shared)
     if field.kind == "choice":
-        return gr.Dropdown(list(field.choices), **shared)
+        return gr.Dropdown(list(field.choices), allow_custom_value=field.open, **shared)
     if field.kind == "choices" and field.open:
         return gr.Dropdown(list(field.choices), multiselect=True, allow_custom_value=True, **shared)
     if field.kind == "choices":

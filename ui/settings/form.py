@@ -20,6 +20,7 @@ from sdlora.common.files import parse_toml
 from sdlora.common.selectors import KINDS
 from sdlora.config.prompt_lines import as_line
 from sdlora.config.schema import RunConfig, Target
+from sdlora.config.schema_training import OPTIMIZERS
 from sdlora.config.toml import option_fields, options, parse_config, toml_value
 from sdlora.errors import ConfigError
 
@@ -156,7 +157,9 @@ def _field(name: str, default: Any) -> Field:
     low = limits[Ge].ge if Ge in limits else limits[Gt].gt if Gt in limits else None
     high = limits[Le].le if Le in limits else limits[Lt].lt if Lt in limits else None
     kind, choices = _kind(annotation)
-    is_open = annotation == list[Target]
+    is_open = annotation == list[Target] or name == "train.optimizer"
+    if name == "train.optimizer":
+        kind, choices = "choice", OPTIMIZERS
     return Field(name, kind, info.description or "", default, optional, choices, is_open, low, high)
 
 

@@ -256,10 +256,10 @@ def optimizer_argument(optimizer: Any, name: str, value: Any) -> Outcome:
         return refused(f"sdlora has no {optimizer}")
     ours, _, known = _OPTIMIZERS[plain]
     if name not in known:
-        return refused(f"sdlora does not set {name} of {ours}")
+        return refused(f"sdlora does not know {name} of {ours}; see train.optimizer_args")
     if _same(value, known[name]):
         return dropped(f"what sdlora's {ours} has")
-    return refused(f"sdlora's {ours} has {name} = {known[name]}")
+    return refused(f"sdlora's {ours} has {name} = {known[name]}; set train.optimizer_args")
 
 
 def optimizer_arguments() -> list[str]:
