@@ -134,11 +134,13 @@ class Blocks:
     def refuse_unused(self, option: str, table: Mapping[str, object], layers: Mapping[str, str | None]) -> None:
         """Refuse a table with an entry that matches none of the layers that are trained, given with their kinds.
 
+        Kinds may, so that one table serves runs with other targets, as it did when there was nothing but kinds.
+
         Raises:
             ConfigError: There is one.
         """
         for name in table:
-            if not any(self.selects(name, path, kind) for path, kind in layers.items()):
+            if name not in KINDS and not any(self.selects(name, path, kind) for path, kind in layers.items()):
                 raise ConfigError(f"{option}: {name!r} matches none of the {len(layers)} layers that are trained.")
 
 

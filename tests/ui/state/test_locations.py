@@ -39,7 +39,8 @@ def naming(text: str) -> Iterator[tuple[str, dict[str, Any]]]:
 def test_every_option_that_names_a_location_is_found() -> None:
     found = {name for name, _ in naming("x")}
     assert found == {
-        "base.path", "base.components", "base.merge", "base.training_adapter", "cache.dir", "data.folder", "data.sets",
+        "base.path", "base.components", "base.text_encoder", "base.vae", "base.merge", "base.training_adapter",
+        "cache.dir", "data.folder", "data.sets",
         "data.validation_folder", "data.preservation_folder", "lora.from_file", "preview.base",
     }  # fmt: skip
     words = {"folder", "dir", "path", "file", "from_file", "merge", "sets"}
