@@ -367,7 +367,10 @@ def test_bad_values_name_the_allowed_ones(outcome: Callable[..., str]) -> None:
         ("loss.weighting", "'constant', 'min_snr', 'soft_min_snr', 'p2' or 'debiased'"),
         ("loss.kind", "'mse' or 'huber'"),
         ("lora.init", "'gaussian', 'orthogonal' or 'pissa'"),
-        ("train.optimizer", "adamw, adamw8bit, prodigy, adafactor, lion, schedule_free, muon, or a class as 'module:Class'"),
+        (
+            "train.optimizer",
+            "adamw, adamw8bit, prodigy, adafactor, lion, schedule_free, muon, or a class as 'module:Class'",
+        ),
     ]:
         found = outcome(f"{option}=somethingelse")
         assert found.startswith("ConfigError"), found
