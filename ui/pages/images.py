@@ -6,6 +6,7 @@ choice for tabs that are opened later.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields, replace
@@ -205,6 +206,7 @@ def images_page(context: Context, live: Live, tabs: gr.Tabs) -> tuple[gr.Dropdow
             one.render()  # type: ignore[no-untyped-call]
     shown.cards.render()  # type: ignore[no-untyped-call]
     refresh = gr.Button(elem_id="refresh-set", visible="hidden")
+    asked = gr.Textbox(visible=False)
     live.parts["listing"] = listing = gr.Textbox(visible=False, elem_id="listing")
 
     def choose(images: str | None, before: str) -> list[Any]:
@@ -220,10 +222,21 @@ def images_page(context: Context, live: Live, tabs: gr.Tabs) -> tuple[gr.Dropdow
         return show(context, *looked)  # type: ignore[arg-type]
 
     def follow(images: str, only: str | None, page: str | None, now: str, drawn: str) -> list[Any]:
-        """Show images that came or went by another way than this tab's."""
+        """Show images that came or went by another way than this tab's, and tell which of them were asked for."""
         # There is nothing to follow before this tab was asked about its set.
-        found = now.partition(" ")[0]
-        return [gr.skip() for _ in parts] if found in ("", drawn) else show(context, images, only, page)
+        if str(now).partition(" ")[0] in ("", drawn):
+            return [gr.skip() for _ in (*parts, asked)]
+        found = show(context, images, only, page)
+        for name, value in (("only", only), ("page", page)):
+            update = found[PARTS.index(name)]
+            if update.get("value") == value:  # left to the tab, where another may have been chosen since
+                update.pop("value", None)
+        return [*found, json.dumps([only, page])]
+
+    def catch_up(images: str, only: str | None, page: str | None, shown_for: str) -> list[Any]:
+        """Show what was chosen while the set was followed."""
+        is_shown = _text(shown_for) in ("", json.dumps([only, page]))
+        return [gr.skip() for _ in parts] if is_shown else show(context, images, only, page)
 
     def show_around(images: str, only: str | None, page: str | None, drawn: str, word: str) -> list[Any]:
         """Show what a saved caption changes around the cards, which are as they should be unless images changed."""
@@ -275,7 +288,8 @@ def images_page(context: Context, live: Live, tabs: gr.Tabs) -> tuple[gr.Dropdow
     gr.on([choice.input, choice.blur], choose, [choice, shown.images], [note, *parts], **quiet)
     gr.on([shown.only.input, shown.page.input], show_chosen, looked_at, parts, **quiet)
     live.parts["caption"].change(show_when_captioned, looked_at, parts, **quiet)
-    listing.change(follow, [*looked_at, listing, shown.fingerprint], parts, **quiet)
+    followed = listing.change(follow, [*looked_at, listing, shown.fingerprint], [*parts, asked], **quiet)
+    followed.then(catch_up, [*looked_at, asked], parts, **quiet)
     refresh.click(show_around, [*looked_at, shown.fingerprint, trigger], [note, *parts], **quiet)
     trigger.blur(show_with_trigger, [*looked_at, trigger], parts, **quiet)
     allow.click(change(allow_saving), looked_at, [note, *parts], **ANY_VALUE)

@@ -167,10 +167,13 @@ def test_a_large_set_stays_light(browser: Any, tmp_path: Path) -> None:
         page.get_by_role("option", name="193 to 200 of 200", exact=True).wait_for()
         page.locator("#cards-page input").press("Enter")
         page.get_by_label("Caption of p199.png").wait_for()
-        assert page.locator("#cards .card").count() == 8
+        sync_api.expect(page.locator("#cards .card")).to_have_count(8)
         page.locator("#cards-only input").fill("number 19")
         page.locator("#cards-only input").press("Enter")
         page.get_by_label("Caption of p019.png").wait_for()
+        sync_api.expect(page.locator("#cards .card")).to_have_count(11)
+        # The set was looked at meanwhile, and what is chosen stays.
+        page.wait_for_function("!document.querySelector('#set-summary').innerText.includes('looking at')")
         assert page.locator("#cards .card").count() == 11
 
 
