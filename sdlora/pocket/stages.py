@@ -109,7 +109,7 @@ class Stage:
         name: Of the checkpoint, which the stage continues from if it exists.
         networks: By name; all of their weights are saved.
         learning_rate: The peak.
-        muon: Train matrices by Muon (Jordan et al. 2024), which needs about half the steps; the rest by AdamW.
+        muon: Train matrices by Muon (Jordan et al. 2024), and the rest by AdamW.
     """
 
     def __init__(
