@@ -1,4 +1,4 @@
-"""A similarity score by the base model's own UNet, which finds copies that were drawn anew, with other details.
+"""A similarity score by the base model's own UNet, which finds copies that were redrawn, with other details.
 
 Called for a set's scale and the previews. The UNet is asked about every image once, without adapter, at little noise
 and with an empty caption; what its last block knows of the image is compared cell by cell. A mirrored copy is not

@@ -233,7 +233,7 @@ def registered_similarity(previews: Tensor, among: Tensor) -> Signal:
 
     Args:
         previews: The highest `registered_correlation` of each preview, (N,).
-        among: The same of images of the set, from `registered_null_scores`; empty if none could be compared.
+        among: The same of images of the set, each with the others; empty if none could be compared.
     """
     if len(among) == 0:
         return Signal("registered_likeness", None, None, "Needs a second training image to compare with.")
