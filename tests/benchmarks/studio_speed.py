@@ -29,7 +29,7 @@ from sdlora.config.toml import parse_config
 from sdlora.ui.settings.draft import Draft, write_draft
 from sdlora.ui.state.folders import Studio
 
-NUM_IMAGES, NUM_RUNS, SIZE_PX, REST_SECONDS = 300, 60, 768, 20
+NUM_IMAGES, NUM_RUNS, SIZE_PX, SETTLE_SECONDS, REST_SECONDS = 300, 60, 768, 5, 20
 
 
 def fill(studio: Studio) -> None:
@@ -100,16 +100,24 @@ def actions(page: Any) -> dict[str, Callable[[], object]]:
 
 
 def at_rest(page: Any) -> float:
-    """Bytes a second that a tab sends and receives while nothing is done."""
+    """Bytes a second that a tab sends and receives while nothing is done, headers included."""
     session = page.context.new_cdp_session(page)
     session.send("Network.enable")
-    moved = [0]
+    moved: list[int] = []
 
-    def count(event: Any) -> None:
-        moved[0] += int(event.get("encodedDataLength", 0))
+    def headers(event: Any) -> int:
+        return sum(len(name) + len(str(value)) + 4 for name, value in event["headers"].items())
 
-    session.on("Network.loadingFinished", count)
-    session.on("Network.requestWillBeSent", lambda event: moved.append(len(event["request"].get("postData", ""))))
+    def sent(event: Any) -> None:
+        request = event["request"]
+        moved.append(len(f"{request['method']} {request['url']} HTTP/1.1") + len(request.get("postData", "")))
+
+    session.on("Network.requestWillBeSent", sent)
+    session.on("Network.requestWillBeSentExtraInfo", lambda event: moved.append(headers(event)))
+    session.on("Network.responseReceivedExtraInfo", lambda event: moved.append(headers(event) + 20))
+    session.on("Network.dataReceived", lambda event: moved.append(event["encodedDataLength"]))
+    page.wait_for_timeout(1000 * SETTLE_SECONDS)  # images of the last page may still be on their way
+    moved.clear()
     page.wait_for_timeout(1000 * REST_SECONDS)
     return sum(moved) / REST_SECONDS
 
