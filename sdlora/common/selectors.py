@@ -1,7 +1,7 @@
 """Selectors: how settings name layers of a base model: by kind, by block, or by a pattern of their paths.
 
-`lora.targets`, the tables of ranks, alphas and learning rates, and merging by block take them; `Blocks` knows how a
-network's blocks are numbered. Paths may have underscores for dots, as in LoRA files.
+`lora.targets` and the tables of ranks, alphas and learning rates take them; `Blocks` knows how a network's blocks are
+numbered. Paths may have underscores for dots, as in LoRA files.
 """
 
 from __future__ import annotations

@@ -52,7 +52,7 @@ class Features:
         block: From `feature_block`.
         network_identity: A hash of the UNet.
         off: A context without adapter.
-        like: An image of the set, whose size the UNet of Stable Diffusion XL is told.
+        like: An image of the set, on whose size the UNet of Stable Diffusion XL is conditioned.
 
     Attributes:
         identity: A hash of all networks that take part.

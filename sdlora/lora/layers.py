@@ -133,7 +133,8 @@ class LoraLayer(nn.Module, ABC):
         for mask in (self.rank_mask, self.kept_ranks):
             if mask is not None:
                 # A batch may hold several predictions of the same samples one after the other.
-                each = mask.to(inner).repeat(len(inner) // len(mask), 1)
+                each = mask.to(inner)
+                each = each if len(each) == len(inner) else each.repeat(len(inner) // len(each), 1)
                 inner = inner * (each[:, :, None, None] if down.dim() == 4 else each.unsqueeze(1))
         return self._apply_up(inner, up.to(x.dtype))
 

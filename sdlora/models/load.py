@@ -152,7 +152,7 @@ def _folder_loader(path: str, folder: Path, revision: str | None, options: LoadO
 
 
 def _transformer_loader(path: str, file: Path, found: Identified, options: LoadOptions) -> _Location:
-    """A transformer in one file with the rest of a base model, whose commit is told."""
+    """A transformer in one file, with the rest of a base model, whose commit is the one returned."""
     kind = CLASSES[found.family]
     _refuse_distilled(kind, path, read_header(file).metadata, options)
     title = kind.names.title

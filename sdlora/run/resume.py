@@ -91,9 +91,11 @@ def _differences(before: dict[str, Any], now: dict[str, Any]) -> str:
 
 def keep_locations(config: RunConfig, folder: RunFolder) -> None:
     """Write down where images and base model of a run are, if they have moved since it was started."""
-    started = load_config(str(folder.config))
-    before, now = ([dict(options(one)).get(name) for name in _LOCATIONS] for one in (started, config))
-    if (before, started.data.folders) != (now, config.data.folders):
+    before, now = (
+        [one.data.folders, *(value for name, value in options(one) if name in _LOCATIONS)]
+        for one in (load_config(str(folder.config)), config)
+    )
+    if before != now:
         folder.create(dump_toml(config))
 
 

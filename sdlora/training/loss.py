@@ -87,7 +87,9 @@ class ExposureLoss:
         else:
             loss, extra = self.extra(batch, exposures, error)
         weight = loss_weight(self.settings.weighting, levels, at, self.settings.gamma)
-        weight = weight * self._set_weights(exposures).to(weight)
+        of_sets = [self.data.dataset.examples[exposure.example].loss_weight for exposure in exposures]
+        if any(factor != 1 for factor in of_sets):
+            weight = weight * torch.tensor(of_sets).to(weight)
         return loss, weight * loss if extra is None else weight * loss + extra
 
     def _error_at(self, timesteps: Tensor) -> Error:
@@ -98,10 +100,6 @@ class ExposureLoss:
             return partial(huber_per_example, delta=settings.huber_delta)
         delta = huber_delta(settings.huber_schedule, settings.huber_delta, self.base.levels, timesteps)
         return partial(huber_per_example, delta=delta)
-
-    def _set_weights(self, exposures: Sequence[Exposure]) -> Tensor:
-        examples = self.data.dataset.examples
-        return torch.tensor([examples[exposure.example].loss_weight for exposure in exposures])
 
     def _unasked(self, exposures: Sequence[Exposure], noise: Tensor) -> Tensor | None:
         """Source: Ning et al. 2301.11706, algorithm 1."""

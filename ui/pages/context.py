@@ -115,7 +115,7 @@ class Context:
         return SetEditor(self.studio, images)
 
     def fingerprint(self, images: str) -> str:
-        """A value that changes with the images of a set, and once they were looked at; empty if there is no set."""
+        """A value that changes with a set's images, and when they have been looked at; empty if there is no set."""
         try:
             folder = self.editor(images).folder
             return image_set.fingerprint(folder) + ("" if self._is_looked_at(folder) else "?")
